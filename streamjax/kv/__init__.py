@@ -1,0 +1,22 @@
+"""KV caches: tiers, cascades of tiers, and published systems as presets."""
+
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.full import Full
+from streamjax.kv.presets import Preset, preset, presets
+from streamjax.kv.sink import Sink
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.window import Window
+
+__all__ = [
+    "Cascade",
+    "Full",
+    "KVSpec",
+    "KVTokens",
+    "Preset",
+    "Query",
+    "Sink",
+    "Tier",
+    "Window",
+    "preset",
+    "presets",
+]

@@ -1,0 +1,49 @@
+"""Attention with every logit in memory: the reference, and the fast way for few queries or short sequences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from streamjax.attention.partial import Partial
+
+
+def attend(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    visible: Bool[Array, "#B #K #C S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    distance: Float[Array, "#B #K #C S"] | None = None,
+) -> Partial:
+    """Softmax attention of C queries over S keys, as a Partial; H must be a multiple of K (grouped queries).
+
+    Args:
+      q, k, v: already rotated, any float dtype; dot products accumulate in float32.
+      visible: which keys count, for each row, key head and query, broadcast where a size is 1.
+      scale: factor on the logits.
+      softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), before masking.
+      slopes, distance: ALiBi (2108.12409): `-slope * distance` is added to the scaled logits of each head.
+    """
+    grouped = rearrange(q, "b c (k g) d -> b k g c d", k=k.shape[1])
+    logits = jnp.einsum("bkgcd,bksd->bkgcs", grouped, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if slopes is not None:
+        assert distance is not None, "ALiBi needs distances"
+        logits -= rearrange(slopes, "(k g) -> k g 1 1", k=k.shape[1]) * distance[:, :, None]
+    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / divisor
+    lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0]
+    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))

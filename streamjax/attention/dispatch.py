@@ -1,0 +1,53 @@
+"""Which implementation computes attention over a sequence: one function, the best for shapes and platform."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from streamjax.attention.dense import attend
+from streamjax.attention.flash import flash_attention
+from streamjax.attention.patterns import Pattern
+
+Implementation = Literal["dense", "xla"]
+DENSE_LIMIT = 1024 * 1024  # logits per row and head up to which the dense form is used
+
+
+def sequence_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    pattern: Pattern,
+    *,
+    scale: float,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T H D"]:
+    """Self-attention of a sequence under a causal pattern; float32 output.
+
+    Args:
+      q, k, v: rotated queries and keys, values; H a multiple of K.
+      pattern: which keys a query sees, by index in the sequence.
+      scale, softcap, slopes: as in `dense.attend`; ALiBi distances are index differences.
+      segment_ids: tokens see only their own segment.
+      implementation: `"dense"` (all logits at once), `"xla"` (blockwise, memory linear in T); None chooses by size.
+    """
+    if implementation is None:
+        implementation = "dense" if q.shape[1] * k.shape[1] <= DENSE_LIMIT else "xla"
+    if implementation == "xla":
+        return flash_attention(
+            q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes
+        ).out
+    if implementation != "dense":
+        raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense' or 'xla'")
+    index = jnp.arange(q.shape[1], dtype=jnp.int32)
+    visible = pattern.visible(index[:, None], index[None, :])[None, None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    distance = (index[:, None] - index[None, :]).astype(jnp.float32)[None, None]
+    heads_first = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    return attend(q, *heads_first, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance).out

@@ -1,0 +1,48 @@
+"""Partial attention results and the one way to combine them.
+
+Softmax attention over a set of keys is a sum over any split of that set: each part contributes its own softmax output
+and the log-sum-exp of its logits, and parts combine exactly (the associative merge of online softmax, Milakov and
+Gimelshein 1805.02867; used for split-K decoding in Flash-Decoding and Lean Attention 2405.10480).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the context.
+
+    out: the part's softmax output, float32 [B, C, H, D]; zero where nothing was attended.
+    lse: log-sum-exp of the part's logits, float32 [B, C, H]; -inf where nothing was attended.
+    """
+
+    out: Float[Array, "B C H D"]
+    lse: Float[Array, "B C H"]
+
+
+def merge(*parts: Partial) -> Partial:
+    """Combine partials over disjoint sets of keys into the partial over their union, exactly.
+
+    A part that attended nothing (lse = -inf) changes neither value nor gradient. Parts must agree in shape.
+    """
+    if not parts:
+        raise ValueError("merge needs at least one Partial")
+    if len(parts) == 1:
+        return parts[0]
+    top = parts[0].lse
+    for part in parts[1:]:
+        top = jnp.maximum(top, part.lse)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = [jnp.exp(part.lse - top) for part in parts]
+    total = sum(weights[1:], weights[0])
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = sum(
+        (part.out * (weight / divisor)[..., None] for part, weight in zip(parts[1:], weights[1:], strict=True)),
+        parts[0].out * (weights[0] / divisor)[..., None],
+    )
+    return Partial(out, jnp.where(some, top + jnp.log(divisor), -jnp.inf))

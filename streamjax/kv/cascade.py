@@ -1,0 +1,80 @@
+"""A KV cache as a cascade of tiers: what one tier evicts falls to the next, what the last evicts is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from streamjax.attention.partial import merge
+from streamjax.kv.full import Full
+from streamjax.kv.sink import Sink
+from streamjax.kv.sink_window import SinkWindow
+from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
+from streamjax.kv.window import Window
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Cascade:
+    """Tiers in the order in which a token passes them. Static and hashable; `init` makes the state.
+
+    `Cascade(Sink(4), Window(1020))` is StreamingLLM. With `fuse=True` adjacent tiers that can share one buffer do; the
+    results are the same, decoding reads one contiguous store.
+    """
+
+    tiers: tuple[Tier, ...]
+
+    def __init__(self, *tiers: Tier, fuse: bool = True):
+        if not tiers:
+            raise ValueError("a Cascade needs at least one tier, for instance sj.kv.Window(1020)")
+        for tier in tiers:
+            if not isinstance(tier, Tier):
+                raise ValueError(f"a Cascade is made of tiers such as sj.kv.Window(1020), not {tier!r}")
+        if any(isinstance(tier, Sink) for tier in tiers[1:]):
+            raise ValueError("Sink must be the first tier of a Cascade: it keeps the first tokens of the stream")
+        reach = sum(tier.slots for tier in tiers)
+        placed = [
+            dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers
+        ]
+        if fuse and len(placed) == 2 and isinstance(placed[0], Sink) and isinstance(placed[1], Window):
+            placed = [SinkWindow(placed[0].size, placed[1].size, placed[0].reach)]
+        object.__setattr__(self, "tiers", tuple(placed))
+
+    @property
+    def slots(self) -> int:
+        """Tokens held by all tiers together."""
+        return sum(tier.slots for tier in self.tiers)
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens after which the cascade is full, where it has an end."""
+        return self.slots if isinstance(self.tiers[-1], Full) else None
+
+    def init(self, spec: KVSpec) -> tuple[State, ...]:
+        """Empty states, one a tier."""
+        return tuple(tier.init(spec) for tier in self.tiers)
+
+    def update(
+        self, states: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        """Attend a chunk's queries to the cache and to the chunk itself, causally, and store the chunk.
+
+        Returns the attention output in float32 and the new states.
+        """
+        states = list(states)
+        rest = tokens
+        for i, tier in enumerate(self.tiers):
+            states[i], rest = tier.absorb(states[i], query, rest)
+        end = len(self.tiers) - 1
+        parts = [tier.attend(states[i], query, last=i == end) for i, tier in enumerate(self.tiers)]
+        if self.capacity is None:
+            reach = self.tiers[-1].strict_reach
+            parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=reach))
+        out = merge(*parts).out
+        if self.capacity is not None:
+            overflow = jnp.cumsum(rest.valid[:, 0], axis=1) > 0
+            out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
+        for i, tier in enumerate(self.tiers):
+            states[i], rest = tier.insert(states[i], rest)
+        return out, tuple(states)

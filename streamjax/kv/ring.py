@@ -1,0 +1,108 @@
+"""Writing runs of tokens into fixed buffers: in place, contiguous, whatever the row's own cursor is.
+
+A buffer has a slot axis; a row writes `count` tokens, those from `start` on in its chunk, to slots `cursor`,
+`cursor + 1`, ... A ring wraps; a linear buffer stops at its end. Writes are windows as wide as the chunk, blended with
+what was there, so that a donated buffer is updated in place (two windows for a ring, whose run may wrap).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Shaped
+
+
+def _blend(buffer: Array, chunk: Array, at: Array, shift: Array, start: Array, count: Array, axis: int) -> Array:
+    """One row: slot `at + i` takes chunk token `i - shift + start` wherever that is one of the `count` tokens."""
+    width = chunk.shape[axis]
+    index = jnp.arange(width, dtype=jnp.int32) - shift
+    shape = [1] * chunk.ndim
+    shape[axis] = width
+    write = ((index >= 0) & (index < count)).reshape(shape)
+    # roll so that chunk token (start + index) stands at its slot: a slice of the chunk doubled
+    doubled = jnp.concatenate((chunk, chunk), axis=axis) if width > 1 else chunk
+    turned = jax.lax.dynamic_slice_in_dim(doubled, (start - shift) % width, width, axis) if width > 1 else chunk
+    old = jax.lax.dynamic_slice_in_dim(buffer, at, width, axis)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(write, turned, old), at, axis)
+
+
+def _rows(write, buffer: Array, chunk: Array, *counters: Array) -> Array:
+    """Apply a one-row write to every row; one row alone needs no batching, which keeps its update in place."""
+    if buffer.shape[0] == 1:
+        return write(buffer[0], chunk[0], *(c[0] for c in counters))[None]
+    return jax.vmap(write)(buffer, chunk, *counters)
+
+
+def write_linear(
+    buffer: Shaped[Array, "B ..."],
+    chunk: Shaped[Array, "B ..."],
+    cursor: Int32[Array, " B"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+    axis: int,
+) -> Shaped[Array, "B ..."]:
+    """Append a run to a linear buffer along `axis`; tokens past its end are dropped.
+
+    `cursor` is the first free slot of each row. The chunk may be longer than the buffer.
+    """
+    slots = buffer.shape[axis]
+    if chunk.shape[axis] > slots:  # only a few slots: bring the run's first tokens to the front
+        index = (start[:, None] + jnp.arange(slots)) % chunk.shape[axis]
+        shape = [chunk.shape[0]] + [1] * (chunk.ndim - 1)
+        shape[axis] = slots
+        chunk = jnp.take_along_axis(chunk, index.reshape(shape), axis=axis)
+        start, count = jnp.zeros_like(start), jnp.minimum(count, slots)
+    width = chunk.shape[axis]
+
+    def write(row: Array, new: Array, cursor: Array, start: Array, count: Array) -> Array:
+        at = jnp.minimum(cursor, slots - width)
+        return _blend(row, new, at, cursor - at, start, count, axis - 1)
+
+    return _rows(write, buffer, chunk, cursor, start, count)
+
+
+def write_ring(
+    buffer: Shaped[Array, "B ..."],
+    chunk: Shaped[Array, "B ..."],
+    cursor: Int32[Array, " B"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+    axis: int,
+    offset: int = 0,
+) -> Shaped[Array, "B ..."]:
+    """Write a run to a ring along `axis`, the slot after the newest token being `cursor`, in [0, slots).
+
+    The ring is what the buffer has from slot `offset` on. Of a run longer than the ring the newest tokens stay.
+    """
+    slots, width = buffer.shape[axis] - offset, chunk.shape[axis]
+    if width > slots:
+        before, buffer = jnp.split(buffer, [offset], axis=axis)
+        # Slot s takes the newest token of the run that lands on it, if any does.
+        age = (cursor[:, None] + count[:, None] - 1 - jnp.arange(slots)) % slots  # 0 is the newest
+        index = count[:, None] - 1 - age
+        shape = [chunk.shape[0]] + [1] * (chunk.ndim - 1)
+        shape[axis] = slots
+        source = jnp.clip(start[:, None] + index, 0, width - 1).reshape(shape)
+        ring = jnp.where((index >= 0).reshape(shape), jnp.take_along_axis(chunk, source, axis=axis), buffer)
+        return jnp.concatenate((before, ring), axis=axis)
+
+    def write(row: Array, new: Array, cursor: Array, start: Array, count: Array) -> Array:
+        at = jnp.minimum(cursor, slots - width)
+        row = _blend(row, new, offset + at, cursor - at, start, jnp.minimum(count, slots - cursor), axis - 1)
+        if width == 1:
+            return row
+        # what wrapped: chunk tokens from (slots - cursor) on go to slots 0, 1, ...
+        done = jnp.minimum(slots - cursor, width)
+        return _blend(row, new, jnp.int32(offset), jnp.int32(0), start + done, count - done, axis - 1)
+
+    return _rows(write, buffer, chunk, cursor, start, count)
+
+
+def read_ring(
+    buffer: Shaped[Array, "B ..."], oldest: Int32[Array, " B"], width: int, axis: int
+) -> Shaped[Array, "B ..."]:
+    """The `width` slots of a ring from slot `oldest` on, in order, wrapping; `width` may exceed the ring."""
+    index = (oldest[:, None] + jnp.arange(width, dtype=jnp.int32)) % buffer.shape[axis]
+    shape = [buffer.shape[0]] + [1] * (buffer.ndim - 1)
+    shape[axis] = width
+    return jnp.take_along_axis(buffer, index.reshape(shape), axis=axis)

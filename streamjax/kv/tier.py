@@ -1,0 +1,178 @@
+"""What flows through a KV cache: queries, tokens, and the tiers that store them.
+
+A tier keeps tokens under one rule. What it evicts falls to the next tier of its cascade. A tier is a frozen dataclass,
+static and hashable; its state is a pytree of arrays. Rows of a batch are independent streams, each with its own
+position and its own number of new tokens in a chunk (chunks are right-padded).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from streamjax.attention.dense import attend
+from streamjax.attention.partial import Partial, merge
+from streamjax.attention.rotary import Rotary
+
+State = Any  # a pytree of arrays
+SLOT_BLOCK = 4096  # logits of one chunk against at most this many slots exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class KVSpec:
+    """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`."""
+
+    batch_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    def buffer(self, slots: int) -> Float[Array, "B K S D"]:
+        """Zeros for `slots` keys or values."""
+        return jnp.zeros((self.batch_size, self.kv_heads, slots, self.head_dim), self.dtype)
+
+    def counter(self) -> Int32[Array, " B"]:
+        return jnp.zeros((self.batch_size,), jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVTokens:
+    """Tokens on their way into a tier, oldest first; `valid` is one contiguous run in each row.
+
+    k, v: rotated keys, and values, [B, K, C, D]. raw_k: the keys before rotation. position: stream position, uint32,
+    valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the same tokens.
+    """
+
+    k: Float[Array, "B K C D"]
+    v: Float[Array, "B K C D"]
+    raw_k: Float[Array, "B K C D"]
+    position: UInt32[Array, "B #K C"]
+    valid: Bool[Array, "B #K C"]
+
+    def run(self) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
+        """Start and length of the run of valid tokens in each row, where all heads hold the same tokens."""
+        if self.valid.shape[1] != 1:
+            raise ValueError("this tier stores one list of tokens a row; it cannot follow a tier that evicts per head")
+        valid = self.valid[:, 0]
+        return jnp.argmax(valid, axis=1).astype(jnp.int32), jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """The queries of one chunk in one layer, and all that is needed to compare them with cached keys.
+
+    q: rotated to the true position, [B, C, H, D]. raw_q: not rotated. position: uint32 [B, C], modulo 2^32. seen:
+    tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
+    """
+
+    q: Float[Array, "B C H D"]
+    raw_q: Float[Array, "B C H D"]
+    position: UInt32[Array, "B C"]
+    seen: Int32[Array, " B"]
+    slopes: Float[Array, " H"] | None
+    rotary: Rotary | None = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def index(self) -> Int32[Array, "B C"]:
+        """Index of each query in its stream, saturating: never wraps, unlike `position`."""
+        return self.seen[:, None] + jnp.arange(self.q.shape[1], dtype=jnp.int32)
+
+    def at(self, position: UInt32[Array, "B C"]) -> Query:
+        """These queries as if they stood at `position`."""
+        q = self.raw_q if self.rotary is None else self.rotary(self.raw_q, position)
+        return dataclasses.replace(self, q=q, position=position)
+
+    def attend(
+        self,
+        k: Float[Array, "B K S D"],
+        v: Float[Array, "B K S D"],
+        position: UInt32[Array, "B #K S"],
+        valid: Bool[Array, "B #K S"],
+        reach: int | None = None,
+        filled: Int32[Array, " B"] | None = None,
+    ) -> Partial:
+        """Attend causally to keys at these stream positions, at most `reach` positions back.
+
+        Distances are differences of uint32 positions read as int32: right across the wrap of the counter. Slots are
+        taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited.
+        """
+        slots = k.shape[2]
+        if slots <= SLOT_BLOCK:
+            return self._attend(k, v, position, valid, reach)
+
+        def block(index: Array, part: Partial) -> Partial:
+            # The last block is moved back to fit; slots that the block before it had are masked.
+            start = jnp.minimum(index * SLOT_BLOCK, slots - SLOT_BLOCK)
+
+            def take(x: Array, axis: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, SLOT_BLOCK, axis)
+
+            fresh = start + jnp.arange(SLOT_BLOCK) >= index * SLOT_BLOCK
+            some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, 2) & fresh, reach)
+            return merge(part, some)
+
+        b, c, h, d = self.q.shape
+        nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
+        blocks = -(-slots // SLOT_BLOCK)
+        if filled is not None:
+            blocks = jnp.minimum(-(-jnp.max(filled) // SLOT_BLOCK), blocks)
+        return jax.lax.fori_loop(0, blocks, block, nothing)
+
+    def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
+        distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
+        visible = valid[:, :, None, :] & (distance >= 0)
+        if reach is not None:
+            visible &= distance <= reach
+        return attend(
+            self.q,
+            k,
+            v,
+            visible,
+            scale=self.scale,
+            softcap=self.softcap,
+            slopes=self.slopes,
+            distance=None if self.slopes is None else distance.astype(jnp.float32),
+        )
+
+
+class Tier:
+    """A rule for storing tokens. Subclasses are frozen dataclasses.
+
+    `slots` is how many tokens it holds. `keeps_first` says that it fills once and for all: such a tier takes its
+    tokens from a chunk before the chunk attends (`absorb`); others see the chunk after (`insert`). `strict_reach` is
+    how far back a query sees when the tier is the last of its cascade (None: everything the chunk brought).
+    """
+
+    keeps_first: bool = False
+
+    @property
+    def slots(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def strict_reach(self) -> int | None:
+        return 0 if self.keeps_first else None
+
+    def init(self, spec: KVSpec) -> State:
+        """An empty state."""
+        raise NotImplementedError
+
+    def absorb(self, state: State, query: Query, tokens: KVTokens) -> tuple[State, KVTokens]:
+        """Before the chunk attends: take what this tier keeps for good; return the tokens that are left."""
+        return state, tokens
+
+    def attend(self, state: State, query: Query, last: bool) -> Partial:
+        """Attention of the chunk's queries to what is stored; `last`: nothing behind this tier catches its evictions."""
+        raise NotImplementedError
+
+    def insert(self, state: State, tokens: KVTokens) -> tuple[State, KVTokens]:
+        """After the chunk attended: store its tokens; return as many tokens as came in, those that had to go."""
+        return state, tokens

@@ -1,0 +1,97 @@
+"""`Window`: the most recent tokens, in a ring buffer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from streamjax.attention.partial import Partial
+from streamjax.kv.ring import read_ring, write_ring
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingState:
+    """A ring of slots; `cursor` is the slot that the next token takes, `filled` how many hold tokens."""
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    position: UInt32[Array, "B 1 S"]
+    cursor: Int32[Array, " B"]
+    filled: Int32[Array, " B"]
+
+
+def push(state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
+    """Write tokens over the oldest ones; return the tokens that fell out, oldest first, left-aligned."""
+    start, count = tokens.run()
+    slots, width = state.k.shape[2], tokens.k.shape[2]
+    fallen = jnp.maximum(state.filled + count - slots, 0)
+    oldest = (state.cursor - state.filled) % slots
+
+    def evict(buffer: Array, chunk: Array) -> Array:
+        # The oldest `fallen` of what was stored followed by the run: stored ones first, then the run's own.
+        index = jnp.arange(width, dtype=jnp.int32)[None] - state.filled[:, None]
+        shape = (chunk.shape[0], 1, width) + (1,) * (chunk.ndim - 3)
+        stored = read_ring(buffer, oldest, width, axis=2)
+        own = jnp.take_along_axis(chunk, jnp.clip(start[:, None] + index, 0, width - 1).reshape(shape), axis=2)
+        return jnp.where((index < 0).reshape(shape), stored, own)
+
+    evicted = KVTokens(
+        k=evict(state.k, tokens.k),
+        v=evict(state.v, tokens.v),
+        raw_k=jnp.zeros_like(tokens.raw_k),
+        position=evict(state.position, tokens.position),
+        valid=jnp.arange(width) < fallen[:, None, None],
+    )
+
+    def write(buffer: Array, chunk: Array) -> Array:
+        return write_ring(buffer, chunk, state.cursor, start, count, axis=2)
+
+    new = RingState(
+        write(state.k, tokens.k),
+        write(state.v, tokens.v),
+        write(state.position, tokens.position),
+        (state.cursor + count) % slots,
+        jnp.minimum(state.filled + count, slots),
+    )
+    return new, evicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Tier):
+    """Keeps the `size` tokens before the query: a query at position p sees keys in [p - size, p], itself included.
+
+    `size` is StreamingLLM's `recent_size`; a model's own `sliding_window = W` is `Window(W - 1)`. As the last tier of
+    a cascade the window is strict; before other tiers, tokens about to fall stay visible until their chunk is stored.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Window.size must be at least 1 token, got {self.size}")
+
+    @property
+    def slots(self) -> int:
+        return self.size
+
+    @property
+    def strict_reach(self) -> int | None:
+        return self.size
+
+    def init(self, spec: KVSpec) -> RingState:
+        position = jnp.zeros((spec.batch_size, 1, self.size), jnp.uint32)
+        return RingState(
+            spec.buffer(self.size), spec.buffer(self.size), position, spec.counter(), spec.counter()
+        )
+
+    def attend(self, state: RingState, query: Query, last: bool) -> Partial:
+        valid = jnp.arange(self.size) < state.filled[:, None, None]
+        return query.attend(state.k, state.v, state.position, valid, reach=self.size if last else None)
+
+    def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
+        return push(state, tokens)

@@ -1,0 +1,197 @@
+"""What a decoder is: one frozen, hashable description that covers every architecture the library loads.
+
+A `ModelConfig` holds shapes and choices, never arrays. `families.py` makes one from a Hugging Face `config.json`;
+`decoder.py` builds the model that it describes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base, width and one of the published ways to scale it to longer contexts.
+
+    `rotary_dim` is the number of leading channels of a head that rotate (`None`: all of them). Fields that a kind does
+    not use are ignored. Names follow Hugging Face's `rope_scaling`, whose meaning they have.
+    """
+
+    theta: float = 10_000.0
+    rotary_dim: int | None = None
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
+            raise ValueError(
+                f"RopeConfig.kind is {self.kind!r}; use default, linear, dynamic, llama3, yarn or longrope"
+            )
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not self.original_max_position:
+            raise ValueError(f"RopeConfig.kind {self.kind!r} needs original_max_position")
+        if self.theta <= 0 or self.factor <= 0:
+            raise ValueError(f"RopeConfig.theta and factor must be positive, got {self.theta} and {self.factor}")
+        if self.rotary_dim is not None and (self.rotary_dim <= 0 or self.rotary_dim % 2):
+            raise ValueError(f"RopeConfig.rotary_dim must be positive and even, got {self.rotary_dim}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What distinguishes one layer from its neighbours: its sliding window (`None`: full attention) and its RoPE."""
+
+    window: int | None
+    rope: RopeConfig | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer. Every field is static; two equal configs compile to the same program.
+
+    Shapes: `d_model` channels, `num_heads` query heads and `num_kv_heads` key/value heads of width `head_dim`, an MLP
+    of width `mlp_dim`, `vocab_size` tokens. `windows` has one entry a layer, Hugging Face's `sliding_window` (a key
+    is visible at distance < W) or `None`; an empty tuple means full attention everywhere.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    family: str = "llama"
+    # Normalisation
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # added to the stored weight: 1.0 for Gemma
+    norm_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's queries and keys
+    post_norms: bool = False  # norms after attention and MLP too, before the residual sum (Gemma 2 and 3)
+    # Residual layout: "sequential", or attention and MLP both fed by the block's input
+    parallel_residual: bool = False
+    shared_norm: bool = False  # with parallel_residual: one norm feeds both branches (Falcon 7B)
+    # Projections
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = True
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    clip_qkv: float | None = None
+    # Positions
+    position: Literal["rope", "alibi", "none"] = "rope"
+    rope: RopeConfig = RopeConfig()
+    local_rope: RopeConfig | None = None  # for layers with a window, where it differs (Gemma 3)
+    alibi_slopes: tuple[float, ...] = ()  # one a query head, as they are added to the scaled logits
+    # Attention
+    windows: tuple[int | None, ...] = ()
+    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None
+    # Ends
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
+    logit_bias: bool = False
+    max_position: int = 2048  # the length the model was trained at; nothing stops there
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    sink_token: bool = False  # trained with a dedicated first token that serves as attention sink
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"ModelConfig.{name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"ModelConfig.windows has {len(self.windows)} entries for {self.num_layers} layers; give one a layer"
+            )
+        if any(w is not None and w < 1 for w in self.windows):
+            raise ValueError(f"ModelConfig.windows must be positive or None, got {self.windows}")
+        if self.position == "alibi" and len(self.alibi_slopes) != self.num_heads:
+            raise ValueError(f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads")
+        if self.shared_norm and not self.parallel_residual:
+            raise ValueError("ModelConfig.shared_norm needs parallel_residual=True")
+        for rope in (self.rope, self.local_rope):
+            if self.position == "rope" and rope is not None and (rope.rotary_dim or self.head_dim) > self.head_dim:
+                raise ValueError(f"RopeConfig.rotary_dim {rope.rotary_dim} exceeds head_dim {self.head_dim}")
+        if self.position == "rope" and self.rope.rotary_dim is None and self.head_dim % 2:
+            raise ValueError(f"ModelConfig.head_dim {self.head_dim} is odd: set RopeConfig.rotary_dim to an even width")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """Factor on query-key dot products."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def layer(self, index: int) -> LayerSpec:
+        """The window and RoPE of layer `index`."""
+        window = self.windows[index] if self.windows else None
+        if self.position != "rope":
+            return LayerSpec(window, None)
+        return LayerSpec(window, self.local_rope if window is not None and self.local_rope else self.rope)
+
+    @property
+    def period(self) -> int:
+        """Smallest P such that layer i and layer i + P are alike for every i: the body of a scan over layers."""
+        specs = [self.layer(i) for i in range(self.num_layers)]
+        return next(p for p in range(1, self.num_layers + 1) if all(s == specs[i % p] for i, s in enumerate(specs)))
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        heads, kv, width, d, f = self.num_heads, self.num_kv_heads, self.head_dim, self.d_model, self.mlp_dim
+        norm = d * (1 + (self.norm == "layer" and self.norm_bias))
+        attention = d * (heads + 2 * kv) * width + heads * width * d
+        attention += self.qkv_bias * (heads + 2 * kv) * width + self.out_bias * d + self.qk_norm * 2 * width
+        mlp = (3 if self.gated_mlp else 2) * d * f + self.mlp_bias * (f * (2 if self.gated_mlp else 1) + d)
+        norms = (1 if self.shared_norm else 2) + 2 * self.post_norms
+        ends = self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.logit_bias * self.vocab_size
+        return self.num_layers * (attention + mlp + norms * norm) + norm + ends
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """A dictionary of plain values, from which `from_json_dict` rebuilds the config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Rebuild a config that went through JSON; an unknown field is a ValueError."""
+        values = dict(values)
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown ModelConfig field {unknown[0]!r}: written by a newer streamjax?")
+
+        def rope(value: Any) -> RopeConfig | None:
+            return None if value is None else RopeConfig(**{k: _tuple(v) for k, v in value.items()})
+
+        ropes = {name: rope(values.pop(name)) for name in ("rope", "local_rope") if name in values}
+        return cls(**{k: _tuple(v) for k, v in values.items()}, **ropes)  # type: ignore[arg-type]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

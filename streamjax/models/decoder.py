@@ -1,0 +1,216 @@
+"""The decoder: one NNX module for every architecture that `ModelConfig` describes.
+
+A `Decoder` is a pytree of parameters; nothing in it changes while it runs. It can be passed to plain `jax.jit`,
+`jax.grad` and `lax.scan`. Layers lie in one of two layouts: one module a layer (`layers`), which decoding reads without
+copies, or stacked by the period in which layers repeat (`stack`), which a scan walks and which compiles fast at any
+depth. The two hold the same numbers; `unstack` and `stack_layers` convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.tier import State
+from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.layers import MLP, Norm, kernel, zeros
+from streamjax.models.mixer import Attention, ChunkContext, SequenceContext
+from streamjax.parallel.rules import constrain
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 on TPU and GPU, float32 on CPU."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+class Block(nnx.Module):
+    """One layer: a token mixer and an MLP around a residual stream, sequential or parallel."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, key: Array, dtype: jnp.dtype):
+        key_mixer, key_mlp = jax.random.split(key)
+        self.config = config
+        self.mixer_norm = Norm(config.d_model, config, dtype)
+        self.mixer = Attention(config, spec, key_mixer, dtype)
+        self.mlp_norm = None if config.shared_norm else Norm(config.d_model, config, dtype)
+        self.mlp = MLP(config, key_mlp, dtype)
+        self.mixer_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
+        self.mlp_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
+
+    def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+        """The layer over a whole sequence."""
+        normed = self.mixer_norm(x)
+        return self._residual(x, normed, self.mixer.parallel(normed, context))
+
+    def stream(
+        self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext
+    ) -> tuple[Float[Array, "B C E"], State]:
+        """The layer over one chunk of a stream."""
+        normed = self.mixer_norm(x)
+        mixed, state = self.mixer.stream(normed, state, cache, context)
+        return self._residual(x, normed, mixed), state
+
+    def _residual(self, x: Array, normed: Array, mixed: Array) -> Array:
+        if self.mixer_post_norm is not None:
+            mixed = self.mixer_post_norm(mixed)
+        if self.config.parallel_residual:
+            y = x + mixed + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+        else:
+            x = x + mixed
+            assert self.mlp_norm is not None
+            y = self.mlp(self.mlp_norm(x))
+            y = x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
+        return constrain(y, "batch", "length", "activation_embed")
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+      config: shapes and choices.
+      key: PRNG key of the initial weights; under `jax.eval_shape` nothing is drawn.
+      dtype: of activations; `default_dtype()` where None.
+      param_dtype: of parameters; `dtype` where None.
+      scan_layers: stack repeating layers (see the module's text).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: Array,
+        *,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype | None = None,
+        scan_layers: bool = False,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype or default_dtype())
+        params = jnp.dtype(param_dtype or self.dtype)
+        key_embed, key_head, key_layers = jax.random.split(key, 3)
+        d, vocab = config.d_model, config.vocab_size
+        self.embedding = kernel(key_embed, (vocab, d), ("vocab", "embed"), d, params)
+        keys = jax.random.split(key_layers, config.num_layers)
+        period = config.period
+        repeats = config.num_layers // period if scan_layers else 0
+
+        def build(spec: LayerSpec, key: Array) -> Block:
+            return Block(config, spec, key, params)
+
+        self.stack = nnx.List(
+            [jax.vmap(partial(build, config.layer(i)))(keys[i : repeats * period : period]) for i in range(period)]
+            if repeats
+            else []
+        )
+        self.layers = nnx.List([build(config.layer(i), keys[i]) for i in range(repeats * period, config.num_layers)])
+        self.norm = Norm(d, config, params)
+        self.head = None if config.tie_embeddings else kernel(key_head, (d, vocab), ("embed", "vocab"), d, params)
+        self.head_bias = zeros((vocab,), ("vocab",), params) if config.logit_bias else None
+
+    @property
+    def stacked_layers(self) -> int:
+        """How many of the layers lie in the stack (the first ones)."""
+        return self.config.num_layers - len(self.layers)
+
+    def layer(self, index: int) -> Block:
+        """Layer `index` as a module of its own; a slice where it lies in the stack."""
+        if index >= self.stacked_layers:
+            return self.layers[index - self.stacked_layers]
+        row, column = divmod(index, len(self.stack))
+        return jax.tree.map(lambda leaf: leaf[row], self.stack[column])
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Token embeddings, scaled as the config says."""
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
+        return constrain(x, "batch", "length", "activation_embed")
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the last norm, over a whole sequence.
+
+        `positions` defaults to 0, 1, ...; tokens of different `segment_ids` do not see each other. `remat` keeps only
+        each layer's input for the backward pass.
+        """
+        position = jnp.arange(tokens.shape[1]) if positions is None else positions
+        context = SequenceContext(jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32), segment_ids)
+
+        def apply(block: Block, x: Array) -> Array:
+            return block.parallel(x, context)
+
+        if remat:
+            apply = jax.checkpoint(apply)
+
+        def period(x: Array, blocks: Sequence[Block]) -> tuple[Array, None]:
+            for block in blocks:
+                x = apply(block, x)
+            return x, None
+
+        x = self.embed(tokens)
+        if len(self.stack):
+            x, _ = jax.lax.scan(period, x, tuple(self.stack))
+        for block in self.layers:
+            x = apply(block, x)
+        return self.norm(x)
+
+    def stream(
+        self,
+        tokens: Int[Array, "B C"],
+        states: Sequence[State],
+        caches: Sequence[Cascade],
+        context: ChunkContext,
+    ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
+        """Hidden states after the last norm for one chunk of a stream, and the layers' new states."""
+        x = self.embed(tokens)
+        new_states = []
+        for i, (state, cache) in enumerate(zip(states, caches, strict=True)):
+            x, state = self.layer(i).stream(x, state, cache, context)
+            new_states.append(state)
+        return self.norm(x), tuple(new_states)
+
+    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Next-token logits of hidden states, float32."""
+        if self.head is None:
+            weight, equation = self.embedding, "bte,ve->btv"
+        else:
+            weight, equation = self.head, "bte,ev->btv"
+        logits = jnp.einsum(
+            equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        if self.head_bias is not None:
+            logits = logits + self.head_bias[...].astype(jnp.float32)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
+        return constrain(logits, "batch", "length", "vocab")
+
+
+@partial(jax.jit, static_argnames="remat")
+def forward(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "B T V"]:
+    """Logits of the model as pretrained, over whole sequences, float32.
+
+    Args:
+      model: the model.
+      tokens: int32 token ids.
+      positions: position of each token; 0, 1, ... where None.
+      segment_ids: tokens see only their own segment (packed sequences).
+      remat: keep only each layer's input for a backward pass.
+    """
+    return model.logits(model.hidden(tokens, positions=positions, segment_ids=segment_ids, remat=remat))

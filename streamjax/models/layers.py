@@ -1,0 +1,130 @@
+"""The parameterised pieces of a decoder block: norms, projections, MLP.
+
+Every parameter is an `nnx.Param` that names its dimensions (`axes=`), for `streamjax.parallel`. Kernels are stored
+input-major (`[in, out]`), the layout that a one-row product reads fastest. Weights are cast to the dtype of their
+input where they are used, so master weights can be float32 under bfloat16 activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from streamjax.models.config import ModelConfig
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def kernel(
+    key: Array, shape: Sequence[int], axes: Sequence[str], fan_in: int, dtype: jnp.dtype, gain: float = 1.0
+) -> nnx.Param:
+    """A weight drawn from a normal truncated at two deviations, of standard deviation `gain / sqrt(fan_in)`."""
+    value = jax.random.truncated_normal(key, -2.0, 2.0, tuple(shape), jnp.float32) * (gain / (0.88 * math.sqrt(fan_in)))
+    return nnx.Param(value.astype(dtype), axes=tuple(axes))
+
+
+def zeros(shape: Sequence[int], axes: Sequence[str], dtype: jnp.dtype) -> nnx.Param:
+    """A parameter of zeros: a bias."""
+    return nnx.Param(jnp.zeros(tuple(shape), dtype), axes=tuple(axes))
+
+
+class Norm(nnx.Module):
+    """RMSNorm (1910.07467) or LayerNorm over the last axis, computed in float32.
+
+    `offset` is added to the weight (Gemma stores weight - 1).
+    """
+
+    def __init__(self, width: int, config: ModelConfig, dtype: jnp.dtype, *, rms: bool | None = None):
+        self.rms = config.norm == "rms" if rms is None else rms
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
+        axis = ("activation_embed",) if width == config.d_model else ("head_dim",)
+        self.weight = nnx.Param(jnp.full((width,), 1.0 - self.offset, dtype), axes=axis)
+        self.bias = zeros((width,), axis, dtype) if not self.rms and config.norm_bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        if not self.rms:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * (self.weight[...].astype(jnp.float32) + self.offset)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Projections(nnx.Module):
+    """Queries, keys and values from one fused product, and the product back to the residual stream.
+
+    `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value, so that
+    one product reads the input once and tensor parallelism splits over key/value heads.
+    """
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        d, kv, group, width = config.d_model, config.num_kv_heads, config.group_size, config.head_dim
+        self.config = config
+        key_in, key_out = jax.random.split(key)
+        axes = ("embed", "kv_heads", "group", "head_dim")
+        self.qkv = kernel(key_in, (d, kv, group + 2, width), axes, d, dtype)
+        self.qkv_bias = zeros((kv, group + 2, width), axes[1:], dtype) if config.qkv_bias else None
+        gain = 1.0 / math.sqrt(2 * config.num_layers)
+        axes = ("kv_heads", "group", "head_dim", "embed")
+        self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
+        self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
+        self.q_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
+        self.k_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
+
+    def split(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries, keys and values, normalised and clipped as the config says, not rotated."""
+        qkv = jnp.einsum("bte,ekgd->btkgd", x, self.qkv[...].astype(x.dtype))
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
+        if self.config.clip_qkv is not None:
+            qkv = jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
+        group = self.config.group_size
+        q = qkv[..., :group, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        k, v = qkv[..., group, :], qkv[..., group + 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
+        """Project the heads' outputs back to `d_model` channels."""
+        grouped = heads.reshape(*heads.shape[:2], self.config.num_kv_heads, self.config.group_size, -1).astype(dtype)
+        y = jnp.einsum("btkgd,kgde->bte", grouped, self.out[...].astype(dtype))
+        return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)
+
+
+class MLP(nnx.Module):
+    """Two-layer MLP, gated (SwiGLU, 2002.05202) or plain; gate and up projections are one product."""
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        d, width, gates = config.d_model, config.mlp_dim, 2 if config.gated_mlp else 1
+        key_in, key_out = jax.random.split(key)
+        self.activation = config.activation
+        self.up = kernel(key_in, (d, gates, width), ("embed", "gates", "mlp"), d, dtype)
+        self.up_bias = zeros((gates, width), ("gates", "mlp"), dtype) if config.mlp_bias else None
+        gain = 1.0 / math.sqrt(2 * config.num_layers)
+        self.down = kernel(key_out, (width, d), ("mlp", "embed"), width, dtype, gain)
+        self.down_bias = zeros((d,), ("activation_embed",), dtype) if config.mlp_bias else None
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        hidden = jnp.einsum("bte,egf->btgf", x, self.up[...].astype(x.dtype))
+        if self.up_bias is not None:
+            hidden = hidden + self.up_bias[...].astype(x.dtype)
+        active = ACTIVATIONS[self.activation](hidden[..., 0, :])
+        active = active * hidden[..., 1, :] if hidden.shape[-2] == 2 else active
+        y = jnp.einsum("btf,fe->bte", active, self.down[...].astype(x.dtype))
+        return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)

@@ -1,0 +1,33 @@
+"""Between a decoder's two layouts: one module a layer, or layers stacked by period for a scan."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from streamjax.models.decoder import Decoder
+
+
+def unstack_layers(model: Decoder) -> Decoder:
+    """The same model with one module a layer: what decoding reads without copies."""
+    layers = [model.layer(i) for i in range(model.config.num_layers)]
+    return _with_layers(model, [], layers)
+
+
+def stack_layers(model: Decoder) -> Decoder:
+    """The same model with repeating layers stacked: what a scan over layers walks."""
+    period = model.config.period
+    repeats = model.config.num_layers // period
+    layers = [model.layer(i) for i in range(model.config.num_layers)]
+    stack = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period]) for i in range(period)
+    ]
+    return _with_layers(model, stack, layers[repeats * period :])
+
+
+def _with_layers(model: Decoder, stack: list, layers: list) -> Decoder:
+    leaves, structure = jax.tree.flatten(model)
+    copy: Decoder = jax.tree.unflatten(structure, leaves)
+    copy.stack, copy.layers = nnx.List(stack), nnx.List(layers)
+    return copy

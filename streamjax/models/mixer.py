@@ -1,0 +1,113 @@
+"""Attention as a token mixer, in its two forms: parallel over a sequence, and streaming over a KV cascade.
+
+A test proves the two equal. The forms share their projections; what differs is where keys and values come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from streamjax.attention.dispatch import sequence_attention
+from streamjax.attention.patterns import Full, SlidingWindow
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.tier import KVTokens, Query, State
+from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.layers import Projections
+from streamjax.models.rope import make_rotary
+from streamjax.parallel.rules import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SequenceContext:
+    """Where the tokens of a whole sequence stand: stream positions, and segments that must not see each other."""
+
+    position: UInt32[Array, "B T"]
+    segment_ids: Int32[Array, "B T"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkContext:
+    """Where the tokens of one chunk of B streams stand.
+
+    position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
+    saturating. span: positions in use at once, which `dynamic` and `longrope` depend on.
+    """
+
+    position: UInt32[Array, "B C"]
+    valid: Bool[Array, "B C"]
+    seen: Int32[Array, " B"]
+    span: int = dataclasses.field(metadata={"static": True})
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of one layer."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, key: Array, dtype: jnp.dtype):
+        self.config = config
+        self.spec = spec
+        self.projections = Projections(config, key, dtype)
+
+    def slopes(self) -> Float[Array, " H"] | None:
+        """ALiBi slopes, one a query head."""
+        return jnp.asarray(np.array(self.config.alibi_slopes, np.float32)) if self.config.position == "alibi" else None
+
+    def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+        """Attention of a whole sequence to itself."""
+        q, k, v = self.projections.split(x)
+        if self.spec.rope is not None:
+            rotary = make_rotary(self.spec.rope, self.config.head_dim, x.shape[1], self.config.max_position)
+            q, k = rotary(q, context.position), rotary(k, context.position)
+        out = sequence_attention(
+            constrain(q, "batch", "length", "heads", "head_dim"),
+            constrain(k, "batch", "length", "kv_heads", "head_dim"),
+            constrain(v, "batch", "length", "kv_heads", "head_dim"),
+            Full() if self.spec.window is None else SlidingWindow(self.spec.window),
+            segment_ids=context.segment_ids,
+            scale=self.config.scale,
+            softcap=self.config.attention_softcap,
+            slopes=self.slopes(),
+        )
+        return self.projections.join(out, x.dtype)
+
+    def stream(
+        self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext
+    ) -> tuple[Float[Array, "B C E"], State]:
+        """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
+        raw_q, raw_k, v = self.projections.split(x)
+        rotary = None
+        if self.spec.rope is not None:
+            rotary = make_rotary(self.spec.rope, self.config.head_dim, context.span, self.config.max_position)
+        q, k = raw_q, raw_k
+        if rotary is not None:
+            q, k = rotary(raw_q, context.position), rotary(raw_k, context.position)
+        tokens = KVTokens(
+            k=_heads_first(k),
+            v=_heads_first(v),
+            raw_k=_heads_first(raw_k),
+            position=context.position[:, None],
+            valid=context.valid[:, None],
+        )
+        query = Query(
+            q=q,
+            raw_q=raw_q,
+            position=context.position,
+            seen=context.seen,
+            slopes=self.slopes(),
+            rotary=rotary,
+            scale=self.config.scale,
+            softcap=self.config.attention_softcap,
+        )
+        out, state = cache.update(state, query, tokens)
+        return self.projections.join(out, x.dtype), state
+
+
+def _heads_first(x: Float[Array, "B C K D"]) -> Float[Array, "B K C D"]:
+    return constrain(jnp.swapaxes(x, 1, 2), "batch", "kv_heads", None, "head_dim")

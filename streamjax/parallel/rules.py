@@ -1,0 +1,73 @@
+"""Logical axis names and the one table that maps them to mesh axes.
+
+Parameters carry their logical names as metadata (`nnx.Param(..., axes=("embed", "mlp"))`), activations and KV state are
+named where they are made. Everything that decides a placement reads `RULES`. A dimension that its mesh axes do not
+divide evenly is replicated over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    # activations and state
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "slots": ("context",),
+    # parameters
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "kv_heads": ("tensor",),
+    "heads": ("tensor",),
+    # never split: a head's channels, the query heads of a group, the gate and up halves, stacked layers
+    "activation_embed": (),
+    "head_dim": (),
+    "group": (),
+    "gates": (),
+    "layers": (),
+}
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Mapping | None = None
+) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names.
+
+    Args:
+      axes: one logical name (or None) a dimension; fewer names than dimensions name the last ones (a stack of layers
+        has one dimension in front).
+      shape: the array's shape.
+      mesh: mesh whose axis names and sizes apply; mesh axes that it lacks are left out.
+      rules: logical name -> mesh axes; `RULES` by default.
+
+    Raises:
+      ValueError: a logical name that the table does not have.
+    """
+    rules = RULES if rules is None else rules
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(sorted(rules))}")
+        chosen: list[str] = []
+        for mesh_axis in rules[name] if name is not None else ():
+            width = mesh.shape.get(mesh_axis, 1)
+            if width > 1 and mesh_axis not in used and size % (width * math.prod(mesh.shape[a] for a in chosen)) == 0:
+                chosen.append(mesh_axis)
+                used.add(mesh_axis)
+        entries.append(tuple(chosen) or None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Ask the compiler to place `x` by the table, under the mesh of `jax.set_mesh`; without one, return `x`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))
