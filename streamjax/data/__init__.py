@@ -1,0 +1,24 @@
+"""Text in: corpora, tokenizers, chat templates and input pipelines."""
+
+from streamjax.data.config import DataConfig
+from streamjax.data.corpus import StdlibCorpus, builtin_corpus, corpus_documents, corpus_text, default_data_dir
+from streamjax.data.pipeline import make_eval_batches, make_train_iterator
+from streamjax.data.sources import DocumentSource, open_source
+from streamjax.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "DataConfig",
+    "DocumentSource",
+    "HFTokenizer",
+    "StdlibCorpus",
+    "Tokenizer",
+    "builtin_corpus",
+    "corpus_documents",
+    "corpus_text",
+    "default_data_dir",
+    "load_tokenizer",
+    "make_eval_batches",
+    "make_train_iterator",
+    "open_source",
+]

@@ -1,0 +1,52 @@
+"""What a training run reads: one frozen, checked dataclass."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches.
+
+    Attributes:
+      source: "builtin", a file, folder or glob of text files, or "tfds:name"; see `open_source`.
+      data_dir: where prepared data is kept; the usual places if None.
+      text_key: the text feature of a TFDS dataset.
+      tokenizer: a folder with `tokenizer.json`, or the file; bytes if None.
+      seq_len: T, tokens in a row.
+      batch_size: B, rows in a batch, over all processes.
+      packing: "concat" joins documents and cuts the stream; "pack" puts documents side by side as segments.
+      bos_each_row: with "concat", every row begins with BOS, and documents do not.
+      shuffle_seed: reorders documents anew in every epoch, and rows; None keeps the order of the source.
+      shuffle_tokens: rows are shuffled within a buffer of this many tokens, since neighbouring rows of a stream come
+        from one document; 0 keeps the order of the stream.
+      epochs: passes over the documents; None never ends.
+      num_workers: processes that read and tokenise; 0 does it in this one.
+      prefetch: batches prepared ahead in a thread; 0 prepares a batch when it is asked for.
+    """
+
+    source: str = "builtin"
+    data_dir: str | None = None
+    text_key: str = "text"
+    tokenizer: str | None = None
+    seq_len: int = 1024
+    batch_size: int = 8
+    packing: Literal["concat", "pack"] = "concat"
+    bos_each_row: bool = True
+    shuffle_seed: int | None = 0
+    shuffle_tokens: int = 1 << 20
+    epochs: int | None = None
+    num_workers: int = 0
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.packing not in ("concat", "pack"):
+            raise ValueError(f'DataConfig.packing is {self.packing!r}: use "concat" or "pack"')
+        least_values = {"seq_len": 2, "batch_size": 1, "shuffle_tokens": 0, "num_workers": 0, "prefetch": 0}
+        for name, least in least_values.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"DataConfig.{name} is {getattr(self, name)}: at least {least} is needed")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"DataConfig.epochs is {self.epochs}: use None, or 1 and more")
+        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
+            raise ValueError(f"DataConfig.shuffle_seed is {self.shuffle_seed}: use None, or 0 to 2**32 - 1")

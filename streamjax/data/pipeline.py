@@ -1,0 +1,125 @@
+"""The input pipeline: documents to batches, with Grain, so that its place can be saved and resumed exactly."""
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import grain
+import numpy as np
+
+from streamjax.data.config import DataConfig
+from streamjax.data.corpus import Split
+from streamjax.data.packing import concat_rows, pack_rows
+from streamjax.data.sources import open_source
+from streamjax.data.tokenizers import Tokenizer, load_tokenizer
+
+Batch = dict[str, np.ndarray]
+
+_EVAL_SEED = 0
+
+
+def make_train_iterator(
+    config: DataConfig, *, shard: grain.sharding.ShardOptions | None = None, split: Split = "train"
+) -> grain.DatasetIterator:
+    """Batches to train on, in an order that depends on nothing but the arguments.
+
+    Args:
+      config: what to read.
+      shard: which of several processes this is, e.g. `grain.sharding.ShardByJaxProcess()`. Each reads its own
+        documents and yields batch_size / shard_count rows.
+      split: which documents.
+
+    Returns:
+      A Grain iterator of dicts of numpy arrays: tokens, targets int32 [B, T], weights float32 [B, T]; with "pack" also
+      segment_ids and positions int32 [B, T]. `get_state()` gives a dict that JSON can hold; after `set_state(state)`,
+      also in a new process, the same batches follow. A last batch that is not full is dropped.
+
+    Raises:
+      ValueError: nothing to read (see `open_source`), a tokenizer that does not fit, rows or documents that cannot be
+        shared out.
+    """
+    index, count = _shard(shard)
+    rows = _rows(config, split, seed=config.shuffle_seed, epochs=config.epochs, index=index, count=count)
+    window = config.shuffle_tokens // config.seq_len
+    if config.shuffle_seed is not None and window > 1:
+        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=config.shuffle_seed)
+    batches = rows.batch(_share(config.batch_size, count), drop_remainder=True)
+    if config.num_workers:
+        batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=config.num_workers))
+    elif config.prefetch:
+        return _ThreadPrefetch(iter(batches), config.prefetch)
+    return iter(batches)
+
+
+def make_eval_batches(
+    config: DataConfig,
+    num_batches: int,
+    *,
+    shard: grain.sharding.ShardOptions | None = None,
+    split: Split = "validation",
+) -> Iterable[Batch]:
+    """The first batches of a split, the same ones every time.
+
+    One pass over the documents in a fixed shuffled order, so that few batches still see many kinds of text. The last
+    batch is filled with rows of weight 0: with enough batches every token of the split counts once. Every process goes
+    through all rows and takes its own, so that all have equally many batches.
+
+    Args:
+      config: what to read; its shuffling, epochs and workers play no part.
+      num_batches: at most so many.
+      shard: which of several processes this is.
+      split: which documents.
+
+    Returns:
+      Batches as those of `make_train_iterator`, made anew each time it is iterated over.
+
+    Raises:
+      ValueError: as `make_train_iterator`, or fewer than one batch asked for.
+    """
+    if num_batches < 1:
+        raise ValueError(f"num_batches is {num_batches}: at least 1 is needed")
+    index, count = _shard(shard)
+    share = _share(config.batch_size, count)
+    rows = _rows(config, split, seed=_EVAL_SEED, epochs=1, index=0, count=1)
+    fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
+    batches = grain.experimental.LimitIterDataset(rows.batch(config.batch_size, batch_fn=fill), num_batches)
+    mine = slice(index * share, (index + 1) * share)
+    return batches.map(lambda batch: {key: value[mine] for key, value in batch.items()})
+
+
+def _rows(config: DataConfig, split: Split, *, seed: int | None, epochs: int | None, index: int, count: int) -> Any:
+    tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
+    source = open_source(config.source, split, text_key=config.text_key, data_dir=config.data_dir)
+    if len(source) < count:
+        raise ValueError(
+            f"data source {config.source!r} has {len(source)} documents in {split!r}, for {count} processes: "
+            "split it into more files"
+        )
+    documents = grain.MapDataset.source(source)
+    if seed is not None:
+        documents = documents.shuffle(seed)
+    if count > 1:
+        documents = documents[index::count]
+    documents = documents.repeat(epochs)
+    if config.packing == "pack":
+        return pack_rows(documents, tokenizer, config.seq_len)
+    return concat_rows(documents, tokenizer, config.seq_len, config.bos_each_row)
+
+
+def _shard(shard: grain.sharding.ShardOptions | None) -> tuple[int, int]:
+    return (0, 1) if shard is None else (shard.shard_index, shard.shard_count)
+
+
+def _share(batch_size: int, count: int) -> int:
+    if batch_size % count:
+        raise ValueError(f"batch_size {batch_size} is not a multiple of the {count} processes")
+    return batch_size // count
+
+
+class _ThreadPrefetch(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain's, silent where an iterator outlives the modules it would use to close itself, as a script's globals do."""
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            super().__del__()

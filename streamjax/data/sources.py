@@ -1,0 +1,189 @@
+"""Where documents come from: the built-in corpus, text files, or a prepared TFDS dataset, all as random-access sources.
+
+A source is what `grain.MapDataset.source` takes: a length and documents (str) by index.
+"""
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import tensorflow_datasets as tfds
+
+from streamjax.data.corpus import SPLITS, Split, builtin_corpus, split_of
+
+_HELD_OUT_FILES = {"test": 0.05, "validation": 0.05}
+_TAIL = 0.05  # of a lone file, what is kept for validation
+_PIECE_BYTES = 1 << 22  # a longer file is read as several documents
+
+
+class DocumentSource(Protocol):
+    """Documents by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+
+class FeatureSource:
+    """One text feature of a random-access source of examples (a TFDS data source)."""
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], text_key: str):
+        self._examples = examples
+        self._text_key = text_key
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> str:
+        text = self._examples[index][self._text_key]
+        return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text)
+
+
+class Piece(NamedTuple):
+    """The bytes [start, stop) of a file."""
+
+    file: Path
+    start: int
+    stop: int
+
+
+class FileSource:
+    """Pieces of UTF-8 files, read when asked for; bytes that are no UTF-8 become U+FFFD, line ends become "\\n"."""
+
+    def __init__(self, pieces: Sequence[Piece]):
+        self._pieces = tuple(pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> str:
+        piece = self._pieces[index]
+        with piece.file.open("rb") as stream:
+            stream.seek(piece.start)
+            text = stream.read(piece.stop - piece.start).decode("utf-8", errors="replace")
+        return text.replace("\r\n", "\n")
+
+
+def open_source(
+    spec: str, split: Split = "train", *, text_key: str = "text", data_dir: str | Path | None = None
+) -> DocumentSource:
+    """The documents of one split.
+
+    Args:
+      spec: "builtin" (CPython's own text; "builtin/with_tests" for more of it), "text:" and a file, folder or glob
+        ("**" goes through folders) of UTF-8 text, or "tfds:" and the name of a TFDS dataset that was prepared as
+        ArrayRecord. A file, folder or glob that exists needs no "text:".
+      split: "train", "validation" or "test"; TFDS split names and slices too ("train[:1%]") for "tfds:".
+      text_key: the text feature of a TFDS dataset.
+      data_dir: where the built-in corpus or the TFDS dataset is kept; the usual places by default.
+
+    Text files fall into splits by a hash of their path below the folder or the fixed part of the glob: 90% train, 5%
+    validation, 5% test; of several files at least one is for validation. Of a lone file the last 5% are validation.
+    A file beyond 4 MiB is read as several documents, cut after a line.
+
+    Raises:
+      ValueError: no such source, split or feature; the message says which there are.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "tfds":
+        return _open_tfds(rest, split, text_key, data_dir)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    if spec == "builtin" or spec.startswith("builtin/"):
+        builder = builtin_corpus(data_dir, config=spec.partition("/")[2] or "stdlib")
+        return FeatureSource(cast(Sequence[Any], builder.as_data_source(split)), "text")
+    pattern = os.path.expanduser(rest if kind == "text" else spec)
+    files, base = _find_files(pattern)
+    if files:
+        return FileSource(_file_pieces(files, base, split, spec))
+    if kind == "text":
+        raise ValueError(f"data source {spec!r}: no text files match {pattern}")
+    raise ValueError(f'data source {spec!r}: use "builtin", "tfds:name", "text:pattern" or a file, folder or glob')
+
+
+def _find_files(pattern: str) -> tuple[list[Path], Path]:
+    """The text files that a path or glob names, sorted, and the folder that their names are relative to."""
+    path = Path(pattern)
+    if path.is_file():
+        files, base = [path], path.parent
+    elif path.is_dir():
+        found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+        files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        return sorted(file for file in files if _looks_like_text(file)), path
+    else:
+        files = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+        parts = Path(pattern).parts
+        fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+        base = Path(*parts[:fixed])
+    for file in files:
+        if not _looks_like_text(file):
+            raise ValueError(f"{file} is not UTF-8 text: it holds zero bytes")
+    return sorted(files), base
+
+
+def _looks_like_text(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return b"\0" not in stream.read(4096)
+
+
+def _file_pieces(files: Sequence[Path], base: Path, split: str, spec: str) -> list[Piece]:
+    if len(files) == 1:
+        size = files[0].stat().st_size
+        cut = _line_end(files[0], int(size * (1 - _TAIL)), size)
+        ranges = {"train": (0, cut), "validation": (cut, size)}
+        if split not in ranges:
+            raise ValueError(f"data source {spec!r} is one file, which has no {split!r} split: use train or validation")
+        pieces = _pieces(files[0], *ranges[split])
+    else:
+        splits = {file: split_of(file.relative_to(base).as_posix(), _HELD_OUT_FILES) for file in files}
+        if "validation" not in splits.values():
+            splits[files[-1]] = "validation"
+        pieces = [piece for file in files if splits[file] == split for piece in _pieces(file, 0, file.stat().st_size)]
+    if not pieces:
+        raise ValueError(f"data source {spec!r}: none of its {len(files)} files has text for the split {split!r}")
+    return pieces
+
+
+def _pieces(file: Path, start: int, stop: int) -> list[Piece]:
+    pieces = []
+    while start < stop:
+        end = stop if stop - start <= _PIECE_BYTES else _line_end(file, start + _PIECE_BYTES, stop)
+        pieces.append(Piece(file, start, end))
+        start = end
+    return pieces
+
+
+def _line_end(file: Path, offset: int, stop: int) -> int:
+    """The first offset at or after `offset` that begins a line, or else one that begins a character."""
+    with file.open("rb") as stream:
+        stream.seek(max(offset - 1, 0))
+        following = stream.read(min(1 << 16, stop - max(offset - 1, 0)))
+    newline = following.find(b"\n")
+    if newline >= 0:
+        return max(offset - 1, 0) + newline + 1
+    ahead = next((i for i, byte in enumerate(following[1:]) if byte & 0xC0 != 0x80), 0)
+    return min(offset + ahead, stop)
+
+
+def _open_tfds(name: str, split: str, text_key: str, data_dir: str | Path | None) -> DocumentSource:
+    where = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
+    try:
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"no prepared TFDS dataset {name!r} under {where}: prepare it with file_format='array_record' (tfds build)"
+        ) from error
+    if text_key not in builder.info.features:
+        features = ", ".join(sorted(builder.info.features))
+        raise ValueError(f"TFDS dataset {name!r} has no feature {text_key!r}: set text_key to one of {features}")
+    if split.partition("[")[0] not in builder.info.splits:
+        raise ValueError(f"TFDS dataset {name!r} has no split {split!r}: it has {', '.join(builder.info.splits)}")
+    try:
+        examples = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"TFDS dataset {name!r} is prepared without random access: prepare it with file_format='array_record'"
+        ) from error
+    return FeatureSource(cast(Sequence[Any], examples), text_key)
