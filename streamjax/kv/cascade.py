@@ -34,11 +34,10 @@ class Cascade:
         if any(isinstance(tier, Sink) for tier in tiers[1:]):
             raise ValueError("Sink must be the first tier of a Cascade: it keeps the first tokens of the stream")
         reach = sum(tier.slots for tier in tiers)
-        placed = [
-            dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers
-        ]
+        placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
         if fuse and len(placed) == 2 and isinstance(placed[0], Sink) and isinstance(placed[1], Window):
-            placed = [SinkWindow(placed[0].size, placed[1].size, placed[0].reach)]
+            sink, window = placed
+            placed = [SinkWindow(sink.size, window.size, reach if sink.reach is None else sink.reach)]
         object.__setattr__(self, "tiers", tuple(placed))
 
     @property
@@ -62,12 +61,12 @@ class Cascade:
 
         Returns the attention output in float32 and the new states.
         """
-        states = list(states)
+        new = list(states)
         rest = tokens
         for i, tier in enumerate(self.tiers):
-            states[i], rest = tier.absorb(states[i], query, rest)
+            new[i], rest = tier.absorb(new[i], query, rest)
         end = len(self.tiers) - 1
-        parts = [tier.attend(states[i], query, last=i == end) for i, tier in enumerate(self.tiers)]
+        parts = [tier.attend(new[i], query, last=i == end) for i, tier in enumerate(self.tiers)]
         if self.capacity is None:
             reach = self.tiers[-1].strict_reach
             parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=reach))
@@ -76,5 +75,5 @@ class Cascade:
             overflow = jnp.cumsum(rest.valid[:, 0], axis=1) > 0
             out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
         for i, tier in enumerate(self.tiers):
-            states[i], rest = tier.insert(states[i], rest)
-        return out, tuple(states)
+            new[i], rest = tier.insert(new[i], rest)
+        return out, tuple(new)

@@ -121,10 +121,8 @@ class Query:
 
         b, c, h, d = self.q.shape
         nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
-        blocks = -(-slots // SLOT_BLOCK)
-        if filled is not None:
-            blocks = jnp.minimum(-(-jnp.max(filled) // SLOT_BLOCK), blocks)
-        return jax.lax.fori_loop(0, blocks, block, nothing)
+        used = slots if filled is None else jnp.max(filled)
+        return jax.lax.fori_loop(0, (used + SLOT_BLOCK - 1) // SLOT_BLOCK, block, nothing)
 
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
@@ -170,7 +168,7 @@ class Tier:
         return state, tokens
 
     def attend(self, state: State, query: Query, last: bool) -> Partial:
-        """Attention of the chunk's queries to what is stored; `last`: nothing behind this tier catches its evictions."""
+        """Attention of the chunk's queries to what is stored; `last`: no tier behind this one catches evictions."""
         raise NotImplementedError
 
     def insert(self, state: State, tokens: KVTokens) -> tuple[State, KVTokens]:

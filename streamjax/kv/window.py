@@ -85,9 +85,7 @@ class Window(Tier):
 
     def init(self, spec: KVSpec) -> RingState:
         position = jnp.zeros((spec.batch_size, 1, self.size), jnp.uint32)
-        return RingState(
-            spec.buffer(self.size), spec.buffer(self.size), position, spec.counter(), spec.counter()
-        )
+        return RingState(spec.buffer(self.size), spec.buffer(self.size), position, spec.counter(), spec.counter())
 
     def attend(self, state: RingState, query: Query, last: bool) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]

@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.kv.cascade import Cascade
@@ -84,8 +85,8 @@ class Decoder(nnx.Module):
         config: ModelConfig,
         key: Array,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
         scan_layers: bool = False,
     ):
         self.config = config
@@ -185,9 +186,7 @@ class Decoder(nnx.Module):
             weight, equation = self.embedding, "bte,ve->btv"
         else:
             weight, equation = self.head, "bte,ev->btv"
-        logits = jnp.einsum(
-            equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum(equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
         if self.head_bias is not None:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         if self.config.logit_softcap is not None:

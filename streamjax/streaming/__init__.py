@@ -1,0 +1,20 @@
+"""The streaming loop: state, step, scoring, generation."""
+
+from streamjax.streaming.generate import generate, generate_blocks
+from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.scan import read, score
+from streamjax.streaming.state import StreamState, init_state, layer_caches
+from streamjax.streaming.step import advance, step
+
+__all__ = [
+    "Sampler",
+    "StreamState",
+    "advance",
+    "generate",
+    "generate_blocks",
+    "init_state",
+    "layer_caches",
+    "read",
+    "score",
+    "step",
+]

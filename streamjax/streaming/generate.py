@@ -1,0 +1,142 @@
+"""Generation: read a prompt in chunks, then sample and read one token at a time, in blocks that run on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Int32
+
+from streamjax.models.decoder import Decoder
+from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.scan import read, row_lengths
+from streamjax.streaming.state import StreamState
+from streamjax.streaming.step import advance, require_room
+
+BLOCK = 32  # tokens between two looks at the host
+
+
+@partial(jax.jit, static_argnames=("sampler", "stop"), donate_argnames=("state", "seen"))
+def _decode_one(
+    model: Decoder,
+    state: StreamState,
+    done: Bool[Array, " B"],
+    seen: Bool[Array, "B V"] | None,
+    key: Array | None,
+    index: Int32[Array, ""],
+    sampler: Sampler,
+    stop: tuple[int, ...],
+) -> tuple[StreamState, Bool[Array, " B"], Bool[Array, "B V"] | None, Int32[Array, " B"], Int32[Array, ""]]:
+    """Sample the next token of each stream and read it; streams that are done keep their state and yield -1."""
+    logits = model.logits(state.hidden[:, None])[:, 0]
+    token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index), seen)
+    state, _ = advance(model, state, token[:, None], jnp.where(done, 0, 1))
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    out = jnp.where(done, -1, token)
+    if stop:
+        done = done | (token[:, None] == jnp.array(stop)).any(axis=1)
+    return state, done, seen, out, index + 1
+
+
+def generate_blocks(
+    model: Decoder,
+    state: StreamState,
+    prompt: Int[Array, "B T"] | np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    key: Array | None = None,
+    prompt_lengths: Int[Array, " B"] | np.ndarray | None = None,
+    stop_tokens: Sequence[int] = (),
+    chunk_size: int = 512,
+    block: int = BLOCK,
+) -> Iterator[tuple[StreamState, np.ndarray]]:
+    """Generate, yielding `(state, tokens [B, n])` every `block` tokens: what a program that shows text consumes.
+
+    Arguments as in `generate`. The state is donated to the next block: keep only the newest, or copy it.
+    """
+    sampler = sampler or Sampler()
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not sampler.greedy and key is None:
+        raise ValueError("sampling needs a PRNG key: pass key=jax.random.key(seed), or Sampler(temperature=0)")
+    prompt = np.asarray(prompt)
+    lengths = row_lengths(prompt, prompt_lengths)
+    if prompt.shape[0] != state.batch_size:
+        raise ValueError(f"{prompt.shape[0]} prompts for {state.batch_size} streams")
+    if bool(((lengths == 0) & (np.asarray(state.seen) == 0)).any()):
+        raise ValueError("a stream that has seen nothing needs a prompt of at least one token, such as BOS")
+    require_room(state, int(lengths.max(initial=0)) + max_new_tokens)
+    state = read(model, state, prompt, chunk_size, lengths=lengths)
+    seen = None
+    if sampler.repetition_penalty != 1.0:
+        mask = np.zeros((prompt.shape[0], model.config.vocab_size), bool)
+        for row, length in enumerate(lengths):
+            mask[row, prompt[row, :length]] = True
+        seen = jnp.asarray(mask)
+    stop, done = tuple(int(t) for t in stop_tokens), jnp.zeros((prompt.shape[0],), bool)
+    index = jnp.int32(0)
+    if max_new_tokens == 0:
+        yield state, np.zeros((prompt.shape[0], 0), np.int32)
+    for first in range(0, max_new_tokens, block):
+        tokens = []
+        for _ in range(min(block, max_new_tokens - first)):
+            state, done, seen, token, index = _decode_one(model, state, done, seen, key, index, sampler, stop)
+            tokens.append(token)
+        yield state, np.stack([np.asarray(t) for t in tokens], axis=1)
+        if stop and bool(jnp.all(done)):
+            return
+
+
+def generate(
+    model: Decoder,
+    state: StreamState,
+    prompt: Int[Array, "B T"] | np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    key: Array | None = None,
+    prompt_lengths: Int[Array, " B"] | np.ndarray | None = None,
+    stop_tokens: Sequence[int] = (),
+    chunk_size: int = 512,
+) -> tuple[StreamState, Int32[Array, "B N"]]:
+    """Read a prompt and continue it.
+
+    The returned state has read the prompt and every generated token, so another call continues the same streams.
+
+    Args:
+      model: the model.
+      state: where the streams stand; donated.
+      prompt: int32 token ids, each row one stream, right-padded; may be empty for streams that have read something.
+      max_new_tokens: tokens to generate for each stream.
+      sampler: how to choose; plain sampling at temperature 1 by default.
+      key: PRNG key; not needed for greedy.
+      prompt_lengths: real tokens in each row; all where None.
+      stop_tokens: token ids after which a stream ends; it reads that token and then stands still.
+      chunk_size: tokens a prefill step.
+
+    Returns:
+      The new state and int32 tokens [B, max_new_tokens]; -1 after a stream has ended.
+
+    Raises:
+      ValueError: bad shapes, a missing key, or a `dense` cache without room for prompt and continuation.
+    """
+    blocks = []
+    for new_state, tokens in generate_blocks(
+        model,
+        state,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        key=key,
+        prompt_lengths=prompt_lengths,
+        stop_tokens=stop_tokens,
+        chunk_size=chunk_size,
+    ):
+        blocks.append(tokens)
+    out = np.concatenate(blocks, axis=1)
+    return new_state, jnp.asarray(np.pad(out, ((0, 0), (0, max_new_tokens - out.shape[1])), constant_values=-1))

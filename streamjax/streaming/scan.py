@@ -1,0 +1,146 @@
+"""Long stretches of a stream: cut into chunks of a few static sizes and run by one compiled scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from streamjax.models.decoder import Decoder
+from streamjax.streaming.state import StreamState
+from streamjax.streaming.step import advance, require_room
+
+SCAN_CHUNKS = 16  # full chunks that one compiled scan reads
+
+
+def padded_width(length: int, chunk_size: int) -> int:
+    """Smallest power of two that holds `length` tokens, at most `chunk_size`: few widths, so few compiled programs."""
+    return min(1 << max(length - 1, 0).bit_length(), chunk_size)
+
+
+def spans(length: int, chunk_size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut `length` tokens into (start, chunks, width): groups of full chunks, then one padded end."""
+    start = 0
+    while length - start >= chunk_size:
+        chunks = SCAN_CHUNKS if length - start >= SCAN_CHUNKS * chunk_size else 1
+        yield start, chunks, chunk_size
+        start += chunks * chunk_size
+    if start < length:
+        yield start, 1, padded_width(length - start, chunk_size)
+
+
+def cut(
+    tokens: np.ndarray, lengths: np.ndarray, start: int, chunks: int, width: int
+) -> tuple[Int32[Array, "N B C"], Int32[Array, "N B"]]:
+    """Tokens [start, start + chunks * width) as chunks, padded with zeros, and the real tokens in each."""
+    piece = tokens[:, start : start + chunks * width]
+    piece = np.pad(piece, ((0, 0), (0, chunks * width - piece.shape[1])))
+    offsets = start + np.arange(chunks)[:, None] * width
+    count = np.clip(lengths[None] - offsets, 0, width).astype(np.int32)
+    shaped = piece.reshape(piece.shape[0], chunks, width).swapaxes(0, 1).astype(np.int32)
+    return jnp.asarray(shaped), jnp.asarray(count)
+
+
+def row_lengths(tokens: np.ndarray, lengths: np.ndarray | Array | None) -> np.ndarray:
+    """Real tokens in each row, checked; all where None."""
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [batch, length], got shape {tokens.shape}")
+    if lengths is None:
+        return np.full(tokens.shape[0], tokens.shape[1], np.int64)
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.shape != tokens.shape[:1] or (lengths < 0).any() or (lengths > tokens.shape[1]).any():
+        raise ValueError(f"lengths must be one number in [0, {tokens.shape[1]}] a row, got {lengths.tolist()}")
+    return lengths
+
+
+def _scan(body, state: StreamState, *xs: Array):
+    """`lax.scan`, or the body alone for one chunk, which compiles faster and runs without the loop's copies."""
+    if xs[0].shape[0] == 1:
+        state, y = body(state, tuple(x[0] for x in xs))
+        return state, jax.tree.map(lambda leaf: leaf[None], y)
+    return jax.lax.scan(body, state, xs)
+
+
+@partial(jax.jit, donate_argnames="state")
+def _read_chunks(
+    model: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"]
+) -> StreamState:
+    return _scan(lambda s, x: (advance(model, s, *x)[0], None), state, tokens, count)[0]
+
+
+@partial(jax.jit, donate_argnames="state")
+def _score_chunks(
+    model: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"]
+) -> tuple[StreamState, Float[Array, "B NC"]]:
+    def body(state: StreamState, x: tuple[Array, Array]) -> tuple[StreamState, Array]:
+        tokens, count = x
+        before, fresh = state.hidden, state.seen == 0
+        state, hidden = advance(model, state, tokens, count)
+        logits = model.logits(jnp.concatenate((before[:, None], hidden[:, :-1]), axis=1))
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        offset = jnp.arange(tokens.shape[1])
+        # Nothing predicts a stream's first token: it costs what a uniform guess costs.
+        nll = jnp.where(fresh[:, None] & (offset == 0), np.float32(np.log(model.config.vocab_size)), nll)
+        return state, jnp.where(offset < count[:, None], nll, 0.0)
+
+    state, nll = _scan(body, state, tokens, count)
+    return state, jnp.swapaxes(nll, 0, 1).reshape(tokens.shape[1], -1)
+
+
+def read(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[Array, "B T"] | np.ndarray,
+    chunk_size: int = 512,
+    *,
+    lengths: Int[Array, " B"] | np.ndarray | None = None,
+) -> StreamState:
+    """Read a stretch of each stream and return the state behind it: prefill. Arguments as in `score`."""
+    tokens = np.asarray(tokens)
+    lengths = row_lengths(tokens, lengths)
+    require_room(state, int(lengths.max(initial=0)))
+    for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
+        state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
+    return state
+
+
+def score(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[Array, "B T"] | np.ndarray,
+    chunk_size: int = 512,
+    *,
+    lengths: Int[Array, " B"] | np.ndarray | None = None,
+) -> tuple[StreamState, Float[Array, "B T"]]:
+    """Per-token negative log-likelihood of a stretch of each stream, by `lax.scan` over chunks.
+
+    Scoring a stream in pieces gives what scoring it at once gives: the state carries the prediction of the next token.
+    The very first token of a stream, which nothing predicts, costs log(vocabulary). The state is donated.
+
+    Args:
+      model: the model.
+      state: where the streams stand.
+      tokens: int32 token ids, each row one stream, right-padded.
+      chunk_size: tokens a step.
+      lengths: real tokens in each row; all where None.
+
+    Returns:
+      The new state, and nats a token, float32 [B, T]; 0 at padding.
+
+    Raises:
+      ValueError: more tokens than a `dense` cache has room for, or lengths that do not fit the rows.
+    """
+    tokens = np.asarray(tokens)
+    lengths = row_lengths(tokens, lengths)
+    require_room(state, int(lengths.max(initial=0)))
+    pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]
+    for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
+        state, nll = _score_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
+        pieces.append(nll)
+    nll = jnp.concatenate(pieces, axis=1)[:, : tokens.shape[1]]
+    return state, jnp.pad(nll, ((0, 0), (0, tokens.shape[1] - nll.shape[1])))

@@ -1,0 +1,118 @@
+"""The state of B endless streams: what every layer caches, and where each stream stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32, UInt32
+
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.window import Window
+from streamjax.models.config import ModelConfig
+from streamjax.models.decoder import Decoder
+from streamjax.parallel.rules import constrain
+
+SEEN_LIMIT = 2**30  # where the count of seen tokens saturates; every use of it compares with a cache's size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamState:
+    """A pytree; its size does not depend on how far the streams are.
+
+    layers: one cascade state a layer. position: of the next token, uint32 [B], modulo 2^32. seen: tokens so far, int32
+    [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one. caches:
+    the cascade of each layer (static). span: positions in use at once (static).
+    """
+
+    layers: tuple[State, ...]
+    position: UInt32[Array, " B"]
+    seen: Int32[Array, " B"]
+    hidden: Float[Array, "B E"]
+    caches: tuple[Cascade, ...] = dataclasses.field(metadata={"static": True})
+    span: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that the fullest-going layer can hold, where a cache has an end; None for endless caches."""
+        ends = [cache.capacity for cache in self.caches if cache.capacity is not None]
+        return min(ends) if ends else None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all arrays in the state, over all devices, replicas counted once."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def layer_caches(config: ModelConfig, cache: Cascade | Sequence[Cascade]) -> tuple[Cascade, ...]:
+    """The cascade of each layer.
+
+    One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, as
+    pretrained. A sequence gives every layer its own.
+
+    Raises:
+      ValueError: a sequence whose length is not the number of layers.
+    """
+    if isinstance(cache, Cascade):
+        own = [config.layer(i).window for i in range(config.num_layers)]
+        return tuple(cache if w is None else Cascade(Window(max(w - 1, 1))) for w in own)
+    caches = tuple(cache)
+    if len(caches) != config.num_layers:
+        raise ValueError(f"{len(caches)} cascades for {config.num_layers} layers; give one for all, or one a layer")
+    return caches
+
+
+def init_state(
+    model: Decoder,
+    cache: Cascade | Sequence[Cascade],
+    batch_size: int = 1,
+    *,
+    position: int = 0,
+    dtype: DTypeLike | None = None,
+) -> StreamState:
+    """The state of `batch_size` streams that have seen nothing.
+
+    Args:
+      model: the model that will read the streams.
+      cache: a cascade for all layers, or one a layer; see `layer_caches`.
+      batch_size: number of independent streams.
+      position: stream position of the first token, modulo 2^32.
+      dtype: of cached keys and values; the model's activation dtype where None.
+
+    Raises:
+      ValueError: `cache` is not a cascade or has the wrong number of entries; batch_size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    caches = layer_caches(model.config, cache)
+    return _init(model.config, caches, batch_size, position % 2**32, jnp.dtype(dtype or model.dtype), model.dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _init(
+    config: ModelConfig,
+    caches: tuple[Cascade, ...],
+    batch_size: int,
+    position: int,
+    dtype: jnp.dtype,
+    hidden_dtype: jnp.dtype,
+) -> StreamState:
+    spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype)
+    return StreamState(
+        layers=tuple(cache.init(spec) for cache in caches),
+        position=jnp.full((batch_size,), position, jnp.uint32),
+        seen=jnp.zeros((batch_size,), jnp.int32),
+        hidden=constrain(jnp.zeros((batch_size, config.d_model), hidden_dtype), "batch", "activation_embed"),
+        caches=caches,
+        span=max(cache.slots + 1 for cache in caches),
+    )

@@ -1,0 +1,79 @@
+"""One step of the stream: a chunk of C new tokens for each of B streams, C = 512 to prefill, C = 1 to decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from streamjax.models.decoder import Decoder
+from streamjax.models.mixer import ChunkContext
+from streamjax.streaming.state import SEEN_LIMIT, StreamState
+
+
+def advance(
+    model: Decoder, state: StreamState, tokens: Int[Array, "B C"], count: Int32[Array, " B"] | None = None
+) -> tuple[StreamState, Float[Array, "B C E"]]:
+    """Read a chunk; return the new state and the hidden states of its tokens. For use under `jax.jit`.
+
+    `count` says how many tokens of each row are real (a prefix of the row; all where None). Rows of which none is real
+    keep their state.
+    """
+    width = tokens.shape[1]
+    count = jnp.full((tokens.shape[0],), width, jnp.int32) if count is None else count.astype(jnp.int32)
+    offset = jnp.arange(width, dtype=jnp.int32)
+    context = ChunkContext(
+        position=state.position[:, None] + offset.astype(jnp.uint32),
+        valid=offset < count[:, None],
+        seen=state.seen,
+        span=state.span,
+    )
+    hidden, layers = model.stream(tokens, state.layers, state.caches, context)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    new = dataclasses.replace(
+        state,
+        layers=layers,
+        position=state.position + count.astype(jnp.uint32),
+        seen=jnp.minimum(state.seen + count, SEEN_LIMIT),
+        hidden=jnp.where((count > 0)[:, None], last, state.hidden),
+    )
+    return new, hidden
+
+
+@partial(jax.jit, donate_argnames="state")
+def step(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[Array, "B C"],
+    count: Int32[Array, " B"] | None = None,
+) -> tuple[StreamState, Float[Array, "B C V"]]:
+    """Read a chunk of C tokens a stream and return the logits after each.
+
+    The state is donated: use the returned one. A stream beyond a `dense` cache's capacity gets NaN logits. Logits of
+    padding (beyond `count`) mean nothing.
+
+    Args:
+      model: the model.
+      state: from `init_state` or an earlier step.
+      tokens: int32 token ids; each row one stream, right-padded.
+      count: real tokens in each row; all where None.
+
+    Returns:
+      The new state and float32 logits [B, C, V].
+    """
+    state, hidden = advance(model, state, tokens, count)
+    return state, model.logits(hidden)
+
+
+def require_room(state: StreamState, tokens: int) -> None:
+    """Raise a ValueError unless every stream can take `tokens` more; caches without end always can."""
+    if state.capacity is not None:
+        used = int(jnp.max(state.seen))
+        if used + tokens > state.capacity:
+            raise ValueError(
+                f"the cache holds {state.capacity} tokens: {used} are used and {tokens} more do not fit; "
+                "raise its capacity or use an endless cache such as streaming_llm"
+            )
