@@ -35,9 +35,9 @@ class Cascade:
             raise ValueError("Sink must be the first tier of a Cascade: it keeps the first tokens of the stream")
         reach = sum(tier.slots for tier in tiers)
         placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
-        if fuse and len(placed) == 2 and isinstance(placed[0], Sink) and isinstance(placed[1], Window):
-            sink, window = placed
-            placed = [SinkWindow(sink.size, window.size, reach if sink.reach is None else sink.reach)]
+        match placed:
+            case [Sink() as sink, Window() as window] if fuse:
+                placed = [SinkWindow(sink.size, window.size, reach if sink.reach is None else sink.reach)]
         object.__setattr__(self, "tiers", tuple(placed))
 
     @property

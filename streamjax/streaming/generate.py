@@ -125,18 +125,19 @@ def generate(
     Raises:
       ValueError: bad shapes, a missing key, or a `dense` cache without room for prompt and continuation.
     """
-    blocks = []
-    for new_state, tokens in generate_blocks(
-        model,
-        state,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        key=key,
-        prompt_lengths=prompt_lengths,
-        stop_tokens=stop_tokens,
-        chunk_size=chunk_size,
-    ):
-        blocks.append(tokens)
-    out = np.concatenate(blocks, axis=1)
-    return new_state, jnp.asarray(np.pad(out, ((0, 0), (0, max_new_tokens - out.shape[1])), constant_values=-1))
+    blocks = list(
+        generate_blocks(
+            model,
+            state,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            key=key,
+            prompt_lengths=prompt_lengths,
+            stop_tokens=stop_tokens,
+            chunk_size=chunk_size,
+        )
+    )
+    out = np.concatenate([tokens for _, tokens in blocks], axis=1)
+    missing = max_new_tokens - out.shape[1]
+    return blocks[-1][0], jnp.asarray(np.pad(out, ((0, 0), (0, missing)), constant_values=-1))
