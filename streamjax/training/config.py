@@ -1,0 +1,87 @@
+"""What a training run is: one typed, frozen description."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from streamjax.data import DataConfig
+from streamjax.models.config import ModelConfig
+from streamjax.training.backprop import Method, check_method
+from streamjax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices. All 1: one device, no mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"MeshConfig.{field.name} is {getattr(self, field.name)}: at least 1 is needed")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+      name: of the run, for its model card and its metrics.
+      model: the architecture of a new model; None with `init_from`.
+      data: what is read.
+      steps: optimizer steps.
+      init_from: a Hugging Face folder or a streamjax checkpoint to start from; None starts from random weights.
+      optimizer: how weights follow gradients.
+      method: what backprop keeps: "full" activations, or each layer's input ("remat").
+      dtype: of activations; master weights and optimizer state are float32.
+      scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
+      mesh: how the run is spread over devices.
+      seed: of the initial weights.
+      log_interval: steps from one line of metrics to the next.
+      eval_interval: steps from one evaluation to the next; there is one at the end in any case.
+      eval_batches: batches of an evaluation; all of the validation split where it has fewer.
+      checkpoint_interval: steps from one checkpoint to the next.
+      keep_checkpoints: how many of the newest stay.
+    """
+
+    name: str
+    model: ModelConfig | None
+    data: DataConfig
+    steps: int
+    init_from: str | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    method: Method = "full"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    log_interval: int = 10
+    eval_interval: int = 500
+    eval_batches: int = 20
+    checkpoint_interval: int = 500
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        names = ("steps", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'TrainConfig.dtype is {self.dtype!r}: use "float32" or "bfloat16"')
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError("TrainConfig needs either model (a new one) or init_from (a path), and not both")
+        if self.data.batch_size % self.optimizer.accumulation:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of optimizer.accumulation "
+                f"{self.optimizer.accumulation}"
+            )
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values, as they come back from JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -1,0 +1,86 @@
+"""AdamW (1711.05101) with linear warm-up, cosine decay (1608.03983) to a floor, and clipping by the global norm."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+
+from streamjax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights follow gradients.
+
+    Attributes:
+      learning_rate: at the end of the warm-up.
+      final_fraction: of `learning_rate`, left at the last step.
+      warmup_steps: steps of linear warm-up, from 0.
+      weight_decay: decoupled; norms and biases are not decayed.
+      b1, b2, eps: Adam's.
+      clip_norm: largest global norm of a gradient; None does not clip.
+      accumulation: microbatches that a batch is cut into, one after the other in memory.
+    """
+
+    learning_rate: float = 1e-3
+    final_fraction: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"OptimizerConfig.learning_rate is {self.learning_rate}: it must be positive")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"OptimizerConfig.final_fraction is {self.final_fraction}: use 0 to 1")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("OptimizerConfig.warmup_steps and weight_decay must not be negative")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ValueError(f"OptimizerConfig.b1 and b2 are {self.b1} and {self.b2}: use 0 up to, not including, 1")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"OptimizerConfig.clip_norm is {self.clip_norm}: use None, or a positive norm")
+        if self.accumulation < 1:
+            raise ValueError(f"OptimizerConfig.accumulation is {self.accumulation}: at least 1 is needed")
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step (from 0) -> learning rate: linear up over the warm-up, a cosine down to the floor at step `steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def decay_mask(model: Decoder) -> Decoder:
+    """True for the parameters that weight decay shrinks: not for norms, biases and other vectors."""
+
+    def decayed(path: tuple, param: nnx.Variable) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return len(param.axes) > 1 and "norm" not in name and "bias" not in name
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.unflatten(jax.tree.structure(model), [decayed(path, param) for path, param in flat])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` steps."""
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adamw = optax.adamw(
+        learning_rate_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(clip, adamw)
