@@ -70,7 +70,7 @@ def encode_chat(
 ) -> list[int]:
     """The ids of a conversation, by the tokenizer's own template; see `render_chat`.
 
-    A model's template writes its BOS itself. The default template does not: BOS then comes first, if the model wants it.
+    A model's template writes its BOS itself; with the default template BOS is added where the model expects one.
     """
     text = render_chat(
         tokenizer.chat_template,

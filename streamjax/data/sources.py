@@ -7,7 +7,7 @@ import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import tensorflow_datasets as tfds
 
@@ -18,6 +18,7 @@ _TAIL = 0.05  # of a lone file, what is kept for validation
 _PIECE_BYTES = 1 << 22  # a longer file is read as several documents
 
 
+@runtime_checkable
 class DocumentSource(Protocol):
     """Documents by index."""
 

@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import tokenizers
 
@@ -19,6 +19,7 @@ _BYTE_BOS, _BYTE_EOS, _BYTE_PAD = 256, 257, 258
 _OTHER_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the library asks of a tokenizer.
 
