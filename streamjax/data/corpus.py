@@ -99,10 +99,6 @@ class StdlibCorpus(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name="with_tests", description="The standard library and the package `test`."),
     ]
 
-    def __init__(self, *, max_documents: int | None = None, **kwargs: Any):
-        self._max_documents = max_documents
-        super().__init__(**kwargs)
-
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -116,7 +112,7 @@ class StdlibCorpus(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
-        documents = list(stdlib_documents(self.builder_config.name == "with_tests"))[: self._max_documents]
+        documents = list(stdlib_documents(self.builder_config.name == "with_tests"))
         self.info.metadata.update(
             sha256=documents_sha256(documents),
             python_version=platform.python_version(),
@@ -142,9 +138,7 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("STREAMJAX_DATA_DIR") or Path.home() / ".cache" / "streamjax").expanduser()
 
 
-def builtin_corpus(
-    data_dir: str | Path | None = None, *, config: str = "stdlib", max_documents: int | None = None
-) -> StdlibCorpus:
+def builtin_corpus(data_dir: str | Path | None = None, *, config: str = "stdlib") -> StdlibCorpus:
     """The prepared built-in corpus; prepared now (seconds) if this Python has not done so yet.
 
     It is prepared in a folder of its own, which is then renamed: processes that race each other, and one that is
@@ -153,7 +147,6 @@ def builtin_corpus(
     Args:
       data_dir: where it is kept; `default_data_dir()` by default.
       config: "stdlib", or "with_tests" for three times the text.
-      max_documents: keep only the first ones, for quick trials.
 
     Raises:
       ValueError: an unknown `config`, or a Python without its source.
@@ -162,18 +155,17 @@ def builtin_corpus(
         raise ValueError(f"unknown built-in corpus {config!r}: use one of {', '.join(StdlibCorpus.builder_configs)}")
     root = Path(default_data_dir() if data_dir is None else data_dir)
     interpreter = hashlib.sha256(f"{sys.version} {sysconfig.get_paths()['stdlib']}".encode()).hexdigest()[:8]
-    part = "" if max_documents is None else f"-first{max_documents}"
-    final = root / f"cpython-{platform.python_version()}-{interpreter}-{config}{part}"
+    final = root / f"cpython-{platform.python_version()}-{interpreter}-{config}"
     if not final.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=root, ignore_cleanup_errors=True) as scratch:
-            _prepare(Path(scratch) / "data", config, max_documents)
+            _prepare(Path(scratch) / "data", config)
             try:
                 os.rename(Path(scratch) / "data", final)
             except OSError:
                 if not final.exists():  # else another process was first, with the same content
                     raise
-    return StdlibCorpus(data_dir=final, config=config, max_documents=max_documents, file_format="array_record")
+    return StdlibCorpus(data_dir=final, config=config, file_format="array_record")
 
 
 def corpus_documents(
@@ -189,8 +181,8 @@ def corpus_text(split: Split, data_dir: str | Path | None = None, *, config: str
     return "".join(text for _, text in corpus_documents(split, data_dir, config=config))
 
 
-def _prepare(data_dir: Path, config: str, max_documents: int | None) -> None:
-    builder = StdlibCorpus(data_dir=data_dir, config=config, max_documents=max_documents, file_format="array_record")
+def _prepare(data_dir: Path, config: str) -> None:
+    builder = StdlibCorpus(data_dir=data_dir, config=config, file_format="array_record")
     tfds.disable_progress_bar()  # TFDS shows a bar a step and prints of downloads; the bar above is enough
     try:
         with contextlib.redirect_stdout(io.StringIO()):
