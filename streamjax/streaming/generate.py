@@ -54,10 +54,14 @@ def generate_blocks(
     stop_tokens: Sequence[int] = (),
     chunk_size: int = 512,
     block: int = BLOCK,
+    first_index: int = 0,
+    penalised: Bool[Array, "B V"] | np.ndarray | None = None,
 ) -> Iterator[tuple[StreamState, np.ndarray]]:
     """Generate, yielding `(state, tokens [B, n])` every `block` tokens: what a program that shows text consumes.
 
-    Arguments as in `generate`. The state is donated to the next block: keep only the newest, or copy it.
+    Arguments as in `generate`. The state is donated to the next block: keep only the newest, or copy it. To continue an
+    earlier call as if it had not ended, pass its key and, as `first_index`, how many tokens it drew; `penalised` marks
+    tokens that the repetition penalty meets besides those of the prompt.
     """
     sampler = sampler or Sampler()
     if max_new_tokens < 0:
@@ -75,11 +79,13 @@ def generate_blocks(
     seen = None
     if sampler.repetition_penalty != 1.0:
         mask = np.zeros((prompt.shape[0], model.config.vocab_size), bool)
+        if penalised is not None:
+            mask |= np.asarray(penalised)
         for row, length in enumerate(lengths):
             mask[row, prompt[row, :length]] = True
         seen = jnp.asarray(mask)
     stop, done = tuple(int(t) for t in stop_tokens), jnp.zeros((prompt.shape[0],), bool)
-    index = jnp.int32(0)
+    index = jnp.int32(first_index)
     if max_new_tokens == 0:
         yield state, np.zeros((prompt.shape[0], 0), np.int32)
     for first in range(0, max_new_tokens, block):
