@@ -16,8 +16,9 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 class RopeConfig:
     """Rotary position embedding: base, width and one of the published ways to scale it to longer contexts.
 
-    `rotary_dim` is the number of leading channels of a head that rotate (`None`: all of them). Fields that a kind does
-    not use are ignored. Names follow Hugging Face's `rope_scaling`, whose meaning they have.
+    `rotary_dim` is the number of leading channels of a head that rotate (`None`: all of them); an odd one rotates one
+    channel more, at the frequencies of the odd width, as GPT-NeoX does. Fields that a kind does not use are ignored.
+    Names follow Hugging Face's `rope_scaling`, whose meaning they have.
     """
 
     theta: float = 10_000.0
@@ -45,8 +46,8 @@ class RopeConfig:
             raise ValueError(f"RopeConfig.kind {self.kind!r} needs original_max_position")
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"RopeConfig.theta and factor must be positive, got {self.theta} and {self.factor}")
-        if self.rotary_dim is not None and (self.rotary_dim <= 0 or self.rotary_dim % 2):
-            raise ValueError(f"RopeConfig.rotary_dim must be positive and even, got {self.rotary_dim}")
+        if self.rotary_dim is not None and (self.rotary_dim <= 0 or (self.rotary_dim % 2 and self.kind == "yarn")):
+            raise ValueError(f"RopeConfig.rotary_dim must be positive, and even for yarn, got {self.rotary_dim}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +127,15 @@ class ModelConfig:
         if any(w is not None and w < 1 for w in self.windows):
             raise ValueError(f"ModelConfig.windows must be positive or None, got {self.windows}")
         if self.position == "alibi" and len(self.alibi_slopes) != self.num_heads:
-            raise ValueError(f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads")
+            raise ValueError(
+                f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads"
+            )
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("ModelConfig.shared_norm needs parallel_residual=True")
         for rope in (self.rope, self.local_rope):
-            if self.position == "rope" and rope is not None and (rope.rotary_dim or self.head_dim) > self.head_dim:
-                raise ValueError(f"RopeConfig.rotary_dim {rope.rotary_dim} exceeds head_dim {self.head_dim}")
+            rotary_dim = 0 if rope is None or rope.rotary_dim is None else rope.rotary_dim
+            if self.position == "rope" and rotary_dim + rotary_dim % 2 > self.head_dim:
+                raise ValueError(f"RopeConfig.rotary_dim {rotary_dim} does not fit in head_dim {self.head_dim}")
         if self.position == "rope" and self.rope.rotary_dim is None and self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim {self.head_dim} is odd: set RopeConfig.rotary_dim to an even width")
 

@@ -1,8 +1,8 @@
 """Frequencies of rotary position embeddings and their published scalings, computed in float64.
 
-`default` (2104.09864), `linear` (position interpolation, 2306.15595), `dynamic` (NTK-aware base, as Hugging Face defines
-it), `yarn` (2309.00071), `longrope` (2402.13753) and `llama3` (the Llama 3.1 release). All but `dynamic` and `longrope`
-are fixed; those two depend on the longest distance that is in use, the `span`.
+`default` (2104.09864), `linear` (position interpolation, 2306.15595), `dynamic` (NTK-aware base, as Hugging Face
+defines it), `yarn` (2309.00071), `longrope` (2402.13753) and `llama3` (the Llama 3.1 release). All but `dynamic` and
+`longrope` are fixed; those two depend on the longest distance that is in use, the `span`.
 """
 
 from __future__ import annotations

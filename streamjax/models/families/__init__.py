@@ -1,0 +1,124 @@
+"""Hugging Face architectures: from a `config.json` to a `ModelConfig` and back, and where the tensors lie.
+
+One file an architecture, each with a reader of the config, a writer, and a table of tensors (see `family.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.families.family import Family, Source, Table
+from streamjax.models.families.fields import Fields
+from streamjax.models.families.gpt_neox import GPT_NEOX
+from streamjax.models.families.llama import LLAMA
+from streamjax.models.families.qwen import QWEN2, QWEN3
+from streamjax.models.families.rope_fields import plain_rope
+
+__all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config", "write_config"]
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, GPT_NEOX)}
+
+
+def find_family(values: Mapping[str, Any]) -> Family:
+    """The family of a config.json: by `architectures`, or by `model_type` where that is absent.
+
+    Raises:
+      ValueError: an architecture that the library does not have; the message lists those it has.
+    """
+    known = {architecture: family for family in FAMILIES.values() for architecture in family.architectures}
+    named = values.get("architectures") or []
+    if named:
+        found = [known[name] for name in named if name in known]
+        shown = named[0]
+    else:
+        shown = values.get("model_type")
+        found = [family for family in FAMILIES.values() if family.model_type == shown]
+    if not found:
+        raise ValueError(f"unknown architecture {shown!r}; streamjax has {', '.join(sorted(known))}")
+    return found[0]
+
+
+def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The ModelConfig of a config.json.
+
+    Args:
+      values: the parsed config.json.
+      generation: the parsed generation_config.json; its token ids win, as in transformers.
+
+    Raises:
+      ValueError: one line that names a field which is missing, malformed or not implemented.
+    """
+    fields = Fields(values)
+    config = find_family(values).read(fields)
+    fields.only("quantization_config", (None,))
+    fields.only("is_encoder_decoder", (None, False))
+    fields.only("add_cross_attention", (None, False))
+    fields.only("tie_encoder_decoder", (None, False))
+    config = config.replace(sink_token=fields.flag("sink_token", False))
+    unread = fields.unread()
+    if unread:
+        warnings.warn(f"config.json has fields that streamjax does not know: {', '.join(unread)}", stacklevel=2)
+    tokens = {name: {**values, **(generation or {})}.get(name) for name in ("bos_token_id", "eos_token_id")}
+    bos, eos = (ids if isinstance(ids, list) else [ids] for ids in tokens.values())
+    return config.replace(
+        bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(token for token in eos if token is not None)
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model, such that reading it gives the model's config back.
+
+    Raises:
+      ValueError: the architecture of `config.family` cannot express a field; the message names it, and the families
+        that can.
+    """
+    if config.family not in FAMILIES:
+        raise ValueError(f"unknown ModelConfig.family {config.family!r}; use one of {', '.join(FAMILIES)}")
+    values, lost = _try_write(FAMILIES[config.family], config)
+    if lost is None:
+        return values
+    others = [name for name, family in FAMILIES.items() if _try_write(family, config.replace(family=name))[1] is None]
+    hint = f"; family {' or '.join(others)} can" if others else ""
+    raise ValueError(f"family {config.family!r} cannot express ModelConfig.{lost}{hint}")
+
+
+def _try_write(family: Family, config: ModelConfig) -> tuple[dict[str, Any], str | None]:
+    """The config.json, and what it loses: the first field that reads back differently (None where none does)."""
+    eos = config.eos_token_ids
+    values = {
+        "architectures": [family.architectures[0]],
+        "model_type": family.model_type,
+        **family.write(config),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+    }
+    if config.sink_token:
+        values["sink_token"] = True
+    try:
+        back = _plain(read_config(values))
+    except ValueError as error:
+        return values, f"{config.family}: {error}"
+    for field in dataclasses.fields(ModelConfig):
+        mine, theirs = getattr(_plain(config), field.name), getattr(back, field.name)
+        if mine != theirs:
+            return values, f"{field.name} = {mine!r} (it would read back as {theirs!r})"
+    return values, None
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    """An equivalent config in one canonical spelling."""
+    windows = config.windows if any(w is not None for w in config.windows) else ()
+    rope = config.rope if config.position == "rope" else RopeConfig()
+    local = config.local_rope if config.position == "rope" and windows else None
+    return config.replace(
+        windows=windows,
+        rope=plain_rope(rope, config.head_dim),
+        local_rope=None if local is None else plain_rope(local, config.head_dim),
+        attention_scale=config.scale,
+        norm_bias=config.norm == "layer" and config.norm_bias,
+        alibi_slopes=config.alibi_slopes if config.position == "alibi" else (),
+    )

@@ -1,0 +1,90 @@
+"""What a Hugging Face architecture is to the library: its config, both ways, and where its tensors lie.
+
+A family's tensor table names, for every parameter of a `Decoder`, the checkpoint tensors that hold it, each with one
+einops pattern from the checkpoint's axes to the parameter's. Loading reads the pattern from left to right and saving
+from right to left, so that there is one description of a layout and no second one to contradict it.
+
+Letters: v vocabulary, e d_model, k key/value heads, g what shares one (G queries, key, value; or gate, up), d head
+width, f MLP width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from streamjax.models.config import ModelConfig
+from streamjax.models.families.fields import Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One checkpoint tensor, or some of its rows, that holds a parameter or a part of one.
+
+    Attributes:
+      name: tensor name; `{layer}` stands for the layer's index.
+      pattern: einops pattern, checkpoint axes on the left, parameter axes on the right.
+      part: half-open range on the parameter's `g` axis that the tensor holds; None: all of it.
+      rows: half-open range on the tensor's first axis that is meant; None: all of it.
+    """
+
+    name: str
+    pattern: str
+    part: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
+
+    @property
+    def inverse(self) -> str:
+        """The pattern from the parameter's axes to the checkpoint's."""
+        left, right = self.pattern.split("->")
+        return f"{right.strip()} -> {left.strip()}"
+
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """Size of each letter, for a parameter of this shape."""
+        letters = self.pattern.split("->")[1].split()
+        sizes = dict(zip(letters, shape, strict=True))
+        if self.part is not None:
+            sizes["g"] = self.part[1] - self.part[0]
+        return sizes
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape that the checkpoint tensor (or its rows) must have, for a parameter of this shape."""
+        sizes = self.sizes(shape)
+        groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.split("->")[0])
+        return tuple(math.prod(sizes[letter] for letter in (group or single).split()) for group, single in groups)
+
+    def index(self) -> tuple[slice, ...]:
+        """Where the parameter takes what the tensor holds."""
+        letters = self.pattern.split("->")[1].split()
+        return tuple(slice(*self.part) if letter == "g" and self.part else slice(None) for letter in letters)
+
+
+Table = Mapping[str, tuple[Source, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A Hugging Face architecture.
+
+    Attributes:
+      name: `ModelConfig.family`.
+      architectures: names in `architectures` of a config.json; the first is written.
+      model_type: `model_type` of a config.json.
+      read: fields of a config.json -> ModelConfig; ValueError for what is not implemented.
+      write: ModelConfig -> fields of a config.json. What it cannot say is found by reading it back.
+      tensors: the tensor table. Keys are parameter paths, those of a layer starting with `layers.`.
+      renames: regular expressions and replacements applied to the names in a checkpoint.
+      ignored: regular expressions of tensors (after renaming) that are left alone on purpose.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    model_type: str
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    tensors: Callable[[ModelConfig], Table]
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()

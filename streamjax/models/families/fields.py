@@ -1,0 +1,123 @@
+"""Reading a Hugging Face `config.json`: typed fields, none of them ignored by accident.
+
+`Fields` remembers which fields a family has looked at. What is left over must be harmless (`HARMLESS`: fields that do
+not change what a decoder computes at inference); anything else is reported, so that a field nobody thought of is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+
+_HARMLESS = """
+bookkeeping:
+  _name_or_path _commit_hash architectures auto_map dtype id2label label2id model_type problem_type torch_dtype
+  transformers_version unsloth_version unsloth_fixed init_device task_specific_params tokenizer_class
+what a forward pass returns or keeps, and how it is computed:
+  _attn_implementation _attn_implementation_autoset attn_implementation chunk_size_feed_forward output_attentions
+  output_hidden_states output_scores return_dict return_dict_in_generate use_cache use_return_dict cache_implementation
+  pretraining_tp gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss
+training, dropout and the initial weights:
+  attention_dropout attn_pdrop classifier_dropout emb_pdrop embd_pdrop hidden_dropout hidden_dropout_prob
+  attention_probs_dropout_prob resid_pdrop summary_first_dropout initializer_range init_config
+generation:
+  bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+  exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id length_penalty max_length
+  min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences prefix remove_invalid_values
+  repetition_penalty sep_token_id suppress_tokens temperature top_k top_p typical_p decoder_start_token_id pad_token_id
+  bos_token_id eos_token_id
+"""
+HARMLESS = frozenset(name for line in _HARMLESS.splitlines() if not line.endswith(":") for name in line.split())
+MISSING: Any = object()
+
+
+class Fields:
+    """The fields of one `config.json`, with the ones that were read.
+
+    A `null` in the file reads as None where a family allows it; a value of the wrong type is a ValueError.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = dict(values)
+        self.seen: set[str] = set()
+
+    def get(self, name: str, kind: type | tuple[type, ...], default: Any = MISSING) -> Any:
+        """The value of a field, None where it is null.
+
+        Raises:
+          ValueError: it is absent and there is no default, or it is of another type.
+        """
+        self.seen.add(name)
+        value = self.values.get(name, default)
+        if value is MISSING:
+            raise ValueError(f"field {name!r} is missing")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if isinstance(value, bool) and bool not in kinds:
+            kinds = ()
+        if value is not None and not isinstance(value, kinds):
+            names = " or ".join(k.__name__ for k in kinds) or "a number"
+            raise ValueError(f"field {name!r} is {value!r}; expected {names}")
+        return value
+
+    def integer(self, name: str, default: Any = MISSING) -> int:
+        """A whole number; null reads as the default."""
+        value = self.get(name, int, default)
+        if value is None:
+            value = default
+        if value is MISSING or value is None:
+            raise ValueError(f"field {name!r} is null; expected int")
+        return value
+
+    def number(self, name: str, default: Any = MISSING) -> float:
+        """A number; null reads as the default."""
+        value = self.get(name, (int, float), default)
+        if value is None:
+            value = default
+        if value is MISSING or value is None:
+            raise ValueError(f"field {name!r} is null; expected float")
+        return float(value)
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """A number, or None where the field is null."""
+        value = self.get(name, (int, float), default)
+        return None if value is None else float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A boolean; null reads as False."""
+        return bool(self.get(name, bool, default))
+
+    def activation(self, name: str, default: str) -> Any:
+        """The activation function that a field names, by its name in `ModelConfig`."""
+        value = self.get(name, str, default) or default
+        if value not in ACTIVATIONS:
+            raise ValueError(f"field {name!r} is {value!r}; streamjax has {', '.join(sorted(ACTIVATIONS))}")
+        return ACTIVATIONS[value]
+
+    def only(self, name: str, allowed: Collection[Any], default: Any = None) -> None:
+        """Refuse a field whose value asks for something that the library does not compute."""
+        self.seen.add(name)
+        value = self.values.get(name, default)
+        if value not in allowed:
+            shown = " or ".join(repr(v) for v in allowed)
+            raise ValueError(f"field {name!r} is {value!r}, which streamjax does not implement; it must be {shown}")
+
+    def unread(self) -> list[str]:
+        """Fields that nobody read, that are not known to be harmless and that hold something."""
+        return sorted(
+            name
+            for name, value in self.values.items()
+            if name not in self.seen and name not in HARMLESS and value not in (None, False, "", [], {})
+        )

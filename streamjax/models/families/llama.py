@@ -1,0 +1,81 @@
+"""Llama 1, 2 and 3 (2302.13971, 2307.09288, 2407.21783), and what the families built on it share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streamjax.models.config import ModelConfig
+from streamjax.models.families import tables
+from streamjax.models.families.family import Family
+from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
+from streamjax.models.families.rope_fields import read_rope, write_scaling
+
+
+def read_shapes(fields: Fields, head_dim: int | None = None) -> dict[str, Any]:
+    """Sizes, norm and activation, by the names that Llama gave them; `head_dim` is its default."""
+    d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if head_dim is None:
+        if d_model % num_heads:
+            raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
+        head_dim = d_model // num_heads
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "d_model": d_model,
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
+        "head_dim": fields.integer("head_dim", head_dim),
+        "mlp_dim": fields.integer("intermediate_size"),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "activation": fields.activation("hidden_act", "silu"),
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+    }
+
+
+def write_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_shapes`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": ACTIVATION_NAMES[config.activation],
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_position,
+    }
+
+
+def read_positions(fields: Fields, head_dim: int, max_position: int) -> dict[str, Any]:
+    """`max_position` (the argument is its default) and the RoPE of a model that rotates whole heads."""
+    max_position = fields.integer("max_position_embeddings", max_position)
+    return {"max_position": max_position, "rope": read_rope(fields, head_dim=head_dim, max_position=max_position)}
+
+
+def write_positions(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_positions`."""
+    return {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
+
+
+def _read(fields: Fields) -> ModelConfig:
+    shapes = read_shapes(fields)
+    bias = fields.flag("attention_bias", False)
+    return ModelConfig(
+        **shapes,
+        **read_positions(fields, shapes["head_dim"], 2048),
+        family="llama",
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return {**write_shapes(config), **write_positions(config), **biases}
+
+
+LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), "llama", _read, _write, tables.llama)

@@ -1,0 +1,160 @@
+"""RoPE fields of a `config.json`, in both of the forms that checkpoints have.
+
+Older files hold `rope_theta` beside `rope_scaling`; files written by transformers 5 hold one `rope_parameters`. Written
+is the older form, which both generations read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamjax.models.config import RopeConfig
+from streamjax.models.families.fields import Fields
+
+# what a kind reads from its dictionary: name in the file -> name in RopeConfig
+_SCALES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+}
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_ORIGINAL = ("dynamic", "llama3", "yarn", "longrope")  # kinds that know the length of the original model
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_IGNORED = {"finetuned"}  # of early YaRN files: how the checkpoint came about
+
+
+def read_rope(
+    fields: Fields,
+    *,
+    head_dim: int,
+    max_position: int,
+    theta: float = 10_000.0,
+    theta_field: str = "rope_theta",
+    partial: float | None = None,
+    partial_field: str = "partial_rotary_factor",
+    aliases: Mapping[str, str] | None = None,
+) -> RopeConfig:
+    """The rotation of a model with one RoPE for all layers.
+
+    Args:
+      fields: the config.
+      head_dim: width of a head.
+      max_position: `max_position_embeddings`.
+      theta: base where the config names none.
+      theta_field: top-level field of the base in the older form.
+      partial: default of the rotated fraction of a head; None where the architecture rotates all of it.
+      partial_field: top-level field of that fraction in the older form.
+      aliases: kinds that the architecture reads as another one (Phi-3: `su` and `yarn` mean longrope).
+
+    Raises:
+      ValueError: an unknown kind, a field that it does not have or one that it lacks.
+    """
+    scaling = fields.get("rope_scaling", dict, None) or fields.get("rope_parameters", dict, None) or {}
+    top_theta = fields.number(theta_field, theta)
+    top_partial = fields.number(partial_field, 1.0 if partial is None else partial)
+    original = fields.get("original_max_position_embeddings", int, None)
+    return parse_rope(
+        scaling,
+        head_dim=head_dim,
+        max_position=max_position,
+        theta=top_theta,
+        partial=top_partial,
+        partial_allowed=partial is not None,
+        original=original,
+        aliases=aliases or {},
+    )
+
+
+def parse_rope(
+    scaling: Mapping[str, Any],
+    *,
+    head_dim: int,
+    max_position: int,
+    theta: float,
+    partial: float = 1.0,
+    partial_allowed: bool = False,
+    original: int | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> RopeConfig:
+    """A RopeConfig from one `rope_scaling` or `rope_parameters` dictionary; what it lacks comes from the arguments."""
+    named = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = (aliases or {}).get(named, named)
+    if kind not in _SCALES:
+        raise ValueError(f"rope_scaling has rope_type {named!r}; streamjax has {', '.join(_SCALES)}")
+    unknown = sorted(k for k in set(scaling) - _COMMON - _IGNORED - set(_SCALES[kind]) if scaling[k] is not None)
+    if unknown:
+        raise ValueError(f"rope_scaling field {unknown[0]!r} is not implemented for rope_type {named!r}")
+    missing = [name for name in _REQUIRED.get(kind, ()) if scaling.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_scaling of rope_type {named!r} lacks {missing[0]!r}")
+    values: dict[str, Any] = {
+        name: tuple(float(v) for v in scaling[name]) if isinstance(scaling[name], list) else scaling[name]
+        for name in _SCALES[kind]
+        if scaling.get(name) is not None
+    }
+    if kind == "dynamic":
+        values["original_max_position"] = max_position
+    elif kind in ("llama3", "yarn", "longrope"):
+        values["original_max_position"] = original or scaling.get("original_max_position_embeddings") or max_position
+    if kind in ("yarn", "longrope"):
+        values.setdefault("factor", max_position / values["original_max_position"])
+    if kind == "longrope" and values["factor"] <= 1.0:
+        values.setdefault("attention_factor", 1.0)
+    fraction = scaling.get("partial_rotary_factor")
+    fraction = partial if fraction is None else float(fraction)
+    if not partial_allowed and fraction != 1.0:
+        raise ValueError(f"field 'partial_rotary_factor' is {fraction}; this architecture rotates whole heads")
+    rotary_dim = int(head_dim * fraction)
+    base = scaling.get("rope_theta")
+    return RopeConfig(
+        theta=float(theta if base is None else base),
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        kind=kind,  # type: ignore[arg-type]
+        **values,
+    )
+
+
+def write_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    """The `rope_scaling` dictionary of a rotation, None where it is not scaled."""
+    if rope.kind == "default":
+        return None
+    default = RopeConfig()
+    values: dict[str, Any] = {"rope_type": rope.kind}
+    for name in _SCALES[rope.kind]:
+        value = getattr(rope, name)
+        if value != getattr(default, name) or name in _REQUIRED.get(rope.kind, ()) or name == "factor":
+            values[name] = list(value) if isinstance(value, tuple) else value
+    if rope.kind in ("llama3", "yarn", "longrope"):
+        values["original_max_position_embeddings"] = rope.original_max_position
+    return values
+
+
+def rotary_fraction(rope: RopeConfig, head_dim: int) -> float:
+    """The fraction of a head that rotates, such that `int(head_dim * fraction)` gives the width back."""
+    if rope.rotary_dim is None:
+        return 1.0
+    fraction = rope.rotary_dim / head_dim
+    return fraction if int(head_dim * fraction) == rope.rotary_dim else (rope.rotary_dim + 0.5) / head_dim
+
+
+def plain_rope(rope: RopeConfig, head_dim: int) -> RopeConfig:
+    """An equal rotation with the fields that its kind does not use at their defaults."""
+    values = {name: getattr(rope, name) for name in _SCALES[rope.kind]}
+    if rope.kind == "longrope" and rope.factor <= 1.0 and rope.attention_factor is None:
+        values["attention_factor"] = 1.0
+    return RopeConfig(
+        theta=rope.theta,
+        rotary_dim=None if rope.rotary_dim == head_dim else rope.rotary_dim,
+        kind=rope.kind,
+        original_max_position=rope.original_max_position if rope.kind in _ORIGINAL else None,
+        **values,
+    )

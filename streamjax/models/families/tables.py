@@ -1,0 +1,82 @@
+"""Pieces that families put their tensor tables together from."""
+
+from __future__ import annotations
+
+from streamjax.models.config import ModelConfig
+from streamjax.models.families.family import Source
+
+Entries = dict[str, tuple[Source, ...]]
+BLOCK = "model.layers.{layer}"
+
+
+def norm(path: str, name: str) -> Entries:
+    """A norm: its weight and, where the model has one, its bias."""
+    return {f"{path}.{leaf}": (Source(f"{name}.{leaf}", "e -> e"),) for leaf in ("weight", "bias")}
+
+
+def fused(path: str, name: str, weight: str, bias: str) -> Entries:
+    """A projection that is one tensor in the checkpoint too, with its bias."""
+    return {path: (Source(f"{name}.weight", weight),), f"{path}_bias": (Source(f"{name}.bias", bias),)}
+
+
+def qkv(config: ModelConfig, prefix: str) -> Entries:
+    """Queries, keys and values as three projections."""
+    group = config.group_size
+    parts = {"q_proj": (0, group), "k_proj": (group, group + 1), "v_proj": (group + 1, group + 2)}
+    weights = [Source(f"{prefix}.{name}.weight", "(k g d) e -> e k g d", part) for name, part in parts.items()]
+    biases = [Source(f"{prefix}.{name}.bias", "(k g d) -> k g d", part) for name, part in parts.items()]
+    return {"layers.mixer.projections.qkv": tuple(weights), "layers.mixer.projections.qkv_bias": tuple(biases)}
+
+
+def out(name: str) -> Entries:
+    """The projection of the heads' outputs back to the residual stream."""
+    return fused("layers.mixer.projections.out", name, "e (k g d) -> k g d e", "e -> e")
+
+
+def gate_up(prefix: str) -> Entries:
+    """The gate and up projections of a gated MLP, as two tensors."""
+    parts = {"gate_proj": (0, 1), "up_proj": (1, 2)}
+    weights = [Source(f"{prefix}.{name}.weight", "(g f) e -> e g f", part) for name, part in parts.items()]
+    biases = [Source(f"{prefix}.{name}.bias", "(g f) -> g f", part) for name, part in parts.items()]
+    return {"layers.mlp.up": tuple(weights), "layers.mlp.up_bias": tuple(biases)}
+
+
+def up(name: str) -> Entries:
+    """The first projection of an MLP as one tensor: gate first where there is a gate."""
+    return fused("layers.mlp.up", name, "(g f) e -> e g f", "(g f) -> g f")
+
+
+def down(name: str) -> Entries:
+    """The second projection of an MLP."""
+    return fused("layers.mlp.down", name, "e f -> f e", "e -> e")
+
+
+def ends(embedding: str, final_norm: str, head: str = "lm_head") -> Entries:
+    """Embedding, last norm and output head."""
+    return {
+        "embedding": (Source(f"{embedding}.weight", "v e -> v e"),),
+        "head": (Source(f"{head}.weight", "v e -> e v"),),
+        "head_bias": (Source(f"{head}.bias", "v -> v"),),
+        **norm("norm", final_norm),
+    }
+
+
+def qk_norms(prefix: str) -> Entries:
+    """Norms over each head's queries and keys."""
+    return {
+        f"layers.mixer.projections.{letter}_norm.weight": (Source(f"{prefix}.{letter}_norm.weight", "d -> d"),)
+        for letter in ("q", "k")
+    }
+
+
+def llama(config: ModelConfig) -> Entries:
+    """Llama's layout, which most families share."""
+    return {
+        **ends("model.embed_tokens", "model.norm"),
+        **norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
+        **qkv(config, f"{BLOCK}.self_attn"),
+        **out(f"{BLOCK}.self_attn.o_proj"),
+        **norm("layers.mlp_norm", f"{BLOCK}.post_attention_layernorm"),
+        **gate_up(f"{BLOCK}.mlp"),
+        **down(f"{BLOCK}.mlp.down_proj"),
+    }

@@ -1,0 +1,196 @@
+"""Safetensors on disk: one file or shards with an index, read by memory map and written tensor by tensor.
+
+A tensor is a view of its file, so that a slice reads what it needs and no more; writing holds one tensor at a time. The
+format (https://github.com/huggingface/safetensors): a little-endian uint64, that many bytes of JSON, the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: where it lies and what it is, not its values."""
+
+    file: Path
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def open(self) -> np.ndarray:
+        """A read-only view of the values; what is not touched is not read.
+
+        Raises:
+          ValueError: a dtype that weights do not have here (quantised checkpoints).
+        """
+        if self.code not in DTYPES:
+            raise ValueError(
+                f"{self.file}: tensor {self.name!r} has dtype {self.code}; streamjax reads {', '.join(DTYPES)}"
+            )
+        dtype = np.dtype(DTYPES[self.code])
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype)
+        return np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=self.shape)
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder, by name. Only headers are read.
+
+    Raises:
+      ValueError: no safetensors, only pickle files, a missing shard, a damaged file, a tensor that is not where the
+        index says; one line that names the file.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    files, expected = _files(folder)
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                raise ValueError(f"{file}: tensor {tensor.name!r} is also in {tensors[tensor.name].file.name}")
+            tensors[tensor.name] = tensor
+    for name, file_name in expected.items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise ValueError(f"{folder / file_name}: tensor {name!r} is missing, although {INDEX} lists it there")
+    return tensors
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that make up a checkpoint, and which file each tensor is in where an index says so."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], {}
+    if (folder / INDEX).is_file():
+        values = read_json(folder / INDEX)
+        expected = values.get("weight_map")
+        if not isinstance(expected, dict) or not all(isinstance(v, str) for v in expected.values()):
+            raise ValueError(f"{folder / INDEX}: no 'weight_map' from tensor names to file names")
+        files = [folder / name for name in sorted(set(expected.values()))]
+        for file in files:
+            if file.parent != folder:
+                raise ValueError(f"{folder / INDEX}: shard {file.name!r} lies outside of the folder")
+            if not file.is_file():
+                raise ValueError(f"{file}: this shard is missing, although {INDEX} lists it; download it again")
+        return files, expected
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files, {}
+    if files:
+        raise ValueError(f"{folder}: {len(files)} safetensors files but neither {SINGLE} nor {INDEX}")
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{folder / pickles[0]}: pickle files can run code and are not read; convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new, safe_serialization=True)"
+        )
+    raise ValueError(f"{folder}: no weights: expected {SINGLE}, or {INDEX} and its shards")
+
+
+def _read_header(file: Path) -> Iterator[StoredTensor]:
+    try:
+        with safe_open(file, framework="numpy"):
+            pass  # checks the header, the offsets and the file's length
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: damaged or truncated safetensors file ({reason}); download it again") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin = entry["data_offsets"][0]
+            yield StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      ValueError: the file is missing, or is not a JSON object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: this file is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingTensor:
+    """A tensor that is about to be written: `values` is called when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def write_tensors(folder: Path, tensors: Sequence[PendingTensor], max_shard_size: int) -> None:
+    """Write a checkpoint: one file, or shards of at most `max_shard_size` bytes (one tensor at least) with an index.
+
+    Files of an earlier checkpoint in the folder are replaced. A file appears under its name when it is complete.
+    """
+    shards: list[list[PendingTensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_size:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    partial = {name: folder / f"{name}.partial" for name in [*names, INDEX]}
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(partial[name], shard)
+    for file in folder.iterdir():
+        if file.name in (SINGLE, INDEX) or _SHARD.fullmatch(file.name):
+            file.unlink()
+    if count > 1:
+        weights = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weights}
+        partial[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        names.append(INDEX)
+    for name in names:
+        os.replace(partial[name], folder / name)
+
+
+def _write_file(file: Path, tensors: Sequence[PendingTensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        if tensor.dtype not in _CODES:
+            raise ValueError(f"{file}: tensor {tensor.name!r} has dtype {tensor.dtype}; save {', '.join(DTYPES)}")
+        begin, end = end, end + tensor.nbytes
+        entry = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[tensor.name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for tensor in tensors:
+            values = np.ascontiguousarray(tensor.values(), dtype=tensor.dtype)
+            assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
+            stream.write(memoryview(values.reshape(-1).view(np.uint8)))
