@@ -8,6 +8,7 @@ position and its own number of new tokens in a chunk (chunks are right-padded).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,12 @@ from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
 SLOT_BLOCK = 4096  # logits of one chunk against at most this many slots exist at a time
+STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
+
+
+def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State) -> State:
+    """`fn(array, logical names of its dimensions)` in the place of every array of tier states."""
+    return jax.tree.map(lambda x: fn(x, (STATE_AXES + (None,) * len(x.shape))[: len(x.shape)]), state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +149,8 @@ class Query:
 
 
 class Tier:
-    """A rule for storing tokens. Subclasses are frozen dataclasses.
+    """A rule for storing tokens. Subclasses are frozen dataclasses; every array of a state is [B, K or 1, S, ...], cut
+    to its rank, so that one rule shards them all.
 
     `slots` is how many tokens it holds. `keeps_first` says that it fills once and for all: such a tier takes its
     tokens from a chunk before the chunk attends (`absorb`); others see the chunk after (`insert`). `strict_reach` is

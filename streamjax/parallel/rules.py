@@ -8,7 +8,8 @@ divide evenly is replicated over them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -31,6 +32,14 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "gates": (),
     "layers": (),
 }
+
+
+@runtime_checkable
+class NamedState(Protocol):
+    """A pytree that knows the logical names of its arrays' dimensions."""
+
+    def map_axes(self, fn: Callable[[Any, Sequence[str | None]], Any]) -> Any:
+        """A copy with `fn(array, names)` in the place of every array."""
 
 
 def partition_spec(

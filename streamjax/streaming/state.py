@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt32
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.tier import KVSpec, State, map_state_axes
 from streamjax.kv.window import Window
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder
@@ -52,6 +53,20 @@ class StreamState:
     def cache_bytes(self) -> int:
         """Bytes of all arrays in the state, over all devices, replicas counted once."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def map_axes(self, fn: Callable[[Any, Sequence[str | None]], Any]) -> StreamState:
+        """A copy with `fn(array, logical names of its dimensions)` in the place of every array."""
+        return dataclasses.replace(
+            self,
+            layers=map_state_axes(fn, self.layers),
+            position=fn(self.position, ("batch",)),
+            seen=fn(self.seen, ("batch",)),
+            hidden=fn(self.hidden, ("batch", "activation_embed")),
+        )
+
+    def placed(self) -> StreamState:
+        """This state, its arrays asked to lie where the mesh of `jax.set_mesh` wants them."""
+        return self.map_axes(lambda x, axes: constrain(x, *axes))
 
 
 def layer_caches(config: ModelConfig, cache: Cascade | Sequence[Cascade]) -> tuple[Cascade, ...]:
@@ -112,7 +127,7 @@ def _init(
         layers=tuple(cache.init(spec) for cache in caches),
         position=jnp.full((batch_size,), position, jnp.uint32),
         seen=jnp.zeros((batch_size,), jnp.int32),
-        hidden=constrain(jnp.zeros((batch_size, config.d_model), hidden_dtype), "batch", "activation_embed"),
+        hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),
         caches=caches,
         span=max(cache.slots + 1 for cache in caches),
-    )
+    ).placed()

@@ -40,7 +40,7 @@ def advance(
         seen=jnp.minimum(state.seen + count, SEEN_LIMIT),
         hidden=jnp.where((count > 0)[:, None], last, state.hidden),
     )
-    return new, hidden
+    return new.placed(), hidden
 
 
 @partial(jax.jit, donate_argnames="state")
