@@ -1,0 +1,233 @@
+"""What the command lines share: flags, start-up, and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+
+import streamjax as sj
+from streamjax.data.tokenizers import Tokenizer
+from streamjax.kv.cascade import Cascade
+
+SHIPPED_MODEL = Path(__file__).parent.parent / "models" / "stdlib_byte"
+BUILTIN = "builtin"
+Define = Callable[[flags.FlagValues], None]
+
+
+class Stopped(Exception):
+    """Ends a command with this exit status, its message already given."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
+
+def run_command(about: str | None, define: Sequence[Define], body: Callable[[flags.FlagValues], None], argv: list[str]) -> int:
+    """Parse flags, run a command and return its exit status; whatever a user can cause is one line on stderr.
+
+    Args:
+      about: the module's docstring, shown by --help.
+      define: functions that define flags.
+      body: the command.
+      argv: the program's name and its arguments.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("traceback", False, "Show where in the program an error came from.", flag_values=values)
+    flags.DEFINE_string(
+        "compilation_cache",
+        str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "streamjax" / "compiled"),
+        "Folder where compiled programs are kept for the next start; empty for none.",
+        flag_values=values,
+    )
+    for function in define:
+        function(values)
+    logging.set_verbosity(logging.ERROR)
+    try:
+        rest = values(argv)[1:]
+        if rest:
+            raise flags.Error(f"unexpected argument {rest[0]!r}: options are written --name=value")
+    except flags.Error as error:
+        return _fail(f"{error} (--help lists all options)", 2)
+    if values.help:
+        print(help_text(about or "", values))
+        return 0
+    try:
+        if values.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", str(Path(values.compilation_cache).expanduser()))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        body(values)
+    except Stopped as stopped:
+        return stopped.status
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the output has gone
+        return 1
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        if values.traceback:
+            raise
+        return _fail(str(error) or type(error).__name__, 1)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())[:500]}", file=sys.stderr)
+    return status
+
+
+def help_text(about: str, values: flags.FlagValues) -> str:
+    """The text of --help: what the command is, then its flags in the order in which they were defined."""
+    lines = [about.strip(), "", "Options:"]
+    for name in _defined_order(values):
+        flag = values[name]
+        default = "" if flag.default in (None, "", False, []) else f" [{flag.default_as_str}]"
+        lines.append(f"  --{name}{default}")
+        lines += textwrap.wrap(flag.help, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _defined_order(values: flags.FlagValues) -> list[str]:
+    names = [flag.name for group in values.flags_by_module_dict().values() for flag in group]
+    first = ("help", "traceback", "compilation_cache")
+    return [name for name in names if name not in first] + list(first)
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """Flags that choose the model."""
+    flags.DEFINE_string(
+        "model",
+        str(SHIPPED_MODEL),
+        "Folder of a model: Hugging Face (config.json and *.safetensors), or a streamjax checkpoint. By default the "
+        "small byte-level model that comes with streamjax.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "tokenizer", None, "Folder with tokenizer.json; the model's own by default, bytes if none.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Of the weights; bfloat16 on TPU and GPU, float32 on CPU by default.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("chunk_size", 512, "Tokens read in one step.", lower_bound=1, flag_values=values)
+
+
+def define_sampling(values: flags.FlagValues) -> None:
+    """Flags that say how tokens are chosen."""
+    number, whole = flags.DEFINE_float, flags.DEFINE_integer
+    number("temperature", 0.8, "0 always takes the likeliest token.", lower_bound=0, flag_values=values)
+    whole("top_k", 0, "Choose among the k likeliest tokens; 0: all.", lower_bound=0, flag_values=values)
+    number("top_p", 0.95, "Choose among the likeliest tokens that together have this probability.", flag_values=values)
+    number("min_p", 0.0, "Choose among tokens at least this share as likely as the likeliest.", flag_values=values)
+    number("repetition_penalty", 1.0, "Above 1, tokens that were used become less likely.", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.", flag_values=values)
+    whole("seed", 0, "Of the random choices.", flag_values=values)
+    whole("max_new_tokens", 512, "The longest answer.", lower_bound=0, flag_values=values)
+
+
+def sampler_of(values: flags.FlagValues) -> sj.Sampler:
+    """The sampler that the flags describe."""
+    return sj.Sampler(
+        repetition_penalty=values.repetition_penalty,
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+    )
+
+
+def sampling_was_chosen(values: flags.FlagValues) -> bool:
+    """Whether any flag of the sampler was given."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return any(values[name].present for name in names)
+
+
+CACHE_HELP = (
+    "NAME or NAME:OPTION=VALUE,OPTION=VALUE, such as streaming_llm:sinks=4,window=1020, window:window=1024 or "
+    "dense:capacity=8192. Without options the cache is made to fit the length the model was trained at."
+)
+
+
+def load_model(values: flags.FlagValues) -> tuple[sj.Decoder, Tokenizer]:
+    """The model and the tokenizer that the flags name."""
+    path = Path(values.model).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors")
+    tokenizer = sj.load_tokenizer(Path(values.tokenizer).expanduser() if values.tokenizer else path)
+    return sj.load(path, dtype=values.dtype), tokenizer
+
+
+def parse_cache(text: str, trained_length: int, dense_capacity: int | None = None) -> Cascade:
+    """The cascade that `--cache` describes; see `CACHE_HELP`.
+
+    Args:
+      text: name and options.
+      trained_length: tokens that the model saw at once in training: where `window` is not given and the default cache
+        is longer than that, the window is what fits.
+      dense_capacity: of `dense`, where it is not given.
+
+    Raises:
+      ValueError: an unknown name or option, with the nearest known one; a value that is no number.
+    """
+    name, _, rest = text.partition(":")
+    presets = sj.kv.presets()
+    if name not in presets:
+        raise ValueError(f"unknown cache {name!r}; {_nearest(name, presets)}")
+    known = presets[name].options
+    options = {}
+    for item in filter(None, rest.split(",")):
+        option, equals, value = item.partition("=")
+        if option not in known:
+            raise ValueError(f"cache {name!r} has no option {option!r}; {_nearest(option, known)}")
+        if not equals:
+            raise ValueError(f"cache option {item!r} lacks its value: write {option}=NUMBER")
+        options[option] = _value(name, option, value, known[option])
+    if "capacity" in known and dense_capacity is not None:
+        options.setdefault("capacity", dense_capacity)
+    cache = sj.kv.preset(name, **options)
+    if "window" in known and "window" not in options and cache.slots > trained_length:
+        options["window"] = max(known["window"] - (cache.slots - trained_length), 1)
+        cache = sj.kv.preset(name, **options)
+    return cache
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(known))}"
+
+
+def _value(name: str, option: str, value: str, default: object) -> object:
+    """A value of the default's type."""
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"cache {name!r}: {option} is true or false, not {value!r}")
+        return value.lower() == "true"
+    if isinstance(default, str):
+        return value
+    try:
+        return float(value) if isinstance(default, float) else int(value)
+    except ValueError:
+        raise ValueError(f"cache {name!r}: {option} must be a number, not {value!r}") from None
+
+
+def describe_cache(cache: Cascade) -> str:
+    """A cascade in short, such as "Sink(4) > Window(508)"."""
+    parts = []
+    for tier in cache.tiers:
+        match tier:
+            case sj.kv.SinkWindow(sinks=sinks, window=window):
+                parts += [f"Sink({sinks})", f"Window({window})"]
+            case sj.kv.Sink(size=size) | sj.kv.Window(size=size):
+                parts.append(f"{type(tier).__name__}({size})")
+            case sj.kv.Full(capacity=capacity):
+                parts.append(f"Full({capacity})")
+            case _:
+                parts.append(repr(tier))
+    return " > ".join(parts)

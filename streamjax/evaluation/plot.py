@@ -1,0 +1,106 @@
+"""The picture of a comparison: perplexity and cache memory against position, both axes logarithmic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from streamjax.evaluation.compare import Trial
+from streamjax.evaluation.curve import log_bins
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+_GREY = "#606060"
+
+
+def plot_trials(
+    trials: Sequence[Trial], path: str | Path | None, *, title: str = "", trained_length: int | None = None
+) -> Figure:
+    """Draw runs of one text side by side.
+
+    Args:
+      trials: the runs; a run that ended early is marked where it did.
+      path: where the picture is written; its folder is made. None writes nothing.
+      title: above the picture.
+      trained_length: tokens that the model saw at once in training; marked.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(8.5, 7.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    end = max((len(trial.nats) for trial in trials), default=1)
+    marked = False
+    for trial, colour in zip(trials, _cycle(len(trials)), strict=True):
+        position, nats = log_bins(trial.nats)
+        with np.errstate(over="ignore"):
+            perplexity = np.exp(nats)
+        upper.plot(position, perplexity, color=colour, lw=1.8, label=trial.name)
+        reached = np.unique(np.geomspace(1, max(len(trial.nats), 1), 200).round().astype(int))
+        in_use = np.array([trial.memory.in_use(int(p)) for p in reached], float)
+        lower.plot(reached, in_use, color=colour, lw=1.8)
+        if trial.ended and len(position):
+            label = None if marked else "stopped"
+            upper.plot(position[-1], perplexity[-1], "X", color=colour, ms=10, mec="white", label=label)
+            lower.plot(reached[-1], in_use[-1], "X", color=colour, ms=10, mec="white")
+            lower.annotate(trial.ended, (reached[-1], in_use[-1]), (8, -3), textcoords="offset points", color=colour)
+            marked = True
+    upper.set_ylabel("perplexity a token")
+    lower.set_ylabel("keys and values held")
+    lower.set_xlabel("position in the stream (tokens)")
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    for axis in (upper, lower):
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlim(16, end * 1.15)
+        axis.grid(which="major", color="#e0e0e0", lw=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        if trained_length is not None and trained_length < end:
+            axis.axvline(trained_length, color=_GREY, lw=1, ls=":")
+    if trained_length is not None and trained_length < end:
+        place = (trained_length, 1.0)
+        upper.annotate(
+            f"trained on {trained_length:,} ",
+            place,
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
+            color=_GREY,
+        )
+    lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _plain_ticks(upper)
+    upper.legend(frameon=False, loc="best")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def human_bytes(size: float) -> str:
+    """A number of bytes in the unit that suits it, such as "1.5 MB" (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _plain_ticks(axis: Axes) -> None:
+    """Perplexities as plain numbers, at 1, 2, 5, 10, ... where they span little, at powers of ten where much."""
+    low, high = axis.get_ylim()
+    subs = (1.0, 2.0, 3.0, 5.0) if high / low < 50 else (1.0, 3.0) if high / low < 1000 else (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(10, subs=subs))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,315 @@
+"""A session: one endless stream on the host's side, with text in and text out.
+
+It owns what a conversation or a reader needs: the model, its tokenizer, the stream's state, the sampler and its key.
+Whatever happens between two calls, Ctrl-C included, its state has read exactly the tokens that it counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from streamjax.checkpoints import _read_about as read_about
+from streamjax.checkpoints import restore_pytree, save_pytree
+from streamjax.data.tokenizers import Tokenizer
+from streamjax.kv.cascade import Cascade
+from streamjax.models.decoder import Decoder
+from streamjax.streaming.generate import generate_blocks
+from streamjax.streaming.interrupts import undisturbed
+from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.scan import read, score
+from streamjax.streaming.state import init_state
+from streamjax.streaming.step import require_room
+from streamjax.streaming.text_output import TextOutput
+
+_KIND = "session"
+
+
+class Session:
+    """One stream of text through one model.
+
+    Attributes:
+      state: where the stream stands. tokens_seen: tokens read so far, exact however far the stream is. last_token: the
+      newest of them. sampler: how tokens are chosen; may be replaced between calls.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      cache: a cascade for all layers, or one a layer.
+      sampler: how to choose tokens; plain sampling at temperature 1 by default.
+      seed: of the sampling key.
+      chunk_size: tokens a step when reading.
+
+    Raises:
+      ValueError: the tokenizer has ids that the model lacks.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        cache: Cascade | Sequence[Cascade],
+        *,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        chunk_size: int = 512,
+    ):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}: "
+                "they do not belong together"
+            )
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.sampler = sampler or Sampler()
+        self.chunk_size = chunk_size
+        self.reset(seed)
+
+    def reset(self, seed: int = 0) -> None:
+        """Start over, as if nothing had been read."""
+        state = init_state(self.model, self.cache)
+        with undisturbed():
+            self.state = state
+            self.tokens_seen = 0
+            self.last_token: int | None = None
+            self._key = jax.random.key(seed)
+            self._drawn = 0
+            self._turn = object()  # replaced by whoever moves the stream: an older generate() notices
+            self._output = TextOutput(self.tokenizer)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the stream's state: constant, however long the stream."""
+        return self.state.cache_bytes
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that still fit, where the cache has an end."""
+        return None if self.state.capacity is None else self.state.capacity - self.tokens_seen
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Ids of a text; BOS before it by default where the stream begins and the model expects one."""
+        return self.tokenizer.encode(text, add_bos=self._begins(add_bos))
+
+    def read(self, text: str | Sequence[int], *, add_bos: bool | None = None) -> int:
+        """Read a text, or token ids as they are; returns how many tokens that were.
+
+        Raises:
+          ValueError: more tokens than a `dense` cache has room for; nothing has been read then.
+        """
+        ids = self._ids(text, add_bos)
+        for piece in self._pieces(ids):
+            with undisturbed():
+                self.state = read(self.model, self.state, piece[None], self.chunk_size)
+                self._count(piece)
+        return len(ids)
+
+    def score(self, text: str | Sequence[int], *, add_bos: bool | None = None) -> Float[Array, " T"]:
+        """Read a text and return what each of its tokens cost: negative log-likelihoods in nats.
+
+        A BOS that is put before the text is not part of the result. The first token of a stream without BOS costs
+        log(vocabulary). Errors as in `read`. The result is not waited for.
+        """
+        skip = isinstance(text, str) and self._begins(add_bos)
+        ids = self._ids(text, add_bos)
+        parts = [jnp.zeros((0,), jnp.float32)]
+        for piece in self._pieces(ids):
+            with undisturbed():
+                self.state, nats = score(self.model, self.state, piece[None], self.chunk_size)
+                self._count(piece)
+            parts.append(nats[0])
+        return jnp.concatenate(parts)[skip:]
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        add_bos: bool | None = None,
+        block: int | None = None,
+    ) -> Iterator[str]:
+        """Read a prompt and continue it; yields text as it becomes certain.
+
+        Without a prompt the stream goes on where it stands: two calls in a row draw what one would have drawn. When the
+        iterator is left early, the state has read what was yielded, and at most the rest of one block. On Ctrl-C, text
+        that was generated but not yielded is what `pending` returns.
+
+        Args:
+          prompt: text, or token ids.
+          max_new_tokens: at most so many.
+          stop: strings that end the text; they do not appear in it, and what their last token holds behind them is
+            dropped.
+          stop_tokens: ids that end it; the tokenizer's own (EOS) where None. The state has read them.
+          add_bos: as in `encode`.
+          block: tokens between two pieces of text. By default 1 on CPU and with stop strings, else 16.
+
+        Raises:
+          ValueError: no room in a `dense` cache for prompt and continuation, or nothing to continue.
+        """
+        words = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in words:
+            raise ValueError("a stop string must not be empty")
+        ids = self._ids(prompt, add_bos)
+        if not ids and self.tokens_seen == 0:
+            raise ValueError("nothing to continue: give a prompt, or read something first")
+        require_room(self.state, len(ids) + max_new_tokens)
+        if block is None or words:
+            block = 1 if words or jax.default_backend() == "cpu" else 16
+        ends = self.tokenizer.eos_ids if stop_tokens is None else tuple(stop_tokens)
+        return self._generate(ids, max_new_tokens, words, ends, block)
+
+    def _generate(
+        self, ids: list[int], max_new_tokens: int, stop: tuple[str, ...], ends: tuple[int, ...], block: int
+    ) -> Iterator[str]:
+        self.read(ids)
+        turn = self._turn = object()
+        seen = np.zeros((1, self.model.config.vocab_size), bool)
+        seen[0, ids] = True
+        blocks = generate_blocks(
+            self.model,
+            self.state,
+            np.zeros((1, 0), np.int32),
+            max_new_tokens=max_new_tokens,
+            sampler=self.sampler,
+            key=self._key,
+            stop_tokens=ends,
+            block=block,
+            first_index=self._drawn,
+            penalised=seen,
+        )
+        ended = False
+        while not ended:
+            if self._turn is not turn:
+                raise ValueError("this session has gone on since: an older generate() cannot be continued")
+            with undisturbed():
+                state, tokens = next(blocks, (None, None))
+                if state is None or tokens is None:
+                    self._output.release()
+                    ended = True
+                else:
+                    self.state = state
+                    new = [int(token) for token in tokens[0] if token >= 0]
+                    self._drawn = (self._drawn + len(new)) % 2**31
+                    self._count(new)
+                    over = bool(new) and new[-1] in ends
+                    ended = self._output.push(new[:-1] if over else new, stop) or over
+                    if over:
+                        self._output.finish()
+            if text := self._output.take():
+                yield text
+
+    def pending(self) -> str:
+        """Text that was generated but not yielded yet, after an interrupt; it is handed out once."""
+        self._output.release()
+        return self._output.take()
+
+    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Save the stream, to be continued bit for bit by `load`, in another process too.
+
+        Args:
+          path: a folder; an earlier save in it is replaced.
+          extra: what else to keep; plain data, returned by `load`.
+
+        Raises:
+          ValueError: `path` holds something else.
+        """
+        about = {
+            "kind": _KIND,
+            "model": self.model.config.to_json_dict(),
+            "weights": fingerprint(self.model),
+            "caches": [repr(cache) for cache in self.state.caches],
+            "tokens_seen": self.tokens_seen,
+            "last_token": self.last_token,
+            "sampler": dataclasses.asdict(self.sampler),
+            "key": np.asarray(jax.random.key_data(self._key)).tolist(),
+            "drawn": self._drawn,
+            "output": self._output.to_json_dict(),
+            "extra": dict(extra or {}),
+        }
+        save_pytree(self.state, path, about)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Go on where `save` was called: same tokens, same key, same sampler. Returns what was saved as `extra`.
+
+        Raises:
+          ValueError: nothing there, or it was saved with another model or cache; the session is as before then.
+        """
+        about = read_about(Path(path), _KIND)
+        config = type(self.model.config).from_json_dict(about["model"])
+        if config != self.model.config:
+            raise ValueError(
+                f"{path}: saved with another model ({_shape(config)}); this is {_shape(self.model.config)}"
+            )
+        if about["weights"] != fingerprint(self.model):
+            raise ValueError(f"{path}: saved with a model of the same shape but other weights or another dtype")
+        for saved, cache in zip(about["caches"], self.state.caches, strict=True):
+            if saved != repr(cache):
+                raise ValueError(f"{path}: saved with the cache {saved}; this session has {cache!r}")
+        state = restore_pytree(self.state, path)
+        with undisturbed():
+            self.state = state
+            self.tokens_seen, self.last_token = about["tokens_seen"], about["last_token"]
+            self.sampler = Sampler(**about["sampler"])
+            self._key = jax.random.wrap_key_data(jnp.asarray(about["key"], jnp.uint32))
+            self._drawn = about["drawn"]
+            self._turn = object()
+            self._output = TextOutput(self.tokenizer, **about["output"])
+        return about["extra"]
+
+    def _begins(self, add_bos: bool | None) -> bool:
+        """Whether BOS goes before the next text."""
+        wanted = self.tokens_seen == 0 and self.tokenizer.adds_bos if add_bos is None else add_bos
+        return wanted and self.tokenizer.bos_id is not None
+
+    def _ids(self, text: str | Sequence[int], add_bos: bool | None) -> list[int]:
+        """Token ids, checked: an id that the model lacks would be read as its last."""
+        if isinstance(text, str):
+            return self.encode(text, add_bos)
+        ids = [int(token) for token in text]
+        vocab = self.model.config.vocab_size
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab}")
+        return ids
+
+    def _pieces(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Tokens to be read step by step, each followed by `_count`; text that was held back is over."""
+        require_room(self.state, len(ids))
+        if ids:
+            self._turn = object()
+            self._output.clear()
+        tokens = np.asarray(ids, np.int32)
+        for start in range(0, len(ids), self.chunk_size):
+            yield tokens[start : start + self.chunk_size]
+
+    def _count(self, tokens: np.ndarray | Sequence[int]) -> None:
+        if len(tokens):
+            self.tokens_seen += len(tokens)
+            self.last_token = int(tokens[-1])
+
+
+def fingerprint(model: Decoder) -> str:
+    """A hash over a few numbers of the first and the last weights: tells models of one shape apart at no cost."""
+    parts = (model.embedding, model.layer(0), model.layer(model.config.num_layers - 1), model.norm)
+    digest = hashlib.sha256(str(model.dtype).encode())
+    for leaf in jax.tree.leaves(parts):
+        corner = leaf[(0,) * (leaf.ndim - 1)][:16]
+        digest.update(np.asarray(corner, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _shape(config: Any) -> str:
+    return f"{config.family}, {config.num_layers} layers of width {config.d_model}, vocabulary {config.vocab_size}"

@@ -1,0 +1,86 @@
+"""Generated tokens as text that may be shown at once: whole characters, and never a part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from streamjax.data.incremental import IncrementalDecoder
+from streamjax.data.tokenizers import Tokenizer
+
+_TAIL = 16  # tokens from which a decoder that has held nothing back can be built again
+
+
+class TextOutput:
+    """Turns one stream of generated ids into text, holding back what is not certain yet.
+
+    An unfinished character waits for its last byte. The beginning of a stop string waits until the text goes on
+    differently; a stop string itself, whatever tokens it is spread over, never comes out.
+
+    Args:
+      tokenizer: whose ids they are.
+      tail, held, ready: what `to_json_dict` of an earlier one said, to go on from there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tail: Sequence[int] = (), held: str = "", ready: str = ""):
+        self._tokenizer = tokenizer
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._tail = list(tail)  # the newest ids: they make a new decoder what this one is
+        self._held = held  # behind it a stop string may begin
+        self._ready = ready  # certain, and not taken yet
+        self._decoder.push(self._tail)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What it holds back, as plain data."""
+        return {"tail": self._tail, "held": self._held, "ready": self._ready}
+
+    def push(self, ids: Iterable[int], stop: Sequence[str] = ()) -> bool:
+        """Take further ids; returns whether a stop string has ended the text.
+
+        Text behind a stop string is dropped, also that of further ids.
+        """
+        for token in ids:
+            text = self._decoder.push([token])
+            self._tail.append(token)
+            if text:
+                self._tail = self._tail[-_TAIL:]
+            self._held += text
+            ends = [at for at in (self._held.find(word) for word in stop) if at >= 0]
+            if ends:
+                self._ready += self._held[: min(ends)]
+                self._forget()
+                return True
+            certain = len(self._held) - max((_overlap(self._held, word) for word in stop), default=0)
+            self._ready += self._held[:certain]
+            self._held = self._held[certain:]
+        return False
+
+    def take(self) -> str:
+        """The text that has become certain; it is handed out once."""
+        text, self._ready = self._ready, ""
+        return text
+
+    def release(self) -> None:
+        """No more ids for now: what waited for a stop string is certain, an unfinished character goes on waiting."""
+        self._ready += self._held
+        self._held = ""
+
+    def finish(self) -> None:
+        """The text is over: all that is held back is certain, and an unfinished character becomes U+FFFD."""
+        self._ready += self._held + self._decoder.flush()
+        self._forget()
+
+    def clear(self) -> None:
+        """Drop whatever has not been taken."""
+        self._ready = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._held, self._tail = "", []
+        self._decoder = IncrementalDecoder(self._tokenizer)
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of `text` with which `word` begins, the whole word left out."""
+    longest = min(len(text), len(word) - 1)
+    return next((n for n in range(longest, 0, -1) if word.startswith(text[-n:])), 0)
