@@ -126,7 +126,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, scaled as the config says."""
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        table = constrain(self.embedding[...], "vocab", "activation_embed")  # rows lie whole where they are looked up
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         return constrain(x, "batch", "length", "activation_embed")
