@@ -2,7 +2,8 @@
 
 A buffer has a slot axis; a row writes `count` tokens, those from `start` on in its chunk, to slots `cursor`,
 `cursor + 1`, ... A ring wraps; a linear buffer stops at its end. Writes are windows as wide as the chunk, blended with
-what was there, so that a donated buffer is updated in place (two windows for a ring, whose run may wrap).
+what was there, so that a donated buffer is updated in place (two windows for a ring, whose run may wrap). One token for
+each of several rows is a scatter of single slots instead, which is in place too and which partitions over rows and heads.
 """
 
 from __future__ import annotations
@@ -33,6 +34,17 @@ def _rows(write, buffer: Array, chunk: Array, *counters: Array) -> Array:
     return jax.vmap(write)(buffer, chunk, *counters)
 
 
+def _put(buffer: Array, chunk: Array, slot: Array, axis: int) -> Array:
+    """Row b's one token goes to slot `slot[b]`; nowhere where that is past the end."""
+
+    def put(slots: Array, new: Array, at: Array) -> Array:
+        return slots.at[at].set(new[0], mode="drop")
+
+    for _ in range(axis - 1):
+        put = jax.vmap(put, (0, 0, None))
+    return jax.vmap(put)(buffer, chunk, slot)
+
+
 def write_linear(
     buffer: Shaped[Array, "B ..."],
     chunk: Shaped[Array, "B ..."],
@@ -53,6 +65,8 @@ def write_linear(
         chunk = jnp.take_along_axis(chunk, index.reshape(shape), axis=axis)
         start, count = jnp.zeros_like(start), jnp.minimum(count, slots)
     width = chunk.shape[axis]
+    if width == 1 and buffer.shape[0] > 1:
+        return _put(buffer, chunk, jnp.where(count > 0, cursor, slots), axis)
 
     def write(row: Array, new: Array, cursor: Array, start: Array, count: Array) -> Array:
         at = jnp.minimum(cursor, slots - width)
@@ -85,6 +99,8 @@ def write_ring(
         source = jnp.clip(start[:, None] + index, 0, width - 1).reshape(shape)
         ring = jnp.where((index >= 0).reshape(shape), jnp.take_along_axis(chunk, source, axis=axis), buffer)
         return jnp.concatenate((before, ring), axis=axis)
+    if width == 1 and buffer.shape[0] > 1:
+        return _put(buffer, chunk, jnp.where(count > 0, offset + cursor, offset + slots), axis)
 
     def write(row: Array, new: Array, cursor: Array, start: Array, count: Array) -> Array:
         at = jnp.minimum(cursor, slots - width)
