@@ -1,0 +1,33 @@
+"""Training: losses, gradients, the optimizer, and the loop that runs a configuration."""
+
+from streamjax.training.backprop import METHODS, loss_and_grad
+from streamjax.training.config import MeshConfig, TrainConfig
+from streamjax.training.loop import RunStopped, evaluate, train
+from streamjax.training.losses import chunked_loss, token_nll
+from streamjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from streamjax.training.overrides import apply_overrides, describe
+from streamjax.training.state import TrainState, new_state, shard_batch
+from streamjax.training.step import accumulate_gradients, eval_step, make_train_step
+
+__all__ = [
+    "METHODS",
+    "MeshConfig",
+    "OptimizerConfig",
+    "RunStopped",
+    "TrainConfig",
+    "TrainState",
+    "accumulate_gradients",
+    "apply_overrides",
+    "chunked_loss",
+    "describe",
+    "eval_step",
+    "evaluate",
+    "learning_rate_schedule",
+    "loss_and_grad",
+    "make_optimizer",
+    "make_train_step",
+    "new_state",
+    "shard_batch",
+    "token_nll",
+    "train",
+]

@@ -28,9 +28,7 @@ def check_method(method: str) -> None:
         raise ValueError(f"unknown backprop method {method!r}; use one of {', '.join(METHODS)}")
 
 
-def loss_sum(
-    model: Decoder, batch: Batch, *, remat: bool = False, logits_chunk: int | None = None
-) -> Float[Array, ""]:
+def loss_sum(model: Decoder, batch: Batch, *, remat: bool = False, logits_chunk: int | None = None) -> Float[Array, ""]:
     """Weighted sum of the negative log-likelihoods of a batch, in nats; see `loss_and_grad` for the arguments."""
     hidden = model.hidden(
         batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), remat=remat

@@ -14,16 +14,11 @@ from streamjax.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices. All 1: one device, no mesh."""
+    """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device."""
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"MeshConfig.{field.name} is {getattr(self, field.name)}: at least 1 is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +49,11 @@ class TrainConfig:
     data: DataConfig
     steps: int
     init_from: str | None = None
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     method: Method = "full"
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
     log_interval: int = 10
     eval_interval: int = 500

@@ -1,15 +1,17 @@
 """The training loop: steps, evaluation, metrics, checkpoints, and resuming exactly where a run stopped.
 
-Everything that a step depends on is in the checkpoint: weights, optimizer state, step, and the place in the input. A run
-that was killed at any point and started again ends with the same bits as one that never was.
+Everything that a step depends on is in a checkpoint: weights, optimizer state, the step, and the place in the input. A
+run that was killed at any point and started again ends with the same bits as one that never was.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
+import logging
 import math
-import os
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,18 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from streamjax.checkpoints import RunCheckpoints
-from streamjax.data import load_tokenizer, make_eval_batches, make_train_iterator
+from streamjax.checkpoints import RunCheckpoints, load
+from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_train_iterator
 from streamjax.models.decoder import Decoder
+from streamjax.parallel.mesh import build_sharded, make_mesh
 from streamjax.training.config import MeshConfig, TrainConfig
 from streamjax.training.metrics import MetricsWriter
 from streamjax.training.optimizer import learning_rate_schedule, make_optimizer
+from streamjax.training.processes import gather_json, largest
 from streamjax.training.signals import StopSignals
-from streamjax.training.state import TrainState, build_sharded, new_state, shard_batch
-from streamjax.training.step import eval_step, make_train_step
+from streamjax.training.state import TrainState, new_state, shard_batch
+from streamjax.training.step import Metrics, eval_step, make_train_step
+from streamjax.training.workdir import claim, export
 
-# What may change between two starts of one run without changing what is computed.
-_FREE_FIELDS = ("log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints", "mesh")
+_log = logging.getLogger(__name__)
 
 
 class RunStopped(Exception):
@@ -43,27 +47,17 @@ class RunStopped(Exception):
         self.exit_code = exit_code
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh | None:
-    """The mesh that `config` describes; None for one device."""
-    shape = (config.data, config.fsdp, config.tensor)
-    size = math.prod(shape)
-    if size == 1 and jax.device_count() == 1:
-        return None
-    if size != jax.device_count() and size != 1:
-        raise ValueError(f"mesh of data x fsdp x tensor = {size} devices; this machine has {jax.device_count()}")
-    if size == 1:
-        return None
-    axis_types = (jax.sharding.AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=axis_types)
-
-
-def evaluate(model: Decoder, batches: Iterable[Any], mesh: jax.sharding.Mesh | None, bytewise: bool) -> dict[str, float]:
-    """Loss in nats per token, perplexity, and for byte tokenizers bits per byte, over `batches`."""
+def evaluate(
+    model: Decoder, batches: Iterable[Any], tokenizer: Tokenizer | None = None, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, float]:
+    """Loss in nats per token and perplexity over `batches`; bits per byte too if the tokenizer's tokens are bytes."""
     sums = [eval_step(model, shard_batch(batch, mesh)) for batch in batches]
     total, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-    loss = float(total / max(weight, 1e-9))
+    loss = float(total / weight) if weight > 0 else 0.0
     values = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-    return values | ({"eval_bits_per_byte": loss / math.log(2.0)} if bytewise else {})
+    if tokenizer is not None and tokenizer.name == "bytes":
+        values["eval_bits_per_byte"] = loss / math.log(2.0)
+    return values
 
 
 def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = None) -> TrainState:
@@ -71,8 +65,9 @@ def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = N
 
     Args:
       config: the run.
-      workdir: where checkpoints, metrics, the configuration and at the end `model/` go.
-      progress: whether to show a progress bar; by default where stderr is a terminal.
+      workdir: where the configuration, checkpoints, metrics and at the end `model/` go. With several processes, a
+        folder that all of them see.
+      progress: whether to show a progress bar; where None, if stderr is a terminal.
 
     Returns:
       The final state.
@@ -81,120 +76,160 @@ def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = N
       ValueError: a workdir of another configuration, or a configuration that does not fit the data or the machine.
       RunStopped: SIGTERM or Ctrl-C (a checkpoint has been saved), or a loss that is not finite.
     """
-    workdir = Path(workdir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    mesh = make_mesh(config.mesh)
-    _claim(workdir, config)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rate_schedule(config.optimizer, config.steps)
-    train_step = make_train_step(optimizer, method=config.method, accumulation=config.optimizer.accumulation)
-    shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
-    data = make_train_iterator(config.data, shard=shard)
-    eval_batches = make_eval_batches(config.data, config.eval_batches, shard=shard)
-
-    def build(key: jax.Array) -> TrainState:
-        model = Decoder(
-            config.model, key, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32, scan_layers=config.scan_layers
-        )
-        return new_state(model, optimizer)
-
-    state = build_sharded(build, mesh, jax.random.key(config.seed))
-    checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
-    step = checkpoints.latest_step or 0
-    if step:
-        state, about = checkpoints.restore(step, state)
-        data.set_state(about["data"])
-    metrics = MetricsWriter(workdir, step)
-    tokens_per_step = config.data.batch_size * config.data.seq_len
-    pending: list[dict[str, jax.Array]] = []
-    started = time.monotonic()
-    bar = tqdm.tqdm(total=config.steps, initial=step, unit="step", disable=None if progress is None else not progress)
-
-    def report() -> None:
-        """Read the metrics of the steps since the last report; no step with a bad one may reach a checkpoint."""
-        nonlocal started
-        if not pending:
-            return
-        values = jax.device_get(pending)
-        pending.clear()
-        for i, found in enumerate(values):
-            if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
-                bad, last = step - len(values) + i + 1, checkpoints.latest_step or 0
-                raise RunStopped(f"loss or gradient is not finite at step {bad}; step {last} is saved and good", 1)
-        now = time.monotonic()
-        speed = len(values) * tokens_per_step / (now - started)
-        started = now
-        loss = float(np.mean([found["loss"] for found in values]))
-        norm = float(values[-1]["grad_norm"])
-        rate = float(schedule(step - 1))
-        metrics.write(
-            step, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": round(speed, 1)}
-        )
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-
-    def save() -> None:
-        checkpoints.save(step, state, {"step": step, "data": data.get_state(), "tokenizer": tokenizer.name})
-
-    mesh_context = jax.set_mesh(mesh) if mesh is not None else None
+    run = _Run(config, Path(workdir), progress)
     try:
-        with StopSignals() as stop:
-            if mesh_context is not None:
-                mesh_context.__enter__()
-            while step < config.steps:
-                state, found = train_step(state, shard_batch(next(data), mesh))
-                pending.append(found)
-                step += 1
-                bar.update()
-                last = step == config.steps
-                if step % config.log_interval == 0 or last:
-                    report()
-                if step % config.eval_interval == 0 or last:
-                    report()
-                    values = evaluate(state.model, eval_batches, mesh, tokenizer.name == "bytes")
-                    metrics.write(step, values)
-                    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-                    started = time.monotonic()
-                if step % config.checkpoint_interval == 0 or last or stop.received:
-                    report()
-                    save()
-                if stop.received and not last:
-                    code = 128 + int(stop.received)
-                    name = "Ctrl-C" if stop.received == signal.SIGINT else stop.received.name
-                    raise RunStopped(f"{name}: saved step {step}; the same command continues from there", code)
+        with StopSignals() as stop, contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
+            while run.step < config.steps:
+                run.advance()
+                last = run.step == config.steps
+                # One process looks after every step; several must agree, which costs a round of messages.
+                together = jax.process_count() == 1 or run.step % config.log_interval == 0
+                stop_signal = largest(stop.received or 0) if together else 0
+                if run.step % config.log_interval == 0 or last:
+                    run.report()
+                if run.step % config.eval_interval == 0 or last:
+                    run.evaluate()
+                if run.step % config.checkpoint_interval == 0 or last or stop_signal:
+                    run.save()
+                if stop_signal and not last:
+                    name = "Ctrl-C" if stop_signal == signal.SIGINT else signal.Signals(stop_signal).name
+                    message = f"{name}: saved step {run.step} of {config.steps}; the same command continues from there"
+                    raise RunStopped(message, 128 + stop_signal)
+            export(run.state.model, run.workdir / "model", config.data.tokenizer)
     finally:
-        if mesh_context is not None:
-            mesh_context.__exit__(None, None, None)
-        bar.close()
-        metrics.close()
-        checkpoints.close()
-    _export(state.model, workdir / "model")
-    return state
+        run.close()
+    return run.state
 
 
-def _export(model: Decoder, folder: Path) -> None:
-    from streamjax.models.hf import save_hf
+class _Run:
+    """What the loop holds, and the things that it does at intervals."""
 
-    save_hf(model, folder)
+    def __init__(self, config: TrainConfig, workdir: Path, progress: bool | None):
+        self.config, self.workdir = config, workdir
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
+        shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
+        self.data = make_train_iterator(config.data, shard=shard)
+        self.eval_batches = make_eval_batches(config.data, config.eval_batches, shard=shard)
+        self.schedule = learning_rate_schedule(config.optimizer, config.steps)
+        self.train_step = make_train_step(
+            make_optimizer(config.optimizer, config.steps),
+            method=config.method,
+            accumulation=config.optimizer.accumulation,
+        )
+        self.state = self._initial_state()
+        claim(workdir, config)
+        self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
+        self.step = self.checkpoints.latest_step or 0
+        if self.step:
+            self.state, about = self.checkpoints.restore(self.step, self.state)
+            self.data.set_state(about["data"][jax.process_index()])
+        self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
+        quiet = jax.process_index() > 0 or (None if progress is None else not progress)
+        self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.pending: list[Metrics] = []
+        self.since = time.monotonic()
+        if self.step:
+            self._say(f"resumed at step {self.step} of {config.steps}")
 
+    def _initial_state(self) -> TrainState:
+        config = self.config
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        dtype = jnp.dtype(config.dtype)
+        if config.init_from is not None:
+            model = load(config.init_from, jnp.float32, self.mesh, config.scan_layers)
+            model.dtype = dtype
+            self._check_vocabulary(model.config.vocab_size)
+            return build_sharded(lambda model: new_state(model, optimizer), self.mesh, model)
+        model_config = config.model
+        assert model_config is not None
+        self._check_vocabulary(model_config.vocab_size)
 
-def _claim(workdir: Path, config: TrainConfig) -> None:
-    """Write the configuration into the workdir, or check that it is the one that is there."""
-    path = workdir / "config.json"
-    values = config.to_json_dict()
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [name for name in _changes(before, values) if name.split(".")[0] not in _FREE_FIELDS]
-        if changed:
-            raise ValueError(f"{workdir} holds a run with another {changed[0]}: choose another --workdir, or change it back")
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, path)
+        def build(key: jax.Array) -> TrainState:
+            model = Decoder(
+                model_config, key, dtype=dtype, param_dtype=jnp.dtype(jnp.float32), scan_layers=config.scan_layers
+            )
+            return new_state(model, optimizer)
 
+        return build_sharded(build, self.mesh, jax.random.key(config.seed))
 
-def _changes(before: Any, after: Any, name: str = "") -> list[str]:
-    """Names of the fields in which two nested dictionaries differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = list(dict.fromkeys([*before, *after]))
-        return [c for n in names for c in _changes(before.get(n), after.get(n), f"{name}.{n}" if name else n)]
-    return [] if before == after else [name]
+    def _check_vocabulary(self, size: int) -> None:
+        if size < self.tokenizer.vocab_size:
+            name, needed = self.tokenizer.name, self.tokenizer.vocab_size
+            raise ValueError(f"the model's vocab_size is {size}; tokenizer {name!r} needs {needed}")
+
+    def advance(self) -> None:
+        """One step; what it measured stays on the device until the next report."""
+        try:
+            batch = next(self.data)
+        except StopIteration:
+            raise ValueError(
+                f"the data ends after {self.step} steps: set config.data.epochs=none, or config.steps={self.step}"
+            ) from None
+        self.state, found = self.train_step(self.state, shard_batch(batch, self.mesh))
+        self.pending.append(found)
+        self.step += 1
+        self.bar.update()
+
+    def report(self) -> None:
+        """Read and write the metrics of the steps since the last report.
+
+        Raises:
+          RunStopped: one of them is not finite.
+        """
+        if not self.pending:
+            return
+        values: list[dict[str, Any]] = jax.device_get(self.pending)
+        self.pending.clear()
+        for step, found in enumerate(values, self.step - len(values) + 1):
+            if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
+                good = self.checkpoints.latest_step
+                kept = "no checkpoint was saved before" if good is None else f"the checkpoint of step {good} is good"
+                raise RunStopped(f"the loss or its gradient is not finite at step {step}; {kept}", 1)
+        now = time.monotonic()
+        speed = len(values) * self.config.data.batch_size * self.config.data.seq_len / (now - self.since)
+        self.since = now
+        loss = float(np.mean([found["loss"] for found in values]))
+        self._write(
+            {
+                "loss": loss,
+                "grad_norm": float(values[-1]["grad_norm"]),
+                "learning_rate": float(self.schedule(self.step - 1)),
+                "tokens_per_second": round(speed, 1),
+            }
+        )
+        summary = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(summary)
+        if self.bar.disable:
+            _log.info("step %d of %d: %s", self.step, self.config.steps, summary)
+
+    def evaluate(self) -> None:
+        """Measure the model on the validation split."""
+        self.report()
+        values = evaluate(self.state.model, self.eval_batches, self.tokenizer, self.mesh)
+        self._write(values)
+        self._say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.since = time.monotonic()
+
+    def save(self) -> None:
+        """Save a checkpoint; never of a state that a step which was not finite has touched."""
+        self.report()
+        places = gather_json(self.data.get_state())
+        self.checkpoints.save(self.step, self.state, {"tokenizer": self.tokenizer.name, "data": places})
+
+    def close(self) -> None:
+        """Let go of files, after a save that is under way."""
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.checkpoints.close()
+
+    def _say(self, line: str) -> None:
+        if self.bar.disable:
+            _log.info(line)
+        else:
+            self.bar.write(line, file=sys.stderr)
+
+    def _write(self, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.step, values)

@@ -1,22 +1,18 @@
-"""What a training run carries from step to step, and where its arrays live."""
+"""What a training run carries from step to step, and how batches reach the devices."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import partition_spec
-
-Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -30,33 +26,11 @@ class TrainState:
 
 
 def new_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Pure: use it under `jax.jit` or `jax.eval_shape`."""
-    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    """The state before the first step.
 
-
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """The placement of every array of `tree` on `mesh`, a tree of the same structure.
-
-    Parameters, and whatever is shaped like them (gradients, moments), go by their logical axis names; all else is
-    replicated. Leaves may be arrays or `jax.ShapeDtypeStruct`s.
+    Pure: under `streamjax.parallel.mesh.build_sharded` the optimizer's arrays are made in their places.
     """
-
-    def place(leaf: Any) -> NamedSharding:
-        axes = leaf.axes if isinstance(leaf, nnx.Variable) else ()
-        shape = leaf.shape if isinstance(leaf, nnx.Variable) else ()
-        return NamedSharding(mesh, partition_spec(axes, shape, mesh) if axes else PartitionSpec())
-
-    flat = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return jax.tree.unflatten(jax.tree.structure(tree), [place(leaf) for leaf in flat])
-
-
-def build_sharded(build: Callable[..., Tree], mesh: Mesh | None, *args: Any) -> Tree:
-    """`build(*args)` under `jax.jit`, every array made where `shardings` puts it: never whole on one device."""
-    if mesh is None:
-        return jax.jit(build)(*args)
-    placement = shardings(jax.eval_shape(build, *args), mesh)
-    with jax.set_mesh(mesh):
-        return jax.jit(build, out_shardings=placement)(*args)
+    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
@@ -68,8 +42,8 @@ def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
         return jax.tree.map(jnp.asarray, batch)
 
     def place(x: Any) -> Array:
-        rows = x.shape[0] * jax.process_count()
-        sharding = NamedSharding(mesh, partition_spec(("batch", None), (rows, *x.shape[1:]), mesh))
-        return jax.make_array_from_process_local_data(sharding, x)
+        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        sharding = NamedSharding(mesh, partition_spec(("batch", None), shape, mesh))
+        return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(place, batch)
