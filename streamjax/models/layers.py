@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -102,8 +103,9 @@ class Projections(nnx.Module):
 
     def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
         """Project the heads' outputs back to `d_model` channels."""
-        grouped = heads.reshape(*heads.shape[:2], self.config.num_kv_heads, self.config.group_size, -1).astype(dtype)
-        y = jnp.einsum("btkgd,kgde->bte", grouped, self.out[...].astype(dtype))
+        # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
+        weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(dtype)
+        y = jnp.einsum("btf,fe->bte", rearrange(heads, "b t h d -> b t (h d)").astype(dtype), weight)
         return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)
 
 

@@ -193,4 +193,4 @@ def _write_file(file: Path, tensors: Sequence[PendingTensor]) -> None:
         for tensor in tensors:
             values = np.ascontiguousarray(tensor.values(), dtype=tensor.dtype)
             assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
-            stream.write(memoryview(values.reshape(-1).view(np.uint8)))
+            values.reshape(-1).view(np.uint8).tofile(stream)

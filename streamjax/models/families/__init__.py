@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.fields import Fields
+from streamjax.models.families.gemma import GEMMA2, GEMMA3
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.llama import LLAMA
+from streamjax.models.families.mistral import MISTRAL
+from streamjax.models.families.mpt import MPT
+from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
 from streamjax.models.families.rope_fields import plain_rope
 
 __all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config", "write_config"]
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, GPT_NEOX)}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT)
+}
 
 
 def find_family(values: Mapping[str, Any]) -> Family:
@@ -62,11 +69,18 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
     unread = fields.unread()
     if unread:
         warnings.warn(f"config.json has fields that streamjax does not know: {', '.join(unread)}", stacklevel=2)
-    tokens = {name: {**values, **(generation or {})}.get(name) for name in ("bos_token_id", "eos_token_id")}
-    bos, eos = (ids if isinstance(ids, list) else [ids] for ids in tokens.values())
-    return config.replace(
-        bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(token for token in eos if token is not None)
-    )
+    places = (generation or {}, values, values.get("text_config") or {})
+    bos, eos = (_token_ids(name, places) for name in ("bos_token_id", "eos_token_id"))
+    return config.replace(bos_token_id=bos[0] if bos else None, eos_token_ids=eos)
+
+
+def _token_ids(name: str, places: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Token ids from the first place that has them: one, a list, or null."""
+    ids = next((place[name] for place in places if place.get(name) is not None), [])
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"field {name!r} is {ids!r}; expected token ids")
+    return tuple(ids)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -93,6 +107,7 @@ def _try_write(family: Family, config: ModelConfig) -> tuple[dict[str, Any], str
         "architectures": [family.architectures[0]],
         "model_type": family.model_type,
         **family.write(config),
+        "pad_token_id": None,  # a family's default may lie beyond the vocabulary
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
     }

@@ -52,7 +52,9 @@ class Fields:
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = dict(values)
+        self.defaults: Mapping[str, Any] = {}  # of the architecture, for fields that a family calls without one
         self.seen: set[str] = set()
+        self.sections: dict[str, Fields] = {}
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = MISSING) -> Any:
         """The value of a field, None where it is null.
@@ -61,7 +63,7 @@ class Fields:
           ValueError: it is absent and there is no default, or it is of another type.
         """
         self.seen.add(name)
-        value = self.values.get(name, default)
+        value = self.values.get(name, self.defaults.get(name, MISSING) if default is MISSING else default)
         if value is MISSING:
             raise ValueError(f"field {name!r} is missing")
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -114,10 +116,18 @@ class Fields:
             shown = " or ".join(repr(v) for v in allowed)
             raise ValueError(f"field {name!r} is {value!r}, which streamjax does not implement; it must be {shown}")
 
+    def section(self, name: str) -> Fields:
+        """The fields of a nested object; empty where it is absent."""
+        if name not in self.sections:
+            self.sections[name] = Fields(self.get(name, dict, {}) or {})
+        return self.sections[name]
+
     def unread(self) -> list[str]:
         """Fields that nobody read, that are not known to be harmless and that hold something."""
-        return sorted(
+        own = [
             name
             for name, value in self.values.items()
             if name not in self.seen and name not in HARMLESS and value not in (None, False, "", [], {})
-        )
+        ]
+        nested = [f"{section}.{name}" for section, fields in self.sections.items() for name in fields.unread()]
+        return sorted(own + nested)

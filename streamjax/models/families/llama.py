@@ -11,24 +11,37 @@ from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
 
-def read_shapes(fields: Fields, head_dim: int | None = None) -> dict[str, Any]:
-    """Sizes, norm and activation, by the names that Llama gave them; `head_dim` is its default."""
+def read_shapes(
+    fields: Fields,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+    tie: bool = False,
+    activation: str = "hidden_act",
+) -> dict[str, Any]:
+    """Sizes, norm and activation, by the names that Llama gave them.
+
+    Args:
+      fields: the config.
+      head_dim: width of a head where the config is silent; None: d_model / heads.
+      kv_heads: key/value heads where the config is silent; None: as many as query heads.
+      tie: whether embeddings are tied where the config is silent.
+      activation: the field that names the activation function.
+    """
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if head_dim is None:
-        if d_model % num_heads:
-            raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
-        head_dim = d_model // num_heads
+    if head_dim is None and d_model % num_heads:
+        raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
+    kv_heads = fields.get("num_key_value_heads", int, kv_heads)
     return {
         "vocab_size": fields.integer("vocab_size"),
         "d_model": d_model,
         "num_layers": fields.integer("num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
-        "head_dim": fields.integer("head_dim", head_dim),
+        "num_kv_heads": num_heads if kv_heads is None else kv_heads,
+        "head_dim": fields.integer("head_dim", head_dim or d_model // num_heads),
         "mlp_dim": fields.integer("intermediate_size"),
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
-        "activation": fields.activation("hidden_act", "silu"),
-        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "activation": fields.activation(activation, "silu" if activation == "hidden_act" else "gelu_pytorch_tanh"),
+        "tie_embeddings": fields.flag("tie_word_embeddings", tie),
     }
 
 

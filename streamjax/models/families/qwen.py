@@ -29,7 +29,7 @@ def _write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read2(fields: Fields) -> ModelConfig:
-    shapes = read_shapes(fields)
+    shapes = read_shapes(fields, kv_heads=32)
     return ModelConfig(
         **shapes,
         **read_positions(fields, shapes["head_dim"], 32768),
@@ -44,7 +44,7 @@ def _write2(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read3(fields: Fields) -> ModelConfig:
-    shapes = read_shapes(fields, head_dim=128)
+    shapes = read_shapes(fields, head_dim=128, kv_heads=32)
     bias = fields.flag("attention_bias", False)
     return ModelConfig(
         **shapes,

@@ -41,6 +41,7 @@ def read_rope(
     theta_field: str = "rope_theta",
     partial: float | None = None,
     partial_field: str = "partial_rotary_factor",
+    original: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> RopeConfig:
     """The rotation of a model with one RoPE for all layers.
@@ -53,6 +54,7 @@ def read_rope(
       theta_field: top-level field of the base in the older form.
       partial: default of the rotated fraction of a head; None where the architecture rotates all of it.
       partial_field: top-level field of that fraction in the older form.
+      original: default of `original_max_position_embeddings` as a field of its own, which wins; None: the scaling's.
       aliases: kinds that the architecture reads as another one (Phi-3: `su` and `yarn` mean longrope).
 
     Raises:
@@ -61,7 +63,7 @@ def read_rope(
     scaling = fields.get("rope_scaling", dict, None) or fields.get("rope_parameters", dict, None) or {}
     top_theta = fields.number(theta_field, theta)
     top_partial = fields.number(partial_field, 1.0 if partial is None else partial)
-    original = fields.get("original_max_position_embeddings", int, None)
+    original = fields.get("original_max_position_embeddings", int, original)
     return parse_rope(
         scaling,
         head_dim=head_dim,
