@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from streamjax.attention.partial import Partial
 
+FEW_QUERIES = 32  # queries of one key head up to which the product is taken from the keys' side
+
 
 def attend(
     q: Float[Array, "B C H D"],
@@ -31,7 +33,13 @@ def attend(
       slopes, distance: ALiBi (2108.12409): `-slope * distance` is added to the scaled logits of each head.
     """
     grouped = rearrange(q, "b c (k g) d -> b k g c d", k=k.shape[1])
-    logits = jnp.einsum("bkgcd,bksd->bkgcs", grouped, k, preferred_element_type=jnp.float32) * scale
+    if grouped.shape[2] * grouped.shape[3] <= FEW_QUERIES:
+        # Keys on the left: the CPU compiler would transpose the keys otherwise, more work than the product itself.
+        few = rearrange(grouped, "b k g c d -> b k (g c) d")
+        logits = jnp.einsum("bksd,bknd->bksn", k, few, preferred_element_type=jnp.float32)
+        logits = rearrange(logits, "b k s (g c) -> b k g c s", g=grouped.shape[2]) * scale
+    else:
+        logits = jnp.einsum("bkgcd,bksd->bkgcs", grouped, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if slopes is not None:

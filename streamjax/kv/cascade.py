@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from streamjax.attention.partial import merge
 from streamjax.kv.full import Full
@@ -33,6 +34,8 @@ class Cascade:
                 raise ValueError(f"a Cascade is made of tiers such as sj.kv.Window(1020), not {tier!r}")
         if any(isinstance(tier, Sink) for tier in tiers[1:]):
             raise ValueError("Sink must be the first tier of a Cascade: it keeps the first tokens of the stream")
+        if any(isinstance(tier, Full) for tier in tiers[:-1]):
+            raise ValueError("Full must be the last tier of a Cascade: nothing falls out of it")
         reach = sum(tier.slots for tier in tiers)
         placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
         match placed:
@@ -67,13 +70,26 @@ class Cascade:
             new[i], rest = tier.absorb(new[i], query, rest)
         end = len(self.tiers) - 1
         parts = [tier.attend(new[i], query, last=i == end) for i, tier in enumerate(self.tiers)]
-        if self.capacity is None:
-            reach = self.tiers[-1].strict_reach
-            parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=reach))
+        reach = self.tiers[-1].strict_reach
+        parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=reach))
         out = merge(*parts).out
         if self.capacity is not None:
-            overflow = jnp.cumsum(rest.valid[:, 0], axis=1) > 0
-            out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
+            out = jnp.where((query.index >= self.capacity)[:, :, None, None], jnp.nan, out)
+        rest = dataclasses.replace(rest, valid=_after(rest.valid, out))
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.insert(new[i], rest)
         return out, tuple(new)
+
+
+def _after(valid: Bool[Array, "B #K C"], out: Float[Array, "B C H D"]) -> Bool[Array, "B #K C"]:
+    """`valid`, but computed from `out`, so that what is written by it is written after the reads that made `out`.
+
+    The CPU compiler keeps a donated buffer in place only where data flows from its reads to the write, and copies all
+    of it otherwise. No number is above 1 and below -1, which the compiler does not know.
+    """
+
+    def depend(valid: Array, out: Array) -> Array:
+        first = out[:, :, 0, 0]
+        return valid & ~((first > 1) & (first < -1)).any()
+
+    return jax.lax.platform_dependent(valid, out, cpu=depend, default=lambda valid, out: valid)

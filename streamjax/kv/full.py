@@ -23,6 +23,10 @@ class LinearState:
     position: UInt32[Array, "B 1 S"]
     filled: Int32[Array, " B"]
 
+    @classmethod
+    def empty(cls, spec: KVSpec, slots: int) -> LinearState:
+        return cls(spec.buffer(slots), spec.buffer(slots), spec.positions(slots), spec.counter())
+
 
 def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
     """Append tokens while there is room; return those that found none."""
@@ -46,14 +50,12 @@ def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]
 
 @dataclasses.dataclass(frozen=True)
 class Full(Tier):
-    """Keeps the first `capacity` tokens that reach it, at their true distance.
+    """Keeps every token that reaches it, up to `capacity`, at its true distance. The last tier of its cascade.
 
-    A cascade that ends in `Full` has no room for more: from the first token beyond the capacity on, its output is NaN,
-    never a silently truncated context.
+    From the first token beyond the cascade's capacity on, the output is NaN, never a silently truncated context.
     """
 
     capacity: int
-    keeps_first = True
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -64,12 +66,11 @@ class Full(Tier):
         return self.capacity
 
     def init(self, spec: KVSpec) -> LinearState:
-        position = jnp.zeros((spec.batch_size, 1, self.capacity), jnp.uint32)
-        return LinearState(spec.buffer(self.capacity), spec.buffer(self.capacity), position, spec.counter())
-
-    def absorb(self, state: LinearState, query: Query, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
-        return append(state, tokens)
+        return LinearState.empty(spec, self.capacity)
 
     def attend(self, state: LinearState, query: Query, last: bool) -> Partial:
         valid = jnp.arange(self.capacity) < state.filled[:, None, None]
         return query.attend(state.k, state.v, state.position, valid, filled=state.filled)
+
+    def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
+        return append(state, tokens)

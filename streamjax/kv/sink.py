@@ -32,7 +32,6 @@ class Sink(Tier):
 
     size: int
     reach: int | None = None
-    keeps_first = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -42,9 +41,12 @@ class Sink(Tier):
     def slots(self) -> int:
         return self.size
 
+    @property
+    def strict_reach(self) -> int | None:
+        return 0
+
     def init(self, spec: KVSpec) -> LinearState:
-        position = jnp.zeros((spec.batch_size, 1, self.size), jnp.uint32)
-        return LinearState(spec.buffer(self.size), spec.buffer(self.size), position, spec.counter())
+        return LinearState.empty(spec, self.size)
 
     def absorb(self, state: LinearState, query: Query, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         return append(state, tokens)

@@ -20,7 +20,8 @@ from streamjax.attention.partial import Partial, merge
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
-SLOT_BLOCK = 4096  # logits of one chunk against at most this many slots exist at a time
+SLOT_BLOCK = 1024  # logits of one chunk against at most this many slots exist at a time
+DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
 STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
 
 
@@ -41,6 +42,9 @@ class KVSpec:
     def buffer(self, slots: int) -> Float[Array, "B K S D"]:
         """Zeros for `slots` keys or values."""
         return jnp.zeros((self.batch_size, self.kv_heads, slots, self.head_dim), self.dtype)
+
+    def positions(self, slots: int) -> UInt32[Array, "B 1 S"]:
+        return jnp.zeros((self.batch_size, 1, slots), jnp.uint32)
 
     def counter(self) -> Int32[Array, " B"]:
         return jnp.zeros((self.batch_size,), jnp.int32)
@@ -111,25 +115,26 @@ class Query:
         Distances are differences of uint32 positions read as int32: right across the wrap of the counter. Slots are
         taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited.
         """
-        slots = k.shape[2]
-        if slots <= SLOT_BLOCK:
+        slots, single = k.shape[2], self.q.shape[1] == 1
+        size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
+        if slots == size and (filled is None or single):
             return self._attend(k, v, position, valid, reach)
 
         def block(index: Array, part: Partial) -> Partial:
             # The last block is moved back to fit; slots that the block before it had are masked.
-            start = jnp.minimum(index * SLOT_BLOCK, slots - SLOT_BLOCK)
+            start = jnp.minimum(index * size, slots - size)
 
             def take(x: Array, axis: int) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, SLOT_BLOCK, axis)
+                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
-            fresh = start + jnp.arange(SLOT_BLOCK) >= index * SLOT_BLOCK
+            fresh = start + jnp.arange(size) >= index * size
             some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, 2) & fresh, reach)
             return merge(part, some)
 
         b, c, h, d = self.q.shape
         nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
         used = slots if filled is None else jnp.max(filled)
-        return jax.lax.fori_loop(0, (used + SLOT_BLOCK - 1) // SLOT_BLOCK, block, nothing)
+        return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
@@ -152,12 +157,10 @@ class Tier:
     """A rule for storing tokens. Subclasses are frozen dataclasses; every array of a state is [B, K or 1, S, ...], cut
     to its rank, so that one rule shards them all.
 
-    `slots` is how many tokens it holds. `keeps_first` says that it fills once and for all: such a tier takes its
-    tokens from a chunk before the chunk attends (`absorb`); others see the chunk after (`insert`). `strict_reach` is
-    how far back a query sees when the tier is the last of its cascade (None: everything the chunk brought).
+    `slots` is how many tokens it holds. `strict_reach` is how far back a query sees when the tier is the last of its
+    cascade (None: everything that the chunk brought). A tier that keeps the first tokens of a stream at places of its
+    own takes them out of a chunk before the chunk attends (`absorb`); others store the chunk afterwards (`insert`).
     """
-
-    keeps_first: bool = False
 
     @property
     def slots(self) -> int:
@@ -165,7 +168,7 @@ class Tier:
 
     @property
     def strict_reach(self) -> int | None:
-        return 0 if self.keeps_first else None
+        return None
 
     def init(self, spec: KVSpec) -> State:
         """An empty state."""

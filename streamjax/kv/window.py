@@ -84,12 +84,13 @@ class Window(Tier):
         return self.size
 
     def init(self, spec: KVSpec) -> RingState:
-        position = jnp.zeros((spec.batch_size, 1, self.size), jnp.uint32)
-        return RingState(spec.buffer(self.size), spec.buffer(self.size), position, spec.counter(), spec.counter())
+        buffers = spec.buffer(self.size), spec.buffer(self.size), spec.positions(self.size)
+        return RingState(*buffers, spec.counter(), spec.counter())
 
     def attend(self, state: RingState, query: Query, last: bool) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]
-        return query.attend(state.k, state.v, state.position, valid, reach=self.size if last else None)
+        reach = self.size if last else None
+        return query.attend(state.k, state.v, state.position, valid, reach=reach, filled=state.filled)
 
     def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
         return push(state, tokens)
