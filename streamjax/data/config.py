@@ -18,8 +18,8 @@ class DataConfig:
       packing: "concat" joins documents and cuts the stream; "pack" puts documents side by side as segments.
       bos_each_row: with "concat", every row begins with BOS, and documents do not.
       shuffle_seed: reorders documents anew in every epoch, and rows; None keeps the order of the source.
-      shuffle_tokens: rows are shuffled within a buffer of this many tokens, since neighbouring rows of a stream come
-        from one document; 0 keeps the order of the stream.
+      shuffle_tokens: rows are shuffled within a buffer of this many tokens (and at most 4,096 rows), since neighbouring
+        rows of a stream come from one document; 0 keeps the order of the stream.
       epochs: passes over the documents; None never ends.
       num_workers: processes that read and tokenise; 0 does it in this one.
       prefetch: batches prepared ahead in a thread; 0 prepares a batch when it is asked for.

@@ -22,14 +22,12 @@ import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, cast
 
 import tensorflow_datasets as tfds
 import tqdm
 
-Split = Literal["train", "validation", "test"]
-
-SPLITS: tuple[Split, ...] = get_args(Split)
+SPLITS = ("train", "validation", "test")
 _HELD_OUT = {"test": 0.10, "validation": 0.05}  # shares of the documents; of 8 MB, a tenth is enough to stream for long
 
 _NOT_EVERYWHERE = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "venv"}
@@ -169,14 +167,14 @@ def builtin_corpus(data_dir: str | Path | None = None, *, config: str = "stdlib"
 
 
 def corpus_documents(
-    split: Split, data_dir: str | Path | None = None, *, config: str = "stdlib"
+    split: str, data_dir: str | Path | None = None, *, config: str = "stdlib"
 ) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of the built-in corpus's documents in one split, sorted by name."""
     for example in cast(Iterable[Any], builtin_corpus(data_dir, config=config).as_data_source(split)):
         yield example["name"].decode("utf-8"), example["text"].decode("utf-8")
 
 
-def corpus_text(split: Split, data_dir: str | Path | None = None, *, config: str = "stdlib") -> str:
+def corpus_text(split: str, data_dir: str | Path | None = None, *, config: str = "stdlib") -> str:
     """All text of one split of the built-in corpus, its documents in order of their names."""
     return "".join(text for _, text in corpus_documents(split, data_dir, config=config))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from streamjax.data.config import DataConfig
-from streamjax.data.corpus import Split
 from streamjax.data.packing import concat_rows, pack_rows
 from streamjax.data.sources import open_source
 from streamjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -17,10 +17,11 @@ from streamjax.data.tokenizers import Tokenizer, load_tokenizer
 Batch = dict[str, np.ndarray]
 
 _EVAL_SEED = 0
+_MOST_SHUFFLED_ROWS = 4096  # the buffer is filled before the first batch comes
 
 
 def make_train_iterator(
-    config: DataConfig, *, shard: grain.sharding.ShardOptions | None = None, split: Split = "train"
+    config: DataConfig, *, shard: grain.sharding.ShardOptions | None = None, split: str = "train"
 ) -> grain.DatasetIterator:
     """Batches to train on, in an order that depends on nothing but the arguments.
 
@@ -41,11 +42,13 @@ def make_train_iterator(
     """
     index, count = _shard(shard)
     rows = _rows(config, split, seed=config.shuffle_seed, epochs=config.epochs, index=index, count=count)
-    window = config.shuffle_tokens // config.seq_len
+    window = min(config.shuffle_tokens // config.seq_len, _MOST_SHUFFLED_ROWS)
     if config.shuffle_seed is not None and window > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=config.shuffle_seed)
     batches = rows.batch(_share(config.batch_size, count), drop_remainder=True)
     if config.num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which only absl programs parse
         batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=config.num_workers))
     elif config.prefetch:
         return _ThreadPrefetch(iter(batches), config.prefetch)
@@ -57,7 +60,7 @@ def make_eval_batches(
     num_batches: int,
     *,
     shard: grain.sharding.ShardOptions | None = None,
-    split: Split = "validation",
+    split: str = "validation",
 ) -> Iterable[Batch]:
     """The first batches of a split, the same ones every time.
 
@@ -88,7 +91,7 @@ def make_eval_batches(
     return batches.map(lambda batch: {key: value[mine] for key, value in batch.items()})
 
 
-def _rows(config: DataConfig, split: Split, *, seed: int | None, epochs: int | None, index: int, count: int) -> Any:
+def _rows(config: DataConfig, split: str, *, seed: int | None, epochs: int | None, index: int, count: int) -> Any:
     tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
     source = open_source(config.source, split, text_key=config.text_key, data_dir=config.data_dir)
     if len(source) < count:

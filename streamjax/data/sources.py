@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import tensorflow_datasets as tfds
 
-from streamjax.data.corpus import SPLITS, Split, builtin_corpus, split_of
+from streamjax.data.corpus import SPLITS, builtin_corpus, split_of
 
 _HELD_OUT_FILES = {"test": 0.05, "validation": 0.05}
 _TAIL = 0.05  # of a lone file, what is kept for validation
@@ -68,7 +68,7 @@ class FileSource:
 
 
 def open_source(
-    spec: str, split: Split = "train", *, text_key: str = "text", data_dir: str | Path | None = None
+    spec: str, split: str = "train", *, text_key: str = "text", data_dir: str | Path | None = None
 ) -> DocumentSource:
     """The documents of one split.
 
@@ -99,7 +99,7 @@ def open_source(
     files, base = _find_files(pattern)
     if files:
         return FileSource(_file_pieces(files, base, split, spec))
-    if kind == "text":
+    if kind == "text" or glob.has_magic(pattern) or os.path.exists(pattern):
         raise ValueError(f"data source {spec!r}: no text files match {pattern}")
     raise ValueError(f'data source {spec!r}: use "builtin", "tfds:name", "text:pattern" or a file, folder or glob')
 
@@ -157,15 +157,15 @@ def _pieces(file: Path, start: int, stop: int) -> list[Piece]:
 
 
 def _line_end(file: Path, offset: int, stop: int) -> int:
-    """The first offset at or after `offset` that begins a line, or else one that begins a character."""
+    """The first offset from `offset` on that begins a line, or failing that a character; `stop` if none does."""
+    before = max(offset - 1, 0)
     with file.open("rb") as stream:
-        stream.seek(max(offset - 1, 0))
-        following = stream.read(min(1 << 16, stop - max(offset - 1, 0)))
+        stream.seek(before)
+        following = stream.read(min(1 << 16, stop - before))
     newline = following.find(b"\n")
     if newline >= 0:
-        return max(offset - 1, 0) + newline + 1
-    ahead = next((i for i, byte in enumerate(following[1:]) if byte & 0xC0 != 0x80), 0)
-    return min(offset + ahead, stop)
+        return before + newline + 1
+    return next((before + i for i, byte in enumerate(following) if i > 0 and byte & 0xC0 != 0x80), stop)
 
 
 def _open_tfds(name: str, split: str, text_key: str, data_dir: str | Path | None) -> DocumentSource:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jinja2
 import pytest
-import transformers
 
 from streamjax.data import ByteTokenizer, encode_chat, load_tokenizer, render_chat
 
@@ -98,6 +97,7 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "é <x>", "
 
 @pytest.fixture(scope="module")
 def peer(tokenizer_folders: dict[str, Path]) -> Any:
+    transformers = pytest.importorskip("transformers")
     return transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_folders["byte_level"])
 
 
