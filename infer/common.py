@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags, logging
 
 import streamjax as sj
 from streamjax.data.tokenizers import Tokenizer
+from streamjax.evaluation.plot import human_bytes
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.sink_window import SinkWindow
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "models" / "stdlib_byte"
 BUILTIN = "builtin"
@@ -29,7 +33,9 @@ class Stopped(Exception):
         self.status = status
 
 
-def run_command(about: str | None, define: Sequence[Define], body: Callable[[flags.FlagValues], None], argv: list[str]) -> int:
+def run_command(
+    about: str | None, define: Sequence[Define], body: Callable[[flags.FlagValues], None], argv: list[str]
+) -> int:
     """Parse flags, run a command and return its exit status; whatever a user can cause is one line on stderr.
 
     Args:
@@ -76,6 +82,11 @@ def run_command(about: str | None, define: Sequence[Define], body: Callable[[fla
             raise
         return _fail(str(error) or type(error).__name__, 1)
     return 0
+
+
+def complain(error: Exception) -> None:
+    """Say in one line on stderr what went wrong."""
+    _fail(str(error) or type(error).__name__, 1)
 
 
 def _fail(message: str, status: int) -> int:
@@ -127,7 +138,9 @@ def define_sampling(values: flags.FlagValues) -> None:
     number("top_p", 0.95, "Choose among the likeliest tokens that together have this probability.", flag_values=values)
     number("min_p", 0.0, "Choose among tokens at least this share as likely as the likeliest.", flag_values=values)
     number("repetition_penalty", 1.0, "Above 1, tokens that were used become less likely.", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "stop", [], "Text that ends an answer, \\n for a line's end; may be repeated.", flag_values=values
+    )
     whole("seed", 0, "Of the random choices.", flag_values=values)
     whole("max_new_tokens", 512, "The longest answer.", lower_bound=0, flag_values=values)
 
@@ -141,6 +154,11 @@ def sampler_of(values: flags.FlagValues) -> sj.Sampler:
         top_p=values.top_p,
         min_p=values.min_p,
     )
+
+
+def stop_strings(values: flags.FlagValues) -> list[str]:
+    """The strings that end an answer."""
+    return [word.replace("\\n", "\n").replace("\\t", "\t") for word in values.stop]
 
 
 def sampling_was_chosen(values: flags.FlagValues) -> bool:
@@ -217,17 +235,31 @@ def _value(name: str, option: str, value: str, default: object) -> object:
         raise ValueError(f"cache {name!r}: {option} must be a number, not {value!r}") from None
 
 
+def describe(path: str, model: sj.Decoder, cache: Cascade, session: sj.Session) -> str:
+    """One line about what will run."""
+    config = model.config
+    return (
+        f"{Path(path).name}: {config.family}, {config.parameter_count / 1e6:.1f}M parameters, trained at "
+        f"{config.max_position:,} tokens; cache {describe_cache(cache)}, {human_bytes(session.cache_bytes)}"
+    )
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Write plain data; the folder is made."""
+    file = Path(path).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def describe_cache(cache: Cascade) -> str:
     """A cascade in short, such as "Sink(4) > Window(508)"."""
     parts = []
     for tier in cache.tiers:
         match tier:
-            case sj.kv.SinkWindow(sinks=sinks, window=window):
+            case SinkWindow(sinks=sinks, window=window):
                 parts += [f"Sink({sinks})", f"Window({window})"]
-            case sj.kv.Sink(size=size) | sj.kv.Window(size=size):
-                parts.append(f"{type(tier).__name__}({size})")
-            case sj.kv.Full(capacity=capacity):
-                parts.append(f"Full({capacity})")
+            case sj.kv.Sink(size=size) | sj.kv.Window(size=size) | sj.kv.Full(capacity=size):
+                parts.append(f"{type(tier).__name__}({size:,})")
             case _:
                 parts.append(repr(tier))
     return " > ".join(parts)

@@ -7,16 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from streamjax.evaluation.curve import log_bins
 from streamjax.evaluation.memory import SlotMemory, resident_bytes
-from streamjax.kv.cascade import Cascade
-from streamjax.models.decoder import Decoder
-from streamjax.streaming.scan import score
-from streamjax.streaming.state import init_state
+from streamjax.streaming.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,56 +79,50 @@ class Trial:
 
 def run_trial(
     name: str,
-    model: Decoder,
-    cache: Cascade | Sequence[Cascade],
-    tokens: Int[np.ndarray, " T"],
+    session: Session,
+    tokens: Int[np.ndarray, " T"] | Sequence[int],
     *,
-    chunk_size: int = 512,
-    skip: int = 0,
     seconds: float | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Trial:
-    """Stream a text through a cache until it ends, the cache is full, or time is up.
+    """Stream a text through a session until the text ends, the cache is full, or time is up.
+
+    A session that has read nothing reads BOS first, if its model expects that; BOS does not count.
 
     Args:
       name: what to call the run.
-      model: the model.
-      cache: a cascade for all layers, or one a layer.
-      tokens: ids of the text, BOS first where the model expects one.
-      chunk_size: tokens a step.
-      skip: tokens at the start that are no text, such as BOS: their cost does not count.
+      session: the model and the cache; afterwards it stands where the run ended.
+      tokens: ids of the text, at least one.
       seconds: stop after this long.
       progress: told after every chunk how many tokens there were, and what they cost on average.
     """
-    state = init_state(model, cache)
-    memory, capacity = SlotMemory.of(state), state.capacity
-    total = len(tokens) if capacity is None else min(len(tokens), capacity)
-    ended = "" if total == len(tokens) else f"full at {capacity:,} tokens"
+    if not len(tokens):
+        raise ValueError("the text is empty: there is nothing to read")
+    begin = session.encode("")
+    ids = np.concatenate([np.asarray(begin, np.int32), np.asarray(tokens, np.int32)])
+    total = len(ids) if session.room is None else min(len(ids), session.room)
+    ended = "" if total == len(ids) else f"full at {session.state.capacity:,} tokens"
     pieces: list[np.ndarray] = []
     times = [time.perf_counter()]
-    running = 0.0
-    for start in range(0, total, chunk_size):
-        piece = np.asarray(tokens[start : min(start + chunk_size, total)], np.int32)
-        state, nats = score(model, state, piece[None], chunk_size)
-        pieces.append(np.asarray(nats[0]))
+    cost, chunk = 0.0, session.chunk_size
+    for start in range(0, total, chunk):
+        nats = np.asarray(session.score(ids[start : min(start + chunk, total)]))
+        pieces.append(nats if start else nats[len(begin) :])
         times.append(time.perf_counter())
-        if not start:
-            pieces[0] = pieces[0][skip:]
-        running += float(pieces[-1].sum(dtype=np.float64))
-        done = start + len(piece)
+        cost += float(pieces[-1].sum(dtype=np.float64))
+        done = min(start + chunk, total) - len(begin)
         if progress is not None:
-            progress(done, running / max(done - skip, 1))
-        if seconds is not None and times[-1] - times[0] > seconds and done < total:
-            ended = f"out of time after {done:,} tokens"
+            progress(done, cost / max(done, 1))
+        if seconds is not None and times[-1] - times[0] > seconds and start + chunk < total:
+            ended = f"out of time at {done:,} tokens"
             break
-    jax.block_until_ready(state)
-    lasted = np.diff(times)[:-1] if len(times) > 2 else np.diff(times)  # the end may be ragged, and compiles anew
+    whole = np.diff(times)[:-1] if len(times) > 2 else np.diff(times)  # the last may be ragged, and compiles anew
     return Trial(
         name=name,
-        nats=np.concatenate([np.zeros(0, np.float32), *pieces]),
-        memory=memory,
+        nats=np.concatenate(pieces),
+        memory=SlotMemory.of(session.state),
         ended=ended,
         seconds=times[-1] - times[0],
-        tokens_per_second=min(chunk_size, total) / float(np.median(lasted)) if len(lasted) else 0.0,
+        tokens_per_second=min(chunk, total) / float(np.median(whole)),
         resident_bytes=resident_bytes(),
     )

@@ -58,13 +58,13 @@ class Curve:
 
 
 def log_bins(
-    values: Float[np.ndarray, " N"], first: int = 32, per_octave: int = 3
+    values: Float[np.ndarray, " N"], least: int = 64, per_octave: int = 3
 ) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
     """Mean of numbers in bins of equal width on a logarithmic axis.
 
     Args:
       values: one number a position.
-      first: width of the first bin.
+      least: numbers in a bin, at least: near the beginning bins are wider on the axis. Fewer only if there are no more.
       per_octave: bins between a position and its double.
 
     Returns:
@@ -72,10 +72,11 @@ def log_bins(
     """
     if not len(values):
         return np.zeros(0), np.zeros(0)
-    steps = int(np.ceil(per_octave * np.log2(max(len(values) / first, 1)))) + 1
-    edges = np.unique(np.round(first * 2.0 ** (np.arange(steps) / per_octave)).astype(int))
-    edges = np.concatenate([[0], edges[edges < len(values)], [len(values)]])
-    if len(edges) > 2 and edges[-1] - edges[-2] < (edges[-2] - edges[-3]) / 2:
-        edges = np.delete(edges, -2)  # a stub of a bin at the end would be mostly noise
-    sums = np.add.reduceat(np.asarray(values, np.float64), edges[:-1])
-    return np.sqrt((edges[:-1] + 1.0) * edges[1:]), sums / np.diff(edges)
+    edges = [0]
+    while (edge := max(edges[-1] + least, round(edges[-1] * 2 ** (1 / per_octave)))) < len(values):
+        edges.append(edge)
+    if len(edges) > 1 and len(values) - edges[-1] < (edges[-1] - edges[-2]) / 2:
+        edges.pop()  # a stub of a bin at the end would be mostly noise
+    borders = np.array([*edges, len(values)])
+    sums = np.add.reduceat(np.asarray(values, np.float64), borders[:-1])
+    return np.sqrt((borders[:-1] + 1.0) * borders[1:]), sums / np.diff(borders)

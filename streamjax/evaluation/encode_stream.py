@@ -60,7 +60,7 @@ class StreamEncoder:
         except UnicodeDecodeError as error:
             place = self._fed - waiting + error.start
             raise ValueError(
-                f"{self._name} is not UTF-8 (byte {place}): convert it, or replace what is damaged with --errors=replace"
+                f"{self._name} is not UTF-8 (byte {place}): convert it, or read on over it with errors=replace"
             ) from error
 
     def _encode(self, length: int) -> list[int]:

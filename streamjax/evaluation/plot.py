@@ -16,6 +16,8 @@ from streamjax.evaluation.curve import log_bins
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _GREY = "#606060"
+_DASHES = ("-", "-", (0, (4, 2)))
+_FIRST = 32  # the axis begins here
 
 
 def plot_trials(
@@ -36,44 +38,42 @@ def plot_trials(
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     end = max((len(trial.nats) for trial in trials), default=1)
-    marked = False
-    for trial, colour in zip(trials, _cycle(len(trials)), strict=True):
+    for axis in (upper, lower):
+        axis.set(xscale="log", yscale="log")
+    for index, trial in enumerate(trials):
+        # Dashes over thicker lines: where runs agree, one does not hide the other.
+        style = {"color": _COLOURS[index % len(_COLOURS)], "lw": max(2.6 - 0.4 * index, 1.4), "ls": _DASHES[index % 3]}
         position, nats = log_bins(trial.nats)
         with np.errstate(over="ignore"):
             perplexity = np.exp(nats)
-        upper.plot(position, perplexity, color=colour, lw=1.8, label=trial.name)
-        reached = np.unique(np.geomspace(1, max(len(trial.nats), 1), 200).round().astype(int))
+        upper.plot(position, perplexity, label=trial.name, **style)
+        reached = np.unique(np.geomspace(_FIRST, max(len(trial.nats), _FIRST), 200).round().astype(int))
         in_use = np.array([trial.memory.in_use(int(p)) for p in reached], float)
-        lower.plot(reached, in_use, color=colour, lw=1.8)
-        if trial.ended and len(position):
-            label = None if marked else "stopped"
-            upper.plot(position[-1], perplexity[-1], "X", color=colour, ms=10, mec="white", label=label)
-            lower.plot(reached[-1], in_use[-1], "X", color=colour, ms=10, mec="white")
-            lower.annotate(trial.ended, (reached[-1], in_use[-1]), (8, -3), textcoords="offset points", color=colour)
-            marked = True
+        lower.plot(reached, in_use, **style)
+        if trial.ended:
+            mark = {"marker": "X", "color": style["color"], "ms": 11, "mec": "white", "ls": ""}
+            upper.plot(position[-1], perplexity[-1], **mark)
+            lower.plot(reached[-1], in_use[-1], **mark)
+            lower.annotate(
+                trial.ended, (reached[-1], in_use[-1]), (9, -3), textcoords="offset points", color=style["color"]
+            )
     upper.set_ylabel("perplexity a token")
     lower.set_ylabel("keys and values held")
     lower.set_xlabel("position in the stream (tokens)")
-    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     for axis in (upper, lower):
-        axis.set(xscale="log", yscale="log")
-        axis.set_xlim(16, end * 1.15)
+        axis.set_xlim(_FIRST, end * 1.15)
         axis.grid(which="major", color="#e0e0e0", lw=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        if trained_length is not None and trained_length < end:
-            axis.axvline(trained_length, color=_GREY, lw=1, ls=":")
     if trained_length is not None and trained_length < end:
-        place = (trained_length, 1.0)
-        upper.annotate(
-            f"trained on {trained_length:,} ",
-            place,
-            xycoords=("data", "axes fraction"),
-            ha="right",
-            va="top",
-            color=_GREY,
-        )
+        for axis in (upper, lower):
+            axis.axvline(trained_length, color=_GREY, lw=1, ls=":")
+        text = f"trained on {trained_length:,} "
+        place = (trained_length, 0.01)
+        lower.annotate(text, place, xycoords=("data", "axes fraction"), ha="right", va="bottom", color=_GREY)
     lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    lower.yaxis.set_minor_formatter(NullFormatter())
     _plain_ticks(upper)
     upper.legend(frameon=False, loc="best")
     if title:
@@ -91,10 +91,6 @@ def human_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
 
 
 def _plain_ticks(axis: Axes) -> None:

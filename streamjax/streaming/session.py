@@ -37,8 +37,9 @@ class Session:
     """One stream of text through one model.
 
     Attributes:
-      state: where the stream stands. tokens_seen: tokens read so far, exact however far the stream is. last_token: the
-      newest of them. sampler: how tokens are chosen; may be replaced between calls.
+      state: where the stream stands. tokens_seen: tokens read so far, exact however far the stream is. stopped_by: the
+      stop string, or the id of the stop token, that ended the last generation, where nothing was read since; else None.
+      sampler: how tokens are chosen; may be replaced between calls.
 
     Args:
       model: the model.
@@ -82,7 +83,7 @@ class Session:
         with undisturbed():
             self.state = state
             self.tokens_seen = 0
-            self.last_token: int | None = None
+            self.stopped_by: str | int | None = None
             self._key = jax.random.key(seed)
             self._drawn = 0
             self._turn = object()  # replaced by whoever moves the stream: an older generate() notices
@@ -102,7 +103,7 @@ class Session:
         """Ids of a text; BOS before it by default where the stream begins and the model expects one."""
         return self.tokenizer.encode(text, add_bos=self._begins(add_bos))
 
-    def read(self, text: str | Sequence[int], *, add_bos: bool | None = None) -> int:
+    def read(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None) -> int:
         """Read a text, or token ids as they are; returns how many tokens that were.
 
         Raises:
@@ -112,10 +113,10 @@ class Session:
         for piece in self._pieces(ids):
             with undisturbed():
                 self.state = read(self.model, self.state, piece[None], self.chunk_size)
-                self._count(piece)
+                self.tokens_seen += len(piece)
         return len(ids)
 
-    def score(self, text: str | Sequence[int], *, add_bos: bool | None = None) -> Float[Array, " T"]:
+    def score(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None) -> Float[Array, " T"]:
         """Read a text and return what each of its tokens cost: negative log-likelihoods in nats.
 
         A BOS that is put before the text is not part of the result. The first token of a stream without BOS costs
@@ -127,13 +128,13 @@ class Session:
         for piece in self._pieces(ids):
             with undisturbed():
                 self.state, nats = score(self.model, self.state, piece[None], self.chunk_size)
-                self._count(piece)
+                self.tokens_seen += len(piece)
             parts.append(nats[0])
         return jnp.concatenate(parts)[skip:]
 
     def generate(
         self,
-        prompt: str | Sequence[int] = "",
+        prompt: str | Sequence[int] | np.ndarray = "",
         *,
         max_new_tokens: int,
         stop: str | Sequence[str] = (),
@@ -203,11 +204,13 @@ class Session:
                     self.state = state
                     new = [int(token) for token in tokens[0] if token >= 0]
                     self._drawn = (self._drawn + len(new)) % 2**31
-                    self._count(new)
-                    over = bool(new) and new[-1] in ends
-                    ended = self._output.push(new[:-1] if over else new, stop) or over
-                    if over:
+                    self.tokens_seen += len(new)
+                    over = new[-1] if new and new[-1] in ends else None
+                    self.stopped_by = self._output.push(new if over is None else new[:-1], stop)
+                    if over is not None and self.stopped_by is None:
+                        self.stopped_by = over
                         self._output.finish()
+                    ended = self.stopped_by is not None
             if text := self._output.take():
                 yield text
 
@@ -232,7 +235,7 @@ class Session:
             "weights": fingerprint(self.model),
             "caches": [repr(cache) for cache in self.state.caches],
             "tokens_seen": self.tokens_seen,
-            "last_token": self.last_token,
+            "stopped_by": self.stopped_by,
             "sampler": dataclasses.asdict(self.sampler),
             "key": np.asarray(jax.random.key_data(self._key)).tolist(),
             "drawn": self._drawn,
@@ -261,7 +264,7 @@ class Session:
         state = restore_pytree(self.state, path)
         with undisturbed():
             self.state = state
-            self.tokens_seen, self.last_token = about["tokens_seen"], about["last_token"]
+            self.tokens_seen, self.stopped_by = about["tokens_seen"], about["stopped_by"]
             self.sampler = Sampler(**about["sampler"])
             self._key = jax.random.wrap_key_data(jnp.asarray(about["key"], jnp.uint32))
             self._drawn = about["drawn"]
@@ -274,7 +277,7 @@ class Session:
         wanted = self.tokens_seen == 0 and self.tokenizer.adds_bos if add_bos is None else add_bos
         return wanted and self.tokenizer.bos_id is not None
 
-    def _ids(self, text: str | Sequence[int], add_bos: bool | None) -> list[int]:
+    def _ids(self, text: str | Sequence[int] | np.ndarray, add_bos: bool | None) -> list[int]:
         """Token ids, checked: an id that the model lacks would be read as its last."""
         if isinstance(text, str):
             return self.encode(text, add_bos)
@@ -286,19 +289,15 @@ class Session:
         return ids
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Tokens to be read step by step, each followed by `_count`; text that was held back is over."""
+        """Tokens to be read step by step; text that was held back is over."""
         require_room(self.state, len(ids))
         if ids:
             self._turn = object()
             self._output.clear()
+            self.stopped_by = None
         tokens = np.asarray(ids, np.int32)
         for start in range(0, len(ids), self.chunk_size):
             yield tokens[start : start + self.chunk_size]
-
-    def _count(self, tokens: np.ndarray | Sequence[int]) -> None:
-        if len(tokens):
-            self.tokens_seen += len(tokens)
-            self.last_token = int(tokens[-1])
 
 
 def fingerprint(model: Decoder) -> str:

@@ -34,8 +34,8 @@ class TextOutput:
         """What it holds back, as plain data."""
         return {"tail": self._tail, "held": self._held, "ready": self._ready}
 
-    def push(self, ids: Iterable[int], stop: Sequence[str] = ()) -> bool:
-        """Take further ids; returns whether a stop string has ended the text.
+    def push(self, ids: Iterable[int], stop: Sequence[str] = ()) -> str | None:
+        """Take further ids; returns the stop string that has ended the text, if one has.
 
         Text behind a stop string is dropped, also that of further ids.
         """
@@ -45,15 +45,16 @@ class TextOutput:
             if text:
                 self._tail = self._tail[-_TAIL:]
             self._held += text
-            ends = [at for at in (self._held.find(word) for word in stop) if at >= 0]
-            if ends:
-                self._ready += self._held[: min(ends)]
+            found = [(at, word) for at, word in ((self._held.find(word), word) for word in stop) if at >= 0]
+            if found:
+                at, word = min(found)
+                self._ready += self._held[:at]
                 self._forget()
-                return True
+                return word
             certain = len(self._held) - max((_overlap(self._held, word) for word in stop), default=0)
             self._ready += self._held[:certain]
             self._held = self._held[certain:]
-        return False
+        return None
 
     def take(self) -> str:
         """The text that has become certain; it is handed out once."""

@@ -1,0 +1,89 @@
+"""An endless conversation over a session: a turn reads what the turn adds, and nothing again.
+
+A chat template renders whole conversations. What a turn adds is what the rendering of the turn before and this one has
+behind the assistant's answer: one exchange is rendered, however long the conversation is. The answer itself is in the
+stream already, as the model wrote it; its place is held by a mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from streamjax.data.chat import DEFAULT_TEMPLATE, encode_chat, render_chat
+from streamjax.streaming.session import Session
+
+_DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user
+_NEAR = 4  # tokens at the start of a turn among which the end of the answer before is looked for
+
+
+class Conversation:
+    """Turns of a user and a model, through the model's own chat template.
+
+    Args:
+      session: the stream; a fresh one, or one that has read something to talk about.
+      system: instructions that come first, if the template takes them.
+      stop: strings that end an answer, besides the model's stop tokens.
+    """
+
+    def __init__(self, session: Session, system: str | None = None, stop: Sequence[str] = ()):
+        self.session = session
+        self.system = system
+        self.stop = tuple(stop) + ((_DEFAULT_STOP,) if session.tokenizer.chat_template is None else ())
+        self._previous: str | None = None  # what the user said last
+
+    def reply(self, text: str, *, max_new_tokens: int = 512) -> Iterator[str]:
+        """Read what the user says and answer; yields text as `Session.generate` does.
+
+        Raises:
+          ValueError: the template refuses the conversation, or a `dense` cache is full.
+        """
+        ids = self.turn_ids(text)
+        if self.session.room is not None:
+            max_new_tokens = min(max_new_tokens, max(self.session.room - len(ids), 0))
+            if max_new_tokens == 0:
+                raise ValueError(
+                    f"the cache is full: it has room for {self.session.room} tokens and this turn takes {len(ids)}; "
+                    "start over, or use a cache without end"
+                )
+        pieces = self.session.generate(ids, max_new_tokens=max_new_tokens, stop=self.stop)
+        self._previous = text
+        return pieces
+
+    def turn_ids(self, text: str) -> list[int]:
+        """The ids that a turn adds to the stream, up to where the answer begins."""
+        tokenizer, session = self.session.tokenizer, self.session
+        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
+        turn = {"role": "user", "content": text}
+        if self._previous is None:
+            if session.tokens_seen == 0:
+                return encode_chat(tokenizer, [*opening, turn])
+            return tokenizer.encode(self._render([*opening, turn]))
+        mark = "[answer]"
+        while mark in text or mark in self._previous or mark in (self.system or ""):
+            mark = f"[{mark}]"
+        before = [{"role": "user", "content": self._previous}, {"role": "assistant", "content": mark}]
+        rendered = self._render([*opening, *before, turn])
+        if mark not in rendered:
+            raise ValueError("the chat template does not write the assistant's messages: it cannot go on with one")
+        added = rendered.rpartition(mark)[2]
+        stopped_by = session.stopped_by
+        if isinstance(stopped_by, str):
+            return tokenizer.encode(added.removeprefix(stopped_by))
+        ids = tokenizer.encode(added)
+        if stopped_by in ids[:_NEAR]:  # the stream has read the token that ended the answer
+            return ids[ids.index(stopped_by) + 1 :]
+        return ids
+
+    def _render(self, messages: Sequence[dict[str, str]]) -> str:
+        tokenizer = self.session.tokenizer
+        template = DEFAULT_TEMPLATE if tokenizer.chat_template is None else tokenizer.chat_template
+        return render_chat(template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What a save of the session must hold for the conversation to go on."""
+        return {"system": self.system, "previous": self._previous}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on with a conversation that `to_json_dict` described; its stream is in the session."""
+        self.system, self._previous = saved.get("system", self.system), saved.get("previous")
