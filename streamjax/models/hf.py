@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from streamjax.parallel.rules import partition_spec
 
 _BUFFERS = (r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)  # recomputed from the config
 _COMPARED_ROWS = 4096
+_STRIP = 16
 Index = tuple[slice, ...]
 Tensors = Mapping[str, StoredTensor]
 
@@ -260,8 +262,23 @@ def _read(
             low, high = max(wanted.start, start), min(wanted.stop, stop)
             filled.append(slice(low - wanted.start, max(low, high) - wanted.start))
             taken.append(slice(low - start, max(low, high) - start))
-        values[tuple(filled)] = view[tuple(taken)]
+        _copy(values[tuple(filled)], view[tuple(taken)])
     return values
+
+
+def _copy(into: np.ndarray, view: np.ndarray) -> None:
+    """`into[...] = view` for a transposed view, in strips that stay in the CPU's caches: ten times as fast."""
+    if into.dtype == view.dtype and into.itemsize == 2:
+        into, view = into.view(np.uint16), view.view(np.uint16)  # bfloat16 has no fast loops of its own
+    along = [axis for axis, stride in enumerate(view.strides) if stride == view.itemsize]
+    last = view.ndim - 1
+    if not along or last in along:
+        into[...] = view
+        return
+    loops: list[Any] = [(slice(None),) if axis == along[0] else range(size) for axis, size in enumerate(view.shape)]
+    loops[last] = [slice(start, start + _STRIP) for start in range(0, view.shape[last], _STRIP)]
+    for place in itertools.product(*loops):
+        into[place] = view[place]
 
 
 def _export(slot: _Slot, row: int, source: Source) -> np.ndarray:

@@ -63,7 +63,7 @@ class Attention(nnx.Module):
         """Attention of a whole sequence to itself."""
         q, k, v = self.projections.split(x)
         if self.spec.rope is not None:
-            rotary = make_rotary(self.spec.rope, self.config.head_dim, x.shape[1], self.config.max_position)
+            rotary = make_rotary(self.spec.rope, self.config.head_dim, x.shape[1])
             q, k = rotary(q, context.position), rotary(k, context.position)
         out = sequence_attention(
             constrain(q, "batch", "length", "heads", "head_dim"),
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         raw_q, raw_k, v = self.projections.split(x)
         rotary = None
         if self.spec.rope is not None:
-            rotary = make_rotary(self.spec.rope, self.config.head_dim, context.span, self.config.max_position)
+            rotary = make_rotary(self.spec.rope, self.config.head_dim, context.span)
         q, k = raw_q, raw_k
         if rotary is not None:
             q, k = rotary(raw_q, context.position), rotary(raw_k, context.position)

@@ -17,14 +17,13 @@ from streamjax.models.config import RopeConfig
 
 
 @functools.lru_cache(maxsize=256)
-def make_rotary(config: RopeConfig, head_dim: int, span: int, max_position: int) -> Rotary:
+def make_rotary(config: RopeConfig, head_dim: int, span: int) -> Rotary:
     """The rotation that `config` describes.
 
     Args:
       config: base, width and scaling.
       head_dim: channels of a head, of which `config.rotary_dim` rotate.
       span: number of positions in use: the length of the sequence, or for a stream the reach of its cache.
-      max_position: the length the model was made for (`max_position_embeddings`).
 
     Raises:
       ValueError: a LongRoPE factor list of the wrong length.
@@ -36,7 +35,8 @@ def make_rotary(config: RopeConfig, head_dim: int, span: int, max_position: int)
         return Rotary.from_frequencies(frequency)
     if config.kind == "linear":
         return Rotary.from_frequencies(frequency / config.factor)
-    original = config.original_max_position or max_position
+    original = config.original_max_position
+    assert original is not None  # RopeConfig checks it
     if config.kind == "dynamic":
         length = max(span, original)
         growth = config.factor * length / original - (config.factor - 1)
@@ -46,7 +46,7 @@ def make_rotary(config: RopeConfig, head_dim: int, span: int, max_position: int)
         return Rotary.from_frequencies(_llama3(config, frequency, original))
     if config.kind == "yarn":
         return Rotary.from_frequencies(_yarn(config, frequency, dim, original), _yarn_scale(config))
-    return _longrope(config, exponent, span, original, max_position)
+    return _longrope(config, exponent, span, original)
 
 
 def _llama3(config: RopeConfig, frequency: np.ndarray, original: int) -> np.ndarray:
@@ -83,13 +83,12 @@ def _yarn_scale(config: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def _longrope(config: RopeConfig, exponent: np.ndarray, span: int, original: int, max_position: int) -> Rotary:
+def _longrope(config: RopeConfig, exponent: np.ndarray, span: int, original: int) -> Rotary:
     """Per-channel divisors searched for short and for long contexts; the span picks the list."""
     divisors = config.long_factor if span > original else config.short_factor
     if len(divisors) != len(exponent):
         raise ValueError(f"longrope needs {len(exponent)} factors, one a channel pair; the config has {len(divisors)}")
     scale = config.attention_factor
     if scale is None:
-        factor = config.factor if config.factor != 1.0 else max_position / original
-        scale = 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original))
+        scale = 1.0 if config.factor <= 1.0 else math.sqrt(1.0 + math.log(config.factor) / math.log(original))
     return Rotary.from_frequencies(config.theta**-exponent / np.array(divisors), scale)

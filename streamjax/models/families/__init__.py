@@ -76,7 +76,7 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
 
 def _token_ids(name: str, places: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """Token ids from the first place that has them: one, a list, or null."""
-    ids = next((place[name] for place in places if place.get(name) is not None), [])
+    ids: Any = next((place[name] for place in places if place.get(name) is not None), [])
     ids = ids if isinstance(ids, list) else [ids]
     if not all(isinstance(token, int) for token in ids):
         raise ValueError(f"field {name!r} is {ids!r}; expected token ids")

@@ -109,8 +109,6 @@ def parse_rope(
         values["original_max_position"] = original or scaling.get("original_max_position_embeddings") or max_position
     if kind in ("yarn", "longrope"):
         values.setdefault("factor", max_position / values["original_max_position"])
-    if kind == "longrope" and values["factor"] <= 1.0:
-        values.setdefault("attention_factor", 1.0)
     fraction = scaling.get("partial_rotary_factor")
     fraction = partial if fraction is None else float(fraction)
     if not partial_allowed and fraction != 1.0:
@@ -151,8 +149,6 @@ def rotary_fraction(rope: RopeConfig, head_dim: int) -> float:
 def plain_rope(rope: RopeConfig, head_dim: int) -> RopeConfig:
     """An equal rotation with the fields that its kind does not use at their defaults."""
     values = {name: getattr(rope, name) for name in _SCALES[rope.kind]}
-    if rope.kind == "longrope" and rope.factor <= 1.0 and rope.attention_factor is None:
-        values["attention_factor"] = 1.0
     return RopeConfig(
         theta=rope.theta,
         rotary_dim=None if rope.rotary_dim == head_dim else rope.rotary_dim,
