@@ -1,0 +1,44 @@
+# make demo   set up .venv and run the demonstration
+# make test   set up .venv with what the tests need, and run them
+# make lint   check style and types
+# PYTHON=python3.12 chooses another Python (3.11 or newer); PYTEST_ARGS="-k merge" runs a part of the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2 -m "not slow"
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.library
+	$(VENV)/bin/python -m infer.demo
+
+test: $(VENV)/.tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) out
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamjax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: each says that an installation has been done for this pyproject.toml.
+$(VENV)/.library: pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e .
+	@touch $@
+
+# torch alone comes first: with the version settled by itself, pip takes the build without CUDA where there is one.
+# libtpu stays outside the environment's own packages: with it, every start of JAX looks for a TPU. Only the tests that
+# compile for TPUs without having one put its folder on their path; without it they are skipped.
+$(VENV)/.tests: pyproject.toml | $(VENV)/.library
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[test]'
+	@$(PIP) --no-deps --upgrade --target $(VENV)/aot libtpu || echo "no libtpu here: tests that compile for TPUs are skipped"
+	@touch $@
