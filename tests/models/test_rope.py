@@ -78,5 +78,5 @@ def test_against_transformers(kind, theta):
 def test_factor_lists_must_fit():
     rope = RopeConfig(kind="longrope", original_max_position=8, short_factor=(1.0,) * 3, long_factor=(1.0,) * 4)
     assert len(make_rotary(rope, 8, 9).steps) == 4
-    with pytest.raises(ValueError, match="longrope needs 4 factors.* has 3"):
+    with pytest.raises(ValueError, match=r"longrope needs 4 factors.* has 3"):
         make_rotary(rope, 8, 8)

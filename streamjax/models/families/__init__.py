@@ -97,30 +97,29 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         return values
     others = [name for name, family in FAMILIES.items() if _try_write(family, config.replace(family=name))[1] is None]
     hint = f"; family {' or '.join(others)} can" if others else ""
-    raise ValueError(f"family {config.family!r} cannot express ModelConfig.{lost}{hint}")
+    raise ValueError(f"family {config.family!r} cannot express {lost}{hint}")
 
 
 def _try_write(family: Family, config: ModelConfig) -> tuple[dict[str, Any], str | None]:
     """The config.json, and what it loses: the first field that reads back differently (None where none does)."""
     eos = config.eos_token_ids
-    values = {
-        "architectures": [family.architectures[0]],
-        "model_type": family.model_type,
-        **family.write(config),
-        "pad_token_id": None,  # a family's default may lie beyond the vocabulary
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-    }
-    if config.sink_token:
-        values["sink_token"] = True
+    values: dict[str, Any] = {"architectures": [family.architectures[0]], "model_type": family.model_type}
     try:
+        values |= family.write(config)
+        values |= {
+            "pad_token_id": None,  # a family's default may lie beyond the vocabulary
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        }
+        if config.sink_token:
+            values["sink_token"] = True
         back = _plain(read_config(values))
     except ValueError as error:
-        return values, f"{config.family}: {error}"
+        return values, f"this model: {error}"
     for field in dataclasses.fields(ModelConfig):
         mine, theirs = getattr(_plain(config), field.name), getattr(back, field.name)
         if mine != theirs:
-            return values, f"{field.name} = {mine!r} (it would read back as {theirs!r})"
+            return values, f"ModelConfig.{field.name} = {mine!r} (it would read back as {theirs!r})"
     return values, None
 
 

@@ -29,6 +29,7 @@ _VISION_FIELDS = (
 def _read_common(fields: Fields, shapes: dict[str, Any], period: int) -> dict[str, Any]:
     """What the two generations share; every `period`-th layer is global."""
     fields.only("use_bidirectional_attention", (None, False))
+    fields.seen.add("hidden_act")  # an older name, overruled by hidden_activation
     num_layers, bias = shapes["num_layers"], fields.flag("attention_bias", False)
     window = fields.get("sliding_window", int, 4096)
     return {
