@@ -19,27 +19,44 @@ from streamjax.streaming.step import advance, require_room
 BLOCK = 32  # tokens between two looks at the host
 
 
-@partial(jax.jit, static_argnames=("sampler", "stop"), donate_argnames=("state", "seen"))
-def _decode_one(
+@partial(jax.jit, static_argnames=("sampler", "stop", "block"), donate_argnames=("state", "seen"))
+def _decode_block(
     model: Decoder,
     state: StreamState,
     done: Bool[Array, " B"],
     seen: Bool[Array, "B V"] | None,
     key: Array | None,
     index: Int32[Array, ""],
+    count: Int32[Array, ""],
     sampler: Sampler,
     stop: tuple[int, ...],
-) -> tuple[StreamState, Bool[Array, " B"], Bool[Array, "B V"] | None, Int32[Array, " B"], Int32[Array, ""]]:
-    """Sample the next token of each stream and read it; streams that are done keep their state and yield -1."""
-    logits = model.logits(state.hidden[:, None])[:, 0]
-    token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index), seen)
-    state, _ = advance(model, state, token[:, None], jnp.where(done, 0, 1))
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    out = jnp.where(done, -1, token)
-    if stop:
-        done = done | (token[:, None] == jnp.array(stop)).any(axis=1)
-    return state, done, seen, out, index + 1
+    block: int,
+) -> tuple[StreamState, Bool[Array, " B"], Bool[Array, "B V"] | None, Int32[Array, "B N"]]:
+    """Sample and read `count` <= `block` tokens of each stream, in a loop on the device.
+
+    Token i of the block is drawn with the key folded with `index + i`. Streams that are done keep their state and yield
+    -1; when all are done the loop ends.
+    """
+
+    def alive(carry: tuple) -> Array:
+        _, done, _, _, i = carry
+        return (i < count) & ~jnp.all(done)
+
+    def one(carry: tuple) -> tuple:
+        state, done, seen, out, i = carry
+        logits = model.logits(state.hidden[:, None])[:, 0]
+        token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index + i), seen)
+        state, _ = advance(model, state, token[:, None], jnp.where(done, 0, 1))
+        if seen is not None:
+            seen = seen.at[jnp.arange(token.shape[0]), token].max(~done)
+        out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(done, -1, token)[:, None], i, axis=1)
+        if stop:
+            done = done | (token[:, None] == jnp.array(stop)).any(axis=1)
+        return state, done, seen, out, i + 1
+
+    out = jnp.full((done.shape[0], block), -1, jnp.int32)
+    state, done, seen, out, _ = jax.lax.while_loop(alive, one, (state, done, seen, out, jnp.int32(0)))
+    return state, done, seen, out
 
 
 def generate_blocks(
@@ -85,15 +102,15 @@ def generate_blocks(
             mask[row, prompt[row, :length]] = True
         seen = jnp.asarray(mask)
     stop, done = tuple(int(t) for t in stop_tokens), jnp.zeros((prompt.shape[0],), bool)
-    index = jnp.int32(first_index)
     if max_new_tokens == 0:
         yield state, np.zeros((prompt.shape[0], 0), np.int32)
     for first in range(0, max_new_tokens, block):
-        tokens = []
-        for _ in range(min(block, max_new_tokens - first)):
-            state, done, seen, token, index = _decode_one(model, state, done, seen, key, index, sampler, stop)
-            tokens.append(token)
-        yield state, np.stack([np.asarray(t) for t in tokens], axis=1)
+        count = min(block, max_new_tokens - first)
+        index = jnp.int32(first_index + first)
+        state, done, seen, tokens = _decode_block(
+            model, state, done, seen, key, index, jnp.int32(count), sampler, stop, block
+        )
+        yield state, np.asarray(tokens)[:, :count]
         if stop and bool(jnp.all(done)):
             return
 
