@@ -42,8 +42,8 @@ class RopeConfig:
             raise ValueError(
                 f"RopeConfig.kind is {self.kind!r}; use default, linear, dynamic, llama3, yarn or longrope"
             )
-        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not self.original_max_position:
-            raise ValueError(f"RopeConfig.kind {self.kind!r} needs original_max_position")
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and (self.original_max_position or 0) < 1:
+            raise ValueError(f"RopeConfig.kind {self.kind!r} needs a positive original_max_position")
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"RopeConfig.theta and factor must be positive, got {self.theta} and {self.factor}")
         if self.rotary_dim is not None and (self.rotary_dim <= 0 or (self.rotary_dim % 2 and self.kind == "yarn")):

@@ -379,6 +379,29 @@ def test_refused(case):
     assert len(str(error.value).splitlines()) == 1
 
 
+def mutations(values, path=()):
+    """Copies of a config with one field, at any depth, replaced by something odd."""
+    for name, value in values.items():
+        for odd in (None, True, 0, -1, 3, 0.5, "x", [], [None], [[1]], {}, {"a": 1}):
+            yield {**values, name: odd}
+        if isinstance(value, dict):
+            yield from ({**values, name: inner} for inner in mutations(value))
+
+
+@pytest.mark.filterwarnings("ignore:config.json has fields")
+@pytest.mark.parametrize("name", [*PUBLISHED, "gemma-3-4b"])
+def test_odd_values_are_read_or_refused_in_one_line(name):
+    values = GEMMA_3_4B if name == "gemma-3-4b" else {**PUBLISHED[name], "num_hidden_layers": 4, "n_layers": 4}
+    refusals = []
+    for odd in mutations(values):
+        try:
+            read_config(odd)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(len(message.splitlines()) == 1 for message in refusals)
+
+
 def test_missing_field():
     values = {name: value for name, value in PUBLISHED["llama-3.1-8b"].items() if name != "vocab_size"}
     with pytest.raises(ValueError, match="field 'vocab_size' is missing"):

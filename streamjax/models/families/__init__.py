@@ -39,8 +39,8 @@ def find_family(values: Mapping[str, Any]) -> Family:
     known = {architecture: family for family in FAMILIES.values() for architecture in family.architectures}
     named = values.get("architectures") or []
     if named:
-        found = [known[name] for name in named if name in known]
-        shown = named[0]
+        shown = named[0] if isinstance(named, list) else named
+        found = [known[shown]] if isinstance(shown, str) and shown in known else []
     else:
         shown = values.get("model_type")
         found = [family for family in FAMILIES.values() if family.model_type == shown]
@@ -69,7 +69,8 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
     unread = fields.unread()
     if unread:
         warnings.warn(f"config.json has fields that streamjax does not know: {', '.join(unread)}", stacklevel=2)
-    places = (generation or {}, values, values.get("text_config") or {})
+    text = values.get("text_config")
+    places = (generation or {}, values, text if isinstance(text, dict) else {})
     bos, eos = (_token_ids(name, places) for name in ("bos_token_id", "eos_token_id"))
     return config.replace(bos_token_id=bos[0] if bos else None, eos_token_ids=eos)
 

@@ -22,6 +22,7 @@ from streamjax.models.config import ModelConfig, RopeConfig
 from streamjax.models.families import tables
 from streamjax.models.families.family import Family, Table
 from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
+from streamjax.models.families.llama import check_heads
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
 BLOCK = "transformer.h.{layer}"
@@ -38,8 +39,7 @@ def falcon_slopes(num_heads: int, head_dim: int) -> tuple[float, ...]:
 
 def _read(fields: Fields) -> ModelConfig:
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if d_model % num_heads:
-        raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
+    check_heads(d_model, num_heads)
     head_dim = d_model // num_heads
     kv_heads, parallel, shared = _read_layout(fields, num_heads)
     alibi, bias = fields.flag("alibi", False), fields.flag("bias", False)

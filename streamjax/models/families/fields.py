@@ -92,6 +92,13 @@ class Fields:
             raise ValueError(f"field {name!r} is null; expected float")
         return float(value)
 
+    def positive(self, name: str, default: float) -> float:
+        """A number above zero; null reads as the default."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise ValueError(f"field {name!r} is {value}; it must be positive")
+        return value
+
     def optional_number(self, name: str, default: float | None = None) -> float | None:
         """A number, or None where the field is null."""
         value = self.get(name, (int, float), default)

@@ -15,7 +15,7 @@ from streamjax.models.config import ModelConfig, RopeConfig
 from streamjax.models.families import tables
 from streamjax.models.families.family import Family, Table
 from streamjax.models.families.fields import Fields
-from streamjax.models.families.llama import read_positions, read_shapes, write_positions, write_shapes
+from streamjax.models.families.llama import check_heads, read_positions, read_shapes, write_positions, write_shapes
 from streamjax.models.families.rope_fields import parse_rope, write_scaling
 from streamjax.models.families.windows import read_layer_types, write_layer_types
 
@@ -30,6 +30,9 @@ def _read_common(fields: Fields, shapes: dict[str, Any], period: int) -> dict[st
     """What the two generations share; every `period`-th layer is global."""
     fields.only("use_bidirectional_attention", (None, False))
     fields.seen.add("hidden_act")  # an older name, overruled by hidden_activation
+    check_heads(shapes["d_model"], shapes["num_heads"])
+    if period < 1:
+        raise ValueError(f"field 'sliding_window_pattern' is {period}; it must be positive")
     num_layers, bias = shapes["num_layers"], fields.flag("attention_bias", False)
     window = fields.get("sliding_window", int, 4096)
     return {
@@ -39,7 +42,7 @@ def _read_common(fields: Fields, shapes: dict[str, Any], period: int) -> dict[st
         "qkv_bias": bias,
         "out_bias": bias,
         "embedding_scale": shapes["d_model"] ** 0.5,
-        "attention_scale": fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_scale": fields.positive("query_pre_attn_scalar", 256) ** -0.5,
         "windows": read_layer_types(fields, num_layers, window, [(i + 1) % period != 0 for i in range(num_layers)]),
     }
 

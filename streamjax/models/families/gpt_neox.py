@@ -8,6 +8,7 @@ from streamjax.models.config import ModelConfig
 from streamjax.models.families import tables
 from streamjax.models.families.family import Family, Table
 from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
+from streamjax.models.families.llama import check_heads
 from streamjax.models.families.rope_fields import read_rope, rotary_fraction, write_scaling
 
 BLOCK = "gpt_neox.layers.{layer}"
@@ -15,8 +16,7 @@ BLOCK = "gpt_neox.layers.{layer}"
 
 def _read(fields: Fields) -> ModelConfig:
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if d_model % num_heads:
-        raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
+    check_heads(d_model, num_heads)
     max_position = fields.integer("max_position_embeddings", 2048)
     bias = fields.flag("attention_bias", True)
     fields.only("is_decoder", (False, True), False)  # decides nothing in a causal model

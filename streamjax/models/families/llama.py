@@ -28,8 +28,10 @@ def read_shapes(
       activation: the field that names the activation function.
     """
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if head_dim is None and d_model % num_heads:
-        raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
+    head_dim = fields.get("head_dim", int, head_dim)
+    if head_dim is None:
+        check_heads(d_model, num_heads)
+        head_dim = d_model // num_heads
     kv_heads = fields.get("num_key_value_heads", int, kv_heads)
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -37,12 +39,18 @@ def read_shapes(
         "num_layers": fields.integer("num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": num_heads if kv_heads is None else kv_heads,
-        "head_dim": fields.integer("head_dim", head_dim or d_model // num_heads),
+        "head_dim": head_dim,
         "mlp_dim": fields.integer("intermediate_size"),
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "activation": fields.activation(activation, "silu" if activation == "hidden_act" else "gelu_pytorch_tanh"),
         "tie_embeddings": fields.flag("tie_word_embeddings", tie),
     }
+
+
+def check_heads(d_model: int, num_heads: int) -> None:
+    """Refuse sizes that an architecture without a head width of its own, or transformers, does not take."""
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
 
 
 def write_shapes(config: ModelConfig) -> dict[str, Any]:
@@ -75,6 +83,7 @@ def write_positions(config: ModelConfig) -> dict[str, Any]:
 
 def _read(fields: Fields) -> ModelConfig:
     shapes = read_shapes(fields)
+    check_heads(shapes["d_model"], shapes["num_heads"])
     bias = fields.flag("attention_bias", False)
     return ModelConfig(
         **shapes,

@@ -16,7 +16,8 @@ def _read(fields: Fields) -> ModelConfig:
     shapes = read_shapes(fields, kv_heads=8)
     windows = read_uniform(fields, shapes["num_layers"], 4096)
     types = fields.get("layer_types", list, None)
-    if types is not None and set(types) != {"sliding_attention" if windows else "full_attention"}:
+    only = "sliding_attention" if windows else "full_attention"
+    if types is not None and any(kind != only for kind in types):
         raise ValueError("field 'layer_types' mixes layers, which the Mistral architecture does not have")
     return ModelConfig(
         **shapes, **read_positions(fields, shapes["head_dim"], 131_072), family="mistral", windows=windows

@@ -40,7 +40,7 @@ def _read(fields: Fields) -> ModelConfig:
     attention.only("attn_uses_sequence_id", (None, False))
     attention.seen.add("attn_impl")
     d_model, num_heads = fields.integer("d_model"), fields.integer("n_heads")
-    if d_model % num_heads:
+    if num_heads < 1 or d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not a multiple of n_heads {num_heads}")
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),

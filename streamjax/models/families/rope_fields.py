@@ -27,6 +27,7 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+_LISTS = ("short_factor", "long_factor")
 _ORIGINAL = ("dynamic", "llama3", "yarn", "longrope")  # kinds that know the length of the original model
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 _IGNORED = {"finetuned"}  # of early YaRN files: how the checkpoint came about
@@ -88,9 +89,34 @@ def parse_rope(
     aliases: Mapping[str, str] | None = None,
 ) -> RopeConfig:
     """A RopeConfig from one `rope_scaling` or `rope_parameters` dictionary; what it lacks comes from the arguments."""
+    kind, values = _scale_fields(scaling, aliases or {})
+    if kind == "dynamic":
+        values["original_max_position"] = max_position
+    elif kind in _ORIGINAL:
+        values["original_max_position"] = (
+            original or _value(scaling, "original_max_position_embeddings") or max_position
+        )
+    if kind in ("yarn", "longrope"):
+        values.setdefault("factor", max_position / values["original_max_position"])
+    fraction = _value(scaling, "partial_rotary_factor")
+    fraction = partial if fraction is None else float(fraction)
+    if not partial_allowed and fraction != 1.0:
+        raise ValueError(f"field 'partial_rotary_factor' is {fraction}; this architecture rotates whole heads")
+    rotary_dim = int(head_dim * fraction)
+    base = _value(scaling, "rope_theta")
+    return RopeConfig(
+        theta=float(theta if base is None else base),
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        kind=kind,  # type: ignore[arg-type]
+        **values,
+    )
+
+
+def _scale_fields(scaling: Mapping[str, Any], aliases: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The kind of a scaling and the fields of RopeConfig that it sets."""
     named = scaling.get("rope_type") or scaling.get("type") or "default"
-    kind = (aliases or {}).get(named, named)
-    if kind not in _SCALES:
+    kind = aliases.get(named, named) if isinstance(named, str) else named
+    if not isinstance(kind, str) or kind not in _SCALES:
         raise ValueError(f"rope_scaling has rope_type {named!r}; streamjax has {', '.join(_SCALES)}")
     unknown = sorted(k for k in set(scaling) - _COMMON - _IGNORED - set(_SCALES[kind]) if scaling[k] is not None)
     if unknown:
@@ -98,29 +124,22 @@ def parse_rope(
     missing = [name for name in _REQUIRED.get(kind, ()) if scaling.get(name) is None]
     if missing:
         raise ValueError(f"rope_scaling of rope_type {named!r} lacks {missing[0]!r}")
-    values: dict[str, Any] = {
-        name: tuple(float(v) for v in scaling[name]) if isinstance(scaling[name], list) else scaling[name]
-        for name in _SCALES[kind]
-        if scaling.get(name) is not None
-    }
-    if kind == "dynamic":
-        values["original_max_position"] = max_position
-    elif kind in ("llama3", "yarn", "longrope"):
-        values["original_max_position"] = original or scaling.get("original_max_position_embeddings") or max_position
-    if kind in ("yarn", "longrope"):
-        values.setdefault("factor", max_position / values["original_max_position"])
-    fraction = scaling.get("partial_rotary_factor")
-    fraction = partial if fraction is None else float(fraction)
-    if not partial_allowed and fraction != 1.0:
-        raise ValueError(f"field 'partial_rotary_factor' is {fraction}; this architecture rotates whole heads")
-    rotary_dim = int(head_dim * fraction)
-    base = scaling.get("rope_theta")
-    return RopeConfig(
-        theta=float(theta if base is None else base),
-        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-        kind=kind,  # type: ignore[arg-type]
-        **values,
-    )
+    values = {name: _value(scaling, name) for name in _SCALES[kind]}
+    return kind, {name: value for name, value in values.items() if value is not None}
+
+
+def _value(scaling: Mapping[str, Any], name: str) -> Any:
+    """A field of a scaling, checked; None where it is absent, null, or a zero that transformers takes for absent."""
+    value = scaling.get(name)
+    if value is None or (name in ("beta_fast", "beta_slow") and value == 0):
+        return None
+    numbers = value if name in _LISTS and isinstance(value, list) else [value]
+    allowed = (bool,) if name == "truncate" else (int,) if name == "original_max_position_embeddings" else (int, float)
+    if not all(isinstance(n, allowed) and isinstance(n, bool) == (bool in allowed) for n in numbers):
+        raise ValueError(
+            f"rope_scaling field {name!r} is {value!r}; expected {' or '.join(t.__name__ for t in allowed)}"
+        )
+    return tuple(float(n) for n in numbers) if name in _LISTS else value
 
 
 def write_scaling(rope: RopeConfig) -> dict[str, Any] | None:

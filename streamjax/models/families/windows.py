@@ -19,7 +19,7 @@ def read_layer_types(
     if types is None:
         sliding = list(default)
     else:
-        unknown = [t for t in types if t not in _TYPES]
+        unknown = [t for t in types if not isinstance(t, str) or t not in _TYPES]
         if unknown:
             raise ValueError(f"field 'layer_types' has {unknown[0]!r}; streamjax has {', '.join(_TYPES)}")
         sliding = [_TYPES[t] for t in types]
