@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from models import peers
 from streamjax.models import ModelConfig, RopeConfig, forward
 from streamjax.models.hf import load_hf, save_hf
+from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.rules import partition_spec
 
 CONFIG = ModelConfig(
@@ -96,7 +97,7 @@ def test_scan_layers_with_a_period_and_a_remainder(tmp_path):
 def test_mesh(tmp_path, scan_layers, tie):
     config = CONFIG.replace(tie_embeddings=tie, num_layers=3)
     save_hf(peers.random_decoder(config), tmp_path)
-    mesh = jax.make_mesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(fsdp=4, tensor=2)
     plain = load_hf(tmp_path, scan_layers=scan_layers)
     placed = load_hf(tmp_path, mesh=mesh, scan_layers=scan_layers)
     jax.tree.map(np.testing.assert_array_equal, placed, plain)
@@ -148,6 +149,20 @@ def test_known_buffers_are_skipped(folder, model):
 
     rewrite(folder, add)
     assert_same(load_hf(folder), model)
+
+
+def test_masks_of_gpt_neox_are_skipped(tmp_path):
+    config = CONFIG.replace(family="gpt_neox", num_kv_heads=4, norm="layer", norm_bias=True, parallel_residual=True)
+    biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated_mlp": False, "activation": "gelu"}
+    model = peers.random_decoder(config.replace(**biases))
+    save_hf(model, tmp_path)
+
+    def add(tensors):
+        for name in ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"):
+            tensors[f"gpt_neox.layers.1.{name}"] = np.ones(4, np.float32)
+
+    rewrite(tmp_path, add)
+    assert_same(load_hf(tmp_path), model)
 
 
 def test_gemma3_text_of_a_multimodal_checkpoint(tmp_path):
