@@ -19,6 +19,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -71,42 +72,42 @@ def _config(overrides: list[str]) -> TrainConfig:
     return apply_overrides(get_config(), [(name, text) for name, _, text in pairs])
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
     """absl's flags, with `--config.*` left over for `main`; `--help` shows this page and the fields."""
-    if any(argument.startswith("--help") or argument == "-h" for argument in argv[1:]):
-        _help(argv)
-    ours, others = [], argv[:1]
+    overrides, others, wants_help = [], argv[:1], False
     arguments = iter(argv[1:])
     for argument in arguments:
         if argument.startswith(_PREFIX):
-            ours.append(argument if "=" in argument else f"{argument}={next(arguments, '')}")
+            overrides.append(argument if "=" in argument else f"{argument}={next(arguments, '')}")
+        elif argument in ("--help", "-h", "-help", "--helpshort", "--helpfull"):
+            wants_help = True
         else:
             others.append(argument)
     try:
         rest = flags.FLAGS(others)
-    except flags.Error as error:
+        if rest[1:]:
+            raise ValueError(f"unexpected argument {rest[1]!r}; see --help")
+        if wants_help:
+            _help(overrides)
+    except (flags.Error, ValueError) as error:
         _fail(error, 2)
-    if rest[1:]:
-        _fail(ValueError(f"unexpected argument {rest[1]!r}; see --help"), 2)
-    return [argv[0], *ours]
+    return [argv[0], *overrides]
 
 
-def _help(argv: list[str]) -> None:
-    plain = [argument for argument in argv if not argument.startswith((_PREFIX, "--help", "-h"))]
-    flags.FLAGS(plain, known_only=True)
+def _help(overrides: list[str]) -> None:
     print(__doc__)
     for name in ("config", "workdir", "distributed"):
         print(f"  --{name}: {flags.FLAGS[name].help}")
     if _CONFIG.value is not None:
         print(f"\nFields, as {_CONFIG.value} sets them:")
-        print("\n".join(f"  --{line}" for line in describe(_config([]))))
+        print("\n".join(f"  --{line}" for line in describe(_config(overrides))))
     sys.exit(0)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int) -> NoReturn:
     print("train: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

@@ -38,7 +38,7 @@ def loss_sum(model: Decoder, batch: Batch, *, remat: bool = False, logits_chunk:
 
 @partial(jax.jit, static_argnames=("method", "logits_chunk"))
 def loss_and_grad(
-    model: Decoder, batch: Batch, method: Method = "full", *, logits_chunk: int | None = None
+    model: Decoder, batch: Batch, method: str = "full", *, logits_chunk: int | None = None
 ) -> tuple[Float[Array, ""], Decoder]:
     """Mean loss of a batch, and its gradient.
 

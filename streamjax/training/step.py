@@ -13,14 +13,14 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
-from streamjax.training.backprop import Batch, Method, check_method, loss_sum
+from streamjax.training.backprop import Batch, check_method, loss_sum
 from streamjax.training.state import TrainState
 
 Metrics = dict[str, Array]
 
 
 def accumulate_gradients(
-    model: Decoder, batch: Batch, microbatches: int, method: Method = "full", *, logits_chunk: int | None = None
+    model: Decoder, batch: Batch, microbatches: int, method: str = "full", *, logits_chunk: int | None = None
 ) -> tuple[Float[Array, ""], Decoder]:
     """`loss_and_grad` of a batch, cut into microbatches that exist one at a time.
 
@@ -46,7 +46,7 @@ def accumulate_gradients(
 def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
-    method: Method = "full",
+    method: str = "full",
     accumulation: int = 1,
     logits_chunk: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -61,7 +61,7 @@ def make_train_step(
         loss, grads = accumulate_gradients(state.model, batch, accumulation, method, logits_chunk=logits_chunk)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return dataclasses.replace(state, model=model, opt_state=opt_state, step=state.step + 1), metrics
 
     return train_step

@@ -1,0 +1,70 @@
+"""A small model, a small batch, and a run that takes seconds."""
+
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from streamjax.data import DataConfig
+from streamjax.models import Decoder, ModelConfig
+from streamjax.training import OptimizerConfig, TrainConfig
+
+CONFIG = ModelConfig(
+    vocab_size=61, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
+)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """What one test has compiled the next one need not: the same small programs run again and again here."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.1)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def model():
+    return Decoder(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """8 rows of 12 tokens, weights uneven and some of them 0."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.vocab_size, (8, 13)).astype(np.int32)
+    weights = rng.uniform(0.2, 2.0, (8, 12)).astype(np.float32)
+    weights[0, :9] = 0.0
+    weights[5] = 0.0
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """Thirty text files of a few hundred bytes."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    words = ["stream", "runs", "on", "and", "the", "window", "holds", "what", "it", "can", "while", "sinks", "stay"]
+    for index in range(30):
+        (folder / f"{index:02}.txt").write_text(" ".join(rng.choices(words, k=rng.randint(60, 150))) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run_config(text_folder):
+    """A run of 12 steps on that text."""
+    return TrainConfig(
+        name="test",
+        model=CONFIG.replace(vocab_size=259),
+        data=DataConfig(source=str(text_folder), seq_len=32, batch_size=4, shuffle_tokens=256),
+        steps=12,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3, accumulation=2),
+        log_interval=3,
+        eval_interval=6,
+        eval_batches=2,
+        checkpoint_interval=4,
+    )
