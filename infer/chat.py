@@ -59,7 +59,7 @@ class Chat:
     def __init__(self, values: flags.FlagValues, say: Callable[[str], None]):
         self._values = values
         self._say = say
-        self._model, self._tokenizer = common.load_model(values)
+        self._model, self._tokenizer = common.load_model(values, [values.cache])
         self._start(values.cache)
         self.commands: dict[str, Callable[[str], None]] = {
             "save": self.save, "load": self.load, "cache": self.cache, "reset": self.reset, "help": self.help,

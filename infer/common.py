@@ -22,6 +22,7 @@ from streamjax.kv.sink_window import SinkWindow
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "models" / "stdlib_byte"
 BUILTIN = "builtin"
+_COMMON = ("help", "traceback", "compilation_cache")  # flags of every command
 Define = Callable[[flags.FlagValues], None]
 
 
@@ -96,19 +97,16 @@ def _fail(message: str, status: int) -> int:
 
 def help_text(about: str, values: flags.FlagValues) -> str:
     """The text of --help: what the command is, then its flags in the order in which they were defined."""
+    names = [name for name in values if name not in (*_COMMON, "h")]
     lines = [about.strip(), "", "Options:"]
-    for name in _defined_order(values):
+    for name in [*names, *_COMMON]:
         flag = values[name]
-        default = "" if flag.default in (None, "", False, []) else f" [{flag.default_as_str}]"
-        lines.append(f"  --{name}{default}")
-        lines += textwrap.wrap(flag.help, 100, initial_indent="      ", subsequent_indent="      ")
+        default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+        about_default = "" if default is None or default is False or default == "" else f"  [{default}]"
+        lines.append(f"  --{name}{about_default}")
+        about_flag = flag.help.partition(";\n")[0]  # absl adds to the text of flags that may be repeated
+        lines += textwrap.wrap(about_flag, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
-
-
-def _defined_order(values: flags.FlagValues) -> list[str]:
-    names = [flag.name for group in values.flags_by_module_dict().values() for flag in group]
-    first = ("help", "traceback", "compilation_cache")
-    return [name for name in names if name not in first] + list(first)
 
 
 def define_model(values: flags.FlagValues) -> None:
@@ -173,8 +171,10 @@ CACHE_HELP = (
 )
 
 
-def load_model(values: flags.FlagValues) -> tuple[sj.Decoder, Tokenizer]:
-    """The model and the tokenizer that the flags name."""
+def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj.Decoder, Tokenizer]:
+    """The model and the tokenizer that the flags name; mistakes in `caches` come to light before anything is read."""
+    for cache in caches:
+        parse_cache(cache, sys.maxsize)
     path = Path(values.model).expanduser()
     if not path.is_dir():
         raise ValueError(f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors")

@@ -37,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
-    model, tokenizer = common.load_model(values)
+    model, tokenizer = common.load_model(values, values.cache)
     trained = model.config.max_position
     ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens)
     capacity = min(values.dense_capacity or 8 * trained, len(ids) + 1)

@@ -180,7 +180,7 @@ class Reader:
 
 def body(values: flags.FlagValues) -> None:
     data, total_bytes = open_input(values.input)
-    model, tokenizer = common.load_model(values)
+    model, tokenizer = common.load_model(values, [values.cache])
     cache = common.parse_cache(values.cache, model.config.max_position)
     session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
     if values.load_state:
@@ -198,6 +198,7 @@ def body(values: flags.FlagValues) -> None:
         except ValueError as error:
             failure = error
         reader.settle()
+        bar.disable = bar.disable or not reader.curve.count  # nothing to show
     result = reader.result()
     if result["tokens"]:
         report(result, ended)

@@ -27,7 +27,6 @@ from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read, score
 from streamjax.streaming.state import init_state
-from streamjax.streaming.step import require_room
 from streamjax.streaming.text_output import TextOutput
 
 _KIND = "session"
@@ -166,7 +165,7 @@ class Session:
         ids = self._ids(prompt, add_bos)
         if not ids and self.tokens_seen == 0:
             raise ValueError("nothing to continue: give a prompt, or read something first")
-        require_room(self.state, len(ids) + max_new_tokens)
+        self._require_room(len(ids) + max_new_tokens)
         if block is None or words:
             block = 1 if words or jax.default_backend() == "cpu" else 16
         ends = self.tokenizer.eos_ids if stop_tokens is None else tuple(stop_tokens)
@@ -290,7 +289,7 @@ class Session:
 
     def _pieces(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Tokens to be read step by step; text that was held back is over."""
-        require_room(self.state, len(ids))
+        self._require_room(len(ids))
         if ids:
             self._turn = object()
             self._output.clear()
@@ -298,6 +297,13 @@ class Session:
         tokens = np.asarray(ids, np.int32)
         for start in range(0, len(ids), self.chunk_size):
             yield tokens[start : start + self.chunk_size]
+
+    def _require_room(self, tokens: int) -> None:
+        if self.room is not None and tokens > self.room:
+            raise ValueError(
+                f"the cache holds {self.state.capacity} tokens: {self.tokens_seen} are used and {tokens} more do not "
+                "fit; use one of more capacity, or one without end such as streaming_llm"
+            )
 
 
 def fingerprint(model: Decoder) -> str:
