@@ -2,8 +2,8 @@
 
     python -m train --config=configs/tiny.py --workdir=runs/tiny
 
-60 steps of 1,024 bytes take about ten seconds on 2 cores, most of which is compilation. The loss falls from 5.9 to
-about 3 nats per byte (TODO), which is the frequency of bytes and little more.
+60 steps of 1,024 bytes take about ten seconds on 2 cores, most of them for compiling. The loss falls from 5.6 to 2.6
+nats per byte, which is how often each byte occurs and a little more.
 """
 
 from streamjax.data import DataConfig

@@ -80,34 +80,36 @@ def test_a_model_is_loaded_in_parts_onto_a_mesh(model, saved):
     assert same_bits(sj.load(saved), model)
 
 
-@pytest.mark.parametrize(
-    "cache", [sj.kv.preset("streaming_llm", sinks=2, window=6), sj.kv.preset("dense", capacity=64)]
-)
-def test_a_stream_goes_on_bit_for_bit_in_a_new_process(saved, tmp_path, cache):
-    model = sj.load(saved)
-    state = sj.init_state(model, cache, batch_size=2, position=2**32 - 5)
-    state, _ = sj.step(model, state, TOKENS)
-    sj.save_stream(state, tmp_path / "stream")
-    state, logits = sj.step(model, state, TOKENS[:, ::-1].copy())
-    program = f"""
+CONTINUE = """
 import os, sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
 import streamjax as sj
-from streamjax.kv import *
-from streamjax.kv.sink_window import SinkWindow
 folder = sys.argv[1]
 model = sj.load(folder + "/model")
-cache = {"sj.kv.preset('streaming_llm', sinks=2, window=6)" if cache.capacity is None else "sj.kv.preset('dense', capacity=64)"}
-state = sj.load_stream(folder + "/stream", sj.init_state(model, cache, batch_size=2))
-tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
-state, logits = sj.step(model, state, tokens[:, ::-1].copy())
-np.savez(folder + "/out.npz", logits=logits, position=state.position)
+caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6), "dense": sj.kv.preset("dense", capacity=64)}
+tokens = np.arange(24, dtype=np.int32).reshape(2, 12)[:, ::-1].copy()
+for name, cache in caches.items():
+    state = sj.load_stream(f"{folder}/{name}", sj.init_state(model, cache, batch_size=2))
+    state, logits = sj.step(model, state, tokens)
+    np.savez(f"{folder}/{name}.npz", logits=logits, position=state.position)
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
-    found = np.load(tmp_path / "out.npz")
-    assert found["logits"].tobytes() == np.asarray(logits).tobytes()
-    assert found["position"].tolist() == [19, 19]
+
+
+def test_a_stream_goes_on_bit_for_bit_in_a_new_process(saved, tmp_path):
+    model = sj.load(saved)
+    caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6), "dense": sj.kv.preset("dense", capacity=64)}
+    expected = {}
+    for name, cache in caches.items():
+        state = sj.init_state(model, cache, batch_size=2, position=2**32 - 5)
+        state, _ = sj.step(model, state, TOKENS)
+        sj.save_stream(state, tmp_path / name)
+        _, expected[name] = sj.step(model, state, TOKENS[:, ::-1].copy())
+    subprocess.run([sys.executable, "-c", CONTINUE, str(tmp_path)], check=True)
+    for name in caches:
+        found = np.load(tmp_path / f"{name}.npz")
+        assert found["logits"].tobytes() == np.asarray(expected[name]).tobytes()
+        assert found["position"].tolist() == [19, 19]
 
 
 def test_a_stream_of_another_cache_is_refused(model, tmp_path):
@@ -116,7 +118,7 @@ def test_a_stream_of_another_cache_is_refused(model, tmp_path):
     other = sj.init_state(model, sj.kv.preset("window", window=8))
     with pytest.raises(ValueError, match=r"saved with .*6.* in layer 1, which is .*8.* here: use that cache"):
         sj.load_stream(tmp_path / "stream", other)
-    with pytest.raises(ValueError, match=r"array layers.0.*batch|array layers.* is .* and .* is expected"):
+    with pytest.raises(ValueError, match=r"array layers.* is .* and .* is expected"):
         sj.load_stream(tmp_path / "stream", sj.init_state(model, sj.kv.preset("window", window=6), batch_size=2))
 
 

@@ -201,7 +201,7 @@ class _Run:
         summary = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(summary)
         if self.bar.disable:
-            _log.info("step %d of %d: %s", self.step, self.config.steps, summary)
+            self._say(f"step {self.step} of {self.config.steps}: {summary}")
 
     def evaluate(self) -> None:
         """Measure the model on the validation split."""
@@ -225,10 +225,10 @@ class _Run:
         self.checkpoints.close()
 
     def _say(self, line: str) -> None:
-        if self.bar.disable:
-            _log.info(line)
-        else:
+        if not self.bar.disable:
             self.bar.write(line, file=sys.stderr)
+        elif jax.process_index() == 0:
+            _log.info(line)
 
     def _write(self, values: dict[str, float]) -> None:
         if self.metrics is not None:

@@ -131,7 +131,7 @@ def test_a_finished_run_has_nothing_to_do(run_config, reference):
 def test_a_run_may_move_to_other_devices(run_config, reference, at_step, tmp_path):
     expected, _ = reference(run_config)
     sharded = dataclasses.replace(run_config, mesh=MeshConfig(data=2, fsdp=-1))
-    at_step(9, kill)
+    at_step(5, kill)
     with pytest.raises(Killed):
         train(sharded, tmp_path)
     state = train(run_config, tmp_path)
@@ -181,4 +181,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(run_config, tmp_path):
             train(apply_overrides(run_config, [(field, value)]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"the data ends after \d+ steps: set config.data.epochs=none"):
-        train(apply_overrides(run_config, [("data.epochs", "1"), ("steps", "5000")]), tmp_path / "run")
+        train(
+            apply_overrides(run_config, [("data.epochs", "1"), ("data.batch_size", "32"), ("steps", "99")]),
+            tmp_path / "run",
+        )
