@@ -4,8 +4,8 @@
 
 The only other way to keep the quality of a window on a stream without end is to run the model again over the last L
 tokens for every new token. Both sides are streamjax with the same weights: recomputation is one forward pass over L
-tokens with logits for the last only; streaming is `sj.generate` with 4 sinks and a window of L - 4. Turns alternate in one
-process; the ratio is the median over turns. The paper's best is 22.2 times, per token, on a GPU.
+tokens with logits for the last only; streaming is `sj.generate` with 4 sinks and a window of L - 4. Turns alternate in
+one process; the ratio is the median over turns. The paper's best is 22.2 times, per token, on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import statistics
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import streamjax as sj
@@ -51,7 +50,7 @@ def main() -> None:
             stream[0], new = sj.generate(model, stream[0], empty, max_new_tokens=NEW, sampler=greedy)
             jax.block_until_ready(new)
 
-        def recompute(tokens: jax.Array = jnp.asarray(tokens)) -> None:
+        def recompute(tokens: np.ndarray = tokens) -> None:
             jax.block_until_ready(last_logits(model, tokens))
 
         seconds = interleaved({"recompute": recompute, "streaming": streaming}, arguments.repeats)
