@@ -1,0 +1,39 @@
+"""Memory in use against caches of just that size, and the process's against an array."""
+
+import jax
+import numpy as np
+
+import streamjax as sj
+from streamjax.evaluation import SlotMemory, peak_resident_bytes, resident_bytes
+
+CONFIG = sj.ModelConfig(
+    vocab_size=8, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, windows=(6, None)
+)
+MODEL = sj.Decoder(CONFIG, jax.random.key(0))
+
+
+def test_a_cache_in_use_takes_what_a_cache_of_that_size_takes():
+    memory = SlotMemory.of(sj.init_state(MODEL, sj.kv.preset("dense", capacity=1000), batch_size=3))
+    assert memory.slots == (5, 1000)
+    for tokens in (1, 5, 100, 1000):
+        exact = 0
+        for slots in (min(tokens, 5), tokens):
+            exact += slots * (2 * 4 * 4 + 4)  # keys and values of one head, float32, and the position
+        assert abs(memory.in_use(tokens) - exact) <= 2 * 8  # a share of two counters a layer
+    assert memory.in_use(0) == 0
+    assert memory.in_use(5000) == memory.in_use(1000) == memory.allocated
+
+
+def test_what_is_allocated_is_what_the_layers_hold():
+    state = sj.init_state(MODEL, sj.kv.preset("streaming_llm", sinks=2, window=30), batch_size=1)
+    total = sum(leaf.nbytes for layer in state.layers for leaf in jax.tree.leaves(layer))
+    assert abs(SlotMemory.of(state).allocated - total) <= 1
+
+
+def test_resident_memory_follows_an_array():
+    before = resident_bytes()
+    array = np.ones(100_000_000, np.uint8)
+    assert 90e6 < resident_bytes() - before < 150e6
+    assert peak_resident_bytes() >= resident_bytes() * 0.95
+    del array
+    assert resident_bytes() - before < 50e6
