@@ -230,18 +230,21 @@ def _inserter(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
 
 
 def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    """An array on the default device, or in parts on the devices of a sharding; each part is read once."""
+    """An array on the default device, or in parts on the devices of a sharding; each part is read once.
+
+    It waits for every transfer: those that are under way hold on to their copy on the host.
+    """
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.block_until_ready(jnp.asarray(read((slice(None),) * len(shape))))
     parts: dict[str, list[jax.Device]] = {}
     indices: dict[str, Index] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         parts.setdefault(str(index), []).append(device)
         indices[str(index)] = tuple(index or ())
-    shards = []
+    shards: list[jax.Array] = []
     for key, devices in parts.items():
         values = read(indices[key])
-        shards += [jax.device_put(values, device) for device in devices]
+        shards += jax.block_until_ready([jax.device_put(values, device) for device in devices])
         del values
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

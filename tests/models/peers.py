@@ -1,16 +1,11 @@
 """Tiny Hugging Face models with random weights: what the library's models are compared with."""
 
 import json
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-
-from streamjax.models import Decoder, ModelConfig
 
 BATCH = 2
 torch.set_num_threads(1)
@@ -34,13 +29,6 @@ def peer(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Modul
             else:
                 parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
     return model
-
-
-def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
-    """A float32 decoder with every parameter drawn at random, by numpy: no compilation."""
-    random = np.random.RandomState(seed)
-    shapes = jax.eval_shape(partial(Decoder, config, dtype=jnp.dtype(jnp.float32)), jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape).astype(np.float32)), shapes)
 
 
 def write(model: torch.nn.Module, folder: Path, **options) -> Path:

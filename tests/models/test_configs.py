@@ -144,6 +144,11 @@ def test_unknown_architectures(name):
         find_family({**values, "model_type": "bert"})
 
 
+def test_architecture_and_model_type_agree():
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' and model_type 'mistral' contradict each other"):
+        find_family({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"})
+
+
 def test_unknown_fields_are_reported_when_they_hold_something():
     values = {**PUBLISHED["llama-3.1-8b"], "residual_scale": 2.0, "residual_bias": None}
     with pytest.warns(UserWarning, match="does not know: residual_scale$"):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import transformers as hf
+from safetensors.numpy import load_file
 from transformers.models.mpt import modeling_mpt
 
 from models import peers
@@ -143,3 +144,43 @@ def test_mpt_bias_max(tmp_path, monkeypatch):
     np.testing.assert_allclose(forward(loaded, tokens), peers.logits_of(model, tokens), atol=TOLERANCE, rtol=0)
     save_hf(loaded, tmp_path / "ours")
     assert load_hf(tmp_path / "ours").config == loaded.config
+
+
+def test_peer_shards(tmp_path):
+    theirs = peers.peer(llama())
+    tokens = peers.tokens_for(theirs, 8)
+    peers.write(theirs, tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    np.testing.assert_allclose(
+        forward(load_hf(tmp_path), tokens), peers.logits_of(theirs, tokens), atol=TOLERANCE, rtol=0
+    )
+
+
+def test_gemma3_text_of_a_multimodal_checkpoint(tmp_path):
+    text = hf.Gemma3TextConfig(
+        **BASE,
+        head_dim=12,
+        sliding_window=5,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision, image_token_index=100, mm_tokens_per_image=4
+    )
+    theirs = hf.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(0.0, 0.3)
+    tokens = np.random.RandomState(0).randint(3, 50, (2, 12)).astype(np.int32)
+    peers.write(theirs, tmp_path / "theirs")
+    names = set(load_file(tmp_path / "theirs" / "model.safetensors"))
+    assert any("vision_tower" in name for name in names)
+    loaded = load_hf(tmp_path / "theirs")
+    expected = peers.logits_of(theirs, tokens)
+    np.testing.assert_allclose(forward(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
+    save_hf(loaded, tmp_path / "ours")
+    np.testing.assert_allclose(
+        peers.logits_of(peers.reload(tmp_path / "ours"), tokens), expected, atol=TOLERANCE, rtol=0
+    )

@@ -34,19 +34,19 @@ def find_family(values: Mapping[str, Any]) -> Family:
     """The family of a config.json: by `architectures`, or by `model_type` where that is absent.
 
     Raises:
-      ValueError: an architecture that the library does not have; the message lists those it has.
+      ValueError: an architecture that the library does not have (the message lists those it has), or the two disagree.
     """
     known = {architecture: family for family in FAMILIES.values() for architecture in family.architectures}
-    named = values.get("architectures") or []
-    if named:
-        shown = named[0] if isinstance(named, list) else named
-        found = [known[shown]] if isinstance(shown, str) and shown in known else []
-    else:
-        shown = values.get("model_type")
-        found = [family for family in FAMILIES.values() if family.model_type == shown]
-    if not found:
+    kinds = {kind: family for family in FAMILIES.values() for kind in family.model_types}
+    named, kind = values.get("architectures") or None, values.get("model_type")
+    named = named[0] if isinstance(named, list) else named
+    table, shown = (kinds, kind) if named is None else (known, named)
+    family = table.get(shown) if isinstance(shown, str) else None
+    if family is None:
         raise ValueError(f"unknown architecture {shown!r}; streamjax has {', '.join(sorted(known))}")
-    return found[0]
+    if kind is not None and kind not in family.model_types:
+        raise ValueError(f"architecture {shown!r} and model_type {kind!r} contradict each other")
+    return family
 
 
 def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -104,7 +104,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def _try_write(family: Family, config: ModelConfig) -> tuple[dict[str, Any], str | None]:
     """The config.json, and what it loses: the first field that reads back differently (None where none does)."""
     eos = config.eos_token_ids
-    values: dict[str, Any] = {"architectures": [family.architectures[0]], "model_type": family.model_type}
+    values: dict[str, Any] = {"architectures": [family.architectures[0]], "model_type": family.model_types[0]}
     try:
         values |= family.write(config)
         values |= {

@@ -132,7 +132,7 @@ def _tensors(config: ModelConfig) -> Table:
 FALCON = Family(
     "falcon",
     ("FalconForCausalLM",),
-    "falcon",
+    ("falcon",),
     _read,
     _write,
     _tensors,

@@ -72,7 +72,7 @@ class Family:
     Attributes:
       name: `ModelConfig.family`.
       architectures: names in `architectures` of a config.json; the first is written.
-      model_type: `model_type` of a config.json.
+      model_types: `model_type` of a config.json; the first is written.
       read: fields of a config.json -> ModelConfig; ValueError for what is not implemented.
       write: ModelConfig -> fields of a config.json. What it cannot say is found by reading it back.
       tensors: the tensor table. Keys are parameter paths, those of a layer starting with `layers.`.
@@ -82,7 +82,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    model_type: str
+    model_types: tuple[str, ...]
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     tensors: Callable[[ModelConfig], Table]

@@ -136,11 +136,11 @@ def _tensors3(config: ModelConfig) -> Table:
     return {**_tensors2(config), **tables.qk_norms(f"{tables.BLOCK}.self_attn")}
 
 
-GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), "gemma2", _read2, _write2, _tensors2)
+GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), _read2, _write2, _tensors2)
 GEMMA3 = Family(
     "gemma3",
     ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    "gemma3_text",
+    ("gemma3_text", "gemma3"),
     _read3,
     _write3,
     _tensors3,

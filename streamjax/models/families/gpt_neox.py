@@ -87,7 +87,7 @@ def _tensors(config: ModelConfig) -> Table:
 GPT_NEOX = Family(
     "gpt_neox",
     ("GPTNeoXForCausalLM",),
-    "gpt_neox",
+    ("gpt_neox",),
     _read,
     _write,
     _tensors,

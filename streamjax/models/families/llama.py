@@ -100,4 +100,4 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {**write_shapes(config), **write_positions(config), **biases}
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), "llama", _read, _write, tables.llama)
+LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), _read, _write, tables.llama)

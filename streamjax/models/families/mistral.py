@@ -28,4 +28,4 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {**write_shapes(config), **write_positions(config), **write_uniform(config)}
 
 
-MISTRAL = Family("mistral", ("MistralForCausalLM",), "mistral", _read, _write, tables.llama)
+MISTRAL = Family("mistral", ("MistralForCausalLM",), ("mistral",), _read, _write, tables.llama)

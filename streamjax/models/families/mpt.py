@@ -101,4 +101,4 @@ def _tensors(config: ModelConfig) -> Table:
     }
 
 
-MPT = Family("mpt", ("MptForCausalLM", "MPTForCausalLM"), "mpt", _read, _write, _tensors)
+MPT = Family("mpt", ("MptForCausalLM", "MPTForCausalLM"), ("mpt",), _read, _write, _tensors)

@@ -71,4 +71,4 @@ def _tensors(config: ModelConfig) -> Table:
     }
 
 
-PHI3 = Family("phi3", ("Phi3ForCausalLM",), "phi3", _read, _write, _tensors)
+PHI3 = Family("phi3", ("Phi3ForCausalLM",), ("phi3",), _read, _write, _tensors)

@@ -65,5 +65,5 @@ def _tensors3(config: ModelConfig) -> Table:
     return {**tables.llama(config), **tables.qk_norms(f"{tables.BLOCK}.self_attn")}
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), "qwen2", _read2, _write2, tables.llama)
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), "qwen3", _read3, _write3, _tensors3)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), _read2, _write2, tables.llama)
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), _read3, _write3, _tensors3)
