@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from streamjax.attention.partial import merge
@@ -53,6 +52,12 @@ class Cascade:
         """Tokens after which the cascade is full, where it has an end."""
         return self.slots if isinstance(self.tiers[-1], Full) else None
 
+    @property
+    def reach(self) -> int | None:
+        """How far back a query sees, sinks apart: the windows' sizes together. None: all that the chunk brought."""
+        reaches = [tier.reach_back for tier in self.tiers]
+        return None if None in reaches else sum(reach or 0 for reach in reaches)
+
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         """Empty states, one a tier."""
         return tuple(tier.init(spec) for tier in self.tiers)
@@ -62,19 +67,15 @@ class Cascade:
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
         """Attend a chunk's queries to the cache and to the chunk itself, causally, and store the chunk.
 
-        Returns the attention output in float32 and the new states.
+        Returns the attention output in float32 and the new states. Output beyond the capacity means nothing.
         """
         new = list(states)
         rest = tokens
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.absorb(new[i], query, rest)
-        end = len(self.tiers) - 1
-        parts = [tier.attend(new[i], query, last=i == end) for i, tier in enumerate(self.tiers)]
-        reach = self.tiers[-1].strict_reach
-        parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=reach))
+        parts = [tier.attend(new[i], query, self.reach) for i, tier in enumerate(self.tiers)]
+        parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=self.reach))
         out = merge(*parts).out
-        if self.capacity is not None:
-            out = jnp.where((query.index >= self.capacity)[:, :, None, None], jnp.nan, out)
         rest = dataclasses.replace(rest, valid=_after(rest.valid, out))
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.insert(new[i], rest)

@@ -52,7 +52,8 @@ def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]
 class Full(Tier):
     """Keeps every token that reaches it, up to `capacity`, at its true distance. The last tier of its cascade.
 
-    From the first token beyond the cascade's capacity on, the output is NaN, never a silently truncated context.
+    Tokens beyond the capacity are not stored; a stream's outputs are NaN from the first of them on (`advance`), never
+    those of a silently truncated context.
     """
 
     capacity: int
@@ -68,7 +69,7 @@ class Full(Tier):
     def init(self, spec: KVSpec) -> LinearState:
         return LinearState.empty(spec, self.capacity)
 
-    def attend(self, state: LinearState, query: Query, last: bool) -> Partial:
+    def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         valid = jnp.arange(self.capacity) < state.filled[:, None, None]
         return query.attend(state.k, state.v, state.position, valid, filled=state.filled)
 

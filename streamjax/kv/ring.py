@@ -3,7 +3,8 @@
 A buffer has a slot axis; a row writes `count` tokens, those from `start` on in its chunk, to slots `cursor`,
 `cursor + 1`, ... A ring wraps; a linear buffer stops at its end. Writes are windows as wide as the chunk, blended with
 what was there, so that a donated buffer is updated in place (two windows for a ring, whose run may wrap). One token for
-each of several rows is a scatter of single slots instead, which is in place too and which partitions over rows and heads.
+each of several rows is a scatter of single slots instead, in place too, which partitions over rows and heads. Tokens
+take the buffer's dtype.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def write_linear(
 
     `cursor` is the first free slot of each row. The chunk may be longer than the buffer.
     """
-    slots = buffer.shape[axis]
+    slots, chunk = buffer.shape[axis], chunk.astype(buffer.dtype)
     if chunk.shape[axis] > slots:  # only a few slots: bring the run's first tokens to the front
         index = (start[:, None] + jnp.arange(slots)) % chunk.shape[axis]
         shape = [chunk.shape[0]] + [1] * (chunk.ndim - 1)
@@ -88,7 +89,7 @@ def write_ring(
 
     The ring is what the buffer has from slot `offset` on. Of a run longer than the ring the newest tokens stay.
     """
-    slots, width = buffer.shape[axis] - offset, chunk.shape[axis]
+    slots, width, chunk = buffer.shape[axis] - offset, chunk.shape[axis], chunk.astype(buffer.dtype)
     if width > slots:
         before, buffer = jnp.split(buffer, [offset], axis=axis)
         # Slot s takes the newest token of the run that lands on it, if any does.

@@ -42,7 +42,7 @@ class Sink(Tier):
         return self.size
 
     @property
-    def strict_reach(self) -> int | None:
+    def reach_back(self) -> int | None:
         return 0
 
     def init(self, spec: KVSpec) -> LinearState:
@@ -51,7 +51,7 @@ class Sink(Tier):
     def absorb(self, state: LinearState, query: Query, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         return append(state, tokens)
 
-    def attend(self, state: LinearState, query: Query, last: bool) -> Partial:
+    def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]
         if self.reach is not None:
             query = query.at(clamped(query, state.position, self.reach))

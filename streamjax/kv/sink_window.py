@@ -50,7 +50,7 @@ class SinkWindow(Tier):
         return self.sinks + self.window
 
     @property
-    def strict_reach(self) -> int | None:
+    def reach_back(self) -> int | None:
         return self.window
 
     def init(self, spec: KVSpec) -> SinkWindowState:
@@ -72,6 +72,9 @@ class SinkWindow(Tier):
             position = first.position + shift[:, None]
 
             def place(buffer: Array, sinks: Array) -> Array:
+                # A row without a token keeps its state bit for bit.
+                some = tokens.valid.any(axis=(1, 2)).reshape(-1, *[1] * (buffer.ndim - 1))
+                sinks = jnp.where(some, sinks, jax.lax.slice_in_dim(buffer, 0, self.sinks, axis=2))
                 return jax.lax.dynamic_update_slice_in_dim(buffer, sinks, 0, axis=2)
 
             state = dataclasses.replace(
@@ -88,7 +91,7 @@ class SinkWindow(Tier):
             return first.k
         return jnp.swapaxes(query.rotary(jnp.swapaxes(first.k, 1, 2), position[:, 0]), 1, 2)
 
-    def attend(self, state: SinkWindowState, query: Query, last: bool) -> Partial:
+    def attend(self, state: SinkWindowState, query: Query, reach: int | None) -> Partial:
         slot = jnp.arange(self.slots)
         n, first = self.sinks, state.first
         kept, filled = first.filled[:, None, None], state.filled[:, None, None]
@@ -99,7 +102,7 @@ class SinkWindow(Tier):
         keys = self._rotated(first, query, first.position)
         sinks = placed.attend(keys, first.v, first.position, slot[:n] < kept)
         ring = query.attend(
-            state.k[:, :, n:], state.v[:, :, n:], state.position[:, :, n:], slot[n:] - n < filled, reach=self.window,
+            state.k[:, :, n:], state.v[:, :, n:], state.position[:, :, n:], slot[n:] - n < filled, reach=reach,
             filled=state.filled,
         )  # fmt: skip
         return merge(sinks, ring)

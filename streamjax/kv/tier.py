@@ -157,9 +157,10 @@ class Tier:
     """A rule for storing tokens. Subclasses are frozen dataclasses; every array of a state is [B, K or 1, S, ...], cut
     to its rank, so that one rule shards them all.
 
-    `slots` is how many tokens it holds. `strict_reach` is how far back a query sees when the tier is the last of its
-    cascade (None: everything that the chunk brought). A tier that keeps the first tokens of a stream at places of its
-    own takes them out of a chunk before the chunk attends (`absorb`); others store the chunk afterwards (`insert`).
+    `slots` is how many tokens it holds. `reach_back` is how many positions it adds to how far back a query sees (None:
+    no fixed number; then a query sees everything that its chunk brought). A tier that keeps the first tokens of a
+    stream at places of its own takes them out of a chunk before the chunk attends (`absorb`); others store the chunk
+    afterwards (`insert`).
     """
 
     @property
@@ -167,7 +168,7 @@ class Tier:
         raise NotImplementedError
 
     @property
-    def strict_reach(self) -> int | None:
+    def reach_back(self) -> int | None:
         return None
 
     def init(self, spec: KVSpec) -> State:
@@ -178,8 +179,8 @@ class Tier:
         """Before the chunk attends: take what this tier keeps for good; return the tokens that are left."""
         return state, tokens
 
-    def attend(self, state: State, query: Query, last: bool) -> Partial:
-        """Attention of the chunk's queries to what is stored; `last`: no tier behind this one catches evictions."""
+    def attend(self, state: State, query: Query, reach: int | None) -> Partial:
+        """Attention of the chunk's queries to what is stored; `reach` is the cascade's, in positions."""
         raise NotImplementedError
 
     def insert(self, state: State, tokens: KVTokens) -> tuple[State, KVTokens]:

@@ -65,8 +65,8 @@ def push(state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
 class Window(Tier):
     """Keeps the `size` tokens before the query: a query at position p sees keys in [p - size, p], itself included.
 
-    `size` is StreamingLLM's `recent_size`; a model's own `sliding_window = W` is `Window(W - 1)`. As the last tier of
-    a cascade the window is strict; before other tiers, tokens about to fall stay visible until their chunk is stored.
+    `size` is StreamingLLM's `recent_size`; a model's own `sliding_window = W` is `Window(W - 1)`. Where only
+    windows follow it is strict; before other tiers, tokens about to fall stay visible until their chunk is stored.
     """
 
     size: int
@@ -80,16 +80,15 @@ class Window(Tier):
         return self.size
 
     @property
-    def strict_reach(self) -> int | None:
+    def reach_back(self) -> int | None:
         return self.size
 
     def init(self, spec: KVSpec) -> RingState:
         buffers = spec.buffer(self.size), spec.buffer(self.size), spec.positions(self.size)
         return RingState(*buffers, spec.counter(), spec.counter())
 
-    def attend(self, state: RingState, query: Query, last: bool) -> Partial:
+    def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]
-        reach = self.size if last else None
         return query.attend(state.k, state.v, state.position, valid, reach=reach, filled=state.filled)
 
     def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:

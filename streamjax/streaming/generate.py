@@ -91,7 +91,7 @@ def generate_blocks(
         raise ValueError(f"{prompt.shape[0]} prompts for {state.batch_size} streams")
     if bool(((lengths == 0) & (np.asarray(state.seen) == 0)).any()):
         raise ValueError("a stream that has seen nothing needs a prompt of at least one token, such as BOS")
-    require_room(state, int(lengths.max(initial=0)) + max_new_tokens)
+    require_room(state, lengths + max_new_tokens)
     state = read(model, state, prompt, chunk_size, lengths=lengths)
     seen = None
     if sampler.repetition_penalty != 1.0:

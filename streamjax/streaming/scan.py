@@ -24,6 +24,8 @@ def padded_width(length: int, chunk_size: int) -> int:
 
 def spans(length: int, chunk_size: int) -> Iterator[tuple[int, int, int]]:
     """Cut `length` tokens into (start, chunks, width): groups of full chunks, then one padded end."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     start = 0
     while length - start >= chunk_size:
         chunks = SCAN_CHUNKS if length - start >= SCAN_CHUNKS * chunk_size else 1
@@ -103,7 +105,7 @@ def read(
     """Read a stretch of each stream and return the state behind it: prefill. Arguments as in `score`."""
     tokens = np.asarray(tokens)
     lengths = row_lengths(tokens, lengths)
-    require_room(state, int(lengths.max(initial=0)))
+    require_room(state, lengths)
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
         state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
     return state
@@ -137,7 +139,7 @@ def score(
     """
     tokens = np.asarray(tokens)
     lengths = row_lengths(tokens, lengths)
-    require_room(state, int(lengths.max(initial=0)))
+    require_room(state, lengths)
     pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
         state, nll = _score_chunks(model, state, *cut(tokens, lengths, start, chunks, width))

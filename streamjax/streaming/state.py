@@ -76,11 +76,15 @@ def layer_caches(config: ModelConfig, cache: Cascade | Sequence[Cascade]) -> tup
     pretrained. A sequence gives every layer its own.
 
     Raises:
-      ValueError: a sequence whose length is not the number of layers.
+      ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
     """
     if isinstance(cache, Cascade):
         own = [config.layer(i).window for i in range(config.num_layers)]
-        return tuple(cache if w is None else Cascade(Window(max(w - 1, 1))) for w in own)
+        if 1 in own:
+            raise ValueError(f"layer {own.index(1)} has a sliding window of 1: it sees itself alone and has no cache")
+        return tuple(cache if w is None else Cascade(Window(w - 1)) for w in own)
+    if not isinstance(cache, Sequence) or not all(isinstance(entry, Cascade) for entry in cache):
+        raise ValueError(f"a cache is a Cascade, such as sj.kv.preset('dense'), or one for each layer; got {cache!r}")
     caches = tuple(cache)
     if len(caches) != config.num_layers:
         raise ValueError(f"{len(caches)} cascades for {config.num_layers} layers; give one for all, or one a layer")
@@ -129,5 +133,5 @@ def _init(
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),
         caches=caches,
-        span=max(cache.slots + 1 for cache in caches),
+        span=max(cache.capacity or cache.slots + 1 for cache in caches),
     ).placed()

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.models.decoder import Decoder
@@ -20,8 +21,12 @@ def advance(
     """Read a chunk; return the new state and the hidden states of its tokens. For use under `jax.jit`.
 
     `count` says how many tokens of each row are real (a prefix of the row; all where None). Rows of which none is real
-    keep their state.
+    keep their state. From the first token beyond a `dense` cache's capacity on, hidden states are NaN.
+
+    Raises:
+      ValueError: another number of rows than streams.
     """
+    check_rows(state, tokens.shape[0])
     width = tokens.shape[1]
     count = jnp.full((tokens.shape[0],), width, jnp.int32) if count is None else count.astype(jnp.int32)
     offset = jnp.arange(width, dtype=jnp.int32)
@@ -32,6 +37,10 @@ def advance(
         span=state.span,
     )
     hidden, layers = model.stream(tokens, state.layers, state.caches, context)
+    if state.capacity is not None:
+        # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
+        over = state.seen[:, None] + offset >= state.capacity
+        hidden = jnp.where(over[:, :, None], jnp.nan, hidden)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     new = dataclasses.replace(
         state,
@@ -68,12 +77,19 @@ def step(
     return state, model.logits(hidden)
 
 
-def require_room(state: StreamState, tokens: int) -> None:
-    """Raise a ValueError unless every stream can take `tokens` more; caches without end always can."""
+def check_rows(state: StreamState, rows: int) -> None:
+    """Raise a ValueError unless there is one row of tokens for every stream."""
+    if rows != state.batch_size:
+        raise ValueError(f"{rows} rows of tokens for {state.batch_size} streams; give one row for each stream")
+
+
+def require_room(state: StreamState, tokens: np.ndarray) -> None:
+    """Raise a ValueError unless each stream can take its number of `tokens` [B] more; endless caches always can."""
+    check_rows(state, len(tokens))
     if state.capacity is not None:
-        used = int(jnp.max(state.seen))
-        if used + tokens > state.capacity:
-            raise ValueError(
-                f"the cache holds {state.capacity} tokens: {used} are used and {tokens} more do not fit; "
-                "raise its capacity or use an endless cache such as streaming_llm"
-            )
+        for used, more in zip(np.asarray(state.seen).tolist(), tokens.tolist(), strict=True):
+            if more and used + more > state.capacity:
+                raise ValueError(
+                    f"the cache holds {state.capacity} tokens: {used} are used and {more} more do not fit; "
+                    "raise its capacity or use an endless cache such as streaming_llm"
+                )
