@@ -1,0 +1,41 @@
+"""Named caches: what they build, and what they say when asked for something else."""
+
+import pytest
+
+import streamjax as sj
+from streamjax.kv import Cascade, Full, Sink, Window
+
+
+@pytest.mark.quick
+def test_presets_are_the_cascades_of_their_papers():
+    assert sj.kv.preset("dense", capacity=9) == Cascade(Full(9))
+    assert sj.kv.preset("window", window=9) == Cascade(Window(9))
+    assert sj.kv.preset("streaming_llm", sinks=3, window=9) == Cascade(Sink(3), Window(9))
+    assert sj.kv.preset("streaming_llm").slots == 1024
+
+
+@pytest.mark.quick
+def test_every_preset_builds_and_names_its_paper():
+    for name, entry in sj.kv.presets().items():
+        assert entry.name == name
+        assert "arXiv" in entry.paper
+        assert entry.summary.endswith((".", ";"))
+        assert sj.kv.preset(name, **entry.options) == sj.kv.preset(name)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("streaming-llm", {}, "did you mean 'streaming_llm'"),
+        ("zzz", {}, "known: .*dense"),
+        ("dense", {"window": 3}, "has no option 'window'; it takes capacity"),
+        ("window", {"window": 0}, "Window.size must be at least 1"),
+        ("streaming_llm", {"sinks": 0}, "Sink.size must be at least 1"),
+        ("dense", {"capacity": -1}, "Full.capacity must be at least 1"),
+    ],
+)
+def test_wrong_names_and_options(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sj.kv.preset(name, **options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,157 @@
+"""StreamingLLM token by token in float64 numpy, as published (Xiao et al., 2309.17453, section 3.2 and appendix).
+
+A layer caches keys before rotation. A token reads the cache with its keys rotated to their places in the cache, 0, 1,
+..., n - 1, and its own query and key at place n; ALiBi slopes multiply the same places. After the token the cache is
+cut to the first `start` and the last `recent` entries. A plain window is `start = 0`; a dense cache is never cut.
+
+Nothing here comes from the library but the weights: the decoder is written out again, one token at a time.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+_erf = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What stays in the cache after each token: the first `start` and the last `recent` (None: everything).
+
+    `shift` is the published positions within the cache; without it a key stays at its place in the stream.
+    """
+
+    start: int = 0
+    recent: int | None = None
+    shift: bool = True
+
+    def places(self, cache: list) -> list[int]:
+        """Where each entry stands, the newest being the token itself."""
+        return list(range(len(cache))) if self.shift else [entry[2] for entry in cache]
+
+    def keep(self, entries: list) -> list:
+        if self.recent is None or len(entries) <= self.start + self.recent:
+            return entries
+        return entries[: self.start] + entries[len(entries) - self.recent :]
+
+
+DENSE = Rule()
+
+
+def _value(parameter) -> np.ndarray:
+    return np.asarray(parameter[...], np.float64)
+
+
+def norm(x: np.ndarray, module, config) -> np.ndarray:
+    """RMSNorm or LayerNorm over the last axis."""
+    if not module.rms:
+        x = x - x.mean(axis=-1, keepdims=True)
+    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+    y = y * (_value(module.weight) + config.norm_offset)
+    return y if module.bias is None else y + _value(module.bias)
+
+
+def rope(x: np.ndarray, place: int, theta: float, rotary_dim: int) -> np.ndarray:
+    """Rotate the first `rotary_dim` channels of every head [heads, D] to `place`."""
+    half = rotary_dim // 2
+    out = x.copy()
+    for d in range(half):
+        angle = place * theta ** (-2 * d / rotary_dim)
+        a, b = x[:, d], x[:, d + half]
+        out[:, d] = a * math.cos(angle) - b * math.sin(angle)
+        out[:, d + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def attention(layer, config, spec, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
+    """One token's attention; appends its own raw key, value and index in the stream to the cache."""
+    p = layer.mixer.projections
+    qkv = np.tensordot(x, _value(p.qkv), axes=1)  # [K, G + 2, D]
+    if p.qkv_bias is not None:
+        qkv = qkv + _value(p.qkv_bias)
+    if config.clip_qkv is not None:
+        qkv = np.clip(qkv, -config.clip_qkv, config.clip_qkv)
+    group = config.num_heads // config.num_kv_heads
+    q, k, v = qkv[:, :group].reshape(config.num_heads, -1), qkv[:, group], qkv[:, group + 1]
+    if p.q_norm is not None:
+        q, k = norm(q, p.q_norm, config), norm(k, p.k_norm, config)
+    cache.append((k, v, cache[-1][2] + 1 if cache else 0))
+    places = rule.places(cache)
+
+    def turn(heads: np.ndarray, at: int) -> np.ndarray:
+        if spec.rope is None:
+            return heads
+        assert spec.rope.kind == "default", "the oracle knows plain RoPE only"
+        return rope(heads, at, spec.rope.theta, spec.rope.rotary_dim or config.head_dim)
+
+    query = turn(q, places[-1])
+    keys = np.stack([turn(entry[0], at) for at, entry in zip(places, cache, strict=True)])  # [n, K, D]
+    values = np.stack([entry[1] for entry in cache])
+    out = np.zeros((config.num_heads, config.head_dim))
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    for head in range(config.num_heads):
+        logits = keys[:, head // group] @ query[head] * scale
+        if config.attention_softcap is not None:
+            logits = config.attention_softcap * np.tanh(logits / config.attention_softcap)
+        if config.position == "alibi":
+            logits = logits - config.alibi_slopes[head] * (places[-1] - np.array(places))
+        weights = np.exp(logits - logits.max())
+        out[head] = weights @ values[:, head // group] / weights.sum()
+    y = np.tensordot(out.reshape(config.num_kv_heads, group, -1), _value(p.out), axes=3)
+    return y if p.out_bias is None else y + _value(p.out_bias)
+
+
+def mlp(module, config, x: np.ndarray) -> np.ndarray:
+    hidden = np.tensordot(x, _value(module.up), axes=1)  # [gates, width]
+    if module.up_bias is not None:
+        hidden = hidden + _value(module.up_bias)
+    active = ACTIVATIONS[config.activation](hidden[0])
+    active = active * hidden[1] if config.gated_mlp else active
+    y = active @ _value(module.down)
+    return y if module.down_bias is None else y + _value(module.down_bias)
+
+
+def block(layer, config, spec, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
+    normed = norm(x, layer.mixer_norm, config)
+    mixed = attention(layer, config, spec, normed, cache, rule)
+    if config.post_norms:
+        mixed = norm(mixed, layer.mixer_post_norm, config)
+    if config.parallel_residual:
+        return x + mixed + mlp(layer.mlp, config, normed if config.shared_norm else norm(x, layer.mlp_norm, config))
+    x = x + mixed
+    y = mlp(layer.mlp, config, norm(x, layer.mlp_norm, config))
+    return x + (norm(y, layer.mlp_post_norm, config) if config.post_norms else y)
+
+
+def run(model, tokens, rule: Rule) -> np.ndarray:
+    """Logits [T, V] of one stream, read token by token.
+
+    `rule` is for layers with full attention; a layer with a sliding window W of its own keeps its last W - 1 tokens.
+    """
+    config = model.config
+    layers = [model.layer(i) for i in range(config.num_layers)]
+    specs = [config.layer(i) for i in range(config.num_layers)]
+    rules = [rule if spec.window is None else Rule(0, spec.window - 1) for spec in specs]
+    caches: list[list] = [[] for _ in layers]
+    embedding = _value(model.embedding)
+    head = embedding.T if model.head is None else _value(model.head)
+    rows = []
+    for token in tokens:
+        x = embedding[int(token)] * config.embedding_scale
+        for i, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
+            x = block(layer, config, spec, x, caches[i], rules[i])
+            caches[i] = rules[i].keep(caches[i])
+        logits = norm(x, model.norm, config) @ head
+        if model.head_bias is not None:
+            logits = logits + _value(model.head_bias)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * np.tanh(logits / config.logit_softcap)
+        rows.append(logits)
+    return np.stack(rows)

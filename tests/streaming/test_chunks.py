@@ -1,0 +1,92 @@
+"""Cutting a stream into chunks any way gives the same logits: one cache of each kind, one a layer."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import streamjax as sj
+from streaming.tiny import GQA, LOCAL, build, random_tokens, read_padded, read_stream
+
+LENGTH = 576
+CACHES = (
+    sj.kv.preset("streaming_llm", sinks=3, window=20),
+    sj.kv.preset("dense", capacity=LENGTH),
+    sj.kv.preset("window", window=9),
+    sj.kv.Cascade(sj.kv.Sink(5), sj.kv.Window(70), fuse=False),
+)
+PADDED = 16
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A model with a cache of its own in each layer, tokens, and logits read one token at a time."""
+    model = build(GQA.replace(num_layers=len(CACHES)))
+    tokens = random_tokens(1, LENGTH)
+    _, logits = read_stream(model, sj.init_state(model, CACHES), tokens, [1])
+    assert np.isfinite(logits).all()
+    return model, tokens, logits
+
+
+@pytest.fixture(scope="module")
+def local():
+    """A model with a window and soft caps of its own, under sinks and a window."""
+    model = build(LOCAL)
+    cache = sj.kv.preset("streaming_llm", sinks=3, window=10)
+    tokens = random_tokens(1, 96)
+    _, logits = read_stream(model, sj.init_state(model, cache), tokens, [1])
+    return model, cache, tokens, logits
+
+
+@pytest.mark.parametrize("cut", [[7] * 82 + [1, 1], [64], [512, 64]], ids=["7", "64", "512"])
+def test_fixed_widths(mixed, cut):
+    """From chunks inside the sinks to chunks that are longer than every window."""
+    model, tokens, expected = mixed
+    state, logits = read_stream(model, sj.init_state(model, CACHES), tokens, cut)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    assert int(state.seen[0]) == int(state.position[0]) == LENGTH
+
+
+@settings(max_examples=10)
+@given(widths=st.lists(st.sampled_from([1, 7, 64]), min_size=1, max_size=9))
+def test_drawn_widths(mixed, widths):
+    model, tokens, expected = mixed
+    total = sum(widths)
+    _, logits = read_stream(model, sj.init_state(model, CACHES), tokens[:, :total], widths)
+    np.testing.assert_allclose(logits, expected[:, :total], atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10)
+@given(counts=st.lists(st.integers(0, PADDED), min_size=1, max_size=8).filter(any))
+def test_drawn_counts_in_padded_chunks(mixed, counts):
+    model, tokens, expected = mixed
+    _, logits = read_padded(model, sj.init_state(model, CACHES), tokens[0], counts, PADDED)
+    np.testing.assert_allclose(logits, expected[0, : sum(counts)], atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10)
+@given(counts=st.lists(st.integers(0, PADDED), min_size=1, max_size=6).filter(any))
+def test_drawn_counts_with_windows_of_the_models_own(local, counts):
+    model, cache, tokens, expected = local
+    _, logits = read_padded(model, sj.init_state(model, cache), tokens[0], counts, PADDED)
+    np.testing.assert_allclose(logits, expected[0, : sum(counts)], atol=1e-4, rtol=0)
+
+
+@pytest.mark.quick
+def test_the_state_after_a_stretch_does_not_depend_on_the_cut():
+    """The next token's hidden state and every counter, and what later tokens read from the caches."""
+    model, tokens = build(GQA), random_tokens(1, 31)
+    cache = sj.kv.preset("streaming_llm", sinks=2, window=6)
+    ends = []
+    for cut in ([15, 15], [6] * 5):
+        state, _ = read_stream(model, sj.init_state(model, cache), tokens[:, :30], cut)
+        assert int(state.seen[0]) == int(state.position[0]) == 30
+        hidden = np.asarray(state.hidden)
+        np.testing.assert_allclose(
+            np.asarray(model.logits(jnp.asarray(hidden)[:, None])[:, 0]), _[:, -1], atol=1e-4, rtol=0
+        )
+        _, logits = sj.step(model, state, tokens[:, 30:])
+        ends.append((hidden, np.asarray(logits)))
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=0)
