@@ -81,13 +81,17 @@ def run_command(
     except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if values.traceback:
             raise
-        return _fail(str(error) or type(error).__name__, 1)
+        complain(error)
+        return 1
     return 0
 
 
 def complain(error: Exception) -> None:
     """Say in one line on stderr what went wrong."""
-    _fail(str(error) or type(error).__name__, 1)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        _fail(f"{error.filename}: {error.strerror}", 1)
+    else:
+        _fail(str(error) or type(error).__name__, 1)
 
 
 def _fail(message: str, status: int) -> int:
@@ -218,7 +222,7 @@ def parse_cache(text: str, trained_length: int, dense_capacity: int | None = Non
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(known))}"
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def _value(name: str, option: str, value: str, default: object) -> object:
