@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from streamjax.attention.rotary import Rotary, rotate
 
+pytestmark = pytest.mark.quick
 WIDTH, THETA = 128, 500_000.0
 FREQUENCIES = THETA ** -(np.arange(0, WIDTH, 2) / WIDTH)
 ROTARY = Rotary.from_frequencies(FREQUENCIES)
@@ -85,13 +84,15 @@ def test_a_window_rotates_alike_wherever_it_stands():
 @pytest.mark.parametrize("scale", [1.0, 1.25])
 def test_partial_rotation_is_transformers(scale):
     """The first channels turn in halves and are scaled, the others pass: YaRN's and LongRoPE's factor included."""
+    torch = pytest.importorskip("torch")
+    gpt_neox = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
     rotary = Rotary.from_frequencies(1000.0 ** -(np.arange(0, 12, 2) / 12), scale)
     x = np.random.RandomState(0).standard_normal((2, 9, 3, 20)).astype(np.float32)
     position = np.arange(9)
     angle = torch.tensor(np.outer(position, 1000.0 ** -(np.arange(0, 12, 2) / 12)), dtype=torch.float32)
     cos, sin = (torch.cat([part, part], -1)[None] * scale for part in (angle.cos(), angle.sin()))
     heads_first = torch.tensor(x).transpose(1, 2)
-    expected, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
+    expected, _ = gpt_neox.apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
     actual = rotary(jnp.asarray(x), jnp.broadcast_to(jnp.asarray(position, jnp.uint32), (2, 9)))
     np.testing.assert_allclose(actual, expected.transpose(1, 2).numpy(), atol=1e-5)
     np.testing.assert_array_equal(actual[..., 12:], x[..., 12:])
