@@ -96,7 +96,7 @@ def human_bytes(size: float) -> str:
 def _plain_ticks(axis: Axes) -> None:
     """Perplexities as plain numbers, at 1, 2, 5, 10, ... where they span little, at powers of ten where much."""
     low, high = axis.get_ylim()
-    subs = (1.0, 2.0, 3.0, 5.0) if high / low < 50 else (1.0, 3.0) if high / low < 1000 else (1.0,)
+    subs = (1.0, 2.0, 3.0, 5.0) if high / low < 200 else (1.0, 3.0) if high / low < 5000 else (1.0,)
     axis.yaxis.set_major_locator(LogLocator(10, subs=subs))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
