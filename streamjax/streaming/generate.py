@@ -83,6 +83,8 @@ def generate_blocks(
     sampler = sampler or Sampler()
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1 token, got {block}")
     if not sampler.greedy and key is None:
         raise ValueError("sampling needs a PRNG key: pass key=jax.random.key(seed), or Sampler(temperature=0)")
     prompt = np.asarray(prompt)

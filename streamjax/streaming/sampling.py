@@ -26,9 +26,9 @@ class Sampler:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all) or positive, got {self.top_k}")
