@@ -1,0 +1,215 @@
+"""Generation against repeated forward passes, and everything that may stop it."""
+
+import jax
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streaming.tiny import GQA, VOCAB, build, random_tokens
+
+GREEDY = sj.Sampler(temperature=0)
+PROMPT, NEW = 7, 12
+DENSE = sj.kv.preset("dense", capacity=64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(GQA)
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    """Two prompts of 7 and 4 tokens, and their greedy continuations by whole forward passes."""
+    prompt, lengths = random_tokens(2, PROMPT, seed=5), [PROMPT, 4]
+    prompt[1, 4:] = VOCAB - 1
+    continuation = np.zeros((2, NEW), np.int32)
+    for row in range(2):
+        known = np.zeros((1, PROMPT + NEW), np.int32)
+        known[0, : lengths[row]] = prompt[row, : lengths[row]]
+        for i in range(NEW):
+            logits = sj.forward(model, known)[0, lengths[row] + i - 1]
+            continuation[row, i] = known[0, lengths[row] + i] = int(np.argmax(logits))
+    assert len(set(continuation.ravel().tolist())) > 5
+    return prompt, np.array(lengths), continuation
+
+
+def start(model, rows: int = 2) -> sj.StreamState:
+    return sj.init_state(model, DENSE, batch_size=rows)
+
+
+@pytest.mark.quick
+def test_greedy_is_repeated_argmax_of_forward(model, greedy):
+    prompt, lengths, expected = greedy
+    state, tokens = sj.generate(
+        model, start(model), prompt, prompt_lengths=lengths, max_new_tokens=NEW, sampler=GREEDY, chunk_size=8
+    )
+    np.testing.assert_array_equal(tokens, expected)
+    assert state.seen.tolist() == (lengths + NEW).tolist()
+
+
+@pytest.mark.quick
+def test_a_second_call_continues_the_first(model, greedy):
+    prompt, lengths, expected = greedy
+    state, first = sj.generate(
+        model, start(model), prompt, prompt_lengths=lengths, max_new_tokens=5, sampler=GREEDY, chunk_size=8
+    )
+    nothing = np.zeros((2, 0), np.int32)
+    state, second = sj.generate(model, state, nothing, max_new_tokens=NEW - 5, sampler=GREEDY, chunk_size=8)
+    np.testing.assert_array_equal(np.concatenate((first, second), axis=1), expected)
+    assert state.seen.tolist() == (lengths + NEW).tolist()
+
+
+@pytest.mark.parametrize("block", [1, 5, 100])
+def test_blocks_do_not_change_the_tokens(model, greedy, block):
+    prompt, lengths, expected = greedy
+    pieces = [
+        tokens
+        for _, tokens in sj.generate_blocks(
+            model,
+            start(model),
+            prompt,
+            prompt_lengths=lengths,
+            max_new_tokens=NEW,
+            sampler=GREEDY,
+            chunk_size=8,
+            block=block,
+        )
+    ]
+    assert [piece.shape[1] for piece in pieces] == [min(block, NEW - i) for i in range(0, NEW, block)]
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
+
+
+def test_stop_tokens_end_their_row_alone(model, greedy):
+    """A row reads its stop token, yields -1 from then on and stands still; the other goes on."""
+    prompt, lengths, expected = greedy
+    stop = next(int(t) for t in expected[0, :8] if t not in expected[1])
+    end = expected[0].tolist().index(stop) + 1
+    assert end < NEW
+    state, tokens = sj.generate(
+        model,
+        start(model),
+        prompt,
+        prompt_lengths=lengths,
+        max_new_tokens=NEW,
+        sampler=GREEDY,
+        stop_tokens=[stop],
+        chunk_size=8,
+    )
+    np.testing.assert_array_equal(tokens[1], expected[1])
+    np.testing.assert_array_equal(tokens[0, :end], expected[0, :end])
+    assert np.all(np.asarray(tokens)[0, end:] == -1)
+    assert state.seen.tolist() == [lengths[0] + end, lengths[1] + NEW]
+    # the row that stopped predicts what comes after its stop token
+    np.testing.assert_array_equal(np.argmax(model.logits(state.hidden[:, None])[0, 0]), expected[0, end])
+
+
+def test_all_rows_stopped(model, greedy):
+    """The result has its full width whenever the last row stops, also in a later block."""
+    prompt, lengths, expected = greedy
+    stops = {int(expected[0, 2]), int(expected[1, 3])}
+    for block in (1, 32):
+        blocks = list(
+            sj.generate_blocks(
+                model,
+                start(model),
+                prompt,
+                prompt_lengths=lengths,
+                max_new_tokens=NEW,
+                sampler=GREEDY,
+                stop_tokens=sorted(stops),
+                chunk_size=8,
+                block=block,
+            )
+        )
+        tokens = np.concatenate([piece for _, piece in blocks], axis=1)
+        for row in range(2):
+            end = next(i for i, t in enumerate(expected[row]) if int(t) in stops) + 1
+            np.testing.assert_array_equal(tokens[row, :end], expected[row, :end])
+            assert np.all(tokens[row, end:] == -1)
+    _, tokens = sj.generate(
+        model,
+        start(model),
+        prompt,
+        prompt_lengths=lengths,
+        max_new_tokens=NEW,
+        sampler=GREEDY,
+        stop_tokens=sorted(stops),
+        chunk_size=8,
+    )
+    assert tokens.shape == (2, NEW)
+
+
+@pytest.mark.quick
+def test_seeds_reproduce_and_differ(model):
+    prompt, sampler = random_tokens(1, 4, seed=8), sj.Sampler(temperature=1.5, top_k=30)
+
+    def draw(seed: int, new: int = 24) -> list[int]:
+        key = jax.random.key(seed)
+        _, tokens = sj.generate(model, start(model, 1), prompt, max_new_tokens=new, sampler=sampler, key=key)
+        return np.asarray(tokens)[0].tolist()
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(1, 10) == draw(1)[:10]
+
+
+@pytest.mark.quick
+def test_the_first_sampled_token_has_the_models_distribution(model):
+    """400 rows of one prompt draw for themselves: their frequencies are the softmax of the last logits."""
+    rows, prompt = 400, random_tokens(1, 4, seed=8)
+    sampler = sj.Sampler(temperature=2.0, top_k=4)
+    prompts, key = np.repeat(prompt, rows, axis=0), jax.random.key(0)
+    cache = sj.kv.preset("window", window=2)
+    _, tokens = sj.generate(
+        model, sj.init_state(model, cache, rows), prompts, max_new_tokens=1, sampler=sampler, key=key
+    )
+    state = sj.read(model, sj.init_state(model, cache), prompt)
+    expected = np.asarray(jax.nn.softmax(sampler.filter(model.logits(state.hidden[:, None])[:, 0])[0]))
+    counts = np.bincount(np.asarray(tokens)[:, 0], minlength=VOCAB)
+    assert counts[expected == 0].sum() == 0
+    np.testing.assert_allclose(counts / rows, expected, atol=5 * 0.5 / np.sqrt(rows))
+
+
+def test_repetition_penalty_sees_the_prompt_and_what_was_generated(model):
+    """With a penalty beyond all measure no token comes twice, and none of the prompt at all."""
+    prompt = random_tokens(2, 6, seed=9)
+    lengths = np.array([6, 3])
+    sampler = sj.Sampler(temperature=0, repetition_penalty=1e6)
+    _, tokens = sj.generate(
+        model, start(model), prompt, prompt_lengths=lengths, max_new_tokens=NEW, sampler=sampler, chunk_size=8
+    )
+    for row in range(2):
+        # a penalised logit is about 0 where it was positive, so a token that was never seen and is positive comes first
+        known = set(prompt[row, : lengths[row]].tolist())
+        new = np.asarray(tokens)[row].tolist()
+        assert not known & set(new)
+        assert len(set(new)) == NEW
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (2, {"sampler": sj.Sampler()}, "needs a PRNG key"),
+        (2, {"max_new_tokens": -1}, "max_new_tokens must not be negative"),
+        (3, {}, "2 prompts for 3 streams"),
+        (2, {"prompt_lengths": np.array([2, 0])}, "needs a prompt of at least one token"),
+        (2, {"prompt_lengths": np.array([2, 9])}, "lengths must be one number in \\[0, 7\\]"),
+        (2, {"max_new_tokens": 58}, "holds 64 tokens: 0 are used and 65 more do not fit"),
+        (2, {"chunk_size": 0}, "chunk_size must be at least 1"),
+        (2, {"block": 0}, "block must be at least 1"),
+    ],
+)
+def test_wrong_arguments(model, rows, options, message):
+    arguments = {"max_new_tokens": 3, "sampler": GREEDY, **options}
+    with pytest.raises(ValueError, match=message) as error:
+        list(sj.generate_blocks(model, start(model, rows), random_tokens(2, PROMPT), **arguments))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.quick
+def test_no_new_tokens_is_only_reading(model):
+    prompt = random_tokens(1, PROMPT)
+    state, tokens = sj.generate(model, start(model, 1), prompt, max_new_tokens=0, sampler=GREEDY, chunk_size=8)
+    assert tokens.shape == (1, 0)
+    assert state.seen.tolist() == [PROMPT]

@@ -1,0 +1,124 @@
+"""Constant memory: the compiled step and the state are the same at token 10 and at token 10,000,000, and no cache is
+copied when a token is read."""
+
+import dataclasses
+import gc
+import pathlib
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streaming.tiny import GQA, build, random_tokens, read_stream
+
+SLOTS = 1024
+CACHES = {
+    "fused": sj.kv.preset("streaming_llm", sinks=4, window=SLOTS - 4),
+    "plain": sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(SLOTS - 4), fuse=False),
+    "window": sj.kv.preset("window", window=SLOTS),
+    "dense": sj.kv.preset("dense", capacity=SLOTS),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Heads wide enough that a cache is far larger than one token's logits over its slots."""
+    return build(GQA.replace(head_dim=32))
+
+
+def state_bytes(state) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def at(state: sj.StreamState, token: int) -> sj.StreamState:
+    """A stream that stands at `token`."""
+    return dataclasses.replace(
+        state, seen=jnp.full_like(state.seen, token), position=jnp.full_like(state.position, token)
+    )
+
+
+@pytest.mark.parametrize(("name", "batch"), [("fused", 1), ("fused", 3), ("plain", 1), ("window", 3), ("dense", 1)])
+def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, batch):
+    """Every byte of the state is aliased, no instruction copies a cache, and what else the step needs is small."""
+    state = sj.init_state(model, CACHES[name], batch_size=batch)
+    cache = max(leaf.nbytes for leaf in jax.tree.leaves(state))
+    compiled = sj.step.lower(model, state, np.zeros((batch, 1), np.int32)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == state_bytes(state)
+    assert memory.temp_size_in_bytes < cache / 2
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|concatenate|pad|convert)\(", compiled.as_text())
+    assert made, "the pattern should find some instructions"
+    assert max(4 * np.prod([int(n) for n in shape.split(",")]) for shape in made) < cache / 2
+    if batch == 1:
+        # weights and slots once, and the logits over the slots: a copy of one cache in each layer would add 2/4
+        read = state_bytes(state) + state_bytes(model)
+        assert compiled.cost_analysis()["bytes accessed"] < 1.45 * read
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["fused", "plain", "window"])
+def test_token_ten_million_runs_the_program_of_token_ten(model, name):
+    """One compiled program and one size of state, at token 10, at 10,000,000 and across 2^32; inputs are consumed."""
+    state, token = sj.init_state(model, CACHES[name]), np.ones((1, 1), np.int32)
+    size = state_bytes(state)
+    state, _ = sj.step(model, at(state, 10), token)
+    programs = sj.step._cache_size()
+    for where in (10, 10_000_000, 2**30):
+        before = at(state, where)
+        state, logits = sj.step(model, before, token)
+        assert np.isfinite(logits).all()
+        assert state_bytes(state) == size
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert sj.step._cache_size() == programs
+
+
+@pytest.mark.quick
+def test_a_stream_of_any_lengths_compiles_a_handful_of_programs(model):
+    """`read` pads to powers of two: dozens of lengths, few programs."""
+    from streamjax.streaming import scan
+
+    state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=2, window=9))
+    before = scan._read_chunks._cache_size()
+    for length in range(1, 33):
+        state = sj.read(model, state, random_tokens(1, length), 8)
+    assert scan._read_chunks._cache_size() - before <= 4  # widths 1, 2, 4 and 8
+    assert int(state.seen[0]) == sum(range(1, 33))
+
+
+def resident_mb() -> float:
+    """Resident memory of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["streaming_llm", "window"])
+def test_a_million_tokens_leave_resident_memory_flat(capsys, name):
+    """One million tokens, read 512 at a time and for a thousand of them one at a time."""
+    if not pathlib.Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    model = build(GQA)
+    cache = sj.kv.preset(name, window=252)
+    state, total, stretch = sj.init_state(model, cache), 1_000_000, 16 * 512 * 4
+    tokens = random_tokens(1, stretch)
+    started, sizes, read = time.time(), [], 0
+    while read < total:
+        piece = tokens[:, : min(stretch, total - read)]
+        state, nll = sj.score(model, state, piece)
+        assert np.isfinite(nll).all()
+        state, _ = read_stream(model, state, piece[:, :32], [1])
+        read += piece.shape[1]
+        gc.collect()
+        sizes.append(resident_mb())
+    assert int(state.seen[0]) == int(state.position[0]) == total + 32 * len(sizes)
+    warm = sizes[3]  # three stretches compile every program
+    with capsys.disabled():
+        print(
+            f"\n{name}: {total:,} tokens in {time.time() - started:.0f} s; resident memory {warm:.1f} MB at token "
+            f"{4 * stretch:,}, {sizes[-1]:.1f} MB at the end, {max(sizes[3:]) - warm:+.1f} MB at most"
+        )
+    assert max(sizes[3:]) - warm < 8

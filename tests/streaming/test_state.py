@@ -1,0 +1,100 @@
+"""The state of a stream: layouts of the model, storage dtype, and what cannot be a state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streaming.tiny import GQA, LOCAL, build, random_tokens, read_stream
+
+FUSED = sj.kv.preset("streaming_llm", sinks=2, window=6)
+CACHES = {
+    "fused": FUSED,
+    "plain": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(6), fuse=False),
+    "windows": sj.kv.Cascade(sj.kv.Window(2), sj.kv.Window(4)),
+    "dense": sj.kv.preset("dense", capacity=30),
+}
+
+
+@pytest.mark.parametrize("config", [GQA, LOCAL.replace(num_layers=3, windows=(5, None, 5))], ids=["even", "remainder"])
+def test_both_layouts_of_the_model_give_the_same_stream(config):
+    """Stacked layers, with a remainder that is not stacked, and one module a layer."""
+    stacked = build(config, scan_layers=True)
+    assert stacked.stacked_layers == 2
+    flat = sj.models.unstack_layers(stacked)
+    assert flat.stacked_layers == 0
+    tokens = random_tokens(1, 24)
+    runs = [read_stream(model, sj.init_state(model, FUSED), tokens, [11, 1, 1])[1] for model in (stacked, flat)]
+    np.testing.assert_allclose(*runs, atol=1e-5, rtol=0)
+    back = sj.models.stack_layers(flat)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(stacked), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", list(CACHES))
+def test_a_cache_of_a_narrower_dtype(name):
+    """Keys and values in bfloat16 under a float32 model: half the bytes, nearly the same logits."""
+    model, tokens = build(GQA), random_tokens(2, 24)
+    state = sj.init_state(model, CACHES[name], batch_size=2, dtype=jnp.bfloat16)
+    wide = sj.init_state(model, CACHES[name], batch_size=2)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state.layers) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert kinds == {jnp.dtype(jnp.bfloat16)}
+    assert state.cache_bytes < wide.cache_bytes
+    _, expected = read_stream(model, wide, tokens, [11, 1, 1])
+    state, logits = read_stream(model, state, tokens, [11, 1, 1])
+    error = np.abs(logits - expected)
+    assert 1e-4 < error.max() < 1.0
+    assert error.mean() < 0.05
+
+
+@pytest.mark.quick
+def test_one_cache_serves_global_layers_and_a_sequence_every_layer():
+    model = build(LOCAL)
+    caches = sj.init_state(model, FUSED).caches
+    assert caches == (sj.kv.Cascade(sj.kv.Window(4)), FUSED)
+    assert sj.init_state(model, [FUSED, FUSED]).caches == (FUSED, FUSED)
+    assert sj.init_state(model, [FUSED, sj.kv.preset("dense", capacity=7)]).capacity == 7
+    assert sj.init_state(model, FUSED).capacity is None
+
+
+@pytest.mark.quick
+def test_cache_bytes_is_what_the_arrays_take():
+    model = build(GQA)
+    state = sj.init_state(model, sj.kv.preset("window", window=6), batch_size=3)
+    kv = 2 * 3 * 2 * 6 * 6 * 4  # keys and values; rows, heads, slots, channels, bytes
+    layer = kv + 3 * 6 * 4 + 2 * 3 * 4  # positions, and two counters
+    assert state.cache_bytes == 2 * layer + 3 * (4 + 4) + 3 * 16 * 4
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("cache", "options", "message"),
+    [
+        (FUSED, {"batch_size": 0}, "batch_size must be at least 1"),
+        ([FUSED], {}, "1 cascades for 2 layers"),
+        ([FUSED] * 3, {}, "3 cascades for 2 layers"),
+        (sj.kv.Window(4), {}, "a cache is a Cascade"),
+        ("streaming_llm", {}, "a cache is a Cascade"),
+        ([FUSED, sj.kv.Window(4)], {}, "a cache is a Cascade"),
+    ],
+)
+def test_wrong_caches(untyped, cache, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sj.init_state(build(GQA), cache, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.quick
+def test_a_window_of_one_token_has_no_cache():
+    model = build(LOCAL.replace(windows=(None, 1)))
+    with pytest.raises(ValueError, match="layer 1 has a sliding window of 1"):
+        sj.init_state(model, FUSED)
+
+
+@pytest.mark.quick
+def test_a_step_wants_a_row_for_each_stream():
+    model = build(GQA)
+    for streams, rows in ((1, 2), (2, 1)):
+        with pytest.raises(ValueError, match=f"{rows} rows of tokens for {streams} streams"):
+            sj.step(model, sj.init_state(model, FUSED, batch_size=streams), jnp.zeros((rows, 3), jnp.int32))
