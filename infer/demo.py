@@ -65,7 +65,7 @@ def verdict(dense: Trial, window: Trial, sinks: Trial, trained: int) -> list[str
     meaning = (
         "it has collapsed without the first tokens, on which attention rests"
         if later > COLLAPSE * stable
-        else "on this model the window alone does not collapse: it does without the first tokens"
+        else "on this model the window does not collapse, it does without the first tokens"
     )
     lines.append(
         f"window: perplexity {first:.4g} while the first tokens are there, {later:.4g} once they have left, where "
