@@ -1,0 +1,37 @@
+"""A small model whose every dimension has its own size, meshes of eight devices, and the caches to try on them."""
+
+import jax
+
+import streamjax as sj
+from streamjax.models.config import RopeConfig
+
+BATCH, SLOTS = 8, 12
+MESHES = {
+    "data2-fsdp2-tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data2-tensor4": {"data": 2, "tensor": 4},
+    "fsdp8": {"fsdp": 8},
+    "context2-tensor4": {"context": 2, "tensor": 4},
+}
+CACHES = {
+    "streaming_llm": sj.kv.preset("streaming_llm", sinks=4, window=SLOTS - 4),
+    "cascade": sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(SLOTS - 4), fuse=False),
+    "window": sj.kv.Cascade(sj.kv.Window(SLOTS)),
+    "dense": sj.kv.preset("dense", capacity=48),
+}
+CONFIG = sj.ModelConfig(
+    vocab_size=80,
+    d_model=40,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=6,
+    mlp_dim=56,
+    qkv_bias=True,
+    out_bias=True,
+    qk_norm=True,
+    rope=RopeConfig(rotary_dim=4),
+)
+
+
+def small_model(**kwargs) -> sj.Decoder:
+    return sj.Decoder(CONFIG, jax.random.key(0), **kwargs)

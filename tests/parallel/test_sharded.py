@@ -1,0 +1,154 @@
+"""A sharded run gives the numbers of an unsharded one, and its arrays are really split while it does."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shardings
+from streamjax.training.optimizer import OptimizerConfig, make_optimizer
+from streamjax.training.state import new_state, shard_batch
+from streamjax.training.step import make_train_step
+
+from .models import BATCH, CACHES, CONFIG, MESHES, small_model
+
+
+def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_forward(axes, scan):
+    model, tokens = small_model(scan_layers=scan), _tokens(BATCH, 16)
+    expected = sj.forward(model, tokens)
+    mesh = make_mesh(**axes)
+    with jax.set_mesh(mesh):
+        got = sj.forward(shard_model(model, mesh), tokens)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    rows = axes.get("data", 1) * axes.get("fsdp", 1)
+    shape = (BATCH // rows, 16 // axes.get("context", 1), 80 // axes.get("tensor", 1))
+    assert got.sharding.shard_shape(got.shape) == shape
+
+
+# Chunk widths and how many tokens of each row are real: prefill, ragged ends, idle rows, single steps, a wrap.
+CHUNKS = [
+    (7, [7, 3, 0, 5, 7, 1, 2, 6]),
+    (1, [1, 1, 1, 0, 1, 1, 0, 1]),
+    (1, [1] * 8),
+    (9, [9, 8, 9, 0, 1, 9, 2, 4]),
+    (1, [1, 0, 1, 1, 1, 0, 1, 1]),
+]
+
+
+def _stream(model, cache):
+    """Logits of the real tokens of every chunk, and the last state."""
+    state = sj.init_state(model, CACHES[cache], BATCH)
+    logits = []
+    for i, (width, count) in enumerate(CHUNKS):
+        state, out = sj.step(model, state, _tokens(BATCH, width, seed=i), np.array(count, np.int32))
+        logits.append(np.asarray(out)[np.arange(width) < np.array(count)[:, None]])
+    return np.concatenate(logits), state
+
+
+@pytest.fixture(scope="module")
+def unsharded():
+    model = small_model()
+    return {cache: _stream(model, cache) for cache in CACHES}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "cache"),
+    [
+        *itertools.product(("data2-fsdp2-tensor2", "data2-tensor4"), CACHES),
+        ("fsdp8", "streaming_llm"),
+        ("context2-tensor4", "streaming_llm"),
+        ("context2-tensor4", "dense"),
+    ],
+)
+def test_step(mesh, cache, unsharded):
+    expected, last = unsharded[cache]
+    mesh = make_mesh(**MESHES[mesh])
+    with jax.set_mesh(mesh):
+        got, state = _stream(shard_model(small_model(), mesh), cache)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    np.testing.assert_array_equal(state.position, last.position)
+    np.testing.assert_allclose(state.hidden, last.hidden, atol=2e-5)
+    placed = jax.tree.leaves(shardings(state, mesh))
+    for array, sharding in zip(jax.tree.leaves(state), placed, strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    k = state.layers[-1][-1].k
+    assert k.sharding.shard_shape(k.shape) != k.shape
+
+
+def test_generate_and_score():
+    model, prompt = small_model(), _tokens(BATCH, 21)
+    lengths = np.array([21, 4, 9, 1, 20, 16, 8, 13])
+
+    def run(model):
+        cache = CACHES["streaming_llm"]
+        state, nll = sj.score(model, sj.init_state(model, cache, BATCH), prompt, 8, lengths=lengths)
+        greedy = sj.Sampler(temperature=0)
+        _, tokens = sj.generate(model, state, prompt[:, :2], max_new_tokens=6, sampler=greedy, chunk_size=8)
+        return np.asarray(nll), np.asarray(tokens)
+
+    expected = run(model)
+    mesh = make_mesh(**MESHES["data2-fsdp2-tensor2"])
+    with jax.set_mesh(mesh):
+        got = run(shard_model(model, mesh))
+    np.testing.assert_allclose(got[0], expected[0], atol=2e-5)
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "scan", "accumulation"),
+    [("data2-fsdp2-tensor2", True, 2), ("data2-tensor4", False, 1), ("fsdp8", True, 1)],
+)
+def test_train_step(mesh, scan, accumulation):
+    # eps is far above rounding noise: Adam would blow the noise of a zero gradient up to a whole step
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-3)
+    optimizer = make_optimizer(config, steps=10)
+    tokens = _tokens(3, 16, 13)
+    weights = (np.random.default_rng(1).random((3, 16, 12)) > 0.3).astype(np.float32)
+
+    def train(mesh):
+        step = make_train_step(optimizer, accumulation=accumulation)
+        state = build_sharded(
+            lambda key: new_state(sj.Decoder(CONFIG, key, scan_layers=scan), optimizer), mesh, jax.random.key(0)
+        )
+        losses = []
+        for i in range(3):
+            batch = {"tokens": tokens[i, :, :-1], "targets": tokens[i, :, 1:], "weights": weights[i]}
+            state, metrics = step(state, shard_batch(batch, mesh))
+            losses.append(metrics["loss"])
+        return state, np.array(losses)
+
+    expected, expected_losses = train(None)
+    mesh = make_mesh(**MESHES[mesh])
+    with jax.set_mesh(mesh):
+        state, losses = train(mesh)
+    np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
+    assert losses[-1] != losses[0]
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+    placed = jax.tree.leaves(shardings(state, mesh))
+    for array, sharding in zip(jax.tree.leaves(state), placed, strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert on_one < 1.3 / split * sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_gradients_are_split_as_their_parameters():
+    mesh = make_mesh(**MESHES["data2-fsdp2-tensor2"])
+    tokens = _tokens(BATCH, 13)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((BATCH, 12), np.float32)}
+    loss, expected = sj.training.loss_and_grad(small_model(), jax.tree.map(jnp.asarray, batch))
+    with jax.set_mesh(mesh):
+        sharded, grads = sj.training.loss_and_grad(shard_model(small_model(), mesh), shard_batch(batch, mesh))
+    np.testing.assert_allclose(sharded, loss, atol=1e-6)
+    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
