@@ -2,9 +2,10 @@
 
     python -m train --config=configs/stdlib_byte.py --workdir=runs/stdlib_byte
 
-The context is 512 bytes, and every row begins with BOS, as a stream does: the model learns to lean on its first token,
-which is what a streaming cache with sinks keeps. 3,000 steps of 4,096 bytes are 1.7 passes over 7.3 MB. On 2 cores it
-trains at 7,000 bytes a second with the machine to itself: half an hour.
+The context is 512 bytes, and every row begins with BOS, as a stream does. 3,000 steps of 4,096 bytes are 1.7 passes
+over 7.3 MB. Held-out bits per byte at the end: 1.38 on the validation split, 1.49 on the test split (the corpus of
+Python 3.11.7). On 2 cores it trains at 7,000 bytes a second with the machine to itself, half an hour; beside other work
+it took 65 minutes.
 """
 
 from streamjax.data import DataConfig

@@ -23,7 +23,7 @@ TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(CONFIG, jax.random.key(0))
+    return jax.jit(lambda key: Decoder(CONFIG, key))(jax.random.key(0))
 
 
 @pytest.fixture

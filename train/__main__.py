@@ -25,7 +25,6 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from streamjax.data import default_data_dir
 from streamjax.training import RunStopped, TrainConfig, apply_overrides, describe, train
 
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: a Python file with get_config().")
@@ -46,7 +45,8 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(default_data_dir() / "compilation"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "streamjax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
     try:
         train(config, _WORKDIR.value)
     except RunStopped as stopped:

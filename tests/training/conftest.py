@@ -29,7 +29,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model():
-    return Decoder(CONFIG, jax.random.key(0))
+    return jax.jit(lambda key: Decoder(CONFIG, key))(jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def build(config, scan_layers=False):
     return state
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
+@pytest.mark.parametrize("microbatches", [1, 4])
 def test_microbatches_add_up_to_the_batch(model, batch, microbatches):
     loss, grads = jax.jit(accumulate_gradients, static_argnums=2)(model, batch, microbatches)
     expected_loss, expected = loss_and_grad(model, batch)
@@ -76,11 +76,10 @@ def test_eight_devices_do_what_one_does(batch, model, axes, scan_layers, accumul
     batch = {name: np.concatenate([x, np.roll(x, 3, axis=1)]) for name, x in batch.items()}
     step = make_train_step(OPTIMIZER, accumulation=accumulation)
     single = build_sharded(build(config, scan_layers), None, jax.random.key(1))
+    mesh = make_mesh(**axes)
+    state = jax.device_put(jax.tree.map(jnp.copy, single), shardings(single, mesh))
     for _ in range(3):
         single, expected = step(single, batch)
-
-    mesh = make_mesh(**axes)
-    state = build_sharded(build(config, scan_layers), mesh, jax.random.key(1))
     with jax.set_mesh(mesh):
         for _ in range(3):
             state, metrics = step(state, shard_batch(batch, mesh))
@@ -94,7 +93,10 @@ def test_eight_devices_do_what_one_does(batch, model, axes, scan_layers, accumul
 
 def test_parameters_and_moments_are_split(model):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    state = build_sharded(build(model.config.replace(vocab_size=64)), mesh, jax.random.key(1))
+    make = build(model.config.replace(vocab_size=64))
+    state = build_sharded(make, mesh, jax.random.key(1))
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(jax.jit(make)(jax.random.key(1))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
     def shards(array):
         return {shard.data.shape for shard in array.addressable_shards}
