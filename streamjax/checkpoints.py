@@ -68,7 +68,7 @@ def load(
         if (path / "model").exists():
             raise ValueError(f"{path} holds no model, but {path / 'model'} may: load that")
         raise ValueError(f"no model at {path}: neither config.json with *.safetensors, nor a streamjax checkpoint")
-    about = _read_about(path, "model")
+    about = read_about(path, "model")
     config = ModelConfig.from_json_dict(about["model"])
     dtype = jnp.dtype(dtype or default_dtype())
     build = partial(Decoder, config, dtype=dtype, scan_layers=about["stacked"])
@@ -97,7 +97,7 @@ def load_stream(path: str | Path, like: StreamState) -> StreamState:
     Raises:
       ValueError: the stream was saved with other caches, or another model.
     """
-    caches = _read_about(Path(path), "stream")["caches"]
+    caches = read_about(Path(path), "stream")["caches"]
     for layer, (saved, cache) in enumerate(zip(caches, like.caches, strict=False)):
         if saved != repr(cache):
             raise ValueError(f"{path}: saved with {saved} in layer {layer}, which is {cache!r} here: use that cache")
@@ -139,7 +139,7 @@ def restore_pytree(template: Tree, path: str | Path, *, cast: bool = False) -> T
       ValueError: one line that names the array that is missing, or has another shape or dtype.
     """
     path = Path(path).absolute()
-    about = _read_about(path)
+    about = read_about(path)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         args = ocp.args.Composite(**{_ARRAYS: _restore_args(template, about, path, cast)})
         found = checkpointer.restore(path, args=args)
@@ -178,7 +178,7 @@ class RunCheckpoints:
     def restore(self, step: int, template: Tree) -> tuple[Tree, dict[str, Any]]:
         """The tree and the dictionary of `step`, in the structure and on the devices of `template`."""
         path = self._folder / str(step)
-        about = _read_about(path)
+        about = read_about(path)
         args = ocp.args.Composite(**{_ARRAYS: _restore_args(template, about, path, cast=False)})
         return _rebuild(template, self._manager.restore(step, args=args)[_ARRAYS]), about
 
@@ -229,7 +229,12 @@ def _rebuild(template: Tree, arrays: Mapping[str, Any]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _read_about(path: Path, kind: str | None = None) -> dict[str, Any]:
+def read_about(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The dictionary that was saved beside the arrays.
+
+    Raises:
+      ValueError: there is no checkpoint at `path`, or one of another `kind`.
+    """
     file = path / _ABOUT / "metadata"
     if not file.exists():
         raise ValueError(f"no {kind or 'checkpoint'} at {path}")

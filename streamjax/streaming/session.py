@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from streamjax.checkpoints import _read_about as read_about
-from streamjax.checkpoints import restore_pytree, save_pytree
+from streamjax.checkpoints import read_about, restore_pytree, save_pytree
 from streamjax.data.tokenizers import Tokenizer
 from streamjax.kv.cascade import Cascade
 from streamjax.models.decoder import Decoder

@@ -22,6 +22,7 @@ def expected_nats(model_folder, data: bytes) -> np.ndarray:
     return np.asarray(nats)[0, 1:]
 
 
+@pytest.mark.quick
 def test_a_file_costs_what_the_library_says(command, model_folder, text_file, tmp_path):
     outcome = command(stream, f"--input={text_file}", SMALL, f"--json={tmp_path}/r.json")
     assert outcome.status == 0

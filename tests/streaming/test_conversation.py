@@ -103,6 +103,7 @@ def test_the_stream_reads_the_conversation_as_the_template_writes_it(folder, tem
         messages.append({"role": "assistant", "content": answer})
 
 
+@pytest.mark.quick
 def test_a_model_without_a_template_is_stopped_before_it_speaks_for_the_user():
     tokenizer = ByteTokenizer()
     session = Recorder(tokenizer, [(" Four.", "\nUser:"), (" Five.", None)])

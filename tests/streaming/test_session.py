@@ -59,6 +59,7 @@ def test_generates_what_generate_does(model, block):
     assert session.tokens_seen == 1 + len(PROMPT) + 40
 
 
+@pytest.mark.quick
 def test_two_calls_draw_what_one_draws(model):
     once = "".join(start(model).generate(PROMPT, max_new_tokens=60))
     session = start(model)
@@ -187,6 +188,7 @@ sys.stdout.buffer.write((extra["word"] + text).encode())
 """
 
 
+@pytest.mark.quick
 def test_a_saved_session_goes_on_in_another_process(model, tmp_path):
     """Saved in the middle of a character, with a sampler that the other process is not told of."""
     folder, saved = tmp_path / "model", tmp_path / "session"

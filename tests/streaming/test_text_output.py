@@ -1,5 +1,6 @@
 """Text that may be shown at once: whole characters, and never a part of a stop string."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@pytest.mark.quick
 @given(text=LETTERS, stops=STOPS)
 def test_is_the_text_before_the_first_stop_string(text, stops):
     output, shown, expected = TextOutput(TOKENIZER), "", cut(text, stops)
