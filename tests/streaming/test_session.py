@@ -26,6 +26,14 @@ class Endless(ByteTokenizer):
     eos_ids = ()
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where the suite runs in the background and was started without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def model() -> sj.Decoder:
     return build(BYTES)
