@@ -74,7 +74,7 @@ class Cascade:
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.absorb(new[i], query, rest)
         parts = [tier.attend(new[i], query, self.reach) for i, tier in enumerate(self.tiers)]
-        parts.append(query.attend(rest.k, rest.v, rest.position, rest.valid, reach=self.reach))
+        parts.append(query.attend_own(rest, self.reach))
         out = merge(*parts).out
         rest = dataclasses.replace(rest, valid=_after(rest.valid, out))
         for i, tier in enumerate(self.tiers):

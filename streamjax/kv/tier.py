@@ -20,8 +20,9 @@ from streamjax.attention.partial import Partial, merge
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
-SLOT_BLOCK = 1024  # logits of one chunk against at most this many slots exist at a time
+SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at a time
 DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
+QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
 STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
 
 
@@ -135,6 +136,20 @@ class Query:
         nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
         used = slots if filled is None else jnp.max(filled)
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
+
+    def attend_own(self, tokens: KVTokens, reach: int | None) -> Partial:
+        """Attend causally to tokens of the queries' own chunk: query i to tokens up to i, at most `reach` back."""
+        width = self.q.shape[1]
+        parts = []
+        for start in range(0, width, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, width)
+            low = 0 if reach is None else max(start - reach, 0)
+            queries = dataclasses.replace(
+                self, q=self.q[:, start:stop], raw_q=self.raw_q[:, start:stop], position=self.position[:, start:stop]
+            )
+            k, v, position, valid = (x[:, :, low:stop] for x in (tokens.k, tokens.v, tokens.position, tokens.valid))
+            parts.append(queries._attend(k, v, position, valid, reach))
+        return Partial(*(jnp.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)))
 
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
