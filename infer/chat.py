@@ -20,8 +20,7 @@ from absl import flags
 
 import streamjax as sj
 from infer import common
-from streamjax.evaluation import SlotMemory
-from streamjax.evaluation.plot import human_bytes
+from streamjax.evaluation import SlotMemory, human_bytes
 from streamjax.streaming.conversation import Conversation
 
 HELP = """\

@@ -16,7 +16,7 @@ from absl import flags, logging
 
 import streamjax as sj
 from streamjax.data.tokenizers import Tokenizer
-from streamjax.evaluation.plot import human_bytes
+from streamjax.evaluation import human_bytes
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.sink_window import SinkWindow
 

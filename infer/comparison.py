@@ -14,8 +14,7 @@ import streamjax as sj
 from infer import common
 from streamjax.data import corpus_text
 from streamjax.data.tokenizers import Tokenizer
-from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, run_trial
-from streamjax.evaluation.plot import human_bytes
+from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial
 
 
 def read_text(name: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], float]:

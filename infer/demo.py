@@ -20,8 +20,7 @@ from absl import flags
 import streamjax as sj
 from infer import common, comparison
 from streamjax.data import corpus_text
-from streamjax.evaluation import Trial, plot_trials
-from streamjax.evaluation.plot import human_bytes
+from streamjax.evaluation import Trial, human_bytes, plot_trials
 
 DENSE_FACTOR = 8  # dense may hold this many times the training length
 LONG_FACTOR = 100  # what the demonstration promises, in training lengths

@@ -27,8 +27,7 @@ from absl import flags
 import streamjax as sj
 from infer import common
 from streamjax.data import corpus_text
-from streamjax.evaluation import Curve, StreamEncoder, peak_resident_bytes, resident_bytes
-from streamjax.evaluation.plot import human_bytes
+from streamjax.evaluation import Curve, StreamEncoder, human_bytes, peak_resident_bytes, resident_bytes
 from streamjax.streaming.interrupts import undisturbed
 
 _READ = 1 << 16  # bytes

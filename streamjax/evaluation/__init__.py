@@ -1,10 +1,23 @@
 """Measuring streams: what a cache costs and what a model makes of a text under it."""
 
+from typing import TYPE_CHECKING, Any
+
 from streamjax.evaluation.compare import Part, Trial, run_trial
 from streamjax.evaluation.curve import Curve, log_bins
 from streamjax.evaluation.encode_stream import StreamEncoder
-from streamjax.evaluation.memory import SlotMemory, peak_resident_bytes, resident_bytes
-from streamjax.evaluation.plot import plot_trials
+from streamjax.evaluation.memory import SlotMemory, human_bytes, peak_resident_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from streamjax.evaluation.plot import plot_trials
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot_trials":  # on first use: matplotlib takes its time
+        from streamjax.evaluation.plot import plot_trials
+
+        return plot_trials
+    raise AttributeError(f"module 'streamjax.evaluation' has no attribute {name!r}")
+
 
 __all__ = [
     "Curve",
@@ -12,6 +25,7 @@ __all__ = [
     "SlotMemory",
     "StreamEncoder",
     "Trial",
+    "human_bytes",
     "log_bins",
     "peak_resident_bytes",
     "plot_trials",

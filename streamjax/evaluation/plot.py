@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from streamjax.evaluation.compare import Trial
 from streamjax.evaluation.curve import log_bins
+from streamjax.evaluation.memory import human_bytes
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _GREY = "#606060"
@@ -82,15 +83,6 @@ def plot_trials(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     return figure
-
-
-def human_bytes(size: float) -> str:
-    """A number of bytes in the unit that suits it, such as "1.5 MB" (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _plain_ticks(axis: Axes) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.data import ByteTokenizer
-from streamjax.evaluation import SlotMemory, Trial, log_bins, plot_trials, run_trial
-from streamjax.evaluation.plot import human_bytes
+from streamjax.evaluation import SlotMemory, Trial, human_bytes, log_bins, plot_trials, run_trial
 
 CONFIG = sj.ModelConfig(
     vocab_size=259, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, bos_token_id=256
