@@ -98,7 +98,8 @@ def test_matches_float64(pattern, kv_heads, group, keys, offset, packed, softcap
         (_, (out_ref, lse_ref)), grads_ref = loss(plain)
     np.testing.assert_allclose(out, out_ref, atol=1e-11)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(lse_ref))
-    np.testing.assert_allclose(np.where(np.isneginf(lse), 0, lse), np.where(np.isneginf(lse_ref), 0, lse_ref), atol=1e-11)
+    some = ~np.isneginf(lse)
+    np.testing.assert_allclose(np.asarray(lse)[some], np.asarray(lse_ref)[some], atol=1e-11)
     for ours_grad, ref_grad in zip(grads, grads_ref, strict=True):
         np.testing.assert_allclose(ours_grad, ref_grad, atol=1e-10)
 
