@@ -1,5 +1,7 @@
 """A small model whose every dimension has its own size, meshes of eight devices, and the caches to try on them."""
 
+import functools
+
 import jax
 
 import streamjax as sj
@@ -21,7 +23,7 @@ CACHES = {
 CONFIG = sj.ModelConfig(
     vocab_size=80,
     d_model=40,
-    num_layers=3,
+    num_layers=2,
     num_heads=8,
     num_kv_heads=4,
     head_dim=6,
@@ -33,5 +35,6 @@ CONFIG = sj.ModelConfig(
 )
 
 
-def small_model(**kwargs) -> sj.Decoder:
-    return sj.Decoder(CONFIG, jax.random.key(0), **kwargs)
+@functools.cache
+def small_model(scan_layers: bool = False) -> sj.Decoder:
+    return jax.jit(lambda key: sj.Decoder(CONFIG, key, scan_layers=scan_layers))(jax.random.key(0))
