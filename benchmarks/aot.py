@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -91,6 +92,7 @@ def copied_bytes(text: str, at_least: int = 2**20) -> int:
     return total
 
 
-def collectives(text: str) -> list[tuple[str, str]]:
-    """Operation and result type of every collective in a compiled program."""
-    return [(match.group(2), match.group(1)) for match in _COLLECTIVE.finditer(text)]
+def collectives(text: str) -> dict[str, int]:
+    """How often each collective, `operation type[shape]` of its result, stands in a compiled program."""
+    found = (f"{match.group(2)} {re.sub(r'{.*?}', '', match.group(1))}" for match in _COLLECTIVE.finditer(text))
+    return dict(Counter(found))

@@ -125,13 +125,17 @@ def _trace(case: Case, mesh: Mesh, model: sj.Decoder, state: sj.StreamState) -> 
     return (step if case.width == 1 else _read_chunks).trace(model, state, tokens, count)
 
 
-def _of_the_text(compiled: Any) -> dict[str, int | None]:
+def _of_the_text(compiled: Any) -> dict[str, Any]:
     """What is read off the program; None for a program that this jaxlib cannot print (newer operations of libtpu)."""
     try:
         text, cost = compiled.as_text(), compiled.cost_analysis()
     except jax.errors.JaxRuntimeError:
-        return {"copied": None, "accessed": None}
-    return {"copied": aot.copied_bytes(text), "accessed": int(cost["bytes accessed"])}
+        return {"copied": None, "accessed": None, "collectives": None}
+    return {
+        "copied": aot.copied_bytes(text),
+        "accessed": int(cost["bytes accessed"]),
+        "collectives": aot.collectives(text),
+    }
 
 
 def run_case(name: str, layers: int) -> dict[str, Any]:

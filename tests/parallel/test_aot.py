@@ -1,0 +1,64 @@
+"""Two layers of Llama-3.1-8B, compiled for TPU slices that are not there: memory of one chip, and what is copied.
+
+The compiler is the real one (libtpu), so what it assigns is what a chip would hold.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = Path(sys.prefix) / "aot"
+MB = 1e6
+
+pytestmark = pytest.mark.skipif(
+    not (LIBRARY / "libtpu").exists(),
+    reason=f"no TPU compiler: `make test` installs it, or pip install --target {LIBRARY} libtpu",
+)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """Bytes on one chip, as `benchmarks/aot_memory.py` finds them."""
+    output = tmp_path_factory.mktemp("aot") / "aot.json"
+    command = [sys.executable, "-m", "benchmarks.aot_memory", "--cases", "decode-8", "prefill-512", "--layers", "2"]
+    run = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    return json.loads(output.read_text())["bytes_on_one_chip"]
+
+
+def _expected_layer(tensor: int) -> float:
+    """Bytes of one layer's bf16 weights on one of `tensor` chips, counted from the architecture."""
+    d, heads, kv, width, mlp = 4096, 32, 8, 128, 14336
+    return 2 * (d * (heads + 2 * kv) * width + heads * width * d + 3 * d * mlp) / tensor + 2 * 2 * d
+
+
+def test_decode_holds_weights_and_caches_and_nothing_else(figures):
+    decode = figures["decode-8"]
+    ends = 2 * 2 * 128256 * 4096 / 8
+    slots = 2 * 2 * (8 * 4096 * 128 * 2)  # layers, keys and values, streams x slots x width of one kv head
+    expected = 2 * _expected_layer(8) + ends + slots
+    assert decode["weights"] + decode["state"] == pytest.approx(expected, rel=0.005)
+    assert expected <= decode["argument"] < 1.01 * expected  # no padding
+    assert decode["alias"] >= slots  # every cache is updated in place
+    assert decode["temp"] < 16 * MB  # a float32 copy of one chip's part of any kernel would take more
+    assert decode["argument"] + decode["output"] - decode["alias"] + decode["temp"] < 1.05 * expected
+
+
+def test_decode_only_sums_activations_over_chips(figures):
+    # two a layer, one of the embedding's rows, each of 8 streams x 4096 channels
+    assert figures["decode-8"]["collectives"] == {"all-reduce bf16[8,1,4096]": 5}
+
+
+def test_prefill_needs_little_beside_its_weights(figures):
+    prefill = figures["prefill-512"]
+    embedding = 2 * 128256 * 4096 / 4  # the output layer is not used
+    slots = 2 * 2 * (4096 * 128 * 2) * 2
+    expected = 2 * _expected_layer(4) + embedding + slots
+    assert prefill["argument"] == pytest.approx(expected, rel=0.01)
+    assert prefill["alias"] >= slots
+    assert prefill["temp"] < 64 * MB  # logits of a chunk against a block of slots, MLP channels; no copy of weights
