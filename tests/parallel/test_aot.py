@@ -20,15 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """Bytes on one chip, as `benchmarks/aot_memory.py` finds them."""
-    output = tmp_path_factory.mktemp("aot") / "aot.json"
-    command = [sys.executable, "-m", "benchmarks.aot_memory", "--cases", "decode-8", "prefill-512", "--layers", "2"]
-    run = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
+def _bytes_on_one_chip(case: str, tmp_path: Path) -> dict:
+    """What `benchmarks/aot_memory.py` finds for two layers of one of its cases."""
+    output = tmp_path / "aot.json"
+    command = [sys.executable, "-m", "benchmarks.aot_memory", "--cases", case, "--layers", "2", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     print(run.stdout)
-    return json.loads(output.read_text())["bytes_on_one_chip"]
+    return json.loads(output.read_text())["bytes_on_one_chip"][case]
 
 
 def _expected_layer(tensor: int) -> float:
@@ -37,8 +36,8 @@ def _expected_layer(tensor: int) -> float:
     return 2 * (d * (heads + 2 * kv) * width + heads * width * d + 3 * d * mlp) / tensor + 2 * 2 * d
 
 
-def test_decode_holds_weights_and_caches_and_nothing_else(figures):
-    decode = figures["decode-8"]
+def test_decode_holds_weights_and_caches_and_nothing_else(tmp_path):
+    decode = _bytes_on_one_chip("decode-8", tmp_path)
     ends = 2 * 2 * 128256 * 4096 / 8
     slots = 2 * 2 * (8 * 4096 * 128 * 2)  # layers, keys and values, streams x slots x width of one kv head
     expected = 2 * _expected_layer(8) + ends + slots
@@ -47,15 +46,12 @@ def test_decode_holds_weights_and_caches_and_nothing_else(figures):
     assert decode["alias"] >= slots  # every cache is updated in place
     assert decode["temp"] < 16 * MB  # a float32 copy of one chip's part of any kernel would take more
     assert decode["argument"] + decode["output"] - decode["alias"] + decode["temp"] < 1.05 * expected
+    # what crosses chips: two sums a layer and one of the embedding's rows, each of 8 streams x 4096 channels
+    assert decode["collectives"] == {"all-reduce bf16[8,1,4096]": 5}
 
 
-def test_decode_only_sums_activations_over_chips(figures):
-    # two a layer, one of the embedding's rows, each of 8 streams x 4096 channels
-    assert figures["decode-8"]["collectives"] == {"all-reduce bf16[8,1,4096]": 5}
-
-
-def test_prefill_needs_little_beside_its_weights(figures):
-    prefill = figures["prefill-512"]
+def test_prefill_needs_little_beside_its_weights(tmp_path):
+    prefill = _bytes_on_one_chip("prefill-512", tmp_path)
     embedding = 2 * 128256 * 4096 / 4  # the output layer is not used
     slots = 2 * 2 * (4096 * 128 * 2) * 2
     expected = 2 * _expected_layer(4) + embedding + slots
