@@ -32,7 +32,8 @@ def section(path: Path) -> str:
     where += f", Python {machine['python']}, load average {machine['load_average']} at the end"
     if "torch" in result:
         where += f"; torch {result['torch']}, transformers {result['transformers']}"
-    return f"## {title.rstrip('.')}\n\n{body}\n\n```\npython -m benchmarks.{name}\n```\n\n{table(result['rows'])}\n\n*{where}*\n"
+    command = f"```\npython -m benchmarks.{name}\n```"
+    return "\n\n".join([f"## {title.rstrip('.')}", body, command, table(result["rows"]), f"*{where}*\n"])
 
 
 def main() -> None:
