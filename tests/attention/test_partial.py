@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.attention.dense import attend
+from streamjax.attention import dense
 from streamjax.attention.partial import Partial, merge
+
+attend = jax.jit(dense.attend, static_argnames=("scale", "softcap"))
 
 B, C, H, K, S, D = 2, 3, 4, 2, 12, 5
 RNG = np.random.default_rng(0)

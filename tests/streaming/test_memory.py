@@ -41,7 +41,7 @@ def at(state: sj.StreamState, token: int) -> sj.StreamState:
     )
 
 
-@pytest.mark.parametrize(("name", "batch"), [("fused", 1), ("fused", 3), ("plain", 1), ("window", 3), ("dense", 1)])
+@pytest.mark.parametrize(("name", "batch"), [("fused", 1), ("fused", 3), ("plain", 1), ("dense", 1)])
 def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, batch):
     """Every byte of the state is aliased, no instruction copies a cache, and what else the step needs is small."""
     state = sj.init_state(model, CACHES[name], batch_size=batch)
@@ -60,7 +60,7 @@ def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, b
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["fused", "plain", "window"])
+@pytest.mark.parametrize("name", ["fused", "plain"])
 def test_token_ten_million_runs_the_program_of_token_ten(model, name):
     """One compiled program and one size of state, at token 10, at 10,000,000 and across 2^32; inputs are consumed."""
     state, token = sj.init_state(model, CACHES[name]), np.ones((1, 1), np.int32)
@@ -77,15 +77,16 @@ def test_token_ten_million_runs_the_program_of_token_ten(model, name):
 
 
 @pytest.mark.quick
-def test_a_stream_of_any_lengths_compiles_a_handful_of_programs(model):
+def test_a_stream_of_any_lengths_compiles_a_handful_of_programs():
     """`read` pads to powers of two: dozens of lengths, few programs."""
     from streamjax.streaming import scan
 
+    model = build(GQA.replace(num_layers=1))
     state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=2, window=9))
     before = scan._read_chunks._cache_size()
     for length in range(1, 33):
-        state = sj.read(model, state, random_tokens(1, length), 8)
-    assert scan._read_chunks._cache_size() - before <= 4  # widths 1, 2, 4 and 8
+        state = sj.read(model, state, random_tokens(1, length), 4)
+    assert scan._read_chunks._cache_size() - before <= 3  # widths 1, 2 and 4
     assert int(state.seen[0]) == sum(range(1, 33))
 
 

@@ -14,7 +14,6 @@ ROWS, WIDTH, LENGTH = 3, 6, 40
 CACHES = (
     sj.kv.preset("streaming_llm", sinks=2, window=5),
     sj.kv.preset("dense", capacity=LENGTH),
-    sj.kv.preset("window", window=4),
     sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(3), sj.kv.Window(4)),
 )
 
