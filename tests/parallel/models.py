@@ -1,7 +1,5 @@
 """A small model whose every dimension has its own size, meshes of eight devices, and the caches to try on them."""
 
-import functools
-
 import jax
 
 import streamjax as sj
@@ -35,6 +33,13 @@ CONFIG = sj.ModelConfig(
 )
 
 
-@functools.cache
-def small_model(scan_layers: bool = False) -> sj.Decoder:
+def _build(scan_layers: bool) -> sj.Decoder:
     return jax.jit(lambda key: sj.Decoder(CONFIG, key, scan_layers=scan_layers))(jax.random.key(0))
+
+
+# Built here, outside every mesh: a model built under one would lie on its devices.
+_MODELS = {scan_layers: _build(scan_layers) for scan_layers in (False, True)}
+
+
+def small_model(scan_layers: bool = False) -> sj.Decoder:
+    return _MODELS[scan_layers]
