@@ -75,6 +75,8 @@ class SinkWindow(Tier):
                 # A row without a token keeps its state bit for bit.
                 some = tokens.valid.any(axis=(1, 2)).reshape(-1, *[1] * (buffer.ndim - 1))
                 sinks = jnp.where(some, sinks, jax.lax.slice_in_dim(buffer, 0, self.sinks, axis=2))
+                # Fused with the write, this read would make the TPU compiler copy the whole buffer at every token.
+                sinks = jax.lax.optimization_barrier(sinks)
                 return jax.lax.dynamic_update_slice_in_dim(buffer, sinks, 0, axis=2)
 
             state = dataclasses.replace(
