@@ -2,6 +2,7 @@
 
     python -m benchmarks.aot_memory                    # all cases; half an hour on 2 cores
     python -m benchmarks.aot_memory --cases decode-8 --layers 2
+    python -m benchmarks.aot_memory --cases decode-8 --option xla_tpu_msa_inefficient_use_to_copy_ratio=1.0
 
 No weight is ever made: the model is a tree of shapes, placed on a mesh of chips that exist for the compiler only. Each
 case runs in a process of its own and prints what the compiler assigned to one chip: arguments (weights, caches and
@@ -18,6 +19,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,8 +81,8 @@ CASES = {
 }
 
 
-def compile_case(case: Case, layers: int) -> dict[str, Any]:
-    """Compile one case, in a process of `aot.child_environment`; sizes in bytes on one chip."""
+def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, Any]:
+    """Compile one case under options of the compiler, in a process of `aot.child_environment`; bytes on one chip."""
     mesh = aot.tpu_mesh(case.topology, **dict(case.mesh))
     config = LLAMA.replace(num_layers=layers)
     with jax.set_mesh(mesh):
@@ -92,7 +94,7 @@ def compile_case(case: Case, layers: int) -> dict[str, Any]:
         start, cpu = time.perf_counter(), time.process_time()
         lowered = _trace(case, mesh, model, state).lower()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -138,13 +140,14 @@ def _of_the_text(compiled: Any) -> dict[str, Any]:
     }
 
 
-def run_case(name: str, layers: int) -> dict[str, Any]:
+def run_case(name: str, layers: int, options: Sequence[str] = ()) -> dict[str, Any]:
     """Compile one case in a fresh process and return its figures.
 
     Raises:
       RuntimeError: the compile failed; the message is the process's last line.
     """
     command = [sys.executable, "-m", "benchmarks.aot_memory", "--child", name, "--layers", str(layers)]
+    command += ["--option", *options] if options else []
     environment = aot.child_environment(CASES[name].topology)
     child = subprocess.run(command, cwd=aot.ROOT, env=environment, capture_output=True, text=True)
     if child.returncode:
@@ -180,16 +183,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LLAMA.num_layers)
     parser.add_argument("--output", type=Path, help="JSON file; benchmarks/results/aot_memory.json by default")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="options of the TPU compiler")
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(compile_case(CASES[arguments.child], arguments.layers)))
+        options = dict(option.split("=", 1) for option in arguments.option)
+        print(json.dumps(compile_case(CASES[arguments.child], arguments.layers, options)))
         return
     figures = {}
     for name in arguments.cases:
-        figures[name] = run_case(name, arguments.layers)
+        figures[name] = run_case(name, arguments.layers, arguments.option)
         print(name, json.dumps(figures[name]), flush=True)
     rows = [row(name, arguments.layers, found) for name, found in figures.items()]
-    report("aot_memory", rows, arguments.output, layers=arguments.layers, bytes_on_one_chip=figures)
+    report(
+        "aot_memory",
+        rows,
+        arguments.output,
+        layers=arguments.layers,
+        options=arguments.option,
+        bytes_on_one_chip=figures,
+    )
 
 
 if __name__ == "__main__":
