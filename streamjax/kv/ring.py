@@ -36,14 +36,19 @@ def _rows(write, buffer: Array, chunk: Array, *counters: Array) -> Array:
 
 
 def _put(buffer: Array, chunk: Array, slot: Array, axis: int) -> Array:
-    """Row b's one token goes to slot `slot[b]`; nowhere where that is past the end."""
+    """Row b's one token goes to slot `slot[b]`; nowhere where that is past the end.
+
+    Every dimension before the slots has an index of its own, equal as they are: a scatter of whole heads at a time would
+    have the TPU compiler lay the buffer out slot by slot, and copy it there and back.
+    """
 
     def put(slots: Array, new: Array, at: Array) -> Array:
         return slots.at[at].set(new[0], mode="drop")
 
-    for _ in range(axis - 1):
-        put = jax.vmap(put, (0, 0, None))
-    return jax.vmap(put)(buffer, chunk, slot)
+    for _ in range(axis):
+        put = jax.vmap(put)
+    lead = buffer.shape[:axis]
+    return put(buffer, chunk, jnp.broadcast_to(slot.reshape(-1, *[1] * (axis - 1)), lead))
 
 
 def write_linear(
