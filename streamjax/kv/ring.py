@@ -117,7 +117,10 @@ def write_ring(
         done = jnp.minimum(slots - cursor, width)
         return _blend(row, new, jnp.int32(offset), jnp.int32(0), start + done, count - done, axis - 1)
 
-    return _rows(write, buffer, chunk, cursor, start, count)
+    if width == 1:
+        return _rows(write, buffer, chunk, cursor, start, count)
+    # Batched even for one row: two windows as scatters stay in place, as updates of a slice they copy the buffer.
+    return jax.vmap(write)(buffer, chunk, cursor, start, count)
 
 
 def read_ring(
