@@ -135,6 +135,22 @@ def test_seeds_reproduce_and_differ(model):
 
 
 @pytest.mark.quick
+def test_every_token_is_drawn_with_a_key_of_its_own(model):
+    """Token i with the key folded with i, also when a second call continues the first."""
+    prompt, key = random_tokens(2, 4, seed=8), jax.random.key(5)
+    arguments = dict(sampler=RANDOM, key=key, block=32)
+    nothing, pieces, state = np.zeros((2, 0), np.int32), [prompt], start(model)
+    for text, new, first in ((prompt, 9, 0), (nothing, 6, 9)):
+        blocks = sj.generate_blocks(model, state, text, max_new_tokens=new, first_index=first, **arguments)
+        ((state, tokens),) = blocks
+        pieces.append(tokens)
+    known = np.concatenate(pieces, axis=1)
+    logits = sj.forward(model, known)
+    drawn = [RANDOM.sample(logits[:, 3 + i], jax.random.fold_in(key, i)) for i in range(15)]
+    np.testing.assert_array_equal(known[:, 4:], np.stack(drawn, axis=1))
+
+
+@pytest.mark.quick
 def test_the_first_sampled_token_has_the_models_distribution(model):
     """Two rows of one prompt under 200 seeds: frequencies are the softmax of the last logits, to 5 deviations."""
     prompt, seeds = np.repeat(random_tokens(1, 4, seed=8), 2, axis=0), 200

@@ -59,6 +59,16 @@ def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, b
         assert compiled.cost_analysis()["bytes accessed"] < 1.45 * read
 
 
+def test_a_chunk_is_written_without_copying_a_cache(model, untyped):
+    """Also where a run wraps around the end of a ring: two writes to each buffer."""
+    state = sj.init_state(model, CACHES["window"])
+    cache = max(leaf.nbytes for leaf in jax.tree.leaves(state))
+    compiled = sj.step.lower(model, state, np.zeros((1, 4), np.int32)).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == state_bytes(state)
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    assert all(4 * np.prod([int(n) for n in shape.split(",")]) < cache / 2 for shape in copied)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["fused", "plain"])
 def test_token_ten_million_runs_the_program_of_token_ten(model, name):

@@ -19,7 +19,8 @@ CASES = [
     ("partial", FUSED, STREAMING, 13),
     ("local", FUSED, STREAMING, 1),
     ("gqa", sj.kv.preset("window", window=WINDOW), oracle.Rule(0, WINDOW), 1),
-    ("partial", sj.kv.preset("dense", capacity=LENGTH), oracle.DENSE, 13),
+    ("gqa", sj.kv.Cascade(sj.kv.Sink(SINKS), sj.kv.Window(3), sj.kv.Window(WINDOW - 3)), STREAMING, 13),
+    ("partial", sj.kv.Cascade(sj.kv.Window(5), sj.kv.Full(LENGTH - 5)), oracle.DENSE, 13),
 ]
 
 
