@@ -1,0 +1,15 @@
+"""Placing models and streams on many devices: meshes, and one table from logical dimension names to mesh axes."""
+
+from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shardings, with_placement
+from streamjax.parallel.rules import RULES, constrain, partition_spec
+
+__all__ = [
+    "RULES",
+    "build_sharded",
+    "constrain",
+    "make_mesh",
+    "partition_spec",
+    "shard_model",
+    "shardings",
+    "with_placement",
+]
