@@ -38,8 +38,8 @@ def _rows(write, buffer: Array, chunk: Array, *counters: Array) -> Array:
 def _put(buffer: Array, chunk: Array, slot: Array, axis: int) -> Array:
     """Row b's one token goes to slot `slot[b]`; nowhere where that is past the end.
 
-    Every dimension before the slots has an index of its own, equal as they are: a scatter of whole heads at a time would
-    have the TPU compiler lay the buffer out slot by slot, and copy it there and back.
+    Every dimension before the slots has an index of its own, equal as they are: a scatter of whole heads at a time
+    would have the TPU compiler lay the buffer out slot by slot, and copy it there and back.
     """
 
     def put(slots: Array, new: Array, at: Array) -> Array:
