@@ -1,7 +1,7 @@
 """Training: losses, gradients, the optimizer, and the loop that runs a configuration."""
 
 from streamjax.training.backprop import METHODS, loss_and_grad
-from streamjax.training.config import MeshConfig, TrainConfig
+from streamjax.training.config import BackpropConfig, MeshConfig, TrainConfig
 from streamjax.training.loop import RunStopped, evaluate, train
 from streamjax.training.losses import chunked_loss, token_nll
 from streamjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -11,6 +11,7 @@ from streamjax.training.step import accumulate_gradients, eval_step, make_train_
 
 __all__ = [
     "METHODS",
+    "BackpropConfig",
     "MeshConfig",
     "OptimizerConfig",
     "RunStopped",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from streamjax.data import DataConfig
 from streamjax.models.config import ModelConfig
-from streamjax.training.backprop import Method, check_method
+from streamjax.training.backprop import check_method
 from streamjax.training.optimizer import OptimizerConfig
 
 
@@ -22,6 +22,40 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BackpropConfig:
+    """How the gradient of a step is made; see `streamjax.training.loss_and_grad`. None of it changes the gradient.
+
+    Attributes:
+      method: what is kept for the backward pass, and in which order it runs; one of `streamjax.training.METHODS`.
+      chunk_size: tokens of a chunk, where the method cuts a sequence into chunks.
+      segment: layers from one kept input to the next, where the method keeps layers' inputs; those between are
+        computed again.
+      offload: "host" moves what is kept a layer to the host's memory; None leaves it on the device.
+      offload_fraction: the share of it that is moved, 0 to 1.
+    """
+
+    method: str = "full"
+    chunk_size: int = 2048
+    segment: int = 1
+    offload: Literal["host"] | None = None
+    offload_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        for name in ("chunk_size", "segment"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BackpropConfig.{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.offload not in (None, "host"):
+            raise ValueError(f'BackpropConfig.offload is {self.offload!r}: use "host" or None')
+        if not 0.0 <= self.offload_fraction <= 1.0:
+            raise ValueError(f"BackpropConfig.offload_fraction is {self.offload_fraction}: it must be in [0, 1]")
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `loss_and_grad`."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -32,7 +66,7 @@ class TrainConfig:
       steps: optimizer steps.
       init_from: a Hugging Face folder or a streamjax checkpoint to start from; None starts from random weights.
       optimizer: how weights follow gradients.
-      method: what backprop keeps: "full" activations, or each layer's input ("remat").
+      backprop: how gradients are made, and what memory that takes.
       dtype: of activations; master weights and optimizer state are float32.
       scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
       mesh: how the run is spread over devices.
@@ -50,7 +84,7 @@ class TrainConfig:
     steps: int
     init_from: str | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    method: Method = "full"
+    backprop: BackpropConfig = dataclasses.field(default_factory=BackpropConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -62,7 +96,6 @@ class TrainConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
-        check_method(self.method)
         names = ("steps", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints")
         for name in names:
             if getattr(self, name) < 1:

@@ -114,8 +114,8 @@ class _Run:
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.train_step = make_train_step(
             make_optimizer(config.optimizer, config.steps),
-            method=config.method,
             accumulation=config.optimizer.accumulation,
+            **config.backprop.options(),
         )
         self.state = self._initial_state()
         claim(workdir, config)

@@ -88,12 +88,13 @@ def _replace(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def _unknown(root: Any, name: str, config: Any, parents: list[str], part: str) -> str:
-    """The nearest field: spelt alike here; of that last name, or its initials ("lr"), anywhere; or spelt alike."""
+    """The nearest field: of this name elsewhere; spelt alike here; of those initials ("lr") or spelt alike elsewhere."""
     siblings = [field.name for field in dataclasses.fields(config)]
-    near = [".".join([*parents, match]) for match in difflib.get_close_matches(part, siblings, n=1)]
     last = name.split(".")[-1]
     by_last = {field.split(".")[-1]: field for field in field_names(root)}
     by_initials = {"".join(word[0] for word in field.split("_")): name for field, name in by_last.items()}
+    near = [by_last[part]] if part in by_last else []
+    near += [".".join([*parents, match]) for match in difflib.get_close_matches(part, siblings, n=1)]
     near += [fields[last] for fields in (by_last, by_initials) if last in fields]
     near += [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1)]
     hint = f"did you mean config.{near[0]}?" if near else f"there is {', '.join(siblings)}"

@@ -47,7 +47,7 @@ def claim(workdir: Path, config: TrainConfig) -> None:
     file = workdir / CONFIG_FILE
     values = config.to_json_dict()
     if file.exists():
-        for name, before, after in _changes(json.loads(file.read_text(encoding="utf-8")), values):
+        for name, before, after in _changes(_read(file), values):
             if name not in _FREE_FIELDS and name.split(".")[0] not in _FREE_FIELDS:
                 raise ValueError(
                     f"{workdir} holds a run with config.{name}={before!r}, not {after!r}: choose another --workdir"
@@ -76,6 +76,14 @@ def export(model: Decoder, folder: Path, tokenizer: str | None) -> None:
         for name in _TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copy2(source / name, folder / name)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The configuration in a workdir; `method` stood at its top before there was a group `backprop`."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if "method" in values:
+        values["backprop"] = {"method": values.pop("method")}
+    return values
 
 
 def _changes(before: Any, after: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 
 import jax
@@ -146,6 +147,20 @@ def test_a_workdir_keeps_its_configuration(run_config, reference, tmp_path):
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate=0.01, not 1.0: choose another --workdir"):
         train(other, workdir)
     train(apply_overrides(run_config, [("log_interval", "5"), ("eval_batches", "1")]), workdir)
+
+
+def test_a_workdir_from_before_the_group_backprop(run_config, reference, tmp_path):
+    """Its configuration has `method` at the top: it goes on with the same method, and with no other."""
+    _, workdir = reference(run_config)
+    shutil.copytree(workdir, tmp_path / "old")
+    file = tmp_path / "old" / "train_config.json"
+    values = json.loads(file.read_text())
+    values["method"] = values.pop("backprop")["method"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config.backprop.method='full', not 'remat': choose another --workdir"):
+        train(apply_overrides(run_config, [("backprop.method", "remat")]), tmp_path / "old")
+    train(run_config, tmp_path / "old")
+    assert json.loads(file.read_text()) == run_config.to_json_dict()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(run_config, tmp_path):
