@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from streamjax.attention.partial import Partial
+from streamjax.attention.partial import Partial, accumulator
 
 FEW_QUERIES = 32  # queries of one key head up to which the product is taken from the keys' side
 
@@ -32,14 +32,15 @@ def attend(
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), before masking.
       slopes, distance: ALiBi (2108.12409): `-slope * distance` is added to the scaled logits of each head.
     """
+    dtype = accumulator(q.dtype)
     grouped = rearrange(q, "b c (k g) d -> b k g c d", k=k.shape[1])
     if grouped.shape[2] * grouped.shape[3] <= FEW_QUERIES:
         # Keys on the left: the CPU compiler would transpose the keys otherwise, more work than the product itself.
         few = rearrange(grouped, "b k g c d -> b k (g c) d")
-        logits = jnp.einsum("bksd,bknd->bksn", k, few, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bksd,bknd->bksn", k, few, preferred_element_type=dtype)
         logits = rearrange(logits, "b k s (g c) -> b k g c s", g=grouped.shape[2]) * scale
     else:
-        logits = jnp.einsum("bkgcd,bksd->bkgcs", grouped, k, preferred_element_type=jnp.float32) * scale
+        logits = jnp.einsum("bkgcd,bksd->bkgcs", grouped, k, preferred_element_type=dtype) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if slopes is not None:
@@ -52,6 +53,6 @@ def attend(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
-    out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / divisor
+    out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=dtype) / divisor
     lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0]
     return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))

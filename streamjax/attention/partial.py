@@ -7,10 +7,15 @@ Gimelshein 1805.02867; used for split-K decoding in Flash-Decoding and Lean Atte
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def accumulator(dtype: Any) -> jnp.dtype:
+    """The dtype in which sums over values of `dtype` are taken: float32, or float64 for float64 values."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Partial(NamedTuple):

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
+from streamjax.attention.partial import accumulator
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
@@ -50,6 +52,7 @@ def rotate(x: Float[Array, "... D"], cos: Float[Array, "... R"], sin: Float[Arra
     """Rotate channel pairs (d, d + R) for d < R by a cosine and sine table, in float32; dtype of `x` is kept."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    dtype = accumulator(x.dtype)
+    first, second, cos, sin = (part.astype(dtype) for part in (first, second, cos, sin))
     turned = (first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype)
     return jnp.concatenate((*turned, rest) if rest.shape[-1] else turned, axis=-1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from streamjax.attention.patterns import Full, Pattern, SinkWindow, SlidingWindow
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -52,10 +54,21 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What distinguishes one layer from its neighbours: its sliding window (`None`: full attention) and its RoPE."""
+    """What distinguishes one layer from its neighbours: its sliding window (`None`: full attention) and its RoPE.
+
+    `sinks` first tokens of the sequence are seen by a layer with a window too, at their true distance.
+    """
 
     window: int | None
     rope: RopeConfig | None
+    sinks: int = 0
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which keys a query sees."""
+        if self.window is None:
+            return Full()
+        return SinkWindow(self.sinks, self.window) if self.sinks else SlidingWindow(self.window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,7 @@ class ModelConfig:
     alibi_slopes: tuple[float, ...] = ()  # one a query head, as they are added to the scaled logits
     # Attention
     windows: tuple[int | None, ...] = ()
+    sinks: int = 0  # first tokens of the sequence that layers with a window see too, at their true distance
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
     # Ends
@@ -126,6 +140,8 @@ class ModelConfig:
             )
         if any(w is not None and w < 1 for w in self.windows):
             raise ValueError(f"ModelConfig.windows must be positive or None, got {self.windows}")
+        if self.sinks < 0:
+            raise ValueError(f"ModelConfig.sinks must not be negative, got {self.sinks}")
         if self.position == "alibi" and len(self.alibi_slopes) != self.num_heads:
             raise ValueError(
                 f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads"
@@ -150,11 +166,12 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def layer(self, index: int) -> LayerSpec:
-        """The window and RoPE of layer `index`."""
+        """The window, RoPE and sinks of layer `index`."""
         window = self.windows[index] if self.windows else None
+        sinks = 0 if window is None else self.sinks
         if self.position != "rope":
-            return LayerSpec(window, None)
-        return LayerSpec(window, self.local_rope if window is not None and self.local_rope else self.rope)
+            return LayerSpec(window, None, sinks)
+        return LayerSpec(window, self.local_rope if window is not None and self.local_rope else self.rope, sinks)
 
     @property
     def period(self) -> int:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
+from streamjax.attention.partial import accumulator
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import State
 from streamjax.models.config import LayerSpec, ModelConfig
@@ -47,6 +48,16 @@ class Block(nnx.Module):
         """The layer over a whole sequence."""
         normed = self.mixer_norm(x)
         return self._residual(x, normed, self.mixer.parallel(normed, context))
+
+    def project(
+        self, x: Float[Array, "B T E"], context: SequenceContext
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """The layer up to attention, token by token: rotated queries and keys, and values."""
+        return self.mixer.project(self.mixer_norm(x), context)
+
+    def combine(self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
+        return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype))
 
     def stream(
         self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext
@@ -146,7 +157,8 @@ class Decoder(nnx.Module):
         each layer's input for the backward pass.
         """
         position = jnp.arange(tokens.shape[1]) if positions is None else positions
-        context = SequenceContext(jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32), segment_ids)
+        positions = jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32)
+        context = SequenceContext(positions, segment_ids, tokens.shape[1])
 
         def apply(block: Block, x: Array) -> Array:
             return block.parallel(x, context)
@@ -183,13 +195,14 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Next-token logits of hidden states, float32."""
+        dtype = accumulator(hidden.dtype)
         if self.head is None:
             weight, equation = self.embedding, "bte,ve->btv"
         else:
             weight, equation = self.head, "bte,ev->btv"
-        logits = jnp.einsum(equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=dtype)
         if self.head_bias is not None:
-            logits = logits + self.head_bias[...].astype(jnp.float32)
+            logits = logits + self.head_bias[...].astype(dtype)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return constrain(logits, "batch", "length", "vocab")

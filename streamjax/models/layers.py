@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from streamjax.attention.partial import accumulator
 from streamjax.models.config import ModelConfig
 
 ACTIVATIONS = {
@@ -40,7 +41,7 @@ def zeros(shape: Sequence[int], axes: Sequence[str], dtype: jnp.dtype) -> nnx.Pa
 
 
 class Norm(nnx.Module):
-    """RMSNorm (1910.07467) or LayerNorm over the last axis, computed in float32.
+    """RMSNorm (1910.07467) or LayerNorm over the last axis, computed in float32 (float64 for float64).
 
     `offset` is added to the weight (Gemma stores weight - 1).
     """
@@ -54,13 +55,14 @@ class Norm(nnx.Module):
         self.bias = zeros((width,), axis, dtype) if not self.rms and config.norm_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        y = x.astype(jnp.float32)
+        dtype = accumulator(x.dtype)
+        y = x.astype(dtype)
         if not self.rms:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * (self.weight[...].astype(jnp.float32) + self.offset)
+        y = y * (self.weight[...].astype(dtype) + self.offset)
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + self.bias[...].astype(dtype)
         return y.astype(x.dtype)
 
 

@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.dispatch import sequence_attention
-from streamjax.attention.patterns import Full, SlidingWindow
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import KVTokens, Query, State
 from streamjax.models.config import LayerSpec, ModelConfig
@@ -26,10 +25,15 @@ from streamjax.parallel.rules import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequenceContext:
-    """Where the tokens of a whole sequence stand: stream positions, and segments that must not see each other."""
+    """Where the tokens of a sequence, or of a stretch of one, stand.
+
+    position: stream positions. segment_ids: tokens see only their own segment. length: tokens of the whole sequence,
+    which `dynamic` and `longrope` depend on.
+    """
 
     position: UInt32[Array, "B T"]
     segment_ids: Int32[Array, "B T"] | None
+    length: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -61,21 +65,29 @@ class Attention(nnx.Module):
 
     def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
         """Attention of a whole sequence to itself."""
-        q, k, v = self.projections.split(x)
-        if self.spec.rope is not None:
-            rotary = make_rotary(self.spec.rope, self.config.head_dim, x.shape[1])
-            q, k = rotary(q, context.position), rotary(k, context.position)
         out = sequence_attention(
-            constrain(q, "batch", "length", "heads", "head_dim"),
-            constrain(k, "batch", "length", "kv_heads", "head_dim"),
-            constrain(v, "batch", "length", "kv_heads", "head_dim"),
-            Full() if self.spec.window is None else SlidingWindow(self.spec.window),
+            *self.project(x, context),
+            self.spec.pattern,
             segment_ids=context.segment_ids,
             scale=self.config.scale,
             softcap=self.config.attention_softcap,
             slopes=self.slopes(),
         )
         return self.projections.join(out, x.dtype)
+
+    def project(
+        self, x: Float[Array, "B T E"], context: SequenceContext
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated queries and keys, and values: what attention needs of each token by itself."""
+        q, k, v = self.projections.split(x)
+        if self.spec.rope is not None:
+            rotary = make_rotary(self.spec.rope, self.config.head_dim, context.length)
+            q, k = rotary(q, context.position), rotary(k, context.position)
+        return (
+            constrain(q, "batch", "length", "heads", "head_dim"),
+            constrain(k, "batch", "length", "kv_heads", "head_dim"),
+            constrain(v, "batch", "length", "kv_heads", "head_dim"),
+        )
 
     def stream(
         self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext

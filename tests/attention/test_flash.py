@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamjax.attention import flash
+from streamjax.attention import blockwise
 from streamjax.attention.flash import flash_attention
 from streamjax.attention.patterns import Full, SinkWindow, SlidingWindow
 
@@ -116,13 +116,13 @@ def test_visits_only_blocks_that_the_pattern_needs(pattern, needed, monkeypatch)
     """Count executed key blocks; the count must be that of blocks which hold at least one visible pair."""
     length, block = 128, 16
     visited = []
-    original = flash._logits
+    original = blockwise._logits
 
-    def counting(spec, inputs, i, j):
+    def counting(blocks, queries, keys, i, j):
         jax.debug.callback(lambda a, b: visited.append((int(a), int(b))), i, j)
-        return original(spec, inputs, i, j)
+        return original(blocks, queries, keys, i, j)
 
-    monkeypatch.setattr(flash, "_logits", counting)
+    monkeypatch.setattr(blockwise, "_logits", counting)
     x = jnp.ones((1, length, 1, 8))
     jax.block_until_ready(flash_attention(x, x, x, pattern, scale=1.0, block_q=block, block_k=block))
     jax.effects_barrier()
