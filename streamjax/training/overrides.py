@@ -88,7 +88,7 @@ def _replace(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def _unknown(root: Any, name: str, config: Any, parents: list[str], part: str) -> str:
-    """The nearest field: of this name elsewhere; spelt alike here; of those initials ("lr") or spelt alike elsewhere."""
+    """The nearest field: of this name anywhere; spelt alike here; else of those initials ("lr"), or spelt alike."""
     siblings = [field.name for field in dataclasses.fields(config)]
     last = name.split(".")[-1]
     by_last = {field.split(".")[-1]: field for field in field_names(root)}
