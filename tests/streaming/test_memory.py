@@ -2,10 +2,11 @@
 copied when a token is read."""
 
 import dataclasses
-import gc
+import json
 import pathlib
 import re
-import time
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import GQA, build, random_tokens, read_stream
+from benchmarks.million_tokens import CACHES as CACHES_OF_A_MILLION
+from benchmarks.million_tokens import quarters
+from streaming.tiny import GQA, build, random_tokens
 
 SLOTS = 1024
 CACHES = {
@@ -100,37 +103,41 @@ def test_a_stream_of_any_lengths_compiles_a_handful_of_programs():
     assert int(state.seen[0]) == sum(range(1, 33))
 
 
-def resident_mb() -> float:
-    """Resident memory of this process."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+def memory_of_a_stream(tmp_path: pathlib.Path, cache: str, tokens: int) -> dict:
+    """What benchmarks/million_tokens.py notes after every stretch, in a process of its own that reads one stream."""
+    root, file = pathlib.Path(__file__).parents[2], tmp_path / "million_tokens.json"
+    command = [sys.executable, "-m", "benchmarks.million_tokens", "--caches", cache, "--tokens", str(tokens)]
+    subprocess.run([*command, "--output", str(file)], cwd=root, check=True, capture_output=True)
+    figures = json.loads(file.read_text())["bytes_after_stretches"][cache]
+    assert figures["tokens_seen"] == figures["tokens"] >= tokens
+    assert np.isfinite(figures["nats_per_token"])
+    return figures
+
+
+def drift(series: list[int]) -> float:
+    """From the second to the last quarter."""
+    medians = quarters(series)
+    return medians[3] - medians[1]
+
+
+def test_stretches_of_a_stream_leave_nothing_behind(tmp_path):
+    """No array, and next to nothing on the C library's heap."""
+    figures = memory_of_a_stream(tmp_path, "streaming_llm 4+508", tokens=1)
+    assert len(set(figures["arrays"])) == 1
+    if None not in figures["heap"]:
+        assert drift(figures["heap"]) < 100_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["streaming_llm", "window"])
-def test_a_million_tokens_leave_resident_memory_flat(capsys, name):
-    """One million tokens in stretches of 8,192, and after each of them 32 tokens one at a time.
+@pytest.mark.parametrize("cache", CACHES_OF_A_MILLION)
+def test_a_million_tokens_leave_resident_memory_flat(tmp_path, cache):
+    """Half a million tokens after the first quarter add less than half a megabyte to the process, and no array.
 
-    Medians over quarters of the stream, since the allocator of the C library moves by some megabytes up and down.
+    Keeping the scores of the stretches, 33 kB each, would add 2 MB.
     """
-    if not pathlib.Path("/proc/self/status").exists():
-        pytest.skip("needs /proc")
-    model = build(GQA)
-    state, stretch, stretches = sj.init_state(model, sj.kv.preset(name, window=252)), 8192, 124
-    tokens = random_tokens(1, stretch)
-    started, sizes = time.time(), []
-    for _ in range(stretches):
-        state, nll = sj.score(model, state, tokens)
-        assert np.isfinite(nll).all()
-        state, _ = read_stream(model, state, tokens[:, :32], [1])
-        gc.collect()
-        sizes.append(resident_mb())
-    total = stretches * (stretch + 32)
-    assert int(state.seen[0]) == int(state.position[0]) == total > 10**6
-    quarters = [float(np.median(sizes[i * stretches // 4 : (i + 1) * stretches // 4])) for i in range(4)]
-    with capsys.disabled():
-        print(
-            f"\n{name}: {total:,} tokens in {time.time() - started:.0f} s; median resident memory over the quarters "
-            f"of the stream: {', '.join(f'{size:.1f}' for size in quarters)} MB"
-        )
-    assert abs(quarters[3] - quarters[1]) < 8
+    figures = memory_of_a_stream(tmp_path, cache, 10**6)
+    assert figures["tokens"] > 10**6
+    assert len(set(figures["arrays"])) == 1
+    assert drift(figures["resident"]) < 500_000
+    if None not in figures["heap"]:
+        assert drift(figures["heap"]) < 100_000
