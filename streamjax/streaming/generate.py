@@ -148,7 +148,8 @@ def generate(
       The new state and int32 tokens [B, max_new_tokens]; -1 after a stream has ended.
 
     Raises:
-      ValueError: bad shapes, a missing key, or a `dense` cache without room for prompt and continuation.
+      ValueError: bad shapes, an id outside the vocabulary, a missing key, or a `dense` cache without room for prompt
+        and continuation.
     """
     blocks = list(
         generate_blocks(

@@ -59,6 +59,26 @@ def row_lengths(tokens: np.ndarray, lengths: np.ndarray | Array | None) -> np.nd
     return lengths
 
 
+def require_ids(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
+    """Raise a ValueError unless every real token is an id that the model has; padding may be anything.
+
+    On the device such ids go unnoticed: an embedding is looked up as NaN, or counted from the vocabulary's end.
+    """
+    if not tokens.size:
+        return
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be whole numbers, got {tokens.dtype}")
+    if tokens.min() >= 0 and tokens.max() < vocab_size:
+        return
+    wrong = ((tokens < 0) | (tokens >= vocab_size)) & (np.arange(tokens.shape[1]) < lengths[:, None])
+    if wrong.any():
+        row, place = np.argwhere(wrong)[0].tolist()
+        raise ValueError(
+            f"token id {tokens[row, place]} at place {place} of row {row} is outside the model's vocabulary of "
+            f"{vocab_size}; where rows end in padding, give their lengths"
+        )
+
+
 def _scan(body, state: StreamState, *xs: Array):
     """`lax.scan`, or the body alone for one chunk, which compiles faster and runs without the loop's copies."""
     if xs[0].shape[0] == 1:
@@ -106,6 +126,7 @@ def read(
     tokens = np.asarray(tokens)
     lengths = row_lengths(tokens, lengths)
     require_room(state, lengths)
+    require_ids(tokens, lengths, model.config.vocab_size)
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
         state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
     return state
@@ -135,11 +156,13 @@ def score(
       The new state, and nats a token, float32 [B, T]; 0 at padding.
 
     Raises:
-      ValueError: more tokens than a `dense` cache has room for, or lengths that do not fit the rows.
+      ValueError: more tokens than a `dense` cache has room for, lengths that do not fit the rows, or an id outside the
+        vocabulary; nothing has been read then.
     """
     tokens = np.asarray(tokens)
     lengths = row_lengths(tokens, lengths)
     require_room(state, lengths)
+    require_ids(tokens, lengths, model.config.vocab_size)
     pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
         state, nll = _score_chunks(model, state, *cut(tokens, lengths, start, chunks, width))

@@ -276,7 +276,7 @@ class Session:
         return wanted and self.tokenizer.bos_id is not None
 
     def _ids(self, text: str | Sequence[int] | np.ndarray, add_bos: bool | None) -> list[int]:
-        """Token ids, checked: an id that the model lacks would be read as its last."""
+        """Token ids, all checked before the first piece is read."""
         if isinstance(text, str):
             return self.encode(text, add_bos)
         ids = [int(token) for token in text]

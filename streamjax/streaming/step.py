@@ -36,6 +36,8 @@ def advance(
         seen=state.seen,
         span=state.span,
     )
+    # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
+    tokens = jnp.where(context.valid, tokens, 0)
     hidden, layers = model.stream(tokens, state.layers, state.caches, context)
     if state.capacity is not None:
         # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
@@ -62,12 +64,14 @@ def step(
     """Read a chunk of C tokens a stream and return the logits after each.
 
     The state is donated: use the returned one. A stream beyond a `dense` cache's capacity gets NaN logits. Logits of
-    padding (beyond `count`) mean nothing.
+    padding (beyond `count`) mean nothing. Ids are not checked, which would wait for the device: one beyond the
+    vocabulary makes its stream NaN, a negative one counts from the vocabulary's end. `read`, `score` and `generate`
+    check them.
 
     Args:
       model: the model.
       state: from `init_state` or an earlier step.
-      tokens: int32 token ids; each row one stream, right-padded.
+      tokens: int32 ids in [0, V); each row one stream, right-padded.
       count: real tokens in each row; all where None.
 
     Returns:

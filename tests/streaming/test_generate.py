@@ -203,6 +203,26 @@ def test_wrong_arguments(model, rows, options, message):
 
 
 @pytest.mark.quick
+def test_what_stands_behind_a_streams_end_cannot_be_read(model, greedy):
+    """Generated rows that have ended hold -1: to be fed back with their lengths, or not at all."""
+    prompt, lengths, expected = greedy
+    stop = int(expected[1, 0])
+    state, tokens = sj.generate(
+        model, start(model), prompt, prompt_lengths=lengths, max_new_tokens=4, sampler=GREEDY, stop_tokens=[stop]
+    )
+    tokens = np.asarray(tokens)
+    assert tokens[1].tolist() == [stop, -1, -1, -1]
+    row, place = np.argwhere(tokens < 0)[0]
+    message = f"token id -1 at place {place} of row {row} is outside .* where rows end in padding, give their lengths"
+    with pytest.raises(ValueError, match=message):
+        sj.generate(model, state, tokens, max_new_tokens=1, sampler=GREEDY)
+    state, _ = sj.generate(
+        model, state, tokens, prompt_lengths=(tokens >= 0).sum(axis=1), max_new_tokens=1, sampler=GREEDY
+    )
+    assert np.isfinite(state.hidden).all()
+
+
+@pytest.mark.quick
 def test_no_new_tokens_is_only_reading(model):
     prompt = random_tokens(2, PROMPT)
     state, tokens = sj.generate(model, start(model), prompt, max_new_tokens=0, sampler=GREEDY, chunk_size=8)

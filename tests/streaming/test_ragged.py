@@ -37,7 +37,7 @@ def read_ragged(model, tokens, counts, width: int):
     state, start, logits = sj.init_state(model, CACHES, batch_size=ROWS), np.zeros(ROWS, int), [[] for _ in range(ROWS)]
     for count in counts:
         count = np.minimum(count, LENGTH - start)
-        chunk = np.full((ROWS, width), VOCAB - 1, np.int32)
+        chunk = np.full((ROWS, width), VOCAB, np.int32)  # an id that the model lacks: read, it would make NaN
         for row in range(ROWS):
             chunk[row, : count[row]] = tokens[row, start[row] : start[row] + count[row]]
         state, out = sj.step(model, state, chunk, jnp.asarray(count, jnp.int32))

@@ -102,3 +102,31 @@ def test_wrong_arguments(scored, untyped, call, tokens, options, message):
         with pytest.raises(ValueError, match=message) as error:
             call(model, sj.init_state(model, cache, batch_size=2), tokens, **options)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("wrong", [VOCAB, 10**6, -1, -VOCAB])
+@pytest.mark.parametrize("call", [sj.score, sj.read])
+def test_ids_that_the_model_lacks_are_refused_by_place(scored, call, wrong):
+    """Real ones only: whatever stands in padding is not read."""
+    model, tokens, expected = scored
+    tokens = tokens.copy()
+    tokens[1, 23] = wrong
+    state = sj.init_state(model, DENSE, batch_size=2)
+    with pytest.raises(
+        ValueError, match=f"token id {wrong} at place 23 of row 1 is outside the model's vocabulary of {VOCAB};"
+    ) as error:
+        call(model, state, tokens, CHUNK, lengths=np.array([LENGTH, 24]))
+    assert "\n" not in str(error.value)
+    state, nll = sj.score(model, state, tokens, CHUNK, lengths=np.array([LENGTH, 23]))  # the state is still there
+    np.testing.assert_allclose(nll[0], expected[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(nll[1, :23], expected[1, :23], atol=1e-4, rtol=0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("call", [sj.score, sj.read])
+def test_ids_are_whole_numbers(scored, untyped, call):
+    model, tokens, _ = scored
+    with pytest.raises(ValueError, match="tokens must be whole numbers, got float64"):
+        call(model, sj.init_state(model, DENSE, batch_size=2), tokens.astype(np.float64))
+    call(model, sj.init_state(model, DENSE, batch_size=2), [[], []])  # an empty list has no type of its own
