@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt32
 
@@ -114,22 +115,23 @@ def init_state(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     caches = layer_caches(model.config, cache)
-    return _init(model.config, caches, batch_size, position % 2**32, jnp.dtype(dtype or model.dtype), model.dtype)
+    start = np.uint32(position % 2**32)
+    return _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@partial(jax.jit, static_argnames=("config", "caches", "batch_size", "dtype", "hidden_dtype"))
 def _init(
     config: ModelConfig,
     caches: tuple[Cascade, ...],
     batch_size: int,
-    position: int,
+    position: UInt32[Array, ""],
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
     spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype)
     return StreamState(
         layers=tuple(cache.init(spec) for cache in caches),
-        position=jnp.full((batch_size,), position, jnp.uint32),
+        position=jnp.broadcast_to(position, (batch_size,)),
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),
         caches=caches,

@@ -7,6 +7,7 @@ import pytest
 
 import streamjax as sj
 from streaming.tiny import GQA, LOCAL, build, random_tokens, read_stream
+from streamjax.streaming.state import _init
 
 FUSED = sj.kv.preset("streaming_llm", sinks=2, window=6)
 CACHES = (FUSED, sj.kv.Cascade(sj.kv.Window(2), sj.kv.Full(22)))
@@ -57,6 +58,19 @@ def test_cache_bytes_is_what_the_arrays_take():
     kv = 2 * 3 * 2 * 6 * 6 * 4  # keys and values; rows, heads, slots, channels, bytes
     layer = kv + 3 * 6 * 4 + 2 * 3 * 4  # positions, and two counters
     assert state.cache_bytes == 2 * layer + 3 * (4 + 4) + 3 * 16 * 4
+
+
+@pytest.mark.quick
+def test_streams_may_begin_anywhere_with_one_program():
+    """The position is data: another one compiles nothing."""
+    model = build(GQA)
+    sj.init_state(model, FUSED, batch_size=2)
+    programs = _init._cache_size()
+    for position, expected in ((7, 7), (2**31 + 5, 2**31 + 5), (2**32 + 3, 3), (-1, 2**32 - 1)):
+        begun = sj.init_state(model, FUSED, batch_size=2, position=position)
+        assert begun.position.dtype == jnp.uint32
+        assert begun.position.tolist() == [expected] * 2
+    assert _init._cache_size() == programs
 
 
 @pytest.mark.quick
