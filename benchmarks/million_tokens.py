@@ -4,12 +4,14 @@
     python -m benchmarks.million_tokens --caches window --tokens 200000
 
 The model of the repository reads held-out text, over and over, in stretches of 8,192 tokens that are scored, and after
-each of them goes on by 32 tokens of its own. Each cache has a fresh process, which notes after every stretch how much
-memory it has in RAM (`resident`), what of it the C library has given out and not got back (`heap`; Linux with glibc),
-and how many JAX arrays live (`arrays`). Figures are MB, medians over the quarters of the stream; `state` is the
-stream's own. The process has one heap for all its threads (MALLOC_ARENA_MAX=1). With glibc's usual one for each
-thread, resident memory moves up and down by the scan's scratch block of 19 MB, as now one thread and now another keeps
-it in reserve; what is given out stays the same.
+each of them goes on by 32 tokens of its own. Both caches hold 512 tokens; `streaming_llm` has 4 of them as sinks. Each
+has a fresh process, which notes after every stretch how much memory it has in RAM (`resident`), what of it the C
+library has given out and not got back (`heap`; Linux with glibc), and how many JAX arrays live (`arrays`). Figures are
+MB, medians over the four quarters of the stream; `state` is the stream's own.
+
+The process has one heap for all its threads (MALLOC_ARENA_MAX=1). With glibc's usual one for each thread, resident
+memory moves up and down by the scan's scratch block of 19 MB, as now one thread and now another keeps it in reserve;
+what is given out stays the same.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from streamjax.evaluation import resident_bytes
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stdlib_byte"
 CACHES = {
-    "streaming_llm 4+508": sj.kv.preset("streaming_llm", sinks=4, window=508),
-    "window 512": sj.kv.preset("window", window=512),
+    "streaming_llm": sj.kv.preset("streaming_llm", sinks=4, window=508),
+    "window": sj.kv.preset("window", window=512),
 }
 STRETCH, NEW = 8192, 32  # tokens scored, and tokens generated after them
 
