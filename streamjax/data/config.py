@@ -15,13 +15,15 @@ class DataConfig:
       tokenizer: a folder with `tokenizer.json`, or the file; bytes if None.
       seq_len: T, tokens in a row.
       batch_size: B, rows in a batch, over all processes.
-      packing: "concat" joins documents and cuts the stream; "pack" puts documents side by side as segments.
+      packing: "concat" joins documents and cuts the stream; "pack" puts documents side by side as segments; "streams"
+        makes every row of a batch a stream of its own that the same row of the next batch continues, its documents
+        one after another as a model reads them at inference.
       bos_each_row: with "concat", every row begins with BOS, and documents do not.
       shuffle_seed: reorders documents anew in every epoch, and rows; None keeps the order of the source.
       shuffle_tokens: rows are shuffled within a buffer of this many tokens (and at most 4,096 rows), since neighbouring
-        rows of a stream come from one document; 0 keeps the order of the stream.
+        rows of a stream come from one document; 0 keeps the order of the stream, as "streams" does always.
       epochs: passes over the documents; None never ends.
-      num_workers: processes that read and tokenise; 0 does it in this one.
+      num_workers: processes that read and tokenise; 0 does it in this one. At most 1 for "streams".
       prefetch: batches prepared ahead in a thread; 0 prepares a batch when it is asked for.
     """
 
@@ -31,7 +33,7 @@ class DataConfig:
     tokenizer: str | None = None
     seq_len: int = 1024
     batch_size: int = 8
-    packing: Literal["concat", "pack"] = "concat"
+    packing: Literal["concat", "pack", "streams"] = "concat"
     bos_each_row: bool = True
     shuffle_seed: int | None = 0
     shuffle_tokens: int = 1 << 20
@@ -40,12 +42,14 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        if self.packing not in ("concat", "pack"):
-            raise ValueError(f'DataConfig.packing is {self.packing!r}: use "concat" or "pack"')
+        if self.packing not in ("concat", "pack", "streams"):
+            raise ValueError(f'DataConfig.packing is {self.packing!r}: use "concat", "pack" or "streams"')
         least_values = {"seq_len": 2, "batch_size": 1, "shuffle_tokens": 0, "num_workers": 0, "prefetch": 0}
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"DataConfig.{name} is {getattr(self, name)}: at least {least} is needed")
+        if self.packing == "streams" and self.num_workers > 1:
+            raise ValueError(f'DataConfig.num_workers is {self.num_workers}: packing "streams" takes 0 or 1')
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"DataConfig.epochs is {self.epochs}: use None, or 1 and more")
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:

@@ -1,8 +1,9 @@
 """The input pipeline: documents to batches, with Grain, so that its place can be saved and resumed exactly."""
 
 import functools
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -11,7 +12,7 @@ from absl import flags
 
 from streamjax.data.config import DataConfig
 from streamjax.data.packing import concat_rows, pack_rows
-from streamjax.data.sources import open_source
+from streamjax.data.sources import DocumentSource, open_source
 from streamjax.data.tokenizers import Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -24,6 +25,9 @@ def make_train_iterator(
     config: DataConfig, *, shard: grain.sharding.ShardOptions | None = None, split: str = "train"
 ) -> grain.DatasetIterator:
     """Batches to train on, in an order that depends on nothing but the arguments.
+
+    With "streams" row i of every batch continues row i of the batch before it. The documents are dealt out to the
+    rows, anew in every epoch of a row where they are shuffled.
 
     Args:
       config: what to read.
@@ -41,11 +45,22 @@ def make_train_iterator(
         shared out.
     """
     index, count = _shard(shard)
-    rows = _rows(config, split, seed=config.shuffle_seed, epochs=config.epochs, index=index, count=count)
-    window = min(config.shuffle_tokens // config.seq_len, _MOST_SHUFFLED_ROWS)
-    if config.shuffle_seed is not None and window > 1:
-        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=config.shuffle_seed)
-    batches = rows.batch(_share(config.batch_size, count), drop_remainder=True)
+    share = _share(config.batch_size, count)
+    tokenizer, source = _open(config, split)
+    if config.packing == "streams":
+        _require_documents(config, source, split, config.batch_size, "streams")
+        streams = [
+            _rows(config, tokenizer, source, config.shuffle_seed, config.epochs, row, config.batch_size)
+            for row in range(index * share, (index + 1) * share)
+        ]
+        batches = grain.experimental.ZipIterDataset(streams, strict=False).map(_stack)
+    else:
+        _require_documents(config, source, split, count, "processes")
+        rows = _rows(config, tokenizer, source, config.shuffle_seed, config.epochs, index, count)
+        window = min(config.shuffle_tokens // config.seq_len, _MOST_SHUFFLED_ROWS)
+        if config.shuffle_seed is not None and window > 1:
+            rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=config.shuffle_seed)
+        batches = rows.batch(share, drop_remainder=True)
     if config.num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which only absl programs parse
@@ -65,8 +80,9 @@ def make_eval_batches(
     """The first batches of a split, the same ones every time.
 
     One pass over the documents in a fixed shuffled order, so that few batches still see many kinds of text. The last
-    batch is filled with rows of weight 0: with enough batches every token of the split counts once. Every process goes
-    through all rows and takes its own, so that all have equally many batches.
+    batch, and with "streams" a row whose documents are at an end, is filled with weight 0: with enough batches every
+    token of the split counts once. Every process goes through all rows and takes its own, so that all have equally many
+    batches.
 
     Args:
       config: what to read; its shuffling, epochs and workers play no part.
@@ -84,21 +100,60 @@ def make_eval_batches(
         raise ValueError(f"num_batches is {num_batches}: at least 1 is needed")
     index, count = _shard(shard)
     share = _share(config.batch_size, count)
-    rows = _rows(config, split, seed=_EVAL_SEED, epochs=1, index=0, count=1)
+    tokenizer, source = _open(config, split)
+    mine = slice(index * share, (index + 1) * share)
+    if config.packing == "streams":
+        total = min(config.batch_size, len(source))
+        streams = [_rows(config, tokenizer, source, _EVAL_SEED, 1, row, total) for row in range(total)]
+        return _EvalStreams(streams, config, num_batches, mine)
+    rows = _rows(config, tokenizer, source, _EVAL_SEED, 1, 0, 1)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     batches = grain.experimental.LimitIterDataset(rows.batch(config.batch_size, batch_fn=fill), num_batches)
-    mine = slice(index * share, (index + 1) * share)
     return batches.map(lambda batch: {key: value[mine] for key, value in batch.items()})
 
 
-def _rows(config: DataConfig, split: str, *, seed: int | None, epochs: int | None, index: int, count: int) -> Any:
-    tokenizer: Tokenizer = load_tokenizer(config.tokenizer)
+class _EvalStreams:
+    """The first batches of streams that end; what has no text, behind an end or for lack of documents, has weight 0."""
+
+    def __init__(self, streams: Sequence[Any], config: DataConfig, num_batches: int, mine: slice):
+        self._streams, self._num_batches, self._mine = streams, num_batches, mine
+        self._missing = config.batch_size - len(streams)
+        empty = np.zeros(config.seq_len, np.int32)
+        self._padding = {"tokens": empty, "targets": empty, "weights": empty.astype(np.float32)}
+
+    def __iter__(self) -> Iterator[Batch]:
+        longest = itertools.zip_longest(*self._streams, fillvalue=self._padding)
+        for rows in itertools.islice(longest, self._num_batches):
+            yield _stack([*rows, *[self._padding] * self._missing][self._mine])
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _open(config: DataConfig, split: str) -> tuple[Tokenizer, DocumentSource]:
     source = open_source(config.source, split, text_key=config.text_key, data_dir=config.data_dir)
+    return load_tokenizer(config.tokenizer), source
+
+
+def _require_documents(config: DataConfig, source: DocumentSource, split: str, count: int, what: str) -> None:
     if len(source) < count:
         raise ValueError(
-            f"data source {config.source!r} has {len(source)} documents in {split!r}, for {count} processes: "
+            f"data source {config.source!r} has {len(source)} documents in {split!r}, for {count} {what}: "
             "split it into more files"
         )
+
+
+def _rows(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    source: DocumentSource,
+    seed: int | None,
+    epochs: int | None,
+    index: int,
+    count: int,
+) -> Any:
+    """The rows of share `index` of `count` of the documents."""
     documents = grain.MapDataset.source(source)
     if seed is not None:
         documents = documents.shuffle(seed)
@@ -107,7 +162,7 @@ def _rows(config: DataConfig, split: str, *, seed: int | None, epochs: int | Non
     documents = documents.repeat(epochs)
     if config.packing == "pack":
         return pack_rows(documents, tokenizer, config.seq_len)
-    return concat_rows(documents, tokenizer, config.seq_len, config.bos_each_row)
+    return concat_rows(documents, tokenizer, config.seq_len, config.bos_each_row and config.packing == "concat")
 
 
 def _shard(shard: grain.sharding.ShardOptions | None) -> tuple[int, int]:
