@@ -81,6 +81,7 @@ class Query:
 
     q: rotated to the true position, [B, C, H, D]. raw_q: not rotated. position: uint32 [B, C], modulo 2^32. seen:
     tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
+    differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     """
 
     q: Float[Array, "B C H D"]
@@ -91,6 +92,7 @@ class Query:
     rotary: Rotary | None = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(metadata={"static": True})
+    differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def index(self) -> Int32[Array, "B C"]:
@@ -114,10 +116,13 @@ class Query:
         """Attend causally to keys at these stream positions, at most `reach` positions back.
 
         Distances are differences of uint32 positions read as int32: right across the wrap of the counter. Slots are
-        taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited.
+        taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited, unless
+        the query is differentiable: a loop without a fixed end has no reverse mode.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
         size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
+        if self.differentiable:
+            filled = None
         if slots == size and (filled is None or single):
             return self._attend(k, v, position, valid, reach)
 
@@ -152,6 +157,12 @@ class Query:
         return Partial(*(jnp.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)))
 
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
+        attend_all = Query._attend_all
+        if self.differentiable:
+            attend_all = jax.checkpoint(attend_all, static_argnums=5)
+        return attend_all(self, k, v, position, valid, reach)
+
+    def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
         visible = valid[:, :, None, :] & (distance >= 0)
         if reach is not None:

@@ -42,13 +42,14 @@ class ChunkContext:
     """Where the tokens of one chunk of B streams stand.
 
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
-    saturating. span: positions in use at once, which `dynamic` and `longrope` depend on.
+    saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable: see `Query`.
     """
 
     position: UInt32[Array, "B C"]
     valid: Bool[Array, "B C"]
     seen: Int32[Array, " B"]
     span: int = dataclasses.field(metadata={"static": True})
+    differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -116,6 +117,7 @@ class Attention(nnx.Module):
             rotary=rotary,
             scale=self.config.scale,
             softcap=self.config.attention_softcap,
+            differentiable=context.differentiable,
         )
         out, state = cache.update(state, query, tokens)
         return self.projections.join(out, x.dtype), state

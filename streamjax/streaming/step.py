@@ -16,12 +16,18 @@ from streamjax.streaming.state import SEEN_LIMIT, StreamState
 
 
 def advance(
-    model: Decoder, state: StreamState, tokens: Int[Array, "B C"], count: Int32[Array, " B"] | None = None
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[Array, "B C"],
+    count: Int32[Array, " B"] | None = None,
+    *,
+    differentiable: bool = False,
 ) -> tuple[StreamState, Float[Array, "B C E"]]:
     """Read a chunk; return the new state and the hidden states of its tokens. For use under `jax.jit`.
 
     `count` says how many tokens of each row are real (a prefix of the row; all where None). Rows of which none is real
-    keep their state. From the first token beyond a `dense` cache's capacity on, hidden states are NaN.
+    keep their state. From the first token beyond a `dense` cache's capacity on, hidden states are NaN. With
+    `differentiable` there is a reverse mode, from the hidden states and the new state to the model and the old state.
 
     Raises:
       ValueError: another number of rows than streams.
@@ -35,6 +41,7 @@ def advance(
         valid=offset < count[:, None],
         seen=state.seen,
         span=state.span,
+        differentiable=differentiable,
     )
     # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
     tokens = jnp.where(context.valid, tokens, 0)
