@@ -2,7 +2,7 @@
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.full import Full
-from streamjax.kv.presets import Preset, preset, presets
+from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.sink import Sink
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.window import Window
@@ -17,6 +17,7 @@ __all__ = [
     "Sink",
     "Tier",
     "Window",
+    "parse_preset",
     "preset",
     "presets",
 ]

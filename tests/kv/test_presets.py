@@ -24,6 +24,29 @@ def test_every_preset_builds_and_names_its_paper():
 
 
 @pytest.mark.quick
+def test_presets_are_described_in_one_word():
+    assert sj.kv.parse_preset("streaming_llm:sinks=2,window=9") == ("streaming_llm", {"sinks": 2, "window": 9})
+    assert sj.kv.parse_preset("dense") == ("dense", {})
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("streaming_lm", "unknown cache 'streaming_lm'; did you mean 'streaming_llm'\\?"),
+        ("zzz", "unknown cache 'zzz'; known: .*dense"),
+        ("window:windw=3", "cache 'window' has no option 'windw'; did you mean 'window'\\?"),
+        ("window:window", "cache option 'window' lacks its value: write window=NUMBER"),
+        ("window:window=many", "cache 'window': window must be a number, not 'many'"),
+    ],
+)
+def test_wrong_descriptions(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sj.kv.parse_preset(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from streamjax.kv.cascade import Cascade
@@ -45,6 +45,29 @@ def presets() -> dict[str, Preset]:
     return dict(sorted(_PRESETS.items()))
 
 
+def parse_preset(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a preset that one word describes, such as "streaming_llm:sinks=4,window=1020".
+
+    Options that are not written are not in the result; values have the type of their option's default.
+
+    Raises:
+      ValueError: an unknown name or option, with the nearest known one; a value that is no number.
+    """
+    name, _, rest = text.partition(":")
+    if name not in _PRESETS:
+        raise ValueError(f"unknown cache {name!r}; {_nearest(name, _PRESETS)}")
+    known = _PRESETS[name].options
+    options = {}
+    for item in filter(None, rest.split(",")):
+        option, equals, value = item.partition("=")
+        if option not in known:
+            raise ValueError(f"cache {name!r} has no option {option!r}; {_nearest(option, known)}")
+        if not equals:
+            raise ValueError(f"cache option {item!r} lacks its value: write {option}=NUMBER")
+        options[option] = _value(name, option, value, known[option])
+    return name, options
+
+
 def preset(name: str, **options: Any) -> Cascade:
     """The cascade of a published system.
 
@@ -56,11 +79,28 @@ def preset(name: str, **options: Any) -> Cascade:
       ValueError: an unknown name or option; the message suggests the nearest.
     """
     if name not in _PRESETS:
-        near = difflib.get_close_matches(name, _PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_PRESETS))}"
-        raise ValueError(f"unknown cache preset {name!r}; {hint}")
+        raise ValueError(f"unknown cache preset {name!r}; {_nearest(name, _PRESETS)}")
     known = _PRESETS[name].options
     for option in options:
         if option not in known:
             raise ValueError(f"cache preset {name!r} has no option {option!r}; it takes {', '.join(known)}")
     return _PRESETS[name].build(**options)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _value(name: str, option: str, value: str, default: object) -> object:
+    """A value of the default's type."""
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"cache {name!r}: {option} is true or false, not {value!r}")
+        return value.lower() == "true"
+    if isinstance(default, str):
+        return value
+    try:
+        return float(value) if isinstance(default, float) else int(value)
+    except ValueError:
+        raise ValueError(f"cache {name!r}: {option} must be a number, not {value!r}") from None
