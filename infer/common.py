@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,15 +15,18 @@ from typing import Any
 
 import jax
 from absl import flags, logging
+from jax.sharding import Mesh
 
 import streamjax as sj
 from streamjax.data.tokenizers import Tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.sink_window import SinkWindow
+from streamjax.parallel.mesh import make_mesh
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "models" / "stdlib_byte"
 BUILTIN = "builtin"
+_MESH_AXES = ("data", "fsdp", "context", "tensor")
 _COMMON = ("help", "traceback", "compilation_cache")  # flags of every command
 Define = Callable[[flags.FlagValues], None]
 
@@ -41,8 +46,8 @@ def run_command(
 
     Args:
       about: the module's docstring, shown by --help.
-      define: functions that define flags.
-      body: the command.
+      define: functions that define flags; `define_model` among them, or called by them.
+      body: the command; it runs under the mesh of --mesh.
       argv: the program's name and its arguments.
     """
     values = flags.FlagValues()
@@ -70,7 +75,9 @@ def run_command(
         if values.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", str(Path(values.compilation_cache).expanduser()))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        body(values)
+        mesh = parse_mesh(values.mesh)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            body(values)
     except Stopped as stopped:
         return stopped.status
     except KeyboardInterrupt:
@@ -129,6 +136,11 @@ def define_model(values: flags.FlagValues) -> None:
         "dtype", None, ["float32", "bfloat16"], "Of the weights; bfloat16 on TPU and GPU, float32 on CPU by default.",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_string(
+        "mesh", None, "Devices to split the model over, such as tensor=4 or fsdp=2,tensor=4; -1 means those that are "
+        "left. tensor splits heads, MLPs, the vocabulary and the cache; fsdp splits weights, which are gathered where "
+        "they are used; data has nothing to split in a single stream. One device by default.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer("chunk_size", 512, "Tokens read in one step.", lower_bound=1, flag_values=values)
 
 
@@ -183,7 +195,26 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
     if not path.is_dir():
         raise ValueError(f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors")
     tokenizer = sj.load_tokenizer(Path(values.tokenizer).expanduser() if values.tokenizer else path)
-    return sj.load(path, dtype=values.dtype), tokenizer
+    return sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh)), tokenizer
+
+
+def parse_mesh(text: str | None) -> Mesh | None:
+    """The mesh that `--mesh` describes, over all devices; None where there is no text.
+
+    Raises:
+      ValueError: an unknown axis, a size that is no number, or sizes that do not fit the devices.
+    """
+    if not text:
+        return None
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
+        if axis not in _MESH_AXES:
+            raise ValueError(f"--mesh={text}: no mesh axis {axis!r}; {_nearest(axis, _MESH_AXES)}")
+        if axis in sizes or not re.fullmatch(r"-?\d+", size):
+            raise ValueError(f"--mesh={text}: give {axis} once, with a number of devices, such as {axis}=4")
+        sizes[axis] = int(size)
+    return make_mesh(**sizes)
 
 
 def parse_cache(text: str, trained_length: int, dense_capacity: int | None = None) -> Cascade:
