@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the demonstration
 # make test   set up .venv with what the tests need, and run them
 # make lint   check style and types
+# make aot    the compilers for TPUs and GPUs that are not there, for benchmarks/*memory.py
 # PYTHON=python3.12 chooses another Python (3.11 or newer); PYTEST_ARGS="-k merge" runs a part of the tests.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 -m "not slow"
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint aot clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.library
@@ -21,6 +22,12 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The GPU compiler comes without any NVIDIA library, and of JAX's own version.
+aot: $(VENV)/.library
+	$(PIP) --no-deps --upgrade --target $(VENV)/aot libtpu
+	jax=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(PIP) --no-deps --upgrade --target $(VENV)/aot-gpu jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
 
 clean:
 	rm -rf $(VENV) out

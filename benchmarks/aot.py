@@ -1,9 +1,11 @@
-"""Compile programs for TPUs that are not there: ahead of time, on any CPU, with the real TPU compiler.
+"""Compile programs for TPUs and GPUs that are not there: ahead of time, on any CPU, with the real compilers.
 
-    pip install --target .venv/aot libtpu        # what `make test` does
+    pip install --target .venv/aot libtpu                                        # what `make test` does
+    pip install --no-deps --target .venv/aot-gpu jax-cuda13-plugin jax-cuda13-pjrt      # `make aot`; no NVIDIA library
 
-`libtpu` lies in a folder of its own because JAX takes a machine on which it can import it for a TPU host. So a compile
-runs in a fresh process whose environment is `child_environment(topology)`; there `tpu_mesh` gives a mesh of the chips.
+The compilers lie in folders of their own because JAX takes a machine on which it can import libtpu for a TPU host. So a
+compile runs in a fresh process whose environment is `child_environment(topology)`; there `devices` gives the chips and
+`tpu_mesh` a mesh of them. An H100 is described by `h100.txtpb`, the properties that its driver reports.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -21,32 +25,49 @@ from jax.sharding import Mesh
 
 from streamjax.parallel.mesh import make_mesh
 
-# Chips by the topology's name, the accelerator type that libtpu wants to hear, and bytes of memory of one chip.
+
+class Target(NamedTuple):
+    """Chips to compile for: `memory_bytes` is what a program may use of one chip's memory."""
+
+    platform: str  # "tpu" or "cuda"
+    memory_bytes: int
+    accelerator: str = ""  # the type that libtpu wants to hear
+
+
+# TPUs by the topology's name. Memory: 16, 95 and 32 GiB, of which the compiler keeps some of a v6e's for itself; of an
+# H100's 80 GB, what the driver leaves.
 TOPOLOGIES = {
-    "v5e:2x4": ("v5litepod-8", 16 * 2**30),
-    "v5p:2x2x1": ("v5p-8", 95 * 2**30),
+    "v5e:2x4": Target("tpu", 16 * 2**30, "v5litepod-8"),
+    "v5p:2x2x1": Target("tpu", 95 * 2**30, "v5p-8"),
+    "v6e:1x1": Target("tpu", int(31.24 * 2**30), "v6e-1"),
+    "h100": Target("cuda", 84_942_979_072),
 }
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = Path(sys.prefix) / "aot"
-INSTALL = f"no libtpu in {LIBRARY}: run `{sys.executable} -m pip install --target {LIBRARY} libtpu` (`make test` does)"
+H100 = Path(__file__).with_name("h100.txtpb")
+LIBRARIES = {"tpu": Path(sys.prefix) / "aot", "cuda": Path(sys.prefix) / "aot-gpu"}
+_PACKAGES = {"tpu": "libtpu", "cuda": f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"}
+_MARKS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 
 
-def available() -> bool:
-    """Whether the TPU compiler is installed where `child_environment` looks for it."""
-    return (LIBRARY / "libtpu").exists()
+def available(platform: str = "tpu") -> bool:
+    """Whether the compiler of a platform is installed where `child_environment` looks for it."""
+    return (LIBRARIES[platform] / _MARKS[platform]).exists()
 
 
 def child_environment(topology: str) -> dict[str, str]:
     """The environment of a process that compiles for `topology`.
 
     Raises:
-      ValueError: an unknown topology, or no libtpu.
+      ValueError: an unknown topology, or its compiler is not installed.
     """
     if topology not in TOPOLOGIES:
         raise ValueError(f"unknown topology {topology!r}; known: {', '.join(TOPOLOGIES)}")
-    if not available():
-        raise ValueError(INSTALL)
-    path = os.pathsep.join(filter(None, [str(ROOT), str(LIBRARY), os.environ.get("PYTHONPATH", "")]))
+    platform, _, accelerator = TOPOLOGIES[topology]
+    library = LIBRARIES[platform]
+    if not available(platform):
+        install = f"{sys.executable} -m pip install --no-deps --target {library} {_PACKAGES[platform]}"
+        raise ValueError(f"no compiler for {topology} in {library}: run `{install}` (or `make aot`)")
+    path = os.pathsep.join(filter(None, [str(ROOT), str(library), os.environ.get("PYTHONPATH", "")]))
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "PYTHONPATH": path,
@@ -54,14 +75,21 @@ def child_environment(topology: str) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it takes no chip, so several may compile at once
-        "TPU_ACCELERATOR_TYPE": TOPOLOGIES[topology][0],
+        "TPU_ACCELERATOR_TYPE": accelerator,
     }
 
 
+def devices(topology: str) -> Sequence[jax.Device]:
+    """The chips of `topology`, which exist for the compiler only; for a process of `child_environment`."""
+    if TOPOLOGIES[topology].platform == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    jax.devices()  # registers the plugin; the platform stays the CPU
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100.read_text()).devices
+
+
 def tpu_mesh(topology: str, **axes: int) -> Mesh:
-    """A mesh of the chips of `topology`, which exist for the compiler only; for a process of `child_environment`."""
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return make_mesh(**axes, devices=chips)
+    """A mesh of the chips of `topology`; for a process of `child_environment`."""
+    return make_mesh(**axes, devices=devices(topology))
 
 
 def bytes_per_device(tree: object) -> int:
