@@ -55,6 +55,12 @@ class Block(nnx.Module):
         """The layer up to attention, token by token: rotated queries and keys, and values."""
         return self.mixer.project(self.mixer_norm(x), context)
 
+    def keys(
+        self, x: Float[Array, "B T E"], context: SequenceContext
+    ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Keys and values of `project` alone."""
+        return self.mixer.keys(self.mixer_norm(x), context)
+
     def combine(self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
         return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype))

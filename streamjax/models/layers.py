@@ -91,17 +91,25 @@ class Projections(nnx.Module):
         self, x: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Queries, keys and values, normalised and clipped as the config says, not rotated."""
-        qkv = jnp.einsum("bte,ekgd->btkgd", x, self.qkv[...].astype(x.dtype))
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        if self.config.clip_qkv is not None:
-            qkv = jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
         group = self.config.group_size
+        qkv = self._product(x, 0)
         q = qkv[..., :group, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        k, v = qkv[..., group, :], qkv[..., group + 1, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return (q if self.q_norm is None else self.q_norm(q)), *self._keys(qkv[..., group:, :])
+
+    def keys(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Keys and values of `split`, without the work for the queries."""
+        return self._keys(self._product(x, self.config.group_size))
+
+    def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
+        """The fused product, from member `first` of each group on."""
+        qkv = jnp.einsum("bte,ekgd->btkgd", x, self.qkv[:, :, first:].astype(x.dtype))
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[:, first:].astype(x.dtype)
+        return qkv if self.config.clip_qkv is None else jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
+
+    def _keys(self, pair: Float[Array, "B T K 2 D"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        k, v = pair[..., 0, :], pair[..., 1, :]
+        return (k if self.k_norm is None else self.k_norm(k)), v
 
     def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
         """Project the heads' outputs back to `d_model` channels."""

@@ -12,7 +12,7 @@ from streamjax.models.decoder import Decoder
 def unstack_layers(model: Decoder) -> Decoder:
     """The same model with one module a layer: what decoding reads without copies."""
     layers = [model.layer(i) for i in range(model.config.num_layers)]
-    return _with_layers(model, [], layers)
+    return with_layers(model, [], layers)
 
 
 def stack_layers(model: Decoder) -> Decoder:
@@ -23,10 +23,16 @@ def stack_layers(model: Decoder) -> Decoder:
     stack = [
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period]) for i in range(period)
     ]
-    return _with_layers(model, stack, layers[repeats * period :])
+    return with_layers(model, stack, layers[repeats * period :])
 
 
-def _with_layers(model: Decoder, stack: list, layers: list) -> Decoder:
+def without_layers(model: Decoder) -> Decoder:
+    """The model's two ends: embedding, last norm and output."""
+    return with_layers(model, [], [])
+
+
+def with_layers(model: Decoder, stack: list, layers: list) -> Decoder:
+    """A copy of the model with other layers, or trees in their places."""
     leaves, structure = jax.tree.flatten(model)
     copy: Decoder = jax.tree.unflatten(structure, leaves)
     copy.stack, copy.layers = nnx.List(stack), nnx.List(layers)

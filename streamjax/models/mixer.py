@@ -81,14 +81,24 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries and keys, and values: what attention needs of each token by itself."""
         q, k, v = self.projections.split(x)
-        if self.spec.rope is not None:
-            rotary = make_rotary(self.spec.rope, self.config.head_dim, context.length)
-            q, k = rotary(q, context.position), rotary(k, context.position)
-        return (
-            constrain(q, "batch", "length", "heads", "head_dim"),
-            constrain(k, "batch", "length", "kv_heads", "head_dim"),
-            constrain(v, "batch", "length", "kv_heads", "head_dim"),
+        return constrain(self._rotated(q, context), "batch", "length", "heads", "head_dim"), *self._placed(
+            k, v, context
         )
+
+    def keys(
+        self, x: Float[Array, "B T E"], context: SequenceContext
+    ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Keys and values of `project` alone."""
+        return self._placed(*self.projections.keys(x), context)
+
+    def _placed(self, k: Array, v: Array, context: SequenceContext) -> tuple[Array, Array]:
+        axes = ("batch", "length", "kv_heads", "head_dim")
+        return constrain(self._rotated(k, context), *axes), constrain(v, *axes)
+
+    def _rotated(self, x: Array, context: SequenceContext) -> Array:
+        if self.spec.rope is None:
+            return x
+        return make_rotary(self.spec.rope, self.config.head_dim, context.length)(x, context.position)
 
     def stream(
         self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext

@@ -1,25 +1,34 @@
-"""The loss of a batch and its gradient.
+"""The loss of a batch and its gradient, in several orders that give the same numbers for different memory.
 
-`method` says what the backward pass keeps: "full" keeps every activation, "remat" each layer's input only (gradient
-checkpointing, 1604.06174). The gradients are the same.
+"full" keeps every activation; "remat" each layer's input (gradient checkpointing, 1604.06174); "layer" and "chunk" cut
+the sequence (`layer_order.py`, `chunk_order.py`). Logits exist for a part of the sequence at a time in all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
+from streamjax.attention.partial import accumulator
 from streamjax.models.decoder import Decoder
-from streamjax.training.losses import chunked_loss
+from streamjax.training import layer_order
+from streamjax.training.chunks import Sequence
+from streamjax.training.ends import default_logits_chunk, whole_sequence_stats
+from streamjax.training.objectives import CrossEntropy, Objective
+from streamjax.training.options import Options
+from streamjax.training.trainable import Trainable, combine, partition
 
 Batch = Mapping[str, Array]
-Method = Literal["full", "remat"]
+Method = Literal["full", "remat", "layer"]
 METHODS: tuple[str, ...] = get_args(Method)
+DEFAULT_CHUNK = 2048
 
 
 def check_method(method: str) -> None:
@@ -28,41 +37,103 @@ def check_method(method: str) -> None:
         raise ValueError(f"unknown backprop method {method!r}; use one of {', '.join(METHODS)}")
 
 
-def loss_sum(model: Decoder, batch: Batch, *, remat: bool = False, logits_chunk: int | None = None) -> Float[Array, ""]:
-    """Weighted sum of the negative log-likelihoods of a batch, in nats; see `loss_and_grad` for the arguments."""
-    hidden = model.hidden(
-        batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), remat=remat
-    )
-    return chunked_loss(model, hidden, batch["targets"], batch["weights"], chunk_size=logits_chunk)
-
-
-@partial(jax.jit, static_argnames=("method", "logits_chunk"))
 def loss_and_grad(
-    model: Decoder, batch: Batch, method: str = "full", *, logits_chunk: int | None = None
+    model: Decoder,
+    batch: Mapping[str, Array | np.ndarray],
+    method: str = "full",
+    *,
+    objective: Objective | None = None,
+    chunk_size: int | None = None,
+    segment: int = 1,
+    offload: Literal["host"] | None = None,
+    offload_fraction: float = 1.0,
+    kv_grad_dtype: Any = None,
+    logits_chunk: int | None = None,
+    trainable: Trainable = nnx.Param,
 ) -> tuple[Float[Array, ""], Decoder]:
-    """Mean loss of a batch, and its gradient.
+    """Loss of a batch, and its gradient: the same with every method, but for rounding.
 
     Args:
       model: the model.
-      batch: tokens, targets int32 [B, T] and weights float32 [B, T]; segment_ids and positions int32 [B, T] if packed.
-      method: "full" or "remat"; what is kept for the backward pass.
-      logits_chunk: tokens of a row whose logits exist at once; None chooses.
+      batch: tokens, targets int32 [B, T] and weights float32 [B, T]; segment_ids and positions int32 [B, T] if packed;
+        what else the objective asks for.
+      method: "full" keeps all activations, "remat" the inputs of layers, "layer" too, but cuts the sequence into chunks
+        inside each layer.
+      objective: what is minimised; `CrossEntropy()` where None, the weighted mean over tokens in nats.
+      chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None.
+      segment: with "layer", layers from one kept input to the next; those between are computed again.
+      offload: "host" moves the kept inputs of "layer" to the host's memory.
+      offload_fraction: the share of them that is moved.
+      kv_grad_dtype: in which gradients of keys and values are summed over chunks; float32 (float64 for a float64
+        model) where None.
+      logits_chunk: tokens of a row whose logits exist at once; by default as many as make 256 MiB.
+      trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
 
     Returns:
-      The weighted mean of the tokens' negative log-likelihoods in nats, float32, and the gradient, shaped as the model.
-      Both are 0 where all weights are.
+      The loss, float32 (float64 for a float64 model), and the gradient, shaped as the model.
 
     Raises:
-      ValueError: an unknown method, or a batch that lacks an array.
+      ValueError: an unknown method or option, or a batch that makes no sense: an array is missing, a chunk is longer
+        than the sequence, no token counts, a target is not in the vocabulary. Values are checked where they are known:
+        not under `jax.jit`.
     """
     check_method(method)
-    missing = [name for name in ("tokens", "targets", "weights") if name not in batch]
-    if missing:
-        raise ValueError(f"the batch has no {missing[0]!r}; it needs tokens, targets and weights, each [B, T]")
-    total = jnp.sum(batch["weights"].astype(jnp.float32))
-    scale = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
+    objective = CrossEntropy() if objective is None else objective
+    objective.check(batch, model.config.vocab_size)
+    length = batch["tokens"].shape[1]
+    if chunk_size is not None and not 1 <= chunk_size <= length:
+        raise ValueError(f"chunk_size is {chunk_size}: use 1 to {length}, the length of the batch's sequences")
+    if segment < 1:
+        raise ValueError(f"segment is {segment}: at least 1 layer is needed")
+    if segment > 1 and method != "layer":
+        raise ValueError(f'segment is {segment}, which method "layer" has and {method!r} has not')
+    if offload is not None and (offload != "host" or method != "layer"):
+        raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
+    return _loss_and_grad(
+        model,
+        {name: jnp.asarray(x) for name, x in batch.items()},
+        method,
+        objective,
+        min(chunk_size or DEFAULT_CHUNK, length),
+        Options(
+            logits_chunk=logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0]),
+            trainable=trainable,
+            segment=segment,
+            offload=offload,
+            offload_fraction=offload_fraction,
+            kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
+        ),
+    )
 
-    def mean(model: Decoder) -> Array:
-        return loss_sum(model, batch, remat=method == "remat", logits_chunk=logits_chunk) * scale
 
-    return jax.value_and_grad(mean)(model)
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _loss_and_grad(
+    model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: Options
+) -> tuple[Float[Array, ""], Decoder]:
+    prepared = objective.prepare(batch)
+    if method == "layer":
+        return layer_order.loss_and_grad(model, Sequence.cut(batch, prepared, chunk_size), objective, options)
+    params, rest = partition(model, options.trainable)
+
+    def loss(params: Decoder) -> Array:
+        return whole_loss(combine(params, rest), batch, prepared, objective, options.logits_chunk, method == "remat")
+
+    return jax.value_and_grad(loss)(params)
+
+
+def whole_loss(
+    model: Decoder, batch: Batch, prepared: Batch, objective: Objective, logits_chunk: int, remat: bool = False
+) -> Float[Array, ""]:
+    """The loss by one pass over the whole sequence, for `jax.grad`."""
+    hidden = model.hidden(
+        batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), remat=remat
+    )
+    return objective.loss(whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk), prepared)
+
+
+def loss_sum(model: Decoder, batch: Batch, *, logits_chunk: int | None = None) -> Float[Array, ""]:
+    """Weighted sum of the negative log-likelihoods of a batch, in nats."""
+    size = logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0])
+    total = jnp.sum(jnp.where(batch["targets"] == CrossEntropy.ignore_index, 0.0, batch["weights"]))
+    objective = CrossEntropy()
+    return whole_loss(model, batch, objective.prepare(batch), objective, size) * total

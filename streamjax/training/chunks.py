@@ -1,0 +1,262 @@
+"""One chunk of one layer, forwards and backwards: the step that both orders of chunked backprop repeat.
+
+A layer is token by token but for attention, and attention needs of other tokens their keys and values only. So the
+output of a chunk follows from its input and a buffer of keys and values; backwards, the cotangent of its output becomes
+that of its input, of the layer's parameters, and of the keys and values of all tokens that it saw. Those are added to a
+buffer; when every later chunk has added to it, a chunk's own part of it is complete and goes back through the layer's
+projections (StreamBP, 2506.03077, section 3; here without a second pass over the chunks).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int32, UInt32
+
+from streamjax.attention import blockwise
+from streamjax.attention.blockwise import Blocks, Keys, Queries
+from streamjax.attention.partial import accumulator
+from streamjax.models.config import LayerSpec
+from streamjax.models.decoder import Block
+from streamjax.models.mixer import SequenceContext
+from streamjax.training.objectives import Batch
+from streamjax.training.trainable import combine
+
+BLOCK = 512  # queries, and keys, of one block of attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """B sequences of `length` tokens, cut into N chunks of C tokens, the last one padded with zeros.
+
+    tokens, position: [N, B, C]. segments: [B, N * C] or None. prepared: the objective's arrays, [N, B, C]. whole: the
+    same uncut, and those that are not [B, T].
+    """
+
+    tokens: Int32[Array, "N B C"]
+    position: UInt32[Array, "N B C"]
+    segments: Int32[Array, "B NC"] | None
+    prepared: Batch
+    whole: Batch
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def cut(cls, batch: Batch, prepared: Batch, chunk_size: int) -> Sequence:
+        """Cut a batch of tokens [B, T], with positions and segment_ids where it has them."""
+        rows, length = batch["tokens"].shape
+        positions = batch.get("positions")
+        positions = jnp.arange(length) if positions is None else positions
+        positions = jnp.broadcast_to(positions, (rows, length)).astype(jnp.uint32)
+        segments = batch.get("segment_ids")
+        if segments is not None:
+            segments = jnp.pad(segments, ((0, 0), (0, -length % chunk_size)))
+        return cls(
+            tokens=cut_chunks(batch["tokens"], chunk_size),
+            position=cut_chunks(positions, chunk_size),
+            segments=segments,
+            prepared={},
+            whole=prepared,
+            length=length,
+        ).with_prepared(prepared)
+
+    def with_prepared(self, prepared: Batch) -> Sequence:
+        """This sequence with other arrays to go with its tokens, [B, T] each or left uncut."""
+        shape = (self.tokens.shape[1], self.length)
+        cut = {name: cut_chunks(x, self.chunk_size) for name, x in prepared.items() if x.shape == shape}
+        return dataclasses.replace(self, prepared=cut, whole=prepared)
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.tokens.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """Slots of a buffer for the keys of all tokens: whole blocks."""
+        return math.ceil(self.count * self.chunk_size / self.block_k) * self.block_k
+
+    @property
+    def block_k(self) -> int:
+        return min(BLOCK, self.count * self.chunk_size)
+
+    def context(self, i: Any) -> SequenceContext:
+        """Where the tokens of chunk i stand."""
+        return SequenceContext(at(self.position, i), self.chunk_segments(i), self.length)
+
+    def chunk_segments(self, i: Any) -> Int32[Array, "B C"] | None:
+        if self.segments is None:
+            return None
+        return jax.lax.dynamic_slice_in_dim(self.segments, i * self.chunk_size, self.chunk_size, 1)
+
+    def key_segments(self) -> Int32[Array, "B S"] | None:
+        """Segments of the slots of a buffer of all keys."""
+        if self.segments is None:
+            return None
+        return jnp.pad(self.segments, ((0, 0), (0, self.slots - self.segments.shape[1])))
+
+
+def cut_chunks(x: Array, chunk_size: int) -> Array:
+    """[B, T, ...] as [N, B, C, ...], padded with zeros."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk_size)) + ((0, 0),) * (x.ndim - 2))
+    return rearrange(padded, "b (n c) ... -> n b c ...", c=chunk_size)
+
+
+def at(x: Array, i: Any) -> Array:
+    """Chunk i of an array of chunks."""
+    return jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+class Buffer(NamedTuple):
+    """Keys and values, or their gradients, of R layers: [R, B, K, S, D]."""
+
+    k: Float[Array, "R B K S D"]
+    v: Float[Array, "R B K S D"]
+
+    @classmethod
+    def zeros(cls, block: Block, rows: int, batch: int, slots: int, dtype: Any) -> Buffer:
+        config = block.config
+        shape = (rows, batch, config.num_kv_heads, slots, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], row: Any, slot: Any) -> Buffer:
+        """This buffer with the keys and values of consecutive tokens in it, the first in `slot`."""
+
+        def put(buffer: Array, x: Array) -> Array:
+            x = jnp.swapaxes(x, 1, 2)[None].astype(buffer.dtype)
+            return jax.lax.dynamic_update_slice(buffer, x, _index(row, slot))
+
+        return Buffer(put(self.k, k), put(self.v, v))
+
+    def read(self, row: Any, slot: Any, size: int) -> Buffer:
+        """`size` slots of one layer, as a buffer of one layer."""
+
+        def get(buffer: Array) -> Array:
+            _, b, heads, _, width = buffer.shape
+            return jax.lax.dynamic_slice(buffer, _index(row, slot), (1, b, heads, size, width))
+
+        return Buffer(get(self.k), get(self.v))
+
+    def tokens(self, dtype: Any) -> tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]:
+        """All slots of the only layer, as the projections made them."""
+        return jnp.swapaxes(self.k[0], 1, 2).astype(dtype), jnp.swapaxes(self.v[0], 1, 2).astype(dtype)
+
+
+def _index(row: Any, slot: Any) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(index, jnp.int32) for index in (row, 0, 0, slot, 0))
+
+
+class View(NamedTuple):
+    """The keys that a chunk may see: a buffer, where its slots stand in the sequence, and where the chunk's own lie.
+
+    row, base, stop: as in `blockwise.Keys`. own: slot of the chunk's first key. offset: index of its first token.
+    """
+
+    segments: Int32[Array, "B S"] | None
+    row: Any
+    base: Any
+    stop: Any
+    own: Any
+    offset: Any
+
+
+def whole_view(sequence: Sequence, i: Any, row: Any = 0) -> View:
+    """For a buffer of all keys in order."""
+    start = i * sequence.chunk_size
+    return View(sequence.key_segments(), row, 0, sequence.length, start, start)
+
+
+def attention_blocks(block: Block, spec: LayerSpec, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
+    """What is static in a chunk's attention."""
+    config = block.config
+    return Blocks(
+        spec.pattern, config.scale, config.attention_softcap, min(BLOCK, chunk_size), block_k, leading
+    )  # fmt: skip
+
+
+def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:
+    slopes, heads = block.mixer.slopes(), block.config.num_kv_heads
+    return Queries(
+        q=_whole_blocks(rearrange(q, "b c (k g) d -> b k g c d", k=heads), 3, blocks.block_q),
+        segments=None if segments is None else _whole_blocks(segments, 1, blocks.block_q),
+        slopes=None if slopes is None else rearrange(slopes, "(k g) -> k g", k=heads),
+        offset=offset,
+    )
+
+
+def _whole_blocks(x: Array, axis: int, size: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, widths) if widths[axis][1] else x
+
+
+def _heads(x: Float[Array, "B K G C D"], length: int) -> Float[Array, "B C H D"]:
+    return rearrange(x[:, :, :, :length], "b k g c d -> b c (k g) d")
+
+
+def attend(
+    block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: Buffer, view: View, segments: Array | None
+) -> Float[Array, "B C H D"]:
+    """Attention of a chunk's queries; its own keys are in the buffer."""
+    keys = Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
+    out, _ = blockwise.forward(blocks, _queries(block, blocks, q, segments, view.offset), keys)
+    return _heads(out, q.shape[1])
+
+
+def pull_back(
+    params: Block,
+    rest: Block,
+    blocks: Blocks,
+    x: Float[Array, "B C E"],
+    d_y: Float[Array, "B C E"],
+    context: SequenceContext,
+    buffer: Buffer,
+    view: View,
+    grads: Buffer,
+) -> tuple[Block, Float[Array, "B C E"], Buffer]:
+    """Pull a chunk's cotangent back through a layer.
+
+    Args:
+      params, rest: the layer's parameters that are trained, and the others (`trainable.partition`).
+      blocks: from `attention_blocks`.
+      x, d_y: the chunk's input, and the cotangent of its output.
+      context: where the chunk stands.
+      buffer, view: keys and values of all tokens that the chunk sees.
+      grads: gradients of the buffer, complete but for this chunk and those before it.
+
+    Returns:
+      The gradient of `params` from this chunk, the cotangent of `x`, and `grads` with what this chunk adds.
+    """
+    length = x.shape[1]
+    (q, k, _), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
+    queries = _queries(combine(params, rest), blocks, q, context.segment_ids, view.offset)
+    keys = Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
+    out, lse = blockwise.forward(blocks, queries, keys)
+    _, combine_vjp = jax.vjp(lambda p, x, h: combine(p, rest).combine(x, h), params, x, _heads(out, length))
+    d_params, d_x, d_heads = combine_vjp(d_y)
+    d_out = rearrange(d_heads, "b c (k g) d -> b k g c d", k=out.shape[1])
+    d_out = _whole_blocks(d_out, 3, blocks.block_q)
+    shift = -jnp.sum(d_out * out, axis=-1)
+    d_q, *d_keys = blockwise.backward(blocks, queries, keys, lse, d_out, shift, grads.k, grads.v)
+    grads = Buffer(*d_keys)
+    d_k, d_v = grads.read(view.row, view.own, length).tokens(k.dtype)
+    more, d_x_too = project_vjp((_heads(d_q, length).astype(q.dtype), d_k, d_v))
+    return jax.tree.map(jnp.add, d_params, more), d_x + d_x_too, grads
+
+
+def zeros_like(params: Any) -> Any:
+    """Zeros in which gradients of parameters are summed over chunks: float32 at least."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator(x.dtype)), params)
+
+
+def add(total: Any, part: Any) -> Any:
+    """The sum of two trees, in the dtypes of the first."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)

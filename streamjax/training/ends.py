@@ -1,0 +1,198 @@
+"""The model's two ends in chunked backprop: hidden states to loss, and tokens to embeddings, a stretch at a time.
+
+Logits of a whole sequence are B x T x V values, more than everything else in a training step when V is large. Here
+they exist for `logits_chunk` tokens of a row, once: the pass that makes them takes the loss and its gradient of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from streamjax.attention.partial import accumulator
+from streamjax.models.decoder import Decoder
+from streamjax.models.layout import with_layers
+from streamjax.training.chunks import Sequence, add, at, zeros_like
+from streamjax.training.objectives import Batch, Linear, Objective, TokenStats, token_stats
+from streamjax.training.options import Options
+from streamjax.training.rows import Rows
+from streamjax.training.trainable import Trainable, combine, partition
+
+LOGITS_PER_CHUNK = 1 << 26  # float32 logits that may exist at once: 256 MiB
+
+
+def default_logits_chunk(model: Decoder, batch_size: int) -> int:
+    """Tokens of a row whose logits may exist at once."""
+    return max(1, LOGITS_PER_CHUNK // (batch_size * model.config.vocab_size))
+
+
+def output_partition(ends: Decoder, trainable: Trainable) -> tuple[Decoder, Decoder]:
+    """Parameters between the last hidden state and the logits that are trained, and all others."""
+    names = {"norm", "head_bias", "embedding" if ends.head is None else "head"}
+    return partition(ends, trainable, names)
+
+
+def pieces(x: Array, size: int) -> Array:
+    """[B, C, ...] cut along C into [n, B, size, ...], padded with zeros."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+    return rearrange(padded, "b (n c) ... -> n b c ...", c=size)
+
+
+def joined(x: Array, length: int) -> Array:
+    """The inverse of `pieces`."""
+    return rearrange(x, "n b c ... -> b (n c) ...")[:, :length]
+
+
+def stats_of(
+    ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"], logits_chunk: int
+) -> TokenStats:
+    """Statistics of the tokens of a chunk whose hidden states, before the last norm, are given."""
+    size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
+    if size == length:
+        return token_stats(ends.logits(ends.norm(hidden)), targets)
+
+    def one(piece: tuple[Array, Array]) -> TokenStats:
+        return token_stats(ends.logits(ends.norm(piece[0])), piece[1])
+
+    cut = jax.lax.map(one, (pieces(hidden, size), pieces(targets, size)))
+    return TokenStats(*(joined(x, length) for x in cut))
+
+
+def loss_and_pull_back(
+    ends: Decoder,
+    options: Options,
+    hidden: Float[Array, "B C E"],
+    prepared: Batch,
+    objective: Objective,
+    grads: Decoder,
+) -> tuple[Float[Array, ""], Decoder, Float[Array, "B C E"]]:
+    """Loss of a chunk, `grads` with the gradient of the output parameters added, and the cotangent of `hidden`.
+
+    Args:
+      ends: the model without its layers.
+      options: of the gradient.
+      hidden: output of the last layer, before the last norm.
+      prepared: the objective's arrays for this chunk.
+      objective: separable.
+      grads: as the first part of `output_partition`.
+    """
+    params, rest = output_partition(ends, options.trainable)
+    size, length = min(options.logits_chunk, hidden.shape[1]), hidden.shape[1]
+
+    def part(params: Decoder, hidden: Array, prepared: Batch) -> Array:
+        model = combine(params, rest)
+        return objective.loss(token_stats(model.logits(model.norm(hidden)), prepared["targets"]), prepared)
+
+    def one(sums: tuple[Array, Any], piece: tuple[Array, Batch]) -> tuple[tuple[Array, Any], Array]:
+        loss, grads = sums
+        more, (d_params, d_hidden) = jax.value_and_grad(part, argnums=(0, 1))(params, *piece)
+        return (loss + more, add(grads, d_params)), d_hidden
+
+    start = jnp.zeros((), accumulator(hidden.dtype)), grads
+    if size == length:
+        (loss, grads), d_hidden = one(start, (hidden, prepared))
+        return loss, grads, d_hidden
+    cut = pieces(hidden, size), {name: pieces(x, size) for name, x in prepared.items()}
+    (loss, grads), d_hidden = jax.lax.scan(one, start, cut)
+    return loss, grads, joined(d_hidden, length)
+
+
+def output_zeros(ends: Decoder, trainable: Trainable) -> Decoder:
+    """Zeros to which `loss_and_pull_back` adds gradients."""
+    return zeros_like(output_partition(ends, trainable)[0])
+
+
+def output_backward(
+    ends: Decoder, options: Options, x: Float[Array, "N B C E"], sequence: Sequence, objective: Objective
+) -> tuple[Float[Array, ""], Decoder, Float[Array, "N B C E"]]:
+    """Loss, gradient of the output parameters, and the cotangent of the last layer's output in its place."""
+    loss, linear, sequence = objective_of_chunks(
+        objective,
+        sequence,
+        lambda i: stats_of(ends, at(x, i), at(sequence.prepared["targets"], i), options.logits_chunk),
+    )
+
+    def chunk(i: Any, carry: tuple[Array, Decoder, Array]) -> tuple[Array, Decoder, Array]:
+        total, grads, x = carry
+        prepared = {name: at(value, i) for name, value in sequence.prepared.items()}
+        more, grads, d_x = loss_and_pull_back(ends, options, at(x, i), prepared, linear, grads)
+        return total + more, grads, jax.lax.dynamic_update_index_in_dim(x, d_x, i, 0)
+
+    start = jnp.zeros((), accumulator(x.dtype)), output_zeros(ends, options.trainable), x
+    total, grads, d_x = jax.lax.fori_loop(0, sequence.count, chunk, start)
+    return total if loss is None else loss, grads, d_x
+
+
+def objective_of_chunks(
+    objective: Objective, sequence: Sequence, stats: Any
+) -> tuple[Array | None, Objective, Sequence]:
+    """A separable objective with the gradient of `objective`, and the arrays that it reads.
+
+    One that is separable is returned as it is, with None for its loss. Of another the statistics of all tokens are made
+    first, `stats(i)` for each chunk; then its loss is known, and its gradient is a linear function of the statistics.
+    """
+    if objective.separable:
+        return None, objective, sequence
+    found = jax.lax.map(stats, jnp.arange(sequence.count))
+    whole = TokenStats(*(rearrange(x, "n b c -> b (n c)")[:, : sequence.length] for x in found))
+    loss, slopes = jax.value_and_grad(objective.loss)(whole, sequence.whole)
+    prepared = Linear.prepared(sequence.whole["targets"], slopes)
+    return loss, Linear(), sequence.with_prepared(prepared)
+
+
+def embed_backward(
+    ends: Decoder, options: Options, d_output: Decoder, d_x: Float[Array, "N B C E"], sequence: Sequence
+) -> Decoder:
+    """Gradient of the trained parameters of the two ends, in their dtypes: `d_output` and the embedding's."""
+    params, rest = partition(ends, options.trainable, {"embedding"})
+
+    def chunk(i: Any, grads: Decoder) -> Decoder:
+        _, pull = jax.vjp(lambda p: combine(p, rest).embed(at(sequence.tokens, i)), params)
+        return add(grads, pull(at(d_x, i))[0])
+
+    grads = jax.lax.fori_loop(0, sequence.count, chunk, zeros_like(params))
+    return sum_of_ends(ends, options, d_output, grads)
+
+
+def sum_of_ends(ends: Decoder, options: Options, d_output: Decoder, d_embedding: Decoder) -> Decoder:
+    """Both ends' gradients as one tree, in the dtypes of the parameters; None for what is not trained."""
+    trained, _ = partition(ends, options.trainable)
+    is_leaf = lambda node: node is None or isinstance(node, nnx.Variable)  # noqa: E731
+
+    def total(param: Any, *parts: Any) -> Any:
+        found = [part for part in parts if part is not None]
+        return None if param is None else jax.tree.map(lambda p, *xs: sum(xs[1:], xs[0]).astype(p.dtype), param, *found)
+
+    return jax.tree.map(total, trained, d_output, d_embedding, is_leaf=is_leaf)
+
+
+def assemble(d_ends: Decoder, d_layers: list[tuple[Rows, list]]) -> Decoder:
+    """The gradient as a tree of the model's shape."""
+    stack = [grads for rows, grads in d_layers if rows.stacked]
+    single = [grads for rows, grads in d_layers if not rows.stacked]
+    return with_layers(d_ends, stack[0] if stack else [], single[0] if single else [])
+
+
+def whole_sequence_stats(
+    model: Decoder, hidden: Float[Array, "B T E"], targets: Int32[Array, "B T"], logits_chunk: int
+) -> TokenStats:
+    """Statistics of all tokens from hidden states behind the last norm, differentiable by `jax.grad`.
+
+    Logits are made for `logits_chunk` tokens at a time and made again in the backward pass.
+    """
+    size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
+
+    def one(hidden: Array, targets: Array) -> TokenStats:
+        return token_stats(model.logits(hidden), targets)
+
+    if size == length:
+        return one(hidden, targets)
+    _, cut = jax.lax.scan(
+        lambda carry, piece: (carry, jax.checkpoint(one)(*piece)), None, (pieces(hidden, size), pieces(targets, size))
+    )
+    return TokenStats(*(joined(x, length) for x in cut))

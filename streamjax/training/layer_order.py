@@ -1,0 +1,152 @@
+"""Chunked backprop with the layers outside and the chunks inside: StreamBP (2506.03077).
+
+Of the forward pass only layers' inputs are kept, of every layer or of every `segment`-th. The backward pass walks the
+layers from the last to the first. In a layer it computes the keys and values of all tokens once and walks the chunks
+from the last to the first; of a chunk all else is computed again, used and forgotten. So what a layer computes inside,
+the logits too, exist for one chunk at a time, and what grows with the sequence is the kept inputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from streamjax.models.config import LayerSpec
+from streamjax.models.decoder import Block, Decoder
+from streamjax.models.layout import without_layers
+from streamjax.training.chunks import (
+    Buffer,
+    Sequence,
+    add,
+    at,
+    attend,
+    attention_blocks,
+    pull_back,
+    whole_view,
+    zeros_like,
+)
+from streamjax.training.ends import assemble, embed_backward, output_backward
+from streamjax.training.inputs import Inputs, Kept
+from streamjax.training.objectives import Objective
+from streamjax.training.options import Options
+from streamjax.training.rows import Rows, rows_of
+from streamjax.training.trainable import combine
+
+Chunks = Float[Array, "N B C E"]
+
+
+def layer_forward(block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence) -> Chunks:
+    """A layer over all chunks; each output takes its input's place."""
+    blocks = attention_blocks(block, spec, sequence.chunk_size, sequence.block_k)
+
+    def chunk(i: Any, carry: tuple[Chunks, Buffer]) -> tuple[Chunks, Buffer]:
+        x, buffer = carry
+        own, context, view = at(x, i), sequence.context(i), whole_view(sequence, i)
+        q, k, v = block.project(own, context)
+        buffer = buffer.write(k, v, 0, view.own)
+        y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids))
+        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer
+
+    buffer = Buffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)
+    return jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer))[0]
+
+
+def layer_backward(
+    params: Block, rest: Block, spec: LayerSpec, read: Any, d_y: Chunks, sequence: Sequence, kv_dtype: Any
+) -> tuple[Block, Chunks]:
+    """Gradient of a layer's trained parameters, and the cotangent of its input in the place of that of its output.
+
+    `read(i)` gives chunk i of the layer's input.
+    """
+    block = combine(params, rest)
+    blocks = attention_blocks(block, spec, sequence.chunk_size, sequence.block_k)
+    batch = d_y.shape[1]
+
+    def keys(i: Any, buffer: Buffer) -> Buffer:
+        k, v = block.keys(read(i), sequence.context(i))
+        return buffer.write(k, v, 0, i * sequence.chunk_size)
+
+    empty = Buffer.zeros(block, 1, batch, sequence.slots, d_y.dtype)
+    buffer = jax.lax.fori_loop(0, sequence.count, keys, empty)
+
+    def chunk(step: Any, carry: tuple[Any, Chunks, Buffer]) -> tuple[Any, Chunks, Buffer]:
+        total, d_y, grads = carry
+        i = sequence.count - 1 - step
+        view, context = whole_view(sequence, i), sequence.context(i)
+        part, d_x, grads = pull_back(params, rest, blocks, read(i), at(d_y, i), context, buffer, view, grads)
+        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads
+
+    grads = Buffer.zeros(block, 1, batch, sequence.slots, kv_dtype)
+    total, d_x, _ = jax.lax.fori_loop(0, sequence.count, chunk, (zeros_like(params), d_y, grads))
+    return total, d_x
+
+
+def rows_forward(rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence) -> tuple[Chunks, Kept]:
+    """Output of some rows of layers, and what `inputs` keeps of the way."""
+
+    def segment(s: Any, carry: tuple[Chunks, Kept]) -> tuple[Chunks, Kept]:
+        def row(row: Any, carry: tuple[Chunks, Kept]) -> tuple[Chunks, Kept]:
+            x, kept = carry
+            for position in range(rows.period):
+                kept = inputs.keep(kept, row, position, x) if position else kept
+                x = _forward(rows, sequence, row, position, x)
+            return x, kept
+
+        x, kept = carry
+        return inputs.walk(s, row, (x, inputs.keep(kept, s, 0, x)))
+
+    return rows.loop(0, inputs.segments, segment, (x, inputs.empty(x)))
+
+
+def rows_backward(
+    rows: Rows, inputs: Inputs, kept: Kept, d_x: Chunks, sequence: Sequence, kv_dtype: Any
+) -> tuple[list[Block], Chunks]:
+    """Gradients of some rows of layers, and the cotangent of the first one's input."""
+
+    def segment(s: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
+        inner = inputs.recompute(kept, s, partial(_forward, rows, sequence))
+
+        def row(row: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
+            grads, d_x = carry
+            for position in reversed(range(rows.period)):
+                read = inputs.reader(kept, inner, s, row, position)
+                params, rest = rows.layer(row, position)
+                new, d_x = layer_backward(params, rest, rows.spec(row, position), read, d_x, sequence, kv_dtype)
+                grads = rows.put(grads, row, position, new)
+            return grads, d_x
+
+        return inputs.walk_back(s, row, carry)
+
+    return rows.loop_back(0, inputs.segments, segment, (rows.zero_grads(), d_x))
+
+
+def _forward(rows: Rows, sequence: Sequence, row: Any, position: int, x: Chunks) -> Chunks:
+    return layer_forward(combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence)
+
+
+def loss_and_grad(
+    model: Decoder, sequence: Sequence, objective: Objective, options: Options
+) -> tuple[Float[Array, ""], Decoder]:
+    """Loss and gradient; see `streamjax.training.backprop` for the arguments."""
+    ends = without_layers(model)
+
+    def embed(i: Any) -> Array:
+        return ends.embed(at(sequence.tokens, i))
+
+    groups = rows_of(model, options.trainable)
+    x = jax.lax.map(embed, jnp.arange(sequence.count))
+    held = []
+    for index, rows in enumerate(groups):
+        inputs = Inputs(rows, options.segment, embed if index == 0 else None)
+        x, kept = rows_forward(rows, inputs, x, sequence)
+        held.append((rows, inputs, kept))
+    loss, d_output, d_x = output_backward(ends, options, x, sequence, objective)
+    d_layers = []
+    for rows, inputs, kept in reversed(held):
+        grads, d_x = rows_backward(rows, inputs, kept, d_x, sequence, options.kv_grad_dtype)
+        d_layers.append((rows, grads))
+    return loss, assemble(embed_backward(ends, options, d_output, d_x, sequence), d_layers)

@@ -1,0 +1,22 @@
+"""The static choices of one gradient computation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from flax import nnx
+
+from streamjax.training.trainable import Trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """See `streamjax.training.loss_and_grad`; here everything is settled."""
+
+    logits_chunk: int
+    kv_grad_dtype: Any
+    trainable: Trainable = nnx.Param
+    segment: int = 1
+    offload: Literal["host"] | None = None
+    offload_fraction: float = 1.0

@@ -1,0 +1,90 @@
+"""A decoder's layers as rows that loops can walk: stacked ones by a compiled loop, single ones by a Python loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from streamjax.models.config import LayerSpec
+from streamjax.models.decoder import Block, Decoder
+from streamjax.training.trainable import Trainable, partition
+
+Carry = TypeVar("Carry")
+
+
+class Rows:
+    """R rows of P layers. Of stacked layers a row is a period of the model; of single layers, one layer.
+
+    A row's index is a traced integer for stacked layers and a Python integer for single ones.
+    """
+
+    def __init__(self, blocks: list[Block], first: int, stacked: bool, model: Decoder, trainable: Trainable):
+        self.stacked = stacked
+        self.first = first  # index of the first layer
+        self.config = model.config
+        self.period = len(blocks) if stacked else 1
+        self.count = jax.tree.leaves(blocks[0])[0].shape[0] if stacked else len(blocks)
+        parts = [partition(block, trainable) for block in blocks]
+        self.params, self.rest = [part[0] for part in parts], [part[1] for part in parts]
+
+    def layer(self, row: Any, position: int) -> tuple[Block, Block]:
+        """Parameters of one layer that are trained, and its others."""
+        if not self.stacked:
+            return self.params[row], self.rest[row]
+
+        def select(leaf: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
+
+        return jax.tree.map(select, self.params[position]), jax.tree.map(select, self.rest[position])
+
+    def spec(self, row: Any, position: int) -> LayerSpec:
+        """What distinguishes the layer; of stacked ones it is the same in every row."""
+        return self.config.layer(self.first + (position if self.stacked else row))
+
+    def loop(self, start: Any, stop: Any, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
+        """`carry = body(row, carry)` for the rows from `start` up to, not including, `stop`."""
+        if self.stacked and not (isinstance(start, int) and isinstance(stop, int) and stop - start <= 1):
+            return jax.lax.fori_loop(start, stop, body, carry)
+        for row in range(start, stop):
+            carry = body(row, carry)
+        return carry
+
+    def loop_back(self, start: Any, stop: Any, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
+        """The same from the last row to the first."""
+        return self.loop(0, stop - start, lambda i, carry: body(stop - 1 - i, carry), carry)
+
+    def zero_grads(self) -> list[Block]:
+        """A place for the gradient of every trained parameter."""
+        return jax.tree.map(jnp.zeros_like, self.params)
+
+    def put(self, grads: list[Block], row: Any, position: int, new: Block) -> list[Block]:
+        """`grads` with those of one layer in their place, in the parameters' dtypes."""
+        grads = list(grads)
+        if not self.stacked:
+            grads[row] = jax.tree.map(lambda old, x: x.astype(old.dtype), grads[row], new)
+            return grads
+
+        def place(old: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(old, x.astype(old.dtype), row, 0)
+
+        grads[position] = jax.tree.map(place, grads[position], new)
+        return grads
+
+    def take(self, grads: list[Block], row: Any, position: int) -> Block:
+        """One layer's part of `grads`."""
+        if not self.stacked:
+            return grads[row]
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False), grads[position])
+
+
+def rows_of(model: Decoder, trainable: Trainable) -> list[Rows]:
+    """All layers of a model, in order: its stack, if it has one, and the single layers behind it."""
+    found = []
+    if len(model.stack):
+        found.append(Rows(list(model.stack), 0, True, model, trainable))
+    if len(model.layers):
+        found.append(Rows(list(model.layers), model.stacked_layers, False, model, trainable))
+    return found
