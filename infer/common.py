@@ -229,19 +229,8 @@ def parse_cache(text: str, trained_length: int, dense_capacity: int | None = Non
     Raises:
       ValueError: an unknown name or option, with the nearest known one; a value that is no number.
     """
-    name, _, rest = text.partition(":")
-    presets = sj.kv.presets()
-    if name not in presets:
-        raise ValueError(f"unknown cache {name!r}; {_nearest(name, presets)}")
-    known = presets[name].options
-    options = {}
-    for item in filter(None, rest.split(",")):
-        option, equals, value = item.partition("=")
-        if option not in known:
-            raise ValueError(f"cache {name!r} has no option {option!r}; {_nearest(option, known)}")
-        if not equals:
-            raise ValueError(f"cache option {item!r} lacks its value: write {option}=NUMBER")
-        options[option] = _value(name, option, value, known[option])
+    name, options = sj.kv.parse_preset(text)
+    known = sj.kv.presets()[name].options
     if "capacity" in known and dense_capacity is not None:
         options.setdefault("capacity", dense_capacity)
     cache = sj.kv.preset(name, **options)
@@ -254,20 +243,6 @@ def parse_cache(text: str, trained_length: int, dense_capacity: int | None = Non
 def _nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-
-
-def _value(name: str, option: str, value: str, default: object) -> object:
-    """A value of the default's type."""
-    if isinstance(default, bool):
-        if value.lower() not in ("true", "false"):
-            raise ValueError(f"cache {name!r}: {option} is true or false, not {value!r}")
-        return value.lower() == "true"
-    if isinstance(default, str):
-        return value
-    try:
-        return float(value) if isinstance(default, float) else int(value)
-    except ValueError:
-        raise ValueError(f"cache {name!r}: {option} must be a number, not {value!r}") from None
 
 
 def describe(path: str, model: sj.Decoder, cache: Cascade, session: sj.Session) -> str:
