@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from streamjax.attention.partial import accumulator
 from streamjax.models.decoder import Decoder
-from streamjax.training import layer_order
+from streamjax.training import chunk_order, layer_order
 from streamjax.training.chunks import Sequence
 from streamjax.training.ends import default_logits_chunk, whole_sequence_stats
 from streamjax.training.objectives import CrossEntropy, Objective
@@ -26,7 +26,7 @@ from streamjax.training.options import Options
 from streamjax.training.trainable import Trainable, combine, partition
 
 Batch = Mapping[str, Array]
-Method = Literal["full", "remat", "layer"]
+Method = Literal["full", "remat", "layer", "chunk"]
 METHODS: tuple[str, ...] = get_args(Method)
 DEFAULT_CHUNK = 2048
 
@@ -48,6 +48,7 @@ def loss_and_grad(
     offload: Literal["host"] | None = None,
     offload_fraction: float = 1.0,
     kv_grad_dtype: Any = None,
+    grad_dtype: Any = None,
     logits_chunk: int | None = None,
     trainable: Trainable = nnx.Param,
 ) -> tuple[Float[Array, ""], Decoder]:
@@ -58,7 +59,7 @@ def loss_and_grad(
       batch: tokens, targets int32 [B, T] and weights float32 [B, T]; segment_ids and positions int32 [B, T] if packed;
         what else the objective asks for.
       method: "full" keeps all activations, "remat" the inputs of layers, "layer" too, but cuts the sequence into chunks
-        inside each layer.
+        inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers.
       objective: what is minimised; `CrossEntropy()` where None, the weighted mean over tokens in nats.
       chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None.
       segment: with "layer", layers from one kept input to the next; those between are computed again.
@@ -66,6 +67,8 @@ def loss_and_grad(
       offload_fraction: the share of them that is moved.
       kv_grad_dtype: in which gradients of keys and values are summed over chunks; float32 (float64 for a float64
         model) where None.
+      grad_dtype: in which gradients of parameters are summed over chunks; float32 (float64) where None. They are all
+        there at once with "chunk", one layer's with "layer".
       logits_chunk: tokens of a row whose logits exist at once; by default as many as make 256 MiB.
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
 
@@ -101,6 +104,7 @@ def loss_and_grad(
             segment=segment,
             offload=offload,
             offload_fraction=offload_fraction,
+            grad_dtype=None if grad_dtype is None else jnp.dtype(grad_dtype),
             kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
         ),
     )
@@ -111,8 +115,9 @@ def _loss_and_grad(
     model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: Options
 ) -> tuple[Float[Array, ""], Decoder]:
     prepared = objective.prepare(batch)
-    if method == "layer":
-        return layer_order.loss_and_grad(model, Sequence.cut(batch, prepared, chunk_size), objective, options)
+    if method in ("layer", "chunk"):
+        order = layer_order if method == "layer" else chunk_order
+        return order.loss_and_grad(model, Sequence.cut(batch, prepared, chunk_size), objective, options)
     params, rest = partition(model, options.trainable)
 
     def loss(params: Decoder) -> Array:

@@ -145,6 +145,31 @@ class Buffer(NamedTuple):
 
         return Buffer(get(self.k), get(self.v))
 
+    def put(self, other: Buffer, row: Any) -> Buffer:
+        """This buffer with the only layer of another in the place of one of its own."""
+        return Buffer(*(jax.lax.dynamic_update_slice(x, y, _index(row, 0)) for x, y in zip(self, other, strict=True)))
+
+    def behind(self, other: Buffer) -> Buffer:
+        """The slots of another, and this buffer's behind them."""
+        return Buffer(*(jnp.concatenate((y, x), axis=3) for x, y in zip(self, other, strict=True)))
+
+    def after_zeros(self, slots: int) -> Buffer:
+        """This buffer with zeros in front."""
+        return Buffer(*(jnp.pad(x, ((0, 0),) * 3 + ((slots, 0), (0, 0))) for x in self))
+
+    def own(self, view: View, length: int, leading: int) -> Buffer:
+        """Of a buffer that `view` describes, the slots of the chunk's own tokens."""
+        found = self.read(view.row, view.own, length)
+        if not leading:
+            return found
+        index = view.offset + jnp.arange(length)
+        first = (index < leading)[:, None]
+
+        def choose(buffer: Array, own: Array) -> Array:
+            return jnp.where(first, jnp.take(buffer[:, :, :, :leading], jnp.minimum(index, leading - 1), axis=3), own)
+
+        return Buffer(choose(self.k, found.k), choose(self.v, found.v))
+
     def tokens(self, dtype: Any) -> tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]:
         """All slots of the only layer, as the projections made them."""
         return jnp.swapaxes(self.k[0], 1, 2).astype(dtype), jnp.swapaxes(self.v[0], 1, 2).astype(dtype)
@@ -247,14 +272,14 @@ def pull_back(
     shift = -jnp.sum(d_out * out, axis=-1)
     d_q, *d_keys = blockwise.backward(blocks, queries, keys, lse, d_out, shift, grads.k, grads.v)
     grads = Buffer(*d_keys)
-    d_k, d_v = grads.read(view.row, view.own, length).tokens(k.dtype)
+    d_k, d_v = grads.own(view, length, blocks.leading).tokens(k.dtype)
     more, d_x_too = project_vjp((_heads(d_q, length).astype(q.dtype), d_k, d_v))
     return jax.tree.map(jnp.add, d_params, more), d_x + d_x_too, grads
 
 
-def zeros_like(params: Any) -> Any:
-    """Zeros in which gradients of parameters are summed over chunks: float32 at least."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator(x.dtype)), params)
+def zeros_like(params: Any, dtype: Any = None) -> Any:
+    """Zeros in which gradients of parameters are summed over chunks; in float32 at least where `dtype` is None."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or accumulator(x.dtype)), params)
 
 
 def add(total: Any, part: Any) -> Any:

@@ -102,20 +102,34 @@ def loss_and_pull_back(
     return loss, grads, joined(d_hidden, length)
 
 
-def output_zeros(ends: Decoder, trainable: Trainable) -> Decoder:
+def output_zeros(ends: Decoder, options: Options) -> Decoder:
     """Zeros to which `loss_and_pull_back` adds gradients."""
-    return zeros_like(output_partition(ends, trainable)[0])
+    return zeros_like(output_partition(ends, options.trainable)[0], options.grad_dtype)
+
+
+def embed_zeros(ends: Decoder, options: Options) -> Decoder:
+    """Zeros to which `embed_pull_back` adds gradients."""
+    return zeros_like(partition(ends, options.trainable, {"embedding"})[0], options.grad_dtype)
+
+
+def embed_pull_back(
+    ends: Decoder, options: Options, tokens: Int32[Array, "B C"], d_x: Float[Array, "B C E"], grads: Decoder
+) -> Decoder:
+    """`grads` with the gradient of the embedding from some tokens added."""
+    params, rest = partition(ends, options.trainable, {"embedding"})
+    _, pull = jax.vjp(lambda p: combine(p, rest).embed(tokens), params)
+    return add(grads, pull(d_x)[0])
 
 
 def output_backward(
     ends: Decoder, options: Options, x: Float[Array, "N B C E"], sequence: Sequence, objective: Objective
 ) -> tuple[Float[Array, ""], Decoder, Float[Array, "N B C E"]]:
     """Loss, gradient of the output parameters, and the cotangent of the last layer's output in its place."""
-    loss, linear, sequence = objective_of_chunks(
-        objective,
-        sequence,
-        lambda i: stats_of(ends, at(x, i), at(sequence.prepared["targets"], i), options.logits_chunk),
-    )
+    stats = None
+    if not objective.separable:
+        targets, size = sequence.prepared["targets"], options.logits_chunk
+        stats = jax.lax.map(lambda i: stats_of(ends, at(x, i), at(targets, i), size), jnp.arange(sequence.count))
+    loss, linear, sequence = objective_of_chunks(objective, sequence, stats)
 
     def chunk(i: Any, carry: tuple[Array, Decoder, Array]) -> tuple[Array, Decoder, Array]:
         total, grads, x = carry
@@ -123,23 +137,22 @@ def output_backward(
         more, grads, d_x = loss_and_pull_back(ends, options, at(x, i), prepared, linear, grads)
         return total + more, grads, jax.lax.dynamic_update_index_in_dim(x, d_x, i, 0)
 
-    start = jnp.zeros((), accumulator(x.dtype)), output_zeros(ends, options.trainable), x
+    start = jnp.zeros((), accumulator(x.dtype)), output_zeros(ends, options), x
     total, grads, d_x = jax.lax.fori_loop(0, sequence.count, chunk, start)
     return total if loss is None else loss, grads, d_x
 
 
 def objective_of_chunks(
-    objective: Objective, sequence: Sequence, stats: Any
+    objective: Objective, sequence: Sequence, stats: TokenStats | None
 ) -> tuple[Array | None, Objective, Sequence]:
     """A separable objective with the gradient of `objective`, and the arrays that it reads.
 
-    One that is separable is returned as it is, with None for its loss. Of another the statistics of all tokens are made
-    first, `stats(i)` for each chunk; then its loss is known, and its gradient is a linear function of the statistics.
+    One that is separable is returned as it is, with None for its loss. Another needs the `stats` of all tokens, [N, B,
+    C]: with them its loss is known, and its gradient is a linear function of the statistics.
     """
-    if objective.separable:
+    if stats is None:
         return None, objective, sequence
-    found = jax.lax.map(stats, jnp.arange(sequence.count))
-    whole = TokenStats(*(rearrange(x, "n b c -> b (n c)")[:, : sequence.length] for x in found))
+    whole = TokenStats(*(rearrange(x, "n b c -> b (n c)")[:, : sequence.length] for x in stats))
     loss, slopes = jax.value_and_grad(objective.loss)(whole, sequence.whole)
     prepared = Linear.prepared(sequence.whole["targets"], slopes)
     return loss, Linear(), sequence.with_prepared(prepared)
@@ -149,13 +162,11 @@ def embed_backward(
     ends: Decoder, options: Options, d_output: Decoder, d_x: Float[Array, "N B C E"], sequence: Sequence
 ) -> Decoder:
     """Gradient of the trained parameters of the two ends, in their dtypes: `d_output` and the embedding's."""
-    params, rest = partition(ends, options.trainable, {"embedding"})
 
     def chunk(i: Any, grads: Decoder) -> Decoder:
-        _, pull = jax.vjp(lambda p: combine(p, rest).embed(at(sequence.tokens, i)), params)
-        return add(grads, pull(at(d_x, i))[0])
+        return embed_pull_back(ends, options, at(sequence.tokens, i), at(d_x, i), grads)
 
-    grads = jax.lax.fori_loop(0, sequence.count, chunk, zeros_like(params))
+    grads = jax.lax.fori_loop(0, sequence.count, chunk, embed_zeros(ends, options))
     return sum_of_ends(ends, options, d_output, grads)
 
 

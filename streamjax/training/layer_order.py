@@ -56,7 +56,7 @@ def layer_forward(block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence) 
 
 
 def layer_backward(
-    params: Block, rest: Block, spec: LayerSpec, read: Any, d_y: Chunks, sequence: Sequence, kv_dtype: Any
+    params: Block, rest: Block, spec: LayerSpec, read: Any, d_y: Chunks, sequence: Sequence, options: Options
 ) -> tuple[Block, Chunks]:
     """Gradient of a layer's trained parameters, and the cotangent of its input in the place of that of its output.
 
@@ -80,8 +80,8 @@ def layer_backward(
         part, d_x, grads = pull_back(params, rest, blocks, read(i), at(d_y, i), context, buffer, view, grads)
         return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads
 
-    grads = Buffer.zeros(block, 1, batch, sequence.slots, kv_dtype)
-    total, d_x, _ = jax.lax.fori_loop(0, sequence.count, chunk, (zeros_like(params), d_y, grads))
+    grads = Buffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)
+    total, d_x, _ = jax.lax.fori_loop(0, sequence.count, chunk, (zeros_like(params, options.grad_dtype), d_y, grads))
     return total, d_x
 
 
@@ -103,7 +103,7 @@ def rows_forward(rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence) -> t
 
 
 def rows_backward(
-    rows: Rows, inputs: Inputs, kept: Kept, d_x: Chunks, sequence: Sequence, kv_dtype: Any
+    rows: Rows, inputs: Inputs, kept: Kept, d_x: Chunks, sequence: Sequence, options: Options
 ) -> tuple[list[Block], Chunks]:
     """Gradients of some rows of layers, and the cotangent of the first one's input."""
 
@@ -115,7 +115,7 @@ def rows_backward(
             for position in reversed(range(rows.period)):
                 read = inputs.reader(kept, inner, s, row, position)
                 params, rest = rows.layer(row, position)
-                new, d_x = layer_backward(params, rest, rows.spec(row, position), read, d_x, sequence, kv_dtype)
+                new, d_x = layer_backward(params, rest, rows.spec(row, position), read, d_x, sequence, options)
                 grads = rows.put(grads, row, position, new)
             return grads, d_x
 
@@ -147,6 +147,6 @@ def loss_and_grad(
     loss, d_output, d_x = output_backward(ends, options, x, sequence, objective)
     d_layers = []
     for rows, inputs, kept in reversed(held):
-        grads, d_x = rows_backward(rows, inputs, kept, d_x, sequence, options.kv_grad_dtype)
+        grads, d_x = rows_backward(rows, inputs, kept, d_x, sequence, options)
         d_layers.append((rows, grads))
     return loss, assemble(embed_backward(ends, options, d_output, d_x, sequence), d_layers)

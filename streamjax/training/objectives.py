@@ -119,7 +119,9 @@ class CrossEntropy(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Objective):
-    """A given linear function of the statistics: the gradient of an objective that is not separable, as an objective."""
+    """A given linear function of the statistics: what stands for an objective that is not separable, once its slopes are
+    known.
+    """
 
     @staticmethod
     def prepared(targets: Int32[Array, "B T"], slopes: TokenStats) -> dict[str, Array]:

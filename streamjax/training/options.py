@@ -17,6 +17,7 @@ class Options:
     logits_chunk: int
     kv_grad_dtype: Any
     trainable: Trainable = nnx.Param
+    grad_dtype: Any = None  # in which gradients of parameters are summed over chunks; None: float32 at least
     segment: int = 1
     offload: Literal["host"] | None = None
     offload_fraction: float = 1.0

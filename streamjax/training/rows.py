@@ -40,6 +40,10 @@ class Rows:
 
         return jax.tree.map(select, self.params[position]), jax.tree.map(select, self.rest[position])
 
+    def any_layer(self) -> Block:
+        """A layer, for what all of them share: the model's configuration."""
+        return self.params[0]
+
     def spec(self, row: Any, position: int) -> LayerSpec:
         """What distinguishes the layer; of stacked ones it is the same in every row."""
         return self.config.layer(self.first + (position if self.stacked else row))
@@ -60,8 +64,12 @@ class Rows:
         """A place for the gradient of every trained parameter."""
         return jax.tree.map(jnp.zeros_like, self.params)
 
+    def as_params(self, grads: list[Block]) -> list[Block]:
+        """`grads` in the dtypes of the parameters."""
+        return jax.tree.map(lambda param, grad: grad.astype(param.dtype), self.params, grads)
+
     def put(self, grads: list[Block], row: Any, position: int, new: Block) -> list[Block]:
-        """`grads` with those of one layer in their place, in the parameters' dtypes."""
+        """`grads` with those of one layer in their place."""
         grads = list(grads)
         if not self.stacked:
             grads[row] = jax.tree.map(lambda old, x: x.astype(old.dtype), grads[row], new)

@@ -80,7 +80,7 @@ def test_a_batch_without_weight_has_no_loss_and_no_gradient_where_its_values_are
 
 
 def test_errors_say_what_there_is(model, batch):
-    with pytest.raises(ValueError, match=r"unknown backprop method 'layers'; use one of full, remat, layer"):
+    with pytest.raises(ValueError, match=r"unknown backprop method 'layers'; use one of full, remat, layer, chunk"):
         sj.training.loss_and_grad(model, batch, method="layers")
     with pytest.raises(ValueError, match="the batch has no 'weights'"):
         sj.training.loss_and_grad(model, {"tokens": batch["tokens"], "targets": batch["targets"]})

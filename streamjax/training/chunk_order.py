@@ -1,0 +1,158 @@
+"""Chunked backprop with the chunks outside and the layers inside: the KV state forwards, its cotangent backwards.
+
+The forward pass reads the sequence chunk by chunk, as a stream is read, and keeps the keys and values of every layer.
+The backward pass walks the chunks from the last to the first: it computes all layers of one chunk again from its tokens
+and the kept keys and values, takes the loss and pulls its gradient back through the layers, while the gradient of keys
+and values is carried from chunk to chunk. Per token and layer that is 2 K D numbers kept and as many
+carried; of a layer with a window, only the window's are carried. It wins where K D is small against the model's width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from streamjax.attention.partial import accumulator
+from streamjax.models.decoder import Block, Decoder
+from streamjax.models.layout import without_layers
+from streamjax.training.chunks import Buffer, Sequence, add, at, attend, pull_back, zeros_like
+from streamjax.training.ends import (
+    assemble,
+    embed_pull_back,
+    embed_zeros,
+    loss_and_pull_back,
+    objective_of_chunks,
+    output_zeros,
+    stats_of,
+    sum_of_ends,
+)
+from streamjax.training.key_store import KeyStore
+from streamjax.training.objectives import Objective, TokenStats
+from streamjax.training.options import Options
+from streamjax.training.rows import Rows, rows_of
+from streamjax.training.trainable import combine
+
+Chunk = Float[Array, "B C E"]
+Buffers = list[Buffer]  # of stacked rows one a position, all rows in it; of single layers one a layer
+
+
+class Group(NamedTuple):
+    """Some rows of layers, and the stores of their keys, one a buffer."""
+
+    rows: Rows
+    stores: list[KeyStore]
+
+    @classmethod
+    def make(cls, rows: Rows, sequence: Sequence) -> Group:
+        places = range(rows.period) if rows.stacked else range(rows.count)
+        specs = [rows.spec(0, place) if rows.stacked else rows.spec(place, 0) for place in places]
+        return cls(rows, [KeyStore.make(spec, sequence) for spec in specs])
+
+    def place(self, row: Any, position: int) -> tuple[int, Any]:
+        """Which buffer a layer's keys are in, and in which row of it."""
+        return (position, row) if self.rows.stacked else (row, 0)
+
+    def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
+        """Zeros for the keys of all tokens, or (`local`) for the gradients of those that a chunk may see."""
+        block, rows = self.rows.any_layer(), self.rows.count if self.rows.stacked else 1
+        return [Buffer.zeros(block, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
+
+    def forward(
+        self, x: Chunk, keys: Buffers, i: Any, sequence: Sequence, write: bool
+    ) -> tuple[Chunk, Buffers, Float[Array, "R P B C E"]]:
+        """Chunk i through the layers: output, keys with the chunk's own (if to `write` them), inputs of the layers."""
+        rows, context = self.rows, sequence.context(i)
+
+        def row(row: Any, carry: tuple[Chunk, Buffers, Array]) -> tuple[Chunk, Buffers, Array]:
+            x, keys, inputs = carry
+            keys = list(keys)
+            for position in range(rows.period):
+                index, place = self.place(row, position)
+                block, store = combine(*rows.layer(row, position)), self.stores[index]
+                q, k, v = block.project(x, context)
+                if write:
+                    keys[index] = store.write(keys[index], k, v, place, i)
+                else:
+                    inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
+                buffer, view = store.view(keys[index], place, i, sequence)
+                x = block.combine(x, attend(block, store.blocks(block), q, buffer, view, context.segment_ids))
+            return x, keys, inputs
+
+        shape = (0, 0) if write else (rows.count, rows.period)
+        return rows.loop(0, rows.count, row, (x, keys, jnp.zeros((*shape, *x.shape), x.dtype)))
+
+    def backward(
+        self, d_x: Chunk, inputs: Array, keys: Buffers, grads: list[Block], d_keys: Buffers, i: Any, sequence: Sequence
+    ) -> tuple[Chunk, list[Block], Buffers]:
+        """Chunk i back through the layers: cotangent of its input, and both kinds of gradients with its part added."""
+        rows, context = self.rows, sequence.context(i)
+
+        def row(row: Any, carry: tuple[Chunk, list[Block], Buffers]) -> tuple[Chunk, list[Block], Buffers]:
+            d_x, grads, d_keys = carry
+            d_keys = list(d_keys)
+            for position in reversed(range(rows.period)):
+                index, place = self.place(row, position)
+                params, rest = rows.layer(row, position)
+                store = self.stores[index]
+                x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
+                buffer, view = store.view(keys[index], place, i, sequence)
+                opened = store.open(d_keys[index], place)
+                blocks = store.blocks(combine(params, rest))
+                new, d_x, opened = pull_back(params, rest, blocks, x, d_x, context, buffer, view, opened)
+                d_keys[index] = store.close(d_keys[index], opened, place)
+                grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
+            return d_x, grads, d_keys
+
+        return rows.loop_back(0, rows.count, row, (d_x, grads, d_keys))
+
+
+def loss_and_grad(
+    model: Decoder, sequence: Sequence, objective: Objective, options: Options
+) -> tuple[Float[Array, ""], Decoder]:
+    """Loss and gradient; see `streamjax.training.backprop` for the arguments."""
+    ends = without_layers(model)
+    groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable)]
+    batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
+
+    def read(keys: list[Buffers], i: Any) -> tuple[list[Buffers], TokenStats | None]:
+        x, new = ends.embed(at(sequence.tokens, i)), []
+        for group, mine in zip(groups, keys, strict=True):
+            x, mine, _ = group.forward(x, mine, i, sequence, write=True)
+            new.append(mine)
+        if objective.separable:
+            return new, None
+        return new, stats_of(ends, x, at(sequence.prepared["targets"], i), options.logits_chunk)
+
+    keys, stats = jax.lax.scan(read, [group.empty(batch, model.dtype, False) for group in groups], steps)
+    known, separable, sequence = objective_of_chunks(objective, sequence, stats)
+
+    def chunk(carry: tuple[Any, ...], i: Any) -> tuple[tuple[Any, ...], None]:
+        loss, d_output, d_embedding, d_layers, d_keys = carry
+        x, inputs = ends.embed(at(sequence.tokens, i)), []
+        for group, mine in zip(groups, keys, strict=True):
+            x, _, held = group.forward(x, mine, i, sequence, write=False)
+            inputs.append(held)
+        prepared = {name: at(value, i) for name, value in sequence.prepared.items()}
+        part, d_output, d_x = loss_and_pull_back(ends, options, x, prepared, separable, d_output)
+        d_layers, d_keys = list(d_layers), list(d_keys)
+        for n in reversed(range(len(groups))):
+            d_x, d_layers[n], d_keys[n] = groups[n].backward(
+                d_x, inputs[n], keys[n], d_layers[n], d_keys[n], i, sequence
+            )
+        d_embedding = embed_pull_back(ends, options, at(sequence.tokens, i), d_x, d_embedding)
+        return (loss + part, d_output, d_embedding, d_layers, d_keys), None
+
+    start = (
+        jnp.zeros((), accumulator(model.dtype)),
+        output_zeros(ends, options),
+        embed_zeros(ends, options),
+        [zeros_like(group.rows.params, options.grad_dtype) for group in groups],
+        [group.empty(batch, options.kv_grad_dtype, True) for group in groups],
+    )
+    (loss, d_output, d_embedding, d_layers, _), _ = jax.lax.scan(chunk, start, steps, reverse=True)
+    d_ends = sum_of_ends(ends, options, d_output, d_embedding)
+    pairs = [(group.rows, group.rows.as_params(grads)) for group, grads in zip(groups, d_layers, strict=True)]
+    return loss if known is None else known, assemble(d_ends, pairs)
