@@ -85,7 +85,7 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
         [sys.executable, "-m", "benchmarks.backprop_compile", known or ""],
         input=case.to_json(),
         cwd=aot.ROOT,
-        env=aot.child_environment(case.topology),
+        env={**aot.child_environment(case.topology), "JAX_TRACEBACK_FILTERING": "remove_frames"},
         capture_output=True,
         text=True,
     )

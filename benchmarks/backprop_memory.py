@@ -69,9 +69,9 @@ def fit_line(peaks: Mapping[int, Figures]) -> Line | None:
 
 
 def find_longest(
-    figures: Callable[[int], Figures], line: Line, peaks: Mapping[int, Figures], memory_bytes: int, attempts: int = 6
+    figures: Callable[[int], Figures], line: Line, peaks: Mapping[int, Figures], memory_bytes: int, attempts: int = 4
 ) -> int:
-    """The longest sequence that was compiled and fits, to 2% or `attempts` more compiles; 0 where nothing fits.
+    """The longest sequence that was compiled and fits, to 3% or `attempts` more compiles; 0 where nothing fits.
 
     The first attempt is where the line meets the memory. After it, halfway between the longest that fits and the
     shortest that does not, or by the line beyond the longest while nothing was refused.
@@ -82,7 +82,7 @@ def find_longest(
     for _ in range(attempts):
         if not (refused is None or best < length < refused):
             length = (best + refused) // 2 // STEP * STEP
-        if length - best < max(STEP, 0.01 * best):
+        if length - best < max(STEP, 0.03 * best):
             break
         found = figures(length)
         if found["fits"]:
