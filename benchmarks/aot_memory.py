@@ -8,8 +8,8 @@ No weight is ever made: the model is a tree of shapes, placed on a mesh of chips
 case runs in a process of its own and prints what the compiler assigned to one chip: arguments (weights, caches and
 tokens), how much of the output aliases them (caches updated in place), temporaries, and copies into main memory.
 `floor` is what a step must read: layers, head and slots once each. `accessed` is the compiler's own count, which takes
-the prefetch of a weight into fast memory and its use there for two accesses. `-`: this jaxlib cannot print the program, which
-has newer operations of libtpu.
+the prefetch of a weight into fast memory and its use there for two accesses. `-`: this jaxlib cannot print the program,
+which has newer operations of libtpu.
 """
 
 from __future__ import annotations
