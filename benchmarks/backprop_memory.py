@@ -11,8 +11,10 @@ for which it says what they need ("~"). The longest sequence comes from that lin
 longest that was seen to fit.
 
 The baselines are gradient checkpointing a layer (each layer's input is kept, attention is blockwise): `full-logits`
-with the logits of the whole sequence, once in float32, and `remat` with the cross-entropy in chunks. Each case is
-written to benchmarks/results/backprop_memory.json at once, and not compiled again while it lowers to the same program.
+with the logits of the whole sequence, once in float32, and `remat` with the cross-entropy in chunks. `layer`, `chunk`:
+the orders of `sj.training.loss_and_grad`, in chunks of 2,048 tokens; `layer-segment` keeps every sixth layer's input and
+computes those between again; `chunk` sums gradients in bf16, of parameters and of keys and values. Each case is written
+to benchmarks/results/backprop_memory.json at once, and not compiled again while it lowers to the same program.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "full-logits": FULL_LOGITS,
     "remat": {"method": "remat"},
+    "layer": {"method": "layer", "chunk_size": 2048},
+    "layer-segment": {"method": "layer", "chunk_size": 2048, "segment": 6},
+    "chunk": {"method": "chunk", "chunk_size": 2048, "grad_dtype": "bfloat16", "kv_grad_dtype": "bfloat16"},
 }
 LENGTHS = (16384, 32768, 65536)
 STEP = 1024  # the longest sequence is a multiple of it
