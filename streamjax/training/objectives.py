@@ -119,8 +119,8 @@ class CrossEntropy(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Objective):
-    """A given linear function of the statistics: what stands for an objective that is not separable, once its slopes are
-    known.
+    """A given linear function of the statistics: what stands for an objective that is not separable, once its slopes
+    are known.
     """
 
     @staticmethod
