@@ -97,7 +97,7 @@ def test_the_longest_sequence_was_compiled_and_fits(memory, curve):
     known = {length: compile_one(length) for length in (16384, 32768, 65536)}
     line = fit_line(known)
     assert line is not None
-    longest = find_longest(compile_one, line, known, int(memory))
+    longest = find_longest(compile_one, line, known, int(memory), attempts=4)
     assert longest == max((length for length, found in asked.items() if found["fits"]), default=0)
     assert longest % STEP == 0
     assert len(asked) <= 7
