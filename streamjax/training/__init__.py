@@ -7,7 +7,8 @@ from streamjax.training.losses import chunked_loss, token_nll
 from streamjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from streamjax.training.overrides import apply_overrides, describe
 from streamjax.training.state import TrainState, new_state, shard_batch
-from streamjax.training.step import accumulate_gradients, eval_step, make_train_step
+from streamjax.training.step import accumulate_gradients, eval_step, make_train_step, streaming_eval_step
+from streamjax.training.streaming_loss import streaming_loss, streaming_loss_and_grad
 
 __all__ = [
     "METHODS",
@@ -29,6 +30,9 @@ __all__ = [
     "make_train_step",
     "new_state",
     "shard_batch",
+    "streaming_eval_step",
+    "streaming_loss",
+    "streaming_loss_and_grad",
     "token_nll",
     "train",
 ]

@@ -7,6 +7,8 @@ import json
 from typing import Any, Literal
 
 from streamjax.data import DataConfig
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.presets import parse_preset, preset
 from streamjax.models.config import ModelConfig
 from streamjax.training.backprop import check_method
 from streamjax.training.optimizer import OptimizerConfig
@@ -23,36 +25,57 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackpropConfig:
-    """How the gradient of a step is made; see `streamjax.training.loss_and_grad`. None of it changes the gradient.
+    """How the gradient of a step is made; see `streamjax.training.loss_and_grad`.
+
+    All but the last two fields choose between memory and time; the gradient is the same.
 
     Attributes:
       method: what is kept for the backward pass, and in which order it runs; one of `streamjax.training.METHODS`.
-      chunk_size: tokens of a chunk, where the method cuts a sequence into chunks.
+      chunk_size: tokens of a chunk, where a sequence is cut into chunks; 2048, or all of a shorter one, where None.
       segment: layers from one kept input to the next, where the method keeps layers' inputs; those between are
         computed again.
       offload: "host" moves what is kept a layer to the host's memory; None leaves it on the device.
       offload_fraction: the share of it that is moved, 0 to 1.
+      carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
+        `streamjax.training.streaming_loss_and_grad`, which has an order of its own; only `chunk_size` counts there.
+      cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".
     """
 
     method: str = "full"
-    chunk_size: int = 2048
+    chunk_size: int | None = None
     segment: int = 1
     offload: Literal["host"] | None = None
     offload_fraction: float = 1.0
+    carry_state: bool = False
+    cache: str = "streaming_llm"
 
     def __post_init__(self) -> None:
         check_method(self.method)
         for name in ("chunk_size", "segment"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"BackpropConfig.{name} is {getattr(self, name)}: at least 1 is needed")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"BackpropConfig.{name} is {value}: at least 1 is needed")
         if self.offload not in (None, "host"):
             raise ValueError(f'BackpropConfig.offload is {self.offload!r}: use "host" or None')
         if not 0.0 <= self.offload_fraction <= 1.0:
             raise ValueError(f"BackpropConfig.offload_fraction is {self.offload_fraction}: it must be in [0, 1]")
+        self.cascade()  # so that a wrong name or option is told
+        for name in ("method", "segment", "offload"):
+            value, default = getattr(self, name), getattr(BackpropConfig, name)
+            if self.carry_state and value != default:
+                raise ValueError(
+                    f"BackpropConfig.{name} is {value!r}: carry_state has an order of its own, leave it at {default!r}"
+                )
+
+    def cascade(self) -> Cascade:
+        """The cache that `cache` names."""
+        name, options = parse_preset(self.cache)
+        return preset(name, **options)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `loss_and_grad`."""
-        return dataclasses.asdict(self)
+        names = ("method", "chunk_size", "segment", "offload", "offload_fraction")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +131,29 @@ class TrainConfig:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of optimizer.accumulation "
                 f"{self.optimizer.accumulation}"
+            )
+        chunk_size = self.backprop.chunk_size
+        if chunk_size is not None and chunk_size > self.data.seq_len:
+            raise ValueError(f"backprop.chunk_size {chunk_size} is more than data.seq_len {self.data.seq_len}")
+        if self.backprop.carry_state:
+            self._check_streams()
+
+    def _check_streams(self) -> None:
+        if self.data.packing != "streams":
+            raise ValueError(
+                f'backprop.carry_state needs rows that go on in the next batch: set data.packing to "streams", '
+                f"not {self.data.packing!r}"
+            )
+        if self.optimizer.accumulation != 1:
+            raise ValueError(
+                f"backprop.carry_state reads each batch in one piece: set optimizer.accumulation to 1, not "
+                f"{self.optimizer.accumulation}"
+            )
+        capacity, length = self.backprop.cascade().capacity, self.steps * self.data.seq_len
+        if capacity is not None and capacity < length:
+            raise ValueError(
+                f"backprop.cache {self.backprop.cache!r} ends after {capacity} tokens and the streams are {length} "
+                'long: use one without an end, such as "streaming_llm"'
             )
 
     def to_json_dict(self) -> dict[str, Any]:

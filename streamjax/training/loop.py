@@ -27,13 +27,14 @@ from streamjax.checkpoints import RunCheckpoints, load
 from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_train_iterator
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.mesh import build_sharded, make_mesh
+from streamjax.streaming.state import StreamState, init_state
 from streamjax.training.config import MeshConfig, TrainConfig
 from streamjax.training.metrics import MetricsWriter
 from streamjax.training.optimizer import learning_rate_schedule, make_optimizer
 from streamjax.training.processes import gather_json, largest
 from streamjax.training.signals import StopSignals
 from streamjax.training.state import TrainState, new_state, shard_batch
-from streamjax.training.step import Metrics, eval_step, make_train_step
+from streamjax.training.step import Metrics, eval_step, make_train_step, streaming_eval_step
 from streamjax.training.workdir import claim, export
 
 _log = logging.getLogger(__name__)
@@ -48,10 +49,27 @@ class RunStopped(Exception):
 
 
 def evaluate(
-    model: Decoder, batches: Iterable[Any], tokenizer: Tokenizer | None = None, mesh: jax.sharding.Mesh | None = None
+    model: Decoder,
+    batches: Iterable[Any],
+    tokenizer: Tokenizer | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    stream: StreamState | None = None,
+    chunk_size: int | None = None,
 ) -> dict[str, float]:
-    """Loss in nats per token and perplexity over `batches`; bits per byte too if the tokenizer's tokens are bytes."""
-    sums = [eval_step(model, shard_batch(batch, mesh)) for batch in batches]
+    """Loss in nats per token and perplexity over `batches`; bits per byte too if the tokenizer's tokens are bytes.
+
+    With `stream`, a state of streams that have seen nothing (it is donated), each row of a batch continues that row of
+    the batch before it, read in chunks of at most `chunk_size` tokens.
+    """
+    sums = []
+    for batch in batches:
+        batch = shard_batch(batch, mesh)
+        if stream is None:
+            found = eval_step(model, batch)
+        else:
+            stream, *found = streaming_eval_step(model, stream, batch, chunk_size)
+        sums.append(tuple(found))
     total, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
     loss = float(total / weight) if weight > 0 else 0.0
     values = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
@@ -140,7 +158,7 @@ class _Run:
             model = load(config.init_from, jnp.float32, self.mesh, config.scan_layers)
             model.dtype = dtype
             self._check_vocabulary(model.config.vocab_size)
-            return build_sharded(lambda model: new_state(model, optimizer), self.mesh, model)
+            return build_sharded(lambda model: new_state(model, optimizer, self._new_stream(model)), self.mesh, model)
         model_config = config.model
         assert model_config is not None
         self._check_vocabulary(model_config.vocab_size)
@@ -149,9 +167,15 @@ class _Run:
             model = Decoder(
                 model_config, key, dtype=dtype, param_dtype=jnp.dtype(jnp.float32), scan_layers=config.scan_layers
             )
-            return new_state(model, optimizer)
+            return new_state(model, optimizer, self._new_stream(model))
 
         return build_sharded(build, self.mesh, jax.random.key(config.seed))
+
+    def _new_stream(self, model: Decoder) -> StreamState | None:
+        """Streams that have seen nothing, one a row of a batch; None in ordinary training."""
+        if not self.config.backprop.carry_state:
+            return None
+        return init_state(model, self.config.backprop.cascade(), self.config.data.batch_size)
 
     def _check_vocabulary(self, size: int) -> None:
         if size < self.tokenizer.vocab_size:
@@ -206,7 +230,14 @@ class _Run:
     def evaluate(self) -> None:
         """Measure the model on the validation split."""
         self.report()
-        values = evaluate(self.state.model, self.eval_batches, self.tokenizer, self.mesh)
+        values = evaluate(
+            self.state.model,
+            self.eval_batches,
+            self.tokenizer,
+            self.mesh,
+            stream=build_sharded(self._new_stream, self.mesh, self.state.model),
+            chunk_size=self.config.backprop.chunk_size,
+        )
         self._write(values)
         self._say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.since = time.monotonic()

@@ -13,24 +13,29 @@ from jaxtyping import Array, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import partition_spec
+from streamjax.streaming.state import StreamState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Model with its master weights, optimizer state, and the number of steps done (int32 scalar)."""
+    """Model with its master weights, optimizer state, and the number of steps done (int32 scalar).
+
+    stream: what is cached of the streams that the model trains on, one a row of a batch; None in ordinary training.
+    """
 
     model: Decoder
     opt_state: Any
     step: Int32[Array, ""]
+    stream: StreamState | None = None
 
 
-def new_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(model: Decoder, optimizer: optax.GradientTransformation, stream: StreamState | None = None) -> TrainState:
     """The state before the first step.
 
     Pure: under `streamjax.parallel.mesh.build_sharded` the optimizer's arrays are made in their places.
     """
-    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32), stream)
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,8 +13,11 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.state import StreamState
 from streamjax.training.backprop import Batch, check_method, loss_and_grad, loss_sum
+from streamjax.training.objectives import CrossEntropy
 from streamjax.training.state import TrainState
+from streamjax.training.streaming_loss import streaming_loss, streaming_loss_and_grad
 
 Metrics = dict[str, Array]
 
@@ -35,24 +37,18 @@ def accumulate_gradients(
       options: the other arguments of `loss_and_grad`, `method` and so on.
     """
     if microbatches == 1:
-        return loss_and_grad(model, dict(batch), **_known(options))
-    total = jnp.sum(batch["weights"].astype(jnp.float32))
+        return loss_and_grad(model, batch, **options)
+    total = _total(batch)
     cut = {name: rearrange(x, "(b n) t -> n b t", n=microbatches) for name, x in batch.items()}
 
     def add(sums: tuple[Array, Decoder], part: Batch) -> tuple[tuple[Array, Decoder], None]:
-        weight = jnp.sum(part["weights"].astype(jnp.float32))
-        share = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1.0), 0.0)
-        found = loss_and_grad(model, part, **_known(options))
+        share = jnp.where(total > 0, _total(part) / jnp.where(total > 0, total, 1.0), 0.0)
+        found = loss_and_grad(model, part, **options)
         return jax.tree.map(lambda x, y: x + y * share.astype(y.dtype), sums, found), None
 
-    zero = jax.tree.map(jnp.zeros_like, model)
-    (loss, grads), _ = jax.lax.scan(add, (jnp.float32(0.0), zero), cut)
-    return loss, grads
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that `loss_and_grad` has: "full" and "remat" cut and move nothing."""
-    return {name: value for name, value in options.items() if name in ("method", "logits_chunk")}
+    shapes = jax.eval_shape(partial(loss_and_grad, **options), model, {name: x[0] for name, x in cut.items()})
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, cut)[0]
 
 
 def make_train_step(
@@ -63,25 +59,34 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
-    Metrics are the loss in nats per token and the global norm of the gradient before clipping, float32 scalars.
+    Metrics are the loss in nats per token and the global norm of the gradient before clipping, float32 scalars. With a
+    stream in the state the batch is read as its continuation (`streaming_loss_and_grad`).
 
     Args:
       optimizer: turns gradients into updates.
-      accumulation: microbatches a step.
-      options: how `loss_and_grad` makes the gradient: its `method` and so on.
+      accumulation: microbatches a step; 1 for streams.
+      options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `chunk_size` and
+        `logits_chunk` count.
 
     Raises:
       ValueError: an unknown method.
     """
     check_method(options.get("method", "full"))
+    reading = {name: options[name] for name in ("chunk_size", "logits_chunk") if name in options}
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = accumulate_gradients(state.model, batch, accumulation, **options)
+        stream = state.stream
+        if stream is None:
+            loss, grads = accumulate_gradients(state.model, batch, accumulation, **options)
+        elif accumulation == 1:
+            loss, grads, stream = streaming_loss_and_grad(state.model, stream, batch, **reading)
+        else:
+            raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return dataclasses.replace(state, model=model, opt_state=opt_state, step=state.step + 1), metrics
+        return TrainState(model, opt_state, state.step + 1, stream), metrics
 
     return train_step
 
@@ -89,4 +94,19 @@ def make_train_step(
 @jax.jit
 def eval_step(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sum of negative log-likelihoods in nats, and the sum of the weights."""
-    return loss_sum(model, batch), jnp.sum(batch["weights"].astype(jnp.float32))
+    return loss_sum(model, batch), _total(batch)
+
+
+@partial(jax.jit, static_argnames="chunk_size", donate_argnames="stream")
+def streaming_eval_step(
+    model: Decoder, stream: StreamState, batch: Batch, chunk_size: int | None = None
+) -> tuple[StreamState, Float[Array, ""], Float[Array, ""]]:
+    """The streams' state behind a batch, and what `eval_step` returns. The stream is donated."""
+    loss, stream = streaming_loss(model, stream, batch, CrossEntropy(), chunk_size=chunk_size)
+    return stream, loss * _total(batch), _total(batch)
+
+
+def _total(batch: Batch) -> Float[Array, ""]:
+    """The sum of the weights of the tokens that count."""
+    counted = batch["targets"] != CrossEntropy.ignore_index
+    return jnp.sum(jnp.where(counted, batch["weights"], 0.0).astype(jnp.float32))

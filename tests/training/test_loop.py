@@ -13,7 +13,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.checkpoints import RunCheckpoints
-from streamjax.training import MeshConfig, RunStopped, TrainState, apply_overrides, train
+from streamjax.training import BackpropConfig, MeshConfig, RunStopped, TrainState, apply_overrides, evaluate, train
 from streamjax.training.loop import _Run
 
 
@@ -81,6 +81,30 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(run_config
     assert int(state.step) == 12
     assert same_bits(state, expected)
     assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_streams_go_on_where_a_killed_run_left_them(run_config, reference, at_step, tmp_path):
+    """The cache is in the checkpoint, and each row of the next batch continues that row's stream."""
+    config = dataclasses.replace(
+        run_config,
+        data=dataclasses.replace(run_config.data, packing="streams"),
+        optimizer=dataclasses.replace(run_config.optimizer, accumulation=1),
+        backprop=BackpropConfig(carry_state=True, cache="streaming_llm:sinks=2,window=46", chunk_size=20),
+    )
+    expected, workdir = reference(config)
+    assert expected.stream.seen.tolist() == [12 * 32] * 4
+    at_step(9, kill)
+    with pytest.raises(Killed):
+        train(config, tmp_path)
+    state = train(config, tmp_path)
+    assert same_bits(state, expected)
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+    batches = list(sj.data.make_eval_batches(config.data, config.eval_batches))
+    stream = sj.init_state(state.model, config.backprop.cascade(), 4)
+    found = evaluate(state.model, batches, stream=stream, chunk_size=20)
+    assert found["eval_loss"] == read_metrics(workdir)[-1]["eval_loss"]
+    with pytest.raises(ValueError, match=r"config.backprop.cache=.*window=46', not .*window=45'"):
+        train(apply_overrides(config, [("backprop.cache", "streaming_llm:sinks=2,window=45")]), tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -3,6 +3,7 @@
 import pytest
 
 from streamjax.data import DataConfig
+from streamjax.kv import preset
 from streamjax.models import ModelConfig
 from streamjax.training import TrainConfig, apply_overrides, describe
 
@@ -77,6 +78,10 @@ def test_checks_see_all_changes_together():
         ("backprop.segment=0", r"BackpropConfig.segment is 0: at least 1 is needed"),
         ("backprop.offload=disk", r"config.backprop.offload is 'disk': it must be 'host' or none"),
         ("backprop.offload_fraction=2", r"BackpropConfig.offload_fraction is 2.0: it must be in \[0, 1\]"),
+        ("backprop.chunk_size=2048", r"backprop.chunk_size 2048 is more than data.seq_len 1024"),
+        ("backprop.cache=streaming_lm", r"unknown cache 'streaming_lm'; did you mean 'streaming_llm'\?"),
+        ("backprop.cache=window:window=0", r"Window.size must be at least 1 token, got 0"),
+        ("backprop.carry_state=true", r'set data.packing to "streams", not \'concat\''),
         ("model.windows=(1.5, 2)", r"it must be a tuple of an integer or none"),
         ("model.windows=__import__('os')", r"it must be a tuple"),
         ("optimizer=adam", r"config.optimizer is a group of fields: .* --config.optimizer.learning_rate=..."),
@@ -92,6 +97,36 @@ def test_checks_see_all_changes_together():
 def test_errors_are_one_line_that_says_what_to_do(argument, message):
     with pytest.raises(ValueError, match=message) as error:
         override(argument)
+    assert "\n" not in str(error.value)
+
+
+STREAMS = ("data.packing=streams", "backprop.carry_state=true")
+
+
+def test_streams_and_their_cache():
+    config = override(*STREAMS, "backprop.cache=streaming_llm:sinks=2,window=30", "backprop.chunk_size=64")
+    assert config.backprop.cascade() == preset("streaming_llm", sinks=2, window=30)
+    assert config.backprop.options()["chunk_size"] == 64
+    dense = override(*STREAMS, "backprop.cache=dense:capacity=10240")  # 10 steps of 1,024 tokens
+    assert dense.backprop.cascade().capacity == 10240
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optimizer.accumulation=2", r"set optimizer.accumulation to 1, not 2"),
+        (
+            "backprop.method=remat",
+            r"BackpropConfig.method is 'remat': carry_state has an order of its own, leave it at",
+        ),
+        ("backprop.segment=2", r"BackpropConfig.segment is 2: carry_state has an order of its own, leave it at 1"),
+        ("backprop.offload=host", r"BackpropConfig.offload is 'host': carry_state .* leave it at None"),
+        ("backprop.cache=dense:capacity=10239", r"ends after 10239 tokens and the streams are 10240 long: use one"),
+    ],
+)
+def test_what_streams_do_not_go_with(argument, message):
+    with pytest.raises(ValueError, match=message) as error:
+        override(*STREAMS, argument)
     assert "\n" not in str(error.value)
 
 

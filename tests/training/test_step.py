@@ -34,7 +34,8 @@ def build(config, scan_layers=False):
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("options", [{}, BackpropConfig(method="remat", chunk_size=5).options()])
 def test_microbatches_add_up_to_the_batch(model, batch, microbatches, options):
-    """Whatever the method; two of the four microbatches have rows without any weight."""
+    """Whatever the method; one of the four microbatches has no weight at all."""
+    batch = {**batch, "weights": batch["weights"] * (np.arange(8) % 4 != 1)[:, None].astype(np.float32)}
     loss, grads = jax.jit(partial(accumulate_gradients, microbatches=microbatches, **options))(model, batch)
     expected_loss, expected = loss_and_grad(model, batch)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
