@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
@@ -36,7 +37,7 @@ class Rows:
             return self.params[row], self.rest[row]
 
         def select(leaf: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
+            return _row_major(jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False))
 
         return jax.tree.map(select, self.params[position]), jax.tree.map(select, self.rest[position])
 
@@ -76,7 +77,7 @@ class Rows:
             return grads
 
         def place(old: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(old, x.astype(old.dtype), row, 0)
+            return jax.lax.dynamic_update_index_in_dim(old, _row_major(x.astype(old.dtype)), row, 0)
 
         grads[position] = jax.tree.map(place, grads[position], new)
         return grads
@@ -86,6 +87,15 @@ class Rows:
         if not self.stacked:
             return grads[row]
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False), grads[position])
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """`x`, laid out as it is in a checkpoint.
+
+    Without this the TPU compiler would give the whole stack the layout that a product inside the loop likes best, by a
+    copy of all layers' weights in front of the loop.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def rows_of(model: Decoder, trainable: Trainable) -> list[Rows]:
