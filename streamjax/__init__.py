@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from streamjax import kv
-from streamjax.models import Decoder, ModelConfig, RopeConfig, forward
+from streamjax.models import Decoder, LoRAParam, ModelConfig, RopeConfig, add_lora, forward, merge_lora
 from streamjax.streaming import Sampler, StreamState, generate, generate_blocks, init_state, read, score, step
 
 if TYPE_CHECKING:
@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from streamjax.checkpoints import load, load_stream, save, save_stream
     from streamjax.data import load_tokenizer
     from streamjax.models.hf import save_hf
+    from streamjax.models.lora_files import load_lora, save_lora
     from streamjax.streaming.session import Session
 
 # Names whose modules pull in checkpoint or data libraries load on first use: `import streamjax` stays quick.
 _LAZY = {
     "Session": "streamjax.streaming.session",
     "load": "streamjax.checkpoints",
+    "load_lora": "streamjax.models.lora_files",
     "load_stream": "streamjax.checkpoints",
     "load_tokenizer": "streamjax.data",
     "save": "streamjax.checkpoints",
     "save_hf": "streamjax.models.hf",
+    "save_lora": "streamjax.models.lora_files",
     "save_stream": "streamjax.checkpoints",
 }
 _MODULES = ("data", "training")
@@ -39,11 +42,13 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Decoder",
+    "LoRAParam",
     "ModelConfig",
     "RopeConfig",
     "Sampler",
     "Session",
     "StreamState",
+    "add_lora",
     "data",
     "forward",
     "generate",
@@ -51,11 +56,14 @@ __all__ = [
     "init_state",
     "kv",
     "load",
+    "load_lora",
     "load_stream",
     "load_tokenizer",
+    "merge_lora",
     "read",
     "save",
     "save_hf",
+    "save_lora",
     "save_stream",
     "score",
     "step",

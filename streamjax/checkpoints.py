@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.hf import load_hf
 from streamjax.models.layout import stack_layers, unstack_layers
+from streamjax.models.lora import empty_adapters, ranks_of
 from streamjax.parallel.mesh import with_placement
 from streamjax.streaming.state import StreamState
 
@@ -40,6 +40,7 @@ def save(model: Decoder, path: str | Path) -> None:
       ValueError: `path` holds something that is no checkpoint.
     """
     about = {"kind": "model", "model": model.config.to_json_dict(), "stacked": bool(len(model.stack))}
+    about["lora"] = ranks_of(model)
     save_pytree(model, path, about)
 
 
@@ -70,8 +71,13 @@ def load(
         raise ValueError(f"no model at {path}: neither config.json with *.safetensors, nor a streamjax checkpoint")
     about = read_about(path, "model")
     config = ModelConfig.from_json_dict(about["model"])
+    adapters = {target: (rank, alpha) for target, (rank, alpha) in about.get("lora", {}).items()}
     dtype = jnp.dtype(dtype or default_dtype())
-    build = partial(Decoder, config, dtype=dtype, scan_layers=about["stacked"])
+
+    def build(key: jax.Array) -> Decoder:
+        model = Decoder(config, key, dtype=dtype, scan_layers=about["stacked"])
+        return empty_adapters(model, adapters)
+
     model: Decoder = restore_pytree(with_placement(jax.eval_shape(build, jax.random.key(0)), mesh), path, cast=True)
     if scan_layers is None or scan_layers == about["stacked"]:
         return model

@@ -8,12 +8,11 @@ device's part of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import FAMILIES, Family, Source, find_family, read_config, write_config
+from streamjax.models.lora import refuse_adapters
 from streamjax.models.safetensors_files import (
     DTYPES,
     PendingTensor,
@@ -78,8 +78,9 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
       max_shard_size: bytes of a file beyond which the checkpoint is split and gets an index.
 
     Raises:
-      ValueError: the architecture cannot express the model's config; nothing has been written then.
+      ValueError: the architecture cannot express the model's config, or the model has adapters; nothing was written.
     """
+    refuse_adapters(model)
     values = write_config(model.config)
     values["torch_dtype"] = str(model.embedding[...].dtype)
     pending: dict[str, list[PendingTensor]] = {}
@@ -219,7 +220,7 @@ def _load(slot: _Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | None) -> 
     return stack
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _inserter(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
     """Write one layer into a stack, in place."""
 

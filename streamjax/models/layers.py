@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.attention.partial import accumulator
+from streamjax.models.adapters import Adapter, add_adapted
 from streamjax.models.config import ModelConfig
 
 ACTIVATIONS = {
@@ -70,7 +71,8 @@ class Projections(nnx.Module):
     """Queries, keys and values from one fused product, and the product back to the residual stream.
 
     `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value, so that
-    one product reads the input once and tensor parallelism splits over key/value heads.
+    one product reads the input once and tensor parallelism splits over key/value heads. Adapters (`lora.py`) change
+    members of it: all queries of a group, its key, or its value.
     """
 
     def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
@@ -86,6 +88,10 @@ class Projections(nnx.Module):
         self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
         self.q_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
         self.k_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
+        self.q_lora: Adapter | None = nnx.data(None)
+        self.k_lora: Adapter | None = nnx.data(None)
+        self.v_lora: Adapter | None = nnx.data(None)
+        self.o_lora: Adapter | None = nnx.data(None)
 
     def split(
         self, x: Float[Array, "B T E"]
@@ -103,6 +109,8 @@ class Projections(nnx.Module):
     def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
         """The fused product, from member `first` of each group on."""
         qkv = jnp.einsum("bte,ekgd->btkgd", x, self.qkv[:, :, first:].astype(x.dtype))
+        key = self.config.group_size - first
+        qkv = add_adapted(qkv, x, (self.q_lora, -first), (self.k_lora, key), (self.v_lora, key + 1))
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[:, first:].astype(x.dtype)
         return qkv if self.config.clip_qkv is None else jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
@@ -115,7 +123,9 @@ class Projections(nnx.Module):
         """Project the heads' outputs back to `d_model` channels."""
         # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
         weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(dtype)
-        y = jnp.einsum("btf,fe->bte", rearrange(heads, "b t h d -> b t (h d)").astype(dtype), weight)
+        x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
+        y = jnp.einsum("btf,fe->bte", x, weight)
+        y = y if self.o_lora is None else y + self.o_lora(x)
         return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)
 
 
@@ -131,12 +141,17 @@ class MLP(nnx.Module):
         gain = 1.0 / math.sqrt(2 * config.num_layers)
         self.down = kernel(key_out, (width, d), ("mlp", "embed"), width, dtype, gain)
         self.down_bias = zeros((d,), ("activation_embed",), dtype) if config.mlp_bias else None
+        self.gate_lora: Adapter | None = nnx.data(None)
+        self.up_lora: Adapter | None = nnx.data(None)
+        self.down_lora: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         hidden = jnp.einsum("bte,egf->btgf", x, self.up[...].astype(x.dtype))
+        hidden = add_adapted(hidden, x, (self.gate_lora, 0), (self.up_lora, hidden.shape[-2] - 1))
         if self.up_bias is not None:
             hidden = hidden + self.up_bias[...].astype(x.dtype)
         active = ACTIVATIONS[self.activation](hidden[..., 0, :])
         active = active * hidden[..., 1, :] if hidden.shape[-2] == 2 else active
         y = jnp.einsum("btf,fe->bte", active, self.down[...].astype(x.dtype))
+        y = y if self.down_lora is None else y + self.down_lora(active)
         return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)

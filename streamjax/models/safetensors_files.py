@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     files, expected = _files(folder)
     for file in files:
-        for tensor in _read_header(file):
+        for tensor in read_header(file):
             if tensor.name in tensors:
                 raise ValueError(f"{file}: tensor {tensor.name!r} is also in {tensors[tensor.name].file.name}")
             tensors[tensor.name] = tensor
@@ -102,7 +102,12 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     raise ValueError(f"{folder}: no weights: expected {SINGLE}, or {INDEX} and its shards")
 
 
-def _read_header(file: Path) -> Iterator[StoredTensor]:
+def read_header(file: Path) -> Iterator[StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     try:
         with safe_open(file, framework="numpy"):
             pass  # checks the header, the offsets and the file's length
@@ -116,6 +121,12 @@ def _read_header(file: Path) -> Iterator[StoredTensor]:
         if name != "__metadata__":
             begin = entry["data_offsets"][0]
             yield StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file that is not damaged says about its tensors."""
+    with safe_open(file, framework="numpy") as opened:
+        return dict(opened.metadata() or {})
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def write_tensors(folder: Path, tensors: Sequence[PendingTensor], max_shard_size
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     partial = {name: folder / f"{name}.partial" for name in [*names, INDEX]}
     for name, shard in zip(names, shards, strict=True):
-        _write_file(partial[name], shard)
+        write_file(partial[name], shard)
     for file in folder.iterdir():
         if file.name in (SINGLE, INDEX) or _SHARD.fullmatch(file.name):
             file.unlink()
@@ -176,8 +187,9 @@ def write_tensors(folder: Path, tensors: Sequence[PendingTensor], max_shard_size
         os.replace(partial[name], folder / name)
 
 
-def _write_file(file: Path, tensors: Sequence[PendingTensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(file: Path, tensors: Sequence[PendingTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one file, tensor by tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for tensor in tensors:
         if tensor.dtype not in _CODES:

@@ -25,11 +25,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "kv_heads": ("tensor",),
     "heads": ("tensor",),
-    # never split: a head's channels, the query heads of a group, the gate and up halves, stacked layers
+    # never split: a head's channels, the query heads of a group, gate and up halves, ranks of adapters, stacked layers
     "activation_embed": (),
     "head_dim": (),
     "group": (),
     "gates": (),
+    "lora": (),
     "layers": (),
 }
 
