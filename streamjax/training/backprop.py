@@ -90,6 +90,8 @@ def loss_and_grad(
         raise ValueError(f"segment is {segment}: at least 1 layer is needed")
     if segment > 1 and method != "layer":
         raise ValueError(f'segment is {segment}, which method "layer" has and {method!r} has not')
+    if not 0.0 <= offload_fraction <= 1.0:
+        raise ValueError(f"offload_fraction is {offload_fraction}: use 0 to 1")
     if offload is not None and (offload != "host" or method != "layer"):
         raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
     return _loss_and_grad(

@@ -30,7 +30,7 @@ from streamjax.training.chunks import (
     zeros_like,
 )
 from streamjax.training.ends import assemble, embed_backward, output_backward
-from streamjax.training.inputs import Inputs, Kept
+from streamjax.training.inputs import Inputs, Kept, Reader
 from streamjax.training.objectives import Objective
 from streamjax.training.options import Options
 from streamjax.training.rows import Rows, rows_of
@@ -56,50 +56,54 @@ def layer_forward(block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence) 
 
 
 def layer_backward(
-    params: Block, rest: Block, spec: LayerSpec, read: Any, d_y: Chunks, sequence: Sequence, options: Options
+    params: Block, rest: Block, spec: LayerSpec, inputs: Reader, d_y: Chunks, sequence: Sequence, options: Options
 ) -> tuple[Block, Chunks]:
     """Gradient of a layer's trained parameters, and the cotangent of its input in the place of that of its output.
 
-    `read(i)` gives chunk i of the layer's input.
+    `inputs` gives the chunks of the layer's input.
     """
     block = combine(params, rest)
     blocks = attention_blocks(block, spec, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
-    def keys(i: Any, buffer: Buffer) -> Buffer:
-        k, v = block.keys(read(i), sequence.context(i))
+    def keys(i: Any, x: Array, buffer: Buffer) -> Buffer:
+        k, v = block.keys(x, sequence.context(i))
         return buffer.write(k, v, 0, i * sequence.chunk_size)
 
     empty = Buffer.zeros(block, 1, batch, sequence.slots, d_y.dtype)
-    buffer = jax.lax.fori_loop(0, sequence.count, keys, empty)
+    buffer = inputs.each(keys, empty)
 
-    def chunk(step: Any, carry: tuple[Any, Chunks, Buffer]) -> tuple[Any, Chunks, Buffer]:
+    def chunk(i: Any, x: Array, carry: tuple[Any, Chunks, Buffer]) -> tuple[Any, Chunks, Buffer]:
         total, d_y, grads = carry
-        i = sequence.count - 1 - step
         view, context = whole_view(sequence, i), sequence.context(i)
-        part, d_x, grads = pull_back(params, rest, blocks, read(i), at(d_y, i), context, buffer, view, grads)
+        part, d_x, grads = pull_back(params, rest, blocks, x, at(d_y, i), context, buffer, view, grads)
         return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads
 
     grads = Buffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)
-    total, d_x, _ = jax.lax.fori_loop(0, sequence.count, chunk, (zeros_like(params, options.grad_dtype), d_y, grads))
+    total, d_x, _ = inputs.each_back(chunk, (zeros_like(params, options.grad_dtype), d_y, grads))
     return total, d_x
 
 
 def rows_forward(rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence) -> tuple[Chunks, Kept]:
     """Output of some rows of layers, and what `inputs` keeps of the way."""
 
-    def segment(s: Any, carry: tuple[Chunks, Kept]) -> tuple[Chunks, Kept]:
-        def row(row: Any, carry: tuple[Chunks, Kept]) -> tuple[Chunks, Kept]:
-            x, kept = carry
+    def segment(s: Any, carry: tuple[Chunks, list[Array]]) -> tuple[tuple[Chunks, list[Array]], list[Array | None]]:
+        x, here = carry
+        here, away = inputs.keep(here, s, 0, x), [inputs.send(x)]
+
+        def row(row: Any, carry: tuple[Chunks, list[Array]]) -> tuple[Chunks, list[Array]]:
+            x, here = carry
             for position in range(rows.period):
-                kept = inputs.keep(kept, row, position, x) if position else kept
+                if position and inputs.every:  # then a segment is this row alone
+                    here = inputs.keep(here, row, position, x)
+                    away.append(inputs.send(x))
                 x = _forward(rows, sequence, row, position, x)
-            return x, kept
+            return x, here
 
-        x, kept = carry
-        return inputs.walk(s, row, (x, inputs.keep(kept, s, 0, x)))
+        return inputs.walk(s, row, (x, here)), away
 
-    return rows.loop(0, inputs.segments, segment, (x, inputs.empty(x)))
+    (x, here), away = rows.scan(inputs.segments, segment, (x, inputs.empty(x)))
+    return x, Kept(here, away)
 
 
 def rows_backward(
@@ -113,9 +117,9 @@ def rows_backward(
         def row(row: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
             grads, d_x = carry
             for position in reversed(range(rows.period)):
-                read = inputs.reader(kept, inner, s, row, position)
+                chunks = inputs.reader(kept, inner, s, row, position)
                 params, rest = rows.layer(row, position)
-                new, d_x = layer_backward(params, rest, rows.spec(row, position), read, d_x, sequence, options)
+                new, d_x = layer_backward(params, rest, rows.spec(row, position), chunks, d_x, sequence, options)
                 grads = rows.put(grads, row, position, new)
             return grads, d_x
 
@@ -141,7 +145,8 @@ def loss_and_grad(
     x = jax.lax.map(embed, jnp.arange(sequence.count))
     held = []
     for index, rows in enumerate(groups):
-        inputs = Inputs(rows, options.segment, embed if index == 0 else None)
+        away = round(options.offload_fraction * sequence.count) if options.offload else 0
+        inputs = Inputs(rows, options.segment, embed if index == 0 else None, sequence.count, away)
         x, kept = rows_forward(rows, inputs, x, sequence)
         held.append((rows, inputs, kept))
     loss, d_output, d_x = output_backward(ends, options, x, sequence, objective)

@@ -57,6 +57,16 @@ class Rows:
             carry = body(row, carry)
         return carry
 
+    def scan(self, count: int, body: Callable[[Any, Carry], tuple[Carry, Any]], carry: Carry) -> tuple[Carry, Any]:
+        """`carry, y = body(i, carry)` for i below `count`; the ys stacked, or in a list for single layers."""
+        if self.stacked:
+            return jax.lax.scan(lambda carry, i: body(i, carry), carry, jnp.arange(count))
+        ys = []
+        for i in range(count):
+            carry, y = body(i, carry)
+            ys.append(y)
+        return carry, ys
+
     def loop_back(self, start: Any, stop: Any, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
         """The same from the last row to the first."""
         return self.loop(0, stop - start, lambda i, carry: body(stop - 1 - i, carry), carry)
