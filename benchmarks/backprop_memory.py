@@ -11,10 +11,11 @@ for which it says what they need ("~"). The longest sequence comes from that lin
 longest that was seen to fit.
 
 The baselines are gradient checkpointing a layer (each layer's input is kept, attention is blockwise): `full-logits`
-with the logits of the whole sequence, once in float32, and `remat` with the cross-entropy in chunks. `layer` and `chunk`
-are the orders of `sj.training.loss_and_grad`, in chunks of 2,048 tokens; `layer-segment` keeps every sixth layer's input
-and computes those between again; `chunk` sums gradients in bf16, of parameters and of keys and values. Each case is
-written to benchmarks/results/backprop_memory.json at once, and not compiled again while it lowers to the same program.
+with the logits of the whole sequence, once in float32, and `remat` with the cross-entropy in chunks. `layer` and
+`chunk` are the orders of `sj.training.loss_and_grad`, in chunks of 2,048 tokens; `layer-segment` keeps every sixth
+layer's input and computes those between again; `chunk` sums gradients in bf16, of parameters and of keys and values.
+Each case is written to benchmarks/results/backprop_memory.json at once, and not compiled again while it lowers to the
+same program.
 """
 
 from __future__ import annotations
