@@ -80,4 +80,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    # Inside `jax.shard_map` the axes taken by hand are not the compiler's to place.
+    axes = tuple(None if name is None or set(RULES[name]) & set(mesh.manual_axes) else name for name in axes)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))

@@ -23,6 +23,7 @@ from streamjax.training.chunks import Sequence
 from streamjax.training.ends import default_logits_chunk, whole_sequence_stats
 from streamjax.training.objectives import CrossEntropy, Objective
 from streamjax.training.options import Options
+from streamjax.training.reduction import over_rows
 from streamjax.training.trainable import Trainable, combine, partition
 
 Batch = Mapping[str, Array]
@@ -117,10 +118,15 @@ def _loss_and_grad(
     model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: Options
 ) -> tuple[Float[Array, ""], Decoder]:
     prepared = objective.prepare(batch)
+    params, rest = partition(model, options.trainable)
     if method in ("layer", "chunk"):
         order = layer_order if method == "layer" else chunk_order
-        return order.loss_and_grad(model, Sequence.cut(batch, prepared, chunk_size), objective, options)
-    params, rest = partition(model, options.trainable)
+
+        def compute(model: Decoder, batch: Batch, prepared: Batch, split: Any, reduction: Any) -> Any:
+            sequence = Sequence.cut(batch, prepared, chunk_size)
+            return order.loss_and_grad(model, sequence, objective, options, split, reduction)
+
+        return over_rows(compute, model, batch, prepared, params)
 
     def loss(params: Decoder) -> Array:
         return whole_loss(combine(params, rest), batch, prepared, objective, options.logits_chunk, method == "remat")

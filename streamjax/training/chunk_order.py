@@ -17,21 +17,23 @@ from jaxtyping import Array, Float
 
 from streamjax.attention.partial import accumulator
 from streamjax.models.decoder import Block, Decoder
-from streamjax.models.layout import without_layers
-from streamjax.training.chunks import Buffer, Sequence, add, at, attend, pull_back, zeros_like
+from streamjax.training.chunks import Buffer, Sequence, add, at, attend, pull_back
 from streamjax.training.ends import (
     assemble,
     embed_pull_back,
     embed_zeros,
+    finish_ends,
     loss_and_pull_back,
     objective_of_chunks,
     output_zeros,
     stats_of,
     sum_of_ends,
+    whole_ends,
 )
 from streamjax.training.key_store import KeyStore
 from streamjax.training.objectives import Objective, TokenStats
 from streamjax.training.options import Options
+from streamjax.training.reduction import Reduction
 from streamjax.training.rows import Rows, rows_of
 from streamjax.training.trainable import combine
 
@@ -110,11 +112,16 @@ class Group(NamedTuple):
 
 
 def loss_and_grad(
-    model: Decoder, sequence: Sequence, objective: Objective, options: Options
+    model: Decoder,
+    sequence: Sequence,
+    objective: Objective,
+    options: Options,
+    split: Decoder | None,
+    reduction: Reduction,
 ) -> tuple[Float[Array, ""], Decoder]:
-    """Loss and gradient; see `streamjax.training.backprop` for the arguments."""
-    ends = without_layers(model)
-    groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable)]
+    """Loss and gradient; see `streamjax.training.backprop` for the arguments, `over_rows` for the last two."""
+    ends = whole_ends(model, split, reduction)
+    groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable, split, reduction)]
     batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
 
     def read(keys: list[Buffers], i: Any) -> tuple[list[Buffers], TokenStats | None]:
@@ -149,10 +156,10 @@ def loss_and_grad(
         jnp.zeros((), accumulator(model.dtype)),
         output_zeros(ends, options),
         embed_zeros(ends, options),
-        [zeros_like(group.rows.params, options.grad_dtype) for group in groups],
+        [group.rows.zero_sums(options.grad_dtype) for group in groups],
         [group.empty(batch, options.kv_grad_dtype, True) for group in groups],
     )
     (loss, d_output, d_embedding, d_layers, _), _ = jax.lax.scan(chunk, start, steps, reverse=True)
     d_ends = sum_of_ends(ends, options, d_output, d_embedding)
-    pairs = [(group.rows, group.rows.as_params(grads)) for group, grads in zip(groups, d_layers, strict=True)]
-    return loss if known is None else known, assemble(d_ends, pairs)
+    pairs = [(group.rows, group.rows.finish(grads)) for group, grads in zip(groups, d_layers, strict=True)]
+    return reduction.sum(loss if known is None else known), assemble(finish_ends(d_ends, split, reduction), pairs)

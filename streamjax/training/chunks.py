@@ -24,6 +24,7 @@ from streamjax.attention.partial import accumulator
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
 from streamjax.models.mixer import SequenceContext
+from streamjax.parallel.rules import constrain
 from streamjax.training.objectives import Batch
 from streamjax.training.trainable import combine
 
@@ -125,7 +126,8 @@ class Buffer(NamedTuple):
     def zeros(cls, block: Block, rows: int, batch: int, slots: int, dtype: Any) -> Buffer:
         config = block.config
         shape = (rows, batch, config.num_kv_heads, slots, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        axes = (None, "batch", "kv_heads", None, "head_dim")
+        return cls(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))
 
     def write(self, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], row: Any, slot: Any) -> Buffer:
         """This buffer with the keys and values of consecutive tokens in it, the first in `slot`."""

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int32
 
 from streamjax.attention.partial import accumulator
 from streamjax.models.decoder import Decoder
-from streamjax.models.layout import with_layers
+from streamjax.models.layout import with_layers, without_layers
 from streamjax.training.chunks import Sequence, add, at, zeros_like
 from streamjax.training.objectives import Batch, Linear, Objective, TokenStats, token_stats
 from streamjax.training.options import Options
+from streamjax.training.reduction import Reduction, keep_like
 from streamjax.training.rows import Rows
 from streamjax.training.trainable import Trainable, combine, partition
 
@@ -180,6 +181,17 @@ def sum_of_ends(ends: Decoder, options: Options, d_output: Decoder, d_embedding:
         return None if param is None else jax.tree.map(lambda p, *xs: sum(xs[1:], xs[0]).astype(p.dtype), param, *found)
 
     return jax.tree.map(total, trained, d_output, d_embedding, is_leaf=is_leaf)
+
+
+def whole_ends(model: Decoder, split: Decoder | None, reduction: Reduction) -> Decoder:
+    """The model without its layers, its parameters whole on each device."""
+    ends = without_layers(model)
+    return ends if split is None else reduction.gather(ends, without_layers(split))
+
+
+def finish_ends(grads: Decoder, split: Decoder | None, reduction: Reduction) -> Decoder:
+    """The ends' gradients summed over all devices and split as the parameters are."""
+    return grads if split is None else reduction.reduce(grads, keep_like(without_layers(split), grads))
 
 
 def assemble(d_ends: Decoder, d_layers: list[tuple[Rows, list]]) -> Decoder:

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
-from streamjax.models.layout import without_layers
 from streamjax.training.chunks import (
     Buffer,
     Sequence,
@@ -29,10 +28,11 @@ from streamjax.training.chunks import (
     whole_view,
     zeros_like,
 )
-from streamjax.training.ends import assemble, embed_backward, output_backward
+from streamjax.training.ends import assemble, embed_backward, finish_ends, output_backward, whole_ends
 from streamjax.training.inputs import Inputs, Kept, Reader
 from streamjax.training.objectives import Objective
 from streamjax.training.options import Options
+from streamjax.training.reduction import Reduction
 from streamjax.training.rows import Rows, rows_of
 from streamjax.training.trainable import combine
 
@@ -120,7 +120,7 @@ def rows_backward(
                 chunks = inputs.reader(kept, inner, s, row, position)
                 params, rest = rows.layer(row, position)
                 new, d_x = layer_backward(params, rest, rows.spec(row, position), chunks, d_x, sequence, options)
-                grads = rows.put(grads, row, position, new)
+                grads = rows.put(grads, row, position, rows.finish_layer(new, row, position))
             return grads, d_x
 
         return inputs.walk_back(s, row, carry)
@@ -133,15 +133,20 @@ def _forward(rows: Rows, sequence: Sequence, row: Any, position: int, x: Chunks)
 
 
 def loss_and_grad(
-    model: Decoder, sequence: Sequence, objective: Objective, options: Options
+    model: Decoder,
+    sequence: Sequence,
+    objective: Objective,
+    options: Options,
+    split: Decoder | None,
+    reduction: Reduction,
 ) -> tuple[Float[Array, ""], Decoder]:
-    """Loss and gradient; see `streamjax.training.backprop` for the arguments."""
-    ends = without_layers(model)
+    """Loss and gradient; see `streamjax.training.backprop` for the arguments, `over_rows` for the last two."""
+    ends = whole_ends(model, split, reduction)
 
     def embed(i: Any) -> Array:
         return ends.embed(at(sequence.tokens, i))
 
-    groups = rows_of(model, options.trainable)
+    groups = rows_of(model, options.trainable, split, reduction)
     x = jax.lax.map(embed, jnp.arange(sequence.count))
     held = []
     for index, rows in enumerate(groups):
@@ -154,4 +159,5 @@ def loss_and_grad(
     for rows, inputs, kept in reversed(held):
         grads, d_x = rows_backward(rows, inputs, kept, d_x, sequence, options)
         d_layers.append((rows, grads))
-    return loss, assemble(embed_backward(ends, options, d_output, d_x, sequence), d_layers)
+    d_ends = embed_backward(ends, options, d_output, d_x, sequence)
+    return reduction.sum(loss), assemble(finish_ends(d_ends, split, reduction), d_layers)

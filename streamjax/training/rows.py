@@ -11,6 +11,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
+from streamjax.training.chunks import zeros_like
+from streamjax.training.reduction import Reduction
 from streamjax.training.trainable import Trainable, partition
 
 Carry = TypeVar("Carry")
@@ -22,7 +24,17 @@ class Rows:
     A row's index is a traced integer for stacked layers and a Python integer for single ones.
     """
 
-    def __init__(self, blocks: list[Block], first: int, stacked: bool, model: Decoder, trainable: Trainable):
+    def __init__(
+        self,
+        blocks: list[Block],
+        first: int,
+        stacked: bool,
+        model: Decoder,
+        trainable: Trainable,
+        split: list[Block] | None,
+        reduction: Reduction,
+    ):
+        self.reduction = reduction
         self.stacked = stacked
         self.first = first  # index of the first layer
         self.config = model.config
@@ -30,16 +42,25 @@ class Rows:
         self.count = jax.tree.leaves(blocks[0])[0].shape[0] if stacked else len(blocks)
         parts = [partition(block, trainable) for block in blocks]
         self.params, self.rest = [part[0] for part in parts], [part[1] for part in parts]
+        # Dimensions along which a mesh splits the parameters: needed only where it does.
+        halves = parts if split is None else [partition(block, trainable) for block in split]
+        self.split_params, self.split_rest = [half[0] for half in halves], [half[1] for half in halves]
 
     def layer(self, row: Any, position: int) -> tuple[Block, Block]:
-        """Parameters of one layer that are trained, and its others."""
+        """Parameters of one layer that are trained, and its others, whole on each device."""
         if not self.stacked:
-            return self.params[row], self.rest[row]
+            return self._whole(self.params[row], self.rest[row], row)
 
         def select(leaf: jax.Array) -> jax.Array:
             return _row_major(jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False))
 
-        return jax.tree.map(select, self.params[position]), jax.tree.map(select, self.rest[position])
+        return self._whole(
+            jax.tree.map(select, self.params[position]), jax.tree.map(select, self.rest[position]), position
+        )
+
+    def _whole(self, params: Block, rest: Block, index: int) -> tuple[Block, Block]:
+        gather = self.reduction.gather
+        return gather(params, self.split_params[index]), gather(rest, self.split_rest[index])
 
     def any_layer(self) -> Block:
         """A layer, for what all of them share: the model's configuration."""
@@ -72,12 +93,22 @@ class Rows:
         return self.loop(0, stop - start, lambda i, carry: body(stop - 1 - i, carry), carry)
 
     def zero_grads(self) -> list[Block]:
-        """A place for the gradient of every trained parameter."""
+        """A place for the gradient of every trained parameter, split as the parameters are."""
         return jax.tree.map(jnp.zeros_like, self.params)
 
-    def as_params(self, grads: list[Block]) -> list[Block]:
-        """`grads` in the dtypes of the parameters."""
-        return jax.tree.map(lambda param, grad: grad.astype(param.dtype), self.params, grads)
+    def zero_sums(self, dtype: Any) -> list[Block]:
+        """A place for this device's sums of the gradients of whole parameters."""
+        whole = jax.eval_shape(lambda: self.reduction.gather(self.params, self.split_params))
+        return zeros_like(whole, dtype)
+
+    def finish(self, sums: list[Block]) -> list[Block]:
+        """Sums over all devices, in the dtypes of the parameters and split as they are."""
+        total = self.reduction.reduce(sums, self.split_params)
+        return jax.tree.map(lambda param, grad: grad.astype(param.dtype), self.params, total)
+
+    def finish_layer(self, sums: Block, row: Any, position: int) -> Block:
+        """The same of one layer, but for the dtypes."""
+        return self.reduction.reduce(sums, self.split_params[position if self.stacked else row])
 
     def put(self, grads: list[Block], row: Any, position: int, new: Block) -> list[Block]:
         """`grads` with those of one layer in their place."""
@@ -108,11 +139,14 @@ def _row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def rows_of(model: Decoder, trainable: Trainable) -> list[Rows]:
-    """All layers of a model, in order: its stack, if it has one, and the single layers behind it."""
+def rows_of(model: Decoder, trainable: Trainable, split: Decoder | None, reduction: Reduction) -> list[Rows]:
+    """All layers of a model, in order: its stack, if it has one, and the single layers behind it.
+
+    `split` and `reduction`: from `over_rows`.
+    """
     found = []
-    if len(model.stack):
-        found.append(Rows(list(model.stack), 0, True, model, trainable))
-    if len(model.layers):
-        found.append(Rows(list(model.layers), model.stacked_layers, False, model, trainable))
+    for stacked, first, blocks in ((True, 0, model.stack), (False, model.stacked_layers, model.layers)):
+        if len(blocks):
+            dims = None if split is None else list(split.stack if stacked else split.layers)
+            found.append(Rows(list(blocks), first, stacked, model, trainable, dims, reduction))
     return found

@@ -12,7 +12,8 @@ Tree = TypeVar("Tree")
 Trainable = type[nnx.Variable]  # parameters of this type are trained, all others are constants
 
 
-def _is_parameter(node: Any) -> bool:
+def is_parameter(node: Any) -> bool:
+    """Whether a node of a tree is a parameter with its metadata."""
     return isinstance(node, nnx.Variable)
 
 
@@ -29,10 +30,10 @@ def partition(tree: Tree, trainable: Trainable = nnx.Param, only: Container[str]
         return lambda path, node: node if chosen(path, node) is wanted else None
 
     with_path = jax.tree_util.tree_map_with_path
-    return with_path(keep(True), tree, is_leaf=_is_parameter), with_path(keep(False), tree, is_leaf=_is_parameter)
+    return with_path(keep(True), tree, is_leaf=is_parameter), with_path(keep(False), tree, is_leaf=is_parameter)
 
 
 def combine(first: Tree, second: Tree) -> Tree:
     """The tree of which `partition` made these two."""
-    empty = lambda node: node is None or _is_parameter(node)  # noqa: E731
+    empty = lambda node: node is None or is_parameter(node)  # noqa: E731
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=empty)
