@@ -13,7 +13,8 @@ longest that was seen to fit.
 The baselines are gradient checkpointing a layer (each layer's input is kept, attention is blockwise): `full-logits`
 with the logits of the whole sequence, once in float32, and `remat` with the cross-entropy in chunks. `layer` and
 `chunk` are the orders of `sj.training.loss_and_grad`, in chunks of 2,048 tokens; `layer-segment` keeps every sixth
-layer's input and computes those between again; `chunk` sums gradients in bf16, of parameters and of keys and values.
+layer's input and computes those between again, `layer-host` keeps all of them in the host's memory; `chunk` sums
+gradients in bf16, of parameters and of keys and values.
 Each case is written to benchmarks/results/backprop_memory.json at once, and not compiled again while it lowers to the
 same program.
 """
@@ -39,6 +40,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "remat": {"method": "remat"},
     "layer": {"method": "layer", "chunk_size": 2048},
     "layer-segment": {"method": "layer", "chunk_size": 2048, "segment": 6},
+    "layer-host": {"method": "layer", "chunk_size": 2048, "offload": "host"},
     "chunk": {"method": "chunk", "chunk_size": 2048, "grad_dtype": "bfloat16", "kv_grad_dtype": "bfloat16"},
 }
 LENGTHS = (16384, 32768, 65536)
