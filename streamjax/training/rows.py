@@ -134,8 +134,12 @@ def _row_major(x: jax.Array) -> jax.Array:
     """`x`, laid out as it is in a checkpoint.
 
     Without this the TPU compiler would give the whole stack the layout that a product inside the loop likes best, by a
-    copy of all layers' weights in front of the loop.
+    copy of all layers' weights in front of the loop. The partitioner would gather `x` for it, so not where `x` may be
+    split by axes that are the compiler's.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items()):
+        return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
