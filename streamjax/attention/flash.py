@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Int32
 
-from streamjax.attention.blockwise import Blocks, Keys, Queries, backward, forward
+from streamjax.attention.blockwise import Blocks, Keys, Queries, backward, block_sizes, forward
 from streamjax.attention.partial import Partial, accumulator
 from streamjax.attention.patterns import Pattern
 
@@ -29,8 +29,8 @@ def flash_attention(
     offset: Int[Array, ""] | int = 0,
     softcap: float | None = None,
     slopes: Float[Array, " H"] | None = None,
-    block_q: int = 512,
-    block_k: int = 512,
+    block_q: int | None = None,
+    block_k: int | None = None,
 ) -> Partial:
     """Attention of T queries, the first of which has index `offset`, over S keys with indices 0 to S - 1.
 
@@ -44,10 +44,11 @@ def flash_attention(
       offset: index of the first query, for a chunk deep in a sequence; may be traced.
       softcap: logits become `softcap * tanh(logits / softcap)`.
       slopes: ALiBi, `-slope * distance` added to the scaled logits; constants, their gradient is zero.
-      block_q, block_k: block sizes; any length is padded inside.
+      block_q, block_k: block sizes, by default those of `block_sizes`; any length is padded inside.
     """
     length_q, length_k, heads_k = q.shape[1], k.shape[1], k.shape[2]
-    block_q, block_k = min(block_q, length_q), min(block_k, length_k)
+    default_q, default_k = block_sizes(q.shape[0] * q.shape[2])
+    block_q, block_k = min(block_q or default_q, length_q), min(block_k or default_k, length_k)
     if segment_ids is None or isinstance(segment_ids, tuple):
         segments = segment_ids or (None, None)
     else:

@@ -80,7 +80,9 @@ class Group(NamedTuple):
                 else:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
                 buffer, view = store.view(keys[index], place, i, sequence)
-                x = block.combine(x, attend(block, store.blocks(block), q, buffer, view, context.segment_ids))
+                x = block.combine(
+                    x, attend(block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids)
+                )
             return x, keys, inputs
 
         shape = (0, 0) if write else (rows.count, rows.period)
@@ -102,7 +104,7 @@ class Group(NamedTuple):
                 x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
                 buffer, view = store.view(keys[index], place, i, sequence)
                 opened = store.open(d_keys[index], place)
-                blocks = store.blocks(combine(params, rest))
+                blocks = store.blocks(combine(params, rest), sequence.batch_size)
                 new, d_x, opened = pull_back(params, rest, blocks, x, d_x, context, buffer, view, opened)
                 d_keys[index] = store.close(d_keys[index], opened, place)
                 grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))

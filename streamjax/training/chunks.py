@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32, UInt32
 
 from streamjax.attention import blockwise
-from streamjax.attention.blockwise import Blocks, Keys, Queries
+from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
 from streamjax.attention.partial import accumulator
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
@@ -27,8 +27,6 @@ from streamjax.models.mixer import SequenceContext
 from streamjax.parallel.rules import constrain
 from streamjax.training.objectives import Batch
 from streamjax.training.trainable import combine
-
-BLOCK = 512  # queries, and keys, of one block of attention
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +75,10 @@ class Sequence:
         return self.tokens.shape[0]
 
     @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
     def chunk_size(self) -> int:
         return self.tokens.shape[2]
 
@@ -87,7 +89,7 @@ class Sequence:
 
     @property
     def block_k(self) -> int:
-        return min(BLOCK, self.count * self.chunk_size)
+        return min(key_block(), self.count * self.chunk_size)
 
     def context(self, i: Any) -> SequenceContext:
         """Where the tokens of chunk i stand."""
@@ -103,6 +105,11 @@ class Sequence:
         if self.segments is None:
             return None
         return jnp.pad(self.segments, ((0, 0), (0, self.slots - self.segments.shape[1])))
+
+
+def key_block() -> int:
+    """Keys of a block of attention."""
+    return block_sizes(1)[1]
 
 
 def cut_chunks(x: Array, chunk_size: int) -> Array:
@@ -201,12 +208,13 @@ def whole_view(sequence: Sequence, i: Any, row: Any = 0) -> View:
     return View(sequence.key_segments(), row, 0, sequence.length, start, start)
 
 
-def attention_blocks(block: Block, spec: LayerSpec, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
+def attention_blocks(
+    block: Block, spec: LayerSpec, batch_size: int, chunk_size: int, block_k: int, leading: int = 0
+) -> Blocks:
     """What is static in a chunk's attention."""
     config = block.config
-    return Blocks(
-        spec.pattern, config.scale, config.attention_softcap, min(BLOCK, chunk_size), block_k, leading
-    )  # fmt: skip
+    block_q = min(block_sizes(batch_size * config.num_heads)[0], chunk_size)
+    return Blocks(spec.pattern, config.scale, config.attention_softcap, block_q, block_k, leading)
 
 
 def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:

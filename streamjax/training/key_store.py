@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from streamjax.attention.blockwise import Blocks
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
-from streamjax.training.chunks import BLOCK, Buffer, Sequence, View, attention_blocks, whole_view
+from streamjax.training.chunks import Buffer, Sequence, View, attention_blocks, key_block, whole_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class KeyStore:
         """The store of layers with `spec`."""
         size, total = sequence.chunk_size, sequence.count * sequence.chunk_size
         if spec.window is not None:
-            block = min(BLOCK, size + spec.window - 1)
+            block = min(key_block(), size + spec.window - 1)
             local = math.ceil((spec.sinks + spec.window - 1 + size) / block) * block
             behind = local - size - spec.sinks
             if local < total:
@@ -49,10 +49,10 @@ class KeyStore:
         """Slots of the keys that one chunk may see, its own included."""
         return self.slots if self.behind is None else self.spec.sinks + self.behind + self.chunk_size
 
-    def blocks(self, block: Block) -> Blocks:
+    def blocks(self, block: Block, batch_size: int) -> Blocks:
         """What is static in a chunk's attention."""
         leading = 0 if self.behind is None else self.spec.sinks
-        return attention_blocks(block, self.spec, self.chunk_size, self.block_k, leading)
+        return attention_blocks(block, self.spec, batch_size, self.chunk_size, self.block_k, leading)
 
     def write(self, keys: Buffer, k: Any, v: Any, row: Any, i: Any) -> Buffer:
         """`keys` with those of chunk i in it."""

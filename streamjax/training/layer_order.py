@@ -41,7 +41,7 @@ Chunks = Float[Array, "N B C E"]
 
 def layer_forward(block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence) -> Chunks:
     """A layer over all chunks; each output takes its input's place."""
-    blocks = attention_blocks(block, spec, sequence.chunk_size, sequence.block_k)
+    blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
     def chunk(i: Any, carry: tuple[Chunks, Buffer]) -> tuple[Chunks, Buffer]:
         x, buffer = carry
@@ -63,7 +63,7 @@ def layer_backward(
     `inputs` gives the chunks of the layer's input.
     """
     block = combine(params, rest)
-    blocks = attention_blocks(block, spec, sequence.chunk_size, sequence.block_k)
+    blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
     def keys(i: Any, x: Array, buffer: Buffer) -> Buffer:
