@@ -233,7 +233,8 @@ def _whole_blocks(x: Array, axis: int, size: int) -> Array:
     return jnp.pad(x, widths) if widths[axis][1] else x
 
 
-def _heads(x: Float[Array, "B K G C D"], length: int) -> Float[Array, "B C H D"]:
+def _heads(x: Float[Array, "B K G P D"], length: int) -> Float[Array, "B C H D"]:
+    """The first `length` of P padded queries, heads together."""
     return rearrange(x[:, :, :, :length], "b k g c d -> b c (k g) d")
 
 
