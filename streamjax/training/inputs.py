@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.training.rows import Rows
+from streamjax.training.rows import Rows, row_major
 
 Carry = TypeVar("Carry")
 Chunk = Float[Array, "B C E"]
@@ -202,7 +202,12 @@ class Reader:
 
 
 def _put(buffer: Array, slot: Any, x: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
+    """`buffer` with `x` in a slot.
+
+    In a fixed layout: left to the TPU's compiler it may differ from the one in which a branch of `cond` reads a chunk,
+    and then the branch copies the whole buffer for it.
+    """
+    return row_major(jax.lax.dynamic_update_index_in_dim(buffer, row_major(x), slot, 0))
 
 
 def _get(buffer: Array, slot: Any, i: Any) -> Chunk:

@@ -52,7 +52,7 @@ class Rows:
             return self._whole(self.params[row], self.rest[row], row)
 
         def select(leaf: jax.Array) -> jax.Array:
-            return _row_major(jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False))
+            return row_major(jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False))
 
         return self._whole(
             jax.tree.map(select, self.params[position]), jax.tree.map(select, self.rest[position]), position
@@ -118,7 +118,7 @@ class Rows:
             return grads
 
         def place(old: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(old, _row_major(x.astype(old.dtype)), row, 0)
+            return jax.lax.dynamic_update_index_in_dim(old, row_major(x.astype(old.dtype)), row, 0)
 
         grads[position] = jax.tree.map(place, grads[position], new)
         return grads
@@ -130,10 +130,10 @@ class Rows:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False), grads[position])
 
 
-def _row_major(x: jax.Array) -> jax.Array:
-    """`x`, laid out as it is in a checkpoint.
+def row_major(x: jax.Array) -> jax.Array:
+    """`x`, laid out with its last axis dense, as arrays are in a checkpoint.
 
-    Without this the TPU compiler would give the whole stack the layout that a product inside the loop likes best, by a
+    Without this the TPU compiler would give a whole stack the layout that a product inside the loop likes best, by a
     copy of all layers' weights in front of the loop. The partitioner would gather `x` for it, so not where `x` may be
     split by axes that are the compiler's.
     """
