@@ -96,7 +96,7 @@ def _backward(blocks: Blocks, saved: Any, cotangents: tuple[Array, Array]) -> tu
     zeros = jnp.zeros(keys.k.shape, dtype), jnp.zeros(keys.v.shape, dtype)
     d_q, d_k, d_v = backward(blocks, queries, keys, lse, d_out, shift, *zeros)
 
-    def integer(x: Array | None) -> Any:
+    def integer(x: Any) -> Any:
         return None if x is None else jnp.zeros(jnp.shape(x), jax.dtypes.float0)
 
     return (
