@@ -1,9 +1,11 @@
 """Training: losses, gradients, the optimizer, and the loop that runs a configuration."""
 
 from streamjax.training.backprop import METHODS, loss_and_grad
+from streamjax.training.choice import Choice, choose, device_memory_bytes
 from streamjax.training.config import BackpropConfig, MeshConfig, TrainConfig
 from streamjax.training.loop import RunStopped, evaluate, train
 from streamjax.training.losses import chunked_loss, token_nll
+from streamjax.training.memory_model import Memory, estimate
 from streamjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from streamjax.training.overrides import apply_overrides, describe
 from streamjax.training.state import TrainState, new_state, shard_batch
@@ -13,6 +15,8 @@ from streamjax.training.streaming_loss import streaming_loss, streaming_loss_and
 __all__ = [
     "METHODS",
     "BackpropConfig",
+    "Choice",
+    "Memory",
     "MeshConfig",
     "OptimizerConfig",
     "RunStopped",
@@ -20,8 +24,11 @@ __all__ = [
     "TrainState",
     "accumulate_gradients",
     "apply_overrides",
+    "choose",
     "chunked_loss",
     "describe",
+    "device_memory_bytes",
+    "estimate",
     "eval_step",
     "evaluate",
     "learning_rate_schedule",

@@ -2,10 +2,12 @@
 
 "full" keeps every activation; "remat" each layer's input (gradient checkpointing, 1604.06174); "layer" and "chunk" cut
 the sequence (`layer_order.py`, `chunk_order.py`). Logits exist for a part of the sequence at a time in all of them.
+"auto" takes the fastest that the memory allows (`choice.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,17 +21,18 @@ from jaxtyping import Array, Float
 from streamjax.attention.partial import accumulator
 from streamjax.models.decoder import Decoder
 from streamjax.training import chunk_order, layer_order
+from streamjax.training.choice import Choice, choose, device_memory_bytes
 from streamjax.training.chunks import Sequence
 from streamjax.training.ends import default_logits_chunk, whole_sequence_stats
+from streamjax.training.memory_model import DEFAULT_CHUNK
 from streamjax.training.objectives import CrossEntropy, Objective
 from streamjax.training.options import Options
-from streamjax.training.reduction import over_rows
+from streamjax.training.reduction import batch_axes, over_rows
 from streamjax.training.trainable import Trainable, combine, partition
 
 Batch = Mapping[str, Array]
-Method = Literal["full", "remat", "layer", "chunk"]
+Method = Literal["full", "remat", "layer", "chunk", "auto"]
 METHODS: tuple[str, ...] = get_args(Method)
-DEFAULT_CHUNK = 2048
 
 
 def check_method(method: str) -> None:
@@ -51,6 +54,7 @@ def loss_and_grad(
     kv_grad_dtype: Any = None,
     grad_dtype: Any = None,
     logits_chunk: int | None = None,
+    memory_bytes: int | None = None,
     trainable: Trainable = nnx.Param,
 ) -> tuple[Float[Array, ""], Decoder]:
     """Loss of a batch, and its gradient: the same with every method, but for rounding.
@@ -60,7 +64,8 @@ def loss_and_grad(
       batch: tokens, targets int32 [B, T] and weights float32 [B, T]; segment_ids and positions int32 [B, T] if packed;
         what else the objective asks for.
       method: "full" keeps all activations, "remat" the inputs of layers, "layer" too, but cuts the sequence into chunks
-        inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers.
+        inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers; "auto" takes
+        the fastest that fits (`choice.py`), with a `segment` and an offload where it needs them.
       objective: what is minimised; `CrossEntropy()` where None, the weighted mean over tokens in nats.
       chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None.
       segment: with "layer", layers from one kept input to the next; those between are computed again.
@@ -71,6 +76,8 @@ def loss_and_grad(
       grad_dtype: in which gradients of parameters are summed over chunks; float32 (float64) where None. They are all
         there at once with "chunk", one layer's with "layer".
       logits_chunk: tokens of a row whose logits exist at once; by default as many as make 256 MiB.
+      memory_bytes: what "auto" may use of a device's memory, parameters and gradients included; all that the device has
+        where None, or the free memory of a CPU's machine.
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
 
     Returns:
@@ -79,7 +86,7 @@ def loss_and_grad(
     Raises:
       ValueError: an unknown method or option, or a batch that makes no sense: an array is missing, a chunk is longer
         than the sequence, no token counts, a target is not in the vocabulary. Values are checked where they are known:
-        not under `jax.jit`.
+        not under `jax.jit`. With "auto": nothing fits, or what it chooses was given.
     """
     check_method(method)
     objective = CrossEntropy() if objective is None else objective
@@ -87,6 +94,22 @@ def loss_and_grad(
     length = batch["tokens"].shape[1]
     if chunk_size is not None and not 1 <= chunk_size <= length:
         raise ValueError(f"chunk_size is {chunk_size}: use 1 to {length}, the length of the batch's sequences")
+    if memory_bytes is not None and method != "auto":
+        raise ValueError(f'memory_bytes is for method "auto", and not for {method!r}')
+    if method == "auto":
+        check_free(segment, offload)
+        found = choice_for(
+            model,
+            *batch["tokens"].shape,
+            memory_bytes=device_memory_bytes() if memory_bytes is None else memory_bytes,
+            chunk_size=chunk_size,
+            trainable=trainable,
+            kv_grad_dtype=kv_grad_dtype,
+            grad_dtype=grad_dtype,
+            logits_chunk=logits_chunk,
+        ).arguments
+        method, segment, offload = found["method"], found.get("segment", 1), found.get("offload")
+        offload_fraction = found.get("offload_fraction", 1.0)
     if segment < 1:
         raise ValueError(f"segment is {segment}: at least 1 layer is needed")
     if segment > 1 and method != "layer":
@@ -110,6 +133,40 @@ def loss_and_grad(
             grad_dtype=None if grad_dtype is None else jnp.dtype(grad_dtype),
             kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
         ),
+    )
+
+
+def check_free(segment: int, offload: str | None) -> None:
+    """Raise ValueError unless what "auto" chooses is left to it."""
+    if segment != 1 or offload is not None:
+        raise ValueError(
+            f'method "auto" chooses segment and offload, which are {segment} and {offload!r}: leave them out'
+        )
+
+
+def choice_for(
+    model: Decoder, rows: int, length: int, *, memory_bytes: int, trainable: Trainable = nnx.Param, **known: Any
+) -> Choice:
+    """What "auto" takes for `rows` sequences of `length` tokens and this model, under the mesh that is set.
+
+    known: the other arguments of `choose`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {} if mesh.empty else dict(mesh.shape)
+    split = () if mesh.empty else batch_axes(mesh, rows)
+    leaves = jax.tree.leaves(partition(model, trainable)[0])
+    return choose(
+        model.config,
+        batch_size=rows // math.prod(axes[name] for name in split),
+        length=length,
+        memory_bytes=memory_bytes,
+        platform=jax.default_backend(),
+        stacked=len(model.stack) > 0,
+        dtype=model.dtype,
+        param_dtype=model.embedding.dtype,
+        shards=axes.get("fsdp", 1) * axes.get("tensor", 1),
+        trained=sum(leaf.size for leaf in leaves) / model.config.parameter_count,
+        **known,
     )
 
 

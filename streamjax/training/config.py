@@ -10,7 +10,7 @@ from streamjax.data import DataConfig
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets import parse_preset, preset
 from streamjax.models.config import ModelConfig
-from streamjax.training.backprop import check_method
+from streamjax.training.backprop import check_free, check_method
 from streamjax.training.optimizer import OptimizerConfig
 
 
@@ -31,6 +31,7 @@ class BackpropConfig:
 
     Attributes:
       method: what is kept for the backward pass, and in which order it runs; one of `streamjax.training.METHODS`.
+        "auto" takes the fastest that the device's memory allows, and chooses `segment` and the offload with it.
       chunk_size: tokens of a chunk, where a sequence is cut into chunks; 2048, or all of a shorter one, where None.
       segment: layers from one kept input to the next, where the method keeps layers' inputs; those between are
         computed again.
@@ -59,6 +60,8 @@ class BackpropConfig:
             raise ValueError(f'BackpropConfig.offload is {self.offload!r}: use "host" or None')
         if not 0.0 <= self.offload_fraction <= 1.0:
             raise ValueError(f"BackpropConfig.offload_fraction is {self.offload_fraction}: it must be in [0, 1]")
+        if self.method == "auto":
+            check_free(self.segment, self.offload)
         self.cascade()  # so that a wrong name or option is told
         for name in ("method", "segment", "offload"):
             value, default = getattr(self, name), getattr(BackpropConfig, name)

@@ -28,6 +28,8 @@ from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_tr
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.mesh import build_sharded, make_mesh
 from streamjax.streaming.state import StreamState, init_state
+from streamjax.training.backprop import choice_for
+from streamjax.training.choice import device_memory_bytes
 from streamjax.training.config import MeshConfig, TrainConfig
 from streamjax.training.metrics import MetricsWriter
 from streamjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -130,11 +132,6 @@ class _Run:
         self.data = make_train_iterator(config.data, shard=shard)
         self.eval_batches = make_eval_batches(config.data, config.eval_batches, shard=shard)
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
-        self.train_step = make_train_step(
-            make_optimizer(config.optimizer, config.steps),
-            accumulation=config.optimizer.accumulation,
-            **config.backprop.options(),
-        )
         self.state = self._initial_state()
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
@@ -149,6 +146,32 @@ class _Run:
         self.since = time.monotonic()
         if self.step:
             self._say(f"resumed at step {self.step} of {config.steps}")
+        self.train_step = make_train_step(
+            make_optimizer(config.optimizer, config.steps),
+            accumulation=config.optimizer.accumulation,
+            **self._backprop_options(),
+        )
+
+    def _backprop_options(self) -> dict[str, Any]:
+        """How gradients are made: for "auto" what the memory beside the optimizer's state allows, told in a line."""
+        config = self.config
+        options = config.backprop.options()
+        if config.backprop.method != "auto":
+            return options
+        accumulation = config.optimizer.accumulation
+        held = [self.state.opt_state] + [self.state.model] * (accumulation > 1)  # gradients of earlier microbatches
+        shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(held)]
+        memory = min(gather_json(device_memory_bytes() - sum(shard.data.nbytes for shard in shards)))
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            found = choice_for(
+                self.state.model,
+                config.data.batch_size // accumulation,
+                config.data.seq_len,
+                memory_bytes=memory,
+                chunk_size=config.backprop.chunk_size,
+            )
+        self._say(f"backprop: {found.describe(memory)}")
+        return {**options, **found.arguments}
 
     def _initial_state(self) -> TrainState:
         config = self.config
