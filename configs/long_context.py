@@ -2,7 +2,7 @@
 
     python -m train --config=configs/long_context.py --workdir=runs/long_context
 
-1.9 million parameters; two layers of three see 512 bytes, the third sees all. `--config.backprop.method=remat` trains
+2.3 million parameters; two layers of three see 512 bytes, the third sees all. `--config.backprop.method=remat` trains
 the same model with gradient checkpointing: the same losses, more memory. docs/long_context.md has the curve and the
 peak of resident memory of a run on 2 cores.
 """
