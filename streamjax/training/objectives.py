@@ -41,24 +41,24 @@ class Objective:
 
     A loss is a sum over groups of `rows` consecutive rows of the batch; if `separable`, over the tokens of a row too.
     Then `loss` is also called with chunks of `prepare`'s arrays [B, T], cut along T and padded with zeros, which must
-    add nothing.
+    add nothing. Every array of `prepare` has the batch's rows as its first dimension.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("tokens", "targets", "weights")  # what a batch must hold
+    arrays: ClassVar[tuple[str, ...]] = ("tokens", "targets", "weights")  # what a batch must hold, [B, T]
+    row_arrays: ClassVar[tuple[str, ...]] = ()  # and what more, [B]
     separable: ClassVar[bool] = True
     rows: ClassVar[int] = 1
 
     def check(self, batch: Mapping[str, np.ndarray | Array], vocab_size: int) -> None:
         """Raise a ValueError, one line, for a batch that makes no sense. Values are looked at where they are known."""
-        missing = [name for name in self.arrays if name not in batch]
-        if missing:
-            raise ValueError(f"the batch has no {missing[0]!r}; it needs {', '.join(self.arrays)}")
-        shape = batch["tokens"].shape
-        for name in ("tokens", "targets", "weights"):
-            if name in self.arrays and batch[name].shape != shape:
-                raise ValueError(f"{name} is {list(batch[name].shape)}, tokens {list(shape)}: they must agree")
-        if shape[0] % self.rows:
-            raise ValueError(f"the batch has {shape[0]} rows; {type(self).__name__} needs a multiple of {self.rows}")
+        require_arrays(batch, self.arrays, self.row_arrays)
+        rows = batch["tokens"].shape[0]
+        if rows % self.rows:
+            raise ValueError(f"the batch has {rows} rows; {type(self).__name__} needs a multiple of {self.rows}")
+
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        """Of how many tokens, or rows, the loss is a mean: how much a batch counts among others."""
+        raise NotImplementedError
 
     def prepare(self, batch: Batch) -> dict[str, Array]:
         """The arrays that `loss` reads, `targets` among them, all ids in the vocabulary; for the whole batch."""
@@ -91,20 +91,17 @@ class CrossEntropy(Objective):
 
     def check(self, batch: Mapping[str, np.ndarray | Array], vocab_size: int) -> None:
         super().check(batch, vocab_size)
-        if any(isinstance(batch[name], jax.core.Tracer) for name in ("targets", "weights")):
-            return
-        targets, weights = np.asarray(batch["targets"]), np.asarray(batch["weights"])
-        counted = (weights != 0) & (targets != self.ignore_index)
-        if not counted.any():
-            raise ValueError("no token of the batch counts: all weights are 0 or all targets are ignored")
-        require_ids(targets, counted, vocab_size)
+        require_targets(batch, vocab_size, self.ignore_index)
+
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        return jnp.sum(self._weights(batch))
+
+    def _weights(self, batch: Batch) -> Float[Array, "B T"]:
+        return jnp.where(batch["targets"] == self.ignore_index, 0.0, batch["weights"])
 
     def prepare(self, batch: Batch) -> dict[str, Array]:
-        counted = (batch["weights"] != 0) & (batch["targets"] != self.ignore_index)
-        weights = jnp.where(counted, batch["weights"], 0.0)
-        total = jnp.sum(weights)
-        weights = weights / jnp.where(total > 0, total, 1.0)
-        return {"targets": jnp.where(counted, batch["targets"], 0), "weights": weights}
+        weights = self._weights(batch)
+        return {"targets": jnp.where(weights == 0, 0, batch["targets"]), "weights": shares(weights)}
 
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         nll = -stats.logp
@@ -133,9 +130,38 @@ class Linear(Objective):
         return sum(parts, jnp.zeros((), stats.logp.dtype))
 
 
-def require_ids(ids: np.ndarray, counted: np.ndarray, vocab_size: int) -> None:
-    """Raise a ValueError for the first counted id outside the vocabulary."""
-    bad = counted & ((ids < 0) | (ids >= vocab_size))
+def shares(weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Weights divided by their sum; zeros where that is 0."""
+    total = jnp.sum(weights)
+    return weights / jnp.where(total > 0, total, 1.0)
+
+
+def require_arrays(
+    batch: Mapping[str, np.ndarray | Array], arrays: tuple[str, ...], row_arrays: tuple[str, ...] = ()
+) -> None:
+    """Raise a ValueError for an array that is missing, or has not one value a token, or one a row."""
+    names = arrays + row_arrays
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise ValueError(f"the batch has no {missing[0]!r}; it needs {', '.join(names)}")
+    shape = batch["tokens"].shape
+    for name in names:
+        found, wanted = batch[name].shape, shape if name in arrays else shape[:1]
+        if found != wanted:
+            raise ValueError(f"{name} is {list(found)}, tokens {list(shape)}: {name} must be {list(wanted)}")
+
+
+def require_targets(batch: Mapping[str, np.ndarray | Array], vocab_size: int, ignore_index: int | None = None) -> None:
+    """Raise a ValueError if no token counts, or one whose target is not in the vocabulary. Unknown values pass."""
+    if any(isinstance(batch[name], jax.core.Tracer) for name in ("targets", "weights")):
+        return
+    targets, weights = np.asarray(batch["targets"]), np.asarray(batch["weights"])
+    counted = weights != 0 if ignore_index is None else (weights != 0) & (targets != ignore_index)
+    if not counted.any():
+        raise ValueError("no token of the batch counts: all weights are 0 or all targets are ignored")
+    bad = counted & ((targets < 0) | (targets >= vocab_size))
     if bad.any():
         row, place = np.argwhere(bad)[0]
-        raise ValueError(f"target {ids[row, place]} at row {row}, token {place}: the vocabulary has {vocab_size} ids")
+        raise ValueError(
+            f"target {targets[row, place]} at row {row}, token {place}: the vocabulary has {vocab_size} ids"
+        )
