@@ -45,6 +45,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 LENGTHS = (16384, 32768, 65536)
 FAR = 262144  # for methods that grow so slowly that at the other lengths something else than the sequence sets the peak
+HOST_BYTES = 120 * 2**30  # of the host's memory; the compilers for TPUs refuse what needs more than 128 GiB of it
 STEP = 1024  # the longest sequence is a multiple of it
 PAGE = Path(__file__).parent.parent / "docs" / "long_context.md"
 BEGIN, END = "<!-- benchmarks/backprop_memory.py writes from here -->", "<!-- to here -->"
@@ -82,12 +83,15 @@ def find_longest(
 ) -> int:
     """The longest sequence that was compiled and fits, to 3% or `attempts` more compiles; 0 where nothing fits.
 
-    The first attempt is where the line meets the memory. After it, halfway between the longest that fits and the
-    shortest that does not, or by the line beyond the longest while nothing was refused.
+    The first attempt is where the line meets the memory, or where the host's is full. After it, halfway between the
+    longest that fits and the shortest that does not, or by the line beyond the longest while nothing was refused.
     """
     best = max((length for length in peaks if peaks[length]["fits"]), default=0)
     refused = min((length for length in peaks if not peaks[length]["fits"]), default=None)
     length = line.longest(memory_bytes)
+    on_host = peaks[best].get("host_temp", 0) if best else 0
+    if on_host:
+        length = min(length, HOST_BYTES * best // on_host // STEP * STEP)
     for _ in range(attempts):
         if not (refused is None or best < length < refused):
             length = (best + refused) // 2 // STEP * STEP

@@ -108,7 +108,7 @@ def load_lora(model: Decoder, path: str | Path) -> Decoder:
     if not file.is_file():
         raise ValueError(f"{file}: this file is missing; adapters in pickle files (*.bin) are not read")
     tensors = _by_module(model, file)
-    split: Split = json.loads(read_metadata(file).get(_SPLIT, "{}"))
+    split = _read_split(file)
     found: dict[str, list[_Stored]] = {}  # target -> one a layer
     for template, parts in modules(model).items():
         names = [template.format(layer=layer) for layer in range(model.config.num_layers)]
@@ -214,6 +214,17 @@ def _read_config(file: Path) -> dict[str, Any]:
         method = values["init_lora_weights"]
         raise ValueError(f"{file}: init_lora_weights {method!r} changes the base model too: convert it with PEFT first")
     return values
+
+
+def _read_split(file: Path) -> Split:
+    """What the file's metadata say of modules that hold several targets; nothing if PEFT wrote the file."""
+    text = read_metadata(file).get(_SPLIT, "{}")
+    try:
+        return {
+            module: [(str(target), int(rank)) for target, rank in pairs] for module, pairs in json.loads(text).items()
+        }
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{file}: its metadata field {_SPLIT!r} is damaged: {text[:80]!r}") from None
 
 
 def _rank_and_scale(file: Path, values: Mapping[str, Any], module: str) -> tuple[int, float]:

@@ -152,11 +152,12 @@ class TrainConfig:
                 f"backprop.carry_state reads each batch in one piece: set optimizer.accumulation to 1, not "
                 f"{self.optimizer.accumulation}"
             )
-        capacity, length = self.backprop.cascade().capacity, self.steps * self.data.seq_len
+        capacity = self.backprop.cascade().capacity
+        length = max(self.steps, self.eval_batches) * self.data.seq_len
         if capacity is not None and capacity < length:
             raise ValueError(
-                f"backprop.cache {self.backprop.cache!r} ends after {capacity} tokens and the streams are {length} "
-                'long: use one without an end, such as "streaming_llm"'
+                f"backprop.cache {self.backprop.cache!r} ends after {capacity} tokens and the streams after {length}: "
+                'use one without an end, such as "streaming_llm"'
             )
 
     def to_json_dict(self) -> dict[str, Any]:

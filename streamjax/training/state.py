@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.state import StreamState
+from streamjax.training.trainable import Trainable, partition
 
 
 @jax.tree_util.register_dataclass
@@ -30,12 +32,18 @@ class TrainState:
     stream: StreamState | None = None
 
 
-def new_state(model: Decoder, optimizer: optax.GradientTransformation, stream: StreamState | None = None) -> TrainState:
-    """The state before the first step.
+def new_state(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    stream: StreamState | None = None,
+    trainable: Trainable = nnx.Param,
+) -> TrainState:
+    """The state before the first step; the optimizer has a state for parameters of the type `trainable` alone.
 
     Pure: under `streamjax.parallel.mesh.build_sharded` the optimizer's arrays are made in their places.
     """
-    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32), stream)
+    params, _ = partition(model, trainable)
+    return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32), stream)
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:

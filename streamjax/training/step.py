@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
@@ -18,6 +19,7 @@ from streamjax.training.backprop import Batch, check_method, loss_and_grad, loss
 from streamjax.training.objectives import CrossEntropy
 from streamjax.training.state import TrainState
 from streamjax.training.streaming_loss import streaming_loss, streaming_loss_and_grad
+from streamjax.training.trainable import Trainable, combine, partition
 
 Metrics = dict[str, Array]
 
@@ -55,6 +57,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
+    trainable: Trainable = nnx.Param,
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
@@ -65,6 +68,7 @@ def make_train_step(
     Args:
       optimizer: turns gradients into updates.
       accumulation: microbatches a step; 1 for streams.
+      trainable: the type of parameters that are trained; all others stay as they are, bit for bit.
       options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `chunk_size` and
         `logits_chunk` count.
 
@@ -72,7 +76,8 @@ def make_train_step(
       ValueError: an unknown method.
     """
     check_method(options.get("method", "full"))
-    reading = {name: options[name] for name in ("chunk_size", "logits_chunk") if name in options}
+    options = {**options, "trainable": trainable}
+    reading = {name: options[name] for name in ("chunk_size", "logits_chunk", "trainable") if name in options}
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -83,8 +88,9 @@ def make_train_step(
             loss, grads, stream = streaming_loss_and_grad(state.model, stream, batch, **reading)
         else:
             raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = optax.apply_updates(state.model, updates)
+        params, rest = partition(state.model, trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        model = combine(optax.apply_updates(params, updates), rest)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(model, opt_state, state.step + 1, stream), metrics
 

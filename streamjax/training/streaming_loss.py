@@ -7,7 +7,8 @@ values. At the start of a batch the cache is a constant: truncated backpropagati
 exactly what it sees when it streams.
 
 Of a batch only the states between chunks are kept; what happens inside a chunk is computed again for the backward pass.
-The memory is that of one chunk and of a state for each chunk, however long the streams are.
+The memory is that of one chunk and of a state for each chunk, however long the streams are. Gradients of cached keys
+and values have the cache's dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
@@ -29,6 +31,7 @@ from streamjax.streaming.step import advance
 from streamjax.training.backprop import DEFAULT_CHUNK
 from streamjax.training.ends import default_logits_chunk, whole_sequence_stats
 from streamjax.training.objectives import Batch, CrossEntropy, Objective
+from streamjax.training.trainable import Trainable, combine, partition
 
 
 def streaming_loss_and_grad(
@@ -39,6 +42,7 @@ def streaming_loss_and_grad(
     objective: Objective | None = None,
     chunk_size: int | None = None,
     logits_chunk: int | None = None,
+    trainable: Trainable = nnx.Param,
 ) -> tuple[Float[Array, ""], Decoder, StreamState]:
     """Loss of a batch of streams, its gradient, and the state with which the next batch goes on.
 
@@ -52,6 +56,7 @@ def streaming_loss_and_grad(
       chunk_size: at most so many tokens of a stream are read at once; 2048 where None. For caches of sinks and windows
         the loss does not depend on it.
       logits_chunk: tokens of a row whose logits exist at once; by default as many as make 256 MiB.
+      trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
 
     Returns:
       The loss, the gradient, shaped as the model, and the new state.
@@ -67,10 +72,10 @@ def streaming_loss_and_grad(
     if not objective.separable:
         raise ValueError(f"{type(objective).__name__} is not a sum over tokens: a stream cannot be trained on it")
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
-    return _loss_and_grad(model, state, batch, objective, chunk_size, logits_chunk)
+    return _loss_and_grad(model, state, batch, objective, chunk_size, logits_chunk, trainable)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _loss_and_grad(
     model: Decoder,
     state: StreamState,
@@ -78,11 +83,15 @@ def _loss_and_grad(
     objective: Objective,
     chunk_size: int | None,
     logits_chunk: int | None,
+    trainable: Trainable,
 ) -> tuple[Float[Array, ""], Decoder, StreamState]:
-    def loss(model: Decoder) -> tuple[Array, StreamState]:
+    params, rest = partition(model, trainable)
+
+    def loss(params: Decoder) -> tuple[Array, StreamState]:
+        model = combine(params, rest)
         return streaming_loss(model, state, batch, objective, chunk_size=chunk_size, logits_chunk=logits_chunk)
 
-    (value, after), grads = jax.value_and_grad(loss, has_aux=True)(model)
+    (value, after), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return value, grads, after
 
 

@@ -107,8 +107,8 @@ def test_streams_and_their_cache():
     config = override(*STREAMS, "backprop.cache=streaming_llm:sinks=2,window=30", "backprop.chunk_size=64")
     assert config.backprop.cascade() == preset("streaming_llm", sinks=2, window=30)
     assert config.backprop.options()["chunk_size"] == 64
-    dense = override(*STREAMS, "backprop.cache=dense:capacity=10240")  # 10 steps of 1,024 tokens
-    assert dense.backprop.cascade().capacity == 10240
+    dense = override(*STREAMS, "backprop.cache=dense:capacity=20480")  # evaluation reads 20 batches of 1,024 tokens
+    assert dense.backprop.cascade().capacity == 20480
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_streams_and_their_cache():
         ),
         ("backprop.segment=2", r"BackpropConfig.segment is 2: carry_state has an order of its own, leave it at 1"),
         ("backprop.offload=host", r"BackpropConfig.offload is 'host': carry_state .* leave it at None"),
-        ("backprop.cache=dense:capacity=10239", r"ends after 10239 tokens and the streams are 10240 long: use one"),
+        ("backprop.cache=dense:capacity=20479", r"ends after 20479 tokens and the streams after 20480: use one"),
     ],
 )
 def test_what_streams_do_not_go_with(argument, message):

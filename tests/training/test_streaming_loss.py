@@ -20,6 +20,7 @@ from streamjax.training import (
     shard_batch,
     streaming_loss_and_grad,
 )
+from streamjax.training.objectives import CrossEntropy
 
 ROWS, LENGTH = 3, 11
 CACHE = sj.kv.preset("streaming_llm", sinks=2, window=7)
@@ -192,6 +193,18 @@ def test_evaluation_reads_streams(model, stream):
     expected = float((nll[:, 1 : 2 * LENGTH + 1] * kept).sum() / kept.sum())
     found = evaluate(model, batches, stream=sj.init_state(model, CACHE, ROWS), chunk_size=4)
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_adapters_are_trained(model, stream):
+    """With the other objective too that a stream can have: the gradient of the whole model's adapters."""
+    adapted = sj.add_lora(model, 2, 4.0, ("q", "v"), jax.random.key(3))
+    options = {"objective": CrossEntropy(label_smoothing=0.1, z_loss=1e-2), "trainable": sj.LoRAParam}
+    state = sj.init_state(adapted, sj.kv.preset("dense", capacity=LENGTH), ROWS)
+    loss, grads, _ = streaming_loss_and_grad(adapted, state, batch_of(stream, 0), chunk_size=4, **options)
+    expected_loss, expected = loss_and_grad(adapted, batch_of(stream, 0), **options)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert grads.embedding is None
+    assert_same(grads, expected)
 
 
 def test_what_does_not_fit_is_said_in_one_line(model, stream, batch):
