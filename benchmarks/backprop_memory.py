@@ -88,10 +88,9 @@ def find_longest(
     """
     best = max((length for length in peaks if peaks[length]["fits"]), default=0)
     refused = min((length for length in peaks if not peaks[length]["fits"]), default=None)
-    length = line.longest(memory_bytes)
     on_host = peaks[best].get("host_temp", 0) if best else 0
-    if on_host:
-        length = min(length, HOST_BYTES * best // on_host // STEP * STEP)
+    limit = HOST_BYTES * best // on_host // STEP * STEP if on_host else math.inf
+    length = min(line.longest(memory_bytes), limit)
     for _ in range(attempts):
         if not (refused is None or best < length < refused):
             length = (best + refused) // 2 // STEP * STEP
@@ -100,7 +99,7 @@ def find_longest(
         found = figures(length)
         if found["fits"]:
             best = length
-            length += math.floor((memory_bytes - found["peak"]) / line.slope / STEP) * STEP
+            length = min(length + math.floor((memory_bytes - found["peak"]) / line.slope / STEP) * STEP, limit)
         else:
             refused = length
     return best

@@ -2,7 +2,7 @@
 
 from streamjax.training.backprop import METHODS, loss_and_grad
 from streamjax.training.choice import Choice, choose, device_memory_bytes
-from streamjax.training.config import BackpropConfig, MeshConfig, TrainConfig
+from streamjax.training.config import BackpropConfig, LoRAConfig, MeshConfig, TrainConfig
 from streamjax.training.dpo import DPO
 from streamjax.training.grpo import GRPO, group_advantages
 from streamjax.training.loop import RunStopped, evaluate, train
@@ -22,6 +22,7 @@ __all__ = [
     "BackpropConfig",
     "Choice",
     "CrossEntropy",
+    "LoRAConfig",
     "Memory",
     "MeshConfig",
     "Objective",

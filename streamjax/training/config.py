@@ -6,12 +6,17 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from flax import nnx
+
 from streamjax.data import DataConfig
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets import parse_preset, preset
+from streamjax.models.adapters import LoRAParam
 from streamjax.models.config import ModelConfig
+from streamjax.models.lora import check_lora
 from streamjax.training.backprop import check_free, check_method
 from streamjax.training.optimizer import OptimizerConfig
+from streamjax.training.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,35 @@ class BackpropConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters on a pretrained model (2106.09685): with a rank above 0 they are trained, and nothing else is.
+
+    Attributes:
+      rank: of every adapter; 0 trains all weights instead.
+      alpha: an adapter's part is scaled by alpha / rank; twice the rank where None.
+      targets: projections with an adapter: "q", "k", "v", "o", "gate", "up", "down".
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("q", "v")
+
+    def __post_init__(self) -> None:
+        if self.rank:
+            check_lora(self.rank, self.scale, self.targets)
+
+    @property
+    def scale(self) -> float:
+        """`alpha`, as `sj.add_lora` takes it."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def trainable(self) -> Trainable:
+        """The type of parameters that are trained."""
+        return LoRAParam if self.rank else nnx.Param
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -93,7 +127,9 @@ class TrainConfig:
       init_from: a Hugging Face folder or a streamjax checkpoint to start from; None starts from random weights.
       optimizer: how weights follow gradients.
       backprop: how gradients are made, and what memory that takes.
-      dtype: of activations; master weights and optimizer state are float32.
+      lora: adapters to train on the weights of `init_from`, in place of these weights.
+      dtype: of activations; master weights and optimizer state are float32. Weights that adapters leave as they are
+        have this dtype, too.
       scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
       mesh: how the run is spread over devices.
       seed: of the initial weights.
@@ -111,6 +147,7 @@ class TrainConfig:
     init_from: str | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     backprop: BackpropConfig = dataclasses.field(default_factory=BackpropConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -130,6 +167,11 @@ class TrainConfig:
             raise ValueError(f'TrainConfig.dtype is {self.dtype!r}: use "float32" or "bfloat16"')
         if (self.model is None) == (self.init_from is None):
             raise ValueError("TrainConfig needs either model (a new one) or init_from (a path), and not both")
+        if self.lora.rank and self.init_from is None:
+            raise ValueError(
+                f"lora.rank is {self.lora.rank}, and adapters need a pretrained model: set init_from to its folder "
+                "and model to none"
+            )
         if self.data.batch_size % self.optimizer.accumulation:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of optimizer.accumulation "

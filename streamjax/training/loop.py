@@ -14,20 +14,20 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from streamjax.checkpoints import RunCheckpoints, load
+from streamjax.checkpoints import RunCheckpoints
 from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_train_iterator
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.mesh import build_sharded, make_mesh
-from streamjax.streaming.state import StreamState, init_state
+from streamjax.streaming.state import StreamState
 from streamjax.training.backprop import choice_for
 from streamjax.training.choice import device_memory_bytes
 from streamjax.training.config import MeshConfig, TrainConfig
@@ -35,8 +35,10 @@ from streamjax.training.metrics import MetricsWriter
 from streamjax.training.optimizer import learning_rate_schedule, make_optimizer
 from streamjax.training.processes import gather_json, largest
 from streamjax.training.signals import StopSignals
-from streamjax.training.state import TrainState, new_state, shard_batch
+from streamjax.training.start import initial_state, new_stream
+from streamjax.training.state import TrainState, shard_batch
 from streamjax.training.step import Metrics, eval_step, make_train_step, streaming_eval_step
+from streamjax.training.trainable import partition
 from streamjax.training.workdir import claim, export
 
 _log = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = N
                     name = "Ctrl-C" if stop_signal == signal.SIGINT else signal.Signals(stop_signal).name
                     message = f"{name}: saved step {run.step} of {config.steps}; the same command continues from there"
                     raise RunStopped(message, 128 + stop_signal)
-            export(run.state.model, run.workdir / "model", config.data.tokenizer)
+            export(run.state.model, run.workdir, config)
     finally:
         run.close()
     return run.state
@@ -132,7 +134,7 @@ class _Run:
         self.data = make_train_iterator(config.data, shard=shard)
         self.eval_batches = make_eval_batches(config.data, config.eval_batches, shard=shard)
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
-        self.state = self._initial_state()
+        self.state = initial_state(config, self.tokenizer, self.mesh)
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.step = self.checkpoints.latest_step or 0
@@ -149,6 +151,7 @@ class _Run:
         self.train_step = make_train_step(
             make_optimizer(config.optimizer, config.steps),
             accumulation=config.optimizer.accumulation,
+            trainable=config.lora.trainable,
             **self._backprop_options(),
         )
 
@@ -159,7 +162,8 @@ class _Run:
         if config.backprop.method != "auto":
             return options
         accumulation = config.optimizer.accumulation
-        held = [self.state.opt_state] + [self.state.model] * (accumulation > 1)  # gradients of earlier microbatches
+        trained, _ = partition(self.state.model, config.lora.trainable)
+        held = [self.state.opt_state] + [trained] * (accumulation > 1)  # gradients of earlier microbatches
         shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(held)]
         memory = min(gather_json(device_memory_bytes() - sum(shard.data.nbytes for shard in shards)))
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
@@ -169,41 +173,10 @@ class _Run:
                 config.data.seq_len,
                 memory_bytes=memory,
                 chunk_size=config.backprop.chunk_size,
+                trainable=config.lora.trainable,
             )
         self._say(f"backprop: {found.describe(memory)}")
         return {**options, **found.arguments}
-
-    def _initial_state(self) -> TrainState:
-        config = self.config
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        dtype = jnp.dtype(config.dtype)
-        if config.init_from is not None:
-            model = load(config.init_from, jnp.float32, self.mesh, config.scan_layers)
-            model.dtype = dtype
-            self._check_vocabulary(model.config.vocab_size)
-            return build_sharded(lambda model: new_state(model, optimizer, self._new_stream(model)), self.mesh, model)
-        model_config = config.model
-        assert model_config is not None
-        self._check_vocabulary(model_config.vocab_size)
-
-        def build(key: jax.Array) -> TrainState:
-            model = Decoder(
-                model_config, key, dtype=dtype, param_dtype=jnp.dtype(jnp.float32), scan_layers=config.scan_layers
-            )
-            return new_state(model, optimizer, self._new_stream(model))
-
-        return build_sharded(build, self.mesh, jax.random.key(config.seed))
-
-    def _new_stream(self, model: Decoder) -> StreamState | None:
-        """Streams that have seen nothing, one a row of a batch; None in ordinary training."""
-        if not self.config.backprop.carry_state:
-            return None
-        return init_state(model, self.config.backprop.cascade(), self.config.data.batch_size)
-
-    def _check_vocabulary(self, size: int) -> None:
-        if size < self.tokenizer.vocab_size:
-            name, needed = self.tokenizer.name, self.tokenizer.vocab_size
-            raise ValueError(f"the model's vocab_size is {size}; tokenizer {name!r} needs {needed}")
 
     def advance(self) -> None:
         """One step; what it measured stays on the device until the next report."""
@@ -258,7 +231,7 @@ class _Run:
             self.eval_batches,
             self.tokenizer,
             self.mesh,
-            stream=build_sharded(self._new_stream, self.mesh, self.state.model),
+            stream=build_sharded(partial(new_stream, self.config), self.mesh, self.state.model),
             chunk_size=self.config.backprop.chunk_size,
         )
         self._write(values)

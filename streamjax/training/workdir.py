@@ -13,6 +13,8 @@ import jax
 from streamjax.checkpoints import save
 from streamjax.models.decoder import Decoder
 from streamjax.models.hf import save_hf
+from streamjax.models.lora import merge_lora
+from streamjax.models.lora_files import save_lora
 from streamjax.training.config import TrainConfig
 
 CONFIG_FILE = "train_config.json"
@@ -59,12 +61,17 @@ def claim(workdir: Path, config: TrainConfig) -> None:
         os.replace(partial, file)
 
 
-def export(model: Decoder, folder: Path, tokenizer: str | None) -> None:
-    """Write the model, and the tokenizer's files, where `streamjax.load` and `load_tokenizer` find them.
+def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
+    """Write the model, and the tokenizer's files, into `model/`, where `streamjax.load` and `load_tokenizer` find them.
 
     The layout is Hugging Face's where it has a name for the architecture and one process holds the model; else it is
-    that of `streamjax.save`.
+    that of `streamjax.save`. Adapters are merged into that model, and lie alone in `adapters/`, in PEFT's layout.
     """
+    folder, tokenizer = workdir / "model", config.data.tokenizer
+    if config.lora.rank:
+        if jax.process_count() == 1:
+            save_lora(model, workdir / "adapters", config.init_from)
+        model = merge_lora(model)
     try:
         if jax.process_count() > 1:
             raise ValueError("one process does not hold the model")

@@ -13,7 +13,16 @@ import pytest
 
 import streamjax as sj
 from streamjax.checkpoints import RunCheckpoints
-from streamjax.training import BackpropConfig, MeshConfig, RunStopped, TrainState, apply_overrides, evaluate, train
+from streamjax.training import (
+    BackpropConfig,
+    LoRAConfig,
+    MeshConfig,
+    RunStopped,
+    TrainState,
+    apply_overrides,
+    evaluate,
+    train,
+)
 from streamjax.training.loop import _Run
 
 
@@ -224,3 +233,34 @@ def test_what_does_not_fit_is_said_before_anything_runs(run_config, tmp_path):
             apply_overrides(run_config, [("data.epochs", "1"), ("data.batch_size", "32"), ("steps", "99")]),
             tmp_path / "run",
         )
+
+
+def test_adapters_are_trained_killed_resumed_and_exported(run_config, reference, at_step, tmp_path):
+    """Adapters on a model of an earlier run; its own weights come out as they went in."""
+    base = reference(run_config)[1] / "model"
+    config = dataclasses.replace(
+        run_config, model=None, init_from=str(base), lora=LoRAConfig(rank=2, targets=("q", "v", "down"))
+    )
+    expected, workdir = reference(config)
+    at_step(9, kill)
+    with pytest.raises(Killed):
+        train(config, tmp_path)
+    assert same_bits(train(config, tmp_path), expected)
+    assert read_metrics(workdir)[-1]["eval_loss"] < read_metrics(reference(run_config)[1])[-1]["eval_loss"]
+    frozen = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(expected.model) if "_lora" not in str(path)]
+    assert same_bits(frozen, jax.tree.leaves(sj.load(base)))
+    tokens = np.arange(20)[None] + 65
+    logits = sj.forward(expected.model, tokens)
+    np.testing.assert_allclose(sj.forward(sj.load(workdir / "model"), tokens), logits, atol=1e-4)
+    np.testing.assert_allclose(sj.forward(sj.load_lora(sj.load(base), workdir / "adapters"), tokens), logits, atol=1e-4)
+    with pytest.raises(ValueError, match=r"config.lora.rank=2, not 3: choose another --workdir"):
+        train(apply_overrides(config, [("lora.rank", "3")]), tmp_path)
+
+
+def test_adapters_that_make_no_sense(run_config):
+    with pytest.raises(ValueError, match=r"lora.rank is 4, and adapters need a pretrained model: set init_from"):
+        dataclasses.replace(run_config, lora=LoRAConfig(rank=4))
+    with pytest.raises(ValueError, match="unknown LoRA target 'query': choose from q, k, v"):
+        LoRAConfig(rank=4, targets=("query",))
+    found = apply_overrides(LoRAConfig(rank=4), [("targets", "('o', 'up')"), ("alpha", "3")])
+    assert (found.targets, found.scale) == (("o", "up"), 3.0)
