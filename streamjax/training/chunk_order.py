@@ -1,14 +1,17 @@
 """Chunked backprop with the chunks outside and the layers inside: the KV state forwards, its cotangent backwards.
 
-The forward pass reads the sequence chunk by chunk, as a stream is read, and keeps the keys and values of every layer.
+The forward pass reads the sequence chunk by chunk, as a stream is read, and keeps the keys and values of every layer
+(of one with a window, those that the next chunk sees).
 The backward pass walks the chunks from the last to the first: it computes all layers of one chunk again from its tokens
 and the kept keys and values, takes the loss and pulls its gradient back through the layers, while the gradient of keys
-and values is carried from chunk to chunk. Per token and layer that is 2 K D numbers kept and as many
-carried; of a layer with a window, only the window's are carried. It wins where K D is small against the model's width.
+and values is carried from chunk to chunk. Per token and layer that is 2 K D numbers kept and as many carried; of a
+layer with a window W, W / C of these kept, and only the window's carried. It wins where windows are shorter than
+chunks, or K D is small against the model's width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +82,7 @@ class Group(NamedTuple):
                     keys[index] = store.write(keys[index], k, v, place, i)
                 else:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
-                buffer, view = store.view(keys[index], place, i, sequence)
+                buffer, view = store.view(keys[index], k, v, place, i, sequence)
                 x = block.combine(
                     x, attend(block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids)
                 )
@@ -102,10 +105,10 @@ class Group(NamedTuple):
                 params, rest = rows.layer(row, position)
                 store = self.stores[index]
                 x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
-                buffer, view = store.view(keys[index], place, i, sequence)
+                see = partial(store.view, keys[index], row=place, i=i, sequence=sequence)
                 opened = store.open(d_keys[index], place)
                 blocks = store.blocks(combine(params, rest), sequence.batch_size)
-                new, d_x, opened = pull_back(params, rest, blocks, x, d_x, context, buffer, view, opened)
+                new, d_x, opened = pull_back(params, rest, blocks, x, d_x, context, see, opened)
                 d_keys[index] = store.close(d_keys[index], opened, place)
                 grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
             return d_x, grads, d_keys

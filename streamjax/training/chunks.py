@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -136,14 +137,15 @@ class Buffer(NamedTuple):
         axes = (None, "batch", "kv_heads", None, "head_dim")
         return cls(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))
 
+    @classmethod
+    def of(cls, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], dtype: Any) -> Buffer:
+        """A buffer of one layer with these tokens alone."""
+        return cls(*(jnp.swapaxes(x, 1, 2)[None].astype(dtype) for x in (k, v)))
+
     def write(self, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], row: Any, slot: Any) -> Buffer:
         """This buffer with the keys and values of consecutive tokens in it, the first in `slot`."""
-
-        def put(buffer: Array, x: Array) -> Array:
-            x = jnp.swapaxes(x, 1, 2)[None].astype(buffer.dtype)
-            return jax.lax.dynamic_update_slice(buffer, x, _index(row, slot))
-
-        return Buffer(put(self.k, k), put(self.v, v))
+        new = Buffer.of(k, v, self.k.dtype)
+        return Buffer(*(jax.lax.dynamic_update_slice(x, y, _index(row, slot)) for x, y in zip(self, new, strict=True)))
 
     def read(self, row: Any, slot: Any, size: int) -> Buffer:
         """`size` slots of one layer, as a buffer of one layer."""
@@ -254,8 +256,7 @@ def pull_back(
     x: Float[Array, "B C E"],
     d_y: Float[Array, "B C E"],
     context: SequenceContext,
-    buffer: Buffer,
-    view: View,
+    see: Callable[[Array, Array], tuple[Buffer, View]],
     grads: Buffer,
 ) -> tuple[Block, Float[Array, "B C E"], Buffer]:
     """Pull a chunk's cotangent back through a layer.
@@ -265,14 +266,15 @@ def pull_back(
       blocks: from `attention_blocks`.
       x, d_y: the chunk's input, and the cotangent of its output.
       context: where the chunk stands.
-      buffer, view: keys and values of all tokens that the chunk sees.
-      grads: gradients of the buffer, complete but for this chunk and those before it.
+      see: from the chunk's own keys and values, those of all tokens that it sees.
+      grads: gradients of these, complete but for this chunk and those before it.
 
     Returns:
       The gradient of `params` from this chunk, the cotangent of `x`, and `grads` with what this chunk adds.
     """
     length = x.shape[1]
-    (q, k, _), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
+    (q, k, v), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
+    buffer, view = see(k, v)
     queries = _queries(combine(params, rest), blocks, q, context.segment_ids, view.offset)
     keys = Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
     out, lse = blockwise.forward(blocks, queries, keys)

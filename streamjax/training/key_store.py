@@ -1,8 +1,10 @@
 """Where the chunk order keeps the keys and values of one kind of layer, and their gradients.
 
-Keys and values of all tokens stay until the backward pass has used them. Gradients need room only for keys that earlier
-chunks may still add to: all of them in a layer with full attention, a window's in a layer with one. There the gradients
-lie in a buffer that moves along the sequence, behind those of the sinks, which do not move.
+The backward pass projects a chunk's keys again from its tokens, so it needs those of other chunks only. In a layer with
+full attention that is all of them. In a layer whose window is no longer than a chunk it is what the window reaches of
+the chunk before, and the sinks: of each chunk only its tail is kept. Gradients need room for keys that earlier chunks
+may still add to: all of them, or the window's. There the gradients lie in a buffer that moves along the sequence,
+behind those of the sinks, which do not move.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ from streamjax.training.chunks import Buffer, Sequence, View, attention_blocks, 
 
 @dataclasses.dataclass(frozen=True)
 class KeyStore:
-    """Buffers for the keys of layers with one `spec`: of all tokens in order, or, where `behind` is a number, with
-    that many empty slots before the first, so that a chunk and the `behind` tokens before it are always a slice.
+    """Buffers for the keys of layers with one `spec`.
+
+    A chunk sees its own tokens and the `behind` before it; all of them where that is None. Where `tails`, the sinks'
+    keys come first in a buffer and the last `behind` of every chunk follow, the first of these empty. Else the keys of
+    all tokens lie in order, behind `behind` empty slots, so that what a chunk sees is always a slice.
     """
 
     spec: LayerSpec
     block_k: int
-    slots: int  # of a buffer of all keys
+    slots: int  # of a buffer of keys
     chunk_size: int
     behind: int | None
+    tails: bool = False
 
     @classmethod
     def make(cls, spec: LayerSpec, sequence: Sequence) -> KeyStore:
@@ -40,6 +46,8 @@ class KeyStore:
             block = min(key_block(), size + spec.window - 1)
             local = math.ceil((spec.sinks + spec.window - 1 + size) / block) * block
             behind = local - size - spec.sinks
+            if local < total and 0 < behind <= size and spec.sinks <= size:
+                return cls(spec, block, spec.sinks + (sequence.count + 1) * behind, size, behind, True)
             if local < total:
                 return cls(spec, block, behind + total, size, behind)
         return cls(spec, sequence.block_k, sequence.slots, size, None)
@@ -55,21 +63,31 @@ class KeyStore:
         return attention_blocks(block, self.spec, batch_size, self.chunk_size, self.block_k, leading)
 
     def write(self, keys: Buffer, k: Any, v: Any, row: Any, i: Any) -> Buffer:
-        """`keys` with those of chunk i in it."""
-        return keys.write(k, v, row, (self.behind or 0) + i * self.chunk_size)
+        """`keys` with those of chunk i in it, as far as others may see them."""
+        if self.behind is None or not self.tails:
+            return keys.write(k, v, row, (self.behind or 0) + i * self.chunk_size)
+        sinks = self.spec.sinks
+        if sinks:
+            old = keys.read(row, 0, sinks)
+            new = Buffer.of(k[:, :sinks], v[:, :sinks], keys.k.dtype)
+            keys = keys.put(jax.tree.map(lambda a, b: jnp.where(i == 0, b, a), old, new), row)
+        return keys.write(k[:, -self.behind :], v[:, -self.behind :], row, sinks + (i + 1) * self.behind)
 
-    def view(self, keys: Buffer, row: Any, i: Any, sequence: Sequence) -> tuple[Buffer, View]:
-        """What chunk i of layer `row` may see."""
+    def view(self, keys: Buffer, k: Any, v: Any, row: Any, i: Any, sequence: Sequence) -> tuple[Buffer, View]:
+        """What chunk i of layer `row` may see, its own keys and values being `k` and `v`, which were written."""
         if self.behind is None:
             return keys, whole_view(sequence, i, row)
         start, sinks = i * self.chunk_size, self.spec.sinks
-        near = keys.read(row, start, self.behind + self.chunk_size)
+        if self.tails:
+            near = Buffer.of(k, v, keys.k.dtype).behind(keys.read(row, sinks + i * self.behind, self.behind))
+        else:
+            near = keys.read(row, start, self.behind + self.chunk_size)
         segments = sequence.segments
         if segments is not None:
             padded = jnp.pad(segments, ((0, 0), (self.behind, 0)))
             segments = jax.lax.dynamic_slice_in_dim(padded, start, self.behind + self.chunk_size, 1)
         if sinks:
-            near = near.behind(keys.read(row, self.behind, sinks))
+            near = near.behind(keys.read(row, 0 if self.tails else self.behind, sinks))
             if segments is not None and sequence.segments is not None:
                 segments = jnp.concatenate((sequence.segments[:, :sinks], segments), axis=1)
         return near, View(segments, 0, start - self.behind, self.local, sinks + self.behind, start)

@@ -76,7 +76,7 @@ def layer_backward(
     def chunk(i: Any, x: Array, carry: tuple[Any, Chunks, Buffer]) -> tuple[Any, Chunks, Buffer]:
         total, d_y, grads = carry
         view, context = whole_view(sequence, i), sequence.context(i)
-        part, d_x, grads = pull_back(params, rest, blocks, x, at(d_y, i), context, buffer, view, grads)
+        part, d_x, grads = pull_back(params, rest, blocks, x, at(d_y, i), context, lambda k, v: (buffer, view), grads)
         return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads
 
     grads = Buffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)

@@ -181,12 +181,15 @@ class _Terms:
         return math.ceil(self.padded / block) * block
 
     def key_slots(self, spec: LayerSpec) -> tuple[int, int]:
-        """Of a layer in the chunk order: slots for all keys, and for the gradients of those that a chunk may see."""
+        """Slots of a layer in the chunk order: of keys that are kept, and of gradients of those that a chunk sees."""
         if spec.window is not None:
             block = min(key_block(), self.chunk + spec.window - 1)
             local = math.ceil((spec.sinks + spec.window - 1 + self.chunk) / block) * block
+            behind = local - self.chunk - spec.sinks
+            if local < self.padded and 0 < behind <= self.chunk and spec.sinks <= self.chunk:
+                return spec.sinks + (self.count + 1) * behind, local
             if local < self.padded:
-                return local - self.chunk - spec.sinks + self.padded, local
+                return behind + self.padded, local
         return self.whole_slots(), self.whole_slots()
 
     def always(self) -> Parts:

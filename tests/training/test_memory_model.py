@@ -109,11 +109,13 @@ def test_bytes_per_token_of_the_orders_by_hand():
     assert slope(QWEN, method="chunk", kv_grad_dtype=jnp.bfloat16) == 36 * 2 * keys + 12
 
 
-def test_windowed_layers_keep_the_gradients_of_a_window_only():
+def test_windowed_layers_keep_keys_a_window_a_chunk_and_the_gradients_of_one_window():
     config = SHAPES["gemma-3-4b"]
     keys = 2 * 2 * config.num_kv_heads * config.head_dim
     full = sum(window is None for window in config.windows)
-    assert slope(config, method="chunk") == 34 * keys + full * 2 * keys + 12
+    assert slope(config, method="chunk", chunk_size=2048) == full * 3 * keys + (34 - full) * keys / 2 + 12
+    assert slope(config, method="chunk", chunk_size=8192) == full * 3 * keys + (34 - full) * keys / 8 + 12
+    assert slope(config, method="chunk", chunk_size=512) == full * 3 * keys + (34 - full) * keys + 12  # W > C: all
 
 
 def test_what_is_moved_to_the_host_leaves_the_device():
