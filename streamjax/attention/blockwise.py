@@ -183,13 +183,15 @@ def _key_index(blocks: Blocks, keys: Keys, j: Array) -> tuple[Int[Array, "1 s"],
 def _over_keys(blocks: Blocks, queries: Queries, keys: Keys, i: Array, body: Any, carry: Any) -> Any:
     """Run `body(j, carry)` for every key block j that query block i can see: leading sinks, then the range."""
     first = queries.offset + i * blocks.block_q
-    low, high = blocks.pattern.key_range(first, first + blocks.block_q - 1)
+    last = first + blocks.block_q - 1
+    low, high = blocks.pattern.key_range(first, last)
     to_slot = blocks.leading - keys.base
     count = keys.k.shape[3] // blocks.block_k
-    high = jnp.clip((high + to_slot + blocks.block_k - 1) // blocks.block_k, 0, count)
-    low = jnp.clip((low + to_slot) // blocks.block_k, 0, high)
-    sinks = -(-blocks.pattern.sinks // blocks.block_k)
-    if sinks:
+    high = jnp.minimum(high + to_slot, keys.stop)
+    high = jnp.clip((high + blocks.block_k - 1) // blocks.block_k, 0, count)
+    low = jnp.clip((jnp.maximum(low, blocks.leading) + to_slot) // blocks.block_k, 0, high)
+    if blocks.pattern.sinks:
+        sinks = (jnp.minimum(blocks.pattern.sinks, last + 1) + blocks.block_k - 1) // blocks.block_k
         carry = jax.lax.fori_loop(0, jnp.minimum(sinks, low), body, carry)
     return jax.lax.fori_loop(low, high, body, carry)
 
