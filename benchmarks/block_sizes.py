@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from benchmarks.common import report
+from pallas_kernels.patterns import Full
 from streamjax.attention.flash import flash_attention
-from streamjax.attention.patterns import Full
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 4096, 8, 2, 64
 SIZES = [(512, 512), (256, 512), (256, 256), (256, 128), (128, 256), (128, 128), (64, 128)]

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from streamjax.attention.partial import accumulator
-from streamjax.attention.patterns import Pattern
+from pallas_kernels.partial import accumulator
+from pallas_kernels.patterns import Pattern
 
 
 class Blocks(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from streamjax.attention.partial import Partial, accumulator
+from pallas_kernels.partial import Partial, accumulator
 
 FEW_QUERIES = 32  # queries of one key head up to which the product is taken from the keys' side
 

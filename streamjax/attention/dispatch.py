@@ -7,9 +7,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.patterns import Pattern
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
-from streamjax.attention.patterns import Pattern
 
 Implementation = Literal["dense", "xla"]
 DENSE_LIMIT = 1024 * 1024  # logits per row and head up to which the dense form is used

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.partial import Partial, accumulator
+from pallas_kernels.patterns import Pattern
 from streamjax.attention.blockwise import Blocks, Keys, Queries, backward, block_sizes, forward
-from streamjax.attention.partial import Partial, accumulator
-from streamjax.attention.patterns import Pattern
 
 
 def flash_attention(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Bool, Float
 
-from streamjax.attention.partial import merge
+from pallas_kernels.partial import merge
 from streamjax.kv.full import Full
 from streamjax.kv.sink import Sink
 from streamjax.kv.sink_window import SinkWindow

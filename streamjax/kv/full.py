@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from streamjax.attention.partial import Partial
+from pallas_kernels.partial import Partial
 from streamjax.kv.ring import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 

@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from streamjax.attention.partial import Partial
+from pallas_kernels.partial import Partial
 from streamjax.kv.full import LinearState, append
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 

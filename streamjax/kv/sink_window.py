@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from streamjax.attention.partial import Partial, merge
+from pallas_kernels.partial import Partial, merge
 from streamjax.kv.full import LinearState, append
 from streamjax.kv.ring import write_ring
 from streamjax.kv.sink import clamped

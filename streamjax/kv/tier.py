@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from pallas_kernels.partial import Partial, merge
 from streamjax.attention.dense import attend
-from streamjax.attention.partial import Partial, merge
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays

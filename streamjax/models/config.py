@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from streamjax.attention.patterns import Full, Pattern, SinkWindow, SlidingWindow
+from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import State
 from streamjax.models.config import LayerSpec, ModelConfig

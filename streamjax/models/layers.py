@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.models.adapters import Adapter, add_adapted
 from streamjax.models.config import ModelConfig
 

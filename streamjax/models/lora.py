@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.models.adapters import TARGETS, Adapter, pad_members
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Block, Decoder

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Decoder
 from streamjax.training import chunk_order, layer_order
 from streamjax.training.choice import Choice, choose, device_memory_bytes

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Block, Decoder
 from streamjax.training.chunks import Buffer, Sequence, add, at, attend, pull_back
 from streamjax.training.ends import (

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int32, UInt32
 
+from pallas_kernels.partial import accumulator
 from streamjax.attention import blockwise
 from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
-from streamjax.attention.partial import accumulator
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
 from streamjax.models.mixer import SequenceContext

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Decoder
 from streamjax.models.layout import with_layers, without_layers
 from streamjax.training.chunks import Sequence, add, at, zeros_like

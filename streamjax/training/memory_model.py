@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from streamjax.attention.partial import accumulator
+from pallas_kernels.partial import accumulator
 from streamjax.models.config import LayerSpec, ModelConfig
 from streamjax.training.chunks import key_block
 from streamjax.training.ends import LOGITS_PER_CHUNK

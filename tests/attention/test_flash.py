@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 from streamjax.attention import blockwise
 from streamjax.attention.flash import flash_attention
-from streamjax.attention.patterns import Full, SinkWindow, SlidingWindow
 
 
 def reference(q, k, v, pattern, scale, segments, offset, softcap, slopes):

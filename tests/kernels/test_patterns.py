@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.attention.patterns import Full, SinkWindow, SlidingWindow
+from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 
 LENGTH = 23
 

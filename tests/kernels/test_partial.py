@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.partial import Partial, merge
 from streamjax.attention import dense
-from streamjax.attention.partial import Partial, merge
 
 attend = jax.jit(dense.attend, static_argnames=("scale", "softcap"))
 

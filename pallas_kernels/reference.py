@@ -1,0 +1,45 @@
+"""What the kernels compute, plainly: every logit in memory, in the dtype of the arguments (float64 in the tests)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.partial import Partial
+from pallas_kernels.patterns import Pattern
+
+
+def flash_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    pattern: Pattern,
+    *,
+    scale: float,
+    segment_ids: tuple[Int32[Array, "B T"], Int32[Array, "B S"]] | None = None,
+    offset: Int[Array, ""] | int = 0,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+) -> Partial:
+    """Attention of T queries, the first of which has index `offset`, over keys with indices 0 to S - 1."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    query = offset + jnp.arange(q.shape[1])[:, None]
+    key = jnp.arange(k.shape[1])[None]
+    logits = scale * jnp.einsum("bthd,bshd->bhts", q, k)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if slopes is not None:
+        logits -= slopes[:, None, None] * (query - key)
+    seen = pattern.visible(query, key)[None]
+    if segment_ids is not None:
+        seen = seen & (segment_ids[0][:, :, None] == segment_ids[1][:, None])
+    logits = jnp.where(seen[:, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = jnp.einsum("bhts,bshd->bthd", weights / divisor, v)
+    lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(divisor), -jnp.inf)[..., 0]
+    return Partial(out, jnp.swapaxes(lse, 1, 2))

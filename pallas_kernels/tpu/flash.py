@@ -1,0 +1,155 @@
+"""FlashAttention for TPUs as one differentiable function."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.partial import Partial
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.tpu import flash_backward
+from pallas_kernels.tpu.flash_forward import forward
+from pallas_kernels.tpu.operands import columns, padded, rows
+from pallas_kernels.tpu.schedule import Ranges
+from pallas_kernels.tpu.tiles import LANES, Settings
+
+MAX_SINKS = 1024  # they stay in the chip's memory
+BLOCK_Q, BLOCK_K = 1024, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static: settings, tokens of a block, the offset where it is known, and how to run."""
+
+    settings: Settings
+    block_q: int
+    block_k: int
+    queries: int
+    offset: int | None
+    interpret: Any
+
+    def ranges(self, transposed: bool = False) -> Ranges:
+        return Ranges(
+            self.queries, self.settings.keys, self.block_q, self.block_k, self.settings.window, transposed=transposed
+        )
+
+
+def flash_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    pattern: Pattern,
+    *,
+    scale: float,
+    segment_ids: tuple[Int32[Array, "B T"], Int32[Array, "B S"]] | None = None,
+    offset: Int[Array, ""] | int = 0,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """`pallas_kernels.api.flash_attention` on a TPU; see there for the arguments.
+
+    block_q, block_k: tokens of a block; multiples of 128, or all of a shorter sequence. interpret: run in Pallas's TPU
+    interpreter, with these parameters.
+
+    Raises:
+      ValueError: the sinks are more than the kernel holds, or a block is not a multiple of 128.
+    """
+    window, sinks = getattr(pattern, "window", None), pattern.sinks
+    if sinks > MAX_SINKS:
+        raise ValueError(f"{sinks} sinks: the TPU kernel takes {MAX_SINKS} at most; use implementation='xla'")
+    length, keys = q.shape[1], k.shape[1]
+    block_q = min(block_q or BLOCK_Q, -(-length // LANES) * LANES)
+    block_k = min(block_k or BLOCK_K, -(-keys // LANES) * LANES)
+    if block_q % LANES or block_k % LANES:
+        raise ValueError(f"blocks of {block_q} queries and {block_k} keys: use multiples of {LANES}")
+    settings = Settings(
+        scale=float(scale),
+        softcap=softcap,
+        sinks=sinks,
+        window=window,
+        keys=keys,
+        alibi=slopes is not None,
+        segmented=segment_ids is not None,
+        group=q.shape[2] // k.shape[2],
+    )
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    arrays = [padded(x, 2, block) for x, block in zip(heads_first, (block_q, block_k, block_k), strict=True)]
+    extra: dict[str, Array] = {}
+    if slopes is not None:
+        extra["slopes"] = slopes.astype(jnp.float32)
+    if segment_ids is not None:
+        extra["query_ids"] = padded(segment_ids[0].astype(jnp.int32), 1, block_q)
+        extra["key_ids"] = padded(segment_ids[1].astype(jnp.int32), 1, block_k)
+    static = offset if isinstance(offset, int) else None
+    call = _Call(settings, block_q, block_k, length, static, interpret)
+    out, lse = _attention(call, *arrays, extra, jnp.asarray(offset, jnp.int32))
+    return Partial(jnp.swapaxes(out, 1, 2)[:, :length], jnp.swapaxes(lse[:, :, 0], 1, 2)[:, :length])
+
+
+def _operands(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> dict[str, Array]:
+    found = {"q": q, "k": k, "v": v}
+    if call.settings.sinks:
+        held = -(-call.settings.sinks // LANES) * LANES
+        found |= {"sink_k": padded(k[:, :, :held], 2, held), "sink_v": padded(v[:, :, :held], 2, held)}
+    if "slopes" in extra:
+        found["slopes"] = extra["slopes"]
+    if call.settings.segmented:
+        found |= {"query_rows": rows(extra["query_ids"]), "key_columns": columns(extra["key_ids"])}
+        if call.settings.sinks:
+            found["sink_columns"] = padded(found["key_columns"][:, :, :held], 2, held)
+    return found
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
+    return _forward(call, q, k, v, extra, offset)[0]
+
+
+def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
+    operands = _operands(call, q, k, v, extra)
+    at = offset if call.offset is None else call.offset
+    out, lse = forward(call.settings, call.ranges(), operands, at, call.interpret)
+    return (out, lse), (q, k, v, extra, offset, out, lse)
+
+
+def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    q, k, v, extra, offset, out, lse = saved
+    d_out, d_lse = cotangents
+    at = offset if call.offset is None else call.offset
+    settings, run = call.settings, call.interpret
+    operands = _operands(call, q, k, v, extra) | {
+        "d_out": d_out.astype(q.dtype),
+        "lse": jnp.where(jnp.isneginf(lse), jnp.inf, lse),  # of queries that see nothing: weights of 0
+        "shift": d_lse - jnp.sum(d_out * out, axis=-1)[:, :, None],
+    }
+    d_q, d_sink_k, d_sink_v = flash_backward.query_gradients(settings, call.ranges(), operands, at, run)
+    if settings.segmented:
+        operands |= {"query_columns": columns(extra["query_ids"]), "key_rows": rows(extra["key_ids"])}
+    d_k, d_v = flash_backward.key_gradients(settings, call.ranges(transposed=True), operands, at, run)
+    if d_sink_k is not None and d_sink_v is not None:
+        d_k, d_v = _with_sinks(settings, d_k, d_sink_k), _with_sinks(settings, d_v, d_sink_v)
+
+    def nothing(x: Array) -> Any:
+        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0)
+
+    grads = d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    return *grads, jax.tree.map(nothing, extra), nothing(offset)
+
+
+def _with_sinks(settings: Settings, grads: Float[Array, "B K S D"], sinks: Float[Array, "B H N D"]) -> Array:
+    """Gradients of keys with those of the sinks, by query head, added."""
+    batch, heads, held, width = sinks.shape
+    summed = jnp.sum(sinks.reshape(batch, heads // settings.group, settings.group, held, width), axis=2)
+    count = min(settings.sinks, settings.keys)
+    return grads.at[:, :, :count].add(summed[:, :, :count])
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,213 @@
+"""FlashAttention backwards for TPUs: gradients of queries, keys and values, and of sinks.
+
+Two kernels, as in FlashAttention-2 (2307.08691). `query_gradients` holds queries while keys pass, on the forward pass's
+grid; it also makes the gradients of the sinks' keys, whose operand is at hand there. `key_gradients` holds keys while
+queries pass, with logits transposed, so that a query's log-sum-exp lies along lanes, as it is stored, and no product needs
+a transposed operand. Both make the weights again from the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.flash_forward import VMEM_BYTES
+from pallas_kernels.tpu.operands import Operands, key_outer, query_outer
+from pallas_kernels.tpu.schedule import Grid, Ranges
+from pallas_kernels.tpu.tiles import LANES, LOG2E, MASKED, NN, NT, TN, Settings, across, dot, logits, sink_visible, visible
+
+PIECE = 512  # columns of a tile that are worked on at once
+BY_QUERY = ("q", "d_out", "k", "v", "lse", "shift", "sink_k", "sink_v", "slopes", "query_rows", "key_columns",
+            "sink_columns")  # fmt: skip
+BY_KEY = ("q", "d_out", "k", "v", "lse", "shift", "slopes", "query_columns", "key_rows")
+
+
+def query_gradients(
+    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Float32 gradients of q, [B, H, T, D], and of sink_k and sink_v for each query head, [B, H, N, D], or None."""
+    batch, heads, length, width = operands["q"].shape
+    grid = Grid.make(ranges, offset)
+    specs = query_outer(grid, operands, settings.group)
+    names = [name for name in BY_QUERY if name in operands]
+    state = pltpu.VMEM((ranges.block_q, LANES), jnp.float32)
+    out_specs, shapes = [specs["q"]], [(batch, heads, length, width)]
+    if settings.sinks:
+        sinks = operands["sink_k"].shape[2]
+        out_specs += [pl.BlockSpec((None, None, sinks, width), lambda b, h, r, n, o: (b, h, 0, 0))] * 2
+        shapes += [(batch, heads, sinks, width)] * 2
+    call = pl.pallas_call(
+        partial(_query_kernel, settings, grid, names),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, grid.rows, grid.width),
+            in_specs=[specs[name] for name in names],
+            out_specs=out_specs,
+            scratch_shapes=[state, state, pltpu.VMEM((ranges.block_q, width), jnp.float32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+        name="flash_query_gradients",
+    )
+    found = call(jnp.asarray(offset, jnp.int32)[None], *(operands[name] for name in names))
+    return (found[0], found[1], found[2]) if settings.sinks else (found[0], None, None)
+
+
+def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: Any, *refs: Any) -> None:
+    read = dict(zip(names, refs, strict=False))
+    d_q, *d_sinks = refs[len(names) : -3]
+    lse, shift, sums = refs[-3:]
+    offset, ranges = offset_ref[0], grid.ranges
+    step = grid.step(pl.program_id(2), pl.program_id(3), offset)
+    query = offset + step.outer * ranges.block_q
+    slope = read["slopes"][pl.program_id(1)] if settings.alibi else None
+
+    def ids(keys: str, at: Any) -> tuple[jax.Array, jax.Array] | None:
+        return (read["query_rows"][...][:, :1], read[keys][:, at][:1]) if settings.segmented else None
+
+    def gradients(k: jax.Array, v: jax.Array, key: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+        """Weights, and the gradient of the scaled dot products."""
+        scores, derivative = logits(settings, dot(read["q"][...], k, NT), query, key, slope)
+        if mask is not None:
+            scores = jnp.where(mask(scores.shape), scores, MASKED)
+        weights = jnp.exp2(scores * settings.exact - across(lse[...], scores.shape[1]))
+        d_scores = weights * (dot(read["d_out"][...], v, NT) + across(shift[...], scores.shape[1]))
+        return weights, d_scores if derivative is None else d_scores * derivative
+
+    @pl.when(step.first)
+    def _() -> None:
+        lse[...] = _column(read["lse"][...] * LOG2E)
+        shift[...] = _column(read["shift"][...])
+        sums[...] = jnp.zeros_like(sums)
+
+    if settings.sinks:
+        assert settings.window is not None
+
+        @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+        def _() -> None:
+            for ref in d_sinks:
+                ref[...] = jnp.zeros_like(ref)
+
+        @pl.when(step.first & (query + ranges.block_q > settings.window))
+        def _() -> None:
+            k, v = read["sink_k"][...], read["sink_v"][...]
+
+            def mask(shape: tuple[int, int]) -> jax.Array:
+                return sink_visible(settings, shape, query, ids("sink_columns", slice(None)))
+
+            weights, d_scores = gradients(k, v, 0, mask)
+            d_scores = d_scores.astype(k.dtype)
+            sums[...] += dot(d_scores, k, NN)
+            d_sinks[0][...] += dot(d_scores, read["q"][...], TN) * settings.scale
+            d_sinks[1][...] += dot(weights.astype(v.dtype), read["d_out"][...], TN)
+
+    def tile(masked: bool) -> None:
+        piece = min(PIECE, ranges.block_k)
+        for start in range(0, ranges.block_k, piece):
+            at = pl.ds(start, piece)
+            k, key = read["k"][at], step.inner * ranges.block_k + start
+
+            def mask(shape: tuple[int, int], at: Any = at, key: Any = key) -> jax.Array:
+                return visible(settings, shape, query, key, ids("key_columns", at))
+
+            _, d_scores = gradients(k, read["v"][at], key, mask if masked else None)
+            sums[...] += dot(d_scores.astype(k.dtype), k, NN)
+
+    _when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile)
+
+    @pl.when(step.last)
+    def _() -> None:
+        d_q[...] = sums[...] * settings.scale
+
+
+def key_gradients(
+    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
+    """Float32 gradients of k and v, [B, K, S, D], from all but the sinks beyond the window."""
+    batch, heads, length, width = operands["k"].shape
+    grid = Grid.make(ranges, offset)
+    specs = key_outer(grid, operands, settings.group)
+    names = [name for name in BY_KEY if name in operands]
+    sums = pltpu.VMEM((ranges.block_k, width), jnp.float32)
+    call = pl.pallas_call(
+        partial(_key_kernel, settings, grid, names),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, grid.rows, grid.width, settings.group),
+            in_specs=[specs[name] for name in names],
+            out_specs=[specs["k"], specs["v"]],
+            scratch_shapes=[sums, sums],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((batch, heads, length, width), jnp.float32)] * 2,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+        ),
+        interpret=interpret,
+        name="flash_key_gradients",
+    )
+    d_k, d_v = call(jnp.asarray(offset, jnp.int32)[None], *(operands[name] for name in names))
+    return d_k, d_v
+
+
+def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: Any, *refs: Any) -> None:
+    read: Mapping[str, Any] = dict(zip(names, refs, strict=False))
+    d_k, d_v, sums_k, sums_v = refs[len(names) :]
+    offset, ranges = offset_ref[0], grid.ranges
+    step, member = grid.step(pl.program_id(2), pl.program_id(3), offset), pl.program_id(4)
+    key = step.outer * ranges.block_k
+    slope = read["slopes"][pl.program_id(1) * settings.group + member] if settings.alibi else None
+
+    @pl.when(step.first & (member == 0))
+    def _() -> None:
+        sums_k[...] = jnp.zeros_like(sums_k)
+        sums_v[...] = jnp.zeros_like(sums_v)
+
+    def tile(masked: bool) -> None:
+        piece = min(PIECE, ranges.block_q)
+        for start in range(0, ranges.block_q, piece):
+            at = pl.ds(start, piece)
+            q, d_out, query = read["q"][at], read["d_out"][at], offset + step.inner * ranges.block_q + start
+            scores, derivative = logits(settings, dot(read["k"][...], q, NT), query, key, slope, transposed=True)
+            if masked:
+                segments = None
+                if settings.segmented:
+                    segments = read["query_columns"][:, at][:1], read["key_rows"][...][:, :1]
+                scores = jnp.where(visible(settings, scores.shape, query, key, segments, True), scores, MASKED)
+            weights = jnp.exp2(scores * settings.exact - read["lse"][:, at] * LOG2E)
+            sums_v[...] += dot(weights.astype(d_out.dtype), d_out, NN)
+            d_scores = weights * (dot(read["v"][...], d_out, NT) + read["shift"][:, at])
+            if derivative is not None:
+                d_scores *= derivative
+            sums_k[...] += dot(d_scores.astype(q.dtype), q, NN)
+
+    _when_runs(settings, ranges, step.runs, step.inner, step.outer, offset, tile)
+
+    @pl.when(step.last & (member == settings.group - 1))
+    def _() -> None:
+        d_k[...] = sums_k[...] * settings.scale
+        d_v[...] = sums_v[...]
+
+
+def _when_runs(settings: Settings, ranges: Ranges, runs: Any, i: Any, j: Any, offset: Any, tile: Any) -> None:
+    """The tile of query block i and key block j, by the code that it needs."""
+    if settings.segmented:
+        pl.when(runs)(partial(tile, True))
+        return
+    interior = runs & ranges.interior(i, j, offset)
+    pl.when(interior)(partial(tile, False))
+    pl.when(runs & ~interior)(partial(tile, True))
+
+
+def _column(line: jax.Array) -> jax.Array:
+    """[1, n] as [n, LANES] of equal columns."""
+    return jnp.transpose(jnp.broadcast_to(line, (LANES, line.shape[1])))

@@ -1,0 +1,150 @@
+"""FlashAttention forwards for TPUs: output and log-sum-exp, of causal patterns with a window and sinks.
+
+One block of queries stays in the chip's memory with its running maximum, sum and output (FlashAttention-2, 2307.08691)
+while blocks of keys pass. Three things make a step cheap:
+- The grid has the steps that the pattern needs and no other (`schedule.py`), and tiles that the pattern does not cut are not
+  masked: there are two versions of a tile's code.
+- Sinks are an operand of their own, there for all steps, which the first step of a block reads: they do not cost a block
+  of keys.
+- The sum of the weights is taken lane by lane; the lanes are added once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.operands import Operands, query_outer
+from pallas_kernels.tpu.schedule import Grid, Ranges, Step
+from pallas_kernels.tpu.tiles import LANES, LOG2E, MASKED, NN, NT, Settings, across, dot, logits, sink_visible, visible
+
+READS = ("q", "k", "v", "sink_k", "sink_v", "slopes", "query_rows", "key_columns", "sink_columns")
+VMEM_BYTES = 64 * 2**20
+
+
+def forward(
+    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
+    """Output, float32 [B, H, T, D], and log-sum-exp, float32 [B, H, 1, T]; 0 and -inf where nothing is seen."""
+    batch, heads, length, width = operands["q"].shape
+    grid = Grid.make(ranges, offset)
+    specs = query_outer(grid, operands, settings.group)
+    names = [name for name in READS if name in operands]
+    state = pltpu.VMEM((ranges.block_q, LANES), jnp.float32)
+    call = pl.pallas_call(
+        partial(_kernel, settings, grid, names),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, grid.rows, grid.width),
+            in_specs=[specs[name] for name in names],
+            out_specs=[specs["out"], specs["lse"]],
+            scratch_shapes=[state, state, pltpu.VMEM((ranges.block_q, width), jnp.float32)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, length, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret,
+        name="flash_forward",
+    )
+    out, lse = call(jnp.asarray(offset, jnp.int32)[None], *(operands[name] for name in names))
+    return out, lse
+
+
+def _kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: Any, *refs: Any) -> None:
+    read = dict(zip(names, refs, strict=False))
+    out, lse, top, total, sums = refs[len(names) :]
+    offset, ranges = offset_ref[0], grid.ranges
+    step = grid.step(pl.program_id(2), pl.program_id(3), offset)
+    tile = _Tile(settings, ranges, read, step, offset, top, total, sums)
+
+    @pl.when(step.first)
+    def _() -> None:
+        top[...] = jnp.full_like(top, MASKED)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+        if settings.sinks:
+            assert settings.window is not None
+            pl.when(tile.query + ranges.block_q > settings.window)(tile.sinks)
+
+    interior = step.runs & ranges.interior(step.outer, step.inner, offset)
+    if settings.segmented:
+        pl.when(step.runs)(partial(tile.keys, masked=True))
+    else:
+        pl.when(interior)(partial(tile.keys, masked=False))
+        pl.when(step.runs & ~interior)(partial(tile.keys, masked=True))
+
+    @pl.when(step.last)
+    def _() -> None:
+        whole = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), total.shape)
+        some = top[...] > 0.5 * MASKED
+        shrink = jnp.where(some, 1.0 / whole, 0.0)
+        out[...] = sums[...] * across(shrink, sums.shape[1])
+        found = top[...] * (settings.exact / LOG2E) + jnp.log(whole)
+        lse[...] = jnp.transpose(jnp.where(some, found, -jnp.inf))[:1]
+
+
+class _Tile:
+    """The queries at hand, against their sinks or one block of keys."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ranges: Ranges,
+        read: Mapping[str, Any],
+        step: Step,
+        offset: Any,
+        top: Any,
+        total: Any,
+        sums: Any,
+    ):
+        self.settings, self.ranges, self.read, self.step = settings, ranges, read, step
+        self.top, self.total, self.sums = top, total, sums
+        self.query = offset + step.outer * ranges.block_q
+        self.slope = read["slopes"][pl.program_id(1)] if settings.alibi else None
+
+    def keys(self, masked: bool) -> None:
+        """One block of keys, in pieces whose products can overlap with the exponentials of others."""
+        first = self.step.inner * self.ranges.block_k
+        for start in range(0, self.ranges.block_k, piece := min(self.ranges.block_k, 512)):
+            at, key = pl.ds(start, piece), first + start
+            scores, _ = logits(
+                self.settings, dot(self.read["q"][...], self.read["k"][at], NT), self.query, key, self.slope
+            )
+            if masked:
+                ids = self._ids("key_columns", at)
+                scores = jnp.where(visible(self.settings, scores.shape, self.query, key, ids), scores, MASKED)
+            self._add(scores, self.read["v"][at])
+
+    def sinks(self) -> None:
+        scores, _ = logits(
+            self.settings, dot(self.read["q"][...], self.read["sink_k"][...], NT), self.query, 0, self.slope
+        )
+        seen = sink_visible(self.settings, scores.shape, self.query, self._ids("sink_columns", slice(None)))
+        self._add(jnp.where(seen, scores, MASKED), self.read["sink_v"][...])
+
+    def _ids(self, keys: str, at: Any) -> tuple[jax.Array, jax.Array] | None:
+        if not self.settings.segmented:
+            return None
+        return self.read["query_rows"][...][:, :1], self.read[keys][:, at][:1]
+
+    def _add(self, scores: jax.Array, v: jax.Array) -> None:
+        """The online softmax."""
+        before = self.top[...]
+        now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2((scores - across(now, scores.shape[1])) * self.settings.exact)
+        shrink = jnp.exp2((before - now) * self.settings.exact)
+        by_lane = sum(weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES))
+        self.top[...] = now
+        self.total[...] = self.total[...] * shrink + by_lane
+        added = dot(weights.astype(v.dtype), v, NN)
+        self.sums[...] = self.sums[...] * across(shrink, self.sums.shape[1]) + added
