@@ -20,8 +20,9 @@ def flash_attention(
     offset: Int[Array, ""] | int = 0,
     softcap: float | None = None,
     slopes: Float[Array, " H"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
 ) -> Partial:
-    """Attention of T queries, the first of which has index `offset`, over keys with indices 0 to S - 1."""
+    """See `pallas_kernels.api.flash_attention`."""
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     query = offset + jnp.arange(q.shape[1])[:, None]
@@ -35,6 +36,9 @@ def flash_attention(
     if segment_ids is not None:
         seen = seen & (segment_ids[0][:, :, None] == segment_ids[1][:, None])
     logits = jnp.where(seen[:, None], logits, -jnp.inf)
+    if sink_logits is not None:  # one more key, whose value is 0
+        column = jnp.broadcast_to(sink_logits[:, None, None].astype(logits.dtype), (*logits.shape[:-1], 1))
+        logits, v = jnp.concatenate((logits, column), axis=-1), jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -123,12 +123,13 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array],
 def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     q, k, v, extra, offset, out, lse = saved
     d_out, d_lse = cotangents
+    d_out = d_out.astype(q.dtype)  # as the kernels multiply it: `shift` must cancel against the same numbers
     at = offset if call.offset is None else call.offset
     settings, run = call.settings, call.interpret
     operands = _operands(call, q, k, v, extra) | {
-        "d_out": d_out.astype(q.dtype),
+        "d_out": d_out,
         "lse": jnp.where(jnp.isneginf(lse), jnp.inf, lse),  # of queries that see nothing: weights of 0
-        "shift": d_lse - jnp.sum(d_out * out, axis=-1)[:, :, None],
+        "shift": d_lse - jnp.sum(d_out.astype(out.dtype) * out, axis=-1)[:, :, None],
     }
     d_q, d_sink_k, d_sink_v = flash_backward.query_gradients(settings, call.ranges(), operands, at, run)
     if settings.segmented:

@@ -2,8 +2,8 @@
 
 Two kernels, as in FlashAttention-2 (2307.08691). `query_gradients` holds queries while keys pass, on the forward pass's
 grid; it also makes the gradients of the sinks' keys, whose operand is at hand there. `key_gradients` holds keys while
-queries pass, with logits transposed, so that a query's log-sum-exp lies along lanes, as it is stored, and no product needs
-a transposed operand. Both make the weights again from the log-sum-exp.
+queries pass, with logits transposed, so that a query's log-sum-exp lies along lanes, as it is stored, and no product
+needs a transposed operand. Both make the weights again from the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -20,9 +20,22 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.flash_forward import VMEM_BYTES
 from pallas_kernels.tpu.operands import Operands, key_outer, query_outer
 from pallas_kernels.tpu.schedule import Grid, Ranges
-from pallas_kernels.tpu.tiles import LANES, LOG2E, MASKED, NN, NT, TN, Settings, across, dot, logits, sink_visible, visible
+from pallas_kernels.tpu.tiles import (
+    LANES,
+    LOG2E,
+    MASKED,
+    NN,
+    NT,
+    TN,
+    Settings,
+    across,
+    dot,
+    logits,
+    pieces,
+    sink_visible,
+    visible,
+)
 
-PIECE = 512  # columns of a tile that are worked on at once
 BY_QUERY = ("q", "d_out", "k", "v", "lse", "shift", "sink_k", "sink_v", "slopes", "query_rows", "key_columns",
             "sink_columns")  # fmt: skip
 BY_KEY = ("q", "d_out", "k", "v", "lse", "shift", "slopes", "query_columns", "key_rows")
@@ -71,16 +84,14 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
     query = offset + step.outer * ranges.block_q
     slope = read["slopes"][pl.program_id(1)] if settings.alibi else None
 
-    def ids(keys: str, at: Any) -> tuple[jax.Array, jax.Array] | None:
-        return (read["query_rows"][...][:, :1], read[keys][:, at][:1]) if settings.segmented else None
-
-    def gradients(k: jax.Array, v: jax.Array, key: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-        """Weights, and the gradient of the scaled dot products."""
-        scores, derivative = logits(settings, dot(read["q"][...], k, NT), query, key, slope)
+    def gradients(at: Any, k: jax.Array, v: jax.Array, key: Any, ids: str, mask: Any) -> tuple[jax.Array, jax.Array]:
+        """Weights of some queries, and the gradient of their scaled dot products."""
+        scores, derivative = logits(settings, dot(read["q"][at], k, NT), query + at.start, key, slope)
         if mask is not None:
-            scores = jnp.where(mask(scores.shape), scores, MASKED)
-        weights = jnp.exp2(scores * settings.exact - across(lse[...], scores.shape[1]))
-        d_scores = weights * (dot(read["d_out"][...], v, NT) + across(shift[...], scores.shape[1]))
+            segments = (read["query_rows"][at][:, :1], read[ids][:1]) if settings.segmented else None
+            scores = jnp.where(mask(scores.shape, query + at.start, segments), scores, MASKED)
+        weights = jnp.exp2(scores * settings.exact - across(lse[at], scores.shape[1]))
+        d_scores = weights * (dot(read["d_out"][at], v, NT) + across(shift[at], scores.shape[1]))
         return weights, d_scores if derivative is None else d_scores * derivative
 
     @pl.when(step.first)
@@ -100,27 +111,22 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
         @pl.when(step.first & (query + ranges.block_q > settings.window))
         def _() -> None:
             k, v = read["sink_k"][...], read["sink_v"][...]
-
-            def mask(shape: tuple[int, int]) -> jax.Array:
-                return sink_visible(settings, shape, query, ids("sink_columns", slice(None)))
-
-            weights, d_scores = gradients(k, v, 0, mask)
-            d_scores = d_scores.astype(k.dtype)
-            sums[...] += dot(d_scores, k, NN)
-            d_sinks[0][...] += dot(d_scores, read["q"][...], TN) * settings.scale
-            d_sinks[1][...] += dot(weights.astype(v.dtype), read["d_out"][...], TN)
+            for at, _ in pieces(ranges.block_q, query):
+                weights, d_scores = gradients(at, k, v, 0, "sink_columns", partial(sink_visible, settings))
+                d_scores = d_scores.astype(k.dtype)
+                sums[at] += dot(d_scores, k, NN)
+                d_sinks[0][...] += dot(d_scores, read["q"][at], TN) * settings.scale
+                d_sinks[1][...] += dot(weights.astype(v.dtype), read["d_out"][at], TN)
 
     def tile(masked: bool) -> None:
-        piece = min(PIECE, ranges.block_k)
-        for start in range(0, ranges.block_k, piece):
-            at = pl.ds(start, piece)
-            k, key = read["k"][at], step.inner * ranges.block_k + start
+        k, v, key = read["k"][...], read["v"][...], step.inner * ranges.block_k
 
-            def mask(shape: tuple[int, int], at: Any = at, key: Any = key) -> jax.Array:
-                return visible(settings, shape, query, key, ids("key_columns", at))
+        def mask(shape: tuple[int, int], query: Any, segments: Any) -> jax.Array:
+            return visible(settings, shape, query, key, segments)
 
-            _, d_scores = gradients(k, read["v"][at], key, mask if masked else None)
-            sums[...] += dot(d_scores.astype(k.dtype), k, NN)
+        for at, _ in pieces(ranges.block_q, query):
+            _, d_scores = gradients(at, k, v, key, "key_columns", mask if masked else None)
+            sums[at] += dot(d_scores.astype(k.dtype), k, NN)
 
     _when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile)
 
@@ -164,7 +170,7 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
     d_k, d_v, sums_k, sums_v = refs[len(names) :]
     offset, ranges = offset_ref[0], grid.ranges
     step, member = grid.step(pl.program_id(2), pl.program_id(3), offset), pl.program_id(4)
-    key = step.outer * ranges.block_k
+    first_key = step.outer * ranges.block_k
     slope = read["slopes"][pl.program_id(1) * settings.group + member] if settings.alibi else None
 
     @pl.when(step.first & (member == 0))
@@ -173,22 +179,20 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
         sums_v[...] = jnp.zeros_like(sums_v)
 
     def tile(masked: bool) -> None:
-        piece = min(PIECE, ranges.block_q)
-        for start in range(0, ranges.block_q, piece):
-            at = pl.ds(start, piece)
-            q, d_out, query = read["q"][at], read["d_out"][at], offset + step.inner * ranges.block_q + start
-            scores, derivative = logits(settings, dot(read["k"][...], q, NT), query, key, slope, transposed=True)
+        q, d_out, query = read["q"][...], read["d_out"][...], offset + step.inner * ranges.block_q
+        line_lse, line_shift = read["lse"][...] * LOG2E, read["shift"][...]
+        for at, key in pieces(ranges.block_k, first_key):
+            scores, derivative = logits(settings, dot(read["k"][at], q, NT), query, key, slope, transposed=True)
             if masked:
-                segments = None
-                if settings.segmented:
-                    segments = read["query_columns"][:, at][:1], read["key_rows"][...][:, :1]
+                segments = (read["query_columns"][:1], read["key_rows"][at][:, :1]) if settings.segmented else None
                 scores = jnp.where(visible(settings, scores.shape, query, key, segments, True), scores, MASKED)
-            weights = jnp.exp2(scores * settings.exact - read["lse"][:, at] * LOG2E)
-            sums_v[...] += dot(weights.astype(d_out.dtype), d_out, NN)
-            d_scores = weights * (dot(read["v"][...], d_out, NT) + read["shift"][:, at])
+            d_weights = dot(read["v"][at], d_out, NT)  # before the weights: fewer bundles so
+            weights = jnp.exp2(scores * settings.exact - line_lse)
+            d_scores = weights * (d_weights + line_shift)
+            sums_v[at] += dot(weights.astype(d_out.dtype), d_out, NN)
             if derivative is not None:
                 d_scores *= derivative
-            sums_k[...] += dot(d_scores.astype(q.dtype), q, NN)
+            sums_k[at] += dot(d_scores.astype(q.dtype), q, NN)
 
     _when_runs(settings, ranges, step.runs, step.inner, step.outer, offset, tile)
 

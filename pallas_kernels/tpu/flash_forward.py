@@ -2,10 +2,10 @@
 
 One block of queries stays in the chip's memory with its running maximum, sum and output (FlashAttention-2, 2307.08691)
 while blocks of keys pass. Three things make a step cheap:
-- The grid has the steps that the pattern needs and no other (`schedule.py`), and tiles that the pattern does not cut are not
-  masked: there are two versions of a tile's code.
-- Sinks are an operand of their own, there for all steps, which the first step of a block reads: they do not cost a block
-  of keys.
+- The grid has the steps that the pattern needs and no other (`schedule.py`), and tiles that the pattern does not cut
+  are not masked: there are two versions of a tile's code.
+- Sinks are an operand of their own, there for all steps, which the first step of a block reads: they do not cost a
+  block of keys.
 - The sum of the weights is taken lane by lane; the lanes are added once, at the end.
 """
 
@@ -22,7 +22,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.operands import Operands, query_outer
 from pallas_kernels.tpu.schedule import Grid, Ranges, Step
-from pallas_kernels.tpu.tiles import LANES, LOG2E, MASKED, NN, NT, Settings, across, dot, logits, sink_visible, visible
+from pallas_kernels.tpu.tiles import (
+    LANES,
+    LOG2E,
+    MASKED,
+    NN,
+    NT,
+    Settings,
+    across,
+    dot,
+    logits,
+    pieces,
+    sink_visible,
+    visible,
+)
 
 READS = ("q", "k", "v", "sink_k", "sink_v", "slopes", "query_rows", "key_columns", "sink_columns")
 VMEM_BYTES = 64 * 2**20
@@ -113,38 +126,34 @@ class _Tile:
         self.slope = read["slopes"][pl.program_id(1)] if settings.alibi else None
 
     def keys(self, masked: bool) -> None:
-        """One block of keys, in pieces whose products can overlap with the exponentials of others."""
-        first = self.step.inner * self.ranges.block_k
-        for start in range(0, self.ranges.block_k, piece := min(self.ranges.block_k, 512)):
-            at, key = pl.ds(start, piece), first + start
-            scores, _ = logits(
-                self.settings, dot(self.read["q"][...], self.read["k"][at], NT), self.query, key, self.slope
-            )
+        """One block of keys, for some queries after others."""
+        key = self.step.inner * self.ranges.block_k
+        for at, query in pieces(self.ranges.block_q, self.query):
+            dots = dot(self.read["q"][at], self.read["k"][...], NT)
+            scores, _ = logits(self.settings, dots, query, key, self.slope)
             if masked:
-                ids = self._ids("key_columns", at)
-                scores = jnp.where(visible(self.settings, scores.shape, self.query, key, ids), scores, MASKED)
-            self._add(scores, self.read["v"][at])
+                seen = visible(self.settings, scores.shape, query, key, self._ids("key_columns", at))
+                scores = jnp.where(seen, scores, MASKED)
+            self._add(at, scores, self.read["v"][...])
 
     def sinks(self) -> None:
-        scores, _ = logits(
-            self.settings, dot(self.read["q"][...], self.read["sink_k"][...], NT), self.query, 0, self.slope
-        )
-        seen = sink_visible(self.settings, scores.shape, self.query, self._ids("sink_columns", slice(None)))
-        self._add(jnp.where(seen, scores, MASKED), self.read["sink_v"][...])
+        for at, query in pieces(self.ranges.block_q, self.query):
+            dots = dot(self.read["q"][at], self.read["sink_k"][...], NT)
+            scores, _ = logits(self.settings, dots, query, 0, self.slope)
+            seen = sink_visible(self.settings, scores.shape, query, self._ids("sink_columns", at))
+            self._add(at, jnp.where(seen, scores, MASKED), self.read["sink_v"][...])
 
     def _ids(self, keys: str, at: Any) -> tuple[jax.Array, jax.Array] | None:
-        if not self.settings.segmented:
-            return None
-        return self.read["query_rows"][...][:, :1], self.read[keys][:, at][:1]
+        return (self.read["query_rows"][at][:, :1], self.read[keys][:1]) if self.settings.segmented else None
 
-    def _add(self, scores: jax.Array, v: jax.Array) -> None:
-        """The online softmax."""
-        before = self.top[...]
+    def _add(self, at: Any, scores: jax.Array, v: jax.Array) -> None:
+        """The online softmax of some queries."""
+        before = self.top[at]
         now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2((scores - across(now, scores.shape[1])) * self.settings.exact)
         shrink = jnp.exp2((before - now) * self.settings.exact)
         by_lane = sum(weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES))
-        self.top[...] = now
-        self.total[...] = self.total[...] * shrink + by_lane
+        self.top[at] = now
+        self.total[at] = self.total[at] * shrink + by_lane
         added = dot(weights.astype(v.dtype), v, NN)
-        self.sums[...] = self.sums[...] * across(shrink, self.sums.shape[1]) + added
+        self.sums[at] = self.sums[at] * across(shrink, added.shape[1]) + added

@@ -2,8 +2,8 @@
 
 Operands go by name, so that a kernel has those that its pattern needs and no other:
 q, d_out: [B, H, T, D]. k, v: [B, K, S, D]. sink_k, sink_v: [B, K, N, D], the first keys, N a multiple of LANES.
-lse, shift: [B, H, 1, T]. slopes: [H]. Segment ids along sublanes, query_rows and key_rows: [B, n, LANES], and along lanes,
-query_columns, key_columns and sink_columns: [B, SUBLANES, n]. T and S are padded to whole blocks.
+lse, shift: [B, H, 1, T]. slopes: [H]. Segment ids along sublanes, query_rows and key_rows: [B, n, LANES], and along
+lanes, query_columns, key_columns and sink_columns: [B, SUBLANES, n]. T and S are padded to whole blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.schedule import Grid
+from pallas_kernels.tpu.schedule import Grid, divide
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
 Operands = Mapping[str, jax.Array]
@@ -51,8 +51,8 @@ def query_outer(grid: Grid, operands: Operands, group: int) -> dict[str, Any]:
         return grid.step(row, n, offset[0]).inner
 
     query = pl.BlockSpec((None, None, block_q, width), lambda b, h, r, n, o: (b, h, outer(r, n, o), 0))
-    key = pl.BlockSpec((None, None, block_k, width), lambda b, h, r, n, o: (b, h // group, inner(r, n, o), 0))
-    sink = pl.BlockSpec((None, None, sinks, width), lambda b, h, r, n, o: (b, h // group, 0, 0))
+    key = pl.BlockSpec((None, None, block_k, width), lambda b, h, r, n, o: (b, divide(h, group), inner(r, n, o), 0))
+    sink = pl.BlockSpec((None, None, sinks, width), lambda b, h, r, n, o: (b, divide(h, group), 0, 0))
     line = pl.BlockSpec((None, None, 1, block_q), lambda b, h, r, n, o: (b, h, 0, outer(r, n, o)))
     return {
         "q": query,

@@ -1,8 +1,9 @@
 """Which blocks of queries and keys meet, as grids that visit no other.
 
-A kernel walks, for one block of queries, the blocks of keys that it sees (forwards, and for the queries' gradient), or for
-one block of keys the blocks of queries that see it. A range of blocks follows from the pattern by integer arithmetic
-alone, so grids need no tables: they are rectangles of `rows` x `width` steps, and index maps find the pair of a step.
+A kernel walks, for one block of queries, the blocks of keys that it sees (forwards, and for the queries' gradient), or
+for one block of keys the blocks of queries that see it. A range of blocks follows from the pattern by integer
+arithmetic alone, so grids need no tables: they are rectangles of `rows` x `width` steps, and index maps find the pair
+of a step.
 
 - Windows make ranges of nearly the same length: a row is a block.
 - Full attention makes a triangle. Where it is known at compile time, it is folded: a row holds block p and, behind it,
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +32,11 @@ class Step(NamedTuple):
     first: Scalar  # bool: of the outer block's run
     last: Scalar
     runs: Scalar  # bool: false for steps past a row's end, and then all else repeats the last step
+
+
+def divide(x: Scalar, by: int) -> Scalar:
+    """x // by for x >= 0; in kernels the plain operator costs more and asks which chip it is."""
+    return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +70,18 @@ class Ranges:
         """Half-open range of the inner blocks that outer block i meets; may be empty."""
         if self.transposed:
             first = i * self.block_k - offset  # as indices of queries
-            low = xp.maximum(first, 0) // self.block_q
+            low = divide(xp.maximum(first, 0), self.block_q)
             high = xp.full_like(low, self.inner_blocks)
             if self.window is not None:
                 end = first + self.block_k - 1 + self.window  # one past the last query that sees a key of the block
-                high = xp.clip((end + self.block_q - 1) // self.block_q, 0, self.inner_blocks)
+                high = xp.clip(divide(end + self.block_q - 1, self.block_q), 0, self.inner_blocks)
             return xp.minimum(low, high), high
         first = offset + i * self.block_q
         end = xp.minimum(first + self.block_q, offset + self.queries)
-        high = xp.clip((end + self.block_k - 1) // self.block_k, 0, self.inner_blocks)
+        high = xp.clip(divide(end + self.block_k - 1, self.block_k), 0, self.inner_blocks)
         low = xp.zeros_like(high)
         if self.window is not None:
-            low = xp.maximum(first - self.window + 1, 0) // self.block_k
+            low = divide(xp.maximum(first - self.window + 1, 0), self.block_k)
         return xp.minimum(low, high), high
 
     def interior(self, i: Scalar, j: Scalar, offset: Scalar) -> Scalar:

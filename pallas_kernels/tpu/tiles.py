@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
+from jax.experimental import pallas as pl
 
 LANES = 128
 SUBLANES = 8
+PIECE = 512  # rows of a tile that are worked on at once
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of two of them are 0, not NaN
 LOG2E = math.log2(math.e)
 NT = (((1,), (1,)), ((), ()))  # contract the last axes of both
@@ -55,6 +57,15 @@ class Settings:
         return self.softcap is None and not self.alibi
 
 
+def pieces(block: int, first: Any) -> Iterator[tuple[Any, Any]]:
+    """The rows of a tile in turns: slices, and the index of the first token of each.
+
+    Products of one piece overlap with exponentials of another.
+    """
+    for start in range(0, block, size := min(block, PIECE)):
+        yield pl.ds(start, min(size, block - start)), first + start
+
+
 def dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
     """A product that is summed in float32; of float32 numbers in full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -84,7 +95,7 @@ def logits(
 
 
 def visible(
-    settings: Settings, shape: tuple[int, int], query: Any, key: Any, segments: Any = None, transposed: bool = False
+    settings: Settings, shape: tuple[int, ...], query: Any, key: Any, segments: Any = None, transposed: bool = False
 ) -> jax.Array:
     """Which pairs of a tile count: by window, by the end of the keys, and by segment.
 
@@ -100,7 +111,7 @@ def visible(
     return seen
 
 
-def sink_visible(settings: Settings, shape: tuple[int, int], query: Any, segments: Any = None) -> jax.Array:
+def sink_visible(settings: Settings, shape: tuple[int, ...], query: Any, segments: Any = None) -> jax.Array:
     """Which sinks [columns] count beside the window of queries [rows]: those that it has left behind."""
     assert settings.window is not None
     key = lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -110,7 +121,7 @@ def sink_visible(settings: Settings, shape: tuple[int, int], query: Any, segment
     return seen
 
 
-def _query_minus_key(shape: tuple[int, int], transposed: bool) -> jax.Array:
+def _query_minus_key(shape: tuple[int, ...], transposed: bool) -> jax.Array:
     rows, columns = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return columns - rows if transposed else rows - columns
 

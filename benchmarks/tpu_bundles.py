@@ -1,0 +1,77 @@
+"""Read the TPU compiler's schedule of a kernel: how many bundles a step of its grid takes, by the way that it goes.
+
+A TPU executes one bundle of instructions a cycle, in the order that the compiler wrote. The loop over a grid's steps is
+one loop in the listing; what only some steps do (`pl.when`) are regions that a branch skips. So the cost of a step is
+the bundles outside all regions plus those of the regions that it enters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
+_BRANCH = re.compile(r"sbr\.rel \((!?%p\w+)\) target = \$region(\d+)")
+_LABEL = re.compile(r"(?:Start/End empty|End) region (\d+)\b")
+
+
+class Region(NamedTuple):
+    """Bundles `start` to `stop` - 1, which a branch may skip; `products` is how many matrix products it starts."""
+
+    start: int
+    stop: int
+    products: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Loop(NamedTuple):
+    """The loop over the grid: its bundles outside all regions, and the outermost regions in order."""
+
+    always: int
+    regions: Sequence[Region]
+
+    @property
+    def tiles(self) -> list[Region]:
+        """Regions that multiply matrices."""
+        return [region for region in self.regions if region.products]
+
+
+def read(listing: Path) -> Loop:
+    """The loop of a kernel from its `final_bundles` listing.
+
+    Raises:
+      ValueError: the file has no loop.
+    """
+    start = stop = 0
+    branches: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    products: list[int] = []
+    for line in listing.read_text().splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        at = int(match.group(1), 16)
+        products.extend([0] * (at + 1 - len(products)))
+        products[at] = line.count("vmatmul")
+        if match.group(2) in ("LB", "LH") and not start:
+            start = at
+        for label in _LABEL.findall(line):
+            labels.setdefault(label, at)
+        for _, target in _BRANCH.findall(line):
+            branches.append((at, target))
+            stop = at + 1
+    if not start:
+        raise ValueError(f"{listing}: no loop in it")
+    pairs = [(at + 1, labels[target]) for at, target in branches if at >= start and labels.get(target, 0) > at + 1]
+    # What computes is one region that the first steps skip, while blocks are still on their way: not an option.
+    body = [pair for pair in pairs if pair[1] - pair[0] > 0.9 * (stop - start)]
+    regions: list[Region] = []
+    for low, high in sorted(set(pairs) - set(body)):
+        if not regions or low >= regions[-1].stop:
+            regions.append(Region(low, high, sum(products[low:high])))
+    return Loop(stop - start - sum(region.size for region in regions), regions)

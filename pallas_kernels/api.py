@@ -1,0 +1,98 @@
+"""The kernels' public functions: one each, whatever the platform.
+
+`implementation` names a kernel's backend: "tpu" (Mosaic). None takes the one of the platform that JAX runs on. The XLA
+twins, which run anywhere, are in `streamjax.attention`; so is the dispatch between them and these.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.partial import Partial, merge
+from pallas_kernels.patterns import Pattern
+
+Implementation = Literal["tpu"]
+
+
+def platform_implementation() -> Implementation | None:
+    """The kernels for the platform that JAX runs on; None where there are none."""
+    return "tpu" if jax.default_backend() == "tpu" else None
+
+
+def flash_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    segment_ids: Int32[Array, "B T"] | tuple[Int32[Array, "B T"], Int32[Array, "B S"]] | None = None,
+    offset: Int[Array, ""] | int = 0,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of T queries, the first of which has index `offset`, over S keys with indices 0 to S - 1.
+
+    Differentiable in q, k, v and `sink_logits`, through both `out` and `lse` of the result. Blocks that the pattern
+    rules out are neither loaded nor computed, forwards and backwards (FlashAttention-2, 2307.08691).
+
+    Args:
+      q, k, v: rotated queries and keys, values, bfloat16 or float32; H a multiple of K; products are summed in float32.
+      pattern: which keys a query sees, by index.
+      scale: factor on the logits, above 0; 1 / sqrt(D) where None.
+      segment_ids: tokens see only their own segment; a pair gives queries' and keys' ids apart.
+      offset: index of the first query, for a chunk deep in a sequence; may be traced.
+      softcap: logits become `softcap * tanh(logits / softcap)`.
+      slopes: ALiBi, `-slope * distance` added to the scaled logits; constants, their gradient is zero.
+      sink_logits: a learned logit for each head that takes part in the softmax without a value (gpt-oss); `lse` has it.
+      block_q, block_k: tokens of a block; by default those with the best schedules (docs/kernels.md).
+      implementation: see the module.
+      interpret: run the kernel in an interpreter, on any machine: `pltpu.InterpretParams()` or True.
+
+    Raises:
+      ValueError: shapes that do not fit together, a dtype that no kernel takes, or no kernel for the platform.
+    """
+    _check(q, k, v, segment_ids)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if scale <= 0.0:
+        raise ValueError(f"scale {scale}: it must be above 0")
+    chosen = implementation or platform_implementation()
+    if chosen is None:
+        raise ValueError(f"no attention kernel for {jax.default_backend()}; use streamjax's implementation='xla'")
+    if chosen != "tpu":
+        raise ValueError(f"unknown kernel implementation {chosen!r}; use 'tpu'")
+    if segment_ids is not None and not isinstance(segment_ids, tuple):
+        segment_ids = (segment_ids, segment_ids)
+    from pallas_kernels.tpu.flash import flash_attention as kernel
+
+    found = kernel(
+        q, k, v, pattern, scale=scale, segment_ids=segment_ids, offset=offset, softcap=softcap, slopes=slopes,
+        block_q=block_q, block_k=block_k, interpret=interpret,
+    )  # fmt: skip
+    if sink_logits is None:
+        return found
+    return merge(found, Partial(jnp.zeros_like(found.out), jnp.broadcast_to(sink_logits, found.lse.shape)))
+
+
+def _check(q: Array, k: Array, v: Array, segment_ids: Any) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, T, H, D] and twice [B, S, K, D]")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(
+            f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: the kernels take bfloat16 or float32 for all three; "
+            "streamjax's implementation='xla' takes any"
+        )
+    if segment_ids is not None and not isinstance(segment_ids, tuple) and q.shape[1] != k.shape[1]:
+        raise ValueError(f"one array of segment ids for {q.shape[1]} queries and {k.shape[1]} keys: give a pair")
