@@ -37,6 +37,7 @@ class Target(NamedTuple):
 # TPUs by the topology's name. Memory: 16, 95 and 32 GiB, of which the compiler keeps some of a v6e's for itself; of an
 # H100's 80 GB, what the driver leaves.
 TOPOLOGIES = {
+    "v5e:1x1": Target("tpu", 16 * 2**30, "v5litepod-1"),
     "v5e:2x4": Target("tpu", 16 * 2**30, "v5litepod-8"),
     "v5p:2x2x1": Target("tpu", 95 * 2**30, "v5p-8"),
     "v6e:1x1": Target("tpu", int(31.24 * 2**30), "v6e-1"),

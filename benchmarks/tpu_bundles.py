@@ -68,10 +68,14 @@ def read(listing: Path) -> Loop:
     if not start:
         raise ValueError(f"{listing}: no loop in it")
     pairs = [(at + 1, labels[target]) for at, target in branches if at >= start and labels.get(target, 0) > at + 1]
-    # What computes is one region that the first steps skip, while blocks are still on their way: not an option.
-    body = [pair for pair in pairs if pair[1] - pair[0] > 0.9 * (stop - start)]
+    # All that computes is one region, which the first steps skip while blocks are still on their way: not an option.
+    body = {
+        (low, high)
+        for low, high in pairs
+        if 2 * (high - low) > stop - start and any(low <= a and b < high for a, b in pairs if (a, b) != (low, high))
+    }
     regions: list[Region] = []
-    for low, high in sorted(set(pairs) - set(body)):
+    for low, high in sorted(set(pairs) - body):
         if not regions or low >= regions[-1].stop:
             regions.append(Region(low, high, sum(products[low:high])))
     return Loop(stop - start - sum(region.size for region in regions), regions)

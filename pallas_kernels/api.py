@@ -15,13 +15,21 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.tpu import flash as tpu_flash
+from pallas_kernels.tpu.flash import MAX_SINKS
 
 Implementation = Literal["tpu"]
+DTYPES = ("bfloat16", "float32")
 
 
 def platform_implementation() -> Implementation | None:
     """The kernels for the platform that JAX runs on; None where there are none."""
     return "tpu" if jax.default_backend() == "tpu" else None
+
+
+def takes(pattern: Pattern, dtype: str) -> bool:
+    """Whether `flash_attention` takes a pattern and a dtype on the platform that JAX runs on."""
+    return platform_implementation() == "tpu" and pattern.sinks <= MAX_SINKS and dtype in DTYPES
 
 
 def flash_attention(
@@ -73,9 +81,7 @@ def flash_attention(
         raise ValueError(f"unknown kernel implementation {chosen!r}; use 'tpu'")
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    from pallas_kernels.tpu.flash import flash_attention as kernel
-
-    found = kernel(
+    found = tpu_flash.flash_attention(
         q, k, v, pattern, scale=scale, segment_ids=segment_ids, offset=offset, softcap=softcap, slopes=slopes,
         block_q=block_q, block_k=block_k, interpret=interpret,
     )  # fmt: skip
@@ -89,7 +95,7 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Any) -> None:
         raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, T, H, D] and twice [B, S, K, D]")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in (jnp.bfloat16, jnp.float32):
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
         raise ValueError(
             f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: the kernels take bfloat16 or float32 for all three; "
             "streamjax's implementation='xla' takes any"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import api
 from pallas_kernels.patterns import Pattern
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
-Implementation = Literal["dense", "xla"]
+Implementation = Literal["dense", "xla", "pallas"]
 DENSE_LIMIT = 1024 * 1024  # logits per row and head up to which the dense form is used
+KERNEL_TOKENS = 256  # a kernel works in blocks; shorter sequences would be padding mostly
 
 
 def sequence_attention(
@@ -34,16 +39,24 @@ def sequence_attention(
       pattern: which keys a query sees, by index in the sequence.
       scale, softcap, slopes: as in `dense.attend`; ALiBi distances are index differences.
       segment_ids: tokens see only their own segment.
-      implementation: `"dense"` (all logits at once), `"xla"` (blockwise, memory linear in T); None chooses by size.
+      implementation: `"dense"` (all logits at once), `"xla"` (blockwise, memory linear in T), `"pallas"` (the kernel of
+        the platform); None chooses, and logs the choice once.
+
+    Raises:
+      ValueError: an unknown implementation, or no kernel for the platform or for these arguments.
     """
     if implementation is None:
-        implementation = "dense" if q.shape[1] * k.shape[1] <= DENSE_LIMIT else "xla"
+        implementation = choose(q.shape[1], k.shape[1], pattern, q.dtype.name)
+    if implementation == "pallas":
+        return api.flash_attention(
+            q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes
+        ).out
     if implementation == "xla":
         return flash_attention(
             q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes
         ).out
     if implementation != "dense":
-        raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense' or 'xla'")
+        raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense', 'xla' or 'pallas'")
     index = jnp.arange(q.shape[1], dtype=jnp.int32)
     visible = pattern.visible(index[:, None], index[None, :])[None, None]
     if segment_ids is not None:
@@ -51,3 +64,20 @@ def sequence_attention(
     distance = (index[:, None] - index[None, :]).astype(jnp.float32)[None, None]
     heads_first = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     return attend(q, *heads_first, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance).out
+
+
+def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementation:
+    """The best implementation on the platform that JAX runs on.
+
+    A kernel where there is one for the platform and the arguments. Not yet on a mesh of several devices: the compiler
+    cannot split a kernel, and would gather what it reads.
+    """
+    if queries >= KERNEL_TOKENS and api.takes(pattern, dtype) and jax.sharding.get_abstract_mesh().size <= 1:
+        return _logged("pallas")
+    return "dense" if queries * keys <= DENSE_LIMIT else _logged("xla")
+
+
+@cache
+def _logged(choice: Implementation) -> Implementation:
+    logging.getLogger(__name__).info("attention over long sequences: %s, on %s", choice, jax.default_backend())
+    return choice
