@@ -4,9 +4,9 @@
     python -m benchmarks.tpu_schedule --chips v5e --masks causal --blocks 1024x1024
     python -m benchmarks.tpu_schedule --table              # compile nothing, print what there is
 
-One head of width 128 in bfloat16, forwards and backwards, compiled for the chip. A TPU executes the bundles of a kernel's
-schedule in order, one a cycle but for stalls; so bundles a step, times the steps of the grid that take the same way
-through the kernel, stand for its time. Ways: a tile that the mask does not cut and one that it does (in splash one code
+One head of width 128 in bfloat16, forwards and backwards, compiled for the chip. A TPU executes the bundles of a
+kernel's schedule in order, one a cycle but for stalls; so bundles a step, times the steps of the grid that take the
+same way through the kernel, stand for its time. Ways: a tile that the mask does not cut and one that it does (in splash one code
 for both), a step that computes nothing, and what a block does first and last. For each mask and kernel both libraries
 show their best of the block sizes. `sinks` is `local` with 4 sinks, which splash does not have: it is compared with our
 `local`.
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Steps of a kernel's grid by the way they take: tiles that the mask does not cut, that it cuts, none; and blocks."""
+    """Steps of a kernel's grid by the way they take: tiles that the mask does not cut, that it cuts, none. Blocks."""
 
     whole: int
     cut: int

@@ -76,6 +76,7 @@ def flash_attention(
         sinks=sinks,
         window=window,
         keys=keys,
+        ragged=keys % block_k != 0,
         alibi=slopes is not None,
         segmented=segment_ids is not None,
         group=q.shape[2] // k.shape[2],

@@ -26,6 +26,7 @@ from pallas_kernels.tpu.tiles import (
     MASKED,
     NN,
     NT,
+    SUBLANES,
     TN,
     Settings,
     across,
@@ -84,19 +85,19 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
     query = offset + step.outer * ranges.block_q
     slope = read["slopes"][pl.program_id(1)] if settings.alibi else None
 
-    def gradients(at: Any, k: jax.Array, v: jax.Array, key: Any, ids: str, mask: Any) -> tuple[jax.Array, jax.Array]:
-        """Weights of some queries, and the gradient of their scaled dot products."""
+    def gradient(at: Any, k: jax.Array, v: jax.Array, key: Any, masked: bool) -> jax.Array:
+        """Of the scaled dot products of some queries and a block of keys."""
         scores, derivative = logits(settings, dot(read["q"][at], k, NT), query + at.start, key, slope)
-        if mask is not None:
-            segments = (read["query_rows"][at][:, :1], read[ids][:1]) if settings.segmented else None
-            scores = jnp.where(mask(scores.shape, query + at.start, segments), scores, MASKED)
-        weights = jnp.exp2(scores * settings.exact - across(lse[at], scores.shape[1]))
+        if masked:
+            segments = (read["query_rows"][at][:, :1], read["key_columns"][:1]) if settings.segmented else None
+            scores = jnp.where(visible(settings, scores.shape, query + at.start, key, segments), scores, MASKED)
+        weights = jnp.exp2((scores - across(lse[at], scores.shape[1])) * settings.exact)
         d_scores = weights * (dot(read["d_out"][at], v, NT) + across(shift[at], scores.shape[1]))
-        return weights, d_scores if derivative is None else d_scores * derivative
+        return d_scores if derivative is None else d_scores * derivative
 
     @pl.when(step.first)
     def _() -> None:
-        lse[...] = _column(read["lse"][...] * LOG2E)
+        lse[...] = _column(read["lse"][...] * (LOG2E / settings.exact))
         shift[...] = _column(read["shift"][...])
         sums[...] = jnp.zeros_like(sums)
 
@@ -110,23 +111,27 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
 
         @pl.when(step.first & (query + ranges.block_q > settings.window))
         def _() -> None:
-            k, v = read["sink_k"][...], read["sink_v"][...]
-            for at, _ in pieces(ranges.block_q, query):
-                weights, d_scores = gradients(at, k, v, 0, "sink_columns", partial(sink_visible, settings))
-                d_scores = d_scores.astype(k.dtype)
-                sums[at] += dot(d_scores, k, NN)
-                d_sinks[0][...] += dot(d_scores, read["q"][at], TN) * settings.scale
-                d_sinks[1][...] += dot(weights.astype(v.dtype), read["d_out"][at], TN)
+            count = -(-settings.sinks // (2 * SUBLANES)) * 2 * SUBLANES  # sinks along sublanes: few of them
+            rows = pl.ds(0, count)
+            k, v, q, d_out = read["sink_k"][rows], read["sink_v"][rows], read["q"][...], read["d_out"][...]
+            segments = None
+            if settings.segmented:
+                by_lane, by_row = jnp.transpose(read["query_rows"][...]), jnp.transpose(read["sink_columns"][...])
+                segments = by_lane[:1], by_row[:count, :1]
+            scores, derivative = logits(settings, dot(k, q, NT), query, 0, slope, transposed=True)
+            seen = sink_visible(settings, scores.shape, query, segments, transposed=True)
+            scores = jnp.where(seen, scores, MASKED)
+            weights = jnp.exp2((scores - read["lse"][...] * (LOG2E / settings.exact)) * settings.exact)
+            d_scores = weights * (dot(v, d_out, NT) + read["shift"][...])
+            d_scores = (d_scores if derivative is None else d_scores * derivative).astype(k.dtype)
+            sums[...] += dot(d_scores, k, TN)
+            d_sinks[0][rows] += dot(d_scores, q, NN) * settings.scale
+            d_sinks[1][rows] += dot(weights.astype(v.dtype), d_out, NN)
 
     def tile(masked: bool) -> None:
         k, v, key = read["k"][...], read["v"][...], step.inner * ranges.block_k
-
-        def mask(shape: tuple[int, int], query: Any, segments: Any) -> jax.Array:
-            return visible(settings, shape, query, key, segments)
-
         for at, _ in pieces(ranges.block_q, query):
-            _, d_scores = gradients(at, k, v, key, "key_columns", mask if masked else None)
-            sums[at] += dot(d_scores.astype(k.dtype), k, NN)
+            sums[at] += dot(gradient(at, k, v, key, masked).astype(k.dtype), k, NN)
 
     _when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile)
 
@@ -180,14 +185,14 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
 
     def tile(masked: bool) -> None:
         q, d_out, query = read["q"][...], read["d_out"][...], offset + step.inner * ranges.block_q
-        line_lse, line_shift = read["lse"][...] * LOG2E, read["shift"][...]
+        line_lse, line_shift = read["lse"][...] * (LOG2E / settings.exact), read["shift"][...]
         for at, key in pieces(ranges.block_k, first_key):
             scores, derivative = logits(settings, dot(read["k"][at], q, NT), query, key, slope, transposed=True)
             if masked:
                 segments = (read["query_columns"][:1], read["key_rows"][at][:, :1]) if settings.segmented else None
                 scores = jnp.where(visible(settings, scores.shape, query, key, segments, True), scores, MASKED)
             d_weights = dot(read["v"][at], d_out, NT)  # before the weights: fewer bundles so
-            weights = jnp.exp2(scores * settings.exact - line_lse)
+            weights = jnp.exp2((scores - line_lse) * settings.exact)
             d_scores = weights * (d_weights + line_shift)
             sums_v[at] += dot(weights.astype(d_out.dtype), d_out, NN)
             if derivative is not None:

@@ -80,14 +80,15 @@ def _kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: Any, *
     step = grid.step(pl.program_id(2), pl.program_id(3), offset)
     tile = _Tile(settings, ranges, read, step, offset, top, total, sums)
 
-    @pl.when(step.first)
+    late = step.first & (tile.query + ranges.block_q > settings.window) if settings.sinks and settings.window else False
+    if settings.sinks:
+        pl.when(late)(tile.sinks)
+
+    @pl.when(step.first & jnp.logical_not(late))
     def _() -> None:
         top[...] = jnp.full_like(top, MASKED)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
-        if settings.sinks:
-            assert settings.window is not None
-            pl.when(tile.query + ranges.block_q > settings.window)(tile.sinks)
 
     interior = step.runs & ranges.interior(step.outer, step.inner, offset)
     if settings.segmented:
@@ -137,11 +138,15 @@ class _Tile:
             self._add(at, scores, self.read["v"][...])
 
     def sinks(self) -> None:
+        """The first step: there is no state yet."""
         for at, query in pieces(self.ranges.block_q, self.query):
             dots = dot(self.read["q"][at], self.read["sink_k"][...], NT)
             scores, _ = logits(self.settings, dots, query, 0, self.slope)
             seen = sink_visible(self.settings, scores.shape, query, self._ids("sink_columns", at))
-            self._add(at, jnp.where(seen, scores, MASKED), self.read["sink_v"][...])
+            scores = jnp.where(seen, scores, MASKED)
+            now = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.top[at].shape)
+            self.top[at] = now
+            self._sum(at, scores, now, self.read["sink_v"][...], None)
 
     def _ids(self, keys: str, at: Any) -> tuple[jax.Array, jax.Array] | None:
         return (self.read["query_rows"][at][:, :1], self.read[keys][:1]) if self.settings.segmented else None
@@ -150,10 +155,15 @@ class _Tile:
         """The online softmax of some queries."""
         before = self.top[at]
         now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2((scores - across(now, scores.shape[1])) * self.settings.exact)
-        shrink = jnp.exp2((before - now) * self.settings.exact)
-        by_lane = sum(weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES))
         self.top[at] = now
-        self.total[at] = self.total[at] * shrink + by_lane
+        self._sum(at, scores, now, v, jnp.exp2((before - now) * self.settings.exact))
+
+    def _sum(self, at: Any, scores: jax.Array, top: jax.Array, v: jax.Array, shrink: jax.Array | None) -> None:
+        """Weights and weighted values onto those before, which `shrink` (none before where that is None)."""
+        weights = jnp.exp2((scores - across(top, scores.shape[1])) * self.settings.exact)
+        total = sum(weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES))
         added = dot(weights.astype(v.dtype), v, NN)
-        self.sums[at] = self.sums[at] * across(shrink, added.shape[1]) + added
+        if shrink is not None:
+            total += self.total[at] * shrink
+            added += self.sums[at] * across(shrink, added.shape[1])
+        self.total[at], self.sums[at] = total, added

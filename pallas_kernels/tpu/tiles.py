@@ -30,7 +30,7 @@ class Settings:
       scale, softcap: of the logits.
       sinks: leading keys that all later queries see; they lie in an operand of their own.
       window: the newest keys that a query sees; None for all.
-      keys: how many there are, without padding.
+      keys: how many there are, without padding; ragged: whether there is padding.
       alibi, segmented: whether there are slopes, and segment ids.
       group: query heads of a key head.
     """
@@ -40,6 +40,7 @@ class Settings:
     sinks: int
     window: int | None
     keys: int
+    ragged: bool
     alibi: bool
     segmented: bool
     group: int
@@ -89,8 +90,8 @@ def logits(
         squashed = jnp.tanh(x / settings.softcap)
         x, derivative = settings.softcap * squashed, 1.0 - squashed * squashed
     if settings.alibi:
-        distance = (query - key) + _query_minus_key(dots.shape, transposed)
-        x -= slope * distance.astype(jnp.float32)
+        queries, keys = _indices(dots.shape, transposed)
+        x -= slope * (queries + (query - key) - keys).astype(jnp.float32)
     return x, derivative
 
 
@@ -101,29 +102,34 @@ def visible(
 
     segments: ids of the queries and of the keys, which broadcast against each other to `shape`.
     """
-    distance, base = _query_minus_key(shape, transposed), key - query  # at least base: the key is not in the future
-    seen = distance >= base
+    queries, keys = _indices(shape, transposed)
+    newest = queries + (query - key)  # compared, not subtracted: what depends on one axis alone is computed once for it
+    seen = keys <= newest
     if settings.window is not None:
-        seen &= distance < base + settings.window
-    seen &= lax.broadcasted_iota(jnp.int32, shape, 0 if transposed else 1) < settings.keys - key
+        seen &= keys > newest - settings.window
+    if settings.ragged:
+        seen &= keys < settings.keys - key
     if segments is not None:
         seen &= segments[0] == segments[1]
     return seen
 
 
-def sink_visible(settings: Settings, shape: tuple[int, ...], query: Any, segments: Any = None) -> jax.Array:
+def sink_visible(
+    settings: Settings, shape: tuple[int, ...], query: Any, segments: Any = None, transposed: bool = False
+) -> jax.Array:
     """Which sinks [columns] count beside the window of queries [rows]: those that it has left behind."""
     assert settings.window is not None
-    key = lax.broadcasted_iota(jnp.int32, shape, 1)
-    seen = (key < settings.sinks) & (_query_minus_key(shape, False) >= settings.window - query)
+    queries, keys = _indices(shape, transposed)
+    seen = keys <= jnp.minimum(queries + (query - settings.window), settings.sinks - 1)
     if segments is not None:
         seen &= segments[0] == segments[1]
     return seen
 
 
-def _query_minus_key(shape: tuple[int, ...], transposed: bool) -> jax.Array:
+def _indices(shape: tuple[int, ...], transposed: bool) -> tuple[jax.Array, jax.Array]:
+    """Of queries and of keys in a tile."""
     rows, columns = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    return columns - rows if transposed else rows - columns
+    return (columns, rows) if transposed else (rows, columns)
 
 
 def across(x: jax.Array, width: int) -> jax.Array:
