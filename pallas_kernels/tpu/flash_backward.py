@@ -130,7 +130,7 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
 
     def tile(masked: bool) -> None:
         k, v, key = read["k"][...], read["v"][...], step.inner * ranges.block_k
-        for at, _ in pieces(ranges.block_q, query):
+        for at, _ in pieces(ranges.block_q, query, masked):
             sums[at] += dot(gradient(at, k, v, key, masked).astype(k.dtype), k, NN)
 
     _when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile)
@@ -186,7 +186,7 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
     def tile(masked: bool) -> None:
         q, d_out, query = read["q"][...], read["d_out"][...], offset + step.inner * ranges.block_q
         line_lse, line_shift = read["lse"][...] * (LOG2E / settings.exact), read["shift"][...]
-        for at, key in pieces(ranges.block_k, first_key):
+        for at, key in pieces(ranges.block_k, first_key, masked):
             scores, derivative = logits(settings, dot(read["k"][at], q, NT), query, key, slope, transposed=True)
             if masked:
                 segments = (read["query_columns"][:1], read["key_rows"][at][:, :1]) if settings.segmented else None

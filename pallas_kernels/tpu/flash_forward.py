@@ -129,7 +129,7 @@ class _Tile:
     def keys(self, masked: bool) -> None:
         """One block of keys, for some queries after others."""
         key = self.step.inner * self.ranges.block_k
-        for at, query in pieces(self.ranges.block_q, self.query):
+        for at, query in pieces(self.ranges.block_q, self.query, masked):
             dots = dot(self.read["q"][at], self.read["k"][...], NT)
             scores, _ = logits(self.settings, dots, query, key, self.slope)
             if masked:

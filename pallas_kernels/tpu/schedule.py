@@ -36,7 +36,11 @@ class Step(NamedTuple):
 
 def divide(x: Scalar, by: int) -> Scalar:
     """x // by for x >= 0; in kernels the plain operator costs more and asks which chip it is."""
-    return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
+    if not isinstance(x, jax.Array):
+        return x // by
+    if by & (by - 1):
+        return jax.lax.div(x, jnp.int32(by))
+    return jax.lax.shift_right_arithmetic(x, jnp.int32(by.bit_length() - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +78,11 @@ class Ranges:
             high = xp.full_like(low, self.inner_blocks)
             if self.window is not None:
                 end = first + self.block_k - 1 + self.window  # one past the last query that sees a key of the block
-                high = xp.clip(divide(end + self.block_q - 1, self.block_q), 0, self.inner_blocks)
+                high = xp.minimum(divide(xp.maximum(end + self.block_q - 1, 0), self.block_q), self.inner_blocks)
             return xp.minimum(low, high), high
         first = offset + i * self.block_q
         end = xp.minimum(first + self.block_q, offset + self.queries)
-        high = xp.clip(divide(end + self.block_k - 1, self.block_k), 0, self.inner_blocks)
+        high = xp.minimum(divide(end + self.block_k - 1, self.block_k), self.inner_blocks)
         low = xp.zeros_like(high)
         if self.window is not None:
             low = divide(xp.maximum(first - self.window + 1, 0), self.block_k)
@@ -147,5 +151,5 @@ class Grid:
             low, high = jnp.where(second, other_low, low), jnp.where(second, other_high, high)
             count = jnp.maximum(high - low, 1)
         runs = n < count
-        inner = jnp.clip(low + jnp.minimum(n, count - 1), 0, self.ranges.inner_blocks - 1)
+        inner = jnp.minimum(low + jnp.minimum(n, count - 1), self.ranges.inner_blocks - 1)
         return Step(outer, inner, n == 0, n == count - 1, runs)

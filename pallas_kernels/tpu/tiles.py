@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 LANES = 128
 SUBLANES = 8
-PIECE = 512  # rows of a tile that are worked on at once
+PIECE, MASKED_PIECE = 512, 256  # rows of a tile that are worked on at once
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of two of them are 0, not NaN
 LOG2E = math.log2(math.e)
 NT = (((1,), (1,)), ((), ()))  # contract the last axes of both
@@ -58,12 +58,12 @@ class Settings:
         return self.softcap is None and not self.alibi
 
 
-def pieces(block: int, first: Any) -> Iterator[tuple[Any, Any]]:
+def pieces(block: int, first: Any, masked: bool = False) -> Iterator[tuple[Any, Any]]:
     """The rows of a tile in turns: slices, and the index of the first token of each.
 
-    Products of one piece overlap with exponentials of another.
+    Products of one piece overlap with exponentials of another; masks are kept in fewer registers if pieces are small.
     """
-    for start in range(0, block, size := min(block, PIECE)):
+    for start in range(0, block, size := min(block, MASKED_PIECE if masked else PIECE)):
         yield pl.ds(start, min(size, block - start)), first + start
 
 
