@@ -6,10 +6,10 @@
 
 One head of width 128 in bfloat16, forwards and backwards, compiled for the chip. A TPU executes the bundles of a
 kernel's schedule in order, one a cycle but for stalls; so bundles a step, times the steps of the grid that take the
-same way through the kernel, stand for its time. Ways: a tile that the mask does not cut and one that it does (in splash one code
-for both), a step that computes nothing, and what a block does first and last. For each mask and kernel both libraries
-show their best of the block sizes. `sinks` is `local` with 4 sinks, which splash does not have: it is compared with our
-`local`.
+same way through the kernel, stand for its time. Ways: a tile that the mask does not cut and one that it does (in splash
+one code for both), a step that computes nothing, and what a block does first and last. For each mask and kernel both
+libraries show their best of the block sizes. `sinks` is `local` with 4 sinks, which splash does not have: it is
+compared with our `local`.
 """
 
 from __future__ import annotations

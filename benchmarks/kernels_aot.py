@@ -1,0 +1,133 @@
+"""Compile every kernel for TPUs that are not there, at the shapes of known models, by the chips' own compiler.
+
+    python -m benchmarks.kernels_aot                        # every chip, model and pattern: some 20 minutes on 2 cores
+    python -m benchmarks.kernels_aot --chips v5e --models gemma-3-4b
+
+A kernel that asks for a layout, an alignment or an amount of fast memory that a chip does not have is refused here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import aot
+from benchmarks.common import RESULTS, machine, table
+from benchmarks.shapes import SHAPES
+
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
+PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32")
+OUTPUT = RESULTS / "kernels_aot.json"
+
+
+class Case(NamedTuple):
+    """One compile of a forward and backward pass: `pattern` is one of `PATTERNS`."""
+
+    chip: str
+    model: str
+    pattern: str
+    length: int
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Seconds, bytes of temporaries and how many of each kernel there are, found by a process of its own.
+
+    Raises:
+      RuntimeError: the compiler refused it.
+    """
+    command = [sys.executable, "-m", "benchmarks.kernels_aot", "--child", *map(str, case)]
+    environment = aot.child_environment(CHIPS[case.chip])
+    done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _child(case: Case) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels import api
+    from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
+
+    config, dtype = SHAPES[case.model], jnp.float32 if case.pattern == "float32" else jnp.bfloat16
+    heads, keys, width, length = config.num_heads, config.num_kv_heads, config.head_dim, case.length
+    place = SingleDeviceSharding(aot.devices(CHIPS[case.chip])[0])
+
+    def array(*shape: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    windows = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
+    pattern: Pattern = windows.get(case.pattern, Full())
+    known: dict[str, Any] = {"softcap": 50.0} if case.pattern == "capped" else {}
+
+    def step(q: Any, k: Any, v: Any, d_out: Any, more: dict[str, Any]) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            return api.flash_attention(q, k, v, pattern, implementation="tpu", **known, **more).out
+
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(d_out)
+
+    more = {}
+    if case.pattern == "packed":
+        more["segment_ids"] = array(1, length, dtype=jnp.int32)
+    if case.pattern == "alibi":
+        more["slopes"] = array(heads, dtype=jnp.float32)
+    if case.pattern == "deep":  # a chunk far behind the start, whose place is known when the kernel runs
+        more["offset"] = array(dtype=jnp.int32)
+    queries = length // 4 if case.pattern == "deep" else length
+    arrays = array(1, queries, heads, width), array(1, length, keys, width), array(1, length, keys, width)
+    d_out = array(1, queries, heads, width, dtype=jnp.float32)
+    start = time.perf_counter()
+    compiled = jax.jit(step).trace(*arrays, d_out, more).lower(lowering_platforms=("tpu",)).compile()
+    names = re.findall(r"custom_call_target=\"tpu_custom_call\".*?(flash_[a-z]+(?:_[a-z]+)?)", compiled.as_text())
+    memory = compiled.memory_analysis()
+    print(json.dumps({
+        "seconds": round(time.perf_counter() - start, 1), "temp": memory.temp_size_in_bytes, "kernels": Counter(names)
+    }))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--length", type=int, default=8192, help="tokens")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        chip, model, pattern, length = arguments.child
+        _child(Case(chip, model, pattern, int(length)))
+        return
+    found = json.loads(arguments.output.read_text())["cases"] if arguments.output.exists() else {}
+    refused = []
+    for case in [
+        Case(c, m, p, arguments.length) for c in arguments.chips for m in arguments.models for p in arguments.patterns
+    ]:
+        key = "/".join(map(str, case))
+        try:
+            found[key] = compile_case(case)
+        except RuntimeError as error:
+            refused.append(str(error))
+            print(error, flush=True)
+            continue
+        print(key, found[key], flush=True)
+        body = {"benchmark": "kernels_aot", "machine": machine(), "cases": found}
+        arguments.output.write_text(json.dumps(body, indent=1) + "\n")
+    print(table([dict(zip(Case._fields, key.split("/"), strict=True), **found[key]) for key in found]))
+    if refused:
+        sys.exit(f"{len(refused)} refused")
+
+
+if __name__ == "__main__":
+    main()
