@@ -143,7 +143,8 @@ def _child(case: Case) -> None:
 def _ours(length: int, window: int | None, sinks: int, block_q: int, block_k: int) -> tuple[Any, dict[str, Steps]]:
     from pallas_kernels import api
     from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
-    from pallas_kernels.tpu.schedule import Grid, Ranges
+    from pallas_kernels.ranges import Ranges
+    from pallas_kernels.tpu.schedule import Grid
 
     pattern: Any = Full()
     if window is not None:

@@ -17,25 +17,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.ranges import Ranges
 from pallas_kernels.tpu.flash_forward import VMEM_BYTES
 from pallas_kernels.tpu.operands import Operands, key_outer, query_outer
-from pallas_kernels.tpu.schedule import Grid, Ranges
-from pallas_kernels.tpu.tiles import (
-    LANES,
-    LOG2E,
-    MASKED,
-    NN,
-    NT,
-    SUBLANES,
-    TN,
-    Settings,
-    across,
-    dot,
-    logits,
-    pieces,
-    sink_visible,
-    visible,
-)
+from pallas_kernels.tpu.schedule import Grid
+from pallas_kernels.tpu.tiles import LANES, NN, NT, SUBLANES, TN, across, dot, pieces
 
 BY_QUERY = ("q", "d_out", "k", "v", "lse", "shift", "sink_k", "sink_v", "slopes", "query_rows", "key_columns",
             "sink_columns")  # fmt: skip
@@ -119,7 +106,7 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
                 by_lane, by_row = jnp.transpose(read["query_rows"][...]), jnp.transpose(read["sink_columns"][...])
                 segments = by_lane[:1], by_row[:count, :1]
             scores, derivative = logits(settings, dot(k, q, NT), query, 0, slope, transposed=True)
-            seen = sink_visible(settings, scores.shape, query, segments, transposed=True)
+            seen = sink_visible(settings, scores.shape, query, 0, segments, transposed=True)
             scores = jnp.where(seen, scores, MASKED)
             weights = jnp.exp2((scores - read["lse"][...] * (LOG2E / settings.exact)) * settings.exact)
             d_scores = weights * (dot(v, d_out, NT) + read["shift"][...])

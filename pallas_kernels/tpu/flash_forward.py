@@ -20,22 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.ranges import Ranges
 from pallas_kernels.tpu.operands import Operands, query_outer
-from pallas_kernels.tpu.schedule import Grid, Ranges, Step
-from pallas_kernels.tpu.tiles import (
-    LANES,
-    LOG2E,
-    MASKED,
-    NN,
-    NT,
-    Settings,
-    across,
-    dot,
-    logits,
-    pieces,
-    sink_visible,
-    visible,
-)
+from pallas_kernels.tpu.schedule import Grid, Step
+from pallas_kernels.tpu.tiles import LANES, NN, NT, across, dot, pieces
 
 READS = ("q", "k", "v", "sink_k", "sink_v", "slopes", "query_rows", "key_columns", "sink_columns")
 VMEM_BYTES = 64 * 2**20
@@ -142,7 +131,7 @@ class _Tile:
         for at, query in pieces(self.ranges.block_q, self.query):
             dots = dot(self.read["q"][at], self.read["sink_k"][...], NT)
             scores, _ = logits(self.settings, dots, query, 0, self.slope)
-            seen = sink_visible(self.settings, scores.shape, query, self._ids("sink_columns", at))
+            seen = sink_visible(self.settings, scores.shape, query, 0, self._ids("sink_columns", at))
             scores = jnp.where(seen, scores, MASKED)
             now = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.top[at].shape)
             self.top[at] = now

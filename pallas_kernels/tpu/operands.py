@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.schedule import Grid, divide
+from pallas_kernels.ranges import divide
+from pallas_kernels.tpu.schedule import Grid
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
 Operands = Mapping[str, jax.Array]
