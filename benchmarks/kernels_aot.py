@@ -1,4 +1,4 @@
-"""Compile every kernel for TPUs that are not there, at the shapes of known models, by the chips' own compiler.
+"""Compile every kernel for chips that are not there, at the shapes of known models, by the chips' own compilers.
 
     python -m benchmarks.kernels_aot                        # every chip, model and pattern: some 20 minutes on 2 cores
     python -m benchmarks.kernels_aot --chips v5e --models gemma-3-4b
@@ -22,7 +22,7 @@ from benchmarks import aot
 from benchmarks.common import RESULTS, machine, table
 from benchmarks.shapes import SHAPES
 
-CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32")
 OUTPUT = RESULTS / "kernels_aot.json"
 
@@ -46,7 +46,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     environment = aot.child_environment(CHIPS[case.chip])
     done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr.strip().splitlines()[-1]}")
+        lines = [line[:300] for line in done.stderr.splitlines() if "rror" in line and "input ir" not in line]
+        raise RuntimeError(f"{'/'.join(map(str, case))}: {(lines or ['no message'])[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -62,6 +63,7 @@ def _child(case: Case) -> None:
     config, dtype = SHAPES[case.model], jnp.float32 if case.pattern == "float32" else jnp.bfloat16
     heads, keys, width, length = config.num_heads, config.num_kv_heads, config.head_dim, case.length
     place = SingleDeviceSharding(aot.devices(CHIPS[case.chip])[0])
+    platform, implementation = ("cuda", "triton") if case.chip == "h100" else ("tpu", "tpu")
 
     def array(*shape: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -72,7 +74,7 @@ def _child(case: Case) -> None:
 
     def step(q: Any, k: Any, v: Any, d_out: Any, more: dict[str, Any]) -> Any:
         def attention(q: Any, k: Any, v: Any) -> Any:
-            return api.flash_attention(q, k, v, pattern, implementation="tpu", **known, **more).out
+            return api.flash_attention(q, k, v, pattern, implementation=implementation, **known, **more).out
 
         out, pull = jax.vjp(attention, q, k, v)
         return out, pull(d_out)
@@ -88,8 +90,9 @@ def _child(case: Case) -> None:
     arrays = array(1, queries, heads, width), array(1, length, keys, width), array(1, length, keys, width)
     d_out = array(1, queries, heads, width, dtype=jnp.float32)
     start = time.perf_counter()
-    compiled = jax.jit(step).trace(*arrays, d_out, more).lower(lowering_platforms=("tpu",)).compile()
-    names = re.findall(r"custom_call_target=\"tpu_custom_call\".*?(flash_[a-z]+(?:_[a-z]+)?)", compiled.as_text())
+    compiled = jax.jit(step).trace(*arrays, d_out, more).lower(lowering_platforms=(platform,)).compile()
+    calls = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?(flash_[a-z]+(?:_[a-z]+)?)'
+    names = re.findall(calls, compiled.as_text())
     memory = compiled.memory_analysis()
     print(json.dumps({
         "seconds": round(time.perf_counter() - start, 1), "temp": memory.temp_size_in_bytes, "kernels": Counter(names)

@@ -1,7 +1,8 @@
 """The kernels' public functions: one each, whatever the platform.
 
-`implementation` names a kernel's backend: "tpu" (Mosaic). None takes the one of the platform that JAX runs on. The XLA
-twins, which run anywhere, are in `streamjax.attention`; so is the dispatch between them and these.
+`implementation` names a kernel's backend: "tpu" (Mosaic) or "triton" (NVIDIA GPUs, Ampere and later). None takes the
+one of the platform that JAX runs on. The XLA twins, which run anywhere, are in `streamjax.attention`; so is the
+dispatch between them and these.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.gpu import flash as gpu_flash
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import flash as tpu_flash
 from pallas_kernels.tpu.flash import MAX_SINKS
 
-Implementation = Literal["tpu"]
+Implementation = Literal["tpu", "triton"]
 DTYPES = ("bfloat16", "float32")
 
 
 def platform_implementation() -> Implementation | None:
     """The kernels for the platform that JAX runs on; None where there are none."""
-    return "tpu" if jax.default_backend() == "tpu" else None
+    return {"tpu": "tpu", "gpu": "triton"}.get(jax.default_backend())  # type: ignore[return-value]
 
 
 def takes(pattern: Pattern, dtype: str) -> bool:
     """Whether `flash_attention` takes a pattern and a dtype on the platform that JAX runs on."""
-    return platform_implementation() == "tpu" and pattern.sinks <= MAX_SINKS and dtype in DTYPES
+    chosen = platform_implementation()
+    return chosen is not None and dtype in DTYPES and (chosen != "tpu" or pattern.sinks <= MAX_SINKS)
 
 
 def flash_attention(
@@ -77,17 +80,20 @@ def flash_attention(
     chosen = implementation or platform_implementation()
     if chosen is None:
         raise ValueError(f"no attention kernel for {jax.default_backend()}; use streamjax's implementation='xla'")
-    if chosen != "tpu":
-        raise ValueError(f"unknown kernel implementation {chosen!r}; use 'tpu'")
+    if chosen not in _KERNELS:
+        raise ValueError(f"unknown kernel implementation {chosen!r}; use {' or '.join(map(repr, _KERNELS))}")
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    found = tpu_flash.flash_attention(
+    found = _KERNELS[chosen](  # type: ignore[operator]
         q, k, v, pattern, scale=scale, segment_ids=segment_ids, offset=offset, softcap=softcap, slopes=slopes,
         block_q=block_q, block_k=block_k, interpret=interpret,
     )  # fmt: skip
     if sink_logits is None:
         return found
     return merge(found, Partial(jnp.zeros_like(found.out), jnp.broadcast_to(sink_logits, found.lse.shape)))
+
+
+_KERNELS = {"tpu": tpu_flash.flash_attention, "triton": gpu_flash.flash_attention}
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Any) -> None:

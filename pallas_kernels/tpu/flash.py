@@ -63,7 +63,7 @@ def flash_attention(
     Raises:
       ValueError: the sinks are more than the kernel holds, or a block is not a multiple of 128.
     """
-    window, sinks = getattr(pattern, "window", None), pattern.sinks
+    window, sinks = getattr(pattern, "window", None), min(pattern.sinks, k.shape[1])
     if sinks > MAX_SINKS:
         raise ValueError(f"{sinks} sinks: the TPU kernel takes {MAX_SINKS} at most; use implementation='xla'")
     length, keys = q.shape[1], k.shape[1]
@@ -151,8 +151,7 @@ def _with_sinks(settings: Settings, grads: Float[Array, "B K S D"], sinks: Float
     """Gradients of keys with those of the sinks, by query head, added."""
     batch, heads, held, width = sinks.shape
     summed = jnp.sum(sinks.reshape(batch, heads // settings.group, settings.group, held, width), axis=2)
-    count = min(settings.sinks, settings.keys)
-    return grads.at[:, :, :count].add(summed[:, :, :count])
+    return grads.at[:, :, : settings.sinks].add(summed[:, :, : settings.sinks])
 
 
 _attention.defvjp(_forward, _backward)

@@ -15,7 +15,8 @@ from pallas_kernels import api, reference
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+MANY = jnp.zeros((1, 5000, 2, 64))
+INTERPRETERS = {"tpu": pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"), "triton": True}
 
 
 def arrays(dtype, batch, queries, keys, heads, kv_heads, width, seed):
@@ -37,7 +38,7 @@ def loss_of(attention, out_weights, lse_weights):
 
 def check(
     pattern, queries, keys, *, heads=2, kv_heads=1, width=64, offset=0, traced=False, softcap=None, alibi=False,
-    packed=False, batch=1, dtype="float32", block_q=128, block_k=128, learned=False, seed=0,
+    packed=False, batch=1, dtype="float32", block_q=128, block_k=128, learned=False, seed=0, implementation="tpu",
 ):  # fmt: skip
     """The kernel gives what the reference gives in float64 for the same arguments."""
     inputs, random = arrays(dtype, batch, queries, keys, heads, kv_heads, width, seed)
@@ -59,8 +60,8 @@ def check(
 
     def run(q, k, v, sink_logits, offset):
         attention = partial(
-            api.flash_attention, pattern=pattern, offset=offset, implementation="tpu", interpret=RACES,
-            block_q=block_q, block_k=block_k, **known,
+            api.flash_attention, pattern=pattern, offset=offset, implementation=implementation,
+            interpret=INTERPRETERS[implementation], block_q=block_q, block_k=block_k, **known,
         )  # fmt: skip
         return loss_of(attention, out_weights.astype(np.float32), lse_weights.astype(np.float32))(q, k, v, sink_logits)
 
@@ -81,6 +82,7 @@ def check(
         assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("implementation", INTERPRETERS)
 @pytest.mark.parametrize(
     ("pattern", "queries", "keys", "options"),
     [
@@ -97,8 +99,9 @@ def check(
         pytest.param(SinkWindow(4, 200), 600, 600, {"dtype": "bfloat16", "width": 96, "block_k": 256}, id="bf16-sinks"),
     ],
 )
-def test_matches_float64(pattern, queries, keys, options):
-    check(pattern, queries, keys, **options)
+def test_matches_float64(pattern, queries, keys, options, implementation):
+    small = {"block_q": 64, "block_k": 32} if implementation == "triton" else {}
+    check(pattern, queries, keys, **options | small, implementation=implementation)
 
 
 @st.composite
@@ -112,7 +115,10 @@ def drawn(draw):
             st.builds(SinkWindow, st.integers(0, 140), st.integers(1, 300)),
         )
     )
+    implementation = draw(st.sampled_from(sorted(INTERPRETERS)))
+    blocks = st.sampled_from([128, 256] if implementation == "tpu" else [16, 64])
     return (pattern, queries, queries + offset), {
+        "implementation": implementation,
         "offset": offset,
         "traced": draw(st.booleans()),
         "kv_heads": kv_heads,
@@ -123,13 +129,13 @@ def drawn(draw):
         "packed": draw(st.booleans()),
         "learned": draw(st.booleans()),
         "dtype": draw(st.sampled_from(sorted(TOLERANCE))),
-        "block_q": draw(st.sampled_from([128, 256])),
-        "block_k": draw(st.sampled_from([128, 256])),
+        "block_q": draw(blocks),
+        "block_k": draw(blocks),
         "seed": draw(st.integers(0, 9)),
     }
 
 
-@settings(max_examples=4)
+@settings(max_examples=6)
 @given(arguments=drawn())
 def test_drawn(arguments):
     check(*arguments[0], **arguments[1])
@@ -152,7 +158,7 @@ def test_many_drawn(arguments):
         ({"implementation": None}, "no attention kernel for cpu"),
         ({"implementation": "cuda"}, "unknown kernel implementation"),
         ({"block_q": 100, "q": jnp.zeros((1, 300, 2, 64))}, "multiples of 128"),
-        ({"pattern": SinkWindow(4000, 8)}, "4000 sinks"),
+        ({"pattern": SinkWindow(4000, 8), "k": MANY, "v": MANY}, "4000 sinks"),
         ({"segment_ids": jnp.zeros((1, 8), jnp.int32), "q": jnp.zeros((1, 4, 2, 64))}, "give a pair"),
     ],
 )

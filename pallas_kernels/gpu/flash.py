@@ -1,0 +1,130 @@
+"""FlashAttention for GPUs, in Triton (Ampere and later), as one differentiable function."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.gpu import flash_backward
+from pallas_kernels.gpu.flash_forward import forward
+from pallas_kernels.logits import Settings
+from pallas_kernels.partial import Partial
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.ranges import Ranges
+
+MAX_WIDTH = 256
+BLOCK_Q, BLOCK_K = 128, 64  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static."""
+
+    settings: Settings
+    block_q: int
+    block_k: int
+    queries: int
+    interpret: bool
+
+    def ranges(self, transposed: bool = False) -> Ranges:
+        return Ranges(
+            self.queries, self.settings.keys, self.block_q, self.block_k, self.settings.window, transposed=transposed
+        )
+
+
+def flash_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    pattern: Pattern,
+    *,
+    scale: float,
+    segment_ids: tuple[Int32[Array, "B T"], Int32[Array, "B S"]] | None = None,
+    offset: Int[Array, ""] | int = 0,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """`pallas_kernels.api.flash_attention` on a GPU; see there for the arguments.
+
+    block_q, block_k: tokens of a block, powers of two from 16. interpret: run in Pallas's interpreter.
+
+    Raises:
+      ValueError: heads wider than the kernel takes, or blocks of another size.
+    """
+    width = q.shape[-1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"heads of width {width}: the Triton kernel takes {MAX_WIDTH} at most; use 'xla'")
+    block_q = block_q or (BLOCK_Q if width <= 128 and q.dtype != jnp.float32 else BLOCK_Q // 2)
+    block_k = block_k or (BLOCK_K if width <= 128 and q.dtype != jnp.float32 else BLOCK_K // 2)
+    for block in (block_q, block_k):
+        if block < 16 or block & (block - 1):
+            raise ValueError(f"blocks of {block_q} queries and {block_k} keys: use powers of two from 16")
+    length, keys = q.shape[1], k.shape[1]
+    settings = Settings(
+        scale=float(scale),
+        softcap=softcap,
+        sinks=min(pattern.sinks, keys),
+        window=getattr(pattern, "window", None),
+        keys=keys,
+        ragged=keys % block_k != 0,
+        alibi=slopes is not None,
+        segmented=segment_ids is not None,
+        group=q.shape[2] // k.shape[2],
+    )
+
+    def pad(x: Array, block: int) -> Array:
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
+
+    extra = {"offset": jnp.asarray(offset, jnp.int32)[None]}
+    if slopes is not None:
+        extra["slopes"] = slopes.astype(jnp.float32)
+    if segment_ids is not None:
+        extra["query_ids"] = pad(segment_ids[0].astype(jnp.int32), block_q)
+        extra["key_ids"] = pad(segment_ids[1].astype(jnp.int32), block_k)
+    call = _Call(settings, block_q, block_k, length, interpret)
+    out, lse = _attention(call, pad(q, block_q), pad(k, block_k), pad(v, block_k), extra)
+    return Partial(out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
+    return forward(call.settings, call.ranges(), {"q": q, "k": k, "v": v, **extra}, call.interpret)
+
+
+def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
+    out, lse = _attention(call, q, k, v, extra)
+    return (out, lse), (q, k, v, extra, out, lse)
+
+
+def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    q, k, v, extra, out, lse = saved
+    d_out, d_lse = cotangents
+    d_out = d_out.astype(q.dtype)  # as the kernels multiply it: `shift` must cancel against the same numbers
+    operands = {"q": q, "k": k, "v": v, **extra} | {
+        "d_out": d_out,
+        "lse": jnp.where(jnp.isneginf(lse), jnp.inf, lse),  # of queries that see nothing: weights of 0
+        "shift": d_lse - jnp.swapaxes(jnp.sum(d_out.astype(out.dtype) * out, axis=-1), 1, 2),
+    }
+    settings, transposed = call.settings, call.ranges(transposed=True)
+    d_q = flash_backward.query_gradients(settings, call.ranges(), operands, call.interpret)
+    d_k, d_v = flash_backward.key_gradients(settings, transposed, operands, call.interpret)
+    if settings.sinks and settings.window is not None:
+        sinks = flash_backward.sink_gradients(settings, call.ranges(), operands, call.interpret)
+        count = settings.sinks
+        d_k, d_v = (x.at[:, :count].add(y[:, :count]) for x, y in zip((d_k, d_v), sinks, strict=True))
+
+    def nothing(x: Array) -> Any:
+        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0)
+
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(nothing, extra)
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,28 @@
+"""The chips' own compilers take the kernels, at known models' shapes; `benchmarks/kernels_aot.py` does all of them."""
+
+import pytest
+
+from benchmarks import aot
+from benchmarks.kernels_aot import Case, compile_case
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("v5e", "llama-3.1-8b", "sinks", 4096),
+        Case("v6e", "gemma-3-4b", "local", 4096),
+        Case("v5p", "qwen2.5-0.5b", "packed", 4096),
+    ],
+    ids=lambda case: "-".join(map(str, case)),
+)
+@pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
+def test_tpus_take_the_kernels(case):
+    found = compile_case(case)
+    assert found["kernels"] == {"flash_forward": 1, "flash_query_gradients": 1, "flash_key_gradients": 1}
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
+def test_an_h100_takes_the_kernels(model):
+    names = "flash_forward", "flash_query_gradients", "flash_key_gradients", "flash_sink_gradients"
+    assert compile_case(Case("h100", model, "sinks", 4096))["kernels"] == dict.fromkeys(names, 1)
