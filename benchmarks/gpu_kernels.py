@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_kernels                 # everything; some minutes on an H100
     python -m benchmarks.gpu_kernels --models llama-3.1-8b --lengths 8192
 
-Needs JAX with CUDA and nothing else; tokamax and torch are compared with where they are installed. Every kernel is first
-held against float64 on the device: a kernel that is wrong is not timed. Times are of whole calls between two
-synchronisations, over inputs that take turns so that no call finds its own in the cache, after warming up; medians, all
-sides in turn. Ceilings are measured too: the largest TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy.
+Needs JAX with CUDA and nothing else; tokamax is compared with where it is installed. Every kernel is first held against
+float64 on the device: a kernel that is wrong is not timed. Times are of whole calls between two synchronisations, over
+inputs that take turns so that no call finds its own in the cache, after warming up; medians, all sides in turn.
+Ceilings are measured too: the largest TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy.
 On a machine without a GPU it says so and writes nothing.
 """
 

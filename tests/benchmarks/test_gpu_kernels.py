@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.gpu_kernels import pairs
@@ -12,8 +12,8 @@ from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 
 @pytest.mark.parametrize("pattern", [Full(), SlidingWindow(7), SlidingWindow(90), SinkWindow(3, 7), SinkWindow(20, 4)])
 def test_counts_the_pairs_of_a_pattern(pattern):
-    index = np.arange(40)
-    assert pairs(pattern, 40) == np.asarray(pattern.visible(index[:, None], index[None])).sum()
+    index = jnp.arange(40)
+    assert pairs(pattern, 40) == int(jnp.sum(pattern.visible(index[:, None], index[None])))
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
