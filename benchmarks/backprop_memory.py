@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import aot
+from benchmarks import aot, tables
 from benchmarks.backprop_compile import FULL_LOGITS, Case, compile_case, source
 from benchmarks.common import RESULTS, machine, table
 from benchmarks.shapes import SHAPES
@@ -48,7 +48,6 @@ FAR = 262144  # for methods that grow so slowly that at the other lengths someth
 HOST_BYTES = 120 * 2**30  # of the host's memory; the compilers for TPUs refuse what needs more than 128 GiB of it
 STEP = 1024  # the longest sequence is a multiple of it
 PAGE = Path(__file__).parent.parent / "docs" / "long_context.md"
-BEGIN, END = "<!-- benchmarks/backprop_memory.py writes from here -->", "<!-- to here -->"
 
 Figures = Mapping[str, Any]
 
@@ -220,21 +219,6 @@ def page_table(rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
-def write_page(rows: list[dict[str, str]], page: Path = PAGE) -> None:
-    """Put the tables between the two marks of the page.
-
-    Raises:
-      ValueError: the page lacks a mark.
-    """
-    text = page.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which the tables go")
-    page.write_text(f"{before}{BEGIN}\n\n{page_table(rows)}\n\n{END}{after}")
-    print(f"written: {page}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -248,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     store = Store(arguments.output)
     if arguments.page:
-        write_page(rows(store))
+        tables.put(PAGE, "backprop_memory", page_table(rows(store)))
         return
     every = [(m, c, k) for m in arguments.models for c in arguments.chips for k in arguments.methods]
     for model, chip, method in every:

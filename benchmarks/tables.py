@@ -1,6 +1,8 @@
 """Write docs/benchmarks.md from the JSON that the benchmarks left in benchmarks/results/.
 
 python -m benchmarks.tables
+
+Some benchmarks have their tables on a page of their own, between two marks, and write them by themselves (`--page`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+ELSEWHERE = ("backprop_memory", "memory_model", "tpu_schedule", "kernels_aot", "gpu_kernels")
 HEAD = """# Benchmarks
 
 Every table is what a script printed, on the machine named below it. Ratios are medians over turns that alternate in one
@@ -36,8 +39,24 @@ def section(path: Path) -> str:
     return "\n\n".join([f"## {title.rstrip('.')}", body, command, table(result["rows"]), f"*{where}*\n"])
 
 
+def put(page: Path, name: str, text: str) -> None:
+    """Put a benchmark's tables between its two marks of a page.
+
+    Raises:
+      ValueError: the page lacks a mark.
+    """
+    begin, end = f"<!-- benchmarks/{name}.py writes from here -->", "<!-- to here -->"
+    before, first, rest = page.read_text().partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"{page} lacks the lines {begin!r} and {end!r}, between which the tables go")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    print(f"written: {page}")
+
+
 def main() -> None:
-    PAGE.write_text("\n".join([HEAD, *(section(path) for path in sorted(RESULTS.glob("*.json")))]))
+    here = [path for path in sorted(RESULTS.glob("*.json")) if path.stem not in ELSEWHERE]
+    PAGE.write_text("\n".join([HEAD, *map(section, here)]))
     print(f"written: {PAGE}")
 
 

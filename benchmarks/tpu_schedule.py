@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import aot, tpu_bundles
+from benchmarks import aot, tables, tpu_bundles
 from benchmarks.common import RESULTS, machine, table
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
@@ -34,6 +34,7 @@ MASKS = {"causal": (32768, None, 0), "local": (131072, 4096, 0), "sinks": (13107
 BLOCKS = ("512x512", "512x1024", "1024x512", "1024x1024")
 KERNELS = ("forward", "dq", "dkv")
 OUTPUT = RESULTS / "tpu_schedule.json"
+PAGE = aot.ROOT / "docs" / "kernels.md"
 
 
 class Case(NamedTuple):
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), help="queries x keys of a block")
     parser.add_argument("--libraries", nargs="+", choices=_NAMES, default=list(_NAMES))
     parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/kernels.md, compile nothing")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -225,12 +227,14 @@ def main() -> None:
     found = json.loads(arguments.output.read_text())["cases"] if arguments.output.exists() else {}
     wanted = [Case(x, c, m, b) for c in arguments.chips for m in arguments.masks for b in arguments.blocks
               for x in arguments.libraries if (x, m) != ("splash", "sinks")]  # fmt: skip
-    for case in [] if arguments.table else wanted:
+    for case in [] if arguments.table or arguments.page else wanted:
         found["/".join(case)] = compile_case(case)
         body = {"benchmark": "tpu_schedule", "machine": machine(), "cases": found, "rows": rows(found)}
         arguments.output.write_text(json.dumps(body, indent=1) + os.linesep)
         print("/".join(case), {k: cost(case, k, found["/".join(case)][k])["bundles"] for k in KERNELS}, flush=True)
     print(table(rows(found)))
+    if arguments.page:
+        tables.put(PAGE, "tpu_schedule", table(rows(found)))
 
 
 if __name__ == "__main__":
