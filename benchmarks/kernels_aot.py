@@ -24,6 +24,7 @@ from benchmarks.shapes import SHAPES
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32")
+CACHES = ("decode", "decode-int8", "decode-int4")  # of the TPU only
 OUTPUT = RESULTS / "kernels_aot.json"
 
 
@@ -68,6 +69,9 @@ def _child(case: Case) -> None:
     def array(*shape: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
+    if case.pattern in CACHES:
+        _compile(_decode(case, place), platform)
+        return
     windows = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
     pattern: Pattern = windows.get(case.pattern, Full())
     known: dict[str, Any] = {"softcap": 50.0} if case.pattern == "capped" else {}
@@ -89,9 +93,39 @@ def _child(case: Case) -> None:
     queries = length // 4 if case.pattern == "deep" else length
     arrays = array(1, queries, heads, width), array(1, length, keys, width), array(1, length, keys, width)
     d_out = array(1, queries, heads, width, dtype=jnp.float32)
+    _compile(jax.jit(step).trace(*arrays, d_out, more), platform)
+
+
+def _decode(case: Case, place: Any) -> Any:
+    """One token for 8 streams, whose caches are rings."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import api
+
+    config, batch = SHAPES[case.model], 8
+    stored: Any = {"decode": jnp.bfloat16, "decode-int8": jnp.int8, "decode-int4": jnp.uint8}[case.pattern]
+    width = config.head_dim // (2 if case.pattern == "decode-int4" else 1)
+
+    def array(*shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def step(q: Any, k: Any, v: Any, count: Any, first: Any, scales: dict[str, Any]) -> Any:
+        return api.decode_attention(q, k, v, count, first=first, implementation="tpu", **scales)
+
+    cache = array(batch, config.num_kv_heads, case.length, width, dtype=stored)
+    scale = array(batch, config.num_kv_heads, case.length, dtype=jnp.float32)
+    scales = {} if stored == jnp.bfloat16 else {"k_scale": scale, "v_scale": scale}
+    number = array(batch, dtype=jnp.int32)
+    q = array(batch, 1, config.num_heads, config.head_dim, dtype=jnp.bfloat16)
+    return jax.jit(step).trace(q, cache, cache, number, number, scales)
+
+
+def _compile(traced: Any, platform: str) -> None:
+    """Compile, and print what there is to say."""
     start = time.perf_counter()
-    compiled = jax.jit(step).trace(*arrays, d_out, more).lower(lowering_platforms=(platform,)).compile()
-    calls = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?(flash_[a-z]+(?:_[a-z]+)?)'
+    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    calls = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?((?:flash|decode)_[a-z]+(?:_[a-z]+)?)'
     names = re.findall(calls, compiled.as_text())
     memory = compiled.memory_analysis()
     print(json.dumps({
@@ -103,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS + CACHES, default=list(PATTERNS + CACHES))
     parser.add_argument("--length", type=int, default=8192, help="tokens")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -115,7 +149,11 @@ def main() -> None:
     found = json.loads(arguments.output.read_text())["cases"] if arguments.output.exists() else {}
     refused = []
     for case in [
-        Case(c, m, p, arguments.length) for c in arguments.chips for m in arguments.models for p in arguments.patterns
+        Case(c, m, p, arguments.length)
+        for c in arguments.chips
+        for m in arguments.models
+        for p in arguments.patterns
+        if not (c == "h100" and p in CACHES)
     ]:
         key = "/".join(map(str, case))
         try:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.gpu import flash as gpu_flash
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.tpu import decode as tpu_decode
 from pallas_kernels.tpu import flash as tpu_flash
 from pallas_kernels.tpu.flash import MAX_SINKS
 
@@ -91,6 +92,70 @@ def flash_attention(
     if sink_logits is None:
         return found
     return merge(found, Partial(jnp.zeros_like(found.out), jnp.broadcast_to(sink_logits, found.lse.shape)))
+
+
+def decode_attention(
+    q: Float[Array, "B C H D"],
+    k: Array,
+    v: Array,
+    count: Int32[Array, " B"],
+    *,
+    scale: float | None = None,
+    first: Int32[Array, " B"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
+    splits: int = 1,
+    block: int | None = None,
+    implementation: Literal["tpu"] | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of a few queries over the tokens that a cache holds; queries do not see each other here.
+
+    Each row's tokens lie in a ring of S slots: its oldest one in slot `first`, `count` in all. Slots that hold nothing
+    are not read where whole blocks of them do. Shares of the slots are merged as partials (Lean Attention, 2405.10480).
+
+    Args:
+      q: queries of the tokens that follow the cached ones.
+      k, v: [B, K, S, D] of q's dtype or int8, or uint8 [B, K, S, D / 2] with two numbers of four bits in a byte
+        (`pack_int4`), as which they come with scales.
+      count: tokens in the cache, at most S.
+      first: slot of the oldest token; 0 where None.
+      scale, softcap: of the logits, as in `flash_attention`.
+      window: how many tokens before itself a query sees; all where None.
+      k_scale, v_scale: what the numbers of each slot are multiplied with.
+      splits: into how many shares the slots are cut, for cores or programs that have nothing else to do.
+      block: slots that are read at once.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    packed = k.dtype == jnp.uint8
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] * (2 if packed else 1) != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1]:
+        raise ValueError(f"q {q.shape} and k {k.shape}: use the same rows, and a multiple of the key heads")
+    if q.dtype.name not in DTYPES or k.dtype != v.dtype or k.dtype not in (q.dtype, jnp.int8, jnp.uint8):
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: bfloat16 or float32; k and v also int8, uint8")
+    if (k.dtype == q.dtype) != (k_scale is None) or (k_scale is None) != (v_scale is None):
+        given = "without scales" if k_scale is None else "with scales"
+        raise ValueError(f"k, v of {k.dtype} {given}: int8 and packed int4 need both, others take none")
+    chosen = implementation or platform_implementation()
+    if chosen != "tpu":
+        raise ValueError(f"no decoding kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return tpu_decode.decode_attention(
+        q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
+        splits=splits, block=block, interpret=interpret,
+    )  # fmt: skip
+
+
+def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
+    """Numbers from -8 to 7, two in a byte: channel i below channel i + D / 2."""
+    low, high = jnp.split(x.astype(jnp.uint8), 2, axis=-1)
+    return (low & 15) | (high << 4)
 
 
 _KERNELS = {"tpu": tpu_flash.flash_attention, "triton": gpu_flash.flash_attention}

@@ -47,3 +47,38 @@ def flash_attention(
     out = jnp.einsum("bhts,bshd->bthd", weights / divisor, v)
     lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(divisor), -jnp.inf)[..., 0]
     return Partial(out, jnp.swapaxes(lse, 1, 2))
+
+
+def decode_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    count: Int32[Array, " B"],
+    *,
+    scale: float,
+    first: Int32[Array, " B"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """See `pallas_kernels.api.decode_attention`; of numbers that are not quantised."""
+    group, slots = q.shape[2] // k.shape[1], k.shape[2]
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    start = jnp.zeros_like(count) if first is None else first
+    age = (jnp.arange(slots)[None] - start[:, None]) % slots
+    seen = age < count[:, None]
+    seen = jnp.broadcast_to(seen[:, None], (q.shape[0], q.shape[1], slots))
+    if window is not None:
+        query = count[:, None] + jnp.arange(q.shape[1])
+        seen = seen & (age[:, None] >= query[:, :, None] - window)
+    logits = scale * jnp.einsum("bchd,bhsd->bhcs", q, k)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(seen[:, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = jnp.einsum("bhcs,bhsd->bchd", weights / divisor, v)
+    lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(divisor), -jnp.inf)[..., 0]
+    return Partial(out, jnp.swapaxes(lse, 1, 2))

@@ -21,6 +21,11 @@ def test_tpus_take_the_kernels(case):
     assert found["kernels"] == {"flash_forward": 1, "flash_query_gradients": 1, "flash_key_gradients": 1}
 
 
+@pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
+def test_a_tpu_takes_the_decoding_kernel():
+    assert compile_case(Case("v5e", "llama-3.1-8b", "decode-int8", 8192))["kernels"] == {"decode_attention": 1}
+
+
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
 def test_an_h100_takes_the_kernels(model):

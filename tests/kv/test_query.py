@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention.test_partial import softmax64
+from kernels.test_partial import softmax64
 
 import streamjax.kv.tier as tier
 from streamjax.kv import Query
