@@ -19,6 +19,7 @@ def case(length: int, **arguments: str | int) -> Case:
 
 
 @compiled
+@pytest.mark.slow
 def test_the_baselines_differ_by_the_logits():
     full, remat = compile_case(case(4096, **FULL_LOGITS)), compile_case(case(4096, method="remat", logits_chunk=512))
     logits = 4 * 4096 * CONFIG.vocab_size

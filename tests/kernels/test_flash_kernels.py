@@ -135,7 +135,7 @@ def drawn(draw):
     }
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(arguments=drawn())
 def test_drawn(arguments):
     check(*arguments[0], **arguments[1])

@@ -15,9 +15,12 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module")
 def compilation_cache(tmp_path_factory):
-    """What one test has compiled the next one need not: the same small programs run again and again here."""
+    """What one test has compiled the next one need not, where the same small programs run again and again.
+
+    Not for all: writing an executable to the cache has been seen to abort the process (JAX 0.10.2, eight devices).
+    """
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))

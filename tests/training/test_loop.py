@@ -30,6 +30,9 @@ class Killed(BaseException):
     """Ends a run at once, as SIGKILL does: nothing is saved."""
 
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(n, action): run `action` after step n, once."""
