@@ -44,7 +44,7 @@ Side = Callable[..., Any]
 
 def pairs(pattern: Pattern, length: int) -> int:
     """Pairs of a query and a key that count."""
-    window = getattr(pattern, "window", None) or length
+    window = pattern.window or length
     full = min(window, length)
     inside = full * (full + 1) // 2 + (length - full) * full
     late = range(window, length)
@@ -64,7 +64,7 @@ def ours(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Arra
 
 
 def by_jax(implementation: str, pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    window = getattr(pattern, "window", None)
+    window = pattern.window
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=implementation)
 
@@ -72,7 +72,7 @@ def by_jax(implementation: str, pattern: Pattern, q: jax.Array, k: jax.Array, v:
 def by_tokamax(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     import tokamax
 
-    window = getattr(pattern, "window", None)
+    window = pattern.window
     local = None if window is None else (window - 1, 0)
     found: jax.Array = tokamax.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
     return found

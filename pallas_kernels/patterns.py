@@ -27,6 +27,10 @@ class Full:
     def sinks(self) -> int:
         return 0
 
+    @property
+    def window(self) -> None:
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow:

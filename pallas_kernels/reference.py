@@ -39,14 +39,8 @@ def flash_attention(
     if sink_logits is not None:  # one more key, whose value is 0
         column = jnp.broadcast_to(sink_logits[:, None, None].astype(logits.dtype), (*logits.shape[:-1], 1))
         logits, v = jnp.concatenate((logits, column), axis=-1), jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    some = total > 0
-    divisor = jnp.where(some, total, 1.0)
-    out = jnp.einsum("bhts,bshd->bthd", weights / divisor, v)
-    lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(divisor), -jnp.inf)[..., 0]
-    return Partial(out, jnp.swapaxes(lse, 1, 2))
+    weights, lse = _softmax(logits)
+    return Partial(jnp.einsum("bhts,bshd->bthd", weights, v), lse)
 
 
 def decode_attention(
@@ -74,11 +68,17 @@ def decode_attention(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(seen[:, None], logits, -jnp.inf)
+    weights, lse = _softmax(logits)
+    return Partial(jnp.einsum("bhcs,bhsd->bchd", weights, v), lse)
+
+
+def _softmax(logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H T S"], Float[Array, "B T H"]]:
+    """Weights, and the log-sum-exp; 0 and -inf where there is nothing."""
     top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
-    out = jnp.einsum("bhcs,bhsd->bchd", weights / divisor, v)
-    lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(divisor), -jnp.inf)[..., 0]
-    return Partial(out, jnp.swapaxes(lse, 1, 2))
+    lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0]
+    return weights / divisor, jnp.swapaxes(lse, 1, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,31 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.call import Call, no_gradient, safe
 from pallas_kernels.gpu import flash_backward
 from pallas_kernels.gpu.flash_forward import forward
-from pallas_kernels.logits import Settings
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.ranges import Ranges
 
 MAX_WIDTH = 256
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What is static."""
-
-    settings: Settings
-    block_q: int
-    block_k: int
-    queries: int
-    interpret: bool
-
-    def ranges(self, transposed: bool = False) -> Ranges:
-        return Ranges(
-            self.queries, self.settings.keys, self.block_q, self.block_k, self.settings.window, transposed=transposed
-        )
 
 
 def flash_attention(
@@ -67,18 +49,10 @@ def flash_attention(
     for block in (block_q, block_k):
         if block < 16 or block & (block - 1):
             raise ValueError(f"blocks of {block_q} queries and {block_k} keys: use powers of two from 16")
-    length, keys = q.shape[1], k.shape[1]
-    settings = Settings(
-        scale=float(scale),
-        softcap=softcap,
-        sinks=min(pattern.sinks, keys),
-        window=getattr(pattern, "window", None),
-        keys=keys,
-        ragged=keys % block_k != 0,
-        alibi=slopes is not None,
-        segmented=segment_ids is not None,
-        group=q.shape[2] // k.shape[2],
-    )
+    call = Call.make(
+        q, k, pattern, block_q, block_k, scale=scale, softcap=softcap, slopes=slopes, segment_ids=segment_ids,
+        interpret=interpret,
+    )  # fmt: skip
 
     def pad(x: Array, block: int) -> Array:
         return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
@@ -89,28 +63,27 @@ def flash_attention(
     if segment_ids is not None:
         extra["query_ids"] = pad(segment_ids[0].astype(jnp.int32), block_q)
         extra["key_ids"] = pad(segment_ids[1].astype(jnp.int32), block_k)
-    call = _Call(settings, block_q, block_k, length, interpret)
     out, lse = _attention(call, pad(q, block_q), pad(k, block_k), pad(v, block_k), extra)
-    return Partial(out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length])
+    return Partial(out[:, : call.queries], jnp.swapaxes(lse, 1, 2)[:, : call.queries])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
+def _attention(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
     return forward(call.settings, call.ranges(), {"q": q, "k": k, "v": v, **extra}, call.interpret)
 
 
-def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
+def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
     out, lse = _attention(call, q, k, v, extra)
     return (out, lse), (q, k, v, extra, out, lse)
 
 
-def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def _backward(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     q, k, v, extra, out, lse = saved
     d_out, d_lse = cotangents
     d_out = d_out.astype(q.dtype)  # as the kernels multiply it: `shift` must cancel against the same numbers
     operands = {"q": q, "k": k, "v": v, **extra} | {
         "d_out": d_out,
-        "lse": jnp.where(jnp.isneginf(lse), jnp.inf, lse),  # of queries that see nothing: weights of 0
+        "lse": safe(lse),
         "shift": d_lse - jnp.swapaxes(jnp.sum(d_out.astype(out.dtype) * out, axis=-1), 1, 2),
     }
     settings, transposed = call.settings, call.ranges(transposed=True)
@@ -121,10 +94,7 @@ def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
         count = settings.sinks
         d_k, d_v = (x.at[:, :count].add(y[:, :count]) for x, y in zip((d_k, d_v), sinks, strict=True))
 
-    def nothing(x: Array) -> Any:
-        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0)
-
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(nothing, extra)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), no_gradient(extra)
 
 
 _attention.defvjp(_forward, _backward)

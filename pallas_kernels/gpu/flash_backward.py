@@ -7,6 +7,7 @@ all others, so `sink_gradients` cuts the queries into shares, and the shares are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -79,7 +80,7 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of k and v, float32 [B, S, K, D], from all but the sinks behind the window; `ranges` are transposed."""
     batch, length, heads, width = operands["k"].shape
-    names, in_specs = _by_key(settings, ranges.block_k, operands)
+    names, in_specs = _by_key(settings, operands, ranges.block_k, lambda j: j)
     block = pl.BlockSpec((None, ranges.block_k, None, pl.next_power_of_2(width)), lambda j, b, h: (b, j, h, 0))
     call = pl.pallas_call(
         partial(_key_kernel, settings, ranges, names, width),
@@ -95,22 +96,23 @@ def key_gradients(
     return d_k, d_v
 
 
-def _by_key(settings: Settings, block: int | None, operands: Operands) -> tuple[list[str], list[Any]]:
-    """Operands for a grid (any, batch, key head): all queries of the group, and a block of keys, or the first ones."""
+def _by_key(
+    settings: Settings, operands: Operands, size: int, block: Callable[[Any], Any]
+) -> tuple[list[str], list[Any]]:
+    """Operands for a grid (any, batch, key head): all queries of the group, and block `block(j)` of `size` keys."""
     group, queries, width = settings.group, operands["q"].shape[1], pl.next_power_of_2(operands["q"].shape[-1])
-    size = block or SINK_BLOCK
     query = pl.BlockSpec((None, queries, group, width), lambda j, b, h: (b, 0, h, 0))
     line = pl.BlockSpec((None, group, queries), lambda j, b, h: (b, h, 0))
     found = {
         "offset": pl.BlockSpec((1,), lambda j, b, h: (0,)),
         "q": query,
         "d_out": query,
-        "k": pl.BlockSpec((None, size, None, width), lambda j, b, h: (b, j if block else 0, h, 0)),
+        "k": pl.BlockSpec((None, size, None, width), lambda j, b, h: (b, block(j), h, 0)),
         "lse": line,
         "shift": line,
         "slopes": pl.BlockSpec((group,), lambda j, b, h: (h,)),
         "query_ids": pl.BlockSpec((None, queries), lambda j, b, h: (b, 0)),
-        "key_ids": pl.BlockSpec((None, size), lambda j, b, h: (b, j if block else 0)),
+        "key_ids": pl.BlockSpec((None, size), lambda j, b, h: (b, block(j))),
     }
     found["v"] = found["k"]
     names = [name for name in BY_QUERY if name in operands]
@@ -175,11 +177,7 @@ def sink_gradients(
     batch, _, heads, width = operands["k"].shape
     blocks = -(-settings.sinks // SINK_BLOCK)
     padded = pl.next_power_of_2(width)
-    names, in_specs = _by_key(settings, None, operands)
-    first = pl.BlockSpec((None, SINK_BLOCK, None, padded), lambda s, b, h: (b, lax.rem(s, blocks), h, 0))
-    in_specs = [first if name in ("k", "v") else spec for name, spec in zip(names, in_specs, strict=True)]
-    if settings.segmented:
-        in_specs[names.index("key_ids")] = pl.BlockSpec((None, SINK_BLOCK), lambda s, b, h: (b, lax.rem(s, blocks)))
+    names, in_specs = _by_key(settings, operands, SINK_BLOCK, lambda s: lax.rem(s, blocks))
     share = pl.BlockSpec((None, None, SINK_BLOCK, None, padded), lambda s, b, h: (
         lax.div(s, blocks), b, lax.rem(s, blocks), h, 0))  # fmt: skip
     call = pl.pallas_call(

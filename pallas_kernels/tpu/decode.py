@@ -31,18 +31,19 @@ READS = ("q", "k", "v", "k_scale", "v_scale")
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """scale, softcap: of the logits. window: tokens before a query that it sees, None for all. slots: without padding.
-    queries: of one row and head. group: query heads of a key head. blocks: of slots in a share. bits: of a number in
-    the cache, 4 where two are packed."""
+    queries: of one row and head. blocks: of slots in a share."""
 
     scale: float
     softcap: float | None
     window: int | None
     slots: int
     queries: int
-    group: int
     block: int
     blocks: int
-    bits: int
+
+    def filled(self, count: Any, first: Any) -> Any:
+        """How many slots from the first on may hold something."""
+        return jnp.minimum(first + count, self.slots)
 
 
 def decode_attention(
@@ -70,8 +71,7 @@ def decode_attention(
     group = heads // key_heads
     block = min(block or BLOCK, -(-slots // LANES) * LANES)
     blocks = -(-slots // (block * splits))
-    bits = 4 if k.dtype == jnp.uint8 else 8 * k.dtype.itemsize
-    static = _Static(scale, softcap, window, slots, queries, group, block, blocks, bits)
+    static = _Static(scale, softcap, window, slots, queries, block, blocks)
     pad = splits * blocks * block - slots
     cache = {"k": k, "v": v}
     if k_scale is not None and v_scale is not None:
@@ -105,7 +105,7 @@ def _call(
 
     def at(b: Any, share: Any, n: Any, held: Any) -> Any:
         """The block of slots of a step: past the last one that holds something, that one again."""
-        filled = jnp.where(held[1, b] + held[0, b] > static.slots, static.slots, held[1, b] + held[0, b])
+        filled = static.filled(held[0, b], held[1, b])
         last = jnp.maximum(lax.div(filled + static.block - 1, jnp.int32(static.block)) - 1, 0)
         return jnp.minimum(share * static.blocks + n, jnp.maximum(last, share * static.blocks))
 
@@ -161,11 +161,10 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
         sums[...] = jnp.zeros_like(sums)
 
     wrapped = first + count > static.slots
-    filled = jnp.where(wrapped, static.slots, first + count)
 
-    @pl.when((slot < filled) & (wrapped | (slot + static.block > first)))
+    @pl.when((slot < static.filled(count, first)) & (wrapped | (slot + static.block > first)))
     def _() -> None:
-        scores = _products(static, read["q"][...], read["k"][...])
+        scores = _products(read["q"][...], read["k"][...])
         if "k_scale" in read:
             scores *= read["k_scale"][...]
         if static.softcap is not None:
@@ -185,7 +184,7 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
         total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         if "v_scale" in read:
             weights *= read["v_scale"][...]
-        added = _weighted(static, weights.astype(read["q"].dtype), read["v"][...])
+        added = _weighted(weights.astype(read["q"].dtype), read["v"][...])
         sums[...] = sums[...] * across(shrink, sums.shape[1]) + added
 
     @pl.when(n == static.blocks - 1)
@@ -204,17 +203,17 @@ def _halves(x: jax.Array, dtype: Any) -> list[jax.Array]:
     return [half.astype(jnp.float32).astype(dtype) for half in (low, high)]
 
 
-def _products(static: _Static, q: jax.Array, k: jax.Array) -> jax.Array:
+def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     """Dot products of queries and slots, whatever a slot's numbers are."""
-    if static.bits == 4:
+    if k.dtype == jnp.uint8:
         low, high = _halves(k, q.dtype)
         half = q.shape[1] // 2
         return dot(q[:, :half], low, NT) + dot(q[:, half:], high, NT)
     return dot(q, k if k.dtype == q.dtype else k.astype(jnp.float32).astype(q.dtype), NT)
 
 
-def _weighted(static: _Static, weights: jax.Array, v: jax.Array) -> jax.Array:
+def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Sums of slots, weighted."""
-    if static.bits == 4:
+    if v.dtype == jnp.uint8:
         return jnp.concatenate([dot(weights, half, NN) for half in _halves(v, weights.dtype)], axis=1)
     return dot(weights, v if v.dtype == weights.dtype else v.astype(jnp.float32).astype(weights.dtype), NN)

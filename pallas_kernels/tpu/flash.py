@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from pallas_kernels.call import Call, no_gradient, safe
 from pallas_kernels.logits import Settings
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.ranges import Ranges
 from pallas_kernels.tpu import flash_backward
 from pallas_kernels.tpu.flash_forward import forward
 from pallas_kernels.tpu.operands import columns, padded, rows
@@ -21,23 +20,6 @@ from pallas_kernels.tpu.tiles import LANES
 
 MAX_SINKS = 1024  # they stay in the chip's memory
 BLOCK_Q, BLOCK_K = 1024, 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What is static: settings, tokens of a block, the offset where it is known, and how to run."""
-
-    settings: Settings
-    block_q: int
-    block_k: int
-    queries: int
-    offset: int | None
-    interpret: Any
-
-    def ranges(self, transposed: bool = False) -> Ranges:
-        return Ranges(
-            self.queries, self.settings.keys, self.block_q, self.block_k, self.settings.window, transposed=transposed
-        )
 
 
 def flash_attention(
@@ -63,25 +45,18 @@ def flash_attention(
     Raises:
       ValueError: the sinks are more than the kernel holds, or a block is not a multiple of 128.
     """
-    window, sinks = getattr(pattern, "window", None), min(pattern.sinks, k.shape[1])
-    if sinks > MAX_SINKS:
-        raise ValueError(f"{sinks} sinks: the TPU kernel takes {MAX_SINKS} at most; use implementation='xla'")
-    length, keys = q.shape[1], k.shape[1]
-    block_q = min(block_q or BLOCK_Q, -(-length // LANES) * LANES)
-    block_k = min(block_k or BLOCK_K, -(-keys // LANES) * LANES)
+    if min(pattern.sinks, k.shape[1]) > MAX_SINKS:
+        raise ValueError(f"{pattern.sinks} sinks: the TPU kernel takes {MAX_SINKS} at most; use implementation='xla'")
+    block_q, block_k = (
+        min(block or default, -(-x.shape[1] // LANES) * LANES)
+        for block, default, x in ((block_q, BLOCK_Q, q), (block_k, BLOCK_K, k))
+    )
     if block_q % LANES or block_k % LANES:
         raise ValueError(f"blocks of {block_q} queries and {block_k} keys: use multiples of {LANES}")
-    settings = Settings(
-        scale=float(scale),
-        softcap=softcap,
-        sinks=sinks,
-        window=window,
-        keys=keys,
-        ragged=keys % block_k != 0,
-        alibi=slopes is not None,
-        segmented=segment_ids is not None,
-        group=q.shape[2] // k.shape[2],
-    )
+    call = Call.make(
+        q, k, pattern, block_q, block_k, scale=scale, softcap=softcap, slopes=slopes, segment_ids=segment_ids,
+        interpret=interpret, offset=offset if isinstance(offset, int) else None,
+    )  # fmt: skip
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     arrays = [padded(x, 2, block) for x, block in zip(heads_first, (block_q, block_k, block_k), strict=True)]
     extra: dict[str, Array] = {}
@@ -90,13 +65,11 @@ def flash_attention(
     if segment_ids is not None:
         extra["query_ids"] = padded(segment_ids[0].astype(jnp.int32), 1, block_q)
         extra["key_ids"] = padded(segment_ids[1].astype(jnp.int32), 1, block_k)
-    static = offset if isinstance(offset, int) else None
-    call = _Call(settings, block_q, block_k, length, static, interpret)
     out, lse = _attention(call, *arrays, extra, jnp.asarray(offset, jnp.int32))
-    return Partial(jnp.swapaxes(out, 1, 2)[:, :length], jnp.swapaxes(lse[:, :, 0], 1, 2)[:, :length])
+    return Partial(*(jnp.swapaxes(x, 1, 2)[:, : call.queries] for x in (out, lse[:, :, 0])))
 
 
-def _operands(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> dict[str, Array]:
+def _operands(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> dict[str, Array]:
     found = {"q": q, "k": k, "v": v}
     if call.settings.sinks:
         held = -(-call.settings.sinks // LANES) * LANES
@@ -111,18 +84,18 @@ def _operands(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
+def _attention(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
     return _forward(call, q, k, v, extra, offset)[0]
 
 
-def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
+def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
     operands = _operands(call, q, k, v, extra)
     at = offset if call.offset is None else call.offset
     out, lse = forward(call.settings, call.ranges(), operands, at, call.interpret)
     return (out, lse), (q, k, v, extra, offset, out, lse)
 
 
-def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def _backward(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     q, k, v, extra, offset, out, lse = saved
     d_out, d_lse = cotangents
     d_out = d_out.astype(q.dtype)  # as the kernels multiply it: `shift` must cancel against the same numbers
@@ -130,7 +103,7 @@ def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     settings, run = call.settings, call.interpret
     operands = _operands(call, q, k, v, extra) | {
         "d_out": d_out,
-        "lse": jnp.where(jnp.isneginf(lse), jnp.inf, lse),  # of queries that see nothing: weights of 0
+        "lse": safe(lse),
         "shift": d_lse - jnp.sum(d_out.astype(out.dtype) * out, axis=-1)[:, :, None],
     }
     d_q, d_sink_k, d_sink_v = flash_backward.query_gradients(settings, call.ranges(), operands, at, run)
@@ -140,11 +113,8 @@ def _backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     if d_sink_k is not None and d_sink_v is not None:
         d_k, d_v = _with_sinks(settings, d_k, d_sink_k), _with_sinks(settings, d_v, d_sink_v)
 
-    def nothing(x: Array) -> Any:
-        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0)
-
     grads = d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
-    return *grads, jax.tree.map(nothing, extra), nothing(offset)
+    return *grads, no_gradient(extra), no_gradient(offset)
 
 
 def _with_sinks(settings: Settings, grads: Float[Array, "B K S D"], sinks: Float[Array, "B H N D"]) -> Array:

@@ -22,7 +22,7 @@ from pallas_kernels.ranges import Ranges
 from pallas_kernels.tpu.flash_forward import VMEM_BYTES
 from pallas_kernels.tpu.operands import Operands, key_outer, query_outer
 from pallas_kernels.tpu.schedule import Grid
-from pallas_kernels.tpu.tiles import LANES, NN, NT, SUBLANES, TN, across, dot, pieces
+from pallas_kernels.tpu.tiles import LANES, NN, NT, SUBLANES, TN, across, dot, pieces, when_runs
 
 BY_QUERY = ("q", "d_out", "k", "v", "lse", "shift", "sink_k", "sink_v", "slopes", "query_rows", "key_columns",
             "sink_columns")  # fmt: skip
@@ -120,7 +120,7 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
         for at, _ in pieces(ranges.block_q, query, masked):
             sums[at] += dot(gradient(at, k, v, key, masked).astype(k.dtype), k, NN)
 
-    _when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile)
+    when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile)
 
     @pl.when(step.last)
     def _() -> None:
@@ -186,22 +186,12 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
                 d_scores *= derivative
             sums_k[at] += dot(d_scores.astype(q.dtype), q, NN)
 
-    _when_runs(settings, ranges, step.runs, step.inner, step.outer, offset, tile)
+    when_runs(settings, ranges, step.runs, step.inner, step.outer, offset, tile)
 
     @pl.when(step.last & (member == settings.group - 1))
     def _() -> None:
         d_k[...] = sums_k[...] * settings.scale
         d_v[...] = sums_v[...]
-
-
-def _when_runs(settings: Settings, ranges: Ranges, runs: Any, i: Any, j: Any, offset: Any, tile: Any) -> None:
-    """The tile of query block i and key block j, by the code that it needs."""
-    if settings.segmented:
-        pl.when(runs)(partial(tile, True))
-        return
-    interior = runs & ranges.interior(i, j, offset)
-    pl.when(interior)(partial(tile, False))
-    pl.when(runs & ~interior)(partial(tile, True))
 
 
 def _column(line: jax.Array) -> jax.Array:

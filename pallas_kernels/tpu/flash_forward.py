@@ -24,7 +24,7 @@ from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible,
 from pallas_kernels.ranges import Ranges
 from pallas_kernels.tpu.operands import Operands, query_outer
 from pallas_kernels.tpu.schedule import Grid, Step
-from pallas_kernels.tpu.tiles import LANES, NN, NT, across, dot, pieces
+from pallas_kernels.tpu.tiles import LANES, NN, NT, across, dot, pieces, when_runs
 
 READS = ("q", "k", "v", "sink_k", "sink_v", "slopes", "query_rows", "key_columns", "sink_columns")
 VMEM_BYTES = 64 * 2**20
@@ -79,12 +79,7 @@ def _kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: Any, *
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    interior = step.runs & ranges.interior(step.outer, step.inner, offset)
-    if settings.segmented:
-        pl.when(step.runs)(partial(tile.keys, masked=True))
-    else:
-        pl.when(interior)(partial(tile.keys, masked=False))
-        pl.when(step.runs & ~interior)(partial(tile.keys, masked=True))
+    when_runs(settings, ranges, step.runs, step.outer, step.inner, offset, tile.keys)
 
     @pl.when(step.last)
     def _() -> None:

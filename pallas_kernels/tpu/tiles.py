@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
+from pallas_kernels.logits import Settings
+from pallas_kernels.ranges import Ranges
 
 LANES = 128
 SUBLANES = 8
@@ -25,6 +29,16 @@ def pieces(block: int, first: Any, masked: bool = False) -> Iterator[tuple[Any, 
     """
     for start in range(0, block, size := min(block, MASKED_PIECE if masked else PIECE)):
         yield pl.ds(start, min(size, block - start)), first + start
+
+
+def when_runs(settings: Settings, ranges: Ranges, runs: Any, i: Any, j: Any, offset: Any, tile: Any) -> None:
+    """The tile of query block i and key block j, by the code that it needs."""
+    if settings.segmented:
+        pl.when(runs)(partial(tile, True))
+        return
+    interior = runs & ranges.interior(i, j, offset)
+    pl.when(interior)(partial(tile, False))
+    pl.when(runs & ~interior)(partial(tile, True))
 
 
 def dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:

@@ -47,14 +47,9 @@ def sequence_attention(
     """
     if implementation is None:
         implementation = choose(q.shape[1], k.shape[1], pattern, q.dtype.name)
-    if implementation == "pallas":
-        return api.flash_attention(
-            q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes
-        ).out
-    if implementation == "xla":
-        return flash_attention(
-            q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes
-        ).out
+    if implementation in ("pallas", "xla"):
+        blocks = api.flash_attention if implementation == "pallas" else flash_attention
+        return blocks(q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes).out
     if implementation != "dense":
         raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense', 'xla' or 'pallas'")
     index = jnp.arange(q.shape[1], dtype=jnp.int32)

@@ -54,7 +54,7 @@ class Group(NamedTuple):
     def make(cls, rows: Rows, sequence: Sequence) -> Group:
         places = range(rows.period) if rows.stacked else range(rows.count)
         specs = [rows.spec(0, place) if rows.stacked else rows.spec(place, 0) for place in places]
-        return cls(rows, [KeyStore.make(spec, sequence) for spec in specs])
+        return cls(rows, [KeyStore.make(spec, sequence.chunk_size, sequence.count) for spec in specs])
 
     def place(self, row: Any, position: int) -> tuple[int, Any]:
         """Which buffer a layer's keys are in, and in which row of it."""

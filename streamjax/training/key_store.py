@@ -39,18 +39,19 @@ class KeyStore:
     tails: bool = False
 
     @classmethod
-    def make(cls, spec: LayerSpec, sequence: Sequence) -> KeyStore:
-        """The store of layers with `spec`."""
-        size, total = sequence.chunk_size, sequence.count * sequence.chunk_size
+    def make(cls, spec: LayerSpec, size: int, count: int) -> KeyStore:
+        """The store of layers with `spec`, for `count` chunks of `size` tokens."""
+        total = count * size
         if spec.window is not None:
             block = min(key_block(), size + spec.window - 1)
             local = math.ceil((spec.sinks + spec.window - 1 + size) / block) * block
             behind = local - size - spec.sinks
             if local < total and 0 < behind <= size and spec.sinks <= size:
-                return cls(spec, block, spec.sinks + (sequence.count + 1) * behind, size, behind, True)
+                return cls(spec, block, spec.sinks + (count + 1) * behind, size, behind, True)
             if local < total:
                 return cls(spec, block, behind + total, size, behind)
-        return cls(spec, sequence.block_k, sequence.slots, size, None)
+        block = min(key_block(), total)
+        return cls(spec, block, math.ceil(total / block) * block, size, None)
 
     @property
     def local(self) -> int:

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.config import ModelConfig
 from streamjax.training.chunks import key_block
 from streamjax.training.ends import LOGITS_PER_CHUNK
+from streamjax.training.key_store import KeyStore
 
 DEFAULT_CHUNK = 2048  # tokens
 KEY_BLOCK = 512  # slots: buffers of keys end in whole blocks of attention, which have no more keys than this
@@ -180,18 +181,6 @@ class _Terms:
         block = min(key_block(), self.padded)
         return math.ceil(self.padded / block) * block
 
-    def key_slots(self, spec: LayerSpec) -> tuple[int, int]:
-        """Slots of a layer in the chunk order: of keys that are kept, and of gradients of those that a chunk sees."""
-        if spec.window is not None:
-            block = min(key_block(), self.chunk + spec.window - 1)
-            local = math.ceil((spec.sinks + spec.window - 1 + self.chunk) / block) * block
-            behind = local - self.chunk - spec.sinks
-            if local < self.padded and 0 < behind <= self.chunk and spec.sinks <= self.chunk:
-                return spec.sinks + (self.count + 1) * behind, local
-            if local < self.padded:
-                return behind + self.padded, local
-        return self.whole_slots(), self.whole_slots()
-
     def always(self) -> Parts:
         """The arguments of a step and its result; of parameters that are split, the ends whole."""
         size = self.config.parameter_count * self.param // self.shards
@@ -288,15 +277,15 @@ class _Terms:
         return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], away * self.states(moved)
 
     def chunks(self) -> Order:
-        slots = [self.key_slots(self.config.layer(i)) for i in range(self.config.num_layers)]
+        stores = [KeyStore.make(self.config.layer(i), self.chunk, self.count) for i in range(self.config.num_layers)]
         apart = self.grad != self.param or self.shards > 1  # else the sums are the result
         sums = self.sums("all", self.config.parameter_count, self.grad)
         both = {
             **self.always(),
             **(sums if apart else {}),
             **self.copied_weights(),
-            "keys and values": sum(self.key_values(whole, self.item) for whole, _ in slots),
-            "keys' gradients": sum(self.key_values(local, self.kv_grad) for _, local in slots),
+            "keys and values": sum(self.key_values(store.slots, self.item) for store in stores),
+            "keys' gradients": sum(self.key_values(store.local, self.kv_grad) for store in stores),
             "chunk's inputs": self.config.num_layers * self.states(self.chunk),
         }
         layers = {**self.part("layer", self.layer_parameters), **self.work(self.chunk)}
