@@ -1,10 +1,20 @@
-"""Eight virtual CPU devices for the whole suite, and run-time checks of the shapes that annotations state."""
+"""Eight virtual CPU devices for the whole suite, and run-time checks of the shapes that annotations state.
+
+Most programs here run once, on a few tokens: compiling them is what takes the time. They are compiled with little
+optimisation by LLVM (all of XLA's own passes run, so what tests read in compiled text is as users have it).
+"""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if version("jaxlib") < "0.11":  # newer ones have no such flag
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+flags += [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 from jaxtyping import install_import_hook
 

@@ -63,7 +63,7 @@ def check(ranges, offset, traced):
     return grid, len(idle)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     queries=st.integers(1, 90),
     offset=st.integers(0, 70),

@@ -113,7 +113,7 @@ def test_adapters_on_some_targets():
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["gqa", "local"])
 def test_a_stream_equals_the_forward_pass(case):
     config, targets = CASES[case]
     model, tokens = adapted(build(config), targets), random_tokens(2, 13)

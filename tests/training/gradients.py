@@ -1,7 +1,4 @@
-"""Small models and batches, their gradients by any method, and how two gradients are compared.
-
-Programs here run once, on a few tokens: they are compiled with little optimisation, which takes a sixth of the time.
-"""
+"""Small models and batches, their gradients by any method, and how two gradients are compared."""
 
 import math
 import re
@@ -16,11 +13,6 @@ import streamjax as sj
 from streamjax.models import Decoder, ModelConfig
 from streamjax.training import METHODS
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 ORDERS = ("layer", "chunk")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 CONFIG = ModelConfig(
@@ -60,7 +52,7 @@ def random_batch(vocab_size, rows, length, *, packed=False, seed=0):
 
 def compiled(model, batch, method, **options):
     """A program for loss and gradient, traced anew at each call."""
-    found = jax.jit(partial(sj.training.loss_and_grad, method=method, **options), compiler_options=QUICK)
+    found = jax.jit(partial(sj.training.loss_and_grad, method=method, **options))
     return found.lower(model, batch).compile()
 
 
@@ -117,7 +109,7 @@ def check_objective(objective, plain, batch):
         def loss(model):
             return plain(sj.forward(model, batch["tokens"]), batch)
 
-        expected = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(model)
+        expected = jax.jit(jax.value_and_grad(loss))(model)
         all_logits = batch["tokens"].size * config.vocab_size
         for method in METHODS:
             cut = {"chunk_size": 7} if method in ORDERS else {}

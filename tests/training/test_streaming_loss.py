@@ -58,7 +58,7 @@ ARCHITECTURES = {
         ("global", False, 4, LENGTH),
         ("global", True, 1, LENGTH),
         ("windows", False, 6, 1200),
-        ("alibi", False, 4, 1200),
+        pytest.param("alibi", False, 4, 1200, marks=pytest.mark.slow),
         ("softcap", True, None, LENGTH),
     ],
 )
@@ -79,17 +79,22 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
 
 @pytest.mark.parametrize(
     ("cache", "chunk_size"),
-    [(CACHE, 1), (CACHE, 4), (sj.kv.preset("window", window=5), 11), (sj.kv.preset("dense", capacity=40), 4)],
+    [
+        pytest.param(CACHE, 1, marks=pytest.mark.slow),
+        (CACHE, 4),
+        (sj.kv.preset("window", window=5), 11),
+        pytest.param(sj.kv.preset("dense", capacity=40), 4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_is_what_streaming_costs(model, stream, cache, chunk_size):
     """Batch after batch, the tokens across their borders included, and the state behind them is the stream's own."""
-    _, nll = sj.score(model, sj.init_state(model, cache, ROWS), stream, chunk_size=5)
+    _, nll = sj.score(model, sj.init_state(model, cache, ROWS), stream, chunk_size=17)  # 34 tokens: one program
     state = sj.init_state(model, cache, ROWS)
     for start in range(0, 3 * LENGTH, LENGTH):
         loss, _, state = streaming_loss_and_grad(model, state, batch_of(stream, start), chunk_size=chunk_size)
         expected = nll[:, start + 1 : start + LENGTH + 1].mean()
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    read = sj.read(model, sj.init_state(model, cache, ROWS), stream[:, :-1], chunk_size=5)
+    read = sj.read(model, sj.init_state(model, cache, ROWS), stream[:, :-1], chunk_size=11)
     np.testing.assert_array_equal(state.seen, read.seen)
     np.testing.assert_array_equal(state.position, read.position)
     _, after = sj.step(model, state, stream[:, -1:])
@@ -103,9 +108,8 @@ def test_with_sinks_and_a_window_chunks_do_not_change_the_gradient(model, stream
     _, _, state = streaming_loss_and_grad(model, state, batch_of(stream, 0))
     batch = batch_of(stream, LENGTH, 2 * LENGTH)
     _, expected, _ = streaming_loss_and_grad(model, state, batch, chunk_size=2 * LENGTH)
-    for chunk_size in (1, 8):
-        _, grads, _ = streaming_loss_and_grad(model, state, batch, chunk_size=chunk_size)
-        assert_same(grads, expected)
+    _, grads, _ = streaming_loss_and_grad(model, state, batch, chunk_size=1)
+    assert_same(grads, expected)
 
 
 def test_the_gradient_ends_where_the_batch_begins(model, stream):
@@ -144,7 +148,7 @@ def test_the_gradient_ends_where_the_batch_begins(model, stream):
 
 def test_between_chunks_only_states_are_kept(model):
     """Twice the batch costs the states of the chunks that are more, and its tokens."""
-    deep = Decoder(model.config.replace(num_layers=6, mlp_dim=512), jax.random.key(0))
+    deep = Decoder(model.config.replace(num_layers=1, mlp_dim=512), jax.random.key(0))
     cache = sj.kv.preset("streaming_llm", sinks=2, window=14)
     state = sj.init_state(deep, cache, 1)
 
