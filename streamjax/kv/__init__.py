@@ -2,6 +2,8 @@
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.full import Full
+from streamjax.kv.indexes import Index, Mean, MinMax
+from streamjax.kv.pages import Pages
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.sink import Sink
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -10,8 +12,12 @@ from streamjax.kv.window import Window
 __all__ = [
     "Cascade",
     "Full",
+    "Index",
     "KVSpec",
     "KVTokens",
+    "Mean",
+    "MinMax",
+    "Pages",
     "Preset",
     "Query",
     "Sink",

@@ -81,6 +81,7 @@ class Query:
 
     q: rotated to the true position, [B, C, H, D]. raw_q: not rotated. position: uint32 [B, C], modulo 2^32. seen:
     tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
+    valid: which queries are tokens and not padding, bool [B, C]; all where None.
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     """
 
@@ -92,6 +93,7 @@ class Query:
     rotary: Rotary | None = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(metadata={"static": True})
+    valid: Bool[Array, "B C"] | None = None
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -150,7 +152,11 @@ class Query:
             stop = min(start + QUERY_BLOCK, width)
             low = 0 if reach is None else max(start - reach, 0)
             queries = dataclasses.replace(
-                self, q=self.q[:, start:stop], raw_q=self.raw_q[:, start:stop], position=self.position[:, start:stop]
+                self,
+                q=self.q[:, start:stop],
+                raw_q=self.raw_q[:, start:stop],
+                position=self.position[:, start:stop],
+                valid=None,
             )
             k, v, position, valid = (x[:, :, low:stop] for x in (tokens.k, tokens.v, tokens.position, tokens.valid))
             parts.append(queries._attend(k, v, position, valid, reach))

@@ -25,11 +25,15 @@ class RingState:
     filled: Int32[Array, " B"]
 
 
-def push(state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
-    """Write tokens over the oldest ones; return the tokens that fell out, oldest first, left-aligned."""
+def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[RingState, KVTokens]:
+    """Write tokens over the oldest ones; return the tokens that fell out, oldest first, left-aligned.
+
+    `keep` is how many tokens stay: as many as there are slots where None.
+    """
     start, count = tokens.run()
     slots, width = state.k.shape[2], tokens.k.shape[2]
-    fallen = jnp.maximum(state.filled + count - slots, 0)
+    keep = slots if keep is None else keep
+    fallen = jnp.maximum(state.filled + count - keep, 0)
     oldest = (state.cursor - state.filled) % slots
 
     def evict(buffer: Array, chunk: Array) -> Array:
@@ -56,7 +60,7 @@ def push(state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
         write(state.v, tokens.v),
         write(state.position, tokens.position),
         (state.cursor + count) % slots,
-        jnp.minimum(state.filled + count, slots),
+        jnp.minimum(state.filled + count, keep),
     )
     return new, evicted
 

@@ -127,6 +127,7 @@ class Attention(nnx.Module):
             rotary=rotary,
             scale=self.config.scale,
             softcap=self.config.attention_softcap,
+            valid=context.valid,
             differentiable=context.differentiable,
         )
         out, state = cache.update(state, query, tokens)

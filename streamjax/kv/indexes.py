@@ -1,0 +1,97 @@
+"""Indexes of pages: a small summary of each page's keys, and how well a query's keys might lie in it.
+
+An index is a rule without state: `summarise` says what is kept of a page's keys, `scores` compares queries with what
+was kept, in the units of `q . k`. A new index is one small class. Summaries are made of the keys as they are stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.partial import accumulator
+
+Summary = Any  # a pytree of arrays [B, K, P, ...]
+
+
+class Index:
+    """What `Pages` keeps of each page in order to find it again. Subclasses are frozen dataclasses."""
+
+    def check(self, page_size: int) -> None:
+        """Refuse a page size that this index cannot summarise.
+
+        Raises:
+          ValueError: such a size.
+        """
+
+    def summarise(self, keys: Float[Array, "B K P S D"], valid: Bool[Array, "B #K P S"]) -> Summary:
+        """What is kept of P pages; `valid` says which of their slots hold tokens. Anything for a page without any."""
+        raise NotImplementedError
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        """Scores of each query of a key head for each page, comparable with the logits `q . k` before scaling."""
+        raise NotImplementedError
+
+
+def _products(keys: Float[Array, "B K P D"], q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+    # Keys on the left, as in `attend`: the CPU compiler would transpose them otherwise.
+    dtype = accumulator(keys.dtype)
+    return jnp.swapaxes(jnp.einsum("bkpd,bknd->bkpn", keys, q.astype(keys.dtype), preferred_element_type=dtype), 2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax(Index):
+    """The smallest and the largest value of each channel: no key of the page has a larger logit than the score.
+
+    Quest (2406.10774), equation 2. `parts` cuts a page into as many runs of tokens with bounds of their own, of which
+    the best counts: LServe's logical pages (2502.14866, section 3.5), tight bounds for large pages.
+    """
+
+    parts: int = 1
+
+    def check(self, page_size: int) -> None:
+        if self.parts < 1 or page_size % self.parts:
+            raise ValueError(f"MinMax.parts must divide the page size {page_size}, got {self.parts}")
+
+    def summarise(self, keys: Float[Array, "B K P S D"], valid: Bool[Array, "B #K P S"]) -> Summary:
+        keys, valid = (
+            rearrange(x, "b k p (n s) ... -> b k (p n) s ...", n=self.parts) for x in (keys, valid[..., None])
+        )
+        high = jnp.max(jnp.where(valid, keys, -jnp.inf), axis=3)
+        low = jnp.min(jnp.where(valid, keys, jnp.inf), axis=3)
+        some = valid.any(axis=3)
+        bounds = jnp.stack((jnp.where(some, high, 0), jnp.where(some, low, 0)), axis=3)
+        bounds = rearrange(bounds, "b k (p n) two d -> b k p (n two d)", n=self.parts)
+        return bounds, rearrange(some[..., 0], "b k (p n) -> b k p n", n=self.parts)
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        bounds, some = summary
+        # max(q * high, q * low) is q * high for a positive q, q * low for a negative one: one product, twice as wide
+        sides = jnp.concatenate((jnp.maximum(q, 0), jnp.minimum(q, 0)), axis=-1)
+        found = _products(rearrange(bounds, "b k p (n d) -> b k (p n) d", n=self.parts), sides)
+        found = rearrange(found, "b k n (p parts) -> b k n p parts", parts=self.parts)
+        return jnp.max(jnp.where(some[:, :, None], found, -jnp.inf), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Index):
+    """The mean of a page's keys, times its number of tokens to the power `power`.
+
+    With `power=0.5` it is DHSA's length-normalised chunk mean (2510.24606, section 3.2), which does not favour pages
+    that are not full yet as a mean does nor full ones as a sum would.
+    """
+
+    power: float = 0.0
+
+    def summarise(self, keys: Float[Array, "B K P S D"], valid: Bool[Array, "B #K P S"]) -> Summary:
+        dtype = accumulator(keys.dtype)
+        count = jnp.maximum(jnp.sum(valid, axis=3, dtype=dtype), 1)[..., None]
+        total = jnp.sum(jnp.where(valid[..., None], keys, 0), axis=3, dtype=dtype)
+        return (total * count ** (self.power - 1)).astype(keys.dtype)
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        return _products(summary, q)

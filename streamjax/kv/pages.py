@@ -1,0 +1,171 @@
+"""`Pages`: keeps much and reads little. Tokens lie in pages; a query reads the few pages that promise most.
+
+The mechanism that InfLLM (2402.04617), Quest (2406.10774), LServe (2502.14866) and HSA (2504.16795) share: a page is a
+run of tokens of the stream, an index keeps a summary of its keys, and a query attends to the `top_k` pages of each key
+head whose summaries score best. What a page is good for is the index's business; see `indexes.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Int32
+
+from pallas_kernels.partial import Partial
+from streamjax.kv.indexes import Index, MinMax, Summary
+from streamjax.kv.ring import read_ring, write_ring
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.window import RingState, push
+
+GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagesState:
+    """tokens: a ring of slots, of which page p has `size` from `p * size` on. summary: the index's, one a page."""
+
+    tokens: RingState
+    summary: Summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages(Tier):
+    """Keeps up to `capacity` tokens in pages of `size`; a query reads the `top_k` best pages of each key head.
+
+    The oldest page makes room for the newest, token by token; what it loses falls to the next tier. Query heads that
+    share a key head share its pages: a page counts as much as the head that wants it most. The page that is being
+    filled can be chosen like any other.
+
+    Args:
+      size: tokens a page.
+      capacity: tokens in all pages, a multiple of `size`.
+      top_k: pages that are read, at most capacity / size + 1, which is all.
+      index: what is kept of a page's keys; `MinMax()`, `MinMax(parts=4)`, `Mean()`.
+      block: that many queries of a chunk choose pages together, what one of them wants most counting. 1 is exact; a
+        prefill reads fewer bytes with more.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+
+    size: int
+    capacity: int
+    top_k: int
+    index: Index = dataclasses.field(default_factory=MinMax)
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("size", "top_k", "block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Pages.{name} must be at least 1, got {getattr(self, name)}")
+        if self.capacity < self.size or self.capacity % self.size:
+            raise ValueError(f"Pages.capacity must be a multiple of the page size {self.size}, got {self.capacity}")
+        if self.top_k > self.pages:
+            where = f"{self.capacity} tokens lie in at most {self.pages} pages of {self.size}"
+            raise ValueError(f"Pages.top_k is {self.top_k}, but {where}")
+        self.index.check(self.size)
+
+    @property
+    def slots(self) -> int:
+        return self.capacity
+
+    @property
+    def pages(self) -> int:
+        """Pages in the buffer: one more than are full, so that the oldest and the newest never share one."""
+        return self.capacity // self.size + 1
+
+    def init(self, spec: KVSpec) -> PagesState:
+        slots = self.pages * self.size
+        tokens = RingState(
+            spec.buffer(slots), spec.buffer(slots), spec.positions(slots), spec.counter(), spec.counter()
+        )
+        return PagesState(tokens, self.index.summarise(self._cut(tokens.k), self._cut(_holds(tokens))))
+
+    def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
+        _, count = tokens.run()
+        ring, evicted = push(state.tokens, tokens, keep=self.capacity)
+        # Only pages that took tokens in have to be summarised again: they lie in a row.
+        start = state.tokens.cursor
+        first = start // self.size
+        changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
+        most = min((tokens.k.shape[2] + self.size - 2) // self.size + 1, self.pages)
+        keys, valid = (read_ring(self._cut(x), first, most, axis=2) for x in (ring.k, _holds(ring)))
+        fresh = self.index.summarise(keys, valid)
+        nothing = jnp.zeros_like(first)
+        summary = jax.tree.map(
+            lambda old, new: write_ring(old, new, first, nothing, jnp.minimum(changed, most), axis=2),
+            state.summary,
+            fresh,
+        )
+        return PagesState(ring, summary), evicted
+
+    def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
+        ring, width = state.tokens, query.q.shape[1]
+        block = min(self.block, width)
+        groups = -(-width // block)
+        chosen = self._choose(state, query, block)  # [B, K, groups, top_k]
+        pages = [self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))]
+
+        def read(query: Query, chosen: Int32[Array, "B K top_k"]) -> Partial:
+            def take(x: Array) -> Array:
+                if x.shape[1] == 1:
+                    x = jnp.broadcast_to(x, (x.shape[0], chosen.shape[1], *x.shape[2:]))
+                index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3))
+                return rearrange(jnp.take_along_axis(x, index, axis=2), "b k n s ... -> b k (n s) ...")
+
+            k, v, position, valid = map(take, pages)
+            return query.attend(k, v, position, valid)
+
+        if groups == 1:
+            return read(query, chosen[:, :, 0])
+
+        def cut(x: Array) -> Array:
+            x = jnp.pad(x, ((0, 0), (0, groups * block - width), *[(0, 0)] * (x.ndim - 2)))
+            return rearrange(x, "b (n c) ... -> n b c ...", n=groups)
+
+        names = ("q", "raw_q", "position")
+        pieces = {name: cut(getattr(query, name)) for name in names}, rearrange(chosen, "b k n p -> n b k p")
+        gathered = chosen.shape[0] * chosen.shape[1] * self.top_k * self.size * ring.k.shape[3]
+        parts = jax.lax.map(
+            lambda piece: read(dataclasses.replace(query, valid=None, **piece[0]), piece[1]),
+            pieces,
+            batch_size=max(1, min(GATHERED // gathered, groups)),
+        )
+        return Partial(*(rearrange(x, "n b c ... -> b (n c) ...")[:, :width] for x in parts))
+
+    def _choose(self, state: PagesState, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
+        """The pages that each block of queries reads, best first, for each key head."""
+        heads, width = state.tokens.k.shape[1], query.q.shape[1]
+        q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k (c g) d", k=heads))
+        scores = self.index.scores(jax.lax.stop_gradient(state.summary), q)
+        scores = rearrange(scores, "b k (c g) p -> b k g c p", c=width) * query.scale
+        held = self._cut(_holds(state.tokens))
+        if query.slopes is not None:  # ALiBi: a page is as near as its newest token
+            position = self._cut(state.tokens.position)
+            ahead = (query.position[:, None, :, None, None] - position[:, :, None]).astype(jnp.int32)
+            near = jnp.min(jnp.where(held[:, :, None], ahead, jnp.iinfo(jnp.int32).max), axis=-1)
+            slopes = rearrange(query.slopes, "(k g) -> 1 k g 1 1", k=heads)
+            scores -= slopes * near[:, :, None].astype(scores.dtype)
+        scores = jnp.max(scores, axis=2)
+        may = held.any(axis=-1)[:, :, None]
+        if block > 1 and query.valid is not None:  # padding must not choose for the tokens before it
+            may &= query.valid[:, None, :, None]
+        scores = jnp.where(may, scores, -jnp.inf)
+        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, -width % block), (0, 0)), constant_values=-jnp.inf)
+        scores = jnp.max(rearrange(scores, "b k (n c) p -> b k n c p", c=block), axis=3)
+        return jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+
+    def _cut(self, x: Array) -> Array:
+        """The pages of an array with one entry a slot."""
+        return rearrange(x, "b k (p s) ... -> b k p s ...", s=self.size)
+
+
+def _holds(ring: RingState) -> Bool[Array, "B 1 S"]:
+    """Which slots hold tokens."""
+    slots = ring.k.shape[2]
+    oldest = (ring.cursor - ring.filled) % slots
+    return ((jnp.arange(slots) - oldest[:, None]) % slots < ring.filled[:, None])[:, None]

@@ -1,0 +1,215 @@
+"""Pages against plain lists, and what holds whatever is chosen: everything read is dense attention."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles.pages import Paged, attention, bounds, means
+
+from streamjax.kv import Cascade, Full, KVSpec, KVTokens, Mean, MinMax, Pages, Query, Sink, Window
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 6
+SCALE = 0.7
+
+
+@dataclasses.dataclass
+class Stream:
+    """Drawn queries, keys and values of one stream or of several."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+    @classmethod
+    def drawn(cls, rows, length, seed=0):
+        random = np.random.default_rng(seed)
+        shapes = (rows, length, HEADS, WIDTH), *[(rows, length, KEY_HEADS, WIDTH)] * 2
+        return cls(*(random.standard_normal(shape) for shape in shapes))
+
+
+def _update(cascade, state, q, k, v, position, seen, valid, slopes, differentiable=False):
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    tokens = KVTokens(k=k, v=v, raw_k=k, position=position[:, None], valid=valid[:, None])
+    query = Query(
+        q=q, raw_q=q, position=position, seen=seen, slopes=slopes, rotary=None, scale=SCALE, softcap=None, valid=valid,
+        differentiable=differentiable,
+    )  # fmt: skip
+    return cascade.update(state, query, tokens)
+
+
+update = jax.jit(_update, static_argnums=(0, 9))
+
+
+def run(cascade, stream, counts, *, width=None, start=0, slopes=None):
+    """Outputs [B, T, H, D] of the streams, cut into `counts` tokens padded to `width`, and the last state."""
+    rows, length = stream.q.shape[:2]
+    state = cascade.init(KVSpec(rows, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
+    out, seen, turn = [], 0, 0
+    while seen < length:
+        count = min(counts[turn % len(counts)], length - seen)
+        turn += 1
+        wide = count if width is None else width
+        index = seen + np.arange(wide)
+
+        def piece(x, index=index, count=count, wide=wide):
+            taken = x[:, np.minimum(index, length - 1)]
+            return jnp.asarray(np.where((np.arange(wide) < count)[None, :, None, None], taken, 30.0), jnp.float32)
+
+        position = jnp.broadcast_to(jnp.asarray((index + start) % 2**32, jnp.uint32), (rows, wide))
+        valid = jnp.broadcast_to(jnp.asarray(np.arange(wide) < count), (rows, wide))
+        found, state = update(
+            cascade, state, piece(stream.q), piece(stream.k), piece(stream.v), position,
+            jnp.full((rows,), seen, jnp.int32), valid, slopes,
+        )  # fmt: skip
+        out.append(np.asarray(found)[:, :count])
+        seen += count
+    return np.concatenate(out, axis=1), state
+
+
+def by_lists(stream, oracle, slopes=None):
+    rows = []
+    for q, k, v in zip(stream.q, stream.k, stream.v, strict=True):
+        lists, out = oracle(), []
+        for place in range(len(q)):
+            entry = k[place], v[place], place
+            visible = [[*seen, entry] for seen in lists.visible(q[place], SCALE, slopes, place)]
+            out.append(attention(q[place], visible, SCALE, slopes, place))
+            lists.take(entry)
+        rows.append(out)
+    return np.array(rows)
+
+
+INDEXES = {
+    "bounds": (MinMax(), bounds(1, 4)),
+    "logical pages": (MinMax(parts=2), bounds(2, 4)),
+    "means": (Mean(), means(0.0)),
+    "normalised means": (Mean(power=0.5), means(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+@pytest.mark.parametrize("slopes", [None, (0.3, 0.2, 0.1, 0.02)], ids=["", "alibi"])
+def test_a_stream_token_by_token(name, slopes):
+    """Pages wrap around their buffer twice; of five pages two are read."""
+    index, score = INDEXES[name]
+    stream = Stream.drawn(2, 61)
+    cascade = Cascade(Sink(2, reach=10**6), Window(5), Pages(4, 20, 2, index))
+    array = None if slopes is None else jnp.array(slopes, jnp.float32)
+    found, _ = run(cascade, stream, [1], slopes=array)
+    expected = by_lists(stream, lambda: Paged(KEY_HEADS, 2, 5, 4, 20, 2, score), slopes)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@settings(max_examples=4)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
+    size=st.sampled_from([1, 2, 3, 5]),
+    pages=st.integers(1, 6),
+    index=st.sampled_from([MinMax(), Mean()]),
+    start=st.sampled_from([0, 2**32 - 20]),
+)
+def test_with_every_page_read_nothing_is_missed(counts, size, pages, index, start):
+    """Token by token pages are a longer window; with a tier that keeps what they lose, chunks see everything."""
+    stream = Stream.drawn(2, 40, seed=1)
+    tiers = Window(4), Pages(size, size * pages, pages + 1, index)
+    once, _ = run(Cascade(*tiers), stream, [1], start=start)
+    expected, _ = run(Cascade(Window(4 + size * pages)), stream, [1], start=start)
+    np.testing.assert_allclose(once, expected, atol=1e-5)
+    found, state = run(Cascade(*tiers, Full(60)), stream, counts, width=9, start=start)
+    dense, _ = run(Cascade(Full(60)), stream, counts, width=9, start=start)
+    np.testing.assert_allclose(found, dense, atol=1e-5)
+    assert state[2].filled.tolist() == [max(40 - 4 - size * pages, 0)] * 2
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_queries_of_a_chunk_choose_each_for_themselves(width):
+    """While nothing falls out of the pages, what a query reads in a chunk is what it reads alone."""
+    stream = Stream.drawn(3, 40, seed=2)
+    cascade = Cascade(Pages(4, 40, 2))
+    first = Stream(stream.q[:, :32], stream.k[:, :32], stream.v[:, :32])
+    _, state = run(cascade, first, [8])
+    rows = stream.q.shape[0]
+    out = []
+    for query in range(8):
+        # a chunk of which only this query asks: the others' answers do not depend on it
+        q = jnp.asarray(stream.q[:, 32 + query : 33 + query], jnp.float32)
+        part = cascade.tiers[0].attend(
+            state[0],
+            Query(q, q, jnp.full((rows, 1), 40, jnp.uint32), jnp.full((rows,), 32), None, None, SCALE, None),
+            None,
+        )
+        out.append(np.asarray(part.out))
+    q = jnp.asarray(stream.q[:, 32:], jnp.float32)
+    together = cascade.tiers[0].attend(
+        state[0], Query(q, q, jnp.full((rows, 8), 40, jnp.uint32), jnp.full((rows,), 32), None, None, SCALE, None), None
+    )
+    np.testing.assert_allclose(together.out, np.concatenate(out, axis=1), atol=1e-6)
+
+
+def test_a_block_reads_what_one_of_its_queries_wants_most():
+    """Two queries, two pages: each wants another, the second more; with one page to read both get the second's."""
+    keys = np.zeros((1, KEY_HEADS, 8, WIDTH), np.float32)
+    keys[:, :, :4, 0], keys[:, :, 4:, 1] = 1.0, 1.0
+    values = np.zeros_like(keys)
+    values[:, :, :4], values[:, :, 4:] = 1.0, 2.0
+    tier = Pages(4, 8, 1, block=2)
+    state = tier.init(KVSpec(1, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
+    valid, position = jnp.ones((1, 1, 8), bool), jnp.arange(8, dtype=jnp.uint32)[None, None]
+    state, _ = tier.insert(state, KVTokens(jnp.asarray(keys), jnp.asarray(values), jnp.asarray(keys), position, valid))
+    q = np.zeros((1, 3, HEADS, WIDTH), np.float32)
+    q[:, 0, :, 0], q[:, 1, :, 1], q[:, 2, :, 0] = 1.0, 3.0, 9.0
+
+    def read(tier, valid):
+        query = Query(
+            jnp.asarray(q), jnp.asarray(q), jnp.full((1, 3), 20, jnp.uint32), jnp.array([8]), None, None, 1.0, None,
+            jnp.asarray([valid]),
+        )  # fmt: skip
+        return np.asarray(tier.attend(state, query, None).out)[0, :, 0, 0].tolist()
+
+    assert read(tier, [True, True, True]) == [2.0, 2.0, 1.0]
+    assert read(tier, [True, False, False])[0] == 1.0  # padding has no say
+    assert read(dataclasses.replace(tier, block=1), [True, True, True]) == [1.0, 2.0, 1.0]
+
+
+def test_the_gradient_of_what_is_read_is_dense_attentions():
+    stream = Stream.drawn(1, 12, seed=4)
+    arrays = tuple(jnp.asarray(x, jnp.float32) for x in (stream.q, stream.k, stream.v))
+
+    def loss(cascade):
+        def total(q, k, v):
+            state = cascade.init(KVSpec(1, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
+            parts = []
+            for start in range(0, 12, 4):
+                q_, k_, v_ = (x[:, start : start + 4] for x in (q, k, v))
+                position = jnp.arange(start, start + 4, dtype=jnp.uint32)[None]
+                valid = jnp.ones((1, 4), bool)
+                out, state = _update(
+                    cascade, state, q_, k_, v_, position, jnp.array([start]), valid, None, differentiable=True
+                )
+                parts.append(out)
+            return jnp.sum(jnp.sin(jnp.concatenate(parts, axis=1)))
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
+
+    for found, expected in zip(loss(Cascade(Pages(2, 12, 7))), loss(Cascade(Full(12))), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Pages(4, 18, 2), "Pages.capacity must be a multiple of the page size 4, got 18"),
+        (lambda: Pages(4, 16, 6), "Pages.top_k is 6, but 16 tokens lie in at most 5 pages of 4"),
+        (lambda: Pages(0, 16, 5), "Pages.size must be at least 1, got 0"),
+        (lambda: Pages(4, 16, 1, MinMax(parts=3)), "MinMax.parts must divide the page size 4, got 3"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
