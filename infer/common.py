@@ -231,10 +231,10 @@ def parse_cache(text: str, trained_length: int, dense_capacity: int | None = Non
     """
     name, options = sj.kv.parse_preset(text)
     known = sj.kv.presets()[name].options
-    if "capacity" in known and dense_capacity is not None:
+    if name == "dense" and dense_capacity is not None:
         options.setdefault("capacity", dense_capacity)
     cache = sj.kv.preset(name, **options)
-    if "window" in known and "window" not in options and cache.slots > trained_length:
+    if "window" in known and "window" not in options and cache.reach is not None and cache.slots > trained_length:
         options["window"] = max(known["window"] - (cache.slots - trained_length), 1)
         cache = sj.kv.preset(name, **options)
     return cache
@@ -270,6 +270,8 @@ def describe_cache(cache: Cascade) -> str:
                 parts += [f"Sink({sinks})", f"Window({window})"]
             case sj.kv.Sink(size=size) | sj.kv.Window(size=size) | sj.kv.Full(capacity=size):
                 parts.append(f"{type(tier).__name__}({size:,})")
+            case sj.kv.Pages(size=size, capacity=capacity, top_k=top_k):
+                parts.append(f"Pages({capacity:,} in {size}s, top {top_k})")
             case _:
                 parts.append(repr(tier))
     return " > ".join(parts)

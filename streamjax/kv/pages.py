@@ -93,7 +93,9 @@ class Pages(Tier):
         first = start // self.size
         changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
         most = min((tokens.k.shape[2] + self.size - 2) // self.size + 1, self.pages)
-        keys, valid = (read_ring(self._cut(x), first, most, axis=2) for x in (ring.k, _holds(ring)))
+        # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
+        written = jax.lax.optimization_barrier(ring.k)
+        keys, valid = (read_ring(self._cut(x), first, most, axis=2) for x in (written, _holds(ring)))
         fresh = self.index.summarise(keys, valid)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
@@ -101,7 +103,7 @@ class Pages(Tier):
             state.summary,
             fresh,
         )
-        return PagesState(ring, summary), evicted
+        return PagesState(dataclasses.replace(ring, k=written), summary), evicted
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
         ring, width = state.tokens, query.q.shape[1]
@@ -112,10 +114,11 @@ class Pages(Tier):
 
         def read(query: Query, chosen: Int32[Array, "B K top_k"]) -> Partial:
             def take(x: Array) -> Array:
-                if x.shape[1] == 1:
-                    x = jnp.broadcast_to(x, (x.shape[0], chosen.shape[1], *x.shape[2:]))
-                index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3))
-                return rearrange(jnp.take_along_axis(x, index, axis=2), "b k n s ... -> b k (n s) ...")
+                # What is one list for all heads is taken for all heads at once.
+                index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
+                index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
+                found = jnp.take_along_axis(x, index, axis=2, mode="clip")
+                return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
 
             k, v, position, valid = map(take, pages)
             return query.attend(k, v, position, valid)

@@ -17,6 +17,7 @@ CACHES = {
     "cascade": sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(SLOTS - 4), fuse=False),
     "window": sj.kv.Cascade(sj.kv.Window(SLOTS)),
     "dense": sj.kv.preset("dense", capacity=48),
+    "pages": sj.kv.preset("quest", sinks=2, window=3, capacity=24, page=4, top_k=2),
 }
 CONFIG = sj.ModelConfig(
     vocab_size=80,

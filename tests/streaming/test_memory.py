@@ -25,6 +25,7 @@ CACHES = {
     "plain": sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(SLOTS - 4), fuse=False),
     "window": sj.kv.preset("window", window=SLOTS),
     "dense": sj.kv.preset("dense", capacity=SLOTS),
+    "pages": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Pages(16, SLOTS, 8)),
 }
 
 
@@ -45,7 +46,9 @@ def at(state: sj.StreamState, token: int) -> sj.StreamState:
     )
 
 
-@pytest.mark.parametrize(("name", "batch"), [("fused", 1), ("fused", 3), ("plain", 1), ("dense", 1)])
+@pytest.mark.parametrize(
+    ("name", "batch"), [("fused", 1), ("fused", 3), ("plain", 1), ("dense", 1), ("pages", 1), ("pages", 3)]
+)
 def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, batch):
     """Every byte of the state is aliased, no instruction copies a cache, and what else the step needs is small."""
     state = sj.init_state(model, CACHES[name], batch_size=batch)
@@ -57,7 +60,7 @@ def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, b
     made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|concatenate|pad|convert)\(", compiled.as_text())
     assert made, "the pattern should find some instructions"
     assert max(4 * np.prod([int(n) for n in shape.split(",")]) for shape in made) < cache / 2
-    if batch == 1:
+    if batch == 1 and name != "pages":  # the compiler counts all of what a few pages are taken from
         # weights and slots once, and the logits over the slots: a copy of one cache in each layer would add 2/4
         read = state_bytes(state) + state_bytes(model)
         assert compiled.cost_analysis()["bytes accessed"] < 1.45 * read
@@ -74,7 +77,7 @@ def test_a_chunk_is_written_without_copying_a_cache(model, untyped):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["fused", "plain"])
+@pytest.mark.parametrize("name", ["fused", "plain", "pages"])
 def test_token_ten_million_runs_the_program_of_token_ten(model, name):
     """One compiled program and one size of state, at token 10, at 10,000,000 and across 2^32; inputs are consumed."""
     state, token = sj.init_state(model, CACHES[name]), np.ones((1, 1), np.int32)

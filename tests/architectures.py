@@ -1,0 +1,30 @@
+"""A tiny Hugging Face config of every architecture that the library loads, and of every layout that it has."""
+
+from streamjax.models import ModelConfig
+from streamjax.models.families import read_config
+
+SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 5, "sliding_window": 6}
+FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+MIXED = ["sliding_attention", "full_attention"]
+
+CASES = {
+    "llama": {**GROUPED, "max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+    "mistral": {**GROUPED, "sliding_window": 7},
+    "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {**GROUPED, "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True},
+    "phi3": {**GROUPED, "sliding_window": 9},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "layer_types": MIXED},
+    "gemma3": {**GEMMA, "layer_types": MIXED},
+    "gpt_neox": {**SIZES, "rotary_pct": 0.5},
+    "falcon-7b": FALCON,
+    "falcon-40b": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+    "falcon-alibi": {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
+}
+
+
+def tiny_config(case: str) -> ModelConfig:
+    """The model of a case; its name starts with the family's."""
+    return read_config({**CASES[case], "model_type": case.split("-")[0].replace("gemma3", "gemma3_text")})

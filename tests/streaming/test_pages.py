@@ -1,0 +1,79 @@
+"""Models that stream over pages: with every page read they are dense, with few they still go on for ever."""
+
+import jax
+import numpy as np
+import pytest
+from architectures import CASES, tiny_config
+
+import streamjax as sj
+from streaming.tiny import GQA, build, random_tokens
+from streamjax.checkpoints import load_stream, save_stream
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_every_page_read_a_stream_is_dense(case):
+    """Every architecture that loads; layers with windows of their own keep them."""
+    config = tiny_config(case)
+    model, tokens = build(config), random_tokens(2, 29) % config.vocab_size
+    cache = sj.kv.preset("quest", sinks=2, window=3, capacity=32, page=4, top_k=9)
+    # Of the same span: `dynamic` RoPE depends on it.
+    dense = sj.init_state(model, sj.kv.preset("dense", capacity=cache.slots + 1), 2)
+    paged = sj.init_state(model, cache, 2)
+    expected, found = [], []
+    for start, stop in ((0, 13), (13, 26), (26, 27), (27, 28)):
+        dense, logits = sj.step(model, dense, tokens[:, start:stop])
+        expected.append(logits)
+        paged, logits = sj.step(model, paged, tokens[:, start:stop])
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, 1), np.concatenate(expected, 1), atol=1e-4, rtol=0)
+
+
+def test_rows_of_a_batch_are_streams_of_their_own():
+    """Each row stops where it likes; what stands behind its tokens in a chunk changes nothing, blocks included."""
+    model, tokens = build(GQA), random_tokens(3, 40)
+    cache = sj.kv.preset("quest", sinks=1, window=3, capacity=12, page=3, top_k=2, block=4)
+    counts = np.array([[7, 8, 1], [2, 0, 8], [8, 8, 8], [3, 5, 8]], np.int32)
+    state, starts = sj.init_state(model, cache, 3), np.zeros(3, int)
+    together = [[] for _ in range(3)]
+    for count in counts:
+        chunk = np.full((3, 8), 7, np.int32)
+        for row in range(3):
+            chunk[row, : count[row]] = tokens[row, starts[row] : starts[row] + count[row]]
+        state, logits = sj.step(model, state, chunk, count)
+        for row in range(3):
+            together[row].append(np.asarray(logits)[row, : count[row]])
+        starts += count
+    for row in range(3):
+        alone, start = sj.init_state(model, cache), 0
+        for count, expected in zip(counts[:, row], together[row], strict=True):
+            chunk = np.full((1, 8), 11, np.int32)
+            chunk[:, :count] = tokens[row, start : start + count]
+            alone, logits = sj.step(model, alone, chunk, count[None])
+            np.testing.assert_allclose(np.asarray(logits)[0, :count], expected, atol=1e-5)
+            start += count
+
+
+def test_a_stream_goes_on_far_beyond_its_pages():
+    """The state keeps its size, and the oldest tokens are really gone: streams that differ only there agree."""
+    model = build(GQA.replace(num_layers=1))
+    cache = sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(4, 16, 5))
+    tokens, other = random_tokens(1, 200), random_tokens(1, 200, seed=1)
+    other[:, -21:] = tokens[:, -21:]
+    states = [sj.read(model, sj.init_state(model, cache), row[:, :-1], 8) for row in (tokens, other)]
+    assert states[0].cache_bytes == sj.init_state(model, cache).cache_bytes
+    logits = [sj.step(model, state, tokens[:, -1:])[1] for state in states]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    changed = other.copy()
+    changed[:, -20] = (changed[:, -20] + 1) % 40
+    _, moved = sj.step(model, sj.read(model, sj.init_state(model, cache), changed[:, :-1], 8), tokens[:, -1:])
+    assert np.abs(np.asarray(moved) - logits[0]).max() > 1e-4
+
+
+def test_a_saved_stream_goes_on(tmp_path):
+    model, tokens = build(GQA), random_tokens(2, 30)
+    cache = sj.kv.preset("quest", sinks=1, window=3, capacity=16, page=4, top_k=2)
+    state = sj.read(model, sj.init_state(model, cache, 2), tokens[:, :29], 8)
+    save_stream(state, tmp_path / "stream")
+    restored = load_stream(tmp_path / "stream", sj.init_state(model, cache, 2))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    np.testing.assert_array_equal(sj.step(model, restored, tokens[:, 29:])[1], sj.step(model, state, tokens[:, 29:])[1])
