@@ -48,6 +48,11 @@ class Cascade:
         return sum(tier.slots for tier in self.tiers)
 
     @property
+    def span(self) -> int:
+        """Positions in use at once: of the stored keys and of the query."""
+        return self.capacity or sum(tier.span for tier in self.tiers) + 1
+
+    @property
     def capacity(self) -> int | None:
         """Tokens after which the cascade is full, where it has an end."""
         return self.slots if isinstance(self.tiers[-1], Full) else None

@@ -45,6 +45,8 @@ class Pages(Tier):
       capacity: tokens in all pages, a multiple of `size`.
       top_k: pages that are read, at most capacity / size + 1, which is all.
       index: what is kept of a page's keys; `MinMax()`, `MinMax(parts=4)`, `Mean()`.
+      distance: all stored tokens stand this far behind every query, whatever is between them: pages beyond what the
+        model was trained on stay readable (InfLLM, section 3.2). At their true distance where None.
       block: that many queries of a chunk choose pages together, what one of them wants most counting. 1 is exact; a
         prefill reads fewer bytes with more.
 
@@ -57,10 +59,11 @@ class Pages(Tier):
     top_k: int
     index: Index = dataclasses.field(default_factory=MinMax)
     block: int = 1
+    distance: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "top_k", "block"):
-            if getattr(self, name) < 1:
+        for name in ("size", "top_k", "block", "distance"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Pages.{name} must be at least 1, got {getattr(self, name)}")
         if self.capacity < self.size or self.capacity % self.size:
             raise ValueError(f"Pages.capacity must be a multiple of the page size {self.size}, got {self.capacity}")
@@ -72,6 +75,10 @@ class Pages(Tier):
     @property
     def slots(self) -> int:
         return self.capacity
+
+    @property
+    def span(self) -> int:
+        return self.capacity if self.distance is None else 0
 
     @property
     def pages(self) -> int:
@@ -87,6 +94,8 @@ class Pages(Tier):
 
     def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
         _, count = tokens.run()
+        if self.distance is not None:
+            tokens = tokens.moved(back=True)
         ring, evicted = push(state.tokens, tokens, keep=self.capacity)
         # Only pages that took tokens in have to be summarised again: they lie in a row.
         start = state.tokens.cursor
@@ -103,10 +112,16 @@ class Pages(Tier):
             state.summary,
             fresh,
         )
+        if self.distance is not None:
+            evicted = evicted.moved(back=False)
         return PagesState(dataclasses.replace(ring, k=written), summary), evicted
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
         ring, width = state.tokens, query.q.shape[1]
+        if self.distance is not None:
+            query = query.at(jnp.full_like(query.position, self.distance))
+            ring = dataclasses.replace(ring, position=jnp.zeros_like(ring.position))
+            state = dataclasses.replace(state, tokens=ring)
         block = min(self.block, width)
         groups = -(-width // block)
         chosen = self._choose(state, query, block)  # [B, K, groups, top_k]

@@ -57,7 +57,7 @@ class KVTokens:
     """Tokens on their way into a tier, oldest first; `valid` is one contiguous run in each row.
 
     k, v: rotated keys, and values, [B, K, C, D]. raw_k: the keys before rotation. position: stream position, uint32,
-    valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the same tokens.
+    valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the same tokens. rotary: what rotated the keys.
     """
 
     k: Float[Array, "B K C D"]
@@ -65,6 +65,15 @@ class KVTokens:
     raw_k: Float[Array, "B K C D"]
     position: UInt32[Array, "B #K C"]
     valid: Bool[Array, "B #K C"]
+    rotary: Rotary | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def moved(self, back: bool) -> KVTokens:
+        """These tokens with their keys turned from their positions to position 0, or from there to their positions."""
+        if self.rotary is None:
+            return self
+        turn = dataclasses.replace(self.rotary, scale=1.0)
+        position = -self.position[:, 0] if back else self.position[:, 0]
+        return dataclasses.replace(self, k=jnp.swapaxes(turn(jnp.swapaxes(self.k, 1, 2), position), 1, 2))
 
     def run(self) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
         """Start and length of the run of valid tokens in each row, where all heads hold the same tokens."""
@@ -202,6 +211,11 @@ class Tier:
     @property
     def reach_back(self) -> int | None:
         return None
+
+    @property
+    def span(self) -> int:
+        """Positions that its keys take up: as many as it has slots, unless they stand elsewhere than they came from."""
+        return self.slots
 
     def init(self, spec: KVSpec) -> State:
         """An empty state."""

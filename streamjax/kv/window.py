@@ -50,6 +50,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         raw_k=jnp.zeros_like(tokens.raw_k),
         position=evict(state.position, tokens.position),
         valid=jnp.arange(width) < fallen[:, None, None],
+        rotary=tokens.rotary,
     )
 
     def write(buffer: Array, chunk: Array) -> Array:

@@ -117,6 +117,7 @@ class Attention(nnx.Module):
             raw_k=_heads_first(raw_k),
             position=context.position[:, None],
             valid=context.valid[:, None],
+            rotary=rotary,
         )
         query = Query(
             q=q,

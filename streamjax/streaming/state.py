@@ -135,5 +135,5 @@ def _init(
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),
         caches=caches,
-        span=max(cache.capacity or cache.slots + 1 for cache in caches),
+        span=max(cache.span for cache in caches),
     ).placed()

@@ -1,6 +1,7 @@
 """Pages against plain lists, and what holds whatever is chosen: everything read is dense attention."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.pages import Paged, attention, bounds, means
+from oracles.pages import Rule, bounds, means
+from oracles.pages import Stream as Lists
 
+from streamjax.attention.rotary import Rotary
 from streamjax.kv import Cascade, Full, KVSpec, KVTokens, Mean, MinMax, Pages, Query, Sink, Window
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 6
@@ -31,22 +34,22 @@ class Stream:
         return cls(*(random.standard_normal(shape) for shape in shapes))
 
 
-def _update(cascade, state, q, k, v, position, seen, valid, slopes, differentiable=False):
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    tokens = KVTokens(k=k, v=v, raw_k=k, position=position[:, None], valid=valid[:, None])
-    query = Query(
-        q=q, raw_q=q, position=position, seen=seen, slopes=slopes, rotary=None, scale=SCALE, softcap=None, valid=valid,
-        differentiable=differentiable,
-    )  # fmt: skip
+def _update(cascade, state, q, k, v, position, seen, valid, slopes, rotary=None, differentiable=False):
+    turn = (lambda x: x) if rotary is None else partial(rotary, position=position)
+    first = partial(jnp.swapaxes, axis1=1, axis2=2)
+    tokens = KVTokens(first(turn(k)), first(v), first(k), position[:, None], valid[:, None], rotary)
+    slopes = None if slopes is None else jnp.array(slopes, jnp.float32)
+    query = Query(turn(q), q, position, seen, slopes, rotary, SCALE, None, valid, differentiable)
     return cascade.update(state, query, tokens)
 
 
-update = jax.jit(_update, static_argnums=(0, 9))
+update = jax.jit(_update, static_argnums=(0, 8, 9, 10))
 
 
-def run(cascade, stream, counts, *, width=None, start=0, slopes=None):
+def run(cascade, stream, counts, *, width=None, start=0, slopes=None, frequencies=None):
     """Outputs [B, T, H, D] of the streams, cut into `counts` tokens padded to `width`, and the last state."""
     rows, length = stream.q.shape[:2]
+    rotary = None if frequencies is None else Rotary.from_frequencies(np.array(frequencies))
     state = cascade.init(KVSpec(rows, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
     out, seen, turn = [], 0, 0
     while seen < length:
@@ -63,23 +66,18 @@ def run(cascade, stream, counts, *, width=None, start=0, slopes=None):
         valid = jnp.broadcast_to(jnp.asarray(np.arange(wide) < count), (rows, wide))
         found, state = update(
             cascade, state, piece(stream.q), piece(stream.k), piece(stream.v), position,
-            jnp.full((rows,), seen, jnp.int32), valid, slopes,
+            jnp.full((rows,), seen, jnp.int32), valid, slopes, rotary,
         )  # fmt: skip
         out.append(np.asarray(found)[:, :count])
         seen += count
     return np.concatenate(out, axis=1), state
 
 
-def by_lists(stream, oracle, slopes=None):
+def by_lists(stream, rule):
     rows = []
     for q, k, v in zip(stream.q, stream.k, stream.v, strict=True):
-        lists, out = oracle(), []
-        for place in range(len(q)):
-            entry = k[place], v[place], place
-            visible = [[*seen, entry] for seen in lists.visible(q[place], SCALE, slopes, place)]
-            out.append(attention(q[place], visible, SCALE, slopes, place))
-            lists.take(entry)
-        rows.append(out)
+        lists = Lists(rule)
+        rows.append([lists.read(q[i], (k[i], v[i], i)) for i in range(len(q))])
     return np.array(rows)
 
 
@@ -89,19 +87,31 @@ INDEXES = {
     "means": (Mean(), means(0.0)),
     "normalised means": (Mean(power=0.5), means(0.5)),
 }
+SLOPES = (0.3, 0.2, 0.1, 0.02)
+FREQUENCIES = (0.7, 0.2, 0.05)
 
 
-@pytest.mark.parametrize("name", INDEXES)
-@pytest.mark.parametrize("slopes", [None, (0.3, 0.2, 0.1, 0.02)], ids=["", "alibi"])
-def test_a_stream_token_by_token(name, slopes):
-    """Pages wrap around their buffer twice; of five pages two are read."""
+@pytest.mark.parametrize(
+    ("name", "positions", "distance"),
+    [
+        *((name, "none", None) for name in INDEXES),
+        ("bounds", "alibi", None),
+        ("bounds", "rope", None),
+        ("bounds", "rope", 9),
+        ("logical pages", "alibi", 9),
+        ("normalised means", "rope", 9),
+    ],
+)
+def test_a_stream_token_by_token(name, positions, distance):
+    """Pages wrap around their buffer twice; of six pages two are read."""
     index, score = INDEXES[name]
+    slopes = SLOPES if positions == "alibi" else None
+    frequencies = FREQUENCIES if positions == "rope" else None
     stream = Stream.drawn(2, 61)
-    cascade = Cascade(Sink(2, reach=10**6), Window(5), Pages(4, 20, 2, index))
-    array = None if slopes is None else jnp.array(slopes, jnp.float32)
-    found, _ = run(cascade, stream, [1], slopes=array)
-    expected = by_lists(stream, lambda: Paged(KEY_HEADS, 2, 5, 4, 20, 2, score), slopes)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    cascade = Cascade(Sink(2, reach=10**6), Window(5), Pages(4, 20, 2, index, distance=distance))
+    found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
+    rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, score, SCALE, slopes, frequencies, distance)
+    np.testing.assert_allclose(found, by_lists(stream, rule), atol=2e-5)
 
 
 @settings(max_examples=4)
@@ -173,6 +183,22 @@ def test_a_block_reads_what_one_of_its_queries_wants_most():
     assert read(tier, [True, True, True]) == [2.0, 2.0, 1.0]
     assert read(tier, [True, False, False])[0] == 1.0  # padding has no say
     assert read(dataclasses.replace(tier, block=1), [True, True, True]) == [1.0, 2.0, 1.0]
+
+
+def test_what_falls_out_stands_where_it_stood():
+    """Pages at a fixed distance keep their keys turned back to position 0; the next tier gets them as they came."""
+    stream = Stream.drawn(1, 30, seed=5)
+    tier, rotary = Pages(4, 12, 2, distance=7), Rotary.from_frequencies(np.array(FREQUENCIES), scale=1.3)
+    position, keys = jnp.arange(30, dtype=jnp.uint32)[None], jnp.asarray(stream.k, jnp.float32)
+    k, v = jnp.swapaxes(rotary(keys, position), 1, 2), jnp.asarray(np.swapaxes(stream.v, 1, 2), jnp.float32)
+    state = tier.init(KVSpec(1, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
+    tokens = KVTokens(k, v, jnp.zeros_like(k), position[:, None], jnp.ones((1, 1, 30), bool), rotary)
+    state, evicted = tier.insert(state, tokens)
+    assert int(evicted.valid.sum()) == 30 - 12
+    np.testing.assert_allclose(evicted.k[:, :, :18], k[:, :, :18], atol=1e-5)
+    np.testing.assert_array_equal(evicted.position[:, :, :18], position[:, None, :18])
+    slots = np.arange(18, 30) % 16
+    np.testing.assert_allclose(np.asarray(state.tokens.k)[0, :, slots], 1.3 * stream.k[0, 18:], atol=1e-5)
 
 
 def test_the_gradient_of_what_is_read_is_dense_attentions():

@@ -2,17 +2,20 @@
 
 Quest's rule (2406.10774, algorithm 1) with LServe's logical pages (2502.14866, section 3.5): a page's score is the sum
 over channels of max(q * smallest, q * largest key value), the best of its logical pages; with several query heads a key
-head, the best of them. The `top_k` best pages are attended. Nothing here comes from the library.
+head, the best of them. The `top_k` best pages are attended. With a `distance` all paged tokens stand that far behind
+every query (InfLLM, 2402.04617, section 3.2). Nothing here comes from the library.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import numpy as np
 
 
-@dataclasses.dataclass
-class Paged:
-    """The lists of one stream: `entries` are (key [K, D], value [K, D], index in the stream)."""
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Sizes, how a page is scored, `score(keys [n, D], q [D])`, and how positions enter."""
 
     heads: int
     sinks: int
@@ -20,51 +23,86 @@ class Paged:
     size: int
     capacity: int
     top_k: int
-    score: object  # (keys [n, D], q [D]) -> float
-    page_of: dict = dataclasses.field(default_factory=dict)
-    first: list = dataclasses.field(default_factory=list)
-    recent: list = dataclasses.field(default_factory=list)
-    paged: list = dataclasses.field(default_factory=list)
-    summarised: dict = dataclasses.field(default_factory=dict)
-    seen_by_pages: int = 0
+    score: Callable[[np.ndarray, np.ndarray], float]
+    scale: float
+    slopes: tuple[float, ...] | None = None
+    frequencies: tuple[float, ...] | None = None
+    distance: int | None = None
 
-    def visible(self, q: np.ndarray, scale: float, slopes=None, place: int = 0) -> list[list]:
-        """What a query [H, D] sees, for each key head: the sinks, the window, and the tokens of its best pages."""
-        pages: dict[int, list] = {}
-        for entry in self.paged:
-            pages.setdefault(self.page_of[entry[2]], []).append(entry)
-        found = []
-        for head in range(self.heads):
-            group = range(head * len(q) // self.heads, (head + 1) * len(q) // self.heads)
+    def turned(self, x: np.ndarray, place: int) -> np.ndarray:
+        """RoPE on the pairs (d, d + half)."""
+        if self.frequencies is None:
+            return x
+        half, out = len(self.frequencies), x.copy()
+        for d, frequency in enumerate(self.frequencies):
+            c, s = math.cos(place * frequency), math.sin(place * frequency)
+            out[d], out[d + half] = x[d] * c - x[d + half] * s, x[d + half] * c + x[d] * s
+        return out
 
-            def value(page, head=head, group=group):
-                whole = self.summarised[page]
-                near = place - pages[page][-1][2]
-                bias = (lambda g: 0.0) if slopes is None else (lambda g: slopes[g] * near)
-                keys = [key[head] for key in whole]
-                return max(scale * self.score(np.array(keys), q[g]) - bias(g) for g in group)
+    def places(self, query: int, token: int, paged: bool) -> tuple[int, int]:
+        """Where query and token stand towards each other."""
+        return (self.distance, 0) if paged and self.distance is not None else (query, token)
 
-            best = sorted(pages, key=value, reverse=True)[: self.top_k]
-            found.append([*self.first, *self.recent, *(entry for page in sorted(best) for entry in pages[page])])
-        return found
+    def logit(self, h: int, q: np.ndarray, query: int, key: np.ndarray, token: int, paged: bool) -> float:
+        here, there = self.places(query, token, paged)
+        bias = 0.0 if self.slopes is None else self.slopes[h] * (here - there)
+        return self.scale * self.turned(q, here) @ self.turned(key, there) - bias
 
-    def take(self, entry) -> None:
-        """A token after its query: to the sinks, else into the window, whose oldest token goes to the pages."""
-        if len(self.first) < self.sinks:
+
+class Stream:
+    """The lists of one stream; an entry is (key [K, D], value [K, D], index in the stream), keys not rotated."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.first: list = []
+        self.recent: list = []
+        self.paged: list = []
+        self.page_of: dict[int, int] = {}
+        self.summarised: dict[int, list] = {}  # of all tokens that a page ever held: it outlives those that had to go
+
+    def read(self, q: np.ndarray, entry: tuple) -> np.ndarray:
+        """The output [H, D] of the token `entry`, whose queries are `q`; then it is stored."""
+        out = np.zeros_like(q)
+        for head in range(self.rule.heads):
+            group = range(head * len(q) // self.rule.heads, (head + 1) * len(q) // self.rule.heads)
+            best = self.best(q, group, head, entry[2])
+            visible = [(e, False) for e in [*self.first, *self.recent, entry]]
+            visible += [(e, True) for e in self.paged if self.page_of[e[2]] in best]
+            for h in group:
+                logits = [self.rule.logit(h, q[h], entry[2], e[0][head], e[2], paged) for e, paged in visible]
+                weights = np.exp(np.array(logits) - max(logits))
+                out[h] = weights @ np.array([e[1][head] for e, _ in visible]) / weights.sum()
+        self.take(entry)
+        return out
+
+    def best(self, q: np.ndarray, group: range, head: int, place: int) -> list[int]:
+        newest = {self.page_of[e[2]]: e[2] for e in self.paged}
+
+        def value(page: int) -> float:
+            found = []
+            for h in group:
+                here, nearest = self.rule.places(place, newest[page], True)
+                stored = [(key[head], self.rule.places(place, i, True)[1]) for key, i in self.summarised[page]]
+                keys = [self.rule.turned(key, there) for key, there in stored]
+                bias = 0.0 if self.rule.slopes is None else self.rule.slopes[h] * (here - nearest)
+                found.append(self.rule.scale * self.rule.score(np.array(keys), self.rule.turned(q[h], here)) - bias)
+            return max(found)
+
+        return sorted(newest, key=value, reverse=True)[: self.rule.top_k]
+
+    def take(self, entry: tuple) -> None:
+        """To the sinks, else into the window, whose oldest token goes to the pages, whose oldest token goes."""
+        if len(self.first) < self.rule.sinks:
             self.first.append(entry)
             return
         self.recent.append(entry)
-        if len(self.recent) <= self.window:
+        if len(self.recent) <= self.rule.window:
             return
         falling = self.recent.pop(0)
-        page = self.seen_by_pages // self.size
-        self.seen_by_pages += 1
+        page = len(self.page_of) // self.rule.size
         self.page_of[falling[2]] = page
-        self.paged.append(falling)
-        # The summary is of all tokens that the page ever held: it outlives those that had to go.
-        self.summarised.setdefault(page, []).append(falling[0])
-        if len(self.paged) > self.capacity:
-            self.paged.pop(0)
+        self.summarised.setdefault(page, []).append((falling[0], falling[2]))
+        self.paged = [*self.paged, falling][-self.rule.capacity :]
 
 
 def bounds(parts: int, size: int):
@@ -85,18 +123,3 @@ def means(power: float):
         return float(q @ keys.mean(axis=0)) * len(keys) ** power
 
     return score
-
-
-def attention(q: np.ndarray, visible: list[list], scale: float, slopes=None, place: int = 0) -> np.ndarray:
-    """Softmax attention of one query [H, D] over what each of its key heads sees."""
-    out = np.zeros_like(q)
-    for h in range(len(q)):
-        head = h * len(visible) // len(q)
-        keys = np.array([entry[0][head] for entry in visible[head]])
-        values = np.array([entry[1][head] for entry in visible[head]])
-        logits = scale * keys @ q[h]
-        if slopes is not None:
-            logits -= slopes[h] * np.array([place - entry[2] for entry in visible[head]])
-        weights = np.exp(logits - logits.max())
-        out[h] = weights @ values / weights.sum()
-    return out
