@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import streamjax as sj
 from streamjax.data.tokenizers import Tokenizer
 from streamjax.evaluation import human_bytes
-from streamjax.kv.cascade import Cascade
+from streamjax.kv.presets.registry import Built
 from streamjax.kv.sink_window import SinkWindow
 from streamjax.parallel.mesh import make_mesh
 
@@ -217,7 +217,7 @@ def parse_mesh(text: str | None) -> Mesh | None:
     return make_mesh(**sizes)
 
 
-def parse_cache(text: str, trained_length: int, dense_capacity: int | None = None) -> Cascade:
+def parse_cache(text: str, trained_length: int, dense_capacity: int | None = None) -> Built:
     """The cascade that `--cache` describes; see `CACHE_HELP`.
 
     Args:
@@ -234,7 +234,8 @@ def parse_cache(text: str, trained_length: int, dense_capacity: int | None = Non
     if name == "dense" and dense_capacity is not None:
         options.setdefault("capacity", dense_capacity)
     cache = sj.kv.preset(name, **options)
-    if "window" in known and "window" not in options and cache.reach is not None and cache.slots > trained_length:
+    fits = isinstance(cache, tuple) or cache.reach is None or cache.slots <= trained_length
+    if "window" in known and "window" not in options and not fits:
         options["window"] = max(known["window"] - (cache.slots - trained_length), 1)
         cache = sj.kv.preset(name, **options)
     return cache
@@ -245,7 +246,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
-def describe(path: str, model: sj.Decoder, cache: Cascade, session: sj.Session) -> str:
+def describe(path: str, model: sj.Decoder, cache: Built, session: sj.Session) -> str:
     """One line about what will run."""
     config = model.config
     return (
@@ -261,8 +262,13 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def describe_cache(cache: Cascade) -> str:
-    """A cascade in short, such as "Sink(4) > Window(508)"."""
+def describe_cache(cache: Built) -> str:
+    """A cache in short, such as "Sink(4) > Window(508)"."""
+    if isinstance(cache, tuple):
+        kinds = list(dict.fromkeys(map(describe_cache, cache)))
+        return kinds[0] + (f" and {len(kinds) - 1} other arrangements in {len(cache)} layers" if kinds[1:] else "")
+    if isinstance(cache, sj.kv.HeadGroups):
+        return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
     parts = []
     for tier in cache.tiers:
         match tier:

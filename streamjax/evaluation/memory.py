@@ -8,8 +8,6 @@ import resource
 import sys
 from pathlib import Path
 
-import jax
-
 from streamjax.streaming.state import StreamState
 
 
@@ -29,7 +27,10 @@ def peak_resident_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class SlotMemory:
-    """What the caches of one stream's layers cost: `slots` tokens and `slot_bytes` a token, one pair a layer."""
+    """What the caches of one stream's layers cost: `slots` tokens and `slot_bytes` a token.
+
+    One pair a layer; where heads of a layer cache by different rules, one a group of heads.
+    """
 
     slots: tuple[int, ...]
     slot_bytes: tuple[float, ...]
@@ -37,9 +38,9 @@ class SlotMemory:
     @classmethod
     def of(cls, state: StreamState) -> SlotMemory:
         """Measured on a state; counters count as parts of the slots."""
-        layers = [sum(leaf.nbytes for leaf in jax.tree.leaves(layer)) for layer in state.layers]
-        slots = tuple(cache.slots for cache in state.caches)
-        return cls(slots, tuple(size / n / state.batch_size for size, n in zip(layers, slots, strict=True)))
+        layers = zip(state.caches, state.layers, strict=True)
+        parts = [part for cache, layer in layers for part in cache.sizes(layer)]
+        return cls(tuple(n for n, _ in parts), tuple(size / n / state.batch_size for n, size in parts))
 
     def in_use(self, tokens: int) -> int:
         """Bytes of the slots that hold something after so many tokens: what a cache that grows would take."""

@@ -1,7 +1,9 @@
 """KV caches: tiers, cascades of tiers, and published systems as presets."""
 
+from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.full import Full
+from streamjax.kv.heads import HeadGroups
 from streamjax.kv.indexes import Index, Mean, MinMax
 from streamjax.kv.pages import Pages
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
@@ -10,8 +12,10 @@ from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.window import Window
 
 __all__ = [
+    "Cache",
     "Cascade",
     "Full",
+    "HeadGroups",
     "Index",
     "KVSpec",
     "KVTokens",

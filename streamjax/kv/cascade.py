@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import merge
+from streamjax.kv.cache import Cache
 from streamjax.kv.full import Full
 from streamjax.kv.sink import Sink
 from streamjax.kv.sink_window import SinkWindow
@@ -16,7 +17,7 @@ from streamjax.kv.window import Window
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class Cascade:
+class Cascade(Cache):
     """Tiers in the order in which a token passes them. Static and hashable; `init` makes the state.
 
     `Cascade(Sink(4), Window(1020))` is StreamingLLM. With `fuse=True` adjacent tiers that can share one buffer do; the
@@ -44,17 +45,14 @@ class Cascade:
 
     @property
     def slots(self) -> int:
-        """Tokens held by all tiers together."""
         return sum(tier.slots for tier in self.tiers)
 
     @property
     def span(self) -> int:
-        """Positions in use at once: of the stored keys and of the query."""
         return self.capacity or sum(tier.span for tier in self.tiers) + 1
 
     @property
     def capacity(self) -> int | None:
-        """Tokens after which the cascade is full, where it has an end."""
         return self.slots if isinstance(self.tiers[-1], Full) else None
 
     @property
@@ -64,17 +62,12 @@ class Cascade:
         return None if None in reaches else sum(reach or 0 for reach in reaches)
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
-        """Empty states, one a tier."""
         return tuple(tier.init(spec) for tier in self.tiers)
 
     def update(
-        self, states: tuple[State, ...], query: Query, tokens: KVTokens
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
-        """Attend a chunk's queries to the cache and to the chunk itself, causally, and store the chunk.
-
-        Returns the attention output in float32 and the new states. Output beyond the capacity means nothing.
-        """
-        new = list(states)
+        new = list(state)
         rest = tokens
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.absorb(new[i], query, rest)

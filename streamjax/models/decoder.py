@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.partial import accumulator
-from streamjax.kv.cascade import Cascade
+from streamjax.kv.cache import Cache
 from streamjax.kv.tier import State
 from streamjax.models.config import LayerSpec, ModelConfig
 from streamjax.models.layers import MLP, Norm, kernel, zeros
@@ -66,7 +66,7 @@ class Block(nnx.Module):
         return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype))
 
     def stream(
-        self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext
+        self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
     ) -> tuple[Float[Array, "B C E"], State]:
         """The layer over one chunk of a stream."""
         normed = self.mixer_norm(x)
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B C"],
         states: Sequence[State],
-        caches: Sequence[Cascade],
+        caches: Sequence[Cache],
         context: ChunkContext,
     ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
         """Hidden states after the last norm for one chunk of a stream, and the layers' new states."""

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.dispatch import sequence_attention
-from streamjax.kv.cascade import Cascade
+from streamjax.kv.cache import Cache
 from streamjax.kv.tier import KVTokens, Query, State
 from streamjax.models.config import LayerSpec, ModelConfig
 from streamjax.models.layers import Projections
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         return make_rotary(self.spec.rope, self.config.head_dim, context.length)(x, context.position)
 
     def stream(
-        self, x: Float[Array, "B C E"], state: State, cache: Cascade, context: ChunkContext
+        self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
     ) -> tuple[Float[Array, "B C E"], State]:
         """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
         raw_q, raw_k, v = self.projections.split(x)

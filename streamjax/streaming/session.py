@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree
 from streamjax.data.tokenizers import Tokenizer
-from streamjax.kv.cascade import Cascade
+from streamjax.kv.cache import Cache
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.generate import generate_blocks
 from streamjax.streaming.interrupts import undisturbed
@@ -55,7 +55,7 @@ class Session:
         self,
         model: Decoder,
         tokenizer: Tokenizer,
-        cache: Cascade | Sequence[Cascade],
+        cache: Cache | Sequence[Cache],
         *,
         sampler: Sampler | None = None,
         seed: int = 0,

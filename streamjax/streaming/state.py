@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt32
 
+from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import KVSpec, State, map_state_axes
 from streamjax.kv.window import Window
@@ -37,7 +38,7 @@ class StreamState:
     position: UInt32[Array, " B"]
     seen: Int32[Array, " B"]
     hidden: Float[Array, "B E"]
-    caches: tuple[Cascade, ...] = dataclasses.field(metadata={"static": True})
+    caches: tuple[Cache, ...] = dataclasses.field(metadata={"static": True})
     span: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -70,7 +71,7 @@ class StreamState:
         return self.map_axes(lambda x, axes: constrain(x, *axes))
 
 
-def layer_caches(config: ModelConfig, cache: Cascade | Sequence[Cascade]) -> tuple[Cascade, ...]:
+def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[Cache, ...]:
     """The cascade of each layer.
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, as
@@ -79,22 +80,22 @@ def layer_caches(config: ModelConfig, cache: Cascade | Sequence[Cascade]) -> tup
     Raises:
       ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
     """
-    if isinstance(cache, Cascade):
+    if isinstance(cache, Cache):
         own = [config.layer(i).window for i in range(config.num_layers)]
         if 1 in own:
             raise ValueError(f"layer {own.index(1)} has a sliding window of 1: it sees itself alone and has no cache")
         return tuple(cache if w is None else Cascade(Window(w - 1)) for w in own)
-    if not isinstance(cache, Sequence) or not all(isinstance(entry, Cascade) for entry in cache):
+    if not isinstance(cache, Sequence) or not all(isinstance(entry, Cache) for entry in cache):
         raise ValueError(f"a cache is a Cascade, such as sj.kv.preset('dense'), or one for each layer; got {cache!r}")
     caches = tuple(cache)
     if len(caches) != config.num_layers:
-        raise ValueError(f"{len(caches)} cascades for {config.num_layers} layers; give one for all, or one a layer")
+        raise ValueError(f"{len(caches)} caches for {config.num_layers} layers; give one for all, or one a layer")
     return caches
 
 
 def init_state(
     model: Decoder,
-    cache: Cascade | Sequence[Cascade],
+    cache: Cache | Sequence[Cache],
     batch_size: int = 1,
     *,
     position: int = 0,
@@ -122,7 +123,7 @@ def init_state(
 @partial(jax.jit, static_argnames=("config", "caches", "batch_size", "dtype", "hidden_dtype"))
 def _init(
     config: ModelConfig,
-    caches: tuple[Cascade, ...],
+    caches: tuple[Cache, ...],
     batch_size: int,
     position: UInt32[Array, ""],
     dtype: jnp.dtype,

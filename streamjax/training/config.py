@@ -9,8 +9,8 @@ from typing import Any, Literal
 from flax import nnx
 
 from streamjax.data import DataConfig
-from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets import parse_preset, preset
+from streamjax.kv.presets.registry import Built
 from streamjax.models.adapters import LoRAParam
 from streamjax.models.config import ModelConfig
 from streamjax.models.lora import check_lora
@@ -67,7 +67,7 @@ class BackpropConfig:
             raise ValueError(f"BackpropConfig.offload_fraction is {self.offload_fraction}: it must be in [0, 1]")
         if self.method == "auto":
             check_free(self.segment, self.offload)
-        self.cascade()  # so that a wrong name or option is told
+        self.built_cache()  # so that a wrong name or option is told
         for name in ("method", "segment", "offload"):
             value, default = getattr(self, name), getattr(BackpropConfig, name)
             if self.carry_state and value != default:
@@ -75,8 +75,8 @@ class BackpropConfig:
                     f"BackpropConfig.{name} is {value!r}: carry_state has an order of its own, leave it at {default!r}"
                 )
 
-    def cascade(self) -> Cascade:
-        """The cache that `cache` names."""
+    def built_cache(self) -> Built:
+        """The cache that `cache` names, for all layers or one a layer."""
         name, options = parse_preset(self.cache)
         return preset(name, **options)
 
@@ -194,7 +194,9 @@ class TrainConfig:
                 f"backprop.carry_state reads each batch in one piece: set optimizer.accumulation to 1, not "
                 f"{self.optimizer.accumulation}"
             )
-        capacity = self.backprop.cascade().capacity
+        built = self.backprop.built_cache()
+        ends = [cache.capacity for cache in (built if isinstance(built, tuple) else (built,))]
+        capacity = min((end for end in ends if end is not None), default=None)
         length = max(self.steps, self.eval_batches) * self.data.seq_len
         if capacity is not None and capacity < length:
             raise ValueError(

@@ -54,7 +54,7 @@ def new_stream(config: TrainConfig, model: Decoder) -> StreamState | None:
     """Streams that have seen nothing, one a row of a batch; None in ordinary training."""
     if not config.backprop.carry_state:
         return None
-    return init_state(model, config.backprop.cascade(), config.data.batch_size)
+    return init_state(model, config.backprop.built_cache(), config.data.batch_size)
 
 
 def _check_vocabulary(size: int, tokenizer: Tokenizer) -> None:

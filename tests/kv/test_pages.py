@@ -46,11 +46,11 @@ def _update(cascade, state, q, k, v, position, seen, valid, slopes, rotary=None,
 update = jax.jit(_update, static_argnums=(0, 8, 9, 10))
 
 
-def run(cascade, stream, counts, *, width=None, start=0, slopes=None, frequencies=None):
+def run(cascade, stream, counts, *, width=None, start=0, slopes=None, frequencies=None, key_heads=KEY_HEADS):
     """Outputs [B, T, H, D] of the streams, cut into `counts` tokens padded to `width`, and the last state."""
     rows, length = stream.q.shape[:2]
     rotary = None if frequencies is None else Rotary.from_frequencies(np.array(frequencies))
-    state = cascade.init(KVSpec(rows, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
+    state = cascade.init(KVSpec(rows, key_heads, WIDTH, jnp.dtype(jnp.float32)))
     out, seen, turn = [], 0, 0
     while seen < length:
         count = min(counts[turn % len(counts)], length - seen)

@@ -112,7 +112,7 @@ def test_streams_go_on_where_a_killed_run_left_them(run_config, reference, at_st
     assert same_bits(state, expected)
     assert read_metrics(tmp_path) == read_metrics(workdir)
     batches = list(sj.data.make_eval_batches(config.data, config.eval_batches))
-    stream = sj.init_state(state.model, config.backprop.cascade(), 4)
+    stream = sj.init_state(state.model, config.backprop.built_cache(), 4)
     found = evaluate(state.model, batches, stream=stream, chunk_size=20)
     assert found["eval_loss"] == read_metrics(workdir)[-1]["eval_loss"]
     with pytest.raises(ValueError, match=r"config.backprop.cache=.*window=46', not .*window=45'"):

@@ -105,10 +105,10 @@ STREAMS = ("data.packing=streams", "backprop.carry_state=true")
 
 def test_streams_and_their_cache():
     config = override(*STREAMS, "backprop.cache=streaming_llm:sinks=2,window=30", "backprop.chunk_size=64")
-    assert config.backprop.cascade() == preset("streaming_llm", sinks=2, window=30)
+    assert config.backprop.built_cache() == preset("streaming_llm", sinks=2, window=30)
     assert config.backprop.options()["chunk_size"] == 64
     dense = override(*STREAMS, "backprop.cache=dense:capacity=20480")  # evaluation reads 20 batches of 1,024 tokens
-    assert dense.backprop.cascade().capacity == 20480
+    assert dense.backprop.built_cache().capacity == 20480
 
 
 @pytest.mark.parametrize(

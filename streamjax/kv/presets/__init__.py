@@ -1,6 +1,17 @@
 """Published systems as cascades, one file each; importing a file registers its preset."""
 
-from streamjax.kv.presets import dense, quest, streaming_llm, window
+from streamjax.kv.presets import dense, duo_attention, lserve, quest, streaming_llm, window
 from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 
-__all__ = ["Preset", "dense", "parse_preset", "preset", "presets", "quest", "streaming_llm", "window"]
+__all__ = [
+    "Preset",
+    "dense",
+    "duo_attention",
+    "lserve",
+    "parse_preset",
+    "preset",
+    "presets",
+    "quest",
+    "streaming_llm",
+    "window",
+]

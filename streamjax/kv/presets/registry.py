@@ -8,7 +8,9 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from streamjax.kv.cascade import Cascade
+from streamjax.kv.cache import Cache
+
+Built = Cache | tuple[Cache, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Preset:
     name: str
     summary: str
     paper: str
-    build: Callable[..., Cascade]
+    build: Callable[..., Built]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -29,10 +31,10 @@ class Preset:
 _PRESETS: dict[str, Preset] = {}
 
 
-def register(paper: str) -> Callable[[Callable[..., Cascade]], Callable[..., Cascade]]:
+def register(paper: str) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
     """Decorator: register a builder under its own name; the first line of its docstring is the summary."""
 
-    def add(build: Callable[..., Cascade]) -> Callable[..., Cascade]:
+    def add(build: Callable[..., Built]) -> Callable[..., Built]:
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
         _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build)
         return build
@@ -68,8 +70,8 @@ def parse_preset(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def preset(name: str, **options: Any) -> Cascade:
-    """The cascade of a published system.
+def preset(name: str, **options: Any) -> Built:
+    """The cache of a published system: one for all layers, or where layers differ one a layer.
 
     Args:
       name: one of `presets()`.

@@ -1,0 +1,135 @@
+"""`HeadGroups`: key heads of one layer that cache by different rules.
+
+Some heads of a trained model look far back, most look at the first tokens and at the newest ones (DuoAttention,
+2410.10819; RazorAttention, 2407.15891; LServe, 2502.14866). Each group of heads gets a cascade of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from streamjax.kv.cache import Cache
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGroups(Cache):
+    """Key heads and their cascades: `HeadGroups(((0, 3), Cascade(Full(4096))), ((1, 2), Cascade(Window(256))))`.
+
+    Query heads follow the key head that they share. Groups without heads are left out.
+
+    Raises:
+      ValueError: no group, a head in two groups, or a head that is in none.
+    """
+
+    groups: tuple[tuple[tuple[int, ...], Cascade], ...]
+
+    def __init__(self, *groups: tuple[Sequence[int], Cascade]):
+        kept = tuple((tuple(int(h) for h in heads), cascade) for heads, cascade in groups if len(heads))
+        order = [head for heads, _ in kept for head in heads]
+        if not order or sorted(order) != list(range(len(order))):
+            raise ValueError(f"HeadGroups needs each of the key heads 0, 1, ... in one group, got {order}")
+        object.__setattr__(self, "groups", kept)
+
+    @property
+    def heads(self) -> int:
+        """Key heads of the layer."""
+        return sum(len(heads) for heads, _ in self.groups)
+
+    @property
+    def slots(self) -> int:
+        return max(cascade.slots for _, cascade in self.groups)
+
+    @property
+    def span(self) -> int:
+        return max(cascade.span for _, cascade in self.groups)
+
+    @property
+    def capacity(self) -> int | None:
+        return min((c.capacity for _, c in self.groups if c.capacity is not None), default=None)
+
+    @property
+    def reach(self) -> int | None:
+        reaches = [cascade.reach for _, cascade in self.groups]
+        return None if None in reaches else max(reach or 0 for reach in reaches)
+
+    def init(self, spec: KVSpec) -> tuple[State, ...]:
+        if spec.kv_heads != self.heads:
+            raise ValueError(f"HeadGroups places {self.heads} key heads, the model's layers have {spec.kv_heads}")
+        return tuple(c.init(dataclasses.replace(spec, kv_heads=len(heads))) for heads, c in self.groups)
+
+    def update(
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        outs, states = [], []
+        for (heads, cascade), part in zip(self.groups, state, strict=True):
+            index = _index(heads)
+
+            def queries(x: Array, index: slice | np.ndarray = index) -> Array:
+                grouped = rearrange(x, "... (k g) d -> ... k g d", k=self.heads)[..., index, :, :]
+                return rearrange(grouped, "... k g d -> ... (k g) d")
+
+            slopes = None if query.slopes is None else queries(query.slopes[:, None])[:, 0]
+            mine = dataclasses.replace(query, q=queries(query.q), raw_q=queries(query.raw_q), slopes=slopes)
+            own = dataclasses.replace(tokens, **{name: getattr(tokens, name)[:, index] for name in ("k", "v", "raw_k")})
+            out, new = cascade.update(part, mine, own)
+            outs.append(rearrange(out, "b c (k g) d -> b c k g d", k=len(heads)))
+            states.append(new)
+        order = np.argsort([head for heads, _ in self.groups for head in heads])
+        out = jnp.concatenate(outs, axis=2)[:, :, _index(order.tolist())]
+        return rearrange(out, "b c k g d -> b c (k g) d"), tuple(states)
+
+    def sizes(self, state: tuple[State, ...]) -> Sequence[tuple[int, int]]:
+        return [size for (_, c), part in zip(self.groups, state, strict=True) for size in c.sizes(part)]
+
+
+def _index(heads: Sequence[int]) -> slice | np.ndarray:
+    """A slice where the heads lie side by side in order, which takes without gathering."""
+    if list(heads) == list(range(heads[0], heads[0] + len(heads))):
+        return slice(heads[0], heads[0] + len(heads))
+    return np.array(heads)
+
+
+def read_gates(path: str | Path) -> Float[np.ndarray, "L K"]:
+    """How much each key head of each layer needs to look far back, in [0, 1], from a file.
+
+    A `.json` file has them as `{"gates": [[...], ...]}`, one list a layer; a `.tsv` file, as DuoAttention publishes
+    them, has one line a layer.
+
+    Raises:
+      ValueError: no such file, or one without a table of gates; one line that names it.
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.suffix == ".tsv":
+            gates = np.loadtxt(path, delimiter="\t", ndmin=2)
+        else:
+            gates = np.array(json.loads(path.read_text())["gates"], np.float64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ValueError(f"{path}: no gates of heads could be read: {reason}") from None
+    if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():
+        raise ValueError(f"{path}: gates must be a table of numbers, a line a layer and a column a key head")
+    return gates
+
+
+def far_heads(gates: Float[np.ndarray, "L K"], share: float) -> list[tuple[list[int], list[int]]]:
+    """For each layer, the heads that look far back and the others: the `share` of all heads with the largest gates.
+
+    Raises:
+      ValueError: a share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of heads that look far back must be in [0, 1], got {share}")
+    ranked = np.argsort(-gates, axis=None, kind="stable")
+    chosen = np.isin(np.arange(gates.size), ranked[: round(share * gates.size)]).reshape(gates.shape)
+    return [(np.flatnonzero(layer).tolist(), np.flatnonzero(~layer).tolist()) for layer in chosen]

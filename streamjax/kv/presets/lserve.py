@@ -1,0 +1,35 @@
+"""LServe (Yang et al., arXiv 2502.14866): some heads stream, the others read few pages, found by bounds in two levels.
+
+The published rule for decoding: DuoAttention's gates choose the streaming heads; the other heads keep all tokens in
+pages, which hold logical pages with a smallest and a largest key value each; a page is worth what its best logical page
+is worth, and a constant number of pages is read. Published sizes: pages of 64 tokens, logical pages of 16, 4,096 tokens
+read. The paper chooses pages again every few tokens and shares the choice between; here every token chooses. It keeps
+weights and caches in few bits, which is a matter of codecs.
+"""
+
+from streamjax.kv.cache import Cache
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.heads import HeadGroups, far_heads, read_gates
+from streamjax.kv.indexes import MinMax
+from streamjax.kv.pages import Pages
+from streamjax.kv.presets.duo_attention import TRUE
+from streamjax.kv.presets.registry import register
+from streamjax.kv.sink import Sink
+from streamjax.kv.window import Window
+
+
+@register(paper="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, arXiv 2502.14866")
+def lserve(
+    heads: str = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 131072, page: int = 64,
+    logical: int = 16, top_k: int = 64, block: int = 1,
+) -> tuple[Cache, ...]:  # fmt: skip
+    """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity` tokens."""
+    if not heads:
+        raise ValueError("cache 'lserve' needs a file of head gates: heads=FILE.json, or DuoAttention's own .tsv")
+    if logical < 1 or page % logical:
+        raise ValueError(f"cache 'lserve': logical pages of {logical} tokens do not divide pages of {page}")
+    streaming = Cascade(Sink(sinks, reach=TRUE), Window(recent))
+    pages = Pages(page, capacity, top_k, MinMax(parts=page // logical), block)
+    retrieving = Cascade(Sink(sinks, reach=TRUE), Window(recent), pages)
+    layers = far_heads(read_gates(heads), full)
+    return tuple(HeadGroups((far, retrieving), (near, streaming)) for far, near in layers)
