@@ -23,7 +23,7 @@ def lserve(
     heads: str = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 131072, page: int = 64,
     logical: int = 16, top_k: int = 64, block: int = 1,
 ) -> tuple[Cache, ...]:  # fmt: skip
-    """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity` tokens."""
+    """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity`."""
     if not heads:
         raise ValueError("cache 'lserve' needs a file of head gates: heads=FILE.json, or DuoAttention's own .tsv")
     if logical < 1 or page % logical:
