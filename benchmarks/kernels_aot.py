@@ -24,7 +24,7 @@ from benchmarks.shapes import SHAPES
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32")
-CACHES = ("decode", "decode-int8", "decode-int4")  # of the TPU only
+CACHES = ("decode", "decode-int8", "decode-int4", "paged")  # of the TPU only
 OUTPUT = RESULTS / "kernels_aot.json"
 
 
@@ -97,14 +97,14 @@ def _child(case: Case) -> None:
 
 
 def _decode(case: Case, place: Any) -> Any:
-    """One token for 8 streams, whose caches are rings."""
+    """One token for 8 streams, whose caches are rings; `paged` reads 32 pages of 64 tokens."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import api
 
     config, batch = SHAPES[case.model], 8
-    stored: Any = {"decode": jnp.bfloat16, "decode-int8": jnp.int8, "decode-int4": jnp.uint8}[case.pattern]
+    stored: Any = {"decode-int8": jnp.int8, "decode-int4": jnp.uint8}.get(case.pattern, jnp.bfloat16)
     width = config.head_dim // (2 if case.pattern == "decode-int4" else 1)
 
     def array(*shape: int, dtype: Any) -> Any:
@@ -118,6 +118,13 @@ def _decode(case: Case, place: Any) -> Any:
     scales = {} if stored == jnp.bfloat16 else {"k_scale": scale, "v_scale": scale}
     number = array(batch, dtype=jnp.int32)
     q = array(batch, 1, config.num_heads, config.head_dim, dtype=jnp.bfloat16)
+    if case.pattern == "paged":
+
+        def paged(q: Any, k: Any, v: Any, pages: Any, count: Any, first: Any) -> Any:
+            return api.paged_attention(q, k, v, pages, count, page_size=64, first=first, implementation="tpu")
+
+        pages = array(batch, config.num_kv_heads, 32, dtype=jnp.int32)
+        return jax.jit(paged).trace(q, cache, cache, pages, number, number)
     return jax.jit(step).trace(q, cache, cache, number, number, scales)
 
 
@@ -125,7 +132,9 @@ def _compile(traced: Any, platform: str) -> None:
     """Compile, and print what there is to say."""
     start = time.perf_counter()
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    calls = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?((?:flash|decode)_[a-z]+(?:_[a-z]+)?)'
+    calls = (
+        r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?((?:flash|decode|paged)_[a-z]+(?:_[a-z]+)?)'
+    )
     names = re.findall(calls, compiled.as_text())
     memory = compiled.memory_analysis()
     print(json.dumps({

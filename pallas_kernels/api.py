@@ -19,6 +19,7 @@ from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import decode as tpu_decode
 from pallas_kernels.tpu import flash as tpu_flash
+from pallas_kernels.tpu import paged as tpu_paged
 from pallas_kernels.tpu.flash import MAX_SINKS
 
 Implementation = Literal["tpu", "triton"]
@@ -149,6 +150,58 @@ def decode_attention(
     return tpu_decode.decode_attention(
         q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
         splits=splits, block=block, interpret=interpret,
+    )  # fmt: skip
+
+
+def paged_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pages: Int32[Array, "B K N"],
+    count: Int32[Array, " B"],
+    *,
+    page_size: int,
+    scale: float | None = None,
+    first: Int32[Array, " B"] | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    implementation: Literal["tpu"] | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of a few queries over the pages of a cache that each key head names; nothing else is read.
+
+    A ring of slots as in `decode_attention`, of which page p is slots `p * page_size` and on. All queries of a row and
+    all query heads of a key head read the same pages: queries that choose each for themselves are rows.
+
+    Args:
+      q: queries of the tokens that follow the cached ones.
+      k, v: the cache, of q's dtype.
+      pages: numbers of pages, none twice; -1 for none, behind those that are named.
+      count: tokens in the cache; slots of a page that hold none are not seen.
+      page_size: tokens a page, a multiple of 8 (16 for bfloat16).
+      first, scale, softcap: as in `decode_attention`.
+      block: slots that are worked on at once.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or pages.shape[:2] != k.shape[:2]:
+        raise ValueError(f"q {q.shape}, k {k.shape}, pages {pages.shape}: use the same rows and key heads")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    if page_size < 1 or page_size % (32 // q.dtype.itemsize) or k.shape[2] % page_size:
+        least = 32 // q.dtype.itemsize
+        raise ValueError(f"page_size {page_size} and {k.shape[2]} slots: use a multiple of {least} that divides them")
+    chosen = implementation or platform_implementation()
+    if chosen != "tpu":
+        raise ValueError(f"no paged kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return tpu_paged.paged_attention(
+        q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
+        interpret=interpret,
     )  # fmt: skip
 
 

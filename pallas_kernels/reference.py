@@ -55,20 +55,51 @@ def decode_attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.api.decode_attention`; of numbers that are not quantised."""
-    group, slots = q.shape[2] // k.shape[1], k.shape[2]
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    start = jnp.zeros_like(count) if first is None else first
-    age = (jnp.arange(slots)[None] - start[:, None]) % slots
-    seen = age < count[:, None]
-    seen = jnp.broadcast_to(seen[:, None], (q.shape[0], q.shape[1], slots))
+    seen = _held(k.shape[2], count, first)[:, None]
     if window is not None:
         query = count[:, None] + jnp.arange(q.shape[1])
-        seen = seen & (age[:, None] >= query[:, :, None] - window)
+        seen = seen & (_age(k.shape[2], count, first)[:, None] >= query[:, :, None] - window)
+    return _attend(q, k, v, seen[:, None], scale, softcap)
+
+
+def paged_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pages: Int32[Array, "B K N"],
+    count: Int32[Array, " B"],
+    *,
+    page_size: int,
+    scale: float,
+    first: Int32[Array, " B"] | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """See `pallas_kernels.api.paged_attention`."""
+    page = jnp.arange(k.shape[2]) // page_size
+    chosen = (page[None, None, :, None] == pages[:, :, None]).any(axis=-1)
+    chosen = jnp.repeat(chosen & _held(k.shape[2], count, first)[:, None], q.shape[2] // k.shape[1], axis=1)
+    return _attend(q, k, v, chosen[:, :, None], scale, softcap)
+
+
+def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
+    """Of the token in each slot of a ring: how many came before it."""
+    start = jnp.zeros_like(count) if first is None else first
+    return (jnp.arange(slots)[None] - start[:, None]) % slots
+
+
+def _held(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Bool[Array, "B S"]:
+    return _age(slots, count, first) < count[:, None]
+
+
+def _attend(
+    q: Array, k: Array, v: Array, seen: Bool[Array, "B #H #C S"], scale: float, softcap: float | None
+) -> Partial:
+    """Attention of queries [B, C, H, D] over slots [B, K, S, D]."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[1], axis=1) for x in (k, v))
     logits = scale * jnp.einsum("bchd,bhsd->bhcs", q, k)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(seen[:, None], logits, -jnp.inf)
-    weights, lse = _softmax(logits)
+    weights, lse = _softmax(jnp.where(seen, logits, -jnp.inf))
     return Partial(jnp.einsum("bhcs,bhsd->bchd", weights, v), lse)
 
 

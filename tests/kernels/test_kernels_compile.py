@@ -24,6 +24,7 @@ def test_tpus_take_the_kernels(case):
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
 def test_a_tpu_takes_the_decoding_kernel():
     assert compile_case(Case("v5e", "llama-3.1-8b", "decode-int8", 8192))["kernels"] == {"decode_attention": 1}
+    assert compile_case(Case("v5e", "gemma-3-4b", "paged", 8192))["kernels"] == {"paged_attention": 1}
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
