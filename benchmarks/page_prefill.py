@@ -3,8 +3,8 @@
     python -m benchmarks.page_prefill                    # 2 cores: some 4 minutes
 
 Drawn tokens go through `sj.read` in chunks of 512, from the stream's beginning; 64 neighbouring tokens choose their
-pages together. Turns alternate in one process, and the ratio is the median over turns. `pages read` is how many pages of 64
-tokens an average block of 64 tokens attends to, window and chunk included. This measures time only.
+pages together. Turns alternate in one process, and the ratio is the median over turns. `pages read` is how many pages
+of 64 tokens an average block of 64 tokens attends to, window and chunk included. This measures time only.
 """
 
 from __future__ import annotations

@@ -33,6 +33,50 @@ def attend(
       slopes, distance: ALiBi (2108.12409): `-slope * distance` is added to the scaled logits of each head.
     """
     dtype = accumulator(q.dtype)
+    logits = _logits(q, k, visible, scale, softcap, slopes, distance)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=dtype) / divisor
+    lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0]
+    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))
+
+
+def attention_mass(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    lse: Float[Array, "B C H"],
+    visible: Bool[Array, "#B #K #C S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    distance: Float[Array, "#B #K #C S"] | None = None,
+) -> Float[Array, "B H S"]:
+    """How much of their attention C queries give to each key, summed over the queries, for each query head.
+
+    `lse` is of all that the queries attend to, these keys among it; the other arguments are those of `attend`.
+    """
+    logits = _logits(q, k, visible, scale, softcap, slopes, distance)
+    whole = rearrange(lse, "b c (k g) -> b k g c 1", k=k.shape[1])
+    share = jnp.exp(logits - jnp.where(jnp.isneginf(whole), 0.0, whole))
+    return rearrange(jnp.sum(share, axis=3), "b k g s -> b (k g) s")
+
+
+def _logits(
+    q: Array,
+    k: Array,
+    visible: Array,
+    scale: float,
+    softcap: float | None,
+    slopes: Array | None,
+    distance: Array | None,
+) -> Float[Array, "B K G C S"]:
+    """Every logit; -inf where a key does not count."""
+    dtype = accumulator(q.dtype)
     grouped = rearrange(q, "b c (k g) d -> b k g c d", k=k.shape[1])
     if grouped.shape[2] * grouped.shape[3] <= FEW_QUERIES:
         # Keys on the left: the CPU compiler would transpose the keys otherwise, more work than the product itself.
@@ -46,13 +90,4 @@ def attend(
     if slopes is not None:
         assert distance is not None, "ALiBi needs distances"
         logits -= rearrange(slopes, "(k g) -> k g 1 1", k=k.shape[1]) * distance[:, :, None]
-    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    some = total > 0
-    divisor = jnp.where(some, total, 1.0)
-    out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=dtype) / divisor
-    lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0]
-    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))
+    return jnp.where(visible[:, :, None], logits, -jnp.inf)

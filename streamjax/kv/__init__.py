@@ -4,7 +4,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.full import Full
 from streamjax.kv.heads import HeadGroups
-from streamjax.kv.indexes import Index, Mean, MinMax
+from streamjax.kv.indexes import Index, Mean, MinMax, Representative
 from streamjax.kv.pages import Pages
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.sink import Sink
@@ -24,6 +24,7 @@ __all__ = [
     "Pages",
     "Preset",
     "Query",
+    "Representative",
     "Sink",
     "Tier",
     "Window",

@@ -41,6 +41,10 @@ class Cascade(Cache):
         match placed:
             case [Sink() as sink, Window() as window] if fuse:
                 placed = [SinkWindow(sink.size, window.size, reach if sink.reach is None else sink.reach)]
+        if any(tier.needs_scores for tier in placed):
+            if not isinstance(placed[int(isinstance(placed[0], Sink))], Window):
+                raise ValueError("a tier that needs scores must have a Window before it, which notes them")
+            placed = [dataclasses.replace(t, observe_attention=True) if isinstance(t, Window) else t for t in placed]
         object.__setattr__(self, "tiers", tuple(placed))
 
     @property
@@ -73,22 +77,30 @@ class Cascade(Cache):
             new[i], rest = tier.absorb(new[i], query, rest)
         parts = [tier.attend(new[i], query, self.reach) for i, tier in enumerate(self.tiers)]
         parts.append(query.attend_own(rest, self.reach))
-        out = merge(*parts).out
-        rest = dataclasses.replace(rest, valid=_after(rest.valid, out))
+        whole = merge(*parts)
+        out, noted = whole.out, []
+        if any(tier.needs_scores for tier in self.tiers):
+            rest = dataclasses.replace(rest, score=query.mass(rest.k, rest.position, rest.valid, whole.lse, self.reach))
+            before = new
+            new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
+            noted = [b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True) if a is not b]
+        rest = dataclasses.replace(rest, valid=_after(rest.valid, out, *noted))
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.insert(new[i], rest)
         return out, tuple(new)
 
 
-def _after(valid: Bool[Array, "B #K C"], out: Float[Array, "B C H D"]) -> Bool[Array, "B #K C"]:
-    """`valid`, but computed from `out`, so that what is written by it is written after the reads that made `out`.
+def _after(valid: Bool[Array, "B #K C"], *made: Float[Array, "B ..."]) -> Bool[Array, "B #K C"]:
+    """`valid`, but computed from what is `made`, so that what is written by it is written after the reads behind that.
 
     The CPU compiler keeps a donated buffer in place only where data flows from its reads to the write, and copies all
     of it otherwise. No number is above 1 and below -1, which the compiler does not know.
     """
 
-    def depend(valid: Array, out: Array) -> Array:
-        first = out[:, :, 0, 0]
-        return valid & ~((first > 1) & (first < -1)).any()
+    def depend(valid: Array, *made: Array) -> Array:
+        for x in made:
+            first = x[..., 0]
+            valid = valid & ~((first > 1) & (first < -1)).any()
+        return valid
 
-    return jax.lax.platform_dependent(valid, out, cpu=depend, default=lambda valid, out: valid)
+    return jax.lax.platform_dependent(valid, *made, cpu=depend, default=lambda valid, *made: valid)

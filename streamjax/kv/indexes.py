@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
@@ -28,12 +29,28 @@ class Index:
           ValueError: such a size.
         """
 
-    def summarise(self, keys: Float[Array, "B K P S D"], valid: Bool[Array, "B #K P S"]) -> Summary:
-        """What is kept of P pages; `valid` says which of their slots hold tokens. Anything for a page without any."""
+    @property
+    def needs_scores(self) -> bool:
+        """Whether `summarise` wants the attention that tokens got before they came into a page."""
+        return False
+
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
+        """What is kept of P pages; `valid` says which of their slots hold tokens. Anything for a page without any.
+
+        `score` is the attention that each token got, from each query head, where `needs_scores` asks for it.
+        """
         raise NotImplementedError
 
     def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
-        """Scores of each query of a key head for each page, comparable with the logits `q . k` before scaling."""
+        """Scores of each query of a key head for each page, comparable with the logits `q . k` before scaling.
+
+        N counts the query heads of a key head fastest, then the queries.
+        """
         raise NotImplementedError
 
 
@@ -57,7 +74,12 @@ class MinMax(Index):
         if self.parts < 1 or page_size % self.parts:
             raise ValueError(f"MinMax.parts must divide the page size {page_size}, got {self.parts}")
 
-    def summarise(self, keys: Float[Array, "B K P S D"], valid: Bool[Array, "B #K P S"]) -> Summary:
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
         keys, valid = (
             rearrange(x, "b k p (n s) ... -> b k (p n) s ...", n=self.parts) for x in (keys, valid[..., None])
         )
@@ -87,7 +109,12 @@ class Mean(Index):
 
     power: float = 0.0
 
-    def summarise(self, keys: Float[Array, "B K P S D"], valid: Bool[Array, "B #K P S"]) -> Summary:
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
         dtype = accumulator(keys.dtype)
         count = jnp.maximum(jnp.sum(valid, axis=3, dtype=dtype), 1)[..., None]
         total = jnp.sum(jnp.where(valid[..., None], keys, 0), axis=3, dtype=dtype)
@@ -95,3 +122,44 @@ class Mean(Index):
 
     def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
         return _products(summary, q)
+
+
+@dataclasses.dataclass(frozen=True)
+class Representative(Index):
+    """The mean of the `count` keys of a page that got most attention, for each query head (InfLLM, 2402.04617).
+
+    The paper sums the logits of the queries that follow a token; its published code, as here, sums their attention.
+    """
+
+    count: int = 4
+
+    @property
+    def needs_scores(self) -> bool:
+        return True
+
+    def check(self, page_size: int) -> None:
+        if not 1 <= self.count <= page_size:
+            raise ValueError(f"Representative.count must be in 1 .. {page_size}, the page size, got {self.count}")
+
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
+        assert score is not None, "a tier with this index says that it needs scores"
+        group = score.shape[1] // keys.shape[1]
+        ranked = jnp.where(valid[:, :, None], rearrange(score, "b (k g) p s -> b k g p s", g=group), -jnp.inf)
+        best, chosen = jax.lax.top_k(ranked, self.count)  # [B, K, G, P, count]
+        some = ~jnp.isneginf(best)
+        # a selection by products: which of a page's slots are among the best, as weights of a mean
+        picked = jax.nn.one_hot(chosen, keys.shape[3], dtype=keys.dtype) * some[..., None].astype(keys.dtype)
+        weights = jnp.sum(picked, axis=-2) / jnp.maximum(jnp.sum(some, axis=-1, keepdims=True), 1).astype(keys.dtype)
+        dtype = accumulator(keys.dtype)
+        return jnp.einsum("bkgps,bkpsd->bkpgd", weights, keys, preferred_element_type=dtype).astype(keys.dtype)
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        group, dtype = summary.shape[3], accumulator(summary.dtype)
+        queries = rearrange(q, "b k (c g) d -> b k c g d", g=group).astype(summary.dtype)
+        found = jnp.einsum("bkpgd,bkcgd->bkcgp", summary, queries, preferred_element_type=dtype)
+        return rearrange(found, "b k c g p -> b k (c g) p")

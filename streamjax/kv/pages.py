@@ -8,6 +8,7 @@ head whose summaries score best. What a page is good for is the index's business
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,7 @@ class Pages(Tier):
     """Keeps up to `capacity` tokens in pages of `size`; a query reads the `top_k` best pages of each key head.
 
     The oldest page makes room for the newest, token by token; what it loses falls to the next tier. Query heads that
-    share a key head share its pages: a page counts as much as the head that wants it most. The page that is being
-    filled can be chosen like any other.
+    share a key head share its pages. The page that is being filled can be chosen like any other.
 
     Args:
       size: tokens a page.
@@ -47,8 +47,10 @@ class Pages(Tier):
       index: what is kept of a page's keys; `MinMax()`, `MinMax(parts=4)`, `Mean()`.
       distance: all stored tokens stand this far behind every query, whatever is between them: pages beyond what the
         model was trained on stay readable (InfLLM, section 3.2). At their true distance where None.
-      block: that many queries of a chunk choose pages together, what one of them wants most counting. 1 is exact; a
-        prefill reads fewer bytes with more.
+      block: that many queries of a chunk choose pages together. 1 is exact; a prefill reads fewer bytes with more.
+      pool: where several queries or heads choose together: "max", what one of them wants most, or "mean".
+      shared: all key heads read the same pages.
+      read_newest: the page that is being filled is always among those that are read.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -60,6 +62,9 @@ class Pages(Tier):
     index: Index = dataclasses.field(default_factory=MinMax)
     block: int = 1
     distance: int | None = None
+    pool: Literal["max", "mean"] = "max"
+    shared: bool = False
+    read_newest: bool = False
 
     def __post_init__(self) -> None:
         for name in ("size", "top_k", "block", "distance"):
@@ -70,6 +75,8 @@ class Pages(Tier):
         if self.top_k > self.pages:
             where = f"{self.capacity} tokens lie in at most {self.pages} pages of {self.size}"
             raise ValueError(f"Pages.top_k is {self.top_k}, but {where}")
+        if self.pool not in ("max", "mean"):
+            raise ValueError(f'Pages.pool must be "max" or "mean", got {self.pool!r}')
         self.index.check(self.size)
 
     @property
@@ -81,16 +88,20 @@ class Pages(Tier):
         return self.capacity if self.distance is None else 0
 
     @property
+    def needs_scores(self) -> bool:
+        return self.index.needs_scores
+
+    @property
     def pages(self) -> int:
         """Pages in the buffer: one more than are full, so that the oldest and the newest never share one."""
         return self.capacity // self.size + 1
 
     def init(self, spec: KVSpec) -> PagesState:
         slots = self.pages * self.size
-        tokens = RingState(
-            spec.buffer(slots), spec.buffer(slots), spec.positions(slots), spec.counter(), spec.counter()
-        )
-        return PagesState(tokens, self.index.summarise(self._cut(tokens.k), self._cut(_holds(tokens))))
+        score = spec.scores(slots) if self.needs_scores else None
+        buffers = spec.buffer(slots), spec.buffer(slots), spec.positions(slots)
+        tokens = RingState(*buffers, spec.counter(), spec.counter(), score)
+        return PagesState(tokens, self._summarise(tokens.k, _holds(tokens), score, spec.counter(), self.pages))
 
     def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
         _, count = tokens.run()
@@ -104,8 +115,7 @@ class Pages(Tier):
         most = min((tokens.k.shape[2] + self.size - 2) // self.size + 1, self.pages)
         # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
         written = jax.lax.optimization_barrier(ring.k)
-        keys, valid = (read_ring(self._cut(x), first, most, axis=2) for x in (written, _holds(ring)))
-        fresh = self.index.summarise(keys, valid)
+        fresh = self._summarise(written, _holds(ring), ring.score, first, most)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
             lambda old, new: write_ring(old, new, first, nothing, jnp.minimum(changed, most), axis=2),
@@ -168,14 +178,36 @@ class Pages(Tier):
             near = jnp.min(jnp.where(held[:, :, None], ahead, jnp.iinfo(jnp.int32).max), axis=-1)
             slopes = rearrange(query.slopes, "(k g) -> 1 k g 1 1", k=heads)
             scores -= slopes * near[:, :, None].astype(scores.dtype)
-        scores = jnp.max(scores, axis=2)
-        may = held.any(axis=-1)[:, :, None]
-        if block > 1 and query.valid is not None:  # padding must not choose for the tokens before it
-            may &= query.valid[:, None, :, None]
-        scores = jnp.where(may, scores, -jnp.inf)
-        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, -width % block), (0, 0)), constant_values=-jnp.inf)
-        scores = jnp.max(rearrange(scores, "b k (n c) p -> b k n c p", c=block), axis=3)
-        return jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+        if self.shared:
+            scores = rearrange(scores, "b k g c p -> b 1 (k g) c p")
+        scores = self._pooled(scores, jnp.ones((1, 1, 1, 1, 1), bool), axis=2)
+        asks = jnp.ones((1, width), bool) if query.valid is None else query.valid  # padding must not choose for others
+        short = -width % block
+        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, short), (0, 0)))
+        asks = rearrange(jnp.pad(asks, ((0, 0), (0, short))), "b (n c) -> b 1 n c 1", c=block)
+        scores = self._pooled(rearrange(scores, "b k (n c) p -> b k n c p", c=block), asks, axis=3)
+        scores = jnp.where(held.any(axis=-1)[:, :, None], scores, -jnp.inf)
+        if self.read_newest:
+            cursor = state.tokens.cursor[:, None]
+            newest = (jnp.arange(self.pages) == cursor // self.size) & (cursor % self.size > 0)
+            scores = jnp.where(newest[:, None, None], jnp.inf, scores)
+        chosen = jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+        return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
+
+    def _pooled(self, scores: Array, asks: Bool[Array, "..."], axis: int) -> Array:
+        """One score of those along `axis` that choose together and `ask`."""
+        if self.pool == "max":
+            return jnp.max(jnp.where(asks, scores, -jnp.inf), axis=axis)
+        asks = jnp.broadcast_to(asks, scores.shape)
+        return jnp.sum(jnp.where(asks, scores, 0), axis=axis) / jnp.maximum(jnp.sum(asks, axis=axis), 1)
+
+    def _summarise(self, keys: Array, holds: Array, score: Array | None, first: Array, count: int) -> Summary:
+        """The summaries of `count` pages in a row."""
+
+        def pages(x: Array) -> Array:
+            return read_ring(self._cut(x), first, count, axis=2)
+
+        return self.index.summarise(pages(keys), pages(holds), None if score is None else pages(score))
 
     def _cut(self, x: Array) -> Array:
         """The pages of an array with one entry a slot."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
-from streamjax.attention.dense import attend
+from streamjax.attention.dense import attend, attention_mass
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
@@ -33,12 +33,13 @@ def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State)
 
 @dataclasses.dataclass(frozen=True)
 class KVSpec:
-    """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`."""
+    """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`; `group` query heads to a key head."""
 
     batch_size: int
     kv_heads: int
     head_dim: int
     dtype: jnp.dtype
+    group: int = 1
 
     def buffer(self, slots: int) -> Float[Array, "B K S D"]:
         """Zeros for `slots` keys or values."""
@@ -46,6 +47,9 @@ class KVSpec:
 
     def positions(self, slots: int) -> UInt32[Array, "B 1 S"]:
         return jnp.zeros((self.batch_size, 1, slots), jnp.uint32)
+
+    def scores(self, slots: int) -> Float[Array, "B H S"]:
+        return jnp.zeros((self.batch_size, self.kv_heads * self.group, slots), jnp.float32)
 
     def counter(self) -> Int32[Array, " B"]:
         return jnp.zeros((self.batch_size,), jnp.int32)
@@ -58,6 +62,7 @@ class KVTokens:
 
     k, v: rotated keys, and values, [B, K, C, D]. raw_k: the keys before rotation. position: stream position, uint32,
     valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the same tokens. rotary: what rotated the keys.
+    score: the attention that each token has got so far, from each query head, float32; None where no tier asks for it.
     """
 
     k: Float[Array, "B K C D"]
@@ -66,6 +71,7 @@ class KVTokens:
     position: UInt32[Array, "B #K C"]
     valid: Bool[Array, "B #K C"]
     rotary: Rotary | None = dataclasses.field(default=None, metadata={"static": True})
+    score: Float[Array, "B H C"] | None = None
 
     def moved(self, back: bool) -> KVTokens:
         """These tokens with their keys turned from their positions to position 0, or from there to their positions."""
@@ -171,6 +177,36 @@ class Query:
             parts.append(queries._attend(k, v, position, valid, reach))
         return Partial(*(jnp.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)))
 
+    def mass(
+        self,
+        k: Float[Array, "B K S D"],
+        position: UInt32[Array, "B #K S"],
+        valid: Bool[Array, "B #K S"],
+        lse: Float[Array, "B C H"],
+        reach: int | None = None,
+    ) -> Float[Array, "B H S"]:
+        """The attention that these queries give to keys, as in `attend`, of which `lse` is the whole.
+
+        Padding gives none. Keys are taken `SLOT_BLOCK` at a time.
+        """
+        slots, single = k.shape[2], self.q.shape[1] == 1
+        size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
+
+        def block(index: Array, masses: Array) -> Array:
+            start = jnp.minimum(index * size, slots - size)  # the last block is moved back to fit
+
+            def take(x: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
+
+            visible, distance = self._visible(take(position), take(valid), reach)
+            if self.valid is not None:
+                visible &= self.valid[:, None, :, None]
+            found = attention_mass(self.q, take(k), lse, visible, distance=distance, **self._logit_options())
+            return jax.lax.dynamic_update_slice_in_dim(masses, found.astype(masses.dtype), start, 2)
+
+        nothing = jnp.zeros((k.shape[0], self.q.shape[2], slots), jnp.float32)
+        return jax.lax.fori_loop(0, -(-slots // size), block, nothing)
+
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         attend_all = Query._attend_all
         if self.differentiable:
@@ -178,20 +214,19 @@ class Query:
         return attend_all(self, k, v, position, valid, reach)
 
     def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
+        visible, distance = self._visible(position, valid, reach)
+        return attend(self.q, k, v, visible, distance=distance, **self._logit_options())
+
+    def _visible(self, position: Array, valid: Array, reach: int | None) -> tuple[Array, Array | None]:
+        """Which keys each query sees, and with ALiBi how far away they are."""
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
         visible = valid[:, :, None, :] & (distance >= 0)
         if reach is not None:
             visible &= distance <= reach
-        return attend(
-            self.q,
-            k,
-            v,
-            visible,
-            scale=self.scale,
-            softcap=self.softcap,
-            slopes=self.slopes,
-            distance=None if self.slopes is None else distance.astype(jnp.float32),
-        )
+        return visible, None if self.slopes is None else distance.astype(jnp.float32)
+
+    def _logit_options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap, "slopes": self.slopes}
 
 
 class Tier:
@@ -211,6 +246,15 @@ class Tier:
     @property
     def reach_back(self) -> int | None:
         return None
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether tokens have to come with the attention that they got so far."""
+        return False
+
+    def observe(self, state: State, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> State:
+        """After the chunk attended, `lse` being of all that it saw: note who got how much attention."""
+        return state
 
     @property
     def span(self) -> int:

@@ -16,13 +16,17 @@ from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingState:
-    """A ring of slots; `cursor` is the slot that the next token takes, `filled` how many hold tokens."""
+    """A ring of slots; `cursor` is the slot that the next token takes, `filled` how many hold tokens.
+
+    score: the attention that each token got so far, from each query head; None where nothing notes it.
+    """
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S D"]
     position: UInt32[Array, "B 1 S"]
     cursor: Int32[Array, " B"]
     filled: Int32[Array, " B"]
+    score: Float[Array, "B H S"] | None = None
 
 
 def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[RingState, KVTokens]:
@@ -51,6 +55,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         position=evict(state.position, tokens.position),
         valid=jnp.arange(width) < fallen[:, None, None],
         rotary=tokens.rotary,
+        score=None if state.score is None or tokens.score is None else evict(state.score, tokens.score),
     )
 
     def write(buffer: Array, chunk: Array) -> Array:
@@ -62,6 +67,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         write(state.position, tokens.position),
         (state.cursor + count) % slots,
         jnp.minimum(state.filled + count, keep),
+        None if state.score is None or tokens.score is None else write(state.score, tokens.score),
     )
     return new, evicted
 
@@ -72,9 +78,13 @@ class Window(Tier):
 
     `size` is StreamingLLM's `recent_size`; a model's own `sliding_window = W` is `Window(W - 1)`. Where only
     windows follow it is strict; before other tiers, tokens about to fall stay visible until their chunk is stored.
+
+    With `observe_attention` it notes how much attention each of its tokens gets, for the tiers behind it; a cascade
+    asks for that by itself where a tier needs it.
     """
 
     size: int
+    observe_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -90,11 +100,19 @@ class Window(Tier):
 
     def init(self, spec: KVSpec) -> RingState:
         buffers = spec.buffer(self.size), spec.buffer(self.size), spec.positions(self.size)
-        return RingState(*buffers, spec.counter(), spec.counter())
+        score = spec.scores(self.size) if self.observe_attention else None
+        return RingState(*buffers, spec.counter(), spec.counter(), score)
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]
         return query.attend(state.k, state.v, state.position, valid, reach=reach, filled=state.filled)
+
+    def observe(self, state: RingState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> RingState:
+        if state.score is None:
+            return state
+        valid = jnp.arange(self.size) < state.filled[:, None, None]
+        more = query.mass(state.k, state.position, valid, lse, reach)
+        return dataclasses.replace(state, score=state.score + more)
 
     def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
         return push(state, tokens)

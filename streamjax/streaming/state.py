@@ -129,7 +129,7 @@ def _init(
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
-    spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype)
+    spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype, config.group_size)
     return StreamState(
         layers=tuple(cache.init(spec) for cache in caches),
         position=jnp.broadcast_to(position, (batch_size,)),

@@ -13,7 +13,7 @@ from oracles.pages import Rule, bounds, means
 from oracles.pages import Stream as Lists
 
 from streamjax.attention.rotary import Rotary
-from streamjax.kv import Cascade, Full, KVSpec, KVTokens, Mean, MinMax, Pages, Query, Sink, Window
+from streamjax.kv import Cascade, Full, KVSpec, KVTokens, Mean, MinMax, Pages, Query, Representative, Sink, Window
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 6
 SCALE = 0.7
@@ -50,7 +50,7 @@ def run(cascade, stream, counts, *, width=None, start=0, slopes=None, frequencie
     """Outputs [B, T, H, D] of the streams, cut into `counts` tokens padded to `width`, and the last state."""
     rows, length = stream.q.shape[:2]
     rotary = None if frequencies is None else Rotary.from_frequencies(np.array(frequencies))
-    state = cascade.init(KVSpec(rows, key_heads, WIDTH, jnp.dtype(jnp.float32)))
+    state = cascade.init(KVSpec(rows, key_heads, WIDTH, jnp.dtype(jnp.float32), stream.q.shape[2] // key_heads))
     out, seen, turn = [], 0, 0
     while seen < length:
         count = min(counts[turn % len(counts)], length - seen)
@@ -112,6 +112,27 @@ def test_a_stream_token_by_token(name, positions, distance):
     found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
     rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, score, SCALE, slopes, frequencies, distance)
     np.testing.assert_allclose(found, by_lists(stream, rule), atol=2e-5)
+
+
+def test_the_most_attended_keys_stand_for_a_page():
+    """InfLLM's rule, sinks apart: one choice for all heads, and the page that is being filled is always read."""
+    stream = Stream.drawn(2, 70, seed=6)
+    pages = Pages(4, 24, 3, Representative(2), distance=6, pool="mean", shared=True, read_newest=True)
+    cascade = Cascade(Sink(2, reach=10**6), Window(6), pages)
+    found, _ = run(cascade, stream, [1], frequencies=FREQUENCIES)
+    rule = Rule(KEY_HEADS, 2, 6, 4, 24, 3, None, SCALE, None, FREQUENCIES, 6, representatives=2, newest=True)
+    np.testing.assert_allclose(found, by_lists(stream, rule), atol=2e-5)
+
+
+def test_attention_is_noted_whatever_the_chunks():
+    """Tokens get their scores from the queries of their own chunk and of those after it; padding gives none."""
+    stream = Stream.drawn(2, 12, seed=7)
+    cascade = Cascade(Window(20), Pages(4, 8, 2, Representative(1)))
+    cuts = ([1], None), ([5, 7], 8), ([12], None)
+    states = [run(cascade, stream, counts, width=width)[1] for counts, width in cuts]
+    for state in states:
+        np.testing.assert_allclose(state[0].score[:, :, :12], states[0][0].score[:, :, :12], atol=1e-5)
+        np.testing.assert_allclose(state[0].score.sum(axis=2), 12.0, rtol=1e-5)
 
 
 @settings(max_examples=4)

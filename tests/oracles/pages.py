@@ -28,6 +28,10 @@ class Rule:
     slopes: tuple[float, ...] | None = None
     frequencies: tuple[float, ...] | None = None
     distance: int | None = None
+    representatives: int | None = (
+        None  # InfLLM: most attended keys, one choice for all heads by the mean of their scores
+    )
+    newest: bool = False  # the page that is not full is always read
 
     def turned(self, x: np.ndarray, place: int) -> np.ndarray:
         """RoPE on the pairs (d, d + half)."""
@@ -58,19 +62,24 @@ class Stream:
         self.recent: list = []
         self.paged: list = []
         self.page_of: dict[int, int] = {}
+        self.mass: dict[tuple[int, int], float] = {}  # attention that a token got outside of the pages: (head, token)
         self.summarised: dict[int, list] = {}  # of all tokens that a page ever held: it outlives those that had to go
 
     def read(self, q: np.ndarray, entry: tuple) -> np.ndarray:
         """The output [H, D] of the token `entry`, whose queries are `q`; then it is stored."""
         out = np.zeros_like(q)
+        chosen = None if self.rule.representatives is None else self.best_for_all(q)
         for head in range(self.rule.heads):
             group = range(head * len(q) // self.rule.heads, (head + 1) * len(q) // self.rule.heads)
-            best = self.best(q, group, head, entry[2])
+            best = self.best(q, group, head, entry[2]) if chosen is None else chosen
             visible = [(e, False) for e in [*self.first, *self.recent, entry]]
             visible += [(e, True) for e in self.paged if self.page_of[e[2]] in best]
             for h in group:
                 logits = [self.rule.logit(h, q[h], entry[2], e[0][head], e[2], paged) for e, paged in visible]
                 weights = np.exp(np.array(logits) - max(logits))
+                for (e, paged), weight in zip(visible, weights / weights.sum(), strict=True):
+                    if not paged:
+                        self.mass[h, e[2]] = self.mass.get((h, e[2]), 0.0) + weight
                 out[h] = weights @ np.array([e[1][head] for e, _ in visible]) / weights.sum()
         self.take(entry)
         return out
@@ -89,6 +98,22 @@ class Stream:
             return max(found)
 
         return sorted(newest, key=value, reverse=True)[: self.rule.top_k]
+
+    def best_for_all(self, q: np.ndarray) -> list[int]:
+        """Pages whose most attended keys, averaged, fit the queries of all heads best; the open page is one of them."""
+        pages = sorted({self.page_of[e[2]] for e in self.paged})
+
+        def value(page: int) -> float:
+            keys, found = self.summarised[page], []
+            if self.rule.newest and page == pages[-1] and len(keys) < self.rule.size:
+                return math.inf
+            for h in range(len(q)):
+                ranked = sorted(keys, key=lambda key: self.mass[h, key[1]], reverse=True)[: self.rule.representatives]
+                mean = np.mean([key[h * self.rule.heads // len(q)] for key, _ in ranked], axis=0)
+                found.append(self.rule.turned(q[h], self.rule.distance) @ mean)
+            return float(np.mean(found))
+
+        return sorted(pages, key=value, reverse=True)[: self.rule.top_k]
 
     def take(self, entry: tuple) -> None:
         """To the sinks, else into the window, whose oldest token goes to the pages, whose oldest token goes."""

@@ -78,8 +78,8 @@ def test_streams_may_begin_anywhere_with_one_program():
     ("cache", "options", "message"),
     [
         (FUSED, {"batch_size": 0}, "batch_size must be at least 1"),
-        ([FUSED], {}, "1 cascades for 2 layers"),
-        ([FUSED] * 3, {}, "3 cascades for 2 layers"),
+        ([FUSED], {}, "1 caches for 2 layers"),
+        ([FUSED] * 3, {}, "3 caches for 2 layers"),
         (sj.kv.Window(4), {}, "a cache is a Cascade"),
         ("streaming_llm", {}, "a cache is a Cascade"),
         ([FUSED, sj.kv.Window(4)], {}, "a cache is a Cascade"),
