@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.partial import merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.full import Full
+from streamjax.kv.ring import after
 from streamjax.kv.sink import Sink
 from streamjax.kv.sink_window import SinkWindow
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
@@ -84,23 +85,7 @@ class Cascade(Cache):
             before = new
             new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
             noted = [b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True) if a is not b]
-        rest = dataclasses.replace(rest, valid=_after(rest.valid, out, *noted))
+        rest = dataclasses.replace(rest, valid=after(rest.valid, out, *noted))
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.insert(new[i], rest)
         return out, tuple(new)
-
-
-def _after(valid: Bool[Array, "B #K C"], *made: Float[Array, "B ..."]) -> Bool[Array, "B #K C"]:
-    """`valid`, but computed from what is `made`, so that what is written by it is written after the reads behind that.
-
-    The CPU compiler keeps a donated buffer in place only where data flows from its reads to the write, and copies all
-    of it otherwise. No number is above 1 and below -1, which the compiler does not know.
-    """
-
-    def depend(valid: Array, *made: Array) -> Array:
-        for x in made:
-            first = x[..., 0]
-            valid = valid & ~((first > 1) & (first < -1)).any()
-        return valid
-
-    return jax.lax.platform_dependent(valid, *made, cpu=depend, default=lambda valid, *made: valid)

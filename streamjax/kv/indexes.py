@@ -156,10 +156,10 @@ class Representative(Index):
         picked = jax.nn.one_hot(chosen, keys.shape[3], dtype=keys.dtype) * some[..., None].astype(keys.dtype)
         weights = jnp.sum(picked, axis=-2) / jnp.maximum(jnp.sum(some, axis=-1, keepdims=True), 1).astype(keys.dtype)
         dtype = accumulator(keys.dtype)
-        return jnp.einsum("bkgps,bkpsd->bkpgd", weights, keys, preferred_element_type=dtype).astype(keys.dtype)
+        means = jnp.einsum("bkgps,bkpsd->gbkpd", weights, keys, preferred_element_type=dtype).astype(keys.dtype)
+        return tuple(means)  # one array a query head: a product with each reads it as it lies
 
     def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
-        group, dtype = summary.shape[3], accumulator(summary.dtype)
-        queries = rearrange(q, "b k (c g) d -> b k c g d", g=group).astype(summary.dtype)
-        found = jnp.einsum("bkpgd,bkcgd->bkcgp", summary, queries, preferred_element_type=dtype)
-        return rearrange(found, "b k c g p -> b k (c g) p")
+        queries = rearrange(q, "b k (c g) d -> g b k c d", g=len(summary))
+        found = [_products(means, mine) for means, mine in zip(summary, queries, strict=True)]
+        return rearrange(jnp.stack(found), "g b k c p -> b k (c g) p")

@@ -114,8 +114,8 @@ class Pages(Tier):
         changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
         most = min((tokens.k.shape[2] + self.size - 2) // self.size + 1, self.pages)
         # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
-        written = jax.lax.optimization_barrier(ring.k)
-        fresh = self._summarise(written, _holds(ring), ring.score, first, most)
+        keys, score = jax.lax.optimization_barrier((ring.k, ring.score))
+        fresh = self._summarise(keys, _holds(ring), score, first, most)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
             lambda old, new: write_ring(old, new, first, nothing, jnp.minimum(changed, most), axis=2),
@@ -124,7 +124,7 @@ class Pages(Tier):
         )
         if self.distance is not None:
             evicted = evicted.moved(back=False)
-        return PagesState(dataclasses.replace(ring, k=written), summary), evicted
+        return PagesState(dataclasses.replace(ring, k=keys, score=score), summary), evicted
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
         ring, width = state.tokens, query.q.shape[1]

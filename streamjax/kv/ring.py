@@ -9,6 +9,8 @@ take the buffer's dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
@@ -131,3 +133,32 @@ def read_ring(
     shape = [buffer.shape[0]] + [1] * (buffer.ndim - 1)
     shape[axis] = width
     return jnp.take_along_axis(buffer, index.reshape(shape), axis=axis)
+
+
+def after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """`x`, a mask or a count, but computed from what is `made`: what is written by it is written after the reads there.
+
+    The CPU compiler keeps a donated buffer in place only where data flows from its reads to the write, and copies all
+    of it otherwise. No number is above 1 and below -1, which the compiler does not know.
+    """
+
+    def depend(x: Array, *made: Array) -> Array:
+        for y in made:
+            first = y[..., 0]
+            x = jnp.where(((first > 1) & (first < -1)).any(), jnp.zeros_like(x), x)
+        return x
+
+    return jax.lax.platform_dependent(x, *made, cpu=depend, default=lambda x, *made: x)
+
+
+def settled(tree: Any, count: Int32[Array, " B"]) -> Any:
+    """`tree`, made once, before anything uses it. `count` is any array without negative numbers.
+
+    The CPU compiler computes what is cheap again wherever it is used, and so would read a buffer after its tokens are
+    overwritten, for which it copies all of it. It does not look through a branch that it cannot decide.
+    """
+
+    def branch(tree: Any, count: Array) -> Any:
+        return jax.lax.cond((count >= 0).all(), lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), tree)
+
+    return jax.lax.platform_dependent(tree, count, cpu=branch, default=lambda tree, count: tree)

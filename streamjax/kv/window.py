@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
-from streamjax.kv.ring import read_ring, write_ring
+from streamjax.kv.ring import after, read_ring, settled, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 
 
@@ -58,8 +58,13 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         score=None if state.score is None or tokens.score is None else evict(state.score, tokens.score),
     )
 
+    # In place, though what is overwritten goes on to other tiers: read once, and before anything is written.
+    evicted = settled(evicted, count)
+    read = (evicted.k, evicted.v) if evicted.score is None else (evicted.k, evicted.v, evicted.score)
+    written = after(count, *read)
+
     def write(buffer: Array, chunk: Array) -> Array:
-        return write_ring(buffer, chunk, state.cursor, start, count, axis=2)
+        return write_ring(buffer, chunk, state.cursor, start, written, axis=2)
 
     new = RingState(
         write(state.k, tokens.k),
