@@ -2,6 +2,7 @@
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.compensation import Compensation
 from streamjax.kv.full import Full
 from streamjax.kv.heads import HeadGroups
 from streamjax.kv.indexes import Index, Mean, MinMax, Representative
@@ -14,6 +15,7 @@ from streamjax.kv.window import Window
 __all__ = [
     "Cache",
     "Cascade",
+    "Compensation",
     "Full",
     "HeadGroups",
     "Index",

@@ -19,8 +19,14 @@ def alone(cascade, stream, head, counts, slopes, frequencies):
     return run(cascade, mine, counts, slopes=slopes, frequencies=frequencies, key_heads=1)[0]
 
 
-@pytest.mark.parametrize("order", [((0,), (1,)), ((1,), (0,)), ((1, 0), ())])
-@pytest.mark.parametrize(("slopes", "frequencies"), [(SLOPES, None), (None, FREQUENCIES)], ids=["alibi", "rope"])
+@pytest.mark.parametrize(
+    ("order", "slopes", "frequencies"),
+    [
+        pytest.param(((0,), (1,)), None, FREQUENCIES, id="in-order-rope"),
+        pytest.param(((1,), (0,)), SLOPES, None, id="crossed-alibi"),
+        pytest.param(((1, 0), ()), None, FREQUENCIES, id="one-group-crossed-rope"),
+    ],
+)
 def test_every_head_is_as_if_alone(order, slopes, frequencies):
     rules = Cascade(Sink(1), Window(3), Pages(2, 8, 2)), Cascade(Sink(2), Window(4))
     stream = Stream.drawn(2, 30)
@@ -42,8 +48,11 @@ def test_what_ends_first_ends_the_layer():
     assert HeadGroups(((0, 1), near), ((), far)) == HeadGroups(((0, 1), near))
 
 
-@pytest.mark.parametrize("config", [GQA, ALIBI, PARTIAL], ids=["gqa", "alibi", "partial"])
-@pytest.mark.parametrize("name", ["duo_attention", "lserve"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("duo_attention", PARTIAL), ("lserve", GQA), ("lserve", ALIBI)],
+    ids=["duo_attention-partial", "lserve-gqa", "lserve-alibi"],
+)
 def test_with_all_heads_far_a_preset_is_dense(tmp_path, name, config):
     gates = np.linspace(0, 1, config.num_layers * config.num_kv_heads).reshape(config.num_layers, -1)
     np.savetxt(tmp_path / "gates.tsv", gates, delimiter="\t")

@@ -59,7 +59,8 @@ def test_the_model_is_near_the_cpu_compiler(arguments):
 
 
 @pytest.mark.skipif(not aot.available(), reason="no TPU compiler: `make test` or `make aot` installs it")
-@pytest.mark.parametrize("method", ["layer", pytest.param("chunk", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["layer", "chunk"])
 def test_the_model_is_near_a_tpu_compiler_now(method):
     """Recorded figures are of the code as it was. Shorter sequences would lie in part in the chip's fast memory."""
     config = sj.ModelConfig(

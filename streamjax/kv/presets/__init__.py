@@ -1,6 +1,6 @@
 """Published systems as cascades, one file each; importing a file registers its preset."""
 
-from streamjax.kv.presets import dense, duo_attention, inf_llm, lserve, quest, streaming_llm, window
+from streamjax.kv.presets import dense, duo_attention, inf_llm, lserve, quest, razor_attention, streaming_llm, window
 from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "preset",
     "presets",
     "quest",
+    "razor_attention",
     "streaming_llm",
     "window",
 ]
