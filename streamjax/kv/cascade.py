@@ -86,6 +86,7 @@ class Cascade(Cache):
             new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
             noted = [b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True) if a is not b]
         rest = dataclasses.replace(rest, valid=after(rest.valid, out, *noted))
-        for i, tier in enumerate(self.tiers):
+        for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
+        new[-1] = self.tiers[-1].store(new[-1], rest)
         return out, tuple(new)

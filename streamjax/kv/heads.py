@@ -99,6 +99,22 @@ def _index(heads: Sequence[int]) -> slice | np.ndarray:
     return np.array(heads)
 
 
+def split_by_gates(name: str, file: str, share: float, far: Cascade, near: Cascade) -> tuple[HeadGroups, ...]:
+    """For each layer of the model that `file` is for: `far` in the heads that look far back, `near` in the others.
+
+    Args:
+      name: of the cache that asks, for the message.
+      file: see `read_gates`.
+      share, far, near: see `far_heads`.
+
+    Raises:
+      ValueError: no file is named, or what `read_gates` and `far_heads` refuse.
+    """
+    if not file:
+        raise ValueError(f"cache {name!r} needs a file of head gates: heads=FILE.json, or DuoAttention's own .tsv")
+    return tuple(HeadGroups((looking, far), (others, near)) for looking, others in far_heads(read_gates(file), share))
+
+
 def read_gates(path: str | Path) -> Float[np.ndarray, "L K"]:
     """How much each key head of each layer needs to look far back, in [0, 1], from a file.
 

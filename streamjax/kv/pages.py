@@ -19,7 +19,7 @@ from pallas_kernels.partial import Partial
 from streamjax.kv.indexes import Index, MinMax, Summary
 from streamjax.kv.ring import read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
-from streamjax.kv.window import RingState, push
+from streamjax.kv.window import RingState, push, write
 
 GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
 
@@ -103,13 +103,25 @@ class Pages(Tier):
         tokens = RingState(*buffers, spec.counter(), spec.counter(), score)
         return PagesState(tokens, self._summarise(tokens.k, _holds(tokens), score, spec.counter(), self.pages))
 
+    def store(self, state: PagesState, tokens: KVTokens) -> PagesState:
+        tokens = self._placed(tokens)
+        return self._summarised(state, write(state.tokens, tokens, keep=self.capacity), tokens)
+
     def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
-        _, count = tokens.run()
-        if self.distance is not None:
-            tokens = tokens.moved(back=True)
+        tokens = self._placed(tokens)
         ring, evicted = push(state.tokens, tokens, keep=self.capacity)
-        # Only pages that took tokens in have to be summarised again: they lie in a row.
-        start = state.tokens.cursor
+        if self.distance is not None:
+            evicted = evicted.moved(back=False)
+        return self._summarised(state, ring, tokens), evicted
+
+    def _placed(self, tokens: KVTokens) -> KVTokens:
+        """Tokens as they are stored: at a fixed distance their keys lie at position 0."""
+        return tokens if self.distance is None else tokens.moved(back=True)
+
+    def _summarised(self, old: PagesState, ring: RingState, tokens: KVTokens) -> PagesState:
+        """The state when `tokens` have been written: pages that took some in, a row of them, are summarised again."""
+        _, count = tokens.run()
+        start = old.tokens.cursor
         first = start // self.size
         changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
         most = min((tokens.k.shape[2] + self.size - 2) // self.size + 1, self.pages)
@@ -118,13 +130,11 @@ class Pages(Tier):
         fresh = self._summarise(keys, _holds(ring), score, first, most)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
-            lambda old, new: write_ring(old, new, first, nothing, jnp.minimum(changed, most), axis=2),
-            state.summary,
+            lambda stored, new: write_ring(stored, new, first, nothing, jnp.minimum(changed, most), axis=2),
+            old.summary,
             fresh,
         )
-        if self.distance is not None:
-            evicted = evicted.moved(back=False)
-        return PagesState(dataclasses.replace(ring, k=keys, score=score), summary), evicted
+        return PagesState(dataclasses.replace(ring, k=keys, score=score), summary)
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
         ring, width = state.tokens, query.q.shape[1]

@@ -16,6 +16,8 @@ from pallas_kernels.partial import Partial
 from streamjax.kv.full import LinearState, append
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 
+TRUE_DISTANCE = 2**30  # a reach that no stream gets to
+
 
 def clamped(query: Query, state_position: UInt32[Array, "B 1 S"], reach: int) -> UInt32[Array, "B C"]:
     """Where each query stands for the sinks: at most `reach` positions behind the first one."""

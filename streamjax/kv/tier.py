@@ -273,6 +273,10 @@ class Tier:
         """Attention of the chunk's queries to what is stored; `reach` is the cascade's, in positions."""
         raise NotImplementedError
 
+    def store(self, state: State, tokens: KVTokens) -> State:
+        """`insert` into the last tier: what has to go is gone, and need not be read."""
+        return self.insert(state, tokens)[0]
+
     def insert(self, state: State, tokens: KVTokens) -> tuple[State, KVTokens]:
         """After the chunk attended: store its tokens; return as many tokens as came in, those that had to go."""
         return state, tokens

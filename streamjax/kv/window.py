@@ -36,8 +36,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
     """
     start, count = tokens.run()
     slots, width = state.k.shape[2], tokens.k.shape[2]
-    keep = slots if keep is None else keep
-    fallen = jnp.maximum(state.filled + count - keep, 0)
+    fallen = jnp.maximum(state.filled + count - (keep or slots), 0)
     oldest = (state.cursor - state.filled) % slots
 
     def evict(buffer: Array, chunk: Array) -> Array:
@@ -57,24 +56,30 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         rotary=tokens.rotary,
         score=None if state.score is None or tokens.score is None else evict(state.score, tokens.score),
     )
-
     # In place, though what is overwritten goes on to other tiers: read once, and before anything is written.
     evicted = settled(evicted, count)
     read = (evicted.k, evicted.v) if evicted.score is None else (evicted.k, evicted.v, evicted.score)
-    written = after(count, *read)
+    return write(state, tokens, keep, after(count, *read)), evicted
 
-    def write(buffer: Array, chunk: Array) -> Array:
-        return write_ring(buffer, chunk, state.cursor, start, written, axis=2)
 
-    new = RingState(
-        write(state.k, tokens.k),
-        write(state.v, tokens.v),
-        write(state.position, tokens.position),
-        (state.cursor + count) % slots,
-        jnp.minimum(state.filled + count, keep),
-        None if state.score is None or tokens.score is None else write(state.score, tokens.score),
+def write(
+    state: RingState, tokens: KVTokens, keep: int | None = None, count: Int32[Array, " B"] | None = None
+) -> RingState:
+    """`push` where nobody asks for what falls out, which is not read then. `count`: of the tokens, if known."""
+    start, known = tokens.run()
+    count, slots = known if count is None else count, state.k.shape[2]
+
+    def put(buffer: Array, chunk: Array) -> Array:
+        return write_ring(buffer, chunk, state.cursor, start, count, axis=2)
+
+    return RingState(
+        put(state.k, tokens.k),
+        put(state.v, tokens.v),
+        put(state.position, tokens.position),
+        (state.cursor + known) % slots,
+        jnp.minimum(state.filled + known, keep or slots),
+        None if state.score is None or tokens.score is None else put(state.score, tokens.score),
     )
-    return new, evicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +123,9 @@ class Window(Tier):
         valid = jnp.arange(self.size) < state.filled[:, None, None]
         more = query.mass(state.k, state.position, valid, lse, reach)
         return dataclasses.replace(state, score=state.score + more)
+
+    def store(self, state: RingState, tokens: KVTokens) -> RingState:
+        return write(state, tokens)
 
     def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
         return push(state, tokens)

@@ -7,14 +7,12 @@ read. The paper chooses pages again every few tokens and shares the choice betwe
 weights and caches in few bits, which is a matter of codecs.
 """
 
-from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.heads import HeadGroups, far_heads, read_gates
+from streamjax.kv.heads import HeadGroups, split_by_gates
 from streamjax.kv.indexes import MinMax
 from streamjax.kv.pages import Pages
-from streamjax.kv.presets.duo_attention import TRUE
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import Sink
+from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
 
 
@@ -22,14 +20,11 @@ from streamjax.kv.window import Window
 def lserve(
     heads: str = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 131072, page: int = 64,
     logical: int = 16, top_k: int = 64, block: int = 1,
-) -> tuple[Cache, ...]:  # fmt: skip
+) -> tuple[HeadGroups, ...]:  # fmt: skip
     """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity`."""
-    if not heads:
-        raise ValueError("cache 'lserve' needs a file of head gates: heads=FILE.json, or DuoAttention's own .tsv")
     if logical < 1 or page % logical:
         raise ValueError(f"cache 'lserve': logical pages of {logical} tokens do not divide pages of {page}")
-    streaming = Cascade(Sink(sinks, reach=TRUE), Window(recent))
+    streaming = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent))
     pages = Pages(page, capacity, top_k, MinMax(parts=page // logical), block)
-    retrieving = Cascade(Sink(sinks, reach=TRUE), Window(recent), pages)
-    layers = far_heads(read_gates(heads), full)
-    return tuple(HeadGroups((far, retrieving), (near, streaming)) for far, near in layers)
+    retrieving = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent), pages)
+    return split_by_gates("lserve", heads, full, retrieving, streaming)

@@ -11,7 +11,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.indexes import MinMax
 from streamjax.kv.pages import Pages
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import Sink
+from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
 
 
@@ -21,4 +21,4 @@ def quest(
 ) -> Cascade:
     """Keep the newest `capacity` tokens in pages; each token reads the `top_k` pages that promise most."""
     # Sinks at their true distance: nothing here is ever out of the range that the stream itself has.
-    return Cascade(Sink(sinks, reach=2**30), Window(window), Pages(page, capacity, top_k, MinMax(), block))
+    return Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window), Pages(page, capacity, top_k, MinMax(), block))

@@ -6,25 +6,20 @@ often as tokens were dropped. The paper's window is the larger of 4,000 tokens a
 no length, so it is `recent` here. Which heads are which is read from a file of gates, as for `duo_attention`.
 """
 
-from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compensation import Compensation
 from streamjax.kv.full import Full
-from streamjax.kv.heads import HeadGroups, far_heads, read_gates
-from streamjax.kv.presets.duo_attention import TRUE
+from streamjax.kv.heads import HeadGroups, split_by_gates
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import Sink
+from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
 
 
 @register(paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, arXiv 2407.15891")
 def razor_attention(
     heads: str = "", full: float = 0.15, sinks: int = 4, recent: int = 4000, capacity: int = 16384
-) -> tuple[Cache, ...]:
+) -> tuple[HeadGroups, ...]:
     """Keep everything in the heads of the file `heads` that retrieve; one token for all that is far in the others."""
-    if not heads:
-        raise ValueError("cache 'razor_attention' needs a file of head gates: heads=FILE.json or FILE.tsv")
     everything = Cascade(Full(capacity))
-    short = Cascade(Sink(sinks, reach=TRUE), Window(recent), Compensation())
-    layers = far_heads(read_gates(heads), full)
-    return tuple(HeadGroups((far, everything), (near, short)) for far, near in layers)
+    short = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent), Compensation())
+    return split_by_gates("razor_attention", heads, full, everything, short)
