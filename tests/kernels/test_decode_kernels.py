@@ -15,7 +15,7 @@ def check(
     counts, slots, *, first=None, queries=1, heads=4, kv_heads=2, width=64, window=None, softcap=None, bits=None,
     splits=1, block=128, dtype="float32", seed=0,
 ):  # fmt: skip
-    """The kernel gives what the reference gives in float64; slots that hold nothing hold NaN where they can."""
+    """The kernel gives what the reference gives in float64; slots that hold nothing hold 1e4 where they can."""
     random = np.random.default_rng(seed)
     batch = len(counts)
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
