@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from streamjax import kv
-from streamjax.models import Decoder, LoRAParam, ModelConfig, RopeConfig, add_lora, forward, merge_lora
+from streamjax.models import Decoder, HSAConfig, LoRAParam, ModelConfig, RopeConfig, add_lora, forward, merge_lora
 from streamjax.streaming import Sampler, StreamState, generate, generate_blocks, init_state, read, score, step
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Decoder",
+    "HSAConfig",
     "LoRAParam",
     "ModelConfig",
     "RopeConfig",

@@ -2,6 +2,7 @@
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.compensation import Compensation
 from streamjax.kv.full import Full
 from streamjax.kv.heads import HeadGroups
@@ -15,6 +16,7 @@ from streamjax.kv.window import Window
 __all__ = [
     "Cache",
     "Cascade",
+    "ChunkMemory",
     "Compensation",
     "Full",
     "HeadGroups",

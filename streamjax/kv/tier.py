@@ -33,13 +33,17 @@ def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State)
 
 @dataclasses.dataclass(frozen=True)
 class KVSpec:
-    """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`; `group` query heads to a key head."""
+    """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`; `group` query heads to a key head.
+
+    `width`: channels of the layer's input, E.
+    """
 
     batch_size: int
     kv_heads: int
     head_dim: int
     dtype: jnp.dtype
     group: int = 1
+    width: int = 0
 
     def buffer(self, slots: int) -> Float[Array, "B K S D"]:
         """Zeros for `slots` keys or values."""

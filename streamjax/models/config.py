@@ -53,15 +53,49 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HSAConfig:
+    """Hierarchical sparse attention (2504.16795; HSA-UltraLong, 2511.23319): which layers remember, which read.
+
+    The inputs of the layers in `memory_layers` are cut into chunks of `chunk_size` tokens, which a bidirectional
+    encoder of `encoder_layers` layers turns into keys, values and landmarks. Every layer in `layers` reads, behind its
+    own attention, the `top_k` best chunks of the memory of the last memory layer at or below it.
+    `memory_layers=(L / 2,)` and some of the upper layers is HSA-UltraLong's shape; `memory_layers == layers` gives each
+    reading layer a memory of its own.
+    """
+
+    layers: tuple[int, ...]
+    memory_layers: tuple[int, ...]
+    chunk_size: int = 64
+    top_k: int = 8
+    encoder_layers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "memory_layers"):
+            value = getattr(self, name)
+            if not value or list(value) != sorted(set(value)) or value[0] < 0:
+                raise ValueError(f"HSAConfig.{name} must name layers in order, got {value!r}")
+        for name in ("chunk_size", "top_k", "encoder_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"HSAConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.layers[0] < self.memory_layers[0]:
+            raise ValueError(
+                f"HSAConfig.layers begin at {self.layers[0]}, below the first of memory_layers, {self.memory_layers[0]}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What distinguishes one layer from its neighbours: its sliding window (`None`: full attention) and its RoPE.
 
-    `sinks` first tokens of the sequence are seen by a layer with a window too, at their true distance.
+    `sinks` first tokens of the sequence are seen by a layer with a window too, at their true distance. `remembers`: its
+    input becomes a chunk memory; `reads`: it attends to one (`HSAConfig`).
     """
 
     window: int | None
     rope: RopeConfig | None
     sinks: int = 0
+    remembers: bool = False
+    reads: bool = False
 
     @property
     def pattern(self) -> Pattern:
@@ -115,6 +149,7 @@ class ModelConfig:
     sinks: int = 0  # first tokens of the sequence that layers with a window see too, at their true distance
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
+    hsa: HSAConfig | None = None
     # Ends
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
@@ -146,6 +181,8 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads"
             )
+        if self.hsa is not None and max(self.hsa.layers + self.hsa.memory_layers) >= self.num_layers:
+            raise ValueError(f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}")
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("ModelConfig.shared_norm needs parallel_residual=True")
         for rope in (self.rope, self.local_rope):
@@ -166,12 +203,13 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def layer(self, index: int) -> LayerSpec:
-        """The window, RoPE and sinks of layer `index`."""
+        """The window, RoPE and sinks of layer `index`, and its part in hierarchical sparse attention."""
         window = self.windows[index] if self.windows else None
         sinks = 0 if window is None else self.sinks
-        if self.position != "rope":
-            return LayerSpec(window, None, sinks)
-        return LayerSpec(window, self.local_rope if window is not None and self.local_rope else self.rope, sinks)
+        rope = self.local_rope if window is not None and self.local_rope else self.rope
+        remembers = self.hsa is not None and index in self.hsa.memory_layers
+        reads = self.hsa is not None and index in self.hsa.layers
+        return LayerSpec(window, rope if self.position == "rope" else None, sinks, remembers, reads)
 
     @property
     def period(self) -> int:
@@ -193,7 +231,12 @@ class ModelConfig:
         mlp = (3 if self.gated_mlp else 2) * d * f + self.mlp_bias * (f * (2 if self.gated_mlp else 1) + d)
         norms = (1 if self.shared_norm else 2) + 2 * self.post_norms
         ends = self.vocab_size * d * (1 if self.tie_embeddings else 2) + self.logit_bias * self.vocab_size
-        return self.num_layers * (attention + mlp + norms * norm) + norm + ends
+        memory = 0
+        if self.hsa is not None:
+            encoder = self.hsa.encoder_layers * (attention + mlp + 2 * norm) + norm + 3 * d * kv * width + d + width
+            memory = len(self.hsa.memory_layers) * encoder
+            memory += len(self.hsa.layers) * (norm + d * (heads + kv) * width + heads * width * d + width)
+        return self.num_layers * (attention + mlp + norms * norm) + memory + norm + ends
 
     def to_json_dict(self) -> dict[str, Any]:
         """A dictionary of plain values, from which `from_json_dict` rebuilds the config."""
@@ -210,8 +253,10 @@ class ModelConfig:
         def rope(value: Any) -> RopeConfig | None:
             return None if value is None else RopeConfig(**{k: _tuple(v) for k, v in value.items()})
 
-        ropes = {name: rope(values.pop(name)) for name in ("rope", "local_rope") if name in values}
-        return cls(**{k: _tuple(v) for k, v in values.items()}, **ropes)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {name: rope(values.pop(name)) for name in ("rope", "local_rope") if name in values}
+        hsa = values.pop("hsa", None)
+        parts["hsa"] = None if hsa is None else HSAConfig(**{k: _tuple(v) for k, v in hsa.items()})
+        return cls(**{k: _tuple(v) for k, v in values.items()}, **parts)
 
 
 def _tuple(value: Any) -> Any:

@@ -19,8 +19,10 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.kv.cache import Cache
+from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.tier import State
 from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.hierarchical import ChunkEncoder, HierarchicalAttention, Remembered, whole_view
 from streamjax.models.layers import MLP, Norm, kernel, zeros
 from streamjax.models.mixer import Attention, ChunkContext, SequenceContext
 from streamjax.parallel.rules import constrain
@@ -32,11 +34,17 @@ def default_dtype() -> jnp.dtype:
 
 
 class Block(nnx.Module):
-    """One layer: a token mixer and an MLP around a residual stream, sequential or parallel."""
+    """One layer: a token mixer and an MLP around a residual stream, sequential or parallel.
+
+    With hierarchical sparse attention a layer may have an encoder, which makes a chunk memory of the layer's input, and
+    a branch that reads a memory, between the mixer and the MLP.
+    """
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, key: Array, dtype: jnp.dtype):
         key_mixer, key_mlp = jax.random.split(key)
         self.config = config
+        self.encoder = ChunkEncoder(config, jax.random.fold_in(key, 0), dtype) if spec.remembers else None
+        self.reader = HierarchicalAttention(config, jax.random.fold_in(key, 1), dtype) if spec.reads else None
         self.mixer_norm = Norm(config.d_model, config, dtype)
         self.mixer = Attention(config, spec, key_mixer, dtype)
         self.mlp_norm = None if config.shared_norm else Norm(config.d_model, config, dtype)
@@ -44,10 +52,15 @@ class Block(nnx.Module):
         self.mixer_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
         self.mlp_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
 
-    def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
-        """The layer over a whole sequence."""
+    def parallel(
+        self, x: Float[Array, "B T E"], context: SequenceContext, memory: Remembered | None = None
+    ) -> tuple[Float[Array, "B T E"], Remembered | None]:
+        """The layer over a whole sequence, and the chunk memory for the layers above: `memory`, or its own."""
+        if self.encoder is not None:
+            made = self.encoder.parallel(x, context.segment_ids)
+            memory = whole_view(*made, context.segment_ids, self.config, 0, x.shape[1])
         normed = self.mixer_norm(x)
-        return self._residual(x, normed, self.mixer.parallel(normed, context))
+        return self._residual(x, normed, self.mixer.parallel(normed, context), memory), memory
 
     def project(
         self, x: Float[Array, "B T E"], context: SequenceContext
@@ -61,21 +74,36 @@ class Block(nnx.Module):
         """Keys and values of `project` alone."""
         return self.mixer.keys(self.mixer_norm(x), context)
 
-    def combine(self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+    def combine(
+        self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: Remembered | None = None
+    ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
-        return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype))
+        return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype), memory)
 
     def stream(
-        self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
-    ) -> tuple[Float[Array, "B C E"], State]:
-        """The layer over one chunk of a stream."""
+        self,
+        x: Float[Array, "B C E"],
+        state: State,
+        cache: Cache,
+        context: ChunkContext,
+        memory: Remembered | None = None,
+    ) -> tuple[Float[Array, "B C E"], State, Remembered | None]:
+        """The layer over one chunk of a stream, its state, and the chunk memory for the layers above."""
+        if self.encoder is not None:
+            assert isinstance(cache, ChunkMemory)
+            count = jnp.sum(context.valid, axis=1, dtype=jnp.int32)
+            made, memory = self.encoder.stream(x, state[1], cache, count)
+            state = (state[0], made)
         normed = self.mixer_norm(x)
         mixed, state = self.mixer.stream(normed, state, cache, context)
-        return self._residual(x, normed, mixed), state
+        return self._residual(x, normed, mixed, memory), state, memory
 
-    def _residual(self, x: Array, normed: Array, mixed: Array) -> Array:
+    def _residual(self, x: Array, normed: Array, mixed: Array, memory: Remembered | None) -> Array:
         if self.mixer_post_norm is not None:
             mixed = self.mixer_post_norm(mixed)
+        if self.reader is not None:
+            assert memory is not None
+            mixed = mixed + self.reader(x if self.config.parallel_residual else x + mixed, memory)
         if self.config.parallel_residual:
             y = x + mixed + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
         else:
@@ -114,7 +142,8 @@ class Decoder(nnx.Module):
         self.embedding = kernel(key_embed, (vocab, d), ("vocab", "embed"), d, params)
         keys = jax.random.split(key_layers, config.num_layers)
         period = config.period
-        repeats = config.num_layers // period if scan_layers else 0
+        # A chunk memory goes from layer to layer, which a scan over layers cannot pass on.
+        repeats = config.num_layers // period if scan_layers and config.hsa is None else 0
 
         def build(spec: LayerSpec, key: Array) -> Block:
             return Block(config, spec, key, params)
@@ -166,22 +195,25 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32)
         context = SequenceContext(positions, segment_ids, tokens.shape[1])
 
-        def apply(block: Block, x: Array) -> Array:
-            return block.parallel(x, context)
+        def apply(
+            block: Block, x: Array, memory: Remembered | None = None
+        ) -> tuple[Float[Array, "B T E"], Remembered | None]:
+            return block.parallel(x, context, memory)
 
         if remat:
             apply = jax.checkpoint(apply)
 
         def period(x: Array, blocks: Sequence[Block]) -> tuple[Array, None]:
             for block in blocks:
-                x = apply(block, x)
+                x, _ = apply(block, x)
             return x, None
 
         x = self.embed(tokens)
         if len(self.stack):
             x, _ = jax.lax.scan(period, x, tuple(self.stack))
+        memory = None
         for block in self.layers:
-            x = apply(block, x)
+            x, memory = apply(block, x, memory)
         return self.norm(x)
 
     def stream(
@@ -192,10 +224,10 @@ class Decoder(nnx.Module):
         context: ChunkContext,
     ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
         """Hidden states after the last norm for one chunk of a stream, and the layers' new states."""
-        x = self.embed(tokens)
+        x, memory = self.embed(tokens), None
         new_states = []
         for i, (state, cache) in enumerate(zip(states, caches, strict=True)):
-            x, state = self.layer(i).stream(x, state, cache, context)
+            x, state, memory = self.layer(i).stream(x, state, cache, context, memory)
             new_states.append(state)
         return self.norm(x), tuple(new_states)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.tier import KVSpec, State, map_state_axes
 from streamjax.kv.window import Window
 from streamjax.models.config import ModelConfig
@@ -75,7 +76,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     """The cascade of each layer.
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, as
-    pretrained. A sequence gives every layer its own.
+    pretrained. A sequence gives every layer its own. With hierarchical sparse attention the cache says how much of the
+    stream is remembered: the newest tokens in whole chunks, as many as it has slots.
 
     Raises:
       ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
@@ -84,13 +86,32 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
         own = [config.layer(i).window for i in range(config.num_layers)]
         if 1 in own:
             raise ValueError(f"layer {own.index(1)} has a sliding window of 1: it sees itself alone and has no cache")
-        return tuple(cache if w is None else Cascade(Window(w - 1)) for w in own)
+        if isinstance(cache, ChunkMemory) and None in own:
+            raise ValueError(f"layer {own.index(None)} has full attention: give it a cache of its own, one a layer")
+        return tuple(
+            _remembering(config, i, cache, cache if w is None else Cascade(Window(w - 1))) for i, w in enumerate(own)
+        )
     if not isinstance(cache, Sequence) or not all(isinstance(entry, Cache) for entry in cache):
         raise ValueError(f"a cache is a Cascade, such as sj.kv.preset('dense'), or one for each layer; got {cache!r}")
     caches = tuple(cache)
     if len(caches) != config.num_layers:
         raise ValueError(f"{len(caches)} caches for {config.num_layers} layers; give one for all, or one a layer")
-    return caches
+    return tuple(_remembering(config, i, c, c) for i, c in enumerate(caches))
+
+
+def _remembering(config: ModelConfig, index: int, cache: Cache, own: Cache) -> Cache:
+    """`own`, with a chunk memory of `cache`'s size where the layer's input is remembered."""
+    if not config.layer(index).remembers or config.hsa is None:
+        return own
+    if isinstance(cache, ChunkMemory):
+        if cache.size not in (0, config.hsa.chunk_size):
+            raise ValueError(f"the model's memory has chunks of {config.hsa.chunk_size} tokens, the cache {cache.size}")
+        memory, own = cache, cache.own or own
+    else:
+        memory = ChunkMemory(cache.slots)
+    pages = -(-memory.capacity_tokens // config.hsa.chunk_size)
+    top_k = memory.top_k or min(config.hsa.top_k, pages)
+    return dataclasses.replace(memory, top_k=top_k, size=config.hsa.chunk_size, own=own)
 
 
 def init_state(
@@ -129,7 +150,7 @@ def _init(
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
-    spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype, config.group_size)
+    spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype, config.group_size, config.d_model)
     return StreamState(
         layers=tuple(cache.init(spec) for cache in caches),
         position=jnp.broadcast_to(position, (batch_size,)),

@@ -1,12 +1,23 @@
 """Published systems as cascades, one file each; importing a file registers its preset."""
 
-from streamjax.kv.presets import dense, duo_attention, inf_llm, lserve, quest, razor_attention, streaming_llm, window
+from streamjax.kv.presets import (
+    dense,
+    duo_attention,
+    hsa,
+    inf_llm,
+    lserve,
+    quest,
+    razor_attention,
+    streaming_llm,
+    window,
+)
 from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 
 __all__ = [
     "Preset",
     "dense",
     "duo_attention",
+    "hsa",
     "inf_llm",
     "lserve",
     "parse_preset",
