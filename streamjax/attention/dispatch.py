@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import api
-from pallas_kernels.patterns import Pattern
+from pallas_kernels.patterns import Full, Pattern
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
 Implementation = Literal["dense", "xla", "pallas"]
 DENSE_LIMIT = 1024 * 1024  # logits per row and head up to which the dense form is used
+DENSE_LIMIT_LOCAL = 512 * 512  # the same where a window leaves most of them out
 KERNEL_TOKENS = 256  # a kernel works in blocks; shorter sequences would be padding mostly
 
 
@@ -69,7 +70,8 @@ def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementat
     """
     if queries >= KERNEL_TOKENS and api.takes(pattern, dtype) and jax.sharding.get_abstract_mesh().size <= 1:
         return _logged("pallas")
-    return "dense" if queries * keys <= DENSE_LIMIT else _logged("xla")
+    local = not isinstance(pattern, Full) and 4 * pattern.window <= keys
+    return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else _logged("xla")
 
 
 @cache

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.partial import accumulator
 
 QUERY_BLOCK = 128  # queries whose logits exist at a time
+SPANS = 8  # parts of a sequence that each work with as many chunks as their last query needs
 GATHERED = 2**23  # keys times channels that are gathered at a time
 DENSE_CHUNKS = 8  # the dense form works on at most so many times more chunks than are chosen
 GROUP = 64  # scores of which the largest are found by their groups' largest first
@@ -47,6 +48,7 @@ class Chunks:
         top_k: int,
         scale: float,
         sparse: bool | None = None,
+        start: int | None = None,
     ) -> Float[Array, "B C H D"]:
         """The attention of queries to their chosen chunks; zero where a query sees no chunk.
 
@@ -57,8 +59,12 @@ class Chunks:
           top_k: chunks that a query reads, at most.
           scale: factor on the dot products inside chunks.
           sparse: gather the chosen chunks (True) or compute with all (False); by the number of chunks where None.
+          start: the chunks lie in order from 0, and this is the first query's token of their sequence: then work on
+            chunks that lie behind a query is left out.
         """
         count, width = self.k.shape[2], q.shape[1]
+        if start is not None and width > QUERY_BLOCK:
+            return self._in_order(q, retrieval, visible, top_k, scale, sparse, start)
         top_k = min(top_k, count)
         sparse = count > DENSE_CHUNKS * top_k if sparse is None else sparse
         rows, heads, _, size, channels = self.k.shape
@@ -81,6 +87,38 @@ class Chunks:
 
         out = jax.lax.map(piece, pieces)
         return rearrange(out, "n b c h d -> b (n c) h d")[:, :width]
+
+
+    def _in_order(
+        self,
+        q: Array,
+        retrieval: Array,
+        visible: Visible,
+        top_k: int,
+        scale: float,
+        sparse: bool | None,
+        start: int,
+    ) -> Float[Array, "B C H D"]:
+        """Some queries at a time, with the chunks before the last of them."""
+        width, size = q.shape[1], self.k.shape[3]
+        step = max(-(-width // SPANS), QUERY_BLOCK)
+        outs = []
+        for low in range(0, width, step):
+            high = min(low + step, width)
+            count = min((start + high - 1) // size, self.k.shape[2])
+            if not count:
+                outs.append(jnp.zeros_like(q[:, low:high], accumulator(q.dtype)))
+                continue
+            chunks = jax.tree.map(lambda x, count=count: x[:, :, :count], self)
+            seen = dataclasses.replace(
+                visible,
+                number=visible.number[:, :count],
+                limit=visible.limit[:, low:high],
+                segments=None if visible.segments is None else visible.segments[:, low:high],
+                of_chunks=None if visible.of_chunks is None else visible.of_chunks[:, :count],
+            )
+            outs.append(chunks.read(q[:, low:high], retrieval[:, low:high], seen, top_k, scale, sparse))
+        return jnp.concatenate(outs, axis=1)
 
 
 @jax.tree_util.register_dataclass

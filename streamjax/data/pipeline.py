@@ -12,6 +12,7 @@ from absl import flags
 
 from streamjax.data.config import DataConfig
 from streamjax.data.packing import concat_rows, pack_rows
+from streamjax.data.recall_rows import RecallRows, open_recall
 from streamjax.data.sources import DocumentSource, open_source
 from streamjax.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -58,6 +59,7 @@ def make_train_iterator(
         _require_documents(config, source, split, count, "processes")
         rows = _rows(config, tokenizer, source, config.shuffle_seed, config.epochs, index, count)
         window = min(config.shuffle_tokens // config.seq_len, _MOST_SHUFFLED_ROWS)
+        window = 0 if isinstance(source, RecallRows) else window
         if config.shuffle_seed is not None and window > 1:
             rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=config.shuffle_seed)
         batches = rows.batch(share, drop_remainder=True)
@@ -131,12 +133,17 @@ def _stack(rows: Sequence[Batch]) -> Batch:
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def _open(config: DataConfig, split: str) -> tuple[Tokenizer, DocumentSource]:
-    source = open_source(config.source, split, text_key=config.text_key, data_dir=config.data_dir)
-    return load_tokenizer(config.tokenizer), source
+def _open(config: DataConfig, split: str) -> tuple[Tokenizer, DocumentSource | RecallRows]:
+    tokenizer = load_tokenizer(config.tokenizer)
+    recall = open_recall(config.source, split, config.seq_len, tokenizer)
+    if recall is not None:
+        if config.packing != "concat":
+            raise ValueError(f'data source {config.source!r} makes whole rows: set packing to "concat"')
+        return tokenizer, recall
+    return tokenizer, open_source(config.source, split, text_key=config.text_key, data_dir=config.data_dir)
 
 
-def _require_documents(config: DataConfig, source: DocumentSource, split: str, count: int, what: str) -> None:
+def _require_documents(config: DataConfig, source: DocumentSource | RecallRows, split: str, count: int, what: str) -> None:
     if len(source) < count:
         raise ValueError(
             f"data source {config.source!r} has {len(source)} documents in {split!r}, for {count} {what}: "
@@ -147,13 +154,17 @@ def _require_documents(config: DataConfig, source: DocumentSource, split: str, c
 def _rows(
     config: DataConfig,
     tokenizer: Tokenizer,
-    source: DocumentSource,
+    source: DocumentSource | RecallRows,
     seed: int | None,
     epochs: int | None,
     index: int,
     count: int,
 ) -> Any:
     """The rows of share `index` of `count` of the documents."""
+    if isinstance(source, RecallRows):  # drawn rows: nothing to shuffle, and no end
+        return grain.MapDataset.source(source)[index::count].to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
     documents = grain.MapDataset.source(source)
     if seed is not None:
         documents = documents.shuffle(seed)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.attention.dense import attend
 from streamjax.attention.hierarchical import Chunks, Visible
@@ -29,11 +29,16 @@ from streamjax.models.rope import make_rotary
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Remembered:
-    """What some tokens may read: chunks, and which of them each token sees. `top_k`: chunks that each reads."""
+    """What some tokens may read: chunks, and which of them each token sees.
+
+    top_k: chunks that each reads. start: index of the first token in the sequence whose chunks these are, in order,
+    where it is known to the compiler.
+    """
 
     chunks: Chunks
     visible: Visible
     top_k: int = dataclasses.field(metadata={"static": True})
+    start: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class EncoderLayer(nnx.Module):
@@ -126,16 +131,16 @@ def whole_view(
     of_chunks: Int32[Array, "B P"] | None,
     segments: Int32[Array, "B C"] | None,
     config: ModelConfig,
-    start: Int32[Array, ""] | int,
+    start: Int[Array, ""] | int,
     width: int,
 ) -> Remembered:
     """What tokens `start`, `start + 1`, ... of a sequence may read, of which `chunks` is the memory."""
     assert config.hsa is not None
     rows, count = chunks.k.shape[0], chunks.k.shape[2]
     number = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
-    limit = (start + jnp.arange(width, dtype=jnp.int32)) // config.hsa.chunk_size
+    limit = (jnp.asarray(start, jnp.int32) + jnp.arange(width, dtype=jnp.int32)) // config.hsa.chunk_size
     visible = Visible(number, jnp.broadcast_to(limit, (rows, width)), segments, of_chunks)
-    return Remembered(chunks, visible, config.hsa.top_k)
+    return Remembered(chunks, visible, config.hsa.top_k, start if isinstance(start, int) else None)
 
 
 class HierarchicalAttention(nnx.Module):
@@ -161,6 +166,8 @@ class HierarchicalAttention(nnx.Module):
             return jnp.zeros_like(x)
         found = jnp.einsum("bce,ekgd->bckgd", self.norm(x), self.query[...].astype(x.dtype))
         q = self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d"))
-        heads = memory.chunks.read(q, found[..., -1, :], memory.visible, memory.top_k, self.config.scale)
+        heads = memory.chunks.read(
+            q, found[..., -1, :], memory.visible, memory.top_k, self.config.scale, start=memory.start
+        )
         weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(x.dtype)
         return jnp.einsum("bcf,fe->bce", rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype), weight)

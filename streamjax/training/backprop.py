@@ -24,6 +24,7 @@ from streamjax.training import chunk_order, layer_order
 from streamjax.training.choice import Choice, choose, device_memory_bytes
 from streamjax.training.chunks import Sequence
 from streamjax.training.ends import default_logits_chunk, whole_sequence_stats
+from streamjax.training.memories import whole_pages
 from streamjax.training.memory_model import DEFAULT_CHUNK
 from streamjax.training.objectives import CrossEntropy, Objective
 from streamjax.training.options import Options
@@ -67,7 +68,8 @@ def loss_and_grad(
         inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers; "auto" takes
         the fastest that fits (`choice.py`), with a `segment` and an offload where it needs them.
       objective: what is minimised; `CrossEntropy()` where None, the weighted mean over tokens in nats.
-      chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None.
+      chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None. Rounded up to whole pages
+        where the model has a chunk memory.
       segment: with "layer", layers from one kept input to the next; those between are computed again.
       offload: "host" moves the kept inputs of "layer" to the host's memory.
       offload_fraction: the share of them that is moved.
@@ -123,7 +125,7 @@ def loss_and_grad(
         {name: jnp.asarray(x) for name, x in batch.items()},
         method,
         objective,
-        min(chunk_size or DEFAULT_CHUNK, length),
+        whole_pages(model.config, min(chunk_size or DEFAULT_CHUNK, length)),
         Options(
             logits_chunk=logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0]),
             trainable=trainable,

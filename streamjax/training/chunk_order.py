@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Block, Decoder
-from streamjax.training.chunks import Buffer, Sequence, add, at, attend, pull_back
+from streamjax.training import memories
+from streamjax.training.chunks import Buffer, Sequence, add, at, attend
 from streamjax.training.ends import (
     assemble,
     embed_pull_back,
@@ -34,8 +35,10 @@ from streamjax.training.ends import (
     whole_ends,
 )
 from streamjax.training.key_store import KeyStore
+from streamjax.training.memories import Memories
 from streamjax.training.objectives import Objective, TokenStats
 from streamjax.training.options import Options
+from streamjax.training.pull_back import pull_back
 from streamjax.training.reduction import Reduction
 from streamjax.training.rows import Rows, rows_of
 from streamjax.training.trainable import combine
@@ -66,10 +69,10 @@ class Group(NamedTuple):
         return [Buffer.zeros(block, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
 
     def forward(
-        self, x: Chunk, keys: Buffers, i: Any, sequence: Sequence, write: bool
-    ) -> tuple[Chunk, Buffers, Float[Array, "R P B C E"]]:
-        """Chunk i through the layers: output, keys with the chunk's own (if to `write` them), inputs of the layers."""
-        rows, context = self.rows, sequence.context(i)
+        self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: Sequence, write: bool
+    ) -> tuple[Chunk, Buffers, Memories, Float[Array, "R P B C E"]]:
+        """Chunk i through the layers: output, keys and memories with the chunk's own (if to `write` them), inputs."""
+        rows, context, remembered = self.rows, sequence.context(i), dict(remembered)
 
         def row(row: Any, carry: tuple[Chunk, Buffers, Array]) -> tuple[Chunk, Buffers, Array]:
             x, keys, inputs = carry
@@ -83,19 +86,33 @@ class Group(NamedTuple):
                 else:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
                 buffer, view = store.view(keys[index], k, v, place, i, sequence)
-                x = block.combine(
-                    x, attend(block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids)
-                )
+                heads = attend(block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids)
+                spec, source = rows.spec(row, position), rows.source(row)
+                if write and spec.remembers and source is not None:
+                    # Models with memories are not stacked: this is Python's loop over layers.
+                    remembered[source] = memories.write(remembered[source], memories.encode(block, x), i)
+                memory = None if source is None else remembered[source]
+                x = block.combine(x, heads, memories.view(memory, spec, block.config, sequence, i))
             return x, keys, inputs
 
         shape = (0, 0) if write else (rows.count, rows.period)
-        return rows.loop(0, rows.count, row, (x, keys, jnp.zeros((*shape, *x.shape), x.dtype)))
+        x, keys, inputs = rows.loop(0, rows.count, row, (x, keys, jnp.zeros((*shape, *x.shape), x.dtype)))
+        return x, keys, remembered, inputs
 
     def backward(
-        self, d_x: Chunk, inputs: Array, keys: Buffers, grads: list[Block], d_keys: Buffers, i: Any, sequence: Sequence
-    ) -> tuple[Chunk, list[Block], Buffers]:
-        """Chunk i back through the layers: cotangent of its input, and both kinds of gradients with its part added."""
-        rows, context = self.rows, sequence.context(i)
+        self,
+        d_x: Chunk,
+        inputs: Array,
+        keys: Buffers,
+        remembered: Memories,
+        grads: list[Block],
+        d_keys: Buffers,
+        d_remembered: Memories,
+        i: Any,
+        sequence: Sequence,
+    ) -> tuple[Chunk, list[Block], Buffers, Memories]:
+        """Chunk i back through the layers: cotangent of its input, and the kinds of gradients with its part added."""
+        rows, d_remembered = self.rows, dict(d_remembered)
 
         def row(row: Any, carry: tuple[Chunk, list[Block], Buffers]) -> tuple[Chunk, list[Block], Buffers]:
             d_x, grads, d_keys = carry
@@ -108,12 +125,18 @@ class Group(NamedTuple):
                 see = partial(store.view, keys[index], row=place, i=i, sequence=sequence)
                 opened = store.open(d_keys[index], place)
                 blocks = store.blocks(combine(params, rest), sequence.batch_size)
-                new, d_x, opened = pull_back(params, rest, blocks, x, d_x, context, see, opened)
+                source = rows.source(row)
+                memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
+                new, d_x, opened, d_memory = pull_back(
+                    params, rest, store.spec, blocks, x, d_x, sequence, i, see, opened, memory, d_memory
+                )
+                if source is not None and d_memory is not None:
+                    d_remembered[source] = d_memory
                 d_keys[index] = store.close(d_keys[index], opened, place)
                 grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
             return d_x, grads, d_keys
 
-        return rows.loop_back(0, rows.count, row, (d_x, grads, d_keys))
+        return *rows.loop_back(0, rows.count, row, (d_x, grads, d_keys)), d_remembered
 
 
 def loss_and_grad(
@@ -129,33 +152,38 @@ def loss_and_grad(
     groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable, split, reduction)]
     batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
 
-    def read(keys: list[Buffers], i: Any) -> tuple[list[Buffers], TokenStats | None]:
+    def read(
+        carry: tuple[list[Buffers], Memories], i: Any
+    ) -> tuple[tuple[list[Buffers], Memories], TokenStats | None]:
+        keys, remembered = carry
         x, new = ends.embed(at(sequence.tokens, i)), []
         for group, mine in zip(groups, keys, strict=True):
-            x, mine, _ = group.forward(x, mine, i, sequence, write=True)
+            x, mine, remembered, _ = group.forward(x, mine, remembered, i, sequence, write=True)
             new.append(mine)
         if objective.separable:
-            return new, None
-        return new, stats_of(ends, x, at(sequence.prepared["targets"], i), options.logits_chunk)
+            return (new, remembered), None
+        return (new, remembered), stats_of(ends, x, at(sequence.prepared["targets"], i), options.logits_chunk)
 
-    keys, stats = jax.lax.scan(read, [group.empty(batch, model.dtype, False) for group in groups], steps)
+    nothing = memories.empty_memories(model.config, sequence, model.dtype)
+    empty = [group.empty(batch, model.dtype, False) for group in groups]
+    (keys, remembered), stats = jax.lax.scan(read, (empty, nothing), steps)
     known, separable, sequence = objective_of_chunks(objective, sequence, stats)
 
     def chunk(carry: tuple[Any, ...], i: Any) -> tuple[tuple[Any, ...], None]:
-        loss, d_output, d_embedding, d_layers, d_keys = carry
+        loss, d_output, d_embedding, d_layers, d_keys, d_remembered = carry
         x, inputs = ends.embed(at(sequence.tokens, i)), []
         for group, mine in zip(groups, keys, strict=True):
-            x, _, held = group.forward(x, mine, i, sequence, write=False)
+            x, _, _, held = group.forward(x, mine, remembered, i, sequence, write=False)
             inputs.append(held)
         prepared = {name: at(value, i) for name, value in sequence.prepared.items()}
         part, d_output, d_x = loss_and_pull_back(ends, options, x, prepared, separable, d_output)
         d_layers, d_keys = list(d_layers), list(d_keys)
         for n in reversed(range(len(groups))):
-            d_x, d_layers[n], d_keys[n] = groups[n].backward(
-                d_x, inputs[n], keys[n], d_layers[n], d_keys[n], i, sequence
+            d_x, d_layers[n], d_keys[n], d_remembered = groups[n].backward(
+                d_x, inputs[n], keys[n], remembered, d_layers[n], d_keys[n], d_remembered, i, sequence
             )
         d_embedding = embed_pull_back(ends, options, at(sequence.tokens, i), d_x, d_embedding)
-        return (loss + part, d_output, d_embedding, d_layers, d_keys), None
+        return (loss + part, d_output, d_embedding, d_layers, d_keys, d_remembered), None
 
     start = (
         jnp.zeros((), accumulator(model.dtype)),
@@ -163,8 +191,9 @@ def loss_and_grad(
         embed_zeros(ends, options),
         [group.rows.zero_sums(options.grad_dtype) for group in groups],
         [group.empty(batch, options.kv_grad_dtype, True) for group in groups],
+        memories.empty_memories(model.config, sequence, options.kv_grad_dtype),
     )
-    (loss, d_output, d_embedding, d_layers, _), _ = jax.lax.scan(chunk, start, steps, reverse=True)
+    (loss, d_output, d_embedding, d_layers, *_), _ = jax.lax.scan(chunk, start, steps, reverse=True)
     d_ends = sum_of_ends(ends, options, d_output, d_embedding)
     pairs = [(group.rows, group.rows.finish(grads)) for group, grads in zip(groups, d_layers, strict=True)]
     return reduction.sum(loss if known is None else known), assemble(finish_ends(d_ends, split, reduction), pairs)

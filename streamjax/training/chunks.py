@@ -219,75 +219,38 @@ def attention_blocks(
     return Blocks(spec.pattern, config.scale, config.attention_softcap, block_q, block_k, leading)
 
 
-def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:
+def queries_of(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:
     slopes, heads = block.mixer.slopes(), block.config.num_kv_heads
     return Queries(
-        q=_whole_blocks(rearrange(q, "b c (k g) d -> b k g c d", k=heads), 3, blocks.block_q),
-        segments=None if segments is None else _whole_blocks(segments, 1, blocks.block_q),
+        q=whole_blocks(rearrange(q, "b c (k g) d -> b k g c d", k=heads), 3, blocks.block_q),
+        segments=None if segments is None else whole_blocks(segments, 1, blocks.block_q),
         slopes=None if slopes is None else rearrange(slopes, "(k g) -> k g", k=heads),
         offset=offset,
     )
 
 
-def _whole_blocks(x: Array, axis: int, size: int) -> Array:
+def whole_blocks(x: Array, axis: int, size: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, widths) if widths[axis][1] else x
 
 
-def _heads(x: Float[Array, "B K G P D"], length: int) -> Float[Array, "B C H D"]:
+def join_heads(x: Float[Array, "B K G P D"], length: int) -> Float[Array, "B C H D"]:
     """The first `length` of P padded queries, heads together."""
     return rearrange(x[:, :, :, :length], "b k g c d -> b c (k g) d")
+
+
+def keys_of(buffer: Buffer, view: View) -> Keys:
+    """The keys that a chunk may see, for `blockwise`."""
+    return Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
 
 
 def attend(
     block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: Buffer, view: View, segments: Array | None
 ) -> Float[Array, "B C H D"]:
     """Attention of a chunk's queries; its own keys are in the buffer."""
-    keys = Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
-    out, _ = blockwise.forward(blocks, _queries(block, blocks, q, segments, view.offset), keys)
-    return _heads(out, q.shape[1])
-
-
-def pull_back(
-    params: Block,
-    rest: Block,
-    blocks: Blocks,
-    x: Float[Array, "B C E"],
-    d_y: Float[Array, "B C E"],
-    context: SequenceContext,
-    see: Callable[[Array, Array], tuple[Buffer, View]],
-    grads: Buffer,
-) -> tuple[Block, Float[Array, "B C E"], Buffer]:
-    """Pull a chunk's cotangent back through a layer.
-
-    Args:
-      params, rest: the layer's parameters that are trained, and the others (`trainable.partition`).
-      blocks: from `attention_blocks`.
-      x, d_y: the chunk's input, and the cotangent of its output.
-      context: where the chunk stands.
-      see: from the chunk's own keys and values, those of all tokens that it sees.
-      grads: gradients of these, complete but for this chunk and those before it.
-
-    Returns:
-      The gradient of `params` from this chunk, the cotangent of `x`, and `grads` with what this chunk adds.
-    """
-    length = x.shape[1]
-    (q, k, v), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
-    buffer, view = see(k, v)
-    queries = _queries(combine(params, rest), blocks, q, context.segment_ids, view.offset)
-    keys = Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
-    out, lse = blockwise.forward(blocks, queries, keys)
-    _, combine_vjp = jax.vjp(lambda p, x, h: combine(p, rest).combine(x, h), params, x, _heads(out, length))
-    d_params, d_x, d_heads = combine_vjp(d_y)
-    d_out = rearrange(d_heads, "b c (k g) d -> b k g c d", k=out.shape[1])
-    d_out = _whole_blocks(d_out, 3, blocks.block_q)
-    shift = -jnp.sum(d_out * out, axis=-1)
-    d_q, *d_keys = blockwise.backward(blocks, queries, keys, lse, d_out, shift, grads.k, grads.v)
-    grads = Buffer(*d_keys)
-    d_k, d_v = grads.own(view, length, blocks.leading).tokens(k.dtype)
-    more, d_x_too = project_vjp((_heads(d_q, length).astype(q.dtype), d_k, d_v))
-    return jax.tree.map(jnp.add, d_params, more), d_x + d_x_too, grads
+    out, _ = blockwise.forward(blocks, queries_of(block, blocks, q, segments, view.offset), keys_of(buffer, view))
+    return join_heads(out, q.shape[1])
 
 
 def zeros_like(params: Any, dtype: Any = None) -> Any:

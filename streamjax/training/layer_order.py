@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from streamjax.attention.hierarchical import Chunks as Pages
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
+from streamjax.training import memories
 from streamjax.training.chunks import (
     Buffer,
     Sequence,
@@ -24,14 +26,15 @@ from streamjax.training.chunks import (
     at,
     attend,
     attention_blocks,
-    pull_back,
     whole_view,
     zeros_like,
 )
 from streamjax.training.ends import assemble, embed_backward, finish_ends, output_backward, whole_ends
 from streamjax.training.inputs import Inputs, Kept, Reader
+from streamjax.training.memories import Memories
 from streamjax.training.objectives import Objective
 from streamjax.training.options import Options
+from streamjax.training.pull_back import pull_back
 from streamjax.training.reduction import Reduction
 from streamjax.training.rows import Rows, rows_of
 from streamjax.training.trainable import combine
@@ -39,28 +42,46 @@ from streamjax.training.trainable import combine
 Chunks = Float[Array, "N B C E"]
 
 
-def layer_forward(block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence) -> Chunks:
-    """A layer over all chunks; each output takes its input's place."""
+def layer_forward(
+    block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence, memory: Pages | None = None, known: bool = False
+) -> tuple[Chunks, Pages | None]:
+    """A layer over all chunks; each output takes its input's place.
+
+    `memory`: the pages that the layer reads. A layer that makes them fills them in, unless they are `known`.
+    """
     blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
-    def chunk(i: Any, carry: tuple[Chunks, Buffer]) -> tuple[Chunks, Buffer]:
-        x, buffer = carry
+    def chunk(i: Any, carry: tuple[Chunks, Buffer, Pages | None]) -> tuple[Chunks, Buffer, Pages | None]:
+        x, buffer, memory = carry
         own, context, view = at(x, i), sequence.context(i), whole_view(sequence, i)
         q, k, v = block.project(own, context)
         buffer = buffer.write(k, v, 0, view.own)
-        y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids))
-        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer
+        if spec.remembers and memory is not None and not known:
+            memory = memories.write(memory, memories.encode(block, own), i)
+        read = memories.view(memory, spec, block.config, sequence, i)
+        y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids), read)
+        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
     buffer = Buffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)
-    return jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer))[0]
+    x, _, memory = jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer, memory))
+    return x, memory
 
 
 def layer_backward(
-    params: Block, rest: Block, spec: LayerSpec, inputs: Reader, d_y: Chunks, sequence: Sequence, options: Options
-) -> tuple[Block, Chunks]:
+    params: Block,
+    rest: Block,
+    spec: LayerSpec,
+    inputs: Reader,
+    d_y: Chunks,
+    sequence: Sequence,
+    options: Options,
+    memory: Pages | None = None,
+    d_memory: Pages | None = None,
+) -> tuple[Block, Chunks, Pages | None]:
     """Gradient of a layer's trained parameters, and the cotangent of its input in the place of that of its output.
 
-    `inputs` gives the chunks of the layer's input.
+    `inputs` gives the chunks of the layer's input; `memory` are the pages that it reads or makes, and `d_memory` their
+    gradients from the layers above, to which the layer's are added.
     """
     block = combine(params, rest)
     blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
@@ -73,19 +94,26 @@ def layer_backward(
     empty = Buffer.zeros(block, 1, batch, sequence.slots, d_y.dtype)
     buffer = inputs.each(keys, empty)
 
-    def chunk(i: Any, x: Array, carry: tuple[Any, Chunks, Buffer]) -> tuple[Any, Chunks, Buffer]:
-        total, d_y, grads = carry
-        view, context = whole_view(sequence, i), sequence.context(i)
-        part, d_x, grads = pull_back(params, rest, blocks, x, at(d_y, i), context, lambda k, v: (buffer, view), grads)
-        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads
+    def chunk(
+        i: Any, x: Array, carry: tuple[Any, Chunks, Buffer, Pages | None]
+    ) -> tuple[Any, Chunks, Buffer, Pages | None]:
+        total, d_y, grads, d_memory = carry
+        view = whole_view(sequence, i)
+        part, d_x, grads, d_memory = pull_back(
+            params, rest, spec, blocks, x, at(d_y, i), sequence, i, lambda k, v: (buffer, view), grads, memory, d_memory
+        )
+        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads, d_memory
 
     grads = Buffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)
-    total, d_x, _ = inputs.each_back(chunk, (zeros_like(params, options.grad_dtype), d_y, grads))
-    return total, d_x
+    sums = zeros_like(params, options.grad_dtype)
+    total, d_x, _, d_memory = inputs.each_back(chunk, (sums, d_y, grads, d_memory))
+    return total, d_x, d_memory
 
 
-def rows_forward(rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence) -> tuple[Chunks, Kept]:
-    """Output of some rows of layers, and what `inputs` keeps of the way."""
+def rows_forward(
+    rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence, remembered: Memories
+) -> tuple[Chunks, Kept]:
+    """Output of some rows of layers, and what `inputs` keeps of the way. Memories are filled in."""
 
     def segment(s: Any, carry: tuple[Chunks, list[Array]]) -> tuple[tuple[Chunks, list[Array]], list[Array | None]]:
         x, here = carry
@@ -97,7 +125,7 @@ def rows_forward(rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence) -> t
                 if position and inputs.every:  # then a segment is this row alone
                     here = inputs.keep(here, row, position, x)
                     away.append(inputs.send(x))
-                x = _forward(rows, sequence, row, position, x)
+                x = _forward(rows, sequence, remembered, False, row, position, x)
             return x, here
 
         return inputs.walk(s, row, (x, here)), away
@@ -107,19 +135,26 @@ def rows_forward(rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence) -> t
 
 
 def rows_backward(
-    rows: Rows, inputs: Inputs, kept: Kept, d_x: Chunks, sequence: Sequence, options: Options
+    rows: Rows, inputs: Inputs, kept: Kept, d_x: Chunks, sequence: Sequence, options: Options, remembered: Memories
 ) -> tuple[list[Block], Chunks]:
     """Gradients of some rows of layers, and the cotangent of the first one's input."""
+    d_remembered = memories.empty_memories(rows.config, sequence, options.kv_grad_dtype)
 
     def segment(s: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
-        inner = inputs.recompute(kept, s, partial(_forward, rows, sequence))
+        inner = inputs.recompute(kept, s, partial(_forward, rows, sequence, remembered, True))
 
         def row(row: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
             grads, d_x = carry
             for position in reversed(range(rows.period)):
                 chunks = inputs.reader(kept, inner, s, row, position)
                 params, rest = rows.layer(row, position)
-                new, d_x = layer_backward(params, rest, rows.spec(row, position), chunks, d_x, sequence, options)
+                source = rows.source(row)
+                memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
+                new, d_x, d_memory = layer_backward(
+                    params, rest, rows.spec(row, position), chunks, d_x, sequence, options, memory, d_memory
+                )
+                if source is not None and d_memory is not None:
+                    d_remembered[source] = d_memory
                 grads = rows.put(grads, row, position, rows.finish_layer(new, row, position))
             return grads, d_x
 
@@ -128,8 +163,17 @@ def rows_backward(
     return rows.loop_back(0, inputs.segments, segment, (rows.zero_grads(), d_x))
 
 
-def _forward(rows: Rows, sequence: Sequence, row: Any, position: int, x: Chunks) -> Chunks:
-    return layer_forward(combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence)
+def _forward(
+    rows: Rows, sequence: Sequence, remembered: Memories, known: bool, row: Any, position: int, x: Chunks
+) -> Chunks:
+    source = rows.source(row)
+    memory = None if source is None else remembered[source]
+    x, memory = layer_forward(
+        combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence, memory, known
+    )
+    if source is not None and memory is not None:
+        remembered[source] = memory  # models with memories are not stacked: this is Python's loop over layers
+    return x
 
 
 def loss_and_grad(
@@ -148,16 +192,16 @@ def loss_and_grad(
 
     groups = rows_of(model, options.trainable, split, reduction)
     x = jax.lax.map(embed, jnp.arange(sequence.count))
-    held = []
+    remembered, held = memories.empty_memories(model.config, sequence, model.dtype), []
     for index, rows in enumerate(groups):
         away = round(options.offload_fraction * sequence.count) if options.offload else 0
         inputs = Inputs(rows, options.segment, embed if index == 0 else None, sequence.count, away)
-        x, kept = rows_forward(rows, inputs, x, sequence)
+        x, kept = rows_forward(rows, inputs, x, sequence, remembered)
         held.append((rows, inputs, kept))
     loss, d_output, d_x = output_backward(ends, options, x, sequence, objective)
     d_layers = []
     for rows, inputs, kept in reversed(held):
-        grads, d_x = rows_backward(rows, inputs, kept, d_x, sequence, options)
+        grads, d_x = rows_backward(rows, inputs, kept, d_x, sequence, options, remembered)
         d_layers.append((rows, grads))
     d_ends = embed_backward(ends, options, d_output, d_x, sequence)
     return reduction.sum(loss), assemble(finish_ends(d_ends, split, reduction), d_layers)

@@ -12,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
 from streamjax.training.chunks import zeros_like
+from streamjax.training.memories import source_of
 from streamjax.training.reduction import Reduction
 from streamjax.training.trainable import Trainable, partition
 
@@ -69,6 +70,10 @@ class Rows:
     def spec(self, row: Any, position: int) -> LayerSpec:
         """What distinguishes the layer; of stacked ones it is the same in every row."""
         return self.config.layer(self.first + (position if self.stacked else row))
+
+    def source(self, row: Any) -> int | None:
+        """The layer whose chunk memory the layer reads or makes. Models with memories have no stacked layers."""
+        return None if self.config.hsa is None else source_of(self.config, self.first + row)
 
     def loop(self, start: Any, stop: Any, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
         """`carry = body(row, carry)` for the rows from `start` up to, not including, `stop`."""

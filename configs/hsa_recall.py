@@ -1,0 +1,41 @@
+"""A small model with hierarchical sparse attention that learns to find facts, and then finds them at any distance.
+
+    python -m train --config=configs/hsa_recall.py --workdir=runs/hsa_recall
+
+Sliding windows of 64 tokens everywhere; the input of the third layer is remembered in chunks of 64, which the two upper
+layers read, 8 chunks a token: HSA-UltraLong's shape (2511.23319) in small. Rows have 1,024 tokens with pass keys in them
+and questions about these (`streamjax/data/recall_rows.py`); half of the rows have several named keys.
+`python -m infer.recall` asks the model over contexts a thousand times as long.
+"""
+
+from streamjax.data import DataConfig
+from streamjax.models.config import HSAConfig, ModelConfig
+from streamjax.training.config import TrainConfig
+from streamjax.training.optimizer import OptimizerConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        name="hsa_recall",
+        model=ModelConfig(
+            vocab_size=259,
+            d_model=192,
+            num_layers=4,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=96,
+            mlp_dim=480,
+            tie_embeddings=True,
+            windows=(64,) * 4,
+            hsa=HSAConfig(layers=(2, 3), memory_layers=(2,), chunk_size=64, top_k=8),
+            max_position=1024,
+            bos_token_id=256,
+            eos_token_ids=(257,),
+        ),
+        data=DataConfig(source="recall", seq_len=1024, batch_size=8),
+        steps=1500,
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.05, warmup_steps=100, weight_decay=0.05),
+        eval_interval=250,
+        eval_batches=10,
+        checkpoint_interval=100,
+    )
