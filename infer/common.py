@@ -267,6 +267,8 @@ def describe_cache(cache: Built) -> str:
     if isinstance(cache, tuple):
         kinds = list(dict.fromkeys(map(describe_cache, cache)))
         return kinds[0] + (f" and {len(kinds) - 1} other arrangements in {len(cache)} layers" if kinds[1:] else "")
+    if isinstance(cache, sj.kv.ChunkMemory):
+        return f"ChunkMemory({cache.capacity_tokens:,})"
     if isinstance(cache, sj.kv.HeadGroups):
         return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
     parts = []

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from streamjax.data import load_tokenizer
     from streamjax.models.hf import save_hf
     from streamjax.models.lora_files import load_lora, save_lora
+    from streamjax.models.native import save_safetensors
     from streamjax.streaming.session import Session
 
 # Names whose modules pull in checkpoint or data libraries load on first use: `import streamjax` stays quick.
@@ -27,6 +28,7 @@ _LAZY = {
     "save": "streamjax.checkpoints",
     "save_hf": "streamjax.models.hf",
     "save_lora": "streamjax.models.lora_files",
+    "save_safetensors": "streamjax.models.native",
     "save_stream": "streamjax.checkpoints",
 }
 _MODULES = ("data", "training")
@@ -65,6 +67,7 @@ __all__ = [
     "save",
     "save_hf",
     "save_lora",
+    "save_safetensors",
     "save_stream",
     "score",
     "step",

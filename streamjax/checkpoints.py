@@ -26,6 +26,7 @@ from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.hf import load_hf
 from streamjax.models.layout import stack_layers, unstack_layers
 from streamjax.models.lora import empty_adapters, ranks_of
+from streamjax.models.native import is_native, load_native
 from streamjax.parallel.mesh import with_placement
 from streamjax.streaming.state import StreamState
 
@@ -50,7 +51,7 @@ def load(
     mesh: Mesh | None = None,
     scan_layers: bool | None = None,
 ) -> Decoder:
-    """Load a model: a folder in Hugging Face's layout, or a checkpoint that `save` wrote.
+    """Load a model: a folder in Hugging Face's layout or streamjax's own, or a checkpoint that `save` wrote.
 
     Args:
       path: folder with config.json and *.safetensors, or a checkpoint.
@@ -65,7 +66,8 @@ def load(
     path = Path(path)
     if not (path / _ABOUT).exists():
         if (path / "config.json").exists():
-            return load_hf(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
+            read = load_native if is_native(path) else load_hf
+            return read(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
         if (path / "model").exists():
             raise ValueError(f"{path} holds no model, but {path / 'model'} may: load that")
         raise ValueError(f"no model at {path}: neither config.json with *.safetensors, nor a streamjax checkpoint")

@@ -30,7 +30,7 @@ _VERBS = "carries finds leaves follows passes opens keeps moves sees draws cross
 _PLACES = "by the sea,in the north,after the rain,near the wall,on the hill,before noon,at night,under a tree".split(",")
 
 
-def sentences(kind: Kind, random: np.random.Generator) -> Iterator[str]:
+def sentences(kind: str, random: np.random.Generator) -> Iterator[str]:
     """Sentences without end, each with a space behind it.
 
     "repeat" is the five sentences of the passkey task, again and again, from a drawn one on. "words" is drawn

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int32
 
-from streamjax.data.haystack import Kind, sentences
+from streamjax.data.haystack import sentences
 from streamjax.data.tokenizers import Tokenizer
 
 TaskName = Literal["passkey", "multi_key", "multi_value", "variable_tracking", "multi_turn"]
@@ -44,11 +44,11 @@ class Problem:
     task: str
     needles: tuple[tuple[float, str], ...]
     questions: tuple[Question, ...]
-    haystack: Kind
+    haystack: str
     seed: int
 
 
-def make_problem(task: str, depth: float | None, seed: int, haystack: Kind = "words", needles: int = 4) -> Problem:
+def make_problem(task: str, depth: float | None, seed: int, haystack: str = "words", needles: int = 4) -> Problem:
     """Draw a problem.
 
     Args:

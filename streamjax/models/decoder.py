@@ -90,13 +90,19 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B C E"], State, Remembered | None]:
         """The layer over one chunk of a stream, its state, and the chunk memory for the layers above."""
         if self.encoder is not None:
-            assert isinstance(cache, ChunkMemory)
-            count = jnp.sum(context.valid, axis=1, dtype=jnp.int32)
-            made, memory = self.encoder.stream(x, state[1], cache, count)
-            state = (state[0], made)
+            state, memory = self.memorise(x, state, cache, context)
         normed = self.mixer_norm(x)
         mixed, state = self.mixer.stream(normed, state, cache, context)
         return self._residual(x, normed, mixed, memory), state, memory
+
+    def memorise(
+        self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
+    ) -> tuple[State, Remembered]:
+        """The state of a memory layer with a chunk's pages in it, and what the chunk's tokens may read."""
+        assert self.encoder is not None and isinstance(cache, ChunkMemory)
+        count = jnp.sum(context.valid, axis=1, dtype=jnp.int32)
+        made, memory = self.encoder.stream(x, state[1], cache, count)
+        return (state[0], made), memory
 
     def _residual(self, x: Array, normed: Array, mixed: Array, memory: Remembered | None) -> Array:
         if self.mixer_post_norm is not None:
@@ -222,13 +228,20 @@ class Decoder(nnx.Module):
         states: Sequence[State],
         caches: Sequence[Cache],
         context: ChunkContext,
+        memorise: int | None = None,
     ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
-        """Hidden states after the last norm for one chunk of a stream, and the layers' new states."""
+        """Hidden states after the last norm for one chunk of a stream, and the layers' new states.
+
+        With `memorise`, a memory layer, that layer only encodes its input and those above it do nothing; the hidden
+        states then mean nothing.
+        """
         x, memory = self.embed(tokens), None
-        new_states = []
+        new_states = list(states)
         for i, (state, cache) in enumerate(zip(states, caches, strict=True)):
-            x, state, memory = self.layer(i).stream(x, state, cache, context, memory)
-            new_states.append(state)
+            if i == memorise:
+                new_states[i] = self.layer(i).memorise(x, state, cache, context)[0]
+                break
+            x, new_states[i], memory = self.layer(i).stream(x, state, cache, context, memory)
         return self.norm(x), tuple(new_states)
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:

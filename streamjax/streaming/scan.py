@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.chunk_memory import ChunkMemory
+from streamjax.kv.window import Window
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room
@@ -87,11 +90,38 @@ def _scan(body, state: StreamState, *xs: Array):
     return jax.lax.scan(body, state, xs)
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(jax.jit, donate_argnames="state", static_argnames="memorise")
 def _read_chunks(
-    model: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"]
+    model: Decoder,
+    state: StreamState,
+    tokens: Int32[Array, "N B C"],
+    count: Int32[Array, "N B"],
+    memorise: int | None = None,
 ) -> StreamState:
-    return _scan(lambda s, x: (advance(model, s, *x)[0], None), state, tokens, count)[0]
+    return _scan(lambda s, x: (advance(model, s, *x, memorise=memorise)[0], None), state, tokens, count)[0]
+
+
+def passed_over(model: Decoder, state: StreamState) -> tuple[int, int] | None:
+    """What a long stretch needs of a model whose upper layers see a chunk memory and windows alone.
+
+    The memory is made below them, and what they compute of a token is forgotten when it leaves their windows. So the
+    layers from the topmost memory layer on have to run for the last tokens of a stretch only; for all before these the
+    memory layer has to encode its input. Exact: those tokens' keys would all be gone.
+
+    Returns:
+      That layer, and for how many of the last tokens it and the layers above it have to run; None where a layer there
+      keeps anything else.
+    """
+    config, reach = model.config, 0
+    if config.hsa is None:
+        return None
+    top = config.hsa.memory_layers[-1]
+    for cache in state.caches[top:]:
+        own = cache.own if isinstance(cache, ChunkMemory) else cache
+        if not isinstance(own, Cascade) or not all(isinstance(tier, Window) for tier in own.tiers):
+            return None
+        reach += own.slots
+    return top, reach + 1
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -122,11 +152,19 @@ def read(
     *,
     lengths: Int[Array, " B"] | np.ndarray | None = None,
 ) -> StreamState:
-    """Read a stretch of each stream and return the state behind it: prefill. Arguments as in `score`."""
+    """Read a stretch of each stream and return the state behind it: prefill. Arguments as in `score`.
+
+    Of a model with a chunk memory the upper layers run for the last tokens alone, where that is exact (`passed_over`).
+    """
     tokens = np.asarray(tokens)
     lengths = row_lengths(tokens, lengths)
     require_room(state, lengths)
     require_ids(tokens, lengths, model.config.vocab_size)
+    layer, last = passed_over(model, state) or (None, 0)
+    early = 0 if layer is None else max(int(lengths.min()) - last, 0) // chunk_size * chunk_size
+    for start, chunks, width in spans(early, chunk_size):
+        state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width), memorise=layer)
+    tokens, lengths = tokens[:, early:], lengths - early
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
         state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
     return state

@@ -22,12 +22,14 @@ def advance(
     count: Int32[Array, " B"] | None = None,
     *,
     differentiable: bool = False,
+    memorise: int | None = None,
 ) -> tuple[StreamState, Float[Array, "B C E"]]:
     """Read a chunk; return the new state and the hidden states of its tokens. For use under `jax.jit`.
 
     `count` says how many tokens of each row are real (a prefix of the row; all where None). Rows of which none is real
     keep their state. From the first token beyond a `dense` cache's capacity on, hidden states are NaN. With
     `differentiable` there is a reverse mode, from the hidden states and the new state to the model and the old state.
+    With `memorise` the layers above that memory layer are left out (`Decoder.stream`).
 
     Raises:
       ValueError: another number of rows than streams.
@@ -45,7 +47,7 @@ def advance(
     )
     # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
     tokens = jnp.where(context.valid, tokens, 0)
-    hidden, layers = model.stream(tokens, state.layers, state.caches, context)
+    hidden, layers = model.stream(tokens, state.layers, state.caches, context, memorise)
     if state.capacity is not None:
         # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
         over = state.seen[:, None] + offset >= state.capacity

@@ -13,6 +13,7 @@ import jax
 from streamjax.checkpoints import save
 from streamjax.models.decoder import Decoder
 from streamjax.models.hf import save_hf
+from streamjax.models.native import save_safetensors
 from streamjax.models.lora import merge_lora
 from streamjax.models.lora_files import save_lora
 from streamjax.training.config import TrainConfig
@@ -64,20 +65,21 @@ def claim(workdir: Path, config: TrainConfig) -> None:
 def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
     """Write the model, and the tokenizer's files, into `model/`, where `streamjax.load` and `load_tokenizer` find them.
 
-    The layout is Hugging Face's where it has a name for the architecture and one process holds the model; else it is
-    that of `streamjax.save`. Adapters are merged into that model, and lie alone in `adapters/`, in PEFT's layout.
+    The layout is Hugging Face's where it has a name for the architecture, else `streamjax.save_safetensors`'s; where
+    several processes hold the model, that of `streamjax.save`. Adapters are merged into that model, and lie alone in `adapters/`, in PEFT's layout.
     """
     folder, tokenizer = workdir / "model", config.data.tokenizer
     if config.lora.rank:
         if jax.process_count() == 1:
             save_lora(model, workdir / "adapters", config.init_from)
         model = merge_lora(model)
-    try:
-        if jax.process_count() > 1:
-            raise ValueError("one process does not hold the model")
-        save_hf(model, folder)
-    except ValueError:
+    if jax.process_count() > 1:
         save(model, folder)
+    else:
+        try:
+            save_hf(model, folder)
+        except ValueError:
+            save_safetensors(model, folder)
     if tokenizer is not None and jax.process_index() == 0:
         source = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
         for name in _TOKENIZER_FILES:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import streamjax as sj
 from streamjax.models import Decoder, HSAConfig, ModelConfig
 from streamjax.models.config import RopeConfig
+from streamjax.streaming import scan
 
 BASE = ModelConfig(
     vocab_size=31,
@@ -81,6 +82,26 @@ def test_only_whole_chunks_before_a_token_are_seen():
     change = np.abs(np.asarray(sj.forward(model, tokens)) - np.asarray(sj.forward(model, other)))[0].max(axis=-1)
     assert (change[:8] == 0).all() and change[8] > 0
     assert (change[13:16] == 0).all() and (change[16:] > 0).all()
+
+
+@pytest.mark.parametrize("lengths", [(61, 61), (64, 23), (5, 64)])
+def test_a_long_stretch_passes_over_the_upper_layers(monkeypatch, lengths):
+    """And ends in the same state, as far as anything may still see of it: what follows is the same."""
+    model, tokens = MODELS["shared"], tokens_of(2, 70)
+
+    def read_on():
+        state = sj.read(model, sj.init_state(model, sj.kv.preset("hsa", capacity=40), 2), tokens[:, :3], 4)
+        state = sj.read(model, state, tokens[:, 3:67], 4, lengths=np.array(lengths))
+        hidden = np.asarray(state.hidden)
+        return hidden, sj.step(model, state, tokens[:, 67:])[1]
+
+    skipped = []
+    monkeypatch.setattr(scan, "_read_chunks", lambda *a, f=scan._read_chunks, **k: (skipped.append(k), f(*a, **k))[1])
+    short = read_on()
+    assert sum(k.get("memorise") == 2 for k in skipped) == max(min(lengths) - 9, 0) // 4
+    monkeypatch.setattr(scan, "passed_over", lambda *_: None)
+    for a, b in zip(short, read_on(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_rows_of_a_batch_are_streams_of_their_own():

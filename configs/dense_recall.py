@@ -1,0 +1,36 @@
+"""The model of hsa_recall.py with full attention and RoPE in the place of windows and chunk memory, for comparison.
+
+    python -m train --config=configs/dense_recall.py --workdir=runs/dense_recall
+
+It learns the same task from the same rows, and loses it beyond the length of these rows.
+"""
+
+from streamjax.data import DataConfig
+from streamjax.models.config import ModelConfig
+from streamjax.training.config import TrainConfig
+from streamjax.training.optimizer import OptimizerConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        name="dense_recall",
+        model=ModelConfig(
+            vocab_size=259,
+            d_model=192,
+            num_layers=4,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=96,
+            mlp_dim=480,
+            tie_embeddings=True,
+            max_position=1024,
+            bos_token_id=256,
+            eos_token_ids=(257,),
+        ),
+        data=DataConfig(source="recall", seq_len=1024, batch_size=8),
+        steps=600,
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.05, warmup_steps=100, weight_decay=0.05),
+        eval_interval=250,
+        eval_batches=10,
+        checkpoint_interval=100,
+    )
