@@ -1,11 +1,15 @@
 """A small model with hierarchical sparse attention that learns to find facts, and then finds them at any distance.
 
-    python -m train --config=configs/hsa_recall.py --workdir=runs/hsa_recall
+    python -m train --config=configs/hsa_recall.py --workdir=runs/near --config.data.seq_len=256 \\
+        --config.data.batch_size=32 --config.steps=400
+    python -m train --config=configs/hsa_recall.py --workdir=runs/hsa_recall --config.model=none \\
+        --config.init_from=runs/near/model
 
 Sliding windows of 64 tokens everywhere; the input of the third layer is remembered in chunks of 64, which the two upper
-layers read, 8 chunks a token: HSA-UltraLong's shape (2511.23319) in small. Rows have 1,024 tokens with pass keys in them
-and questions about these (`streamjax/data/recall_rows.py`); half of the rows have several named keys.
-`python -m infer.recall` asks the model over contexts a thousand times as long.
+layers read, 8 chunks a token: HSA-UltraLong's shape (2511.23319) in small. Rows have pass keys in them and questions
+about these (`streamjax/data/recall_rows.py`); half of the rows have several named keys. In rows of 256 tokens the model
+learns to copy a key within minutes, which in long rows alone takes much longer; then rows of 1,024 teach it to choose
+among chunks. `python -m infer.recall` asks the model over contexts a thousand times as long.
 """
 
 from streamjax.data import DataConfig
@@ -33,9 +37,9 @@ def get_config() -> TrainConfig:
             eos_token_ids=(257,),
         ),
         data=DataConfig(source="recall", seq_len=1024, batch_size=8),
-        steps=1500,
-        optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.05, warmup_steps=100, weight_decay=0.05),
-        eval_interval=250,
+        steps=600,
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.1, warmup_steps=50, weight_decay=0.05),
+        eval_interval=200,
         eval_batches=10,
         checkpoint_interval=100,
     )

@@ -37,7 +37,7 @@ class RecallRows:
       split: "train", "validation" and "test" draw different rows.
       tasks: which kinds of facts; see `recall.py`.
       filler_weight: of tokens outside of answers.
-      most: facts in a row, at most.
+      most: facts in a row, at most; in short rows one for every 128 tokens.
 
     Raises:
       ValueError: an unknown task; a tokenizer without BOS.
@@ -98,7 +98,7 @@ class RecallRows:
         values = [f"{value:05d}" for value in random.integers(0, 10**5, self._most)]
         if task == "passkey":
             return [passkey_fact(values[0])], [passkey_question(values[0])]
-        count = int(random.integers(1, self._most + 1))
+        count = int(random.integers(1, min(self._most, max(self._length // 128, 1)) + 1))
         names = [NAMES[i] for i in random.permutation(len(NAMES))[:count]]
         pairs = list(zip(names, values, strict=False))
         return [key_fact(*pair) for pair in pairs], [key_question(*pair) for pair in pairs]
