@@ -8,6 +8,7 @@ from streamjax.kv.presets import (
     lserve,
     quest,
     razor_attention,
+    rekv,
     streaming_llm,
     window,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "presets",
     "quest",
     "razor_attention",
+    "rekv",
     "streaming_llm",
     "window",
 ]
