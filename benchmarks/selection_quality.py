@@ -3,8 +3,8 @@
     python -m benchmarks.selection_quality
 
 The shipped byte-level model reads held-out text, 512 tokens at once, as in its training. The newest `--window` tokens
-are always read; the older ones lie in pages, of which each index chooses `k` for every token and key head. The figure is
-the share of the attention to all older tokens that falls on the chosen pages, a mean over layers, heads, tokens and
+are always read; the older ones lie in pages, of which each index chooses `k` for every token and key head. The figure
+is the share of the attention to all older tokens that falls on the chosen pages, a mean over layers, heads, tokens and
 rows, where there are more pages than are chosen. "best" chooses by the attention itself, "newest" the newest pages.
 """
 

@@ -1,6 +1,6 @@
 """Ask a model about what it read long ago: passkeys and other facts in contexts of any length, under several caches.
 
-    python -m infer.recall --demo                  # the model that comes with streamjax, at 128 times its training length
+    python -m infer.recall --demo             # the model that comes with streamjax, at 128 times its training length
     python -m infer.recall --lengths=1K,16K,1M --depths=11 --samples=2 --cache=hsa:capacity=1048576
     python -m infer.recall --model=Llama-3.2-1B --task=passkey --task=multi_key --lengths=4K,32K \\
         --cache=dense:capacity=33000 --cache=streaming_llm --cache=inf_llm
@@ -24,8 +24,10 @@ import streamjax as sj
 from infer import common
 from streamjax.data.haystack import KINDS
 from streamjax.data.recall import TASKS
+from streamjax.data.tokenizers import Tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.evaluation.recall import Cell, run_recall
+from streamjax.kv.presets.registry import Built
 
 RECALL_MODEL = Path(__file__).parent.parent / "models" / "hsa_recall"
 DENSE_MODEL = Path(__file__).parent.parent / "models" / "dense_recall"
@@ -37,7 +39,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("demo", False, "The demonstration: passkeys at up to 131,072 tokens, with the shipped models.",
                       flag_values=values)  # fmt: skip
     common.define_model(values)
-    values["model"].default = str(RECALL_MODEL)
+    values.set_default("model", str(RECALL_MODEL))
     flags.DEFINE_multi_enum("task", ["passkey"], TASKS, "May be repeated.", flag_values=values)
     flags.DEFINE_list("lengths", ["1K", "8K", "64K"], "Tokens of context; K and M are 1,024 and 1,024 squared.",
                       flag_values=values)  # fmt: skip
@@ -111,11 +113,26 @@ def _demo(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
     return cells, trained, f"pass keys after training on {trained:,} tokens at once"
 
 
-def _run(values, model, tokenizer, name, cache, task, length, depths, samples) -> list[Cell]:  # type: ignore[no-untyped-def]
+def _run(
+    values: flags.FlagValues,
+    model: sj.Decoder,
+    tokenizer: Tokenizer,
+    name: str,
+    cache: Built,
+    task: str,
+    length: int,
+    depths: int,
+    samples: int,
+) -> list[Cell]:
     batches = -(-depths * samples // values.batch_size)
     mininterval = 0.2 if sys.stderr.isatty() else 15
     label = f"{name} {task} {length:,}"
-    with tqdm.tqdm(total=batches * length * values.batch_size, desc=label, unit=" tokens", mininterval=mininterval) as bar:
+    total = batches * length * values.batch_size
+    with tqdm.tqdm(total=total, desc=label, unit=" tokens", mininterval=mininterval) as bar:
+
+        def show(tokens: int) -> None:
+            bar.update(tokens * values.batch_size)
+
         return run_recall(
             model,
             tokenizer,
@@ -130,7 +147,7 @@ def _run(values, model, tokenizer, name, cache, task, length, depths, samples) -
             batch_size=values.batch_size,
             chunk_size=values.chunk_size,
             seed=values.seed,
-            progress=lambda tokens: bar.update(tokens * values.batch_size) and None,
+            progress=show,
         )
 
 

@@ -1,9 +1,10 @@
 """Hierarchical sparse attention over chunks: choose chunks by landmarks, attend inside each, weigh by the choice.
 
-HSA of "Hardware-aligned Hierarchical Sparse Attention" (2504.16795), as HSA-UltraLong (2511.23319) uses it. A chunk of S
-tokens has keys, values and one landmark. A token scores chunks by `r = retrieval . landmark / sqrt(D)`, takes the best
-`top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the softmax of their scores.
-So the scores get gradients through the weights, and a chunk's weight does not depend on how many others there are.
+HSA of "Hardware-aligned Hierarchical Sparse Attention" (2504.16795), as HSA-UltraLong (2511.23319) uses it. A chunk of
+S tokens has keys, values and one landmark. A token scores chunks by `r = retrieval . landmark / sqrt(D)`, takes the
+best `top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the softmax of their
+scores. So the scores get gradients through the weights, and a chunk's weight does not depend on how many others there
+are.
 
 Two forms of the same sum: over all chunks with most weights zero, which is products of matrices, and over gathered
 chunks, whose work does not grow with the context.
@@ -87,7 +88,6 @@ class Chunks:
 
         out = jax.lax.map(piece, pieces)
         return rearrange(out, "n b c h d -> b (n c) h d")[:, :width]
-
 
     def _in_order(
         self,

@@ -21,13 +21,84 @@ _REPEATED = (
     "Here we go. ",
     "There and back again. ",
 )
-_ADJECTIVES = "old new small large quiet cold warm dark bright narrow heavy light empty round broken green".split()
-_NOUNS = (
-    "river lamp door boat garden letter mill road hill bridge tower clock market field stone window ship horse village "
-    "forest chair house train winter morning kitchen teacher farmer captain painter"
-).split()
-_VERBS = "carries finds leaves follows passes opens keeps moves sees draws crosses needs holds turns meets hides".split()
-_PLACES = "by the sea,in the north,after the rain,near the wall,on the hill,before noon,at night,under a tree".split(",")
+_ADJECTIVES = [
+    "old",
+    "new",
+    "small",
+    "large",
+    "quiet",
+    "cold",
+    "warm",
+    "dark",
+    "bright",
+    "narrow",
+    "heavy",
+    "light",
+    "empty",
+    "round",
+    "broken",
+    "green",
+]
+_NOUNS = [
+    "river",
+    "lamp",
+    "door",
+    "boat",
+    "garden",
+    "letter",
+    "mill",
+    "road",
+    "hill",
+    "bridge",
+    "tower",
+    "clock",
+    "market",
+    "field",
+    "stone",
+    "window",
+    "ship",
+    "horse",
+    "village",
+    "forest",
+    "chair",
+    "house",
+    "train",
+    "winter",
+    "morning",
+    "kitchen",
+    "teacher",
+    "farmer",
+    "captain",
+    "painter",
+]
+_VERBS = [
+    "carries",
+    "finds",
+    "leaves",
+    "follows",
+    "passes",
+    "opens",
+    "keeps",
+    "moves",
+    "sees",
+    "draws",
+    "crosses",
+    "needs",
+    "holds",
+    "turns",
+    "meets",
+    "hides",
+]
+_PLACES = [
+    "by the sea",
+    "in the north",
+    "after the rain",
+    "near the wall",
+    "on the hill",
+    "before noon",
+    "at night",
+    "under a tree",
+]
 
 
 def sentences(kind: str, random: np.random.Generator) -> Iterator[str]:

@@ -143,7 +143,9 @@ def _open(config: DataConfig, split: str) -> tuple[Tokenizer, DocumentSource | R
     return tokenizer, open_source(config.source, split, text_key=config.text_key, data_dir=config.data_dir)
 
 
-def _require_documents(config: DataConfig, source: DocumentSource | RecallRows, split: str, count: int, what: str) -> None:
+def _require_documents(
+    config: DataConfig, source: DocumentSource | RecallRows, split: str, count: int, what: str
+) -> None:
     if len(source) < count:
         raise ValueError(
             f"data source {config.source!r} has {len(source)} documents in {split!r}, for {count} {what}: "

@@ -8,6 +8,7 @@ does. A `Problem` is small; `stream_context` makes its context token by token, s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -19,10 +20,33 @@ from streamjax.data.tokenizers import Tokenizer
 
 TaskName = Literal["passkey", "multi_key", "multi_value", "variable_tracking", "multi_turn"]
 TASKS: tuple[str, ...] = get_args(TaskName)
-NAMES = (
-    "amber basil cedar daisy ember fern grove hazel iris jade kelp lilac maple nutmeg olive pearl quartz rose sage "
-    "thyme umber violet walnut yarrow zinnia"
-).split()
+NAMES = [
+    "amber",
+    "basil",
+    "cedar",
+    "daisy",
+    "ember",
+    "fern",
+    "grove",
+    "hazel",
+    "iris",
+    "jade",
+    "kelp",
+    "lilac",
+    "maple",
+    "nutmeg",
+    "olive",
+    "pearl",
+    "quartz",
+    "rose",
+    "sage",
+    "thyme",
+    "umber",
+    "violet",
+    "walnut",
+    "yarrow",
+    "zinnia",
+]
 _BLOCK = 1 << 16  # tokens that a streamed context yields at a time
 
 
@@ -100,7 +124,7 @@ def _facts(task: str, names: list[str], values: list[str]) -> tuple[list[str], l
         facts = [f"A magic number of {names[0]} is {value}. " for value in values]
         return facts, [Question(prompt, " " + ", ".join(values) + ".")]
     facts = [f"VAR {names[0]} = {values[0]}. "]
-    facts += [f"VAR {new} = VAR {old}. " for old, new in zip(names, names[1:], strict=False)]
+    facts += [f"VAR {new} = VAR {old}. " for old, new in itertools.pairwise(names)]
     prompt = f"Which variables have the value {values[0]}? They are"
     return facts, [Question(prompt, " " + ", ".join(names) + ".")]
 

@@ -54,7 +54,9 @@ class RecallRows:
     ):
         unknown = sorted(set(tasks) - set(TRAINED_TASKS))
         if unknown or not tasks:
-            raise ValueError(f"recall rows are made of {' and '.join(TRAINED_TASKS)}, not of {', '.join(unknown) or 'nothing'}")
+            raise ValueError(
+                f"recall rows are made of {' and '.join(TRAINED_TASKS)}, not of {', '.join(unknown) or 'nothing'}"
+            )
         if tokenizer.bos_id is None:
             raise ValueError(f"tokenizer {tokenizer.name!r} has no BOS token, with which a row begins")
         if split not in _SPLITS:

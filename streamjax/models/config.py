@@ -182,7 +182,9 @@ class ModelConfig:
                 f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads"
             )
         if self.hsa is not None and max(self.hsa.layers + self.hsa.memory_layers) >= self.num_layers:
-            raise ValueError(f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}")
+            raise ValueError(
+                f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}"
+            )
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("ModelConfig.shared_norm needs parallel_residual=True")
         for rope in (self.rope, self.local_rope):

@@ -99,7 +99,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
     ) -> tuple[State, Remembered]:
         """The state of a memory layer with a chunk's pages in it, and what the chunk's tokens may read."""
-        assert self.encoder is not None and isinstance(cache, ChunkMemory)
+        assert self.encoder is not None
+        assert isinstance(cache, ChunkMemory)
         count = jnp.sum(context.valid, axis=1, dtype=jnp.int32)
         made, memory = self.encoder.stream(x, state[1], cache, count)
         return (state[0], made), memory

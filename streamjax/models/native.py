@@ -54,9 +54,7 @@ def is_native(folder: Path) -> bool:
     return read_json(folder / "config.json").get("model_type") == MODEL_TYPE
 
 
-def load_native(
-    path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False
-) -> Decoder:
+def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False) -> Decoder:
     """Load what `save_safetensors` wrote; arguments as in `streamjax.load`.
 
     Raises:

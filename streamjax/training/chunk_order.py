@@ -152,9 +152,7 @@ def loss_and_grad(
     groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable, split, reduction)]
     batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
 
-    def read(
-        carry: tuple[list[Buffers], Memories], i: Any
-    ) -> tuple[tuple[list[Buffers], Memories], TokenStats | None]:
+    def read(carry: tuple[list[Buffers], Memories], i: Any) -> tuple[tuple[list[Buffers], Memories], TokenStats | None]:
         keys, remembered = carry
         x, new = ends.embed(at(sequence.tokens, i)), []
         for group, mine in zip(groups, keys, strict=True):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,6 @@ from streamjax.models.decoder import Block
 from streamjax.models.mixer import SequenceContext
 from streamjax.parallel.rules import constrain
 from streamjax.training.objectives import Batch
-from streamjax.training.trainable import combine
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +217,9 @@ def attention_blocks(
     return Blocks(spec.pattern, config.scale, config.attention_softcap, block_q, block_k, leading)
 
 
-def queries_of(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:
+def queries_of(
+    block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any
+) -> Queries:
     slopes, heads = block.mixer.slopes(), block.config.num_kv_heads
     return Queries(
         q=whole_blocks(rearrange(q, "b c (k g) d -> b k g c d", k=heads), 3, blocks.block_q),

@@ -168,9 +168,7 @@ def _forward(
 ) -> Chunks:
     source = rows.source(row)
     memory = None if source is None else remembered[source]
-    x, memory = layer_forward(
-        combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence, memory, known
-    )
+    x, memory = layer_forward(combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence, memory, known)
     if source is not None and memory is not None:
         remembered[source] = memory  # models with memories are not stacked: this is Python's loop over layers
     return x

@@ -1,9 +1,9 @@
 """Chunk memories of hierarchical sparse attention in chunked backprop: as keys and values are, one step further up.
 
-A memory layer's input becomes pages, which later tokens of several layers read. Forwards, a chunk of the sequence writes
-its own pages before it reads. Backwards, gradients of all pages are summed while layers and chunks are walked from last
-to first; when a memory layer comes to a chunk, that of the chunk's own pages is complete and goes back through the
-encoder. A chunk of the sequence holds whole pages.
+A memory layer's input becomes pages, which later tokens of several layers read. Forwards, a chunk of the sequence
+writes its own pages before it reads. Backwards, gradients of all pages are summed while layers and chunks are walked
+from last to first; when a memory layer comes to a chunk, that of the chunk's own pages is complete and goes back
+through the encoder. A chunk of the sequence holds whole pages.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def empty_memories(config: ModelConfig, sequence: Sequence, dtype: Any) -> Memor
 
 def encode(block: Block, x: Float[Array, "B C E"]) -> Chunks:
     """The pages of a chunk of the sequence."""
-    assert block.encoder is not None and block.config.hsa is not None
+    assert block.encoder is not None
+    assert block.config.hsa is not None
     return block.encoder.encode(rearrange(x, "b (p s) e -> b p s e", s=block.config.hsa.chunk_size))
 
 
@@ -69,9 +70,7 @@ def write(memory: Chunks, made: Chunks, i: Any) -> Chunks:
 def own_pages(memory: Chunks, i: Any, like: Chunks) -> Chunks:
     """The pages of chunk i, in the dtypes of `like`."""
     count = like.k.shape[2]
-    return jax.tree.map(
-        lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like
-    )
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like)
 
 
 def view(memory: Chunks | None, spec: LayerSpec, config: ModelConfig, sequence: Sequence, i: Any) -> Remembered | None:

@@ -13,9 +13,9 @@ import jax
 from streamjax.checkpoints import save
 from streamjax.models.decoder import Decoder
 from streamjax.models.hf import save_hf
-from streamjax.models.native import save_safetensors
 from streamjax.models.lora import merge_lora
 from streamjax.models.lora_files import save_lora
+from streamjax.models.native import save_safetensors
 from streamjax.training.config import TrainConfig
 
 CONFIG_FILE = "train_config.json"
@@ -66,7 +66,8 @@ def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
     """Write the model, and the tokenizer's files, into `model/`, where `streamjax.load` and `load_tokenizer` find them.
 
     The layout is Hugging Face's where it has a name for the architecture, else `streamjax.save_safetensors`'s; where
-    several processes hold the model, that of `streamjax.save`. Adapters are merged into that model, and lie alone in `adapters/`, in PEFT's layout.
+    several processes hold the model, that of `streamjax.save`. Adapters are merged into that
+    model, and lie alone in `adapters/`, in PEFT's layout.
     """
     folder, tokenizer = workdir / "model", config.data.tokenizer
     if config.lora.rank:

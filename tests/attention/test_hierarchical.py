@@ -21,11 +21,18 @@ def draw(seed, rows, queries, heads, group, pages, size, dtype=jnp.float32):
         return jnp.asarray(random.standard_normal(shape), dtype)
 
     chunks = Chunks(
-        normal(rows, heads, pages, size, WIDTH), normal(rows, heads, pages, size, WIDTH), normal(rows, heads, pages, WIDTH)
+        normal(rows, heads, pages, size, WIDTH),
+        normal(rows, heads, pages, size, WIDTH),
+        normal(rows, heads, pages, WIDTH),
     )
     number = jnp.asarray(random.permuted(np.tile(np.arange(-2, pages - 2), (rows, 1)), axis=1), jnp.int32)
     limit = jnp.asarray(np.sort(random.integers(0, pages + 1, (rows, queries)), axis=1), jnp.int32)
-    return normal(rows, queries, heads * group, WIDTH), normal(rows, queries, heads, WIDTH), chunks, Visible(number, limit)
+    return (
+        normal(rows, queries, heads * group, WIDTH),
+        normal(rows, queries, heads, WIDTH),
+        chunks,
+        Visible(number, limit),
+    )
 
 
 def expected(q, retrieval, chunks, visible, top_k, scale):
@@ -36,8 +43,8 @@ def expected(q, retrieval, chunks, visible, top_k, scale):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3), st.integers(1, 9),
-    st.integers(1, 5), st.integers(1, 10), st.booleans(),
+    st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3),
+    st.integers(1, 9), st.integers(1, 5), st.integers(1, 10), st.booleans(),
 )  # fmt: skip
 def test_both_forms_are_the_published_sum(seed, rows, queries, heads, group, pages, size, top_k, sparse):
     """Any shape; pages in any order, some empty; queries that see no page at all get nothing."""
@@ -49,10 +56,14 @@ def test_both_forms_are_the_published_sum(seed, rows, queries, heads, group, pag
 def test_queries_in_blocks_are_queries_at_once(monkeypatch):
     """Blocks that do and do not divide the queries, with segments, in both forms."""
     q, retrieval, chunks, visible = draw(0, 2, 11, 2, 2, 7, 3)
-    segments, of_chunks = jnp.arange(22).reshape(2, 11) // 4, jnp.asarray([[0, 1, 1, -1, 2, 0, 1], [3, 4, -1, 5, 3, 4, 2]])
+    segments, of_chunks = (
+        jnp.arange(22).reshape(2, 11) // 4,
+        jnp.asarray([[0, 1, 1, -1, 2, 0, 1], [3, 4, -1, 5, 3, 4, 2]]),
+    )
     visible = Visible(jnp.arange(7) * jnp.ones((2, 1), int), visible.limit, segments, of_chunks)
     whole = expected(q, retrieval, chunks, visible, 2, 1.0)
-    assert np.abs(whole).sum() > 1 and (whole == 0).all(axis=(2, 3)).any()
+    assert np.abs(whole).sum() > 1
+    assert (whole == 0).all(axis=(2, 3)).any()
     monkeypatch.setattr(hierarchical, "QUERY_BLOCK", 4)
     for sparse in (False, True):
         np.testing.assert_allclose(chunks.read(q, retrieval, visible, 2, 1.0, sparse), whole, atol=2e-5)

@@ -1,6 +1,7 @@
 """Recall problems: contexts of the asked length with the facts at their depths, and rows to train on."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ def text_of(ids):
 def test_a_context_has_its_length_and_its_facts_at_their_depths(task, depth, seed, haystack, length):
     problem = make_problem(task, depth, seed, haystack)
     ids = np.concatenate(list(stream_context(problem, length, BYTES)))
-    assert len(ids) == length and ids[0] == BYTES.bos_id and (ids[1:] < 256).all()
+    assert len(ids) == length
+    assert ids[0] == BYTES.bos_id
+    assert (ids[1:] < 256).all()
     text = text_of(ids)
     facts = sum(len(fact) for _, fact in problem.needles)
     for where, fact in problem.needles:
@@ -94,14 +97,14 @@ def test_a_long_context_is_streamed():
         ),
         (
             lambda: make_train_iterator(DataConfig(source="recall", packing="pack")),
-            'data source \'recall\' makes whole rows: set packing to "concat"',
+            "data source 'recall' makes whole rows: set packing to \"concat\"",
         ),
     ],
 )
 def test_bad_requests_are_one_line(call, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         call()
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("index", range(8))
@@ -116,7 +119,9 @@ def test_every_answer_of_a_row_can_be_found_before_it(index):
     for start, stop in inside.reshape(-1, 2):
         answer = text[start:stop]
         if stop < 1024:
-            assert len(answer) == 8 and answer.startswith(" ") and answer.endswith(". ")
+            assert len(answer) == 8
+            assert answer.startswith(" ")
+            assert answer.endswith(". ")
             key = text[:start].rsplit("pass key", 1)[1]
             assert f"pass key{key}{answer[:6]}" in text[: start - 60]
             found += 1
@@ -139,4 +144,5 @@ def test_the_rows_of_a_run_resume_and_are_shared_out():
     parts = [next(make_train_iterator(config, shard=grain.sharding.ShardOptions(i, 2)))["tokens"] for i in range(2)]
     np.testing.assert_array_equal(np.concatenate(parts), first["tokens"][[0, 2, 1, 3]])
     held_out = next(iter(make_eval_batches(config, 1)))
-    assert held_out["tokens"].shape == (4, 128) and not (held_out["tokens"] == first["tokens"]).all()
+    assert held_out["tokens"].shape == (4, 128)
+    assert not (held_out["tokens"] == first["tokens"]).all()
