@@ -3,6 +3,7 @@
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.chunk_memory import ChunkMemory
+from streamjax.kv.clusters import Clusters
 from streamjax.kv.compensation import Compensation
 from streamjax.kv.full import Full
 from streamjax.kv.heads import HeadGroups
@@ -17,6 +18,7 @@ __all__ = [
     "Cache",
     "Cascade",
     "ChunkMemory",
+    "Clusters",
     "Compensation",
     "Full",
     "HeadGroups",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import merge
 from streamjax.kv.cache import Cache
+from streamjax.kv.clusters import Clusters
 from streamjax.kv.full import Full
 from streamjax.kv.ring import after
 from streamjax.kv.sink import Sink
@@ -37,6 +38,8 @@ class Cascade(Cache):
             raise ValueError("Sink must be the first tier of a Cascade: it keeps the first tokens of the stream")
         if any(isinstance(tier, Full) for tier in tiers[:-1]):
             raise ValueError("Full must be the last tier of a Cascade: nothing falls out of it")
+        if any(isinstance(tier, Clusters) for tier in tiers[:-1]):
+            raise ValueError("Clusters must be the last tier of a Cascade: a segment leaves it as a whole")
         reach = sum(tier.slots for tier in tiers)
         placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
         match placed:

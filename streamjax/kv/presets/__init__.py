@@ -9,6 +9,7 @@ from streamjax.kv.presets import (
     quest,
     razor_attention,
     rekv,
+    retro_infer,
     streaming_llm,
     window,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "quest",
     "razor_attention",
     "rekv",
+    "retro_infer",
     "streaming_llm",
     "window",
 ]
