@@ -128,7 +128,7 @@ def test_what_is_stored_does_not_depend_on_the_chunks():
 
 
 def test_estimates_of_identical_tokens_are_exact():
-    """Where all tokens of a cluster are the same the estimate is what they give, with the weight of that many tokens."""
+    """Where all tokens of a cluster are the same the estimate is what they give, with the weight of as many."""
     random = np.random.default_rng(3)
     distinct = random.standard_normal((4, 1, 1, KEY_HEADS, WIDTH))
     counts = [3, 5, 1, 7]  # of each token: a wrong count cannot cancel
