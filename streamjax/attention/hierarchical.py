@@ -3,8 +3,7 @@
 HSA of "Hardware-aligned Hierarchical Sparse Attention" (2504.16795), as HSA-UltraLong (2511.23319) uses it. A chunk of
 S tokens has keys, values and one landmark. A token scores chunks by `r = retrieval . landmark / sqrt(D)`, takes the
 best `top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the softmax of their
-scores. So the scores get gradients through the weights, and a chunk's weight does not depend on how many others there
-are.
+scores. So the scores get gradients through the weights.
 
 Two forms of the same sum: over all chunks with most weights zero, which is products of matrices, and over gathered
 chunks, whose work does not grow with the context.
