@@ -8,7 +8,6 @@ head whose summaries score best. What a page is good for is the index's business
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,10 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.partial import Partial
 from streamjax.kv.indexes import Index, MinMax, Summary
+from streamjax.kv.page_reading import PageTokens, Pool, at_distance, choose_pages, read_pages
 from streamjax.kv.ring import read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.window import RingState, push, write
-
-GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +60,7 @@ class Pages(Tier):
     index: Index = dataclasses.field(default_factory=MinMax)
     block: int = 1
     distance: int | None = None
-    pool: Literal["max", "mean"] = "max"
+    pool: Pool = "max"
     shared: bool = False
     read_newest: bool = False
 
@@ -137,79 +135,22 @@ class Pages(Tier):
         return PagesState(dataclasses.replace(ring, k=keys, score=score), summary)
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
-        ring, width = state.tokens, query.q.shape[1]
-        if self.distance is not None:
-            query = query.at(jnp.full_like(query.position, self.distance))
-            ring = dataclasses.replace(ring, position=jnp.zeros_like(ring.position))
-            state = dataclasses.replace(state, tokens=ring)
-        block = min(self.block, width)
-        groups = -(-width // block)
-        chosen = self._choose(state, query, block)  # [B, K, groups, top_k]
-        pages = [self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))]
+        ring = state.tokens
+        pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
+        query, pages = at_distance(query, pages, self.distance)
+        block = min(self.block, query.q.shape[1])
+        return read_pages(pages, query, self._choose(state, pages, query, block), block)
 
-        def read(query: Query, chosen: Int32[Array, "B K top_k"]) -> Partial:
-            def take(x: Array) -> Array:
-                # What is one list for all heads is taken for all heads at once.
-                index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
-                index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
-                found = jnp.take_along_axis(x, index, axis=2, mode="clip")
-                return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
-
-            k, v, position, valid = map(take, pages)
-            return query.attend(k, v, position, valid)
-
-        if groups == 1:
-            return read(query, chosen[:, :, 0])
-
-        def cut(x: Array) -> Array:
-            x = jnp.pad(x, ((0, 0), (0, groups * block - width), *[(0, 0)] * (x.ndim - 2)))
-            return rearrange(x, "b (n c) ... -> n b c ...", n=groups)
-
-        names = ("q", "raw_q", "position")
-        pieces = {name: cut(getattr(query, name)) for name in names}, rearrange(chosen, "b k n p -> n b k p")
-        gathered = chosen.shape[0] * chosen.shape[1] * self.top_k * self.size * ring.k.shape[3]
-        parts = jax.lax.map(
-            lambda piece: read(dataclasses.replace(query, valid=None, **piece[0]), piece[1]),
-            pieces,
-            batch_size=max(1, min(GATHERED // gathered, groups)),
-        )
-        return Partial(*(rearrange(x, "n b c ... -> b (n c) ...")[:, :width] for x in parts))
-
-    def _choose(self, state: PagesState, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
+    def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
         """The pages that each block of queries reads, best first, for each key head."""
-        heads, width = state.tokens.k.shape[1], query.q.shape[1]
-        q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k (c g) d", k=heads))
-        scores = self.index.scores(jax.lax.stop_gradient(state.summary), q)
-        scores = rearrange(scores, "b k (c g) p -> b k g c p", c=width) * query.scale
-        held = self._cut(_holds(state.tokens))
-        if query.slopes is not None:  # ALiBi: a page is as near as its newest token
-            position = self._cut(state.tokens.position)
-            ahead = (query.position[:, None, :, None, None] - position[:, :, None]).astype(jnp.int32)
-            near = jnp.min(jnp.where(held[:, :, None], ahead, jnp.iinfo(jnp.int32).max), axis=-1)
-            slopes = rearrange(query.slopes, "(k g) -> 1 k g 1 1", k=heads)
-            scores -= slopes * near[:, :, None].astype(scores.dtype)
-        if self.shared:
-            scores = rearrange(scores, "b k g c p -> b 1 (k g) c p")
-        scores = self._pooled(scores, jnp.ones((1, 1, 1, 1, 1), bool), axis=2)
-        asks = jnp.ones((1, width), bool) if query.valid is None else query.valid  # padding must not choose for others
-        short = -width % block
-        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, short), (0, 0)))
-        asks = rearrange(jnp.pad(asks, ((0, 0), (0, short))), "b (n c) -> b 1 n c 1", c=block)
-        scores = self._pooled(rearrange(scores, "b k (n c) p -> b k n c p", c=block), asks, axis=3)
-        scores = jnp.where(held.any(axis=-1)[:, :, None], scores, -jnp.inf)
+        newest = None
         if self.read_newest:
             cursor = state.tokens.cursor[:, None]
             newest = (jnp.arange(self.pages) == cursor // self.size) & (cursor % self.size > 0)
-            scores = jnp.where(newest[:, None, None], jnp.inf, scores)
-        chosen = jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
-        return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
-
-    def _pooled(self, scores: Array, asks: Bool[Array, "..."], axis: int) -> Array:
-        """One score of those along `axis` that choose together and `ask`."""
-        if self.pool == "max":
-            return jnp.max(jnp.where(asks, scores, -jnp.inf), axis=axis)
-        asks = jnp.broadcast_to(asks, scores.shape)
-        return jnp.sum(jnp.where(asks, scores, 0), axis=axis) / jnp.maximum(jnp.sum(asks, axis=axis), 1)
+        return choose_pages(
+            pages, state.summary, query, self.index, self.top_k,
+            block=block, pool=self.pool, shared=self.shared, always=newest,
+        )  # fmt: skip
 
     def _summarise(self, keys: Array, holds: Array, score: Array | None, first: Array, count: int) -> Summary:
         """The summaries of `count` pages in a row."""
