@@ -1,10 +1,12 @@
 """KV caches: tiers, cascades of tiers, and published systems as presets."""
 
+from streamjax.kv.boundaries import EndTokens, KeyChange
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.clusters import Clusters
 from streamjax.kv.compensation import Compensation
+from streamjax.kv.content_pages import ContentPages
 from streamjax.kv.full import Full
 from streamjax.kv.heads import HeadGroups
 from streamjax.kv.indexes import Index, Mean, MinMax, Representative
@@ -20,11 +22,14 @@ __all__ = [
     "ChunkMemory",
     "Clusters",
     "Compensation",
+    "ContentPages",
+    "EndTokens",
     "Full",
     "HeadGroups",
     "Index",
     "KVSpec",
     "KVTokens",
+    "KeyChange",
     "Mean",
     "MinMax",
     "Pages",

@@ -33,6 +33,11 @@ class Cache:
         """How far back a query sees, sinks apart. None: no fixed number of positions."""
         raise NotImplementedError
 
+    @property
+    def needs_ids(self) -> bool:
+        """Whether tokens have to come with their ids."""
+        return False
+
     def init(self, spec: KVSpec) -> State:
         """An empty state.
 

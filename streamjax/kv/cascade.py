@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.clusters import Clusters
+from streamjax.kv.content_pages import ContentPages
 from streamjax.kv.full import Full
 from streamjax.kv.ring import after
 from streamjax.kv.sink import Sink
@@ -40,6 +41,8 @@ class Cascade(Cache):
             raise ValueError("Full must be the last tier of a Cascade: nothing falls out of it")
         if any(isinstance(tier, Clusters) for tier in tiers[:-1]):
             raise ValueError("Clusters must be the last tier of a Cascade: a segment leaves it as a whole")
+        if any(isinstance(tier, ContentPages) for tier in tiers[:-1]):
+            raise ValueError("ContentPages must be the last tier of a Cascade: a page leaves it as a whole")
         reach = sum(tier.slots for tier in tiers)
         placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
         match placed:
@@ -49,6 +52,8 @@ class Cascade(Cache):
             if not isinstance(placed[int(isinstance(placed[0], Sink))], Window):
                 raise ValueError("a tier that needs scores must have a Window before it, which notes them")
             placed = [dataclasses.replace(t, observe_attention=True) if isinstance(t, Window) else t for t in placed]
+        if any(tier.needs_ids for tier in placed):
+            placed = [dataclasses.replace(t, keep_ids=True) if isinstance(t, Window) else t for t in placed]
         object.__setattr__(self, "tiers", tuple(placed))
 
     @property
@@ -68,6 +73,10 @@ class Cascade(Cache):
         """How far back a query sees, sinks apart: the windows' sizes together. None: all that the chunk brought."""
         reaches = [tier.reach_back for tier in self.tiers]
         return None if None in reaches else sum(reach or 0 for reach in reaches)
+
+    @property
+    def needs_ids(self) -> bool:
+        return any(tier.needs_ids for tier in self.tiers)
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         return tuple(tier.init(spec) for tier in self.tiers)

@@ -97,6 +97,10 @@ class ChunkMemory(Cache):
     def reach(self) -> int | None:
         return None
 
+    @property
+    def needs_ids(self) -> bool:
+        return self.own is not None and self.own.needs_ids
+
     def init(self, spec: KVSpec) -> tuple[State, ChunkMemoryState]:
         if self.own is None or not self.size:
             raise ValueError("a chunk memory is for models with hierarchical sparse attention: ModelConfig.hsa is None")

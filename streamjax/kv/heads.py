@@ -62,6 +62,10 @@ class HeadGroups(Cache):
         reaches = [cascade.reach for _, cascade in self.groups]
         return None if None in reaches else max(reach or 0 for reach in reaches)
 
+    @property
+    def needs_ids(self) -> bool:
+        return any(cascade.needs_ids for _, cascade in self.groups)
+
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         if spec.kv_heads != self.heads:
             raise ValueError(f"HeadGroups places {self.heads} key heads, the model's layers have {spec.kv_heads}")

@@ -67,6 +67,7 @@ class KVTokens:
     k, v: rotated keys, and values, [B, K, C, D]. raw_k: the keys before rotation. position: stream position, uint32,
     valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the same tokens. rotary: what rotated the keys.
     score: the attention that each token has got so far, from each query head, float32; None where no tier asks for it.
+    ids: what the tokens are, in the vocabulary; the same.
     """
 
     k: Float[Array, "B K C D"]
@@ -76,6 +77,7 @@ class KVTokens:
     valid: Bool[Array, "B #K C"]
     rotary: Rotary | None = dataclasses.field(default=None, metadata={"static": True})
     score: Float[Array, "B H C"] | None = None
+    ids: Int32[Array, "B 1 C"] | None = None
 
     def moved(self, back: bool) -> KVTokens:
         """These tokens with their keys turned from their positions to position 0, or from there to their positions."""
@@ -254,6 +256,11 @@ class Tier:
     @property
     def needs_scores(self) -> bool:
         """Whether tokens have to come with the attention that they got so far."""
+        return False
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether tokens have to come with their ids."""
         return False
 
     def observe(self, state: State, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> State:

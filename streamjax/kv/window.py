@@ -18,7 +18,8 @@ from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 class RingState:
     """A ring of slots; `cursor` is the slot that the next token takes, `filled` how many hold tokens.
 
-    score: the attention that each token got so far, from each query head; None where nothing notes it.
+    score: the attention that each token got so far, from each query head; None where nothing notes it. ids: of the
+    tokens; None where no tier asks for them.
     """
 
     k: Float[Array, "B K S D"]
@@ -27,6 +28,7 @@ class RingState:
     cursor: Int32[Array, " B"]
     filled: Int32[Array, " B"]
     score: Float[Array, "B H S"] | None = None
+    ids: Int32[Array, "B 1 S"] | None = None
 
 
 def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[RingState, KVTokens]:
@@ -55,6 +57,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         valid=jnp.arange(width) < fallen[:, None, None],
         rotary=tokens.rotary,
         score=None if state.score is None or tokens.score is None else evict(state.score, tokens.score),
+        ids=None if state.ids is None or tokens.ids is None else evict(state.ids, tokens.ids),
     )
     # In place, though what is overwritten goes on to other tiers: read once, and before anything is written.
     evicted = settled(evicted, count)
@@ -79,6 +82,7 @@ def write(
         (state.cursor + known) % slots,
         jnp.minimum(state.filled + known, keep or slots),
         None if state.score is None or tokens.score is None else put(state.score, tokens.score),
+        None if state.ids is None or tokens.ids is None else put(state.ids, tokens.ids),
     )
 
 
@@ -90,11 +94,12 @@ class Window(Tier):
     windows follow it is strict; before other tiers, tokens about to fall stay visible until their chunk is stored.
 
     With `observe_attention` it notes how much attention each of its tokens gets, for the tiers behind it; a cascade
-    asks for that by itself where a tier needs it.
+    asks for that by itself where a tier needs it. With `keep_ids` it keeps the ids of its tokens for them, likewise.
     """
 
     size: int
     observe_attention: bool = False
+    keep_ids: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -111,7 +116,8 @@ class Window(Tier):
     def init(self, spec: KVSpec) -> RingState:
         buffers = spec.buffer(self.size), spec.buffer(self.size), spec.positions(self.size)
         score = spec.scores(self.size) if self.observe_attention else None
-        return RingState(*buffers, spec.counter(), spec.counter(), score)
+        ids = spec.positions(self.size).astype(jnp.int32) if self.keep_ids else None
+        return RingState(*buffers, spec.counter(), spec.counter(), score, ids)
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]

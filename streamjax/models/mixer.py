@@ -43,6 +43,7 @@ class ChunkContext:
 
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
     saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable: see `Query`.
+    ids: of the tokens; None where no cache asks for them.
     """
 
     position: UInt32[Array, "B C"]
@@ -50,6 +51,7 @@ class ChunkContext:
     seen: Int32[Array, " B"]
     span: int = dataclasses.field(metadata={"static": True})
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
+    ids: Int32[Array, "B C"] | None = None
 
 
 class Attention(nnx.Module):
@@ -118,6 +120,7 @@ class Attention(nnx.Module):
             position=context.position[:, None],
             valid=context.valid[:, None],
             rotary=rotary,
+            ids=None if context.ids is None else context.ids[:, None],
         )
         query = Query(
             q=q,

@@ -38,15 +38,17 @@ def advance(
     width = tokens.shape[1]
     count = jnp.full((tokens.shape[0],), width, jnp.int32) if count is None else count.astype(jnp.int32)
     offset = jnp.arange(width, dtype=jnp.int32)
+    valid = offset < count[:, None]
+    # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
+    tokens = jnp.where(valid, tokens, 0)
     context = ChunkContext(
         position=state.position[:, None] + offset.astype(jnp.uint32),
-        valid=offset < count[:, None],
+        valid=valid,
         seen=state.seen,
         span=state.span,
         differentiable=differentiable,
+        ids=tokens.astype(jnp.int32) if any(cache.needs_ids for cache in state.caches) else None,
     )
-    # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
-    tokens = jnp.where(context.valid, tokens, 0)
     hidden, layers = model.stream(tokens, state.layers, state.caches, context, memorise)
     if state.capacity is not None:
         # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
