@@ -2,6 +2,7 @@
 
 from streamjax.kv.presets import (
     dense,
+    dhsa,
     duo_attention,
     hsa,
     inf_llm,
@@ -10,6 +11,7 @@ from streamjax.kv.presets import (
     razor_attention,
     rekv,
     retro_infer,
+    sentence_kv,
     streaming_llm,
     window,
 )
@@ -18,6 +20,7 @@ from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 __all__ = [
     "Preset",
     "dense",
+    "dhsa",
     "duo_attention",
     "hsa",
     "inf_llm",
@@ -29,6 +32,7 @@ __all__ = [
     "razor_attention",
     "rekv",
     "retro_infer",
+    "sentence_kv",
     "streaming_llm",
     "window",
 ]

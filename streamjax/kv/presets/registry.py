@@ -95,7 +95,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _value(name: str, option: str, value: str, default: object) -> object:
-    """A value of the default's type."""
+    """A value of the default's type; several numbers are joined by "+"."""
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
             raise ValueError(f"cache {name!r}: {option} is true or false, not {value!r}")
@@ -103,6 +103,8 @@ def _value(name: str, option: str, value: str, default: object) -> object:
     if isinstance(default, str):
         return value
     try:
+        if isinstance(default, tuple):
+            return tuple(int(part) for part in value.split("+"))
         return float(value) if isinstance(default, float) else int(value)
     except ValueError:
         raise ValueError(f"cache {name!r}: {option} must be a number, not {value!r}") from None
