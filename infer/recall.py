@@ -23,7 +23,7 @@ from absl import flags
 import streamjax as sj
 from infer import common
 from streamjax.data.haystack import KINDS
-from streamjax.data.recall import TASKS
+from streamjax.data.recall import TASKS, make_problem, stream_context
 from streamjax.data.tokenizers import Tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.evaluation.recall import Cell, run_recall
@@ -81,6 +81,8 @@ def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
     lengths = [parse_length(text) for text in values.lengths]
     model, tokenizer = common.load_model(values, values.cache or ())
     trained = model.config.max_position
+    for task in values.task:  # what does not fit is told before anything is read
+        next(stream_context(make_problem(task, None, 0, needles=values.needles), min(lengths), tokenizer))
     whole = max(lengths) + ROOM
     everything = f"dense:capacity={whole}" if model.config.hsa is None else f"hsa:capacity={whole}"
     cells = []

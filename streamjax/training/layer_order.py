@@ -125,7 +125,7 @@ def rows_forward(
                 if position and inputs.every:  # then a segment is this row alone
                     here = inputs.keep(here, row, position, x)
                     away.append(inputs.send(x))
-                x = _forward(rows, sequence, remembered, False, row, position, x)
+                x = place_forward(rows, sequence, remembered, False, row, position, x)
             return x, here
 
         return inputs.walk(s, row, (x, here)), away
@@ -141,7 +141,7 @@ def rows_backward(
     d_remembered = memories.empty_memories(rows.config, sequence, options.kv_grad_dtype)
 
     def segment(s: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
-        inner = inputs.recompute(kept, s, partial(_forward, rows, sequence, remembered, True))
+        inner = inputs.recompute(kept, s, partial(place_forward, rows, sequence, remembered, True))
 
         def row(row: Any, carry: tuple[list[Block], Chunks]) -> tuple[list[Block], Chunks]:
             grads, d_x = carry
@@ -163,9 +163,11 @@ def rows_backward(
     return rows.loop_back(0, inputs.segments, segment, (rows.zero_grads(), d_x))
 
 
-def _forward(
+def place_forward(
     rows: Rows, sequence: Sequence, remembered: Memories, known: bool, row: Any, position: int, x: Chunks
 ) -> Chunks:
+    """The layer at a place of the rows over all chunks. It reads its memory in `remembered`, and fills in what it
+    makes unless that is `known`."""
     source = rows.source(row)
     memory = None if source is None else remembered[source]
     x, memory = layer_forward(combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence, memory, known)

@@ -17,11 +17,11 @@ from streamjax.models.layout import without_layers
 from streamjax.training.backprop import DEFAULT_CHUNK
 from streamjax.training.chunks import Sequence, at
 from streamjax.training.ends import default_logits_chunk, joined, stats_of
-from streamjax.training.layer_order import layer_forward
+from streamjax.training.layer_order import place_forward
+from streamjax.training.memories import Memories, empty_memories, whole_pages
 from streamjax.training.objectives import Batch, require_arrays, require_targets
 from streamjax.training.reduction import Reduction
 from streamjax.training.rows import Rows, rows_of
-from streamjax.training.trainable import combine
 
 
 def token_log_probs(
@@ -56,7 +56,7 @@ def token_log_probs(
     return _token_log_probs(
         model,
         {name: jnp.asarray(x) for name, x in batch.items()},
-        min(chunk_size or DEFAULT_CHUNK, length),
+        whole_pages(model.config, min(chunk_size or DEFAULT_CHUNK, length)),
         logits_chunk or default_logits_chunk(model, rows),
     )
 
@@ -67,14 +67,17 @@ def _token_log_probs(model: Decoder, batch: Batch, chunk_size: int, logits_chunk
     sequence = Sequence.cut(batch, {"targets": jnp.where(counted, batch["targets"], 0)}, chunk_size)
     ends, steps = without_layers(model), jnp.arange(sequence.count)
     x = jax.lax.map(lambda i: ends.embed(at(sequence.tokens, i)), steps)
+    remembered = empty_memories(model.config, sequence, model.dtype)
     for rows in rows_of(model, nnx.Param, None, Reduction()):
-        x = rows.loop(0, rows.count, partial(_row_forward, rows, sequence), x)
+        x = rows.loop(0, rows.count, partial(_row_forward, rows, sequence, remembered), x)
     targets = sequence.prepared["targets"]
     logp = jax.lax.map(lambda i: stats_of(ends, at(x, i), at(targets, i), logits_chunk).logp, steps)
     return jnp.where(counted, joined(logp, sequence.length), 0.0)
 
 
-def _row_forward(rows: Rows, sequence: Sequence, row: Any, x: Float[Array, "N B C E"]) -> Float[Array, "N B C E"]:
+def _row_forward(
+    rows: Rows, sequence: Sequence, remembered: Memories, row: Any, x: Float[Array, "N B C E"]
+) -> Float[Array, "N B C E"]:
     for position in range(rows.period):
-        x = layer_forward(combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence)
+        x = place_forward(rows, sequence, remembered, False, row, position, x)
     return x

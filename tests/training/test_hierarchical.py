@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from gradients import CONFIG, assert_same, gradient, random_batch, random_model
 
+import streamjax as sj
 from streamjax.models import HSAConfig
+from streamjax.training.scoring import token_log_probs
 
 SHARED = CONFIG.replace(
     num_layers=4, windows=(5,) * 4, hsa=HSAConfig(layers=(2, 3), memory_layers=(1,), chunk_size=4, top_k=2)
@@ -53,3 +55,15 @@ def test_the_gradient_reaches_every_part_of_the_memory():
             for part in (block.encoder, block.reader):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(part):
                     assert np.abs(leaf).max() > 1e-8, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 6])
+def test_log_probabilities_are_those_of_the_whole_sequence(chunk_size):
+    """What DPO and GRPO compare with."""
+    with jax.enable_x64(True):
+        model, batch = random_model(OWN), random_batch(31, 2, 29, packed=True)
+        found = token_log_probs(model, batch, chunk_size=chunk_size)
+        logits = sj.forward(model, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        logp = jax.nn.log_softmax(logits)
+        right = np.take_along_axis(np.asarray(logp), np.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
+        np.testing.assert_allclose(found, np.where(batch["weights"] != 0, right, 0), atol=1e-10)
