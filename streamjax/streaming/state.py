@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.chunk_memory import ChunkMemory
+from streamjax.kv.heads import HeadGroups
 from streamjax.kv.tier import KVSpec, State, map_state_axes
 from streamjax.kv.window import Window
 from streamjax.models.config import ModelConfig
@@ -82,21 +83,31 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     Raises:
       ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
     """
+    layers = range(config.num_layers)
     if isinstance(cache, Cache):
-        own = [config.layer(i).window for i in range(config.num_layers)]
-        if 1 in own:
-            raise ValueError(f"layer {own.index(1)} has a sliding window of 1: it sees itself alone and has no cache")
-        if isinstance(cache, ChunkMemory) and None in own:
-            raise ValueError(f"layer {own.index(None)} has full attention: give it a cache of its own, one a layer")
-        return tuple(
-            _remembering(config, i, cache, cache if w is None else Cascade(Window(w - 1))) for i, w in enumerate(own)
-        )
-    if not isinstance(cache, Sequence) or not all(isinstance(entry, Cache) for entry in cache):
-        raise ValueError(f"a cache is a Cascade, such as sj.kv.preset('dense'), or one for each layer; got {cache!r}")
-    caches = tuple(cache)
-    if len(caches) != config.num_layers:
-        raise ValueError(f"{len(caches)} caches for {config.num_layers} layers; give one for all, or one a layer")
-    return tuple(_remembering(config, i, c, c) for i, c in enumerate(caches))
+        caches, keeps = (cache,) * config.num_layers, [True] * config.num_layers
+        full = next((i for i in layers if config.layer(i).window is None), None)
+        if isinstance(cache, ChunkMemory) and full is not None:
+            raise ValueError(f"layer {full} has full attention: give it a cache of its own, one a layer")
+    else:
+        if not isinstance(cache, Sequence) or not all(isinstance(entry, Cache) for entry in cache):
+            raise ValueError(
+                f"a cache is a Cascade, such as sj.kv.preset('dense'), or one for each layer; got {cache!r}"
+            )
+        if len(cache) != config.num_layers:
+            raise ValueError(f"{len(cache)} caches for {config.num_layers} layers; give one for all, or one a layer")
+        # Presets by heads have one cache a layer, and they too leave layers with windows of their own as they are.
+        caches, keeps = tuple(cache), [isinstance(entry, HeadGroups) for entry in cache]
+    own = [_pretrained(config, i, caches[i]) if keeps[i] else caches[i] for i in layers]
+    return tuple(_remembering(config, i, caches[i], own[i]) for i in layers)
+
+
+def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
+    """`cache`, or the window that the layer was trained with."""
+    window = config.layer(index).window
+    if window == 1:
+        raise ValueError(f"layer {index} has a sliding window of 1: it sees itself alone and has no cache")
+    return cache if window is None else Cascade(Window(window - 1))
 
 
 def _remembering(config: ModelConfig, index: int, cache: Cache, own: Cache) -> Cache:

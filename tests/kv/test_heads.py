@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from streaming.tiny import ALIBI, GQA, PARTIAL, build, random_tokens
+from streaming.tiny import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens
 
 import streamjax as sj
 from kv.test_pages import FREQUENCIES, SLOPES, WIDTH, Stream, run
@@ -50,8 +50,8 @@ def test_what_ends_first_ends_the_layer():
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("duo_attention", PARTIAL), ("lserve", GQA), ("lserve", ALIBI)],
-    ids=["duo_attention-partial", "lserve-gqa", "lserve-alibi"],
+    [("duo_attention", PARTIAL), ("duo_attention", LOCAL), ("lserve", GQA), ("lserve", ALIBI)],
+    ids=["duo_attention-partial", "duo_attention-windows", "lserve-gqa", "lserve-alibi"],
 )
 def test_with_all_heads_far_a_preset_is_dense(tmp_path, name, config):
     gates = np.linspace(0, 1, config.num_layers * config.num_kv_heads).reshape(config.num_layers, -1)
