@@ -1,6 +1,9 @@
 """The model of hsa_recall.py with full attention and RoPE in the place of windows and chunk memory, for comparison.
 
-    python -m train --config=configs/dense_recall.py --workdir=runs/dense_recall
+    python -m train --config=configs/dense_recall.py --workdir=runs/near --config.data.seq_len=256 \\
+        --config.data.batch_size=32 --config.steps=200
+    python -m train --config=configs/dense_recall.py --workdir=runs/dense_recall --config.model=none \\
+        --config.init_from=runs/near/model
 
 It learns the same task from the same rows, and loses it beyond the length of these rows.
 """
@@ -28,7 +31,7 @@ def get_config() -> TrainConfig:
             eos_token_ids=(257,),
         ),
         data=DataConfig(source="recall", seq_len=1024, batch_size=8),
-        steps=600,
+        steps=150,
         optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.05, warmup_steps=100, weight_decay=0.05),
         eval_interval=250,
         eval_batches=10,

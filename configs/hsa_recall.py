@@ -37,7 +37,7 @@ def get_config() -> TrainConfig:
             eos_token_ids=(257,),
         ),
         data=DataConfig(source="recall", seq_len=1024, batch_size=8),
-        steps=600,
+        steps=500,
         optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.1, warmup_steps=50, weight_decay=0.05),
         eval_interval=200,
         eval_batches=10,
