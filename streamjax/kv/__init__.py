@@ -9,7 +9,7 @@ from streamjax.kv.compensation import Compensation
 from streamjax.kv.content_pages import ContentPages
 from streamjax.kv.full import Full
 from streamjax.kv.heads import HeadGroups
-from streamjax.kv.indexes import Index, Mean, MinMax, Representative
+from streamjax.kv.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.pages import Pages
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.sink import Sink
@@ -31,6 +31,7 @@ __all__ = [
     "KVTokens",
     "KeyChange",
     "Mean",
+    "Middle",
     "MinMax",
     "Pages",
     "Preset",

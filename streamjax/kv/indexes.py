@@ -163,3 +163,21 @@ class Representative(Index):
         queries = rearrange(q, "b k (c g) d -> g b k c d", g=len(summary))
         found = [_products(means, mine) for means, mine in zip(summary, queries, strict=True)]
         return rearrange(jnp.stack(found), "g b k c p -> b k (c g) p")
+
+
+@dataclasses.dataclass(frozen=True)
+class Middle(Index):
+    """The key in the middle of those that the page holds: it stands for a range of keys in HiP (2406.09827)."""
+
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
+        first, held = jnp.argmax(valid, axis=-1), jnp.sum(valid, axis=-1)
+        place = jnp.broadcast_to(first + held // 2, keys.shape[:3])[..., None, None]
+        return jnp.take_along_axis(keys, jnp.minimum(place, keys.shape[3] - 1), axis=3)[:, :, :, 0]
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        return _products(summary, q)

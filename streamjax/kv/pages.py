@@ -8,6 +8,7 @@ head whose summaries score best. What a page is good for is the index's business
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.partial import Partial
 from streamjax.kv.indexes import Index, MinMax, Summary
-from streamjax.kv.page_reading import PageTokens, Pool, at_distance, choose_pages, read_pages
+from streamjax.kv.page_reading import PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
 from streamjax.kv.ring import read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tree import tree_search
 from streamjax.kv.window import RingState, push, write
 
 
@@ -49,6 +51,7 @@ class Pages(Tier):
       pool: where several queries or heads choose together: "max", what one of them wants most, or "mean".
       shared: all key heads read the same pages.
       read_newest: the page that is being filled is always among those that are read.
+      search: "all" scores every page; "tree" finds good pages in the logarithm of their number (`tree.py`).
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -63,6 +66,7 @@ class Pages(Tier):
     pool: Pool = "max"
     shared: bool = False
     read_newest: bool = False
+    search: Literal["all", "tree"] = "all"
 
     def __post_init__(self) -> None:
         for name in ("size", "top_k", "block", "distance"):
@@ -75,6 +79,10 @@ class Pages(Tier):
             raise ValueError(f"Pages.top_k is {self.top_k}, but {where}")
         if self.pool not in ("max", "mean"):
             raise ValueError(f'Pages.pool must be "max" or "mean", got {self.pool!r}')
+        if self.search not in ("all", "tree"):
+            raise ValueError(f'Pages.search must be "all" or "tree", got {self.search!r}')
+        if self.search == "tree" and (self.shared or self.read_newest):
+            raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
         self.index.check(self.size)
 
     @property
@@ -139,6 +147,9 @@ class Pages(Tier):
         pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
         query, pages = at_distance(query, pages, self.distance)
         block = min(self.block, query.q.shape[1])
+        if self.search == "tree":
+            chosen, some = self._descend(state, query, block)
+            return read_pages(pages, query, chosen, block, some)
         return read_pages(pages, query, self._choose(state, pages, query, block), block)
 
     def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
@@ -151,6 +162,40 @@ class Pages(Tier):
             pages, state.summary, query, self.index, self.top_k,
             block=block, pool=self.pool, shared=self.shared, always=newest,
         )  # fmt: skip
+
+    def _descend(
+        self, state: PagesState, query: Query, block: int
+    ) -> tuple[Int32[Array, "B K n top_k"], Bool[Array, "B K n top_k"]]:
+        """The pages that a tree search finds for each block of queries and each key head, and which are pages at all.
+
+        Raises:
+          ValueError: a model with ALiBi, where a page's worth depends on its distance.
+        """
+        if query.slopes is not None:
+            raise ValueError('Pages.search "tree" does not know distances: models with ALiBi need search="all"')
+        heads, width = state.tokens.k.shape[1], query.q.shape[1]
+        short = -width % block
+        q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k c g d", k=heads))
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0), (0, 0)))
+        q = rearrange(q, "b k (n c) g d -> n b k (c g) d", c=block)
+        asks = jnp.ones((1, width), bool) if query.valid is None else query.valid
+        asks = rearrange(jnp.pad(asks, ((0, 0), (0, short))), "b (n c) -> n b 1 c 1 1", c=block)
+        summary = jax.lax.stop_gradient(state.summary)
+
+        def score_one(q: Array, asks: Array, pages: Array) -> Array:
+            """Scores [B, K, M] of pages [B, K, M] for the queries of one block."""
+            some = jax.tree.map(
+                lambda x: jnp.take_along_axis(x, pages.reshape(*pages.shape, *[1] * (x.ndim - 3)), axis=2), summary
+            )
+            found = rearrange(self.index.scores(some, q), "b k (c g) m -> b k c g m", c=block)
+            return pooled(pooled(found, asks, 2, self.pool), jnp.ones((1, 1, 1, 1), bool), 2, self.pool)
+
+        def score(pages: Array) -> Array:
+            return jnp.moveaxis(jax.vmap(score_one)(q, asks, jnp.moveaxis(pages, 2, 0)), 0, 2)
+
+        held = self._cut(_holds(state.tokens)).any(axis=-1)[:, :, None]
+        held = jnp.broadcast_to(held, (held.shape[0], heads, q.shape[0], held.shape[-1]))
+        return tree_search(score, held, self.top_k)
 
     def _summarise(self, keys: Array, holds: Array, score: Array | None, first: Array, count: int) -> Summary:
         """The summaries of `count` pages in a row."""
