@@ -10,7 +10,7 @@ from streamjax.models import HSAConfig
 from streamjax.training.scoring import token_log_probs
 
 SHARED = CONFIG.replace(
-    num_layers=4, windows=(5,) * 4, hsa=HSAConfig(layers=(2, 3), memory_layers=(1,), chunk_size=4, top_k=2)
+    num_layers=3, windows=(5,) * 3, hsa=HSAConfig(layers=(1, 2), memory_layers=(0,), chunk_size=4, top_k=2)
 )
 OWN = CONFIG.replace(
     num_layers=3,
@@ -23,12 +23,12 @@ OWN = CONFIG.replace(
 @pytest.mark.parametrize(
     ("config", "method", "chunk_size", "packed"),
     [
-        (SHARED, "remat", None, False),
-        (SHARED, "layer", 8, False),
+        pytest.param(SHARED, "remat", None, False, marks=pytest.mark.slow),
+        pytest.param(SHARED, "layer", 8, False, marks=pytest.mark.slow),
         (SHARED, "chunk", 8, False),
         (SHARED, "layer", 11, True),
-        (SHARED, "chunk", 29, True),
-        (OWN, "layer", 6, False),
+        pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
+        pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),
         (OWN, "chunk", 6, True),
     ],
 )
@@ -40,6 +40,7 @@ def test_every_method_gives_the_gradient(config, method, chunk_size, packed):
         assert_same(gradient(model, batch, method, chunk_size=chunk_size), gradient(model, batch, "full"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"segment": 2}, {"segment": 3, "offload": "host", "offload_fraction": 0.5}])
 def test_segments_and_offload_keep_the_gradient(options):
     with jax.enable_x64(True):
