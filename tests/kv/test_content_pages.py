@@ -249,12 +249,12 @@ def test_a_page_ends_before_the_key_that_differs():
 def test_with_pages_of_one_length_it_is_pages():
     """Where no token ends a page: the choice and the sum are those of `Pages`, blocks and shared choices included."""
     stream, ids = drawn(seed=5)
-    for options in ({"block": 4}, {"shared": True, "pool": "mean", "distance": 7}):
-        content = Cascade(Window(5), ContentPages(4, 64, 3, EndTokens((99,)), MinMax(), **options))
-        plain = Cascade(Window(5), Pages(4, 64, 3, MinMax(), **options))
-        found, _ = run(content, stream, ids, [8], width=8, frequencies=FREQUENCIES)
-        expected, _ = run(plain, stream, ids, [8], width=8, frequencies=FREQUENCIES)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    options = {"block": 4, "shared": True, "pool": "mean", "distance": 7}
+    content = Cascade(Window(5), ContentPages(4, 64, 3, EndTokens((99,)), MinMax(), **options))
+    plain = Cascade(Window(5), Pages(4, 64, 3, MinMax(), **options))
+    found, _ = run(content, stream, ids, [8], width=8, frequencies=FREQUENCIES)
+    expected, _ = run(plain, stream, ids, [8], width=8, frequencies=FREQUENCIES)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_attention_may_stand_for_a_page():

@@ -11,13 +11,17 @@ import streamjax as sj
 from streaming.tiny import GQA, build, random_tokens, read_stream
 
 ENDS = (3, 7, 11)
+QUICK = ("llama", "gemma2", "falcon-40b", "mpt")  # one of each kind; the others are slow together
 SMALL = {"sinks": 2, "window": 3, "capacity": 96, "page": 4, "top_k": 24, "least": 2}
 OPTIONS = {"dhsa": {"context": 2, "threshold": 0.3}, "sentence_kv": {"ends": ENDS}}
 
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [*((case, "dhsa") for case in CASES), *((case, "sentence_kv") for case in ("llama", "gemma2", "mpt"))],
+    [
+        *(pytest.param(case, "dhsa", marks=() if case in QUICK else pytest.mark.slow) for case in CASES),
+        *(pytest.param(case, "sentence_kv", marks=() if case == "gemma2" else pytest.mark.slow) for case in QUICK),
+    ],
 )
 def test_with_every_page_read_a_stream_is_dense(case, name):
     """Every architecture that loads; layers with windows of their own keep them."""
