@@ -50,7 +50,15 @@ LLAMA = sj.ModelConfig(
 CACHES = {
     "streaming_llm 4+4092": sj.kv.preset("streaming_llm", sinks=4, window=4092),
     "dense 32768": sj.kv.preset("dense", capacity=32768),
+    "hsa 262144": sj.kv.preset("hsa", capacity=262144),
 }
+
+
+def with_memory(config: sj.ModelConfig) -> sj.ModelConfig:
+    """The same shape with windows of 512 and a chunk memory in its middle, which every fourth layer above reads."""
+    middle = config.num_layers // 2
+    hsa = sj.HSAConfig(tuple(range(middle, config.num_layers, 4)), (middle,), chunk_size=64, top_k=16)
+    return config.replace(windows=(512,) * config.num_layers, hsa=hsa)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +75,14 @@ class Case:
 
 
 _V5E, _V5P = ("v5e:2x4", (("tensor", 8),)), ("v5p:2x2x1", (("tensor", 4),))
-_ENDLESS, _DENSE = CACHES
+_ENDLESS, _DENSE, _HSA = CACHES
 CASES = {
     "decode-8": Case(*_V5E, _ENDLESS, 8, 1),
     "decode-32": Case(*_V5E, _ENDLESS, 32, 1),
     "decode-32-data2": Case("v5e:2x4", (("data", 2), ("tensor", 4)), _ENDLESS, 32, 1),
     "decode-8-dense": Case(*_V5E, _DENSE, 8, 1),
     "decode-32-dense": Case(*_V5E, _DENSE, 32, 1),
+    "decode-8-hsa": Case(*_V5E, _HSA, 8, 1),
     "prefill-512": Case(*_V5P, _ENDLESS, 1, 512),
     "prefill-2048": Case(*_V5P, _ENDLESS, 1, 2048),
     "prefill-512x16": Case(*_V5P, _ENDLESS, 1, 512, 16),
@@ -86,6 +95,7 @@ def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, 
     """Compile one case under options of the compiler, in a process of `aot.child_environment`; bytes on one chip."""
     mesh = aot.tpu_mesh(case.topology, **dict(case.mesh))
     config = LLAMA.replace(num_layers=layers)
+    config = with_memory(config) if case.cache == _HSA else config
     with jax.set_mesh(mesh):
         model = jax.eval_shape(
             lambda: sj.Decoder(config, jax.random.key(0), dtype=jnp.bfloat16, scan_layers=case.layout == "stacked")

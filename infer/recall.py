@@ -90,7 +90,8 @@ def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
         cache = common.parse_cache(spec, trained, whole)
         for task in values.task:
             for length in lengths:
-                cells += _run(values, model, tokenizer, spec, cache, task, length, values.depths, values.samples)
+                how = (values.depths, values.samples, values.batch_size)
+                cells += _run(values, model, tokenizer, spec, cache, task, length, *how)
     return cells, trained, f"{Path(values.model).name}, trained on {trained:,} tokens at once"
 
 
@@ -106,12 +107,12 @@ def _demo(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
     cells = []
     for length in DEMO_LENGTHS:
         cache = sj.kv.preset("hsa", capacity=length + ROOM)
-        cells += _run(values, model, tokenizer, "HSA", cache, "passkey", length, 3, 2)
+        cells += _run(values, model, tokenizer, "HSA", cache, "passkey", length, 3, 2, 6)
     for length in DEMO_LENGTHS[:2]:
         cache = sj.kv.preset("streaming_llm", sinks=4, window=508)
-        cells += _run(values, model, tokenizer, "sinks + window", cache, "passkey", length, 3, 2)
+        cells += _run(values, model, tokenizer, "sinks + window", cache, "passkey", length, 3, 2, 6)
         cache = sj.kv.preset("dense", capacity=length + ROOM)
-        cells += _run(values, dense, tokenizer, "dense, RoPE", cache, "passkey", length, 3, 2)
+        cells += _run(values, dense, tokenizer, "dense, RoPE", cache, "passkey", length, 3, 2, 6)
     return cells, trained, f"pass keys after training on {trained:,} tokens at once"
 
 
@@ -125,15 +126,16 @@ def _run(
     length: int,
     depths: int,
     samples: int,
+    batch_size: int,
 ) -> list[Cell]:
-    batches = -(-depths * samples // values.batch_size)
+    batches = -(-depths * samples // batch_size)
     mininterval = 0.2 if sys.stderr.isatty() else 15
     label = f"{name} {task} {length:,}"
-    total = batches * length * values.batch_size
+    total = batches * length * batch_size
     with tqdm.tqdm(total=total, desc=label, unit=" tokens", mininterval=mininterval) as bar:
 
         def show(tokens: int) -> None:
-            bar.update(tokens * values.batch_size)
+            bar.update(tokens * batch_size)
 
         return run_recall(
             model,
@@ -146,7 +148,7 @@ def _run(
             samples=samples,
             haystack=values.haystack,
             needles=values.needles,
-            batch_size=values.batch_size,
+            batch_size=batch_size,
             chunk_size=values.chunk_size,
             seed=values.seed,
             progress=show,

@@ -53,6 +53,15 @@ def test_decode_holds_weights_and_caches_and_nothing_else(tmp_path):
     assert decode["collectives"] == {"all-reduce bf16[8,1,4096]": 5}
 
 
+def test_decoding_over_a_chunk_memory_copies_none_of_it(tmp_path):
+    """8 streams with 262,144 tokens each in the memory of one of two layers, one key head a chip."""
+    decode = _bytes_on_one_chip("decode-8-hsa", tmp_path)
+    pages = 2 * 2 * (8 * 262144 * 128)
+    assert pages < decode["alias"] < 1.05 * pages
+    assert decode["copied"] == 0
+    assert decode["temp"] < 64 * MB
+
+
 def test_prefill_needs_little_beside_its_weights(tmp_path):
     prefill = _bytes_on_one_chip("prefill-512", tmp_path)
     embedding = 2 * 128256 * 4096 / 4  # the output layer is not used
