@@ -42,10 +42,10 @@ class ChunkMemoryState:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkMemory(Cache):
-    """What a layer keeps whose inputs are remembered: its own cache, and the newest `capacity` tokens in pages.
+    """What a layer keeps whose inputs are remembered: its own cache, and the newest tokens in pages.
 
     Args:
-      capacity: tokens in all pages; rounded up to whole pages.
+      capacity_tokens: in all pages; rounded up to whole pages.
       top_k: pages that a token reads; as many as the model was trained with where 0.
       size: tokens of a page; the model's where 0.
       own: the layer's own cache.
@@ -75,11 +75,6 @@ class ChunkMemory(Cache):
     @property
     def pages(self) -> int:
         return -(-self.capacity_tokens // self.size)
-
-    @property
-    def reads(self) -> int:
-        """Pages that a token reads, at most."""
-        return self.top_k
 
     @property
     def slots(self) -> int:

@@ -112,7 +112,7 @@ class ChunkEncoder(nnx.Module):
         """Take a chunk of a stream in, of which each row has `count` tokens; what these tokens may read."""
         limit = state.complete_before(x.shape[1])
         state = memory.insert(state, x, count, self.encode)
-        return state, Remembered(state.chunks, Visible(state.number[:, 0], limit), memory.reads)
+        return state, Remembered(state.chunks, Visible(state.number[:, 0], limit), memory.top_k)
 
     @property
     def _size(self) -> int:

@@ -12,6 +12,7 @@ from streamjax.attention import hierarchical
 from streamjax.attention.hierarchical import Chunks, Visible, largest
 
 WIDTH = 4
+pytestmark = pytest.mark.quick
 
 
 def draw(seed, rows, queries, heads, group, pages, size, dtype=jnp.float32):
