@@ -31,7 +31,7 @@ from streamjax.kv.presets.registry import Built
 
 RECALL_MODEL = Path(__file__).parent.parent / "models" / "hsa_recall"
 DENSE_MODEL = Path(__file__).parent.parent / "models" / "dense_recall"
-DEMO_LENGTHS = (1024, 8192, 131072)
+DEMO_LENGTHS = (512, 8192, 131072)
 ROOM = 1024  # tokens of questions and answers that a cache without an end must hold beside the context
 
 
@@ -144,7 +144,7 @@ def _run(
             cache,
             task=task,
             length=length,
-            depths=[float(d) for d in np.linspace(0, 1, depths)] if depths > 1 else [0.5],
+            depths=[round(float(d), 4) for d in np.linspace(0, 1, depths)] if depths > 1 else [0.5],
             samples=samples,
             haystack=values.haystack,
             needles=values.needles,
