@@ -24,7 +24,7 @@ from benchmarks.shapes import SHAPES
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32")
-CACHES = ("decode", "decode-int8", "decode-int4", "paged")  # of the TPU only
+CACHES = ("decode", "decode-int8", "decode-int4", "paged")
 OUTPUT = RESULTS / "kernels_aot.json"
 
 
@@ -70,7 +70,7 @@ def _child(case: Case) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     if case.pattern in CACHES:
-        _compile(_decode(case, place), platform)
+        _compile(_decode(case, place, implementation), platform)
         return
     windows = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
     pattern: Pattern = windows.get(case.pattern, Full())
@@ -96,7 +96,7 @@ def _child(case: Case) -> None:
     _compile(jax.jit(step).trace(*arrays, d_out, more), platform)
 
 
-def _decode(case: Case, place: Any) -> Any:
+def _decode(case: Case, place: Any, implementation: Any) -> Any:
     """One token for 8 streams, whose caches are rings; `paged` reads 32 pages of 64 tokens."""
     import jax
     import jax.numpy as jnp
@@ -111,7 +111,7 @@ def _decode(case: Case, place: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     def step(q: Any, k: Any, v: Any, count: Any, first: Any, scales: dict[str, Any]) -> Any:
-        return api.decode_attention(q, k, v, count, first=first, implementation="tpu", **scales)
+        return api.decode_attention(q, k, v, count, first=first, implementation=implementation, **scales)
 
     cache = array(batch, config.num_kv_heads, case.length, width, dtype=stored)
     scale = array(batch, config.num_kv_heads, case.length, dtype=jnp.float32)
@@ -121,7 +121,7 @@ def _decode(case: Case, place: Any) -> Any:
     if case.pattern == "paged":
 
         def paged(q: Any, k: Any, v: Any, pages: Any, count: Any, first: Any) -> Any:
-            return api.paged_attention(q, k, v, pages, count, page_size=64, first=first, implementation="tpu")
+            return api.paged_attention(q, k, v, pages, count, page_size=64, first=first, implementation=implementation)
 
         pages = array(batch, config.num_kv_heads, 32, dtype=jnp.int32)
         return jax.jit(paged).trace(q, cache, cache, pages, number, number)
@@ -158,11 +158,7 @@ def main() -> None:
     found = json.loads(arguments.output.read_text())["cases"] if arguments.output.exists() else {}
     refused = []
     for case in [
-        Case(c, m, p, arguments.length)
-        for c in arguments.chips
-        for m in arguments.models
-        for p in arguments.patterns
-        if not (c == "h100" and p in CACHES)
+        Case(c, m, p, arguments.length) for c in arguments.chips for m in arguments.models for p in arguments.patterns
     ]:
         key = "/".join(map(str, case))
         try:

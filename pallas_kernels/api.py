@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
+from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import flash as gpu_flash
+from pallas_kernels.gpu import paged as gpu_paged
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import decode as tpu_decode
@@ -107,9 +109,9 @@ def decode_attention(
     softcap: float | None = None,
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
-    splits: int = 1,
+    splits: int | None = None,
     block: int | None = None,
-    implementation: Literal["tpu"] | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Partial:
     """Attention of a few queries over the tokens that a cache holds; queries do not see each other here.
@@ -126,7 +128,8 @@ def decode_attention(
       scale, softcap: of the logits, as in `flash_attention`.
       window: how many tokens before itself a query sees; all where None.
       k_scale, v_scale: what the numbers of each slot are multiplied with.
-      splits: into how many shares the slots are cut, for cores or programs that have nothing else to do.
+      splits: into how many shares the slots are cut, for cores or programs that have nothing else to do: by default 1
+        on a TPU, and what fills a GPU there.
       block: slots that are read at once.
       implementation, interpret: as in `flash_attention`.
 
@@ -144,10 +147,10 @@ def decode_attention(
         given = "without scales" if k_scale is None else "with scales"
         raise ValueError(f"k, v of {k.dtype} {given}: int8 and packed int4 need both, others take none")
     chosen = implementation or platform_implementation()
-    if chosen != "tpu":
+    if chosen not in _DECODING:
         raise ValueError(f"no decoding kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return tpu_decode.decode_attention(
+    return _DECODING[chosen](
         q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
         splits=splits, block=block, interpret=interpret,
     )  # fmt: skip
@@ -165,7 +168,7 @@ def paged_attention(
     first: Int32[Array, " B"] | None = None,
     softcap: float | None = None,
     block: int | None = None,
-    implementation: Literal["tpu"] | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Partial:
     """Attention of a few queries over the pages of a cache that each key head names; nothing else is read.
@@ -196,10 +199,10 @@ def paged_attention(
         least = 32 // q.dtype.itemsize
         raise ValueError(f"page_size {page_size} and {k.shape[2]} slots: use a multiple of {least} that divides them")
     chosen = implementation or platform_implementation()
-    if chosen != "tpu":
+    if chosen not in _PAGED:
         raise ValueError(f"no paged kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return tpu_paged.paged_attention(
+    return _PAGED[chosen](
         q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
         interpret=interpret,
     )  # fmt: skip
@@ -212,6 +215,8 @@ def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
 
 
 _KERNELS = {"tpu": tpu_flash.flash_attention, "triton": gpu_flash.flash_attention}
+_DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
+_PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Any) -> None:

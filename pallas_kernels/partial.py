@@ -51,3 +51,17 @@ def merge(*parts: Partial) -> Partial:
         parts[0].out * (weights[0] / divisor)[..., None],
     )
     return Partial(out, jnp.where(some, top + jnp.log(divisor), -jnp.inf))
+
+
+def merge_stacked(parts: Partial) -> Partial:
+    """`merge` of N partials that lie along a leading axis: out [N, B, C, H, D], lse [N, B, C, H]."""
+    if parts.lse.shape[0] == 1:
+        return Partial(parts.out[0], parts.lse[0])
+    top = jnp.max(parts.lse, axis=0)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(parts.lse - top)
+    total = jnp.sum(weights, axis=0)
+    some = total > 0
+    divisor = jnp.where(some, total, 1.0)
+    out = jnp.sum(parts.out * (weights / divisor)[..., None], axis=0)
+    return Partial(out, jnp.where(some, top + jnp.log(divisor), -jnp.inf))

@@ -57,7 +57,7 @@ def decode_attention(
     softcap: float | None = None,
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
-    splits: int = 1,
+    splits: int | None = None,
     block: int | None = None,
     interpret: Any = False,
 ) -> Partial:
@@ -65,6 +65,7 @@ def decode_attention(
 
     block: slots that are read at once, a multiple of 128. splits: shares of the slots.
     """
+    splits = splits or 1
     queries, key_heads, slots = q.shape[1], k.shape[1], k.shape[2]
     block = min(block or BLOCK, -(-slots // LANES) * LANES)
     blocks = -(-slots // (block * splits))

@@ -1,9 +1,13 @@
-"""How decoding kernels are run in the TPU's interpreter, and how near they have to come to float64."""
+"""How decoding kernels are run in interpreters, and how near they have to come to float64."""
 
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+BACKENDS = {
+    "tpu": {"implementation": "tpu", "interpret": RACES},
+    "triton": {"implementation": "triton", "interpret": True},
+}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 

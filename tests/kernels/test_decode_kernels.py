@@ -7,15 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import RACES, TOLERANCE, assert_near
+from kernels.near import BACKENDS, TOLERANCE, assert_near
 from pallas_kernels import api, reference
 
 
 def check(
-    counts, slots, *, first=None, queries=1, heads=4, kv_heads=2, width=64, window=None, softcap=None, bits=None,
-    splits=1, block=128, dtype="float32", seed=0,
+    backend, counts, slots, *, first=None, queries=1, heads=4, kv_heads=2, width=64, window=None, softcap=None,
+    bits=None, splits=None, block=128, dtype="float32", seed=0,
 ):  # fmt: skip
-    """The kernel gives what the reference gives in float64; slots that hold nothing hold 1e4 where they can."""
+    """The kernel gives what the reference gives in float64.
+
+    Where slots can, those that hold nothing hold 1e4, and NaN where the kernel does not read them at all.
+    """
     random = np.random.default_rng(seed)
     batch = len(counts)
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
@@ -41,15 +44,16 @@ def check(
         expected = jax.tree.map(np.asarray, expected)
     if bits is None:
         empty = ((jnp.arange(slots)[None] - start[:, None]) % slots >= count[:, None])[:, None, :, None]
-        held = [jnp.where(empty, 1e4, x) for x in held]  # a slot that is read by mistake is seen
+        held = [jnp.where(empty, 1e4 if backend == "tpu" else jnp.nan, x) for x in held]
     found = jax.jit(
         lambda q, k, v, count: api.decode_attention(
-            q, k, v, count, splits=splits, block=block, implementation="tpu", interpret=RACES, **known, **more
+            q, k, v, count, splits=splits, block=block, **BACKENDS[backend], **known, **more
         )
     )(q, *held, count)
     assert_near(found, expected, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -62,18 +66,31 @@ def check(
         pytest.param(((700,), 800, {"dtype": "bfloat16", "bits": 4, "heads": 1, "kv_heads": 1}), id="bf16-int4-mqa"),
     ],
 )
-def test_matches_float64(arguments):
+def test_matches_float64(backend, arguments):
     counts, slots, *more = arguments
-    check(counts, slots, **(more[0] if more else {}))
+    check(backend, counts, slots, **(more[0] if more else {}))
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({"width": 80, "queries": 40, "window": 70}, id="many-rows"),
+        pytest.param({"width": 96, "bits": 4, "queries": 2, "window": 200}, id="int4"),
+        pytest.param({"width": 256, "dtype": "bfloat16", "splits": 5, "first": (299,)}, id="more-splits-than-needed"),
+    ],
+)
+def test_widths_that_are_padded_on_a_gpu(more):
+    check("triton", (300,), 301, **{"block": None} | more)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=4)
 @given(data=st.data())
-def test_drawn(data):
+def test_drawn(backend, data):
     slots = data.draw(st.integers(1, 400))
     rows = data.draw(st.integers(1, 2))
     check(
-        tuple(data.draw(st.integers(0, slots)) for _ in range(rows)), slots,
+        backend, tuple(data.draw(st.integers(0, slots)) for _ in range(rows)), slots,
         first=data.draw(st.one_of(st.none(), st.tuples(*[st.integers(0, slots - 1)] * rows))),
         queries=data.draw(st.integers(1, 5)), window=data.draw(st.one_of(st.none(), st.integers(1, 300))),
         heads=data.draw(st.sampled_from([2, 6])), bits=data.draw(st.sampled_from([None, 8, 4])),
@@ -89,6 +106,11 @@ def test_drawn(data):
         ({"v": jnp.zeros((1, 2, 8, 64), jnp.int8)}, "dtypes q"),
         ({"k_scale": jnp.ones((1, 2, 8))}, "with scales"),
         ({"implementation": None}, "no decoding kernel for cpu"),
+        ({"implementation": "triton", "block": 24}, "blocks of 24 slots"),
+        (
+            {name: jnp.zeros((1, 4, 4, 320)) for name in "qkv"} | {"implementation": "triton"},
+            "width 320: the Triton kernel takes 256",
+        ),
     ],
 )
 def test_says_what_it_does_not_take(change, words):

@@ -32,3 +32,9 @@ def test_a_tpu_takes_the_decoding_kernel():
 def test_an_h100_takes_the_kernels(model):
     names = "flash_forward", "flash_query_gradients", "flash_key_gradients", "flash_sink_gradients"
     assert compile_case(Case("h100", model, "sinks", 4096))["kernels"] == dict.fromkeys(names, 1)
+
+
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
+def test_an_h100_takes_the_decoding_kernels():
+    assert compile_case(Case("h100", "llama-3.1-8b", "decode-int4", 8192))["kernels"] == {"decode_attention": 1}
+    assert compile_case(Case("h100", "gemma-3-4b", "paged", 8192))["kernels"] == {"paged_attention": 1}

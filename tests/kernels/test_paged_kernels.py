@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import RACES, TOLERANCE, assert_near
+from kernels.near import BACKENDS, TOLERANCE, assert_near
 from pallas_kernels import api, reference
 
 
 def check(
-    counts, pages, named, *, size=16, first=None, queries=1, heads=4, kv_heads=2, width=64, softcap=None, block=None,
-    dtype="float32", seed=0,
+    backend, counts, pages, named, *, size=16, first=None, queries=1, heads=4, kv_heads=2, width=64, softcap=None,
+    block=None, dtype="float32", seed=0,
 ):  # fmt: skip
     """The kernel gives what the reference gives; in pages that no head names every number is NaN."""
     random = np.random.default_rng(seed)
@@ -31,41 +31,49 @@ def check(
         expected = reference.paged_attention(*exact, jnp.asarray(table, jnp.int32), count, **known)
         expected = jax.tree.map(np.asarray, expected)
     unread = (np.arange(pages)[:, None] != table[:, :, None]).all(axis=-1).repeat(size, axis=-1)[..., None]
-    unread[table[:, :, 0] < 0, :size] = False  # a head that names none has page 0 fetched
+    if backend == "tpu":
+        unread[table[:, :, 0] < 0, :size] = False  # a head that names none has page 0 fetched
+    else:
+        oldest = 0 if first is None else np.asarray(first)[:, None]
+        unread |= ((np.arange(slots) - oldest) % slots >= np.asarray(counts)[:, None])[:, None, :, None]
     k, v = (jnp.where(unread, jnp.nan, x) for x in (k, v))
     found = jax.jit(
         lambda q, k, v, table, count: api.paged_attention(
-            q, k, v, table, count, block=block, implementation="tpu", interpret=RACES, **known
+            q, k, v, table, count, block=block, **BACKENDS[backend], **known
         )
     )(q, k, v, jnp.asarray(table, jnp.int32), count)
     assert_near(found, expected, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",
     [
         pytest.param(((0, 1, 90), 8, 3), id="counts"),
         pytest.param(((128, 100), 8, 5, {"first": (40, 77), "block": 32}), id="ring-steps"),
         pytest.param(((100,), 8, 1, {"queries": 3, "softcap": 2.0}), id="one-page"),
+        pytest.param(((500,), 8, 8, {"size": 64, "heads": 2}), id="shares"),
         pytest.param(((500,), 8, 6, {"size": 64, "dtype": "bfloat16", "heads": 8, "width": 128}), id="bf16"),
     ],
 )
-def test_matches_float64(arguments):
+def test_matches_float64(backend, arguments):
     counts, pages, named, *more = arguments
-    check(counts, pages, named, **(more[0] if more else {}))
+    check(backend, counts, pages, named, **(more[0] if more else {}))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=3)
 @given(data=st.data())
-def test_drawn(data):
+def test_drawn(backend, data):
     rows, pages, size = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 9)), data.draw(st.sampled_from([16, 32]))
     slots = pages * size
     check(
-        tuple(data.draw(st.integers(0, slots)) for _ in range(rows)), pages, data.draw(st.integers(1, pages)),
+        backend, tuple(data.draw(st.integers(0, slots)) for _ in range(rows)), pages, data.draw(st.integers(1, pages)),
         size=size,
         first=data.draw(st.one_of(st.none(), st.tuples(*[st.integers(0, slots - 1)] * rows))),
         queries=data.draw(st.integers(1, 4)), heads=data.draw(st.sampled_from([2, 6])),
-        block=data.draw(st.sampled_from([None, 48])), dtype=data.draw(st.sampled_from(sorted(TOLERANCE))),
+        block=data.draw(st.sampled_from([None, 48 if backend == "tpu" else 16])),
+        dtype=data.draw(st.sampled_from(sorted(TOLERANCE))),
     )  # fmt: skip
 
 
@@ -77,6 +85,7 @@ def test_drawn(data):
         ({"v": jnp.zeros((1, 2, 32, 64), jnp.bfloat16)}, "dtypes q"),
         ({"page_size": 12}, "page_size 12 and 32 slots: use a multiple of 8"),
         ({"implementation": None}, "no paged kernel for cpu"),
+        ({"implementation": "triton", "block": 8}, "blocks of 8 slots"),
     ],
 )
 def test_says_what_it_does_not_take(change, words):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.partial import Partial, merge, merge_stacked
 from streamjax.attention import dense
 
 attend = jax.jit(dense.attend, static_argnames=("scale", "softcap"))
@@ -56,8 +56,9 @@ def test_merged_parts_are_attention_over_all_keys(shift):
     keys = KEYS.copy()
     keys[:, :, PARTS[1]] += shift * np.sign(Q.mean())
     expected = softmax64(Q, keys, VALUES, True, scale=0.7)
-    got = merge(*(part(Q, keys, VALUES, keep) for keep in PARTS))
-    assert_same(got, *expected, tolerance=2e-5)
+    parts = [part(Q, keys, VALUES, keep) for keep in PARTS]
+    assert_same(merge(*parts), *expected, tolerance=2e-5)
+    assert_same(merge_stacked(Partial(*map(jnp.stack, zip(*parts, strict=True)))), *expected, tolerance=2e-5)
 
 
 @pytest.mark.quick
