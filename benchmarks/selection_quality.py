@@ -38,8 +38,7 @@ Keys = Float[Array, "B K T D"]
 
 def layer_keys(model: sj.Decoder, tokens: np.ndarray) -> list[tuple[Keys, Float[Array, "B K G T D"]]]:
     """Rotated keys and queries of every layer, over whole sequences."""
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.uint32), tokens.shape)
-    context, x, found = SequenceContext(position, None, tokens.shape[1]), model.embed(jnp.asarray(tokens)), []
+    context, x, found = SequenceContext.from_start(*tokens.shape), model.embed(jnp.asarray(tokens)), []
     for i in range(model.config.num_layers):
         q, k, _ = model.layer(i).project(x, context)
         heads = model.config.num_kv_heads

@@ -26,7 +26,7 @@ from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.hf import load_hf
 from streamjax.models.layout import stack_layers, unstack_layers
 from streamjax.models.lora import empty_adapters, ranks_of
-from streamjax.models.native import is_native, load_native
+from streamjax.models.native import is_native, load_native, named_arrays
 from streamjax.parallel.mesh import with_placement
 from streamjax.streaming.state import StreamState
 
@@ -196,23 +196,16 @@ class RunCheckpoints:
         self._manager.close()
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by the names of their places."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in flat]
-    return dict(zip(names, (leaf for _, leaf in flat), strict=True))
-
-
 def _items(tree: Any, about: Mapping[str, Any]) -> dict[str, Any]:
     """Orbax items: the arrays that hold anything, and the dictionary with every array's shape and dtype."""
-    leaves = _named(tree)
+    leaves = named_arrays(tree)
     described = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in leaves.items()}
     arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
     return {_ARRAYS: ocp.args.PyTreeSave(arrays), _ABOUT: ocp.args.JsonSave({**about, "arrays": described})}
 
 
 def _restore_args(template: Any, about: Mapping[str, Any], path: Path, cast: bool) -> Any:
-    wanted, saved = _named(template), about["arrays"]
+    wanted, saved = named_arrays(template), about["arrays"]
     for name in [*wanted, *saved]:
         if name not in saved:
             raise ValueError(f"{path}: array {name} is missing; it was saved from another model or version")
@@ -232,7 +225,8 @@ def _restore_args(template: Any, about: Mapping[str, Any], path: Path, cast: boo
 
 def _rebuild(template: Tree, arrays: Mapping[str, Any]) -> Tree:
     leaves = [
-        arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in _named(template).items()
+        arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in named_arrays(template).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.blocks import cut_blocks, join_blocks
 
 QUERY_BLOCK = 128  # queries whose logits exist at a time
 SPANS = 8  # parts of a sequence that each work with as many chunks as their last query needs
@@ -75,18 +76,13 @@ class Chunks:
         if width <= block:
             return attend(self, q, retrieval, visible, top_k, scale)
 
-        def cut(x: Array) -> Array:
-            x = jnp.pad(x, ((0, 0), (0, -width % block), *[(0, 0)] * (x.ndim - 2)))
-            return rearrange(x, "b (n c) ... -> n b c ...", c=block)
-
-        pieces = cut(q), cut(retrieval), cut(visible.limit), jax.tree.map(cut, visible.segments)
+        pieces = jax.tree.map(lambda x: cut_blocks(x, block), (q, retrieval, visible.limit, visible.segments))
 
         def piece(x: tuple[Array, Array, Array, Array | None]) -> Array:
             seen = dataclasses.replace(visible, limit=x[2], segments=x[3])
             return attend(self, x[0], x[1], seen, top_k, scale)
 
-        out = jax.lax.map(piece, pieces)
-        return rearrange(out, "n b c h d -> b (n c) h d")[:, :width]
+        return join_blocks(jax.lax.map(piece, pieces), width)
 
     def _in_order(
         self,

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
+from streamjax.attention.blocks import cut_blocks, join_blocks
 from streamjax.kv.full import LinearState, append
 from streamjax.kv.ring import after, write_linear
 from streamjax.kv.spherical import nearest_centroids, runs_of
@@ -203,20 +204,16 @@ class Clusters(Tier):
         if groups == 1:
             return merge(exact, self._attend_clusters(closed, query))
 
-        def cut(x: Array) -> Array:
-            x = jnp.pad(x, ((0, 0), (0, groups * block - width), *[(0, 0)] * (x.ndim - 2)))
-            return rearrange(x, "b (n c) ... -> n b c ...", n=groups)
-
         asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
         pieces = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks}
         rows, heads, _, channels = closed.k.shape
         read = rows * (heads * self.retrieve * self.most * channels + query.q.shape[2] * block * self.clusters)
         parts = jax.lax.map(
             lambda piece: self._attend_clusters(closed, dataclasses.replace(query, **piece)),
-            {name: cut(x) for name, x in pieces.items()},
+            {name: cut_blocks(x, block) for name, x in pieces.items()},
             batch_size=max(1, min(GATHERED // read, groups)),
         )
-        return merge(exact, Partial(*(rearrange(x, "n b c ... -> b (n c) ...")[:, :width] for x in parts)))
+        return merge(exact, Partial(*(join_blocks(x, width) for x in parts)))
 
     def _attend_clusters(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of queries that choose together to the clusters."""

@@ -149,7 +149,8 @@ class PageFiles:
 
     def means(self, layer: int) -> tuple[Float[np.ndarray, "P K D"], Any]:
         """The mean key of every page, and which pages can be read."""
-        return self._index[layer]
+        entries, good = self._index[layer]
+        return entries["mean"].astype(np.float32), good
 
     def tokens_in(self, page: int) -> int:
         """Tokens of a page: all its slots but in the last one."""
@@ -164,12 +165,12 @@ class PageFiles:
           ValueError: a page that is not there, or damaged; the message names file and page.
         """
         name, size = self.layout.names(layer)[0], self.layout.page_bytes
-        index, good = self._entries(layer), self._index[layer][1]
+        (index, good), data = self._index[layer], self._map(layer)
         found = np.empty((len(pages), *self.layout.shape), jnp.dtype(self.layout.dtype))
         for place, page in enumerate(np.asarray(pages).tolist()):
             if not 0 <= page < self.pages:
                 raise ValueError(f"{self.folder / name}: there is no page {page}, the stream has {self.pages}")
-            record = bytes(self._map(layer)[page * size : (page + 1) * size]) if good[page] else b""
+            record = bytes(data[page * size : (page + 1) * size]) if good[page] else b""
             if zlib.crc32(record) != int(index["record"][page]) or len(record) != size:
                 raise ValueError(
                     f"{self.folder / name}: page {page} is damaged, its checksum is wrong; other pages can be read"
@@ -181,19 +182,15 @@ class PageFiles:
         file = self.folder / self.layout.names(layer)[0]
         return np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
 
-    def _entries(self, layer: int) -> np.ndarray:
-        """The index of a layer; zeros where the file has less."""
+    def _read_index(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The index of a layer, zeros where the file has less, and which of its pages can be read."""
         data = (self.folder / self.layout.names(layer)[1]).read_bytes()
         dtype, entries = self.layout.index_dtype, np.zeros(self.pages, self.layout.index_dtype)
         there = min(len(data) // dtype.itemsize, self.pages)
         entries[:there] = np.frombuffer(data, dtype, there)
-        return entries
-
-    def _read_index(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        entries = self._entries(layer)
         whole = len(self._map(layer)) // self.layout.page_bytes
         good = np.array([zlib.crc32(_unsigned(entry)) == int(entry["entry"]) for entry in entries], bool)
-        return entries["mean"].astype(np.float32), good & (np.arange(self.pages) < whole)
+        return entries, good & (np.arange(self.pages) < whole)
 
 
 def _unsigned(entry: Any) -> bytes:

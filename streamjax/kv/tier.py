@@ -83,9 +83,8 @@ class KVTokens:
         """These tokens with their keys turned from their positions to position 0, or from there to their positions."""
         if self.rotary is None:
             return self
-        turn = dataclasses.replace(self.rotary, scale=1.0)
         position = -self.position[:, 0] if back else self.position[:, 0]
-        return dataclasses.replace(self, k=jnp.swapaxes(turn(jnp.swapaxes(self.k, 1, 2), position), 1, 2))
+        return dataclasses.replace(self, k=self.rotary.moved(self.k, position))
 
     def run(self) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
         """Start and length of the run of valid tokens in each row, where all heads hold the same tokens."""

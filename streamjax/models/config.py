@@ -219,6 +219,11 @@ class ModelConfig:
         specs = [self.layer(i) for i in range(self.num_layers)]
         return next(p for p in range(1, self.num_layers + 1) if all(s == specs[i % p] for i, s in enumerate(specs)))
 
+    @property
+    def repeats(self) -> int:
+        """How often the period repeats, as far as layers can be stacked: a scan cannot hand on a chunk memory."""
+        return 0 if self.hsa is not None else self.num_layers // self.period
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -149,8 +149,7 @@ class Decoder(nnx.Module):
         self.embedding = kernel(key_embed, (vocab, d), ("vocab", "embed"), d, params)
         keys = jax.random.split(key_layers, config.num_layers)
         period = config.period
-        # A chunk memory goes from layer to layer, which a scan over layers cannot pass on.
-        repeats = config.num_layers // period if scan_layers and config.hsa is None else 0
+        repeats = config.repeats if scan_layers else 0
 
         def build(spec: LayerSpec, key: Array) -> Block:
             return Block(config, spec, key, params)

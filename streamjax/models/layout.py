@@ -16,9 +16,10 @@ def unstack_layers(model: Decoder) -> Decoder:
 
 
 def stack_layers(model: Decoder) -> Decoder:
-    """The same model with repeating layers stacked: what a scan over layers walks."""
-    period = model.config.period
-    repeats = model.config.num_layers // period
+    """The same model with repeating layers stacked: what a scan over layers walks. As it is with a chunk memory."""
+    period, repeats = model.config.period, model.config.repeats
+    if not repeats:
+        return model
     layers = [model.layer(i) for i in range(model.config.num_layers)]
     stack = [
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period]) for i in range(period)

@@ -35,6 +35,11 @@ class SequenceContext:
     segment_ids: Int32[Array, "B T"] | None
     length: int = dataclasses.field(metadata={"static": True})
 
+    @classmethod
+    def from_start(cls, rows: int, length: int) -> SequenceContext:
+        """Of whole sequences that begin at position 0, one segment each."""
+        return cls(jnp.broadcast_to(jnp.arange(length, dtype=jnp.uint32), (rows, length)), None, length)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def save_safetensors(model: Decoder, path: str | Path, max_shard_size: int = 5_0
     folder.mkdir(parents=True, exist_ok=True)
     tensors = [
         PendingTensor(name, leaf.shape, np.dtype(leaf.dtype), partial(np.asarray, leaf))
-        for name, leaf in _named(unstack_layers(model)).items()
+        for name, leaf in named_arrays(unstack_layers(model)).items()
     ]
     write_tensors(folder, tensors, max_shard_size)
     values = {"model_type": MODEL_TYPE, "model": model.config.to_json_dict()}
@@ -67,7 +67,7 @@ def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, s
         raise ValueError(f"{folder / 'config.json'}: no model's configuration: {error}") from error
     dtype = jnp.dtype(dtype or default_dtype())
     model = with_placement(jax.eval_shape(partial(Decoder, config, dtype=dtype), jax.random.key(0)), mesh)
-    wanted, stored = _named(model), list_tensors(folder)
+    wanted, stored = named_arrays(model), list_tensors(folder)
     for name in sorted({*wanted, *stored}):
         if name not in stored:
             raise ValueError(f"{folder}: tensor {name!r} is missing")
@@ -81,11 +81,11 @@ def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, s
         for name, leaf in wanted.items()
     ]
     loaded = jax.tree.unflatten(jax.tree.structure(model), leaves)
-    return stack_layers(loaded) if scan_layers and config.hsa is None else loaded
+    return stack_layers(loaded) if scan_layers else loaded
 
 
-def _named(model: Decoder) -> dict[str, Any]:
-    """The model's arrays by the names of their places."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(model)
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by the names of their places, such as "layers.0.mlp.up"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in flat]
     return dict(zip(names, (leaf for _, leaf in flat), strict=True))

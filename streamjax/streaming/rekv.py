@@ -122,8 +122,7 @@ def _newest(
         k, v, position = (read_ring(x, oldest, slots, axis=2) for x in (ring.k, ring.v, ring.position))
         rope = config.layer(i).rope
         if rope is not None:
-            turn = dataclasses.replace(make_rotary(rope, config.head_dim, state.span), scale=1.0)
-            k = jnp.swapaxes(turn(jnp.swapaxes(k, 1, 2), -position[:, 0]), 1, 2)
+            k = make_rotary(rope, config.head_dim, state.span).moved(k, -position[:, 0])
         there = (jnp.arange(slots) < count)[:, None]
         keys.append(jnp.where(there, k[0], 0))
         values.append(jnp.where(there, v[0], 0))
@@ -209,9 +208,7 @@ def _read_layer(
     keys, values = (rearrange(jnp.asarray(y), "n k s d -> 1 k (n s) d") for y in (k, v))
     place = jnp.arange(count + width, dtype=jnp.uint32)[None]
     if block.mixer.spec.rope is not None:
-        turn = make_rotary(block.mixer.spec.rope, block.config.head_dim, cache.span)
-        turn = dataclasses.replace(turn, scale=1.0)
-        keys = jnp.swapaxes(turn(jnp.swapaxes(keys, 1, 2), place[:, :count]), 1, 2)
+        keys = make_rotary(block.mixer.spec.rope, block.config.head_dim, cache.span).moved(keys, place[:, :count])
     loaded = LinearState(
         empty.k.at[:, :, :count].set(keys.astype(empty.k.dtype)),
         empty.v.at[:, :, :count].set(values.astype(empty.v.dtype)),

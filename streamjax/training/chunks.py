@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention import blockwise
+from streamjax.attention.blocks import cut_blocks
 from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
@@ -55,8 +56,8 @@ class Sequence:
         if segments is not None:
             segments = jnp.pad(segments, ((0, 0), (0, -length % chunk_size)))
         return cls(
-            tokens=cut_chunks(batch["tokens"], chunk_size),
-            position=cut_chunks(positions, chunk_size),
+            tokens=cut_blocks(batch["tokens"], chunk_size),
+            position=cut_blocks(positions, chunk_size),
             segments=segments,
             prepared={},
             whole=prepared,
@@ -66,7 +67,7 @@ class Sequence:
     def with_prepared(self, prepared: Batch) -> Sequence:
         """This sequence with other arrays to go with its tokens, [B, T] each or left uncut."""
         shape = (self.tokens.shape[1], self.length)
-        cut = {name: cut_chunks(x, self.chunk_size) for name, x in prepared.items() if x.shape == shape}
+        cut = {name: cut_blocks(x, self.chunk_size) for name, x in prepared.items() if x.shape == shape}
         return dataclasses.replace(self, prepared=cut, whole=prepared)
 
     @property
@@ -109,12 +110,6 @@ class Sequence:
 def key_block() -> int:
     """Keys of a block of attention."""
     return block_sizes(1)[1]
-
-
-def cut_chunks(x: Array, chunk_size: int) -> Array:
-    """[B, T, ...] as [N, B, C, ...], padded with zeros."""
-    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk_size)) + ((0, 0),) * (x.ndim - 2))
-    return rearrange(padded, "b (n c) ... -> n b c ...", c=chunk_size)
 
 
 def at(x: Array, i: Any) -> Array:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.blocks import cut_blocks, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layout import with_layers, without_layers
 from streamjax.training.chunks import Sequence, add, at, zeros_like
@@ -38,17 +39,6 @@ def output_partition(ends: Decoder, trainable: Trainable) -> tuple[Decoder, Deco
     return partition(ends, trainable, names)
 
 
-def pieces(x: Array, size: int) -> Array:
-    """[B, C, ...] cut along C into [n, B, size, ...], padded with zeros."""
-    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
-    return rearrange(padded, "b (n c) ... -> n b c ...", c=size)
-
-
-def joined(x: Array, length: int) -> Array:
-    """The inverse of `pieces`."""
-    return rearrange(x, "n b c ... -> b (n c) ...")[:, :length]
-
-
 def stats_of(
     ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"], logits_chunk: int
 ) -> TokenStats:
@@ -60,8 +50,8 @@ def stats_of(
     def one(piece: tuple[Array, Array]) -> TokenStats:
         return token_stats(ends.logits(ends.norm(piece[0])), piece[1])
 
-    cut = jax.lax.map(one, (pieces(hidden, size), pieces(targets, size)))
-    return TokenStats(*(joined(x, length) for x in cut))
+    cut = jax.lax.map(one, (cut_blocks(hidden, size), cut_blocks(targets, size)))
+    return TokenStats(*(join_blocks(x, length) for x in cut))
 
 
 def loss_and_pull_back(
@@ -98,9 +88,9 @@ def loss_and_pull_back(
     if size == length:
         (loss, grads), d_hidden = one(start, (hidden, prepared))
         return loss, grads, d_hidden
-    cut = pieces(hidden, size), {name: pieces(x, size) for name, x in prepared.items()}
+    cut = cut_blocks(hidden, size), {name: cut_blocks(x, size) for name, x in prepared.items()}
     (loss, grads), d_hidden = jax.lax.scan(one, start, cut)
-    return loss, grads, joined(d_hidden, length)
+    return loss, grads, join_blocks(d_hidden, length)
 
 
 def output_zeros(ends: Decoder, options: Options) -> Decoder:
@@ -216,6 +206,8 @@ def whole_sequence_stats(
     if size == length:
         return one(hidden, targets)
     _, cut = jax.lax.scan(
-        lambda carry, piece: (carry, jax.checkpoint(one)(*piece)), None, (pieces(hidden, size), pieces(targets, size))
+        lambda carry, piece: (carry, jax.checkpoint(one)(*piece)),
+        None,
+        (cut_blocks(hidden, size), cut_blocks(targets, size)),
     )
-    return TokenStats(*(joined(x, length) for x in cut))
+    return TokenStats(*(join_blocks(x, length) for x in cut))

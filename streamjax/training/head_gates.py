@@ -107,8 +107,7 @@ def gated_hidden(
       ValueError: as `far_layers`.
     """
     far = far_layers(model.config)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape).astype(jnp.uint32)
-    context = SequenceContext(positions, None, tokens.shape[1])
+    context = SequenceContext.from_start(*tokens.shape)
 
     @jax.checkpoint
     def gated(block: Block, x: Array, gate: Array) -> Array:

@@ -71,8 +71,7 @@ def head_scores(model: Decoder, tokens: Int[Array, "B T"]) -> HeadScores:
       ValueError: as `far_layers`.
     """
     config, far = model.config, far_layers(model.config)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape).astype(jnp.uint32)
-    context = SequenceContext(positions, None, tokens.shape[1])
+    context = SequenceContext.from_start(*tokens.shape)
     x = model.embed(tokens)
     found = []
     for i in range(config.num_layers):

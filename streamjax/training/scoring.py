@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from streamjax.attention.blocks import join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layout import without_layers
 from streamjax.training.backprop import DEFAULT_CHUNK
 from streamjax.training.chunks import Sequence, at
-from streamjax.training.ends import default_logits_chunk, joined, stats_of
+from streamjax.training.ends import default_logits_chunk, stats_of
 from streamjax.training.layer_order import place_forward
 from streamjax.training.memories import Memories, empty_memories, whole_pages
 from streamjax.training.objectives import Batch, require_arrays, require_targets
@@ -72,7 +73,7 @@ def _token_log_probs(model: Decoder, batch: Batch, chunk_size: int, logits_chunk
         x = rows.loop(0, rows.count, partial(_row_forward, rows, sequence, remembered), x)
     targets = sequence.prepared["targets"]
     logp = jax.lax.map(lambda i: stats_of(ends, at(x, i), at(targets, i), logits_chunk).logp, steps)
-    return jnp.where(counted, joined(logp, sequence.length), 0.0)
+    return jnp.where(counted, join_blocks(logp, sequence.length), 0.0)
 
 
 def _row_forward(

@@ -1,0 +1,18 @@
+"""Cutting a sequence into blocks of one size, and putting them together again."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array
+
+
+def cut_blocks(x: Array, size: int) -> Array:
+    """[B, T, ...] as [N, B, C, ...], C = `size`, padded with zeros."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+    return rearrange(padded, "b (n c) ... -> n b c ...", c=size)
+
+
+def join_blocks(x: Array, length: int) -> Array:
+    """[N, B, C, ...] as [B, T, ...], T = `length`, without the padding."""
+    return rearrange(x, "n b c ... -> b (n c) ...")[:, :length]
