@@ -6,7 +6,8 @@
 Needs JAX with CUDA and nothing else; tokamax is compared with where it is installed. Every kernel is first held against
 float64 on the device: a kernel that is wrong is not timed. Times are of whole calls between two synchronisations, over
 inputs that take turns so that no call finds its own in the cache, after warming up; medians, all sides in turn.
-Ceilings are measured too: the largest TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy.
+Ceilings are measured too: the largest TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy, which is what the
+kernels of decoding are held against (`benchmarks/gpu_decoding.py`).
 On a machine without a GPU it says so and writes nothing.
 """
 
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu_decoding
 from benchmarks.common import RESULTS, machine, table
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api, reference
@@ -176,7 +178,8 @@ def measure(model: str, name: str, length: int, repeats: int, peak: float) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    known = [*PATTERNS, *gpu_decoding.CACHES]
+    parser.add_argument("--patterns", nargs="+", choices=known, default=known)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768], help="tokens")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -188,7 +191,7 @@ def main() -> None:
     wrong = []
     for model in arguments.models:
         for name in arguments.patterns:
-            found = errors(model, PATTERNS[name])
+            found = gpu_decoding.errors(model, name) if name not in PATTERNS else errors(model, PATTERNS[name])
             body["numerics"][f"{model}/{name}"] = found
             right = found["bfloat16"] < 1e-2 and found["float32"] < 1e-5
             wrong += [] if right else [(model, name)]
@@ -198,9 +201,16 @@ def main() -> None:
     for model in arguments.models:
         for name in arguments.patterns:
             for length in arguments.lengths if (model, name) not in wrong else []:
-                body["rows"] += measure(model, name, length, arguments.repeats, body["ceilings"]["TFLOP/s"])
+                if name in PATTERNS:
+                    rows = measure(model, name, length, arguments.repeats, body["ceilings"]["TFLOP/s"])
+                else:
+                    timed = partial(seconds, repeats=arguments.repeats)
+                    rows = gpu_decoding.measure(model, name, length, body["ceilings"]["GB/s"], timed)
+                body["rows"] += rows
                 arguments.output.write_text(json.dumps(body, indent=1) + "\n")
-    print(table(body["rows"]))
+    for unit in ("TFLOP/s", "GB/s"):
+        if some := [row for row in body["rows"] if unit in row]:
+            print(table(some))
     if wrong:
         sys.exit(f"wrong results: {wrong}")
 

@@ -76,6 +76,7 @@ def attend(
     block: int | None,
     most: int,
     interpret: bool,
+    listed: bool = False,
 ) -> Partial:
     """Attention of `q` over what `find` names of a cache.
 
@@ -85,6 +86,7 @@ def attend(
       operands: k, v [B, K, S, D or D / 2]; k_scale, v_scale [B, K, S]; others [B] or [B, K, N].
       splits: shares; as many as fill the GPU where None. most: entries that a key head can have.
       block: slots that are read at once, a power of two from 16.
+      listed: whether slots follow from a list in memory, which has to be read before they can be.
 
     Raises:
       ValueError: heads wider than the kernel takes, blocks of another size, or a cache beyond 32-bit offsets.
@@ -100,7 +102,7 @@ def attend(
     padded = max(pl.next_power_of_2(width), LEAST)
     if block is None:
         block = BLOCK_BYTES // (2 * parts * padded * cache.dtype.itemsize)
-        block = min(max(block, LEAST), BLOCK, max(pl.next_power_of_2(most), LEAST))
+        block = min(max(block, LEAST), BLOCK // 2 if listed else BLOCK, max(pl.next_power_of_2(most), LEAST))
     if block < LEAST or block & (block - 1):
         raise ValueError(f"blocks of {block} slots: use a power of two from {LEAST}")
     rows = min(max(pl.next_power_of_2(count), LEAST), ROWS, ROW_BYTES // (parts * padded * q.dtype.itemsize))
@@ -129,7 +131,7 @@ def attend(
             *[jax.ShapeDtypeStruct((batch, heads, splits, count, width), jnp.float32)] * parts,
             jax.ShapeDtypeStruct((batch, heads, splits, count), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=5 if listed else 3),
         interpret=interpret,
         name=name,
     )(*arrays.values())

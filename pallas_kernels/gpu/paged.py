@@ -53,5 +53,5 @@ def paged_attention(
 
     return online.attend(
         "paged_attention", find, q, operands, scale=scale, softcap=softcap, splits=None, block=block,
-        most=entries * page_size, interpret=interpret,
+        most=entries * page_size, listed=True, interpret=interpret,
     )  # fmt: skip
