@@ -11,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.attention.blocks import cut_blocks, join_blocks
+from streamjax.kv.host_pages import in_host_memory, take_pages
 from streamjax.kv.indexes import Index, Summary
 from streamjax.kv.tier import Query
 
@@ -104,6 +106,8 @@ def read_pages(
 
     def read(query: Query, chosen: Int32[Array, "B K top_k"], some: Bool[Array, "B K top_k"] | None) -> Partial:
         def take(x: Array) -> Array:
+            if in_host_memory(x):
+                return rearrange(take_pages(x, chosen), "b k n s d -> b k (n s) d")
             # What is one list for all heads is taken for all heads at once.
             index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
             index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
@@ -118,21 +122,18 @@ def read_pages(
     if groups == 1:
         return read(query, chosen[:, :, 0], None if some is None else some[:, :, 0])
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, groups * block - width), *[(0, 0)] * (x.ndim - 2)))
-        return rearrange(x, "b (n c) ... -> n b c ...", n=groups)
-
     names = ("q", "raw_q", "position")
     first = "b k n p -> n b k p"
     pieces = (
-        {name: cut(getattr(query, name)) for name in names},
+        {name: cut_blocks(getattr(query, name), block) for name in names},
         rearrange(chosen, first),
         None if some is None else rearrange(some, first),
     )
     rows, heads, _, top_k = chosen.shape
+    together = max(1, min(GATHERED // (rows * heads * top_k * size * pages.k.shape[4]), groups))
     parts = jax.lax.map(
         lambda piece: read(dataclasses.replace(query, valid=None, **piece[0]), *piece[1:]),
         pieces,
-        batch_size=max(1, min(GATHERED // (rows * heads * top_k * size * pages.k.shape[4]), groups)),
+        batch_size=None if in_host_memory(pages.k) else together,  # from there pages come by slices, never gathered
     )
-    return Partial(*(rearrange(x, "n b c ... -> b (n c) ...")[:, :width] for x in parts))
+    return Partial(*(join_blocks(x, width) for x in parts))

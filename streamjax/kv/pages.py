@@ -13,9 +13,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial
+from streamjax.kv.host_pages import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.indexes import Index, MinMax, Summary
 from streamjax.kv.page_reading import PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
 from streamjax.kv.ring import read_ring, write_ring
@@ -52,6 +53,8 @@ class Pages(Tier):
       shared: all key heads read the same pages.
       read_newest: the page that is being filled is always among those that are read.
       search: "all" scores every page; "tree" finds good pages in the logarithm of their number (`tree.py`).
+      placement: where keys and values lie: in the device's memory or in the "host"'s, from which the pages that are
+        read are copied in each time. For one device; a chunk of a stream may not be longer than `capacity` then.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -67,6 +70,7 @@ class Pages(Tier):
     shared: bool = False
     read_newest: bool = False
     search: Literal["all", "tree"] = "all"
+    placement: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         for name in ("size", "top_k", "block", "distance"):
@@ -81,6 +85,8 @@ class Pages(Tier):
             raise ValueError(f'Pages.pool must be "max" or "mean", got {self.pool!r}')
         if self.search not in ("all", "tree"):
             raise ValueError(f'Pages.search must be "all" or "tree", got {self.search!r}')
+        if self.placement not in ("device", "host"):
+            raise ValueError(f'Pages.placement must be "device" or "host", got {self.placement!r}')
         if self.search == "tree" and (self.shared or self.read_newest):
             raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
         self.index.check(self.size)
@@ -105,52 +111,69 @@ class Pages(Tier):
     def init(self, spec: KVSpec) -> PagesState:
         slots = self.pages * self.size
         score = spec.scores(slots) if self.needs_scores else None
-        buffers = spec.buffer(slots), spec.buffer(slots), spec.positions(slots)
-        tokens = RingState(*buffers, spec.counter(), spec.counter(), score)
-        return PagesState(tokens, self._summarise(tokens.k, _holds(tokens), score, spec.counter(), self.pages))
+        k, v = (host_buffer(spec, slots) if self.placement == "host" else spec.buffer(slots) for _ in "kv")
+        tokens = RingState(k, v, spec.positions(slots), spec.counter(), spec.counter(), score)
+        one = self._cut(spec.buffer(self.size)), self._cut(_holds(tokens)[:, :, : self.size])
+        empty = self.index.summarise(*one, None if score is None else self._cut(score[:, :, : self.size]))
+        return PagesState(tokens, jax.tree.map(lambda x: jnp.repeat(x, self.pages, axis=2), empty))
 
     def store(self, state: PagesState, tokens: KVTokens) -> PagesState:
         tokens = self._placed(tokens)
+        if in_host_memory(state.tokens.k):
+            ring, keys = write_pages(state.tokens, tokens, self.size, self.capacity)
+            return self._summarised(state, ring, tokens, keys)
         return self._summarised(state, write(state.tokens, tokens, keep=self.capacity), tokens)
 
     def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
-        tokens = self._placed(tokens)
-        ring, evicted = push(state.tokens, tokens, keep=self.capacity)
+        tokens, keys = self._placed(tokens), None
+        if in_host_memory(state.tokens.k):
+            ring, keys, evicted = push_pages(state.tokens, tokens, self.size, self.capacity)
+        else:
+            ring, evicted = push(state.tokens, tokens, keep=self.capacity)
         if self.distance is not None:
             evicted = evicted.moved(back=False)
-        return self._summarised(state, ring, tokens), evicted
+        return self._summarised(state, ring, tokens, keys), evicted
 
     def _placed(self, tokens: KVTokens) -> KVTokens:
         """Tokens as they are stored: at a fixed distance their keys lie at position 0."""
         return tokens if self.distance is None else tokens.moved(back=True)
 
-    def _summarised(self, old: PagesState, ring: RingState, tokens: KVTokens) -> PagesState:
-        """The state when `tokens` have been written: pages that took some in, a row of them, are summarised again."""
+    def _summarised(
+        self, old: PagesState, ring: RingState, tokens: KVTokens, touched: Float[Array, "B K N S D"] | None = None
+    ) -> PagesState:
+        """The state when `tokens` have been written: pages that took some in, a row of them, are summarised again.
+
+        `touched`: the keys of these pages, where they are at hand.
+        """
         _, count = tokens.run()
         start = old.tokens.cursor
         first = start // self.size
         changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
-        most = min((tokens.k.shape[2] + self.size - 2) // self.size + 1, self.pages)
-        # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
-        keys, score = jax.lax.optimization_barrier((ring.k, ring.score))
-        fresh = self._summarise(keys, _holds(ring), score, first, most)
+        most = min(touched_pages(tokens.k.shape[2], self.size), self.pages)
+        if touched is None:
+            # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
+            keys, score = jax.lax.optimization_barrier((ring.k, ring.score))
+            ring, touched = dataclasses.replace(ring, k=keys, score=score), self._run_of(keys, first, most)
+        score = None if ring.score is None else self._run_of(ring.score, first, most)
+        fresh = self.index.summarise(touched, self._run_of(_holds(ring), first, most), score)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
             lambda stored, new: write_ring(stored, new, first, nothing, jnp.minimum(changed, most), axis=2),
             old.summary,
             fresh,
         )
-        return PagesState(dataclasses.replace(ring, k=keys, score=score), summary)
+        return PagesState(ring, summary)
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
         ring = state.tokens
         pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
         query, pages = at_distance(query, pages, self.distance)
-        block = min(self.block, query.q.shape[1])
+        block, some = min(self.block, query.q.shape[1]), None
         if self.search == "tree":
             chosen, some = self._descend(state, query, block)
-            return read_pages(pages, query, chosen, block, some)
-        return read_pages(pages, query, self._choose(state, pages, query, block), block)
+        else:
+            chosen = self._choose(state, pages, query, block)
+        return read_pages(pages, query, chosen, block, some)
 
     def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
         """The pages that each block of queries reads, best first, for each key head."""
@@ -197,13 +220,9 @@ class Pages(Tier):
         held = jnp.broadcast_to(held, (held.shape[0], heads, q.shape[0], held.shape[-1]))
         return tree_search(score, held, self.top_k)
 
-    def _summarise(self, keys: Array, holds: Array, score: Array | None, first: Array, count: int) -> Summary:
-        """The summaries of `count` pages in a row."""
-
-        def pages(x: Array) -> Array:
-            return read_ring(self._cut(x), first, count, axis=2)
-
-        return self.index.summarise(pages(keys), pages(holds), None if score is None else pages(score))
+    def _run_of(self, x: Array, first: Int32[Array, " B"], count: int) -> Array:
+        """So many pages in a row of an array with one entry a slot."""
+        return read_ring(self._cut(x), first, count, axis=2)
 
     def _cut(self, x: Array) -> Array:
         """The pages of an array with one entry a slot."""
