@@ -29,8 +29,8 @@ READS = ("q", "k", "v", "k_scale", "v_scale")
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """scale, softcap: of the logits. window: tokens before a query that it sees, None for all. slots: without padding.
-    queries: of one row and head. blocks: of slots in a share."""
+    """scale, softcap: of the logits. window: tokens before a query that it sees, None for all. slots: of the ring; the
+    last block may reach beyond. queries: of one row and head. blocks: of slots in a share."""
 
     scale: float
     softcap: float | None
@@ -67,18 +67,12 @@ def decode_attention(
     """
     splits = splits or 1
     queries, key_heads, slots = q.shape[1], k.shape[1], k.shape[2]
-    block = min(block or BLOCK, -(-slots // LANES) * LANES)
+    block = min(block or BLOCK, slots if slots < LANES else slots // LANES * LANES)
     blocks = -(-slots // (block * splits))
     static = _Static(scale, softcap, window, slots, queries, block, blocks)
-    pad = splits * blocks * block - slots
     cache = {"k": k, "v": v}
     if k_scale is not None and v_scale is not None:
         cache |= {"k_scale": k_scale[:, :, None], "v_scale": v_scale[:, :, None]}
-    if pad:
-        cache = {
-            name: jnp.pad(x, [(0, 0)] * (3 if "scale" in name else 2) + [(0, pad)] + [(0, 0)] * ("scale" not in name))
-            for name, x in cache.items()
-        }
     grouped = online.grouped(q, key_heads)
     held = jnp.stack([count, jnp.zeros_like(count) if first is None else first])
     out, lse = _call(static, splits, interpret, held.astype(jnp.int32), {"q": grouped, **cache})
@@ -97,7 +91,7 @@ def _call(
         """The block of slots of a step: past the last one that holds something, that one again."""
         filled = static.filled(held[0, b], held[1, b])
         last = jnp.maximum(lax.div(filled + static.block - 1, jnp.int32(static.block)) - 1, 0)
-        return jnp.minimum(share * static.blocks + n, jnp.maximum(last, share * static.blocks))
+        return jnp.minimum(share * static.blocks + n, last)
 
     def cache(columns: int) -> Any:
         shape = (None, None, static.block, columns)
@@ -147,6 +141,10 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
     @pl.when((slot < static.filled(count, first)) & (wrapped | (slot + static.block > first)))
     def _() -> None:
         block = {name: ref[...] for name, ref in read.items()}
+        if static.slots % static.block:  # what lies beyond the ring has weights of 0, but might be NaN
+            name, axis = ("v_scale", 1) if "v_scale" in block else ("v", 0)
+            inside = slot + lax.broadcasted_iota(jnp.int32, block[name].shape, axis) < static.slots
+            block[name] = jnp.where(inside, block[name], 0)
         shape = block["q"].shape[0], static.block
         index = slot + lax.broadcasted_iota(jnp.int32, shape, 1)
         age = online.age(index, first, static.slots)
