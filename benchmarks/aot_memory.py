@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import streamjax as sj
 from benchmarks import aot
 from benchmarks.common import report
+from pallas_kernels import api
 from streamjax.parallel.mesh import with_placement
 from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.scan import _read_chunks
@@ -72,6 +74,7 @@ class Case:
     width: int
     chunks: int = 1
     layout: Literal["unrolled", "stacked"] = "unrolled"
+    implementation: Literal["xla", "pallas"] | None = None  # of decoding
 
 
 _V5E, _V5P = ("v5e:2x4", (("tensor", 8),)), ("v5p:2x2x1", (("tensor", 4),))
@@ -83,6 +86,7 @@ CASES = {
     "decode-8-dense": Case(*_V5E, _DENSE, 8, 1),
     "decode-32-dense": Case(*_V5E, _DENSE, 32, 1),
     "decode-8-hsa": Case(*_V5E, _HSA, 8, 1),
+    "decode-8-kernels": Case("v5e:1x1", (("tensor", 1),), _ENDLESS, 8, 1, implementation="pallas"),
     "prefill-512": Case(*_V5P, _ENDLESS, 1, 512),
     "prefill-2048": Case(*_V5P, _ENDLESS, 1, 2048),
     "prefill-512x16": Case(*_V5P, _ENDLESS, 1, 512, 16),
@@ -93,6 +97,7 @@ CASES = {
 
 def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, Any]:
     """Compile one case under options of the compiler, in a process of `aot.child_environment`; bytes on one chip."""
+    api.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     mesh = aot.tpu_mesh(case.topology, **dict(case.mesh))
     config = LLAMA.replace(num_layers=layers)
     config = with_memory(config) if case.cache == _HSA else config
@@ -100,7 +105,10 @@ def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, 
         model = jax.eval_shape(
             lambda: sj.Decoder(config, jax.random.key(0), dtype=jnp.bfloat16, scan_layers=case.layout == "stacked")
         )
-        state = jax.eval_shape(lambda model: sj.init_state(model, CACHES[case.cache], case.batch), model)
+        state = jax.eval_shape(
+            lambda model: sj.init_state(model, CACHES[case.cache], case.batch, implementation=case.implementation),
+            model,
+        )
         model, state = with_placement(model, mesh), with_placement(state, mesh)
         start, cpu = time.perf_counter(), time.process_time()
         lowered = _trace(case, mesh, model, state).lower()
@@ -148,6 +156,7 @@ def _of_the_text(compiled: Any) -> dict[str, Any]:
         "copied": aot.copied_bytes(text),
         "accessed": int(cost["bytes accessed"]),
         "collectives": aot.collectives(text),
+        "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
     }
 
 

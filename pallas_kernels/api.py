@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import flash as gpu_flash
 from pallas_kernels.gpu import paged as gpu_paged
+from pallas_kernels.gpu.online import MAX_WIDTH
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import decode as tpu_decode
@@ -37,6 +38,17 @@ def takes(pattern: Pattern, dtype: str) -> bool:
     """Whether `flash_attention` takes a pattern and a dtype on the platform that JAX runs on."""
     chosen = platform_implementation()
     return chosen is not None and dtype in DTYPES and (chosen != "tpu" or pattern.sinks <= MAX_SINKS)
+
+
+def takes_cache(width: int, slots: int, dtype: str) -> bool:
+    """Whether `decode_attention` and `paged_attention` take a cache on the platform that JAX runs on, and as it lies.
+
+    Slots that do not fill a TPU's tiles make its compiler lay the cache out with the heads inside: it would be copied.
+    """
+    chosen = platform_implementation()
+    if chosen is None or dtype not in DTYPES:
+        return False
+    return width <= MAX_WIDTH if chosen == "triton" else slots % (32 // jnp.dtype(dtype).itemsize) == 0
 
 
 def flash_attention(

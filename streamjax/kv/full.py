@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.kv.kernel_reading import decode, kernel_decodes
 from streamjax.kv.ring import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 
@@ -70,6 +71,8 @@ class Full(Tier):
         return LinearState.empty(spec, self.capacity)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
+        if kernel_decodes(query, state.k):
+            return decode(query, state.k, state.v, state.filled)
         valid = jnp.arange(self.capacity) < state.filled[:, None, None]
         return query.attend(state.k, state.v, state.position, valid, filled=state.filled)
 

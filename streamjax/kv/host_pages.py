@@ -127,13 +127,14 @@ def _changed(
     start, count = tokens.run()
     # All but keys and values goes the usual way, with a channel of zeros in the place of these.
     thin = dataclasses.replace(ring, k=_one_channel(ring.k), v=_one_channel(ring.v))
-    thin_tokens = dataclasses.replace(tokens, k=_one_channel(tokens.k), v=_one_channel(tokens.v))
+    nothing = _one_channel(tokens.k)
+    thin_tokens = dataclasses.replace(tokens, k=nothing, v=nothing, raw_k=nothing)
     fallen = None
     if evict:
         thin, fallen = push(thin, thin_tokens, keep)
         oldest = (ring.cursor - ring.filled) % slots
         k, v = (_read_slots(x, oldest, width, size) for x in (ring.k, ring.v))
-        fallen = dataclasses.replace(fallen, k=k, v=v)
+        fallen = dataclasses.replace(fallen, k=k, v=v, raw_k=jnp.zeros_like(tokens.raw_k))
     else:
         thin = write(thin, thin_tokens, keep)
     first, place = ring.cursor // size, ring.cursor % size

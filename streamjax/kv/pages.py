@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.partial import Partial
 from streamjax.kv.host_pages import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.indexes import Index, MinMax, Summary
+from streamjax.kv.kernel_reading import decode_pages, kernel_decodes
 from streamjax.kv.page_reading import PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
 from streamjax.kv.ring import read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -173,6 +174,9 @@ class Pages(Tier):
             chosen, some = self._descend(state, query, block)
         else:
             chosen = self._choose(state, pages, query, block)
+        if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
+            oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
+            return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
         return read_pages(pages, query, chosen, block, some)
 
     def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:

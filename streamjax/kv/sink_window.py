@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.kv.full import LinearState, append
+from streamjax.kv.kernel_reading import decode, kernel_decodes
 from streamjax.kv.ring import write_ring
 from streamjax.kv.sink import clamped
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -94,6 +95,8 @@ class SinkWindow(Tier):
         return jnp.swapaxes(query.rotary(jnp.swapaxes(first.k, 1, 2), position[:, 0]), 1, 2)
 
     def attend(self, state: SinkWindowState, query: Query, reach: int | None) -> Partial:
+        if kernel_decodes(query, state.k):  # the ring fills when the sinks are full: what is held is a prefix
+            return decode(query, state.k, state.v, state.first.filled + state.filled)
         slot = jnp.arange(self.slots)
         n, first = self.sinks, state.first
         kept, filled = first.filled[:, None, None], state.filled[:, None, None]

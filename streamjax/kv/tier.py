@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from streamjax.attention.dense import attend, attention_mass
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
+Implementation = Literal["xla", "pallas"]
 SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at a time
 DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
@@ -103,6 +104,7 @@ class Query:
     tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
     valid: which queries are tokens and not padding, bool [B, C]; all where None.
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
+    implementation: what decodes over long caches, XLA or a kernel, see `kernel_reading`; None chooses.
     """
 
     q: Float[Array, "B C H D"]
@@ -115,6 +117,7 @@ class Query:
     softcap: float | None = dataclasses.field(metadata={"static": True})
     valid: Bool[Array, "B C"] | None = None
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def index(self) -> Int32[Array, "B C"]:

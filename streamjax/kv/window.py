@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.kv.kernel_reading import decode, kernel_decodes
 from streamjax.kv.ring import after, read_ring, settled, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 
@@ -120,6 +121,8 @@ class Window(Tier):
         return RingState(*buffers, spec.counter(), spec.counter(), score, ids)
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
+        if kernel_decodes(query, state.k):
+            return decode(query, state.k, state.v, state.filled, (state.cursor - state.filled) % self.size)
         valid = jnp.arange(self.size) < state.filled[:, None, None]
         return query.attend(state.k, state.v, state.position, valid, reach=reach, filled=state.filled)
 

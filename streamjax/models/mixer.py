@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import KVTokens, Query, State
+from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.config import LayerSpec, ModelConfig
 from streamjax.models.layers import Projections
 from streamjax.models.rope import make_rotary
@@ -47,8 +47,8 @@ class ChunkContext:
     """Where the tokens of one chunk of B streams stand.
 
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
-    saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable: see `Query`.
-    ids: of the tokens; None where no cache asks for them.
+    saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable,
+    implementation: see `Query`. ids: of the tokens; None where no cache asks for them.
     """
 
     position: UInt32[Array, "B C"]
@@ -57,6 +57,7 @@ class ChunkContext:
     span: int = dataclasses.field(metadata={"static": True})
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
     ids: Int32[Array, "B C"] | None = None
+    implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -138,6 +139,7 @@ class Attention(nnx.Module):
             softcap=self.config.attention_softcap,
             valid=context.valid,
             differentiable=context.differentiable,
+            implementation=context.implementation,
         )
         out, state = cache.update(state, query, tokens)
         return self.projections.join(out, x.dtype), state

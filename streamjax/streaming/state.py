@@ -17,7 +17,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.heads import HeadGroups
-from streamjax.kv.tier import KVSpec, State, map_state_axes
+from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.window import Window
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder
@@ -33,7 +33,8 @@ class StreamState:
 
     layers: one cascade state a layer. position: of the next token, uint32 [B], modulo 2^32. seen: tokens so far, int32
     [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one. caches:
-    the cascade of each layer (static). span: positions in use at once (static).
+    the cascade of each layer (static). span: positions in use at once (static). implementation: see `init_state`
+    (static).
     """
 
     layers: tuple[State, ...]
@@ -42,6 +43,7 @@ class StreamState:
     hidden: Float[Array, "B E"]
     caches: tuple[Cache, ...] = dataclasses.field(metadata={"static": True})
     span: int = dataclasses.field(metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def batch_size(self) -> int:
@@ -132,6 +134,7 @@ def init_state(
     *,
     position: int = 0,
     dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
 ) -> StreamState:
     """The state of `batch_size` streams that have seen nothing.
 
@@ -141,15 +144,21 @@ def init_state(
       batch_size: number of independent streams.
       position: stream position of the first token, modulo 2^32.
       dtype: of cached keys and values; the model's activation dtype where None.
+      implementation: what single tokens attend to full caches, windows and chosen pages with: "pallas", the platform's
+        kernels, or "xla". None takes a kernel where there is one, on one device, for caches that are long.
 
     Raises:
-      ValueError: `cache` is not a cascade or has the wrong number of entries; batch_size below 1.
+      ValueError: `cache` is not a cascade or has the wrong number of entries; batch_size below 1; an unknown
+        implementation.
     """
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"unknown implementation {implementation!r}: use 'xla', 'pallas' or None")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     caches = layer_caches(model.config, cache)
     start = np.uint32(position % 2**32)
-    return _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
+    state = _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
+    return dataclasses.replace(state, implementation=implementation)
 
 
 @partial(jax.jit, static_argnames=("config", "caches", "batch_size", "dtype", "hidden_dtype"))

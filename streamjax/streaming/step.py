@@ -48,6 +48,7 @@ def advance(
         span=state.span,
         differentiable=differentiable,
         ids=tokens.astype(jnp.int32) if any(cache.needs_ids for cache in state.caches) else None,
+        implementation=state.implementation,
     )
     hidden, layers = model.stream(tokens, state.layers, state.caches, context, memorise)
     if state.capacity is not None:

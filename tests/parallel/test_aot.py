@@ -62,6 +62,15 @@ def test_decoding_over_a_chunk_memory_copies_none_of_it(tmp_path):
     assert decode["temp"] < 64 * MB
 
 
+def test_decoding_by_kernels_is_in_place(tmp_path):
+    """8 streams on one chip: a kernel a layer reads the caches as they lie."""
+    decode = _bytes_on_one_chip("decode-8-kernels", tmp_path)
+    assert decode["kernels"] == 2
+    assert decode["alias"] >= 2 * 2 * (8 * 8 * 4096 * 128 * 2)
+    assert decode["copied"] == 8 * 128256 * 4  # the logits alone
+    assert decode["temp"] < 16 * MB
+
+
 def test_prefill_needs_little_beside_its_weights(tmp_path):
     prefill = _bytes_on_one_chip("prefill-512", tmp_path)
     embedding = 2 * 128256 * 4096 / 4  # the output layer is not used

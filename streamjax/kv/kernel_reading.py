@@ -1,0 +1,96 @@
+"""Decoding by the platform's kernels: when one reads a tier's slots in the place of XLA, and how it is called.
+
+A kernel sees a ring by age and knows no positions. That is the same thing for one new token: everything that a tier of
+successive tokens holds lies before it and within its reach. Chunks of several tokens, and models with ALiBi, are XLA's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels import api
+from pallas_kernels.partial import Partial
+from streamjax.kv.tier import Query
+
+KERNEL_SLOTS = 1024  # below, a kernel would be called for little
+
+
+def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | None = None) -> bool:
+    """Whether a kernel reads the slots [S] of these keys for a query, or `top_k` of the pages that they lie in, [P, S].
+
+    The query's `implementation` says so; where it is None, the platform has to have a kernel that takes the cache as it
+    lies, there must be one device and slots enough, and the choice is logged once.
+
+    Raises:
+      ValueError: implementation "pallas" for what the kernels do not take.
+    """
+    if query.implementation == "xla" or query.differentiable or query.q.shape[1] > 1:
+        return False
+    page = None if top_k is None else k.shape[3]
+    refused = _refused(query, k, page)
+    if query.implementation == "pallas":
+        if refused is not None:
+            raise ValueError(f"the kernels for decoding do not take {refused}: use implementation None or 'xla'")
+        return True
+    read = k.shape[2] if top_k is None or page is None else top_k * page
+    if refused is not None or read < KERNEL_SLOTS:
+        return False
+    taken = api.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
+    return _logged("paged" if page else "contiguous", taken)
+
+
+def decode(
+    query: Query,
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    count: Int32[Array, " B"],
+    first: Int32[Array, " B"] | None = None,
+) -> Partial:
+    """Attention of one token to all `count` tokens of a ring, the oldest of which is in slot `first`."""
+    return api.decode_attention(query.q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
+
+
+def decode_pages(
+    query: Query,
+    k: Float[Array, "B K P S D"],
+    v: Float[Array, "B K P S D"],
+    chosen: Int32[Array, "B K 1 N"],
+    some: Bool[Array, "B K 1 N"] | None,
+    count: Int32[Array, " B"],
+    first: Int32[Array, " B"],
+) -> Partial:
+    """Attention of one token to the chosen pages of a ring; `some` says which of them are pages at all."""
+    if some is not None:
+        chosen = -jnp.sort(-jnp.where(some, chosen, -1), axis=3)  # the kernel wants those that are none behind
+    slots = "b k p s d -> b k (p s) d"
+    return api.paged_attention(
+        query.q, rearrange(k, slots), rearrange(v, slots), chosen[:, :, 0], count,
+        page_size=k.shape[3], first=first, scale=query.scale, softcap=query.softcap,
+    )  # fmt: skip
+
+
+def _refused(query: Query, k: Array, page: int | None) -> str | None:
+    """What the kernels do not take; None where they take it."""
+    if query.slopes is not None:
+        return "ALiBi"
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "a mesh of several devices"
+    if k.dtype != query.q.dtype or k.dtype.name not in api.DTYPES:
+        return f"queries in {query.q.dtype} and keys in {k.dtype}"
+    if page is not None and page % (32 // k.dtype.itemsize):
+        return f"pages of {page} tokens in {k.dtype}"
+    return None
+
+
+@cache
+def _logged(what: str, kernel: bool) -> bool:
+    choice = "pallas" if kernel else "xla"
+    logging.getLogger(__name__).info("decoding over long %s caches: %s, on %s", what, choice, jax.default_backend())
+    return kernel

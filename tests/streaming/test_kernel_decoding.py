@@ -1,0 +1,117 @@
+"""Streams that decode by kernels, in interpreters: the logits of the XLA path, and who chooses what."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels.near import BACKENDS
+
+import streamjax as sj
+from pallas_kernels import api
+from streaming.tiny import ALIBI, GQA, LOCAL, build, random_tokens
+from streamjax.kv import Query, kernel_reading
+from streamjax.kv.kernel_reading import kernel_decodes
+from streamjax.streaming.step import advance
+
+CACHES = {
+    "full": sj.kv.Cascade(sj.kv.Full(40)),
+    "wrapped windows": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Window(5)),
+    "wrapped sinks and window": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(6)),
+    "pages": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2)),
+    "pages at a distance": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=1, distance=9, search="tree")),
+}
+ONE_LAYER = GQA.replace(num_layers=1)
+
+
+@pytest.fixture
+def kernels(monkeypatch, request):
+    """The kernels of a platform, in its interpreter; and which of them have been called."""
+    called = []
+
+    def instead(name, kernel):
+        def call(*args, **more):
+            called.append(name)
+            return kernel(*args, **more, **BACKENDS[request.param] | {"interpret": True})
+
+        monkeypatch.setattr(api, name, call)
+
+    for name in ("decode_attention", "paged_attention"):
+        instead(name, getattr(api, name))
+    return called
+
+
+def logits(config, cache, implementation, rows=2, length=27):
+    """Of streams whose first tokens come as a chunk, not as many in each row, and the others one by one."""
+    model, tokens = build(config), random_tokens(rows, length)
+    state = sj.init_state(model, cache, rows, implementation=implementation)
+
+    @jax.jit
+    def read(state, tokens, count):
+        state, hidden = advance(model, state, tokens, count)
+        return state, model.logits(hidden)
+
+    state, _ = read(state, tokens[:, :5], jnp.arange(rows) + 4)
+    out = []
+    for i in range(5, length):
+        state, found = read(state, tokens[:, i : i + 1], jnp.ones(rows, jnp.int32))
+        out.append(found)
+    return np.concatenate(out, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "name", "config"),
+    [
+        *[("triton", name, ONE_LAYER) for name in CACHES],
+        ("tpu", "full", LOCAL),  # a layer with a window of its own, and soft caps
+        ("tpu", "pages", ONE_LAYER),
+    ],
+    indirect=["kernels"],
+)
+def test_kernels_give_the_logits_of_xla(kernels, name, config):
+    expected = logits(config, CACHES[name], "xla")
+    assert not kernels
+    np.testing.assert_allclose(logits(config, CACHES[name], "pallas"), expected, atol=1e-4)
+    assert set(kernels) == {"decode_attention"} | ({"paged_attention"} if "pages" in name else set())
+
+
+@pytest.mark.parametrize("chosen", [None, "tpu", "triton"])
+def test_a_platform_with_kernels_takes_them_for_long_caches(monkeypatch, caplog, chosen):
+    monkeypatch.setattr(api, "platform_implementation", lambda: chosen)
+    kernel_reading._logged.cache_clear()
+    q, slots = jnp.zeros((1, 1, 4, 64)), kernel_reading.KERNEL_SLOTS
+    query = Query(q, q, jnp.zeros((1, 1), jnp.uint32), jnp.zeros(1, jnp.int32), None, None, 1.0, None)
+
+    def chooses(slots, top_k=None, **change):
+        return kernel_decodes(dataclasses.replace(query, **change), jnp.zeros((1, 2, *slots, 64)), top_k)
+
+    with caplog.at_level(logging.INFO):
+        assert [chooses((slots,)) for _ in range(2)] == [chosen is not None] * 2
+    assert len(caplog.records) == 1  # said once
+    assert chooses((32, slots // 16), 16) == (chosen is not None)
+    assert chooses((slots + 1,)) == (chosen == "triton")  # no whole tiles: a TPU would copy the cache
+    assert not chooses((slots - 8,))
+    assert not chooses((32, slots // 16), 8)
+    assert not chooses((slots,), implementation="xla")
+    assert not chooses((slots,), differentiable=True)
+    two = jnp.zeros((1, 2, 4, 64))
+    assert not chooses((slots,), q=two, raw_q=two, position=jnp.zeros((1, 2), jnp.uint32))
+    assert not chooses((slots,), slopes=jnp.ones(4))
+    assert chooses((7,), implementation="pallas")
+
+
+def test_says_what_kernels_do_not_take(untyped):
+    model = build(ALIBI)
+    state = sj.init_state(model, CACHES["full"], implementation="pallas")
+    with pytest.raises(ValueError, match="do not take ALiBi"):
+        advance(model, state, jnp.zeros((1, 1), jnp.int32))
+    state = sj.init_state(build(GQA), CACHES["full"], implementation="pallas", dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="queries in float32 and keys in bfloat16"):
+        advance(build(GQA), state, jnp.zeros((1, 1), jnp.int32))
+    with pytest.raises(ValueError, match="unknown implementation 'triton'"):
+        sj.init_state(model, CACHES["full"], implementation="triton")
+    state = sj.init_state(build(GQA), CACHES["full"], implementation="pallas")
+    with pytest.raises(ValueError, match="no decoding kernel for cpu"):
+        advance(build(GQA), state, jnp.zeros((1, 1), jnp.int32))
