@@ -53,6 +53,7 @@ CACHES = {
     "streaming_llm 4+4092": sj.kv.preset("streaming_llm", sinks=4, window=4092),
     "dense 32768": sj.kv.preset("dense", capacity=32768),
     "hsa 262144": sj.kv.preset("hsa", capacity=262144),
+    "quest 262144 on the host": sj.kv.preset("quest", window=512, capacity=262144, page=64, top_k=32, placement="host"),
 }
 
 
@@ -78,7 +79,7 @@ class Case:
 
 
 _V5E, _V5P = ("v5e:2x4", (("tensor", 8),)), ("v5p:2x2x1", (("tensor", 4),))
-_ENDLESS, _DENSE, _HSA = CACHES
+_ENDLESS, _DENSE, _HSA, _ON_HOST = CACHES
 CASES = {
     "decode-8": Case(*_V5E, _ENDLESS, 8, 1),
     "decode-32": Case(*_V5E, _ENDLESS, 32, 1),
@@ -86,6 +87,7 @@ CASES = {
     "decode-8-dense": Case(*_V5E, _DENSE, 8, 1),
     "decode-32-dense": Case(*_V5E, _DENSE, 32, 1),
     "decode-8-hsa": Case(*_V5E, _HSA, 8, 1),
+    "decode-1-host-pages": Case("v5e:1x1", (("tensor", 1),), _ON_HOST, 1, 1),
     "decode-8-kernels": Case("v5e:1x1", (("tensor", 1),), _ENDLESS, 8, 1, implementation="pallas"),
     "prefill-512": Case(*_V5P, _ENDLESS, 1, 512),
     "prefill-2048": Case(*_V5P, _ENDLESS, 1, 2048),
@@ -109,7 +111,7 @@ def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, 
             lambda model: sj.init_state(model, CACHES[case.cache], case.batch, implementation=case.implementation),
             model,
         )
-        model, state = with_placement(model, mesh), with_placement(state, mesh)
+        model, state = with_placement(model, mesh), _with_host_pages(with_placement(state, mesh))
         start, cpu = time.perf_counter(), time.process_time()
         lowered = _trace(case, mesh, model, state).lower()
         try:
@@ -128,11 +130,33 @@ def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, 
         "output": memory.output_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
+        "host": memory.host_argument_size_in_bytes,
+        "host_alias": memory.host_alias_size_in_bytes,
+        "host_temp": memory.host_temp_size_in_bytes,
         "floor": slots + aot.bytes_per_device((model.stack, model.layers, model.head if case.width == 1 else None)),
         **_of_the_text(compiled),
         "compile_s": time.perf_counter() - start,
         "compile_cpu_s": time.process_time() - cpu,
     }
+
+
+def _with_host_pages(state: sj.StreamState) -> sj.StreamState:
+    """A placed state, keys and values of tiers that want it in the host's memory."""
+
+    def moved(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))
+
+    def place(tier: sj.kv.Tier, part: Any) -> Any:
+        if not isinstance(tier, sj.kv.Pages) or tier.placement == "device":
+            return part
+        ring = dataclasses.replace(part.tokens, k=moved(part.tokens.k), v=moved(part.tokens.v))
+        return dataclasses.replace(part, tokens=ring)
+
+    layers = list(state.layers)
+    for i, cache in enumerate(state.caches):
+        if isinstance(cache, sj.kv.Cascade):
+            layers[i] = tuple(map(place, cache.tiers, state.layers[i]))
+    return dataclasses.replace(state, layers=tuple(layers))
 
 
 def _trace(case: Case, mesh: Mesh, model: sj.Decoder, state: sj.StreamState) -> Any:
@@ -192,7 +216,7 @@ def row(name: str, layers: int, figures: dict[str, Any]) -> dict[str, Any]:
         "layers": f"{layers} {case.layout}",
         **{key: megabytes(key) for key in ("weights", "state")},
         **{key: megabytes(key) if figures["fits"] else "does not fit" for key in ("argument",)},
-        **{key: megabytes(key) for key in ("alias", "temp", "copied", "floor", "accessed")},
+        **{key: megabytes(key) for key in ("alias", "temp", "host", "copied", "floor", "accessed")},
         "compile, CPU s": f"{figures['compile_cpu_s']:.0f}" if figures["fits"] else "-",
     }
 

@@ -25,6 +25,8 @@ from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tree import tree_search
 from streamjax.kv.window import RingState, push, write
 
+Placement = Literal["device", "host"]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Pages(Tier):
     shared: bool = False
     read_newest: bool = False
     search: Literal["all", "tree"] = "all"
-    placement: Literal["device", "host"] = "device"
+    placement: Placement = "device"
 
     def __post_init__(self) -> None:
         for name in ("size", "top_k", "block", "distance"):

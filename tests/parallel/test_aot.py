@@ -53,6 +53,18 @@ def test_decode_holds_weights_and_caches_and_nothing_else(tmp_path):
     assert decode["collectives"] == {"all-reduce bf16[8,1,4096]": 5}
 
 
+def test_pages_in_the_hosts_memory_stay_there(tmp_path):
+    """A stream with 262,144 tokens: the device has what is small and what is read, the host the pages, once."""
+    decode = _bytes_on_one_chip("decode-1-host-pages", tmp_path)
+    pages = 2 * 2 * (8 * (262144 + 64) * 128 * 2)
+    assert decode["host"] == decode["host_alias"] == pages
+    assert decode["host_temp"] < MB
+    weights = 2 * _expected_layer(1) + 2 * 2 * 128256 * 4096
+    read = 2 * 2 * (8 * 32 * 64 * 128 * 2)
+    assert decode["argument"] < weights + pages / 32 + 10 * MB  # the bounds of every 64 keys, and the window
+    assert decode["temp"] < 2 * read
+
+
 def test_decoding_over_a_chunk_memory_copies_none_of_it(tmp_path):
     """8 streams with 262,144 tokens each in the memory of one of two layers, one key head a chip."""
     decode = _bytes_on_one_chip("decode-8-hsa", tmp_path)

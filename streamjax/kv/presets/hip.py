@@ -7,7 +7,7 @@ newest `window` tokens and the first `sinks` are always read, as in the paper's 
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.indexes import Middle
-from streamjax.kv.pages import Pages
+from streamjax.kv.pages import Pages, Placement
 from streamjax.kv.presets.registry import register
 from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
@@ -15,8 +15,9 @@ from streamjax.kv.window import Window
 
 @register(paper="A Training-free Sub-quadratic Cost Transformer Model Serving Framework with HiP, arXiv 2406.09827")
 def hip(
-    sinks: int = 4, window: int = 256, capacity: int = 65536, page: int = 16, top_k: int = 64, block: int = 32
-) -> Cascade:
+    sinks: int = 4, window: int = 256, capacity: int = 65536, page: int = 16, top_k: int = 64, block: int = 32,
+    placement: Placement = "device",
+) -> Cascade:  # fmt: skip
     """Keep the newest `capacity` tokens; a block of queries finds its `top_k` pages by halving ranges of them."""
-    pages = Pages(page, capacity, top_k, Middle(), block, search="tree")
+    pages = Pages(page, capacity, top_k, Middle(), block, search="tree", placement=placement)
     return Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window), pages)

@@ -5,13 +5,13 @@ keys that got most attention while they were in the window, for each query head;
 reads the 16 blocks with the largest dot products, the same for all heads; tokens that do not fill a block yet are
 always read. Blocks and sinks stand at one distance, the window's size. Published sizes: 128 sinks, a window of 4,096,
 stretches of 512 queries. Here the first sink stands at that distance and the others follow it, a decoded token chooses
-for itself, and blocks may be as many as `capacity` holds, of which the oldest go first; on the device, not in the
-host's memory.
+for itself, and blocks may be as many as `capacity` holds, of which the oldest go first; `placement="host"` keeps them in
+the host's memory, where the paper has them.
 """
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.indexes import Representative
-from streamjax.kv.pages import Pages
+from streamjax.kv.pages import Pages, Placement
 from streamjax.kv.presets.registry import register
 from streamjax.kv.sink import Sink
 from streamjax.kv.window import Window
@@ -20,7 +20,7 @@ from streamjax.kv.window import Window
 @register(paper="InfLLM: Training-Free Long-Context Extrapolation for LLMs, arXiv 2402.04617")
 def inf_llm(
     sinks: int = 128, window: int = 4096, capacity: int = 131072, page: int = 128, top_k: int = 16,
-    representatives: int = 4, block: int = 512,
+    representatives: int = 4, block: int = 512, placement: Placement = "device",
 ) -> Cascade:  # fmt: skip
     """Keep the newest `capacity` tokens in pages at one distance; read those whose most attended keys fit best."""
     pages = Pages(
@@ -33,5 +33,6 @@ def inf_llm(
         pool="mean",
         shared=True,
         read_newest=True,
+        placement=placement,
     )
     return Cascade(Sink(sinks, reach=window), Window(window), pages)

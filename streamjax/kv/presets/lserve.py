@@ -10,7 +10,7 @@ weights and caches in few bits, which is a matter of codecs.
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.heads import HeadGroups, split_by_gates
 from streamjax.kv.indexes import MinMax
-from streamjax.kv.pages import Pages
+from streamjax.kv.pages import Pages, Placement
 from streamjax.kv.presets.registry import register
 from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
@@ -19,12 +19,12 @@ from streamjax.kv.window import Window
 @register(paper="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, arXiv 2502.14866")
 def lserve(
     heads: str = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 131072, page: int = 64,
-    logical: int = 16, top_k: int = 64, block: int = 1,
+    logical: int = 16, top_k: int = 64, block: int = 1, placement: Placement = "device",
 ) -> tuple[HeadGroups, ...]:  # fmt: skip
     """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity`."""
     if logical < 1 or page % logical:
         raise ValueError(f"cache 'lserve': logical pages of {logical} tokens do not divide pages of {page}")
     streaming = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent))
-    pages = Pages(page, capacity, top_k, MinMax(parts=page // logical), block)
+    pages = Pages(page, capacity, top_k, MinMax(parts=page // logical), block, placement=placement)
     retrieving = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent), pages)
     return split_by_gates("lserve", heads, full, retrieving, streaming)

@@ -9,7 +9,7 @@ tokens and the first `sinks` are always read.
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.indexes import MinMax
-from streamjax.kv.pages import Pages
+from streamjax.kv.pages import Pages, Placement
 from streamjax.kv.presets.registry import register
 from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
@@ -17,8 +17,10 @@ from streamjax.kv.window import Window
 
 @register(paper="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774")
 def quest(
-    sinks: int = 4, window: int = 64, capacity: int = 65536, page: int = 16, top_k: int = 64, block: int = 1
-) -> Cascade:
+    sinks: int = 4, window: int = 64, capacity: int = 65536, page: int = 16, top_k: int = 64, block: int = 1,
+    placement: Placement = "device",
+) -> Cascade:  # fmt: skip
     """Keep the newest `capacity` tokens in pages; each token reads the `top_k` pages that promise most."""
     # Sinks at their true distance: nothing here is ever out of the range that the stream itself has.
-    return Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window), Pages(page, capacity, top_k, MinMax(), block))
+    pages = Pages(page, capacity, top_k, MinMax(), block, placement=placement)
+    return Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window), pages)
