@@ -22,6 +22,7 @@ from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import decode as tpu_decode
 from pallas_kernels.tpu import flash as tpu_flash
+from pallas_kernels.tpu import hsa as tpu_hsa
 from pallas_kernels.tpu import paged as tpu_paged
 from pallas_kernels.tpu.flash import MAX_SINKS
 
@@ -218,6 +219,60 @@ def paged_attention(
         q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
         interpret=interpret,
     )  # fmt: skip
+
+
+def hsa_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K P S D"],
+    v: Float[Array, "B K P S D"],
+    chosen: Int32[Array, "B K C N"],
+    weights: Float[Array, "B K C N"],
+    *,
+    scale: float | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Float[Array, "B C H D"]:
+    """Attention inside each of the chunks that a query chose, by a softmax of its own, summed with given weights.
+
+    The attention of hierarchical sparse attention (2504.16795, section 3). Differentiable in q, k, v and `weights`.
+    Queries are grouped by the chunk that they chose, so work is products of dense matrices and grows with the choices,
+    not with the chunks; chunks that nobody chose are not read, and their gradient is 0. The result is float32.
+
+    Args:
+      q, k, v: queries, and the keys and values of P chunks of S tokens, all of which are seen; bfloat16 or float32; S a
+        multiple of 8 (16 for bfloat16).
+      chosen: chunks that a query reads, for each key head; none twice; -1 for none.
+      weights: what each chunk's output is multiplied with; where `chosen` is -1 they count for nothing.
+      scale: factor on the logits, above 0; 1 / sqrt(D) where None.
+      block: rows of a tile, each a query head of a query that reads the tile's chunk; by the shapes where None.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or k.shape[4] != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, P, S, D]")
+    wanted = (q.shape[0], k.shape[1], q.shape[1])
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or chosen.shape[:3] != wanted or not k.shape[2]:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape}, chosen {chosen.shape}: use [B, K, C, N] choices of at least 1 chunk"
+        )
+    if chosen.shape != weights.shape or not chosen.shape[3]:
+        raise ValueError(
+            f"chosen {chosen.shape}, weights {weights.shape}: use the same shape, at least 1 choice a query"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    if k.shape[3] % (least := 32 // q.dtype.itemsize) or not k.shape[3]:
+        raise ValueError(f"chunks of {k.shape[3]} tokens: use a multiple of {least}")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if scale <= 0.0:
+        raise ValueError(f"scale {scale}: it must be above 0")
+    chosen_kernel = implementation or platform_implementation()
+    if chosen_kernel != "tpu":
+        raise ValueError(f"no hsa kernel for {chosen_kernel or jax.default_backend()}; use streamjax's XLA path")
+    return tpu_hsa.hsa_attention(q, k, v, chosen, weights, scale=scale, block=block, interpret=interpret)
 
 
 def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:

@@ -81,6 +81,24 @@ def paged_attention(
     return _attend(q, k, v, chosen[:, :, None], scale, softcap)
 
 
+def hsa_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K P S D"],
+    v: Float[Array, "B K P S D"],
+    chosen: Int32[Array, "B K C N"],
+    weights: Float[Array, "B K C N"],
+    *,
+    scale: float,
+) -> Float[Array, "B C H D"]:
+    """See `pallas_kernels.api.hsa_attention`."""
+    group = q.shape[2] // k.shape[1]
+    k, v, chosen, weights = (jnp.repeat(x, group, axis=1) for x in (k, v, chosen, weights))
+    inside, _ = _softmax(scale * jnp.einsum("bchd,bhpsd->bhpcs", q, k).reshape(*k.shape[:2], -1, k.shape[3]))
+    inside = inside.reshape(*k.shape[:3], q.shape[1], k.shape[3])
+    given = jnp.einsum("bhcn,bhcnp->bhpc", weights, chosen[..., None] == jnp.arange(k.shape[2]))
+    return jnp.einsum("bhpc,bhpcs,bhpsd->bchd", given, inside, v)
+
+
 def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
     """Of the token in each slot of a ring: how many came before it."""
     start = jnp.zeros_like(count) if first is None else first
