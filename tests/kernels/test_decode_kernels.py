@@ -84,7 +84,7 @@ def test_widths_that_are_padded_on_a_gpu(more):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_drawn(backend, data):
     slots = data.draw(st.integers(1, 400))
