@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import flash as gpu_flash
+from pallas_kernels.gpu import hsa as gpu_hsa
 from pallas_kernels.gpu import paged as gpu_paged
 from pallas_kernels.gpu.online import MAX_WIDTH
 from pallas_kernels.partial import Partial, merge
@@ -269,10 +270,10 @@ def hsa_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if scale <= 0.0:
         raise ValueError(f"scale {scale}: it must be above 0")
-    chosen_kernel = implementation or platform_implementation()
-    if chosen_kernel != "tpu":
-        raise ValueError(f"no hsa kernel for {chosen_kernel or jax.default_backend()}; use streamjax's XLA path")
-    return tpu_hsa.hsa_attention(q, k, v, chosen, weights, scale=scale, block=block, interpret=interpret)
+    kernels = implementation or platform_implementation()
+    if kernels not in _HSA:
+        raise ValueError(f"no hsa kernel for {kernels or jax.default_backend()}; use streamjax's XLA path")
+    return _HSA[kernels](q, k, v, chosen, weights, scale=scale, block=block, interpret=interpret)
 
 
 def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
@@ -283,6 +284,7 @@ def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
 
 _KERNELS = {"tpu": tpu_flash.flash_attention, "triton": gpu_flash.flash_attention}
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
+_HSA = {"tpu": tpu_hsa.hsa_attention, "triton": gpu_hsa.hsa_attention}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int32
 
 
 class Tiles(NamedTuple):
-    """Tiles of pairs; pair c * N + n of a row is the n-th choice of query c. Leading axes: independent rows.
+    """Tiles of pairs; pair n * C + c of a row is the n-th choice of query c. Leading axes: independent rows.
 
     chunk: of each tile; of those behind the last one that holds something: its chunk, again (0 where there is none).
     pair: numbers of the pairs of each tile; -1 behind its last one.
@@ -43,7 +43,8 @@ def most_tiles(pairs: int, chunks: int, block: int) -> int:
 def tiles(chosen: Int32[Array, "*A C N"], chunks: int, block: int) -> Tiles:
     """Sort choices, chunk numbers below `chunks` or negative for none, into tiles of `block` pairs."""
     leading = chosen.shape[:-2]
-    flat = chosen.reshape(-1, chosen.shape[-2] * chosen.shape[-1])
+    # Queries last: a TPU's compiler takes half a minute to merge axes of which the last is as short as N.
+    flat = jnp.swapaxes(chosen, -1, -2).reshape(-1, chosen.shape[-2] * chosen.shape[-1])
     found = jax.vmap(lambda row: _tiles(row, chunks, block))(flat)
     return Tiles(*(x.reshape(*leading, *x.shape[1:]) for x in found))
 

@@ -60,9 +60,9 @@ class _Static:
         """What a kernel needs for the choices of each span; leading axis: spans."""
         found = tiles(self.choices(chosen, -1), chunks, self.block)
         some = found.pair >= 0
-        index = jnp.where(some, found.pair // chosen.shape[3], self.span)
+        index = jnp.where(some, found.pair % self.span, self.span)
         index = jnp.concatenate([index, found.filled[..., None]], axis=-1)[..., None, :]
-        flat = rearrange(self.choices(weights, 0.0), "n h c m -> n h 1 (c m)")
+        flat = rearrange(self.choices(weights, 0.0), "n h c m -> n h 1 (m c)")
         weight = jnp.take_along_axis(flat, jnp.maximum(found.pair, 0), axis=-1)
         weight = jnp.repeat(jnp.where(some, weight, 0.0), self.slab, axis=-1)[..., None, :]
         return Work(rearrange(found.chunk, "n h t -> n (h t)"), found.total, index, weight), found
@@ -128,7 +128,7 @@ def _backward(static: _Static, saved: Any, d_out: Array) -> Any:
     d_pairs = jnp.sum(rearrange(d_rows, "n h t 1 (r g) -> n h (t r) g", g=static.slab), axis=-1)
     d_pairs = jnp.take_along_axis(d_pairs, jnp.maximum(found.place, 0), axis=-1)
     d_weights = rearrange(
-        jnp.where(found.place < 0, 0.0, d_pairs), "n (b k) (c m) -> b k (n c) m", k=k.shape[1], c=static.span
+        jnp.where(found.place < 0, 0.0, d_pairs), "n (b k) (m c) -> b k (n c) m", k=k.shape[1], c=static.span
     )[:, :, : q.shape[1]]
     return (
         static.queries(d_q).astype(q.dtype), d_k.reshape(k.shape).astype(k.dtype),
