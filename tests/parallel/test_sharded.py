@@ -68,6 +68,8 @@ def _unsharded(cache):
         ("context2-tensor4", "dense"),
         ("data2-fsdp2-tensor2", "pages"),
         ("context2-tensor4", "pages"),
+        ("data2-fsdp2-tensor2", "content"),
+        ("data2-fsdp2-tensor2", "clusters"),
     ],
 )
 def test_step(mesh, cache):

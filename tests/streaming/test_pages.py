@@ -66,9 +66,20 @@ def test_a_stream_goes_on_far_beyond_its_pages():
     assert np.abs(np.asarray(moved) - logits[0]).max() > 1e-4
 
 
-def test_a_saved_stream_goes_on(tmp_path):
+SMALL = {"sinks": 1, "window": 3}
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        sj.kv.preset("quest", **SMALL, capacity=16, page=4, top_k=2),
+        sj.kv.preset("dhsa", **SMALL, capacity=16, page=4, top_k=2, context=2, threshold=0.3, least=2),
+        sj.kv.preset("retro_infer", **SMALL, capacity=12, segment=6, retrieve=2, estimate=2, size=3, most=4),
+    ],
+    ids=["quest", "dhsa", "retro_infer"],
+)
+def test_a_saved_stream_goes_on(tmp_path, cache):
     model, tokens = build(GQA), random_tokens(2, 30)
-    cache = sj.kv.preset("quest", sinks=1, window=3, capacity=16, page=4, top_k=2)
     state = sj.read(model, sj.init_state(model, cache, 2), tokens[:, :29], 8)
     save_stream(state, tmp_path / "stream")
     restored = load_stream(tmp_path / "stream", sj.init_state(model, cache, 2))
