@@ -9,7 +9,8 @@ class DataConfig:
     """Where text comes from and how it becomes batches.
 
     Attributes:
-      source: "builtin", a file, folder or glob of text files, or "tfds:name"; see `open_source`.
+      source: "builtin", a file, folder or glob of text files, or "tfds:name"; see `open_source`. "recall" draws
+        rows with facts and questions, see `open_recall`.
       data_dir: where prepared data is kept; the usual places if None.
       text_key: the text feature of a TFDS dataset.
       tokenizer: a folder with `tokenizer.json`, or the file; bytes if None.

@@ -166,7 +166,8 @@ def stream_context(problem: Problem, length: int, tokenizer: Tokenizer) -> Itera
         goal = round(depth * room)
         while done < goal:
             more = tokenizer.encode(next(text))
-            if done + len(more) > goal and (goal == room or goal - done < len(more) // 2):
+            end = done + len(more)
+            if end > goal and (goal == room or end > room or goal - done < len(more) // 2):
                 more = more[: room - done] if goal == room else []
                 goal = room if goal == room else done
             piece += more

@@ -14,15 +14,22 @@ _SPLITS = ("train", "validation", "test")
 
 
 def open_recall(spec: str, split: str, seq_len: int, tokenizer: Tokenizer) -> RecallRows | None:
-    """The rows of the data source "recall", or "recall:passkey,multi_key" for some of its tasks; None for any other.
+    """The rows of the data source "recall"; None for any other.
+
+    "recall:passkey,multi_key" has some of its tasks alone, "recall::cut=64" cuts values as `RecallRows` says.
 
     Raises:
-      ValueError: an unknown task or split.
+      ValueError: an unknown task or split, or another option than "cut".
     """
-    name, _, tasks = spec.partition(":")
+    name, _, rest = spec.partition(":")
     if name != "recall":
         return None
-    return RecallRows(seq_len, tokenizer, split, tuple(tasks.split(",")) if tasks else TRAINED_TASKS)
+    tasks, _, option = rest.partition(":")
+    cut = option.removeprefix("cut=") if option else "0"
+    if not cut.isdecimal():
+        raise ValueError(f"data source {spec!r}: its one option is written cut=TOKENS, not {option!r}")
+    named = tuple(tasks.split(",")) if tasks else TRAINED_TASKS
+    return RecallRows(seq_len, tokenizer, split, named, cut=int(cut))
 
 
 class RecallRows:
@@ -38,6 +45,8 @@ class RecallRows:
       tasks: which kinds of facts; see `recall.py`.
       filler_weight: of tokens outside of answers.
       most: facts in a row, at most; in short rows one for every 128 tokens.
+      cut: half of the facts stand so that a multiple of so many tokens falls between two tokens of their value: what is
+        seldom otherwise, and hard for a memory in chunks. Nowhere in particular where 0.
 
     Raises:
       ValueError: an unknown task; a tokenizer without BOS.
@@ -51,6 +60,7 @@ class RecallRows:
         tasks: tuple[str, ...] = TRAINED_TASKS,
         filler_weight: float = 0.02,
         most: int = 6,
+        cut: int = 0,
     ):
         unknown = sorted(set(tasks) - set(TRAINED_TASKS))
         if unknown or not tasks:
@@ -62,7 +72,7 @@ class RecallRows:
         if split not in _SPLITS:
             raise ValueError(f"unknown split {split!r}: use one of {', '.join(_SPLITS)}")
         self._length, self._tokenizer, self._split = seq_len, tokenizer, _SPLITS.index(split)
-        self._tasks, self._filler_weight, self._most = tasks, filler_weight, most
+        self._tasks, self._filler_weight, self._most, self._cut = tasks, filler_weight, most, cut
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -78,10 +88,16 @@ class RecallRows:
         pieces = self._order(random, facts, questions)
         spare = self._length + 1 - len(ids) - sum(len(found[0]) for found in pieces)
         gaps = np.diff(np.sort(random.integers(0, max(spare, 1), len(pieces))), prepend=0)
-        for (piece, answer), gap in zip(pieces, gaps.tolist(), strict=True):
+        for (piece, answer, value), gap in zip(pieces, gaps.tolist(), strict=True):
             filler: list[int] = []
             while len(filler) < gap:
                 filler += self._tokenizer.encode(next(text))
+            if self._cut and len(value) > 1 and random.random() < 0.5:
+                more = -(len(ids) + len(filler) + value[int(random.integers(1, len(value)))]) % self._cut
+                end: list[int] = []
+                while len(end) < more:
+                    end += self._tokenizer.encode(next(text))
+                filler += end[len(end) - more :]
             ids += filler + piece
             weights += [self._filler_weight] * (len(filler) + len(piece) - answer) + [1.0] * answer
         while len(ids) <= self._length:
@@ -107,18 +123,21 @@ class RecallRows:
 
     def _order(
         self, random: np.random.Generator, facts: list[str], questions: list[Question]
-    ) -> list[tuple[list[int], int]]:
-        """Facts and questions as they follow each other, as ids and how many of these are the answer."""
+    ) -> list[tuple[list[int], int, range]]:
+        """Facts and questions as they follow each other: ids, how many of these are the answer, a fact's value."""
         budget, places = self._length // 2, []  # half of the row is haystack
-        for fact in facts:
+        for fact, question in zip(facts, questions, strict=True):
             at = random.random() * 0.7
-            places.append((at, self._tokenizer.encode(fact), 0))
+            before, value, _ = fact.partition(question.answer.strip(" ."))
+            start = len(self._tokenizer.encode(before))
+            stands = range(start, start + len(self._tokenizer.encode(value)))
+            places.append((at, self._tokenizer.encode(fact), 0, stands))
             budget -= len(places[-1][1])
         while budget > 0:
             i = int(random.integers(len(facts)))
             at = places[i][0] + (1.0 - places[i][0]) * random.random()
             prompt, answer = (self._tokenizer.encode(x) for x in (questions[i].prompt, questions[i].answer))
-            more = (at, prompt + answer + self._tokenizer.encode(" "), len(answer) + 1)
+            more = (at, prompt + answer + self._tokenizer.encode(" "), len(answer) + 1, range(0))
             places.append(more)
             budget -= len(more[1])
-        return [(ids, answer) for _, ids, answer in sorted(places, key=lambda place: place[0])]
+        return [(ids, answer, stands) for _, ids, answer, stands in sorted(places, key=lambda place: place[0])]

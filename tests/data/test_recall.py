@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamjax.data import ByteTokenizer, DataConfig, make_eval_batches, make_train_iterator
 from streamjax.data.haystack import KINDS, sentences
 from streamjax.data.recall import TASKS, make_problem, stream_context
-from streamjax.data.recall_rows import RecallRows
+from streamjax.data.recall_rows import RecallRows, open_recall
 
 BYTES = ByteTokenizer()
 
@@ -21,6 +21,7 @@ def text_of(ids):
 
 
 @settings(max_examples=40, deadline=None)
+@example("multi_key", 0.0, 69, "repeat", 662)  # the last fact stands so near the end that no sentence fits before it
 @given(
     st.sampled_from(TASKS), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 99), st.sampled_from(KINDS),
     st.integers(600, 3000),
@@ -96,6 +97,10 @@ def test_a_long_context_is_streamed():
             "recall rows are made of passkey and multi_key, not of chess",
         ),
         (
+            lambda: make_train_iterator(DataConfig(source="recall::cat=64", seq_len=64)),
+            "data source 'recall::cat=64': its one option is written cut=TOKENS, not 'cat=64'",
+        ),
+        (
             lambda: make_train_iterator(DataConfig(source="recall", packing="pack")),
             "data source 'recall' makes whole rows: set packing to \"concat\"",
         ),
@@ -107,10 +112,11 @@ def test_bad_requests_are_one_line(call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cut", [0, 64])
 @pytest.mark.parametrize("index", range(8))
-def test_every_answer_of_a_row_can_be_found_before_it(index):
+def test_every_answer_of_a_row_can_be_found_before_it(index, cut):
     """The answers have weight 1, all else the filler's; each follows a fact of the same row."""
-    row = RecallRows(1024, BYTES, filler_weight=0.125)[index]
+    row = RecallRows(1024, BYTES, filler_weight=0.125, cut=cut)[index]
     assert row["tokens"].shape == row["targets"].shape == row["weights"].shape == (1024,)
     np.testing.assert_array_equal(row["tokens"][1:], row["targets"][:-1])
     assert set(np.unique(row["weights"])) == {0.125, 1.0}
@@ -126,6 +132,19 @@ def test_every_answer_of_a_row_can_be_found_before_it(index):
             assert f"pass key{key}{answer[:6]}" in text[: start - 60]
             found += 1
     assert found >= 3
+
+
+def test_values_are_cut_where_a_memory_has_its_boundaries():
+    """Half of them, each of the four places alike; without being told to, a sixteenth."""
+    counts = {}
+    for source in ("recall:passkey", "recall:passkey:cut=64"):
+        rows = open_recall(source, "train", 512, BYTES)
+        # behind BOS, which has no text, and 16 bytes of the fact
+        starts = [1 + text_of(rows[i]["tokens"]).index("The pass key is ") + 16 for i in range(300)]
+        counts[source] = np.bincount(-np.array(starts) % 64, minlength=64)[1:5]
+    assert counts["recall:passkey"].sum() < 40
+    assert 120 < counts["recall:passkey:cut=64"].sum() < 200
+    assert counts["recall:passkey:cut=64"].min() > 20
 
 
 def test_the_rows_of_a_run_resume_and_are_shared_out():
