@@ -5,23 +5,30 @@ S tokens has keys, values and one landmark. A token scores chunks by `r = retrie
 best `top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the softmax of their
 scores. So the scores get gradients through the weights.
 
-Two forms of the same sum: over all chunks with most weights zero, which is products of matrices, and over gathered
-chunks, whose work does not grow with the context.
+Three forms of the same sum: over all chunks with most weights zero, which is products of matrices; over gathered
+chunks, whose work does not grow with the context; and the platform's kernel, which sorts queries by the chunks that
+they chose, so that its work is products of matrices and does not grow with the context either.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels import api
 from pallas_kernels.partial import accumulator
 from streamjax.attention.blocks import cut_blocks, join_blocks
 
+Implementation = Literal["dense", "gathered", "pallas"]
 QUERY_BLOCK = 128  # queries whose logits exist at a time
 SPANS = 8  # parts of a sequence that each work with as many chunks as their last query needs
 GATHERED = 2**23  # keys times channels that are gathered at a time
@@ -48,7 +55,7 @@ class Chunks:
         visible: Visible,
         top_k: int,
         scale: float,
-        sparse: bool | None = None,
+        implementation: Implementation | None = None,
         start: int | None = None,
     ) -> Float[Array, "B C H D"]:
         """The attention of queries to their chosen chunks; zero where a query sees no chunk.
@@ -59,61 +66,90 @@ class Chunks:
           visible: which chunks each query may choose.
           top_k: chunks that a query reads, at most.
           scale: factor on the dot products inside chunks.
-          sparse: gather the chosen chunks (True) or compute with all (False); by the number of chunks where None.
+          implementation: compute with all chunks ("dense"), gather the chosen ones ("gathered"), or take the platform's
+            kernel ("pallas"); None chooses by shapes and platform, and logs a kernel once.
           start: the chunks lie in order from 0, and this is the first query's token of their sequence: then work on
             chunks that lie behind a query is left out.
+
+        Raises:
+          ValueError: an unknown implementation, or no kernel for the platform or for these arguments.
         """
-        count, width = self.k.shape[2], q.shape[1]
-        if start is not None and width > QUERY_BLOCK:
-            return self._in_order(q, retrieval, visible, top_k, scale, sparse, start)
-        top_k = min(top_k, count)
-        sparse = count > DENSE_CHUNKS * top_k if sparse is None else sparse
-        rows, heads, _, size, channels = self.k.shape
-        block = QUERY_BLOCK
+        if implementation not in (None, "dense", "gathered", "pallas"):
+            raise ValueError(f"unknown implementation {implementation!r}; use 'dense', 'gathered' or 'pallas'")
+        if implementation is None and self._kernel_pays(q, top_k):
+            implementation = _logged("pallas")
+        parts = list(self._parts(visible, q.shape[1], start))
+        if implementation == "pallas":
+            found = [chunks._choices(retrieval[:, at], seen, top_k) for at, chunks, seen in parts]
+            chosen, weights = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
+            return api.hsa_attention(q, self.k, self.v, chosen, weights, scale=scale)
+        outs = [
+            chunks._attend(q[:, at], retrieval[:, at], seen, top_k, scale, implementation) for at, chunks, seen in parts
+        ]
+        return jnp.concatenate(outs, axis=1)
+
+    def _kernel_pays(self, q: Array, top_k: int) -> bool:
+        """Whether there is a kernel, and it beats the others: there are too many chunks to work with all of them, but
+        not so many that none has two readers. Not on a mesh of several devices: a compiler cannot split a kernel.
+        """
+        count, size = self.k.shape[2:4]
+        if not q.shape[1] * min(top_k, count) >= count > DENSE_CHUNKS * top_k or size % (32 // self.k.dtype.itemsize):
+            return False
+        known = api.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in api.DTYPES
+        return known and jax.sharding.get_abstract_mesh().size <= 1
+
+    def _attend(
+        self, q: Array, retrieval: Array, visible: Visible, top_k: int, scale: float, implementation: str | None
+    ) -> Float[Array, "B C H D"]:
+        """The dense or the gathered form."""
+        rows, heads, count, size, channels = self.k.shape
+        if not count:
+            return jnp.zeros_like(q, accumulator(q.dtype))
+        top_k, block = min(top_k, count), QUERY_BLOCK
+        sparse = count > DENSE_CHUNKS * top_k if implementation is None else implementation == "gathered"
         if sparse:
             block = max(1, min(block, GATHERED // (rows * heads * top_k * size * channels)))
-        attend = jax.checkpoint(_gathered if sparse else _dense, static_argnums=(4, 5))
-        if width <= block:
-            return attend(self, q, retrieval, visible, top_k, scale)
 
-        pieces = jax.tree.map(lambda x: cut_blocks(x, block), (q, retrieval, visible.limit, visible.segments))
+        def attend(q: Array, retrieval: Array, seen: Visible) -> Array:
+            return (_gathered if sparse else _dense)(self, q, retrieval, seen, top_k, scale)
 
-        def piece(x: tuple[Array, Array, Array, Array | None]) -> Array:
-            seen = dataclasses.replace(visible, limit=x[2], segments=x[3])
-            return attend(self, x[0], x[1], seen, top_k, scale)
+        return _by_blocks(attend, block, (q, retrieval), visible)
 
-        return join_blocks(jax.lax.map(piece, pieces), width)
+    def _choices(
+        self, retrieval: Array, visible: Visible, top_k: int
+    ) -> tuple[Int32[Array, "B K C top_k"], Float[Array, "B K C top_k"]]:
+        """Chunks that each query reads, -1 for none, and their weights."""
+        rows, heads, count, _ = self.landmarks.shape
+        if not count:
+            none = jnp.full((rows, heads, retrieval.shape[1], top_k), -1, jnp.int32)
+            return none, jnp.zeros_like(none, accumulator(retrieval.dtype))
 
-    def _in_order(
-        self,
-        q: Array,
-        retrieval: Array,
-        visible: Visible,
-        top_k: int,
-        scale: float,
-        sparse: bool | None,
-        start: int,
-    ) -> Float[Array, "B C H D"]:
-        """Some queries at a time, with the chunks before the last of them."""
-        width, size = q.shape[1], self.k.shape[3]
-        step = max(-(-width // SPANS), QUERY_BLOCK)
-        outs = []
+        def best(retrieval: Array, seen: Visible) -> tuple[Array, Array]:
+            chosen, weights = choose(self.landmarks, retrieval, seen, min(top_k, count))
+            chosen = jnp.where(weights > 0, chosen, -1)
+            return jnp.swapaxes(chosen, 1, 2), jnp.swapaxes(weights, 1, 2)
+
+        chosen, weights = (jnp.swapaxes(x, 1, 2) for x in _by_blocks(best, QUERY_BLOCK, (retrieval,), visible))
+        missing = ((0, 0), (0, 0), (0, 0), (0, top_k - chosen.shape[3]))
+        return jnp.pad(chosen, missing, constant_values=-1), jnp.pad(weights, missing)
+
+    def _parts(self, visible: Visible, width: int, start: int | None) -> Iterator[tuple[slice, Chunks, Visible]]:
+        """Some queries at a time, with the chunks before the last of them; all at once where `start` is None."""
+        step = width if start is None else max(-(-width // SPANS), QUERY_BLOCK)
+        if start is None or step >= width:
+            yield slice(None), self, visible
+            return
         for low in range(0, width, step):
-            high = min(low + step, width)
-            count = min((start + high - 1) // size, self.k.shape[2])
-            if not count:
-                outs.append(jnp.zeros_like(q[:, low:high], accumulator(q.dtype)))
-                continue
-            chunks = jax.tree.map(lambda x, count=count: x[:, :, :count], self)
+            at = slice(low, min(low + step, width))
+            count = min((start + at.stop - 1) // self.k.shape[3], self.k.shape[2])
             seen = dataclasses.replace(
                 visible,
                 number=visible.number[:, :count],
-                limit=visible.limit[:, low:high],
-                segments=None if visible.segments is None else visible.segments[:, low:high],
+                limit=visible.limit[:, at],
+                segments=None if visible.segments is None else visible.segments[:, at],
                 of_chunks=None if visible.of_chunks is None else visible.of_chunks[:, :count],
             )
-            outs.append(chunks.read(q[:, low:high], retrieval[:, low:high], seen, top_k, scale, sparse))
-        return jnp.concatenate(outs, axis=1)
+            yield at, jax.tree.map(lambda x, count=count: x[:, :, :count], self), seen
 
 
 @jax.tree_util.register_dataclass
@@ -136,6 +172,27 @@ class Visible:
         if self.segments is not None and self.of_chunks is not None:
             seen &= self.segments[:, :, None] == self.of_chunks[:, None]
         return seen[:, None]
+
+
+def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ...], visible: Visible) -> Any:
+    """`function(*queries, visible)`, whose results have queries second as its arguments have, for `size` at a time."""
+    width, function = queries[0].shape[1], jax.checkpoint(function)
+    if width <= size:
+        return function(*queries, visible)
+
+    def piece(x: tuple[tuple[Array, ...], Array, Array | None]) -> Any:
+        return function(*x[0], dataclasses.replace(visible, limit=x[1], segments=x[2]))
+
+    cut = jax.tree.map(lambda x: cut_blocks(x, size), (queries, visible.limit, visible.segments))
+    return jax.tree.map(lambda x: join_blocks(x, width), jax.lax.map(piece, cut))
+
+
+@cache
+def _logged(choice: Implementation) -> Implementation:
+    logging.getLogger(__name__).info(
+        "hierarchical attention over many chunks: %s, on %s", choice, jax.default_backend()
+    )
+    return choice
 
 
 def choose(
