@@ -7,7 +7,7 @@ Needs JAX with CUDA and nothing else; tokamax is compared with where it is insta
 float64 on the device: a kernel that is wrong is not timed. Times are of whole calls between two synchronisations, over
 inputs that take turns so that no call finds its own in the cache, after warming up; medians, all sides in turn.
 Ceilings are measured too: the largest TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy, which is what the
-kernels of decoding are held against (`benchmarks/gpu_decoding.py`).
+kernels of decoding are held against (`benchmarks/gpu_decoding.py`; `gpu_hsa.py` has hierarchical sparse attention).
 On a machine without a GPU it says so and writes nothing.
 """
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_decoding
+from benchmarks import gpu_decoding, gpu_hsa
 from benchmarks.common import RESULTS, machine, table
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api, reference
@@ -178,7 +178,7 @@ def measure(model: str, name: str, length: int, repeats: int, peak: float) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    known = [*PATTERNS, *gpu_decoding.CACHES]
+    known = [*PATTERNS, gpu_hsa.HSA, *gpu_decoding.CACHES]
     parser.add_argument("--patterns", nargs="+", choices=known, default=known)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768], help="tokens")
     parser.add_argument("--repeats", type=int, default=20)
@@ -191,7 +191,10 @@ def main() -> None:
     wrong = []
     for model in arguments.models:
         for name in arguments.patterns:
-            found = gpu_decoding.errors(model, name) if name not in PATTERNS else errors(model, PATTERNS[name])
+            if name == gpu_hsa.HSA:
+                found = gpu_hsa.errors(model)
+            else:
+                found = gpu_decoding.errors(model, name) if name not in PATTERNS else errors(model, PATTERNS[name])
             body["numerics"][f"{model}/{name}"] = found
             right = found["bfloat16"] < 1e-2 and found["float32"] < 1e-5
             wrong += [] if right else [(model, name)]
@@ -201,10 +204,12 @@ def main() -> None:
     for model in arguments.models:
         for name in arguments.patterns:
             for length in arguments.lengths if (model, name) not in wrong else []:
+                timed = partial(seconds, repeats=arguments.repeats)
                 if name in PATTERNS:
                     rows = measure(model, name, length, arguments.repeats, body["ceilings"]["TFLOP/s"])
+                elif name == gpu_hsa.HSA:
+                    rows = gpu_hsa.measure(model, length, body["ceilings"]["TFLOP/s"], timed)
                 else:
-                    timed = partial(seconds, repeats=arguments.repeats)
                     rows = gpu_decoding.measure(model, name, length, body["ceilings"]["GB/s"], timed)
                 body["rows"] += rows
                 arguments.output.write_text(json.dumps(body, indent=1) + "\n")

@@ -23,7 +23,7 @@ from benchmarks.common import RESULTS, machine, table
 from benchmarks.shapes import SHAPES
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
-PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32")
+PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "hsa")
 CACHES = ("decode", "decode-int8", "decode-int4", "paged")
 OUTPUT = RESULTS / "kernels_aot.json"
 
@@ -71,6 +71,9 @@ def _child(case: Case) -> None:
 
     if case.pattern in CACHES:
         _compile(_decode(case, place, implementation), platform)
+        return
+    if case.pattern == "hsa":
+        _compile(_hsa(case, place, implementation), platform)
         return
     windows = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
     pattern: Pattern = windows.get(case.pattern, Full())
@@ -128,14 +131,46 @@ def _decode(case: Case, place: Any, implementation: Any) -> Any:
     return jax.jit(step).trace(q, cache, cache, number, number, scales)
 
 
+def _hsa(case: Case, place: Any, implementation: Any) -> Any:
+    """A sequence whose tokens each read 8 of its chunks of 64 tokens, forwards and backwards."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import api
+
+    config, length = SHAPES[case.model], case.length
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def step(q: Any, k: Any, v: Any, chosen: Any, weights: Any, d_out: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any, weights: Any) -> Any:
+            return api.hsa_attention(q, k, v, chosen, weights, implementation=implementation)
+
+        out, pull = jax.vjp(attention, q, k, v, weights)
+        return out, pull(d_out)
+
+    heads, keys, width = config.num_heads, config.num_kv_heads, config.head_dim
+    chunks, choice = array(1, keys, length // 64, 64, width), (1, keys, length, 8)
+    return jax.jit(step).trace(
+        array(1, length, heads, width), chunks, chunks, array(*choice, dtype=jnp.int32),
+        array(*choice, dtype=jnp.float32), array(1, length, heads, width, dtype=jnp.float32),
+    )  # fmt: skip
+
+
 def _compile(traced: Any, platform: str) -> None:
     """Compile, and print what there is to say."""
+    import jax
+
     start = time.perf_counter()
-    compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    calls = (
-        r'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?((?:flash|decode|paged)_[a-z]+(?:_[a-z]+)?)'
-    )
-    names = re.findall(calls, compiled.as_text())
+    lowered = traced.lower(lowering_platforms=(platform,))
+    compiled = lowered.compile()
+    kernels = "((?:flash|decode|paged|hsa)_[a-z]+(?:_[a-z]+)?)"
+    try:
+        calls = rf'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?{kernels}'
+        names = re.findall(calls, compiled.as_text())
+    except jax.errors.JaxRuntimeError:  # JAX cannot read the text of gathers that run on a TPU's sparse cores
+        names = re.findall(rf'kernel_name = "{kernels}"', lowered.as_text())
     memory = compiled.memory_analysis()
     print(json.dumps({
         "seconds": round(time.perf_counter() - start, 1), "temp": memory.temp_size_in_bytes, "kernels": Counter(names)

@@ -267,6 +267,8 @@ def hsa_attention(
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
     if k.shape[3] % (least := 32 // q.dtype.itemsize) or not k.shape[3]:
         raise ValueError(f"chunks of {k.shape[3]} tokens: use a multiple of {least}")
+    if block is not None and block < 1:
+        raise ValueError(f"tiles of {block} rows: use at least 1, or None")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if scale <= 0.0:
         raise ValueError(f"scale {scale}: it must be above 0")

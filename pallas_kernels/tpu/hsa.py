@@ -13,12 +13,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.call import no_gradient
-from pallas_kernels.grouping import Tiles, tiles
+from pallas_kernels.grouping import Tiles, most_tiles, tiles
 from pallas_kernels.tpu import hsa_kernels
 from pallas_kernels.tpu.hsa_kernels import TOGETHER, Work
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
 RESIDENT = 16384  # rows of up to 128 channels of q that stay in the chip's memory: 8 MiB, and as much for each result
+TABLE = 2**17  # tiles whose chunks' numbers are prefetched: half of the chip's memory of scalars
 LEAST, MOST = 128, 512  # rows of a tile
 
 
@@ -83,14 +84,18 @@ def hsa_attention(
 
     block: rows of a tile, of which each pair has one for each query head of its key head.
     """
-    group = q.shape[2] // k.shape[1]
+    group, choices, chunks = q.shape[2] // k.shape[1], chosen.shape[3], k.shape[2]
     slab = 1 << (group - 1).bit_length() if group < SUBLANES else -(-group // SUBLANES) * SUBLANES
-    span = max(1, RESIDENT // (slab * -(-q.shape[3] // LANES)))
-    span = min(q.shape[1], span)
-    rows = block or _rows(span * chosen.shape[3] * slab // k.shape[2])
-    pairs = -(-rows // (slab * TOGETHER)) * TOGETHER
-    pairs = min(pairs, -(-span * chosen.shape[3] // TOGETHER) * TOGETHER)
-    static = _Static(scale, group, slab, span, pairs, q.shape, interpret)
+
+    def pairs(span: int) -> int:
+        """Of a tile."""
+        rows = block or _rows(span * choices * slab // chunks)
+        return min(-(-rows // (slab * TOGETHER)), -(-span * choices // TOGETHER)) * TOGETHER
+
+    span = min(q.shape[1], max(1, RESIDENT // (slab * -(-q.shape[3] // LANES))))
+    while span > 1 and k.shape[0] * k.shape[1] * most_tiles(span * choices, chunks, pairs(span)) > TABLE:
+        span = -(-span // 2)
+    static = _Static(scale, group, slab, span, pairs(span), q.shape, interpret)
     return _attention(static, q, k, v, weights.astype(jnp.float32), chosen)
 
 

@@ -100,10 +100,11 @@ def test_drawn(data):
     )  # fmt: skip
 
 
-def test_spans_of_queries_share_the_gradients_of_keys(monkeypatch):
-    """More queries than a TPU keeps in fast memory: several calls, whose gradients of k and v add up."""
-    monkeypatch.setattr(tpu_hsa, "RESIDENT", 8)
-    check(11, 4, 2, heads=2, kv_heads=1, block=16)
+@pytest.mark.parametrize("limit", ["RESIDENT", "TABLE"])
+def test_spans_of_queries_share_the_gradients_of_keys(monkeypatch, limit):
+    """More queries, or more tiles, than a TPU keeps in fast memory: several calls; gradients of k and v add up."""
+    monkeypatch.setattr(tpu_hsa, limit, 8)
+    check(7, 4, 2, heads=2, kv_heads=1, block=16)
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -168,6 +169,8 @@ def test_order_of_keys_too_large_to_carry_their_index():
         ({"weights": jnp.zeros((1, 2, 5, 3))}, "use the same shape"),
         ({"q": jnp.zeros((1, 5, 4, 64), jnp.bfloat16)}, "dtypes q"),
         ({"scale": 0.0}, "must be above 0"),
+        ({"block": 0}, "tiles of 0 rows"),
+        ({"block": 24, "implementation": "triton"}, "use a power of two"),
         ({"implementation": None}, "no hsa kernel for cpu"),
     ],
 )

@@ -38,3 +38,16 @@ def test_an_h100_takes_the_kernels(model):
 def test_an_h100_takes_the_decoding_kernels():
     assert compile_case(Case("h100", "llama-3.1-8b", "decode-int4", 8192))["kernels"] == {"decode_attention": 1}
     assert compile_case(Case("h100", "gemma-3-4b", "paged", 8192))["kernels"] == {"paged_attention": 1}
+
+
+@pytest.mark.parametrize(
+    ("chip", "names"),
+    [
+        ("v5e", ("hsa_forward", "hsa_backward")),
+        ("h100", ("hsa_forward", "hsa_query_gradients", "hsa_key_gradients")),
+    ],
+)
+def test_chips_take_the_kernels_of_hierarchical_attention(chip, names):
+    if not aot.available("cuda" if chip == "h100" else "tpu"):
+        pytest.skip("no compiler for it: `make aot` installs it")
+    assert compile_case(Case(chip, "qwen2.5-0.5b", "hsa", 4096))["kernels"] == dict.fromkeys(names, 1)
