@@ -93,11 +93,11 @@ class RecallRows:
             while len(filler) < gap:
                 filler += self._tokenizer.encode(next(text))
             if self._cut and len(value) > 1 and random.random() < 0.5:
-                more = -(len(ids) + len(filler) + value[int(random.integers(1, len(value)))]) % self._cut
-                end: list[int] = []
-                while len(end) < more:
-                    end += self._tokenizer.encode(next(text))
-                filler += end[len(end) - more :]
+                short = -(len(ids) + len(filler) + value[int(random.integers(1, len(value)))]) % self._cut
+                last: list[int] = []
+                while len(last) < short:
+                    last += self._tokenizer.encode(next(text))
+                filler += last[len(last) - short :]
             ids += filler + piece
             weights += [self._filler_weight] * (len(filler) + len(piece) - answer) + [1.0] * answer
         while len(ids) <= self._length:

@@ -5,8 +5,8 @@ keys that got most attention while they were in the window, for each query head;
 reads the 16 blocks with the largest dot products, the same for all heads; tokens that do not fill a block yet are
 always read. Blocks and sinks stand at one distance, the window's size. Published sizes: 128 sinks, a window of 4,096,
 stretches of 512 queries. Here the first sink stands at that distance and the others follow it, a decoded token chooses
-for itself, and blocks may be as many as `capacity` holds, of which the oldest go first; `placement="host"` keeps them in
-the host's memory, where the paper has them.
+for itself, and blocks may be as many as `capacity` holds, of which the oldest go first; with `placement="host"` they
+lie in the host's memory, where the paper has them.
 """
 
 from streamjax.kv.cascade import Cascade
