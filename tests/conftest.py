@@ -6,6 +6,7 @@ optimisation by LLVM (all of XLA's own passes run, so what tests read in compile
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,7 +21,20 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["streamjax", "pallas_kernels"], "typecheck.checked")
 
+import jax
+import pytest
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("suite")
+
+PROCESS_MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000  # Linux lets a process have 65,530, and every compiled program takes some
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Behind a file of tests, once its process has many programs: one too many and the compiler aborts the process."""
+    yield
+    if PROCESS_MAPS.exists() and PROCESS_MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
