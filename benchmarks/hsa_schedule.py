@@ -80,25 +80,33 @@ def _child(chip: str, rows: int) -> None:
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from pallas_kernels import api
+    from pallas_kernels.grouping import most_tiles
+    from pallas_kernels.tpu import hsa_kernels
 
     place = SingleDeviceSharding(aot.devices(CHIPS[chip])[0])
 
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def step(q: Any, k: Any, v: Any, chosen: Any, weights: Any, d_out: Any) -> Any:
-        def attention(q: Any, k: Any, v: Any, weights: Any) -> Any:
-            return api.hsa_attention(q, k, v, chosen, weights, block=rows, implementation="tpu")
+    block = rows // GROUP
+    tiles = most_tiles(QUERIES * CHOICES, CHUNKS, block)
+    work = hsa_kernels.Work(
+        array(HEADS * tiles, dtype=jnp.int32),
+        array(HEADS, dtype=jnp.int32),
+        array(HEADS, tiles, 1, block + 1, dtype=jnp.int32),
+        array(HEADS, tiles, 1, rows),
+    )
+    q, chunks = array(HEADS, QUERIES + 1, GROUP, WIDTH), (HEADS, CHUNKS, SLOTS, WIDTH)
+    k, d_k, scale = array(*chunks, dtype=jnp.bfloat16), array(*chunks), WIDTH**-0.5
 
-        out, pull = jax.vjp(attention, q, k, v, weights)
-        return out, pull(d_out)
+    def forward(*arrays: Any) -> Any:
+        return hsa_kernels.forward(scale, *arrays, False)
 
-    q, k = array(1, QUERIES, HEADS * GROUP, WIDTH), array(1, HEADS, CHUNKS, SLOTS, WIDTH)
-    choice = (1, HEADS, QUERIES, CHOICES)
-    operands = q, k, k, array(*choice, dtype=jnp.int32), array(*choice, dtype=jnp.float32)
-    traced = jax.jit(step).trace(*operands, array(*q.shape, dtype=jnp.float32))
-    traced.lower(lowering_platforms=("tpu",)).compile()
+    def backward(*arrays: Any) -> Any:
+        return hsa_kernels.backward(scale, *arrays, False)
+
+    for kernel, arrays in ((forward, (work, q, k, k)), (backward, (work, q, q, k, k, d_k, d_k))):
+        jax.jit(kernel).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
 
 
 def main() -> None:
