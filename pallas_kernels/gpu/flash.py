@@ -19,6 +19,12 @@ MAX_WIDTH = 256
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
 
 
+def blocks(width: int, dtype: Any) -> tuple[int, int]:
+    """Tokens of a block of queries and of keys, where nothing else is asked for."""
+    halves = 1 if width <= 128 and dtype != jnp.float32 else 2
+    return BLOCK_Q // halves, BLOCK_K // halves
+
+
 def flash_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -44,8 +50,8 @@ def flash_attention(
     width = q.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"heads of width {width}: the Triton kernel takes {MAX_WIDTH} at most; use 'xla'")
-    block_q = block_q or (BLOCK_Q if width <= 128 and q.dtype != jnp.float32 else BLOCK_Q // 2)
-    block_k = block_k or (BLOCK_K if width <= 128 and q.dtype != jnp.float32 else BLOCK_K // 2)
+    usual = blocks(width, q.dtype)
+    block_q, block_k = block_q or usual[0], block_k or usual[1]
     for block in (block_q, block_k):
         if block < 16 or block & (block - 1):
             raise ValueError(f"blocks of {block_q} queries and {block_k} keys: use powers of two from 16")
@@ -77,7 +83,8 @@ def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) 
     return (out, lse), (q, k, v, extra, out, lse)
 
 
-def _backward(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def gradients(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    """Gradients of q, k and v, none of the rest, by what the forward pass had and found and its results' cotangents."""
     q, k, v, extra, out, lse = saved
     d_out, d_lse = cotangents
     d_out = d_out.astype(q.dtype)  # as the kernels multiply it: `shift` must cancel against the same numbers
@@ -97,4 +104,4 @@ def _backward(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), no_gradient(extra)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, gradients)
