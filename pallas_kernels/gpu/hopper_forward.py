@@ -90,8 +90,8 @@ def forward(
             "v_free": free,
             "turns": plgpu.Barrier(num_arrivals=CONSUMERS),
         },
-        grid=(heads, ranges.blocks, batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=(batch, heads, ranges.blocks),  # the last runs fastest: neighbours read the same keys
+        grid_names=("batch", "heads", "tiles"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name="flash_forward_hopper",
@@ -221,7 +221,7 @@ def _consume(
         scores = pl.run_scoped(products, plgpu.ACC((ranges.block_q, size), jnp.float32))
         plgpu.barrier_arrive(at.k_free.at[slot])
         if settings.softcap is not None:
-            scores = _capped(scores * settings.scale, settings.softcap)
+            scores = _capped(scores, settings.scale, settings.softcap)
         if mask is not None:
             scores = jnp.where(mask(settings, scores.shape, query, key), scores, MASKED)
         now = jnp.maximum(top, jnp.max(scores, axis=1) * settings.exact)
@@ -229,6 +229,8 @@ def _consume(
         shrink = jnp.exp2(top - now)
         total = total * shrink + jnp.sum(weights, axis=1)
         sums, weights = sums * shrink[:, None], weights.astype(q.dtype)
+        # All of it belongs to this turn: nothing may move behind the next one's start.
+        now, total, sums, weights = lax.optimization_barrier((now, total, sums, weights))
         plgpu.barrier_arrive(at.turns)
         plgpu.barrier_wait(at.v_filled.at[slot])
         plgpu.barrier_wait(at.turns)
@@ -288,6 +290,6 @@ def _plus_product(form: Form, sums: jax.Array, weights: jax.Array, v: Any) -> ja
     return pl.run_state(lambda sums_ref: plgpu.wgmma(sums_ref, weights, v))(plgpu.ACC.init(sums))
 
 
-def _capped(x: jax.Array, cap: float) -> jax.Array:
-    """`cap * tanh(x / cap)`, by exponentials: a GPU's own tanh is right to three digits only."""
-    return cap - 2.0 * cap / (jnp.exp2(x * (2.0 * LOG2E / cap)) + 1.0)
+def _capped(x: jax.Array, scale: float, cap: float) -> jax.Array:
+    """`cap * tanh(x * scale / cap)`, by exponentials: a GPU's own tanh is right to three digits only."""
+    return cap - 2.0 * cap / (jnp.exp2(x * (2.0 * LOG2E * scale / cap)) + 1.0)
