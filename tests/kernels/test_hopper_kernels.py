@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import api
@@ -41,6 +43,35 @@ def test_sinks_and_window_match_float64():
 )
 def test_matches_float64(pattern, queries, keys, options):
     check_hopper(pattern, queries, keys, **options)
+
+
+@st.composite
+def drawn(draw):
+    queries, offset, kv_heads = draw(st.integers(1, 400)), draw(st.sampled_from([0, 37, 300])), draw(st.integers(1, 2))
+    windows = (
+        st.builds(SlidingWindow, st.integers(1, 300)),
+        st.builds(SinkWindow, st.integers(0, 140), st.integers(1, 300)),
+    )
+    return (draw(st.one_of(st.just(Full()), *windows)), queries, queries + offset), {
+        "offset": offset,
+        "traced": draw(st.booleans()),
+        "kv_heads": kv_heads,
+        "heads": kv_heads * draw(st.sampled_from([1, 3])),
+        "width": draw(st.sampled_from(hopper.WIDTHS)),
+        "softcap": draw(st.sampled_from([None, 3.0])),
+        "learned": draw(st.booleans()),
+        "block_q": 128,
+        "block_k": draw(st.sampled_from([None, 64])),
+        "seed": draw(st.integers(0, 9)),
+    }
+
+
+@interpreted
+@pytest.mark.slow
+@settings(max_examples=50)
+@given(arguments=drawn())
+def test_many_drawn(arguments):
+    check_hopper(*arguments[0], **arguments[1])
 
 
 @interpreted
