@@ -31,7 +31,7 @@ OUTPUT = RESULTS / "kernels_aot.json"
 
 
 class Case(NamedTuple):
-    """One compile of a forward and backward pass: `pattern` is one of `PATTERNS`; forwards alone if of `HOPPER`."""
+    """One compile of a forward and backward pass: `pattern` is one of `PATTERNS` or `HOPPER`."""
 
     chip: str
     model: str
@@ -164,26 +164,36 @@ def _hsa(case: Case, place: Any, implementation: Any) -> Any:
 
 
 def _hopper(case: Case, place: Any) -> Any:
-    """The Hopper kernel, with an offset that is known when it runs; its gradients are the Triton kernels'."""
+    """The Hopper kernel, with an offset that is known when it runs, and the Triton kernels that are its gradients."""
     import jax
     import jax.numpy as jnp
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
     from pallas_kernels import api
     from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 
     config, length = SHAPES[case.model], case.length
     windows: dict[str, Pattern] = {"hopper-local": SlidingWindow(1024), "hopper-sinks": SinkWindow(4, 1020)}
-    softcap = 50.0 if case.pattern == "hopper-capped" else None
+    pattern, softcap = windows.get(case.pattern, Full()), 50.0 if case.pattern == "hopper-capped" else None
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def step(q: Any, k: Any, v: Any, offset: Any) -> Any:
-        pattern = windows.get(case.pattern, Full())
-        return api.flash_attention(q, k, v, pattern, offset=offset, softcap=softcap, implementation="mosaic_gpu")
+    def step(q: Any, k: Any, v: Any, d_out: Any, offset: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            known: dict[str, Any] = {"softcap": softcap, "implementation": "mosaic_gpu"}
+            return api.flash_attention(q, k, v, pattern, offset=offset, **known).out
 
-    keys = array(1, length, config.num_kv_heads, config.head_dim)
-    return jax.jit(step).trace(array(1, length, config.num_heads, config.head_dim), keys, keys, array(dtype=jnp.int32))
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(d_out)
+
+    heads, width = config.num_heads, config.head_dim
+    keys, queries = array(1, length, config.num_kv_heads, width), array(1, length, heads, width)
+    # JAX 0.12 asks which GPU a Triton kernel is for.
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
+        d_out = array(1, length, heads, width, dtype=jnp.float32)
+        return jax.jit(step).trace(queries, keys, keys, d_out, array(dtype=jnp.int32))
 
 
 def _compile(traced: Any, platform: str) -> None:
