@@ -3,8 +3,8 @@
     python -m benchmarks.backprop_kernels                 # v5e and H100, both orders: five minutes on 2 cores
     python -m benchmarks.backprop_kernels --chips h100
 
-Four layers of a known model, one sequence, bf16. Kernels must not cost memory: they read keys where they lie, and add to
-gradients in place.
+Four layers of a known model, one sequence, bf16. Kernels must not cost memory: they read keys where they lie, and add
+to gradients in place.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels_aot                        # every chip, model and pattern: some 20 minutes on 2 cores
     python -m benchmarks.kernels_aot --chips v5e --models gemma-3-4b
+    python -m benchmarks.kernels_aot --chips h100 --patterns hopper-full hopper-local hopper-sinks hopper-capped
 
 A kernel that asks for a layout, an alignment or an amount of fast memory that a chip does not have is refused here.
 """
@@ -25,11 +26,12 @@ from benchmarks.shapes import SHAPES
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "hsa")
 CACHES = ("decode", "decode-int8", "decode-int4", "paged")
+HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.12
 OUTPUT = RESULTS / "kernels_aot.json"
 
 
 class Case(NamedTuple):
-    """One compile of a forward and backward pass: `pattern` is one of `PATTERNS`."""
+    """One compile of a forward and backward pass: `pattern` is one of `PATTERNS` or `HOPPER`."""
 
     chip: str
     model: str
@@ -74,6 +76,9 @@ def _child(case: Case) -> None:
         return
     if case.pattern == "hsa":
         _compile(_hsa(case, place, implementation), platform)
+        return
+    if case.pattern in HOPPER:
+        _compile(_hopper(case, place), platform)
         return
     windows = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
     pattern: Pattern = windows.get(case.pattern, Full())
@@ -158,6 +163,39 @@ def _hsa(case: Case, place: Any, implementation: Any) -> Any:
     )  # fmt: skip
 
 
+def _hopper(case: Case, place: Any) -> Any:
+    """The Hopper kernel, with an offset that is known when it runs, and the Triton kernels that are its gradients."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    from pallas_kernels import api
+    from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
+
+    config, length = SHAPES[case.model], case.length
+    windows: dict[str, Pattern] = {"hopper-local": SlidingWindow(1024), "hopper-sinks": SinkWindow(4, 1020)}
+    pattern, softcap = windows.get(case.pattern, Full()), 50.0 if case.pattern == "hopper-capped" else None
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def step(q: Any, k: Any, v: Any, d_out: Any, offset: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            known: dict[str, Any] = {"softcap": softcap, "implementation": "mosaic_gpu"}
+            return api.flash_attention(q, k, v, pattern, offset=offset, **known).out
+
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(d_out)
+
+    heads, width = config.num_heads, config.head_dim
+    keys, queries = array(1, length, config.num_kv_heads, width), array(1, length, heads, width)
+    # JAX 0.12 asks which GPU a Triton kernel is for.
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
+        d_out = array(1, length, heads, width, dtype=jnp.float32)
+        return jax.jit(step).trace(queries, keys, keys, d_out, array(dtype=jnp.int32))
+
+
 def _compile(traced: Any, platform: str) -> None:
     """Compile, and print what there is to say."""
     import jax
@@ -167,7 +205,7 @@ def _compile(traced: Any, platform: str) -> None:
     compiled = lowered.compile()
     kernels = "((?:flash|decode|paged|hsa)_[a-z]+(?:_[a-z]+)?)"
     try:
-        calls = rf'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?{kernels}'
+        calls = rf'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2|__gpu\$xla.gpu.triton)".*?{kernels}'
         names = re.findall(calls, compiled.as_text())
     except jax.errors.JaxRuntimeError:  # JAX cannot read the text of gathers that run on a TPU's sparse cores
         names = re.findall(rf'kernel_name = "{kernels}"', lowered.as_text())
@@ -181,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS + CACHES, default=list(PATTERNS + CACHES))
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS + CACHES + HOPPER, default=list(PATTERNS + CACHES))
     parser.add_argument("--length", type=int, default=8192, help="tokens")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -193,7 +231,11 @@ def main() -> None:
     found = json.loads(arguments.output.read_text())["cases"] if arguments.output.exists() else {}
     refused = []
     for case in [
-        Case(c, m, p, arguments.length) for c in arguments.chips for m in arguments.models for p in arguments.patterns
+        Case(c, m, p, arguments.length)
+        for c in arguments.chips
+        for m in arguments.models
+        for p in arguments.patterns
+        if c == "h100" or p not in HOPPER
     ]:
         key = "/".join(map(str, case))
         try:

@@ -1,8 +1,8 @@
 """The kernels' public functions: one each, whatever the platform.
 
 `implementation` names a kernel's backend: "tpu" (Mosaic) or "triton" (NVIDIA GPUs, Ampere and later). None takes the
-one of the platform that JAX runs on. The XLA twins, which run anywhere, are in `streamjax.attention`; so is the
-dispatch between them and these.
+one of the platform that JAX runs on. "mosaic_gpu" (Hopper) is a backend of `flash_attention` that is taken by its name
+alone. The XLA twins, which run anywhere, are in `streamjax.attention`; so is the dispatch between them and these.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 from pallas_kernels.gpu import chunk as gpu_chunk
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import flash as gpu_flash
+from pallas_kernels.gpu import hopper
 from pallas_kernels.gpu import hsa as gpu_hsa
 from pallas_kernels.gpu import paged as gpu_paged
 from pallas_kernels.gpu.online import MAX_WIDTH
@@ -30,7 +31,7 @@ from pallas_kernels.tpu import paged as tpu_paged
 from pallas_kernels.tpu.flash import MAX_SINKS
 from pallas_kernels.tpu.tiles import LANES
 
-Implementation = Literal["tpu", "triton"]
+Implementation = Literal["tpu", "triton", "mosaic_gpu"]
 DTYPES = ("bfloat16", "float32")
 
 
@@ -369,7 +370,11 @@ def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
     return (low & 15) | (high << 4)
 
 
-_KERNELS = {"tpu": tpu_flash.flash_attention, "triton": gpu_flash.flash_attention}
+_KERNELS = {
+    "tpu": tpu_flash.flash_attention,
+    "triton": gpu_flash.flash_attention,
+    "mosaic_gpu": hopper.flash_attention,
+}
 _CHUNK = {"tpu": tpu_chunk.chunk_attention, "triton": gpu_chunk.chunk_attention}
 _CHUNK_GRADIENTS = {"tpu": tpu_chunk.chunk_gradients, "triton": gpu_chunk.chunk_gradients}
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}

@@ -94,7 +94,8 @@ def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) 
     return (out, lse), (q, k, v, extra, out, lse)
 
 
-def _backward(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def pull_back(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    """Gradients of q, k and v, none of the rest, by what the forward pass had and found and its results' cotangents."""
     q, k, v, extra, out, lse = saved
     d_out, d_lse = cotangents
     d_q, d_k, d_v = gradients(call, {"q": q, "k": k, "v": v, **extra}, (out, lse), d_out, d_lse)
@@ -111,9 +112,8 @@ def gradients(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v from what the forward pass read and `found`; added to `sums` where they are given."""
     settings, (out, lse) = call.settings, found
-    d_out = d_out.astype(
-        operands["q"].dtype
-    )  # as the kernels multiply it: `shift` must cancel against the same numbers
+    # As the kernels multiply it: `shift` must cancel against the same numbers.
+    d_out = d_out.astype(operands["q"].dtype)
     operands = operands | {
         "d_out": d_out,
         "lse": safe(lse),
@@ -136,4 +136,4 @@ def _with_sinks(settings: Settings, grads: Array, sinks: Float[Array, "B N K D"]
     return grads.at[:, : settings.sinks].add(sinks)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, pull_back)

@@ -133,9 +133,8 @@ def gradients(
 ) -> tuple[Float[Array, "B H P D"], Float[Array, "R B K S D"], Float[Array, "R B K S D"]]:
     """Gradients of q, k and v from what the forward pass read and `found`; added to `sums` where they are given."""
     settings, run, (out, lse) = call.settings, call.interpret, found
-    d_out = d_out.astype(
-        operands["q"].dtype
-    )  # as the kernels multiply it: `shift` must cancel against the same numbers
+    # As the kernels multiply it: `shift` must cancel against the same numbers.
+    d_out = d_out.astype(operands["q"].dtype)
     operands = operands | {
         "d_out": d_out,
         "lse": safe(lse),

@@ -84,6 +84,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def free_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AbstractMesh) -> PartitionSpec:
-    """`partition_spec` without the mesh axes that `jax.shard_map` took by hand, which are not the compiler's to place."""
+    """`partition_spec` without the mesh axes that `jax.shard_map` took by hand: the compiler does not place those."""
     free = tuple(None if name is None or set(RULES[name]) & set(mesh.manual_axes) else name for name in axes)
     return partition_spec(free, shape, mesh)

@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import aot
-from benchmarks.kernels_aot import Case, compile_case
+from benchmarks.kernels_aot import HOPPER, Case, compile_case
+from pallas_kernels.gpu import hopper
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,15 @@ def test_a_tpu_takes_the_decoding_kernel():
 def test_an_h100_takes_the_kernels(model):
     names = "flash_forward", "flash_query_gradients", "flash_key_gradients", "flash_sink_gradients"
     assert compile_case(Case("h100", model, "sinks", 4096))["kernels"] == dict.fromkeys(names, 1)
+
+
+@pytest.mark.parametrize("pattern", HOPPER)
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
+@pytest.mark.skipif(not hopper.available(), reason="this JAX has not what the Hopper kernel is written with")
+def test_an_h100_takes_the_hopper_kernel(pattern):
+    names = ["flash_forward_hopper", "flash_query_gradients", "flash_key_gradients"]
+    names += ["flash_sink_gradients"] if pattern == "hopper-sinks" else []
+    assert compile_case(Case("h100", "gemma-3-4b", pattern, 4096))["kernels"] == dict.fromkeys(names, 1)
 
 
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
