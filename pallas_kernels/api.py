@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.gpu import chunk as gpu_chunk
 from pallas_kernels.gpu import decode as gpu_decode
@@ -20,6 +21,7 @@ from pallas_kernels.gpu import flash as gpu_flash
 from pallas_kernels.gpu import hopper
 from pallas_kernels.gpu import hsa as gpu_hsa
 from pallas_kernels.gpu import paged as gpu_paged
+from pallas_kernels.gpu import scores as gpu_scores
 from pallas_kernels.gpu.online import MAX_WIDTH
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
@@ -28,6 +30,7 @@ from pallas_kernels.tpu import decode as tpu_decode
 from pallas_kernels.tpu import flash as tpu_flash
 from pallas_kernels.tpu import hsa as tpu_hsa
 from pallas_kernels.tpu import paged as tpu_paged
+from pallas_kernels.tpu import scores as tpu_scores
 from pallas_kernels.tpu.flash import MAX_SINKS
 from pallas_kernels.tpu.tiles import LANES
 
@@ -308,6 +311,52 @@ def paged_attention(
     )  # fmt: skip
 
 
+def page_scores(
+    q: Float[Array, "B C H D"],
+    summary: Float[Array, "B K P W"],
+    some: Bool[Array, "B K P parts"] | None = None,
+    *,
+    bounds: bool = False,
+    parts: int = 1,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Float[Array, "B H C P"]:
+    """How well each page of a cache suits each query, in the units of `q . k`; float32. Not differentiable.
+
+    Args:
+      q: queries.
+      summary: of each page `parts` vectors of D channels, whose products with a query are scores; or, with `bounds`,
+        `parts` times the largest value of each of D channels and behind them the smallest: no key within these bounds
+        has a larger product (Quest, 2406.10774, equation 2). Of a page's parts the best counts (LServe, 2502.14866).
+      some: which parts hold anything; a page without any gets -inf.
+      bounds, parts: see `summary`.
+      block: pages that are worked on at once.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    width = q.shape[3] * (2 if bounds else 1)
+    if q.ndim != 4 or summary.ndim != 4 or parts < 1 or summary.shape[3] != parts * width:
+        wanted = f"[B, C, H, D] and [B, K, P, {parts} x {width}]"
+        raise ValueError(f"shapes q {q.shape}, summary {summary.shape}: use {wanted}")
+    if q.shape[0] != summary.shape[0] or q.shape[2] % summary.shape[1]:
+        raise ValueError(f"q {q.shape} and summary {summary.shape}: use the same rows, and a multiple of the key heads")
+    if some is not None and some.shape != (*summary.shape[:3], parts):
+        raise ValueError(f"some {some.shape} for {summary.shape} in {parts} parts: use [B, K, P, parts]")
+    if q.dtype != summary.dtype or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, summary {summary.dtype}: use bfloat16 or float32 for both")
+    chosen = implementation or platform_implementation()
+    if chosen not in _SCORES:
+        raise ValueError(f"no kernel for scores for {chosen or jax.default_backend()}; use streamjax's XLA path")
+    by_head = rearrange(q, "b c (k g) d -> b k (g c) d", k=summary.shape[1])
+    if bounds:  # max(q * high, q * low) is q * high for a positive q, and q * low for a negative one
+        by_head = jnp.concatenate((jnp.maximum(by_head, 0), jnp.minimum(by_head, 0)), axis=-1)
+    found = _SCORES[chosen](by_head, summary, some, block=block, interpret=interpret)
+    return rearrange(found, "b k (g c) p -> b (k g) c p", c=q.shape[1])
+
+
 def hsa_attention(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B K P S D"],
@@ -379,6 +428,7 @@ _CHUNK = {"tpu": tpu_chunk.chunk_attention, "triton": gpu_chunk.chunk_attention}
 _CHUNK_GRADIENTS = {"tpu": tpu_chunk.chunk_gradients, "triton": gpu_chunk.chunk_gradients}
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
 _HSA = {"tpu": tpu_hsa.hsa_attention, "triton": gpu_hsa.hsa_attention}
+_SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
@@ -79,6 +79,25 @@ def paged_attention(
     chosen = (page[None, None, :, None] == pages[:, :, None]).any(axis=-1)
     chosen = jnp.repeat(chosen & _held(k.shape[2], count, first)[:, None], q.shape[2] // k.shape[1], axis=1)
     return _attend(q, k, v, chosen[:, :, None], scale, softcap)
+
+
+def page_scores(
+    q: Float[Array, "B C H D"],
+    summary: Float[Array, "B K P W"],
+    some: Bool[Array, "B K P parts"] | None = None,
+    *,
+    bounds: bool = False,
+    parts: int = 1,
+) -> Float[Array, "B H C P"]:
+    """See `pallas_kernels.api.page_scores`."""
+    batch, key_heads, pages, _ = summary.shape
+    group = q.shape[2] // key_heads
+    kept = jnp.repeat(summary.reshape(batch, key_heads, pages, parts, -1, q.shape[3]), group, axis=1)
+    products = jnp.einsum("bchd,bhpnsd->bhcpnsd", q, kept)
+    found = jnp.sum(jnp.max(products, axis=-2) if bounds else products[..., 0, :], axis=-1)
+    if some is not None:
+        found = jnp.where(jnp.repeat(some, group, axis=1)[:, :, None], found, -jnp.inf)
+    return jnp.max(found, axis=-1)
 
 
 def hsa_attention(
