@@ -89,6 +89,7 @@ CASES = {
     "decode-8-hsa": Case(*_V5E, _HSA, 8, 1),
     "decode-1-host-pages": Case("v6e:1x1", (("tensor", 1),), _ON_HOST, 1, 1),
     "decode-8-kernels": Case("v5e:1x1", (("tensor", 1),), _ENDLESS, 8, 1, implementation="pallas"),
+    "decode-8-kernels-mesh": Case("v5e:2x4", (("data", 2), ("tensor", 4)), _ENDLESS, 8, 1, implementation="pallas"),
     "prefill-512": Case(*_V5P, _ENDLESS, 1, 512),
     "prefill-2048": Case(*_V5P, _ENDLESS, 1, 2048),
     "prefill-512x16": Case(*_V5P, _ENDLESS, 1, 512, 16),

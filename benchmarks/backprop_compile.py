@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 import streamjax as sj
 from benchmarks import aot
+from pallas_kernels import api
 
 FULL_LOGITS = {"method": "full_logits"}  # the first baseline, which this module has itself; all else is the library's
 _SOURCES = ("streamjax/attention", "streamjax/kv", "streamjax/models", "streamjax/parallel", "streamjax/training")
@@ -34,7 +35,7 @@ class Case:
     """One gradient step: bf16 parameters and gradients, layers stacked, `batch` sequences of `length` tokens.
 
     `arguments` are those of `sj.training.loss_and_grad` (`method`, `chunk_size`, ...), or `FULL_LOGITS`. `topology` is
-    one of `aot.TOPOLOGIES`, of which one chip is used.
+    one of `aot.TOPOLOGIES`, of which one chip is used. `kernels`: attention by the chip's kernels, not by XLA's loops.
     """
 
     config: sj.ModelConfig
@@ -42,6 +43,7 @@ class Case:
     length: int
     arguments: Mapping[str, Any]
     batch: int = 1
+    kernels: bool = False
 
     def to_json(self) -> str:
         return json.dumps({**dataclasses.asdict(self), "config": self.config.to_json_dict()})
@@ -75,7 +77,8 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
       `fits`, whether the chip's memory holds it; `program`, a hash of the lowered program; `compile_s`; and in bytes
       `argument`, `output`, `alias`, `temp` and `code` on the chip, the first four as `host_*` in pinned host memory,
       and `peak` = argument + output - alias + temp. Where the compiler refuses a program that does not fit, only
-      `peak` is there, as its message rounds it. Where the program is `known`, `program` alone.
+      `peak` is there, as its message rounds it. Where the program is `known`, `program` alone. With kernels, also
+      `kernels`, how many calls of them there are.
 
     Raises:
       ValueError: no compiler for the topology.
@@ -96,6 +99,8 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
 
 
 def _compile_here(case: Case, known: str) -> dict[str, Any]:
+    if case.kernels:  # JAX runs on a CPU here
+        api.platform_implementation = lambda: "tpu" if aot.TOPOLOGIES[case.topology].platform == "tpu" else "triton"
     placement = jax.sharding.SingleDeviceSharding(aot.devices(case.topology)[0])
     place = partial(jax.ShapeDtypeStruct, sharding=placement)
     model = jax.eval_shape(
@@ -106,13 +111,17 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
     batch = {"tokens": place(shape, jnp.int32), "targets": place(shape, jnp.int32)}
     batch["weights"] = place(shape, jnp.float32)
     step = full_logits if case.arguments == FULL_LOGITS else partial(sj.training.loss_and_grad, **case.arguments)
-    lowered = jax.jit(step).trace(model, batch).lower()
+    lowered = jax.jit(step).trace(model, batch).lower(lowering_platforms=(aot.TOPOLOGIES[case.topology].platform,))
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
     if program == known:
         return {"program": program}
     start = time.perf_counter()
     try:
-        figures = _figures(lowered.compile(), aot.TOPOLOGIES[case.topology].memory_bytes)
+        compiled = lowered.compile()
+        figures = _figures(compiled, aot.TOPOLOGIES[case.topology].memory_bytes)
+        if case.kernels:
+            calls = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"'
+            figures["kernels"] = len(re.findall(calls, compiled.as_text()))
     except jax.errors.JaxRuntimeError as error:
         needed = _NEEDED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:

@@ -8,7 +8,8 @@ float64 on the device: a kernel that is wrong is not timed. Times are of whole c
 inputs that take turns so that no call finds its own in the cache, after warming up; medians, all sides in turn.
 Ceilings are measured too: the largest TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy, which is what the
 kernels of decoding are held against (`benchmarks/gpu_decoding.py`; `gpu_hsa.py` has hierarchical sparse attention).
-On a machine without a GPU it says so and writes nothing.
+On a Hopper GPU "streamjax mosaic_gpu" is beside "streamjax", which is the Triton kernel: their rows decide which of the
+two `platform_implementation` ought to give there. On a machine without a GPU it says so and writes nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks import gpu_decoding, gpu_hsa
 from benchmarks.common import RESULTS, machine, table
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api, reference
+from pallas_kernels.gpu import hopper
 from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 
 PATTERNS: Mapping[str, Pattern] = {
@@ -61,8 +63,13 @@ def inputs(model: str, length: int, seed: int, dtype: Any = jnp.bfloat16) -> lis
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [*shapes, shapes[0]], strict=True)]
 
 
-def ours(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return api.flash_attention(q, k, v, pattern, implementation="triton").out.astype(q.dtype)
+def ours(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, kernel: Any = "triton") -> jax.Array:
+    return api.flash_attention(q, k, v, pattern, implementation=kernel).out.astype(q.dtype)
+
+
+def hopper_kernel() -> bool:
+    """Whether the device is a Hopper GPU, and JAX has what our kernel for these is written with."""
+    return getattr(jax.devices()[0], "compute_capability", "").startswith("9.") and hopper.available()
 
 
 def by_jax(implementation: str, pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -80,9 +87,11 @@ def by_tokamax(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     return found
 
 
-def sides(pattern: Pattern, length: int) -> dict[str, Side]:
-    """What is timed: ours, and whoever has the pattern (nobody else has sinks)."""
+def sides(pattern: Pattern, length: int, mosaic: bool) -> dict[str, Side]:
+    """What is timed: ours, the Hopper kernel where `mosaic`, and whoever has the pattern (nobody else has sinks)."""
     found: dict[str, Side] = {"streamjax": partial(ours, pattern)}
+    if mosaic:
+        found["streamjax mosaic_gpu"] = partial(ours, pattern, kernel="mosaic_gpu")
     if not pattern.sinks:
         found["jax cudnn"] = partial(by_jax, "cudnn", pattern)
         if length <= 8192:  # it holds all logits
@@ -98,12 +107,12 @@ def backward(side: Side, q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Ar
     return out, pull(d_out)
 
 
-def errors(model: str, pattern: Pattern, length: int = 1500) -> dict[str, float]:
-    """Largest relative error of output and gradients against float64, for both dtypes."""
+def errors(model: str, pattern: Pattern, kernel: str = "triton", length: int = 1500) -> dict[str, float]:
+    """Largest relative error of output and gradients against float64, for the dtypes that the kernel takes."""
     found = {}
-    for dtype in (jnp.bfloat16, jnp.float32):
+    for dtype in (jnp.bfloat16, jnp.float32) if kernel == "triton" else (jnp.bfloat16,):
         arrays = inputs(model, length, 0, dtype)
-        mine = jax.jit(partial(backward, partial(ours, pattern)))(*arrays)
+        mine = jax.jit(partial(backward, partial(ours, pattern, kernel=kernel)))(*arrays)
         with jax.enable_x64(True):
             exact = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
             scale = 1.0 / float(np.sqrt(exact[0].shape[-1]))
@@ -145,14 +154,25 @@ def ceilings(repeats: int) -> dict[str, float]:
     return {"TFLOP/s": 2 * size**3 / found["product"] / 1e12, "GB/s": 2 * x.nbytes / found["copy"] / 1e9}
 
 
-def measure(model: str, name: str, length: int, repeats: int, peak: float) -> list[dict[str, Any]]:
+def mosaic_errors(model: str, pattern: Pattern) -> dict[str, float]:
+    """`errors` of the Hopper kernel; infinite where JAX or the device refuses it."""
+    try:
+        return errors(model, pattern, "mosaic_gpu")
+    except Exception as error:
+        print(f"mosaic_gpu does not take {model}, {pattern}: {str(error).splitlines()[0][:160]}", flush=True)
+        return {"bfloat16": float("inf")}
+
+
+def measure(
+    model: str, name: str, length: int, repeats: int, peak: float, mosaic: bool = False
+) -> list[dict[str, Any]]:
     """A line for each side and direction."""
     pattern, config, lines = PATTERNS[name], SHAPES[model], []
     work = 4 * pairs(pattern, length) * config.num_heads * config.head_dim  # two products forwards, five backwards
     sets = [inputs(model, length, seed) for seed in range(COPIES)]
     for direction, factor in (("forward", 1.0), ("both", 3.5)):
         programs: dict[str, tuple[Any, list[Any]]] = {}
-        for label, side in sides(pattern, length).items():
+        for label, side in sides(pattern, length, mosaic).items():
             program = jax.jit(side) if direction == "forward" else jax.jit(partial(backward, side))
             arrays = [x[:3] if direction == "forward" else x for x in sets]
             try:
@@ -188,9 +208,14 @@ def main() -> None:
         print(f"no GPU here (JAX runs on {jax.default_backend()}): nothing measured, nothing written")
         return
     body: dict[str, Any] = {"benchmark": "gpu_kernels", "machine": machine(), "numerics": {}, "rows": []}
-    wrong = []
+    wrong, mosaic = [], []
     for model in arguments.models:
         for name in arguments.patterns:
+            if name in PATTERNS and hopper_kernel():
+                found = body["numerics"][f"{model}/{name}/mosaic_gpu"] = mosaic_errors(model, PATTERNS[name])
+                right = found["bfloat16"] < 1e-2
+                (mosaic if right else wrong).append((model, name, "mosaic_gpu"))
+                print(f"{model}, {name}, mosaic_gpu: relative errors {found}{'' if right else ': WRONG'}", flush=True)
             if name == gpu_hsa.HSA:
                 found = gpu_hsa.errors(model)
             else:
@@ -206,7 +231,8 @@ def main() -> None:
             for length in arguments.lengths if (model, name) not in wrong else []:
                 timed = partial(seconds, repeats=arguments.repeats)
                 if name in PATTERNS:
-                    rows = measure(model, name, length, arguments.repeats, body["ceilings"]["TFLOP/s"])
+                    peak, beside = body["ceilings"]["TFLOP/s"], (model, name, "mosaic_gpu") in mosaic
+                    rows = measure(model, name, length, arguments.repeats, peak, beside)
                 elif name == gpu_hsa.HSA:
                     rows = gpu_hsa.measure(model, length, body["ceilings"]["TFLOP/s"], timed)
                 else:

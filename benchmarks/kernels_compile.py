@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 
 from benchmarks import aot
 from benchmarks.shapes import SHAPES
@@ -33,14 +33,16 @@ from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "hsa")
 CACHES = ("decode", "decode-int8", "decode-int4", "paged")
-WINDOWS = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
+HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.12
+WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
+WINDOWS |= {"hopper-local": WINDOWS["local"], "hopper-sinks": WINDOWS["sinks"]}
 _KERNELS = "((?:flash|decode|paged|hsa)_[a-z]+(?:_[a-z]+)?)"
 _LAUNCH = re.compile(rf"\b{_KERNELS} grid: .*? threads: \[(\d+), .*?shared_memory: (\d+) bytes")
 _PTXAS = re.compile(rf"for {_KERNELS}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers")
 
 
 class Case(NamedTuple):
-    """One compile: `pattern` of `PATTERNS`, forwards and backwards, or of `CACHES`, one token for 8 streams."""
+    """One compile: `pattern` of `PATTERNS` or `HOPPER`, both passes, or of `CACHES`, one token for 8 streams."""
 
     chip: str
     model: str
@@ -162,6 +164,8 @@ def _trace(case: Case) -> Any:
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
+    if case.pattern in HOPPER:
+        return _hopper(case, array)
     make = _decode if case.pattern in CACHES else _hsa if case.pattern == "hsa" else _flash
     return make(case, array, "triton" if case.chip == "h100" else "tpu")
 
@@ -234,6 +238,26 @@ def _hsa(case: Case, array: Any, implementation: Any) -> Any:
     )  # fmt: skip
 
 
+def _hopper(case: Case, array: Any) -> Any:
+    """The Hopper kernel, with an offset that is known when it runs, and the Triton kernels that are its gradients."""
+    config, length, pattern = SHAPES[case.model], case.length, WINDOWS.get(case.pattern, Full())
+    known: dict[str, Any] = {"softcap": 50.0 if case.pattern == "hopper-capped" else None}
+
+    def step(q: Any, k: Any, v: Any, d_out: Any, offset: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            return api.flash_attention(q, k, v, pattern, offset=offset, implementation="mosaic_gpu", **known).out
+
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(d_out)
+
+    keys, q = (array(1, length, heads, config.head_dim) for heads in (config.num_kv_heads, config.num_heads))
+    # JAX 0.12 asks which GPU a Triton kernel is for.
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
+        d_out = array(*q.shape, dtype=jnp.float32)
+        return jax.jit(step).trace(q, keys, keys, d_out, array(dtype=jnp.int32))
+
+
 def _compile_here(case: Case, known: str) -> dict[str, Any]:
     traced = _trace(case)
     text = re.sub(r" at \S+:\d+|0x[0-9a-f]+", "", str(traced.jaxpr))  # without places in files and in memory
@@ -247,7 +271,7 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
     lowered = traced.lower(lowering_platforms=("cuda" if case.chip == "h100" else "tpu",))
     compiled = lowered.compile()
     try:
-        calls = rf'custom_call_target="(?:tpu_custom_call|__gpu\$xla.gpu.triton)".*?{_KERNELS}'
+        calls = rf'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2|__gpu\$xla.gpu.triton)".*?{_KERNELS}'
         names = re.findall(calls, compiled.as_text())
     except jax.errors.JaxRuntimeError:  # JAX cannot read the text of gathers that run on a TPU's sparse cores
         names = re.findall(rf'kernel_name = "{_KERNELS}"', lowered.as_text())

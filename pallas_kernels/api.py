@@ -1,8 +1,8 @@
 """The kernels' public functions: one each, whatever the platform.
 
 `implementation` names a kernel's backend: "tpu" (Mosaic) or "triton" (NVIDIA GPUs, Ampere and later). None takes the
-one of the platform that JAX runs on. The XLA twins, which run anywhere, are in `streamjax.attention`; so is the
-dispatch between them and these.
+one of the platform that JAX runs on. "mosaic_gpu" (Hopper) is a backend of `flash_attention` that is taken by its name
+alone. The XLA twins, which run anywhere, are in `streamjax.attention`; so is the dispatch between them and these.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
+from pallas_kernels.gpu import chunk as gpu_chunk
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import flash as gpu_flash
+from pallas_kernels.gpu import hopper
 from pallas_kernels.gpu import hsa as gpu_hsa
 from pallas_kernels.gpu import paged as gpu_paged
 from pallas_kernels.gpu.online import MAX_WIDTH
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.tpu import chunk as tpu_chunk
 from pallas_kernels.tpu import decode as tpu_decode
 from pallas_kernels.tpu import flash as tpu_flash
 from pallas_kernels.tpu import hsa as tpu_hsa
 from pallas_kernels.tpu import paged as tpu_paged
 from pallas_kernels.tpu.flash import MAX_SINKS
+from pallas_kernels.tpu.tiles import LANES
 
-Implementation = Literal["tpu", "triton"]
+Implementation = Literal["tpu", "triton", "mosaic_gpu"]
 DTYPES = ("bfloat16", "float32")
 
 
@@ -54,6 +58,13 @@ def takes_cache(width: int, slots: int, dtype: str) -> bool:
     if chosen == "triton":
         return width <= MAX_WIDTH
     return width % 128 == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
+
+
+def takes_buffer(pattern: Pattern, slots: int, width: int, dtype: str) -> bool:
+    """Whether `chunk_attention` takes a buffer on the platform that JAX runs on."""
+    if platform_implementation() == "triton":
+        return takes(pattern, dtype) and width <= MAX_WIDTH and slots % gpu_flash.BLOCK_K == 0
+    return takes(pattern, dtype) and slots % LANES == 0
 
 
 def flash_attention(
@@ -112,6 +123,81 @@ def flash_attention(
     if sink_logits is None:
         return found
     return merge(found, Partial(jnp.zeros_like(found.out), jnp.broadcast_to(sink_logits, found.lse.shape)))
+
+
+def chunk_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "R B K S D"],
+    v: Float[Array, "R B K S D"],
+    pattern: Pattern,
+    *,
+    offset: Int[Array, ""] | int,
+    row: Int[Array, ""] | int = 0,
+    scale: float | None = None,
+    segment_ids: tuple[Int32[Array, "B C"], Int32[Array, "B S"]] | None = None,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """`flash_attention` of one chunk of a sequence over the keys in a row of a buffer; not differentiable.
+
+    With `chunk_gradients` it is what chunked backprop (StreamBP, 2506.03077) does with a chunk.
+
+    Args:
+      q: rotated queries, the first of which has index `offset`.
+      k, v: buffers, of R layers, say, whose slots hold the keys with indices 0 to S - 1, the chunk's own among them.
+        Slots behind the chunk's last token may hold anything finite.
+      row: which of the R is meant.
+      pattern, scale, segment_ids, softcap, slopes, implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    kernel, known = _chunk_call(_CHUNK, q, k, v, scale, implementation)
+    return kernel(
+        q, k, v, pattern, offset=jnp.asarray(offset, jnp.int32), row=row, segment_ids=segment_ids, softcap=softcap,
+        slopes=slopes, interpret=interpret, **known,
+    )  # fmt: skip
+
+
+def chunk_gradients(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "R B K S D"],
+    v: Float[Array, "R B K S D"],
+    pattern: Pattern,
+    part: Partial,
+    d_out: Float[Array, "B C H D"],
+    d_k: Float[Array, "R B K S D"],
+    d_v: Float[Array, "R B K S D"],
+    *,
+    offset: Int[Array, ""] | int,
+    row: Int[Array, ""] | int = 0,
+    scale: float | None = None,
+    segment_ids: tuple[Int32[Array, "B C"], Int32[Array, "B S"]] | None = None,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B C H D"], Float[Array, "R B K S D"], Float[Array, "R B K S D"]]:
+    """The backward pass of `chunk_attention`: float32 gradient of q, and `d_k`, `d_v` with this chunk's part added.
+
+    Args:
+      q, k, v, pattern, offset, row, scale, segment_ids, softcap, slopes, implementation, interpret: as there.
+      part: what `chunk_attention` returned.
+      d_out: cotangent of its output.
+      d_k, d_v: gradients of the keys and values so far, of any float dtype; only blocks that the chunk sees change.
+
+    Raises:
+      ValueError: as there.
+    """
+    kernel, known = _chunk_call(_CHUNK_GRADIENTS, q, k, v, scale, implementation)
+    if d_k.shape != k.shape or d_v.shape != k.shape:
+        raise ValueError(f"shapes d_k {d_k.shape}, d_v {d_v.shape}: use those of k and v, {k.shape}")
+    return kernel(
+        q, k, v, pattern, part, d_out, d_k, d_v, offset=jnp.asarray(offset, jnp.int32), row=row,
+        segment_ids=segment_ids, softcap=softcap, slopes=slopes, interpret=interpret, **known,
+    )  # fmt: skip
 
 
 def decode_attention(
@@ -287,10 +373,35 @@ def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
     return (low & 15) | (high << 4)
 
 
-_KERNELS = {"tpu": tpu_flash.flash_attention, "triton": gpu_flash.flash_attention}
+_KERNELS = {
+    "tpu": tpu_flash.flash_attention,
+    "triton": gpu_flash.flash_attention,
+    "mosaic_gpu": hopper.flash_attention,
+}
+_CHUNK = {"tpu": tpu_chunk.chunk_attention, "triton": gpu_chunk.chunk_attention}
+_CHUNK_GRADIENTS = {"tpu": tpu_chunk.chunk_gradients, "triton": gpu_chunk.chunk_gradients}
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
 _HSA = {"tpu": tpu_hsa.hsa_attention, "triton": gpu_hsa.hsa_attention}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
+
+
+def _chunk_call(
+    kernels: dict[str, Any], q: Array, k: Array, v: Array, scale: float | None, implementation: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel for a chunk, and its scale."""
+    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or k.shape[1] != q.shape[0] or k.shape[4] != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [R, B, K, S, D]")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    chosen = implementation or platform_implementation()
+    if chosen not in kernels:
+        raise ValueError(f"no kernel for chunks for {chosen or jax.default_backend()}; use streamjax's XLA loops")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if scale <= 0.0:
+        raise ValueError(f"scale {scale}: it must be above 0")
+    return kernels[chosen], {"scale": scale}
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Any) -> None:

@@ -28,8 +28,9 @@ class Call:
     @classmethod
     def make(
         cls,
-        q: jax.Array,
-        k: jax.Array,
+        queries: int,
+        keys: int,
+        group: int,
         pattern: Pattern,
         block_q: int,
         block_k: int,
@@ -40,9 +41,9 @@ class Call:
         segment_ids: Any,
         interpret: Any,
         offset: int | None = None,
+        heads_first: bool = False,
     ) -> Call:
-        """From the arguments of `api.flash_attention`."""
-        keys = k.shape[1]
+        """From the arguments of `api.flash_attention`; `group` query heads read a key head."""
         settings = Settings(
             scale=float(scale),
             softcap=softcap,
@@ -52,9 +53,10 @@ class Call:
             ragged=keys % block_k != 0,
             alibi=slopes is not None,
             segmented=segment_ids is not None,
-            group=q.shape[2] // k.shape[2],
+            group=group,
+            heads_first=heads_first,
         )
-        return cls(settings, block_q, block_k, q.shape[1], interpret, offset)
+        return cls(settings, block_q, block_k, queries, interpret, offset)
 
     def ranges(self, transposed: bool = False) -> Ranges:
         return Ranges(

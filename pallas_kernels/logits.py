@@ -28,6 +28,7 @@ class Settings:
       keys: how many there are, without padding; ragged: whether there is padding.
       alibi, segmented: whether there are slopes, and segment ids.
       group: query heads of a key head.
+      heads_first: whether keys lie [B, K, S, D], for kernels that take them either way.
     """
 
     scale: float
@@ -39,6 +40,7 @@ class Settings:
     alibi: bool
     segmented: bool
     group: int
+    heads_first: bool = False
 
     @property
     def exact(self) -> float:

@@ -65,6 +65,13 @@ class Ranges:
             low = divide(xp.maximum(first - self.window + 1, 0), self.block_k)
         return xp.minimum(low, high), high
 
+    def outer(self, offset: Scalar) -> tuple[Scalar, Scalar]:
+        """Half-open range of the outer blocks of keys that meet queries; not empty."""
+        stop = jnp.clip(divide(offset + self.queries + self.block_k - 1, self.block_k), 1, self.blocks)
+        if self.window is None:
+            return jnp.zeros_like(stop), stop
+        return jnp.minimum(divide(jnp.maximum(offset - self.window + 1, 0), self.block_k), stop - 1), stop
+
     def interior(self, i: Scalar, j: Scalar, offset: Scalar) -> Scalar:
         """Whether every query of block i sees every key of block j."""
         first, key = offset + i * self.block_q, j * self.block_k

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Int32
 from pallas_kernels.call import Call, no_gradient, safe
 from pallas_kernels.gpu import flash_backward
 from pallas_kernels.gpu.flash_forward import forward
+from pallas_kernels.logits import Settings
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 
@@ -39,32 +40,48 @@ def flash_attention(
     block_q, block_k: tokens of a block, powers of two from 16. interpret: run in Pallas's interpreter.
 
     Raises:
-      ValueError: heads wider than the kernel takes, or blocks of another size.
+      ValueError: see `block_sizes`.
+    """
+    block_q, block_k = block_sizes(q, block_q, block_k)
+    call = Call.make(
+        q.shape[1], k.shape[1], q.shape[2] // k.shape[2], pattern, block_q, block_k, scale=scale, softcap=softcap,
+        slopes=slopes, segment_ids=segment_ids, interpret=interpret,
+    )  # fmt: skip
+    extra = extra_operands(call, offset, slopes, segment_ids)
+    out, lse = _attention(call, padded(q, block_q), padded(k, block_k), padded(v, block_k), extra)
+    return Partial(out[:, : call.queries], jnp.swapaxes(lse, 1, 2)[:, : call.queries])
+
+
+def block_sizes(q: Array, block_q: int | None = None, block_k: int | None = None) -> tuple[int, int]:
+    """Tokens of a block of queries and of keys: those that are given, or what suits the width.
+
+    Raises:
+      ValueError: heads wider than the kernel takes, or blocks that are not powers of two from 16.
     """
     width = q.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"heads of width {width}: the Triton kernel takes {MAX_WIDTH} at most; use 'xla'")
-    block_q = block_q or (BLOCK_Q if width <= 128 and q.dtype != jnp.float32 else BLOCK_Q // 2)
-    block_k = block_k or (BLOCK_K if width <= 128 and q.dtype != jnp.float32 else BLOCK_K // 2)
-    for block in (block_q, block_k):
-        if block < 16 or block & (block - 1):
-            raise ValueError(f"blocks of {block_q} queries and {block_k} keys: use powers of two from 16")
-    call = Call.make(
-        q, k, pattern, block_q, block_k, scale=scale, softcap=softcap, slopes=slopes, segment_ids=segment_ids,
-        interpret=interpret,
-    )  # fmt: skip
+    narrow = width <= 128 and q.dtype != jnp.float32
+    found = block_q or BLOCK_Q // (1 if narrow else 2), block_k or BLOCK_K // (1 if narrow else 2)
+    if any(block < 16 or block & (block - 1) for block in found):
+        raise ValueError(f"blocks of {found[0]} queries and {found[1]} keys: use powers of two from 16")
+    return found
 
-    def pad(x: Array, block: int) -> Array:
-        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
-    extra = {"offset": jnp.asarray(offset, jnp.int32)[None]}
+def padded(x: Array, block: int) -> Array:
+    """[B, T, ...] with zeros behind, to a multiple of `block` tokens."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
+
+
+def extra_operands(call: Call, offset: Any, slopes: Array | None, segment_ids: Any) -> dict[str, Array]:
+    """What the kernels read beside queries, keys and values."""
+    found = {"offset": jnp.asarray(offset, jnp.int32)[None]}
     if slopes is not None:
-        extra["slopes"] = slopes.astype(jnp.float32)
+        found["slopes"] = slopes.astype(jnp.float32)
     if segment_ids is not None:
-        extra["query_ids"] = pad(segment_ids[0].astype(jnp.int32), block_q)
-        extra["key_ids"] = pad(segment_ids[1].astype(jnp.int32), block_k)
-    out, lse = _attention(call, pad(q, block_q), pad(k, block_k), pad(v, block_k), extra)
-    return Partial(out[:, : call.queries], jnp.swapaxes(lse, 1, 2)[:, : call.queries])
+        found["query_ids"] = padded(segment_ids[0].astype(jnp.int32), call.block_q)
+        found["key_ids"] = padded(segment_ids[1].astype(jnp.int32), call.block_k)
+    return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,24 +94,46 @@ def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) 
     return (out, lse), (q, k, v, extra, out, lse)
 
 
-def _backward(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def pull_back(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    """Gradients of q, k and v, none of the rest, by what the forward pass had and found and its results' cotangents."""
     q, k, v, extra, out, lse = saved
     d_out, d_lse = cotangents
-    d_out = d_out.astype(q.dtype)  # as the kernels multiply it: `shift` must cancel against the same numbers
-    operands = {"q": q, "k": k, "v": v, **extra} | {
+    d_q, d_k, d_v = gradients(call, {"q": q, "k": k, "v": v, **extra}, (out, lse), d_out, d_lse)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), no_gradient(extra)
+
+
+def gradients(
+    call: Call,
+    operands: dict[str, Array],
+    found: tuple[Float[Array, "B P H D"], Float[Array, "B H P"]],
+    d_out: Float[Array, "B P H D"],
+    d_lse: Float[Array, "B H P"] | float,
+    sums: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v from what the forward pass read and `found`; added to `sums` where they are given."""
+    settings, (out, lse) = call.settings, found
+    # As the kernels multiply it: `shift` must cancel against the same numbers.
+    d_out = d_out.astype(operands["q"].dtype)
+    operands = operands | {
         "d_out": d_out,
         "lse": safe(lse),
         "shift": d_lse - jnp.swapaxes(jnp.sum(d_out.astype(out.dtype) * out, axis=-1), 1, 2),
     }
-    settings, transposed = call.settings, call.ranges(transposed=True)
     d_q = flash_backward.query_gradients(settings, call.ranges(), operands, call.interpret)
-    d_k, d_v = flash_backward.key_gradients(settings, transposed, operands, call.interpret)
+    more = {} if sums is None else {"d_k": sums[0], "d_v": sums[1]}
+    d_k, d_v = flash_backward.key_gradients(settings, call.ranges(transposed=True), operands | more, call.interpret)
     if settings.sinks and settings.window is not None:
         sinks = flash_backward.sink_gradients(settings, call.ranges(), operands, call.interpret)
-        count = settings.sinks
-        d_k, d_v = (x.at[:, :count].add(y[:, :count]) for x, y in zip((d_k, d_v), sinks, strict=True))
-
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), no_gradient(extra)
+        d_k, d_v = (_with_sinks(settings, x, y[:, : settings.sinks]) for x, y in zip((d_k, d_v), sinks, strict=True))
+    return d_q, d_k, d_v
 
 
-_attention.defvjp(_forward, _backward)
+def _with_sinks(settings: Settings, grads: Array, sinks: Float[Array, "B N K D"]) -> Array:
+    """Gradients of keys with those of the sinks added."""
+    sinks = sinks.astype(grads.dtype)
+    if settings.heads_first:
+        return grads.at[:, :, : settings.sinks].add(jnp.swapaxes(sinks, 1, 2))
+    return grads.at[:, : settings.sinks].add(sinks)
+
+
+_attention.defvjp(_forward, pull_back)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, load, over_keys, over_sinks, specs, store
+from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, key_spec, load, over_keys, over_sinks, specs, store
 from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges, divide
 
@@ -78,16 +78,26 @@ def _query_kernel(settings: Settings, ranges: Ranges, names: list[str], width: i
 def key_gradients(
     settings: Settings, ranges: Ranges, operands: Operands, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of k and v, float32 [B, S, K, D], from all but the sinks behind the window; `ranges` are transposed."""
-    batch, length, heads, width = operands["k"].shape
+    """Gradients of k and v, float32 in their shape, from all but the sinks behind the window; `ranges` are transposed.
+
+    With sums so far among the operands they are added to those, in place and in their dtype: blocks that no query sees
+    are neither read nor written.
+    """
+    shape, width = operands["k"].shape, operands["k"].shape[-1]
     names, in_specs = _by_key(settings, operands, ranges.block_k, lambda j: j)
-    block = pl.BlockSpec((None, ranges.block_k, None, pl.next_power_of_2(width)), lambda j, b, h: (b, j, h, 0))
+    block = key_spec(settings, ranges.block_k, pl.next_power_of_2(width), lambda j: j)
+    sums = [name for name in ("d_k", "d_v") if name in operands]
+    count = len(names)
+    names, in_specs = names + sums, in_specs + [block] * len(sums)
     call = pl.pallas_call(
         partial(_key_kernel, settings, ranges, names, width),
-        grid=(ranges.blocks, batch, heads),
+        grid=(ranges.blocks, shape[0], shape[1 if settings.heads_first else 2]),
         in_specs=in_specs,
         out_specs=[block, block],
-        out_shape=[jax.ShapeDtypeStruct((batch, length, heads, width), jnp.float32)] * 2,
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, operands[name].dtype if sums else jnp.float32) for name in ("d_k", "d_v")
+        ],
+        input_output_aliases={count: 0, count + 1: 1} if sums else {},
         compiler_params=plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
         interpret=interpret,
         name="flash_key_gradients",
@@ -107,7 +117,7 @@ def _by_key(
         "offset": pl.BlockSpec((1,), lambda j, b, h: (0,)),
         "q": query,
         "d_out": query,
-        "k": pl.BlockSpec((None, size, None, width), lambda j, b, h: (b, block(j), h, 0)),
+        "k": key_spec(settings, size, width, block),
         "lse": line,
         "shift": line,
         "slopes": pl.BlockSpec((group,), lambda j, b, h: (h,)),
@@ -164,17 +174,23 @@ def _key_kernel(settings: Settings, ranges: Ranges, names: list[str], width: int
         carry = lax.fori_loop(whole, stop, partial(queries, g, None), carry)
         return lax.fori_loop(stop, high, partial(queries, g, visible), carry)
 
-    zeros = jnp.zeros((ranges.block_k, d_k.shape[-1]), jnp.float32)
-    sums_k, sums_v = lax.fori_loop(0, settings.group, head, (zeros, zeros))
-    store(d_k, sums_k * settings.scale, width)
-    store(d_v, sums_v, width)
+    def all_heads() -> None:
+        zeros = jnp.zeros((ranges.block_k, d_k.shape[-1]), jnp.float32)
+        sums_k, sums_v = lax.fori_loop(0, settings.group, head, (zeros, zeros))
+        for name, ref, sums in (("d_k", d_k, sums_k * settings.scale), ("d_v", d_v, sums_v)):
+            store(ref, load(read[name], slice(None), width) + sums if name in read else sums, width)
+
+    if "d_k" in read:
+        pl.when(low < high)(all_heads)
+    else:
+        all_heads()
 
 
 def sink_gradients(
     settings: Settings, ranges: Ranges, operands: Operands, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the first keys and values as sinks, float32 [B, N, K, D], N a multiple of `SINK_BLOCK`."""
-    batch, _, heads, width = operands["k"].shape
+    batch, heads, width = operands["k"].shape[0], operands["q"].shape[2] // settings.group, operands["k"].shape[-1]
     blocks = -(-settings.sinks // SINK_BLOCK)
     padded = pl.next_power_of_2(width)
     names, in_specs = _by_key(settings, operands, SINK_BLOCK, lambda s: lax.rem(s, blocks))

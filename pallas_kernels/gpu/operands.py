@@ -1,7 +1,8 @@
 """Arrays as the Triton kernels of attention read them, and loops over the blocks that a pattern needs.
 
-Operands go by name: q, d_out [B, T, H, D], k, v [B, S, K, D] with T and S padded to whole blocks; lse, shift
-[B, H, T]; slopes [H]; query_ids [B, T], key_ids [B, S]; offset [1]. Triton's blocks are powers of two: channels beyond
+Operands go by name: q, d_out [B, T, H, D], k, v [B, S, K, D] with T and S padded to whole blocks, or as they lie in a
+buffer, [B, K, S, D] (`Settings.heads_first`); d_k, d_v, sums so far, likewise; lse, shift [B, H, T]; slopes [H];
+query_ids [B, T], key_ids [B, S]; offset [1]. Triton's blocks are powers of two: channels beyond
 D read as 0.
 """
 
@@ -74,12 +75,19 @@ def over_sinks(settings: Settings, ranges: Ranges, i: Any, offset: Any, body: Ca
     return lax.fori_loop(jnp.int32(0), jnp.where(late, jnp.int32(blocks), jnp.int32(0)), body, carry)
 
 
+def key_spec(settings: Settings, size: int, width: int, block: Callable[[Any], Any], group: int = 1) -> Any:
+    """Block `block(i)` of `size` keys in a grid (i, batch, head), `group` heads of which share a key head."""
+    if settings.heads_first:
+        return pl.BlockSpec((None, None, size, width), lambda i, b, h: (b, lax.div(h, group), block(i), 0))
+    return pl.BlockSpec((None, size, None, width), lambda i, b, h: (b, block(i), lax.div(h, group), 0))
+
+
 def specs(settings: Settings, ranges: Ranges, operands: Operands) -> dict[str, Any]:
     """Blocks of the operands in a grid (block of queries, batch, query head)."""
     group, width = settings.group, pl.next_power_of_2(operands["q"].shape[-1])
-    keys, block_q = operands["k"].shape[1], ranges.block_q
+    keys, block_q = operands["k"].shape[2 if settings.heads_first else 1], ranges.block_q
     query = pl.BlockSpec((None, block_q, None, width), lambda i, b, h: (b, i, h, 0))
-    key = pl.BlockSpec((None, keys, None, width), lambda i, b, h: (b, 0, lax.div(h, group), 0))
+    key = key_spec(settings, keys, width, lambda i: 0, group)
     line = pl.BlockSpec((None, None, block_q), lambda i, b, h: (b, h, i))
     return {
         "offset": pl.BlockSpec((1,), lambda i, b, h: (0,)),

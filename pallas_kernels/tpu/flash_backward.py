@@ -20,17 +20,17 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges
 from pallas_kernels.tpu.flash_forward import VMEM_BYTES
-from pallas_kernels.tpu.operands import Operands, key_outer, query_outer
+from pallas_kernels.tpu.operands import Operands, key_outer, query_outer, scalars
 from pallas_kernels.tpu.schedule import Grid
 from pallas_kernels.tpu.tiles import LANES, NN, NT, SUBLANES, TN, across, dot, pieces, when_runs
 
 BY_QUERY = ("q", "d_out", "k", "v", "lse", "shift", "sink_k", "sink_v", "slopes", "query_rows", "key_columns",
             "sink_columns")  # fmt: skip
-BY_KEY = ("q", "d_out", "k", "v", "lse", "shift", "slopes", "query_columns", "key_rows")
+BY_KEY = ("q", "d_out", "k", "v", "lse", "shift", "slopes", "query_columns", "key_rows", "d_k", "d_v")
 
 
 def query_gradients(
-    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False
+    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False, row: Any = 0
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Float32 gradients of q, [B, H, T, D], and of sink_k and sink_v for each query head, [B, H, N, D], or None."""
     batch, heads, length, width = operands["q"].shape
@@ -59,7 +59,7 @@ def query_gradients(
         interpret=interpret,
         name="flash_query_gradients",
     )
-    found = call(jnp.asarray(offset, jnp.int32)[None], *(operands[name] for name in names))
+    found = call(scalars(offset, row), *(operands[name] for name in names))
     return (found[0], found[1], found[2]) if settings.sinks else (found[0], None, None)
 
 
@@ -128,11 +128,16 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
 
 
 def key_gradients(
-    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False
+    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False, row: Any = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Float32 gradients of k and v, [B, K, S, D], from all but the sinks beyond the window."""
-    batch, heads, length, width = operands["k"].shape
-    grid = Grid.make(ranges, offset)
+    """Float32 gradients of k and v, [1, B, K, S, D], from all but the sinks beyond the window.
+
+    With sums so far among the operands they are added to those, in place and in their dtype: only the blocks that
+    meet queries are read and written, of the row that is meant.
+    """
+    _, batch, heads, length, width = operands["k"].shape
+    sums_so_far = [operands[name] for name in ("d_k", "d_v") if name in operands]
+    grid = Grid.make(ranges, offset, idle=not sums_so_far)
     specs = key_outer(grid, operands, settings.group)
     names = [name for name in BY_KEY if name in operands]
     sums = pltpu.VMEM((ranges.block_k, width), jnp.float32)
@@ -145,7 +150,9 @@ def key_gradients(
             out_specs=[specs["k"], specs["v"]],
             scratch_shapes=[sums, sums],
         ),
-        out_shape=[jax.ShapeDtypeStruct((batch, heads, length, width), jnp.float32)] * 2,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums_so_far]
+        or [jax.ShapeDtypeStruct((1, batch, heads, length, width), jnp.float32)] * 2,
+        input_output_aliases={len(names) - 1: 0, len(names): 1} if sums_so_far else {},  # behind the scalars
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
@@ -153,7 +160,7 @@ def key_gradients(
         interpret=interpret,
         name="flash_key_gradients",
     )
-    d_k, d_v = call(jnp.asarray(offset, jnp.int32)[None], *(operands[name] for name in names))
+    d_k, d_v = call(scalars(offset, row), *(operands[name] for name in names))
     return d_k, d_v
 
 
@@ -190,8 +197,8 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
 
     @pl.when(step.last & (member == settings.group - 1))
     def _() -> None:
-        d_k[...] = sums_k[...] * settings.scale
-        d_v[...] = sums_v[...]
+        for name, ref, sums in (("d_k", d_k, sums_k[...] * settings.scale), ("d_v", d_v, sums_v[...])):
+            ref[...] = (read[name][...] + sums if name in read else sums).astype(ref.dtype)
 
 
 def _column(line: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges
-from pallas_kernels.tpu.operands import Operands, query_outer
+from pallas_kernels.tpu.operands import Operands, query_outer, scalars
 from pallas_kernels.tpu.schedule import Grid, Step
 from pallas_kernels.tpu.tiles import LANES, NN, NT, across, dot, pieces, when_runs
 
@@ -31,7 +31,7 @@ VMEM_BYTES = 64 * 2**20
 
 
 def forward(
-    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False
+    settings: Settings, ranges: Ranges, operands: Operands, offset: Any, interpret: Any = False, row: Any = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Output, float32 [B, H, T, D], and log-sum-exp, float32 [B, H, 1, T]; 0 and -inf where nothing is seen."""
     batch, heads, length, width = operands["q"].shape
@@ -58,7 +58,7 @@ def forward(
         interpret=interpret,
         name="flash_forward",
     )
-    out, lse = call(jnp.asarray(offset, jnp.int32)[None], *(operands[name] for name in names))
+    out, lse = call(scalars(offset, row), *(operands[name] for name in names))
     return out, lse
 
 

@@ -100,7 +100,7 @@ def hsa_attention(
 
 
 def _rows(each: int) -> int:
-    """Of a tile, for chunks that have `each` rows on average: room for half as many more costs less than another tile."""
+    """Of a tile, for chunks with `each` rows on average: room for half as many more costs less than another tile."""
     return min(max(1 << (each + each // 2).bit_length(), LEAST), MOST)
 
 

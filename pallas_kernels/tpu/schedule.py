@@ -35,17 +35,28 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The rectangle of steps for some ranges; `width` is traced where it depends on a traced offset."""
+    """The rectangle of steps for some ranges; `rows` and `width` are traced where they depend on a traced offset.
+
+    `idle`: whether outer blocks that meet nothing have rows too.
+    """
 
     ranges: Ranges
-    rows: int
+    rows: Any
     width: Any
     folded: bool
+    idle: bool = True
 
     @classmethod
-    def make(cls, ranges: Ranges, offset: Scalar) -> Grid:
-        """The smallest rectangle. `offset` is the index of the first query; an int makes the grid exact."""
+    def make(cls, ranges: Ranges, offset: Scalar, idle: bool = True) -> Grid:
+        """The smallest rectangle. `offset` is the index of the first query; an int makes the grid exact.
+
+        `idle`: outer blocks that meet nothing are visited too, as their output has to be written; without it they are
+        not, and `offset` is traced.
+        """
         n = ranges.blocks
+        if not idle:
+            start, stop = ranges.outer(offset)
+            return dataclasses.replace(cls.make(ranges, offset), rows=stop - start, idle=False)
         if isinstance(offset, int):
             low, high = ranges.range(np.arange(n), offset, np)
             counts = np.maximum(high - low, 1)  # a block that meets nothing still has its output written
@@ -69,11 +80,11 @@ class Grid:
     @property
     def steps(self) -> int | None:
         """How many steps the grid has, where that is known."""
-        return self.rows * self.width if isinstance(self.width, int) else None
+        return self.rows * self.width if isinstance(self.rows, int) and isinstance(self.width, int) else None
 
     def step(self, row: Scalar, n: Scalar, offset: Scalar) -> Step:
         """Step n of a row."""
-        outer = row
+        outer = row = row if self.idle else row + self.ranges.outer(offset)[0]
         low, high = self.ranges.range(row, offset)
         count = jnp.maximum(high - low, 1)
         if self.folded:

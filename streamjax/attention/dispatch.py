@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import api
 from pallas_kernels.patterns import Full, Pattern
+from streamjax.attention import sharded
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
@@ -49,7 +50,7 @@ def sequence_attention(
     if implementation is None:
         implementation = choose(q.shape[1], k.shape[1], pattern, q.dtype.name)
     if implementation in ("pallas", "xla"):
-        blocks = api.flash_attention if implementation == "pallas" else flash_attention
+        blocks = sharded.flash_attention if implementation == "pallas" else flash_attention
         return blocks(q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes).out
     if implementation != "dense":
         raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense', 'xla' or 'pallas'")
@@ -63,18 +64,15 @@ def sequence_attention(
 
 
 def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementation:
-    """The best implementation on the platform that JAX runs on.
-
-    A kernel where there is one for the platform and the arguments. Not yet on a mesh of several devices: the compiler
-    cannot split a kernel, and would gather what it reads.
-    """
-    if queries >= KERNEL_TOKENS and api.takes(pattern, dtype) and jax.sharding.get_abstract_mesh().size <= 1:
-        return _logged("pallas")
+    """The best implementation on the platform that JAX runs on: a kernel where there is one for the arguments."""
+    if queries >= KERNEL_TOKENS and api.takes(pattern, dtype):
+        return logged("pallas")
     local = not isinstance(pattern, Full) and 4 * pattern.window <= keys
-    return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else _logged("xla")
+    return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else logged("xla")
 
 
 @cache
-def _logged(choice: Implementation) -> Implementation:
+def logged(choice: Implementation) -> Implementation:
+    """`choice`, which the log gets once."""
     logging.getLogger(__name__).info("attention over long sequences: %s, on %s", choice, jax.default_backend())
     return choice

@@ -27,12 +27,18 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels import api
 from pallas_kernels.partial import accumulator
 from streamjax.attention.blocks import cut_blocks, join_blocks
+from streamjax.attention.sharded import by_hand
 
 Implementation = Literal["dense", "gathered", "pallas"]
 QUERY_BLOCK = 128  # queries whose logits exist at a time
 SPANS = 8  # parts of a sequence that each work with as many chunks as their last query needs
 GATHERED = 2**23  # keys times channels that are gathered at a time
 DENSE_CHUNKS = 8  # the dense form works on at most so many times more chunks than are chosen
+_NAMES = (  # of the dimensions of queries, keys, values, choices and weights
+    ("batch", "length", "heads", None),
+    *(("batch", "kv_heads", None, None, None),) * 2,
+    *(("batch", "kv_heads", "length", None),) * 2,
+)
 GROUP = 64  # scores of which the largest are found by their groups' largest first
 
 
@@ -82,7 +88,10 @@ class Chunks:
         if implementation == "pallas":
             found = [chunks._choices(retrieval[:, at], seen, top_k) for at, chunks, seen in parts]
             chosen, weights = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
-            return api.hsa_attention(q, self.k, self.v, chosen, weights, scale=scale)
+            return by_hand(
+                lambda *arrays: api.hsa_attention(*arrays, scale=scale), _NAMES, _NAMES[0],
+                (q, self.k, self.v, chosen, weights),
+            )  # fmt: skip
         outs = [
             chunks._attend(q[:, at], retrieval[:, at], seen, top_k, scale, implementation) for at, chunks, seen in parts
         ]
@@ -90,13 +99,12 @@ class Chunks:
 
     def _kernel_pays(self, q: Array, top_k: int) -> bool:
         """Whether there is a kernel, and it beats the others: there are too many chunks to work with all of them, but
-        not so many that none has two readers. Not on a mesh of several devices: a compiler cannot split a kernel.
+        not so many that none has two readers.
         """
         count, size = self.k.shape[2:4]
         if not q.shape[1] * min(top_k, count) >= count > DENSE_CHUNKS * top_k or size % (32 // self.k.dtype.itemsize):
             return False
-        known = api.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in api.DTYPES
-        return known and jax.sharding.get_abstract_mesh().size <= 1
+        return api.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in api.DTYPES
 
     def _attend(
         self, q: Array, retrieval: Array, visible: Visible, top_k: int, scale: float, implementation: str | None

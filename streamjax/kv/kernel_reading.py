@@ -17,9 +17,12 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import api
 from pallas_kernels.partial import Partial
+from streamjax.attention.sharded import by_hand, names_of_partial, splits
 from streamjax.kv.tier import Query
 
 KERNEL_SLOTS = 1024  # below, a kernel would be called for little
+_NAMES = (("batch", None, "heads", None), *(("batch", "kv_heads", None, None),) * 2)  # of queries, keys and values
+_OUT = names_of_partial(_NAMES[0])
 
 
 def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | None = None) -> bool:
@@ -54,7 +57,11 @@ def decode(
     first: Int32[Array, " B"] | None = None,
 ) -> Partial:
     """Attention of one token to all `count` tokens of a ring, the oldest of which is in slot `first`."""
-    return api.decode_attention(query.q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
+
+    def own(q: Array, k: Array, v: Array, count: Array, first: Array | None) -> Partial:
+        return api.decode_attention(q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
+
+    return by_hand(own, (*_NAMES, ("batch",), ("batch",)), _OUT, (query.q, k, v, count, first))
 
 
 def decode_pages(
@@ -70,18 +77,23 @@ def decode_pages(
     if some is not None:
         chosen = -jnp.sort(-jnp.where(some, chosen, -1), axis=3)  # the kernel wants those that are none behind
     slots = "b k p s d -> b k (p s) d"
-    return api.paged_attention(
-        query.q, rearrange(k, slots), rearrange(v, slots), chosen[:, :, 0], count,
-        page_size=k.shape[3], first=first, scale=query.scale, softcap=query.softcap,
-    )  # fmt: skip
+    arrays = query.q, rearrange(k, slots), rearrange(v, slots), chosen[:, :, 0], count, first
+
+    def own(q: Array, k: Array, v: Array, pages: Array, count: Array, first: Array) -> Partial:
+        return api.paged_attention(
+            q, k, v, pages, count, page_size=size, first=first, scale=query.scale, softcap=query.softcap
+        )
+
+    size = k.shape[3]
+    return by_hand(own, (*_NAMES, ("batch", "kv_heads", None), ("batch",), ("batch",)), _OUT, arrays)
 
 
 def _refused(query: Query, k: Array, page: int | None) -> str | None:
     """What the kernels do not take; None where they take it."""
     if query.slopes is not None:
         return "ALiBi"
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return "a mesh of several devices"
+    if splits("slots"):
+        return "slots on several devices"
     if k.dtype != query.q.dtype or k.dtype.name not in api.DTYPES:
         return f"queries in {query.q.dtype} and keys in {k.dtype}"
     if page is not None and page % (32 // k.dtype.itemsize):

@@ -80,6 +80,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    # Inside `jax.shard_map` the axes taken by hand are not the compiler's to place.
-    axes = tuple(None if name is None or set(RULES[name]) & set(mesh.manual_axes) else name for name in axes)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, free_spec(axes, x.shape, mesh)))
+
+
+def free_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AbstractMesh) -> PartitionSpec:
+    """`partition_spec` without the mesh axes that `jax.shard_map` took by hand: the compiler does not place those."""
+    free = tuple(None if name is None or set(RULES[name]) & set(mesh.manual_axes) else name for name in axes)
+    return partition_spec(free, shape, mesh)

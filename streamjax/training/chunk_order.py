@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Block, Decoder
 from streamjax.training import memories
-from streamjax.training.chunks import Buffer, Sequence, add, at, attend
+from streamjax.training.chunk_attention import attend
+from streamjax.training.chunks import Buffer, Sequence, add, at
 from streamjax.training.ends import (
     assemble,
     embed_pull_back,
@@ -86,7 +87,9 @@ class Group(NamedTuple):
                 else:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
                 buffer, view = store.view(keys[index], k, v, place, i, sequence)
-                heads = attend(block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids)
+                heads = attend(
+                    block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids
+                ).out
                 spec, source = rows.spec(row, position), rows.source(row)
                 if write and spec.remembers and source is not None:
                     # Models with memories are not stacked: this is Python's loop over layers.

@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import accumulator
-from streamjax.attention import blockwise
 from streamjax.attention.blocks import cut_blocks
-from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
-from streamjax.models.config import LayerSpec
+from streamjax.attention.blockwise import block_sizes
 from streamjax.models.decoder import Block
 from streamjax.models.mixer import SequenceContext
 from streamjax.parallel.rules import constrain
@@ -201,51 +198,6 @@ def whole_view(sequence: Sequence, i: Any, row: Any = 0) -> View:
     """For a buffer of all keys in order."""
     start = i * sequence.chunk_size
     return View(sequence.key_segments(), row, 0, sequence.length, start, start)
-
-
-def attention_blocks(
-    block: Block, spec: LayerSpec, batch_size: int, chunk_size: int, block_k: int, leading: int = 0
-) -> Blocks:
-    """What is static in a chunk's attention."""
-    config = block.config
-    block_q = min(block_sizes(batch_size * config.num_heads)[0], chunk_size)
-    return Blocks(spec.pattern, config.scale, config.attention_softcap, block_q, block_k, leading)
-
-
-def queries_of(
-    block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any
-) -> Queries:
-    slopes, heads = block.mixer.slopes(), block.config.num_kv_heads
-    return Queries(
-        q=whole_blocks(rearrange(q, "b c (k g) d -> b k g c d", k=heads), 3, blocks.block_q),
-        segments=None if segments is None else whole_blocks(segments, 1, blocks.block_q),
-        slopes=None if slopes is None else rearrange(slopes, "(k g) -> k g", k=heads),
-        offset=offset,
-    )
-
-
-def whole_blocks(x: Array, axis: int, size: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, widths) if widths[axis][1] else x
-
-
-def join_heads(x: Float[Array, "B K G P D"], length: int) -> Float[Array, "B C H D"]:
-    """The first `length` of P padded queries, heads together."""
-    return rearrange(x[:, :, :, :length], "b k g c d -> b c (k g) d")
-
-
-def keys_of(buffer: Buffer, view: View) -> Keys:
-    """The keys that a chunk may see, for `blockwise`."""
-    return Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
-
-
-def attend(
-    block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: Buffer, view: View, segments: Array | None
-) -> Float[Array, "B C H D"]:
-    """Attention of a chunk's queries; its own keys are in the buffer."""
-    out, _ = blockwise.forward(blocks, queries_of(block, blocks, q, segments, view.offset), keys_of(buffer, view))
-    return join_heads(out, q.shape[1])
 
 
 def zeros_like(params: Any, dtype: Any = None) -> Any:

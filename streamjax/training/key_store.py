@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from streamjax.attention.blockwise import Blocks
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
-from streamjax.training.chunks import Buffer, Sequence, View, attention_blocks, key_block, whole_view
+from streamjax.training.chunk_attention import attention_blocks
+from streamjax.training.chunks import Buffer, Sequence, View, key_block, whole_view
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,12 @@ from streamjax.attention.hierarchical import Chunks as Pages
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
 from streamjax.training import memories
+from streamjax.training.chunk_attention import attend, attention_blocks
 from streamjax.training.chunks import (
     Buffer,
     Sequence,
     add,
     at,
-    attend,
-    attention_blocks,
     whole_view,
     zeros_like,
 )
@@ -59,7 +58,7 @@ def layer_forward(
         if spec.remembers and memory is not None and not known:
             memory = memories.write(memory, memories.encode(block, own), i)
         read = memories.view(memory, spec, block.config, sequence, i)
-        y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids), read)
+        y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids).out, read)
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
     buffer = Buffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)

@@ -40,7 +40,7 @@ def test_chooses_by_platform_size_and_arguments(monkeypatch):
 
 
 def test_logs_its_choice_once(caplog):
-    dispatch._logged.cache_clear()
+    dispatch.logged.cache_clear()
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(3):
             dispatch.choose(2000, 2000, Full(), "float32")

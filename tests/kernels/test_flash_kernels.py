@@ -39,6 +39,7 @@ def loss_of(attention, out_weights, lse_weights):
 def check(
     pattern, queries, keys, *, heads=2, kv_heads=1, width=64, offset=0, traced=False, softcap=None, alibi=False,
     packed=False, batch=1, dtype="float32", block_q=128, block_k=128, learned=False, seed=0, implementation="tpu",
+    interpret=None,
 ):  # fmt: skip
     """The kernel gives what the reference gives in float64 for the same arguments."""
     inputs, random = arrays(dtype, batch, queries, keys, heads, kv_heads, width, seed)
@@ -61,7 +62,7 @@ def check(
     def run(q, k, v, sink_logits, offset):
         attention = partial(
             api.flash_attention, pattern=pattern, offset=offset, implementation=implementation,
-            interpret=INTERPRETERS[implementation], block_q=block_q, block_k=block_k, **known,
+            interpret=interpret or INTERPRETERS[implementation], block_q=block_q, block_k=block_k, **known,
         )  # fmt: skip
         return loss_of(attention, out_weights.astype(np.float32), lse_weights.astype(np.float32))(q, k, v, sink_logits)
 

@@ -4,14 +4,15 @@ import pytest
 
 from benchmarks import aot
 from benchmarks.kernels_aot import cells, grouped
-from benchmarks.kernels_compile import Case, compile_case
+from benchmarks.kernels_compile import HOPPER, Case, compile_case
+from pallas_kernels.gpu import hopper
 
 
 def calls(*case):
     """How often the compiled program calls each kernel."""
     found = compile_case(Case(*case))
     unit = "shared" if case[0] == "h100" else "vmem"
-    assert all(kernel[unit] > 0 for kernel in found["kernels"].values())
+    assert all(kernel[unit] > 0 for name, kernel in found["kernels"].items() if "hopper" not in name)
     return {name: kernel["count"] for name, kernel in found["kernels"].items()}
 
 
@@ -40,6 +41,15 @@ def test_a_tpu_takes_the_decoding_kernel():
 def test_an_h100_takes_the_kernels(model):
     names = "flash_forward", "flash_query_gradients", "flash_key_gradients", "flash_sink_gradients"
     assert calls("h100", model, "sinks", 4096) == dict.fromkeys(names, 1)
+
+
+@pytest.mark.parametrize("pattern", HOPPER)
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
+@pytest.mark.skipif(not hopper.available(), reason="this JAX has not what the Hopper kernel is written with")
+def test_an_h100_takes_the_hopper_kernel(pattern):
+    names = ["flash_forward_hopper", "flash_query_gradients", "flash_key_gradients"]
+    names += ["flash_sink_gradients"] if pattern == "hopper-sinks" else []
+    assert calls("h100", "gemma-3-4b", pattern, 4096) == dict.fromkeys(names, 1)
 
 
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")

@@ -91,3 +91,13 @@ def test_prefill_needs_little_beside_its_weights(tmp_path):
     assert prefill["argument"] == pytest.approx(expected, rel=0.01)
     assert prefill["alias"] >= slots
     assert prefill["temp"] < 64 * MB  # logits of a chunk against a block of slots, MLP channels; no copy of weights
+
+
+def test_decoding_by_kernels_on_a_mesh_says_no_more_between_chips(tmp_path):
+    """Each of 8 chips calls the kernels on its own streams and key heads; the caches stay as they lie."""
+    decode = _bytes_on_one_chip("decode-8-kernels-mesh", tmp_path)
+    assert decode["kernels"] == 2
+    assert decode["copied"] == 0
+    assert decode["alias"] >= 2 * 2 * (4 * 2 * 4096 * 128 * 2)
+    assert decode["temp"] < 16 * MB
+    assert decode["collectives"] == {"all-reduce bf16[4,1,4096]": 5}
