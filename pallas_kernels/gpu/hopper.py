@@ -71,7 +71,7 @@ def flash_attention(
     # The gradients are Triton's, with blocks of its own, which divide the padded lengths too.
     backward_q, backward_k = flash.block_sizes(q)
     shape = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    fixed = {"scale": scale, "softcap": softcap, "slopes": None, "segment_ids": None}
+    fixed: dict[str, Any] = {"scale": scale, "softcap": softcap, "slopes": None, "segment_ids": None}
     call = Call.make(*shape, pattern, block_q, block_k, interpret=params, **fixed)
     pulled = Call.make(*shape, pattern, backward_q, backward_k, interpret=bool(interpret), **fixed)
     block_k = max(block_k, backward_k)
