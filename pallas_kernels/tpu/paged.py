@@ -124,26 +124,26 @@ def _kernel(
             pltpu.make_async_copy(pool.at[into], pool.at[into], signals.at[number, into]).wait()
 
     @pl.when(j == 0)
-    def _() -> None:
+    def begin() -> None:
         turn[0] = 0
         fetch(head, head * each, 0)
 
     online.start(state)
 
-    def step(n: Any, _: None) -> None:
+    def step(n: Any, carry: None) -> None:
         now = turn[0]
         turn[0] = 1 - now
         more = n + 1 < steps
 
         @pl.when(more | (j + 1 < static.chain))
-        def _() -> None:
+        def prefetch() -> None:
             at = jnp.where(more, head * each + (n + 1) * static.together, (head + 1) * each)
             fetch(jnp.where(more, head, head + 1), at, 1 - now)
 
         arrived(now)
 
         @pl.when(named > 0)
-        def _() -> None:
+        def work() -> None:
             k, v = (pool[now].reshape(static.together * static.size, -1) for _, pool in both)
             here = _index(static, table_ref, head * each + n * static.together, named - n * static.together)
             age = jnp.where(here < 0, static.slots, online.age(here, held_ref[1, row], static.slots))
