@@ -1,7 +1,8 @@
 # make demo   set up .venv and run the demonstration
 # make test   set up .venv with what the tests need, and run them
 # make lint   check style and types
-# make aot    the compilers for TPUs and GPUs that are not there, for benchmarks/*memory.py
+# make aot-compilers    install compilers for TPUs and GPUs that are not there, which some benchmarks and tests use
+# make aot    install them, compile every kernel for every chip, and write the table of docs/kernels.md: hours on 2 cores
 # PYTHON=python3.12 chooses another Python (3.11 or newer); PYTEST_ARGS="-k merge" runs a part of the tests.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 -m "not slow"
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint aot clean
+.PHONY: demo test lint aot aot-compilers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.library
@@ -23,11 +24,17 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The GPU compiler comes without any NVIDIA library, and of JAX's own version.
-aot: $(VENV)/.library
+# What is in benchmarks/results/kernels_aot.json already, and has not changed, is not compiled again.
+aot: aot-compilers
+	$(VENV)/bin/python -m benchmarks.kernels_aot; status=$$?; \
+	  $(VENV)/bin/python -m benchmarks.kernels_aot --page && exit $$status
+
+# The GPU compiler comes without any NVIDIA library, and of JAX's own version; of CUDA, only the package with its assembler,
+# which says what registers a kernel takes.
+aot-compilers: $(VENV)/.library
 	$(PIP) --no-deps --upgrade --target $(VENV)/aot libtpu
 	jax=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
-	  $(PIP) --no-deps --upgrade --target $(VENV)/aot-gpu jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
+	  $(PIP) --no-deps --upgrade --target $(VENV)/aot-gpu jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc
 
 clean:
 	rm -rf $(VENV) out

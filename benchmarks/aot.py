@@ -1,7 +1,7 @@
 """Compile programs for TPUs and GPUs that are not there: ahead of time, on any CPU, with the real compilers.
 
     pip install --target .venv/aot libtpu                                        # what `make test` does
-    pip install --no-deps --target .venv/aot-gpu jax-cuda13-plugin jax-cuda13-pjrt      # `make aot`; no NVIDIA library
+    pip install --no-deps --target .venv/aot-gpu jax-cuda13-plugin jax-cuda13-pjrt      # `make aot-compilers` does both
 
 The compilers lie in folders of their own because JAX takes a machine on which it can import libtpu for a TPU host. So a
 compile runs in a fresh process whose environment is `child_environment(topology)`; there `devices` gives the chips and
@@ -67,7 +67,7 @@ def child_environment(topology: str) -> dict[str, str]:
     library = LIBRARIES[platform]
     if not available(platform):
         install = f"{sys.executable} -m pip install --no-deps --target {library} {_PACKAGES[platform]}"
-        raise ValueError(f"no compiler for {topology} in {library}: run `{install}` (or `make aot`)")
+        raise ValueError(f"no compiler for {topology} in {library}: run `{install}` (or `make aot-compilers`)")
     path = os.pathsep.join(filter(None, [str(ROOT), str(library), os.environ.get("PYTHONPATH", "")]))
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},

@@ -14,7 +14,15 @@ from pathlib import Path
 from benchmarks.common import RESULTS, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-ELSEWHERE = ("backprop_memory", "memory_model", "tpu_schedule", "hsa_schedule", "kernels_aot", "gpu_kernels")
+ELSEWHERE = (
+    "backprop_memory",
+    "memory_model",
+    "tpu_schedule",
+    "hsa_schedule",
+    "decode_schedule",
+    "kernels_aot",
+    "gpu_kernels",
+)
 HEAD = """# Benchmarks
 
 Every table is what a script printed, on the machine named below it. Ratios are medians over turns that alternate in one

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
+_NESTED = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:LH|LB|LE|PB|PF|CT)?\s*: (>*)")
 _BRANCH = re.compile(r"sbr\.rel \((!?%p\w+)\) target = \$region(\d+)")
 _LABEL = re.compile(r"(?:Start/End empty|End) region (\d+)\b")
 
@@ -78,4 +79,43 @@ def read(listing: Path) -> Loop:
     for low, high in sorted(set(pairs) - body):
         if not regions or low >= regions[-1].stop:
             regions.append(Region(low, high, sum(products[low:high])))
+    return Loop(stop - start - sum(region.size for region in regions), regions)
+
+
+def innermost(listing: Path) -> Loop:
+    """The innermost loop that multiplies matrices: its bundles outside all regions, and the outermost regions in it.
+
+    Raises:
+      ValueError: no loop multiplies matrices.
+    """
+    depths: dict[int, int] = {}
+    products: dict[int, int] = {}
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    for line in listing.read_text().splitlines():
+        match = _NESTED.match(line)
+        if match is None:
+            continue
+        at = int(match.group(1), 16)
+        depths[at], products[at] = len(match.group(2)), line.count("vmatmul")
+        for label in _LABEL.findall(line):
+            labels.setdefault(label, at)
+        branches += [(at, target) for _, target in _BRANCH.findall(line)]
+    depth = max((depths[at] for at in depths if products[at]), default=0)
+    if not depth:
+        raise ValueError(f"{listing}: no loop with products in it")
+    inside = [at for at in depths if depths[at] >= depth]
+    start, stop = min(inside), max(inside) + 1
+    pairs = {
+        (at + 1, labels.get(target, 0)) for at, target in branches if start <= at and at + 1 < labels.get(target, 0)
+    }
+    body = {
+        (low, high)
+        for low, high in pairs
+        if 2 * (high - low) > stop - start and any(low <= a and b < high for a, b in pairs if (a, b) != (low, high))
+    }
+    regions: list[Region] = []
+    for low, high in sorted(pairs - body):
+        if high <= stop and (not regions or low >= regions[-1].stop):
+            regions.append(Region(low, high, sum(products.get(at, 0) for at in range(low, high))))
     return Loop(stop - start - sum(region.size for region in regions), regions)

@@ -52,12 +52,15 @@ def takes(pattern: Pattern, dtype: str) -> bool:
 def takes_cache(width: int, slots: int, dtype: str) -> bool:
     """Whether `decode_attention` and `paged_attention` take a cache on the platform that JAX runs on, and as it lies.
 
-    Slots that do not fill a TPU's tiles make its compiler lay the cache out with the heads inside: it would be copied.
+    Where slots do not fill a TPU's tiles, or heads not its lanes, its compiler lays the cache out with other dimensions
+    inside: all of it would be copied at every step.
     """
     chosen = platform_implementation()
     if chosen is None or dtype not in DTYPES:
         return False
-    return width <= MAX_WIDTH if chosen == "triton" else slots % (32 // jnp.dtype(dtype).itemsize) == 0
+    if chosen == "triton":
+        return width <= MAX_WIDTH
+    return width % 128 == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
 
 
 def takes_buffer(pattern: Pattern, slots: int, width: int, dtype: str) -> bool:

@@ -61,8 +61,8 @@ def block_sizes(q: Array, block_q: int | None = None, block_k: int | None = None
     width = q.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"heads of width {width}: the Triton kernel takes {MAX_WIDTH} at most; use 'xla'")
-    narrow = width <= 128 and q.dtype != jnp.float32
-    found = block_q or BLOCK_Q // (1 if narrow else 2), block_k or BLOCK_K // (1 if narrow else 2)
+    halved = (width > 128) + (q.dtype == jnp.float32)  # wide heads and wide numbers each take twice the shared memory
+    found = block_q or BLOCK_Q >> halved, block_k or BLOCK_K >> halved
     if any(block < 16 or block & (block - 1) for block in found):
         raise ValueError(f"blocks of {found[0]} queries and {found[1]} keys: use powers of two from 16")
     return found

@@ -11,7 +11,7 @@ from benchmarks.shapes import PARAMETERS, SHAPES
 CONFIG = sj.ModelConfig(
     vocab_size=32768, d_model=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128, mlp_dim=512
 )
-compiled = pytest.mark.skipif(not aot.available(), reason="no TPU compiler: `make test` or `make aot` installs it")
+compiled = pytest.mark.skipif(not aot.available(), reason="no TPU compiler: `make aot-compilers` installs it")
 
 
 def case(length: int, **arguments: str | int) -> Case:

@@ -3,8 +3,17 @@
 import pytest
 
 from benchmarks import aot
-from benchmarks.kernels_aot import HOPPER, Case, compile_case
+from benchmarks.kernels_aot import cells, grouped
+from benchmarks.kernels_compile import HOPPER, Case, compile_case
 from pallas_kernels.gpu import hopper
+
+
+def calls(*case):
+    """How often the compiled program calls each kernel."""
+    found = compile_case(Case(*case))
+    unit = "shared" if case[0] == "h100" else "vmem"
+    assert all(kernel[unit] > 0 for name, kernel in found["kernels"].items() if "hopper" not in name)
+    return {name: kernel["count"] for name, kernel in found["kernels"].items()}
 
 
 @pytest.mark.parametrize(
@@ -18,36 +27,35 @@ from pallas_kernels.gpu import hopper
 )
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
 def test_tpus_take_the_kernels(case):
-    found = compile_case(case)
-    assert found["kernels"] == {"flash_forward": 1, "flash_query_gradients": 1, "flash_key_gradients": 1}
+    assert calls(*case) == {"flash_forward": 1, "flash_query_gradients": 1, "flash_key_gradients": 1}
 
 
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
 def test_a_tpu_takes_the_decoding_kernel():
-    assert compile_case(Case("v5e", "llama-3.1-8b", "decode-int8", 8192))["kernels"] == {"decode_attention": 1}
-    assert compile_case(Case("v5e", "gemma-3-4b", "paged", 8192))["kernels"] == {"paged_attention": 1}
+    assert calls("v5e", "llama-3.1-8b", "decode-int8", 8192) == {"decode_attention": 1}
+    assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
-@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 def test_an_h100_takes_the_kernels(model):
     names = "flash_forward", "flash_query_gradients", "flash_key_gradients", "flash_sink_gradients"
-    assert compile_case(Case("h100", model, "sinks", 4096))["kernels"] == dict.fromkeys(names, 1)
+    assert calls("h100", model, "sinks", 4096) == dict.fromkeys(names, 1)
 
 
 @pytest.mark.parametrize("pattern", HOPPER)
-@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 @pytest.mark.skipif(not hopper.available(), reason="this JAX has not what the Hopper kernel is written with")
 def test_an_h100_takes_the_hopper_kernel(pattern):
     names = ["flash_forward_hopper", "flash_query_gradients", "flash_key_gradients"]
     names += ["flash_sink_gradients"] if pattern == "hopper-sinks" else []
-    assert compile_case(Case("h100", "gemma-3-4b", pattern, 4096))["kernels"] == dict.fromkeys(names, 1)
+    assert calls("h100", "gemma-3-4b", pattern, 4096) == dict.fromkeys(names, 1)
 
 
-@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot` installs it")
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 def test_an_h100_takes_the_decoding_kernels():
-    assert compile_case(Case("h100", "llama-3.1-8b", "decode-int4", 8192))["kernels"] == {"decode_attention": 1}
-    assert compile_case(Case("h100", "gemma-3-4b", "paged", 8192))["kernels"] == {"paged_attention": 1}
+    assert calls("h100", "llama-3.1-8b", "decode-int4", 8192) == {"decode_attention": 1}
+    assert calls("h100", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
 
 
 @pytest.mark.parametrize(
@@ -59,5 +67,31 @@ def test_an_h100_takes_the_decoding_kernels():
 )
 def test_chips_take_the_kernels_of_hierarchical_attention(chip, names):
     if not aot.available("cuda" if chip == "h100" else "tpu"):
-        pytest.skip("no compiler for it: `make aot` installs it")
-    assert compile_case(Case(chip, "qwen2.5-0.5b", "hsa", 4096))["kernels"] == dict.fromkeys(names, 1)
+        pytest.skip("no compiler for it: `make aot-compilers` installs it")
+    assert calls(chip, "qwen2.5-0.5b", "hsa", 4096) == dict.fromkeys(names, 1)
+
+
+def test_tables_group_what_is_the_same():
+    def figures(vmem):
+        kernel = {"count": 1, "vmem": vmem, "vmem_spills": 0}
+        return {"seconds": 1.0, "temp": 5_000_000, "kernels": {"decode_attention": kernel}}
+
+    found = {
+        f"{chip}/llama-3.1-8b/{case}/8192": figures(2**20) for chip in ("v5e", "v5p") for case in ("decode", "paged")
+    }
+    found["v6e/llama-3.1-8b/decode/8192"] = figures(2**21)
+    found["v6e/llama-3.1-8b/paged/8192"] = {"refused": "it does not fit"}
+    chips = ["v5e", "v5p", "v6e"]
+    lines = grouped(found, chips, temporaries=False)
+    assert [(x["chips"], x["cases"], x["llama-3.1-8b, qwen3-8b"]) for x in lines] == [
+        ("v5e, v5p", "decode, paged", "1.00"),
+        ("v6e", "decode", "2.00"),
+    ]
+    lines = grouped(found, chips, temporaries=True)
+    assert [(x["chips"], x["cases"], x["llama-3.1-8b, qwen3-8b"]) for x in lines] == [
+        ("v5e, v5p, v6e", "decode", "5.0"),
+        ("v5e, v5p", "paged", "5.0"),
+        ("v6e", "paged", "refused"),
+    ]
+    gpu = {"count": 1, "shared": 98304, "threads": 128}
+    assert cells("h100", {"temp": 0, "kernels": {"decode_attention": gpu}})["decode_attention"] == "? / ? / 96"

@@ -58,7 +58,7 @@ def test_the_model_is_near_the_cpu_compiler(arguments):
     assert found.device_bytes == pytest.approx(peak - memory.alias_size_in_bytes, rel=0.15)
 
 
-@pytest.mark.skipif(not aot.available(), reason="no TPU compiler: `make test` or `make aot` installs it")
+@pytest.mark.skipif(not aot.available(), reason="no TPU compiler: `make test` or `make aot-compilers` installs it")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["layer", "chunk"])
 def test_the_model_is_near_a_tpu_compiler_now(method):

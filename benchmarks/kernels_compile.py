@@ -1,0 +1,288 @@
+"""Compile one kernel's program for a chip that is not there, and read what the chip's compiler says: `compile_case`.
+
+Figures are the compilers' own: temporaries from the buffer assignment; a TPU kernel's fast memory from the report of
+VMEM that libtpu writes; a GPU kernel's shared memory and threads from the launches that XLA wrote down, registers and
+spills from `ptxas -v` over the PTX that it made. This module is the program of the process that compiles, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+
+from benchmarks import aot
+from benchmarks.shapes import SHAPES
+from pallas_kernels import api
+from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
+
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
+PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "hsa")
+CACHES = ("decode", "decode-int8", "decode-int4", "paged")
+HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.12
+WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
+WINDOWS |= {"hopper-local": WINDOWS["local"], "hopper-sinks": WINDOWS["sinks"]}
+_KERNELS = "((?:flash|decode|paged|hsa)_[a-z]+(?:_[a-z]+)?)"
+_LAUNCH = re.compile(rf"\b{_KERNELS} grid: .*? threads: \[(\d+), .*?shared_memory: (\d+) bytes")
+_PTXAS = re.compile(rf"for {_KERNELS}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers")
+
+
+class Case(NamedTuple):
+    """One compile: `pattern` of `PATTERNS` or `HOPPER`, both passes, or of `CACHES`, one token for 8 streams."""
+
+    chip: str
+    model: str
+    pattern: str
+    length: int
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+
+@cache
+def source(chip: str) -> str:
+    """A hash of all that a chip's figures come from: the kernels, this file, the versions of the compilers."""
+    other = "tpu" if chip == "h100" else "gpu"
+    files = [path for path in (aot.ROOT / "pallas_kernels").rglob("*.py") if path.parent.name != other]
+    digest = hashlib.sha256()
+    for path in [*sorted(files), Path(__file__), Path(__file__).with_name("shapes.py"), aot.H100]:
+        digest.update(path.read_bytes())
+    digest.update(_versions(chip).encode())
+    return digest.hexdigest()[:16]
+
+
+def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
+    """Compile a case in a process of its own.
+
+    Args:
+      case: what to compile.
+      known: a `program` of earlier figures; where the case still is that program, nothing is compiled.
+
+    Returns:
+      `program`, a hash of the traced program, alone where it is `known`; else also `seconds`, `temp`, bytes of
+      temporaries, and `kernels`, for each the number of its calls, `count`, and what its compiler says: on TPUs `vmem`
+      and `vmem_spills` in bytes; on GPUs `threads` and `shared` bytes, and where there is a `ptxas` `registers` and
+      `spills`, bytes stored and loaded.
+
+    Raises:
+      ValueError: no compiler for the chip.
+      RuntimeError: the compiler refused it.
+      OSError: the process was ended by a signal, for want of memory or by a person: nothing is known.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = aot.child_environment(CHIPS[case.chip])
+        if case.chip == "h100":
+            environment["XLA_FLAGS"] = f"--xla_dump_to={folder}"
+        else:
+            report = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=vmem_report"
+            environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} {report}"
+        command = [sys.executable, "-m", "benchmarks.kernels_compile", *map(str, case), known or ""]
+        done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=False)
+        if done.returncode < 0:
+            raise OSError(f"{case}: ended by signal {-done.returncode}")
+        if done.returncode:
+            lines = [line[:300] for line in done.stderr.splitlines() if "rror" in line and "input ir" not in line]
+            raise RuntimeError(f"{case}: {(lines or ['no message'])[-1]}")
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        more = _gpu(Path(folder)) if case.chip == "h100" else _vmem(Path(folder))
+        for kernel, figures in found.get("kernels", {}).items():
+            figures.update(more.get(kernel, {}))
+        return found
+
+
+def _vmem(folder: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel, its windows and scratch in fast memory, and the registers that were spilled there; the most."""
+    found: dict[str, dict[str, int]] = {}
+    for path in folder.glob("*vmem_report.html"):
+        text = path.read_text()
+        data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
+        for name, usage in data["hlo_breakdowns"].items():
+            kernel = re.search(_KERNELS, name)
+            if kernel is None:
+                continue
+            parts = [part for block in usage["blocks"] for part in block["allocations"]]
+            spills = sum(part["size"] for part in parts if part["tag"] == "SPILL")
+            now = {"vmem": usage["total_size"], "vmem_spills": spills}
+            found[kernel[1]] = max(found.get(kernel[1], now), now, key=lambda figures: figures["vmem"])
+    return found
+
+
+def _gpu(folder: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel, how it is launched and what `ptxas` makes of it."""
+    found: dict[str, dict[str, int]] = {}
+    for path in folder.glob("*thunk_sequence.txt"):
+        for name, threads, shared in _LAUNCH.findall(path.read_text()):
+            found[name] = {"threads": int(threads), "shared": int(shared)}
+    tool = ptxas()
+    for path in folder.glob("*.ptx") if tool else []:
+        if not re.search(rf"\.entry {_KERNELS}\(", path.read_text()):
+            continue
+        command = [str(tool), "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        for name, stored, loaded, registers in _PTXAS.findall(said):
+            found.setdefault(name, {}).update(registers=int(registers), spills=int(stored) + int(loaded))
+    return found
+
+
+@cache
+def ptxas() -> Path | None:
+    """NVIDIA's assembler: the one that `make aot-compilers` installs, else the machine's, else none."""
+    installed = next(iter(sorted(aot.LIBRARIES["cuda"].glob("nvidia/*/bin/ptxas"))), None)
+    if installed is not None:
+        installed.chmod(0o755)  # pip's `--target` forgets that it is a program
+        return installed
+    machine = shutil.which("ptxas")
+    return Path(machine) if machine else None
+
+
+def _versions(chip: str) -> str:
+    folder = aot.LIBRARIES["cuda" if chip == "h100" else "tpu"]
+    found = [jax.__version__, *sorted(path.name for path in folder.glob("*.dist-info"))]
+    if chip == "h100" and (tool := ptxas()):
+        found.append(subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout)
+    return " ".join(found)
+
+
+def _trace(case: Case) -> Any:
+    """The case's program, traced."""
+    place = SingleDeviceSharding(aot.devices(CHIPS[case.chip])[0])
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    if case.pattern in HOPPER:
+        return _hopper(case, array)
+    make = _decode if case.pattern in CACHES else _hsa if case.pattern == "hsa" else _flash
+    return make(case, array, "triton" if case.chip == "h100" else "tpu")
+
+
+def _flash(case: Case, array: Any, implementation: Any) -> Any:
+    """A sequence, forwards and backwards."""
+    config, length, dtype = SHAPES[case.model], case.length, jnp.float32 if case.pattern == "float32" else jnp.bfloat16
+    heads, keys, width = config.num_heads, config.num_kv_heads, config.head_dim
+    pattern: Pattern = WINDOWS.get(case.pattern, Full())
+    known: dict[str, Any] = {"softcap": 50.0} if case.pattern == "capped" else {}
+
+    def step(q: Any, k: Any, v: Any, d_out: Any, more: dict[str, Any]) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            return api.flash_attention(q, k, v, pattern, implementation=implementation, **known, **more).out
+
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(d_out)
+
+    more = {}
+    if case.pattern == "packed":
+        more["segment_ids"] = array(1, length, dtype=jnp.int32)
+    if case.pattern == "alibi":
+        more["slopes"] = array(heads, dtype=jnp.float32)
+    if case.pattern == "deep":  # a chunk far behind the start, whose place is known when the kernel runs
+        more["offset"] = array(dtype=jnp.int32)
+    queries, read = length // 4 if case.pattern == "deep" else length, array(1, length, keys, width, dtype=dtype)
+    q = array(1, queries, heads, width, dtype=dtype)
+    return jax.jit(step).trace(q, read, read, array(*q.shape, dtype=jnp.float32), more)
+
+
+def _decode(case: Case, array: Any, implementation: Any) -> Any:
+    """One token for 8 streams, whose caches are rings; `paged` reads 32 pages of 64 tokens."""
+    config, batch = SHAPES[case.model], 8
+    stored: Any = {"decode-int8": jnp.int8, "decode-int4": jnp.uint8}.get(case.pattern, jnp.bfloat16)
+    width = config.head_dim // (2 if case.pattern == "decode-int4" else 1)
+
+    def step(q: Any, k: Any, v: Any, count: Any, first: Any, scales: dict[str, Any]) -> Any:
+        return api.decode_attention(q, k, v, count, first=first, implementation=implementation, **scales)
+
+    def paged(q: Any, k: Any, v: Any, pages: Any, count: Any, first: Any) -> Any:
+        return api.paged_attention(q, k, v, pages, count, page_size=64, first=first, implementation=implementation)
+
+    cache = array(batch, config.num_kv_heads, case.length, width, dtype=stored)
+    number = array(batch, dtype=jnp.int32)
+    q = array(batch, 1, config.num_heads, config.head_dim)
+    if case.pattern == "paged":
+        pages = array(batch, config.num_kv_heads, 32, dtype=jnp.int32)
+        return jax.jit(paged).trace(q, cache, cache, pages, number, number)
+    scale = array(batch, config.num_kv_heads, case.length, dtype=jnp.float32)
+    scales = {} if stored == jnp.bfloat16 else {"k_scale": scale, "v_scale": scale}
+    return jax.jit(step).trace(q, cache, cache, number, number, scales)
+
+
+def _hsa(case: Case, array: Any, implementation: Any) -> Any:
+    """A sequence whose tokens each read 8 of its chunks of 64 tokens, forwards and backwards."""
+    config, length = SHAPES[case.model], case.length
+
+    def step(q: Any, k: Any, v: Any, chosen: Any, weights: Any, d_out: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any, weights: Any) -> Any:
+            return api.hsa_attention(q, k, v, chosen, weights, implementation=implementation)
+
+        out, pull = jax.vjp(attention, q, k, v, weights)
+        return out, pull(d_out)
+
+    heads, keys, width = config.num_heads, config.num_kv_heads, config.head_dim
+    chunks, choice = array(1, keys, length // 64, 64, width), (1, keys, length, 8)
+    return jax.jit(step).trace(
+        array(1, length, heads, width), chunks, chunks, array(*choice, dtype=jnp.int32),
+        array(*choice, dtype=jnp.float32), array(1, length, heads, width, dtype=jnp.float32),
+    )  # fmt: skip
+
+
+def _hopper(case: Case, array: Any) -> Any:
+    """The Hopper kernel, with an offset that is known when it runs, and the Triton kernels that are its gradients."""
+    config, length, pattern = SHAPES[case.model], case.length, WINDOWS.get(case.pattern, Full())
+    known: dict[str, Any] = {"softcap": 50.0 if case.pattern == "hopper-capped" else None}
+
+    def step(q: Any, k: Any, v: Any, d_out: Any, offset: Any) -> Any:
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            return api.flash_attention(q, k, v, pattern, offset=offset, implementation="mosaic_gpu", **known).out
+
+        out, pull = jax.vjp(attention, q, k, v)
+        return out, pull(d_out)
+
+    keys, q = (array(1, length, heads, config.head_dim) for heads in (config.num_kv_heads, config.num_heads))
+    # JAX 0.12 asks which GPU a Triton kernel is for.
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
+        d_out = array(*q.shape, dtype=jnp.float32)
+        return jax.jit(step).trace(q, keys, keys, d_out, array(dtype=jnp.int32))
+
+
+def _compile_here(case: Case, known: str) -> dict[str, Any]:
+    traced = _trace(case)
+    text = re.sub(r" at \S+:\d+|0x[0-9a-f]+", "", str(traced.jaxpr))  # without places in files and in memory
+    digest = hashlib.sha256(f"{case.chip} {_versions(case.chip)} {text}".encode())
+    for constant in traced.jaxpr.consts:
+        digest.update(np.asarray(constant).tobytes())
+    program = digest.hexdigest()[:16]
+    if program == known:
+        return {"program": program}
+    start = time.perf_counter()
+    lowered = traced.lower(lowering_platforms=("cuda" if case.chip == "h100" else "tpu",))
+    compiled = lowered.compile()
+    try:
+        calls = rf'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2|__gpu\$xla.gpu.triton)".*?{_KERNELS}'
+        names = re.findall(calls, compiled.as_text())
+    except jax.errors.JaxRuntimeError:  # JAX cannot read the text of gathers that run on a TPU's sparse cores
+        names = re.findall(rf'kernel_name = "{_KERNELS}"', lowered.as_text())
+    return {
+        "program": program,
+        "seconds": round(time.perf_counter() - start, 1),
+        "temp": compiled.memory_analysis().temp_size_in_bytes,
+        "kernels": {name: {"count": names.count(name)} for name in dict.fromkeys(names)},
+    }
+
+
+if __name__ == "__main__":
+    chip, model, pattern, length, known = sys.argv[1:]
+    print(json.dumps(_compile_here(Case(chip, model, pattern, int(length)), known)))
