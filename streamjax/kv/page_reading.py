@@ -14,6 +14,7 @@ from pallas_kernels.partial import Partial
 from streamjax.attention.blocks import cut_blocks, join_blocks
 from streamjax.kv.host_pages import in_host_memory, take_pages
 from streamjax.kv.indexes import Index, Summary
+from streamjax.kv.kernel_reading import score_pages
 from streamjax.kv.tier import Query
 
 GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
@@ -72,7 +73,7 @@ def choose_pages(
     """
     heads, width = pages.k.shape[1], query.q.shape[1]
     q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k (c g) d", k=heads))
-    scores = index.scores(jax.lax.stop_gradient(summary), q)
+    scores = score_pages(index, jax.lax.stop_gradient(summary), query, q)
     scores = rearrange(scores, "b k (c g) p -> b k g c p", c=width) * query.scale
     if query.slopes is not None:  # ALiBi: a page is as near as its newest token
         ahead = (query.position[:, None, :, None, None] - pages.position[:, :, None]).astype(jnp.int32)

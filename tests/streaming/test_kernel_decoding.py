@@ -77,6 +77,22 @@ def test_kernels_give_the_logits_of_xla(kernels, name, config):
     assert set(kernels) == {"decode_attention"} | ({"paged_attention"} if "pages" in name else set())
 
 
+def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
+    cache = sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=1, index=sj.kv.MinMax(parts=4)))
+    expected, called = logits(ONE_LAYER, cache, "xla"), []
+    kernel = api.page_scores
+
+    def call(q, *args, **more):
+        called.append(q.shape)
+        return kernel(q, *args, **more, implementation="tpu", interpret=True)
+
+    monkeypatch.setattr(api, "page_scores", call)
+    monkeypatch.setattr(api, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(kernel_reading, "kernel_decodes", lambda *_: False)
+    np.testing.assert_allclose(logits(ONE_LAYER, cache, None), expected, atol=1e-4)
+    assert {shape[1] for shape in called} == {2 * 5, 2}  # two query heads of the chunk's tokens, and of one
+
+
 @pytest.mark.parametrize("chosen", [None, "tpu", "triton"])
 def test_a_platform_with_kernels_takes_them_for_long_caches(monkeypatch, caplog, chosen):
     monkeypatch.setattr(api, "platform_implementation", lambda: chosen)
