@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,9 @@ from pallas_kernels.patterns import Pattern
 
 MAX_WIDTH = 256
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
+GRADIENT_Q = (
+    64  # queries of a block, in bfloat16, for keys' gradients: with twice as many, registers spill (docs/kernels.md)
+)
 
 
 def flash_attention(
@@ -121,7 +125,9 @@ def gradients(
     }
     d_q = flash_backward.query_gradients(settings, call.ranges(), operands, call.interpret)
     more = {} if sums is None else {"d_k": sums[0], "d_v": sums[1]}
-    d_k, d_v = flash_backward.key_gradients(settings, call.ranges(transposed=True), operands | more, call.interpret)
+    fewer = GRADIENT_Q * 2 // operands["q"].dtype.itemsize
+    by_key = dataclasses.replace(call.ranges(transposed=True), block_q=min(call.block_q, fewer))
+    d_k, d_v = flash_backward.key_gradients(settings, by_key, operands | more, call.interpret)
     if settings.sinks and settings.window is not None:
         sinks = flash_backward.sink_gradients(settings, call.ranges(), operands, call.interpret)
         d_k, d_v = (_with_sinks(settings, x, y[:, : settings.sinks]) for x, y in zip((d_k, d_v), sinks, strict=True))
