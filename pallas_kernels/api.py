@@ -7,7 +7,6 @@ alone. The XLA twins, which run anywhere, are in `streamjax.attention`; so is th
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
+from pallas_kernels import checks
+from pallas_kernels.checks import DTYPES
 from pallas_kernels.gpu import chunk as gpu_chunk
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.gpu import flash as gpu_flash
@@ -35,7 +36,6 @@ from pallas_kernels.tpu.flash import MAX_SINKS
 from pallas_kernels.tpu.tiles import LANES
 
 Implementation = Literal["tpu", "triton", "mosaic_gpu"]
-DTYPES = ("bfloat16", "float32")
 
 
 def platform_implementation() -> Implementation | None:
@@ -108,10 +108,8 @@ def flash_attention(
     Raises:
       ValueError: shapes that do not fit together, a dtype that no kernel takes, or no kernel for the platform.
     """
-    _check(q, k, v, segment_ids)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if scale <= 0.0:
-        raise ValueError(f"scale {scale}: it must be above 0")
+    checks.flash(q, k, v, segment_ids)
+    scale = checks.scale(scale, q)
     chosen = implementation or platform_implementation()
     if chosen is None:
         raise ValueError(f"no attention kernel for {jax.default_backend()}; use streamjax's implementation='xla'")
@@ -242,20 +240,11 @@ def decode_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    packed = k.dtype == jnp.uint8
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] * (2 if packed else 1) != q.shape[3]:
-        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
-    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1]:
-        raise ValueError(f"q {q.shape} and k {k.shape}: use the same rows, and a multiple of the key heads")
-    if q.dtype.name not in DTYPES or k.dtype != v.dtype or k.dtype not in (q.dtype, jnp.int8, jnp.uint8):
-        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: bfloat16 or float32; k and v also int8, uint8")
-    if (k.dtype == q.dtype) != (k_scale is None) or (k_scale is None) != (v_scale is None):
-        given = "without scales" if k_scale is None else "with scales"
-        raise ValueError(f"k, v of {k.dtype} {given}: int8 and packed int4 need both, others take none")
+    checks.decode(q, k, v, k_scale, v_scale)
     chosen = implementation or platform_implementation()
     if chosen not in _DECODING:
         raise ValueError(f"no decoding kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = checks.scale(scale, q)
     return _DECODING[chosen](
         q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
         splits=splits, block=block, interpret=interpret,
@@ -295,19 +284,11 @@ def paged_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] != q.shape[3]:
-        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
-    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or pages.shape[:2] != k.shape[:2]:
-        raise ValueError(f"q {q.shape}, k {k.shape}, pages {pages.shape}: use the same rows and key heads")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
-        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
-    if page_size < 1 or page_size % (32 // q.dtype.itemsize) or k.shape[2] % page_size:
-        least = 32 // q.dtype.itemsize
-        raise ValueError(f"page_size {page_size} and {k.shape[2]} slots: use a multiple of {least} that divides them")
+    checks.paged(q, k, v, pages, page_size)
     chosen = implementation or platform_implementation()
     if chosen not in _PAGED:
         raise ValueError(f"no paged kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = checks.scale(scale, q)
     return _PAGED[chosen](
         q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
         interpret=interpret,
@@ -340,16 +321,7 @@ def page_scores(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    width = q.shape[3] * (2 if bounds else 1)
-    if q.ndim != 4 or summary.ndim != 4 or parts < 1 or summary.shape[3] != parts * width:
-        wanted = f"[B, C, H, D] and [B, K, P, {parts} x {width}]"
-        raise ValueError(f"shapes q {q.shape}, summary {summary.shape}: use {wanted}")
-    if q.shape[0] != summary.shape[0] or q.shape[2] % summary.shape[1]:
-        raise ValueError(f"q {q.shape} and summary {summary.shape}: use the same rows, and a multiple of the key heads")
-    if some is not None and some.shape != (*summary.shape[:3], parts):
-        raise ValueError(f"some {some.shape} for {summary.shape} in {parts} parts: use [B, K, P, parts]")
-    if q.dtype != summary.dtype or q.dtype.name not in DTYPES:
-        raise ValueError(f"dtypes q {q.dtype}, summary {summary.dtype}: use bfloat16 or float32 for both")
+    checks.scores(q, summary, some, bounds, parts)
     chosen = implementation or platform_implementation()
     if chosen not in _SCORES:
         raise ValueError(f"no kernel for scores for {chosen or jax.default_backend()}; use streamjax's XLA path")
@@ -390,26 +362,8 @@ def hsa_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or k.shape[4] != q.shape[3]:
-        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, P, S, D]")
-    wanted = (q.shape[0], k.shape[1], q.shape[1])
-    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or chosen.shape[:3] != wanted or not k.shape[2]:
-        raise ValueError(
-            f"q {q.shape}, k {k.shape}, chosen {chosen.shape}: use [B, K, C, N] choices of at least 1 chunk"
-        )
-    if chosen.shape != weights.shape or not chosen.shape[3]:
-        raise ValueError(
-            f"chosen {chosen.shape}, weights {weights.shape}: use the same shape, at least 1 choice a query"
-        )
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
-        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
-    if k.shape[3] % (least := 32 // q.dtype.itemsize) or not k.shape[3]:
-        raise ValueError(f"chunks of {k.shape[3]} tokens: use a multiple of {least}")
-    if block is not None and block < 1:
-        raise ValueError(f"tiles of {block} rows: use at least 1, or None")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if scale <= 0.0:
-        raise ValueError(f"scale {scale}: it must be above 0")
+    checks.hsa(q, k, v, chosen, weights, block)
+    scale = checks.scale(scale, q)
     kernels = implementation or platform_implementation()
     if kernels not in _HSA:
         raise ValueError(f"no hsa kernel for {kernels or jax.default_backend()}; use streamjax's XLA path")
@@ -439,30 +393,8 @@ def _chunk_call(
     kernels: dict[str, Any], q: Array, k: Array, v: Array, scale: float | None, implementation: str | None
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel for a chunk, and its scale."""
-    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or k.shape[1] != q.shape[0] or k.shape[4] != q.shape[3]:
-        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [R, B, K, S, D]")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
-        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    checks.chunk(q, k, v)
     chosen = implementation or platform_implementation()
     if chosen not in kernels:
         raise ValueError(f"no kernel for chunks for {chosen or jax.default_backend()}; use streamjax's XLA loops")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if scale <= 0.0:
-        raise ValueError(f"scale {scale}: it must be above 0")
-    return kernels[chosen], {"scale": scale}
-
-
-def _check(q: Array, k: Array, v: Array, segment_ids: Any) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, T, H, D] and twice [B, S, K, D]")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
-        raise ValueError(
-            f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: the kernels take bfloat16 or float32 for all three; "
-            "streamjax's implementation='xla' takes any"
-        )
-    if segment_ids is not None and not isinstance(segment_ids, tuple) and q.shape[1] != k.shape[1]:
-        raise ValueError(f"one array of segment ids for {q.shape[1]} queries and {k.shape[1]} keys: give a pair")
+    return kernels[chosen], {"scale": checks.scale(scale, q)}

@@ -1,7 +1,7 @@
 """Presets that read less than dense attention, told to read all of it, for every architecture that loads.
 
-`quest`, `dhsa`, `sentence_kv` and `retro_infer` are in the files of their tiers, `rekv` in test_rekv.py. `inf_llm` is
-never dense: it moves what it stored; its rule has an oracle in tests/kv/test_pages.py.
+`quest`, `dhsa`, `sentence_kv` and `retro_infer` are in the files of their tiers, `rekv` in test_rekv.py. `inf_llm` as
+published is never dense, as it moves what it stored (its rule has an oracle in tests/kv/test_pages.py): here it is not.
 """
 
 import numpy as np
@@ -14,10 +14,20 @@ from streaming.tiny import build, random_tokens
 LENGTH = 28
 ALIBI = ("falcon-alibi", "mpt")
 QUICK = {("hip", "gemma2"), ("hip", "mpt"), ("lserve", "falcon-7b"), ("duo_attention", "gpt_neox")}
-QUICK |= {("lserve", "qwen2"), ("razor_attention", "phi3")}
+QUICK |= {("lserve", "qwen2"), ("razor_attention", "phi3"), ("inf_llm", "gemma3"), ("inf_llm", "llama")}
 SIZES = {
     "hip": {"sinks": 2, "window": 3, "capacity": 32, "page": 4, "top_k": 9, "block": 3},
     "lserve": {"sinks": 2, "recent": 3, "capacity": 32, "page": 4, "logical": 2, "top_k": 9, "full": 1.0},
+    "inf_llm": {
+        "sinks": 2,
+        "window": 3,
+        "capacity": 32,
+        "page": 4,
+        "top_k": 9,
+        "representatives": 2,
+        "block": 3,
+        "true_distance": True,
+    },
     "duo_attention": {"sinks": 2, "recent": 3, "capacity": 40, "full": 1.0},
     "razor_attention": {"sinks": 2, "recent": 3, "capacity": 40, "full": 1.0},
 }
@@ -35,7 +45,7 @@ def test_with_everything_read_a_stream_is_dense(tmp_path, name, case):
     """Pages hold most of the stream when its last tokens are read; layers with windows of their own keep them."""
     config = tiny_config(case)
     options = dict(SIZES[name])
-    if name != "hip":
+    if name not in ("hip", "inf_llm"):
         gates = np.linspace(0, 1, config.num_layers * config.num_kv_heads).reshape(config.num_layers, -1)
         np.savetxt(tmp_path / "gates.tsv", gates, delimiter="\t")
         options["heads"] = str(tmp_path / "gates.tsv")

@@ -6,21 +6,22 @@ reads the 16 blocks with the largest dot products, the same for all heads; token
 always read. Blocks and sinks stand at one distance, the window's size. Published sizes: 128 sinks, a window of 4,096,
 stretches of 512 queries. Here the first sink stands at that distance and the others follow it, a decoded token chooses
 for itself, and blocks may be as many as `capacity` holds, of which the oldest go first; with `placement="host"` they
-lie in the host's memory, where the paper has them.
+lie in the host's memory, where the paper has them. With `true_distance` nothing is moved, for streams no longer than
+the model was trained for: then it is dense attention if every block is read.
 """
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.indexes import Representative
 from streamjax.kv.pages import Pages, Placement
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import Sink
+from streamjax.kv.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.window import Window
 
 
 @register(paper="InfLLM: Training-Free Long-Context Extrapolation for LLMs, arXiv 2402.04617")
 def inf_llm(
     sinks: int = 128, window: int = 4096, capacity: int = 131072, page: int = 128, top_k: int = 16,
-    representatives: int = 4, block: int = 512, placement: Placement = "device",
+    representatives: int = 4, block: int = 512, placement: Placement = "device", true_distance: bool = False,
 ) -> Cascade:  # fmt: skip
     """Keep the newest `capacity` tokens in pages at one distance; read those whose most attended keys fit best."""
     pages = Pages(
@@ -29,10 +30,10 @@ def inf_llm(
         top_k + 1,  # the page that is being filled is one of them
         Representative(representatives),
         block=block,
-        distance=window,
+        distance=None if true_distance else window,
         pool="mean",
         shared=True,
         read_newest=True,
         placement=placement,
     )
-    return Cascade(Sink(sinks, reach=window), Window(window), pages)
+    return Cascade(Sink(sinks, reach=TRUE_DISTANCE if true_distance else window), Window(window), pages)

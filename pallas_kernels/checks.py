@@ -1,0 +1,110 @@
+"""What the kernels' public functions refuse, in one line each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+DTYPES = ("bfloat16", "float32")
+
+
+def scale(given: float | None, q: Array) -> float:
+    """The factor on the logits: what is given, or 1 / sqrt(D).
+
+    Raises:
+      ValueError: it is not above 0.
+    """
+    found = 1.0 / math.sqrt(q.shape[-1]) if given is None else float(given)
+    if found <= 0.0:
+        raise ValueError(f"scale {found}: it must be above 0")
+    return found
+
+
+def flash(q: Array, k: Array, v: Array, segment_ids: Any) -> None:
+    """Refuse arguments of `flash_attention` that do not fit together."""
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, T, H, D] and twice [B, S, K, D]")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(
+            f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: the kernels take bfloat16 or float32 for all three; "
+            "streamjax's implementation='xla' takes any"
+        )
+    if segment_ids is not None and not isinstance(segment_ids, tuple) and q.shape[1] != k.shape[1]:
+        raise ValueError(f"one array of segment ids for {q.shape[1]} queries and {k.shape[1]} keys: give a pair")
+
+
+def chunk(q: Array, k: Array, v: Array) -> None:
+    """Refuse arguments of `chunk_attention` that do not fit together."""
+    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or k.shape[1] != q.shape[0] or k.shape[4] != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [R, B, K, S, D]")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads for {k.shape[2]} key heads: use a multiple")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+
+
+def decode(q: Array, k: Array, v: Array, k_scale: Array | None, v_scale: Array | None) -> None:
+    """Refuse arguments of `decode_attention` that do not fit together."""
+    packed = k.dtype == jnp.uint8
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] * (2 if packed else 1) != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1]:
+        raise ValueError(f"q {q.shape} and k {k.shape}: use the same rows, and a multiple of the key heads")
+    if q.dtype.name not in DTYPES or k.dtype != v.dtype or k.dtype not in (q.dtype, jnp.int8, jnp.uint8):
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: bfloat16 or float32; k and v also int8, uint8")
+    if (k.dtype == q.dtype) != (k_scale is None) or (k_scale is None) != (v_scale is None):
+        given = "without scales" if k_scale is None else "with scales"
+        raise ValueError(f"k, v of {k.dtype} {given}: int8 and packed int4 need both, others take none")
+
+
+def paged(q: Array, k: Array, v: Array, pages: Array, page_size: int) -> None:
+    """Refuse arguments of `paged_attention` that do not fit together."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or pages.shape[:2] != k.shape[:2]:
+        raise ValueError(f"q {q.shape}, k {k.shape}, pages {pages.shape}: use the same rows and key heads")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    if page_size < 1 or page_size % (32 // q.dtype.itemsize) or k.shape[2] % page_size:
+        least = 32 // q.dtype.itemsize
+        raise ValueError(f"page_size {page_size} and {k.shape[2]} slots: use a multiple of {least} that divides them")
+
+
+def scores(q: Array, summary: Array, some: Array | None, bounds: bool, parts: int) -> None:
+    """Refuse arguments of `page_scores` that do not fit together."""
+    width = q.shape[3] * (2 if bounds else 1)
+    if q.ndim != 4 or summary.ndim != 4 or parts < 1 or summary.shape[3] != parts * width:
+        wanted = f"[B, C, H, D] and [B, K, P, {parts} x {width}]"
+        raise ValueError(f"shapes q {q.shape}, summary {summary.shape}: use {wanted}")
+    if q.shape[0] != summary.shape[0] or q.shape[2] % summary.shape[1]:
+        raise ValueError(f"q {q.shape} and summary {summary.shape}: use the same rows, and a multiple of the key heads")
+    if some is not None and some.shape != (*summary.shape[:3], parts):
+        raise ValueError(f"some {some.shape} for {summary.shape} in {parts} parts: use [B, K, P, parts]")
+    if q.dtype != summary.dtype or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, summary {summary.dtype}: use bfloat16 or float32 for both")
+
+
+def hsa(q: Array, k: Array, v: Array, chosen: Array, weights: Array, block: int | None) -> None:
+    """Refuse arguments of `hsa_attention` that do not fit together."""
+    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or k.shape[4] != q.shape[3]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, P, S, D]")
+    wanted = (q.shape[0], k.shape[1], q.shape[1])
+    if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or chosen.shape[:3] != wanted or not k.shape[2]:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape}, chosen {chosen.shape}: use [B, K, C, N] choices of at least 1 chunk"
+        )
+    if chosen.shape != weights.shape or not chosen.shape[3]:
+        raise ValueError(
+            f"chosen {chosen.shape}, weights {weights.shape}: use the same shape, at least 1 choice a query"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    if k.shape[3] % (least := 32 // q.dtype.itemsize) or not k.shape[3]:
+        raise ValueError(f"chunks of {k.shape[3]} tokens: use a multiple of {least}")
+    if block is not None and block < 1:
+        raise ValueError(f"tiles of {block} rows: use at least 1, or None")
