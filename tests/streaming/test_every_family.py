@@ -23,7 +23,7 @@ SIZES = {
         "window": 3,
         "capacity": 32,
         "page": 4,
-        "top_k": 9,
+        "top_k": 8,
         "representatives": 2,
         "block": 3,
         "true_distance": True,

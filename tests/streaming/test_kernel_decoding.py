@@ -97,22 +97,26 @@ def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
 def test_a_platform_with_kernels_takes_them_for_long_caches(monkeypatch, caplog, chosen):
     monkeypatch.setattr(api, "platform_implementation", lambda: chosen)
     kernel_reading._logged.cache_clear()
-    q, slots = jnp.zeros((1, 1, 4, 64)), kernel_reading.KERNEL_SLOTS
+    q, slots = jnp.zeros((1, 1, 4, 128)), kernel_reading.KERNEL_SLOTS
     query = Query(q, q, jnp.zeros((1, 1), jnp.uint32), jnp.zeros(1, jnp.int32), None, None, 1.0, None)
 
-    def chooses(slots, top_k=None, **change):
-        return kernel_decodes(dataclasses.replace(query, **change), jnp.zeros((1, 2, *slots, 64)), top_k)
+    def chooses(slots, top_k=None, width=128, **change):
+        return kernel_decodes(dataclasses.replace(query, **change), jnp.zeros((1, 2, *slots, width)), top_k)
 
     with caplog.at_level(logging.INFO):
         assert [chooses((slots,)) for _ in range(2)] == [chosen is not None] * 2
     assert len(caplog.records) == 1  # said once
     assert chooses((32, slots // 16), 16) == (chosen is not None)
     assert chooses((slots + 1,)) == (chosen == "triton")  # no whole tiles: a TPU would copy the cache
+    narrow = jnp.zeros((1, 1, 4, 64))
+    assert chooses((slots,), width=64, q=narrow, raw_q=narrow) == (
+        chosen == "triton"
+    )  # so it would one of narrow heads
     assert not chooses((slots - 8,))
     assert not chooses((32, slots // 16), 8)
     assert not chooses((slots,), implementation="xla")
     assert not chooses((slots,), differentiable=True)
-    two = jnp.zeros((1, 2, 4, 64))
+    two = jnp.zeros((1, 2, 4, 128))
     assert not chooses((slots,), q=two, raw_q=two, position=jnp.zeros((1, 2), jnp.uint32))
     assert not chooses((slots,), slopes=jnp.ones(4))
     assert chooses((7,), implementation="pallas")
