@@ -60,7 +60,7 @@ def takes_cache(width: int, slots: int, dtype: str) -> bool:
         return False
     if chosen == "triton":
         return width <= MAX_WIDTH
-    return width % 128 == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
+    return width % LANES == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
 
 
 def takes_buffer(pattern: Pattern, slots: int, width: int, dtype: str) -> bool:
@@ -155,10 +155,11 @@ def chunk_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    kernel, known = _chunk_call(_CHUNK, q, k, v, scale, implementation)
+    checks.chunk(q, k, v)
+    kernel = _find(_CHUNK, "kernel for chunks", implementation, "XLA loops")
     return kernel(
         q, k, v, pattern, offset=jnp.asarray(offset, jnp.int32), row=row, segment_ids=segment_ids, softcap=softcap,
-        slopes=slopes, interpret=interpret, **known,
+        slopes=slopes, interpret=interpret, scale=checks.scale(scale, q),
     )  # fmt: skip
 
 
@@ -192,12 +193,13 @@ def chunk_gradients(
     Raises:
       ValueError: as there.
     """
-    kernel, known = _chunk_call(_CHUNK_GRADIENTS, q, k, v, scale, implementation)
+    checks.chunk(q, k, v)
+    kernel = _find(_CHUNK_GRADIENTS, "kernel for chunks", implementation, "XLA loops")
     if d_k.shape != k.shape or d_v.shape != k.shape:
         raise ValueError(f"shapes d_k {d_k.shape}, d_v {d_v.shape}: use those of k and v, {k.shape}")
     return kernel(
         q, k, v, pattern, part, d_out, d_k, d_v, offset=jnp.asarray(offset, jnp.int32), row=row,
-        segment_ids=segment_ids, softcap=softcap, slopes=slopes, interpret=interpret, **known,
+        segment_ids=segment_ids, softcap=softcap, slopes=slopes, interpret=interpret, scale=checks.scale(scale, q),
     )  # fmt: skip
 
 
@@ -241,11 +243,9 @@ def decode_attention(
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
     checks.decode(q, k, v, k_scale, v_scale)
-    chosen = implementation or platform_implementation()
-    if chosen not in _DECODING:
-        raise ValueError(f"no decoding kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
+    kernel = _find(_DECODING, "decoding kernel", implementation)
     scale = checks.scale(scale, q)
-    return _DECODING[chosen](
+    return kernel(
         q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
         splits=splits, block=block, interpret=interpret,
     )  # fmt: skip
@@ -285,11 +285,9 @@ def paged_attention(
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
     checks.paged(q, k, v, pages, page_size)
-    chosen = implementation or platform_implementation()
-    if chosen not in _PAGED:
-        raise ValueError(f"no paged kernel for {chosen or jax.default_backend()}; use streamjax's XLA path")
+    kernel = _find(_PAGED, "paged kernel", implementation)
     scale = checks.scale(scale, q)
-    return _PAGED[chosen](
+    return kernel(
         q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
         interpret=interpret,
     )  # fmt: skip
@@ -322,13 +320,11 @@ def page_scores(
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
     checks.scores(q, summary, some, bounds, parts)
-    chosen = implementation or platform_implementation()
-    if chosen not in _SCORES:
-        raise ValueError(f"no kernel for scores for {chosen or jax.default_backend()}; use streamjax's XLA path")
+    kernel = _find(_SCORES, "kernel for scores", implementation)
     by_head = rearrange(q, "b c (k g) d -> b k (g c) d", k=summary.shape[1])
     if bounds:  # max(q * high, q * low) is q * high for a positive q, and q * low for a negative one
         by_head = jnp.concatenate((jnp.maximum(by_head, 0), jnp.minimum(by_head, 0)), axis=-1)
-    found = _SCORES[chosen](by_head, summary, some, block=block, interpret=interpret)
+    found = kernel(by_head, summary, some, block=block, interpret=interpret)
     return rearrange(found, "b k (g c) p -> b (k g) c p", c=q.shape[1])
 
 
@@ -364,10 +360,8 @@ def hsa_attention(
     """
     checks.hsa(q, k, v, chosen, weights, block)
     scale = checks.scale(scale, q)
-    kernels = implementation or platform_implementation()
-    if kernels not in _HSA:
-        raise ValueError(f"no hsa kernel for {kernels or jax.default_backend()}; use streamjax's XLA path")
-    return _HSA[kernels](q, k, v, chosen, weights, scale=scale, block=block, interpret=interpret)
+    kernel = _find(_HSA, "hsa kernel", implementation)
+    return kernel(q, k, v, chosen, weights, scale=scale, block=block, interpret=interpret)
 
 
 def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
@@ -389,12 +383,13 @@ _SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
 
 
-def _chunk_call(
-    kernels: dict[str, Any], q: Array, k: Array, v: Array, scale: float | None, implementation: str | None
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel for a chunk, and its scale."""
-    checks.chunk(q, k, v)
+def _find(kernels: dict[str, Any], what: str, implementation: str | None, otherwise: str = "XLA path") -> Any:
+    """The kernel of an implementation, or of the platform.
+
+    Raises:
+      ValueError: there is none.
+    """
     chosen = implementation or platform_implementation()
     if chosen not in kernels:
-        raise ValueError(f"no kernel for chunks for {chosen or jax.default_backend()}; use streamjax's XLA loops")
-    return kernels[chosen], {"scale": checks.scale(scale, q)}
+        raise ValueError(f"no {what} for {chosen or jax.default_backend()}; use streamjax's {otherwise}")
+    return kernels[chosen]

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.call import Call
-from pallas_kernels.gpu.flash import block_sizes, extra_operands, gradients, padded
+from pallas_kernels.gpu.flash import block_sizes, extra_operands, gradients
 from pallas_kernels.gpu.flash_forward import forward
+from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 
@@ -54,8 +55,8 @@ def chunk_gradients(
 ) -> tuple[Float[Array, "B C H D"], Float[Array, "R B K S D"], Float[Array, "R B K S D"]]:
     """`pallas_kernels.api.chunk_gradients` on a GPU; see there for the arguments."""
     call, operands = _prepare(q, _row(k, row), _row(v, row), pattern, **known)
-    lse = jnp.swapaxes(padded(part.lse, call.block_q), 1, 2)
-    out, d_out = padded(part.out, call.block_q), padded(d_out, call.block_q)
+    lse = jnp.swapaxes(padded(part.lse, 1, call.block_q), 1, 2)
+    out, d_out = padded(part.out, 1, call.block_q), padded(d_out, 1, call.block_q)
     d_q, *added = gradients(call, operands, (out, lse), d_out, 0.0, (_row(d_k, row), _row(d_v, row)))
     d_k, d_v = (
         jax.lax.dynamic_update_index_in_dim(sums, new, row, 0) for sums, new in zip((d_k, d_v), added, strict=True)
@@ -89,4 +90,4 @@ def _prepare(
         q.shape[1], slots, q.shape[2] // k.shape[1], pattern, block_q, block_k, scale=scale, softcap=softcap,
         slopes=slopes, segment_ids=segment_ids, interpret=interpret, heads_first=True,
     )  # fmt: skip
-    return call, {"q": padded(q, block_q), "k": k, "v": v, **extra_operands(call, offset, slopes, segment_ids)}
+    return call, {"q": padded(q, 1, block_q), "k": k, "v": v, **extra_operands(call, offset, slopes, segment_ids)}

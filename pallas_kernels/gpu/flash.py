@@ -14,6 +14,7 @@ from pallas_kernels.call import Call, no_gradient, safe
 from pallas_kernels.gpu import flash_backward
 from pallas_kernels.gpu.flash_forward import forward
 from pallas_kernels.logits import Settings
+from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 
@@ -52,7 +53,7 @@ def flash_attention(
         slopes=slopes, segment_ids=segment_ids, interpret=interpret,
     )  # fmt: skip
     extra = extra_operands(call, offset, slopes, segment_ids)
-    out, lse = _attention(call, padded(q, block_q), padded(k, block_k), padded(v, block_k), extra)
+    out, lse = _attention(call, padded(q, 1, block_q), padded(k, 1, block_k), padded(v, 1, block_k), extra)
     return Partial(out[:, : call.queries], jnp.swapaxes(lse, 1, 2)[:, : call.queries])
 
 
@@ -72,19 +73,14 @@ def block_sizes(q: Array, block_q: int | None = None, block_k: int | None = None
     return found
 
 
-def padded(x: Array, block: int) -> Array:
-    """[B, T, ...] with zeros behind, to a multiple of `block` tokens."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
-
-
 def extra_operands(call: Call, offset: Any, slopes: Array | None, segment_ids: Any) -> dict[str, Array]:
     """What the kernels read beside queries, keys and values."""
     found = {"offset": jnp.asarray(offset, jnp.int32)[None]}
     if slopes is not None:
         found["slopes"] = slopes.astype(jnp.float32)
     if segment_ids is not None:
-        found["query_ids"] = padded(segment_ids[0].astype(jnp.int32), call.block_q)
-        found["key_ids"] = padded(segment_ids[1].astype(jnp.int32), call.block_k)
+        found["query_ids"] = padded(segment_ids[0].astype(jnp.int32), 1, call.block_q)
+        found["key_ids"] = padded(segment_ids[1].astype(jnp.int32), 1, call.block_k)
     return found
 
 

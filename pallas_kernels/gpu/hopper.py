@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.call import Call
 from pallas_kernels.gpu import flash
+from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 
@@ -77,7 +78,7 @@ def flash_attention(
     block_k = max(block_k, backward_k)
     extra = {"offset": jnp.asarray(offset, jnp.int32)[None]}
     out, lse = _attention(
-        call, pulled, *(flash.padded(x, b) for x, b in ((q, block_q), (k, block_k), (v, block_k))), extra
+        call, pulled, *(padded(x, 1, b) for x, b in ((q, block_q), (k, block_k), (v, block_k))), extra
     )
     return Partial(out[:, : call.queries], jnp.swapaxes(lse, 1, 2)[:, : call.queries])
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.call import Call
+from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu.flash import BLOCK_K, BLOCK_Q, MAX_SINKS, all_operands, extra_operands, gradients, partial_of
 from pallas_kernels.tpu.flash_forward import forward
-from pallas_kernels.tpu.operands import padded
 from pallas_kernels.tpu.tiles import LANES
 
 Settings = dict[str, Any]

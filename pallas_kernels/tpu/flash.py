@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.call import Call, no_gradient, safe
 from pallas_kernels.logits import Settings
+from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import flash_backward
 from pallas_kernels.tpu.flash_forward import forward
-from pallas_kernels.tpu.operands import columns, padded, rows
+from pallas_kernels.tpu.operands import columns, rows
 from pallas_kernels.tpu.tiles import LANES
 
 MAX_SINKS = 1024  # they stay in the chip's memory

@@ -24,13 +24,6 @@ from pallas_kernels.tpu.tiles import LANES, SUBLANES
 Operands = Mapping[str, jax.Array]
 
 
-def padded(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """`x` with zeros behind, to a multiple of `block`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths) if widths[axis][1] else x
-
-
 def rows(ids: jax.Array) -> jax.Array:
     """[B, n] along sublanes."""
     return jnp.broadcast_to(ids[:, :, None], (*ids.shape, LANES))

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from pallas_kernels import api
+from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from streamjax.attention import blockwise
 from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
@@ -94,14 +95,16 @@ def gradients(
 def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: Buffer, view: View) -> bool:
     """Whether the platform's kernels do it: see the module; and each device must have key heads of its own."""
     in_order = isinstance(view.base, int) and view.base == 0 and blocks.leading == 0
-    return (
+    takes = (
         in_order
         and q.shape[1] >= KERNEL_TOKENS
         and q.dtype == buffer.k.dtype
         and api.takes_buffer(blocks.pattern, buffer.k.shape[3], buffer.k.shape[4], q.dtype.name)
         and not whole_on_each_device("kv_heads", block.config.num_kv_heads)
-        and logged("pallas") == "pallas"
     )
+    if takes:
+        logged("pallas")
+    return takes
 
 
 def _read(block: Block, q: Array, buffer: Buffer, view: View, segments: Array | None) -> tuple[Array | None, ...]:
@@ -121,7 +124,7 @@ def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments:
     slopes, heads = block.mixer.slopes(), block.config.num_kv_heads
     return Queries(
         q=_grouped(q, heads, blocks.block_q),
-        segments=None if segments is None else _whole_blocks(segments, 1, blocks.block_q),
+        segments=None if segments is None else padded(segments, 1, blocks.block_q),
         slopes=None if slopes is None else rearrange(slopes, "(k g) -> k g", k=heads),
         offset=offset,
     )
@@ -134,13 +137,7 @@ def _keys(buffer: Buffer, view: View) -> Keys:
 
 def _grouped(x: Float[Array, "B C H D"], key_heads: int, size: int) -> Float[Array, "B K G P D"]:
     """Whole blocks of `size` queries, in their groups."""
-    return _whole_blocks(rearrange(x, "b c (k g) d -> b k g c d", k=key_heads), 3, size)
-
-
-def _whole_blocks(x: Array, axis: int, size: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, widths) if widths[axis][1] else x
+    return padded(rearrange(x, "b c (k g) d -> b k g c d", k=key_heads), 3, size)
 
 
 def _join(x: Float[Array, "B K G P D"], length: int) -> Float[Array, "B C H D"]:
