@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import streamjax as sj
 from benchmarks import aot
 from benchmarks.common import report
-from pallas_kernels import api
+from pallas_kernels.api import platforms
 from streamjax.parallel.mesh import with_placement
 from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.scan import _read_chunks
@@ -100,7 +100,7 @@ CASES = {
 
 def compile_case(case: Case, layers: int, options: dict[str, str]) -> dict[str, Any]:
     """Compile one case under options of the compiler, in a process of `aot.child_environment`; bytes on one chip."""
-    api.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
+    platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     mesh = aot.tpu_mesh(case.topology, **dict(case.mesh))
     config = LLAMA.replace(num_layers=layers)
     config = with_memory(config) if case.cache == _HSA else config

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 import streamjax as sj
 from benchmarks import aot
-from pallas_kernels import api
+from pallas_kernels.api import platforms
 
 FULL_LOGITS = {"method": "full_logits"}  # the first baseline, which this module has itself; all else is the library's
 _SOURCES = ("streamjax/attention", "streamjax/kv", "streamjax/models", "streamjax/parallel", "streamjax/training")
@@ -100,7 +100,9 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
 
 def _compile_here(case: Case, known: str) -> dict[str, Any]:
     if case.kernels:  # JAX runs on a CPU here
-        api.platform_implementation = lambda: "tpu" if aot.TOPOLOGIES[case.topology].platform == "tpu" else "triton"
+        platforms.platform_implementation = lambda: (
+            "tpu" if aot.TOPOLOGIES[case.topology].platform == "tpu" else "triton"
+        )
     placement = jax.sharding.SingleDeviceSharding(aot.devices(case.topology)[0])
     place = partial(jax.ShapeDtypeStruct, sharding=placement)
     model = jax.eval_shape(

@@ -108,3 +108,16 @@ def hsa(q: Array, k: Array, v: Array, chosen: Array, weights: Array, block: int 
         raise ValueError(f"chunks of {k.shape[3]} tokens: use a multiple of {least}")
     if block is not None and block < 1:
         raise ValueError(f"tiles of {block} rows: use at least 1, or None")
+
+
+def token_stats(x: Array, w: Array, targets: Array, vocab_axis: int, block: int | None) -> None:
+    """Refuse arguments of `token_stats` that do not fit together."""
+    if vocab_axis not in (0, 1) or x.ndim != 2 or w.ndim != 2 or w.shape[1 - vocab_axis] != x.shape[1]:
+        wanted = "[N, E] and [V, E], or [E, V] with vocab_axis=1"
+        raise ValueError(f"shapes x {x.shape}, w {w.shape}, vocab_axis={vocab_axis}: use {wanted}")
+    if targets.shape != x.shape[:1] or not x.shape[0]:
+        raise ValueError(f"targets {targets.shape} for x {x.shape}: use one for each of at least 1 token")
+    if x.dtype != w.dtype or x.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes x {x.dtype}, w {w.dtype}: use bfloat16 or float32 for both")
+    if block is not None and (block < 128 or block % 128):
+        raise ValueError(f"blocks of {block} entries: use a multiple of 128, or None")

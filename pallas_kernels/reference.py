@@ -118,6 +118,24 @@ def hsa_attention(
     return jnp.einsum("bhpc,bhpcs,bhpsd->bchd", given, inside, v)
 
 
+def token_stats(
+    x: Float[Array, "N E"],
+    w: Float[Array, "V E"] | Float[Array, "E V"],
+    targets: Int32[Array, " N"],
+    *,
+    vocab_axis: int = 0,
+    softcap: float | None = None,
+) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
+    """See `pallas_kernels.api.token_stats`."""
+    logits = x @ (w.T if vocab_axis == 0 else w)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    hit = jnp.arange(logits.shape[1]) == targets[:, None]
+    top = jnp.max(logits, axis=1)
+    lse = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
+    return jnp.sum(jnp.where(hit, logits, 0.0), axis=1), lse, jnp.mean(logits, axis=1)
+
+
 def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
     """Of the token in each slot of a ring: how many came before it."""
     start = jnp.zeros_like(count) if first is None else first

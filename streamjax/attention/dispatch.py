@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import api
+from pallas_kernels.api import platforms
 from pallas_kernels.patterns import Full, Pattern
 from streamjax.attention import sharded
 from streamjax.attention.dense import attend
@@ -65,7 +65,7 @@ def sequence_attention(
 
 def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementation:
     """The best implementation on the platform that JAX runs on: a kernel where there is one for the arguments."""
-    if queries >= KERNEL_TOKENS and api.takes(pattern, dtype):
+    if queries >= KERNEL_TOKENS and platforms.takes(pattern, dtype):
         return logged("pallas")
     local = not isinstance(pattern, Full) and 4 * pattern.window <= keys
     return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else logged("xla")

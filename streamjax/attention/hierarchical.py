@@ -25,6 +25,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import api
+from pallas_kernels.api import platforms
+from pallas_kernels.checks import DTYPES
 from pallas_kernels.partial import accumulator
 from streamjax.attention.blocks import cut_blocks, join_blocks
 from streamjax.attention.sharded import by_hand
@@ -104,7 +106,7 @@ class Chunks:
         count, size = self.k.shape[2:4]
         if not q.shape[1] * min(top_k, count) >= count > DENSE_CHUNKS * top_k or size % (32 // self.k.dtype.itemsize):
             return False
-        return api.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in api.DTYPES
+        return platforms.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in DTYPES
 
     def _attend(
         self, q: Array, retrieval: Array, visible: Visible, top_k: int, scale: float, implementation: str | None

@@ -16,6 +16,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import api
+from pallas_kernels.api import platforms
+from pallas_kernels.checks import DTYPES
 from pallas_kernels.partial import Partial
 from streamjax.attention.sharded import by_hand, names_of_partial, splits
 from streamjax.kv.indexes import Index, MinMax, Summary
@@ -46,7 +48,7 @@ def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | N
     read = k.shape[2] if top_k is None or page is None else top_k * page
     if refused is not None or read < KERNEL_SLOTS:
         return False
-    taken = api.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
+    taken = platforms.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
     return _logged("paged" if page else "contiguous", taken)
 
 
@@ -96,11 +98,11 @@ def score_pages(index: Index, summary: Summary, query: Query, q: Float[Array, "B
     """
     if (
         not (isinstance(index, MinMax) and index.parts > 1)
-        or api.platform_implementation() != "tpu"
+        or platforms.platform_implementation() != "tpu"
         or query.implementation == "xla"
         or query.differentiable
         or q.dtype != summary[0].dtype
-        or q.dtype.name not in api.DTYPES
+        or q.dtype.name not in DTYPES
         or splits("slots")
     ):
         return index.scores(summary, q)
@@ -121,7 +123,7 @@ def _refused(query: Query, k: Array, page: int | None) -> str | None:
         return "ALiBi"
     if splits("slots"):
         return "slots on several devices"
-    if k.dtype != query.q.dtype or k.dtype.name not in api.DTYPES:
+    if k.dtype != query.q.dtype or k.dtype.name not in DTYPES:
         return f"queries in {query.q.dtype} and keys in {k.dtype}"
     if page is not None and page % (32 // k.dtype.itemsize):
         return f"pages of {page} tokens in {k.dtype}"

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from pallas_kernels import api
+from pallas_kernels.api import platforms
 from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from streamjax.attention import blockwise
@@ -99,7 +100,7 @@ def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: Buffer, view: 
         in_order
         and q.shape[1] >= KERNEL_TOKENS
         and q.dtype == buffer.k.dtype
-        and api.takes_buffer(blocks.pattern, buffer.k.shape[3], buffer.k.shape[4], q.dtype.name)
+        and platforms.takes_buffer(blocks.pattern, buffer.k.shape[3], buffer.k.shape[4], q.dtype.name)
         and not whole_on_each_device("kv_heads", block.config.num_kv_heads)
     )
     if takes:

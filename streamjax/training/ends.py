@@ -2,6 +2,7 @@
 
 Logits of a whole sequence are B x T x V values, more than everything else in a training step when V is large. Here
 they exist for `logits_chunk` tokens of a row, once: the pass that makes them takes the loss and its gradient of them.
+Or nowhere, where there are kernels for that (`token_kernels.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.attention.blocks import cut_blocks, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layout import with_layers, without_layers
+from streamjax.training import token_kernels
 from streamjax.training.chunks import Sequence, add, at, zeros_like
 from streamjax.training.objectives import Batch, Linear, Objective, TokenStats, token_stats
 from streamjax.training.options import Options
@@ -43,6 +45,8 @@ def stats_of(
     ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"], logits_chunk: int
 ) -> TokenStats:
     """Statistics of the tokens of a chunk whose hidden states, before the last norm, are given."""
+    if token_kernels.taken(ends, hidden):
+        return token_kernels.token_stats(ends, ends.norm(hidden), targets)
     size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
     if size == length:
         return token_stats(ends.logits(ends.norm(hidden)), targets)
@@ -72,6 +76,8 @@ def loss_and_pull_back(
       objective: separable.
       grads: as the first part of `output_partition`.
     """
+    if token_kernels.taken(ends, hidden):
+        return _by_kernels(ends, options, hidden, prepared, objective, grads)
     params, rest = output_partition(ends, options.trainable)
     size, length = min(options.logits_chunk, hidden.shape[1]), hidden.shape[1]
 
@@ -91,6 +97,21 @@ def loss_and_pull_back(
     cut = cut_blocks(hidden, size), {name: cut_blocks(x, size) for name, x in prepared.items()}
     (loss, grads), d_hidden = jax.lax.scan(one, start, cut)
     return loss, grads, join_blocks(d_hidden, length)
+
+
+def _by_kernels(
+    ends: Decoder, options: Options, hidden: Array, prepared: Batch, objective: Objective, grads: Decoder
+) -> tuple[Float[Array, ""], Decoder, Float[Array, "B C E"]]:
+    """`loss_and_pull_back` where kernels compute what the objective reads, and its gradient, without logits."""
+    params, rest = partition(ends, options.trainable, {"norm"})
+    normed, pull = jax.vjp(lambda params, x: combine(params, rest).norm(x), params, hidden)
+    of_norm, of_matrix = partition(grads, nnx.Variable, {"norm"})
+    (*known,) = jax.tree.leaves(of_matrix)  # one array, or none where it is not trained
+    loss, d_normed, d_matrix = token_kernels.loss_and_gradients(
+        ends, normed, prepared, objective, known[0] if known else None
+    )
+    d_norm, d_hidden = pull(d_normed.astype(normed.dtype))
+    return loss, combine(add(of_norm, d_norm), jax.tree.map(lambda _: d_matrix, of_matrix)), d_hidden
 
 
 def output_zeros(ends: Decoder, options: Options) -> Decoder:
@@ -198,6 +219,8 @@ def whole_sequence_stats(
 
     Logits are made for `logits_chunk` tokens at a time and made again in the backward pass.
     """
+    if token_kernels.taken(model, hidden):
+        return token_kernels.token_stats(model, hidden, targets)
     size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
 
     def one(hidden: Array, targets: Array) -> TokenStats:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import streamjax as sj
-from pallas_kernels import api
+from pallas_kernels.api import platforms
 from pallas_kernels.patterns import Full, SinkWindow
 from streamjax.attention import dispatch
 
@@ -22,7 +22,7 @@ CONFIG = sj.ModelConfig(
 @pytest.fixture
 def on_tpu(monkeypatch):
     """A platform that has the TPU's kernels; they run in the interpreter."""
-    monkeypatch.setattr(api, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     jax.clear_caches()
     with pltpu.force_tpu_interpret_mode():
         yield
@@ -32,7 +32,7 @@ def on_tpu(monkeypatch):
 def test_chooses_by_platform_size_and_arguments(monkeypatch):
     assert dispatch.choose(1000, 1000, Full(), "float32") == "dense"
     assert dispatch.choose(2000, 2000, Full(), "float32") == "xla"
-    monkeypatch.setattr(api, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     assert dispatch.choose(2000, 2000, Full(), "bfloat16") == "pallas"
     assert dispatch.choose(100, 100, Full(), "bfloat16") == "dense"
     assert dispatch.choose(2000, 2000, SinkWindow(5000, 10), "bfloat16") == "xla"
@@ -53,7 +53,7 @@ def test_a_model_with_kernels_gives_the_same_logits_and_gradient(on_tpu, monkeyp
     batch = {"tokens": tokens, "targets": jnp.roll(tokens, -1, axis=1), "weights": jnp.ones(tokens.shape)}
     assert "pallas_call" in str(jax.make_jaxpr(sj.forward)(model, tokens))
     found = sj.forward(model, tokens), sj.training.loss_and_grad(model, batch, method="full")
-    monkeypatch.setattr(api, "platform_implementation", lambda: None)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: None)
     jax.clear_caches()
     assert "pallas_call" not in str(jax.make_jaxpr(sj.forward)(model, tokens))
     expected = sj.forward(model, tokens), sj.training.loss_and_grad(model, batch, method="full")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracles.hierarchical import hierarchical_attention
 
 from pallas_kernels import api
+from pallas_kernels.api import platforms
 from streamjax.attention import hierarchical
 from streamjax.attention.hierarchical import Chunks, Visible, largest
 
@@ -134,7 +135,7 @@ def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
         return bool(taken) and bool(taken.pop())
 
     assert not read(12, 9)
-    monkeypatch.setattr(hierarchical.api, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     hierarchical._logged.cache_clear()
     with caplog.at_level(logging.INFO, logger=hierarchical.__name__):
         assert read(12, 9)

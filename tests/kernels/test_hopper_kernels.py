@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import api
+from pallas_kernels.api import platforms
 from pallas_kernels.gpu import hopper
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 from tests.kernels.test_flash_kernels import check
@@ -101,5 +102,5 @@ def test_says_which_jax_it_needs():
 
 
 def test_is_not_what_gpus_take_by_default(monkeypatch):
-    monkeypatch.setattr(api.jax, "default_backend", lambda: "gpu")
-    assert api.platform_implementation() == "triton"
+    monkeypatch.setattr(platforms.jax, "default_backend", lambda: "gpu")
+    assert platforms.platform_implementation() == "triton"

@@ -11,6 +11,7 @@ from kernels.near import BACKENDS
 
 import streamjax as sj
 from pallas_kernels import api
+from pallas_kernels.api import platforms
 from streaming.tiny import ALIBI, GQA, LOCAL, build, random_tokens
 from streamjax.kv import Query, kernel_reading
 from streamjax.kv.kernel_reading import kernel_decodes
@@ -87,7 +88,7 @@ def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
         return kernel(q, *args, **more, implementation="tpu", interpret=True)
 
     monkeypatch.setattr(api, "page_scores", call)
-    monkeypatch.setattr(api, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     monkeypatch.setattr(kernel_reading, "kernel_decodes", lambda *_: False)
     np.testing.assert_allclose(logits(ONE_LAYER, cache, None), expected, atol=1e-4)
     assert {shape[1] for shape in called} == {2 * 5, 2}  # two query heads of the chunk's tokens, and of one
@@ -95,7 +96,7 @@ def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
 
 @pytest.mark.parametrize("chosen", [None, "tpu", "triton"])
 def test_a_platform_with_kernels_takes_them_for_long_caches(monkeypatch, caplog, chosen):
-    monkeypatch.setattr(api, "platform_implementation", lambda: chosen)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: chosen)
     kernel_reading._logged.cache_clear()
     q, slots = jnp.zeros((1, 1, 4, 128)), kernel_reading.KERNEL_SLOTS
     query = Query(q, q, jnp.zeros((1, 1), jnp.uint32), jnp.zeros(1, jnp.int32), None, None, 1.0, None)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import streamjax as sj
 from pallas_kernels import api
+from pallas_kernels.api import platforms
 from streamjax.attention import dispatch
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training.state import shard_batch
@@ -38,7 +39,7 @@ def kernels(monkeypatch, request):
 
     for name in ("chunk_attention", "chunk_gradients"):
         instead(name)
-    monkeypatch.setattr(api, "platform_implementation", lambda: request.param)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: request.param)
     monkeypatch.setattr(dispatch, "choose", lambda *_: "dense")  # of whole sequences
     return called
 
@@ -61,7 +62,7 @@ def test_gradients_are_those_of_the_loops(kernels, method, packed, monkeypatch):
     model, batch = random_model(CONFIG, "float32"), random_batch(31, 2, 700, packed=packed)
     found = take(model, batch, method, **CHUNK)
     assert set(kernels) == {"chunk_attention", "chunk_gradients"}
-    monkeypatch.setattr(api, "platform_implementation", lambda: None)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: None)
     assert_same(found, take(model, batch, "full"))
 
 
@@ -73,12 +74,12 @@ def test_on_a_mesh(kernels, axes, monkeypatch):
     with jax.set_mesh(mesh):
         found = take(shard_model(model, mesh), shard_batch(batch, mesh), "layer", **CHUNK)
     assert bool(kernels) == (axes.get("tensor") != 8)  # two key heads for eight devices: the loops
-    monkeypatch.setattr(api, "platform_implementation", lambda: None)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: None)
     assert_same(found, take(model, batch, "full"))
 
 
 def test_short_chunks_and_odd_dtypes_are_the_loops(monkeypatch):
-    monkeypatch.setattr(api, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     monkeypatch.setattr(api, "chunk_attention", None)
     model, batch = random_model(CONFIG, "float32"), random_batch(31, 1, 300)
     sj.training.loss_and_grad(model, batch, method="layer", chunk_size=128)

@@ -1,0 +1,30 @@
+"""The kernels' public functions: one each, whatever the platform.
+
+`implementation` names a kernel's backend: "tpu" (Mosaic) or "triton" (NVIDIA GPUs, Ampere and later). None takes the
+one of the platform that JAX runs on. "mosaic_gpu" (Hopper) is a backend of `flash_attention` that is taken by its name
+alone. `platforms` says which arguments a platform's kernels take. The XLA twins, which run anywhere, are in
+`streamjax`: of attention in `streamjax.attention`, of losses in `streamjax.training`. So is the choice between them and
+these.
+"""
+
+from pallas_kernels.api import platforms
+from pallas_kernels.api.caches import decode_attention, pack_int4, page_scores, paged_attention
+from pallas_kernels.api.losses import LogitStats, token_stats, token_stats_gradients
+from pallas_kernels.api.platforms import Implementation
+from pallas_kernels.api.sequences import chunk_attention, chunk_gradients, flash_attention, hsa_attention
+
+__all__ = [
+    "Implementation",
+    "LogitStats",
+    "chunk_attention",
+    "chunk_gradients",
+    "decode_attention",
+    "flash_attention",
+    "hsa_attention",
+    "pack_int4",
+    "page_scores",
+    "paged_attention",
+    "platforms",
+    "token_stats",
+    "token_stats_gradients",
+]

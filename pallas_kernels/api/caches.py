@@ -1,0 +1,154 @@
+"""Attention to caches, and scores of their pages: see `pallas_kernels.api`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int8, Int32, UInt8
+
+from pallas_kernels import checks
+from pallas_kernels.api.platforms import Implementation, find
+from pallas_kernels.gpu import decode as gpu_decode
+from pallas_kernels.gpu import paged as gpu_paged
+from pallas_kernels.gpu import scores as gpu_scores
+from pallas_kernels.partial import Partial
+from pallas_kernels.tpu import decode as tpu_decode
+from pallas_kernels.tpu import paged as tpu_paged
+from pallas_kernels.tpu import scores as tpu_scores
+
+_DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
+_PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
+_SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
+
+
+def decode_attention(
+    q: Float[Array, "B C H D"],
+    k: Array,
+    v: Array,
+    count: Int32[Array, " B"],
+    *,
+    scale: float | None = None,
+    first: Int32[Array, " B"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
+    splits: int | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of a few queries over the tokens that a cache holds; queries do not see each other here.
+
+    Each row's tokens lie in a ring of S slots: its oldest one in slot `first`, `count` in all. Slots that hold nothing
+    are not read where whole blocks of them do. Shares of the slots are merged as partials (Lean Attention, 2405.10480).
+
+    Args:
+      q: queries of the tokens that follow the cached ones.
+      k, v: [B, K, S, D] of q's dtype or int8, or uint8 [B, K, S, D / 2] with two numbers of four bits in a byte
+        (`pack_int4`), as which they come with scales.
+      count: tokens in the cache, at most S.
+      first: slot of the oldest token; 0 where None.
+      scale, softcap: of the logits, as in `flash_attention`.
+      window: how many tokens before itself a query sees; all where None.
+      k_scale, v_scale: what the numbers of each slot are multiplied with.
+      splits: into how many shares the slots are cut, for cores or programs that have nothing else to do: by default 1
+        on a TPU, and what fills a GPU there.
+      block: slots that are read at once.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    checks.decode(q, k, v, k_scale, v_scale)
+    kernel = find(_DECODING, "decoding kernel", implementation)
+    scale = checks.scale(scale, q)
+    return kernel(
+        q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
+        splits=splits, block=block, interpret=interpret,
+    )  # fmt: skip
+
+
+def paged_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pages: Int32[Array, "B K N"],
+    count: Int32[Array, " B"],
+    *,
+    page_size: int,
+    scale: float | None = None,
+    first: Int32[Array, " B"] | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of a few queries over the pages of a cache that each key head names; nothing else is read.
+
+    A ring of slots as in `decode_attention`, of which page p is slots `p * page_size` and on. All queries of a row and
+    all query heads of a key head read the same pages: queries that choose each for themselves are rows.
+
+    Args:
+      q: queries of the tokens that follow the cached ones.
+      k, v: the cache, of q's dtype.
+      pages: numbers of pages, none twice; -1 for none, behind those that are named.
+      count: tokens in the cache; slots of a page that hold none are not seen.
+      page_size: tokens a page, a multiple of 8 (16 for bfloat16).
+      first, scale, softcap: as in `decode_attention`.
+      block: slots that are worked on at once.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    checks.paged(q, k, v, pages, page_size)
+    kernel = find(_PAGED, "paged kernel", implementation)
+    scale = checks.scale(scale, q)
+    return kernel(
+        q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def page_scores(
+    q: Float[Array, "B C H D"],
+    summary: Float[Array, "B K P W"],
+    some: Bool[Array, "B K P parts"] | None = None,
+    *,
+    bounds: bool = False,
+    parts: int = 1,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Float[Array, "B H C P"]:
+    """How well each page of a cache suits each query, in the units of `q . k`; float32. Not differentiable.
+
+    Args:
+      q: queries.
+      summary: of each page `parts` vectors of D channels, whose products with a query are scores; or, with `bounds`,
+        `parts` times the largest value of each of D channels and behind them the smallest: no key within these bounds
+        has a larger product (Quest, 2406.10774, equation 2). Of a page's parts the best counts (LServe, 2502.14866).
+      some: which parts hold anything; a page without any gets -inf.
+      bounds, parts: see `summary`.
+      block: pages that are worked on at once.
+      implementation, interpret: as in `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    checks.scores(q, summary, some, bounds, parts)
+    kernel = find(_SCORES, "kernel for scores", implementation)
+    by_head = rearrange(q, "b c (k g) d -> b k (g c) d", k=summary.shape[1])
+    if bounds:  # max(q * high, q * low) is q * high for a positive q, and q * low for a negative one
+        by_head = jnp.concatenate((jnp.maximum(by_head, 0), jnp.minimum(by_head, 0)), axis=-1)
+    found = kernel(by_head, summary, some, block=block, interpret=interpret)
+    return rearrange(found, "b k (g c) p -> b (k g) c p", c=q.shape[1])
+
+
+def pack_int4(x: Int8[Array, "*N D"]) -> UInt8[Array, "*N half"]:
+    """Numbers from -8 to 7, two in a byte: channel i below channel i + D / 2."""
+    low, high = jnp.split(x.astype(jnp.uint8), 2, axis=-1)
+    return (low & 15) | (high << 4)

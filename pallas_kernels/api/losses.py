@@ -1,0 +1,136 @@
+"""What losses read of logits that are never written: see `pallas_kernels.api`."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import checks
+from pallas_kernels.api.platforms import Implementation, find
+from pallas_kernels.call import no_gradient
+from pallas_kernels.tpu import token_stats as tpu_token_stats
+
+_STATS = {"tpu": tpu_token_stats.token_stats}
+_GRADIENTS = {"tpu": tpu_token_stats.token_stats_gradients}
+
+
+class LogitStats(NamedTuple):
+    """What is kept of the logits of each token, natural units: the target's logit, the log-sum-exp, the mean."""
+
+    logit: Float[Array, " N"]
+    lse: Float[Array, " N"]
+    mean: Float[Array, " N"]
+
+
+def token_stats(
+    x: Float[Array, "N E"],
+    w: Float[Array, "V E"] | Float[Array, "E V"],
+    targets: Int32[Array, " N"],
+    *,
+    vocab_axis: int = 0,
+    softcap: float | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> LogitStats:
+    """Of the logits `x @ w`: each token's target's, their log-sum-exp and their mean; float32.
+
+    Enough for cross-entropy with label smoothing and z-loss, DPO and GRPO. The logits exist a block at a time, never in
+    main memory (as in Cut Cross-Entropy, 2411.09009); backwards they are made again, four products in all for XLA's
+    three. Differentiable in x and w: the gradient of w is summed in float32.
+
+    Args:
+      x: hidden states of tokens, behind the last norm; bfloat16 or float32.
+      w: the output matrix, of x's dtype.
+      targets: ids; for one that is not in the vocabulary the logit is 0.
+      vocab_axis: which dimension of w is the vocabulary.
+      softcap: logits become `softcap * tanh(logits / softcap)`.
+      block: entries of the vocabulary that are worked on at once, a multiple of 128; by default by the shapes.
+      implementation, interpret: see `flash_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    checks.token_stats(x, w, targets, vocab_axis, block)
+    known = _Known(vocab_axis, softcap, block, implementation, interpret)
+    find(_STATS, _WHAT, implementation)
+    return _differentiable(known, x, w, targets)
+
+
+def token_stats_gradients(
+    x: Float[Array, "N E"],
+    w: Float[Array, "V E"] | Float[Array, "E V"],
+    targets: Int32[Array, " N"],
+    lse: Float[Array, " N"],
+    slopes: LogitStats,
+    d_w: Float[Array, "V E"] | Float[Array, "E V"] | None,
+    *,
+    vocab_axis: int = 0,
+    softcap: float | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "N E"], Float[Array, "V E"] | Float[Array, "E V"] | None]:
+    """The backward pass of `token_stats`: float32 gradient of x, and `d_w` with these tokens' part added in place.
+
+    Args:
+      x, w, targets, vocab_axis, softcap, block, implementation, interpret: as there.
+      lse: what `token_stats` returned.
+      slopes: of a loss, along the statistics.
+      d_w: the gradient of w so far, of any float dtype; None where it is not wanted, which saves a product.
+
+    Raises:
+      ValueError: as there.
+    """
+    checks.token_stats(x, w, targets, vocab_axis, block)
+    kernel = find(_GRADIENTS, _WHAT, implementation)
+    if d_w is not None and d_w.shape != w.shape:
+        raise ValueError(f"d_w {d_w.shape}: use the shape of w, {w.shape}")
+    known = _Known(vocab_axis, softcap, block, implementation, interpret)
+    d_x, d_w = kernel(x, w, targets, lse, slopes, d_w, **known.settings)
+    return d_x, d_w
+
+
+_WHAT = "kernel for losses"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What is static in a call."""
+
+    vocab_axis: int
+    softcap: float | None
+    block: int | None
+    implementation: Implementation | None
+    interpret: Any
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del found["implementation"]
+        return found
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(known: _Known, x: Array, w: Array, targets: Array) -> LogitStats:
+    return LogitStats(*find(_STATS, _WHAT, known.implementation)(x, w, targets, **known.settings))
+
+
+def _forward(known: _Known, x: Array, w: Array, targets: Array) -> tuple[LogitStats, Any]:
+    stats = _differentiable(known, x, w, targets)
+    return stats, (x, w, targets, stats.lse)
+
+
+def _backward(known: _Known, kept: Any, slopes: LogitStats) -> tuple[Array, Array, Any]:
+    x, w, targets, lse = kept
+    kernel = find(_GRADIENTS, _WHAT, known.implementation)
+    d_x, d_w = kernel(x, w, targets, lse, slopes, jnp.zeros(w.shape, jnp.float32), **known.settings)
+    return d_x.astype(x.dtype), d_w.astype(w.dtype), no_gradient(targets)
+
+
+_differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,69 @@
+"""Which kernels there are for the platform that JAX runs on, and what they take."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.checks import DTYPES
+from pallas_kernels.gpu import flash as gpu_flash
+from pallas_kernels.gpu.online import MAX_WIDTH
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.tpu.flash import MAX_SINKS
+from pallas_kernels.tpu.tiles import LANES
+from pallas_kernels.tpu.token_stats import MAX_BYTES
+
+Implementation = Literal["tpu", "triton", "mosaic_gpu"]
+
+
+def platform_implementation() -> Implementation | None:
+    """The kernels for the platform that JAX runs on; None where there are none."""
+    return {"tpu": "tpu", "gpu": "triton"}.get(jax.default_backend())  # type: ignore[return-value]
+
+
+def takes(pattern: Pattern, dtype: str) -> bool:
+    """Whether `flash_attention` takes a pattern and a dtype on the platform that JAX runs on."""
+    chosen = platform_implementation()
+    return chosen is not None and dtype in DTYPES and (chosen != "tpu" or pattern.sinks <= MAX_SINKS)
+
+
+def takes_cache(width: int, slots: int, dtype: str) -> bool:
+    """Whether `decode_attention` and `paged_attention` take a cache on the platform that JAX runs on, and as it lies.
+
+    Where slots do not fill a TPU's tiles, or heads not its lanes, its compiler lays the cache out with other dimensions
+    inside: all of it would be copied at every step.
+    """
+    chosen = platform_implementation()
+    if chosen is None or dtype not in DTYPES:
+        return False
+    if chosen == "triton":
+        return width <= MAX_WIDTH
+    return width % LANES == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
+
+
+def takes_buffer(pattern: Pattern, slots: int, width: int, dtype: str) -> bool:
+    """Whether `chunk_attention` takes a buffer on the platform that JAX runs on."""
+    if platform_implementation() == "triton":
+        return takes(pattern, dtype) and width <= MAX_WIDTH and slots % gpu_flash.BLOCK_K == 0
+    return takes(pattern, dtype) and slots % LANES == 0
+
+
+def takes_tokens(width: int, dtype: str) -> bool:
+    """Whether `token_stats` takes hidden states on the platform that JAX runs on; GPUs have no such kernel."""
+    if platform_implementation() != "tpu" or dtype not in DTYPES:
+        return False
+    return width * jnp.dtype(dtype).itemsize <= MAX_BYTES
+
+
+def find(kernels: dict[str, Any], what: str, implementation: str | None, otherwise: str = "XLA path") -> Any:
+    """The kernel of an implementation, or of the platform.
+
+    Raises:
+      ValueError: there is none.
+    """
+    chosen = implementation or platform_implementation()
+    if chosen not in kernels:
+        raise ValueError(f"no {what} for {chosen or jax.default_backend()}; use streamjax's {otherwise}")
+    return kernels[chosen]

@@ -1,0 +1,98 @@
+"""Statistics of tokens' logits by the platform's kernels, which never write the logits, where there are such kernels.
+
+They are taken for large vocabularies on TPUs, where the compiler's figures say that they win (docs/kernels.md). All
+else is left to XLA, in pieces (`ends.py`): GPUs, an output with a bias, and meshes that split the vocabulary, or
+anything that `jax.shard_map` did not take by hand. Which it is, is logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import jax
+from einops import rearrange
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import api
+from pallas_kernels.api import LogitStats, platforms
+from streamjax.attention.sharded import Names, by_hand
+from streamjax.models.decoder import Decoder
+from streamjax.training.objectives import Batch, Objective, TokenStats
+
+KERNEL_TOKENS = 256  # a kernel works in blocks; fewer tokens would be padding mostly
+KERNEL_VOCABULARY = 8192  # logits of a smaller one are small
+
+
+def taken(ends: Decoder, hidden: Float[Array, "B C E"]) -> bool:
+    """Whether the platform's kernels do it: see the module."""
+    mesh, config = jax.sharding.get_abstract_mesh(), ends.config
+    takes = (
+        platforms.takes_tokens(hidden.shape[2], hidden.dtype.name)
+        and ends.head_bias is None
+        and config.vocab_size >= KERNEL_VOCABULARY
+        and hidden.shape[0] * hidden.shape[1] >= KERNEL_TOKENS
+        and all(mesh.shape[axis] == 1 for axis in set(mesh.axis_names) - set(mesh.manual_axes))
+    )
+    _log("a kernel" if takes else "XLA")
+    return takes
+
+
+def token_stats(ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"]) -> TokenStats:
+    """Statistics of tokens from hidden states behind the last norm; differentiable."""
+    return _by_row(_stats(ends, hidden, targets), hidden)
+
+
+def loss_and_gradients(
+    ends: Decoder, hidden: Float[Array, "B C E"], prepared: Batch, objective: Objective, d_matrix: Array | None
+) -> tuple[Float[Array, ""], Float[Array, "B C E"], Array | None]:
+    """Loss of a chunk, float32 gradient of `hidden`, and `d_matrix` with that of the output matrix added, if any.
+
+    hidden: behind the last norm. d_matrix: of the shape of the output matrix, of any float dtype.
+    """
+    stats = _stats(ends, hidden, prepared["targets"])
+    loss, slopes = jax.value_and_grad(lambda stats: objective.loss(_by_row(stats, hidden), prepared))(stats)
+    names = *_READS, *[_EACH] * 4, _MATRIX
+    out = _HIDDEN, None if d_matrix is None else _MATRIX
+
+    def call(x: Array, w: Array, targets: Array, lse: Array, *more: Any) -> Any:
+        *slopes, d_w = more
+        return api.token_stats_gradients(x, w, targets, lse, LogitStats(*slopes), d_w, **_settings(ends))
+
+    arrays = *_reads(ends, hidden, prepared["targets"]), stats.lse, *slopes, d_matrix
+    d_x, d_matrix = by_hand(call, names, out, arrays)
+    return loss, d_x.reshape(hidden.shape), d_matrix
+
+
+_HIDDEN: Names = (None, None)
+_MATRIX: Names = (None, None)
+_EACH: Names = (None,)
+_READS = _HIDDEN, _MATRIX, _EACH
+
+
+def _stats(ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"]) -> LogitStats:
+    def call(x: Array, w: Array, targets: Array) -> tuple[Array, ...]:
+        return tuple(api.token_stats(x, w, targets, **_settings(ends)))
+
+    return LogitStats(*by_hand(call, _READS, (_EACH, _EACH, _EACH), _reads(ends, hidden, targets)))
+
+
+def _reads(ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"]) -> tuple[Array, Array, Array]:
+    """Tokens one after another, the output matrix in their dtype, and targets."""
+    matrix = ends.embedding if ends.head is None else ends.head
+    return rearrange(hidden, "b c e -> (b c) e"), matrix[...].astype(hidden.dtype), targets.reshape(-1)
+
+
+def _settings(ends: Decoder) -> dict[str, Any]:
+    return {"vocab_axis": 0 if ends.head is None else 1, "softcap": ends.config.logit_softcap}
+
+
+def _by_row(stats: LogitStats, hidden: Float[Array, "B C E"]) -> TokenStats:
+    logit, lse, mean = (x.reshape(hidden.shape[:2]) for x in stats)
+    return TokenStats(logit - lse, lse, mean)
+
+
+@cache
+def _log(choice: str) -> None:
+    logging.getLogger(__name__).info("statistics of logits: %s, on %s", choice, jax.default_backend())
