@@ -22,12 +22,12 @@ from typing import Any
 
 from benchmarks import aot, tables
 from benchmarks.common import RESULTS, machine, table
-from benchmarks.kernels_compile import CACHES, CHIPS, HOPPER, PATTERNS, Case, compile_case, source
+from benchmarks.kernels_compile import CACHES, CHIPS, HOPPER, PATTERNS, TPU_ONLY, Case, compile_case, source
 from benchmarks.shapes import SHAPES
 
 OUTPUT = RESULTS / "kernels_aot.json"
 PAGE = aot.ROOT / "docs" / "kernels.md"
-ORDER = (*CACHES, "hsa", *(pattern for pattern in PATTERNS if pattern != "hsa"))
+ORDER = (*CACHES, *TPU_ONLY, "hsa", *(pattern for pattern in PATTERNS if pattern != "hsa"))
 
 
 def twins(model: str) -> list[str]:
@@ -100,20 +100,22 @@ def grouped(found: Mapping[str, Any], chips: list[str], temporaries: bool) -> li
 
 
 def _place(kernel: str, pattern: str) -> tuple[int, str, int]:
-    """Where a kernel's line stands: flash attention, hierarchical, caches; forwards first."""
-    family = [name for name in ("temp", "flash", "hsa", "decode", "paged") if kernel.startswith(name)]
+    """Where a kernel's line stands: flash attention, hierarchical, caches, losses; forwards first."""
+    families = ("temp", "flash", "hsa", "decode", "paged", "page_scores", "token")
+    family = next(place for place, name in enumerate(families) if kernel.startswith(name))
     backward = "0" if kernel.endswith("forward") else kernel
-    return (
-        ("temp", "flash", "hsa", "decode", "paged").index(family[0]),
-        backward,
-        [*PATTERNS, *CACHES, *HOPPER].index(pattern),
-    )
+    return family, backward, [*PATTERNS, *CACHES, *TPU_ONLY, *HOPPER].index(pattern)
+
+
+def tried(chip: str, pattern: str) -> bool:
+    """Whether there is a kernel for the chip."""
+    return pattern not in (TPU_ONLY if chip == "h100" else HOPPER)
 
 
 def page(found: Mapping[str, Any]) -> str:
     """The tables of docs/kernels.md, and the refusals word by word."""
     models = dict.fromkeys(twins(model)[0] for model in SHAPES)
-    keys = {f"{chip}/{model}/{pattern}" for chip in CHIPS for model in models for pattern in ORDER}
+    keys = {f"{c}/{model}/{pattern}" for c in CHIPS for model in models for pattern in ORDER if tried(c, pattern)}
     missing = len(keys - {key.rpartition("/")[0] for key in found})
     refused = [key for key, figures in found.items() if "refused" in figures]
     parts = [f"{len(found) - len(refused)} programs compiled, {len(refused)} refused, {missing} not tried yet."]
@@ -148,7 +150,7 @@ def main() -> None:
         for p in arguments.patterns
         for m in models
         for c in arguments.chips
-        if c == "h100" or p not in HOPPER
+        if tried(c, p)
     ]
     for number, case in enumerate(wanted, 1):
         old = found.get(str(case), {})

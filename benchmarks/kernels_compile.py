@@ -31,18 +31,19 @@ from pallas_kernels import api
 from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
-PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "hsa")
-CACHES = ("decode", "decode-int8", "decode-int4", "paged")
+PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "chunk", "hsa")
+CACHES = ("decode", "decode-int8", "decode-int4", "paged", "scores")
+TPU_ONLY = ("tokens",)  # the loss of a chunk
 HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.12
 WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
 WINDOWS |= {"hopper-local": WINDOWS["local"], "hopper-sinks": WINDOWS["sinks"]}
-_KERNELS = "((?:flash|decode|paged|hsa)_[a-z]+(?:_[a-z]+)?)"
+_KERNELS = "((?:flash|decode|paged|hsa|page|token)_[a-z]+(?:_[a-z]+)?)"
 _LAUNCH = re.compile(rf"\b{_KERNELS} grid: .*? threads: \[(\d+), .*?shared_memory: (\d+) bytes")
 _PTXAS = re.compile(rf"for {_KERNELS}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers")
 
 
 class Case(NamedTuple):
-    """One compile: `pattern` of `PATTERNS` or `HOPPER`, both passes, or of `CACHES`, one token for 8 streams."""
+    """One compile: `pattern` of `PATTERNS`, `TPU_ONLY` or `HOPPER`, both passes, or of `CACHES`, a token for 8 streams."""
 
     chip: str
     model: str
@@ -166,7 +167,8 @@ def _trace(case: Case) -> Any:
 
     if case.pattern in HOPPER:
         return _hopper(case, array)
-    make = _decode if case.pattern in CACHES else _hsa if case.pattern == "hsa" else _flash
+    known = {"scores": _scores, "chunk": _chunk, "hsa": _hsa, "tokens": _tokens}
+    make = known.get(case.pattern, _decode if case.pattern in CACHES else _flash)
     return make(case, array, "triton" if case.chip == "h100" else "tpu")
 
 
@@ -217,6 +219,51 @@ def _decode(case: Case, array: Any, implementation: Any) -> Any:
     scale = array(batch, config.num_kv_heads, case.length, dtype=jnp.float32)
     scales = {} if stored == jnp.bfloat16 else {"k_scale": scale, "v_scale": scale}
     return jax.jit(step).trace(q, cache, cache, number, number, scales)
+
+
+def _scores(case: Case, array: Any, implementation: Any) -> Any:
+    """One token for 8 streams that scores all pages of 64 tokens by bounds, each page in 2 parts."""
+    config, batch = SHAPES[case.model], 8
+    heads, pages, width = config.num_kv_heads, case.length // 64, config.head_dim
+
+    def step(q: Any, summary: Any, some: Any) -> Any:
+        return api.page_scores(q, summary, some, bounds=True, parts=2, implementation=implementation)
+
+    summary, some = array(batch, heads, pages, 4 * width), array(batch, heads, pages, 2, dtype=jnp.bool_)
+    return jax.jit(step).trace(array(batch, 1, config.num_heads, width), summary, some)
+
+
+def _chunk(case: Case, array: Any, implementation: Any) -> Any:
+    """A chunk of 2,048 tokens over a sequence's keys in one of 4 rows of a buffer; gradients of keys in float32."""
+    config, chunk = SHAPES[case.model], 2048
+    q = array(1, chunk, config.num_heads, config.head_dim)
+    shape = (4, 1, config.num_kv_heads, case.length, config.head_dim)
+
+    def step(q: Any, k: Any, v: Any, d_out: Any, d_k: Any, d_v: Any, offset: Any, row: Any) -> Any:
+        known: dict[str, Any] = {"offset": offset, "row": row, "implementation": implementation}
+        part = api.chunk_attention(q, k, v, Full(), **known)
+        return part.out, *api.chunk_gradients(q, k, v, Full(), part, d_out, d_k, d_v, **known)
+
+    buffer, sums, number = array(*shape), array(*shape, dtype=jnp.float32), array(dtype=jnp.int32)
+    d_out = array(*q.shape, dtype=jnp.float32)
+    return jax.jit(step, donate_argnums=(4, 5)).trace(q, buffer, buffer, d_out, sums, sums, number, number)
+
+
+def _tokens(case: Case, array: Any, implementation: Any) -> Any:
+    """What a loss reads of the logits of 2,048 tokens, and gradients; the output matrix's in float32."""
+    config, tokens = SHAPES[case.model], 2048
+    known = {"vocab_axis": 0 if config.tie_embeddings else 1, "implementation": implementation}
+
+    def step(x: Any, w: Any, targets: Any, slopes: Any, d_w: Any) -> Any:
+        stats = api.token_stats(x, w, targets, **known)
+        return stats, *api.token_stats_gradients(x, w, targets, stats.lse, api.LogitStats(*slopes), d_w, **known)
+
+    shape = (config.vocab_size, config.d_model)[:: 1 if config.tie_embeddings else -1]
+    each = array(tokens, dtype=jnp.float32)
+    return jax.jit(step, donate_argnums=(4,)).trace(
+        array(tokens, config.d_model), array(*shape), array(tokens, dtype=jnp.int32), (each,) * 3,
+        array(*shape, dtype=jnp.float32),
+    )  # fmt: skip
 
 
 def _hsa(case: Case, array: Any, implementation: Any) -> Any:

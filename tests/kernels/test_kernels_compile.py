@@ -36,6 +36,12 @@ def test_a_tpu_takes_the_decoding_kernel():
     assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
 
 
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
+def test_tpus_take_the_kernels_of_losses(chip):
+    assert calls(chip, "llama-3.1-8b", "tokens", 4096) == {"token_stats_forward": 1, "token_stats_backward": 1}
+
+
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 def test_an_h100_takes_the_kernels(model):
