@@ -43,7 +43,7 @@ _PTXAS = re.compile(rf"for {_KERNELS}\n.*?(\d+) bytes spill stores, (\d+) bytes 
 
 
 class Case(NamedTuple):
-    """One compile: `pattern` of `PATTERNS`, `TPU_ONLY` or `HOPPER`, both passes, or of `CACHES`, a token for 8 streams."""
+    """One compile: `pattern` is one of the names above; of `CACHES` one token for 8 streams, of others both passes."""
 
     chip: str
     model: str

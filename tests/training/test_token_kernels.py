@@ -1,13 +1,13 @@
 """Losses by kernels, in the TPU interpreter, give what XLA gives: every method, objective and output matrix."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gradients import random_batch, random_model
-from kernels.near import BACKENDS
 
 import streamjax as sj
 from pallas_kernels import api
@@ -34,7 +34,7 @@ def kernels(monkeypatch):
 
         def call(*args, **known):
             calls.append(name)
-            return kernel(*args, **known, **BACKENDS["tpu"])
+            return kernel(*args, **known, implementation="tpu", interpret=True)
 
         monkeypatch.setattr(api, name, call)
 
@@ -100,18 +100,28 @@ def test_of_an_objective_of_pairs(kernels, monkeypatch):
     same(found, by_xla(monkeypatch, model, batch, objective=objective))
 
 
-def test_over_rows_of_a_mesh(kernels, monkeypatch):
-    """Axes that chunked backprop took by hand: each device calls the kernel on its rows. Others are left to XLA."""
-    model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(CONFIG.vocab_size, 4, 40)
-    for axes, taken in (({"data": 2, "fsdp": 2}, True), ({"data": 2, "tensor": 2}, False)):
-        kernels.clear()
-        mesh = make_mesh(**axes, devices=jax.devices()[:4])
-        with jax.set_mesh(mesh):
-            found = sj.training.loss_and_grad(
-                shard_model(model, mesh), shard_batch(batch, mesh), "layer", chunk_size=20
-            )
-        assert bool(kernels) == taken
-        same(found, sj.training.loss_and_grad(model, batch, "full"))
+@pytest.mark.parametrize(
+    ("axes", "method", "taken"),
+    [
+        ({"data": 2, "fsdp": 2}, "layer", True),
+        ({"data": 2, "tensor": 2}, "layer", True),
+        ({"tensor": 4}, "full", True),
+        ({"data": 2, "tensor": 2}, "full", False),
+        ({"context": 2, "tensor": 2}, "layer", False),
+        ({"tensor": 8}, "layer", False),
+    ],
+    ids=str,
+)
+def test_on_a_mesh(kernels, monkeypatch, axes, method, taken):
+    """Each device has rows of its own by chunked backprop, or a part of the vocabulary, where they divide it."""
+    model = random_model(UNTIED, "float32", stacked=True)
+    batch = random_batch(CONFIG.vocab_size, 4, 40)
+    mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
+    known = {"objective": SMOOTH, **({"chunk_size": 20} if method == "layer" else {})}
+    with jax.set_mesh(mesh):
+        found = sj.training.loss_and_grad(shard_model(model, mesh), shard_batch(batch, mesh), method, **known)
+    assert bool(kernels) == taken
+    same(found, by_xla(monkeypatch, model, batch, objective=SMOOTH))
 
 
 def test_what_is_left_to_xla(monkeypatch):
