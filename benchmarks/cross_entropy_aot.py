@@ -150,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--widths", nargs="+", type=int, choices=MODELS, default=list(MODELS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--page", action="store_true", help="write the table into docs/kernels.md, compile nothing")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -160,7 +161,7 @@ def main() -> None:
         found = json.loads(OUTPUT.read_text())["rows"]
         tables.put(PAGE, "cross_entropy_aot", table(found))
     else:
-        wanted = [(c, w, form) for w in arguments.widths for c in arguments.chips for form in FORMS]
+        wanted = [(c, w, form) for w in arguments.widths for c in arguments.chips for form in arguments.forms]
         saved = json.loads(OUTPUT.read_text())["rows"] if OUTPUT.exists() else []
         lines = {(row["width"], row["chip"], FORMS.index(row["form"])): row for row in saved}
         for chip, width, form in wanted:

@@ -25,7 +25,6 @@ from pallas_kernels.tpu.tiles import LANES, NN, NT, TN, across, dot
 PIECE = 512  # tokens of one product
 TILE = 2048  # tokens at most that stay in the chip's memory
 TILE_BYTES = 50 * 2**20  # for a tile, its gradient, and blocks of the matrix
-BLOCK_ENTRIES = 2**20  # of the matrix, in a block
 MAX_BYTES = 16384  # of a token's hidden state
 VMEM_BYTES = 63 * 2**20
 NOTHING = -1e30
@@ -155,7 +154,7 @@ def sizes(tokens: int, width: int, vocabulary: int, itemsize: int, backward: boo
     if width * itemsize > MAX_BYTES:
         most = MAX_BYTES // itemsize
         raise ValueError(f"width {width}: the TPU kernel for losses takes {most} at most; use streamjax's XLA path")
-    block = max(LANES, min(512, BLOCK_ENTRIES // width // LANES * LANES))
+    block = 512 if width <= 2048 else 256 if width <= 4096 else 128
     token_bytes, entry_bytes = (itemsize + 4, 2 * itemsize + 16) if backward else (2 * itemsize, 2 * itemsize)
     room = TILE_BYTES - block * width * (entry_bytes + itemsize)
     most = max(PIECE, min(TILE, room // (token_bytes * width) // PIECE * PIECE))
