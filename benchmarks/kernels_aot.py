@@ -7,8 +7,8 @@
 
 A kernel that asks for a layout, an alignment or an amount of fast memory that a chip does not have is refused here.
 Every result is written at once, and a run goes on from those that are there: what still is the same program for the
-same compilers is not compiled again. The cheap ones come first: on one core a second to a minute each, but flash
-attention for a TPU, forwards and backwards, minutes.
+same compilers is not compiled again. One takes a second to a minute on one core; with --spills, which asks a TPU's
+compiler how many registers it spilled, some take minutes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def twins(model: str) -> list[str]:
     return [name for name in sorted(SHAPES) if shape(name) == shape(model)]
 
 
-def update(case: Case, old: Mapping[str, Any], force: bool = False) -> dict[str, Any]:
+def update(case: Case, old: Mapping[str, Any], force: bool = False, spills: bool = False) -> dict[str, Any]:
     """A case's figures, or `refused`, the compiler's line; those that are there if nothing has changed."""
     now = source(case.chip)
     if old.get("source") == now and not force:
         return dict(old)
     try:
-        found = compile_case(case, None if force else old.get("program"))
+        found = compile_case(case, None if force else old.get("program"), spills)
     except RuntimeError as error:
         return {"refused": str(error).removeprefix(f"{case}: "), "source": now}
     return {**(found if "kernels" in found else old), "source": now}
@@ -70,7 +70,7 @@ def cells(chip: str, figures: Mapping[str, Any]) -> dict[str, str]:
             values[2] = None if values[2] is None else round(values[2] / 1024)
             found[name] = " / ".join("?" if value is None else str(value) for value in values)
         else:
-            spills = f" ({kernel['vmem_spills'] / 2**20:.2f})" if kernel["vmem_spills"] else ""
+            spills = f" ({kernel['vmem_spills'] / 2**20:.2f})" if kernel.get("vmem_spills") else ""
             found[name] = f"{kernel['vmem'] / 2**20:.2f}{spills}"
     return found
 
@@ -123,7 +123,9 @@ def page(found: Mapping[str, Any]) -> str:
     tpus = [chip for chip in CHIPS if chip != "h100"]
     for title, lines in {
         "Temporaries of the whole program, MB": grouped(found, list(CHIPS), temporaries=True),
-        "VMEM of a TPU's kernels, MiB, spilled registers in brackets": grouped(found, tpus, temporaries=False),
+        "VMEM of a TPU's kernels, MiB; where --spills asked, spilled registers in brackets": grouped(
+            found, tpus, temporaries=False
+        ),
         "An H100's kernels: registers / bytes spilled / KiB of shared memory": grouped(found, ["h100"], False),
     }.items():
         parts += [f"{title}:\n\n{table(lines)}"] if lines else []
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", choices=ORDER + HOPPER, default=list(ORDER))
     parser.add_argument("--length", type=int, default=8192, help="tokens")
     parser.add_argument("--force", action="store_true", help="compile also what has not changed")
+    parser.add_argument("--spills", action="store_true", help="of TPU kernels too: ten times as long")
     parser.add_argument("--page", action="store_true", help="write the tables into docs/kernels.md, compile nothing")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
@@ -154,7 +157,7 @@ def main() -> None:
     ]
     for number, case in enumerate(wanted, 1):
         old = found.get(str(case), {})
-        found[str(case)] = update(case, old, arguments.force)
+        found[str(case)] = update(case, old, arguments.force, arguments.spills)
         if found[str(case)] != old:
             body = {"benchmark": "kernels_aot", "machine": machine(), "cases": dict(sorted(found.items()))}
             beside = arguments.output.with_suffix(".partial")

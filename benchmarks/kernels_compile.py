@@ -1,8 +1,9 @@
 """Compile one kernel's program for a chip that is not there, and read what the chip's compiler says: `compile_case`.
 
-Figures are the compilers' own: temporaries from the buffer assignment; a TPU kernel's fast memory from the report of
-VMEM that libtpu writes; a GPU kernel's shared memory and threads from the launches that XLA wrote down, registers and
-spills from `ptxas -v` over the PTX that it made. This module is the program of the process that compiles, too.
+Figures are the compilers' own: temporaries from the buffer assignment; a TPU kernel's fast memory from the compiled
+program, its spilled registers from a report that libtpu writes; a GPU kernel's shared memory and threads from the
+launches that XLA wrote down, registers and spills from `ptxas -v` over the PTX that it made. This module is the program
+of the process that compiles, too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for
 WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
 WINDOWS |= {"hopper-local": WINDOWS["local"], "hopper-sinks": WINDOWS["sinks"]}
 _KERNELS = "((?:flash|decode|paged|hsa|page|token)_[a-z]+(?:_[a-z]+)?)"
+_CALL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2|__gpu\$xla.gpu.triton)"'
+_VMEM = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"}'
 _LAUNCH = re.compile(rf"\b{_KERNELS} grid: .*? threads: \[(\d+), .*?shared_memory: (\d+) bytes")
 _PTXAS = re.compile(rf"for {_KERNELS}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers")
 
@@ -66,18 +69,19 @@ def source(chip: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
+def compile_case(case: Case, known: str | None = None, spills: bool = False) -> dict[str, Any]:
     """Compile a case in a process of its own.
 
     Args:
       case: what to compile.
       known: a `program` of earlier figures; where the case still is that program, nothing is compiled.
+      spills: ask the TPU's compiler for its report, with which it takes ten times as long.
 
     Returns:
       `program`, a hash of the traced program, alone where it is `known`; else also `seconds`, `temp`, bytes of
       temporaries, and `kernels`, for each the number of its calls, `count`, and what its compiler says: on TPUs `vmem`
-      and `vmem_spills` in bytes; on GPUs `threads` and `shared` bytes, and where there is a `ptxas` `registers` and
-      `spills`, bytes stored and loaded.
+      and, if asked for, `vmem_spills` in bytes; on GPUs `threads` and `shared` bytes, and where there is a `ptxas`
+      `registers` and `spills`, bytes stored and loaded.
 
     Raises:
       ValueError: no compiler for the chip.
@@ -88,7 +92,7 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
         environment = aot.child_environment(CHIPS[case.chip])
         if case.chip == "h100":
             environment["XLA_FLAGS"] = f"--xla_dump_to={folder}"
-        else:
+        elif spills:
             report = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=vmem_report"
             environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} {report}"
         command = [sys.executable, "-m", "benchmarks.kernels_compile", *map(str, case), known or ""]
@@ -102,7 +106,8 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
         more = _gpu(Path(folder)) if case.chip == "h100" else _vmem(Path(folder))
         for kernel, figures in found.get("kernels", {}).items():
             figures.update(more.get(kernel, {}))
-        return found
+        unknown = case.chip != "h100" and not all("vmem" in figures for figures in found.get("kernels", {}).values())
+        return compile_case(case, spills=True) if unknown and not spills else found
 
 
 def _vmem(folder: Path) -> dict[str, dict[str, int]]:
@@ -317,16 +322,22 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
     start = time.perf_counter()
     lowered = traced.lower(lowering_platforms=("cuda" if case.chip == "h100" else "tpu",))
     compiled = lowered.compile()
+    vmem: dict[str, int] = {}
     try:
-        calls = rf'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2|__gpu\$xla.gpu.triton)".*?{_KERNELS}'
-        names = re.findall(calls, compiled.as_text())
+        text = compiled.as_text()
+        names = re.findall(rf"{_CALL}.*?{_KERNELS}", text)
+        for name, size in re.findall(rf"{_CALL}.*?{_KERNELS}.*?{_VMEM}", text):
+            vmem[name] = max(vmem.get(name, 0), int(size))
     except jax.errors.JaxRuntimeError:  # JAX cannot read the text of gathers that run on a TPU's sparse cores
         names = re.findall(rf'kernel_name = "{_KERNELS}"', lowered.as_text())
+    kernels = {name: {"count": names.count(name)} for name in dict.fromkeys(names)}
+    for name, size in vmem.items():
+        kernels[name]["vmem"] = size
     return {
         "program": program,
         "seconds": round(time.perf_counter() - start, 1),
         "temp": compiled.memory_analysis().temp_size_in_bytes,
-        "kernels": {name: {"count": names.count(name)} for name in dict.fromkeys(names)},
+        "kernels": kernels,
     }
 
 
