@@ -2,7 +2,7 @@
 # make test   set up .venv with what the tests need, and run them
 # make lint   check style and types
 # make aot-compilers    install compilers for TPUs and GPUs that are not there, which some benchmarks and tests use
-# make aot    install them, compile every kernel for every chip, and write the table of docs/kernels.md: hours on 2 cores
+# make aot    install them, compile every kernel for every chip, and write the tables of docs/kernels.md: half an hour
 # PYTHON=python3.12 chooses another Python (3.11 or newer); PYTEST_ARGS="-k merge" runs a part of the tests.
 
 PYTHON ?= python3

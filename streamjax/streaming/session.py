@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree
 from streamjax.data.tokenizers import Tokenizer
 from streamjax.kv.cache import Cache
+from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.generate import generate_blocks
 from streamjax.streaming.interrupts import undisturbed
@@ -46,9 +47,10 @@ class Session:
       sampler: how to choose tokens; plain sampling at temperature 1 by default.
       seed: of the sampling key.
       chunk_size: tokens a step when reading.
+      implementation: what reads the cache, as in `init_state`.
 
     Raises:
-      ValueError: the tokenizer has ids that the model lacks.
+      ValueError: the tokenizer has ids that the model lacks, or an unknown implementation.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Session:
         sampler: Sampler | None = None,
         seed: int = 0,
         chunk_size: int = 512,
+        implementation: Implementation | None = None,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -73,11 +76,12 @@ class Session:
         self.cache = cache
         self.sampler = sampler or Sampler()
         self.chunk_size = chunk_size
+        self.implementation = implementation
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
         """Start over, as if nothing had been read."""
-        state = init_state(self.model, self.cache)
+        state = init_state(self.model, self.cache, implementation=self.implementation)
         with undisturbed():
             self.state = state
             self.tokens_seen = 0

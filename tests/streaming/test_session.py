@@ -68,6 +68,14 @@ def test_generates_what_generate_does(model, block):
 
 
 @pytest.mark.quick
+def test_what_reads_the_cache_is_kept_over_a_reset(model):
+    session = start(model, implementation="xla")
+    session.reset()
+    assert session.state.implementation == "xla"
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+        start(model, implementation="cuda")
+
+
 def test_two_calls_draw_what_one_draws(model):
     once = "".join(start(model).generate(PROMPT, max_new_tokens=60))
     session = start(model)
