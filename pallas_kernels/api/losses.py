@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,8 @@ from pallas_kernels.api.platforms import Implementation, find
 from pallas_kernels.call import no_gradient
 from pallas_kernels.tpu import token_stats as tpu_token_stats
 
-_STATS = {"tpu": tpu_token_stats.token_stats}
-_GRADIENTS = {"tpu": tpu_token_stats.token_stats_gradients}
+_KERNELS = {"tpu": tpu_token_stats}  # modules, with a function for each pass
+_WHAT = "kernel for losses"
 
 
 class LogitStats(NamedTuple):
@@ -57,9 +57,8 @@ def token_stats(
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
     checks.token_stats(x, w, targets, vocab_axis, block)
-    known = _Known(vocab_axis, softcap, block, implementation, interpret)
-    find(_STATS, _WHAT, implementation)
-    return _differentiable(known, x, w, targets)
+    settings = {"vocab_axis": vocab_axis, "softcap": softcap, "block": block, "interpret": interpret}
+    return _differentiable(find(_KERNELS, _WHAT, implementation), tuple(settings.items()), x, w, targets)
 
 
 def token_stats_gradients(
@@ -88,48 +87,31 @@ def token_stats_gradients(
       ValueError: as there.
     """
     checks.token_stats(x, w, targets, vocab_axis, block)
-    kernel = find(_GRADIENTS, _WHAT, implementation)
+    kernels = find(_KERNELS, _WHAT, implementation)
     if d_w is not None and d_w.shape != w.shape:
         raise ValueError(f"d_w {d_w.shape}: use the shape of w, {w.shape}")
-    known = _Known(vocab_axis, softcap, block, implementation, interpret)
-    d_x, d_w = kernel(x, w, targets, lse, slopes, d_w, **known.settings)
+    d_x, d_w = kernels.token_stats_gradients(
+        x, w, targets, lse, slopes, d_w, vocab_axis=vocab_axis, softcap=softcap, block=block, interpret=interpret
+    )
     return d_x, d_w
 
 
-_WHAT = "kernel for losses"
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(
+    kernels: ModuleType, settings: tuple[tuple[str, Any], ...], x: Array, w: Array, targets: Array
+) -> LogitStats:
+    return LogitStats(*kernels.token_stats(x, w, targets, **dict(settings)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """What is static in a call."""
-
-    vocab_axis: int
-    softcap: float | None
-    block: int | None
-    implementation: Implementation | None
-    interpret: Any
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del found["implementation"]
-        return found
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(known: _Known, x: Array, w: Array, targets: Array) -> LogitStats:
-    return LogitStats(*find(_STATS, _WHAT, known.implementation)(x, w, targets, **known.settings))
-
-
-def _forward(known: _Known, x: Array, w: Array, targets: Array) -> tuple[LogitStats, Any]:
-    stats = _differentiable(known, x, w, targets)
+def _forward(kernels: Any, settings: Any, x: Array, w: Array, targets: Array) -> tuple[LogitStats, Any]:
+    stats = _differentiable(kernels, settings, x, w, targets)
     return stats, (x, w, targets, stats.lse)
 
 
-def _backward(known: _Known, kept: Any, slopes: LogitStats) -> tuple[Array, Array, Any]:
+def _backward(kernels: Any, settings: Any, kept: Any, slopes: LogitStats) -> tuple[Array, Array, Any]:
     x, w, targets, lse = kept
-    kernel = find(_GRADIENTS, _WHAT, known.implementation)
-    d_x, d_w = kernel(x, w, targets, lse, slopes, jnp.zeros(w.shape, jnp.float32), **known.settings)
+    zeros = jnp.zeros(w.shape, jnp.float32)
+    d_x, d_w = kernels.token_stats_gradients(x, w, targets, lse, slopes, zeros, **dict(settings))
     return d_x.astype(x.dtype), d_w.astype(w.dtype), no_gradient(targets)
 
 

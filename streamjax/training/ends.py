@@ -106,7 +106,7 @@ def _by_kernels(
     params, rest = partition(ends, options.trainable, {"norm"})
     normed, pull = jax.vjp(lambda params, x: combine(params, rest).norm(x), params, hidden)
     of_norm, of_matrix = partition(grads, nnx.Variable, {"norm"})
-    (*known,) = jax.tree.leaves(of_matrix)  # one array, or none where it is not trained
+    known = jax.tree.leaves(of_matrix)  # one array, or none where it is not trained
     loss, d_normed, d_matrix = token_kernels.loss_and_gradients(
         ends, normed, prepared, objective, known[0] if known else None
     )
