@@ -1,26 +1,31 @@
-"""The decoding kernels' part of `benchmarks/gpu_kernels.py`: what they read, how right they are, and how fast.
+"""The part of `benchmarks/gpu_kernels.py` about decoding: what the kernels read, how right they are, and how fast.
 
 One token for 8 streams over a ring of slots that is full. What bounds it is the memory: each row says how many GB/s of
-cache were read, beside those of a copy. `paged` reads 32 pages of 64 tokens.
+cache were read, beside those of a copy. `paged` reads 32 pages of 64 tokens; `scores` the bounds of all such pages,
+two pairs a page, beside the index of the library that XLA computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
+from benchmarks.gpu_parts import Device, Line, copies, exact, worst
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api, reference
 from streamjax.attention.dense import attend
+from streamjax.kv.indexes import MinMax
 
-CACHES = ("decode", "decode-int8", "decode-int4", "paged")
+NAMES = ("decode", "decode-int8", "decode-int4", "paged", "scores")
+KERNELS = ("triton",)
 BATCH, PAGE, PAGES = 8, 64, 32
-COPIES = 3  # of the inputs, which take turns
+PARTS = 2  # pairs of bounds of a page
 Arrays = dict[str, jax.Array]
 
 
@@ -50,10 +55,27 @@ def inputs(model: str, name: str, length: int, seed: int, dtype: Any = jnp.bfloa
     return found
 
 
-def ours(name: str, arrays: Mapping[str, jax.Array]) -> Any:
+def bounds(model: str, length: int, seed: int, dtype: Any = jnp.bfloat16) -> Arrays:
+    """What `page_scores` is called with: the newest page's second half is still empty."""
+    config, keys = SHAPES[model], jax.random.split(jax.random.key(seed), 3)
+    sides = BATCH, config.num_kv_heads, length // PAGE, PARTS, config.head_dim
+    low = jax.random.normal(keys[0], sides, dtype)
+    high = low + jax.random.uniform(keys[1], sides, dtype)
+    some = jnp.ones(sides[:4], bool).at[:, :, -1, 1:].set(False)
+    return {
+        "q": jax.random.normal(keys[2], (BATCH, 1, config.num_heads, config.head_dim), dtype),
+        "summary": jnp.stack((high, low), axis=4).reshape(*sides[:3], -1),
+        "some": some,
+    }
+
+
+def ours(name: str, arrays: Mapping[str, jax.Array], interpret: bool = False) -> Any:
+    known: Any = {"implementation": "triton", "interpret": interpret}
+    if name == "scores":
+        return api.page_scores(**arrays, bounds=True, parts=PARTS, **known)
     if name == "paged":
-        return api.paged_attention(**arrays, page_size=PAGE, implementation="triton")
-    return api.decode_attention(**arrays, implementation="triton")
+        return api.paged_attention(**arrays, page_size=PAGE, **known)
+    return api.decode_attention(**arrays, **known)
 
 
 def by_xla(arrays: Mapping[str, jax.Array]) -> Any:
@@ -64,58 +86,49 @@ def by_xla(arrays: Mapping[str, jax.Array]) -> Any:
     return attend(arrays["q"], k, arrays["v"], seen, scale=float(k.shape[3]) ** -0.5)
 
 
-def errors(model: str, name: str, length: int = 64 * 40) -> dict[str, float]:
-    """Largest relative error against float64, for both dtypes of queries."""
-    found = {}
-    for dtype in (jnp.bfloat16, jnp.float32):
-        arrays = inputs(model, name, length, 0, dtype)
-        mine = jax.jit(partial(ours, name))(arrays)
-        with jax.enable_x64(True):
-            exact = {key: jnp.asarray(_plain(key, arrays)) for key in ("q", "k", "v", "count", "first")}
-            scale = float(exact["q"].shape[-1]) ** -0.5
-            if name == "paged":
-                right = reference.paged_attention(**exact, pages=arrays["pages"], page_size=PAGE, scale=scale)
-            else:
-                right = reference.decode_attention(**exact, scale=scale)
-            right = jax.tree.map(np.asarray, right)
-        each = [
-            np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b)) for a, b in zip(mine, right, strict=True)
-        ]
-        found[jnp.dtype(dtype).name] = float(max(each))
-    return found
+def by_index(arrays: Mapping[str, jax.Array]) -> Any:
+    """Scores by XLA, as streams make them where there is no kernel."""
+    q, summary = arrays["q"], arrays["summary"]
+    by_head = rearrange(q, "b c (k g) d -> b k (g c) d", k=summary.shape[1])
+    return MinMax(PARTS).scores((summary, arrays["some"]), by_head)
+
+
+def errors(
+    model: str, name: str, kernel: str = "triton", dtype: Any = jnp.bfloat16, length: int = 64 * 40,
+    interpret: bool = False,
+) -> float:  # fmt: skip
+    """Largest relative error against float64."""
+    arrays = bounds(model, length, 0, dtype) if name == "scores" else inputs(model, name, length, 0, dtype)
+    mine = jax.jit(partial(ours, name, interpret=interpret))(arrays)
+    with jax.enable_x64(True):
+        plain = exact({key: _plain(key, arrays) for key in arrays if "scale" not in key})
+        if name == "scores":
+            return worst(mine, reference.page_scores(**plain, bounds=True, parts=PARTS))
+        scale = float(SHAPES[model].head_dim) ** -0.5
+        if name == "paged":
+            return worst(mine, reference.paged_attention(**plain, page_size=PAGE, scale=scale))
+        return worst(mine, reference.decode_attention(**plain, scale=scale))
 
 
 def _plain(name: str, arrays: Mapping[str, jax.Array]) -> np.ndarray:
-    """An input in float64, of what is quantised what it stands for; counts as they are."""
+    """An input, of what is quantised what it stands for in float64."""
     x = np.asarray(arrays[name])
-    if x.dtype == np.int32:
-        return x
     if x.dtype == np.uint8:
         low, high = (x.astype(np.int8) << 4) >> 4, x.astype(np.int8) >> 4
         x = np.concatenate((low, high), axis=-1)
-    x = x.astype(np.float64)
     return x * np.asarray(arrays[f"{name}_scale"], np.float64)[..., None] if f"{name}_scale" in arrays else x
 
 
-def measure(
-    model: str, name: str, length: int, peak: float, seconds: Callable[[Mapping[str, Any]], dict[str, float]]
-) -> list[dict[str, Any]]:
-    """A line for each side. peak: GB/s of a copy. seconds: medians of programs over their inputs."""
-    sets = [(inputs(model, name, length, seed),) for seed in range(COPIES)]
+def measure(model: str, name: str, length: int, kernels: Sequence[str], device: Device) -> list[Line]:
+    """A line for each side."""
+    make = partial(bounds, model, length) if name == "scores" else partial(inputs, model, name, length)
+    sets = [(x,) for x in copies(make)]
     first = sets[0][0]
-    read = sum(first[x].nbytes for x in ("k", "v", "k_scale", "v_scale") if x in first)
+    read = sum(first[x].nbytes for x in ("k", "v", "k_scale", "v_scale", "summary") if x in first)
     if name == "paged":
         read = read * PAGES * PAGE // length
-    programs = {"streamjax": (jax.jit(partial(ours, name)), sets)}
-    if name == "decode":
-        programs["xla"] = jax.jit(by_xla), sets
-    found, lines = seconds(programs), []
-    for label, median in found.items():
-        rate = read / median / 1e9
-        lines.append({
-            "model": model, "pattern": name, "tokens": length, "direction": "decode", "side": label,
-            "ms": median * 1e3, "GB/s": rate, "of the ceiling": rate / peak,
-            "ours / this": found["streamjax"] / median,
-        })  # fmt: skip
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in lines[-1].items()}, flush=True)
-    return lines
+    programs: dict[str, Callable[..., Any]] = {"streamjax": partial(ours, name)}
+    if name in ("decode", "scores"):
+        programs["xla"] = by_xla if name == "decode" else by_index
+    labels = {"model": model, "pattern": name, "tokens": length, "direction": "decode"}
+    return device.lines(programs, sets, "GB/s", read, **labels)

@@ -6,7 +6,7 @@ are of all of it, the choice of chunks by their landmarks included: by the kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_parts import Device, Line, copies, exact, worst
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api, reference
 from streamjax.attention.hierarchical import Chunks, Visible
 
-HSA = "hsa"
+NAMES = ("hsa",)
+KERNELS = ("triton",)
 SIZE, CHOICES = 64, 8
 FORMS = {"streamjax": "pallas", "gathered": "gathered", "dense": "dense"}
 DENSE_TOKENS = 8192  # from here on the dense form takes seconds
-COPIES = 3  # of the inputs, which take turns
 
 
 def inputs(model: str, length: int, seed: int, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
@@ -48,27 +49,21 @@ def both(form: Any, q: jax.Array, retrieval: jax.Array, chunks: Chunks, d_out: j
     return out, pull(d_out)
 
 
-def errors(model: str, length: int = 64 * 20) -> dict[str, float]:
-    """Largest relative error of the kernel's output and gradients against float64, for both dtypes."""
-    found = {}
-    for dtype in (jnp.bfloat16, jnp.float32):
-        q, _, chunks, d_out = inputs(model, length, 0, dtype)
-        random, shape = np.random.default_rng(0), (1, chunks.k.shape[1], length, CHOICES)
-        order = np.argsort(random.random((*shape[:3], chunks.k.shape[2])), axis=-1)[..., :CHOICES]
-        chosen = jnp.asarray(np.where(random.random(shape) < 0.2, -1, order), jnp.int32)
-        operands = q, chunks.k, chunks.v, jnp.asarray(random.random(shape), jnp.float32)
+def errors(
+    model: str, name: str, kernel: str = "triton", dtype: Any = jnp.bfloat16, length: int = 64 * 20,
+    interpret: bool = False,
+) -> float:  # fmt: skip
+    """Largest relative error of the kernel's output and gradients against float64."""
+    q, _, chunks, d_out = inputs(model, length, 0, dtype)
+    random, shape = np.random.default_rng(0), (1, chunks.k.shape[1], length, min(CHOICES, chunks.k.shape[2]))
+    order = np.argsort(random.random((*shape[:3], chunks.k.shape[2])), axis=-1)[..., : shape[-1]]
+    chosen = jnp.asarray(np.where(random.random(shape) < 0.2, -1, order), jnp.int32)
+    operands = q, chunks.k, chunks.v, jnp.asarray(random.random(shape), jnp.float32)
 
-        kernel = partial(api.hsa_attention, implementation="triton")
-        mine = jax.jit(partial(_gradients, kernel, chosen))(operands, d_out)
-        with jax.enable_x64(True):
-            exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (operands, d_out))
-            exactly = jax.jit(partial(_gradients, reference.hsa_attention, chosen))
-            right = [np.asarray(x) for x in jax.tree.leaves(exactly(*exact))]
-        found[jnp.dtype(dtype).name] = max(
-            float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b)))
-            for a, b in zip(jax.tree.leaves(mine), right, strict=True)
-        )
-    return found
+    ours = partial(api.hsa_attention, implementation="triton", interpret=interpret)
+    mine = jax.jit(partial(_gradients, ours, chosen))(operands, d_out)
+    with jax.enable_x64(True):
+        return worst(mine, jax.jit(partial(_gradients, reference.hsa_attention, chosen))(*exact((operands, d_out))))
 
 
 def _gradients(attention: Callable[..., jax.Array], chosen: jax.Array, arrays: Any, d_out: jax.Array) -> Any:
@@ -78,25 +73,17 @@ def _gradients(attention: Callable[..., jax.Array], chosen: jax.Array, arrays: A
     return out, pull(d_out)
 
 
-def measure(
-    model: str, length: int, peak: float, seconds: Callable[[Mapping[str, Any]], dict[str, float]]
-) -> list[dict[str, Any]]:
-    """A line for each form and direction. peak: TFLOP/s of a product. seconds: medians of programs."""
+def measure(model: str, name: str, length: int, kernels: Sequence[str], device: Device) -> list[Line]:
+    """A line for each form and direction."""
     config, lines = SHAPES[model], []
-    sets = [inputs(model, length, seed) for seed in range(COPIES)]
+    sets = copies(partial(inputs, model, length))
     pairs = sum(min(t // SIZE, CHOICES) for t in range(length))
     work = 4 * pairs * SIZE * config.num_heads * config.head_dim  # two products forwards, five backwards
     forms = {side: form for side, form in FORMS.items() if form != "dense" or length <= DENSE_TOKENS}
     for direction, factor in (("forward", 1.0), ("both", 3.5)):
         run: Callable[..., Any] = read if direction == "forward" else both
         arrays = [x[:3] if direction == "forward" else x for x in sets]
-        found = seconds({side: (jax.jit(partial(run, form)), arrays) for side, form in forms.items()})
-        for side, median in found.items():
-            rate = factor * work / median / 1e12
-            lines.append({
-                "model": model, "pattern": HSA, "tokens": length, "direction": direction, "side": side,
-                "ms": median * 1e3, "TFLOP/s": rate, "of the ceiling": rate / peak,
-                "ours / this": found["streamjax"] / median,
-            })  # fmt: skip
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in lines[-1].items()}, flush=True)
+        labels = {"model": model, "pattern": name, "tokens": length, "direction": direction}
+        programs = {side: partial(run, form) for side, form in forms.items()}
+        lines += device.lines(programs, arrays, "TFLOP/s", factor * work, **labels)
     return lines
