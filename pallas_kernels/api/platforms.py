@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -55,6 +57,12 @@ def takes_tokens(width: int, dtype: str) -> bool:
     if platform_implementation() != "tpu" or dtype not in DTYPES:
         return False
     return width * jnp.dtype(dtype).itemsize <= MAX_BYTES
+
+
+@cache
+def log_choice(what: str, choice: str) -> None:
+    """Tell the log, once, what something is computed by on the platform that JAX runs on."""
+    logging.getLogger(__name__).info("%s: %s, on %s", what, choice, jax.default_backend())
 
 
 def find(kernels: dict[str, Any], what: str, implementation: str | None, otherwise: str = "XLA path") -> Any:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -71,8 +68,7 @@ def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementat
     return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else logged("xla")
 
 
-@cache
 def logged(choice: Implementation) -> Implementation:
     """`choice`, which the log gets once."""
-    logging.getLogger(__name__).info("attention over long sequences: %s, on %s", choice, jax.default_backend())
+    platforms.log_choice("attention over long sequences", choice)
     return choice

@@ -13,10 +13,8 @@ they chose, so that its work is products of matrices and does not grow with the 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -85,7 +83,8 @@ class Chunks:
         if implementation not in (None, "dense", "gathered", "pallas"):
             raise ValueError(f"unknown implementation {implementation!r}; use 'dense', 'gathered' or 'pallas'")
         if implementation is None and self._kernel_pays(q, top_k):
-            implementation = _logged("pallas")
+            platforms.log_choice("hierarchical attention over many chunks", "pallas")
+            implementation = "pallas"
         parts = list(self._parts(visible, q.shape[1], start))
         if implementation == "pallas":
             found = [chunks._choices(retrieval[:, at], seen, top_k) for at, chunks, seen in parts]
@@ -195,14 +194,6 @@ def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ..
 
     cut = jax.tree.map(lambda x: cut_blocks(x, size), (queries, visible.limit, visible.segments))
     return jax.tree.map(lambda x: join_blocks(x, width), jax.lax.map(piece, cut))
-
-
-@cache
-def _logged(choice: Implementation) -> Implementation:
-    logging.getLogger(__name__).info(
-        "hierarchical attention over many chunks: %s, on %s", choice, jax.default_backend()
-    )
-    return choice
 
 
 def choose(

@@ -6,11 +6,8 @@ successive tokens holds lies before it and within its reach. Chunks of several t
 
 from __future__ import annotations
 
-import logging
 import math
-from functools import cache
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
@@ -49,7 +46,8 @@ def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | N
     if refused is not None or read < KERNEL_SLOTS:
         return False
     taken = platforms.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
-    return _logged("paged" if page else "contiguous", taken)
+    platforms.log_choice(f"decoding over long {'paged' if page else 'contiguous'} caches", "pallas" if taken else "xla")
+    return taken
 
 
 def decode(
@@ -128,10 +126,3 @@ def _refused(query: Query, k: Array, page: int | None) -> str | None:
     if page is not None and page % (32 // k.dtype.itemsize):
         return f"pages of {page} tokens in {k.dtype}"
     return None
-
-
-@cache
-def _logged(what: str, kernel: bool) -> bool:
-    choice = "pallas" if kernel else "xla"
-    logging.getLogger(__name__).info("decoding over long %s caches: %s, on %s", what, choice, jax.default_backend())
-    return kernel

@@ -8,8 +8,6 @@ kernel on its own part. Which it is, is logged once.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import jax
@@ -38,7 +36,7 @@ def taken(ends: Decoder, hidden: Float[Array, "B C E"]) -> bool:
         and hidden.shape[0] * hidden.shape[1] >= KERNEL_TOKENS
         and all(mesh.shape[axis] == 1 for axis in others)
     )
-    _log("a kernel" if takes else "XLA")
+    platforms.log_choice("statistics of logits", "pallas" if takes else "xla")
     return takes
 
 
@@ -119,8 +117,3 @@ def _settings(ends: Decoder) -> dict[str, Any]:
 def _by_row(stats: LogitStats, hidden: Float[Array, "B C E"]) -> TokenStats:
     logit, lse, mean = (x.reshape(hidden.shape[:2]) for x in stats)
     return TokenStats(logit - lse, lse, mean)
-
-
-@cache
-def _log(choice: str) -> None:
-    logging.getLogger(__name__).info("statistics of logits: %s, on %s", choice, jax.default_backend())

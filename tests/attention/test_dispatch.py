@@ -40,8 +40,8 @@ def test_chooses_by_platform_size_and_arguments(monkeypatch):
 
 
 def test_logs_its_choice_once(caplog):
-    dispatch.logged.cache_clear()
-    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+    platforms.log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger=platforms.__name__):
         for _ in range(3):
             dispatch.choose(2000, 2000, Full(), "float32")
     assert [record.getMessage() for record in caplog.records] == ["attention over long sequences: xla, on cpu"]

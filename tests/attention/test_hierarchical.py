@@ -136,8 +136,8 @@ def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
 
     assert not read(12, 9)
     monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
-    hierarchical._logged.cache_clear()
-    with caplog.at_level(logging.INFO, logger=hierarchical.__name__):
+    platforms.log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger=platforms.__name__):
         assert read(12, 9)
         assert read(12, 9)
     assert [record.getMessage() for record in caplog.records] == [

@@ -97,7 +97,7 @@ def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
 @pytest.mark.parametrize("chosen", [None, "tpu", "triton"])
 def test_a_platform_with_kernels_takes_them_for_long_caches(monkeypatch, caplog, chosen):
     monkeypatch.setattr(platforms, "platform_implementation", lambda: chosen)
-    kernel_reading._logged.cache_clear()
+    platforms.log_choice.cache_clear()
     q, slots = jnp.zeros((1, 1, 4, 128)), kernel_reading.KERNEL_SLOTS
     query = Query(q, q, jnp.zeros((1, 1), jnp.uint32), jnp.zeros(1, jnp.int32), None, None, 1.0, None)
 
