@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_parts import Device, Line, copies, exact, worst
+from benchmarks import gpu_torch
+from benchmarks.gpu_parts import Device, Foreign, Line, copies, exact, worst
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api, reference
 from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
@@ -80,7 +81,7 @@ def by_tokamax(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
 
 
 def sides(pattern: Pattern, length: int, kernels: Sequence[str]) -> dict[str, Side]:
-    """What is timed: our `kernels`, and whoever has the pattern (nobody else has sinks)."""
+    """What is timed of JAX: our `kernels`, and whoever has the pattern (nobody else has sinks)."""
     found: dict[str, Side] = {}
     for kernel in kernels:
         found["streamjax" + (f" {kernel}" if kernel != "triton" else "")] = partial(ours, pattern, kernel=kernel)
@@ -126,7 +127,11 @@ def measure(model: str, name: str, length: int, kernels: Sequence[str], device: 
     sets = copies(partial(inputs, model, length))
     for direction, factor in (("forward", 1.0), ("both", 3.5)):
         found = sides(pattern, length, kernels)
-        programs = found if direction == "forward" else {side: partial(backward, f) for side, f in found.items()}
+        programs: dict[str, Side | Foreign] = dict(found)
+        if direction == "both":
+            programs = {side: partial(backward, f) for side, f in found.items()}
+        if pattern == Full() and importlib.util.find_spec("torch"):
+            programs["torch flash"] = gpu_torch.flash(direction == "both")
         arrays = [x[:3] if direction == "forward" else x for x in sets]
         labels = {"model": model, "pattern": name, "tokens": length, "direction": direction}
         lines += device.lines(programs, arrays, "TFLOP/s", factor * work, **labels)

@@ -4,11 +4,11 @@
     python -m benchmarks.gpu_kernels --models llama-3.1-8b --lengths 8192
     python -m benchmarks.gpu_kernels --numerics      # time nothing
 
-Needs JAX with CUDA and nothing else; tokamax is compared with where it is installed. Every kernel is first held against
-float64 on the device: a kernel that is wrong, or does not compile there, is named and not timed. Times are of calls
-that are queued behind each other between two synchronisations, over inputs that take turns so that no call finds its
-own in the cache, after warming up; medians, all sides in turn. Ceilings are measured too: the largest TFLOP/s of a
-bfloat16 matrix product, and the GB/s of a copy, which is what the kernels of decoding are held against.
+Needs JAX with CUDA and nothing else; tokamax and torch are compared with where they are installed. Every kernel is
+first held against float64 on the device: one that is wrong, or does not compile there, is named and not timed. Times
+are of calls that are queued behind each other between two synchronisations, over inputs that take turns so that no call
+finds its own in the cache, after warming up; medians, all sides in turn. Ceilings are measured too: the largest TFLOP/s
+of a bfloat16 matrix product, and the GB/s of a copy, which is what the kernels of decoding are held against.
 `gpu_flash.py` has what is done with whole sequences, `gpu_chunks.py` chunked backprop, `gpu_hsa.py` hierarchical sparse
 attention, `gpu_decoding.py` caches. Results are written line by line; without a GPU it says so and writes nothing.
 """
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from benchmarks import gpu_chunks, gpu_decoding, gpu_flash, gpu_hsa
 from benchmarks.common import RESULTS, machine, table
-from benchmarks.gpu_parts import TOLERANCE, Device, Part
+from benchmarks.gpu_parts import TOLERANCE, Device, Part, first_line
 from benchmarks.shapes import SHAPES
 from pallas_kernels.gpu import hopper
 
@@ -52,7 +52,7 @@ def check(model: str, name: str, kernel: str) -> dict[str, float]:
         try:
             error = PARTS[name].errors(model, name, kernel, dtype)
         except Exception as problem:
-            print(f"{kernel} cannot run {model}, {name}: {(str(problem).splitlines() or [''])[0][:160]}", flush=True)
+            print(f"{kernel} cannot run {model}, {name}: {first_line(problem)}", flush=True)
             error = math.inf
         found[jnp.dtype(dtype).name] = error
     return found

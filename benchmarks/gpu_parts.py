@@ -17,7 +17,18 @@ TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 SPREAD = 2**28  # bytes of all sets of inputs that take turns, more than any cache holds
 QUEUED_S, MOST_CALLS = 4e-3, 50  # work between two synchronisations, and calls at most
 Line = dict[str, Any]
-Programs = Mapping[str, Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A side that is not JAX: `call` launches, `prepare` makes its inputs of arrays, once; `wait` until all is done."""
+
+    call: Callable[..., Any]
+    prepare: Callable[[Sequence[jax.Array]], Sequence[Any]]
+    wait: Callable[[], None]
+
+
+Programs = Mapping[str, Callable[..., Any] | Foreign]
 
 
 class Part(Protocol):
@@ -74,29 +85,43 @@ def seconds(programs: Programs, sets: Sequence[Sequence[Any]], repeats: int) -> 
     Calls are queued behind each other between two synchronisations, as many as keep the device busy, so that neither
     the synchronisation nor, for programs that take longer than it, the launch of a call is counted.
     """
-    calls: dict[str, tuple[Any, int]] = {}
+    sides, counts = {}, {}
     for name, program in programs.items():
-        compiled = jax.jit(program)
         try:
-            jax.block_until_ready(compiled(*sets[0]))
+            side = _Side(program, sets)
+            side.clock(0, 1)
         except Exception as error:
-            print(f"{name} cannot run this: {str(error).splitlines()[0][:160]}", flush=True)
+            print(f"{name} cannot run this: {first_line(error)}", flush=True)
             continue
-        once = _clock(compiled, sets, 0, 1)
-        calls[name] = compiled, min(max(math.ceil(QUEUED_S / once), 1), MOST_CALLS)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+        sides[name] = side
+        counts[name] = min(max(math.ceil(QUEUED_S / side.clock(0, 1)), 1), MOST_CALLS)
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
-        for name, (compiled, count) in calls.items():
-            times[name].append(_clock(compiled, sets, turn * count, count) / count)
+        for name, side in sides.items():
+            times[name].append(side.clock(turn * counts[name], counts[name]) / counts[name])
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def _clock(program: Any, sets: Sequence[Sequence[Any]], first: int, count: int) -> float:
-    start = time.perf_counter()
-    for turn in range(first, first + count):
-        found = program(*sets[turn % len(sets)])
-    jax.block_until_ready(found)
-    return time.perf_counter() - start
+def first_line(error: Exception) -> str:
+    """What is said of an error: a compiler's can have thousands of lines."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+class _Side:
+    def __init__(self, program: Callable[..., Any] | Foreign, sets: Sequence[Sequence[Any]]):
+        if isinstance(program, Foreign):
+            self.call, self.sets = program.call, [program.prepare(x) for x in sets]
+            self.wait = lambda _: program.wait()
+        else:
+            self.call, self.sets, self.wait = jax.jit(program), sets, jax.block_until_ready
+
+    def clock(self, first: int, count: int) -> float:
+        """Seconds of `count` calls from the set `first` on."""
+        start = time.perf_counter()
+        for turn in range(first, first + count):
+            found = self.call(*self.sets[turn % len(self.sets)])
+        self.wait(found)
+        return time.perf_counter() - start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_chunks, gpu_decoding, gpu_flash, gpu_hsa, gpu_kernels, gpu_parts
+from benchmarks import gpu_chunks, gpu_decoding, gpu_flash, gpu_hsa, gpu_kernels, gpu_parts, gpu_torch
 from benchmarks.gpu_kernels import DTYPES, PARTS
 from benchmarks.gpu_parts import TOLERANCE, Device
 from benchmarks.shapes import SHAPES
@@ -94,6 +95,18 @@ def test_the_sides_of_a_chunk_and_of_scores_are_the_same(monkeypatch):
     assert gpu_parts.worst(scores, gpu_decoding.by_index(bounds).reshape(scores.shape)) < 1e-5
 
 
+@pytest.mark.usefixtures("small")
+def test_torch_computes_the_same():
+    pytest.importorskip("torch")
+    arrays = gpu_flash.inputs(MODEL, 50, 0, jnp.float32)
+    plain = gpu_flash.backward(partial(gpu_flash.by_jax, "xla", Full()), *arrays)
+    for backward, right in ((False, plain[:1]), (True, jax.tree.leaves(plain))):
+        side = gpu_torch.flash(backward)
+        found = side.call(*side.prepare(arrays[: 4 if backward else 3]))
+        found = [x.detach().transpose(1, 2).numpy() for x in (found if backward else [found])]
+        assert gpu_parts.worst(found, list(right)) < 1e-5
+
+
 def test_lines_have_a_rate_and_leave_out_what_cannot_run(capsys):
     def broken(x):
         raise ValueError("not here\nmore")
@@ -101,8 +114,12 @@ def test_lines_have_a_rate_and_leave_out_what_cannot_run(capsys):
     sets = gpu_parts.copies(lambda seed: (jnp.full(2**20, float(seed)),))
     assert len(sets) == gpu_parts.SPREAD // 2**22
     device = Device({"GB/s": 4.0}, repeats=3)
-    programs = {"streamjax": lambda x: x + 1, "broken": broken}
-    [line] = device.lines(programs, sets, "GB/s", 2**23, model="m")
+    waited = []
+    foreign = gpu_parts.Foreign(np.square, lambda x: [np.asarray(x[0])], lambda: waited.append(1))
+    programs = {"streamjax": lambda x: x + 1, "broken": broken, "foreign": foreign}
+    line, other = device.lines(programs, sets, "GB/s", 2**23, model="m")
+    assert other["side"] == "foreign"
+    assert len(waited) == 2 + 3
     assert line["side"] == "streamjax"
     assert line["ours / this"] == 1.0
     assert line["model"] == "m"
@@ -118,7 +135,7 @@ def test_calls_take_turns_over_the_inputs():
         jax.debug.callback(lambda x: seen.append(int(x)), x)
         return x
 
-    gpu_parts._clock(jax.jit(program), [(jnp.int32(i),) for i in range(3)], 2, 5)
+    gpu_parts._Side(program, [(jnp.int32(i),) for i in range(3)]).clock(2, 5)
     jax.effects_barrier()
     assert sorted(seen) == [0, 0, 1, 2, 2]
 
@@ -131,7 +148,7 @@ def test_measures_every_part(name, monkeypatch):
 
     def lines(self, programs, sets, unit, amount, **labels):
         for side, program in programs.items():
-            if side not in ("jax cudnn", "tokamax"):
+            if side not in ("jax cudnn", "tokamax", "torch flash"):
                 jax.eval_shape(program, *sets[0])
             called.append(side)
         assert amount > 0
