@@ -6,9 +6,9 @@
 
 One sequence, bf16 parameters and gradients, layers stacked; every figure is the compiler's. Peak memory is arguments
 (weights, tokens) + outputs (gradients) - aliases + temporaries. Bytes per token are the slope of the peak between the
-two longest of the lengths that fit (256K only where the line says that it does); where fewer than two fit, between
-lengths that the compiler refused, for which it says what they need ("~"). The longest sequence comes from that line and
-is then compiled: it is the longest that was seen to fit.
+two longest of the lengths that fit (256K, too, where the line says that half of it does); where fewer than two fit,
+between lengths that the compiler refused, for which it says what they need ("~"). The longest sequence comes from that
+line and is then compiled: it is the longest that was seen to fit.
 
 The baselines are gradient checkpointing a layer (each layer's input is kept, attention is blockwise): `full-logits`
 with the logits of the whole sequence, once in float32, and `remat` with the cross-entropy in chunks. `layer` and
@@ -239,7 +239,7 @@ def main() -> None:
         series = f"{model}/{chip}/{method}"
         found = {length: store.compile(series, length, arguments.force) for length in arguments.lengths}
         line, memory = fit_line(found), aot.TOPOLOGIES[CHIPS[chip]].memory_bytes
-        if line is not None and line.longest(memory) > FAR:
+        if line is not None and line.longest(memory) > FAR // 2:
             found[FAR] = store.compile(series, FAR, arguments.force)
             line = fit_line(found)
         if line is not None and not arguments.no_longest:

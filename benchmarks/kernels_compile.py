@@ -35,7 +35,7 @@ CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "chunk", "hsa")
 CACHES = ("decode", "decode-int8", "decode-int4", "paged", "scores")
 TPU_ONLY = ("tokens",)  # the loss of a chunk
-HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.12
+HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.11.2 or later
 WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
 WINDOWS |= {"hopper-local": WINDOWS["local"], "hopper-sinks": WINDOWS["sinks"]}
 _KERNELS = "((?:flash|decode|paged|hsa|page|token)_[a-z]+(?:_[a-z]+)?)"
@@ -170,11 +170,14 @@ def _trace(case: Case) -> Any:
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    if case.pattern in HOPPER:
-        return _hopper(case, array)
-    known = {"scores": _scores, "chunk": _chunk, "hsa": _hsa, "tokens": _tokens}
+    known = {"scores": _scores, "chunk": _chunk, "hsa": _hsa, "tokens": _tokens, **dict.fromkeys(HOPPER, _hopper)}
     make = known.get(case.pattern, _decode if case.pattern in CACHES else _flash)
-    return make(case, array, "triton" if case.chip == "h100" else "tpu")
+    if case.chip != "h100":
+        return make(case, array, "tpu")
+    # JAX from 0.11 on asks which GPU a Triton kernel is for.
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
+        return make(case, array, "mosaic_gpu" if case.pattern in HOPPER else "triton")
 
 
 def _flash(case: Case, array: Any, implementation: Any) -> Any:
@@ -290,24 +293,20 @@ def _hsa(case: Case, array: Any, implementation: Any) -> Any:
     )  # fmt: skip
 
 
-def _hopper(case: Case, array: Any) -> Any:
+def _hopper(case: Case, array: Any, implementation: Any) -> Any:
     """The Hopper kernel, with an offset that is known when it runs, and the Triton kernels that are its gradients."""
     config, length, pattern = SHAPES[case.model], case.length, WINDOWS.get(case.pattern, Full())
     known: dict[str, Any] = {"softcap": 50.0 if case.pattern == "hopper-capped" else None}
 
     def step(q: Any, k: Any, v: Any, d_out: Any, offset: Any) -> Any:
         def attention(q: Any, k: Any, v: Any) -> Any:
-            return api.flash_attention(q, k, v, pattern, offset=offset, implementation="mosaic_gpu", **known).out
+            return api.flash_attention(q, k, v, pattern, offset=offset, implementation=implementation, **known).out
 
         out, pull = jax.vjp(attention, q, k, v)
         return out, pull(d_out)
 
     keys, q = (array(1, length, heads, config.head_dim) for heads in (config.num_kv_heads, config.num_heads))
-    # JAX 0.12 asks which GPU a Triton kernel is for.
-    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
-        d_out = array(*q.shape, dtype=jnp.float32)
-        return jax.jit(step).trace(q, keys, keys, d_out, array(dtype=jnp.int32))
+    return jax.jit(step).trace(q, keys, keys, array(*q.shape, dtype=jnp.float32), array(dtype=jnp.int32))
 
 
 def _compile_here(case: Case, known: str) -> dict[str, Any]:

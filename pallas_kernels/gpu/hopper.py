@@ -19,11 +19,9 @@ WIDTHS = (64, 128, 256)
 BLOCK_Q, BLOCK_K = 128, 128  # tokens
 
 
-def available() -> bool:
-    """Whether the installed JAX has what the kernel is written with, and an interpreter for it."""
-    from jax.experimental.pallas import mosaic_gpu  # slow to import, and nothing else needs it
-
-    return all(hasattr(mosaic_gpu, name) for name in ("store", "barrier_arrive_and_wait", "InterpretGPUParams"))
+def available(interpret: bool = False) -> bool:
+    """Whether the installed JAX compiles the kernel: older ones find no layouts. Interpreting it takes a newer one."""
+    return jax.__version_info__ >= ((0, 12) if interpret else (0, 11, 2))
 
 
 def flash_attention(
@@ -50,8 +48,9 @@ def flash_attention(
       ValueError: what the kernel does not take, blocks that do not fit, or a JAX without what it is written in.
     """
     width = q.shape[-1]
-    if not available():
-        raise ValueError(f"JAX {jax.__version__} cannot run 'mosaic_gpu': use JAX 0.12, or 'triton'")
+    if not available(bool(interpret)):
+        newer = "JAX 0.12 to interpret it" if available() else "JAX 0.11.2 or later"
+        raise ValueError(f"JAX {jax.__version__} cannot run 'mosaic_gpu': use {newer}, or 'triton'")
     if q.dtype != jnp.bfloat16:
         raise ValueError(f"dtype {q.dtype}: 'mosaic_gpu' takes bfloat16; use 'triton'")
     if width not in WIDTHS:

@@ -24,7 +24,7 @@ from pallas_kernels.gpu.operands import dot, over_keys
 from pallas_kernels.logits import LOG2E, Settings, sink_visible, visible
 from pallas_kernels.ranges import Ranges
 
-plgpu: Any = mosaic_gpu  # JAX 0.12's; with an older one, which lacks some of it, nobody comes here
+plgpu: Any = mosaic_gpu  # 0.11.2's or newer; with an older one, which lacks some of it, nobody comes here
 
 CONSUMERS = 2
 SINK_BLOCK = 64  # keys: as many as a product of bfloat16 in swizzled memory sums at least
@@ -204,7 +204,8 @@ def _consume(
     plgpu.barrier_wait(at.q_filled.at[consumer])
 
     def take_turn() -> None:
-        plgpu.barrier_arrive_and_wait(at.turns)
+        plgpu.barrier_arrive(at.turns)
+        plgpu.barrier_wait(at.turns)
 
     def add(mask: Callable[..., Any] | None, step: Any, key: Any, size: int, carry: Any) -> Any:
         """The state of the softmax with the keys of one step, the first of which is `key`."""
@@ -273,9 +274,8 @@ def _consume(
     some = top > 0.5 * MASKED * settings.exact
     divisor = jnp.where(some, total, 1.0)
     factor = jnp.where(some, 1.0 / divisor, 0.0)
-    plgpu.store(out.at[batch, here, head], sums * factor[:, None], optimized=False)
-    found = jnp.where(some, top / LOG2E + jnp.log(divisor), -jnp.inf)
-    plgpu.store(lse.at[batch, head, here], found, optimized=False)
+    out[batch, here, head] = sums * factor[:, None]
+    lse[batch, head, here] = jnp.where(some, top / LOG2E + jnp.log(divisor), -jnp.inf)
 
 
 def _plus_product(form: Form, sums: jax.Array, weights: jax.Array, v: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 from tests.kernels.test_flash_kernels import check
 
 interpreted = pytest.mark.skipif(
-    not hopper.available(), reason="this JAX has no interpreter for Mosaic GPU: JAX 0.12 does"
+    not hopper.available(interpret=True), reason="this JAX has no interpreter for Mosaic GPU: JAX 0.12 does"
 )
 
 
@@ -99,6 +99,13 @@ def test_says_which_jax_it_needs():
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="cannot run 'mosaic_gpu'"):
         api.flash_attention(x, x, x, Full(), implementation="mosaic_gpu")
+
+
+@pytest.mark.skipif(hopper.available(interpret=True), reason="this JAX can")
+def test_says_which_jax_interprets_it():
+    x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"use JAX 0\.1[12]"):
+        api.flash_attention(x, x, x, Full(), implementation="mosaic_gpu", interpret=True)
 
 
 def test_is_not_what_gpus_take_by_default(monkeypatch):

@@ -51,7 +51,7 @@ def test_an_h100_takes_the_kernels(model):
 
 @pytest.mark.parametrize("pattern", HOPPER)
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
-@pytest.mark.skipif(not hopper.available(), reason="this JAX has not what the Hopper kernel is written with")
+@pytest.mark.skipif(not hopper.available(), reason="this JAX does not compile the Hopper kernel")
 def test_an_h100_takes_the_hopper_kernel(pattern):
     names = ["flash_forward_hopper", "flash_query_gradients", "flash_key_gradients"]
     names += ["flash_sink_gradients"] if pattern == "hopper-sinks" else []
