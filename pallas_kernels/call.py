@@ -55,6 +55,7 @@ class Call:
             segmented=segment_ids is not None,
             group=group,
             heads_first=heads_first,
+            interpreted=bool(interpret),
         )
         return cls(settings, block_q, block_k, queries, interpret, offset)
 

@@ -29,6 +29,7 @@ class Settings:
       alibi, segmented: whether there are slopes, and segment ids.
       group: query heads of a key head.
       heads_first: whether keys lie [B, K, S, D], for kernels that take them either way.
+      interpreted: whether an interpreter runs the kernel.
     """
 
     scale: float
@@ -41,6 +42,7 @@ class Settings:
     segmented: bool
     group: int
     heads_first: bool = False
+    interpreted: bool = False
 
     @property
     def exact(self) -> float:

@@ -36,7 +36,7 @@ def chunk_attention(
       ValueError: heads wider than the kernel takes, or a buffer that is not whole blocks of keys.
     """
     call, operands = _prepare(q, _row(k, row), _row(v, row), pattern, **known)
-    out, lse = forward(call.settings, call.ranges(), operands, call.interpret)
+    out, lse = forward(call.settings, call.ranges(), operands)
     return Partial(out[:, : call.queries], jnp.swapaxes(lse, 1, 2)[:, : call.queries])
 
 

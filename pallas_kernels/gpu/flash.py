@@ -86,7 +86,7 @@ def extra_operands(call: Call, offset: Any, slopes: Array | None, segment_ids: A
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
-    return forward(call.settings, call.ranges(), {"q": q, "k": k, "v": v, **extra}, call.interpret)
+    return forward(call.settings, call.ranges(), {"q": q, "k": k, "v": v, **extra})
 
 
 def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
@@ -119,13 +119,13 @@ def gradients(
         "lse": safe(lse),
         "shift": d_lse - jnp.swapaxes(jnp.sum(d_out.astype(out.dtype) * out, axis=-1), 1, 2),
     }
-    d_q = flash_backward.query_gradients(settings, call.ranges(), operands, call.interpret)
+    d_q = flash_backward.query_gradients(settings, call.ranges(), operands)
     more = {} if sums is None else {"d_k": sums[0], "d_v": sums[1]}
     fewer = GRADIENT_Q * 2 // operands["q"].dtype.itemsize
     by_key = dataclasses.replace(call.ranges(transposed=True), block_q=min(call.block_q, fewer))
-    d_k, d_v = flash_backward.key_gradients(settings, by_key, operands | more, call.interpret)
+    d_k, d_v = flash_backward.key_gradients(settings, by_key, operands | more)
     if settings.sinks and settings.window is not None:
-        sinks = flash_backward.sink_gradients(settings, call.ranges(), operands, call.interpret)
+        sinks = flash_backward.sink_gradients(settings, call.ranges(), operands)
         d_k, d_v = (_with_sinks(settings, x, y[:, : settings.sinks]) for x, y in zip((d_k, d_v), sinks, strict=True))
     return d_q, d_k, d_v
 

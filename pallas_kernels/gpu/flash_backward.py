@@ -18,14 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, key_spec, load, over_keys, over_sinks, specs, store
-from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.gpu.softmax import MASKED, exp2
+from pallas_kernels.logits import LOG2E, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges, divide
 
 SHARES = 64  # of the queries, for the sinks' gradients
 BY_QUERY = ("offset", "q", "d_out", "k", "v", "lse", "shift", "slopes", "query_ids", "key_ids")
 
 
-def query_gradients(settings: Settings, ranges: Ranges, operands: Operands, interpret: bool = False) -> jax.Array:
+def query_gradients(settings: Settings, ranges: Ranges, operands: Operands) -> jax.Array:
     """Gradient of q, float32 [B, T, H, D]."""
     batch, length, heads, width = operands["q"].shape
     blocks = specs(settings, ranges, operands)
@@ -37,7 +38,7 @@ def query_gradients(settings: Settings, ranges: Ranges, operands: Operands, inte
         out_specs=blocks["q"],
         out_shape=jax.ShapeDtypeStruct((batch, length, heads, width), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
-        interpret=interpret,
+        interpret=settings.interpreted,
         name="flash_query_gradients",
     )
     d_q: jax.Array = call(*(operands[name] for name in names))
@@ -50,7 +51,7 @@ def _query_kernel(settings: Settings, ranges: Ranges, names: list[str], width: i
     query = offset + i * ranges.block_q
     slope = read["slopes"][0] if settings.alibi else None
     q, d_out = (load(read[name], slice(None), width) for name in ("q", "d_out"))
-    lse, shift = read["lse"][...] * (LOG2E / settings.exact), read["shift"][...]
+    lse, shift = read["lse"][...] * LOG2E, read["shift"][...]
     ids = read["query_ids"][...][:, None] if settings.segmented else None
 
     def add(rows: Any, key: Any, mask: Any, sums: jax.Array) -> jax.Array:
@@ -59,7 +60,7 @@ def _query_kernel(settings: Settings, ranges: Ranges, names: list[str], width: i
         if mask is not None:
             segments = (ids, read["key_ids"][rows][None]) if settings.segmented else None
             scores = jnp.where(mask(settings, scores.shape, query, key, segments), scores, MASKED)
-        weights = jnp.exp2((scores - lse[:, None]) * settings.exact)
+        weights = exp2(scores, settings.exact, lse[:, None], settings.interpreted)
         d_scores = weights * (dot(d_out, v.T) + shift[:, None])
         d_scores = d_scores if derivative is None else d_scores * derivative
         return sums + dot(d_scores.astype(k.dtype), k)
@@ -75,9 +76,7 @@ def _query_kernel(settings: Settings, ranges: Ranges, names: list[str], width: i
     store(d_q, sums * settings.scale, width)
 
 
-def key_gradients(
-    settings: Settings, ranges: Ranges, operands: Operands, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def key_gradients(settings: Settings, ranges: Ranges, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Gradients of k and v, float32 in their shape, from all but the sinks behind the window; `ranges` are transposed.
 
     With sums so far among the operands they are added to those, in place and in their dtype: blocks that no query sees
@@ -99,7 +98,7 @@ def key_gradients(
         ],
         input_output_aliases={count: 0, count + 1: 1} if sums else {},
         compiler_params=plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
-        interpret=interpret,
+        interpret=settings.interpreted,
         name="flash_key_gradients",
     )
     d_k, d_v = call(*(operands[name] for name in names))
@@ -141,8 +140,8 @@ def _pull(
     if mask is not None:
         segments = (read["query_ids"][rows][None], read["key_ids"][...][:, None]) if settings.segmented else None
         scores = jnp.where(mask(settings, scores.shape, query, key, segments, transposed=True), scores, MASKED)
-    lse = read["lse"][g, rows] * (LOG2E / settings.exact)
-    weights = jnp.exp2((scores - lse[None]) * settings.exact)
+    lse = read["lse"][g, rows] * LOG2E
+    weights = exp2(scores, settings.exact, lse[None], settings.interpreted)
     sums_v += dot(weights.astype(d_out.dtype), d_out)
     d_scores = weights * (dot(v, d_out.T) + read["shift"][g, rows][None])
     d_scores = d_scores if derivative is None else d_scores * derivative
@@ -186,9 +185,7 @@ def _key_kernel(settings: Settings, ranges: Ranges, names: list[str], width: int
         all_heads()
 
 
-def sink_gradients(
-    settings: Settings, ranges: Ranges, operands: Operands, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def sink_gradients(settings: Settings, ranges: Ranges, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Gradients of the first keys and values as sinks, float32 [B, N, K, D], N a multiple of `SINK_BLOCK`."""
     batch, heads, width = operands["k"].shape[0], operands["q"].shape[2] // settings.group, operands["k"].shape[-1]
     blocks = -(-settings.sinks // SINK_BLOCK)
@@ -203,7 +200,7 @@ def sink_gradients(
         out_specs=[share, share],
         out_shape=[jax.ShapeDtypeStruct((SHARES, batch, blocks * SINK_BLOCK, heads, width), jnp.float32)] * 2,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
+        interpret=settings.interpreted,
         name="flash_sink_gradients",
     )
     d_k, d_v = call(*(operands[name] for name in names))

@@ -15,15 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, load, over_keys, over_sinks, specs, store
-from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.gpu.softmax import MASKED, exp2
+from pallas_kernels.logits import LOG2E, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges
 
 READS = ("offset", "q", "k", "v", "slopes", "query_ids", "key_ids")
 
 
-def forward(
-    settings: Settings, ranges: Ranges, operands: Operands, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def forward(settings: Settings, ranges: Ranges, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Output, float32 [B, T, H, D], and log-sum-exp, float32 [B, H, T]; 0 and -inf where nothing is seen."""
     batch, length, heads, width = operands["q"].shape
     blocks = specs(settings, ranges, operands)
@@ -38,7 +37,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2),
-        interpret=interpret,
+        interpret=settings.interpreted,
         name="flash_forward",
     )
     out, lse = call(*(operands[name] for name in names))
@@ -60,9 +59,9 @@ def _kernel(settings: Settings, ranges: Ranges, names: list[str], width: int, *r
 
     def add(rows: Any, found: jax.Array, carry: Any) -> Any:
         top, total, sums = carry
-        now = jnp.maximum(top, jnp.max(found, axis=1))
-        weights = jnp.exp2((found - now[:, None]) * settings.exact)
-        shrink = jnp.exp2((top - now) * settings.exact)
+        now = jnp.maximum(top, jnp.max(found, axis=1) * settings.exact)
+        weights = exp2(found, settings.exact, now[:, None], settings.interpreted)
+        shrink = exp2(top, 1.0, now, settings.interpreted)
         v = load(read["v"], rows, width)
         return now, total * shrink + jnp.sum(weights, axis=1), sums * shrink[:, None] + dot(weights.astype(v.dtype), v)
 
@@ -81,13 +80,13 @@ def _kernel(settings: Settings, ranges: Ranges, names: list[str], width: int, *r
         return add(rows, found, carry)
 
     carry = (
-        jnp.full(ranges.block_q, MASKED, jnp.float32),
+        jnp.full(ranges.block_q, MASKED * settings.exact, jnp.float32),  # exponents of 2
         jnp.zeros(ranges.block_q, jnp.float32),
         jnp.zeros((ranges.block_q, out_ref.shape[-1]), jnp.float32),
     )
     carry = over_sinks(settings, ranges, i, offset, sinks, carry)
     top, total, sums = over_keys(settings, ranges, i, offset, keys, carry)
-    some = top > 0.5 * MASKED
+    some = top > 0.5 * MASKED * settings.exact
     divisor = jnp.where(some, total, 1.0)
     store(out_ref, jnp.where(some[:, None], sums / divisor[:, None], 0.0), width)
-    lse_ref[...] = jnp.where(some, top * (settings.exact / LOG2E) + jnp.log(divisor), -jnp.inf)
+    lse_ref[...] = jnp.where(some, top / LOG2E + jnp.log(divisor), -jnp.inf)

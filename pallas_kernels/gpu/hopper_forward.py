@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.gpu.operands import dot, over_keys
+from pallas_kernels.gpu.softmax import MASKED
 from pallas_kernels.logits import LOG2E, Settings, sink_visible, visible
 from pallas_kernels.ranges import Ranges
 
@@ -30,19 +31,16 @@ CONSUMERS = 2
 SINK_BLOCK = 64  # keys: as many as a product of bfloat16 in swizzled memory sums at least
 SHARED_BYTES = 227 * 1024 - 4096  # for operands; barriers and what reductions use are beside them
 MOST_STAGES = 4
-# A power of two, so that its product with a scale is exact in a fused multiply-add and the same without one.
-MASKED = -(2.0**100)
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What is static in the kernel: settings; ranges of a program's queries, those of all consumers; how many buffers
-    the ring has; whether an interpreter runs it."""
+    the ring has."""
 
     settings: Settings
     ranges: Ranges
     stages: int
-    interpreted: bool
 
     @property
     def consumer(self) -> Ranges:
@@ -68,7 +66,7 @@ def forward(
     parameters of the interpreter.
     """
     batch, length, heads, width = q.shape
-    form = Form(settings, ranges, stages(width, ranges.block_q, ranges.block_k), bool(interpret))
+    form = Form(settings, ranges, stages(width, ranges.block_q, ranges.block_k))
     rows = ranges.block_q // CONSUMERS
     ring = form.stages, ranges.block_k, width
     filled = plgpu.Barrier(num_barriers=form.stages)
@@ -283,7 +281,7 @@ def _plus_product(form: Form, sums: jax.Array, weights: jax.Array, v: Any) -> ja
 
     The interpreter has neither products of what lies in registers nor sums that hold something before the product.
     """
-    if form.interpreted:
+    if form.settings.interpreted:
         found = sums + dot(weights, v[...])
         plgpu.commit_smem()  # a read by hand, which the next copy has to wait for
         return found

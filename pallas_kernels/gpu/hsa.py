@@ -22,7 +22,6 @@ MOST = 64  # rows of a tile
 @dataclasses.dataclass(frozen=True)
 class _Static:
     shape: Shape
-    interpret: Any
 
     def operands(self, chosen: Array, **arrays: Array) -> dict[str, Array]:
         return hsa_kernels.operands(self.shape, tiles(chosen, self.shape.chunks, self.shape.block), **arrays)
@@ -63,10 +62,10 @@ def hsa_attention(
     group, choices = heads // key_heads, chosen.shape[3]
     members = 1 << (group - 1).bit_length()
     rows = block or _rows(queries * choices * members // chunks)
-    shape = Shape(scale, heads, group, queries, choices, chunks, slots, width, max(rows // members, 1))
+    shape = Shape(scale, heads, group, queries, choices, chunks, slots, width, max(rows // members, 1), interpret)
     if shape.rows < LEAST:
         shape = dataclasses.replace(shape, block=LEAST // members)
-    return _attention(_Static(shape, interpret), q, k, v, weights.astype(jnp.float32), chosen)
+    return _attention(_Static(shape), q, k, v, weights.astype(jnp.float32), chosen)
 
 
 def _rows(each: int) -> int:
@@ -77,7 +76,7 @@ def _rows(each: int) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Array:
     operands = static.operands(chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v)
-    return static.summed(hsa_kernels.forward(static.shape, operands, static.interpret), chosen)
+    return static.summed(hsa_kernels.forward(static.shape, operands), chosen)
 
 
 def _forward(static: _Static, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Any:
@@ -87,9 +86,9 @@ def _forward(static: _Static, q: Array, k: Array, v: Array, weights: Array, chos
 def _backward(static: _Static, saved: Any, d_out: Array) -> Any:
     q, k, v, weights, chosen = saved
     operands = static.operands(chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v, d_out=d_out.astype(q.dtype))
-    d_pairs, d_weights = hsa_kernels.query_gradients(static.shape, operands, static.interpret)
+    d_pairs, d_weights = hsa_kernels.query_gradients(static.shape, operands)
     d_q = static.summed(d_pairs, chosen).astype(q.dtype)
-    d_k, d_v = hsa_kernels.key_gradients(static.shape, operands, static.interpret)
+    d_k, d_v = hsa_kernels.key_gradients(static.shape, operands)
     d_weights = jnp.sum(d_weights.reshape(*d_weights.shape[:3], -1, static.shape.group), axis=4)
     d_weights = jnp.where(chosen < 0, 0.0, jnp.transpose(d_weights, (0, 3, 2, 1)))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_weights, no_gradient(chosen)

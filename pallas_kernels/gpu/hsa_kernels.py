@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu.operands import dot
+from pallas_kernels.gpu.softmax import MASKED, exp2
 from pallas_kernels.grouping import Tiles
-from pallas_kernels.logits import LOG2E, MASKED
+from pallas_kernels.logits import LOG2E
 
 LEAST = 16  # the smallest side of a product
 Reads = Mapping[str, Any]
@@ -30,7 +31,7 @@ READS = ("pair", "first", "chunk", "weights", "q", "d_out", "k", "v")
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """heads, group: query heads of a row and of a key head. queries, choices: of a row; of a query. chunks of `slots`
-    tokens. width: channels. block: pairs of a tile."""
+    tokens. width: channels. block: pairs of a tile. interpreted: whether an interpreter runs it."""
 
     scale: float
     heads: int
@@ -41,6 +42,7 @@ class Shape:
     slots: int
     width: int
     block: int
+    interpreted: bool
 
     @property
     def members(self) -> int:
@@ -71,10 +73,10 @@ def operands(shape: Shape, tiles: Tiles, **arrays: jax.Array) -> dict[str, jax.A
     return found | {"pair": tiles.pair.reshape(batch, key_heads, -1), "first": tiles.first, "chunk": tiles.chunk}
 
 
-def forward(shape: Shape, arrays: Mapping[str, jax.Array], interpret: bool) -> jax.Array:
+def forward(shape: Shape, arrays: Mapping[str, jax.Array]) -> jax.Array:
     """Weighted output of each pair, of q's dtype: [B, N, C, H, D]; what is written where a query chose none is open."""
     tiles, dtype = arrays["chunk"].shape[2], arrays["q"].dtype
-    (out,) = _call(_forward_kernel, shape, arrays, tiles, {"rows": dtype}, interpret, "hsa_forward")
+    (out,) = _call(_forward_kernel, shape, arrays, tiles, {"rows": dtype}, "hsa_forward")
     return out.reshape(-1, shape.choices, shape.queries, shape.heads, shape.width)
 
 
@@ -90,10 +92,10 @@ def _forward_kernel(shape: Shape, read: Reads, out: Any) -> None:
         rows.store(out, found)
 
 
-def query_gradients(shape: Shape, arrays: Mapping[str, jax.Array], interpret: bool) -> tuple[jax.Array, jax.Array]:
+def query_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Gradients of each pair: of q, [B, N, C, H, D] of its dtype, and of the weight by head, float32 [B, N, C, H]."""
     tiles, outputs = arrays["chunk"].shape[2], {"rows": arrays["q"].dtype, "line": jnp.float32}
-    d_q, d_weights = _call(_query_kernel, shape, arrays, tiles, outputs, interpret, "hsa_query_gradients")
+    d_q, d_weights = _call(_query_kernel, shape, arrays, tiles, outputs, "hsa_query_gradients")
     leading = (-1, shape.choices, shape.queries, shape.heads)
     return d_q.reshape(*leading, shape.width), d_weights.reshape(leading)
 
@@ -113,10 +115,10 @@ def _query_kernel(shape: Shape, read: Reads, d_q: Any, d_weight: Any) -> None:
         rows.store(d_q, dot(d_scores.astype(k.dtype), k))
 
 
-def key_gradients(shape: Shape, arrays: Mapping[str, jax.Array], interpret: bool) -> tuple[jax.Array, jax.Array]:
+def key_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Float32 gradients of k and v, [B, K, P, S, D]; 0 for chunks that nobody chose."""
     outputs = {"d_k": jnp.float32, "d_v": jnp.float32}
-    d_k, d_v = _call(_key_kernel, shape, arrays, shape.chunks, outputs, interpret, "hsa_key_gradients")
+    d_k, d_v = _call(_key_kernel, shape, arrays, shape.chunks, outputs, "hsa_key_gradients")
     each = (*d_k.shape[:2], shape.chunks, shape.slots, shape.width)
     return d_k.reshape(each), d_v.reshape(each)
 
@@ -190,7 +192,8 @@ def _softmax(shape: Shape, dots: jax.Array, axis: int) -> jax.Array:
     """Along the slots, which lie along `axis`."""
     if shape.padded[0] != shape.slots:
         dots = jnp.where(lax.broadcasted_iota(jnp.int32, dots.shape, axis) < shape.slots, dots, MASKED)
-    weights = jnp.exp2((dots - jnp.max(dots, axis=axis, keepdims=True)) * (shape.scale * LOG2E))
+    factor = shape.scale * LOG2E
+    weights = exp2(dots, factor, jnp.max(dots, axis=axis, keepdims=True) * factor, shape.interpreted)
     return weights / jnp.sum(weights, axis=axis, keepdims=True)
 
 
@@ -200,7 +203,6 @@ def _call(
     arrays: Mapping[str, jax.Array],
     programs: int,
     outputs: Mapping[str, Any],
-    interpret: bool,
     name: str,
 ) -> Any:
     """`kernel` for a grid (tile or chunk, key head, row), whose programs see all of their key head or of their row.
@@ -235,6 +237,6 @@ def _call(
         out_specs=[spec(name) for name in outputs],
         out_shape=[jax.ShapeDtypeStruct(shapes[name], dtype) for name, dtype in outputs.items()],
         compiler_params=plgpu.CompilerParams(num_warps=4 if shape.width <= 64 else 8, num_stages=2),
-        interpret=interpret,
+        interpret=shape.interpreted,
         name=name,
     )(*(arrays[name] for name in names))

@@ -26,7 +26,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu.operands import dot
-from pallas_kernels.logits import LOG2E, MASKED
+from pallas_kernels.gpu.softmax import MASKED, exp2
+from pallas_kernels.logits import LOG2E
 from pallas_kernels.partial import Partial, merge_stacked
 from pallas_kernels.ranges import divide
 
@@ -49,7 +50,7 @@ Find = Callable[[Reads, jax.Array], tuple[Any, Any, Place]]
 @dataclasses.dataclass(frozen=True)
 class Few:
     """scale, softcap: of the logits. block: slots at once. shares: programs for the slots of a key head.
-    width: channels of a part. rows: of queries of a key head."""
+    width: channels of a part. rows: of queries of a key head. interpreted: whether an interpreter runs it."""
 
     scale: float
     softcap: float | None
@@ -57,6 +58,7 @@ class Few:
     shares: int
     width: int
     rows: int
+    interpreted: bool
 
     @property
     def exponent(self) -> float:
@@ -108,7 +110,7 @@ def attend(
     rows = min(max(pl.next_power_of_2(count), LEAST), ROWS, ROW_BYTES // (parts * padded * q.dtype.itemsize))
     if splits is None:
         splits = max(min(PROGRAMS // (batch * heads * pl.cdiv(count, rows)), most // SHARE), 1)
-    few = Few(scale, softcap, block, splits, width, count)
+    few = Few(scale, softcap, block, splits, width, count, interpret)
 
     arrays = {**{f"q{n}": part for n, part in enumerate(grouped)}, **operands}
     specs = {
@@ -132,7 +134,7 @@ def attend(
             jax.ShapeDtypeStruct((batch, heads, splits, count), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=5 if listed else 3),
-        interpret=interpret,
+        interpret=few.interpreted,
         name=name,
     )(*arrays.values())
     shares = Partial(
@@ -163,16 +165,16 @@ def _kernel(few: Few, find: Find, names: list[str], *refs: Any) -> None:
         return _add(few, read, q, slot, there, seen, carry)
 
     start = (
-        jnp.full(rows, MASKED, jnp.float32),
+        jnp.full(rows, MASKED * few.exponent, jnp.float32),  # exponents of 2
         jnp.zeros(rows, jnp.float32),
         tuple(jnp.zeros((rows, padded), jnp.float32) for _ in q),
     )
     top, total, sums = lax.fori_loop(0, steps, add, start)
-    some = top > 0.5 * MASKED
+    some = top > 0.5 * MASKED * few.exponent
     divisor = jnp.where(some, total, 1.0)
     for ref, part in zip(out, sums, strict=True):
         plgpu.store(ref, jnp.where(some[:, None], part / divisor[:, None], 0.0), mask=inside)
-    found = jnp.where(some, top * (few.exponent / LOG2E) + jnp.log(divisor), -jnp.inf)
+    found = jnp.where(some, top / LOG2E + jnp.log(divisor), -jnp.inf)
     plgpu.store(lse, found, mask=row < few.rows)
 
 
@@ -197,9 +199,9 @@ def _add(
     if few.softcap is not None:
         scores = few.softcap * jnp.tanh(scores * (few.scale / few.softcap))
     scores = jnp.where(there[None] if seen is None else there[None] & seen, scores, MASKED)
-    now = jnp.maximum(top, jnp.max(scores, axis=1))
-    weights = jnp.exp2((scores - now[:, None]) * few.exponent)
-    shrink = jnp.exp2((top - now) * few.exponent)
+    now = jnp.maximum(top, jnp.max(scores, axis=1) * few.exponent)
+    weights = exp2(scores, few.exponent, now[:, None], few.interpreted)
+    shrink = exp2(top, 1.0, now, few.interpreted)
     total = total * shrink + jnp.sum(weights, axis=1)
     if "v_scale" in read:
         weights *= factor("v_scale")

@@ -1,0 +1,56 @@
+"""The exponential of the GPU kernels: what its instructions compute, run by hand, is what its interpreted form does."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gpu import softmax
+
+
+def run_ptx(asm, *, args, constraints, pack, result_shape_dtypes):
+    """The few instructions of PTX that there are, in float32; $0 is the result."""
+    assert constraints == ",".join(["=f", *["f"] * len(args)])
+    assert pack == 1
+    registers = {f"${i}": np.asarray(x, np.float32) for i, x in enumerate(args, 1)}
+
+    def value(name):
+        return np.uint32(int(name[2:], 16)).view(np.float32) if name.startswith("0f") else registers[name]
+
+    for line in filter(None, (line.strip() for line in asm.split(";"))):
+        name, _, rest = line.partition(" ")
+        target, *operands = (x.strip() for x in rest.split(","))
+        values = [value(x).astype(np.float64) for x in operands]
+        if name == "fma.rn.f32":
+            found = (values[0] * values[1] + values[2]).astype(np.float32)
+        else:
+            assert name == "ex2.approx.ftz.f32"
+            found = np.exp2(values[0]).astype(np.float32)
+            found = np.where(found < np.finfo(np.float32).tiny, np.float32(0), found)
+        registers[target] = found
+    [result] = result_shape_dtypes
+    assert registers["$0"].shape == result.shape
+    return [jnp.asarray(registers["$0"])]
+
+
+@pytest.mark.parametrize("factor", [0.125 * np.log2(np.e), 1.0, 3.7e-3])
+def test_its_instructions_are_its_interpreted_form(factor, monkeypatch):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((5, 7)) * 30, jnp.float32)
+    shift = jnp.asarray(random.standard_normal((5, 1)) * 3, jnp.float32)
+    monkeypatch.setattr(softmax.plgpu, "elementwise_inline_asm", run_ptx)
+    expected = np.exp2(np.float64(factor) * np.asarray(x, np.float64) - np.asarray(shift, np.float64))
+    for interpreted in (True, False):
+        found = softmax.exp2(x, float(factor), shift, interpreted)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("factor", [0.1803368801, 1.4426950408889634])
+def test_what_is_masked_has_no_weight_and_masks_alone_do_not_overflow(factor, monkeypatch):
+    monkeypatch.setattr(softmax.plgpu, "elementwise_inline_asm", run_ptx)
+    masked = jnp.full((1, 4), softmax.MASKED, jnp.float32)
+    for interpreted in (True, False):
+        assert not softmax.exp2(masked, factor, jnp.zeros((1, 1)), interpreted).any()
+        assert not softmax.exp2(jnp.ones((1, 4)), factor, jnp.full((1, 1), jnp.inf), interpreted).any()
+        top = jnp.full((1, 1), softmax.MASKED * factor, jnp.float32)
+        np.testing.assert_array_equal(softmax.exp2(masked, factor, top, interpreted), 1.0)
