@@ -29,12 +29,12 @@ aot: aot-compilers
 	$(VENV)/bin/python -m benchmarks.kernels_aot; status=$$?; \
 	  $(VENV)/bin/python -m benchmarks.kernels_aot --page && exit $$status
 
-# The GPU compiler comes without any NVIDIA library, and of JAX's own version; of CUDA, only the package with its assembler,
-# which says what registers a kernel takes.
+# The GPU compiler comes without any NVIDIA library, and of JAX's own version; of CUDA, only its assembler, which says what
+# registers a kernel takes, and its disassembler.
 aot-compilers: $(VENV)/.library
 	$(PIP) --no-deps --upgrade --target $(VENV)/aot libtpu
 	jax=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
-	  $(PIP) --no-deps --upgrade --target $(VENV)/aot-gpu jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc
+	  $(PIP) --no-deps --upgrade --target $(VENV)/aot-gpu jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 
 clean:
 	rm -rf $(VENV) out

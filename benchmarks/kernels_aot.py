@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,21 @@ def described(figures: Mapping[str, Any]) -> str:
     return "; ".join(parts + [f"{name} {found}" for name, found in figures["kernels"].items()])
 
 
+def temporaries(chip: str, figures: Mapping[str, Any]) -> dict[str, str]:
+    """What the table of temporaries says of a case."""
+    return {"temp": "refused" if "refused" in figures else f"{figures['temp'] / 1e6:,.1f}"}
+
+
+def loops(chip: str, figures: Mapping[str, Any]) -> dict[str, str]:
+    """What the table of inner loops says of a case, by the name of the kernel."""
+    kernels = figures.get("kernels", {})
+    return {name: " / ".join(map(str, x["loop"].values())) for name, x in kernels.items() if "loop" in x}
+
+
 def cells(chip: str, figures: Mapping[str, Any]) -> dict[str, str]:
-    """What the tables say of a case: by the name of the kernel, and by "temp"."""
-    if "refused" in figures:
-        return {"temp": "refused"}
-    found = {"temp": f"{figures['temp'] / 1e6:,.1f}"}
-    for name, kernel in figures["kernels"].items():
+    """What the tables of kernels say of a case, by the name of the kernel."""
+    found = {}
+    for name, kernel in figures.get("kernels", {}).items():
         if chip == "h100":
             values = [kernel.get("registers"), kernel.get("spills"), kernel.get("shared")]
             values[2] = None if values[2] is None else round(values[2] / 1024)
@@ -75,15 +84,16 @@ def cells(chip: str, figures: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def grouped(found: Mapping[str, Any], chips: list[str], temporaries: bool) -> list[dict[str, str]]:
+def grouped(
+    found: Mapping[str, Any], chips: list[str], cells: Callable[[str, Mapping[str, Any]], dict[str, str]]
+) -> list[dict[str, str]]:
     """Lines of a table with a column a model; chips, then cases, whose lines are the same share one."""
     models = list(dict.fromkeys(twins(model)[0] for model in SHAPES))
     said: dict[tuple[str, str, str], dict[str, str]] = {}  # kernel, case, chip: a cell for each model
     for key, figures in found.items():
         chip, model, pattern, _ = key.split("/")
         for kernel, cell in cells(chip, figures).items() if chip in chips else []:
-            if (kernel == "temp") == temporaries:
-                said.setdefault((kernel, pattern, chip), dict.fromkeys(models, "-"))[model] = cell
+            said.setdefault((kernel, pattern, chip), dict.fromkeys(models, "-"))[model] = cell
     by_chips: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for kernel, pattern, chip in sorted(said, key=lambda at: (_place(at[0], at[1]), list(CHIPS).index(at[2]))):
         by_chips.setdefault((kernel, pattern, tuple(said[kernel, pattern, chip].values())), []).append(chip)
@@ -93,7 +103,7 @@ def grouped(found: Mapping[str, Any], chips: list[str], temporaries: bool) -> li
     lines = []
     for (kernel, named, values), patterns in by_cases.items():
         line = {"chips": named} if len(chips) > 1 else {}
-        line |= {} if temporaries else {"kernel": f"`{kernel}`"}
+        line |= {} if kernel == "temp" else {"kernel": f"`{kernel}`"}
         line["cases"] = ", ".join(patterns)
         lines.append(line | {", ".join(twins(model)): cell for model, cell in zip(models, values, strict=True)})
     return lines
@@ -122,11 +132,13 @@ def page(found: Mapping[str, Any]) -> str:
     parts += [f"- `{key}`: {found[key]['refused']}" for key in refused]
     tpus = [chip for chip in CHIPS if chip != "h100"]
     for title, lines in {
-        "Temporaries of the whole program, MB": grouped(found, list(CHIPS), temporaries=True),
+        "Temporaries of the whole program, MB": grouped(found, list(CHIPS), temporaries),
         "VMEM of a TPU's kernels, MiB; where --spills asked, spilled registers in brackets": grouped(
-            found, tpus, temporaries=False
+            found, tpus, cells
         ),
-        "An H100's kernels: registers / bytes spilled / KiB of shared memory": grouped(found, ["h100"], False),
+        "An H100's kernels: registers / bytes spilled / KiB of shared memory": grouped(found, ["h100"], cells),
+        "An H100's inner loops, one pass of a warp over a block: instructions / cycles of the tensor cores / cycles of "
+        "exponentials": grouped(found, ["h100"], loops),
     }.items():
         parts += [f"{title}:\n\n{table(lines)}"] if lines else []
     return "\n\n".join(parts)

@@ -2,17 +2,15 @@
 
 Figures are the compilers' own: temporaries from the buffer assignment; a TPU kernel's fast memory from the compiled
 program, its spilled registers from a report that libtpu writes; a GPU kernel's shared memory and threads from the
-launches that XLA wrote down, registers and spills from `ptxas -v` over the PTX that it made. This module is the program
-of the process that compiles, too.
+launches that XLA wrote down, registers, spills and inner loops from NVIDIA's tools over the PTX that it made. This
+module is the program of the process that compiles, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 
-from benchmarks import aot
+from benchmarks import aot, gpu_code
+from benchmarks.gpu_code import KERNELS
 from benchmarks.shapes import SHAPES
 from pallas_kernels import api
 from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
@@ -38,11 +37,8 @@ TPU_ONLY = ("tokens",)  # the loss of a chunk
 HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.11.2 or later
 WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
 WINDOWS |= {"hopper-local": WINDOWS["local"], "hopper-sinks": WINDOWS["sinks"]}
-_KERNELS = "((?:flash|decode|paged|hsa|page|token)_[a-z]+(?:_[a-z]+)?)"
 _CALL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2|__gpu\$xla.gpu.triton)"'
 _VMEM = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"}'
-_LAUNCH = re.compile(rf"\b{_KERNELS} grid: .*? threads: \[(\d+), .*?shared_memory: (\d+) bytes")
-_PTXAS = re.compile(rf"for {_KERNELS}\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers")
 
 
 class Case(NamedTuple):
@@ -80,8 +76,9 @@ def compile_case(case: Case, known: str | None = None, spills: bool = False) -> 
     Returns:
       `program`, a hash of the traced program, alone where it is `known`; else also `seconds`, `temp`, bytes of
       temporaries, and `kernels`, for each the number of its calls, `count`, and what its compiler says: on TPUs `vmem`
-      and, if asked for, `vmem_spills` in bytes; on GPUs `threads` and `shared` bytes, and where there is a `ptxas`
-      `registers` and `spills`, bytes stored and loaded.
+      and, if asked for, `vmem_spills` in bytes; on GPUs `threads` and `shared` bytes, and where there are the tools
+      `registers`, `spills`, bytes stored and loaded, and `loop`, the inner loop that has most products for its
+      instructions (`gpu_code.Loop`).
 
     Raises:
       ValueError: no compiler for the chip.
@@ -91,7 +88,7 @@ def compile_case(case: Case, known: str | None = None, spills: bool = False) -> 
     with tempfile.TemporaryDirectory() as folder:
         environment = aot.child_environment(CHIPS[case.chip])
         if case.chip == "h100":
-            environment["XLA_FLAGS"] = f"--xla_dump_to={folder}"
+            environment |= {"XLA_FLAGS": f"--xla_dump_to={folder}", "MOSAIC_GPU_DUMP_TO": folder}
         elif spills:
             report = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=vmem_report"
             environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} {report}"
@@ -103,7 +100,7 @@ def compile_case(case: Case, known: str | None = None, spills: bool = False) -> 
             lines = [line[:300] for line in done.stderr.splitlines() if "rror" in line and "input ir" not in line]
             raise RuntimeError(f"{case}: {(lines or ['no message'])[-1]}")
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        more = _gpu(Path(folder)) if case.chip == "h100" else _vmem(Path(folder))
+        more = gpu_code.figures(Path(folder)) if case.chip == "h100" else _vmem(Path(folder))
         for kernel, figures in found.get("kernels", {}).items():
             figures.update(more.get(kernel, {}))
         unknown = case.chip != "h100" and not all("vmem" in figures for figures in found.get("kernels", {}).values())
@@ -117,7 +114,7 @@ def _vmem(folder: Path) -> dict[str, dict[str, int]]:
         text = path.read_text()
         data, _ = json.JSONDecoder().raw_decode(text, text.index("{", text.index("const DATA")))
         for name, usage in data["hlo_breakdowns"].items():
-            kernel = re.search(_KERNELS, name)
+            kernel = re.search(KERNELS, name)
             if kernel is None:
                 continue
             parts = [part for block in usage["blocks"] for part in block["allocations"]]
@@ -127,39 +124,11 @@ def _vmem(folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def _gpu(folder: Path) -> dict[str, dict[str, int]]:
-    """Of each kernel, how it is launched and what `ptxas` makes of it."""
-    found: dict[str, dict[str, int]] = {}
-    for path in folder.glob("*thunk_sequence.txt"):
-        for name, threads, shared in _LAUNCH.findall(path.read_text()):
-            found[name] = {"threads": int(threads), "shared": int(shared)}
-    tool = ptxas()
-    for path in folder.glob("*.ptx") if tool else []:
-        if not re.search(rf"\.entry {_KERNELS}\(", path.read_text()):
-            continue
-        command = [str(tool), "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        for name, stored, loaded, registers in _PTXAS.findall(said):
-            found.setdefault(name, {}).update(registers=int(registers), spills=int(stored) + int(loaded))
-    return found
-
-
-@cache
-def ptxas() -> Path | None:
-    """NVIDIA's assembler: the one that `make aot-compilers` installs, else the machine's, else none."""
-    installed = next(iter(sorted(aot.LIBRARIES["cuda"].glob("nvidia/*/bin/ptxas"))), None)
-    if installed is not None:
-        installed.chmod(0o755)  # pip's `--target` forgets that it is a program
-        return installed
-    machine = shutil.which("ptxas")
-    return Path(machine) if machine else None
-
-
 def _versions(chip: str) -> str:
     folder = aot.LIBRARIES["cuda" if chip == "h100" else "tpu"]
     found = [jax.__version__, *sorted(path.name for path in folder.glob("*.dist-info"))]
-    if chip == "h100" and (tool := ptxas()):
-        found.append(subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout)
+    if chip == "h100":
+        found += gpu_code.versions()
     return " ".join(found)
 
 
@@ -324,11 +293,11 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
     vmem: dict[str, int] = {}
     try:
         text = compiled.as_text()
-        names = re.findall(rf"{_CALL}.*?{_KERNELS}", text)
-        for name, size in re.findall(rf"{_CALL}.*?{_KERNELS}.*?{_VMEM}", text):
+        names = re.findall(rf"{_CALL}.*?{KERNELS}", text)
+        for name, size in re.findall(rf"{_CALL}.*?{KERNELS}.*?{_VMEM}", text):
             vmem[name] = max(vmem.get(name, 0), int(size))
     except jax.errors.JaxRuntimeError:  # JAX cannot read the text of gathers that run on a TPU's sparse cores
-        names = re.findall(rf'kernel_name = "{_KERNELS}"', lowered.as_text())
+        names = re.findall(rf'kernel_name = "{KERNELS}"', lowered.as_text())
     kernels = {name: {"count": names.count(name)} for name in dict.fromkeys(names)}
     for name, size in vmem.items():
         kernels[name]["vmem"] = size

@@ -20,9 +20,9 @@ from pallas_kernels.patterns import Pattern
 
 MAX_WIDTH = 256
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
-GRADIENT_Q = (
-    64  # queries of a block, in bfloat16, for keys' gradients: with twice as many, registers spill (docs/kernels.md)
-)
+# For keys' gradients, in bfloat16: with more queries registers spill, with more keys wide heads take too much shared
+# memory where there are sinks (docs/kernels.md).
+GRADIENT_Q, WIDE_GRADIENT_K = 64, 32
 
 
 def flash_attention(
@@ -66,8 +66,8 @@ def block_sizes(q: Array, block_q: int | None = None, block_k: int | None = None
     width = q.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"heads of width {width}: the Triton kernel takes {MAX_WIDTH} at most; use 'xla'")
-    halved = (width > 128) + (q.dtype == jnp.float32)  # wide heads and wide numbers each take twice the shared memory
-    found = block_q or BLOCK_Q >> halved, block_k or BLOCK_K >> halved
+    wide, exact = width > 128, q.dtype == jnp.float32  # each take twice the shared memory
+    found = block_q or BLOCK_Q >> wide + exact, block_k or BLOCK_K >> (exact and 1 + wide)
     if any(block < 16 or block & (block - 1) for block in found):
         raise ValueError(f"blocks of {found[0]} queries and {found[1]} keys: use powers of two from 16")
     return found
@@ -121,8 +121,10 @@ def gradients(
     }
     d_q = flash_backward.query_gradients(settings, call.ranges(), operands)
     more = {} if sums is None else {"d_k": sums[0], "d_v": sums[1]}
-    fewer = GRADIENT_Q * 2 // operands["q"].dtype.itemsize
-    by_key = dataclasses.replace(call.ranges(transposed=True), block_q=min(call.block_q, fewer))
+    by_key = call.ranges(transposed=True)
+    by_key = dataclasses.replace(by_key, block_q=min(call.block_q, GRADIENT_Q * 2 // operands["q"].dtype.itemsize))
+    if operands["q"].shape[-1] > 128:
+        by_key = dataclasses.replace(by_key, block_k=min(call.block_k, WIDE_GRADIENT_K))
     d_k, d_v = flash_backward.key_gradients(settings, by_key, operands | more)
     if settings.sinks and settings.window is not None:
         sinks = flash_backward.sink_gradients(settings, call.ranges(), operands)

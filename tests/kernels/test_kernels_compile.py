@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import aot
-from benchmarks.kernels_aot import cells, grouped
+from benchmarks import aot, gpu_code
+from benchmarks.kernels_aot import cells, grouped, loops, temporaries
 from benchmarks.kernels_compile import HOPPER, Case, compile_case
 from pallas_kernels.gpu import hopper
 
@@ -49,6 +49,16 @@ def test_an_h100_takes_the_kernels(model):
     assert calls("h100", model, "sinks", 4096) == dict.fromkeys(names, 1)
 
 
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
+@pytest.mark.skipif(not gpu_code.tool("nvdisasm"), reason="no disassembler: `make aot-compilers` installs it")
+def test_an_h100s_tensor_cores_have_more_to_do_than_the_rest(model):
+    """Two warps in turn on a part of a multiprocessor: what is not products hides behind the other's products."""
+    kernels = compile_case(Case("h100", model, "full", 4096))["kernels"]
+    names = ["flash_forward", "flash_query_gradients"] + ["flash_key_gradients"] * (model == "llama-3.1-8b")
+    for loop in (kernels[name]["loop"] for name in names):
+        assert max(loop["instructions"], loop["special"]) < 0.75 * loop["tensor"]
+
+
 @pytest.mark.parametrize("pattern", HOPPER)
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 @pytest.mark.skipif(not hopper.available(), reason="this JAX does not compile the Hopper kernel")
@@ -88,16 +98,20 @@ def test_tables_group_what_is_the_same():
     found["v6e/llama-3.1-8b/decode/8192"] = figures(2**21)
     found["v6e/llama-3.1-8b/paged/8192"] = {"refused": "it does not fit"}
     chips = ["v5e", "v5p", "v6e"]
-    lines = grouped(found, chips, temporaries=False)
+    lines = grouped(found, chips, cells)
     assert [(x["chips"], x["cases"], x["llama-3.1-8b, qwen3-8b"]) for x in lines] == [
         ("v5e, v5p", "decode, paged", "1.00"),
         ("v6e", "decode", "2.00"),
     ]
-    lines = grouped(found, chips, temporaries=True)
+    lines = grouped(found, chips, temporaries)
     assert [(x["chips"], x["cases"], x["llama-3.1-8b, qwen3-8b"]) for x in lines] == [
         ("v5e, v5p, v6e", "decode", "5.0"),
         ("v5e, v5p", "paged", "5.0"),
         ("v6e", "paged", "refused"),
     ]
     gpu = {"count": 1, "shared": 98304, "threads": 128}
-    assert cells("h100", {"temp": 0, "kernels": {"decode_attention": gpu}})["decode_attention"] == "? / ? / 96"
+    assert cells("h100", {"temp": 0, "kernels": {"decode_attention": gpu}}) == {"decode_attention": "? / ? / 96"}
+    flash = {"loop": {"instructions": 343, "tensor": 512, "special": 272}}
+    both = {"temp": 0, "kernels": {"decode_attention": gpu, "flash_forward": flash}}
+    assert loops("h100", both) == {"flash_forward": "343 / 512 / 272"}
+    assert cells("h100", {"refused": "no"}) == loops("h100", {"refused": "no"}) == {}
