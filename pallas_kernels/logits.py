@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,7 +59,13 @@ class Settings:
 
 
 def logits(
-    settings: Settings, dots: jax.Array, query: Any, key: Any, slope: Any, transposed: bool = False
+    settings: Settings,
+    dots: jax.Array,
+    query: Any,
+    key: Any,
+    slope: Any,
+    transposed: bool = False,
+    tanh: Callable[[jax.Array], jax.Array] = jnp.tanh,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Logits before masking, in units of `exact`; and their derivative by the scaled dot products where that is not 1.
 
@@ -66,12 +73,13 @@ def logits(
       dots: products of queries [rows] and keys [columns]; the other way round where `transposed`.
       query, key: index of the first query and of the first key.
       slope: of the head, for ALiBi.
+      tanh: for the soft cap.
     """
     if settings.plain:
         return dots, None
     x, derivative = dots * settings.scale, None
     if settings.softcap is not None:
-        squashed = jnp.tanh(x / settings.softcap)
+        squashed = tanh(x * (1.0 / settings.softcap))
         x, derivative = settings.softcap * squashed, 1.0 - squashed * squashed
     if settings.alibi:
         queries, keys = _indices(dots.shape, transposed)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, key_spec, load, over_keys, over_sinks, specs, store
-from pallas_kernels.gpu.softmax import MASKED, exp2
+from pallas_kernels.gpu.softmax import MASKED, exp2, tanh
 from pallas_kernels.logits import LOG2E, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges, divide
 
@@ -56,7 +56,8 @@ def _query_kernel(settings: Settings, ranges: Ranges, names: list[str], width: i
 
     def add(rows: Any, key: Any, mask: Any, sums: jax.Array) -> jax.Array:
         k, v = (load(read[name], rows, width) for name in ("k", "v"))
-        scores, derivative = logits(settings, dot(q, k.T), query, key, slope)
+        squash = tanh(q.dtype, settings.interpreted)
+        scores, derivative = logits(settings, dot(q, k.T), query, key, slope, tanh=squash)
         if mask is not None:
             segments = (ids, read["key_ids"][rows][None]) if settings.segmented else None
             scores = jnp.where(mask(settings, scores.shape, query, key, segments), scores, MASKED)
@@ -136,7 +137,8 @@ def _pull(
     k, v = (load(read[name], slice(None), width) for name in ("k", "v"))
     q, d_out = (load(read[name], rows, width, g) for name in ("q", "d_out"))
     slope = read["slopes"][g] if settings.alibi else None
-    scores, derivative = logits(settings, dot(k, q.T), query, key, slope, transposed=True)
+    squash = tanh(q.dtype, settings.interpreted)
+    scores, derivative = logits(settings, dot(k, q.T), query, key, slope, transposed=True, tanh=squash)
     if mask is not None:
         segments = (read["query_ids"][rows][None], read["key_ids"][...][:, None]) if settings.segmented else None
         scores = jnp.where(mask(settings, scores.shape, query, key, segments, transposed=True), scores, MASKED)

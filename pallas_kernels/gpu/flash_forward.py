@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, load, over_keys, over_sinks, specs, store
-from pallas_kernels.gpu.softmax import MASKED, exp2
+from pallas_kernels.gpu.softmax import MASKED, exp2, tanh
 from pallas_kernels.logits import LOG2E, Settings, logits, sink_visible, visible
 from pallas_kernels.ranges import Ranges
 
@@ -54,7 +54,8 @@ def _kernel(settings: Settings, ranges: Ranges, names: list[str], width: int, *r
     ids = read["query_ids"][...][:, None] if settings.segmented else None
 
     def scores(rows: Any, key: Any) -> tuple[jax.Array, Any]:
-        found, _ = logits(settings, dot(q, load(read["k"], rows, width).T), query, key, slope)
+        dots = dot(q, load(read["k"], rows, width).T)
+        found, _ = logits(settings, dots, query, key, slope, tanh=tanh(q.dtype, settings.interpreted))
         return found, (ids, read["key_ids"][rows][None]) if settings.segmented else None
 
     def add(rows: Any, found: jax.Array, carry: Any) -> Any:

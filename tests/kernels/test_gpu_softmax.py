@@ -1,10 +1,18 @@
-"""The exponential of the GPU kernels: what its instructions compute, run by hand, is what its interpreted form does."""
+"""Exponentials of the GPU kernels: what their instructions compute, run by hand, is what is interpreted."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.gpu import softmax
+
+OPERATIONS = {
+    "fma.rn.f32": lambda a, b, c: a * b + c,
+    "mul.f32": np.multiply,
+    "add.f32": np.add,
+    "ex2.approx.ftz.f32": np.exp2,
+    "rcp.approx.ftz.f32": np.reciprocal,
+}
 
 
 def run_ptx(asm, *, args, constraints, pack, result_shape_dtypes):
@@ -20,13 +28,9 @@ def run_ptx(asm, *, args, constraints, pack, result_shape_dtypes):
         name, _, rest = line.partition(" ")
         target, *operands = (x.strip() for x in rest.split(","))
         values = [value(x).astype(np.float64) for x in operands]
-        if name == "fma.rn.f32":
-            found = (values[0] * values[1] + values[2]).astype(np.float32)
-        else:
-            assert name == "ex2.approx.ftz.f32"
-            found = np.exp2(values[0]).astype(np.float32)
-            found = np.where(found < np.finfo(np.float32).tiny, np.float32(0), found)
-        registers[target] = found
+        with np.errstate(over="ignore"):
+            found = OPERATIONS[name](*values).astype(np.float32)
+        registers[target] = np.where(np.abs(found) < np.finfo(np.float32).tiny, np.float32(0), found)
     [result] = result_shape_dtypes
     assert registers["$0"].shape == result.shape
     return [jnp.asarray(registers["$0"])]
@@ -54,3 +58,12 @@ def test_what_is_masked_has_no_weight_and_masks_alone_do_not_overflow(factor, mo
         assert not softmax.exp2(jnp.ones((1, 4)), factor, jnp.full((1, 1), jnp.inf), interpreted).any()
         top = jnp.full((1, 1), softmax.MASKED * factor, jnp.float32)
         np.testing.assert_array_equal(softmax.exp2(masked, factor, top, interpreted), 1.0)
+
+
+def test_its_tanh_is_one(monkeypatch):
+    monkeypatch.setattr(softmax.plgpu, "elementwise_inline_asm", run_ptx)
+    x = jnp.asarray([-500.0, -60.0, -3.0, -0.7, -1e-4, 0.0, 1e-3, 0.2, 5.0, 40.0, 500.0], jnp.float32)
+    for interpreted in (True, False):
+        found = softmax.tanh(jnp.bfloat16, interpreted)(x)
+        np.testing.assert_allclose(found, np.tanh(np.asarray(x, np.float64)), rtol=0, atol=3e-7)
+    assert softmax.tanh(jnp.float32, interpreted=False) is jnp.tanh
