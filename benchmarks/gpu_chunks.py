@@ -27,7 +27,6 @@ NAMES = tuple(_PATTERNS)
 KERNELS = ("triton",)
 CHUNK = 2048
 ROW, ROWS = 1, 2  # of the buffer
-Arrays = Sequence[jax.Array]
 
 
 def inputs(model: str, length: int, seed: int, dtype: Any = jnp.bfloat16, chunk: int = CHUNK) -> list[jax.Array]:

@@ -19,20 +19,6 @@ MAX_WIDTH = 256
 MOST = 64  # rows of a tile
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    shape: Shape
-
-    def operands(self, chosen: Array, **arrays: Array) -> dict[str, Array]:
-        return hsa_kernels.operands(self.shape, tiles(chosen, self.shape.chunks, self.shape.block), **arrays)
-
-    def summed(self, pairs: Float[Array, "B N C H *D"], chosen: Int32[Array, "B K C N"]) -> Array:
-        """Over what a query chose; what was written where it chose none does not count."""
-        some = jnp.repeat(jnp.transpose(chosen >= 0, (0, 3, 2, 1)), self.shape.group, axis=3)
-        some = some.reshape(*some.shape, *[1] * (pairs.ndim - some.ndim))
-        return jnp.sum(jnp.where(some, pairs, 0).astype(jnp.float32), axis=1)
-
-
 def hsa_attention(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B K P S D"],
@@ -65,7 +51,7 @@ def hsa_attention(
     shape = Shape(scale, heads, group, queries, choices, chunks, slots, width, max(rows // members, 1), interpret)
     if shape.rows < LEAST:
         shape = dataclasses.replace(shape, block=LEAST // members)
-    return _attention(_Static(shape), q, k, v, weights.astype(jnp.float32), chosen)
+    return _attention(shape, q, k, v, weights.astype(jnp.float32), chosen)
 
 
 def _rows(each: int) -> int:
@@ -73,23 +59,34 @@ def _rows(each: int) -> int:
     return min(max(1 << max(each - 1, 1).bit_length(), LEAST), MOST)
 
 
+def _operands(shape: Shape, chosen: Array, **arrays: Array) -> dict[str, Array]:
+    return hsa_kernels.operands(shape, tiles(chosen, shape.chunks, shape.block), **arrays)
+
+
+def _summed(shape: Shape, pairs: Float[Array, "B N C H *D"], chosen: Int32[Array, "B K C N"]) -> Array:
+    """Over what a query chose; what was written where it chose none does not count."""
+    some = jnp.repeat(jnp.transpose(chosen >= 0, (0, 3, 2, 1)), shape.group, axis=3)
+    some = some.reshape(*some.shape, *[1] * (pairs.ndim - some.ndim))
+    return jnp.sum(jnp.where(some, pairs, 0).astype(jnp.float32), axis=1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Array:
-    operands = static.operands(chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v)
-    return static.summed(hsa_kernels.forward(static.shape, operands), chosen)
+def _attention(shape: Shape, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Array:
+    operands = _operands(shape, chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v)
+    return _summed(shape, hsa_kernels.forward(shape, operands), chosen)
 
 
-def _forward(static: _Static, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Any:
-    return _attention(static, q, k, v, weights, chosen), (q, k, v, weights, chosen)
+def _forward(shape: Shape, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Any:
+    return _attention(shape, q, k, v, weights, chosen), (q, k, v, weights, chosen)
 
 
-def _backward(static: _Static, saved: Any, d_out: Array) -> Any:
+def _backward(shape: Shape, saved: Any, d_out: Array) -> Any:
     q, k, v, weights, chosen = saved
-    operands = static.operands(chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v, d_out=d_out.astype(q.dtype))
-    d_pairs, d_weights = hsa_kernels.query_gradients(static.shape, operands)
-    d_q = static.summed(d_pairs, chosen).astype(q.dtype)
-    d_k, d_v = hsa_kernels.key_gradients(static.shape, operands)
-    d_weights = jnp.sum(d_weights.reshape(*d_weights.shape[:3], -1, static.shape.group), axis=4)
+    operands = _operands(shape, chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v, d_out=d_out.astype(q.dtype))
+    d_pairs, d_weights = hsa_kernels.query_gradients(shape, operands)
+    d_q = _summed(shape, d_pairs, chosen).astype(q.dtype)
+    d_k, d_v = hsa_kernels.key_gradients(shape, operands)
+    d_weights = jnp.sum(d_weights.reshape(*d_weights.shape[:3], -1, shape.group), axis=4)
     d_weights = jnp.where(chosen < 0, 0.0, jnp.transpose(d_weights, (0, 3, 2, 1)))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_weights, no_gradient(chosen)
 
