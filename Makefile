@@ -24,10 +24,10 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# What is in benchmarks/results/kernels_aot.json already, and has not changed, is not compiled again.
+# What is in benchmarks/results/kernels/compile_all.json already, and has not changed, is not compiled again.
 aot: aot-compilers
-	$(VENV)/bin/python -m benchmarks.kernels_aot; status=$$?; \
-	  $(VENV)/bin/python -m benchmarks.kernels_aot --page && exit $$status
+	$(VENV)/bin/python -m benchmarks.kernels.compile_all; status=$$?; \
+	  $(VENV)/bin/python -m benchmarks.kernels.compile_all --page && exit $$status
 
 # The GPU compiler comes without any NVIDIA library, and of JAX's own version; of CUDA, only its assembler, which says what
 # registers a kernel takes, and its disassembler.

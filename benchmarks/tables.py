@@ -11,17 +11,17 @@ import importlib
 import json
 from pathlib import Path
 
-from benchmarks.common import RESULTS, table
+from benchmarks.reporting import RESULTS, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 ELSEWHERE = (
-    "backprop_memory",
-    "memory_model",
-    "tpu_schedule",
-    "hsa_schedule",
-    "decode_schedule",
-    "kernels_aot",
-    "gpu_kernels",
+    "backprop/memory",
+    "backprop/memory_model",
+    "kernels/schedules/flash",
+    "kernels/schedules/hsa",
+    "kernels/schedules/decode",
+    "kernels/compile_all",
+    "kernels/gpu/all_kernels",
 )
 HEAD = """# Benchmarks
 
@@ -35,7 +35,8 @@ def section(path: Path) -> str:
     """One benchmark: what it measures (its script's text), its table, its machine."""
     result = json.loads(path.read_text())
     name = result["benchmark"]
-    text = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").strip()
+    module = "benchmarks." + name.replace("/", ".")
+    text = (importlib.import_module(module).__doc__ or "").strip()
     title, _, rest = text.partition("\n")
     body = "\n".join(line for line in rest.splitlines() if not line.startswith("    ")).strip()
     machine = result["machine"]
@@ -43,7 +44,7 @@ def section(path: Path) -> str:
     where += f", Python {machine['python']}, load average {machine['load_average']} at the end"
     if "torch" in result:
         where += f"; torch {result['torch']}, transformers {result['transformers']}"
-    command = f"```\npython -m benchmarks.{name}\n```"
+    command = f"```\npython -m {module}\n```"
     return "\n\n".join([f"## {title.rstrip('.')}", body, command, table(result["rows"]), f"*{where}*\n"])
 
 
@@ -63,7 +64,11 @@ def put(page: Path, name: str, text: str) -> None:
 
 
 def main() -> None:
-    here = [path for path in sorted(RESULTS.glob("*.json")) if path.stem not in ELSEWHERE]
+    here = [
+        path
+        for path in sorted(RESULTS.rglob("*.json"))
+        if path.relative_to(RESULTS).with_suffix("").as_posix() not in ELSEWHERE
+    ]
     PAGE.write_text("\n".join([HEAD, *map(section, here)]))
     print(f"written: {PAGE}")
 

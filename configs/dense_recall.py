@@ -11,8 +11,8 @@ short rows in two runs of 200 steps.
 
 from streamjax.data import DataConfig
 from streamjax.models.config import ModelConfig
-from streamjax.training.config import TrainConfig
-from streamjax.training.optimizer import OptimizerConfig
+from streamjax.training.run.config import TrainConfig
+from streamjax.training.run.optimizer import OptimizerConfig
 
 
 def get_config() -> TrainConfig:

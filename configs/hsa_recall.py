@@ -10,7 +10,7 @@
 
 Sliding windows of 64 tokens everywhere; the input of the third layer is remembered in chunks of 64, which the two upper
 layers read, 8 chunks a token: HSA-UltraLong's shape (2511.23319) in small. Rows have pass keys in them and questions
-about these (`streamjax/data/recall_rows.py`); half of the rows have several named keys. In rows of 256 tokens the model
+about these (`data/recall/training_rows.py`); half of the rows have several named keys. In rows of 256 tokens the model
 learns to copy a key within minutes, which in long rows alone takes much longer; then rows of 1,024 teach it to choose
 among chunks, the longer the better: the shipped model took 2,500 steps (models/hsa_recall has every run). The last run
 has keys cut by the boundaries of chunks, which are rare and else stay the one thing that it gets wrong.
@@ -19,8 +19,8 @@ has keys cut by the boundaries of chunks, which are rare and else stay the one t
 
 from streamjax.data import DataConfig
 from streamjax.models.config import HSAConfig, ModelConfig
-from streamjax.training.config import TrainConfig
-from streamjax.training.optimizer import OptimizerConfig
+from streamjax.training.run.config import TrainConfig
+from streamjax.training.run.optimizer import OptimizerConfig
 
 
 def get_config() -> TrainConfig:

@@ -9,8 +9,8 @@ peak of resident memory of a run on 2 cores.
 
 from streamjax.data import DataConfig
 from streamjax.models.config import ModelConfig
-from streamjax.training.config import BackpropConfig, TrainConfig
-from streamjax.training.optimizer import OptimizerConfig
+from streamjax.training.run.config import BackpropConfig, TrainConfig
+from streamjax.training.run.optimizer import OptimizerConfig
 
 
 def get_config() -> TrainConfig:

@@ -8,8 +8,8 @@ nats per byte, which is how often each byte occurs and a little more.
 
 from streamjax.data import DataConfig
 from streamjax.models.config import ModelConfig
-from streamjax.training.config import TrainConfig
-from streamjax.training.optimizer import OptimizerConfig
+from streamjax.training.run.config import TrainConfig
+from streamjax.training.run.optimizer import OptimizerConfig
 
 
 def get_config() -> TrainConfig:

@@ -11,25 +11,26 @@ from streamjax.streaming import Sampler, StreamState, generate, generate_blocks,
 
 if TYPE_CHECKING:
     from streamjax import data, training
-    from streamjax.checkpoints import load, load_stream, save, save_stream
     from streamjax.data import load_tokenizer
-    from streamjax.models.hf import save_hf
-    from streamjax.models.lora_files import load_lora, save_lora
-    from streamjax.models.native import save_safetensors
+    from streamjax.models.files.checkpoint import load, save
+    from streamjax.models.files.hugging_face import save_hf
+    from streamjax.models.files.native_format import save_safetensors
+    from streamjax.models.lora.peft_files import load_lora, save_lora
+    from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
 
 # Names whose modules pull in checkpoint or data libraries load on first use: `import streamjax` stays quick.
 _LAZY = {
     "Session": "streamjax.streaming.session",
-    "load": "streamjax.checkpoints",
-    "load_lora": "streamjax.models.lora_files",
-    "load_stream": "streamjax.checkpoints",
+    "load": "streamjax.models.files.checkpoint",
+    "load_lora": "streamjax.models.lora.peft_files",
+    "load_stream": "streamjax.streaming.saved_streams",
     "load_tokenizer": "streamjax.data",
-    "save": "streamjax.checkpoints",
-    "save_hf": "streamjax.models.hf",
-    "save_lora": "streamjax.models.lora_files",
-    "save_safetensors": "streamjax.models.native",
-    "save_stream": "streamjax.checkpoints",
+    "save": "streamjax.models.files.checkpoint",
+    "save_hf": "streamjax.models.files.hugging_face",
+    "save_lora": "streamjax.models.lora.peft_files",
+    "save_safetensors": "streamjax.models.files.native_format",
+    "save_stream": "streamjax.streaming.saved_streams",
 }
 _MODULES = ("data", "training")
 

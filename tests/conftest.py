@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["streamjax", "pallas_kernels"], "typecheck.checked")
+install_import_hook(["streamjax", "pallas_kernels"], "tests.typecheck.checked")
 
 import jax
 import pytest

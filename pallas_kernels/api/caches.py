@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int8, Int32, UInt8
 
-from pallas_kernels import checks
+from pallas_kernels import argument_checks
 from pallas_kernels.api.platforms import Implementation, find
-from pallas_kernels.gpu import decode as gpu_decode
-from pallas_kernels.gpu import paged as gpu_paged
-from pallas_kernels.gpu import scores as gpu_scores
+from pallas_kernels.gpu import decode_attention as gpu_decode
+from pallas_kernels.gpu import page_scores as gpu_scores
+from pallas_kernels.gpu import paged_attention as gpu_paged
 from pallas_kernels.partial import Partial
-from pallas_kernels.tpu import decode as tpu_decode
-from pallas_kernels.tpu import paged as tpu_paged
-from pallas_kernels.tpu import scores as tpu_scores
+from pallas_kernels.tpu import decode_attention as tpu_decode
+from pallas_kernels.tpu import page_scores as tpu_scores
+from pallas_kernels.tpu import paged_attention as tpu_paged
 
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
@@ -62,9 +62,9 @@ def decode_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    checks.decode(q, k, v, k_scale, v_scale)
+    argument_checks.decode(q, k, v, k_scale, v_scale)
     kernel = find(_DECODING, "decoding kernel", implementation)
-    scale = checks.scale(scale, q)
+    scale = argument_checks.scale(scale, q)
     return kernel(
         q, k, v, count, scale=scale, first=first, window=window, softcap=softcap, k_scale=k_scale, v_scale=v_scale,
         splits=splits, block=block, interpret=interpret,
@@ -104,9 +104,9 @@ def paged_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    checks.paged(q, k, v, pages, page_size)
+    argument_checks.paged(q, k, v, pages, page_size)
     kernel = find(_PAGED, "paged kernel", implementation)
-    scale = checks.scale(scale, q)
+    scale = argument_checks.scale(scale, q)
     return kernel(
         q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
         interpret=interpret,
@@ -139,7 +139,7 @@ def page_scores(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    checks.scores(q, summary, some, bounds, parts)
+    argument_checks.scores(q, summary, some, bounds, parts)
     kernel = find(_SCORES, "kernel for scores", implementation)
     by_head = rearrange(q, "b c (k g) d -> b k (g c) d", k=summary.shape[1])
     if bounds:  # max(q * high, q * low) is q * high for a positive q, and q * low for a negative one

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import checks
+from pallas_kernels import argument_checks
 from pallas_kernels.api.platforms import Implementation, find
-from pallas_kernels.call import no_gradient
+from pallas_kernels.flash_call import no_gradient
 from pallas_kernels.tpu import token_stats as tpu_token_stats
 
 _KERNELS = {"tpu": tpu_token_stats}  # modules, with a function for each pass
@@ -56,7 +56,7 @@ def token_stats(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    checks.token_stats(x, w, targets, vocab_axis, block)
+    argument_checks.token_stats(x, w, targets, vocab_axis, block)
     settings = {"vocab_axis": vocab_axis, "softcap": softcap, "block": block, "interpret": interpret}
     return _differentiable(find(_KERNELS, _WHAT, implementation), tuple(settings.items()), x, w, targets)
 
@@ -86,7 +86,7 @@ def token_stats_gradients(
     Raises:
       ValueError: as there.
     """
-    checks.token_stats(x, w, targets, vocab_axis, block)
+    argument_checks.token_stats(x, w, targets, vocab_axis, block)
     kernels = find(_KERNELS, _WHAT, implementation)
     if d_w is not None and d_w.shape != w.shape:
         raise ValueError(f"d_w {d_w.shape}: use the shape of w, {w.shape}")

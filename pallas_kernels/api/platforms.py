@@ -9,11 +9,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import DTYPES
-from pallas_kernels.gpu import flash as gpu_flash
-from pallas_kernels.gpu.online import MAX_WIDTH
+from pallas_kernels.argument_checks import DTYPES
+from pallas_kernels.gpu import flash_attention as gpu_flash
+from pallas_kernels.gpu.slot_attention import MAX_WIDTH
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.tpu.flash import MAX_SINKS
+from pallas_kernels.tpu.flash_attention import MAX_SINKS
 from pallas_kernels.tpu.tiles import LANES
 from pallas_kernels.tpu.token_stats import MAX_BYTES
 

@@ -7,22 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels import checks
+from pallas_kernels import argument_checks
 from pallas_kernels.api.platforms import Implementation, find
-from pallas_kernels.gpu import chunk as gpu_chunk
-from pallas_kernels.gpu import flash as gpu_flash
-from pallas_kernels.gpu import hopper
-from pallas_kernels.gpu import hsa as gpu_hsa
+from pallas_kernels.gpu import chunk_attention as gpu_chunk
+from pallas_kernels.gpu import flash_attention as gpu_flash
+from pallas_kernels.gpu import hopper_attention
+from pallas_kernels.gpu import hsa_attention as gpu_hsa
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.tpu import chunk as tpu_chunk
-from pallas_kernels.tpu import flash as tpu_flash
-from pallas_kernels.tpu import hsa as tpu_hsa
+from pallas_kernels.tpu import chunk_attention as tpu_chunk
+from pallas_kernels.tpu import flash_attention as tpu_flash
+from pallas_kernels.tpu import hsa_attention as tpu_hsa
 
 _FLASH = {
     "tpu": tpu_flash.flash_attention,
     "triton": gpu_flash.flash_attention,
-    "mosaic_gpu": hopper.flash_attention,
+    "mosaic_gpu": hopper_attention.flash_attention,
 }
 _CHUNK = {"tpu": tpu_chunk.chunk_attention, "triton": gpu_chunk.chunk_attention}
 _CHUNK_GRADIENTS = {"tpu": tpu_chunk.chunk_gradients, "triton": gpu_chunk.chunk_gradients}
@@ -67,8 +67,8 @@ def flash_attention(
     Raises:
       ValueError: shapes that do not fit together, a dtype that no kernel takes, or no kernel for the platform.
     """
-    checks.flash(q, k, v, segment_ids)
-    scale = checks.scale(scale, q)
+    argument_checks.flash(q, k, v, segment_ids)
+    scale = argument_checks.scale(scale, q)
     kernel = find(_FLASH, "attention kernel", implementation, "implementation='xla'")
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
@@ -110,11 +110,12 @@ def chunk_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    checks.chunk(q, k, v)
+    argument_checks.chunk(q, k, v)
     kernel = find(_CHUNK, "kernel for chunks", implementation, "XLA loops")
     return kernel(
         q, k, v, pattern, offset=jnp.asarray(offset, jnp.int32), row=row, segment_ids=segment_ids, softcap=softcap,
-        slopes=slopes, interpret=interpret, scale=checks.scale(scale, q),
+        slopes=slopes, interpret=interpret,
+        scale=argument_checks.scale(scale, q),
     )  # fmt: skip
 
 
@@ -148,13 +149,14 @@ def chunk_gradients(
     Raises:
       ValueError: as there.
     """
-    checks.chunk(q, k, v)
+    argument_checks.chunk(q, k, v)
     kernel = find(_CHUNK_GRADIENTS, "kernel for chunks", implementation, "XLA loops")
     if d_k.shape != k.shape or d_v.shape != k.shape:
         raise ValueError(f"shapes d_k {d_k.shape}, d_v {d_v.shape}: use those of k and v, {k.shape}")
     return kernel(
         q, k, v, pattern, part, d_out, d_k, d_v, offset=jnp.asarray(offset, jnp.int32), row=row,
-        segment_ids=segment_ids, softcap=softcap, slopes=slopes, interpret=interpret, scale=checks.scale(scale, q),
+        segment_ids=segment_ids, softcap=softcap, slopes=slopes, interpret=interpret,
+        scale=argument_checks.scale(scale, q),
     )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def hsa_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
     """
-    checks.hsa(q, k, v, chosen, weights, block)
-    scale = checks.scale(scale, q)
+    argument_checks.hsa(q, k, v, chosen, weights, block)
+    scale = argument_checks.scale(scale, q)
     kernel = find(_HSA, "hsa kernel", implementation)
     return kernel(q, k, v, chosen, weights, scale=scale, block=block, interpret=interpret)

@@ -17,10 +17,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, key_spec, load, over_keys, over_sinks, specs, store
-from pallas_kernels.gpu.softmax import MASKED, exp2, tanh
-from pallas_kernels.logits import LOG2E, Settings, logits, sink_visible, visible
-from pallas_kernels.ranges import Ranges, divide
+from pallas_kernels.block_ranges import Ranges, divide
+from pallas_kernels.gpu.exponentials import MASKED, exp2, tanh
+from pallas_kernels.gpu.flash_operands import (
+    SINK_BLOCK,
+    Operands,
+    dot,
+    key_spec,
+    load,
+    over_keys,
+    over_sinks,
+    specs,
+    store,
+)
+from pallas_kernels.tile_logits import LOG2E, Settings, logits, sink_visible, visible
 
 SHARES = 64  # of the queries, for the sinks' gradients
 BY_QUERY = ("offset", "q", "d_out", "k", "v", "lse", "shift", "slopes", "query_ids", "key_ids")

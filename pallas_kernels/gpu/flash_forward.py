@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.gpu.operands import SINK_BLOCK, Operands, dot, load, over_keys, over_sinks, specs, store
-from pallas_kernels.gpu.softmax import MASKED, exp2, tanh
-from pallas_kernels.logits import LOG2E, Settings, logits, sink_visible, visible
-from pallas_kernels.ranges import Ranges
+from pallas_kernels.block_ranges import Ranges
+from pallas_kernels.gpu.exponentials import MASKED, exp2, tanh
+from pallas_kernels.gpu.flash_operands import SINK_BLOCK, Operands, dot, load, over_keys, over_sinks, specs, store
+from pallas_kernels.tile_logits import LOG2E, Settings, logits, sink_visible, visible
 
 READS = ("offset", "q", "k", "v", "slopes", "query_ids", "key_ids")
 

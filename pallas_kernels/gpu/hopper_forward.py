@@ -20,10 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.gpu.operands import dot, over_keys
-from pallas_kernels.gpu.softmax import MASKED
-from pallas_kernels.logits import LOG2E, Settings, sink_visible, visible
-from pallas_kernels.ranges import Ranges
+from pallas_kernels.block_ranges import Ranges
+from pallas_kernels.gpu.exponentials import MASKED
+from pallas_kernels.gpu.flash_operands import dot, over_keys
+from pallas_kernels.tile_logits import LOG2E, Settings, sink_visible, visible
 
 plgpu: Any = mosaic_gpu  # 0.11.2's or newer; with an older one, which lacks some of it, nobody comes here
 

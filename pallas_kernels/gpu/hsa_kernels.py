@@ -18,10 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.gpu.operands import dot
-from pallas_kernels.gpu.softmax import MASKED, exp2
-from pallas_kernels.grouping import Tiles
-from pallas_kernels.logits import LOG2E
+from pallas_kernels.choice_tiles import Tiles
+from pallas_kernels.gpu.exponentials import MASKED, exp2
+from pallas_kernels.gpu.flash_operands import dot
+from pallas_kernels.tile_logits import LOG2E
 
 LEAST = 16  # the smallest side of a product
 Reads = Mapping[str, Any]

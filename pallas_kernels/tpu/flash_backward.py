@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
-from pallas_kernels.ranges import Ranges
+from pallas_kernels.block_ranges import Ranges
+from pallas_kernels.tile_logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
 from pallas_kernels.tpu.flash_forward import VMEM_BYTES
-from pallas_kernels.tpu.operands import Operands, key_outer, query_outer, scalars
+from pallas_kernels.tpu.flash_operands import Operands, key_outer, query_outer, scalars
 from pallas_kernels.tpu.schedule import Grid
 from pallas_kernels.tpu.tiles import LANES, NN, NT, SUBLANES, TN, across, dot, pieces, when_runs
 

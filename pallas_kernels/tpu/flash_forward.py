@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
-from pallas_kernels.ranges import Ranges
-from pallas_kernels.tpu.operands import Operands, query_outer, scalars
+from pallas_kernels.block_ranges import Ranges
+from pallas_kernels.tile_logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.tpu.flash_operands import Operands, query_outer, scalars
 from pallas_kernels.tpu.schedule import Grid, Step
 from pallas_kernels.tpu.tiles import LANES, NN, NT, across, dot, pieces, when_runs
 

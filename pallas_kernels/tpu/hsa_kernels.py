@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.logits import LOG2E
+from pallas_kernels.tile_logits import LOG2E
 from pallas_kernels.tpu.tiles import NN, NT, TN, dot
 
 TOGETHER = 8  # pairs that are gathered or summed by one turn of a loop

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ranges import Ranges, Scalar
+from pallas_kernels.block_ranges import Ranges, Scalar
 
 
 class Step(NamedTuple):

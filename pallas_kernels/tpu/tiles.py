@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.logits import Settings
-from pallas_kernels.ranges import Ranges
+from pallas_kernels.block_ranges import Ranges
+from pallas_kernels.tile_logits import Settings
 
 LANES = 128
 SUBLANES = 8

@@ -61,7 +61,7 @@ def block_sizes(heads: int) -> tuple[int, int]:
     """Queries and keys of a block that suit the platform, for `heads` query heads of all rows together.
 
     On a CPU the logits of a block should stay in the cache: the gradient takes half the time with 2^18 of them that it
-    takes with blocks of 512 x 512 (`python -m benchmarks.block_sizes`). Elsewhere large blocks fill the matrix units.
+    takes with blocks of 512 x 512 (`benchmarks.kernels.block_sizes`). Elsewhere large blocks fill the matrix units.
     """
     if jax.default_backend() != "cpu":
         return 512, 512

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from streamjax.data.tokenizers import Tokenizer
+from streamjax.data.text.tokenizers import Tokenizer
 
 Row = dict[str, np.ndarray]
 

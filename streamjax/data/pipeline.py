@@ -12,9 +12,9 @@ from absl import flags
 
 from streamjax.data.config import DataConfig
 from streamjax.data.packing import concat_rows, pack_rows
-from streamjax.data.recall_rows import RecallRows, open_recall
+from streamjax.data.recall.training_rows import RecallRows, open_recall
 from streamjax.data.sources import DocumentSource, open_source
-from streamjax.data.tokenizers import Tokenizer, load_tokenizer
+from streamjax.data.text.tokenizers import Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import tensorflow_datasets as tfds
 
-from streamjax.data.corpus import SPLITS, builtin_corpus, split_of
+from streamjax.data.builtin_corpus import SPLITS, builtin_corpus, split_of
 
 _HELD_OUT_FILES = {"test": 0.05, "validation": 0.05}
 _TAIL = 0.05  # of a lone file, what is kept for validation

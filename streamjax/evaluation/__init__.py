@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from streamjax.evaluation.compare import Part, Trial, run_trial
-from streamjax.evaluation.curve import Curve, log_bins
-from streamjax.evaluation.encode_stream import StreamEncoder
+from streamjax.data.text.stream_encoder import StreamEncoder
+from streamjax.evaluation.cache_trial import Part, Trial, run_trial
+from streamjax.evaluation.curves import Curve, log_bins
 from streamjax.evaluation.memory import SlotMemory, human_bytes, peak_resident_bytes, resident_bytes
 
 if TYPE_CHECKING:
-    from streamjax.evaluation.plot import plot_trials
+    from streamjax.evaluation.perplexity_plot import plot_trials
 
 
 def __getattr__(name: str) -> Any:
     if name == "plot_trials":  # on first use: matplotlib takes its time
-        from streamjax.evaluation.plot import plot_trials
+        from streamjax.evaluation.perplexity_plot import plot_trials
 
         return plot_trials
     raise AttributeError(f"module 'streamjax.evaluation' has no attribute {name!r}")

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int32
 
 import streamjax as sj
-from streamjax.data.recall import Problem, make_problem, stream_context
-from streamjax.data.tokenizers import Tokenizer
+from streamjax.data.recall.tasks import Problem, make_problem, stream_context
+from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.state import StreamState

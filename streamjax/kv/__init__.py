@@ -1,20 +1,20 @@
 """KV caches: tiers, cascades of tiers, and published systems as presets."""
 
-from streamjax.kv.boundaries import EndTokens, KeyChange
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.chunk_memory import ChunkMemory
-from streamjax.kv.clusters import Clusters
-from streamjax.kv.compensation import Compensation
-from streamjax.kv.content_pages import ContentPages
-from streamjax.kv.full import Full
-from streamjax.kv.heads import HeadGroups
-from streamjax.kv.indexes import Index, Mean, Middle, MinMax, Representative
-from streamjax.kv.pages import Pages
+from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.pages.boundaries import EndTokens, KeyChange
+from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
-from streamjax.kv.sink import Sink
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.clusters import Clusters
+from streamjax.kv.tiers.compensation import Compensation
+from streamjax.kv.tiers.content_pages import ContentPages
+from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
+from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.sink import Sink
+from streamjax.kv.tiers.window import Window
 
 __all__ = [
     "Cache",

@@ -9,14 +9,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import merge
 from streamjax.kv.cache import Cache
-from streamjax.kv.clusters import Clusters
-from streamjax.kv.content_pages import ContentPages
-from streamjax.kv.full import Full
-from streamjax.kv.ring import after
-from streamjax.kv.sink import Sink
-from streamjax.kv.sink_window import SinkWindow
+from streamjax.kv.ring_buffer import after
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.clusters import Clusters
+from streamjax.kv.tiers.content_pages import ContentPages
+from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.sink import Sink
+from streamjax.kv.tiers.sink_window import SinkWindow
+from streamjax.kv.tiers.window import Window
 
 
 @dataclasses.dataclass(frozen=True, init=False)

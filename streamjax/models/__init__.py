@@ -1,10 +1,10 @@
 """Decoder models and the Hugging Face checkpoints that they load."""
 
-from streamjax.models.adapters import LoRAParam
 from streamjax.models.config import HSAConfig, LayerSpec, ModelConfig, RopeConfig
 from streamjax.models.decoder import Block, Decoder, default_dtype, forward
-from streamjax.models.layout import stack_layers, unstack_layers
-from streamjax.models.lora import add_lora, merge_lora
+from streamjax.models.layer_stacking import stack_layers, unstack_layers
+from streamjax.models.lora.adapters import LoRAParam
+from streamjax.models.lora.attaching import add_lora, merge_lora
 
 __all__ = [
     "Block",

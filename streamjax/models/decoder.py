@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.kv.cache import Cache
-from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.tier import State
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import LayerSpec, ModelConfig
-from streamjax.models.hierarchical import ChunkEncoder, HierarchicalAttention, Remembered, whole_view
 from streamjax.models.layers import MLP, Norm, kernel, zeros
-from streamjax.models.mixer import Attention, ChunkContext, SequenceContext
+from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
+from streamjax.models.mixers.hierarchical import ChunkEncoder, HierarchicalAttention, Remembered, whole_view
 from streamjax.parallel.rules import constrain
 
 

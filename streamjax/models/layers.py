@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.adapters import Adapter, add_adapted
 from streamjax.models.config import ModelConfig
+from streamjax.models.lora.adapters import Adapter, add_adapted
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from streamjax.data.chat import DEFAULT_TEMPLATE, encode_chat, render_chat
+from streamjax.data.text.chat_templates import DEFAULT_TEMPLATE, encode_chat, render_chat
 from streamjax.streaming.session import Session
 
 _DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user

@@ -21,14 +21,14 @@ from einops import rearrange, reduce
 from jaxtyping import Array, Float, Int
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.full import Full, LinearState
-from streamjax.kv.page_files import PageFiles, PageLayout, PageWriter
-from streamjax.kv.ring import read_ring
+from streamjax.kv.pages.disk_files import PageFiles, PageLayout, PageWriter
+from streamjax.kv.ring_buffer import read_ring
 from streamjax.kv.tier import State
-from streamjax.kv.window import RingState, Window
+from streamjax.kv.tiers.full import Full, LinearState
+from streamjax.kv.tiers.window import RingState, Window
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Block, Decoder
-from streamjax.models.mixer import ChunkContext
+from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.rope import make_rotary
 from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState, init_state

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.chunk_memory import ChunkMemory
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
+from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree
-from streamjax.data.tokenizers import Tokenizer
+from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder

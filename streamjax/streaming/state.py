@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.chunk_memory import ChunkMemory
-from streamjax.kv.heads import HeadGroups
+from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
+from streamjax.kv.tiers.window import Window
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import constrain

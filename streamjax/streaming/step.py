@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.models.decoder import Decoder
-from streamjax.models.mixer import ChunkContext
+from streamjax.models.mixers.attention import ChunkContext
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from streamjax.data.incremental import IncrementalDecoder
-from streamjax.data.tokenizers import Tokenizer
+from streamjax.data.text.incremental_decoder import IncrementalDecoder
+from streamjax.data.text.tokenizers import Tokenizer
 
 _TAIL = 16  # tokens from which a decoder that has held nothing back can be built again
 

@@ -1,19 +1,19 @@
 """Training: losses, gradients, the optimizer, and the loop that runs a configuration."""
 
-from streamjax.training.backprop import METHODS, loss_and_grad
-from streamjax.training.choice import Choice, choose, device_memory_bytes
-from streamjax.training.config import BackpropConfig, LoRAConfig, MeshConfig, TrainConfig
-from streamjax.training.dpo import DPO
-from streamjax.training.grpo import GRPO, group_advantages
-from streamjax.training.loop import RunStopped, evaluate, train
-from streamjax.training.memory_model import Memory, estimate
-from streamjax.training.objectives import CrossEntropy, Objective
-from streamjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from streamjax.training.overrides import apply_overrides, describe
-from streamjax.training.scoring import token_log_probs
-from streamjax.training.state import TrainState, new_state, shard_batch
-from streamjax.training.step import accumulate_gradients, eval_step, make_train_step, streaming_eval_step
-from streamjax.training.streaming_loss import streaming_loss, streaming_loss_and_grad
+from streamjax.training.backprop.log_probs import token_log_probs
+from streamjax.training.backprop.loss_and_grad import METHODS, loss_and_grad
+from streamjax.training.backprop.planning.memory_model import Memory, estimate
+from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
+from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
+from streamjax.training.objectives.dpo import DPO
+from streamjax.training.objectives.grpo import GRPO, group_advantages
+from streamjax.training.objectives.objective import CrossEntropy, Objective
+from streamjax.training.run.config import BackpropConfig, LoRAConfig, MeshConfig, TrainConfig
+from streamjax.training.run.loop import RunStopped, evaluate, train
+from streamjax.training.run.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from streamjax.training.run.overrides import apply_overrides, describe
+from streamjax.training.run.state import TrainState, new_state, shard_batch
+from streamjax.training.run.step import accumulate_gradients, eval_step, make_train_step, streaming_eval_step
 
 __all__ = [
     "DPO",

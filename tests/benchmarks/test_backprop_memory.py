@@ -4,9 +4,9 @@ import pytest
 
 import streamjax as sj
 from benchmarks import aot
-from benchmarks.backprop_compile import FULL_LOGITS, Case, compile_case
-from benchmarks.backprop_memory import STEP, find_longest, fit_line
-from benchmarks.shapes import PARAMETERS, SHAPES
+from benchmarks.backprop.compile_case import FULL_LOGITS, Case, compile_case
+from benchmarks.backprop.memory import STEP, find_longest, fit_line
+from benchmarks.model_shapes import PARAMETERS, SHAPES
 
 CONFIG = sj.ModelConfig(
     vocab_size=32768, d_model=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128, mlp_dim=512

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks import aot, gpu_code
-from benchmarks.gpu_code import Loop, loops
+from benchmarks import aot
+from benchmarks.kernels.gpu import machine_code
+from benchmarks.kernels.gpu.machine_code import Loop, loops
 
 SASS = """
 	.headerflags	@"EF_CUDA_SM90"
@@ -58,13 +59,13 @@ def test_reads_dumps_of_xla_and_of_mosaic(tmp_path, monkeypatch):
         if program == "ptxas":
             name = arguments[2].rpartition("/")[2].removesuffix(".ptx")
             said = f"Function properties for {name}\n 8 bytes spill stores, 4 bytes spill loads\n Used 99 registers"
-            return gpu_code.subprocess.CompletedProcess([], 0, stderr=said)
+            return machine_code.subprocess.CompletedProcess([], 0, stderr=said)
         name = arguments[1].rpartition("/")[2].removesuffix(".cubin")
-        return gpu_code.subprocess.CompletedProcess([], 0, stdout=SASS.replace("flash_forward", name))
+        return machine_code.subprocess.CompletedProcess([], 0, stdout=SASS.replace("flash_forward", name))
 
-    monkeypatch.setattr(gpu_code, "tool", lambda name: name)
-    monkeypatch.setattr(gpu_code, "_run", run)
-    found = gpu_code.figures(tmp_path)
+    monkeypatch.setattr(machine_code, "tool", lambda name: name)
+    monkeypatch.setattr(machine_code, "_run", run)
+    found = machine_code.figures(tmp_path)
     every = {"registers": 99, "spills": 12, "loop": {"instructions": 3, "tensor": 64, "special": 0}}
     assert found == {
         "flash_forward": {"threads": 256, "shared": 99, **every},
@@ -75,5 +76,5 @@ def test_reads_dumps_of_xla_and_of_mosaic(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 def test_the_tools_are_there():
-    assert all(gpu_code.tool(name) for name in ("ptxas", "nvdisasm"))
-    assert len(gpu_code.versions()) == 2
+    assert all(machine_code.tool(name) for name in ("ptxas", "nvdisasm"))
+    assert len(machine_code.versions()) == 2

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu_kernels.py` does where there is no GPU: its checks in an interpreter, and the work it counts."""
+"""What `benchmarks.kernels.gpu` does where there is no GPU: its checks in an interpreter, and the work it counts."""
 
 import json
 import subprocess
@@ -10,22 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_chunks, gpu_decoding, gpu_flash, gpu_hsa, gpu_kernels, gpu_parts, gpu_torch
-from benchmarks.gpu_kernels import DTYPES, PARTS
-from benchmarks.gpu_parts import TOLERANCE, Device
-from benchmarks.shapes import SHAPES
+from benchmarks.kernels.gpu import all_kernels, chunks, decoding, flash, hsa, parts, torch_flash
+from benchmarks.kernels.gpu.all_kernels import DTYPES, PARTS
+from benchmarks.kernels.gpu.parts import TOLERANCE, Device
+from benchmarks.model_shapes import SHAPES
 from pallas_kernels import api
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 
 MODEL = "small"
-LENGTHS = {gpu_flash: 96, gpu_chunks: 128, gpu_hsa: 192, gpu_decoding: 64 * 8}
+LENGTHS = {flash: 96, chunks: 128, hsa: 192, decoding: 64 * 8}
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A model of few heads by the name `MODEL`, and few pages of few streams."""
-    monkeypatch.setattr(gpu_decoding, "BATCH", 2)
-    monkeypatch.setattr(gpu_decoding, "PAGES", 5)
+    monkeypatch.setattr(decoding, "BATCH", 2)
+    monkeypatch.setattr(decoding, "PAGES", 5)
     config = SHAPES["qwen2.5-0.5b"].replace(num_heads=4, num_kv_heads=2, head_dim=64)
     monkeypatch.setitem(SHAPES, MODEL, config)
 
@@ -35,7 +35,7 @@ def small(monkeypatch):
 def test_counts_the_pairs_of_a_pattern(pattern, first):
     index = jnp.arange(40)
     visible = pattern.visible(index[first:, None], index[None])
-    assert gpu_flash.pairs(pattern, 40, first) == int(jnp.sum(visible))
+    assert flash.pairs(pattern, 40, first) == int(jnp.sum(visible))
 
 
 def error(name, dtype=jnp.float32):
@@ -76,46 +76,46 @@ def test_the_windows_that_are_checked_are_short(name, monkeypatch):
 
 
 def test_infinities_have_to_be_where_they_are():
-    assert gpu_parts.worst([np.array([1.0, -np.inf])], [np.array([2.0, -np.inf])]) == 0.5
+    assert parts.worst([np.array([1.0, -np.inf])], [np.array([2.0, -np.inf])]) == 0.5
     for wrong in ([1.0, 5.0], [np.nan, -np.inf], [-np.inf, 1.0]):
-        assert gpu_parts.worst([np.array(wrong)], [np.array([2.0, -np.inf])]) == np.inf
+        assert parts.worst([np.array(wrong)], [np.array([2.0, -np.inf])]) == np.inf
 
 
 @pytest.mark.usefixtures("small")
 def test_the_sides_of_a_chunk_and_of_scores_are_the_same(monkeypatch):
     """What XLA is timed with computes what the kernels do."""
-    arrays = gpu_chunks.inputs(MODEL, 512, 0, jnp.float32, 256)
+    arrays = chunks.inputs(MODEL, 512, 0, jnp.float32, 256)
     for pattern in (Full(), SinkWindow(4, 100)):
-        mine = gpu_chunks.both(pattern, 256, *arrays, interpret=True)
-        loops = gpu_chunks.both_by_loops(pattern, 256, *arrays)
+        mine = chunks.both(pattern, 256, *arrays, interpret=True)
+        loops = chunks.both_by_loops(pattern, 256, *arrays)
         join = [jnp.moveaxis(x, 3, 1).reshape(mine[0].shape) for x in loops[:2]]
-        assert gpu_parts.worst(mine, (*join, *loops[2:])) < 1e-5
-    bounds = gpu_decoding.bounds(MODEL, 64 * 40, 0, jnp.float32)
-    scores = gpu_decoding.ours("scores", bounds, interpret=True)
-    assert gpu_parts.worst(scores, gpu_decoding.by_index(bounds).reshape(scores.shape)) < 1e-5
+        assert parts.worst(mine, (*join, *loops[2:])) < 1e-5
+    bounds = decoding.bounds(MODEL, 64 * 40, 0, jnp.float32)
+    scores = decoding.ours("scores", bounds, interpret=True)
+    assert parts.worst(scores, decoding.by_index(bounds).reshape(scores.shape)) < 1e-5
 
 
 @pytest.mark.usefixtures("small")
 def test_torch_computes_the_same():
     pytest.importorskip("torch")
-    arrays = gpu_flash.inputs(MODEL, 50, 0, jnp.float32)
-    plain = gpu_flash.backward(partial(gpu_flash.by_jax, "xla", Full()), *arrays)
+    arrays = flash.inputs(MODEL, 50, 0, jnp.float32)
+    plain = flash.backward(partial(flash.by_jax, "xla", Full()), *arrays)
     for backward, right in ((False, plain[:1]), (True, jax.tree.leaves(plain))):
-        side = gpu_torch.flash(backward)
+        side = torch_flash.flash(backward)
         found = side.call(*side.prepare(arrays[: 4 if backward else 3]))
         found = [x.detach().transpose(1, 2).numpy() for x in (found if backward else [found])]
-        assert gpu_parts.worst(found, list(right)) < 1e-5
+        assert parts.worst(found, list(right)) < 1e-5
 
 
 def test_lines_have_a_rate_and_leave_out_what_cannot_run(capsys):
     def broken(x):
         raise ValueError("not here\nmore")
 
-    sets = gpu_parts.copies(lambda seed: (jnp.full(2**20, float(seed)),))
-    assert len(sets) == gpu_parts.SPREAD // 2**22
+    sets = parts.copies(lambda seed: (jnp.full(2**20, float(seed)),))
+    assert len(sets) == parts.SPREAD // 2**22
     device = Device({"GB/s": 4.0}, repeats=3)
     waited = []
-    foreign = gpu_parts.Foreign(np.square, lambda x: [np.asarray(x[0])], lambda: waited.append(1))
+    foreign = parts.Foreign(np.square, lambda x: [np.asarray(x[0])], lambda: waited.append(1))
     programs = {"streamjax": lambda x: x + 1, "broken": broken, "foreign": foreign}
     line, other = device.lines(programs, sets, "GB/s", 2**23, model="m")
     assert other["side"] == "foreign"
@@ -135,7 +135,7 @@ def test_calls_take_turns_over_the_inputs():
         jax.debug.callback(lambda x: seen.append(int(x)), x)
         return x
 
-    gpu_parts._Side(program, [(jnp.int32(i),) for i in range(3)]).clock(2, 5)
+    parts._Side(program, [(jnp.int32(i),) for i in range(3)]).clock(2, 5)
     jax.effects_barrier()
     assert sorted(seen) == [0, 0, 1, 2, 2]
 
@@ -157,7 +157,7 @@ def test_measures_every_part(name, monkeypatch):
         return [labels]
 
     monkeypatch.setattr(Device, "lines", lines)
-    monkeypatch.setattr(gpu_parts, "SPREAD", 1)
+    monkeypatch.setattr(parts, "SPREAD", 1)
     monkeypatch.setattr("pallas_kernels.api.platforms.platform_implementation", lambda: "triton")
     assert PARTS[name].measure(MODEL, name, 4096, ["triton"], Device({}, 1))
     assert "streamjax" in called
@@ -184,12 +184,12 @@ class Fake:
 def test_a_wrong_kernel_is_named_and_not_timed(monkeypatch, tmp_path, capsys):
     fakes = {"right": Fake(1e-3, 1e-6), "wrong": Fake(1e-3, 1e-4), "broken": Fake("no such\nthing", 1e-6)}
     output = tmp_path / "out.json"
-    monkeypatch.setattr(gpu_kernels, "PARTS", fakes)
+    monkeypatch.setattr(all_kernels, "PARTS", fakes)
     monkeypatch.setattr(Device, "measured", lambda repeats: Device({"GB/s": 2.0}, repeats))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(sys, "argv", ["gpu_kernels", "--models", "gemma-3-4b", "--output", str(output)])
     with pytest.raises(SystemExit, match=r"wrong results: gemma-3-4b/wrong/triton, gemma-3-4b/broken/triton$"):
-        gpu_kernels.main()
+        all_kernels.main()
     body = json.loads(output.read_text())
     assert [(row["pattern"], row["tokens"]) for row in body["rows"]] == [("right", 8192), ("right", 32768)]
     assert body["numerics"]["gemma-3-4b/wrong/triton"] == {"bfloat16": 1e-3, "float32": 1e-4}
@@ -198,7 +198,7 @@ def test_a_wrong_kernel_is_named_and_not_timed(monkeypatch, tmp_path, capsys):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "benchmarks.gpu_kernels", *arguments]
+    command = [sys.executable, "-m", "benchmarks.kernels.gpu.all_kernels", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import BACKENDS, TOLERANCE, assert_near
 from pallas_kernels import api, reference
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
+from tests.kernels.tolerances import BACKENDS, TOLERANCE, assert_near
 
 
 def check(

@@ -8,12 +8,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
-from pallas_kernels.gpu import hopper
+from pallas_kernels.gpu import hopper_attention
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 from tests.kernels.test_flash_kernels import check
 
 interpreted = pytest.mark.skipif(
-    not hopper.available(interpret=True), reason="this JAX has no interpreter for Mosaic GPU: JAX 0.12 does"
+    not hopper_attention.available(interpret=True), reason="this JAX has no interpreter for Mosaic GPU: JAX 0.12 does"
 )
 
 
@@ -58,7 +58,7 @@ def drawn(draw):
         "traced": draw(st.booleans()),
         "kv_heads": kv_heads,
         "heads": kv_heads * draw(st.sampled_from([1, 3])),
-        "width": draw(st.sampled_from(hopper.WIDTHS)),
+        "width": draw(st.sampled_from(hopper_attention.WIDTHS)),
         "softcap": draw(st.sampled_from([None, 3.0])),
         "learned": draw(st.booleans()),
         "block_q": 128,
@@ -94,14 +94,14 @@ def test_says_what_it_does_not_take(change, words):
         api.flash_attention(x, x, x, Full(), implementation="mosaic_gpu", **options)
 
 
-@pytest.mark.skipif(hopper.available(), reason="this JAX can")
+@pytest.mark.skipif(hopper_attention.available(), reason="this JAX can")
 def test_says_which_jax_it_needs():
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="cannot run 'mosaic_gpu'"):
         api.flash_attention(x, x, x, Full(), implementation="mosaic_gpu")
 
 
-@pytest.mark.skipif(hopper.available(interpret=True), reason="this JAX can")
+@pytest.mark.skipif(hopper_attention.available(interpret=True), reason="this JAX can")
 def test_says_which_jax_interprets_it():
     x = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"use JAX 0\.1[12]"):

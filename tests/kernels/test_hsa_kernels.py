@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import RACES, TOLERANCE
 from pallas_kernels import api, reference
-from pallas_kernels.grouping import most_tiles, stable_order, tiles
-from pallas_kernels.tpu import hsa as tpu_hsa
+from pallas_kernels.choice_tiles import most_tiles, stable_order, tiles
+from pallas_kernels.tpu import hsa_attention as tpu_hsa
+from tests.kernels.tolerances import RACES, TOLERANCE
 
 INTERPRETERS = {"tpu": RACES, "triton": True}
 

@@ -1,11 +1,12 @@
-"""The chips' own compilers take the kernels, at known models' shapes; `benchmarks/kernels_aot.py` does all of them."""
+"""The chips' own compilers take the kernels, at known models' shapes; `kernels/compile_all.py` does all of them."""
 
 import pytest
 
-from benchmarks import aot, gpu_code
-from benchmarks.kernels_aot import cells, grouped, loops, temporaries
-from benchmarks.kernels_compile import HOPPER, Case, compile_case
-from pallas_kernels.gpu import hopper
+from benchmarks import aot
+from benchmarks.kernels.compile_all import cells, grouped, loops, temporaries
+from benchmarks.kernels.compile_case import HOPPER, Case, compile_case
+from benchmarks.kernels.gpu import machine_code
+from pallas_kernels.gpu import hopper_attention
 
 
 def calls(*case):
@@ -50,7 +51,7 @@ def test_an_h100_takes_the_kernels(model):
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
-@pytest.mark.skipif(not gpu_code.tool("nvdisasm"), reason="no disassembler: `make aot-compilers` installs it")
+@pytest.mark.skipif(not machine_code.tool("nvdisasm"), reason="no disassembler: `make aot-compilers` installs it")
 def test_an_h100s_tensor_cores_have_more_to_do_than_the_rest(model):
     """Two warps in turn on a part of a multiprocessor: what is not products hides behind the other's products."""
     kernels = compile_case(Case("h100", model, "full", 4096))["kernels"]
@@ -61,7 +62,7 @@ def test_an_h100s_tensor_cores_have_more_to_do_than_the_rest(model):
 
 @pytest.mark.parametrize("pattern", HOPPER)
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
-@pytest.mark.skipif(not hopper.available(), reason="this JAX does not compile the Hopper kernel")
+@pytest.mark.skipif(not hopper_attention.available(), reason="this JAX does not compile the Hopper kernel")
 def test_an_h100_takes_the_hopper_kernel(pattern):
     names = ["flash_forward_hopper", "flash_query_gradients", "flash_key_gradients"]
     names += ["flash_sink_gradients"] if pattern == "hopper-sinks" else []

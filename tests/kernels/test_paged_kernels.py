@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import BACKENDS, TOLERANCE, assert_near
 from pallas_kernels import api, reference
+from tests.kernels.tolerances import BACKENDS, TOLERANCE, assert_near
 
 
 def check(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ranges import Ranges
+from pallas_kernels.block_ranges import Ranges
 from pallas_kernels.tpu.schedule import Grid
 
 

@@ -8,9 +8,9 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import BACKENDS, TOLERANCE
 from pallas_kernels import api, reference
-from streamjax.kv.indexes import Mean, MinMax
+from streamjax.kv.pages.indexes import Mean, MinMax
+from tests.kernels.tolerances import BACKENDS, TOLERANCE
 
 
 def check(

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.near import BACKENDS, TOLERANCE
-from pallas_kernels import api, checks, reference
+from pallas_kernels import api, argument_checks, reference
 from pallas_kernels.tpu import token_stats as tpu
+from tests.kernels.tolerances import BACKENDS, TOLERANCE
 
 TPU = BACKENDS["tpu"]
 
@@ -142,7 +142,7 @@ def test_refuses_what_does_not_fit():
 def test_refuses_in_one_line(change, message):
     known = {"x": jnp.zeros((8, 32)), "w": jnp.zeros((200, 32)), "targets": jnp.zeros(8, jnp.int32)}
     with pytest.raises(ValueError, match=message) as error:
-        checks.token_stats(**{**known, "vocab_axis": 0, "block": None, **change})
+        argument_checks.token_stats(**{**known, "vocab_axis": 0, "block": None, **change})
     assert "\n" not in str(error.value)
 
 

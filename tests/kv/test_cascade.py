@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kv.visible import distances
 from streamjax.kv import Cascade, Full, Sink, Window
+from tests.kv.visible_keys import distances
 
 TOTAL = 34
 WIDTH = 17  # of padded chunks: more than any window holds

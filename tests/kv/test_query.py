@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.test_partial import softmax64
 
 import streamjax.kv.tier as tier
 from streamjax.kv import Query
+from tests.kernels.test_partial import softmax64
 
 B, K, H, D, SLOTS = 2, 2, 4, 4, 23
 SLOPES = np.array([0.5, 0.1, 0.9, 0.3], np.float32)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from oracles import pages
+from tests.oracles import pages
 
 
 @dataclasses.dataclass(frozen=True)

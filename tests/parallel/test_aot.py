@@ -21,9 +21,19 @@ pytestmark = pytest.mark.skipif(
 
 
 def _bytes_on_one_chip(case: str, tmp_path: Path) -> dict:
-    """What `benchmarks/aot_memory.py` finds for two layers of one of its cases."""
+    """What `benchmarks/caches/tpu_memory.py` finds for two layers of one of its cases."""
     output = tmp_path / "aot.json"
-    command = [sys.executable, "-m", "benchmarks.aot_memory", "--cases", case, "--layers", "2", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.caches.tpu_memory",
+        "--cases",
+        case,
+        "--layers",
+        "2",
+        "--output",
+        str(output),
+    ]
     # caches stay in main memory: moves to and from fast memory would hide copies that are none of the program's needs
     command += ["--option", "xla_tpu_msa_inefficient_use_to_copy_ratio=1.0"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from parallel.models import BATCH, CONFIG, small_model
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
+from tests.parallel.small_models import BATCH, CONFIG, small_model
 
 LENGTH, CHUNK = 20, 4
 MESHES = {

@@ -9,8 +9,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.parallel.mesh import make_mesh, shard_model
-
-from .models import BATCH, CONFIG, MESHES, small_model
+from tests.parallel.small_models import BATCH, CONFIG, MESHES, small_model
 
 SLOTS = 62
 CACHES = {

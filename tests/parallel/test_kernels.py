@@ -11,10 +11,9 @@ import streamjax as sj
 from pallas_kernels import api
 from pallas_kernels.patterns import SinkWindow
 from streamjax.attention import sharded
-from streamjax.attention.hierarchical import Chunks, Visible
+from streamjax.attention.landmark_attention import Chunks, Visible
 from streamjax.parallel.mesh import make_mesh, shard_model
-
-from .models import BATCH, CACHES, CONFIG, MESHES, small_model
+from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
 
 PAGES = sj.kv.preset("quest", sinks=2, window=3, capacity=24, page=8, top_k=2)
 INTERPRETED = {"implementation": "triton", "interpret": True}

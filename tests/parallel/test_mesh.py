@@ -13,8 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 import streamjax as sj
 from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shardings
 from streamjax.parallel.rules import RULES, partition_spec
-
-from .models import BATCH, CACHES, CONFIG, MESHES, small_model
+from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
 
 
 def test_axes_and_the_devices_that_are_left():

@@ -9,11 +9,10 @@ import pytest
 
 import streamjax as sj
 from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shardings
-from streamjax.training.optimizer import OptimizerConfig, make_optimizer
-from streamjax.training.state import new_state, shard_batch
-from streamjax.training.step import make_train_step
-
-from .models import BATCH, CACHES, CONFIG, MESHES, small_model
+from streamjax.training.run.optimizer import OptimizerConfig, make_optimizer
+from streamjax.training.run.state import new_state, shard_batch
+from streamjax.training.run.step import make_train_step
+from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streaming.tiny import GQA, LOCAL, build, random_tokens, read_padded, read_stream
+from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_padded, read_stream
 
 LENGTH = 576
 CACHES = (

@@ -5,10 +5,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from architectures import CASES, tiny_config
 
 import streamjax as sj
-from streaming.tiny import GQA, build, random_tokens, read_stream
+from tests.architectures import CASES, tiny_config
+from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
 SMALL = {"sinks": 1, "window": 3, "segment": 6, "size": 3, "most": 4, "iterations": 2}
 FIRST = ("llama", "qwen2", "gemma2", "falcon-7b", "falcon-alibi")  # one of each kind of positions, heads and soft caps

@@ -5,10 +5,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from architectures import CASES, tiny_config
 
 import streamjax as sj
-from streaming.tiny import GQA, build, random_tokens, read_stream
+from tests.architectures import CASES, tiny_config
+from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
 ENDS = (3, 7, 11)
 QUICK = ("llama", "gemma2", "falcon-40b", "mpt")  # one of each kind; the others are slow together

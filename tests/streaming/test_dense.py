@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import ALIBI, GQA, LOCAL, build, random_tokens
+from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens
 
 CAPACITY, WIDTH, LENGTH = 20, 8, 24
 LONG = sj.RopeConfig(

@@ -1,15 +1,15 @@
 """Presets that read less than dense attention, told to read all of it, for every architecture that loads.
 
 `quest`, `dhsa`, `sentence_kv` and `retro_infer` are in the files of their tiers, `rekv` in test_rekv.py. `inf_llm` as
-published is never dense, as it moves what it stored (its rule has an oracle in tests/kv/test_pages.py): here it is not.
+published is never dense, as it moves what it stored (its rule has an oracle in kv/tiers/test_pages.py): here it is not.
 """
 
 import numpy as np
 import pytest
-from architectures import CASES, tiny_config
 
 import streamjax as sj
-from streaming.tiny import build, random_tokens
+from tests.architectures import CASES, tiny_config
+from tests.streaming.tiny_models import build, random_tokens
 
 LENGTH = 28
 ALIBI = ("falcon-alibi", "mpt")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import GQA, VOCAB, build, random_tokens
+from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 
 GREEDY, RANDOM = sj.Sampler(temperature=0), sj.Sampler(temperature=2.0, top_k=6)
 PROMPT, NEW = 7, 12

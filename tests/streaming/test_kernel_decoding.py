@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.near import BACKENDS
 
 import streamjax as sj
 from pallas_kernels import api
 from pallas_kernels.api import platforms
-from streaming.tiny import ALIBI, GQA, LOCAL, build, random_tokens
-from streamjax.kv import Query, kernel_reading
-from streamjax.kv.kernel_reading import kernel_decodes
+from streamjax.kv import Query, decode_kernels
+from streamjax.kv.decode_kernels import kernel_decodes
 from streamjax.streaming.step import advance
+from tests.kernels.tolerances import BACKENDS
+from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens
 
 CACHES = {
     "full": sj.kv.Cascade(sj.kv.Full(40)),
@@ -89,7 +89,7 @@ def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
 
     monkeypatch.setattr(api, "page_scores", call)
     monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
-    monkeypatch.setattr(kernel_reading, "kernel_decodes", lambda *_: False)
+    monkeypatch.setattr(decode_kernels, "kernel_decodes", lambda *_: False)
     np.testing.assert_allclose(logits(ONE_LAYER, cache, None), expected, atol=1e-4)
     assert {shape[1] for shape in called} == {2 * 5, 2}  # two query heads of the chunk's tokens, and of one
 
@@ -98,7 +98,7 @@ def test_pages_in_parts_are_scored_by_a_tpus_kernel(monkeypatch):
 def test_a_platform_with_kernels_takes_them_for_long_caches(monkeypatch, caplog, chosen):
     monkeypatch.setattr(platforms, "platform_implementation", lambda: chosen)
     platforms.log_choice.cache_clear()
-    q, slots = jnp.zeros((1, 1, 4, 128)), kernel_reading.KERNEL_SLOTS
+    q, slots = jnp.zeros((1, 1, 4, 128)), decode_kernels.KERNEL_SLOTS
     query = Query(q, q, jnp.zeros((1, 1), jnp.uint32), jnp.zeros(1, jnp.int32), None, None, 1.0, None)
 
     def chooses(slots, top_k=None, width=128, **change):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from benchmarks.million_tokens import CACHES as CACHES_OF_A_MILLION
-from benchmarks.million_tokens import quarters
-from streaming.tiny import GQA, build, random_tokens
+from benchmarks.caches.million_tokens import CACHES as CACHES_OF_A_MILLION
+from benchmarks.caches.million_tokens import quarters
+from tests.streaming.tiny_models import GQA, build, random_tokens
 
 SLOTS = 1024
 CACHES = {
@@ -110,9 +110,9 @@ def test_a_stream_of_any_lengths_compiles_a_handful_of_programs():
 
 
 def memory_of_a_stream(tmp_path: pathlib.Path, cache: str, tokens: int) -> dict:
-    """What benchmarks/million_tokens.py notes after every stretch, in a process of its own that reads one stream."""
+    """What `benchmarks.caches.million_tokens` notes after every stretch of one stream, in a process of its own."""
     root, file = pathlib.Path(__file__).parents[2], tmp_path / "million_tokens.json"
-    command = [sys.executable, "-m", "benchmarks.million_tokens", "--caches", cache, "--tokens", str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.caches.million_tokens", "--caches", cache, "--tokens", str(tokens)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # optimised: it runs long
     subprocess.run([*command, "--output", str(file)], cwd=root, env=environment, check=True, capture_output=True)
     figures = json.loads(file.read_text())["bytes_after_stretches"][cache]

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from oracles import streaming_llm as oracle
 
 import streamjax as sj
-from streaming.tiny import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens, read_stream
+from tests.oracles import streaming_llm as oracle
+from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens, read_stream
 
 MODELS = {"gqa": GQA, "local": LOCAL, "alibi": ALIBI, "partial": PARTIAL}
 SINKS, WINDOW, LENGTH = 3, 8, 39

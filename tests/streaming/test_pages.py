@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from architectures import CASES, tiny_config
 
 import streamjax as sj
-from streaming.tiny import GQA, build, random_tokens
-from streamjax.checkpoints import load_stream, save_stream
+from streamjax.streaming.saved_streams import load_stream, save_stream
+from tests.architectures import CASES, tiny_config
+from tests.streaming.tiny_models import GQA, build, random_tokens
 
 
 @pytest.mark.parametrize("case", CASES)

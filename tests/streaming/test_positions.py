@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import ALIBI, GQA, build, random_tokens, read_stream
+from tests.streaming.tiny_models import ALIBI, GQA, build, random_tokens, read_stream
 
 # the last two wrap the unsigned counter, and the sign of the signed one, in the middle of the stream
 STARTS = [0, 4_000_000, 1_000_000_000, 2**32 - 20, 2**31 - 20]

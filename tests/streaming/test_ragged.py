@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streaming.tiny import GQA, VOCAB, build, random_tokens
+from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 
 ROWS, WIDTH, LENGTH = 3, 6, 40
 CACHES = (

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens
-from streamjax.kv.page_files import PageFiles, PageLayout, PageWriter
+from streamjax.kv.pages.disk_files import PageFiles, PageLayout, PageWriter
 from streamjax.streaming.rekv import StreamWriter, ask, choose_pages
+from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens
 
 PAGE = 4
 

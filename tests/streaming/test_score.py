@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streaming.tiny import GQA, VOCAB, build, random_tokens
+from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 
 LENGTH, CHUNK = 40, 8
 DENSE = sj.kv.preset("dense", capacity=2 * LENGTH)

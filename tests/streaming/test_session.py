@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import GQA, build
 from streamjax.data import ByteTokenizer
 from streamjax.streaming import session as session_module
+from tests.streaming.tiny_models import GQA, build
 
 BYTES = GQA.replace(vocab_size=259, num_layers=1, bos_token_id=256)
 CACHE = sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(14))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streaming.tiny import GQA, LOCAL, build, random_tokens, read_stream
 from streamjax.streaming.state import _init
+from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
 
 FUSED = sj.kv.preset("streaming_llm", sinks=2, window=6)
 CACHES = (FUSED, sj.kv.Cascade(sj.kv.Window(2), sj.kv.Full(22)))

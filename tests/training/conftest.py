@@ -8,7 +8,8 @@ import pytest
 
 from streamjax.data import DataConfig
 from streamjax.models import Decoder, ModelConfig
-from streamjax.training import OptimizerConfig, TrainConfig, backprop, chunks
+from streamjax.training import OptimizerConfig, TrainConfig
+from streamjax.training.backprop import loss_and_grad, sequence_chunks
 
 CONFIG = ModelConfig(
     vocab_size=61, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
@@ -76,5 +77,5 @@ def run_config(text_folder):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Attention in blocks of 8, so that short sequences have many; nothing traced with other blocks is used again."""
-    monkeypatch.setattr(chunks, "block_sizes", lambda heads: (8, 8))
-    monkeypatch.setattr(backprop, "_loss_and_grad", backprop._loss_and_grad.__wrapped__)
+    monkeypatch.setattr(sequence_chunks, "block_sizes", lambda heads: (8, 8))
+    monkeypatch.setattr(loss_and_grad, "_loss_and_grad", loss_and_grad._loss_and_grad.__wrapped__)

@@ -1,8 +1,8 @@
 """Ordinary attention: every token is kept, memory and time per token grow, and there is an end."""
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.full import Full
 from streamjax.kv.presets.registry import register
+from streamjax.kv.tiers.full import Full
 
 
 @register(paper="Attention Is All You Need, arXiv 1706.03762")

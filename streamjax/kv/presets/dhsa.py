@@ -14,13 +14,13 @@ most. The budget is `top_k` chunks of each key head, whatever their lengths. The
 move `threshold`: keys have a mean of their own in each layer and model.
 """
 
-from streamjax.kv.boundaries import KeyChange
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.content_pages import ContentPages
-from streamjax.kv.indexes import Mean
+from streamjax.kv.pages.boundaries import KeyChange
+from streamjax.kv.pages.indexes import Mean
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.content_pages import ContentPages
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, arXiv 2510.24606")

@@ -7,11 +7,11 @@ all heads, as in the published code.
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.full import Full
-from streamjax.kv.heads import HeadGroups, split_by_gates
+from streamjax.kv.head_groups import HeadGroups, split_by_gates
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="DuoAttention: Efficient Long-Context LLM Inference, arXiv 2410.10819")

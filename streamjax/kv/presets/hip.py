@@ -6,11 +6,11 @@ newest `window` tokens and the first `sinks` are always read, as in the paper's 
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.indexes import Middle
-from streamjax.kv.pages import Pages, Placement
+from streamjax.kv.pages.indexes import Middle
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.pages import Pages, Placement
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="A Training-free Sub-quadratic Cost Transformer Model Serving Framework with HiP, arXiv 2406.09827")

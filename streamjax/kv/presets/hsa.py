@@ -5,8 +5,8 @@ are full; a token reads the `top_k` chunks whose landmarks promise most, for eac
 here the oldest make room beyond `capacity` tokens. The model's own sliding windows stay as they are.
 """
 
-from streamjax.kv.chunk_memory import ChunkMemory
 from streamjax.kv.presets.registry import register
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
 
 
 @register(paper="Every Token Counts: Generalizing 16M Ultra-Long Context in Large Language Models, arXiv 2511.23319")

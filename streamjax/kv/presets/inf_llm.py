@@ -11,11 +11,11 @@ the model was trained for: then it is dense attention if every block is read.
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.indexes import Representative
-from streamjax.kv.pages import Pages, Placement
+from streamjax.kv.pages.indexes import Representative
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.pages import Pages, Placement
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="InfLLM: Training-Free Long-Context Extrapolation for LLMs, arXiv 2402.04617")

@@ -8,12 +8,12 @@ weights and caches in few bits, which is a matter of codecs.
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.heads import HeadGroups, split_by_gates
-from streamjax.kv.indexes import MinMax
-from streamjax.kv.pages import Pages, Placement
+from streamjax.kv.head_groups import HeadGroups, split_by_gates
+from streamjax.kv.pages.indexes import MinMax
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.pages import Pages, Placement
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, arXiv 2502.14866")

@@ -8,11 +8,11 @@ tokens and the first `sinks` are always read.
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.indexes import MinMax
-from streamjax.kv.pages import Pages, Placement
+from streamjax.kv.pages.indexes import MinMax
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.pages import Pages, Placement
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774")

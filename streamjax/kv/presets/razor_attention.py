@@ -7,12 +7,12 @@ no length, so it is `recent` here. Which heads are which is read from a file of 
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.compensation import Compensation
-from streamjax.kv.full import Full
-from streamjax.kv.heads import HeadGroups, split_by_gates
+from streamjax.kv.head_groups import HeadGroups, split_by_gates
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.compensation import Compensation
+from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, arXiv 2407.15891")

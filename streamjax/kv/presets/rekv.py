@@ -7,7 +7,7 @@ video, a frame a page, and keeps the pages in host memory or on disk; here a pag
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets.registry import register
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="Streaming Video Question-Answering with In-context Video KV-Cache Retrieval, arXiv 2503.00540")

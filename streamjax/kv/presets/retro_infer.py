@@ -12,10 +12,10 @@ tokens are cut in pieces, each with a centroid of its own.
 """
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.clusters import Clusters
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.clusters import Clusters
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="RetroInfer: A Vector-Storage Approach for Scalable Long-Context LLM Inference, arXiv 2505.02922")

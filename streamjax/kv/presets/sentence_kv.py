@@ -13,13 +13,13 @@ the full stop, the question and the exclamation mark and the end of a line in th
 name its ids. In one word: `sentence_kv:ends=13+30+0`.
 """
 
-from streamjax.kv.boundaries import EndTokens
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.content_pages import ContentPages
-from streamjax.kv.indexes import Mean
+from streamjax.kv.pages.boundaries import EndTokens
+from streamjax.kv.pages.indexes import Mean
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import TRUE_DISTANCE, Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.content_pages import ContentPages
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
+from streamjax.kv.tiers.window import Window
 
 BYTE_ENDS = tuple(b".!?\n")
 

@@ -7,8 +7,8 @@ clamped: the window's distances are the same either way.
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets.registry import register
-from streamjax.kv.sink import Sink
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.sink import Sink
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453")

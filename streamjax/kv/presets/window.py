@@ -2,7 +2,7 @@
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets.registry import register
-from streamjax.kv.window import Window
+from streamjax.kv.tiers.window import Window
 
 
 @register(paper="Longformer, arXiv 2004.05150; as a baseline in StreamingLLM, arXiv 2309.17453")

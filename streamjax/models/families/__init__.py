@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
-from streamjax.models.families.fields import Fields
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.llama import LLAMA

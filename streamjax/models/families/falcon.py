@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from streamjax.models.config import ModelConfig, RopeConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.family import Family, Table
-from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.llama import check_heads
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
@@ -119,13 +119,13 @@ def _tensors(config: ModelConfig) -> Table:
     mixer_norm, mlp_norm = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "post_attention_layernorm")
     qkv = f"{BLOCK}.self_attention.query_key_value"
     return {
-        **tables.ends("transformer.word_embeddings", "transformer.ln_f"),
-        **tables.norm("layers.mixer_norm", f"{BLOCK}.{mixer_norm}"),
-        **tables.norm("layers.mlp_norm", f"{BLOCK}.{mlp_norm}"),
-        **tables.fused("layers.mixer.projections.qkv", qkv, "(k g d) e -> e k g d", "(k g d) -> k g d"),
-        **tables.out(f"{BLOCK}.self_attention.dense"),
-        **tables.up(f"{BLOCK}.mlp.dense_h_to_4h"),
-        **tables.down(f"{BLOCK}.mlp.dense_4h_to_h"),
+        **tensor_tables.ends("transformer.word_embeddings", "transformer.ln_f"),
+        **tensor_tables.norm("layers.mixer_norm", f"{BLOCK}.{mixer_norm}"),
+        **tensor_tables.norm("layers.mlp_norm", f"{BLOCK}.{mlp_norm}"),
+        **tensor_tables.fused("layers.mixer.projections.qkv", qkv, "(k g d) e -> e k g d", "(k g d) -> k g d"),
+        **tensor_tables.out(f"{BLOCK}.self_attention.dense"),
+        **tensor_tables.up(f"{BLOCK}.mlp.dense_h_to_4h"),
+        **tensor_tables.down(f"{BLOCK}.mlp.dense_4h_to_h"),
     }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamjax.models.config import ModelConfig
-from streamjax.models.families.fields import Fields
+from streamjax.models.families.config_fields import Fields
 
 
 @dataclasses.dataclass(frozen=True)

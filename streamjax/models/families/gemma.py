@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from streamjax.models.config import ModelConfig, RopeConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family, Table
-from streamjax.models.families.fields import Fields
 from streamjax.models.families.llama import check_heads, read_positions, read_shapes, write_positions, write_shapes
 from streamjax.models.families.rope_fields import parse_rope, write_scaling
-from streamjax.models.families.windows import read_layer_types, write_layer_types
+from streamjax.models.families.window_fields import read_layer_types, write_layer_types
 
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
 _VISION_FIELDS = (
@@ -125,15 +125,15 @@ def _write3(config: ModelConfig) -> dict[str, Any]:
 
 def _tensors2(config: ModelConfig) -> Table:
     return {
-        **tables.llama(config),
-        **tables.norm("layers.mixer_post_norm", f"{tables.BLOCK}.post_attention_layernorm"),
-        **tables.norm("layers.mlp_norm", f"{tables.BLOCK}.pre_feedforward_layernorm"),
-        **tables.norm("layers.mlp_post_norm", f"{tables.BLOCK}.post_feedforward_layernorm"),
+        **tensor_tables.llama(config),
+        **tensor_tables.norm("layers.mixer_post_norm", f"{tensor_tables.BLOCK}.post_attention_layernorm"),
+        **tensor_tables.norm("layers.mlp_norm", f"{tensor_tables.BLOCK}.pre_feedforward_layernorm"),
+        **tensor_tables.norm("layers.mlp_post_norm", f"{tensor_tables.BLOCK}.post_feedforward_layernorm"),
     }
 
 
 def _tensors3(config: ModelConfig) -> Table:
-    return {**_tensors2(config), **tables.qk_norms(f"{tables.BLOCK}.self_attn")}
+    return {**_tensors2(config), **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn")}
 
 
 GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), _read2, _write2, _tensors2)

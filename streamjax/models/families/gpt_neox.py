@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from streamjax.models.config import ModelConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.family import Family, Table
-from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.llama import check_heads
 from streamjax.models.families.rope_fields import read_rope, rotary_fraction, write_scaling
 
@@ -74,13 +74,13 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _tensors(config: ModelConfig) -> Table:
     qkv = f"{BLOCK}.attention.query_key_value"
     return {
-        **tables.ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out"),
-        **tables.norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
-        **tables.norm("layers.mlp_norm", f"{BLOCK}.post_attention_layernorm"),
-        **tables.fused("layers.mixer.projections.qkv", qkv, "(k g d) e -> e k g d", "(k g d) -> k g d"),
-        **tables.out(f"{BLOCK}.attention.dense"),
-        **tables.up(f"{BLOCK}.mlp.dense_h_to_4h"),
-        **tables.down(f"{BLOCK}.mlp.dense_4h_to_h"),
+        **tensor_tables.ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out"),
+        **tensor_tables.norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
+        **tensor_tables.norm("layers.mlp_norm", f"{BLOCK}.post_attention_layernorm"),
+        **tensor_tables.fused("layers.mixer.projections.qkv", qkv, "(k g d) e -> e k g d", "(k g d) -> k g d"),
+        **tensor_tables.out(f"{BLOCK}.attention.dense"),
+        **tensor_tables.up(f"{BLOCK}.mlp.dense_h_to_4h"),
+        **tensor_tables.down(f"{BLOCK}.mlp.dense_4h_to_h"),
     }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from streamjax.models.config import ModelConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.family import Family
-from streamjax.models.families.fields import ACTIVATION_NAMES, Fields
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
 
@@ -100,4 +100,4 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {**write_shapes(config), **write_positions(config), **biases}
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), _read, _write, tables.llama)
+LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), _read, _write, tensor_tables.llama)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from streamjax.models.config import ModelConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family
-from streamjax.models.families.fields import Fields
 from streamjax.models.families.llama import read_positions, read_shapes, write_positions, write_shapes
-from streamjax.models.families.windows import read_uniform, write_uniform
+from streamjax.models.families.window_fields import read_uniform, write_uniform
 
 
 def _read(fields: Fields) -> ModelConfig:
@@ -28,4 +28,4 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {**write_shapes(config), **write_positions(config), **write_uniform(config)}
 
 
-MISTRAL = Family("mistral", ("MistralForCausalLM",), ("mistral",), _read, _write, tables.llama)
+MISTRAL = Family("mistral", ("MistralForCausalLM",), ("mistral",), _read, _write, tensor_tables.llama)

@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 from streamjax.models.config import ModelConfig, RopeConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family, Table
-from streamjax.models.families.fields import Fields
 
 BLOCK = "transformer.blocks.{layer}"
 _BIAS_MAX = 8
@@ -91,13 +91,13 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _tensors(config: ModelConfig) -> Table:
     wqkv = f"{BLOCK}.attn.Wqkv"
     return {
-        **tables.ends("transformer.wte", "transformer.norm_f"),
-        **tables.norm("layers.mixer_norm", f"{BLOCK}.norm_1"),
-        **tables.fused("layers.mixer.projections.qkv", wqkv, "(g k d) e -> e k g d", "(g k d) -> k g d"),
-        **tables.out(f"{BLOCK}.attn.out_proj"),
-        **tables.norm("layers.mlp_norm", f"{BLOCK}.norm_2"),
-        **tables.up(f"{BLOCK}.ffn.up_proj"),
-        **tables.down(f"{BLOCK}.ffn.down_proj"),
+        **tensor_tables.ends("transformer.wte", "transformer.norm_f"),
+        **tensor_tables.norm("layers.mixer_norm", f"{BLOCK}.norm_1"),
+        **tensor_tables.fused("layers.mixer.projections.qkv", wqkv, "(g k d) e -> e k g d", "(g k d) -> k g d"),
+        **tensor_tables.out(f"{BLOCK}.attn.out_proj"),
+        **tensor_tables.norm("layers.mlp_norm", f"{BLOCK}.norm_2"),
+        **tensor_tables.up(f"{BLOCK}.ffn.up_proj"),
+        **tensor_tables.down(f"{BLOCK}.ffn.down_proj"),
     }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from streamjax.models.config import ModelConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family, Source, Table
-from streamjax.models.families.fields import Fields
 from streamjax.models.families.llama import read_shapes, write_shapes
 from streamjax.models.families.rope_fields import read_rope, rotary_fraction, write_scaling
-from streamjax.models.families.windows import read_uniform, write_uniform
+from streamjax.models.families.window_fields import read_uniform, write_uniform
 
 _ALIASES = {"su": "longrope", "yarn": "longrope"}  # what files of this architecture called it at first
 
@@ -56,7 +56,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(config: ModelConfig) -> Table:
-    attention, group = f"{tables.BLOCK}.self_attn", config.group_size
+    attention, group = f"{tensor_tables.BLOCK}.self_attn", config.group_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = (
         ((0, group), (0, queries)),
@@ -65,9 +65,9 @@ def _tensors(config: ModelConfig) -> Table:
     )
     qkv = tuple(Source(f"{attention}.qkv_proj.weight", "(k g d) e -> e k g d", part, rows) for part, rows in parts)
     return {
-        **tables.llama(config),
+        **tensor_tables.llama(config),
         "layers.mixer.projections.qkv": qkv,
-        **tables.up(f"{tables.BLOCK}.mlp.gate_up_proj"),
+        **tensor_tables.up(f"{tensor_tables.BLOCK}.mlp.gate_up_proj"),
     }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from streamjax.models.config import ModelConfig
-from streamjax.models.families import tables
+from streamjax.models.families import tensor_tables
+from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family, Table
-from streamjax.models.families.fields import Fields
 from streamjax.models.families.llama import read_positions, read_shapes, write_positions, write_shapes
-from streamjax.models.families.windows import read_layer_types, write_layer_types
+from streamjax.models.families.window_fields import read_layer_types, write_layer_types
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
@@ -62,8 +62,8 @@ def _write3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors3(config: ModelConfig) -> Table:
-    return {**tables.llama(config), **tables.qk_norms(f"{tables.BLOCK}.self_attn")}
+    return {**tensor_tables.llama(config), **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn")}
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), _read2, _write2, tables.llama)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), _read2, _write2, tensor_tables.llama)
 QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), _read3, _write3, _tensors3)

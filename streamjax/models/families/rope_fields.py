@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamjax.models.config import RopeConfig
-from streamjax.models.families.fields import Fields
+from streamjax.models.families.config_fields import Fields
 
 # what a kind reads from its dictionary: name in the file -> name in RopeConfig
 _SCALES = {

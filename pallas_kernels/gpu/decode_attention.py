@@ -1,0 +1,58 @@
+"""Decoding on GPUs, in Triton: a few queries against a ring of many slots, as one partial of attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.gpu import slot_attention
+from pallas_kernels.partial import Partial
+
+
+def decode_attention(
+    q: Float[Array, "B C H D"],
+    k: Array,
+    v: Array,
+    count: Int32[Array, " B"],
+    *,
+    scale: float,
+    first: Int32[Array, " B"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
+    splits: int | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """`pallas_kernels.api.decode_attention` on a GPU; see there for the arguments.
+
+    Slots are taken by age from the oldest that a query sees to the newest: no other is read.
+    """
+    slots, queries = k.shape[2], q.shape[1]
+    operands = {"k": k, "v": v, "count": count.astype(jnp.int32)}
+    operands["first"] = jnp.zeros_like(operands["count"]) if first is None else first.astype(jnp.int32)
+    if k_scale is not None and v_scale is not None:
+        operands |= {"k_scale": k_scale, "v_scale": v_scale}
+
+    def find(read: slot_attention.Reads, row: jax.Array) -> tuple[Any, Any, slot_attention.Place]:
+        count, first = read["count"][0], read["first"][0]
+
+        def place(age: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+            slot = first + age
+            slot = jnp.where(slot >= slots, slot - slots, slot)
+            if window is None or queries == 1:
+                return slot, None, None
+            return slot, None, age[None] >= (count + lax.rem(row, jnp.int32(queries)) - window)[:, None]
+
+        low = jnp.zeros_like(count) if window is None else jnp.maximum(count - window, 0)
+        return low, count, place
+
+    return slot_attention.attend(
+        "decode_attention", find, q, operands, scale=scale, softcap=softcap, splits=splits, block=block,
+        most=slots if window is None else min(slots, window), interpret=interpret,
+    )  # fmt: skip

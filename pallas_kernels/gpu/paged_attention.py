@@ -1,0 +1,57 @@
+"""Decoding over chosen pages on GPUs, in Triton: the numbers of the pages are read in the kernel, then their slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.block_ranges import divide
+from pallas_kernels.gpu import slot_attention
+from pallas_kernels.partial import Partial
+
+
+def paged_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pages: Int32[Array, "B K N"],
+    count: Int32[Array, " B"],
+    *,
+    page_size: int,
+    scale: float,
+    first: Int32[Array, " B"] | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """`pallas_kernels.api.paged_attention` on a GPU; see there for the arguments.
+
+    Slots of a page that hold nothing are not read either.
+    """
+    slots, entries = k.shape[2], pages.shape[2]
+    operands = {"k": k, "v": v, "count": count.astype(jnp.int32), "pages": pages.astype(jnp.int32)}
+    operands["first"] = jnp.zeros_like(operands["count"]) if first is None else first.astype(jnp.int32)
+
+    def find(read: slot_attention.Reads, row: jax.Array) -> tuple[Any, Any, slot_attention.Place]:
+        count, first = read["count"][0], read["first"][0]
+        turn = jnp.arange(pl.next_power_of_2(entries))
+        named = plgpu.load(read["pages"].at[turn], mask=turn < entries, other=-1) >= 0
+
+        def place(entry: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+            page = plgpu.load(read["pages"].at[divide(entry, page_size)])
+            slot = page * page_size + lax.rem(entry, jnp.int32(page_size))
+            age = slot - first
+            return slot, (page >= 0) & (jnp.where(age < 0, age + slots, age) < count), None
+
+        return jnp.zeros_like(count), jnp.sum(named.astype(jnp.int32)) * page_size, place
+
+    return slot_attention.attend(
+        "paged_attention", find, q, operands, scale=scale, softcap=softcap, splits=None, block=block,
+        most=entries * page_size, listed=True, interpret=interpret,
+    )  # fmt: skip

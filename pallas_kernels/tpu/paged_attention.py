@@ -1,0 +1,171 @@
+"""Decoding over chosen pages on TPUs: a few queries against the pages of a long cache that each key head names.
+
+Which pages is data: their numbers are prefetched as scalars. A page is small (64 tokens of 128 channels are 16 KB), so
+several are fetched for one step and worked on as one, by copies that the kernel starts itself: a grid's own pipeline
+spends more on each page's bookkeeping than the arithmetic takes. While a step is worked on, the next one's pages are on
+their way, those of the next head behind a head's last step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.partial import Partial
+from pallas_kernels.tpu import online_softmax
+from pallas_kernels.tpu.tiles import LANES, SUBLANES
+
+TOGETHER = 1024  # slots that are worked on at once
+NOWHERE = -(2**30)  # slots before a ring
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """scale, softcap: of the logits. slots: of the ring. size: of a page. together: pages of a step. steps: of a head.
+    key_heads: of a row. chain: heads that one core works on in turns."""
+
+    scale: float
+    softcap: float | None
+    slots: int
+    size: int
+    together: int
+    steps: int
+    key_heads: int
+    chain: int
+
+
+def paged_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pages: Int32[Array, "B K N"],
+    count: Int32[Array, " B"],
+    *,
+    page_size: int,
+    scale: float,
+    first: Int32[Array, " B"] | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """`pallas_kernels.api.paged_attention` on a TPU; see there for the arguments. block: slots of one step."""
+    (batch, key_heads, slots, width), last = k.shape, k.shape[2] // page_size - 1
+    together = max(1, min((block or TOGETHER) // page_size, pages.shape[2]))
+    steps = -(-pages.shape[2] // together)
+    heads = batch * key_heads
+    chain = key_heads if batch % 2 == 0 or key_heads % 2 else key_heads // 2  # shares for a chip's two cores
+    static = _Static(scale, softcap, slots, page_size, together, steps, key_heads, chain)
+    # In the place of none the head's first page: what lies anywhere else might not be numbers.
+    table = jnp.pad(pages, [(0, 0), (0, 0), (0, steps * together - pages.shape[2])], constant_values=-1)
+    table = jnp.where(table < 0, jnp.maximum(pages[..., :1], 0), jnp.minimum(table, last)).astype(jnp.int32)
+    named = jnp.sum(pages >= 0, axis=-1, dtype=jnp.int32)
+    held = jnp.stack([count, jnp.zeros_like(count) if first is None else first]).astype(jnp.int32)
+    grouped = online_softmax.grouped(q, key_heads)
+    rows = grouped.shape[2]
+
+    def whole(columns: int) -> Any:
+        return pl.BlockSpec((None, rows, columns), lambda i, j, *_: (i * chain + j, 0, 0))
+
+    pool = pltpu.VMEM((2, together, page_size, width), k.dtype)
+    copies = [pool, pool, pltpu.SemaphoreType.DMA((2, 2)), pltpu.SMEM((1,), jnp.int32)]
+    out, lse = pl.pallas_call(
+        partial(_kernel, static),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(heads // chain, chain),
+            in_specs=[whole(width), pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[whole(width), whole(LANES)],
+            scratch_shapes=[*online_softmax.scratch(rows, width), *copies],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((heads, rows, columns), jnp.float32) for columns in (width, LANES)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,  # the table names pages of the cache alone
+        ),
+        interpret=interpret,
+        name="paged_attention",
+    )(
+        held, table.reshape(-1), named.reshape(-1), grouped.reshape(heads, rows, width),
+        *(x.reshape(heads, last + 1, page_size, width) for x in (k, v)),
+    )  # fmt: skip
+    out, lse = (x.reshape(batch, key_heads, rows, -1) for x in (out, lse))
+    return online_softmax.ungrouped(out, lse, q)
+
+
+def _kernel(
+    static: _Static, held_ref: Any, table_ref: Any, named_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out: Any,
+    lse: Any, top: Any, total: Any, sums: Any, k_pool: Any, v_pool: Any, signals: Any, turn: Any,
+) -> None:  # fmt: skip
+    j = pl.program_id(1)
+    head = pl.program_id(0) * static.chain + j
+    state, each = (top, total, sums), static.steps * static.together
+    row, named = lax.div(head, jnp.int32(static.key_heads)), named_ref[head]
+    steps = jnp.maximum(lax.div(named + static.together - 1, jnp.int32(static.together)), 1)
+    both = ((k_ref, k_pool), (v_ref, v_pool))
+
+    def fetch(head: Any, at: Any, into: Any) -> None:
+        """Start the copies of a step's pages, whose numbers stand in the table from `at` on."""
+        for number, (ref, pool) in enumerate(both):
+            for i in range(static.together):
+                page = ref.at[head, table_ref[at + i]]
+                pltpu.make_async_copy(page, pool.at[into, i], signals.at[number, into]).start()
+
+    def arrived(into: Any) -> None:
+        """Wait for a step's copies: the bytes of all of them are counted together."""
+        for number, (_, pool) in enumerate(both):
+            pltpu.make_async_copy(pool.at[into], pool.at[into], signals.at[number, into]).wait()
+
+    @pl.when(j == 0)
+    def begin() -> None:
+        turn[0] = 0
+        fetch(head, head * each, 0)
+
+    online_softmax.start(state)
+
+    def step(n: Any, carry: None) -> None:
+        now = turn[0]
+        turn[0] = 1 - now
+        more = n + 1 < steps
+
+        @pl.when(more | (j + 1 < static.chain))
+        def prefetch() -> None:
+            at = jnp.where(more, head * each + (n + 1) * static.together, (head + 1) * each)
+            fetch(jnp.where(more, head, head + 1), at, 1 - now)
+
+        arrived(now)
+
+        @pl.when(named > 0)
+        def work() -> None:
+            k, v = (pool[now].reshape(static.together * static.size, -1) for _, pool in both)
+            here = _index(static, table_ref, head * each + n * static.together, named - n * static.together)
+            age = jnp.where(here < 0, static.slots, online_softmax.age(here, held_ref[1, row], static.slots))
+            seen = jnp.broadcast_to(age[:1], (q_ref.shape[0], age.shape[1])) < held_ref[0, row]
+            online_softmax.add(static.scale, static.softcap, {"q": q_ref[...], "k": k, "v": v}, seen, state)
+
+    lax.fori_loop(0, steps, step, None)
+    online_softmax.finish(static.scale, static.softcap, state, out, lse)
+
+
+def _index(static: _Static, table_ref: Any, at: Any, named: Any) -> jax.Array:
+    """Slots of a step's columns in the ring, in every sublane; below 0 behind the first `named` pages."""
+    width = static.together * static.size  # or less: what is made for each piece alone stays in one register
+    if static.size % LANES == 0 or LANES % static.size == 0:
+        width = max(static.size, min(LANES, width))
+    column = lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 1)
+    parts = []
+    for low in range(0, static.together, each := width // static.size):
+        pages = range(low, min(low + each, static.together))
+        begins = [jnp.where(i < named, (table_ref[at + i] - i + low) * static.size, NOWHERE) for i in pages]
+        begin = jnp.full_like(column, begins[0])
+        for i, other in enumerate(begins[1:], 1):
+            begin = jnp.where(column >= i * static.size, other, begin)
+        parts.append((column + begin)[:, : len(pages) * static.size])
+    return jnp.concatenate(parts, axis=1)

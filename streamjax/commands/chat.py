@@ -1,0 +1,199 @@
+"""Talk with a model for as long as you like: its cache does not grow.
+
+    python -m infer.chat --model=Qwen3-0.6B --cache=streaming_llm:sinks=4,window=4092
+    python -m infer.chat --model=Llama-3.2-1B-Instruct --system="You are brief." --temperature=0
+    python -m infer.chat --model=Qwen3-0.6B --load_state=yesterday.chat
+    echo "What is a heap?" | python -m infer.chat --model=Qwen3-0.6B --max_new_tokens=100
+
+A turn reads only what it adds, by the model's own chat template. Ctrl-C ends an answer, not the conversation. What has
+left the cache is forgotten; /cache shows how far it reaches.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+import streamjax as sj
+from streamjax.commands import common
+from streamjax.evaluation import SlotMemory, human_bytes
+from streamjax.streaming.conversation import Conversation
+
+HELP = """\
+/save FOLDER    keep the conversation
+/load FOLDER    go on with one that was kept
+/cache          what the model can still see, and what that takes
+/cache NAME...  start over with another cache, such as window:window=512
+/reset          start over
+/help           this list
+/quit           leave (so does Ctrl-D)
+Ctrl-C ends an answer. Anything else is for the model; a line that begins with // is said with one slash."""
+
+
+class Quit(Exception):
+    """The user wants to leave."""
+
+
+def define(values: flags.FlagValues) -> None:
+    common.define_model(values)
+    flags.DEFINE_string("cache", "streaming_llm", common.CACHE_HELP, flag_values=values)
+    flags.DEFINE_string("system", None, "Instructions that come before the conversation.", flag_values=values)
+    flags.DEFINE_string("load_state", None, "Go on with the conversation in this folder.", flag_values=values)
+    flags.DEFINE_string("save_state", None, "Folder where the conversation is kept at the end.", flag_values=values)
+    common.define_sampling(values)
+
+
+class Chat:
+    """The loop's state: a conversation, and the commands that change it.
+
+    Args:
+      values: parsed flags.
+      say: writes text for the user.
+    """
+
+    def __init__(self, values: flags.FlagValues, say: Callable[[str], None]):
+        self._values = values
+        self._say = say
+        self._model, self._tokenizer = common.load_model(values, [values.cache])
+        self._start(values.cache)
+        self.commands: dict[str, Callable[[str], None]] = {
+            "save": self.save, "load": self.load, "cache": self.cache, "reset": self.reset, "help": self.help,
+            "quit": self.quit,
+        }  # fmt: skip
+
+    def _start(self, cache: str) -> None:
+        values = self._values
+        self._cache = common.parse_cache(cache, self._model.config.max_position)
+        self.session = sj.Session(
+            self._model,
+            self._tokenizer,
+            self._cache,
+            sampler=common.sampler_of(values),
+            seed=values.seed,
+            chunk_size=values.chunk_size,
+        )
+        self.conversation = Conversation(self.session, values.system, common.stop_strings(values))
+
+    def describe(self) -> str:
+        """What runs, in one line."""
+        return common.describe(self._values.model, self._model, self._cache, self.session)
+
+    def line(self, text: str) -> None:
+        """Obey a command, or answer."""
+        if text.startswith("/") and not text.startswith("//"):
+            name, _, rest = text[1:].partition(" ")
+            if name not in self.commands:
+                near = difflib.get_close_matches(name, self.commands, n=1)
+                raise ValueError(
+                    f"unknown command /{name}; {f'did you mean /{near[0]}?' if near else '/help lists all'}"
+                )
+            self.commands[name](rest.strip())
+        elif text.strip():
+            self.answer(text[1:] if text.startswith("//") else text)
+
+    def answer(self, text: str) -> None:
+        """Answer what the user says, piece by piece."""
+        pieces = self.conversation.reply(text, max_new_tokens=self._values.max_new_tokens)
+        try:
+            for piece in pieces:
+                self._say(piece)
+        except KeyboardInterrupt:
+            self._say(self.session.pending() + " [interrupted]")
+        self._say("\n")
+
+    def save(self, rest: str) -> None:
+        """/save FOLDER"""
+        path = _folder(rest, "save")
+        self.session.save(path, {"conversation": self.conversation.to_json_dict()})
+        self._say(f"saved at token {self.session.tokens_seen:,} in {path}\n")
+
+    def load(self, rest: str) -> None:
+        """/load FOLDER"""
+        path = _folder(rest, "load")
+        saved = self.session.load(path)
+        if common.sampling_was_chosen(self._values):
+            self.session.sampler = common.sampler_of(self._values)
+        self.conversation.restore(saved.get("conversation", {}))
+        self._say(f"going on at token {self.session.tokens_seen:,}\n")
+
+    def cache(self, rest: str) -> None:
+        """/cache [NAME:OPTION=VALUE,...]"""
+        if rest:
+            self._start(rest)
+            self._say("a new conversation: ")
+        slots = max(cache.slots for cache in self.session.state.caches)
+        seen = self.session.tokens_seen
+        in_use = SlotMemory.of(self.session.state).in_use(seen)
+        self._say(
+            f"{common.describe_cache(self._cache)}: {min(seen, slots):,} of {seen:,} tokens visible, "
+            f"{human_bytes(in_use)} in use of {human_bytes(self.session.cache_bytes)}\n"
+        )
+
+    def reset(self, rest: str) -> None:
+        """/reset"""
+        self.session.reset(self._values.seed)
+        self.conversation = Conversation(self.session, self._values.system, common.stop_strings(self._values))
+        self._say("a new conversation\n")
+
+    def help(self, rest: str) -> None:
+        """/help"""
+        self._say(HELP + "\n")
+
+    def quit(self, rest: str) -> None:
+        """/quit"""
+        raise Quit
+
+
+def _folder(rest: str, command: str) -> str:
+    words = shlex.split(rest)
+    if len(words) != 1:
+        raise ValueError(f"/{command} takes one folder: /{command} FOLDER")
+    return words[0]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def body(values: flags.FlagValues) -> None:
+    chat = Chat(values, _say)
+    if values.load_state:
+        chat.load(shlex.quote(values.load_state))
+    person = sys.stdin.isatty()
+    print(chat.describe(), file=sys.stderr)
+    if person:
+        import readline  # noqa: F401  (its import makes input() editable)
+
+        print("/help lists the commands", file=sys.stderr)
+    leaving = False
+    while True:
+        try:
+            text = input("> " if person else "")
+            leaving = False
+            chat.line(text)
+        except (EOFError, Quit):
+            break
+        except KeyboardInterrupt:
+            if leaving or not person:
+                break
+            leaving = True
+            print("\nagain, or Ctrl-D, to leave", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            common.complain(error)
+            if not person:
+                raise common.Stopped(1) from error
+    if values.save_state:
+        chat.save(shlex.quote(values.save_state))
+
+
+def main(argv: list[str]) -> int:
+    return common.run_command(__doc__, [define], body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,98 @@
+"""Several caches on one text: the runs, with a progress bar each, and their table."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+import streamjax as sj
+from streamjax.commands import common
+from streamjax.data import corpus_text
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial
+
+
+def read_text(name: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], float]:
+    """The ids of a text, at most `limit`, and how many bytes one is on average."""
+    if name == common.BUILTIN:
+        data = corpus_text("test").encode()
+    else:
+        data = Path(name).expanduser().read_bytes()
+    encoder = StreamEncoder(tokenizer, name)
+    ids = encoder.push(data) + encoder.finish()
+    if not ids:
+        raise ValueError(f"{name} is empty: there is nothing to read")
+    return ids[:limit], encoder.text_bytes / len(ids)
+
+
+def dense_capacity(model: sj.Decoder, tokens: int, memory_bytes: float | None) -> int:
+    """How many tokens a dense cache may hold: `tokens`, or what fits into so much memory."""
+    if memory_bytes is None:
+        return tokens
+    one = SlotMemory.of(sj.init_state(model, sj.kv.preset("dense", capacity=1)))
+    fit = int(memory_bytes // sum(one.slot_bytes))
+    if fit < 1:
+        raise ValueError(f"a dense cache of one token takes {human_bytes(sum(one.slot_bytes))}: raise --dense_memory")
+    return min(tokens, fit)
+
+
+def run_sessions(sessions: dict[str, sj.Session], ids: Sequence[int], seconds: float | None = None) -> list[Trial]:
+    """Stream a text through every session, one after the other."""
+    trials = []
+    mininterval = 0.2 if sys.stderr.isatty() else 15
+    width = max(len(name) for name in sessions)
+    for name, session in sessions.items():
+        with tqdm.tqdm(total=len(ids), desc=f"{name:<{width}}", unit=" tokens", mininterval=mininterval) as bar:
+
+            def show(done: int, mean: float, bar: tqdm.tqdm = bar) -> None:
+                bar.set_postfix_str(f"perplexity {np.exp(mean):.4g}", refresh=False)
+                bar.update(done - bar.n)
+
+            trials.append(run_trial(name, session, ids, seconds=seconds, progress=show))
+    return trials
+
+
+def table(trials: Sequence[Trial], borders: Sequence[int], bytes_per_token: float) -> str:
+    """The runs as text: perplexity a token and bits a byte between borders, memory and speed.
+
+    Args:
+      trials: the runs.
+      borders: places in the text where columns end; the text's end is one more.
+      bytes_per_token: of the text.
+    """
+    end = max(len(trial.nats) for trial in trials)
+    edges = [0, *(border for border in borders if border < end), end]
+    spans = list(itertools.pairwise(edges))
+    head = ["cache", *(_span(*span, last=span[1] == end) for span in spans), "holds", "tokens/s", ""]
+    rows = [head]
+    for trial in trials:
+        cells = []
+        for start, stop in spans:
+            part = trial.part(start, stop)
+            if not part.tokens:
+                cells.append("-")
+                continue
+            cells.append(f"{part.perplexity:,.4g} ({part.bits_per_byte(bytes_per_token):.2f})")
+        held = human_bytes(trial.memory.in_use(len(trial.nats)))
+        rows.append([trial.name, *cells, held, f"{trial.tokens_per_second:,.0f}", trial.ended])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        cells[-1] = row[-1]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join(lines)
+
+
+def _span(start: int, stop: int, last: bool) -> str:
+    if start == 0:
+        return f"first {stop:,}"
+    return f"{start:,} to the end" if last else f"{start:,} to {stop:,}"

@@ -1,0 +1,80 @@
+"""Compare caches on one long text: perplexity and memory, as a table, as JSON and as a picture.
+
+    python -m infer.perplexity --input=book.txt
+    python -m infer.perplexity --input=book.txt --model=Llama-3.2-1B --max_tokens=200000 \\
+        --cache=dense --cache=window:window=2048 --cache=streaming_llm:sinks=4,window=2044
+    python -m infer.perplexity --input=builtin --dense_memory=0.5 --png=out/half_a_gigabyte.png
+
+A dense cache keeps every token, so it has an end: --dense_capacity or --dense_memory says where; the picture marks it.
+The first columns of the table end where the model's training length ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+import streamjax as sj
+from streamjax.commands import common, comparison
+from streamjax.evaluation import plot_trials
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("input", common.BUILTIN, "A text file; builtin is held-out text that comes with Python.",
+                        flag_values=values)  # fmt: skip
+    common.define_model(values)
+    flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {common.CACHE_HELP}",
+                              flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("dense_capacity", None, "Tokens that a dense cache may hold; 8 times the length the model was "
+                         "trained at by default.", lower_bound=1, flag_values=values)  # fmt: skip
+    flags.DEFINE_float("dense_memory", None, "Gigabytes that a dense cache may take.", lower_bound=0,
+                       flag_values=values)  # fmt: skip
+    flags.DEFINE_string("json", "out/perplexity.json", "Where the numbers go; empty for nowhere.", flag_values=values)
+    flags.DEFINE_string("png", "out/perplexity.png", "Where the picture goes; empty for nowhere.", flag_values=values)
+
+
+def body(values: flags.FlagValues) -> None:
+    model, tokenizer = common.load_model(values, values.cache)
+    trained = model.config.max_position
+    ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens)
+    capacity = min(values.dense_capacity or 8 * trained, len(ids) + 1)
+    memory = None if values.dense_memory is None else values.dense_memory * 1e9
+    capacity = comparison.dense_capacity(model, capacity, memory)
+    sessions = {
+        spec: sj.Session(model, tokenizer, common.parse_cache(spec, trained, capacity), chunk_size=values.chunk_size)
+        for spec in dict.fromkeys(values.cache)
+    }
+    trials = comparison.run_sessions(sessions, ids)
+    names = {spec: common.describe_cache(session.cache) for spec, session in sessions.items()}
+    print(f"{Path(values.model).name}, {len(ids):,} tokens of {values.input}: perplexity a token (bits a byte)")
+    print(comparison.table(trials, [trained], bytes_per_token))
+    for spec, name in names.items():
+        print(f"  {spec}: {name}")
+    if values.json:
+        common.write_json(
+            values.json,
+            {
+                "model": values.model,
+                "input": values.input,
+                "tokens": len(ids),
+                "bytes_per_token": bytes_per_token,
+                "trained_length": trained,
+                "runs": [{"cache": names[t.name], **t.to_json_dict(bytes_per_token)} for t in trials],
+            },
+        )
+        print(f"numbers: {values.json}")
+    if values.png:
+        title = f"{Path(values.model).name} on {Path(values.input).name}"
+        plot_trials(trials, values.png, title=title, trained_length=trained)
+        print(f"picture: {values.png}")
+
+
+def main(argv: list[str]) -> int:
+    return common.run_command(__doc__, [define], body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,195 @@
+"""Ask a model about what it read long ago: passkeys and other facts in contexts of any length, under several caches.
+
+    python -m infer.recall --demo             # the model that comes with streamjax, at 128 times its training length
+    python -m infer.recall --lengths=1K,16K,1M --depths=11 --samples=2 --cache=hsa:capacity=1048576
+    python -m infer.recall --model=Llama-3.2-1B --task=passkey --task=multi_key --lengths=4K,32K \\
+        --cache=dense:capacity=33000 --cache=streaming_llm --cache=inf_llm
+
+Contexts are made as they are read and never held: 16M tokens are as easy as a thousand. An answer counts if greedy
+decoding gives it to the letter. The tasks: passkey (one key), multi_key (one of several named keys), multi_value (all
+values of a name), variable_tracking (all names of a value), multi_turn (several questions about one context).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from absl import flags
+
+import streamjax as sj
+from streamjax.commands import common
+from streamjax.data.recall.haystack import KINDS
+from streamjax.data.recall.tasks import TASKS, make_problem, stream_context
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.evaluation import human_bytes
+from streamjax.evaluation.recall import Cell, run_recall
+from streamjax.kv.presets.registry import Built
+
+RECALL_MODEL = Path(__file__).parents[2] / "models" / "hsa_recall"
+DENSE_MODEL = Path(__file__).parents[2] / "models" / "dense_recall"
+DEMO_LENGTHS = (512, 8192, 131072)
+ROOM = 1024  # tokens of questions and answers that a cache without an end must hold beside the context
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool("demo", False, "The demonstration: passkeys at up to 131,072 tokens, with the shipped models.",
+                      flag_values=values)  # fmt: skip
+    common.define_model(values)
+    values.set_default("model", str(RECALL_MODEL))
+    flags.DEFINE_multi_enum("task", ["passkey"], TASKS, "May be repeated.", flag_values=values)
+    flags.DEFINE_list("lengths", ["1K", "8K", "64K"], "Tokens of context; K and M are 1,024 and 1,024 squared.",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("depths", 5, "Places at which the fact stands, from the start to the end.", lower_bound=1,
+                         flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("samples", 4, "Problems at each length and depth.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("needles", 4, "Facts in a context, for all tasks but passkey.", lower_bound=1,
+                         flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("haystack", "words", KINDS, "What lies between: drawn sentences, or five sentences repeated.",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_multi_string(
+        "cache", None, f"May be repeated; by default one that keeps everything, and streaming_llm. {common.CACHE_HELP}",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("batch_size", 4, "Contexts read side by side.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the problems.", flag_values=values)
+    flags.DEFINE_string("json", "out/recall.json", "Where the numbers go; empty for nowhere.", flag_values=values)
+    flags.DEFINE_string("png", "out/recall.png", "Where the picture goes; empty for nowhere.", flag_values=values)
+
+
+def body(values: flags.FlagValues) -> None:
+    if values.demo:
+        cells, trained, title = _demo(values)
+    else:
+        cells, trained, title = _asked_for(values)
+    print(table(cells))
+    if values.json:
+        runs = [cell.to_json_dict() for cell in cells]
+        common.write_json(values.json, {"model": values.model, "trained_length": trained, "runs": runs})
+        print(f"numbers: {values.json}")
+    if values.png:
+        from streamjax.evaluation.recall_plot import plot_recall
+
+        plot_recall(cells, values.png, title=title, trained_length=trained)
+        print(f"picture: {values.png}")
+
+
+def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
+    lengths = [parse_length(text) for text in values.lengths]
+    model, tokenizer = common.load_model(values, values.cache or ())
+    trained = model.config.max_position
+    for task in values.task:  # what does not fit is told before anything is read
+        next(stream_context(make_problem(task, None, 0, needles=values.needles), min(lengths), tokenizer))
+    whole = max(lengths) + ROOM
+    everything = f"dense:capacity={whole}" if model.config.hsa is None else f"hsa:capacity={whole}"
+    cells = []
+    for spec in values.cache or [everything, "streaming_llm"]:
+        cache = common.parse_cache(spec, trained, whole)
+        for task in values.task:
+            for length in lengths:
+                how = (values.depths, values.samples, values.batch_size)
+                cells += _run(values, model, tokenizer, spec, cache, task, length, *how)
+    return cells, trained, f"{Path(values.model).name}, trained on {trained:,} tokens at once"
+
+
+def _demo(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
+    """One task, two models: hierarchical sparse attention, the same with sinks and a window, and dense attention."""
+    tokenizer = sj.load_tokenizer(RECALL_MODEL)
+    model, dense = sj.load(RECALL_MODEL, dtype=values.dtype), sj.load(DENSE_MODEL, dtype=values.dtype)
+    trained = model.config.max_position
+    print(
+        f"{model.config.parameter_count / 1e6:.1f}M parameters, trained on contexts of {trained:,} tokens, asked for a "
+        f"pass key in contexts of up to {DEMO_LENGTHS[-1]:,}: {DEMO_LENGTHS[-1] // trained} times as long"
+    )
+    cells = []
+    for length in DEMO_LENGTHS:
+        cache = sj.kv.preset("hsa", capacity=length + ROOM)
+        cells += _run(values, model, tokenizer, "HSA", cache, "passkey", length, 3, 2, 6)
+    for length in DEMO_LENGTHS[:2]:
+        cache = sj.kv.preset("streaming_llm", sinks=4, window=508)
+        cells += _run(values, model, tokenizer, "sinks + window", cache, "passkey", length, 3, 2, 6)
+        cache = sj.kv.preset("dense", capacity=length + ROOM)
+        cells += _run(values, dense, tokenizer, "dense, RoPE", cache, "passkey", length, 3, 2, 6)
+    return cells, trained, f"pass keys after training on {trained:,} tokens at once"
+
+
+def _run(
+    values: flags.FlagValues,
+    model: sj.Decoder,
+    tokenizer: Tokenizer,
+    name: str,
+    cache: Built,
+    task: str,
+    length: int,
+    depths: int,
+    samples: int,
+    batch_size: int,
+) -> list[Cell]:
+    batches = -(-depths * samples // batch_size)
+    mininterval = 0.2 if sys.stderr.isatty() else 15
+    label = f"{name} {task} {length:,}"
+    total = batches * length * batch_size
+    with tqdm.tqdm(total=total, desc=label, unit=" tokens", mininterval=mininterval) as bar:
+
+        def show(tokens: int) -> None:
+            bar.update(tokens * batch_size)
+
+        return run_recall(
+            model,
+            tokenizer,
+            name,
+            cache,
+            task=task,
+            length=length,
+            depths=[round(float(d), 4) for d in np.linspace(0, 1, depths)] if depths > 1 else [0.5],
+            samples=samples,
+            haystack=values.haystack,
+            needles=values.needles,
+            batch_size=batch_size,
+            chunk_size=values.chunk_size,
+            seed=values.seed,
+            progress=show,
+        )
+
+
+def parse_length(text: str) -> int:
+    """A number of tokens, such as 4096, 4K or 1M.
+
+    Raises:
+      ValueError: anything else.
+    """
+    found = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
+    if not found or not int(found[1]):
+        raise ValueError(f"--lengths: {text!r} is no number of tokens; write 4096, 4K or 1M")
+    return int(found[1]) * {"": 1, "K": 2**10, "M": 2**20}[found[2].upper()]
+
+
+def table(cells: list[Cell]) -> str:
+    """The run as text: accuracy over all depths and the worst depth, speed and memory."""
+    groups: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.cache, cell.length), []).append(cell)
+    rows = [["task", "cache", "tokens", "right", "worst depth", "tokens/s", "state a stream"]]
+    for (task, cache, length), found in groups.items():
+        right, asked = sum(c.right for c in found), sum(c.asked for c in found)
+        worst = min(found, key=lambda c: c.accuracy)
+        rows.append(
+            [task, cache, f"{length:,}", f"{100 * right / asked:.1f}% of {asked}",
+             f"{100 * worst.accuracy:.0f}% at {100 * worst.depth:.0f}%", f"{found[0].tokens_per_second:,.0f}",
+             human_bytes(found[0].cache_bytes)]
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def main(argv: list[str]) -> int:
+    return common.run_command(__doc__, [define], body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

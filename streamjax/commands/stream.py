@@ -1,0 +1,234 @@
+"""Read a text of any length through a cache of fixed size, and say how well the model predicts it.
+
+    python -m infer.stream --input=book.txt
+    python -m infer.stream --input=book.txt --model=Llama-3.2-1B --cache=streaming_llm:sinks=4,window=2044
+    tail -f server.log | python -m infer.stream --save_state=log.stream        # Ctrl-C ends it, and saves
+    python -m infer.stream --input=more.txt --load_state=log.stream --json=curve.json
+    python -m infer.stream --input=builtin --cache=window --max_tokens=100000
+
+Perplexity is a token's, bits are a byte's; both are of everything read so far. Memory is the cache's, which does not
+grow, and the process's. A text must be UTF-8.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import tqdm
+from absl import flags
+
+import streamjax as sj
+from streamjax.commands import common
+from streamjax.data import corpus_text
+from streamjax.evaluation import Curve, StreamEncoder, human_bytes, peak_resident_bytes, resident_bytes
+from streamjax.streaming.interrupts import undisturbed
+
+_READ = 1 << 16  # bytes
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("input", "-", "A text file; - is standard input, builtin is held-out text that comes with "
+                        "Python.", flag_values=values)  # fmt: skip
+    common.define_model(values)
+    flags.DEFINE_string("cache", "streaming_llm", common.CACHE_HELP, flag_values=values)
+    flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do with bytes that are not UTF-8: end with "
+                      "an error, or read U+FFFD.", flag_values=values)  # fmt: skip
+    flags.DEFINE_string("json", None, "File for the result and the curve of perplexity.", flag_values=values)
+    flags.DEFINE_string("load_state", None, "Go on with the stream in this folder.", flag_values=values)
+    flags.DEFINE_string("save_state", None, "Folder for the stream at the end, also after Ctrl-C.", flag_values=values)
+
+
+def open_input(name: str) -> tuple[Iterator[bytes], int | None]:
+    """The text's bytes as they come, and how many there will be where that is known."""
+    if name == common.BUILTIN:
+        data = corpus_text("test").encode()
+        return (data[start : start + _READ] for start in range(0, len(data), _READ)), len(data)
+    if name == "-":
+        if sys.stdin.isatty():
+            print("reading from the keyboard; Ctrl-D ends the text", file=sys.stderr)
+        return _read(sys.stdin.buffer), None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: --input takes one text file, or - for standard input")
+    return _read(path.open("rb")), path.stat().st_size
+
+
+def _read(stream: BinaryIO) -> Iterator[bytes]:
+    with stream:
+        while data := stream.read1(_READ):  # type: ignore[attr-defined]
+            yield data
+
+
+class Reader:
+    """Feeds a text to a session, chunk by chunk, and keeps the account.
+
+    A chunk's result is looked at when the next one has been handed to the device.
+
+    Args:
+      session: the stream.
+      encoder: turns the text's bytes into ids.
+      bar: shows how far it is.
+    """
+
+    def __init__(self, session: sj.Session, encoder: StreamEncoder, bar: tqdm.tqdm):
+        self.curve = Curve()
+        self._session, self._encoder, self._bar = session, encoder, bar
+        self._ids = session.encode("")  # encoded and not yet read; BOS where the stream begins
+        self._skip = len(self._ids)
+        self._encoded = 0
+        self._fed = 0
+        self._pending: Any = None
+        self._started = time.perf_counter()
+        self._times: collections.deque[float] = collections.deque(maxlen=1001)  # when whole chunks were done
+
+    def read(self, data: Iterator[bytes], total_bytes: int | None, limit: int | None) -> str:
+        """Read until the text, the limit or the cache ends; returns what ended it where that was not the text's end.
+
+        Raises:
+          ValueError: the text is empty, or not in UTF-8; what came before that has been read.
+        """
+        for piece in itertools.chain(data, [None]):
+            new = self._encoder.finish() if piece is None else self._encoder.push(piece)
+            self._ids += new
+            self._encoded += len(new)
+            if total_bytes is not None and self._encoded:
+                guess = round(total_bytes * self._encoded / self._encoder.text_bytes)
+                self._bar.total = min(max(guess, self._encoded), limit or guess)
+            ended = self._feed(limit, everything=piece is None)
+            if ended:
+                return ended
+        if not self._encoded:
+            raise ValueError("the input is empty: there is nothing to read")
+        return ""
+
+    def _feed(self, limit: int | None, everything: bool) -> str:
+        """Score whole chunks, or everything there is; returns why no more can be read."""
+        session = self._session
+        while len(self._ids) >= (1 if everything else session.chunk_size):
+            width = min(session.chunk_size, len(self._ids))
+            if session.room is not None:
+                width = min(width, session.room)
+                if not width:
+                    return f"the cache is full at {session.tokens_seen:,} tokens (streaming_llm has no end)"
+            if limit is not None:
+                width = min(width, limit + self._skip - self._fed)
+                if not width:
+                    return f"--max_tokens={limit} reached"
+            with undisturbed():
+                nats = session.score(self._ids[:width])
+                if not self._fed:
+                    nats = nats[self._skip :]
+                del self._ids[:width]
+                self._fed += width
+                self.settle()
+                self._pending = nats
+        return ""
+
+    def settle(self) -> None:
+        """Account for the chunk that is under way."""
+        if self._pending is None:
+            return
+        nats, self._pending = np.asarray(self._pending), None
+        self.curve.add(nats)
+        self._bar.update(len(nats))
+        if len(nats) >= self._session.chunk_size - self._skip:
+            self._times.append(time.perf_counter())
+        self._bar.set_postfix_str(
+            f"perplexity {np.exp(self.curve.mean):.4g}, {self.bits_per_byte:.3f} bits/byte, "
+            f"cache {human_bytes(self._session.cache_bytes)}, process {human_bytes(resident_bytes())}",
+            refresh=False,
+        )
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of what was scored: exact for byte tokens, else as if all tokens encoded so far were equally long."""
+        scored = self._encoder.text_bytes * self.curve.count / max(self._encoded, 1)
+        return float(self.curve.total / np.log(2) / scored) if scored else float("nan")
+
+    def _rate(self) -> float:
+        """Tokens a second without compilation, which most chunks are spared; 0 where there are too few."""
+        if len(self._times) < 4:
+            return 0.0
+        return self._session.chunk_size / float(np.median(np.diff(self._times)))
+
+    def result(self) -> dict[str, Any]:
+        """The account, as plain data."""
+        seconds = time.perf_counter() - self._started
+        return {
+            "tokens": self.curve.count,
+            "tokens_seen": self._session.tokens_seen,
+            "nats_per_token": self.curve.mean,
+            "perplexity": float(np.exp(self.curve.mean)),
+            "bits_per_byte": self.bits_per_byte,
+            "tokens_per_second": self._rate() or self.curve.count / seconds,
+            "seconds": seconds,
+            "cache_bytes": self._session.cache_bytes,
+            "resident_bytes": resident_bytes(),
+            "peak_resident_bytes": peak_resident_bytes(),
+            "curve": [{"tokens": at, "nats_per_token": mean} for at, mean in self.curve.points()],
+        }
+
+
+def body(values: flags.FlagValues) -> None:
+    data, total_bytes = open_input(values.input)
+    model, tokenizer = common.load_model(values, [values.cache])
+    cache = common.parse_cache(values.cache, model.config.max_position)
+    session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
+    if values.load_state:
+        session.load(values.load_state)
+    print(common.describe(values.model, model, cache, session), file=sys.stderr)
+    encoder = StreamEncoder(tokenizer, "standard input" if values.input == "-" else values.input, values.errors)
+    slow = not sys.stderr.isatty()
+    ended, failure = "", None
+    with tqdm.tqdm(unit=" tokens", dynamic_ncols=True, mininterval=15 if slow else 0.2) as bar:
+        reader = Reader(session, encoder, bar)
+        try:
+            ended = reader.read(data, total_bytes, values.max_tokens)
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except ValueError as error:
+            failure = error
+        reader.settle()
+        bar.disable = bar.disable or not reader.curve.count  # nothing to show
+    result = reader.result()
+    if result["tokens"]:
+        report(result, ended)
+        if values.json:
+            common.write_json(values.json, {"model": values.model, "cache": common.describe_cache(cache), **result})
+    if values.save_state and session.tokens_seen:
+        session.save(values.save_state)
+        print(f"saved at token {session.tokens_seen:,}: --load_state={values.save_state} goes on from there")
+    if failure is not None:
+        raise failure
+
+
+def report(result: dict[str, Any], ended: str) -> None:
+    """Print the summary."""
+    if ended:
+        print(ended)
+    rows = {
+        "tokens": f"{result['tokens']:,} in {result['seconds']:.1f} s, {result['tokens_per_second']:,.0f} a second",
+        "stream": f"{result['tokens_seen']:,} tokens from its beginning",
+        "perplexity": f"{result['perplexity']:.4g} a token",
+        "bits": f"{result['bits_per_byte']:.4f} a byte",
+        "cache": human_bytes(result["cache_bytes"]),
+        "process": f"{human_bytes(result['resident_bytes'])}, at most {human_bytes(result['peak_resident_bytes'])}",
+    }
+    for name, text in rows.items():
+        print(f"{name:<12}{text}")
+
+
+def main(argv: list[str]) -> int:
+    return common.run_command(__doc__, [define], body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,181 @@
+"""Synthetic recall tasks: facts hidden in a haystack of any length, questions behind it, answers to compare with.
+
+`passkey` is Landmark Attention's (2305.16300); `multi_key`, `multi_value` and `variable_tracking` are those of RULER
+(2404.06654) in shape; `multi_turn` asks several questions about one context, one after another, as SCBench (2412.10319)
+does. A `Problem` is small; `stream_context` makes its context token by token, so that 16 million tokens need no memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int32
+
+from streamjax.data.recall.haystack import sentences
+from streamjax.data.text.tokenizers import Tokenizer
+
+TaskName = Literal["passkey", "multi_key", "multi_value", "variable_tracking", "multi_turn"]
+TASKS: tuple[str, ...] = get_args(TaskName)
+NAMES = [
+    "amber",
+    "basil",
+    "cedar",
+    "daisy",
+    "ember",
+    "fern",
+    "grove",
+    "hazel",
+    "iris",
+    "jade",
+    "kelp",
+    "lilac",
+    "maple",
+    "nutmeg",
+    "olive",
+    "pearl",
+    "quartz",
+    "rose",
+    "sage",
+    "thyme",
+    "umber",
+    "violet",
+    "walnut",
+    "yarrow",
+    "zinnia",
+]
+_BLOCK = 1 << 16  # tokens that a streamed context yields at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt behind the context, and the answer that has to follow it, to the letter."""
+
+    prompt: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Facts at their depths in a context, and questions about them.
+
+    needles: (depth, text); a depth of 0 is the start of the context, 1 its end. haystack, seed: what lies between.
+    """
+
+    task: str
+    needles: tuple[tuple[float, str], ...]
+    questions: tuple[Question, ...]
+    haystack: str
+    seed: int
+
+
+def make_problem(task: str, depth: float | None, seed: int, haystack: str = "words", needles: int = 4) -> Problem:
+    """Draw a problem.
+
+    Args:
+      task: one of `TASKS`.
+      depth: of the fact that is asked for, or of the first of them, in [0, 1]; drawn where None. Others are drawn.
+      seed: decides everything that is drawn.
+      haystack: see `sentences`.
+      needles: facts in the context, for all tasks but "passkey".
+
+    Raises:
+      ValueError: an unknown task, a depth outside [0, 1], fewer than one needle or more than there are names.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown recall task {task!r}; use one of {', '.join(TASKS)}")
+    if depth is not None and not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth is {depth}: use 0 (the start of the context) to 1 (its end)")
+    if not 1 <= needles <= len(NAMES):
+        raise ValueError(f"needles is {needles}: use 1 to {len(NAMES)}")
+    random = np.random.default_rng([seed, TASKS.index(task)])
+    count = 1 if task == "passkey" else needles
+    depths = random.random(count)
+    names = [NAMES[i] for i in random.permutation(len(NAMES))[:count]]
+    values = [f"{value:05d}" for value in random.permutation(10**5)[:count]]
+    if depth is not None:
+        if task == "variable_tracking":  # a chain lies in order behind its first assignment
+            depths = depth + (1.0 - depth) * np.sort(depths)
+        depths[0] = depth
+    if task in ("multi_value", "variable_tracking"):
+        depths = np.sort(depths)
+    texts, questions = _facts(task, names, values)
+    if task == "multi_key":
+        questions = questions[:1]
+    elif task == "multi_turn":
+        questions = [questions[i] for i in random.permutation(count)]
+    order = np.argsort(depths, kind="stable")
+    placed = tuple((float(depths[i]), texts[i]) for i in order)
+    return Problem(task, placed, tuple(questions), haystack, seed)
+
+
+def _facts(task: str, names: list[str], values: list[str]) -> tuple[list[str], list[Question]]:
+    """The sentences to hide, and a question about each, or one about all."""
+    if task == "passkey":
+        return [passkey_fact(values[0])], [passkey_question(values[0])]
+    if task in ("multi_key", "multi_turn"):
+        pairs = list(zip(names, values, strict=True))
+        return [key_fact(*pair) for pair in pairs], [key_question(*pair) for pair in pairs]
+    if task == "multi_value":
+        prompt = f"What are the magic numbers of {names[0]}? They are"
+        facts = [f"A magic number of {names[0]} is {value}. " for value in values]
+        return facts, [Question(prompt, " " + ", ".join(values) + ".")]
+    facts = [f"VAR {names[0]} = {values[0]}. "]
+    facts += [f"VAR {new} = VAR {old}. " for old, new in itertools.pairwise(names)]
+    prompt = f"Which variables have the value {values[0]}? They are"
+    return facts, [Question(prompt, " " + ", ".join(names) + ".")]
+
+
+def passkey_fact(value: str) -> str:
+    """The passkey in its sentence."""
+    return f"The pass key is {value}. Remember it. {value} is the pass key. "
+
+
+def passkey_question(value: str) -> Question:
+    return Question("What is the pass key? The pass key is", f" {value}.")
+
+
+def key_fact(name: str, value: str) -> str:
+    """One of several keys in its sentence."""
+    return f"The pass key of {name} is {value}. "
+
+
+def key_question(name: str, value: str) -> Question:
+    return Question(f"What is the pass key of {name}? The pass key of {name} is", f" {value}.")
+
+
+def stream_context(problem: Problem, length: int, tokenizer: Tokenizer) -> Iterator[Int32[np.ndarray, " N"]]:
+    """The context of a problem, exactly `length` tokens, in pieces: BOS where the model expects one, then text.
+
+    Each needle stands where its depth says, moved forwards where it would not fit before the end.
+
+    Raises:
+      ValueError: a length in which the needles do not fit.
+    """
+    needles = [(depth, tokenizer.encode(text)) for depth, text in problem.needles]
+    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    room = length - len(start) - sum(len(ids) for _, ids in needles)
+    if room < 0:
+        raise ValueError(f"a context of {length} tokens has no room for the facts of {problem.task!r}: {-room} more")
+    text = sentences(problem.haystack, np.random.default_rng([problem.seed, 1]))
+    piece, done = list(start), 0  # `done` counts the haystack's own tokens, of which there are `room`
+    for depth, ids in [*needles, (1.0, [])]:
+        goal = round(depth * room)
+        while done < goal:
+            more = tokenizer.encode(next(text))
+            end = done + len(more)
+            if end > goal and (goal == room or end > room or goal - done < len(more) // 2):
+                more = more[: room - done] if goal == room else []
+                goal = room if goal == room else done
+            piece += more
+            done += len(more)
+            if len(piece) >= _BLOCK:
+                yield np.asarray(piece[:_BLOCK], np.int32)
+                piece = piece[_BLOCK:]
+        piece += ids
+    while piece:
+        yield np.asarray(piece[:_BLOCK], np.int32)
+        piece = piece[_BLOCK:]

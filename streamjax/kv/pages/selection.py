@@ -1,0 +1,140 @@
+"""Choosing pages by their summaries, and reading them: what all tiers that lie in pages share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from pallas_kernels.partial import Partial
+from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.kv.decode_kernels import score_pages
+from streamjax.kv.pages.host_memory import in_host_memory, take_pages
+from streamjax.kv.pages.indexes import Index, Summary
+from streamjax.kv.tier import Query
+
+GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
+Pool = Literal["max", "mean"]
+
+
+class PageTokens(NamedTuple):
+    """P pages of S slots; `valid` says which of them hold tokens."""
+
+    k: Float[Array, "B K P S D"]
+    v: Float[Array, "B K P S D"]
+    position: UInt32[Array, "B 1 P S"]
+    valid: Bool[Array, "B 1 P S"]
+
+
+def at_distance(query: Query, pages: PageTokens, distance: int | None) -> tuple[Query, PageTokens]:
+    """Queries and pages, all tokens that far behind every query; their keys lie at position 0. As they are if None."""
+    if distance is None:
+        return query, pages
+    query = query.at(jnp.full_like(query.position, distance))
+    return query, pages._replace(position=jnp.zeros_like(pages.position))
+
+
+def pooled(scores: Array, asks: Bool[Array, "..."], axis: int, pool: Pool) -> Array:
+    """One score of those along `axis` that choose together and `ask`: what one of them wants most, or their mean."""
+    if pool == "max":
+        return jnp.max(jnp.where(asks, scores, -jnp.inf), axis=axis)
+    asks = jnp.broadcast_to(asks, scores.shape)
+    return jnp.sum(jnp.where(asks, scores, 0), axis=axis) / jnp.maximum(jnp.sum(asks, axis=axis), 1)
+
+
+def choose_pages(
+    pages: PageTokens,
+    summary: Summary,
+    query: Query,
+    index: Index,
+    top_k: int,
+    *,
+    block: int = 1,
+    pool: Pool = "max",
+    shared: bool = False,
+    always: Bool[Array, "B P"] | None = None,
+) -> Int32[Array, "B K n top_k"]:
+    """The pages that each block of queries reads, best first, for each key head.
+
+    Args:
+      pages: the tokens; pages without any come last.
+      summary: what `index` keeps of each page.
+      query: queries of a chunk.
+      index: scores the pages.
+      top_k: pages that are read.
+      block: that many queries choose together, n blocks in all.
+      pool: how several queries or heads agree, see `pooled`.
+      shared: one choice for all key heads.
+      always: pages that come before all others.
+    """
+    heads, width = pages.k.shape[1], query.q.shape[1]
+    q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k (c g) d", k=heads))
+    scores = score_pages(index, jax.lax.stop_gradient(summary), query, q)
+    scores = rearrange(scores, "b k (c g) p -> b k g c p", c=width) * query.scale
+    if query.slopes is not None:  # ALiBi: a page is as near as its newest token
+        ahead = (query.position[:, None, :, None, None] - pages.position[:, :, None]).astype(jnp.int32)
+        near = jnp.min(jnp.where(pages.valid[:, :, None], ahead, jnp.iinfo(jnp.int32).max), axis=-1)
+        slopes = rearrange(query.slopes, "(k g) -> 1 k g 1 1", k=heads)
+        scores -= slopes * near[:, :, None].astype(scores.dtype)
+    if shared:
+        scores = rearrange(scores, "b k g c p -> b 1 (k g) c p")
+    scores = pooled(scores, jnp.ones((1, 1, 1, 1, 1), bool), 2, pool)
+    asks = jnp.ones((1, width), bool) if query.valid is None else query.valid  # padding must not choose for others
+    short = -width % block
+    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, short), (0, 0)))
+    asks = rearrange(jnp.pad(asks, ((0, 0), (0, short))), "b (n c) -> b 1 n c 1", c=block)
+    scores = pooled(rearrange(scores, "b k (n c) p -> b k n c p", c=block), asks, 3, pool)
+    scores = jnp.where(pages.valid.any(axis=-1)[:, :, None], scores, -jnp.inf)
+    if always is not None:
+        scores = jnp.where(always[:, None, None], jnp.inf, scores)
+    chosen = jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
+    return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
+
+
+def read_pages(
+    pages: PageTokens,
+    query: Query,
+    chosen: Int32[Array, "B K n top_k"],
+    block: int,
+    some: Bool[Array, "B K n top_k"] | None = None,
+) -> Partial:
+    """Attention of each block of queries to the pages chosen for it; `some` says which of them are pages at all."""
+    width, groups, size = query.q.shape[1], chosen.shape[2], pages.k.shape[3]
+
+    def read(query: Query, chosen: Int32[Array, "B K top_k"], some: Bool[Array, "B K top_k"] | None) -> Partial:
+        def take(x: Array) -> Array:
+            if in_host_memory(x):
+                return rearrange(take_pages(x, chosen), "b k n s d -> b k (n s) d")
+            # What is one list for all heads is taken for all heads at once.
+            index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
+            index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
+            found = jnp.take_along_axis(x, index, axis=2, mode="clip")
+            return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
+
+        k, v, position, valid = map(take, pages)
+        if some is not None:
+            valid &= jnp.repeat(some, size, axis=2)
+        return query.attend(k, v, position, valid)
+
+    if groups == 1:
+        return read(query, chosen[:, :, 0], None if some is None else some[:, :, 0])
+
+    names = ("q", "raw_q", "position")
+    first = "b k n p -> n b k p"
+    pieces = (
+        {name: cut_blocks(getattr(query, name), block) for name in names},
+        rearrange(chosen, first),
+        None if some is None else rearrange(some, first),
+    )
+    rows, heads, _, top_k = chosen.shape
+    together = max(1, min(GATHERED // (rows * heads * top_k * size * pages.k.shape[4]), groups))
+    parts = jax.lax.map(
+        lambda piece: read(dataclasses.replace(query, valid=None, **piece[0]), *piece[1:]),
+        pieces,
+        batch_size=None if in_host_memory(pages.k) else together,  # from there pages come by slices, never gathered
+    )
+    return Partial(*(join_blocks(x, width) for x in parts))

@@ -1,0 +1,288 @@
+"""`Clusters`: keeps much, reads the clusters that promise most, and estimates the next ones by one entry each.
+
+RetroInfer's wave index (2505.02922). Tokens gather in segments; when a segment is full its keys are clustered for each
+key head, and its tokens are stored cluster by cluster. For a query the clusters whose centroids fit best are attended
+token by token; each of those that follow stands for its tokens by their mean key and mean value, which counts as often
+as the cluster has tokens. With q . mean for a logit that is never more than its tokens have together (Jensen). What is
+left is not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from pallas_kernels.partial import Partial, accumulator, merge
+from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
+from streamjax.kv.ring_buffer import after, write_linear
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tiers.full import LinearState, append
+
+GATHERED = 2**22  # key values and logits of clusters that exist at a time for the queries of a chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClosedSegments:
+    """A ring of clustered segments; `cursor` is the segment that the next one replaces.
+
+    k, v, position: tokens, segment by segment, in a segment cluster by cluster, in each cluster in their order.
+    centroid, value: the mean key and the mean value of each cluster. first: position of its oldest token. ahead: how
+    far its tokens lie ahead of that one, on average. start: its first slot. count: its tokens, 0 where there is none.
+    """
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    position: UInt32[Array, "B K S"]
+    centroid: Float[Array, "B K M D"]
+    value: Float[Array, "B K M D"]
+    first: UInt32[Array, "B K M"]
+    ahead: Float[Array, "B K M"]
+    start: Int32[Array, "B K M"]
+    count: Int32[Array, "B K M"]
+    cursor: Int32[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClustersState:
+    """open: the segment that is being filled, in order. closed: those that were full."""
+
+    open: LinearState
+    closed: ClosedSegments
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters(Tier):
+    """Keeps up to `capacity` tokens in clustered segments, beside the segment that is being filled, which is all read.
+
+    The last tier of its cascade: when a segment is full the oldest one goes as a whole. Clusters are those of spherical
+    k-means (see `nearest_centroids`); one of more than `most` tokens is cut, and every piece is a cluster of its own.
+    Query heads that share a key head share its clusters, by the sum of their softmax shares over all centroids, as in
+    the published code. A segment is clustered when the chunk that fills it is stored, and that chunk sees it token by
+    token, so that chunks change nothing of what is stored.
+
+    Args:
+      segment: tokens a segment.
+      capacity: tokens in all clustered segments, a multiple of `segment`.
+      retrieve: clusters that are attended token by token, at most `clusters`, which is all.
+      estimate: clusters after them that are estimated by their means.
+      size: tokens a cluster on average, before large ones are cut.
+      most: tokens that a cluster holds at most; `most` slots are read for each that is retrieved.
+      iterations: of k-means.
+      block: that many queries of a chunk choose together. 1 is exact; a prefill reads fewer bytes with more.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+
+    segment: int
+    capacity: int
+    retrieve: int
+    estimate: int = 0
+    size: int = 16
+    most: int = 32
+    iterations: int = 10
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("segment", "retrieve", "size", "most", "block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Clusters.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("estimate", "iterations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Clusters.{name} must not be negative, got {getattr(self, name)}")
+        if self.capacity < self.segment or self.capacity % self.segment:
+            segments = f"a multiple of the segment size {self.segment}"
+            raise ValueError(f"Clusters.capacity must be {segments}, got {self.capacity}")
+        if self.retrieve + self.estimate > self.clusters:
+            there = f"{self.capacity} tokens make at most {self.clusters} clusters"
+            raise ValueError(f"Clusters reads {self.retrieve} and estimates {self.estimate} clusters, but {there}")
+
+    @property
+    def slots(self) -> int:
+        return self.capacity + self.segment
+
+    @property
+    def clusters(self) -> int:
+        """The most clusters that there can be."""
+        return self.capacity // self.segment * self._pieces
+
+    @property
+    def _centroids(self) -> int:
+        return -(-self.segment // self.size)
+
+    @property
+    def _pieces(self) -> int:
+        """The most clusters of a segment: each cluster leaves at most one piece that is not full."""
+        return (self.segment + self._centroids * (self.most - 1)) // self.most
+
+    def init(self, spec: KVSpec) -> ClustersState:
+        def each_head(slots: int, dtype: jnp.dtype) -> Array:
+            return jnp.zeros((spec.batch_size, spec.kv_heads, slots), dtype)
+
+        closed = ClosedSegments(
+            k=spec.buffer(self.capacity),
+            v=spec.buffer(self.capacity),
+            position=each_head(self.capacity, jnp.dtype(jnp.uint32)),
+            centroid=spec.buffer(self.clusters),
+            value=spec.buffer(self.clusters),
+            first=each_head(self.clusters, jnp.dtype(jnp.uint32)),
+            ahead=each_head(self.clusters, jnp.dtype(jnp.float32)),
+            start=each_head(self.clusters, jnp.dtype(jnp.int32)),
+            count=each_head(self.clusters, jnp.dtype(jnp.int32)),
+            cursor=spec.counter(),
+        )
+        return ClustersState(LinearState.empty(spec, self.segment), closed)
+
+    def insert(self, state: ClustersState, tokens: KVTokens) -> NoReturn:
+        raise ValueError("Clusters must be the last tier of a Cascade: a segment leaves it as a whole")
+
+    def store(self, state: ClustersState, tokens: KVTokens) -> ClustersState:
+        def fill(_: Array | int, carry: tuple[ClustersState, Array]) -> tuple[ClustersState, Array]:
+            state, valid = carry
+            opened, rest = append(state.open, dataclasses.replace(tokens, valid=valid))
+            full = opened.filled == self.segment
+            closed = jax.lax.cond(full.any(), self._close, lambda closed, *_: closed, state.closed, opened, full)
+            opened = dataclasses.replace(opened, filled=jnp.where(full, 0, opened.filled))
+            return ClustersState(opened, closed), after(rest.valid, closed.cursor)
+
+        width = tokens.k.shape[2]
+        carry, rounds = (state, tokens.valid), 1 + (width - 1) // self.segment
+        state, left = fill(0, carry) if rounds == 1 else jax.lax.fori_loop(0, rounds, fill, carry)
+        if width == 1:
+            return state
+        return dataclasses.replace(state, open=append(state.open, dataclasses.replace(tokens, valid=left))[0])
+
+    def _close(self, closed: ClosedSegments, opened: LinearState, full: Bool[Array, " B"]) -> ClosedSegments:
+        """Cluster the open segment and write it over the oldest closed one, in the rows where it is `full`."""
+        assigned = nearest_centroids(jax.lax.stop_gradient(opened.k), self._centroids, self.iterations)
+        order, start, count = runs_of(assigned, self.most, self._pieces)
+
+        def by_cluster(x: Array) -> Array:
+            x = jnp.broadcast_to(x, (*order.shape, *x.shape[3:]))
+            return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=2)
+
+        k, v, position = map(by_cluster, (opened.k, opened.v, opened.position))
+        slots, held = self._slots(start, count)
+        share = held / jnp.maximum(count, 1)[..., None]
+
+        def mean(x: Array) -> Array:
+            tokens = _take(x, slots).astype(accumulator(x.dtype))
+            return jnp.einsum("bkms,bkms...->bkm...", share.astype(tokens.dtype), tokens, precision="highest")
+
+        places = _take(position, slots)
+        first = places[..., 0]
+        ahead = jnp.sum(share * (places - first[..., None]).astype(jnp.int32), axis=-1)
+        start = start + (closed.cursor * self.segment)[:, None, None]
+        made = dataclasses.replace(
+            closed, k=k, v=v, position=position, centroid=mean(k), value=mean(v), first=first, ahead=ahead, start=start,
+            count=count,
+        )  # fmt: skip
+
+        def put(buffer: Array, new: Array) -> Array:
+            if buffer.ndim == 1:
+                return (buffer + full) % (self.capacity // self.segment)
+            width = new.shape[2]
+            written = jnp.where(full, width, 0)
+            return write_linear(buffer, new, closed.cursor * width, jnp.zeros_like(written), written, axis=2)
+
+        return jax.tree.map(put, closed, made)
+
+    def attend(self, state: ClustersState, query: Query, reach: int | None) -> Partial:
+        opened, closed, width = state.open, state.closed, query.q.shape[1]
+        valid = jnp.arange(self.segment) < opened.filled[:, None, None]
+        exact = query.attend(opened.k, opened.v, opened.position, valid, filled=opened.filled)
+        block = min(self.block, width)
+        groups = -(-width // block)
+        if groups == 1:
+            return merge(exact, self._attend_clusters(closed, query))
+
+        asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
+        pieces = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks}
+        rows, heads, _, channels = closed.k.shape
+        read = rows * (heads * self.retrieve * self.most * channels + query.q.shape[2] * block * self.clusters)
+        parts = jax.lax.map(
+            lambda piece: self._attend_clusters(closed, dataclasses.replace(query, **piece)),
+            {name: cut_blocks(x, block) for name, x in pieces.items()},
+            batch_size=max(1, min(GATHERED // read, groups)),
+        )
+        return merge(exact, Partial(*(join_blocks(x, width) for x in parts)))
+
+    def _attend_clusters(self, closed: ClosedSegments, query: Query) -> Partial:
+        """Attention of queries that choose together to the clusters."""
+        logits = _logits(closed, query)
+        scores = jax.lax.stop_gradient(_scores(logits, query.valid))
+        best, ranked = jax.lax.top_k(scores, self.retrieve + self.estimate)
+        chosen = ranked[..., : self.retrieve]
+        start, count = (jnp.take_along_axis(x, chosen, axis=2) for x in (closed.start, closed.count))
+        slots, held = self._slots(start, count)
+        k, v, position = (
+            rearrange(_take(x, slots), "b k m s ... -> b k (m s) ...") for x in (closed.k, closed.v, closed.position)
+        )
+        retrieved = query.attend(k, v, position, rearrange(held, "b k m s -> b k (m s)"))
+        if not self.estimate:
+            return retrieved
+
+        def among(n: int) -> Array:
+            # of equals the first come first, as `top_k` takes them
+            least, last = best[..., n - 1 : n], ranked[..., n - 1 : n]
+            return (scores > least) | ((scores == least) & (jnp.arange(self.clusters) <= last))
+
+        return merge(retrieved, _estimate(closed, logits, among(self.retrieve + self.estimate) & ~among(self.retrieve)))
+
+    def _slots(
+        self, start: Int32[Array, "B K M"], count: Int32[Array, "B K M"]
+    ) -> tuple[Int32[Array, "B K M N"], Bool[Array, "B K M N"]]:
+        """`most` slots for each cluster, and which of them hold its tokens."""
+        index = jnp.arange(self.most, dtype=jnp.int32)
+        return start[..., None] + index, index < count[..., None]
+
+
+def _take(x: Array, slots: Int32[Array, "B K M N"]) -> Array:
+    """What [B, K, S, ...] has in these slots, [B, K, M, N, ...]; anything for slots past its end."""
+    index = rearrange(slots, "b k m n -> b k (m n)")
+    found = jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=2, mode="clip")
+    return found.reshape(*slots.shape, *x.shape[3:])
+
+
+def _logits(closed: ClosedSegments, query: Query) -> Float[Array, "B K G C M"]:
+    """The logit of each cluster's mean key, at its tokens' mean distance; -inf where there is no cluster."""
+    centroid, heads = closed.centroid, closed.centroid.shape[1]
+    grouped = rearrange(query.q, "b c (k g) d -> b k (g c) d", k=heads).astype(centroid.dtype)
+    # Keys on the left, as in `attend`: the CPU compiler would transpose them otherwise.
+    logits = jnp.einsum("bkmd,bknd->bkmn", centroid, grouped, preferred_element_type=accumulator(centroid.dtype))
+    logits = rearrange(logits, "b k m (g c) -> b k g c m", c=query.q.shape[1]) * query.scale
+    if query.softcap is not None:
+        logits = query.softcap * jnp.tanh(logits / query.softcap)
+    if query.slopes is not None:
+        behind = (query.position[:, None, :, None] - closed.first[:, :, None]).astype(jnp.int32) - closed.ahead[
+            :, :, None
+        ]
+        logits -= rearrange(query.slopes, "(k g) -> k g 1 1", k=heads) * behind[:, :, None]
+    return jnp.where(closed.count[:, :, None, None] > 0, logits, -jnp.inf)
+
+
+def _scores(logits: Float[Array, "B K G C M"], asks: Bool[Array, "B C"] | None) -> Float[Array, "B K M"]:
+    """What queries that choose together want most: the logarithm of the sum of their softmax shares."""
+    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    shares = logits - jnp.where(jnp.isneginf(whole), 0.0, whole)
+    if asks is not None:  # padding must not choose for others
+        shares = jnp.where(asks[:, None, None, :, None], shares, -jnp.inf)
+    return jax.nn.logsumexp(shares, axis=(2, 3))
+
+
+def _estimate(closed: ClosedSegments, logits: Float[Array, "B K G C M"], zone: Bool[Array, "B K M"]) -> Partial:
+    """One entry for each cluster of the zone: its mean value, with the weight count * exp(logit)."""
+    often = jnp.log(jnp.maximum(closed.count, 1).astype(logits.dtype))
+    logits = jnp.where(zone[:, :, None, None], logits + often[:, :, None, None], -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0.0, lse)).astype(closed.value.dtype)
+    out = jnp.einsum("bkgcm,bkmd->bkgcd", weights, closed.value, preferred_element_type=logits.dtype)
+    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse[..., 0], "b k g c -> b c (k g)"))

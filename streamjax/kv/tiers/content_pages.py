@@ -1,0 +1,250 @@
+"""`ContentPages`: pages that end where the content does, of different lengths.
+
+Text has joints: sentences end, subjects change. A page that ends there is about one thing, and its summary says more
+than that of a page cut by the count. DHSA (2510.24606) and SentenceKV (2504.00970) read such pages; where they end is
+the business of a rule, see `boundaries.py`, and what they are good for that of an index, see `indexes.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
+
+from pallas_kernels.partial import Partial
+from streamjax.kv.pages.boundaries import Boundary
+from streamjax.kv.pages.indexes import Index, Mean, Summary
+from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
+from streamjax.kv.ring_buffer import read_ring, write_ring
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+
+SUMMARISED = 32  # pages that are summarised at a time; a chunk seldom touches more
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContentPagesState:
+    """A ring of P pages, page p in the slots from `p * size` on, of which its first `count` hold tokens, in order.
+
+    summary: the index's, one a page. marks: of the last tokens that were stored, for the rule. cursor: the page that
+    will be opened next; the one before it is open. score: see `KVTokens`; None where the index does not want it.
+    """
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    position: UInt32[Array, "B 1 S"]
+    count: Int32[Array, "B 1 P"]
+    summary: Summary
+    marks: Shaped[Array, "B #K L ..."]
+    cursor: Int32[Array, " B"]
+    score: Float[Array, "B H S"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentPages(Tier):
+    """Keeps tokens in pages of at most `size`, which end where `boundary` says; a query reads the `top_k` best pages.
+
+    The last tier of its cascade: when all pages are taken the oldest goes as a whole. A page that ended early leaves
+    its last slots empty, so fewer than `capacity` tokens may be kept. What is stored does not depend on how a stream is
+    cut into chunks. Query heads that share a key head share its pages. The open page can be chosen like any other.
+
+    Args:
+      size: tokens that a page holds at most.
+      capacity: slots in all pages, a multiple of `size`.
+      top_k: pages that are read, at most capacity / size, which is all.
+      boundary: where pages end; `KeyChange()`, `EndTokens(ids)`.
+      index: what is kept of a page's keys; `Mean(power=0.5)` does not favour short pages nor long ones.
+      block: that many queries of a chunk choose pages together. 1 is exact; a prefill reads fewer bytes with more.
+      distance: all stored tokens stand this far behind every query, see `Pages`. At their true distance where None.
+      pool: where several queries or heads choose together: "max", what one of them wants most, or "mean".
+      shared: all key heads read the same pages.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+
+    size: int
+    capacity: int
+    top_k: int
+    boundary: Boundary
+    index: Index = dataclasses.field(default_factory=lambda: Mean(power=0.5))
+    block: int = 1
+    distance: int | None = None
+    pool: Pool = "max"
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("size", "top_k", "block", "distance"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"ContentPages.{name} must be at least 1, got {getattr(self, name)}")
+        if self.capacity < self.size or self.capacity % self.size:
+            pages = f"a multiple of the page size {self.size}"
+            raise ValueError(f"ContentPages.capacity must be {pages}, got {self.capacity}")
+        if self.top_k > self.pages:
+            where = f"{self.capacity} slots are {self.pages} pages of {self.size}"
+            raise ValueError(f"ContentPages.top_k is {self.top_k}, but {where}")
+        if self.pool not in ("max", "mean"):
+            raise ValueError(f'ContentPages.pool must be "max" or "mean", got {self.pool!r}')
+        if not isinstance(self.boundary, Boundary):
+            raise ValueError(f"ContentPages.boundary must be a rule such as KeyChange(), got {self.boundary!r}")
+        self.boundary.check(self.size)
+        self.index.check(self.size)
+
+    @property
+    def slots(self) -> int:
+        return self.capacity
+
+    @property
+    def span(self) -> int:
+        return self.capacity if self.distance is None else 0
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.index.needs_scores
+
+    @property
+    def needs_ids(self) -> bool:
+        return self.boundary.needs_ids
+
+    @property
+    def pages(self) -> int:
+        return self.capacity // self.size
+
+    def init(self, spec: KVSpec) -> ContentPagesState:
+        k, v, position = spec.buffer(self.capacity), spec.buffer(self.capacity), spec.positions(self.capacity)
+        score = spec.scores(self.capacity) if self.needs_scores else None
+        count = jnp.zeros((spec.batch_size, 1, self.pages), jnp.int32)
+        summary = self._summarise(k, count, score, spec.counter(), self.pages)
+        return ContentPagesState(k, v, position, count, summary, self.boundary.init(spec), spec.counter(), score)
+
+    def insert(self, state: ContentPagesState, tokens: KVTokens) -> NoReturn:
+        raise ValueError("ContentPages must be the last tier of a Cascade: a page leaves it as a whole")
+
+    def store(self, state: ContentPagesState, tokens: KVTokens) -> ContentPagesState:
+        place, marks = self._places(state, tokens)
+        opens = tokens.valid[:, 0] & (place == 0)
+        turn = jnp.cumsum(opens, axis=1, dtype=jnp.int32)  # pages that the chunk has opened up to each token
+        opened = turn[:, -1]
+        # of a chunk that opens more pages than there are the newest stay
+        stays = tokens.valid[:, 0] & (turn > (opened - self.pages)[:, None])
+        page = (state.cursor[:, None] - 1 + turn) % self.pages
+        slot = jnp.where(stays, page * self.size + place, self.capacity)
+        joins = tokens.valid[:, 0] & ~opens
+        newest = stays & ~jnp.pad(joins[:, 1:], ((0, 0), (0, 1)))  # the chunk's last token in its page
+        count = _put(state.count, (place + 1)[:, None], jnp.where(newest, page, self.pages))
+
+        stored = tokens if self.distance is None else tokens.moved(back=True)
+        k, v, position = (
+            _put(old, new, slot)
+            for old, new in ((state.k, stored.k), (state.v, stored.v), (state.position, stored.position))
+        )
+        score = None if state.score is None or tokens.score is None else _put(state.score, tokens.score, slot)
+        # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
+        k, score = jax.lax.optimization_barrier((k, score))
+        _, some = tokens.run()
+        first = jnp.min(jnp.where(stays, turn, opened[:, None]), axis=1)
+        changed = jnp.where(some > 0, opened - first + 1, 0)
+        cursor = state.cursor - 1 + first
+        summary = self._summarised(state.summary, (k, count, score), cursor, changed, tokens.k.shape[2])
+        cursor = (state.cursor + opened) % self.pages
+        return ContentPagesState(k, v, position, count, summary, marks, cursor, score)
+
+    def _places(
+        self, state: ContentPagesState, tokens: KVTokens
+    ) -> tuple[Int32[Array, "B C"], Shaped[Array, "B #K L ..."]]:
+        """The place that each token takes in its page, 0 in a page that it opens, and the marks of the last tokens.
+
+        A token is a function from the tokens in the open page to those in it afterwards, a table of numbers; tables
+        compose in any order, so a chunk takes as many steps as its length has binary digits.
+        """
+        start, some = tokens.run()
+        look, width = self.boundary.look_back, tokens.k.shape[2]
+        new = self.boundary.marks(tokens).astype(state.marks.dtype)
+        line = jnp.concatenate((jnp.zeros_like(state.marks), new), axis=2)
+        # what was stored before stands right before the first token that is real
+        line = jax.vmap(lambda row, old, at: jax.lax.dynamic_update_slice_in_dim(row, old, at, axis=1))(
+            line, state.marks, start
+        )
+        last = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, look, axis=1))(line, start + some)
+
+        held = jnp.arange(self.size + 1, dtype=jnp.int32)
+        ends = self.boundary.ends(line)[:, :, jnp.clip(held - 1, 0, look - 1)]
+        joins = (held > 0) & (held < self.size) & ((held < self.boundary.least) | ~ends)
+        table = jnp.where(joins, held + 1, 1)
+        table = jnp.where(tokens.valid[:, 0, :, None], table, held)
+        composed = jax.lax.associative_scan(lambda early, late: jnp.take_along_axis(late, early, axis=2), table, axis=1)
+        open_page = (state.cursor - 1) % self.pages
+        before = jnp.take_along_axis(state.count[:, 0], open_page[:, None], axis=1)
+        after = jnp.take_along_axis(composed, jnp.broadcast_to(before[:, None], (*before.shape[:1], width, 1)), axis=2)
+        return after[..., 0] - 1, last
+
+    def _summarised(
+        self,
+        summary: Summary,
+        tokens: tuple[Array, Array, Array | None],
+        first: Int32[Array, " B"],
+        changed: Int32[Array, " B"],
+        width: int,
+    ) -> Summary:
+        """The summaries when `changed` pages from `first` on have taken in some of `width` tokens."""
+        summary, tokens = jax.lax.stop_gradient((summary, tokens))
+        # the open page and those that a chunk opens, each of which is as long as the rule wants before the next
+        most = min(1 + -(-(width - 1) // self.boundary.least), self.pages)
+        step = min(most, SUMMARISED)
+
+        def some(turn: Array | int, summary: Summary) -> Summary:
+            at = (first + turn * step) % self.pages
+            fresh = self._summarise(*tokens, at, step)
+            left = jnp.clip(changed - turn * step, 0, step)
+            return jax.tree.map(
+                lambda old, new: write_ring(old, new, at, jnp.zeros_like(at), left, axis=2), summary, fresh
+            )
+
+        if step == most:
+            return some(0, summary)
+        return jax.lax.fori_loop(0, -(-jnp.max(changed) // step), some, summary)
+
+    def _summarise(self, keys: Array, count: Array, score: Array | None, first: Array, pages: int) -> Summary:
+        """The summaries of so many pages in a row."""
+
+        def taken(x: Array) -> Array:
+            return read_ring(self._cut(x), first, pages, axis=2)
+
+        valid = _holds(read_ring(count, first, pages, axis=2), self.size)
+        return self.index.summarise(taken(keys), valid, None if score is None else taken(score))
+
+    def attend(self, state: ContentPagesState, query: Query, reach: int | None) -> Partial:
+        k, v, position = (self._cut(x) for x in (state.k, state.v, state.position))
+        pages = PageTokens(k, v, position, _holds(state.count, self.size))
+        query, pages = at_distance(query, pages, self.distance)
+        block = min(self.block, query.q.shape[1])
+        chosen = choose_pages(
+            pages, state.summary, query, self.index, self.top_k, block=block, pool=self.pool, shared=self.shared
+        )
+        return read_pages(pages, query, chosen, block)
+
+    def _cut(self, x: Array) -> Array:
+        """The pages of an array with one entry a slot."""
+        return rearrange(x, "b k (p s) ... -> b k p s ...", s=self.size)
+
+
+def _holds(count: Int32[Array, "B 1 P"], size: int) -> Bool[Array, "B 1 P S"]:
+    """Which slots of each page hold tokens."""
+    return jnp.arange(size) < count[..., None]
+
+
+def _put(buffer: Array, chunk: Array, slot: Int32[Array, "B C"]) -> Array:
+    """Row b's token i goes to slot `slot[b, i]` of [B, K, S, ...], nowhere where that is past the end.
+
+    Heads have an index of their own, equal as they are, for the sake of the TPU compiler (see `ring.py`).
+    """
+
+    def put(slots: Array, new: Array, at: Array) -> Array:
+        return slots.at[at].set(new.astype(slots.dtype), mode="drop")
+
+    at = jnp.broadcast_to(slot[:, None], (*buffer.shape[:2], slot.shape[1]))
+    return jax.vmap(jax.vmap(put))(buffer, chunk, at)

@@ -1,0 +1,80 @@
+"""`Full`: keep every token, up to a capacity. Alone it is ordinary attention with a growing cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels.partial import Partial
+from streamjax.kv.decode_kernels import decode, kernel_decodes
+from streamjax.kv.ring_buffer import write_linear
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearState:
+    """Slots 0 .. filled - 1 of each row hold tokens, in order."""
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    position: UInt32[Array, "B 1 S"]
+    filled: Int32[Array, " B"]
+
+    @classmethod
+    def empty(cls, spec: KVSpec, slots: int) -> LinearState:
+        return cls(spec.buffer(slots), spec.buffer(slots), spec.positions(slots), spec.counter())
+
+
+def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
+    """Append tokens while there is room; return those that found none."""
+    start, count = tokens.run()
+    slots = state.k.shape[2]
+    taken = jnp.minimum(count, slots - state.filled)
+
+    def write(buffer: Array, chunk: Array) -> Array:
+        return write_linear(buffer, chunk, state.filled, start, taken, axis=2)
+
+    index = jnp.arange(tokens.valid.shape[2], dtype=jnp.int32)[None, None]
+    left = tokens.valid & (index >= (start + taken)[:, None, None])
+    new = LinearState(
+        write(state.k, tokens.k),
+        write(state.v, tokens.v),
+        write(state.position, tokens.position),
+        state.filled + taken,
+    )
+    return new, dataclasses.replace(tokens, valid=left)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Tier):
+    """Keeps every token that reaches it, up to `capacity`, at its true distance. The last tier of its cascade.
+
+    Tokens beyond the capacity are not stored; a stream's outputs are NaN from the first of them on (`advance`), never
+    those of a silently truncated context.
+    """
+
+    capacity: int
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ValueError(f"Full.capacity must be at least 1 token, got {self.capacity}")
+
+    @property
+    def slots(self) -> int:
+        return self.capacity
+
+    def init(self, spec: KVSpec) -> LinearState:
+        return LinearState.empty(spec, self.capacity)
+
+    def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
+        if kernel_decodes(query, state.k):
+            return decode(query, state.k, state.v, state.filled)
+        valid = jnp.arange(self.capacity) < state.filled[:, None, None]
+        return query.attend(state.k, state.v, state.position, valid, filled=state.filled)
+
+    def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
+        return append(state, tokens)

@@ -1,0 +1,242 @@
+"""`Pages`: keeps much and reads little. Tokens lie in pages; a query reads the few pages that promise most.
+
+The mechanism that InfLLM (2402.04617), Quest (2406.10774), LServe (2502.14866) and HSA (2504.16795) share: a page is a
+run of tokens of the stream, an index keeps a summary of its keys, and a query attends to the `top_k` pages of each key
+head whose summaries score best. What a page is good for is the index's business; see `indexes.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.partial import Partial
+from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
+from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
+from streamjax.kv.pages.indexes import Index, MinMax, Summary
+from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
+from streamjax.kv.pages.tree_search import tree_search
+from streamjax.kv.ring_buffer import read_ring, write_ring
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tiers.window import RingState, push, write
+
+Placement = Literal["device", "host"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagesState:
+    """tokens: a ring of slots, of which page p has `size` from `p * size` on. summary: the index's, one a page."""
+
+    tokens: RingState
+    summary: Summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages(Tier):
+    """Keeps up to `capacity` tokens in pages of `size`; a query reads the `top_k` best pages of each key head.
+
+    The oldest page makes room for the newest, token by token; what it loses falls to the next tier. Query heads that
+    share a key head share its pages. The page that is being filled can be chosen like any other.
+
+    Args:
+      size: tokens a page.
+      capacity: tokens in all pages, a multiple of `size`.
+      top_k: pages that are read, at most capacity / size + 1, which is all.
+      index: what is kept of a page's keys; `MinMax()`, `MinMax(parts=4)`, `Mean()`.
+      distance: all stored tokens stand this far behind every query, whatever is between them: pages beyond what the
+        model was trained on stay readable (InfLLM, section 3.2). At their true distance where None.
+      block: that many queries of a chunk choose pages together. 1 is exact; a prefill reads fewer bytes with more.
+      pool: where several queries or heads choose together: "max", what one of them wants most, or "mean".
+      shared: all key heads read the same pages.
+      read_newest: the page that is being filled is always among those that are read.
+      search: "all" scores every page; "tree" finds good pages in the logarithm of their number (`tree.py`).
+      placement: where keys and values lie: in the device's memory or in the "host"'s, from which the pages that are
+        read are copied in each time. For one device; a chunk of a stream may not be longer than `capacity` then.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+
+    size: int
+    capacity: int
+    top_k: int
+    index: Index = dataclasses.field(default_factory=MinMax)
+    block: int = 1
+    distance: int | None = None
+    pool: Pool = "max"
+    shared: bool = False
+    read_newest: bool = False
+    search: Literal["all", "tree"] = "all"
+    placement: Placement = "device"
+
+    def __post_init__(self) -> None:
+        for name in ("size", "top_k", "block", "distance"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Pages.{name} must be at least 1, got {getattr(self, name)}")
+        if self.capacity < self.size or self.capacity % self.size:
+            raise ValueError(f"Pages.capacity must be a multiple of the page size {self.size}, got {self.capacity}")
+        if self.top_k > self.pages:
+            where = f"{self.capacity} tokens lie in at most {self.pages} pages of {self.size}"
+            raise ValueError(f"Pages.top_k is {self.top_k}, but {where}")
+        if self.pool not in ("max", "mean"):
+            raise ValueError(f'Pages.pool must be "max" or "mean", got {self.pool!r}')
+        if self.search not in ("all", "tree"):
+            raise ValueError(f'Pages.search must be "all" or "tree", got {self.search!r}')
+        if self.placement not in ("device", "host"):
+            raise ValueError(f'Pages.placement must be "device" or "host", got {self.placement!r}')
+        if self.search == "tree" and (self.shared or self.read_newest):
+            raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
+        self.index.check(self.size)
+
+    @property
+    def slots(self) -> int:
+        return self.capacity
+
+    @property
+    def span(self) -> int:
+        return self.capacity if self.distance is None else 0
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.index.needs_scores
+
+    @property
+    def pages(self) -> int:
+        """Pages in the buffer: one more than are full, so that the oldest and the newest never share one."""
+        return self.capacity // self.size + 1
+
+    def init(self, spec: KVSpec) -> PagesState:
+        slots = self.pages * self.size
+        score = spec.scores(slots) if self.needs_scores else None
+        k, v = (host_buffer(spec, slots) if self.placement == "host" else spec.buffer(slots) for _ in "kv")
+        tokens = RingState(k, v, spec.positions(slots), spec.counter(), spec.counter(), score)
+        one = self._cut(spec.buffer(self.size)), self._cut(_holds(tokens)[:, :, : self.size])
+        empty = self.index.summarise(*one, None if score is None else self._cut(score[:, :, : self.size]))
+        return PagesState(tokens, jax.tree.map(lambda x: jnp.repeat(x, self.pages, axis=2), empty))
+
+    def store(self, state: PagesState, tokens: KVTokens) -> PagesState:
+        tokens = self._placed(tokens)
+        if in_host_memory(state.tokens.k):
+            ring, keys = write_pages(state.tokens, tokens, self.size, self.capacity)
+            return self._summarised(state, ring, tokens, keys)
+        return self._summarised(state, write(state.tokens, tokens, keep=self.capacity), tokens)
+
+    def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
+        tokens, keys = self._placed(tokens), None
+        if in_host_memory(state.tokens.k):
+            ring, keys, evicted = push_pages(state.tokens, tokens, self.size, self.capacity)
+        else:
+            ring, evicted = push(state.tokens, tokens, keep=self.capacity)
+        if self.distance is not None:
+            evicted = evicted.moved(back=False)
+        return self._summarised(state, ring, tokens, keys), evicted
+
+    def _placed(self, tokens: KVTokens) -> KVTokens:
+        """Tokens as they are stored: at a fixed distance their keys lie at position 0."""
+        return tokens if self.distance is None else tokens.moved(back=True)
+
+    def _summarised(
+        self, old: PagesState, ring: RingState, tokens: KVTokens, touched: Float[Array, "B K N S D"] | None = None
+    ) -> PagesState:
+        """The state when `tokens` have been written: pages that took some in, a row of them, are summarised again.
+
+        `touched`: the keys of these pages, where they are at hand.
+        """
+        _, count = tokens.run()
+        start = old.tokens.cursor
+        first = start // self.size
+        changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
+        most = min(touched_pages(tokens.k.shape[2], self.size), self.pages)
+        if touched is None:
+            # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
+            keys, score = jax.lax.optimization_barrier((ring.k, ring.score))
+            ring, touched = dataclasses.replace(ring, k=keys, score=score), self._run_of(keys, first, most)
+        score = None if ring.score is None else self._run_of(ring.score, first, most)
+        fresh = self.index.summarise(touched, self._run_of(_holds(ring), first, most), score)
+        nothing = jnp.zeros_like(first)
+        summary = jax.tree.map(
+            lambda stored, new: write_ring(stored, new, first, nothing, jnp.minimum(changed, most), axis=2),
+            old.summary,
+            fresh,
+        )
+        return PagesState(ring, summary)
+
+    def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
+        ring = state.tokens
+        pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
+        query, pages = at_distance(query, pages, self.distance)
+        block, some = min(self.block, query.q.shape[1]), None
+        if self.search == "tree":
+            chosen, some = self._descend(state, query, block)
+        else:
+            chosen = self._choose(state, pages, query, block)
+        if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
+            oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
+            return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
+        return read_pages(pages, query, chosen, block, some)
+
+    def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
+        """The pages that each block of queries reads, best first, for each key head."""
+        newest = None
+        if self.read_newest:
+            cursor = state.tokens.cursor[:, None]
+            newest = (jnp.arange(self.pages) == cursor // self.size) & (cursor % self.size > 0)
+        return choose_pages(
+            pages, state.summary, query, self.index, self.top_k,
+            block=block, pool=self.pool, shared=self.shared, always=newest,
+        )  # fmt: skip
+
+    def _descend(
+        self, state: PagesState, query: Query, block: int
+    ) -> tuple[Int32[Array, "B K n top_k"], Bool[Array, "B K n top_k"]]:
+        """The pages that a tree search finds for each block of queries and each key head, and which are pages at all.
+
+        Raises:
+          ValueError: a model with ALiBi, where a page's worth depends on its distance.
+        """
+        if query.slopes is not None:
+            raise ValueError('Pages.search "tree" does not know distances: models with ALiBi need search="all"')
+        heads, width = state.tokens.k.shape[1], query.q.shape[1]
+        short = -width % block
+        q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k c g d", k=heads))
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0), (0, 0)))
+        q = rearrange(q, "b k (n c) g d -> n b k (c g) d", c=block)
+        asks = jnp.ones((1, width), bool) if query.valid is None else query.valid
+        asks = rearrange(jnp.pad(asks, ((0, 0), (0, short))), "b (n c) -> n b 1 c 1 1", c=block)
+        summary = jax.lax.stop_gradient(state.summary)
+
+        def score_one(q: Array, asks: Array, pages: Array) -> Array:
+            """Scores [B, K, M] of pages [B, K, M] for the queries of one block."""
+            some = jax.tree.map(
+                lambda x: jnp.take_along_axis(x, pages.reshape(*pages.shape, *[1] * (x.ndim - 3)), axis=2), summary
+            )
+            found = rearrange(self.index.scores(some, q), "b k (c g) m -> b k c g m", c=block)
+            return pooled(pooled(found, asks, 2, self.pool), jnp.ones((1, 1, 1, 1), bool), 2, self.pool)
+
+        def score(pages: Array) -> Array:
+            return jnp.moveaxis(jax.vmap(score_one)(q, asks, jnp.moveaxis(pages, 2, 0)), 0, 2)
+
+        held = self._cut(_holds(state.tokens)).any(axis=-1)[:, :, None]
+        held = jnp.broadcast_to(held, (held.shape[0], heads, q.shape[0], held.shape[-1]))
+        return tree_search(score, held, self.top_k)
+
+    def _run_of(self, x: Array, first: Int32[Array, " B"], count: int) -> Array:
+        """So many pages in a row of an array with one entry a slot."""
+        return read_ring(self._cut(x), first, count, axis=2)
+
+    def _cut(self, x: Array) -> Array:
+        """The pages of an array with one entry a slot."""
+        return rearrange(x, "b k (p s) ... -> b k p s ...", s=self.size)
+
+
+def _holds(ring: RingState) -> Bool[Array, "B 1 S"]:
+    """Which slots hold tokens."""
+    slots = ring.k.shape[2]
+    oldest = (ring.cursor - ring.filled) % slots
+    return ((jnp.arange(slots) - oldest[:, None]) % slots < ring.filled[:, None])[:, None]

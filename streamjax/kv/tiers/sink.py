@@ -1,0 +1,60 @@
+"""`Sink`: the first tokens of a stream, kept for ever (StreamingLLM, 2309.17453).
+
+Trained models park attention on the first tokens of a sequence; a stream that loses them collapses. Their distance is
+clamped: a query deep in the stream sees them as if it stood right behind a full cache, so that distances never exceed
+what the model was trained on. Keys stay as they were written; the query is rotated once more for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+from pallas_kernels.partial import Partial
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tiers.full import LinearState, append
+
+TRUE_DISTANCE = 2**30  # a reach that no stream gets to
+
+
+def clamped(query: Query, state_position: UInt32[Array, "B 1 S"], reach: int) -> UInt32[Array, "B C"]:
+    """Where each query stands for the sinks: at most `reach` positions behind the first one."""
+    first = state_position[:, 0, :1]
+    return first + jnp.minimum(query.index, reach).astype(jnp.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sink(Tier):
+    """Keeps the first `size` tokens. `reach` is where a distant query stands, in positions behind the first token.
+
+    A cascade fills `reach` in: the number of slots of all its tiers, which is the query's place in the cache.
+    """
+
+    size: int
+    reach: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Sink.size must be at least 1 token, got {self.size}; leave the tier out for none")
+
+    @property
+    def slots(self) -> int:
+        return self.size
+
+    @property
+    def reach_back(self) -> int | None:
+        return 0
+
+    def init(self, spec: KVSpec) -> LinearState:
+        return LinearState.empty(spec, self.size)
+
+    def absorb(self, state: LinearState, query: Query, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
+        return append(state, tokens)
+
+    def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
+        valid = jnp.arange(self.size) < state.filled[:, None, None]
+        if self.reach is not None:
+            query = query.at(clamped(query, state.position, self.reach))
+        return query.attend(state.k, state.v, state.position, valid)

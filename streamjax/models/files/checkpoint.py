@@ -1,0 +1,71 @@
+"""Models on disk: streamjax's own Orbax checkpoints, and `load`, which reads every layout of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from streamjax.checkpoints.pytrees import ABOUT, read_about, restore_pytree, save_pytree
+from streamjax.models.config import ModelConfig
+from streamjax.models.decoder import Decoder, default_dtype
+from streamjax.models.files.hugging_face import load_hf
+from streamjax.models.files.native_format import is_native, load_native
+from streamjax.models.layer_stacking import stack_layers, unstack_layers
+from streamjax.models.lora.attaching import empty_adapters, ranks_of
+from streamjax.parallel.mesh import with_placement
+
+
+def save(model: Decoder, path: str | Path) -> None:
+    """Save a model: its arrays and its configuration, to be read by `load`. An earlier checkpoint there is replaced.
+
+    Raises:
+      ValueError: `path` holds something that is no checkpoint.
+    """
+    about = {"kind": "model", "model": model.config.to_json_dict(), "stacked": bool(len(model.stack))}
+    about["lora"] = ranks_of(model)
+    save_pytree(model, path, about)
+
+
+def load(
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool | None = None,
+) -> Decoder:
+    """Load a model: a folder in Hugging Face's layout or streamjax's own, or a checkpoint that `save` wrote.
+
+    Args:
+      path: folder with config.json and *.safetensors, or a checkpoint.
+      dtype: of parameters and activations; bfloat16 on TPU and GPU, float32 on CPU where None.
+      mesh: place every parameter by `streamjax.parallel.rules`, each device reading its own part; the default device
+        where None.
+      scan_layers: whether repeating layers lie stacked (see `Decoder`); as it was saved where None.
+
+    Raises:
+      ValueError: one line that says what is wrong with the folder.
+    """
+    path = Path(path)
+    if not (path / ABOUT).exists():
+        if (path / "config.json").exists():
+            read = load_native if is_native(path) else load_hf
+            return read(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
+        if (path / "model").exists():
+            raise ValueError(f"{path} holds no model, but {path / 'model'} may: load that")
+        raise ValueError(f"no model at {path}: neither config.json with *.safetensors, nor a streamjax checkpoint")
+    about = read_about(path, "model")
+    config = ModelConfig.from_json_dict(about["model"])
+    adapters = {target: (rank, alpha) for target, (rank, alpha) in about.get("lora", {}).items()}
+    dtype = jnp.dtype(dtype or default_dtype())
+
+    def build(key: jax.Array) -> Decoder:
+        model = Decoder(config, key, dtype=dtype, scan_layers=about["stacked"])
+        return empty_adapters(model, adapters)
+
+    model: Decoder = restore_pytree(with_placement(jax.eval_shape(build, jax.random.key(0)), mesh), path, cast=True)
+    if scan_layers is None or scan_layers == about["stacked"]:
+        return model
+    return stack_layers(model) if scan_layers else unstack_layers(model)

@@ -1,0 +1,221 @@
+"""Adapters on a whole model: adding them, finding them, merging them into the weights (LoRA, 2106.09685)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from pallas_kernels.partial import accumulator
+from streamjax.models.config import ModelConfig
+from streamjax.models.decoder import Block, Decoder
+from streamjax.models.lora.adapters import TARGETS, Adapter, pad_members
+from streamjax.parallel.mesh import shard_model
+
+Shape = tuple[int, ...]
+Ranks = Mapping[str, tuple[int, float]]  # target -> rank and alpha
+# (target, layer, shape of a, shape of b) -> the two factors of an adapter
+Factors = Callable[[str, int, Shape, Shape], tuple[Array, Array]]
+
+
+def add_lora(model: Decoder, rank: int, alpha: float, targets: Iterable[str], key: Array) -> Decoder:
+    """The model with an adapter on each of the targets, in all layers. Its outputs do not change: `B` starts at zero.
+
+    Args:
+      model: a model without adapters, in either layout; the same key gives both the same adapters.
+      rank: of every adapter.
+      alpha: the change of a projection is `(alpha / rank) A B`.
+      targets: projections by name: "q", "k", "v", "o", and of the MLP "gate" (where it has one), "up" and "down".
+      key: of the initial `A`, normal with variance 1 / fan-in.
+
+    Adapters are float32 (float64 for a float64 model), and lie on the mesh that the model lies on.
+
+    Raises:
+      ValueError: a rank below 1, an alpha that is not positive, a target that the model does not have, or none; a model
+        that has adapters.
+    """
+    check_lora(rank, alpha, targets := tuple(targets))
+    known = places(model.config)
+    for target in targets:
+        if target not in known:
+            raise ValueError(f"LoRA target {target!r}: this model's MLP has none; choose from {', '.join(known)}")
+    initial = partial(_initial, adapter_dtype(model), key)
+    return attach(model, {target: (rank, alpha) for target in targets}, initial)
+
+
+def check_lora(rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+    """Raise ValueError for what makes no sense on any model."""
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}: at least 1 is needed")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"LoRA alpha is {alpha}: it must be positive; twice the rank is common")
+    if not targets:
+        raise ValueError(f"no LoRA targets: choose from {', '.join(TARGETS)}")
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"unknown LoRA target {target!r}: choose from {', '.join(TARGETS)}")
+
+
+def merge_lora(model: Decoder) -> Decoder:
+    """The model with every adapter added to the weights beside it, in their dtype: plain weights, the same logits.
+
+    A model without adapters comes back as it is.
+    """
+    copy = _copy(model)
+    for block, _ in _blocks(copy):
+        for target, place in places(model.config).items():
+            module, adapter = place.module_of(block), _adapter(block, model.config, target)
+            if adapter is None:
+                continue
+            kernel = getattr(module, place.kernel)
+            change = adapter.product()
+            if place.members is not None:
+                change = pad_members(change, kernel.shape[-2], place.members[0])
+            merged = (kernel[...].astype(change.dtype) + change).astype(kernel[...].dtype)
+            setattr(module, place.kernel, kernel.replace(merged))
+            setattr(module, f"{target}_lora", None)
+    return copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the weights of a target lie in a layer.
+
+    module: the layer's module that has them, its "projections" or its "mlp". kernel: the attribute there. inputs: how
+    many of the kernel's axes are input axes, the first ones. members: which part is meant of the kernel's last axis but
+    one; None: all of the kernel.
+    """
+
+    module: str
+    kernel: str
+    inputs: int
+    members: tuple[int, int] | None
+
+    @property
+    def path(self) -> str:
+        """The kernel's place in a layer, as tables of tensors have it."""
+        return f"{'mlp' if self.module == 'mlp' else 'mixer.projections'}.{self.kernel}"
+
+    def module_of(self, block: Block) -> nnx.Module:
+        """The module in a layer, or in a stack of layers."""
+        return block.mlp if self.module == "mlp" else block.mixer.projections
+
+    def shapes(self, kernel: Shape, rank: int) -> tuple[Shape, Shape]:
+        """Shapes of the factors for a kernel of one layer."""
+        inputs, outputs = kernel[: self.inputs], kernel[self.inputs :]
+        if self.members is not None:
+            outputs = (*outputs[:-2], self.members[1] - self.members[0], outputs[-1])
+        return (*inputs, rank), (rank, *outputs)
+
+
+def places(config: ModelConfig) -> dict[str, Place]:
+    """Every target that the model has."""
+    group = config.group_size
+    found = {
+        "q": Place("projections", "qkv", 1, (0, group)),
+        "k": Place("projections", "qkv", 1, (group, group + 1)),
+        "v": Place("projections", "qkv", 1, (group + 1, group + 2)),
+        "o": Place("projections", "out", 3, None),
+    }
+    if config.gated_mlp:
+        found |= {"gate": Place("mlp", "up", 1, (0, 1)), "up": Place("mlp", "up", 1, (1, 2))}
+    else:
+        found |= {"up": Place("mlp", "up", 1, (0, 1))}
+    return found | {"down": Place("mlp", "down", 1, None)}
+
+
+def adapter_of(model: Decoder, layer: int, target: str) -> Adapter | None:
+    """The adapter on a target of one layer; a slice where it lies in the stack."""
+    if layer >= model.stacked_layers:
+        return _adapter(model.layers[layer - model.stacked_layers], model.config, target)
+    row, column = divmod(layer, len(model.stack))
+    return jax.tree.map(lambda leaf: leaf[row], _adapter(model.stack[column], model.config, target))
+
+
+def ranks_of(model: Decoder) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of the model's adapters, by target; empty where it has none."""
+    block, _ = next(_blocks(model))
+    adapters = {target: _adapter(block, model.config, target) for target in places(model.config)}
+    return {target: (adapter.rank, adapter.alpha) for target, adapter in adapters.items() if adapter is not None}
+
+
+def refuse_adapters(model: Decoder) -> None:
+    """Raise ValueError if the model has adapters."""
+    if ranks_of(model):
+        raise ValueError(
+            "the model has LoRA adapters: merge_lora adds them to its weights, save_lora writes them alone"
+        )
+
+
+def empty_adapters(model: Decoder, ranks: Ranks) -> Decoder:
+    """The model with adapters of zeros: what a checkpoint is restored into."""
+    dtype = adapter_dtype(model)
+    return attach(model, ranks, lambda target, layer, a, b: (jnp.zeros(a, dtype), jnp.zeros(b, dtype)))
+
+
+def attach(model: Decoder, ranks: Ranks, factors: Factors) -> Decoder:
+    """The model with adapters of these ranks and alphas, their factors as given.
+
+    Raises:
+      ValueError: the model has adapters.
+    """
+    refuse_adapters(model)
+    copy = _copy(model)
+    for block, layers in _blocks(copy):
+        for target, (rank, alpha) in ranks.items():
+            place = places(model.config)[target]
+            module = place.module_of(block)
+            kernel = getattr(module, place.kernel)
+            axes = kernel.get_metadata("axes")
+            shapes = place.shapes(kernel.shape[-len(axes) :], rank)
+            made = [factors(target, layer, *shapes) for layer in layers]
+            a, b = jax.tree.map(lambda *x: jnp.stack(x), *made) if kernel.ndim > len(axes) else made[0]
+            adapter = Adapter(a, b, alpha, (axes[: place.inputs], axes[place.inputs :]))
+            setattr(module, f"{target}_lora", _beside(kernel, adapter))
+    return copy
+
+
+def adapter_dtype(model: Decoder) -> jnp.dtype:
+    """In which adapters are made for a model."""
+    return accumulator(model.embedding[...].dtype)
+
+
+def _initial(dtype: jnp.dtype, key: Array, target: str, layer: int, a: Shape, b: Shape) -> tuple[Array, Array]:
+    key = jax.random.fold_in(jax.random.fold_in(key, layer), TARGETS.index(target))
+    return jax.random.normal(key, a, dtype) / math.sqrt(math.prod(a[:-1])), jnp.zeros(b, dtype)
+
+
+def _adapter(block: Block, config: ModelConfig, target: str) -> Adapter | None:
+    return getattr(places(config)[target].module_of(block), f"{target}_lora")
+
+
+def _blocks(model: Decoder) -> Iterator[tuple[Block, range]]:
+    """The model's modules of layers, stacked and single, and the indices of the layers in each."""
+    stacked = model.stacked_layers
+    for position, block in enumerate(model.stack):
+        yield block, range(position, stacked, len(model.stack))
+    for index, block in enumerate(model.layers, stacked):
+        yield block, range(index, index + 1)
+
+
+def _beside(kernel: nnx.Param, adapter: Adapter) -> Adapter:
+    """The adapter on the mesh where its projection's weights lie."""
+    value = kernel[...]
+    sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return shard_model(adapter, sharding.mesh)
+    return adapter
+
+
+def _copy(model: Decoder) -> Decoder:
+    """The model in modules of its own; the arrays are shared."""
+    leaves, structure = jax.tree.flatten(model)
+    copy: Decoder = jax.tree.unflatten(structure, leaves)
+    return copy

@@ -1,0 +1,173 @@
+"""Hierarchical sparse attention as modules: what encodes chunks of a stream, and what reads them.
+
+`ChunkEncoder` turns the hidden states of one layer into a chunk memory; `HierarchicalAttention` is a residual branch
+of the layers that read it (2504.16795, 2511.23319). Neither rotates by a position in the stream, which is why the
+memory can be longer than any sequence of the training: the encoder's RoPE counts from the start of each chunk.
+
+A chunk is seen by tokens behind its end; so each form needs for every token how many chunks are complete before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from streamjax.attention.dense import attend
+from streamjax.attention.landmark_attention import Chunks, Visible
+from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
+from streamjax.models.config import ModelConfig
+from streamjax.models.layers import MLP, Norm, Projections, kernel
+from streamjax.models.rope import make_rotary
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """What some tokens may read: chunks, and which of them each token sees.
+
+    top_k: chunks that each reads. start: index of the first token in the sequence whose chunks these are, in order,
+    where it is known to the compiler.
+    """
+
+    chunks: Chunks
+    visible: Visible
+    top_k: int = dataclasses.field(metadata={"static": True})
+    start: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+class EncoderLayer(nnx.Module):
+    """A Transformer layer in which the tokens of a chunk all see each other."""
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        key_mixer, key_mlp = jax.random.split(key)
+        self.config = config
+        self.mixer_norm = Norm(config.d_model, config, dtype)
+        self.projections = Projections(config, key_mixer, dtype)
+        self.mlp_norm = Norm(config.d_model, config, dtype)
+        self.mlp = MLP(config, key_mlp, dtype)
+
+    def __call__(self, x: Float[Array, "N S E"]) -> Float[Array, "N S E"]:
+        q, k, v = self.projections.split(self.mixer_norm(x))
+        if self.config.position == "rope":
+            rotary = make_rotary(self.config.rope, self.config.head_dim, x.shape[1])
+            position = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32), x.shape[:2])
+            q, k = rotary(q, position), rotary(k, position)
+        k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
+        everything = jnp.ones((1, 1, 1, x.shape[1]), bool)
+        heads = attend(q, k, v, everything, scale=self.config.scale, softcap=self.config.attention_softcap).out
+        x = x + self.projections.join(heads, x.dtype)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ChunkEncoder(nnx.Module):
+    """Keys, values and a landmark of every chunk of a layer's input, from a bidirectional encoder.
+
+    The landmark is read from a learned token behind the chunk's own (2504.16795, section 3.2).
+    """
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        assert config.hsa is not None
+        self.config = config
+        key_token, key_out, *keys = jax.random.split(key, 2 + config.hsa.encoder_layers)
+        d, heads, width = config.d_model, config.num_kv_heads, config.head_dim
+        self.token = kernel(key_token, (d,), ("activation_embed",), 1, dtype)
+        self.layers = nnx.List([EncoderLayer(config, k, dtype) for k in keys])
+        self.norm = Norm(d, config, dtype)
+        axes = ("embed", "kv_heads", "group", "head_dim")
+        self.out = kernel(key_out, (d, heads, 3, width), axes, d, dtype)  # keys, values, landmarks
+        self.k_norm = Norm(width, config, dtype, rms=True)
+
+    def encode(self, x: Float[Array, "B P S E"]) -> Chunks:
+        """The memory of P chunks of a layer's input."""
+        b, p, s, d = x.shape
+        token = jnp.broadcast_to(self.token[...].astype(x.dtype), (b * p, 1, d))
+        y = jnp.concatenate((x.reshape(b * p, s, d), token), axis=1)
+        for layer in self.layers:
+            y = layer(y)
+        y = self.norm(y)
+        weight = self.out[...].astype(y.dtype)
+        pairs = jnp.einsum("nse,ekgd->nskgd", y[:, :s], weight[:, :, :2])
+        landmarks = jnp.einsum("ne,ekd->nkd", y[:, s], weight[:, :, 2])
+        k, v = (rearrange(pairs[..., i, :], "(b p) s k d -> b k p s d", b=b) for i in range(2))
+        return Chunks(self.k_norm(k), v, rearrange(landmarks, "(b p) k d -> b k p d", b=b))
+
+    def parallel(
+        self, x: Float[Array, "B T E"], segments: Int32[Array, "B T"] | None = None
+    ) -> tuple[Chunks, Int32[Array, "B P"] | None]:
+        """The memory of whole sequences, without what is behind the last full chunk, and the chunks' segments."""
+        size = self._size
+        count = x.shape[1] // size
+        chunks = self.encode(rearrange(x[:, : count * size], "b (p s) e -> b p s e", s=size))
+        return chunks, None if segments is None else chunk_segments(segments[:, : count * size], size)
+
+    def stream(
+        self, x: Float[Array, "B C E"], state: ChunkMemoryState, memory: ChunkMemory, count: Int32[Array, " B"]
+    ) -> tuple[ChunkMemoryState, Remembered]:
+        """Take a chunk of a stream in, of which each row has `count` tokens; what these tokens may read."""
+        limit = state.complete_before(x.shape[1])
+        state = memory.insert(state, x, count, self.encode)
+        return state, Remembered(state.chunks, Visible(state.number[:, 0], limit), memory.top_k)
+
+    @property
+    def _size(self) -> int:
+        assert self.config.hsa is not None
+        return self.config.hsa.chunk_size
+
+
+def chunk_segments(segments: Int32[Array, "B T"], size: int) -> Int32[Array, "B P"]:
+    """The segment of every chunk; -1 of those with tokens of several."""
+    cut = rearrange(segments, "b (p s) -> b p s", s=size)
+    return jnp.where((cut == cut[:, :, :1]).all(axis=-1), cut[:, :, 0], -1)
+
+
+def whole_view(
+    chunks: Chunks,
+    of_chunks: Int32[Array, "B P"] | None,
+    segments: Int32[Array, "B C"] | None,
+    config: ModelConfig,
+    start: Int[Array, ""] | int,
+    width: int,
+) -> Remembered:
+    """What tokens `start`, `start + 1`, ... of a sequence may read, of which `chunks` is the memory."""
+    assert config.hsa is not None
+    rows, count = chunks.k.shape[0], chunks.k.shape[2]
+    number = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
+    limit = (jnp.asarray(start, jnp.int32) + jnp.arange(width, dtype=jnp.int32)) // config.hsa.chunk_size
+    visible = Visible(number, jnp.broadcast_to(limit, (rows, width)), segments, of_chunks)
+    return Remembered(chunks, visible, config.hsa.top_k, start if isinstance(start, int) else None)
+
+
+class HierarchicalAttention(nnx.Module):
+    """A residual branch that reads a chunk memory: norm, queries, `Chunks.read`, output projection.
+
+    `query` is `[d_model, K, G + 1, D]`: for each group its query heads, then the query of the landmarks.
+    """
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        d, heads, group, width = config.d_model, config.num_kv_heads, config.group_size, config.head_dim
+        key_in, key_out = jax.random.split(key)
+        self.config = config
+        self.norm = Norm(d, config, dtype)
+        self.query = kernel(key_in, (d, heads, group + 1, width), ("embed", "kv_heads", "group", "head_dim"), d, dtype)
+        gain = 1.0 / math.sqrt(2 * config.num_layers)
+        axes = ("kv_heads", "group", "head_dim", "embed")
+        self.out = kernel(key_out, (heads, group, width, d), axes, config.num_heads * width, dtype, gain)
+        self.q_norm = Norm(width, config, dtype, rms=True)
+
+    def __call__(self, x: Float[Array, "B C E"], memory: Remembered) -> Float[Array, "B C E"]:
+        """What the tokens read; zero where there is no chunk yet."""
+        if not memory.chunks.k.shape[2]:
+            return jnp.zeros_like(x)
+        found = jnp.einsum("bce,ekgd->bckgd", self.norm(x), self.query[...].astype(x.dtype))
+        q = self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d"))
+        heads = memory.chunks.read(
+            q, found[..., -1, :], memory.visible, memory.top_k, self.config.scale, start=memory.start
+        )
+        weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(x.dtype)
+        return jnp.einsum("bcf,fe->bce", rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype), weight)

@@ -1,0 +1,200 @@
+"""Chunked backprop with the chunks outside and the layers inside: the KV state forwards, its cotangent backwards.
+
+The forward pass reads the sequence chunk by chunk, as a stream is read, and keeps the keys and values of every layer
+(of one with a window, those that the next chunk sees).
+The backward pass walks the chunks from the last to the first: it computes all layers of one chunk again from its tokens
+and the kept keys and values, takes the loss and pulls its gradient back through the layers, while the gradient of keys
+and values is carried from chunk to chunk. Per token and layer that is 2 K D numbers kept and as many carried; of a
+layer with a window W, W / C of these kept, and only the window's carried. It wins where windows are shorter than
+chunks, or K D is small against the model's width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.partial import accumulator
+from streamjax.models.decoder import Block, Decoder
+from streamjax.training.backprop.chunk_attention import attend
+from streamjax.training.backprop.chunk_vjp import pull_back
+from streamjax.training.backprop.embedding_and_head import (
+    assemble,
+    embed_pull_back,
+    embed_zeros,
+    finish_ends,
+    loss_and_pull_back,
+    objective_of_chunks,
+    output_zeros,
+    stats_of,
+    sum_of_ends,
+    whole_ends,
+)
+from streamjax.training.backprop.gradient_options import Options
+from streamjax.training.backprop.gradient_reduction import Reduction
+from streamjax.training.backprop.sequence_chunks import Buffer, Sequence, add, at
+from streamjax.training.backprop.storage import landmark_memory
+from streamjax.training.backprop.storage.kv_store import KeyStore
+from streamjax.training.backprop.storage.landmark_memory import Memories
+from streamjax.training.backprop.storage.layer_stack import Rows, rows_of
+from streamjax.training.backprop.trainable_parameters import combine
+from streamjax.training.objectives.objective import Objective, TokenStats
+
+Chunk = Float[Array, "B C E"]
+Buffers = list[Buffer]  # of stacked rows one a position, all rows in it; of single layers one a layer
+
+
+class Group(NamedTuple):
+    """Some rows of layers, and the stores of their keys, one a buffer."""
+
+    rows: Rows
+    stores: list[KeyStore]
+
+    @classmethod
+    def make(cls, rows: Rows, sequence: Sequence) -> Group:
+        places = range(rows.period) if rows.stacked else range(rows.count)
+        specs = [rows.spec(0, place) if rows.stacked else rows.spec(place, 0) for place in places]
+        return cls(rows, [KeyStore.make(spec, sequence.chunk_size, sequence.count) for spec in specs])
+
+    def place(self, row: Any, position: int) -> tuple[int, Any]:
+        """Which buffer a layer's keys are in, and in which row of it."""
+        return (position, row) if self.rows.stacked else (row, 0)
+
+    def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
+        """Zeros for the keys of all tokens, or (`local`) for the gradients of those that a chunk may see."""
+        block, rows = self.rows.any_layer(), self.rows.count if self.rows.stacked else 1
+        return [Buffer.zeros(block, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
+
+    def forward(
+        self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: Sequence, write: bool
+    ) -> tuple[Chunk, Buffers, Memories, Float[Array, "R P B C E"]]:
+        """Chunk i through the layers: output, keys and memories with the chunk's own (if to `write` them), inputs."""
+        rows, context, remembered = self.rows, sequence.context(i), dict(remembered)
+
+        def row(row: Any, carry: tuple[Chunk, Buffers, Array]) -> tuple[Chunk, Buffers, Array]:
+            x, keys, inputs = carry
+            keys = list(keys)
+            for position in range(rows.period):
+                index, place = self.place(row, position)
+                block, store = combine(*rows.layer(row, position)), self.stores[index]
+                q, k, v = block.project(x, context)
+                if write:
+                    keys[index] = store.write(keys[index], k, v, place, i)
+                else:
+                    inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
+                buffer, view = store.view(keys[index], k, v, place, i, sequence)
+                heads = attend(
+                    block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids
+                ).out
+                spec, source = rows.spec(row, position), rows.source(row)
+                if write and spec.remembers and source is not None:
+                    # Models with memories are not stacked: this is Python's loop over layers.
+                    remembered[source] = landmark_memory.write(remembered[source], landmark_memory.encode(block, x), i)
+                memory = None if source is None else remembered[source]
+                x = block.combine(x, heads, landmark_memory.view(memory, spec, block.config, sequence, i))
+            return x, keys, inputs
+
+        shape = (0, 0) if write else (rows.count, rows.period)
+        x, keys, inputs = rows.loop(0, rows.count, row, (x, keys, jnp.zeros((*shape, *x.shape), x.dtype)))
+        return x, keys, remembered, inputs
+
+    def backward(
+        self,
+        d_x: Chunk,
+        inputs: Array,
+        keys: Buffers,
+        remembered: Memories,
+        grads: list[Block],
+        d_keys: Buffers,
+        d_remembered: Memories,
+        i: Any,
+        sequence: Sequence,
+    ) -> tuple[Chunk, list[Block], Buffers, Memories]:
+        """Chunk i back through the layers: cotangent of its input, and the kinds of gradients with its part added."""
+        rows, d_remembered = self.rows, dict(d_remembered)
+
+        def row(row: Any, carry: tuple[Chunk, list[Block], Buffers]) -> tuple[Chunk, list[Block], Buffers]:
+            d_x, grads, d_keys = carry
+            d_keys = list(d_keys)
+            for position in reversed(range(rows.period)):
+                index, place = self.place(row, position)
+                params, rest = rows.layer(row, position)
+                store = self.stores[index]
+                x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
+                see = partial(store.view, keys[index], row=place, i=i, sequence=sequence)
+                opened = store.open(d_keys[index], place)
+                blocks = store.blocks(combine(params, rest), sequence.batch_size)
+                source = rows.source(row)
+                memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
+                new, d_x, opened, d_memory = pull_back(
+                    params, rest, store.spec, blocks, x, d_x, sequence, i, see, opened, memory, d_memory
+                )
+                if source is not None and d_memory is not None:
+                    d_remembered[source] = d_memory
+                d_keys[index] = store.close(d_keys[index], opened, place)
+                grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
+            return d_x, grads, d_keys
+
+        return *rows.loop_back(0, rows.count, row, (d_x, grads, d_keys)), d_remembered
+
+
+def loss_and_grad(
+    model: Decoder,
+    sequence: Sequence,
+    objective: Objective,
+    options: Options,
+    split: Decoder | None,
+    reduction: Reduction,
+) -> tuple[Float[Array, ""], Decoder]:
+    """Loss and gradient; see `backprop.loss_and_grad` for the arguments, `over_rows` for the last two."""
+    ends = whole_ends(model, split, reduction)
+    groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable, split, reduction)]
+    batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
+
+    def read(carry: tuple[list[Buffers], Memories], i: Any) -> tuple[tuple[list[Buffers], Memories], TokenStats | None]:
+        keys, remembered = carry
+        x, new = ends.embed(at(sequence.tokens, i)), []
+        for group, mine in zip(groups, keys, strict=True):
+            x, mine, remembered, _ = group.forward(x, mine, remembered, i, sequence, write=True)
+            new.append(mine)
+        if objective.separable:
+            return (new, remembered), None
+        return (new, remembered), stats_of(ends, x, at(sequence.prepared["targets"], i), options.logits_chunk)
+
+    nothing = landmark_memory.empty_memories(model.config, sequence, model.dtype)
+    empty = [group.empty(batch, model.dtype, False) for group in groups]
+    (keys, remembered), stats = jax.lax.scan(read, (empty, nothing), steps)
+    known, separable, sequence = objective_of_chunks(objective, sequence, stats)
+
+    def chunk(carry: tuple[Any, ...], i: Any) -> tuple[tuple[Any, ...], None]:
+        loss, d_output, d_embedding, d_layers, d_keys, d_remembered = carry
+        x, inputs = ends.embed(at(sequence.tokens, i)), []
+        for group, mine in zip(groups, keys, strict=True):
+            x, _, _, held = group.forward(x, mine, remembered, i, sequence, write=False)
+            inputs.append(held)
+        prepared = {name: at(value, i) for name, value in sequence.prepared.items()}
+        part, d_output, d_x = loss_and_pull_back(ends, options, x, prepared, separable, d_output)
+        d_layers, d_keys = list(d_layers), list(d_keys)
+        for n in reversed(range(len(groups))):
+            d_x, d_layers[n], d_keys[n], d_remembered = groups[n].backward(
+                d_x, inputs[n], keys[n], remembered, d_layers[n], d_keys[n], d_remembered, i, sequence
+            )
+        d_embedding = embed_pull_back(ends, options, at(sequence.tokens, i), d_x, d_embedding)
+        return (loss + part, d_output, d_embedding, d_layers, d_keys, d_remembered), None
+
+    start = (
+        jnp.zeros((), accumulator(model.dtype)),
+        output_zeros(ends, options),
+        embed_zeros(ends, options),
+        [group.rows.zero_sums(options.grad_dtype) for group in groups],
+        [group.empty(batch, options.kv_grad_dtype, True) for group in groups],
+        landmark_memory.empty_memories(model.config, sequence, options.kv_grad_dtype),
+    )
+    (loss, d_output, d_embedding, d_layers, *_), _ = jax.lax.scan(chunk, start, steps, reverse=True)
+    d_ends = sum_of_ends(ends, options, d_output, d_embedding)
+    pairs = [(group.rows, group.rows.finish(grads)) for group, grads in zip(groups, d_layers, strict=True)]
+    return reduction.sum(loss if known is None else known), assemble(finish_ends(d_ends, split, reduction), pairs)

@@ -1,0 +1,74 @@
+"""One chunk of one layer, backwards: the step that both orders of chunked backprop repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from streamjax.attention.blockwise import Blocks
+from streamjax.attention.landmark_attention import Chunks as Pages
+from streamjax.models.config import LayerSpec
+from streamjax.models.decoder import Block
+from streamjax.training.backprop import chunk_attention
+from streamjax.training.backprop.sequence_chunks import Buffer, Sequence, View, add
+from streamjax.training.backprop.storage import landmark_memory
+from streamjax.training.backprop.trainable_parameters import combine
+
+
+def pull_back(
+    params: Block,
+    rest: Block,
+    spec: LayerSpec,
+    blocks: Blocks,
+    x: Float[Array, "B C E"],
+    d_y: Float[Array, "B C E"],
+    sequence: Sequence,
+    i: Any,
+    see: Callable[[Array, Array], tuple[Buffer, View]],
+    grads: Buffer,
+    memory: Pages | None = None,
+    d_memory: Pages | None = None,
+) -> tuple[Block, Float[Array, "B C E"], Buffer, Pages | None]:
+    """Pull a chunk's cotangent back through a layer.
+
+    Args:
+      params, rest: the layer's parameters that are trained, and the others (`trainable.partition`).
+      spec: what distinguishes the layer.
+      blocks: from `attention_blocks`.
+      x, d_y: the chunk's input, and the cotangent of its output.
+      sequence, i: which chunk it is, of which sequence.
+      see: from the chunk's own keys and values, those of all tokens that it sees.
+      grads: gradients of these, complete but for this chunk and those before it.
+      memory, d_memory: the chunk memory that the layer reads or makes, and its gradients, complete but for this layer's
+        from this chunk and those before it, and for the layers below.
+
+    Returns:
+      The gradient of `params` from this chunk, the cotangent of `x`, and `grads` and `d_memory` with what this chunk
+      adds.
+    """
+    length, context = x.shape[1], sequence.context(i)
+    (q, k, v), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
+    buffer, view = see(k, v)
+    seen = combine(params, rest), blocks, q, buffer, view, context.segment_ids
+    part = chunk_attention.attend(*seen)
+
+    def behind(params: Block, x: Array, heads: Array, memory: Pages | None) -> Array:
+        block = combine(params, rest)
+        return block.combine(x, heads, landmark_memory.view(memory, spec, block.config, sequence, i))
+
+    _, combine_vjp = jax.vjp(behind, params, x, part.out, memory if spec.reads else None)
+    d_params, d_x, d_heads, d_pages = combine_vjp(d_y)
+    if d_pages is not None and d_memory is not None:
+        d_memory = add(d_memory, d_pages)
+    if spec.remembers and d_memory is not None:
+        made, encode_vjp = jax.vjp(lambda p, x: landmark_memory.encode(combine(p, rest), x), params, x)
+        from_pages, d_x_pages = encode_vjp(landmark_memory.own_pages(d_memory, i, made))
+        d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages
+    d_q, grads = chunk_attention.gradients(*seen, part, d_heads, grads)
+    d_k, d_v = grads.own(view, length, blocks.leading).tokens(k.dtype)
+    more, d_x_too = project_vjp((d_q.astype(q.dtype), d_k, d_v))
+    return jax.tree.map(jnp.add, d_params, more), d_x + d_x_too, grads, d_memory

@@ -1,0 +1,126 @@
+"""Chunked backprop on a mesh: rows of a batch on different devices, gradients summed over devices once a step.
+
+Left to the compiler, a sum of gradients over chunks would cross the devices at every chunk. Here the axes that split
+the batch (data and fsdp) are taken by hand (`jax.shard_map`), as in the distributed form of StreamBP (2506.03077,
+section 3.4): each device sums over its own rows and all chunks, and what it has is reduced when a layer is done, by a
+reduce-scatter where fsdp splits the parameter. Other axes, such as tensor, stay with the compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from streamjax.models.decoder import Decoder
+from streamjax.parallel.rules import RULES, partition_spec
+from streamjax.training.backprop.trainable_parameters import is_parameter
+from streamjax.training.objectives.objective import Batch
+
+Tree = TypeVar("Tree")
+WHOLE = 0  # in the place of a dimension, which counts from the last one (-1): the parameter is not split
+
+
+class Reduction:
+    """How parameters that are split over mesh axes become whole, and gradients of whole ones become split.
+
+    Args:
+      axes: mesh axes over which the rows of the batch are split; without any nothing has to be done.
+    """
+
+    def __init__(self, axes: tuple[str, ...] = ()):
+        self.axes = axes
+
+    def gather(self, params: Tree, split: Tree) -> Tree:
+        """Whole parameters. `split` has the dimension along which fsdp splits each, or `WHOLE`."""
+        if not self.axes:
+            return params
+
+        def whole(x: Array, dim: int) -> Array:
+            return x if dim == WHOLE else jax.lax.all_gather(x, "fsdp", axis=x.ndim + dim, tiled=True)
+
+        return jax.tree.map(whole, params, split)
+
+    def reduce(self, grads: Tree, split: Tree) -> Tree:
+        """Sums of gradients over the devices, split as the parameters are."""
+        if not self.axes:
+            return grads
+
+        def total(x: Array, dim: int) -> Array:
+            others = self.axes
+            if dim != WHOLE:
+                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=x.ndim + dim, tiled=True)
+                others = tuple(axis for axis in others if axis != "fsdp")
+            return jax.lax.psum(x, others) if others else x
+
+        return jax.tree.map(total, grads, split)
+
+    def sum(self, x: Float[Array, ""]) -> Float[Array, ""]:
+        """The sum of a number over the devices."""
+        return jax.lax.psum(x, self.axes) if self.axes else x
+
+
+def over_rows(
+    compute: Callable[..., tuple[Array, Decoder]], model: Decoder, batch: Batch, prepared: Batch, trained: Decoder
+) -> tuple[Float[Array, ""], Decoder]:
+    """`compute(model, batch, prepared, split, reduction)`, by hand over the axes of the mesh that split the batch.
+
+    Args:
+      compute: gives the loss of its rows, summed by the reduction, and the gradient, split as the parameters are.
+      model, batch, prepared: whole.
+      trained: the parameters that get a gradient.
+    """
+    mesh, rows = jax.sharding.get_abstract_mesh(), batch["tokens"].shape[0]
+    axes = () if mesh.empty else batch_axes(mesh, rows)
+    if not axes:
+        return compute(model, batch, prepared, None, Reduction())
+    split = split_dimensions(model, mesh)
+
+    def specs(tree: Decoder) -> Decoder:
+        return jax.tree.map(lambda x, dim: _spec(x.ndim, dim), tree, keep_like(split, tree))
+
+    def row_specs(arrays: Batch) -> dict[str, PartitionSpec]:
+        split_rows = {name: x.ndim > 0 and x.shape[0] == rows for name, x in arrays.items()}
+        return {name: PartitionSpec(axes) if is_split else PartitionSpec() for name, is_split in split_rows.items()}
+
+    manual = jax.shard_map(
+        lambda model, batch, prepared: compute(model, batch, prepared, split, Reduction(axes)),
+        mesh=mesh,
+        axis_names=set(axes),
+        in_specs=(specs(model), row_specs(batch), row_specs(prepared)),
+        out_specs=(PartitionSpec(), specs(trained)),
+        check_vma=False,
+    )
+    return manual(model, batch, prepared)
+
+
+def batch_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
+    """The mesh axes that split a batch of `rows` rows; none where they do not divide it."""
+    wanted = tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+    return wanted if rows % math.prod(mesh.shape[axis] for axis in wanted) == 0 else ()
+
+
+def split_dimensions(model: Decoder, mesh: AbstractMesh) -> Decoder:
+    """For every parameter the dimension that fsdp splits, counted from the last, or `WHOLE`; shaped as the model."""
+
+    def dimension(variable: nnx.Variable) -> nnx.Variable:
+        spec = partition_spec(variable.get_metadata("axes"), variable.shape, mesh)
+        found = [dim - len(spec) for dim, entry in enumerate(spec) if entry == "fsdp" or "fsdp" in (entry or ())]
+        return jax.tree.map(lambda _: found[0] if found else WHOLE, variable)
+
+    return jax.tree.map(dimension, model, is_leaf=is_parameter)
+
+
+def keep_like(tree: Tree, other: Tree) -> Tree:
+    """`tree` with None where `other`, otherwise of the same shape, has None."""
+    leaf = lambda node: node is None or is_parameter(node)  # noqa: E731
+    return jax.tree.map(lambda like, x: None if like is None else x, other, tree, is_leaf=leaf)
+
+
+def _spec(ndim: int, dim: int) -> PartitionSpec:
+    return PartitionSpec() if dim == WHOLE else PartitionSpec(*(None,) * (ndim + dim), "fsdp")

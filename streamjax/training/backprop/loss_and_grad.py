@@ -1,0 +1,211 @@
+"""The loss of a batch and its gradient, in several orders that give the same numbers for different memory.
+
+"full" keeps every activation; "remat" each layer's input (gradient checkpointing, 1604.06174); "layer" and "chunk" cut
+the sequence (`layer_order.py`, `chunk_order.py`). Logits exist for a part of the sequence at a time in all of them.
+"auto" takes the fastest that the memory allows (`choice.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.partial import accumulator
+from streamjax.models.decoder import Decoder
+from streamjax.training.backprop import chunk_order, layer_order
+from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
+from streamjax.training.backprop.gradient_options import Options
+from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
+from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
+from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
+from streamjax.training.backprop.sequence_chunks import Sequence
+from streamjax.training.backprop.storage.landmark_memory import whole_pages
+from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
+from streamjax.training.objectives.objective import CrossEntropy, Objective
+
+Batch = Mapping[str, Array]
+Method = Literal["full", "remat", "layer", "chunk", "auto"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError unless `method` is one that there is."""
+    if method not in METHODS:
+        raise ValueError(f"unknown backprop method {method!r}; use one of {', '.join(METHODS)}")
+
+
+def loss_and_grad(
+    model: Decoder,
+    batch: Mapping[str, Array | np.ndarray],
+    method: str = "full",
+    *,
+    objective: Objective | None = None,
+    chunk_size: int | None = None,
+    segment: int = 1,
+    offload: Literal["host"] | None = None,
+    offload_fraction: float = 1.0,
+    kv_grad_dtype: Any = None,
+    grad_dtype: Any = None,
+    logits_chunk: int | None = None,
+    memory_bytes: int | None = None,
+    trainable: Trainable = nnx.Param,
+) -> tuple[Float[Array, ""], Decoder]:
+    """Loss of a batch, and its gradient: the same with every method, but for rounding.
+
+    Args:
+      model: the model.
+      batch: tokens, targets int32 [B, T] and weights float32 [B, T]; segment_ids and positions int32 [B, T] if packed;
+        what else the objective asks for.
+      method: "full" keeps all activations, "remat" the inputs of layers, "layer" too, but cuts the sequence into chunks
+        inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers; "auto" takes
+        the fastest that fits (`choice.py`), with a `segment` and an offload where it needs them.
+      objective: what is minimised; `CrossEntropy()` where None, the weighted mean over tokens in nats.
+      chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None. Rounded up to whole pages
+        where the model has a chunk memory.
+      segment: with "layer", layers from one kept input to the next; those between are computed again.
+      offload: "host" moves the kept inputs of "layer" to the host's memory.
+      offload_fraction: the share of them that is moved.
+      kv_grad_dtype: in which gradients of keys and values are summed over chunks; float32 (float64 for a float64
+        model) where None.
+      grad_dtype: in which gradients of parameters are summed over chunks; float32 (float64) where None. They are all
+        there at once with "chunk", one layer's with "layer".
+      logits_chunk: tokens of a row whose logits exist at once; by default as many as make 256 MiB.
+      memory_bytes: what "auto" may use of a device's memory, parameters and gradients included; all that the device has
+        where None, or the free memory of a CPU's machine.
+      trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
+
+    Returns:
+      The loss, float32 (float64 for a float64 model), and the gradient, shaped as the model.
+
+    Raises:
+      ValueError: an unknown method or option, or a batch that makes no sense: an array is missing, a chunk is longer
+        than the sequence, no token counts, a target is not in the vocabulary. Values are checked where they are known:
+        not under `jax.jit`. With "auto": nothing fits, or what it chooses was given.
+    """
+    check_method(method)
+    objective = CrossEntropy() if objective is None else objective
+    objective.check(batch, model.config.vocab_size)
+    length = batch["tokens"].shape[1]
+    if chunk_size is not None and not 1 <= chunk_size <= length:
+        raise ValueError(f"chunk_size is {chunk_size}: use 1 to {length}, the length of the batch's sequences")
+    if memory_bytes is not None and method != "auto":
+        raise ValueError(f'memory_bytes is for method "auto", and not for {method!r}')
+    if method == "auto":
+        check_free(segment, offload)
+        found = choice_for(
+            model,
+            *batch["tokens"].shape,
+            memory_bytes=device_memory_bytes() if memory_bytes is None else memory_bytes,
+            chunk_size=chunk_size,
+            trainable=trainable,
+            kv_grad_dtype=kv_grad_dtype,
+            grad_dtype=grad_dtype,
+            logits_chunk=logits_chunk,
+        ).arguments
+        method, segment, offload = found["method"], found.get("segment", 1), found.get("offload")
+        offload_fraction = found.get("offload_fraction", 1.0)
+    if segment < 1:
+        raise ValueError(f"segment is {segment}: at least 1 layer is needed")
+    if segment > 1 and method != "layer":
+        raise ValueError(f'segment is {segment}, which method "layer" has and {method!r} has not')
+    if not 0.0 <= offload_fraction <= 1.0:
+        raise ValueError(f"offload_fraction is {offload_fraction}: use 0 to 1")
+    if offload is not None and (offload != "host" or method != "layer"):
+        raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
+    return _loss_and_grad(
+        model,
+        {name: jnp.asarray(x) for name, x in batch.items()},
+        method,
+        objective,
+        whole_pages(model.config, min(chunk_size or DEFAULT_CHUNK, length)),
+        Options(
+            logits_chunk=logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0]),
+            trainable=trainable,
+            segment=segment,
+            offload=offload,
+            offload_fraction=offload_fraction,
+            grad_dtype=None if grad_dtype is None else jnp.dtype(grad_dtype),
+            kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
+        ),
+    )
+
+
+def check_free(segment: int, offload: str | None) -> None:
+    """Raise ValueError unless what "auto" chooses is left to it."""
+    if segment != 1 or offload is not None:
+        raise ValueError(
+            f'method "auto" chooses segment and offload, which are {segment} and {offload!r}: leave them out'
+        )
+
+
+def choice_for(
+    model: Decoder, rows: int, length: int, *, memory_bytes: int, trainable: Trainable = nnx.Param, **known: Any
+) -> Choice:
+    """What "auto" takes for `rows` sequences of `length` tokens and this model, under the mesh that is set.
+
+    known: the other arguments of `choose`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {} if mesh.empty else dict(mesh.shape)
+    split = () if mesh.empty else batch_axes(mesh, rows)
+    leaves = jax.tree.leaves(partition(model, trainable)[0])
+    return choose(
+        model.config,
+        batch_size=rows // math.prod(axes[name] for name in split),
+        length=length,
+        memory_bytes=memory_bytes,
+        platform=jax.default_backend(),
+        stacked=len(model.stack) > 0,
+        dtype=model.dtype,
+        param_dtype=model.embedding.dtype,
+        shards=axes.get("fsdp", 1) * axes.get("tensor", 1),
+        trained=sum(leaf.size for leaf in leaves) / model.config.parameter_count,
+        **known,
+    )
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _loss_and_grad(
+    model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: Options
+) -> tuple[Float[Array, ""], Decoder]:
+    prepared = objective.prepare(batch)
+    params, rest = partition(model, options.trainable)
+    if method in ("layer", "chunk"):
+        order = layer_order if method == "layer" else chunk_order
+
+        def compute(model: Decoder, batch: Batch, prepared: Batch, split: Any, reduction: Any) -> Any:
+            sequence = Sequence.cut(batch, prepared, chunk_size)
+            return order.loss_and_grad(model, sequence, objective, options, split, reduction)
+
+        return over_rows(compute, model, batch, prepared, params)
+
+    def loss(params: Decoder) -> Array:
+        return whole_loss(combine(params, rest), batch, prepared, objective, options.logits_chunk, method == "remat")
+
+    return jax.value_and_grad(loss)(params)
+
+
+def whole_loss(
+    model: Decoder, batch: Batch, prepared: Batch, objective: Objective, logits_chunk: int, remat: bool = False
+) -> Float[Array, ""]:
+    """The loss by one pass over the whole sequence, for `jax.grad`."""
+    hidden = model.hidden(
+        batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), remat=remat
+    )
+    return objective.loss(whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk), prepared)
+
+
+def loss_sum(model: Decoder, batch: Batch, *, logits_chunk: int | None = None) -> Float[Array, ""]:
+    """Weighted sum of the negative log-likelihoods of a batch, in nats."""
+    size = logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0])
+    total = jnp.sum(jnp.where(batch["targets"] == CrossEntropy.ignore_index, 0.0, batch["weights"]))
+    objective = CrossEntropy()
+    return whole_loss(model, batch, objective.prepare(batch), objective, size) * total

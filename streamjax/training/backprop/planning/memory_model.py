@@ -1,0 +1,292 @@
+"""What one gradient step needs of memory, by a formula: `estimate`.
+
+A step has phases: the loss, the layers backwards, the embedding. The formula adds up what is alive at once in each and
+takes the phase that needs most; `Memory.parts` has its terms. What lies between operations inside a layer is up to the
+compiler, so `working_bytes` is fitted to compiled programs, as are the copies of logits and of weights. It describes
+stacked layers, of which a loop holds one at a time; for others a CPU's compiler takes up to 2.2 times as much.
+`benchmarks/backprop/memory_model.py` holds the formula against the compilers' own figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.partial import accumulator
+from streamjax.models.config import ModelConfig
+from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
+from streamjax.training.backprop.sequence_chunks import key_block
+from streamjax.training.backprop.storage.kv_store import KeyStore
+
+DEFAULT_CHUNK = 2048  # tokens
+KEY_BLOCK = 512  # slots: buffers of keys end in whole blocks of attention, which have no more keys than this
+LOGITS_COPIES = 2  # float32 arrays of the size of the logits that are there at once
+Parts = dict[str, int]
+Order = tuple[Parts, list[Parts], int]  # what is there in all phases, in each phase; bytes of the host's memory
+
+
+class Memory(NamedTuple):
+    """Bytes that a step needs on one device and of the host's memory; `parts` are those on the device, by purpose."""
+
+    device_bytes: int
+    host_bytes: int
+    parts: Mapping[str, int]
+
+
+def estimate(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    length: int,
+    method: str = "full",
+    chunk_size: int | None = None,
+    segment: int = 1,
+    offload: Literal["host"] | None = None,
+    offload_fraction: float = 1.0,
+    kv_grad_dtype: Any = None,
+    grad_dtype: Any = None,
+    param_dtype: Any = jnp.bfloat16,
+    dtype: Any = jnp.bfloat16,
+    logits_chunk: int | None = None,
+    stacked: bool = True,
+    platform: str = "tpu",
+    shards: int = 1,
+    trained: float = 1.0,
+) -> Memory:
+    """Memory of one `loss_and_grad`: parameters, their gradients, and everything between.
+
+    Args:
+      config: the model.
+      batch_size, length: rows and tokens of a row on one device.
+      method, chunk_size, segment, offload, offload_fraction, kv_grad_dtype, grad_dtype, logits_chunk: as they are given
+        to `loss_and_grad`.
+      param_dtype, dtype: of parameters, and of activations.
+      stacked: whether repeating layers are stacked (`scan_layers`).
+      platform: "cpu" has a compiler that fuses less; all others count as "tpu".
+      shards: devices over which parameters and gradients are split; activations are not, whatever the mesh does.
+      trained: share of the parameters that get a gradient.
+
+    Raises:
+      ValueError: `method` is none of "full", "remat", "layer" and "chunk".
+    """
+    terms = _Terms(
+        config=config,
+        batch=batch_size,
+        length=length,
+        chunk=min(chunk_size or DEFAULT_CHUNK, length),
+        segment=segment,
+        away=offload_fraction if offload else 0.0,
+        stacked=stacked,
+        fused=platform != "cpu",
+        shards=shards,
+        trained=trained,
+        item=jnp.dtype(dtype).itemsize,
+        wide=accumulator(dtype).itemsize,
+        param=jnp.dtype(param_dtype).itemsize,
+        grad=jnp.dtype(grad_dtype or accumulator(param_dtype)).itemsize,
+        kv_grad=jnp.dtype(kv_grad_dtype or accumulator(dtype)).itemsize,
+        stretch=min(logits_chunk or max(1, LOGITS_PER_CHUNK // (batch_size * config.vocab_size)), length),
+    )
+    orders = {"full": terms.full, "remat": terms.remat, "layer": terms.layer, "chunk": terms.chunks}
+    if method not in orders:
+        raise ValueError(f"no estimate for method {method!r}; use one of {', '.join(orders)}")
+    always, phases, host_bytes = orders[method]()
+    parts = always | max(phases, key=lambda phase: sum(phase.values()))
+    return Memory(sum(parts.values()), host_bytes, {name: size for name, size in parts.items() if size})
+
+
+def working_bytes(config: ModelConfig, tokens: int, item: int, wide: int) -> int:
+    """What the backward pass of one layer holds at its worst for `tokens` tokens, beyond its input, KV and weights.
+
+    Four arrays as wide as the MLP (three where it is not gated); the heads' outputs twice, once in the accumulator's
+    dtype; two arrays as wide as the model; and what the norms of queries and keys save.
+    """
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    mlp = (4 if config.gated_mlp else 3) * config.mlp_dim * item
+    norms = 3 * wide * (heads + keys) * config.qk_norm
+    return tokens * (mlp + heads * (item + wide) + 2 * keys * item + norms + 2 * config.d_model * item)
+
+
+def saved_bytes(config: ModelConfig, tokens: int, item: int, wide: int) -> int:
+    """What `jax.grad` saves of one layer for `tokens` tokens: the operands that its derivative reads.
+
+    Of a norm three arrays in the accumulator's dtype; the operands of each product; of the activation's formula one
+    array an operation.
+    """
+    heads, keys, width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.d_model
+    norms = 3 * wide * (width * ((1 if config.shared_norm else 2) + 2 * config.post_norms))
+    norms += 3 * wide * (heads + keys) * config.qk_norm
+    attention = heads * (item + wide) + 2 * keys * item
+    operands = item * (2 * width + heads)
+    steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[config.activation]
+    return tokens * (norms + attention + operands + item * config.mlp_dim * (steps + (2 if config.gated_mlp else 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    """The terms of the formula.
+
+    item, wide, param, grad, kv_grad: bytes of an activation, of an accumulator's number, of a parameter, of a
+    parameter's and of a key's gradient while it is summed. away: share of the layers' inputs in the host's memory.
+    stretch: tokens of a row whose logits exist at once. fused: whether the compiler makes one pass of many operations.
+    """
+
+    config: ModelConfig
+    batch: int
+    length: int
+    chunk: int
+    segment: int
+    away: float
+    stacked: bool
+    fused: bool
+    shards: int
+    trained: float
+    item: int
+    wide: int
+    param: int
+    grad: int
+    kv_grad: int
+    stretch: int
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.length / self.chunk)
+
+    @property
+    def padded(self) -> int:
+        return self.count * self.chunk
+
+    @property
+    def end_parameters(self) -> int:
+        """Parameters of the embedding, or of the head."""
+        return self.config.vocab_size * self.config.d_model
+
+    @property
+    def layer_parameters(self) -> int:
+        ends = self.end_parameters * (1 if self.config.tie_embeddings else 2)
+        return (self.config.parameter_count - ends) // self.config.num_layers
+
+    def states(self, tokens: int) -> int:
+        return self.batch * tokens * self.config.d_model * self.item
+
+    def key_values(self, slots: int, size: int) -> int:
+        """One layer's keys and values in `slots` slots a row, numbers of `size` bytes."""
+        return 2 * self.batch * slots * self.config.num_kv_heads * self.config.head_dim * size
+
+    def whole_slots(self) -> int:
+        block = min(key_block(), self.padded)
+        return math.ceil(self.padded / block) * block
+
+    def always(self) -> Parts:
+        """The arguments of a step and its result; of parameters that are split, the ends whole."""
+        size = self.config.parameter_count * self.param // self.shards
+        ends = self.end_parameters * (1 if self.config.tie_embeddings else 2) * self.param
+        return {
+            "weights": size,
+            "gradients": int(self.trained * size),
+            "batch": 12 * self.batch * self.length,
+            "gathered weights": ends + self.layer_parameters * self.param if self.shards > 1 else 0,
+        }
+
+    def copied_weights(self) -> Parts:
+        """Of stacked layers under two loops the TPU's compiler holds the fused projection in two more layouts, with the
+        members of a group and their channels padded to its tiles of 8 x 128."""
+        config, nested = self.config, self.stacked and self.fused
+        tile = math.ceil((config.group_size + 2) / 8) * 8 * math.ceil(config.head_dim / 128) * 128
+        size = 2 * config.num_layers * config.d_model * config.num_kv_heads * tile * self.param
+        return {"copied weights": size // self.shards if nested else 0}
+
+    def sums(self, name: str, parameters: int, size: int) -> Parts:
+        """Gradients of parameters that are summed over chunks or stretches, numbers of `size` bytes."""
+        return {f"{name}'s sums": int(self.trained * parameters * size)}
+
+    def part(self, name: str, parameters: int) -> Parts:
+        """The same from one chunk or stretch alone."""
+        return {f"{name}'s part": int(self.trained * parameters * self.param)}
+
+    def work(self, tokens: int) -> Parts:
+        """Inside one layer, for `tokens` tokens of each row."""
+        sizes = self.config, self.batch * tokens, self.item, self.wide
+        return {"layer's work": working_bytes(*sizes) + (0 if self.fused else saved_bytes(*sizes))}
+
+    def logits(self) -> Parts:
+        """Of one stretch, with the gradient that the head gets from it."""
+        size = LOGITS_COPIES * self.batch * self.stretch * self.config.vocab_size * self.wide
+        return {"logits": size, **self.part("head", self.end_parameters)}
+
+    def full(self) -> Order:
+        layer = saved_bytes(self.config, self.batch * self.length, self.item, self.wide)
+        return self.by_jax({"activations": self.config.num_layers * layer})
+
+    def remat(self) -> Order:
+        return self.by_jax({"layer inputs": self.config.num_layers * self.states(self.length)})
+
+    def by_jax(self, kept: Parts) -> Order:
+        """`jax.grad` of the whole sequence: what it keeps, and a pass over one layer of all tokens."""
+        head = self.sums("head", self.end_parameters, self.param)
+        output = {"hidden states": 2 * self.states(self.length), **head, **self.logits()}
+        layers = {
+            **head,
+            **self.work(self.length),
+            "cotangent": self.states(self.length),
+            "keys' gradients": self.key_values(self.length, self.wide),
+            **self.part("layer", self.layer_parameters),
+        }
+        return {**self.always(), **kept}, [output, layers], 0
+
+    def kept_inputs(self) -> tuple[int, int, int]:
+        """Inputs of layers that the layer order keeps on the device, keeps in the host's memory, and has computed again
+        of the segment at hand; how many, of all tokens each."""
+        length = self.config.period if self.stacked else 1
+        here = away = again = 0
+        groups = (self.config.num_layers // length, length, True), (self.config.num_layers % length, 1, False)
+        for rows, period, first in groups:
+            if rows:
+                run = max(1, self.segment // period)  # rows of a segment
+                slots = math.ceil(rows / run) + (rows * (period - 1) if self.segment == 1 else 0)
+                away += slots
+                here += slots - (first and not self.away)  # the embedding is looked up again
+                if self.segment > 1:
+                    again = max(again, run * period - (0 if self.away else 1))
+        return here, away, again
+
+    def layer(self) -> Order:
+        here, away, again = self.kept_inputs()
+        moved = round(self.away * self.count) * self.chunk
+        kept = {"layer inputs": here * self.states(self.padded - moved)}
+        head = self.sums("head", self.end_parameters, self.grad)
+        slots = self.whole_slots()
+        layers = {
+            **kept,
+            **head,
+            "inputs computed again": again * self.states(self.padded),
+            "keys and values": self.key_values(slots, self.item),
+            "keys' gradients": self.key_values(slots, self.kv_grad),
+            **self.sums("layer", self.layer_parameters, self.grad),
+            **self.part("layer", self.layer_parameters),
+            **self.work(self.chunk),
+            "fetched chunks": 2 * self.states(self.chunk) if moved else 0,
+        }
+        ends = self.sums("embedding", self.end_parameters, self.grad) | self.part("embedding", self.end_parameters)
+        copied = self.copied_weights() if self.segment > 1 else {}
+        both = {**self.always(), **copied, "cotangent": self.states(self.padded)}
+        return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], away * self.states(moved)
+
+    def chunks(self) -> Order:
+        stores = [KeyStore.make(self.config.layer(i), self.chunk, self.count) for i in range(self.config.num_layers)]
+        apart = self.grad != self.param or self.shards > 1  # else the sums are the result
+        sums = self.sums("all", self.config.parameter_count, self.grad)
+        both = {
+            **self.always(),
+            **(sums if apart else {}),
+            **self.copied_weights(),
+            "keys and values": sum(self.key_values(store.slots, self.item) for store in stores),
+            "keys' gradients": sum(self.key_values(store.local, self.kv_grad) for store in stores),
+            "chunk's inputs": self.config.num_layers * self.states(self.chunk),
+        }
+        layers = {**self.part("layer", self.layer_parameters), **self.work(self.chunk)}
+        return both, [self.logits(), layers, self.part("embedding", self.end_parameters)], 0

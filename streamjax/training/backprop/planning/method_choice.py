@@ -1,0 +1,127 @@
+"""`method="auto"`: the fastest order of backprop that the memory allows, by the memory model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from streamjax.models.config import ModelConfig
+from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, Memory, estimate
+
+HEADROOM = 0.9  # share of the memory that an estimate may fill; most are right within 10%
+UNSTACKED_HEADROOM = (
+    0.4  # the same for layers that are not stacked, of which a CPU's compiler makes up to 2.2 times as much
+)
+
+
+class Choice(NamedTuple):
+    """Arguments of `loss_and_grad`, and what they need by the memory model."""
+
+    arguments: Mapping[str, Any]
+    memory: Memory
+
+    def describe(self, memory_bytes: int) -> str:
+        """One line for a log."""
+        words = [str(self.arguments["method"])]
+        words += [f"{name} {x:g}" for name, x in self.arguments.items() if name not in ("method", "offload")]
+        words.append(f"estimated {_gigabytes(self.memory.device_bytes)} of {_gigabytes(memory_bytes)} GB")
+        if self.memory.host_bytes:
+            words.append(f"{_gigabytes(self.memory.host_bytes)} GB in the host's memory")
+        return ", ".join(words)
+
+
+def choose(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    length: int,
+    memory_bytes: int,
+    chunk_size: int | None = None,
+    platform: str = "tpu",
+    stacked: bool = True,
+    **known: Any,
+) -> Choice:
+    """The fastest way to take the gradient of a batch that fits in the memory.
+
+    From fast to slow: "full", "remat", "layer", "chunk", "layer" with the smallest segment that fits and, on devices
+    with fast host memory (all but CPUs), "layer" with the smallest share of the layers' inputs moved there. An estimate
+    may fill `HEADROOM` of the memory, and of layers that are not stacked `UNSTACKED_HEADROOM`.
+
+    Args:
+      config, batch_size, length, platform, stacked, known: as for `estimate`; rows and tokens on one device.
+      memory_bytes: of one device, all that the step may use: parameters and gradients are part of it.
+      chunk_size: tokens of a chunk where a method cuts the sequence; as in `loss_and_grad` where None.
+
+    Raises:
+      ValueError: nothing fits; the message has what comes closest.
+    """
+    size = min(chunk_size or DEFAULT_CHUNK, length)
+    closest: Choice | None = None
+    for arguments in _candidates(config, size, math.ceil(length / size), platform, stacked):
+        memory = estimate(
+            config, batch_size=batch_size, length=length, platform=platform, stacked=stacked, **arguments, **known
+        )
+        found = Choice(arguments, memory)
+        if memory.device_bytes <= (HEADROOM if stacked else UNSTACKED_HEADROOM) * memory_bytes:
+            return found
+        if closest is None or memory.device_bytes < closest.memory.device_bytes:
+            closest = found
+    assert closest is not None
+    advice = "" if stacked else ", or stack the layers (scan_layers=True)"
+    raise ValueError(
+        f"no backprop method fits {batch_size} x {length} tokens; closest: {closest.describe(memory_bytes)}, of which "
+        f"{HEADROOM if stacked else UNSTACKED_HEADROOM:.0%} may be filled: shorten the sequences{advice}"
+    )
+
+
+def _candidates(
+    config: ModelConfig, chunk_size: int, chunks: int, platform: str, stacked: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments of `loss_and_grad`, the fastest first."""
+    cpu_undoes = platform == "cpu" and not stacked  # its compiler finds that layers are computed twice, and keeps them
+    yield {"method": "full"}
+    if not cpu_undoes:
+        yield {"method": "remat"}
+    layer = {"method": "layer", "chunk_size": chunk_size}
+    yield layer
+    yield {"method": "chunk", "chunk_size": chunk_size}
+    period = config.period if stacked else 1  # a segment is a number of periods
+    if not cpu_undoes:
+        for segment in range(max(2, period), config.num_layers // period * period + 1, period if period > 1 else 1):
+            yield {**layer, "segment": segment}
+    if platform != "cpu":
+        for moved in range(1, chunks + 1):
+            yield {**layer, "offload": "host", "offload_fraction": moved / chunks}
+
+
+def device_memory_bytes() -> int:
+    """Bytes that programs may use of one device of this process; of a CPU's machine, what is free of its memory now.
+
+    Raises:
+      ValueError: the backend does not tell.
+    """
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    if device.platform == "cpu":
+        return _available_bytes()
+    raise ValueError(f"a {device.platform} device does not tell how much memory it has: give memory_bytes")
+
+
+def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """What the machine can give a program without swapping: Linux tells, of others it is all of their memory."""
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g}"

@@ -1,0 +1,82 @@
+"""Chunk memories of hierarchical sparse attention in chunked backprop: as keys and values are, one step further up.
+
+A memory layer's input becomes pages, which later tokens of several layers read. Forwards, a chunk of the sequence
+writes its own pages before it reads. Backwards, gradients of all pages are summed while layers and chunks are walked
+from last to first; when a memory layer comes to a chunk, that of the chunk's own pages is complete and goes back
+through the encoder. A chunk of the sequence holds whole pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from streamjax.attention.landmark_attention import Chunks
+from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.decoder import Block
+from streamjax.models.mixers.hierarchical import Remembered, chunk_segments, whole_view
+from streamjax.training.backprop.sequence_chunks import Sequence
+
+Memories = dict[int, Chunks]  # by the layer whose input they are made of
+
+
+def whole_pages(config: ModelConfig, chunk_size: int) -> int:
+    """`chunk_size`, rounded up to whole pages of the model's memory."""
+    return chunk_size if config.hsa is None else -(-chunk_size // config.hsa.chunk_size) * config.hsa.chunk_size
+
+
+def source_of(config: ModelConfig, layer: int) -> int | None:
+    """The layer whose memory a layer reads, or makes; None where it does neither."""
+    spec = config.layer(layer)
+    if config.hsa is None or not (spec.reads or spec.remembers):
+        return None
+    return max(source for source in config.hsa.memory_layers if source <= layer)
+
+
+def empty_memories(config: ModelConfig, sequence: Sequence, dtype: Any) -> Memories:
+    """Zeros for all pages of a sequence, or for their gradients."""
+    if config.hsa is None:
+        return {}
+    size = config.hsa.chunk_size
+    shape = (sequence.batch_size, config.num_kv_heads, sequence.count * sequence.chunk_size // size)
+    width = config.head_dim
+
+    def zeros() -> Chunks:
+        pages = jnp.zeros((*shape, size, width), dtype)
+        return Chunks(pages, pages, jnp.zeros((*shape, width), dtype))
+
+    return {layer: zeros() for layer in config.hsa.memory_layers}
+
+
+def encode(block: Block, x: Float[Array, "B C E"]) -> Chunks:
+    """The pages of a chunk of the sequence."""
+    assert block.encoder is not None
+    assert block.config.hsa is not None
+    return block.encoder.encode(rearrange(x, "b (p s) e -> b p s e", s=block.config.hsa.chunk_size))
+
+
+def write(memory: Chunks, made: Chunks, i: Any) -> Chunks:
+    """`memory` with the pages of chunk i in it."""
+    count = made.k.shape[2]
+    return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), i * count, 2), memory, made
+    )
+
+
+def own_pages(memory: Chunks, i: Any, like: Chunks) -> Chunks:
+    """The pages of chunk i, in the dtypes of `like`."""
+    count = like.k.shape[2]
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like)
+
+
+def view(memory: Chunks | None, spec: LayerSpec, config: ModelConfig, sequence: Sequence, i: Any) -> Remembered | None:
+    """What the tokens of chunk i may read; None for a layer that does not read."""
+    if not spec.reads or memory is None or config.hsa is None:
+        return None
+    of_chunks = None if sequence.segments is None else chunk_segments(sequence.segments, config.hsa.chunk_size)
+    width = sequence.chunk_size
+    return whole_view(memory, of_chunks, sequence.chunk_segments(i), config, i * width, width)

@@ -1,0 +1,209 @@
+"""What a training run is: one typed, frozen description."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from flax import nnx
+
+from streamjax.data import DataConfig
+from streamjax.kv.presets import parse_preset, preset
+from streamjax.kv.presets.registry import Built
+from streamjax.models.config import ModelConfig
+from streamjax.models.lora.adapters import LoRAParam
+from streamjax.models.lora.attaching import check_lora
+from streamjax.training.backprop.loss_and_grad import check_free, check_method
+from streamjax.training.backprop.trainable_parameters import Trainable
+from streamjax.training.run.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BackpropConfig:
+    """How the gradient of a step is made; see `streamjax.training.loss_and_grad`.
+
+    All but the last two fields choose between memory and time; the gradient is the same.
+
+    Attributes:
+      method: what is kept for the backward pass, and in which order it runs; one of `streamjax.training.METHODS`.
+        "auto" takes the fastest that the device's memory allows, and chooses `segment` and the offload with it.
+      chunk_size: tokens of a chunk, where a sequence is cut into chunks; 2048, or all of a shorter one, where None.
+      segment: layers from one kept input to the next, where the method keeps layers' inputs; those between are
+        computed again.
+      offload: "host" moves what is kept a layer to the host's memory; None leaves it on the device.
+      offload_fraction: the share of it that is moved, 0 to 1.
+      carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
+        `streamjax.training.streaming_loss_and_grad`, which has an order of its own; only `chunk_size` counts there.
+      cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".
+    """
+
+    method: str = "full"
+    chunk_size: int | None = None
+    segment: int = 1
+    offload: Literal["host"] | None = None
+    offload_fraction: float = 1.0
+    carry_state: bool = False
+    cache: str = "streaming_llm"
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        for name in ("chunk_size", "segment"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"BackpropConfig.{name} is {value}: at least 1 is needed")
+        if self.offload not in (None, "host"):
+            raise ValueError(f'BackpropConfig.offload is {self.offload!r}: use "host" or None')
+        if not 0.0 <= self.offload_fraction <= 1.0:
+            raise ValueError(f"BackpropConfig.offload_fraction is {self.offload_fraction}: it must be in [0, 1]")
+        if self.method == "auto":
+            check_free(self.segment, self.offload)
+        self.built_cache()  # so that a wrong name or option is told
+        for name in ("method", "segment", "offload"):
+            value, default = getattr(self, name), getattr(BackpropConfig, name)
+            if self.carry_state and value != default:
+                raise ValueError(
+                    f"BackpropConfig.{name} is {value!r}: carry_state has an order of its own, leave it at {default!r}"
+                )
+
+    def built_cache(self) -> Built:
+        """The cache that `cache` names, for all layers or one a layer."""
+        name, options = parse_preset(self.cache)
+        return preset(name, **options)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `loss_and_grad`."""
+        names = ("method", "chunk_size", "segment", "offload", "offload_fraction")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters on a pretrained model (2106.09685): with a rank above 0 they are trained, and nothing else is.
+
+    Attributes:
+      rank: of every adapter; 0 trains all weights instead.
+      alpha: an adapter's part is scaled by alpha / rank; twice the rank where None.
+      targets: projections with an adapter: "q", "k", "v", "o", "gate", "up", "down".
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("q", "v")
+
+    def __post_init__(self) -> None:
+        if self.rank:
+            check_lora(self.rank, self.scale, self.targets)
+
+    @property
+    def scale(self) -> float:
+        """`alpha`, as `sj.add_lora` takes it."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def trainable(self) -> Trainable:
+        """The type of parameters that are trained."""
+        return LoRAParam if self.rank else nnx.Param
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+      name: of the run, for its model card and its metrics.
+      model: the architecture of a new model; None with `init_from`.
+      data: what is read.
+      steps: optimizer steps.
+      init_from: a Hugging Face folder or a streamjax checkpoint to start from; None starts from random weights.
+      optimizer: how weights follow gradients.
+      backprop: how gradients are made, and what memory that takes.
+      lora: adapters to train on the weights of `init_from`, in place of these weights.
+      dtype: of activations; master weights and optimizer state are float32. Weights that adapters leave as they are
+        have this dtype, too.
+      scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
+      mesh: how the run is spread over devices.
+      seed: of the initial weights.
+      log_interval: steps from one line of metrics to the next.
+      eval_interval: steps from one evaluation to the next; there is one at the end in any case.
+      eval_batches: batches of an evaluation; all of the validation split where it has fewer.
+      checkpoint_interval: steps from one checkpoint to the next.
+      keep_checkpoints: how many of the newest stay.
+    """
+
+    name: str
+    model: ModelConfig | None
+    data: DataConfig
+    steps: int
+    init_from: str | None = None
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    backprop: BackpropConfig = dataclasses.field(default_factory=BackpropConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    seed: int = 0
+    log_interval: int = 10
+    eval_interval: int = 500
+    eval_batches: int = 20
+    checkpoint_interval: int = 500
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        names = ("steps", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'TrainConfig.dtype is {self.dtype!r}: use "float32" or "bfloat16"')
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError("TrainConfig needs either model (a new one) or init_from (a path), and not both")
+        if self.lora.rank and self.init_from is None:
+            raise ValueError(
+                f"lora.rank is {self.lora.rank}, and adapters need a pretrained model: set init_from to its folder "
+                "and model to none"
+            )
+        if self.data.batch_size % self.optimizer.accumulation:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of optimizer.accumulation "
+                f"{self.optimizer.accumulation}"
+            )
+        chunk_size = self.backprop.chunk_size
+        if chunk_size is not None and chunk_size > self.data.seq_len:
+            raise ValueError(f"backprop.chunk_size {chunk_size} is more than data.seq_len {self.data.seq_len}")
+        if self.backprop.carry_state:
+            self._check_streams()
+
+    def _check_streams(self) -> None:
+        if self.data.packing != "streams":
+            raise ValueError(
+                f'backprop.carry_state needs rows that go on in the next batch: set data.packing to "streams", '
+                f"not {self.data.packing!r}"
+            )
+        if self.optimizer.accumulation != 1:
+            raise ValueError(
+                f"backprop.carry_state reads each batch in one piece: set optimizer.accumulation to 1, not "
+                f"{self.optimizer.accumulation}"
+            )
+        built = self.backprop.built_cache()
+        ends = [cache.capacity for cache in (built if isinstance(built, tuple) else (built,))]
+        capacity = min((end for end in ends if end is not None), default=None)
+        length = max(self.steps, self.eval_batches) * self.data.seq_len
+        if capacity is not None and capacity < length:
+            raise ValueError(
+                f"backprop.cache {self.backprop.cache!r} ends after {capacity} tokens and the streams after {length}: "
+                'use one without an end, such as "streaming_llm"'
+            )
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain values, as they come back from JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))

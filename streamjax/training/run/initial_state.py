@@ -1,0 +1,62 @@
+"""The state that a run starts from: new weights, a pretrained model, or adapters on one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from streamjax.data import Tokenizer
+from streamjax.models.decoder import Decoder
+from streamjax.models.files.checkpoint import load
+from streamjax.models.lora.attaching import add_lora
+from streamjax.parallel.mesh import build_sharded
+from streamjax.streaming.state import StreamState, init_state
+from streamjax.training.run.config import TrainConfig
+from streamjax.training.run.optimizer import make_optimizer
+from streamjax.training.run.state import TrainState, new_state
+
+
+def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> TrainState:
+    """The state before the first step, each array made or read in its place on the mesh.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model, or the model of `init_from` cannot be read or has no
+        place for the adapters.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    dtype = jnp.dtype(config.dtype)
+    if config.init_from is None:
+        model_config = config.model
+        assert model_config is not None
+        _check_vocabulary(model_config.vocab_size, tokenizer)
+
+        def build(key: jax.Array) -> TrainState:
+            model = Decoder(
+                model_config, key, dtype=dtype, param_dtype=jnp.dtype(jnp.float32), scan_layers=config.scan_layers
+            )
+            return new_state(model, optimizer, new_stream(config, model))
+
+        return build_sharded(build, mesh, jax.random.key(config.seed))
+
+    lora = config.lora
+    model = load(config.init_from, dtype if lora.rank else jnp.float32, mesh, config.scan_layers)
+    model.dtype = dtype
+    _check_vocabulary(model.config.vocab_size, tokenizer)
+    if lora.rank:
+        model = add_lora(model, lora.rank, lora.scale, lora.targets, jax.random.key(config.seed))
+    return build_sharded(
+        lambda model: new_state(model, optimizer, new_stream(config, model), lora.trainable), mesh, model
+    )
+
+
+def new_stream(config: TrainConfig, model: Decoder) -> StreamState | None:
+    """Streams that have seen nothing, one a row of a batch; None in ordinary training."""
+    if not config.backprop.carry_state:
+        return None
+    return init_state(model, config.backprop.built_cache(), config.data.batch_size)
+
+
+def _check_vocabulary(size: int, tokenizer: Tokenizer) -> None:
+    if size < tokenizer.vocab_size:
+        raise ValueError(f"the model's vocab_size is {size}; tokenizer {tokenizer.name!r} needs {tokenizer.vocab_size}")

@@ -1,0 +1,262 @@
+"""The training loop: steps, evaluation, metrics, checkpoints, and resuming exactly where a run stopped.
+
+Everything that a step depends on is in a checkpoint: weights, optimizer state, the step, and the place in the input. A
+run that was killed at any point and started again ends with the same bits as one that never was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tqdm
+
+from streamjax.checkpoints import RunCheckpoints
+from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_train_iterator
+from streamjax.models.decoder import Decoder
+from streamjax.parallel.mesh import build_sharded, make_mesh
+from streamjax.parallel.multiprocess import gather_json, largest
+from streamjax.streaming.state import StreamState
+from streamjax.training.backprop.loss_and_grad import choice_for
+from streamjax.training.backprop.planning.method_choice import device_memory_bytes
+from streamjax.training.backprop.trainable_parameters import partition
+from streamjax.training.run.config import MeshConfig, TrainConfig
+from streamjax.training.run.initial_state import initial_state, new_stream
+from streamjax.training.run.metrics import MetricsWriter
+from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
+from streamjax.training.run.signals import StopSignals
+from streamjax.training.run.state import TrainState, shard_batch
+from streamjax.training.run.step import Metrics, eval_step, make_train_step, streaming_eval_step
+from streamjax.training.run.workdir import claim, export
+
+_log = logging.getLogger(__name__)
+
+
+class RunStopped(Exception):
+    """A run ended before its last step; the message is one line, `exit_code` the process's."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def evaluate(
+    model: Decoder,
+    batches: Iterable[Any],
+    tokenizer: Tokenizer | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    stream: StreamState | None = None,
+    chunk_size: int | None = None,
+) -> dict[str, float]:
+    """Loss in nats per token and perplexity over `batches`; bits per byte too if the tokenizer's tokens are bytes.
+
+    With `stream`, a state of streams that have seen nothing (it is donated), each row of a batch continues that row of
+    the batch before it, read in chunks of at most `chunk_size` tokens.
+    """
+    sums = []
+    for batch in batches:
+        batch = shard_batch(batch, mesh)
+        if stream is None:
+            found = eval_step(model, batch)
+        else:
+            stream, *found = streaming_eval_step(model, stream, batch, chunk_size)
+        sums.append(tuple(found))
+    total, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+    loss = float(total / weight) if weight > 0 else 0.0
+    values = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+    if tokenizer is not None and tokenizer.name == "bytes":
+        values["eval_bits_per_byte"] = loss / math.log(2.0)
+    return values
+
+
+def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = None) -> TrainState:
+    """Run `config` in `workdir`, from the newest checkpoint there if there is one, and export the model.
+
+    Args:
+      config: the run.
+      workdir: where the configuration, checkpoints, metrics and at the end `model/` go. With several processes, a
+        folder that all of them see.
+      progress: whether to show a progress bar; where None, if stderr is a terminal.
+
+    Returns:
+      The final state.
+
+    Raises:
+      ValueError: a workdir of another configuration, or a configuration that does not fit the data or the machine.
+      RunStopped: SIGTERM or Ctrl-C (a checkpoint has been saved), or a loss that is not finite.
+    """
+    run = _Run(config, Path(workdir), progress)
+    try:
+        with StopSignals() as stop, contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
+            while run.step < config.steps:
+                run.advance()
+                last = run.step == config.steps
+                # One process looks after every step; several must agree, which costs a round of messages.
+                together = jax.process_count() == 1 or run.step % config.log_interval == 0
+                stop_signal = largest(stop.received or 0) if together else 0
+                if run.step % config.log_interval == 0 or last:
+                    run.report()
+                if run.step % config.eval_interval == 0 or last:
+                    run.evaluate()
+                if run.step % config.checkpoint_interval == 0 or last or stop_signal:
+                    run.save()
+                if stop_signal and not last:
+                    name = "Ctrl-C" if stop_signal == signal.SIGINT else signal.Signals(stop_signal).name
+                    message = f"{name}: saved step {run.step} of {config.steps}; the same command continues from there"
+                    raise RunStopped(message, 128 + stop_signal)
+            export(run.state.model, run.workdir, config)
+    finally:
+        run.close()
+    return run.state
+
+
+class _Run:
+    """What the loop holds, and the things that it does at intervals."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, progress: bool | None):
+        self.config, self.workdir = config, workdir
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
+        shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
+        self.data = make_train_iterator(config.data, shard=shard)
+        self.eval_batches = make_eval_batches(config.data, config.eval_batches, shard=shard)
+        self.schedule = learning_rate_schedule(config.optimizer, config.steps)
+        self.state = initial_state(config, self.tokenizer, self.mesh)
+        claim(workdir, config)
+        self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
+        self.step = self.checkpoints.latest_step or 0
+        if self.step:
+            self.state, about = self.checkpoints.restore(self.step, self.state)
+            self.data.set_state(about["data"][jax.process_index()])
+        self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
+        quiet = jax.process_index() > 0 or (None if progress is None else not progress)
+        self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.pending: list[Metrics] = []
+        self.since = time.monotonic()
+        if self.step:
+            self._say(f"resumed at step {self.step} of {config.steps}")
+        self.train_step = make_train_step(
+            make_optimizer(config.optimizer, config.steps),
+            accumulation=config.optimizer.accumulation,
+            trainable=config.lora.trainable,
+            **self._backprop_options(),
+        )
+
+    def _backprop_options(self) -> dict[str, Any]:
+        """How gradients are made: for "auto" what the memory beside the optimizer's state allows, told in a line."""
+        config = self.config
+        options = config.backprop.options()
+        if config.backprop.method != "auto":
+            return options
+        accumulation = config.optimizer.accumulation
+        trained, _ = partition(self.state.model, config.lora.trainable)
+        held = [self.state.opt_state] + [trained] * (accumulation > 1)  # gradients of earlier microbatches
+        shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(held)]
+        memory = min(gather_json(device_memory_bytes() - sum(shard.data.nbytes for shard in shards)))
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            found = choice_for(
+                self.state.model,
+                config.data.batch_size // accumulation,
+                config.data.seq_len,
+                memory_bytes=memory,
+                chunk_size=config.backprop.chunk_size,
+                trainable=config.lora.trainable,
+            )
+        self._say(f"backprop: {found.describe(memory)}")
+        return {**options, **found.arguments}
+
+    def advance(self) -> None:
+        """One step; what it measured stays on the device until the next report."""
+        try:
+            batch = next(self.data)
+        except StopIteration:
+            raise ValueError(
+                f"the data ends after {self.step} steps: set config.data.epochs=none, or config.steps={self.step}"
+            ) from None
+        self.state, found = self.train_step(self.state, shard_batch(batch, self.mesh))
+        self.pending.append(found)
+        self.step += 1
+        self.bar.update()
+
+    def report(self) -> None:
+        """Read and write the metrics of the steps since the last report.
+
+        Raises:
+          RunStopped: one of them is not finite.
+        """
+        if not self.pending:
+            return
+        values: list[dict[str, Any]] = jax.device_get(self.pending)
+        self.pending.clear()
+        for step, found in enumerate(values, self.step - len(values) + 1):
+            if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
+                good = self.checkpoints.latest_step
+                kept = "no checkpoint was saved before" if good is None else f"the checkpoint of step {good} is good"
+                raise RunStopped(f"the loss or its gradient is not finite at step {step}; {kept}", 1)
+        now = time.monotonic()
+        speed = len(values) * self.config.data.batch_size * self.config.data.seq_len / (now - self.since)
+        self.since = now
+        loss = float(np.mean([found["loss"] for found in values]))
+        self._write(
+            {
+                "loss": loss,
+                "grad_norm": float(values[-1]["grad_norm"]),
+                "learning_rate": float(self.schedule(self.step - 1)),
+                "tokens_per_second": round(speed, 1),
+            }
+        )
+        summary = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(summary)
+        if self.bar.disable:
+            self._say(f"step {self.step} of {self.config.steps}: {summary}")
+
+    def evaluate(self) -> None:
+        """Measure the model on the validation split."""
+        self.report()
+        values = evaluate(
+            self.state.model,
+            self.eval_batches,
+            self.tokenizer,
+            self.mesh,
+            stream=build_sharded(partial(new_stream, self.config), self.mesh, self.state.model),
+            chunk_size=self.config.backprop.chunk_size,
+        )
+        self._write(values)
+        self._say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.since = time.monotonic()
+
+    def save(self) -> None:
+        """Save a checkpoint; never of a state that a step which was not finite has touched."""
+        self.report()
+        places = gather_json(self.data.get_state())
+        self.checkpoints.save(self.step, self.state, {"tokenizer": self.tokenizer.name, "data": places})
+
+    def close(self) -> None:
+        """Let go of files, after a save that is under way."""
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.checkpoints.close()
+
+    def _say(self, line: str) -> None:
+        if not self.bar.disable:
+            self.bar.write(line, file=sys.stderr)
+        elif jax.process_index() == 0:
+            _log.info(line)
+
+    def _write(self, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.step, values)

@@ -1,0 +1,118 @@
+"""One training step, one evaluation step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from streamjax.models.decoder import Decoder
+from streamjax.streaming.state import StreamState
+from streamjax.training.backprop.loss_and_grad import Batch, check_method, loss_and_grad, loss_sum
+from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
+from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
+from streamjax.training.objectives.objective import CrossEntropy
+from streamjax.training.run.state import TrainState
+
+Metrics = dict[str, Array]
+
+
+def accumulate_gradients(
+    model: Decoder, batch: Batch, microbatches: int, **options: Any
+) -> tuple[Float[Array, ""], Decoder]:
+    """`loss_and_grad` of a batch, cut into microbatches that exist one at a time.
+
+    Each microbatch counts as its share of the batch's weight, so that the result is that of the whole batch however
+    the weights fall. Rows are dealt out in turn: under a mesh each device keeps its own.
+
+    Args:
+      model: the model.
+      batch: as for `loss_and_grad`.
+      microbatches: how many; they must divide the rows.
+      options: the other arguments of `loss_and_grad`, `method` and so on.
+    """
+    if microbatches == 1:
+        return loss_and_grad(model, batch, **options)
+    total = _total(batch)
+    cut = {name: rearrange(x, "(b n) t -> n b t", n=microbatches) for name, x in batch.items()}
+
+    def add(sums: tuple[Array, Decoder], part: Batch) -> tuple[tuple[Array, Decoder], None]:
+        share = jnp.where(total > 0, _total(part) / jnp.where(total > 0, total, 1.0), 0.0)
+        found = loss_and_grad(model, part, **options)
+        return jax.tree.map(lambda x, y: x + y * share.astype(y.dtype), sums, found), None
+
+    shapes = jax.eval_shape(partial(loss_and_grad, **options), model, {name: x[0] for name, x in cut.items()})
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, cut)[0]
+
+
+def make_train_step(
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    trainable: Trainable = nnx.Param,
+    **options: Any,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
+
+    Metrics are the loss in nats per token and the global norm of the gradient before clipping, float32 scalars. With a
+    stream in the state the batch is read as its continuation (`streaming_loss_and_grad`).
+
+    Args:
+      optimizer: turns gradients into updates.
+      accumulation: microbatches a step; 1 for streams.
+      trainable: the type of parameters that are trained; all others stay as they are, bit for bit.
+      options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `chunk_size` and
+        `logits_chunk` count.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    check_method(options.get("method", "full"))
+    options = {**options, "trainable": trainable}
+    reading = {name: options[name] for name in ("chunk_size", "logits_chunk", "trainable") if name in options}
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        stream = state.stream
+        if stream is None:
+            loss, grads = accumulate_gradients(state.model, batch, accumulation, **options)
+        elif accumulation == 1:
+            loss, grads, stream = streaming_loss_and_grad(state.model, stream, batch, **reading)
+        else:
+            raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
+        params, rest = partition(state.model, trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        model = combine(optax.apply_updates(params, updates), rest)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(model, opt_state, state.step + 1, stream), metrics
+
+    return train_step
+
+
+@jax.jit
+def eval_step(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sum of negative log-likelihoods in nats, and the sum of the weights."""
+    return loss_sum(model, batch), _total(batch)
+
+
+@partial(jax.jit, static_argnames="chunk_size", donate_argnames="stream")
+def streaming_eval_step(
+    model: Decoder, stream: StreamState, batch: Batch, chunk_size: int | None = None
+) -> tuple[StreamState, Float[Array, ""], Float[Array, ""]]:
+    """The streams' state behind a batch, and what `eval_step` returns. The stream is donated."""
+    loss, stream = streaming_loss(model, stream, batch, CrossEntropy(), chunk_size=chunk_size)
+    return stream, loss * _total(batch), _total(batch)
+
+
+def _total(batch: Batch) -> Float[Array, ""]:
+    """The sum of the weights of the tokens that count."""
+    counted = batch["targets"] != CrossEntropy.ignore_index
+    return jnp.sum(jnp.where(counted, batch["weights"], 0.0).astype(jnp.float32))

@@ -1,0 +1,104 @@
+"""The folder of a run: its configuration, which may not change under it, and the model that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from streamjax.models.decoder import Decoder
+from streamjax.models.files.checkpoint import save
+from streamjax.models.files.hugging_face import save_hf
+from streamjax.models.files.native_format import save_safetensors
+from streamjax.models.lora.attaching import merge_lora
+from streamjax.models.lora.peft_files import save_lora
+from streamjax.training.run.config import TrainConfig
+
+CONFIG_FILE = "train_config.json"
+# What may change between two starts of a run, because no step depends on it.
+_FREE_FIELDS = frozenset(
+    (
+        "name",
+        "mesh",
+        "log_interval",
+        "eval_interval",
+        "eval_batches",
+        "checkpoint_interval",
+        "keep_checkpoints",
+        "data.prefetch",
+    )
+)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+def claim(workdir: Path, config: TrainConfig) -> None:
+    """Write the configuration into the folder, or check that it is the one that is there.
+
+    Raises:
+      ValueError: the folder holds a run that another configuration began.
+    """
+    file = workdir / CONFIG_FILE
+    values = config.to_json_dict()
+    if file.exists():
+        for name, before, after in _changes(_read(file), values):
+            if name not in _FREE_FIELDS and name.split(".")[0] not in _FREE_FIELDS:
+                raise ValueError(
+                    f"{workdir} holds a run with config.{name}={before!r}, not {after!r}: choose another --workdir"
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+
+
+def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
+    """Write the model, and the tokenizer's files, into `model/`, where `streamjax.load` and `load_tokenizer` find them.
+
+    The layout is Hugging Face's where it has a name for the architecture, else `streamjax.save_safetensors`'s; where
+    several processes hold the model, that of `streamjax.save`. Adapters are merged into that
+    model, and lie alone in `adapters/`, in PEFT's layout.
+    """
+    folder, tokenizer = workdir / "model", config.data.tokenizer
+    if config.lora.rank:
+        if jax.process_count() == 1:
+            save_lora(model, workdir / "adapters", config.init_from)
+        model = merge_lora(model)
+    if jax.process_count() > 1:
+        save(model, folder)
+    else:
+        try:
+            save_hf(model, folder)
+        except ValueError:
+            save_safetensors(model, folder)
+    if tokenizer is not None and jax.process_index() == 0:
+        source = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        for name in _TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copy2(source / name, folder / name)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The configuration in a workdir; `method` stood at its top before there was a group `backprop`."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if "method" in values:
+        values["backprop"] = {"method": values.pop("method")}
+    return values
+
+
+def _changes(before: Any, after: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, before, after) of the fields that both nested dictionaries have, and in which they differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        shared = [field for field in after if field in before]
+        return [c for f in shared for c in _changes(before[f], after[f], f"{name}.{f}" if name else f)]
+    return [] if before == after else [(name, before, after)]

@@ -1,0 +1,168 @@
+"""Chunks chosen by landmarks: both forms of the attention against a slow loop, and the choice itself."""
+
+import logging
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import api
+from pallas_kernels.api import platforms
+from streamjax.attention import landmark_attention
+from streamjax.attention.landmark_attention import Chunks, Visible, largest
+from tests.oracles.hierarchical import hierarchical_attention
+
+WIDTH = 4
+FORMS = ("dense", "gathered")
+pytestmark = pytest.mark.quick
+
+
+def draw(seed, rows, queries, heads, group, pages, size, dtype=jnp.float32):
+    random = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    chunks = Chunks(
+        normal(rows, heads, pages, size, WIDTH),
+        normal(rows, heads, pages, size, WIDTH),
+        normal(rows, heads, pages, WIDTH),
+    )
+    number = jnp.asarray(random.permuted(np.tile(np.arange(-2, pages - 2), (rows, 1)), axis=1), jnp.int32)
+    limit = jnp.asarray(np.sort(random.integers(0, pages + 1, (rows, queries)), axis=1), jnp.int32)
+    return (
+        normal(rows, queries, heads * group, WIDTH),
+        normal(rows, queries, heads, WIDTH),
+        chunks,
+        Visible(number, limit),
+    )
+
+
+def expected(q, retrieval, chunks, visible, top_k, scale):
+    seen = np.asarray(visible.mask())[:, 0]
+    rows = zip(q, retrieval, chunks.k, chunks.v, chunks.landmarks, seen, strict=True)
+    return np.stack([hierarchical_attention(*row, top_k, scale) for row in rows])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3),
+    st.integers(1, 9), st.integers(1, 5), st.integers(1, 10), st.sampled_from(FORMS),
+)  # fmt: skip
+def test_both_forms_are_the_published_sum(seed, rows, queries, heads, group, pages, size, top_k, form):
+    """Any shape; pages in any order, some empty; queries that see no page at all get nothing."""
+    q, retrieval, chunks, visible = draw(seed, rows, queries, heads, group, pages, size)
+    found = chunks.read(q, retrieval, visible, top_k, 0.7, form)
+    np.testing.assert_allclose(found, expected(q, retrieval, chunks, visible, top_k, 0.7), atol=2e-5)
+
+
+def test_queries_in_blocks_are_queries_at_once(monkeypatch):
+    """Blocks that do and do not divide the queries, with segments, in both forms."""
+    q, retrieval, chunks, visible = draw(0, 2, 11, 2, 2, 7, 3)
+    segments, of_chunks = (
+        jnp.arange(22).reshape(2, 11) // 4,
+        jnp.asarray([[0, 1, 1, -1, 2, 0, 1], [3, 4, -1, 5, 3, 4, 2]]),
+    )
+    visible = Visible(jnp.arange(7) * jnp.ones((2, 1), int), visible.limit, segments, of_chunks)
+    whole = expected(q, retrieval, chunks, visible, 2, 1.0)
+    assert np.abs(whole).sum() > 1
+    assert (whole == 0).all(axis=(2, 3)).any()
+    monkeypatch.setattr(landmark_attention, "QUERY_BLOCK", 4)
+    for form in FORMS:
+        np.testing.assert_allclose(chunks.read(q, retrieval, visible, 2, 1.0, form), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_both_forms_have_the_same_gradients(top_k):
+    """In float64, through the weights into the retrieval too; and a landmark's gradient is the slope of the sum."""
+    with jax.enable_x64(True):
+        *operands, visible = draw(1, 2, 6, 2, 2, 5, 3, jnp.float64)
+
+        def loss(operands, form):
+            q, retrieval, chunks = operands
+            return jnp.sum(jnp.sin(chunks.read(q, retrieval, visible, top_k, 0.5, form)))
+
+        first, second = (jax.grad(loss)(operands, form) for form in FORMS)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+            assert np.isfinite(a).all()
+            np.testing.assert_allclose(a, b, atol=1e-12)
+        step = 1e-6 * jnp.ones_like(operands[2].landmarks).at[:, :, ::2].set(-1.0)
+
+        def moved(sign):
+            chunks = Chunks(operands[2].k, operands[2].v, operands[2].landmarks + sign * step)
+            return np.sum(np.sin(expected(operands[0], operands[1], chunks, visible, top_k, 0.5)))
+
+        slope = float(jnp.sum(first[2].landmarks * step))
+        assert slope == pytest.approx(float(moved(1) - moved(-1)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("start", "queries"), [(None, 6), (5, 11)])
+def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
+    """With gradients, through the weights into the retrieval too; by blocks of queries, some of which see no chunk."""
+    kernel = partial(api.hsa_attention, implementation="triton", interpret=True)
+    monkeypatch.setattr(landmark_attention.api, "hsa_attention", kernel)
+    monkeypatch.setattr(landmark_attention, "QUERY_BLOCK", 4)
+    q, retrieval, chunks, visible = draw(2, 2, queries, 2, 2, 5, 8)
+    if start is not None:  # chunks in order, as a sequence has them
+        number = jnp.tile(jnp.arange(5, dtype=jnp.int32), (2, 1))
+        visible = Visible(number, jnp.tile((start + jnp.arange(queries, dtype=jnp.int32)) // 8, (2, 1)))
+
+    def loss(operands, form):
+        q, retrieval, chunks = operands
+        out = chunks.read(q, retrieval, visible, 3, 0.5, form, start)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    ((_, out), first), ((_, right), second) = (run((q, retrieval, chunks), form) for form in ("pallas", "gathered"))
+    np.testing.assert_allclose(out, right, atol=1e-5)
+    assert np.abs(out).sum() > 1
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
+    """A platform with kernels, many chunks, and as many choices; it says so once."""
+    taken = []
+    monkeypatch.setattr(
+        landmark_attention.api, "hsa_attention", lambda q, *_, **__: taken.append(q.shape[1]) or 0.0 * q
+    )
+
+    def read(queries, pages, size=8, dtype=jnp.float32, **known):
+        q, retrieval, chunks, visible = draw(0, 1, queries, 1, 1, pages, size, dtype)
+        chunks.read(q, retrieval, visible, 1, 1.0, **known)
+        return bool(taken) and bool(taken.pop())
+
+    assert not read(12, 9)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
+    platforms.log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger=platforms.__name__):
+        assert read(12, 9)
+        assert read(12, 9)
+    assert [record.getMessage() for record in caplog.records] == [
+        "hierarchical attention over many chunks: pallas, on cpu"
+    ]
+    assert not read(8, 9)  # more chunks than choices
+    assert not read(12, 8)  # few chunks
+    assert not read(12, 9, size=7)
+    assert not read(12, 9, dtype=jnp.float16)
+    assert not read(12, 9, implementation="gathered")
+    assert read(2, 3, implementation="pallas")
+    with pytest.raises(ValueError, match="unknown implementation 'sparse'"):  # the tests' own checks come first
+        getattr(Chunks.read, "__wrapped__", Chunks.read)(*draw(0, 1, 2, 1, 1, 3, 8), 1, 1.0, "sparse")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 6))
+def test_the_largest_are_found_through_their_groups(seed, total, count):
+    """As a sort finds them, with many scores of -inf."""
+    random = np.random.default_rng(seed)
+    scores = random.permutation(total).astype(np.float32)
+    scores[random.random(total) < 0.5] = -np.inf
+    count = min(count, total)
+    found = np.asarray(largest(jnp.asarray(scores)[None], count))[0]
+    assert ((found >= 0) & (found < total)).all()
+    np.testing.assert_array_equal(np.sort(scores)[::-1][:count], scores[found])

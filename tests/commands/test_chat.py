@@ -1,0 +1,102 @@
+"""`python -m infer.chat`, driven through a pipe."""
+
+import signal
+
+import pytest
+
+import streamjax as sj
+from streamjax.commands import chat
+from streamjax.streaming.conversation import Conversation
+
+SMALL = ["--chunk_size=32", "--max_new_tokens=12"]
+CACHE = sj.kv.preset("streaming_llm", sinks=4, window=28)
+
+
+@pytest.fixture(scope="module")
+def answers(model_folder):
+    """What the library answers to the same words."""
+
+    def say(*words: str, temperature: float = 0.0) -> list[str]:
+        session = sj.Session(
+            sj.load(model_folder),
+            sj.load_tokenizer(),
+            CACHE,
+            sampler=sj.Sampler(temperature=temperature, top_p=0.95),
+            chunk_size=32,
+        )
+        conversation = Conversation(session)
+        return ["".join(conversation.reply(word, max_new_tokens=12)) for word in words]
+
+    return say
+
+
+def test_answers_what_the_library_answers(command, answers):
+    outcome = command(chat, *SMALL, "--temperature=0", stdin="hello\n\nand then?\n")
+    assert outcome.status == 0
+    assert outcome.out == "".join(answer + "\n" for answer in answers("hello", "and then?"))
+    assert "tiny: llama" in outcome.err
+    assert "Sink(4) > Window(28)" in outcome.err
+
+
+def test_save_and_load_take_a_conversation_back(command, answers, tmp_path):
+    lines = ["hello", f"/save {tmp_path}/c", "one way", f"/load {tmp_path}/c", "another way"]
+    outcome = command(chat, *SMALL, "--temperature=0.7", stdin="\n".join(lines))
+    assert outcome.status == 0
+    first, _ = answers("hello", "one way", temperature=0.7)
+    assert outcome.out.startswith(first + "\nsaved at token ")
+    assert outcome.out.endswith(answers("hello", "another way", temperature=0.7)[1] + "\n")
+    again = command(chat, *SMALL, f"--load_state={tmp_path}/c", stdin="another way\n")
+    assert again.out.partition("\n")[2] == answers("hello", "another way", temperature=0.7)[1] + "\n"
+
+
+def test_commands(command, tmp_path):
+    lines = ["/cache", "hello", "/cache", "/cache window:window=20", "/reset", "/help", "/quit", "never read"]
+    outcome = command(chat, *SMALL, f"--save_state={tmp_path}/c", stdin="\n".join(lines))
+    assert outcome.status == 0
+    out = outcome.out
+    assert out.startswith("Sink(4) > Window(28): 0 of 0 tokens visible, 0 B in use of ")
+    assert "Sink(4) > Window(28): 32 of 35 tokens visible" in out  # BOS, "User: hello\nAssistant:" and 12
+    assert "a new conversation: Window(20): 0 of 0 tokens visible" in out
+    assert all(f"/{name}" in out for name in ("save", "load", "cache", "reset", "help", "quit"))
+    assert out.endswith(f"saved at token 0 in {tmp_path}/c\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/sav x", "error: unknown command /sav; did you mean /save?"),
+        ("/save", "error: /save takes one folder: /save FOLDER"),
+        ("/load nowhere", "error: no session at nowhere"),
+        ("/cache windw", "error: unknown cache 'windw'; did you mean 'window'?"),
+    ],
+)
+def test_mistakes_are_one_line_and_end_a_script(command, line, message):
+    outcome = command(chat, *SMALL, stdin=f"{line}\nhello\n")
+    assert outcome.status == 1
+    assert outcome.out == ""
+    assert outcome.err.splitlines()[1] == message
+
+
+def test_a_dense_cache_says_when_it_is_full(command):
+    outcome = command(chat, *SMALL, "--cache=dense:capacity=64", stdin="hello\nwhat else?\nand?\n")
+    assert outcome.status == 1
+    assert "error: the cache is full: it has room for" in outcome.err
+
+
+def test_ctrl_c_ends_an_answer_and_nothing_else(command, answers, monkeypatch):
+    real, pieces = chat._say, []
+
+    def say(text):
+        pieces.append(text)
+        if len(pieces) == 3:
+            signal.raise_signal(signal.SIGINT)
+        real(text)
+
+    monkeypatch.setattr(chat, "_say", say)
+    outcome = command(chat, *SMALL, "--temperature=0", stdin="hello\n/cache\n")
+    assert outcome.status == 0
+    assert pieces[3] == " [interrupted]"
+    whole = answers("hello")[0]
+    assert whole.startswith("".join(pieces[:3]))
+    assert len("".join(pieces[:3])) < len(whole)
+    assert "tokens visible" in outcome.out

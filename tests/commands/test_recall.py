@@ -1,0 +1,98 @@
+"""The recall command and what it measures: a shipped model that finds, caches that cannot, and a fair judgement."""
+
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.commands import recall
+from streamjax.data.recall.tasks import make_problem, stream_context
+from streamjax.evaluation.recall import Cell, run_recall
+from streamjax.evaluation.recall_plot import plot_recall, short_count
+from tests.commands.command_helpers import read_json
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return sj.load(recall.RECALL_MODEL), sj.load_tokenizer(recall.RECALL_MODEL)
+
+
+def test_an_answer_counts_if_greedy_decoding_gives_it(shipped):
+    """Decoded token by token, as somebody would who asks one problem after another; some are right, some wrong."""
+    model, tokenizer = shipped
+    cache = sj.kv.preset("hsa", capacity=512)  # the start of the context has been pushed out
+    cells = run_recall(
+        model, tokenizer, "hsa", cache, task="multi_turn", length=700, depths=[0.0, 1.0], samples=2, batch_size=3
+    )
+    right = {0.0: 0, 1.0: 0}
+    for depth in right:
+        for seed in range(2):
+            problem = make_problem("multi_turn", depth, seed)
+            context = np.concatenate(list(stream_context(problem, 700, tokenizer)))
+            for question in problem.questions:
+                prompt, answer = tokenizer.encode(question.prompt), tokenizer.encode(question.answer)
+                copy = sj.read(model, sj.init_state(model, cache), context[None])
+                for earlier in problem.questions[: problem.questions.index(question)]:
+                    turn = tokenizer.encode(earlier.prompt + earlier.answer)
+                    copy = sj.read(model, copy, np.array([turn]))
+                _, found = sj.generate(
+                    model, copy, np.array([prompt]), max_new_tokens=len(answer), sampler=sj.Sampler(temperature=0)
+                )
+                right[depth] += found[0].tolist() == answer
+    assert {cell.depth: cell.right for cell in cells} == right
+    assert [cell.asked for cell in cells] == [8, 8]
+
+
+def test_the_shipped_model_finds_what_a_window_has_forgotten(shipped):
+    """Four times its training length, at every depth; with sinks and a window it is right by chance alone."""
+    model, tokenizer = shipped
+    options = {"task": "passkey", "length": 4096, "depths": [0.0, 0.5, 1.0], "samples": 2, "batch_size": 6}
+    found = run_recall(model, tokenizer, "hsa", sj.kv.preset("hsa", capacity=8192), **options)
+    assert [cell.accuracy for cell in found] == [1.0, 1.0, 1.0]
+    lost = run_recall(model, tokenizer, "window", sj.kv.preset("streaming_llm", sinks=4, window=508), **options)
+    assert [cell.accuracy for cell in lost] == [0.0, 0.0, 1.0]
+    assert found[0].cache_bytes > lost[0].cache_bytes
+
+
+def test_the_command_writes_a_table_numbers_and_a_picture(command, tmp_path):
+    done = command(
+        recall, "--lengths=1K,2048", "--depths=2", "--samples=1", "--task=passkey", "--task=multi_key",
+        "--cache=hsa:capacity=4096", f"--json={tmp_path / 'r.json'}", f"--png={tmp_path / 'r.png'}",
+        model=recall.RECALL_MODEL,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert "passkey" in done.out
+    assert "2,048" in done.out
+    runs = read_json(tmp_path / "r.json")["runs"]
+    assert len(runs) == 2 * 2 * 2
+    assert {r["task"] for r in runs} == {"passkey", "multi_key"}
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths=4k3"], "--lengths: '4k3' is no number of tokens; write 4096, 4K or 1M"),
+        (["--lengths=20"], "a context of 20 tokens has no room for the facts of 'passkey'"),
+        (["--task=chess"], "chess"),
+        (["--cache=has"], "unknown cache 'has'; did you mean 'hsa'?"),
+    ],
+)
+def test_bad_arguments_are_one_line(command, arguments, message):
+    done = command(recall, *arguments, model=recall.RECALL_MODEL)
+    assert done.status != 0
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_the_picture_shows_every_cell():
+    cells = [
+        Cell("passkey", cache, length, depth, int(cache == "a"), 1, 1.0, 1.0, 1)
+        for cache in "ab"
+        for length in (512, 2048)
+        for depth in (0.0, 1.0)
+    ]
+    figure = plot_recall(cells, None, title="t", trained_length=1024)
+    axes = figure.axes[:2]
+    assert [text.get_text() for text in axes[0].texts] == ["100"] * 4
+    assert [text.get_text() for text in axes[1].texts] == ["0"] * 4
+    assert [short_count(n) for n in (512, 2048, 2**20, 1000)] == ["512", "2K", "1M", "1,000"]

@@ -1,0 +1,125 @@
+"""`python -m train`: one-line errors, help that teaches, and a process that is killed for real."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from streamjax.training import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cli():
+    """The module `streamjax/commands/train.py`, loaded once: it defines flags."""
+    spec = importlib.util.spec_from_file_location("train_main", ROOT / "train" / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in ("config", "workdir", "distributed"):
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture
+def run(cli, capsys, monkeypatch):
+    """run(*arguments) -> (exit code, stdout, stderr), in this process."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments):
+        flags.FLAGS.unparse_flags()
+        for name in ("config", "workdir", "distributed"):
+            flags.FLAGS[name].unparse()
+        code = 0
+        try:
+            cli.main(cli.parse(["train", *arguments]))
+        except SystemExit as stopped:
+            code = stopped.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+TINY = "--config=configs/tiny.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "--config is missing: name an experiment, for instance --config=configs/tiny.py"),
+        ([TINY], 2, "--workdir is missing: give the run a folder, for instance --workdir=runs/tiny"),
+        (["--config=configs/tine.py", "--workdir=w"], 2, "no file configs/tine.py; there is configs/tiny.py"),
+        (["--config=README.txt", "--workdir=w"], 2, "no file README.txt; there is configs/"),
+        (["--config=train/__init__.py", "--workdir=w"], 2, "train/__init__.py defines no get_config()"),
+        ([TINY, "--workdir=w", "--config.step=3"], 2, "unknown field config.step; did you mean config.steps?"),
+        ([TINY, "--workdir=w", "--config.steps", "x"], 2, "config.steps is 'x': it must be an integer"),
+        ([TINY, "--workdir=w", "--config.steps=-1"], 2, "TrainConfig.steps is -1: at least 1 is needed"),
+        ([TINY, "--wrkdir=w"], 2, "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ([TINY, "--workdir=w", "now"], 2, "unexpected argument 'now'; see --help"),
+        ([TINY, "--workdir={}", "--config.data.source=nothing/*.txt"], 1, "nothing/*.txt"),
+        ([TINY, "--workdir={}", "--config.model=none", "--config.init_from=nowhere"], 1, "no model at nowhere"),
+    ],
+)
+def test_errors_are_one_line(run, tmp_path, arguments, code, message):
+    found, out, err = run(*(argument.format(tmp_path) for argument in arguments))
+    assert found == code
+    assert message in err
+    assert err.startswith("train: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_the_fields_of_the_configuration(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "python -m train --config=configs/tiny.py --workdir=runs/tiny" in out
+    assert "--config.steps = " not in out
+    code, out, _ = run(TINY, "--help", "--config.steps=7")
+    assert code == 0
+    assert "--config.steps = 7  (an integer)" in out
+    assert "--config.optimizer.learning_rate = 0.01  (a number)" in out
+
+
+def test_a_process_that_is_killed_and_started_again(run_config, tmp_path):
+    """SIGKILL between checkpoints, then SIGTERM, then to the end: the model file is that of an undisturbed run."""
+    train(run_config, tmp_path / "undisturbed")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from streamjax.data import DataConfig\nfrom streamjax.models import ModelConfig, RopeConfig\n"
+        "from streamjax.training import BackpropConfig, LoRAConfig, MeshConfig, OptimizerConfig, TrainConfig\n"
+        f"def get_config():\n    return {run_config!r}\n"
+    )
+    command = [sys.executable, "-m", "train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+
+    def start():
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def wait_for(path, process):
+        while not path.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+
+    process = start()
+    wait_for(tmp_path / "run" / "checkpoints" / "4", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    process = start()
+    wait_for(tmp_path / "run" / "checkpoints" / "8", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    if process.returncode:  # else it was done before the signal came
+        assert process.returncode == 143
+        assert err.splitlines()[-1].startswith("train: SIGTERM: saved step ")
+        out, err = start().communicate()
+        assert "train: done; the model is in" in out, err
+    for name in ("model.safetensors", "config.json"):
+        expected = (tmp_path / "undisturbed" / "model" / name).read_bytes()
+        assert (tmp_path / "run" / "model" / name).read_bytes() == expected

@@ -1,0 +1,117 @@
+"""Pages in the host's memory: the same numbers as in the device's, and keys and values that really lie there.
+
+A CPU has such a memory of its own kind, so what an accelerator would run is run here; slowly, since it is copied whole.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.kv.pages import host_memory
+from streamjax.kv.pages.host_memory import put_pages, take_pages
+from streamjax.parallel.mesh import make_mesh
+from streamjax.streaming.saved_streams import load_stream, save_stream
+from tests.streaming.tiny_models import GQA, build, random_tokens
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Take this machine for one whose device has a memory of its own; begin three copies at a time, not sixteen."""
+    monkeypatch.setattr(host_memory, "PLAIN", ())
+    monkeypatch.setattr(host_memory, "UNDER_WAY", 3)
+
+
+def in_host(x):
+    return jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
+
+
+def placed(cache, placement):
+    tiers = (dataclasses.replace(t, placement=placement) if isinstance(t, sj.kv.Pages) else t for t in cache.tiers)
+    return sj.kv.Cascade(*tiers)
+
+
+def pages_of(state):
+    return next(part.tokens for part in state.layers[0] if hasattr(part, "summary"))
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["one-group", "loop"])
+def test_pages_that_are_named_come(apart, count):
+    random = np.random.default_rng(count)
+    pages = random.standard_normal((2, 2, 5, 3, 4)).astype(np.float32)
+    chosen = random.integers(0, 5, (2, 2, count))
+    found = jax.jit(take_pages)(in_host(pages), jnp.asarray(chosen, jnp.int32))
+    assert jax.typeof(found).memory_space == jax.memory.Space.Device
+    np.testing.assert_array_equal(found, np.take_along_axis(pages, chosen[..., None, None], axis=2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_run_of_pages_is_replaced(apart, count):
+    """Each row has a run of its own, which wraps; all else stays."""
+    random = np.random.default_rng(count)
+    pages = random.standard_normal((2, 2, 5, 3, 4)).astype(np.float32)
+    fresh = random.standard_normal((2, 2, count, 3, 4)).astype(np.float32)
+    found = jax.jit(put_pages)(in_host(pages), fresh, jnp.array([4, 1], jnp.int32))
+    assert host_memory.in_host_memory(found)
+    for row, first in enumerate((4, 1)):
+        pages[row][:, (first + np.arange(count)) % 5] = fresh[row]
+    np.testing.assert_array_equal(found, pages)
+
+
+CACHES = {
+    "last": sj.kv.Cascade(sj.kv.Sink(1, reach=10**6), sj.kv.Window(3), sj.kv.Pages(3, 12, 2, block=4)),
+    "middle": sj.kv.Cascade(sj.kv.Window(3), sj.kv.Pages(3, 12, 2, distance=5), sj.kv.Window(6)),
+    "tree": sj.kv.Cascade(sj.kv.Window(3), sj.kv.Pages(3, 12, 2, sj.kv.Middle(), 4, search="tree")),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_streams_are_the_same(apart, name):
+    """Rows stop where they like; all pages are written over twice."""
+    model, tokens = build(GQA.replace(num_layers=1)), random_tokens(2, 48)
+    counts = np.array([[8, 7], [3, 8], [8, 0], [1, 8], [8, 5], [8, 8], [2, 1]], np.int32)
+    found = []
+    for placement in ("device", "host"):
+        state = sj.init_state(model, placed(CACHES[name], placement), 2)
+        start, logits = np.zeros(2, int), []
+        for count in counts:
+            chunk = np.stack(
+                [np.take(row, np.arange(s, s + 8), mode="clip") for row, s in zip(tokens, start, strict=True)]
+            )
+            state, out = sj.step(model, state, chunk, count)
+            logits.append(np.where((np.arange(8) < count[:, None])[..., None], out, 0))
+            start += count
+        kinds = {x.sharding.memory_kind for x in (pages_of(state).k, pages_of(state).v)}
+        assert kinds == ({"pinned_host"} if placement == "host" else {"device"})
+        assert pages_of(state).position.sharding.memory_kind == "device"
+        found.append(np.array(logits))
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0]).max() > 0.1
+
+
+def test_on_a_cpu_they_are_plain():
+    state = sj.init_state(build(GQA), placed(CACHES["last"], "host"))
+    assert pages_of(state).k.sharding.memory_kind == "device"
+
+
+def test_a_saved_stream_comes_back_to_the_host(apart, tmp_path):
+    model, cache = build(GQA.replace(num_layers=1)), placed(CACHES["last"], "host")
+    state = sj.read(model, sj.init_state(model, cache), random_tokens(1, 16), 8)
+    save_stream(state, tmp_path / "stream")
+    restored = load_stream(tmp_path / "stream", sj.init_state(model, cache))
+    assert pages_of(restored).k.sharding.memory_kind == "pinned_host"
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_says_what_does_not_go(apart):
+    model = build(GQA.replace(num_layers=1))
+    state = sj.init_state(model, placed(CACHES["last"], "host"))
+    with pytest.raises(ValueError, match="keep 12 tokens take at most that many at a time, got 16"):
+        sj.step(model, state, random_tokens(1, 16))
+    with pytest.raises(ValueError, match='placement must be "device" or "host"'):
+        sj.kv.Pages(3, 12, 2, placement="disk")
+    with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])), pytest.raises(ValueError, match="one device"):
+        sj.init_state(model, placed(CACHES["last"], "host"), 2)

@@ -1,0 +1,222 @@
+"""config.json: published files read as transformers reads them, every field is honoured or refused, and writing."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+
+from streamjax.models import ModelConfig, RopeConfig
+from streamjax.models.families import FAMILIES, find_family, read_config, write_config
+from streamjax.models.families.config_fields import HARMLESS, Fields
+from tests.models.families.published_configs import GEMMA_3_4B, PUBLISHED
+
+
+def parse(values):
+    """transformers' own reading of a config.json."""
+    renamed = json.dumps(values).replace('"type": "su"', '"type": "longrope"')  # the old name fails in 5.23
+    return hf.AutoConfig.for_model(**json.loads(renamed))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = read_config(PUBLISHED[name])
+    theirs = parse(PUBLISHED[name])
+    newer = {**theirs.to_dict(), "bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+    assert read_config(newer) == config
+    with torch.device("meta"):
+        parameters = hf.AutoModelForCausalLM.from_config(theirs).parameters()
+    assert config.parameter_count == sum(parameter.numel() for parameter in parameters)
+    assert read_config(write_config(config)) == config
+
+
+def test_multimodal_gemma():
+    config = read_config(GEMMA_3_4B)
+    newer = {**GEMMA_3_4B, "text_config": parse(GEMMA_3_4B).text_config.to_dict()}
+    assert read_config(newer) == config.replace(bos_token_id=2)
+    assert config.eos_token_ids == (1, 106)
+    assert config.rope == RopeConfig(theta=1_000_000.0, kind="linear", factor=8.0)
+    assert config.local_rope == RopeConfig()
+    assert config.windows[:7] == (1024,) * 5 + (None, 1024)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262_208)
+    assert config.tie_embeddings
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "gemma-3-4b"])
+def test_every_field_of_transformers_is_read_or_known_to_be_harmless(name):
+    values = GEMMA_3_4B if name == "gemma-3-4b" else PUBLISHED[name]
+    fields = Fields(parse(values).to_dict())
+    find_family(values).read(fields)
+    left = set(fields.values) - fields.seen - HARMLESS - {"is_encoder_decoder", "quantization_config"}
+    for section in fields.sections.values():
+        left |= set(section.values) - section.seen - HARMLESS - {"is_encoder_decoder"}
+    assert not left
+
+
+REFUSED = {
+    "quantised": ("llama-3.1-8b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "partial rotary": ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "activation": ("llama-3.1-8b", {"hidden_act": "mish"}, "'hidden_act' is 'mish'; streamjax has gelu"),
+    "rope kind": ("llama-3.1-8b", {"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk'; streamjax has default"),
+    "rope field": (
+        "qwen2.5-7b",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}},
+        "'mrope_section' is not implemented",
+    ),
+    "rope lacks": ("llama-3.1-8b", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
+    "heads": ("llama-3.1-8b", {"num_attention_heads": 33}, "hidden_size 4096 is not a multiple"),
+    "kv heads": ("llama-3.1-8b", {"num_key_value_heads": 5}, "must be a multiple of num_kv_heads 5"),
+    "type": ("llama-3.1-8b", {"num_hidden_layers": "32"}, "'num_hidden_layers' is '32'; expected int"),
+    "boolean": ("llama-3.1-8b", {"num_hidden_layers": True}, "'num_hidden_layers' is True"),
+    "null": ("llama-3.1-8b", {"hidden_size": None}, "'hidden_size' is null"),
+    "mixed mistral": ("mistral-7b", {"layer_types": ["full_attention"] * 32}, "layer_types"),
+    "layer type": ("qwen3-0.6b", {"layer_types": ["chunked_attention"] * 28}, "'chunked_attention'"),
+    "layer count": ("qwen3-0.6b", {"layer_types": ["full_attention"] * 3}, "3 entries for 28 layers"),
+    "no window": ("qwen3-0.6b", {"layer_types": ["sliding_attention"] * 28}, "'sliding_window' is null"),
+    "phi rope": ("phi-3-mini-128k", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "Phi-3 architecture has"),
+    "bidirectional 2": ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "bidirectional 3": ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "gemma 3 soft cap": ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    "gemma 3 flat rope": ("gemma-3-1b", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters has 'rope_theta'"),
+    "falcon layout": ("falcon-40b", {"parallel_attn": False}, "parallel_attn"),
+    "falcon norms": ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
+    "falcon 40b norms": ("falcon-40b", {"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn"),
+    "falcon kv heads": ("falcon-7b", {"multi_query": False, "num_kv_heads": 8}, "num_kv_heads"),
+    "mpt biases": ("mpt-7b", {"no_bias": False}, "no_bias"),
+    "mpt logit scale": ("mpt-7b", {"logit_scale": 0.5}, "logit_scale"),
+    "mpt ratio": ("mpt-7b", {"expansion_ratio": 2}, "expansion_ratio"),
+    "mpt norm": ("mpt-7b", {"norm_type": "rmsnorm"}, "norm_type"),
+    "mpt positions": ("mpt-7b", {"attn_config": {"alibi": False}}, "'alibi'"),
+    "mpt multi-query": ("mpt-7b", {"attn_config": {"attn_type": "multiquery_attention"}}, "attn_type"),
+    "mpt qk norm": ("mpt-7b", {"attn_config": {"qk_ln": True}}, "qk_ln"),
+    "mpt prefix": ("mpt-7b", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),
+    "token ids": ("mpt-7b", {"eos_token_id": "</s>"}, "eos_token_id"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    name, changes, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as error:
+        read_config({**PUBLISHED[name], **changes})
+    assert len(str(error.value).splitlines()) == 1
+
+
+def mutations(values, path=()):
+    """Copies of a config with one field, at any depth, replaced by something odd."""
+    for name, value in values.items():
+        for odd in (None, True, 0, -1, 3, 0.5, "x", [], [None], [[1]], {}, {"a": 1}):
+            yield {**values, name: odd}
+        if isinstance(value, dict):
+            yield from ({**values, name: inner} for inner in mutations(value))
+
+
+@pytest.mark.filterwarnings("ignore:config.json has fields")
+@pytest.mark.parametrize("name", [*PUBLISHED, "gemma-3-4b"])
+def test_odd_values_are_read_or_refused_in_one_line(name):
+    values = GEMMA_3_4B if name == "gemma-3-4b" else {**PUBLISHED[name], "num_hidden_layers": 4, "n_layers": 4}
+    refusals = []
+    for odd in mutations(values):
+        try:
+            read_config(odd)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(len(message.splitlines()) == 1 for message in refusals)
+
+
+def test_missing_field():
+    values = {name: value for name, value in PUBLISHED["llama-3.1-8b"].items() if name != "vocab_size"}
+    with pytest.raises(ValueError, match="field 'vocab_size' is missing"):
+        read_config(values)
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "BertForMaskedLM", "LlamaModel"])
+def test_unknown_architectures(name):
+    with pytest.raises(ValueError, match=f"unknown architecture '{name}'; streamjax has FalconForCausalLM.*Qwen3"):
+        read_config({**PUBLISHED["llama-3.1-8b"], "architectures": [name]})
+    values = {**PUBLISHED["llama-3.1-8b"], "architectures": None}
+    assert find_family(values).name == "llama"
+    with pytest.raises(ValueError, match="unknown architecture 'bert'"):
+        find_family({**values, "model_type": "bert"})
+
+
+def test_architecture_and_model_type_agree():
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' and model_type 'mistral' contradict each other"):
+        find_family({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"})
+
+
+def test_unknown_fields_are_reported_when_they_hold_something():
+    values = {**PUBLISHED["llama-3.1-8b"], "residual_scale": 2.0, "residual_bias": None}
+    with pytest.warns(UserWarning, match="does not know: residual_scale$"):
+        read_config(values)
+
+
+def test_token_ids():
+    values = PUBLISHED["llama-3.1-8b"]
+    assert read_config(values).eos_token_ids == (128001, 128008, 128009)
+    config = read_config(values, {"eos_token_id": 7, "bos_token_id": None, "temperature": 0.6})
+    assert (config.bos_token_id, config.eos_token_ids) == (128000, (7,))
+    config = read_config({**values, "eos_token_id": None, "bos_token_id": None})
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
+def test_llama_dimensions():
+    config = read_config(PUBLISHED["llama-3.1-8b"])
+    assert config.parameter_count == 8_030_261_248
+    assert config.rope == RopeConfig(
+        theta=500_000.0,
+        kind="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+
+
+SMALL = ModelConfig(
+    vocab_size=20, d_model=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, max_position=64
+)
+
+
+def test_what_a_family_cannot_express():
+    cases = {
+        "qk_norm": ({"qk_norm": True}, "family 'llama' cannot express ModelConfig.qk_norm = True .*; family qwen3 can"),
+        "windows": ({"windows": (8,) * 4}, "cannot express ModelConfig.windows = .*; family mistral or phi3 can"),
+        "sizes of window": ({"windows": (8, 4, 8, 4)}, r"ModelConfig\.windows = \(8, 4, 8, 4\)"),
+        "norm": ({"norm": "layer"}, r"ModelConfig\.norm = 'layer'"),
+        "one bias": ({"qkv_bias": True}, r"ModelConfig\.out_bias = False.*; family qwen2 can"),
+        "logit bias": ({"logit_bias": True}, r"ModelConfig\.logit_bias = True"),
+        "yarn for phi": (
+            {"family": "phi3", "rope": RopeConfig(kind="yarn", factor=2.0, original_max_position=32)},
+            "family 'phi3' cannot",
+        ),
+        "unknown": ({"family": "gpt5"}, "unknown ModelConfig.family 'gpt5'; use one of llama, mistral"),
+        "slopes": ({"family": "mpt", "position": "alibi", "alibi_slopes": (0.5,) * 4}, "family 'mpt' cannot"),
+        "heads": ({"num_heads": 3, "num_kv_heads": 3}, "family 'llama' cannot.*hidden_size 16 is not a multiple"),
+    }
+    for changes, message in cases.values():
+        with pytest.raises(ValueError, match=message) as error:
+            write_config(SMALL.replace(**changes))
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_equal_spellings_can_be_written():
+    for changes in (
+        {"windows": (None,) * 4},
+        {"attention_scale": 0.5},
+        {"rope": RopeConfig(rotary_dim=4, beta_fast=7.0)},
+        {"norm_bias": True},
+        {"sink_token": True, "bos_token_id": 3, "eos_token_ids": (4, 5)},
+    ):
+        values = write_config(SMALL.replace(**changes))
+        back = read_config(values)
+        assert (back.sink_token, back.bos_token_id) == ("sink_token" in changes, changes.get("bos_token_id"))
+        assert back.eos_token_ids == changes.get("eos_token_ids", ())
+
+
+def test_families_are_named_after_their_registry():
+    assert all(name == family.name for name, family in FAMILIES.items())

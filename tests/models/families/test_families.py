@@ -1,0 +1,195 @@
+"""Every architecture against transformers, loaded and saved, over the shapes and switches that it has."""
+
+import jax
+import numpy as np
+import pytest
+import transformers as hf
+from safetensors.numpy import load_file
+from transformers.models.mpt import modeling_mpt
+
+from streamjax.models import forward
+from streamjax.models.families import FAMILIES
+from streamjax.models.files.hugging_face import load_hf, save_hf
+from tests.models import transformers_peers
+
+TOLERANCE = 5e-5  # five times below what the library promises
+SIZES = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "pad_token_id": None}
+BASE = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+NEOX = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
+FALCON = {k: v for k, v in NEOX.items() if k != "intermediate_size"}
+MPT = {"vocab_size": 101, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+LONG = {"original_max_position_embeddings": 16, "rope_theta": 10_000.0}
+SHORT_FACTORS, LONG_FACTORS = [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], [1.0, 1.5, 2.5, 4.0, 6.0, 9.0]
+PARTIAL_FACTORS = {"short_factor": [1.0, 1.25, 1.5, 3.0], "long_factor": [1.0, 2.0, 5.0, 8.0]}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONG}
+YARN = {"rope_type": "yarn", "factor": 4.0, **LONG}
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS, **LONG}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 10_000.0}
+
+
+def llama(**options):
+    return hf.LlamaConfig(**{**BASE, **options})
+
+
+def phi3(**options):
+    return hf.Phi3Config(**{**BASE, "bos_token_id": 1, "eos_token_id": 2, **options})
+
+
+def gemma(cls, **options):
+    scale = {"query_pre_attn_scalar": 20, "sliding_window": 6, "hidden_activation": "gelu_pytorch_tanh"}
+    return cls(**{**BASE, "num_hidden_layers": 3, "head_dim": 12, **scale, **options})
+
+
+def falcon(**options):
+    return hf.FalconConfig(**{**FALCON, "bos_token_id": 1, "eos_token_id": 2, **options})
+
+
+def mpt(attn_config=None, **options):
+    return hf.MptConfig(**{**MPT, **options}, attn_config=attn_config or {})
+
+
+CASES = {
+    "llama-gqa-biases": lambda: llama(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama-mqa-tied": lambda: llama(num_key_value_heads=1, tie_word_embeddings=True, hidden_act="gelu"),
+    "llama-mha-wide-heads": lambda: llama(num_key_value_heads=4, head_dim=24, rope_parameters={"rope_theta": 500.0}),
+    "llama-linear": lambda: llama(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 10_000.0}),
+    "llama-llama3": lambda: llama(rope_parameters=LLAMA3),
+    "llama-yarn": lambda: llama(rope_parameters=YARN),
+    "llama-dynamic": lambda: llama(max_position_embeddings=16, rope_parameters=DYNAMIC),
+    "llama-longrope": lambda: llama(rope_parameters=LONGROPE),
+    "mistral-window": lambda: hf.MistralConfig(**BASE, sliding_window=7, head_dim=20),
+    "mistral-full": lambda: hf.MistralConfig(**BASE, sliding_window=None),
+    "qwen2": lambda: hf.Qwen2Config(**BASE, tie_word_embeddings=True),
+    "qwen2-window": lambda: hf.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": lambda: hf.Qwen3Config(**BASE, head_dim=20, tie_word_embeddings=True),
+    "qwen3-biases": lambda: hf.Qwen3Config(**{**BASE, "num_key_value_heads": 1}, head_dim=12, attention_bias=True),
+    "phi3": lambda: phi3(sliding_window=9),
+    "phi3-partial": lambda: phi3(head_dim=20, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.4}),
+    "phi3-longrope-partial": lambda: phi3(
+        hidden_size=64,
+        original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, **PARTIAL_FACTORS},
+    ),
+    "gemma2": lambda: gemma(hf.Gemma2Config, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2-biases-untied": lambda: gemma(hf.Gemma2Config, attention_bias=True, tie_word_embeddings=False),
+    "gemma3": lambda: gemma(
+        hf.Gemma3TextConfig, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "gemma3-linear": lambda: gemma(
+        hf.Gemma3TextConfig,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        final_logit_softcapping=4.0,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+        },
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**NEOX),
+    "gpt_neox-sequential": lambda: hf.GPTNeoXConfig(
+        **NEOX, use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True, hidden_act="gelu_new"
+    ),
+    "gpt_neox-partial-linear": lambda: hf.GPTNeoXConfig(
+        **NEOX, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e3, "partial_rotary_factor": 0.5}
+    ),
+    "falcon-7b": lambda: falcon(),
+    "falcon-40b": lambda: falcon(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
+    "falcon-11b": lambda: falcon(
+        new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=72, bias=True
+    ),
+    "falcon-rw": lambda: falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    "falcon-alibi-mqa-parallel": lambda: falcon(alibi=True, num_attention_heads=8, activation="relu"),
+    "mpt": lambda: mpt(),
+    "mpt-clip-scale": lambda: mpt({"clip_qkv": 0.5, "softmax_scale": 0.2}),
+    "mpt-six-heads-untied": lambda: mpt(n_heads=6, tie_word_embeddings=False),
+}
+LENGTH = 40  # beyond every window and every original_max_position_embeddings above
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_round_trip(case, tmp_path):
+    model = transformers_peers.peer(CASES[case]())
+    tokens = transformers_peers.tokens_for(model, LENGTH)
+    expected = transformers_peers.logits_of(model, tokens)
+    loaded = load_hf(transformers_peers.write(model, tmp_path / "theirs"))
+    assert loaded.config.family == case.split("-")[0]
+    np.testing.assert_allclose(forward(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
+
+    save_hf(loaded, tmp_path / "ours")
+    np.testing.assert_allclose(
+        transformers_peers.logits_of(transformers_peers.reload(tmp_path / "ours"), tokens), expected, atol=1e-5, rtol=0
+    )
+    again = load_hf(tmp_path / "ours")
+    assert again.config == loaded.config
+    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+
+
+@pytest.mark.parametrize("case", ["llama-longrope", "phi3-longrope-partial", "llama-dynamic"])
+def test_short_regime(case, tmp_path):
+    model = transformers_peers.peer(CASES[case]())
+    tokens = transformers_peers.tokens_for(model, 16)
+    loaded = load_hf(transformers_peers.write(model, tmp_path))
+    np.testing.assert_allclose(
+        forward(loaded, tokens), transformers_peers.logits_of(model, tokens), atol=TOLERANCE, rtol=0
+    )
+
+
+def test_every_family_has_a_case():
+    assert {case.split("-")[0] for case in CASES} == set(FAMILIES)
+
+
+def test_mpt_bias_max(tmp_path, monkeypatch):
+    """MPT-StoryWriter's setting, which transformers reads but does not use."""
+    model = transformers_peers.peer(mpt({"alibi_bias_max": 16}, n_heads=6))
+    build = modeling_mpt.build_mpt_alibi_tensor
+    patched = lambda heads, length, device=None: build(heads, length, 16, device)  # noqa: E731
+    monkeypatch.setattr(model.transformer, "build_mpt_alibi_tensor", patched)
+    tokens = transformers_peers.tokens_for(model, LENGTH)
+    loaded = load_hf(transformers_peers.write(model, tmp_path / "theirs"))
+    np.testing.assert_allclose(
+        forward(loaded, tokens), transformers_peers.logits_of(model, tokens), atol=TOLERANCE, rtol=0
+    )
+    save_hf(loaded, tmp_path / "ours")
+    assert load_hf(tmp_path / "ours").config == loaded.config
+
+
+def test_peer_shards(tmp_path):
+    theirs = transformers_peers.peer(llama())
+    tokens = transformers_peers.tokens_for(theirs, 8)
+    transformers_peers.write(theirs, tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    np.testing.assert_allclose(
+        forward(load_hf(tmp_path), tokens), transformers_peers.logits_of(theirs, tokens), atol=TOLERANCE, rtol=0
+    )
+
+
+def test_gemma3_text_of_a_multimodal_checkpoint(tmp_path):
+    text = hf.Gemma3TextConfig(
+        **BASE,
+        head_dim=12,
+        sliding_window=5,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision, image_token_index=100, mm_tokens_per_image=4
+    )
+    theirs = hf.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(0.0, 0.3)
+    tokens = np.random.RandomState(0).randint(3, 50, (2, 12)).astype(np.int32)
+    transformers_peers.write(theirs, tmp_path / "theirs")
+    names = set(load_file(tmp_path / "theirs" / "model.safetensors"))
+    assert any("vision_tower" in name for name in names)
+    loaded = load_hf(tmp_path / "theirs")
+    expected = transformers_peers.logits_of(theirs, tokens)
+    np.testing.assert_allclose(forward(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
+    save_hf(loaded, tmp_path / "ours")
+    np.testing.assert_allclose(
+        transformers_peers.logits_of(transformers_peers.reload(tmp_path / "ours"), tokens),
+        expected,
+        atol=TOLERANCE,
+        rtol=0,
+    )

@@ -1,0 +1,101 @@
+"""Both orders of chunked backprop against the whole sequence at once: attention patterns, and drawn combinations."""
+
+import jax
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.training.gradient_checks import CONFIG, ORDERS, TOLERANCE, check
+
+WINDOWS = CONFIG.replace(num_layers=3, windows=(3, 11, 50))  # less than a chunk, more, and more than the sequence
+SINKS = CONFIG.replace(windows=(4, None), sinks=10, num_kv_heads=1)  # of several chunks, and beyond a block
+
+
+@pytest.fixture(autouse=True)
+def always_small_blocks(small_blocks):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "chunk_size", "packed"),
+    [
+        pytest.param(WINDOWS, 24, 8, False, id="windows"),
+        pytest.param(WINDOWS, 19, 4, True, id="windows-packed", marks=pytest.mark.slow),
+        pytest.param(WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, id="sinks-capped"),
+        pytest.param(WINDOWS.replace(sinks=2), 23, 5, True, id="sinks-packed"),
+        pytest.param(SINKS, 45, 4, False, id="many-sinks-mqa"),
+    ],
+)
+def test_patterns(config, length, chunk_size, packed):
+    check(config, length, chunk_size=chunk_size, packed=packed)
+
+
+def test_one_token():
+    check(CONFIG.replace(windows=(5, None)), 1, rows=1, chunk_size=1)
+
+
+def test_float32():
+    config = CONFIG.replace(windows=(5, None), sinks=1, logit_softcap=4.0)
+    check(config, 40, chunk_size=9, packed=True, dtype="float32")
+
+
+def test_blocks_of_the_usual_size(monkeypatch):
+    """A sequence longer than a block, in chunks longer than a block."""
+    monkeypatch.undo()
+    jax.clear_caches()
+    check(CONFIG.replace(windows=(130, None), sinks=3), 1100, rows=1, chunk_size=550, packed=True)
+
+
+@st.composite
+def combinations(draw):
+    """Arguments of `check`: any pattern, grouping of heads, position encoding, shape of a layer, and cut."""
+    alibi, parallel = draw(st.booleans()), draw(st.booleans())
+    layers = draw(st.integers(1, 3))
+    windows = draw(st.lists(st.sampled_from([None, 1, 4, 9, 30]), min_size=1, max_size=2))
+    config = CONFIG.replace(
+        num_layers=layers,
+        num_kv_heads=draw(st.sampled_from([1, 2, 4])),
+        windows=tuple((windows * layers)[:layers]),
+        sinks=draw(st.sampled_from([0, 1, 5])),
+        attention_softcap=draw(st.sampled_from([None, 2.0])),
+        logit_softcap=draw(st.sampled_from([None, 3.0])),
+        position="alibi" if alibi else "rope",
+        alibi_slopes=(0.5, 0.25, 0.125, 0.0625) if alibi else (),
+        parallel_residual=parallel,
+        shared_norm=parallel and draw(st.booleans()),
+        post_norms=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        norm=draw(st.sampled_from(["rms", "layer"])),
+        tie_embeddings=draw(st.booleans()),
+    )
+    length, order = draw(st.integers(1, 30)), draw(st.sampled_from(ORDERS))
+    options = {"segment": draw(st.integers(1, 4))} if order == "layer" else {}
+    return options | {
+        "config": config,
+        "length": length,
+        "rows": draw(st.integers(1, 3)),
+        "packed": draw(st.booleans()),
+        "stacked": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(sorted(TOLERANCE))),
+        "orders": (order,),
+        "chunk_size": draw(st.integers(1, length)),
+        "logits_chunk": draw(st.sampled_from([None, 1, 3])),
+    }
+
+
+# Each example compiles two programs: what fails is reported as it was drawn.
+drawn = settings(phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(drawn, max_examples=6)
+@given(arguments=combinations())
+def test_drawn(arguments):
+    check(**arguments)
+
+
+@pytest.mark.slow
+@settings(drawn, max_examples=200)
+@given(arguments=combinations())
+def test_many_drawn(arguments):
+    check(**arguments)

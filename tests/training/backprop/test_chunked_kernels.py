@@ -1,0 +1,85 @@
+"""Chunked backprop with the platform's kernels, in interpreters: the gradients of the XLA loops, on meshes too."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import streamjax as sj
+from pallas_kernels import api
+from pallas_kernels.api import platforms
+from streamjax.attention import dispatch
+from streamjax.parallel.mesh import make_mesh, shard_model
+from streamjax.training.run.state import shard_batch
+from tests.training.gradient_checks import random_batch, random_model
+
+CONFIG = sj.ModelConfig(
+    vocab_size=31, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=24,
+    windows=(None, 90, 40), sinks=3, attention_softcap=4.0,
+)  # fmt: skip
+CHUNK = {"chunk_size": 256}
+
+
+@pytest.fixture
+def kernels(monkeypatch, request):
+    """A platform that has kernels, in its interpreter; and which of them were called."""
+    called = []
+
+    def instead(name):
+        kernel = getattr(api, name)
+
+        def call(*args, **known):
+            called.append(name)
+            return kernel(*args, **known, interpret=True if request.param == "triton" else pltpu.InterpretParams())
+
+        monkeypatch.setattr(api, name, call)
+
+    for name in ("chunk_attention", "chunk_gradients"):
+        instead(name)
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: request.param)
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "dense")  # of whole sequences
+    return called
+
+
+def assert_same(found, expected):
+    for mine, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, right, atol=2e-5 * float(jnp.max(jnp.abs(right))) + 1e-7)
+
+
+def take(model, batch, method, **options):
+    return jax.jit(partial(sj.training.loss_and_grad, method=method, **options))(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "method", "packed"),
+    [("triton", "layer", True), ("tpu", "layer", False), ("triton", "chunk", False)],
+    indirect=["kernels"],
+)
+def test_gradients_are_those_of_the_loops(kernels, method, packed, monkeypatch):
+    model, batch = random_model(CONFIG, "float32"), random_batch(31, 2, 700, packed=packed)
+    found = take(model, batch, method, **CHUNK)
+    assert set(kernels) == {"chunk_attention", "chunk_gradients"}
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: None)
+    assert_same(found, take(model, batch, "full"))
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"tensor": 8}, {"context": 2, "data": 4}])
+def test_on_a_mesh(kernels, axes, monkeypatch):
+    model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(31, 4, 512)
+    mesh = make_mesh(**axes)
+    with jax.set_mesh(mesh):
+        found = take(shard_model(model, mesh), shard_batch(batch, mesh), "layer", **CHUNK)
+    assert bool(kernels) == (axes.get("tensor") != 8)  # two key heads for eight devices: the loops
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: None)
+    assert_same(found, take(model, batch, "full"))
+
+
+def test_short_chunks_and_odd_dtypes_are_the_loops(monkeypatch):
+    monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
+    monkeypatch.setattr(api, "chunk_attention", None)
+    model, batch = random_model(CONFIG, "float32"), random_batch(31, 1, 300)
+    sj.training.loss_and_grad(model, batch, method="layer", chunk_size=128)
