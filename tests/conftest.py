@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401  the hook names it, and does not import it
+
 install_import_hook(["streamjax", "pallas_kernels"], "tests.typecheck.checked")
 
 import jax

@@ -139,7 +139,7 @@ def _compiled(config: Any, device: Any, form: str) -> tuple[Any, float]:
         size = min(TOKENS, embedding_and_head.default_logits_chunk(model, 1))
 
     def step(model: Any, hidden: Any, prepared: Any, grads: Any) -> Any:
-        return embedding_and_head.loss_and_pull_back(model, options, hidden, prepared, CrossEntropy(), grads)
+        return embedding_and_head.loss_and_vjp(model, options, hidden, prepared, CrossEntropy(), grads)
 
     hidden, each = jnp.zeros((1, size, config.d_model), jnp.bfloat16), jnp.zeros((1, size))
     prepared = {"targets": each.astype(jnp.int32), "weights": each}

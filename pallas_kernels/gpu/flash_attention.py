@@ -94,7 +94,7 @@ def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) 
     return (out, lse), (q, k, v, extra, out, lse)
 
 
-def pull_back(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def attention_vjp(call: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     """Gradients of q, k and v, none of the rest, by what the forward pass had and found and its results' cotangents."""
     q, k, v, extra, out, lse = saved
     d_out, d_lse = cotangents
@@ -140,4 +140,4 @@ def _with_sinks(settings: Settings, grads: Array, sinks: Float[Array, "B N K D"]
     return grads.at[:, : settings.sinks].add(sinks)
 
 
-_attention.defvjp(_forward, pull_back)
+_attention.defvjp(_forward, attention_vjp)

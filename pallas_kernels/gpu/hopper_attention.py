@@ -95,7 +95,7 @@ def _forward(call: Call, pulled: Call, q: Array, k: Array, v: Array, extra: dict
 
 
 def _backward(call: Call, pulled: Call, saved: Any, cotangents: tuple[Array, Array]) -> Any:
-    return triton_flash.pull_back(pulled, saved, cotangents)
+    return triton_flash.attention_vjp(pulled, saved, cotangents)
 
 
 _attention.defvjp(_forward, _backward)

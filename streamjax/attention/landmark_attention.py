@@ -27,7 +27,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.attention.sharded import by_hand
+from streamjax.attention.sharded import per_device_call
 
 Implementation = Literal["dense", "gathered", "pallas"]
 QUERY_BLOCK = 128  # queries whose logits exist at a time
@@ -44,7 +44,7 @@ GROUP = 64  # scores of which the largest are found by their groups' largest fir
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chunks:
+class LandmarkPages:
     """P chunks of S tokens: what a memory is made of.
 
     k, v: of their tokens, [B, K, P, S, D]. landmarks: [B, K, P, D].
@@ -58,7 +58,7 @@ class Chunks:
         self,
         q: Float[Array, "B C H D"],
         retrieval: Float[Array, "B C K D"],
-        visible: Visible,
+        visible: VisiblePages,
         top_k: int,
         scale: float,
         implementation: Implementation | None = None,
@@ -89,7 +89,7 @@ class Chunks:
         if implementation == "pallas":
             found = [chunks._choices(retrieval[:, at], seen, top_k) for at, chunks, seen in parts]
             chosen, weights = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
-            return by_hand(
+            return per_device_call(
                 lambda *arrays: api.hsa_attention(*arrays, scale=scale), _NAMES, _NAMES[0],
                 (q, self.k, self.v, chosen, weights),
             )  # fmt: skip
@@ -108,7 +108,7 @@ class Chunks:
         return platforms.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in DTYPES
 
     def _attend(
-        self, q: Array, retrieval: Array, visible: Visible, top_k: int, scale: float, implementation: str | None
+        self, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float, implementation: str | None
     ) -> Float[Array, "B C H D"]:
         """The dense or the gathered form."""
         rows, heads, count, size, channels = self.k.shape
@@ -119,21 +119,21 @@ class Chunks:
         if sparse:
             block = max(1, min(block, GATHERED // (rows * heads * top_k * size * channels)))
 
-        def attend(q: Array, retrieval: Array, seen: Visible) -> Array:
+        def attend(q: Array, retrieval: Array, seen: VisiblePages) -> Array:
             return (_gathered if sparse else _dense)(self, q, retrieval, seen, top_k, scale)
 
         return _by_blocks(attend, block, (q, retrieval), visible)
 
     def _choices(
-        self, retrieval: Array, visible: Visible, top_k: int
+        self, retrieval: Array, visible: VisiblePages, top_k: int
     ) -> tuple[Int32[Array, "B K C top_k"], Float[Array, "B K C top_k"]]:
-        """Chunks that each query reads, -1 for none, and their weights."""
+        """Pages that each query reads, -1 for none, and their weights."""
         rows, heads, count, _ = self.landmarks.shape
         if not count:
             none = jnp.full((rows, heads, retrieval.shape[1], top_k), -1, jnp.int32)
             return none, jnp.zeros_like(none, accumulator(retrieval.dtype))
 
-        def best(retrieval: Array, seen: Visible) -> tuple[Array, Array]:
+        def best(retrieval: Array, seen: VisiblePages) -> tuple[Array, Array]:
             chosen, weights = choose(self.landmarks, retrieval, seen, min(top_k, count))
             chosen = jnp.where(weights > 0, chosen, -1)
             return jnp.swapaxes(chosen, 1, 2), jnp.swapaxes(weights, 1, 2)
@@ -142,7 +142,9 @@ class Chunks:
         missing = ((0, 0), (0, 0), (0, 0), (0, top_k - chosen.shape[3]))
         return jnp.pad(chosen, missing, constant_values=-1), jnp.pad(weights, missing)
 
-    def _parts(self, visible: Visible, width: int, start: int | None) -> Iterator[tuple[slice, Chunks, Visible]]:
+    def _parts(
+        self, visible: VisiblePages, width: int, start: int | None
+    ) -> Iterator[tuple[slice, LandmarkPages, VisiblePages]]:
         """Some queries at a time, with the chunks before the last of them; all at once where `start` is None."""
         step = width if start is None else max(-(-width // SPANS), QUERY_BLOCK)
         if start is None or step >= width:
@@ -163,7 +165,7 @@ class Chunks:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Visible:
+class VisiblePages:
     """Which chunks each query may choose: those whose number is in 0 .. limit - 1.
 
     number: of each chunk in its stream, int32 [B, P], negative where there is none. limit: of each query, int32 [B, C]:
@@ -183,7 +185,7 @@ class Visible:
         return seen[:, None]
 
 
-def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ...], visible: Visible) -> Any:
+def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ...], visible: VisiblePages) -> Any:
     """`function(*queries, visible)`, whose results have queries second as its arguments have, for `size` at a time."""
     width, function = queries[0].shape[1], jax.checkpoint(function)
     if width <= size:
@@ -197,13 +199,13 @@ def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ..
 
 
 def choose(
-    landmarks: Float[Array, "B K P D"], retrieval: Float[Array, "B C K D"], visible: Visible, top_k: int
+    landmarks: Float[Array, "B K P D"], retrieval: Float[Array, "B C K D"], visible: VisiblePages, top_k: int
 ) -> tuple[Int32[Array, "B K C top_k"], Float[Array, "B K C top_k"]]:
     """The best chunks of each query and their weights, the softmax of their scores; 0 for those it may not see."""
     dtype = accumulator(retrieval.dtype)
     scores = jnp.einsum("bckd,bkpd->bkcp", retrieval, landmarks, preferred_element_type=dtype)
     scores = jnp.where(visible.mask(), scores / math.sqrt(landmarks.shape[-1]), -jnp.inf)
-    chosen = largest(jax.lax.stop_gradient(scores), top_k)
+    chosen = top_indices(jax.lax.stop_gradient(scores), top_k)
     found = jnp.take_along_axis(scores, chosen, axis=-1)
     some = ~jnp.isneginf(found)
     top = jax.lax.stop_gradient(jnp.max(jnp.where(some, found, jnp.finfo(dtype).min), axis=-1, keepdims=True))
@@ -212,7 +214,7 @@ def choose(
     return chosen, weights / jnp.where(total > 0, total, 1)
 
 
-def largest(scores: Float[Array, "*A P"], count: int) -> Int32[Array, "*A count"]:
+def top_indices(scores: Float[Array, "*A P"], count: int) -> Int32[Array, "*A count"]:
     """Indices of the `count` largest scores, best first.
 
     Of many scores by their groups' largest: what is among the `count` largest is in one of the `count` best groups.
@@ -231,7 +233,7 @@ def largest(scores: Float[Array, "*A P"], count: int) -> Int32[Array, "*A count"
 
 
 def _dense(
-    chunks: Chunks, q: Array, retrieval: Array, visible: Visible, top_k: int, scale: float
+    chunks: LandmarkPages, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float
 ) -> Float[Array, "B C H D"]:
     """Over all chunks, those that are not chosen with a weight of zero."""
     dtype, heads = accumulator(q.dtype), chunks.k.shape[1]
@@ -246,7 +248,7 @@ def _dense(
 
 
 def _gathered(
-    chunks: Chunks, q: Array, retrieval: Array, visible: Visible, top_k: int, scale: float
+    chunks: LandmarkPages, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float
 ) -> Float[Array, "B C H D"]:
     """Over the chosen chunks alone."""
     dtype, heads = accumulator(q.dtype), chunks.k.shape[1]

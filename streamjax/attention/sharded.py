@@ -48,7 +48,7 @@ def flash_attention(
         return api.flash_attention(q, k, v, pattern, segment_ids=known, slopes=slopes, offset=offset, **settings)
 
     query, key = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
-    return by_hand(
+    return per_device_call(
         own,
         (query, key, key, query[:2], key[:2], ("heads",), ("length",)),
         names_of_partial(query),
@@ -56,7 +56,7 @@ def flash_attention(
     )
 
 
-def by_hand(
+def per_device_call(
     call: Callable[..., Any], names: tuple[Names, ...], out_names: Any, arrays: tuple[Array | None, ...]
 ) -> Any:
     """`call(*arrays)` by each device of the mesh on its share of the arrays; plainly where there is no mesh.

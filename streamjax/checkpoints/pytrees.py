@@ -88,7 +88,7 @@ def restore_args(template: Any, about: Mapping[str, Any], path: Path, cast: bool
         for name, leaf in wanted.items()
         if leaf.size
     }
-    return ocp.args.PyTreeRestore(targets, restore_args=ocp.checkpoint_utils.constructrestore_args(targets))
+    return ocp.args.PyTreeRestore(targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
 
 
 def rebuild(template: Tree, arrays: Mapping[str, Any]) -> Tree:

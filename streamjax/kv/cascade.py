@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import merge
 from streamjax.kv.cache import Cache
-from streamjax.kv.ring_buffer import after
+from streamjax.kv.ring_buffer import ordered_after
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.content_pages import ContentPages
@@ -97,7 +97,7 @@ class Cascade(Cache):
             before = new
             new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
             noted = [b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True) if a is not b]
-        rest = dataclasses.replace(rest, valid=after(rest.valid, out, *noted))
+        rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, out, *noted))
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
         new[-1] = self.tiers[-1].store(new[-1], rest)

@@ -16,7 +16,7 @@ from pallas_kernels import api
 from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.partial import Partial
-from streamjax.attention.sharded import by_hand, names_of_partial, splits
+from streamjax.attention.sharded import names_of_partial, per_device_call, splits
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
 from streamjax.kv.tier import Query
 
@@ -62,7 +62,7 @@ def decode(
     def own(q: Array, k: Array, v: Array, count: Array, first: Array | None) -> Partial:
         return api.decode_attention(q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
 
-    return by_hand(own, (*_NAMES, ("batch",), ("batch",)), _OUT, (query.q, k, v, count, first))
+    return per_device_call(own, (*_NAMES, ("batch",), ("batch",)), _OUT, (query.q, k, v, count, first))
 
 
 def decode_pages(
@@ -86,7 +86,7 @@ def decode_pages(
         )
 
     size = k.shape[3]
-    return by_hand(own, (*_NAMES, ("batch", "kv_heads", None), ("batch",), ("batch",)), _OUT, arrays)
+    return per_device_call(own, (*_NAMES, ("batch", "kv_heads", None), ("batch",), ("batch",)), _OUT, arrays)
 
 
 def score_pages(index: Index, summary: Summary, query: Query, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
@@ -112,7 +112,7 @@ def score_pages(index: Index, summary: Summary, query: Query, q: Float[Array, "B
         return api.page_scores(rows, bounds, some, bounds=True, parts=index.parts)
 
     names = ("batch", "kv_heads", None, None)
-    return by_hand(own, (names,) * 3, names, (q, bounds, some))
+    return per_device_call(own, (names,) * 3, names, (q, bounds, some))
 
 
 def _refused(query: Query, k: Array, page: int | None) -> str | None:

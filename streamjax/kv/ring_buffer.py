@@ -135,7 +135,7 @@ def read_ring(
     return jnp.take_along_axis(buffer, index.reshape(shape), axis=axis)
 
 
-def after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+def ordered_after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """`x`, a mask or a count, but computed from what is `made`: what is written by it is written after the reads there.
 
     The CPU compiler keeps a donated buffer in place only where data flows from its reads to the write, and copies all
@@ -151,7 +151,7 @@ def after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> Shaped[Ar
     return jax.lax.platform_dependent(x, *made, cpu=depend, default=lambda x, *made: x)
 
 
-def settled(tree: Any, count: Int32[Array, " B"]) -> Any:
+def materialized_once(tree: Any, count: Int32[Array, " B"]) -> Any:
     """`tree`, made once, before anything uses it. `count` is any array without negative numbers.
 
     The CPU compiler computes what is cheap again wherever it is used, and so would read a buffer after its tokens are

@@ -24,7 +24,7 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import LayerSpec, ModelConfig
 from streamjax.models.layers import MLP, Norm, kernel, zeros
 from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
-from streamjax.models.mixers.hierarchical import ChunkEncoder, HierarchicalAttention, Remembered, whole_view
+from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
 from streamjax.parallel.rules import constrain
 
 
@@ -43,7 +43,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, spec: LayerSpec, key: Array, dtype: jnp.dtype):
         key_mixer, key_mlp = jax.random.split(key)
         self.config = config
-        self.encoder = ChunkEncoder(config, jax.random.fold_in(key, 0), dtype) if spec.remembers else None
+        self.encoder = PageEncoder(config, jax.random.fold_in(key, 0), dtype) if spec.remembers else None
         self.reader = HierarchicalAttention(config, jax.random.fold_in(key, 1), dtype) if spec.reads else None
         self.mixer_norm = Norm(config.d_model, config, dtype)
         self.mixer = Attention(config, spec, key_mixer, dtype)
@@ -53,8 +53,8 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
 
     def parallel(
-        self, x: Float[Array, "B T E"], context: SequenceContext, memory: Remembered | None = None
-    ) -> tuple[Float[Array, "B T E"], Remembered | None]:
+        self, x: Float[Array, "B T E"], context: SequenceContext, memory: ReadablePages | None = None
+    ) -> tuple[Float[Array, "B T E"], ReadablePages | None]:
         """The layer over a whole sequence, and the chunk memory for the layers above: `memory`, or its own."""
         if self.encoder is not None:
             made = self.encoder.parallel(x, context.segment_ids)
@@ -75,7 +75,7 @@ class Block(nnx.Module):
         return self.mixer.keys(self.mixer_norm(x), context)
 
     def combine(
-        self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: Remembered | None = None
+        self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: ReadablePages | None = None
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
         return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype), memory)
@@ -86,8 +86,8 @@ class Block(nnx.Module):
         state: State,
         cache: Cache,
         context: ChunkContext,
-        memory: Remembered | None = None,
-    ) -> tuple[Float[Array, "B C E"], State, Remembered | None]:
+        memory: ReadablePages | None = None,
+    ) -> tuple[Float[Array, "B C E"], State, ReadablePages | None]:
         """The layer over one chunk of a stream, its state, and the chunk memory for the layers above."""
         if self.encoder is not None:
             state, memory = self.memorise(x, state, cache, context)
@@ -97,7 +97,7 @@ class Block(nnx.Module):
 
     def memorise(
         self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
-    ) -> tuple[State, Remembered]:
+    ) -> tuple[State, ReadablePages]:
         """The state of a memory layer with a chunk's pages in it, and what the chunk's tokens may read."""
         assert self.encoder is not None
         assert isinstance(cache, ChunkMemory)
@@ -105,7 +105,7 @@ class Block(nnx.Module):
         made, memory = self.encoder.stream(x, state[1], cache, count)
         return (state[0], made), memory
 
-    def _residual(self, x: Array, normed: Array, mixed: Array, memory: Remembered | None) -> Array:
+    def _residual(self, x: Array, normed: Array, mixed: Array, memory: ReadablePages | None) -> Array:
         if self.mixer_post_norm is not None:
             mixed = self.mixer_post_norm(mixed)
         if self.reader is not None:
@@ -202,8 +202,8 @@ class Decoder(nnx.Module):
         context = SequenceContext(positions, segment_ids, tokens.shape[1])
 
         def apply(
-            block: Block, x: Array, memory: Remembered | None = None
-        ) -> tuple[Float[Array, "B T E"], Remembered | None]:
+            block: Block, x: Array, memory: ReadablePages | None = None
+        ) -> tuple[Float[Array, "B T E"], ReadablePages | None]:
             return block.parallel(x, context, memory)
 
         if remat:

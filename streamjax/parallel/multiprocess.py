@@ -22,6 +22,6 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-def largest(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """The largest of the processes' values."""
     return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))

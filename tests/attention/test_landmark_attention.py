@@ -1,4 +1,4 @@
-"""Chunks chosen by landmarks: both forms of the attention against a slow loop, and the choice itself."""
+"""Pages chosen by landmarks: both forms of the attention against a slow loop, and the choice itself."""
 
 import logging
 from functools import partial
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import api
 from pallas_kernels.api import platforms
 from streamjax.attention import landmark_attention
-from streamjax.attention.landmark_attention import Chunks, Visible, largest
+from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages, top_indices
 from tests.oracles.hierarchical import hierarchical_attention
 
 WIDTH = 4
@@ -27,7 +27,7 @@ def draw(seed, rows, queries, heads, group, pages, size, dtype=jnp.float32):
     def normal(*shape):
         return jnp.asarray(random.standard_normal(shape), dtype)
 
-    chunks = Chunks(
+    chunks = LandmarkPages(
         normal(rows, heads, pages, size, WIDTH),
         normal(rows, heads, pages, size, WIDTH),
         normal(rows, heads, pages, WIDTH),
@@ -38,7 +38,7 @@ def draw(seed, rows, queries, heads, group, pages, size, dtype=jnp.float32):
         normal(rows, queries, heads * group, WIDTH),
         normal(rows, queries, heads, WIDTH),
         chunks,
-        Visible(number, limit),
+        VisiblePages(number, limit),
     )
 
 
@@ -67,7 +67,7 @@ def test_queries_in_blocks_are_queries_at_once(monkeypatch):
         jnp.arange(22).reshape(2, 11) // 4,
         jnp.asarray([[0, 1, 1, -1, 2, 0, 1], [3, 4, -1, 5, 3, 4, 2]]),
     )
-    visible = Visible(jnp.arange(7) * jnp.ones((2, 1), int), visible.limit, segments, of_chunks)
+    visible = VisiblePages(jnp.arange(7) * jnp.ones((2, 1), int), visible.limit, segments, of_chunks)
     whole = expected(q, retrieval, chunks, visible, 2, 1.0)
     assert np.abs(whole).sum() > 1
     assert (whole == 0).all(axis=(2, 3)).any()
@@ -93,7 +93,7 @@ def test_both_forms_have_the_same_gradients(top_k):
         step = 1e-6 * jnp.ones_like(operands[2].landmarks).at[:, :, ::2].set(-1.0)
 
         def moved(sign):
-            chunks = Chunks(operands[2].k, operands[2].v, operands[2].landmarks + sign * step)
+            chunks = LandmarkPages(operands[2].k, operands[2].v, operands[2].landmarks + sign * step)
             return np.sum(np.sin(expected(operands[0], operands[1], chunks, visible, top_k, 0.5)))
 
         slope = float(jnp.sum(first[2].landmarks * step))
@@ -109,7 +109,7 @@ def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
     q, retrieval, chunks, visible = draw(2, 2, queries, 2, 2, 5, 8)
     if start is not None:  # chunks in order, as a sequence has them
         number = jnp.tile(jnp.arange(5, dtype=jnp.int32), (2, 1))
-        visible = Visible(number, jnp.tile((start + jnp.arange(queries, dtype=jnp.int32)) // 8, (2, 1)))
+        visible = VisiblePages(number, jnp.tile((start + jnp.arange(queries, dtype=jnp.int32)) // 8, (2, 1)))
 
     def loss(operands, form):
         q, retrieval, chunks = operands
@@ -152,7 +152,7 @@ def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
     assert not read(12, 9, implementation="gathered")
     assert read(2, 3, implementation="pallas")
     with pytest.raises(ValueError, match="unknown implementation 'sparse'"):  # the tests' own checks come first
-        getattr(Chunks.read, "__wrapped__", Chunks.read)(*draw(0, 1, 2, 1, 1, 3, 8), 1, 1.0, "sparse")
+        getattr(LandmarkPages.read, "__wrapped__", LandmarkPages.read)(*draw(0, 1, 2, 1, 1, 3, 8), 1, 1.0, "sparse")
 
 
 @settings(max_examples=20, deadline=None)
@@ -163,6 +163,6 @@ def test_the_largest_are_found_through_their_groups(seed, total, count):
     scores = random.permutation(total).astype(np.float32)
     scores[random.random(total) < 0.5] = -np.inf
     count = min(count, total)
-    found = np.asarray(largest(jnp.asarray(scores)[None], count))[0]
+    found = np.asarray(top_indices(jnp.asarray(scores)[None], count))[0]
     assert ((found >= 0) & (found < total)).all()
     np.testing.assert_array_equal(np.sort(scores)[::-1][:count], scores[found])

@@ -11,7 +11,7 @@ import streamjax as sj
 from pallas_kernels import api
 from pallas_kernels.patterns import SinkWindow
 from streamjax.attention import sharded
-from streamjax.attention.landmark_attention import Chunks, Visible
+from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
 
@@ -104,14 +104,14 @@ def test_slots_on_several_devices_are_not_for_kernels(interpreted):
 
 def test_chosen_chunks(interpreted):
     rows, count, size, heads, kv_heads, width = 4, 6, 8, 4, 2, 16
-    chunks = Chunks(
+    chunks = LandmarkPages(
         k=drawn(rows, kv_heads, count, size, width),
         v=drawn(rows, kv_heads, count, size, width, seed=1),
         landmarks=drawn(rows, kv_heads, count, width, seed=2),
     )
     q, retrieval = drawn(rows, 12, heads, width, seed=3), drawn(rows, 12, kv_heads, width, seed=4)
     number = jnp.broadcast_to(jnp.arange(count), (rows, count))
-    visible = Visible(number, jnp.broadcast_to(jnp.arange(12) // 2, (rows, 12)))
+    visible = VisiblePages(number, jnp.broadcast_to(jnp.arange(12) // 2, (rows, 12)))
 
     def read(implementation):
         def loss(q, chunks):

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.kernels.gpu.parts import Device, Line, copies, exact, worst
 from benchmarks.model_shapes import SHAPES
 from pallas_kernels import api, reference
-from streamjax.attention.landmark_attention import Chunks, Visible
+from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 
 NAMES = ("hsa",)
 KERNELS = ("triton",)
@@ -31,19 +31,19 @@ def inputs(model: str, length: int, seed: int, dtype: Any = jnp.bfloat16) -> tup
     config = SHAPES[model]
     keys, heads, width = jax.random.split(jax.random.key(seed), 6), config.num_kv_heads, config.head_dim
     chunks = 1, heads, length // SIZE, SIZE, width
-    memory = Chunks(*(jax.random.normal(key, chunks, dtype) for key in keys[:2]), jax.random.normal(
+    memory = LandmarkPages(*(jax.random.normal(key, chunks, dtype) for key in keys[:2]), jax.random.normal(
         keys[2], (*chunks[:3], width), dtype))  # fmt: skip
     q, d_out = (jax.random.normal(key, (1, length, config.num_heads, width), dtype) for key in keys[3:5])
     return q, jax.random.normal(keys[5], (1, length, heads, width), dtype), memory, d_out.astype(jnp.float32)
 
 
-def read(form: Any, q: jax.Array, retrieval: jax.Array, chunks: Chunks) -> jax.Array:
+def read(form: Any, q: jax.Array, retrieval: jax.Array, chunks: LandmarkPages) -> jax.Array:
     number = jnp.arange(chunks.k.shape[2], dtype=jnp.int32)[None]
-    visible = Visible(number, jnp.arange(q.shape[1], dtype=jnp.int32)[None] // SIZE)
+    visible = VisiblePages(number, jnp.arange(q.shape[1], dtype=jnp.int32)[None] // SIZE)
     return chunks.read(q, retrieval, visible, CHOICES, q.shape[-1] ** -0.5, form, 0)
 
 
-def both(form: Any, q: jax.Array, retrieval: jax.Array, chunks: Chunks, d_out: jax.Array) -> Any:
+def both(form: Any, q: jax.Array, retrieval: jax.Array, chunks: LandmarkPages, d_out: jax.Array) -> Any:
     """Output and gradients."""
     out, pull = jax.vjp(partial(read, form), q, retrieval, chunks)
     return out, pull(d_out)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
-from streamjax.kv.ring_buffer import after, write_linear
+from streamjax.kv.ring_buffer import ordered_after, write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.full import LinearState, append
 
@@ -151,7 +151,7 @@ class Clusters(Tier):
             full = opened.filled == self.segment
             closed = jax.lax.cond(full.any(), self._close, lambda closed, *_: closed, state.closed, opened, full)
             opened = dataclasses.replace(opened, filled=jnp.where(full, 0, opened.filled))
-            return ClustersState(opened, closed), after(rest.valid, closed.cursor)
+            return ClustersState(opened, closed), ordered_after(rest.valid, closed.cursor)
 
         width = tokens.k.shape[2]
         carry, rounds = (state, tokens.valid), 1 + (width - 1) // self.segment

@@ -211,11 +211,11 @@ class ContentPages(Tier):
     def _summarise(self, keys: Array, count: Array, score: Array | None, first: Array, pages: int) -> Summary:
         """The summaries of so many pages in a row."""
 
-        def taken(x: Array) -> Array:
+        def take_run(x: Array) -> Array:
             return read_ring(self._cut(x), first, pages, axis=2)
 
         valid = _holds(read_ring(count, first, pages, axis=2), self.size)
-        return self.index.summarise(taken(keys), valid, None if score is None else taken(score))
+        return self.index.summarise(take_run(keys), valid, None if score is None else take_run(score))
 
     def attend(self, state: ContentPagesState, query: Query, reach: int | None) -> Partial:
         k, v, position = (self._cut(x) for x in (state.k, state.v, state.position))

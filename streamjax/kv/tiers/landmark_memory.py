@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from streamjax.attention.landmark_attention import Chunks
+from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.kv.cache import Cache
 from streamjax.kv.ring_buffer import write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
-Encode = Callable[[Float[Array, "B P S E"]], Chunks]
+Encode = Callable[[Float[Array, "B P S E"]], LandmarkPages]
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class ChunkMemoryState:
     that no page has yet, `filled` of S. complete: pages of the stream so far.
     """
 
-    chunks: Chunks
+    chunks: LandmarkPages
     number: Int32[Array, "B 1 P"]
     pending: Float[Array, "B 1 S E"]
     filled: Int32[Array, " B"]
@@ -100,7 +100,7 @@ class ChunkMemory(Cache):
         if self.own is None or not self.size:
             raise ValueError("a chunk memory is for models with hierarchical sparse attention: ModelConfig.hsa is None")
         shape = (spec.batch_size, spec.kv_heads, self.pages)
-        chunks = Chunks(
+        chunks = LandmarkPages(
             jnp.zeros((*shape, self.size, spec.head_dim), spec.dtype),
             jnp.zeros((*shape, self.size, spec.head_dim), spec.dtype),
             jnp.zeros((*shape, spec.head_dim), spec.dtype),
@@ -132,7 +132,7 @@ class ChunkMemory(Cache):
         total = state.filled + count
         full = total // size
 
-        def fresh(line: Array) -> Chunks:
+        def fresh(line: Array) -> LandmarkPages:
             return encode(line[:, : most * size].reshape(line.shape[0], most, size, line.shape[2]).astype(x.dtype))
 
         if width < size:  # most chunks of the stream fill no page: do not encode one for nothing

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.kv.decode_kernels import decode, kernel_decodes
-from streamjax.kv.ring_buffer import after, read_ring, settled, write_ring
+from streamjax.kv.ring_buffer import materialized_once, ordered_after, read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 
 
@@ -61,9 +61,9 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
         ids=None if state.ids is None or tokens.ids is None else evict(state.ids, tokens.ids),
     )
     # In place, though what is overwritten goes on to other tiers: read once, and before anything is written.
-    evicted = settled(evicted, count)
+    evicted = materialized_once(evicted, count)
     read = (evicted.k, evicted.v) if evicted.score is None else (evicted.k, evicted.v, evicted.score)
-    return write(state, tokens, keep, after(count, *read)), evicted
+    return write(state, tokens, keep, ordered_after(count, *read)), evicted
 
 
 def write(

@@ -1,6 +1,6 @@
 """Hierarchical sparse attention as modules: what encodes chunks of a stream, and what reads them.
 
-`ChunkEncoder` turns the hidden states of one layer into a chunk memory; `HierarchicalAttention` is a residual branch
+`PageEncoder` turns the hidden states of one layer into a chunk memory; `HierarchicalAttention` is a residual branch
 of the layers that read it (2504.16795, 2511.23319). Neither rotates by a position in the stream, which is why the
 memory can be longer than any sequence of the training: the encoder's RoPE counts from the start of each chunk.
 
@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.attention.dense import attend
-from streamjax.attention.landmark_attention import Chunks, Visible
+from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
 from streamjax.models.config import ModelConfig
 from streamjax.models.layers import MLP, Norm, Projections, kernel
@@ -28,15 +28,15 @@ from streamjax.models.rope import make_rotary
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Remembered:
+class ReadablePages:
     """What some tokens may read: chunks, and which of them each token sees.
 
     top_k: chunks that each reads. start: index of the first token in the sequence whose chunks these are, in order,
     where it is known to the compiler.
     """
 
-    chunks: Chunks
-    visible: Visible
+    chunks: LandmarkPages
+    visible: VisiblePages
     top_k: int = dataclasses.field(metadata={"static": True})
     start: int | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -65,7 +65,7 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ChunkEncoder(nnx.Module):
+class PageEncoder(nnx.Module):
     """Keys, values and a landmark of every chunk of a layer's input, from a bidirectional encoder.
 
     The landmark is read from a learned token behind the chunk's own (2504.16795, section 3.2).
@@ -83,7 +83,7 @@ class ChunkEncoder(nnx.Module):
         self.out = kernel(key_out, (d, heads, 3, width), axes, d, dtype)  # keys, values, landmarks
         self.k_norm = Norm(width, config, dtype, rms=True)
 
-    def encode(self, x: Float[Array, "B P S E"]) -> Chunks:
+    def encode(self, x: Float[Array, "B P S E"]) -> LandmarkPages:
         """The memory of P chunks of a layer's input."""
         b, p, s, d = x.shape
         token = jnp.broadcast_to(self.token[...].astype(x.dtype), (b * p, 1, d))
@@ -95,24 +95,24 @@ class ChunkEncoder(nnx.Module):
         pairs = jnp.einsum("nse,ekgd->nskgd", y[:, :s], weight[:, :, :2])
         landmarks = jnp.einsum("ne,ekd->nkd", y[:, s], weight[:, :, 2])
         k, v = (rearrange(pairs[..., i, :], "(b p) s k d -> b k p s d", b=b) for i in range(2))
-        return Chunks(self.k_norm(k), v, rearrange(landmarks, "(b p) k d -> b k p d", b=b))
+        return LandmarkPages(self.k_norm(k), v, rearrange(landmarks, "(b p) k d -> b k p d", b=b))
 
     def parallel(
         self, x: Float[Array, "B T E"], segments: Int32[Array, "B T"] | None = None
-    ) -> tuple[Chunks, Int32[Array, "B P"] | None]:
+    ) -> tuple[LandmarkPages, Int32[Array, "B P"] | None]:
         """The memory of whole sequences, without what is behind the last full chunk, and the chunks' segments."""
         size = self._size
         count = x.shape[1] // size
         chunks = self.encode(rearrange(x[:, : count * size], "b (p s) e -> b p s e", s=size))
-        return chunks, None if segments is None else chunk_segments(segments[:, : count * size], size)
+        return chunks, None if segments is None else page_segments(segments[:, : count * size], size)
 
     def stream(
         self, x: Float[Array, "B C E"], state: ChunkMemoryState, memory: ChunkMemory, count: Int32[Array, " B"]
-    ) -> tuple[ChunkMemoryState, Remembered]:
+    ) -> tuple[ChunkMemoryState, ReadablePages]:
         """Take a chunk of a stream in, of which each row has `count` tokens; what these tokens may read."""
         limit = state.complete_before(x.shape[1])
         state = memory.insert(state, x, count, self.encode)
-        return state, Remembered(state.chunks, Visible(state.number[:, 0], limit), memory.top_k)
+        return state, ReadablePages(state.chunks, VisiblePages(state.number[:, 0], limit), memory.top_k)
 
     @property
     def _size(self) -> int:
@@ -120,31 +120,31 @@ class ChunkEncoder(nnx.Module):
         return self.config.hsa.chunk_size
 
 
-def chunk_segments(segments: Int32[Array, "B T"], size: int) -> Int32[Array, "B P"]:
+def page_segments(segments: Int32[Array, "B T"], size: int) -> Int32[Array, "B P"]:
     """The segment of every chunk; -1 of those with tokens of several."""
     cut = rearrange(segments, "b (p s) -> b p s", s=size)
     return jnp.where((cut == cut[:, :, :1]).all(axis=-1), cut[:, :, 0], -1)
 
 
 def whole_view(
-    chunks: Chunks,
+    chunks: LandmarkPages,
     of_chunks: Int32[Array, "B P"] | None,
     segments: Int32[Array, "B C"] | None,
     config: ModelConfig,
     start: Int[Array, ""] | int,
     width: int,
-) -> Remembered:
+) -> ReadablePages:
     """What tokens `start`, `start + 1`, ... of a sequence may read, of which `chunks` is the memory."""
     assert config.hsa is not None
     rows, count = chunks.k.shape[0], chunks.k.shape[2]
     number = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
     limit = (jnp.asarray(start, jnp.int32) + jnp.arange(width, dtype=jnp.int32)) // config.hsa.chunk_size
-    visible = Visible(number, jnp.broadcast_to(limit, (rows, width)), segments, of_chunks)
-    return Remembered(chunks, visible, config.hsa.top_k, start if isinstance(start, int) else None)
+    visible = VisiblePages(number, jnp.broadcast_to(limit, (rows, width)), segments, of_chunks)
+    return ReadablePages(chunks, visible, config.hsa.top_k, start if isinstance(start, int) else None)
 
 
 class HierarchicalAttention(nnx.Module):
-    """A residual branch that reads a chunk memory: norm, queries, `Chunks.read`, output projection.
+    """A residual branch that reads a chunk memory: norm, queries, `LandmarkPages.read`, output projection.
 
     `query` is `[d_model, K, G + 1, D]`: for each group its query heads, then the query of the landmarks.
     """
@@ -160,7 +160,7 @@ class HierarchicalAttention(nnx.Module):
         self.out = kernel(key_out, (heads, group, width, d), axes, config.num_heads * width, dtype, gain)
         self.q_norm = Norm(width, config, dtype, rms=True)
 
-    def __call__(self, x: Float[Array, "B C E"], memory: Remembered) -> Float[Array, "B C E"]:
+    def __call__(self, x: Float[Array, "B C E"], memory: ReadablePages) -> Float[Array, "B C E"]:
         """What the tokens read; zero where there is no chunk yet."""
         if not memory.chunks.k.shape[2]:
             return jnp.zeros_like(x)

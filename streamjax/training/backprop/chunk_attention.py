@@ -20,10 +20,10 @@ from pallas_kernels.partial import Partial
 from streamjax.attention import blockwise
 from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
 from streamjax.attention.dispatch import KERNEL_TOKENS, logged
-from streamjax.attention.sharded import Names, by_hand, names_of_partial, whole_on_each_device
+from streamjax.attention.sharded import Names, names_of_partial, per_device_call, whole_on_each_device
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
-from streamjax.training.backprop.sequence_chunks import Buffer, View
+from streamjax.training.backprop.sequence_chunks import KVBuffer, KVView
 
 _QUERY: Names = ("batch", None, "heads", None)
 _BUFFER: Names = (None, "batch", "kv_heads", None, None)
@@ -41,7 +41,7 @@ def attention_blocks(
 
 
 def attend(
-    block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: Buffer, view: View, segments: Array | None
+    block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: KVBuffer, view: KVView, segments: Array | None
 ) -> Partial:
     """Attention of a chunk's queries; its own keys are in the buffer."""
     if _kernels_take(block, blocks, q, buffer, view):
@@ -50,7 +50,7 @@ def attend(
             known = _known(blocks, ids, key_ids, slopes, offset, row)
             return api.chunk_attention(q, k, v, blocks.pattern, **known)
 
-        return by_hand(call, _READS, _PART, _read(block, q, buffer, view, segments))
+        return per_device_call(call, _READS, _PART, _read(block, q, buffer, view, segments))
     out, lse = blockwise.forward(blocks, _queries(block, blocks, q, segments, view.offset), _keys(buffer, view))
     return Partial(_join(out, q.shape[1]), _join(lse[..., None], q.shape[1])[..., 0])
 
@@ -59,13 +59,13 @@ def gradients(
     block: Block,
     blocks: Blocks,
     q: Float[Array, "B C H D"],
-    buffer: Buffer,
-    view: View,
+    buffer: KVBuffer,
+    view: KVView,
     segments: Array | None,
     part: Partial,
     d_out: Float[Array, "B C H D"],
-    grads: Buffer,
-) -> tuple[Float[Array, "B C H D"], Buffer]:
+    grads: KVBuffer,
+) -> tuple[Float[Array, "B C H D"], KVBuffer]:
     """Gradient of a chunk's queries, and `grads` with what it adds to the gradients of the keys that it sees.
 
     Args:
@@ -84,16 +84,16 @@ def gradients(
 
         names = (*_READS, *_PART, _QUERY, _BUFFER, _BUFFER)
         arrays = (*_read(block, q, buffer, view, segments), *part, d_out, *grads)
-        d_q, *d_keys = by_hand(call, names, (_QUERY, _BUFFER, _BUFFER), arrays)
-        return d_q, Buffer(*d_keys)
+        d_q, *d_keys = per_device_call(call, names, (_QUERY, _BUFFER, _BUFFER), arrays)
+        return d_q, KVBuffer(*d_keys)
     queries = _queries(block, blocks, q, segments, view.offset)
     whole = [_grouped(x, block.config.num_kv_heads, blocks.block_q) for x in (d_out, part.out, part.lse[..., None])]
     shift, lse = -jnp.sum(whole[0] * whole[1], axis=-1), whole[2][..., 0]
     d_q, *d_keys = blockwise.backward(blocks, queries, _keys(buffer, view), lse, whole[0], shift, *grads)
-    return _join(d_q, q.shape[1]), Buffer(*d_keys)
+    return _join(d_q, q.shape[1]), KVBuffer(*d_keys)
 
 
-def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: Buffer, view: View) -> bool:
+def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: KVBuffer, view: KVView) -> bool:
     """Whether the platform's kernels do it: see the module; and each device must have key heads of its own."""
     in_order = isinstance(view.base, int) and view.base == 0 and blocks.leading == 0
     takes = (
@@ -108,7 +108,7 @@ def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: Buffer, view: 
     return takes
 
 
-def _read(block: Block, q: Array, buffer: Buffer, view: View, segments: Array | None) -> tuple[Array | None, ...]:
+def _read(block: Block, q: Array, buffer: KVBuffer, view: KVView, segments: Array | None) -> tuple[Array | None, ...]:
     """What the kernels read, as `_READS` names it."""
     key_segments = None if segments is None else view.segments
     place = (jnp.asarray(x, jnp.int32) for x in (view.offset, view.row))
@@ -131,7 +131,7 @@ def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments:
     )
 
 
-def _keys(buffer: Buffer, view: View) -> Keys:
+def _keys(buffer: KVBuffer, view: KVView) -> Keys:
     """The keys that a chunk may see, for `blockwise`."""
     return Keys(buffer.k, buffer.v, view.segments, view.row, view.base, view.stop)
 

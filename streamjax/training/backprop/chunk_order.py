@@ -21,41 +21,41 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Block, Decoder
 from streamjax.training.backprop.chunk_attention import attend
-from streamjax.training.backprop.chunk_vjp import pull_back
+from streamjax.training.backprop.chunk_vjp import chunk_vjp
 from streamjax.training.backprop.embedding_and_head import (
     assemble,
-    embed_pull_back,
+    embed_vjp,
     embed_zeros,
     finish_ends,
-    loss_and_pull_back,
+    loss_and_vjp,
     objective_of_chunks,
     output_zeros,
     stats_of,
     sum_of_ends,
     whole_ends,
 )
-from streamjax.training.backprop.gradient_options import Options
+from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction
-from streamjax.training.backprop.sequence_chunks import Buffer, Sequence, add, at
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, add, chunk_at
 from streamjax.training.backprop.storage import landmark_memory
 from streamjax.training.backprop.storage.kv_store import KeyStore
 from streamjax.training.backprop.storage.landmark_memory import Memories
-from streamjax.training.backprop.storage.layer_stack import Rows, rows_of
+from streamjax.training.backprop.storage.layer_stack import LayerStack, layer_stacks
 from streamjax.training.backprop.trainable_parameters import combine
 from streamjax.training.objectives.objective import Objective, TokenStats
 
 Chunk = Float[Array, "B C E"]
-Buffers = list[Buffer]  # of stacked rows one a position, all rows in it; of single layers one a layer
+Buffers = list[KVBuffer]  # of stacked rows one a position, all rows in it; of single layers one a layer
 
 
-class Group(NamedTuple):
+class LayerGroup(NamedTuple):
     """Some rows of layers, and the stores of their keys, one a buffer."""
 
-    rows: Rows
+    rows: LayerStack
     stores: list[KeyStore]
 
     @classmethod
-    def make(cls, rows: Rows, sequence: Sequence) -> Group:
+    def make(cls, rows: LayerStack, sequence: ChunkedSequence) -> LayerGroup:
         places = range(rows.period) if rows.stacked else range(rows.count)
         specs = [rows.spec(0, place) if rows.stacked else rows.spec(place, 0) for place in places]
         return cls(rows, [KeyStore.make(spec, sequence.chunk_size, sequence.count) for spec in specs])
@@ -67,10 +67,10 @@ class Group(NamedTuple):
     def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
         """Zeros for the keys of all tokens, or (`local`) for the gradients of those that a chunk may see."""
         block, rows = self.rows.any_layer(), self.rows.count if self.rows.stacked else 1
-        return [Buffer.zeros(block, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
+        return [KVBuffer.zeros(block, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
 
     def forward(
-        self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: Sequence, write: bool
+        self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: ChunkedSequence, write: bool
     ) -> tuple[Chunk, Buffers, Memories, Float[Array, "R P B C E"]]:
         """Chunk i through the layers: output, keys and memories with the chunk's own (if to `write` them), inputs."""
         rows, context, remembered = self.rows, sequence.context(i), dict(remembered)
@@ -112,7 +112,7 @@ class Group(NamedTuple):
         d_keys: Buffers,
         d_remembered: Memories,
         i: Any,
-        sequence: Sequence,
+        sequence: ChunkedSequence,
     ) -> tuple[Chunk, list[Block], Buffers, Memories]:
         """Chunk i back through the layers: cotangent of its input, and the kinds of gradients with its part added."""
         rows, d_remembered = self.rows, dict(d_remembered)
@@ -130,7 +130,7 @@ class Group(NamedTuple):
                 blocks = store.blocks(combine(params, rest), sequence.batch_size)
                 source = rows.source(row)
                 memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
-                new, d_x, opened, d_memory = pull_back(
+                new, d_x, opened, d_memory = chunk_vjp(
                     params, rest, store.spec, blocks, x, d_x, sequence, i, see, opened, memory, d_memory
                 )
                 if source is not None and d_memory is not None:
@@ -144,26 +144,26 @@ class Group(NamedTuple):
 
 def loss_and_grad(
     model: Decoder,
-    sequence: Sequence,
+    sequence: ChunkedSequence,
     objective: Objective,
-    options: Options,
+    options: GradientOptions,
     split: Decoder | None,
     reduction: Reduction,
 ) -> tuple[Float[Array, ""], Decoder]:
     """Loss and gradient; see `backprop.loss_and_grad` for the arguments, `over_rows` for the last two."""
     ends = whole_ends(model, split, reduction)
-    groups = [Group.make(rows, sequence) for rows in rows_of(model, options.trainable, split, reduction)]
+    groups = [LayerGroup.make(rows, sequence) for rows in layer_stacks(model, options.trainable, split, reduction)]
     batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
 
     def read(carry: tuple[list[Buffers], Memories], i: Any) -> tuple[tuple[list[Buffers], Memories], TokenStats | None]:
         keys, remembered = carry
-        x, new = ends.embed(at(sequence.tokens, i)), []
+        x, new = ends.embed(chunk_at(sequence.tokens, i)), []
         for group, mine in zip(groups, keys, strict=True):
             x, mine, remembered, _ = group.forward(x, mine, remembered, i, sequence, write=True)
             new.append(mine)
         if objective.separable:
             return (new, remembered), None
-        return (new, remembered), stats_of(ends, x, at(sequence.prepared["targets"], i), options.logits_chunk)
+        return (new, remembered), stats_of(ends, x, chunk_at(sequence.prepared["targets"], i), options.logits_chunk)
 
     nothing = landmark_memory.empty_memories(model.config, sequence, model.dtype)
     empty = [group.empty(batch, model.dtype, False) for group in groups]
@@ -172,18 +172,18 @@ def loss_and_grad(
 
     def chunk(carry: tuple[Any, ...], i: Any) -> tuple[tuple[Any, ...], None]:
         loss, d_output, d_embedding, d_layers, d_keys, d_remembered = carry
-        x, inputs = ends.embed(at(sequence.tokens, i)), []
+        x, inputs = ends.embed(chunk_at(sequence.tokens, i)), []
         for group, mine in zip(groups, keys, strict=True):
             x, _, _, held = group.forward(x, mine, remembered, i, sequence, write=False)
             inputs.append(held)
-        prepared = {name: at(value, i) for name, value in sequence.prepared.items()}
-        part, d_output, d_x = loss_and_pull_back(ends, options, x, prepared, separable, d_output)
+        prepared = {name: chunk_at(value, i) for name, value in sequence.prepared.items()}
+        part, d_output, d_x = loss_and_vjp(ends, options, x, prepared, separable, d_output)
         d_layers, d_keys = list(d_layers), list(d_keys)
         for n in reversed(range(len(groups))):
             d_x, d_layers[n], d_keys[n], d_remembered = groups[n].backward(
                 d_x, inputs[n], keys[n], remembered, d_layers[n], d_keys[n], d_remembered, i, sequence
             )
-        d_embedding = embed_pull_back(ends, options, at(sequence.tokens, i), d_x, d_embedding)
+        d_embedding = embed_vjp(ends, options, chunk_at(sequence.tokens, i), d_x, d_embedding)
         return (loss + part, d_output, d_embedding, d_layers, d_keys, d_remembered), None
 
     start = (

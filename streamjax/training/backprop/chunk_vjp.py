@@ -10,29 +10,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.attention.blockwise import Blocks
-from streamjax.attention.landmark_attention import Chunks as Pages
+from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
 from streamjax.training.backprop import chunk_attention
-from streamjax.training.backprop.sequence_chunks import Buffer, Sequence, View, add
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, add
 from streamjax.training.backprop.storage import landmark_memory
 from streamjax.training.backprop.trainable_parameters import combine
 
 
-def pull_back(
+def chunk_vjp(
     params: Block,
     rest: Block,
     spec: LayerSpec,
     blocks: Blocks,
     x: Float[Array, "B C E"],
     d_y: Float[Array, "B C E"],
-    sequence: Sequence,
+    sequence: ChunkedSequence,
     i: Any,
-    see: Callable[[Array, Array], tuple[Buffer, View]],
-    grads: Buffer,
-    memory: Pages | None = None,
-    d_memory: Pages | None = None,
-) -> tuple[Block, Float[Array, "B C E"], Buffer, Pages | None]:
+    visible_kv: Callable[[Array, Array], tuple[KVBuffer, KVView]],
+    grads: KVBuffer,
+    memory: LandmarkPages | None = None,
+    d_memory: LandmarkPages | None = None,
+) -> tuple[Block, Float[Array, "B C E"], KVBuffer, LandmarkPages | None]:
     """Pull a chunk's cotangent back through a layer.
 
     Args:
@@ -41,7 +41,7 @@ def pull_back(
       blocks: from `attention_blocks`.
       x, d_y: the chunk's input, and the cotangent of its output.
       sequence, i: which chunk it is, of which sequence.
-      see: from the chunk's own keys and values, those of all tokens that it sees.
+      visible_kv: from the chunk's own keys and values, those of all tokens that it sees.
       grads: gradients of these, complete but for this chunk and those before it.
       memory, d_memory: the chunk memory that the layer reads or makes, and its gradients, complete but for this layer's
         from this chunk and those before it, and for the layers below.
@@ -52,15 +52,15 @@ def pull_back(
     """
     length, context = x.shape[1], sequence.context(i)
     (q, k, v), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
-    buffer, view = see(k, v)
+    buffer, view = visible_kv(k, v)
     seen = combine(params, rest), blocks, q, buffer, view, context.segment_ids
     part = chunk_attention.attend(*seen)
 
-    def behind(params: Block, x: Array, heads: Array, memory: Pages | None) -> Array:
+    def after_attention(params: Block, x: Array, heads: Array, memory: LandmarkPages | None) -> Array:
         block = combine(params, rest)
         return block.combine(x, heads, landmark_memory.view(memory, spec, block.config, sequence, i))
 
-    _, combine_vjp = jax.vjp(behind, params, x, part.out, memory if spec.reads else None)
+    _, combine_vjp = jax.vjp(after_attention, params, x, part.out, memory if spec.reads else None)
     d_params, d_x, d_heads, d_pages = combine_vjp(d_y)
     if d_pages is not None and d_memory is not None:
         d_memory = add(d_memory, d_pages)

@@ -20,10 +20,10 @@ from streamjax.attention.block_cutting import cut_blocks, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers, without_layers
 from streamjax.training.backprop import loss_kernels
-from streamjax.training.backprop.gradient_options import Options
+from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction, keep_like
-from streamjax.training.backprop.sequence_chunks import Sequence, add, at, zeros_like
-from streamjax.training.backprop.storage.layer_stack import Rows
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, add, chunk_at, zeros_like
+from streamjax.training.backprop.storage.layer_stack import LayerStack
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import Batch, Linear, Objective, TokenStats, token_stats
 
@@ -45,7 +45,7 @@ def stats_of(
     ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"], logits_chunk: int
 ) -> TokenStats:
     """Statistics of the tokens of a chunk whose hidden states, before the last norm, are given."""
-    if loss_kernels.taken(ends, hidden):
+    if loss_kernels.applicable(ends, hidden):
         return loss_kernels.token_stats(ends, ends.norm(hidden), targets)
     size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
     if size == length:
@@ -58,9 +58,9 @@ def stats_of(
     return TokenStats(*(join_blocks(x, length) for x in cut))
 
 
-def loss_and_pull_back(
+def loss_and_vjp(
     ends: Decoder,
-    options: Options,
+    options: GradientOptions,
     hidden: Float[Array, "B C E"],
     prepared: Batch,
     objective: Objective,
@@ -76,7 +76,7 @@ def loss_and_pull_back(
       objective: separable.
       grads: as the first part of `output_partition`.
     """
-    if loss_kernels.taken(ends, hidden):
+    if loss_kernels.applicable(ends, hidden):
         return _by_kernels(ends, options, hidden, prepared, objective, grads)
     params, rest = output_partition(ends, options.trainable)
     size, length = min(options.logits_chunk, hidden.shape[1]), hidden.shape[1]
@@ -100,9 +100,9 @@ def loss_and_pull_back(
 
 
 def _by_kernels(
-    ends: Decoder, options: Options, hidden: Array, prepared: Batch, objective: Objective, grads: Decoder
+    ends: Decoder, options: GradientOptions, hidden: Array, prepared: Batch, objective: Objective, grads: Decoder
 ) -> tuple[Float[Array, ""], Decoder, Float[Array, "B C E"]]:
-    """`loss_and_pull_back` where kernels compute what the objective reads, and its gradient, without logits."""
+    """`loss_and_vjp` where kernels compute what the objective reads, and its gradient, without logits."""
     params, rest = partition(ends, options.trainable, {"norm"})
     normed, pull = jax.vjp(lambda params, x: combine(params, rest).norm(x), params, hidden)
     of_norm, of_matrix = partition(grads, nnx.Variable, {"norm"})
@@ -114,18 +114,18 @@ def _by_kernels(
     return loss, combine(add(of_norm, d_norm), jax.tree.map(lambda _: d_matrix, of_matrix)), d_hidden
 
 
-def output_zeros(ends: Decoder, options: Options) -> Decoder:
-    """Zeros to which `loss_and_pull_back` adds gradients."""
+def output_zeros(ends: Decoder, options: GradientOptions) -> Decoder:
+    """Zeros to which `loss_and_vjp` adds gradients."""
     return zeros_like(output_partition(ends, options.trainable)[0], options.grad_dtype)
 
 
-def embed_zeros(ends: Decoder, options: Options) -> Decoder:
-    """Zeros to which `embed_pull_back` adds gradients."""
+def embed_zeros(ends: Decoder, options: GradientOptions) -> Decoder:
+    """Zeros to which `embed_vjp` adds gradients."""
     return zeros_like(partition(ends, options.trainable, {"embedding"})[0], options.grad_dtype)
 
 
-def embed_pull_back(
-    ends: Decoder, options: Options, tokens: Int32[Array, "B C"], d_x: Float[Array, "B C E"], grads: Decoder
+def embed_vjp(
+    ends: Decoder, options: GradientOptions, tokens: Int32[Array, "B C"], d_x: Float[Array, "B C E"], grads: Decoder
 ) -> Decoder:
     """`grads` with the gradient of the embedding from some tokens added."""
     params, rest = partition(ends, options.trainable, {"embedding"})
@@ -134,19 +134,21 @@ def embed_pull_back(
 
 
 def output_backward(
-    ends: Decoder, options: Options, x: Float[Array, "N B C E"], sequence: Sequence, objective: Objective
+    ends: Decoder, options: GradientOptions, x: Float[Array, "N B C E"], sequence: ChunkedSequence, objective: Objective
 ) -> tuple[Float[Array, ""], Decoder, Float[Array, "N B C E"]]:
     """Loss, gradient of the output parameters, and the cotangent of the last layer's output in its place."""
     stats = None
     if not objective.separable:
         targets, size = sequence.prepared["targets"], options.logits_chunk
-        stats = jax.lax.map(lambda i: stats_of(ends, at(x, i), at(targets, i), size), jnp.arange(sequence.count))
+        stats = jax.lax.map(
+            lambda i: stats_of(ends, chunk_at(x, i), chunk_at(targets, i), size), jnp.arange(sequence.count)
+        )
     loss, linear, sequence = objective_of_chunks(objective, sequence, stats)
 
     def chunk(i: Any, carry: tuple[Array, Decoder, Array]) -> tuple[Array, Decoder, Array]:
         total, grads, x = carry
-        prepared = {name: at(value, i) for name, value in sequence.prepared.items()}
-        more, grads, d_x = loss_and_pull_back(ends, options, at(x, i), prepared, linear, grads)
+        prepared = {name: chunk_at(value, i) for name, value in sequence.prepared.items()}
+        more, grads, d_x = loss_and_vjp(ends, options, chunk_at(x, i), prepared, linear, grads)
         return total + more, grads, jax.lax.dynamic_update_index_in_dim(x, d_x, i, 0)
 
     start = jnp.zeros((), accumulator(x.dtype)), output_zeros(ends, options), x
@@ -155,8 +157,8 @@ def output_backward(
 
 
 def objective_of_chunks(
-    objective: Objective, sequence: Sequence, stats: TokenStats | None
-) -> tuple[Array | None, Objective, Sequence]:
+    objective: Objective, sequence: ChunkedSequence, stats: TokenStats | None
+) -> tuple[Array | None, Objective, ChunkedSequence]:
     """A separable objective with the gradient of `objective`, and the arrays that it reads.
 
     One that is separable is returned as it is, with None for its loss. Another needs the `stats` of all tokens, [N, B,
@@ -171,18 +173,18 @@ def objective_of_chunks(
 
 
 def embed_backward(
-    ends: Decoder, options: Options, d_output: Decoder, d_x: Float[Array, "N B C E"], sequence: Sequence
+    ends: Decoder, options: GradientOptions, d_output: Decoder, d_x: Float[Array, "N B C E"], sequence: ChunkedSequence
 ) -> Decoder:
     """Gradient of the trained parameters of the two ends, in their dtypes: `d_output` and the embedding's."""
 
     def chunk(i: Any, grads: Decoder) -> Decoder:
-        return embed_pull_back(ends, options, at(sequence.tokens, i), at(d_x, i), grads)
+        return embed_vjp(ends, options, chunk_at(sequence.tokens, i), chunk_at(d_x, i), grads)
 
     grads = jax.lax.fori_loop(0, sequence.count, chunk, embed_zeros(ends, options))
     return sum_of_ends(ends, options, d_output, grads)
 
 
-def sum_of_ends(ends: Decoder, options: Options, d_output: Decoder, d_embedding: Decoder) -> Decoder:
+def sum_of_ends(ends: Decoder, options: GradientOptions, d_output: Decoder, d_embedding: Decoder) -> Decoder:
     """Both ends' gradients as one tree, in the dtypes of the parameters; None for what is not trained."""
     trained, _ = partition(ends, options.trainable)
     is_leaf = lambda node: node is None or isinstance(node, nnx.Variable)  # noqa: E731
@@ -205,7 +207,7 @@ def finish_ends(grads: Decoder, split: Decoder | None, reduction: Reduction) -> 
     return grads if split is None else reduction.reduce(grads, keep_like(without_layers(split), grads))
 
 
-def assemble(d_ends: Decoder, d_layers: list[tuple[Rows, list]]) -> Decoder:
+def assemble(d_ends: Decoder, d_layers: list[tuple[LayerStack, list]]) -> Decoder:
     """The gradient as a tree of the model's shape."""
     stack = [grads for rows, grads in d_layers if rows.stacked]
     single = [grads for rows, grads in d_layers if not rows.stacked]
@@ -219,7 +221,7 @@ def whole_sequence_stats(
 
     Logits are made for `logits_chunk` tokens at a time and made again in the backward pass.
     """
-    if loss_kernels.taken(model, hidden):
+    if loss_kernels.applicable(model, hidden):
         return loss_kernels.token_stats(model, hidden, targets)
     size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
 

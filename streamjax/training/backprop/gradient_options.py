@@ -11,7 +11,7 @@ from streamjax.training.backprop.trainable_parameters import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class GradientOptions:
     """See `streamjax.training.loss_and_grad`; here everything is settled."""
 
     logits_chunk: int

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.attention.landmark_attention import Chunks as Pages
+from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block, Decoder
 from streamjax.training.backprop.chunk_attention import attend, attention_blocks
-from streamjax.training.backprop.chunk_vjp import pull_back
+from streamjax.training.backprop.chunk_vjp import chunk_vjp
 from streamjax.training.backprop.embedding_and_head import (
     assemble,
     embed_backward,
@@ -27,13 +27,13 @@ from streamjax.training.backprop.embedding_and_head import (
     output_backward,
     whole_ends,
 )
-from streamjax.training.backprop.gradient_options import Options
+from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction
-from streamjax.training.backprop.sequence_chunks import Buffer, Sequence, add, at, whole_view, zeros_like
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, add, chunk_at, whole_view, zeros_like
 from streamjax.training.backprop.storage import landmark_memory
-from streamjax.training.backprop.storage.activation_store import Inputs, Kept, Reader
+from streamjax.training.backprop.storage.activation_store import ActivationReader, ActivationStore, StoredActivations
 from streamjax.training.backprop.storage.landmark_memory import Memories
-from streamjax.training.backprop.storage.layer_stack import Rows, rows_of
+from streamjax.training.backprop.storage.layer_stack import LayerStack, layer_stacks
 from streamjax.training.backprop.trainable_parameters import combine
 from streamjax.training.objectives.objective import Objective
 
@@ -41,17 +41,24 @@ Chunks = Float[Array, "N B C E"]
 
 
 def layer_forward(
-    block: Block, spec: LayerSpec, x: Chunks, sequence: Sequence, memory: Pages | None = None, known: bool = False
-) -> tuple[Chunks, Pages | None]:
+    block: Block,
+    spec: LayerSpec,
+    x: Chunks,
+    sequence: ChunkedSequence,
+    memory: LandmarkPages | None = None,
+    known: bool = False,
+) -> tuple[Chunks, LandmarkPages | None]:
     """A layer over all chunks; each output takes its input's place.
 
     `memory`: the pages that the layer reads. A layer that makes them fills them in, unless they are `known`.
     """
     blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
-    def chunk(i: Any, carry: tuple[Chunks, Buffer, Pages | None]) -> tuple[Chunks, Buffer, Pages | None]:
+    def chunk(
+        i: Any, carry: tuple[Chunks, KVBuffer, LandmarkPages | None]
+    ) -> tuple[Chunks, KVBuffer, LandmarkPages | None]:
         x, buffer, memory = carry
-        own, context, view = at(x, i), sequence.context(i), whole_view(sequence, i)
+        own, context, view = chunk_at(x, i), sequence.context(i), whole_view(sequence, i)
         q, k, v = block.project(own, context)
         buffer = buffer.write(k, v, 0, view.own)
         if spec.remembers and memory is not None and not known:
@@ -60,7 +67,7 @@ def layer_forward(
         y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids).out, read)
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
-    buffer = Buffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)
+    buffer = KVBuffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)
     x, _, memory = jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer, memory))
     return x, memory
 
@@ -69,13 +76,13 @@ def layer_backward(
     params: Block,
     rest: Block,
     spec: LayerSpec,
-    inputs: Reader,
+    inputs: ActivationReader,
     d_y: Chunks,
-    sequence: Sequence,
-    options: Options,
-    memory: Pages | None = None,
-    d_memory: Pages | None = None,
-) -> tuple[Block, Chunks, Pages | None]:
+    sequence: ChunkedSequence,
+    options: GradientOptions,
+    memory: LandmarkPages | None = None,
+    d_memory: LandmarkPages | None = None,
+) -> tuple[Block, Chunks, LandmarkPages | None]:
     """Gradient of a layer's trained parameters, and the cotangent of its input in the place of that of its output.
 
     `inputs` gives the chunks of the layer's input; `memory` are the pages that it reads or makes, and `d_memory` their
@@ -85,32 +92,43 @@ def layer_backward(
     blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
-    def keys(i: Any, x: Array, buffer: Buffer) -> Buffer:
+    def keys(i: Any, x: Array, buffer: KVBuffer) -> KVBuffer:
         k, v = block.keys(x, sequence.context(i))
         return buffer.write(k, v, 0, i * sequence.chunk_size)
 
-    empty = Buffer.zeros(block, 1, batch, sequence.slots, d_y.dtype)
+    empty = KVBuffer.zeros(block, 1, batch, sequence.slots, d_y.dtype)
     buffer = inputs.each(keys, empty)
 
     def chunk(
-        i: Any, x: Array, carry: tuple[Any, Chunks, Buffer, Pages | None]
-    ) -> tuple[Any, Chunks, Buffer, Pages | None]:
+        i: Any, x: Array, carry: tuple[Any, Chunks, KVBuffer, LandmarkPages | None]
+    ) -> tuple[Any, Chunks, KVBuffer, LandmarkPages | None]:
         total, d_y, grads, d_memory = carry
         view = whole_view(sequence, i)
-        part, d_x, grads, d_memory = pull_back(
-            params, rest, spec, blocks, x, at(d_y, i), sequence, i, lambda k, v: (buffer, view), grads, memory, d_memory
+        part, d_x, grads, d_memory = chunk_vjp(
+            params,
+            rest,
+            spec,
+            blocks,
+            x,
+            chunk_at(d_y, i),
+            sequence,
+            i,
+            lambda k, v: (buffer, view),
+            grads,
+            memory,
+            d_memory,
         )
         return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads, d_memory
 
-    grads = Buffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)
+    grads = KVBuffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)
     sums = zeros_like(params, options.grad_dtype)
     total, d_x, _, d_memory = inputs.each_back(chunk, (sums, d_y, grads, d_memory))
     return total, d_x, d_memory
 
 
 def rows_forward(
-    rows: Rows, inputs: Inputs, x: Chunks, sequence: Sequence, remembered: Memories
-) -> tuple[Chunks, Kept]:
+    rows: LayerStack, inputs: ActivationStore, x: Chunks, sequence: ChunkedSequence, remembered: Memories
+) -> tuple[Chunks, StoredActivations]:
     """Output of some rows of layers, and what `inputs` keeps of the way. Memories are filled in."""
 
     def segment(s: Any, carry: tuple[Chunks, list[Array]]) -> tuple[tuple[Chunks, list[Array]], list[Array | None]]:
@@ -129,11 +147,17 @@ def rows_forward(
         return inputs.walk(s, row, (x, here)), away
 
     (x, here), away = rows.scan(inputs.segments, segment, (x, inputs.empty(x)))
-    return x, Kept(here, away)
+    return x, StoredActivations(here, away)
 
 
 def rows_backward(
-    rows: Rows, inputs: Inputs, kept: Kept, d_x: Chunks, sequence: Sequence, options: Options, remembered: Memories
+    rows: LayerStack,
+    inputs: ActivationStore,
+    kept: StoredActivations,
+    d_x: Chunks,
+    sequence: ChunkedSequence,
+    options: GradientOptions,
+    remembered: Memories,
 ) -> tuple[list[Block], Chunks]:
     """Gradients of some rows of layers, and the cotangent of the first one's input."""
     d_remembered = landmark_memory.empty_memories(rows.config, sequence, options.kv_grad_dtype)
@@ -162,7 +186,13 @@ def rows_backward(
 
 
 def place_forward(
-    rows: Rows, sequence: Sequence, remembered: Memories, known: bool, row: Any, position: int, x: Chunks
+    rows: LayerStack,
+    sequence: ChunkedSequence,
+    remembered: Memories,
+    known: bool,
+    row: Any,
+    position: int,
+    x: Chunks,
 ) -> Chunks:
     """The layer at a place of the rows over all chunks. It reads its memory in `remembered`, and fills in what it
     makes unless that is `known`."""
@@ -176,9 +206,9 @@ def place_forward(
 
 def loss_and_grad(
     model: Decoder,
-    sequence: Sequence,
+    sequence: ChunkedSequence,
     objective: Objective,
-    options: Options,
+    options: GradientOptions,
     split: Decoder | None,
     reduction: Reduction,
 ) -> tuple[Float[Array, ""], Decoder]:
@@ -186,14 +216,14 @@ def loss_and_grad(
     ends = whole_ends(model, split, reduction)
 
     def embed(i: Any) -> Array:
-        return ends.embed(at(sequence.tokens, i))
+        return ends.embed(chunk_at(sequence.tokens, i))
 
-    groups = rows_of(model, options.trainable, split, reduction)
+    groups = layer_stacks(model, options.trainable, split, reduction)
     x = jax.lax.map(embed, jnp.arange(sequence.count))
     remembered, held = landmark_memory.empty_memories(model.config, sequence, model.dtype), []
     for index, rows in enumerate(groups):
         away = round(options.offload_fraction * sequence.count) if options.offload else 0
-        inputs = Inputs(rows, options.segment, embed if index == 0 else None, sequence.count, away)
+        inputs = ActivationStore(rows, options.segment, embed if index == 0 else None, sequence.count, away)
         x, kept = rows_forward(rows, inputs, x, sequence, remembered)
         held.append((rows, inputs, kept))
     loss, d_output, d_x = output_backward(ends, options, x, sequence, objective)

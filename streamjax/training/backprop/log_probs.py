@@ -19,9 +19,9 @@ from streamjax.training.backprop.embedding_and_head import default_logits_chunk,
 from streamjax.training.backprop.gradient_reduction import Reduction
 from streamjax.training.backprop.layer_order import place_forward
 from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
-from streamjax.training.backprop.sequence_chunks import Sequence, at
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, chunk_at
 from streamjax.training.backprop.storage.landmark_memory import Memories, empty_memories, whole_pages
-from streamjax.training.backprop.storage.layer_stack import Rows, rows_of
+from streamjax.training.backprop.storage.layer_stack import LayerStack, layer_stacks
 from streamjax.training.objectives.objective import Batch, require_arrays, require_targets
 
 
@@ -65,19 +65,19 @@ def token_log_probs(
 @partial(jax.jit, static_argnums=(2, 3))
 def _token_log_probs(model: Decoder, batch: Batch, chunk_size: int, logits_chunk: int) -> Float[Array, "B T"]:
     counted = batch["weights"] != 0
-    sequence = Sequence.cut(batch, {"targets": jnp.where(counted, batch["targets"], 0)}, chunk_size)
+    sequence = ChunkedSequence.cut(batch, {"targets": jnp.where(counted, batch["targets"], 0)}, chunk_size)
     ends, steps = without_layers(model), jnp.arange(sequence.count)
-    x = jax.lax.map(lambda i: ends.embed(at(sequence.tokens, i)), steps)
+    x = jax.lax.map(lambda i: ends.embed(chunk_at(sequence.tokens, i)), steps)
     remembered = empty_memories(model.config, sequence, model.dtype)
-    for rows in rows_of(model, nnx.Param, None, Reduction()):
+    for rows in layer_stacks(model, nnx.Param, None, Reduction()):
         x = rows.loop(0, rows.count, partial(_row_forward, rows, sequence, remembered), x)
     targets = sequence.prepared["targets"]
-    logp = jax.lax.map(lambda i: stats_of(ends, at(x, i), at(targets, i), logits_chunk).logp, steps)
+    logp = jax.lax.map(lambda i: stats_of(ends, chunk_at(x, i), chunk_at(targets, i), logits_chunk).logp, steps)
     return jnp.where(counted, join_blocks(logp, sequence.length), 0.0)
 
 
 def _row_forward(
-    rows: Rows, sequence: Sequence, remembered: Memories, row: Any, x: Float[Array, "N B C E"]
+    rows: LayerStack, sequence: ChunkedSequence, remembered: Memories, row: Any, x: Float[Array, "N B C E"]
 ) -> Float[Array, "N B C E"]:
     for position in range(rows.period):
         x = place_forward(rows, sequence, remembered, False, row, position, x)

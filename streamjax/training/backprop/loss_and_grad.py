@@ -22,11 +22,11 @@ from pallas_kernels.partial import accumulator
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop import chunk_order, layer_order
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
-from streamjax.training.backprop.gradient_options import Options
+from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
-from streamjax.training.backprop.sequence_chunks import Sequence
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import CrossEntropy, Objective
@@ -126,7 +126,7 @@ def loss_and_grad(
         method,
         objective,
         whole_pages(model.config, min(chunk_size or DEFAULT_CHUNK, length)),
-        Options(
+        GradientOptions(
             logits_chunk=logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0]),
             trainable=trainable,
             segment=segment,
@@ -174,7 +174,7 @@ def choice_for(
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _loss_and_grad(
-    model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: Options
+    model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: GradientOptions
 ) -> tuple[Float[Array, ""], Decoder]:
     prepared = objective.prepare(batch)
     params, rest = partition(model, options.trainable)
@@ -182,7 +182,7 @@ def _loss_and_grad(
         order = layer_order if method == "layer" else chunk_order
 
         def compute(model: Decoder, batch: Batch, prepared: Batch, split: Any, reduction: Any) -> Any:
-            sequence = Sequence.cut(batch, prepared, chunk_size)
+            sequence = ChunkedSequence.cut(batch, prepared, chunk_size)
             return order.loss_and_grad(model, sequence, objective, options, split, reduction)
 
         return over_rows(compute, model, batch, prepared, params)

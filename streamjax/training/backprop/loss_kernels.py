@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import api
 from pallas_kernels.api import LogitStats, platforms
-from streamjax.attention.sharded import Names, by_hand
+from streamjax.attention.sharded import Names, per_device_call
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import free_spec
 from streamjax.training.objectives.objective import Batch, Objective, TokenStats
@@ -25,7 +25,7 @@ KERNEL_TOKENS = 256  # a kernel works in blocks; fewer tokens would be padding m
 KERNEL_VOCABULARY = 8192  # logits of a smaller one are small
 
 
-def taken(ends: Decoder, hidden: Float[Array, "B C E"]) -> bool:
+def applicable(ends: Decoder, hidden: Float[Array, "B C E"]) -> bool:
     """Whether the platform's kernels do it: see the module."""
     mesh, config = jax.sharding.get_abstract_mesh(), ends.config
     others = set(mesh.axis_names) - set(mesh.manual_axes) - set(_axes(ends))
@@ -65,7 +65,7 @@ def loss_and_gradients(
 
     reads = *_reads(ends, hidden, prepared["targets"]), stats.lse, *slopes, d_matrix
     names = _HIDDEN, matrix, *[_EACH] * 5, matrix
-    d_x, d_matrix = by_hand(call, names, (_HIDDEN, None if d_matrix is None else matrix), reads)
+    d_x, d_matrix = per_device_call(call, names, (_HIDDEN, None if d_matrix is None else matrix), reads)
     return loss, d_x.reshape(hidden.shape), d_matrix
 
 
@@ -85,7 +85,7 @@ def _stats(ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "
         return logit, lse, mean
 
     names = _HIDDEN, _matrix_names(ends), _EACH
-    return LogitStats(*by_hand(call, names, (_EACH, _EACH, _EACH), _reads(ends, hidden, targets)))
+    return LogitStats(*per_device_call(call, names, (_EACH, _EACH, _EACH), _reads(ends, hidden, targets)))
 
 
 def _axes(ends: Decoder) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from streamjax.training.objectives.objective import Batch
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sequence:
+class ChunkedSequence:
     """B sequences of `length` tokens, cut into N chunks of C tokens, the last one padded with zeros.
 
     tokens, position: [N, B, C]. segments: [B, N * C] or None. prepared: the objective's arrays, [N, B, C]. whole: the
@@ -43,7 +43,7 @@ class Sequence:
     length: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def cut(cls, batch: Batch, prepared: Batch, chunk_size: int) -> Sequence:
+    def cut(cls, batch: Batch, prepared: Batch, chunk_size: int) -> ChunkedSequence:
         """Cut a batch of tokens [B, T], with positions and segment_ids where it has them."""
         rows, length = batch["tokens"].shape
         positions = batch.get("positions")
@@ -61,7 +61,7 @@ class Sequence:
             length=length,
         ).with_prepared(prepared)
 
-    def with_prepared(self, prepared: Batch) -> Sequence:
+    def with_prepared(self, prepared: Batch) -> ChunkedSequence:
         """This sequence with other arrays to go with its tokens, [B, T] each or left uncut."""
         shape = (self.tokens.shape[1], self.length)
         cut = {name: cut_blocks(x, self.chunk_size) for name, x in prepared.items() if x.shape == shape}
@@ -90,7 +90,7 @@ class Sequence:
 
     def context(self, i: Any) -> SequenceContext:
         """Where the tokens of chunk i stand."""
-        return SequenceContext(at(self.position, i), self.chunk_segments(i), self.length)
+        return SequenceContext(chunk_at(self.position, i), self.chunk_segments(i), self.length)
 
     def chunk_segments(self, i: Any) -> Int32[Array, "B C"] | None:
         if self.segments is None:
@@ -109,56 +109,58 @@ def key_block() -> int:
     return block_sizes(1)[1]
 
 
-def at(x: Array, i: Any) -> Array:
+def chunk_at(x: Array, i: Any) -> Array:
     """Chunk i of an array of chunks."""
     return jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
 
-class Buffer(NamedTuple):
+class KVBuffer(NamedTuple):
     """Keys and values, or their gradients, of R layers: [R, B, K, S, D]."""
 
     k: Float[Array, "R B K S D"]
     v: Float[Array, "R B K S D"]
 
     @classmethod
-    def zeros(cls, block: Block, rows: int, batch: int, slots: int, dtype: Any) -> Buffer:
+    def zeros(cls, block: Block, rows: int, batch: int, slots: int, dtype: Any) -> KVBuffer:
         config = block.config
         shape = (rows, batch, config.num_kv_heads, slots, config.head_dim)
         axes = (None, "batch", "kv_heads", None, "head_dim")
         return cls(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))
 
     @classmethod
-    def of(cls, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], dtype: Any) -> Buffer:
+    def of(cls, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], dtype: Any) -> KVBuffer:
         """A buffer of one layer with these tokens alone."""
         return cls(*(jnp.swapaxes(x, 1, 2)[None].astype(dtype) for x in (k, v)))
 
-    def write(self, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], row: Any, slot: Any) -> Buffer:
+    def write(self, k: Float[Array, "B C K D"], v: Float[Array, "B C K D"], row: Any, slot: Any) -> KVBuffer:
         """This buffer with the keys and values of consecutive tokens in it, the first in `slot`."""
-        new = Buffer.of(k, v, self.k.dtype)
-        return Buffer(*(jax.lax.dynamic_update_slice(x, y, _index(row, slot)) for x, y in zip(self, new, strict=True)))
+        new = KVBuffer.of(k, v, self.k.dtype)
+        return KVBuffer(
+            *(jax.lax.dynamic_update_slice(x, y, _index(row, slot)) for x, y in zip(self, new, strict=True))
+        )
 
-    def read(self, row: Any, slot: Any, size: int) -> Buffer:
+    def read(self, row: Any, slot: Any, size: int) -> KVBuffer:
         """`size` slots of one layer, as a buffer of one layer."""
 
         def get(buffer: Array) -> Array:
             _, b, heads, _, width = buffer.shape
             return jax.lax.dynamic_slice(buffer, _index(row, slot), (1, b, heads, size, width))
 
-        return Buffer(get(self.k), get(self.v))
+        return KVBuffer(get(self.k), get(self.v))
 
-    def put(self, other: Buffer, row: Any) -> Buffer:
+    def put(self, other: KVBuffer, row: Any) -> KVBuffer:
         """This buffer with the only layer of another in the place of one of its own."""
-        return Buffer(*(jax.lax.dynamic_update_slice(x, y, _index(row, 0)) for x, y in zip(self, other, strict=True)))
+        return KVBuffer(*(jax.lax.dynamic_update_slice(x, y, _index(row, 0)) for x, y in zip(self, other, strict=True)))
 
-    def behind(self, other: Buffer) -> Buffer:
+    def behind(self, other: KVBuffer) -> KVBuffer:
         """The slots of another, and this buffer's behind them."""
-        return Buffer(*(jnp.concatenate((y, x), axis=3) for x, y in zip(self, other, strict=True)))
+        return KVBuffer(*(jnp.concatenate((y, x), axis=3) for x, y in zip(self, other, strict=True)))
 
-    def after_zeros(self, slots: int) -> Buffer:
+    def after_zeros(self, slots: int) -> KVBuffer:
         """This buffer with zeros in front."""
-        return Buffer(*(jnp.pad(x, ((0, 0),) * 3 + ((slots, 0), (0, 0))) for x in self))
+        return KVBuffer(*(jnp.pad(x, ((0, 0),) * 3 + ((slots, 0), (0, 0))) for x in self))
 
-    def own(self, view: View, length: int, leading: int) -> Buffer:
+    def own(self, view: KVView, length: int, leading: int) -> KVBuffer:
         """Of a buffer that `view` describes, the slots of the chunk's own tokens."""
         found = self.read(view.row, view.own, length)
         if not leading:
@@ -169,7 +171,7 @@ class Buffer(NamedTuple):
         def choose(buffer: Array, own: Array) -> Array:
             return jnp.where(first, jnp.take(buffer[:, :, :, :leading], jnp.minimum(index, leading - 1), axis=3), own)
 
-        return Buffer(choose(self.k, found.k), choose(self.v, found.v))
+        return KVBuffer(choose(self.k, found.k), choose(self.v, found.v))
 
     def tokens(self, dtype: Any) -> tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]:
         """All slots of the only layer, as the projections made them."""
@@ -180,7 +182,7 @@ def _index(row: Any, slot: Any) -> tuple[Array, ...]:
     return tuple(jnp.asarray(index, jnp.int32) for index in (row, 0, 0, slot, 0))
 
 
-class View(NamedTuple):
+class KVView(NamedTuple):
     """The keys that a chunk may see: a buffer, where its slots stand in the sequence, and where the chunk's own lie.
 
     row, base, stop: as in `blockwise.Keys`. own: slot of the chunk's first key. offset: index of its first token.
@@ -194,10 +196,10 @@ class View(NamedTuple):
     offset: Any
 
 
-def whole_view(sequence: Sequence, i: Any, row: Any = 0) -> View:
+def whole_view(sequence: ChunkedSequence, i: Any, row: Any = 0) -> KVView:
     """For a buffer of all keys in order."""
     start = i * sequence.chunk_size
-    return View(sequence.key_segments(), row, 0, sequence.length, start, start)
+    return KVView(sequence.key_segments(), row, 0, sequence.length, start, start)
 
 
 def zeros_like(params: Any, dtype: Any = None) -> Any:

@@ -27,7 +27,7 @@ from streamjax.checkpoints import RunCheckpoints
 from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_train_iterator
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.mesh import build_sharded, make_mesh
-from streamjax.parallel.multiprocess import gather_json, largest
+from streamjax.parallel.multiprocess import gather_json, max_over_processes
 from streamjax.streaming.state import StreamState
 from streamjax.training.backprop.loss_and_grad import choice_for
 from streamjax.training.backprop.planning.method_choice import device_memory_bytes
@@ -106,7 +106,7 @@ def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = N
                 last = run.step == config.steps
                 # One process looks after every step; several must agree, which costs a round of messages.
                 together = jax.process_count() == 1 or run.step % config.log_interval == 0
-                stop_signal = largest(stop.received or 0) if together else 0
+                stop_signal = max_over_processes(stop.received or 0) if together else 0
                 if run.step % config.log_interval == 0 or last:
                     run.report()
                 if run.step % config.eval_interval == 0 or last:

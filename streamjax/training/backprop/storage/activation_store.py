@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.training.backprop.storage.layer_stack import Rows, row_major
+from streamjax.training.backprop.storage.layer_stack import LayerStack, row_major
 
 Carry = TypeVar("Carry")
 Chunk = Float[Array, "B C E"]
 Chunks = Float[Array, "N B C E"]
 
 
-class Kept(NamedTuple):
+class StoredActivations(NamedTuple):
     """Inputs of layers, for each kept position of a row.
 
     here: on the device, [slots, n, B, C, E], the last n chunks. away: in host memory, the others, [slots, N - n, B, C,
@@ -34,7 +34,7 @@ class Kept(NamedTuple):
     away: Any
 
 
-class Inputs:
+class ActivationStore:
     """Keeps and gives back the inputs of the layers of `rows`.
 
     Args:
@@ -46,7 +46,7 @@ class Inputs:
       away: how many of them, the first ones, are kept in the host's memory.
     """
 
-    def __init__(self, rows: Rows, segment: int, embed: Callable[[Any], Array] | None, count: int, away: int):
+    def __init__(self, rows: LayerStack, segment: int, embed: Callable[[Any], Array] | None, count: int, away: int):
         self.rows, self.count, self.away = rows, count, away
         self.embed = None if away else embed
         self.every = segment == 1  # every layer's input is kept
@@ -91,7 +91,7 @@ class Inputs:
             left = min(left, rest) if isinstance(rest, int) else jnp.minimum(left, rest)
         return start, left - skip_last
 
-    def recompute(self, kept: Kept, s: Any, layer: Callable[[Any, int, Chunks], Chunks]) -> Array | None:
+    def recompute(self, kept: StoredActivations, s: Any, layer: Callable[[Any, int, Chunks], Chunks]) -> Array | None:
         """Inputs of the layers of segment s, the first apart if it is on the device, again; None if all are kept."""
         period = self.rows.period
         if self.every or self.length * period == 1:
@@ -113,19 +113,19 @@ class Inputs:
         carry = self.walk(s, row, (inner, x), skip_last=True)
         return row(start + count - 1, carry, period - 1)[0]  # the last layer's output is the next segment's input
 
-    def _whole(self, kept: Kept, s: Any) -> Chunks:
+    def _whole(self, kept: StoredActivations, s: Any) -> Chunks:
         parts = [jax.device_put(self._sent(kept, 0, s), jax.memory.Space.Device)] if self.away else []
         if self.away < self.count:
             parts.append(jax.lax.map(lambda i: self._first(kept, s, i), jnp.arange(self.away, self.count)))
         return jnp.concatenate(parts)
 
-    def reader(self, kept: Kept, inner: Array | None, s: Any, row: Any, position: int) -> Reader:
+    def reader(self, kept: StoredActivations, inner: Array | None, s: Any, row: Any, position: int) -> ActivationReader:
         """Access to the chunks of the input of a layer in segment s."""
         if inner is not None:
             place = (row - s * self.length) * self.rows.period + position
             if self.away:
-                return Reader(lambda i: _get(inner, place, i), None, self.count, 0)
-            return Reader(lambda i: self._select(kept, inner, s, place, i), None, self.count, 0)
+                return ActivationReader(lambda i: _get(inner, place, i), None, self.count, 0)
+            return ActivationReader(lambda i: self._select(kept, inner, s, place, i), None, self.count, 0)
 
         def here(i: Any) -> Chunk:
             return _get(kept.here[position], row, i - self.away) if position else self._first(kept, s, i)
@@ -134,16 +134,16 @@ class Inputs:
             found = self._sent(kept, position, s)
             return jax.device_put(jax.lax.dynamic_index_in_dim(found, i, 0, keepdims=False), jax.memory.Space.Device)
 
-        return Reader(here, away, self.count, self.away)
+        return ActivationReader(here, away, self.count, self.away)
 
-    def _select(self, kept: Kept, inner: Array, s: Any, place: Any, i: Any) -> Chunk:
+    def _select(self, kept: StoredActivations, inner: Array, s: Any, place: Any, i: Any) -> Chunk:
         """Chunk i of the input of the segment's layer number `place`."""
         if isinstance(place, int):
             return self._first(kept, s, i) if place == 0 else _get(inner, place - 1, i)
         later = jnp.maximum(place - 1, 0)
         return jax.lax.cond(place == 0, lambda: self._first(kept, s, i), lambda: _get(inner, later, i))
 
-    def _first(self, kept: Kept, s: Any, i: Any) -> Chunk:
+    def _first(self, kept: StoredActivations, s: Any, i: Any) -> Chunk:
         """Chunk i of the input of segment s, where it is on the device."""
         embed, here, i = self.embed, kept.here[0], i - self.away
         if embed is None:
@@ -152,7 +152,7 @@ class Inputs:
             return embed(i) if self.segments == 1 or s == 0 else _get(here, s - 1, i)
         return jax.lax.cond(s == 0, lambda: embed(i), lambda: _get(here, jnp.maximum(s - 1, 0), i))
 
-    def _sent(self, kept: Kept, position: int, s: Any) -> Array:
+    def _sent(self, kept: StoredActivations, position: int, s: Any) -> Array:
         """What is in the host's memory of the input of segment s."""
         if not self.rows.stacked:
             return kept.away[s][position]
@@ -160,7 +160,7 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class ActivationReader:
     """Chunks of one layer's input: those below `split` come from the host's memory by `away`, the others by `here`."""
 
     here: Callable[[Any], Chunk]

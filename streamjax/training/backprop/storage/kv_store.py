@@ -20,7 +20,7 @@ from streamjax.attention.blockwise import Blocks
 from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Block
 from streamjax.training.backprop.chunk_attention import attention_blocks
-from streamjax.training.backprop.sequence_chunks import Buffer, Sequence, View, key_block, whole_view
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, key_block, whole_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +64,26 @@ class KeyStore:
         leading = 0 if self.behind is None else self.spec.sinks
         return attention_blocks(block, self.spec, batch_size, self.chunk_size, self.block_k, leading)
 
-    def write(self, keys: Buffer, k: Any, v: Any, row: Any, i: Any) -> Buffer:
+    def write(self, keys: KVBuffer, k: Any, v: Any, row: Any, i: Any) -> KVBuffer:
         """`keys` with those of chunk i in it, as far as others may see them."""
         if self.behind is None or not self.tails:
             return keys.write(k, v, row, (self.behind or 0) + i * self.chunk_size)
         sinks = self.spec.sinks
         if sinks:
             old = keys.read(row, 0, sinks)
-            new = Buffer.of(k[:, :sinks], v[:, :sinks], keys.k.dtype)
+            new = KVBuffer.of(k[:, :sinks], v[:, :sinks], keys.k.dtype)
             keys = keys.put(jax.tree.map(lambda a, b: jnp.where(i == 0, b, a), old, new), row)
         return keys.write(k[:, -self.behind :], v[:, -self.behind :], row, sinks + (i + 1) * self.behind)
 
-    def view(self, keys: Buffer, k: Any, v: Any, row: Any, i: Any, sequence: Sequence) -> tuple[Buffer, View]:
+    def view(
+        self, keys: KVBuffer, k: Any, v: Any, row: Any, i: Any, sequence: ChunkedSequence
+    ) -> tuple[KVBuffer, KVView]:
         """What chunk i of layer `row` may see, its own keys and values being `k` and `v`, which were written."""
         if self.behind is None:
             return keys, whole_view(sequence, i, row)
         start, sinks = i * self.chunk_size, self.spec.sinks
         if self.tails:
-            near = Buffer.of(k, v, keys.k.dtype).behind(keys.read(row, sinks + i * self.behind, self.behind))
+            near = KVBuffer.of(k, v, keys.k.dtype).behind(keys.read(row, sinks + i * self.behind, self.behind))
         else:
             near = keys.read(row, start, self.behind + self.chunk_size)
         segments = sequence.segments
@@ -92,9 +94,9 @@ class KeyStore:
             near = near.behind(keys.read(row, 0 if self.tails else self.behind, sinks))
             if segments is not None and sequence.segments is not None:
                 segments = jnp.concatenate((sequence.segments[:, :sinks], segments), axis=1)
-        return near, View(segments, 0, start - self.behind, self.local, sinks + self.behind, start)
+        return near, KVView(segments, 0, start - self.behind, self.local, sinks + self.behind, start)
 
-    def open(self, grads: Buffer, row: Any) -> Buffer:
+    def open(self, grads: KVBuffer, row: Any) -> KVBuffer:
         """The gradients of the keys that a chunk may see, where `grads` are those of the chunk behind it."""
         if self.behind is None:
             return grads
@@ -102,6 +104,6 @@ class KeyStore:
         kept = grads.read(row, sinks, self.behind).after_zeros(self.chunk_size)
         return kept.behind(grads.read(row, 0, sinks)) if sinks else kept
 
-    def close(self, grads: Buffer, opened: Buffer, row: Any) -> Buffer:
+    def close(self, grads: KVBuffer, opened: KVBuffer, row: Any) -> KVBuffer:
         """`grads` with what `open` gave, and a chunk has added to, put back."""
         return opened if self.behind is None else grads.put(opened, row)

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from streamjax.attention.landmark_attention import Chunks
+from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.config import LayerSpec, ModelConfig
 from streamjax.models.decoder import Block
-from streamjax.models.mixers.hierarchical import Remembered, chunk_segments, whole_view
-from streamjax.training.backprop.sequence_chunks import Sequence
+from streamjax.models.mixers.hierarchical import ReadablePages, page_segments, whole_view
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 
-Memories = dict[int, Chunks]  # by the layer whose input they are made of
+Memories = dict[int, LandmarkPages]  # by the layer whose input they are made of
 
 
 def whole_pages(config: ModelConfig, chunk_size: int) -> int:
@@ -37,7 +37,7 @@ def source_of(config: ModelConfig, layer: int) -> int | None:
     return max(source for source in config.hsa.memory_layers if source <= layer)
 
 
-def empty_memories(config: ModelConfig, sequence: Sequence, dtype: Any) -> Memories:
+def empty_memories(config: ModelConfig, sequence: ChunkedSequence, dtype: Any) -> Memories:
     """Zeros for all pages of a sequence, or for their gradients."""
     if config.hsa is None:
         return {}
@@ -45,21 +45,21 @@ def empty_memories(config: ModelConfig, sequence: Sequence, dtype: Any) -> Memor
     shape = (sequence.batch_size, config.num_kv_heads, sequence.count * sequence.chunk_size // size)
     width = config.head_dim
 
-    def zeros() -> Chunks:
+    def zeros() -> LandmarkPages:
         pages = jnp.zeros((*shape, size, width), dtype)
-        return Chunks(pages, pages, jnp.zeros((*shape, width), dtype))
+        return LandmarkPages(pages, pages, jnp.zeros((*shape, width), dtype))
 
     return {layer: zeros() for layer in config.hsa.memory_layers}
 
 
-def encode(block: Block, x: Float[Array, "B C E"]) -> Chunks:
+def encode(block: Block, x: Float[Array, "B C E"]) -> LandmarkPages:
     """The pages of a chunk of the sequence."""
     assert block.encoder is not None
     assert block.config.hsa is not None
     return block.encoder.encode(rearrange(x, "b (p s) e -> b p s e", s=block.config.hsa.chunk_size))
 
 
-def write(memory: Chunks, made: Chunks, i: Any) -> Chunks:
+def write(memory: LandmarkPages, made: LandmarkPages, i: Any) -> LandmarkPages:
     """`memory` with the pages of chunk i in it."""
     count = made.k.shape[2]
     return jax.tree.map(
@@ -67,16 +67,18 @@ def write(memory: Chunks, made: Chunks, i: Any) -> Chunks:
     )
 
 
-def own_pages(memory: Chunks, i: Any, like: Chunks) -> Chunks:
+def own_pages(memory: LandmarkPages, i: Any, like: LandmarkPages) -> LandmarkPages:
     """The pages of chunk i, in the dtypes of `like`."""
     count = like.k.shape[2]
     return jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like)
 
 
-def view(memory: Chunks | None, spec: LayerSpec, config: ModelConfig, sequence: Sequence, i: Any) -> Remembered | None:
+def view(
+    memory: LandmarkPages | None, spec: LayerSpec, config: ModelConfig, sequence: ChunkedSequence, i: Any
+) -> ReadablePages | None:
     """What the tokens of chunk i may read; None for a layer that does not read."""
     if not spec.reads or memory is None or config.hsa is None:
         return None
-    of_chunks = None if sequence.segments is None else chunk_segments(sequence.segments, config.hsa.chunk_size)
+    of_chunks = None if sequence.segments is None else page_segments(sequence.segments, config.hsa.chunk_size)
     width = sequence.chunk_size
     return whole_view(memory, of_chunks, sequence.chunk_segments(i), config, i * width, width)

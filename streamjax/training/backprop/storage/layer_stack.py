@@ -19,7 +19,7 @@ from streamjax.training.backprop.trainable_parameters import Trainable, partitio
 Carry = TypeVar("Carry")
 
 
-class Rows:
+class LayerStack:
     """R rows of P layers. Of stacked layers a row is a period of the model; of single layers, one layer.
 
     A row's index is a traced integer for stacked layers and a Python integer for single ones.
@@ -148,7 +148,7 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def rows_of(model: Decoder, trainable: Trainable, split: Decoder | None, reduction: Reduction) -> list[Rows]:
+def layer_stacks(model: Decoder, trainable: Trainable, split: Decoder | None, reduction: Reduction) -> list[LayerStack]:
     """All layers of a model, in order: its stack, if it has one, and the single layers behind it.
 
     `split` and `reduction`: from `over_rows`.
@@ -157,5 +157,5 @@ def rows_of(model: Decoder, trainable: Trainable, split: Decoder | None, reducti
     for stacked, first, blocks in ((True, 0, model.stack), (False, model.stacked_layers, model.layers)):
         if len(blocks):
             dims = None if split is None else list(split.stack if stacked else split.layers)
-            found.append(Rows(list(blocks), first, stacked, model, trainable, dims, reduction))
+            found.append(LayerStack(list(blocks), first, stacked, model, trainable, dims, reduction))
     return found
