@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import streamjax as sj
+from tests.training.conftest import run_config, text_folder  # noqa: F401  fixtures of test_train.py
 
 TRAINED = 32
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def cli():
     """The module `streamjax/commands/train.py`, loaded once: it defines flags."""
-    spec = importlib.util.spec_from_file_location("train_main", ROOT / "train" / "__main__.py")
+    spec = importlib.util.spec_from_file_location("train_main", ROOT / "streamjax" / "commands" / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
