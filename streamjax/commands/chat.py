@@ -19,8 +19,12 @@ from collections.abc import Callable
 from absl import flags
 
 import streamjax as sj
-from streamjax.commands import common
+from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.model import define_model, describe, load_model
+from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
+from streamjax.commands.shell.runner import Stopped, complain, run_command
 from streamjax.evaluation import SlotMemory, human_bytes
+from streamjax.kv.description import describe_cache
 from streamjax.streaming.conversation import Conversation
 
 HELP = """\
@@ -39,12 +43,12 @@ class Quit(Exception):
 
 
 def define(values: flags.FlagValues) -> None:
-    common.define_model(values)
-    flags.DEFINE_string("cache", "streaming_llm", common.CACHE_HELP, flag_values=values)
+    define_model(values)
+    flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_string("system", None, "Instructions that come before the conversation.", flag_values=values)
     flags.DEFINE_string("load_state", None, "Go on with the conversation in this folder.", flag_values=values)
     flags.DEFINE_string("save_state", None, "Folder where the conversation is kept at the end.", flag_values=values)
-    common.define_sampling(values)
+    define_sampling(values)
 
 
 class Chat:
@@ -58,7 +62,7 @@ class Chat:
     def __init__(self, values: flags.FlagValues, say: Callable[[str], None]):
         self._values = values
         self._say = say
-        self._model, self._tokenizer = common.load_model(values, [values.cache])
+        self._model, self._tokenizer = load_model(values, [values.cache])
         self._start(values.cache)
         self.commands: dict[str, Callable[[str], None]] = {
             "save": self.save, "load": self.load, "cache": self.cache, "reset": self.reset, "help": self.help,
@@ -67,20 +71,20 @@ class Chat:
 
     def _start(self, cache: str) -> None:
         values = self._values
-        self._cache = common.parse_cache(cache, self._model.config.max_position)
+        self._cache = parse_cache(cache, self._model.config.max_position)
         self.session = sj.Session(
             self._model,
             self._tokenizer,
             self._cache,
-            sampler=common.sampler_of(values),
+            sampler=sampler_of(values),
             seed=values.seed,
             chunk_size=values.chunk_size,
         )
-        self.conversation = Conversation(self.session, values.system, common.stop_strings(values))
+        self.conversation = Conversation(self.session, values.system, stop_strings(values))
 
     def describe(self) -> str:
         """What runs, in one line."""
-        return common.describe(self._values.model, self._model, self._cache, self.session)
+        return describe(self._values.model, self._model, self._cache, self.session)
 
     def line(self, text: str) -> None:
         """Obey a command, or answer."""
@@ -115,8 +119,8 @@ class Chat:
         """/load FOLDER"""
         path = _folder(rest, "load")
         saved = self.session.load(path)
-        if common.sampling_was_chosen(self._values):
-            self.session.sampler = common.sampler_of(self._values)
+        if sampling_was_chosen(self._values):
+            self.session.sampler = sampler_of(self._values)
         self.conversation.restore(saved.get("conversation", {}))
         self._say(f"going on at token {self.session.tokens_seen:,}\n")
 
@@ -129,14 +133,14 @@ class Chat:
         seen = self.session.tokens_seen
         in_use = SlotMemory.of(self.session.state).in_use(seen)
         self._say(
-            f"{common.describe_cache(self._cache)}: {min(seen, slots):,} of {seen:,} tokens visible, "
+            f"{describe_cache(self._cache)}: {min(seen, slots):,} of {seen:,} tokens visible, "
             f"{human_bytes(in_use)} in use of {human_bytes(self.session.cache_bytes)}\n"
         )
 
     def reset(self, rest: str) -> None:
         """/reset"""
         self.session.reset(self._values.seed)
-        self.conversation = Conversation(self.session, self._values.system, common.stop_strings(self._values))
+        self.conversation = Conversation(self.session, self._values.system, stop_strings(self._values))
         self._say("a new conversation\n")
 
     def help(self, rest: str) -> None:
@@ -184,15 +188,15 @@ def body(values: flags.FlagValues) -> None:
             leaving = True
             print("\nagain, or Ctrl-D, to leave", file=sys.stderr)
         except (ValueError, OSError) as error:
-            common.complain(error)
+            complain(error)
             if not person:
-                raise common.Stopped(1) from error
+                raise Stopped(1) from error
     if values.save_state:
         chat.save(shlex.quote(values.save_state))
 
 
 def main(argv: list[str]) -> int:
-    return common.run_command(__doc__, [define], body, argv)
+    return run_command(__doc__, [define], body, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 import streamjax as sj
-from streamjax.commands import common
+from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.data import corpus_text
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial
@@ -19,7 +19,7 @@ from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, 
 
 def read_text(name: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], float]:
     """The ids of a text, at most `limit`, and how many bytes one is on average."""
-    if name == common.BUILTIN:
+    if name == BUILTIN:
         data = corpus_text("test").encode()
     else:
         data = Path(name).expanduser().read_bytes()

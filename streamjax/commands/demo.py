@@ -18,7 +18,10 @@ import numpy as np
 from absl import flags
 
 import streamjax as sj
-from streamjax.commands import common, comparison
+from streamjax.commands import comparison
+from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.runner import run_command
 from streamjax.data import corpus_text
 from streamjax.evaluation import Trial, human_bytes, plot_trials
 
@@ -30,7 +33,7 @@ CONTINUATION = 240  # tokens
 
 
 def define(values: flags.FlagValues) -> None:
-    common.define_model(values)
+    define_model(values)
     flags.DEFINE_integer("tokens", None, "Tokens to read; 200 times the training length by default.", lower_bound=1,
                          flag_values=values)  # fmt: skip
     flags.DEFINE_float("seconds", 70.0, "Most time for one cache, on a slow machine.", lower_bound=0,
@@ -81,7 +84,7 @@ def verdict(dense: Trial, window: Trial, sinks: Trial, trained: int) -> list[str
 
 
 def body(values: flags.FlagValues) -> None:
-    model, tokenizer = common.load_model(values)
+    model, tokenizer = load_model(values)
     trained = model.config.max_position
     text = corpus_text("test")
     wanted = values.tokens or 2 * LONG_FACTOR * trained
@@ -111,7 +114,7 @@ def body(values: flags.FlagValues) -> None:
     title = f"{model_name} reads {len(ids):,} tokens of held-out text"
     plot_trials(trials, out / "demo.png", title=title, trained_length=trained)
     runs = [trial.to_json_dict(bytes_per_token) for trial in trials]
-    common.write_json(str(out / "demo.json"), {"tokens": len(ids), "trained_length": trained, "runs": runs})
+    write_json(str(out / "demo.json"), {"tokens": len(ids), "trained_length": trained, "runs": runs})
     print(f"\npicture: {out / 'demo.png'}   numbers: {out / 'demo.json'}")
     session = sessions["sinks + window"]
     tail = tokenizer.decode(np.asarray(ids[: session.tokens_seen])[-CONTINUATION:].tolist())
@@ -125,7 +128,7 @@ def indent(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return common.run_command(__doc__, [define], body, argv)
+    return run_command(__doc__, [define], body, argv)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ import tqdm
 from absl import flags
 
 import streamjax as sj
-from streamjax.commands import common
+from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.runner import Stopped, run_command
 from streamjax.data.recall.training_rows import RecallRows
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.training.heads.gates import GateConfig, answer_batches, far_layers, optimise_gates
@@ -37,7 +39,7 @@ FAR = 0.5  # the gate from which on a head counts as one that looks far back
 
 def define(values: flags.FlagValues) -> None:
     number, whole = flags.DEFINE_float, flags.DEFINE_integer
-    common.define_model(values)
+    define_model(values)
     delattr(values, "chunk_size")  # rows are read whole
     flags.DEFINE_enum("method", METHODS[0], METHODS, "How heads are found.", flag_values=values)
     flags.DEFINE_string("output", "out/heads.json", "Where the gates go.", flag_values=values)
@@ -59,18 +61,18 @@ def define(values: flags.FlagValues) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
-    model, tokenizer = common.load_model(values)
+    model, tokenizer = load_model(values)
     far_layers(model.config)  # so that a model without far heads is told before anything is read
     optimised = values.method == "duo_attention"
     gates, far, about, status = _optimised(values, model, tokenizer) if optimised else _scored(values, model)
     share = round(float(far.mean()), 6)
     name = Path(values.model).expanduser().resolve().name
     content = {"method": values.method, "model": name, "full": share, **about, "gates": gates.round(6).tolist()}
-    common.write_json(values.output, content)
+    write_json(values.output, content)
     print(f"{int(far.sum())} of {far.size} key heads look far back; gates: {values.output}")
     print(f"use them: --cache={values.method}:heads={values.output},full={share:g}")
     if status:
-        raise common.Stopped(status)
+        raise Stopped(status)
 
 
 def _optimised(
@@ -121,7 +123,7 @@ def _scored(values: flags.FlagValues, model: sj.Decoder) -> tuple[np.ndarray, np
 
 
 def main(argv: list[str]) -> int:
-    return common.run_command(__doc__, [define], body, argv)
+    return run_command(__doc__, [define], body, argv)
 
 
 if __name__ == "__main__":

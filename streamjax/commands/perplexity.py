@@ -17,15 +17,21 @@ from pathlib import Path
 from absl import flags
 
 import streamjax as sj
-from streamjax.commands import common, comparison
+from streamjax.commands import comparison
+from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.shell.inputs import BUILTIN
+from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.runner import run_command
 from streamjax.evaluation import plot_trials
+from streamjax.kv.description import describe_cache
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("input", common.BUILTIN, "A text file; builtin is held-out text that comes with Python.",
+    flags.DEFINE_string("input", BUILTIN, "A text file; builtin is held-out text that comes with Python.",
                         flag_values=values)  # fmt: skip
-    common.define_model(values)
-    flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {common.CACHE_HELP}",
+    define_model(values)
+    flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {CACHE_HELP}",
                               flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("dense_capacity", None, "Tokens that a dense cache may hold; 8 times the length the model was "
@@ -37,24 +43,24 @@ def define(values: flags.FlagValues) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
-    model, tokenizer = common.load_model(values, values.cache)
+    model, tokenizer = load_model(values, values.cache)
     trained = model.config.max_position
     ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens)
     capacity = min(values.dense_capacity or 8 * trained, len(ids) + 1)
     memory = None if values.dense_memory is None else values.dense_memory * 1e9
     capacity = comparison.dense_capacity(model, capacity, memory)
     sessions = {
-        spec: sj.Session(model, tokenizer, common.parse_cache(spec, trained, capacity), chunk_size=values.chunk_size)
+        spec: sj.Session(model, tokenizer, parse_cache(spec, trained, capacity), chunk_size=values.chunk_size)
         for spec in dict.fromkeys(values.cache)
     }
     trials = comparison.run_sessions(sessions, ids)
-    names = {spec: common.describe_cache(session.cache) for spec, session in sessions.items()}
+    names = {spec: describe_cache(session.cache) for spec, session in sessions.items()}
     print(f"{Path(values.model).name}, {len(ids):,} tokens of {values.input}: perplexity a token (bits a byte)")
     print(comparison.table(trials, [trained], bytes_per_token))
     for spec, name in names.items():
         print(f"  {spec}: {name}")
     if values.json:
-        common.write_json(
+        write_json(
             values.json,
             {
                 "model": values.model,
@@ -73,7 +79,7 @@ def body(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return common.run_command(__doc__, [define], body, argv)
+    return run_command(__doc__, [define], body, argv)
 
 
 if __name__ == "__main__":

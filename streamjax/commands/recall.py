@@ -21,7 +21,10 @@ import tqdm
 from absl import flags
 
 import streamjax as sj
-from streamjax.commands import common
+from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.runner import run_command
 from streamjax.data.recall.haystack import KINDS
 from streamjax.data.recall.tasks import TASKS, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
@@ -38,7 +41,7 @@ ROOM = 1024  # tokens of questions and answers that a cache without an end must 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("demo", False, "The demonstration: passkeys at up to 131,072 tokens, with the shipped models.",
                       flag_values=values)  # fmt: skip
-    common.define_model(values)
+    define_model(values)
     values.set_default("model", str(RECALL_MODEL))
     flags.DEFINE_multi_enum("task", ["passkey"], TASKS, "May be repeated.", flag_values=values)
     flags.DEFINE_list("lengths", ["1K", "8K", "64K"], "Tokens of context; K and M are 1,024 and 1,024 squared.",
@@ -51,7 +54,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("haystack", "words", KINDS, "What lies between: drawn sentences, or five sentences repeated.",
                       flag_values=values)  # fmt: skip
     flags.DEFINE_multi_string(
-        "cache", None, f"May be repeated; by default one that keeps everything, and streaming_llm. {common.CACHE_HELP}",
+        "cache", None, f"May be repeated; by default one that keeps everything, and streaming_llm. {CACHE_HELP}",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("batch_size", 4, "Contexts read side by side.", lower_bound=1, flag_values=values)
@@ -68,7 +71,7 @@ def body(values: flags.FlagValues) -> None:
     print(table(cells))
     if values.json:
         runs = [cell.to_json_dict() for cell in cells]
-        common.write_json(values.json, {"model": values.model, "trained_length": trained, "runs": runs})
+        write_json(values.json, {"model": values.model, "trained_length": trained, "runs": runs})
         print(f"numbers: {values.json}")
     if values.png:
         from streamjax.evaluation.recall_plot import plot_recall
@@ -79,7 +82,7 @@ def body(values: flags.FlagValues) -> None:
 
 def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
     lengths = [parse_length(text) for text in values.lengths]
-    model, tokenizer = common.load_model(values, values.cache or ())
+    model, tokenizer = load_model(values, values.cache or ())
     trained = model.config.max_position
     for task in values.task:  # what does not fit is told before anything is read
         next(stream_context(make_problem(task, None, 0, needles=values.needles), min(lengths), tokenizer))
@@ -87,7 +90,7 @@ def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
     everything = f"dense:capacity={whole}" if model.config.hsa is None else f"hsa:capacity={whole}"
     cells = []
     for spec in values.cache or [everything, "streaming_llm"]:
-        cache = common.parse_cache(spec, trained, whole)
+        cache = parse_cache(spec, trained, whole)
         for task in values.task:
             for length in lengths:
                 how = (values.depths, values.samples, values.batch_size)
@@ -188,7 +191,7 @@ def table(cells: list[Cell]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return common.run_command(__doc__, [define], body, argv)
+    return run_command(__doc__, [define], body, argv)
 
 
 if __name__ == "__main__":

@@ -17,54 +17,34 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import tqdm
 from absl import flags
 
 import streamjax as sj
-from streamjax.commands import common
-from streamjax.data import corpus_text
+from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.model import define_model, describe, load_model
+from streamjax.commands.shell.inputs import open_input
+from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.runner import run_command
 from streamjax.evaluation import Curve, StreamEncoder, human_bytes, peak_resident_bytes, resident_bytes
+from streamjax.kv.description import describe_cache
 from streamjax.streaming.interrupts import undisturbed
-
-_READ = 1 << 16  # bytes
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", "-", "A text file; - is standard input, builtin is held-out text that comes with "
                         "Python.", flag_values=values)  # fmt: skip
-    common.define_model(values)
-    flags.DEFINE_string("cache", "streaming_llm", common.CACHE_HELP, flag_values=values)
+    define_model(values)
+    flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do with bytes that are not UTF-8: end with "
                       "an error, or read U+FFFD.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("json", None, "File for the result and the curve of perplexity.", flag_values=values)
     flags.DEFINE_string("load_state", None, "Go on with the stream in this folder.", flag_values=values)
     flags.DEFINE_string("save_state", None, "Folder for the stream at the end, also after Ctrl-C.", flag_values=values)
-
-
-def open_input(name: str) -> tuple[Iterator[bytes], int | None]:
-    """The text's bytes as they come, and how many there will be where that is known."""
-    if name == common.BUILTIN:
-        data = corpus_text("test").encode()
-        return (data[start : start + _READ] for start in range(0, len(data), _READ)), len(data)
-    if name == "-":
-        if sys.stdin.isatty():
-            print("reading from the keyboard; Ctrl-D ends the text", file=sys.stderr)
-        return _read(sys.stdin.buffer), None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: --input takes one text file, or - for standard input")
-    return _read(path.open("rb")), path.stat().st_size
-
-
-def _read(stream: BinaryIO) -> Iterator[bytes]:
-    with stream:
-        while data := stream.read1(_READ):  # type: ignore[attr-defined]
-            yield data
 
 
 class Reader:
@@ -179,12 +159,12 @@ class Reader:
 
 def body(values: flags.FlagValues) -> None:
     data, total_bytes = open_input(values.input)
-    model, tokenizer = common.load_model(values, [values.cache])
-    cache = common.parse_cache(values.cache, model.config.max_position)
+    model, tokenizer = load_model(values, [values.cache])
+    cache = parse_cache(values.cache, model.config.max_position)
     session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
     if values.load_state:
         session.load(values.load_state)
-    print(common.describe(values.model, model, cache, session), file=sys.stderr)
+    print(describe(values.model, model, cache, session), file=sys.stderr)
     encoder = StreamEncoder(tokenizer, "standard input" if values.input == "-" else values.input, values.errors)
     slow = not sys.stderr.isatty()
     ended, failure = "", None
@@ -202,7 +182,7 @@ def body(values: flags.FlagValues) -> None:
     if result["tokens"]:
         report(result, ended)
         if values.json:
-            common.write_json(values.json, {"model": values.model, "cache": common.describe_cache(cache), **result})
+            write_json(values.json, {"model": values.model, "cache": describe_cache(cache), **result})
     if values.save_state and session.tokens_seen:
         session.save(values.save_state)
         print(f"saved at token {session.tokens_seen:,}: --load_state={values.save_state} goes on from there")
@@ -227,7 +207,7 @@ def report(result: dict[str, Any], ended: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return common.run_command(__doc__, [define], body, argv)
+    return run_command(__doc__, [define], body, argv)
 
 
 if __name__ == "__main__":

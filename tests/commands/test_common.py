@@ -5,7 +5,9 @@ import re
 import pytest
 
 import streamjax as sj
-from streamjax.commands import chat, common, demo, perplexity, stream
+from streamjax.commands import chat, demo, perplexity, stream
+from streamjax.commands.flags.cache import parse_cache
+from streamjax.kv.description import describe_cache
 
 COMMANDS = [stream, chat, perplexity, demo]
 
@@ -24,12 +26,12 @@ COMMANDS = [stream, chat, perplexity, demo]
     ],
 )
 def test_caches_are_described_in_one_word(text, cache):
-    assert common.parse_cache(text, 100, dense_capacity=300) == cache
+    assert parse_cache(text, 100, dense_capacity=300) == cache
 
 
 def test_defaults_stay_where_the_model_was_trained_for_longer():
-    assert common.parse_cache("streaming_llm", 100_000) == sj.kv.preset("streaming_llm")
-    assert common.parse_cache("window", 100_000) == sj.kv.preset("window")
+    assert parse_cache("streaming_llm", 100_000) == sj.kv.preset("streaming_llm")
+    assert parse_cache("window", 100_000) == sj.kv.preset("window")
 
 
 @pytest.mark.parametrize(
@@ -45,21 +47,21 @@ def test_defaults_stay_where_the_model_was_trained_for_longer():
 )
 def test_wrong_caches_are_told_with_the_nearest_right_one(text, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")) as raised:
-        common.parse_cache(text, 100)
+        parse_cache(text, 100)
     assert "\n" not in str(raised.value)
 
 
 def test_caches_in_short():
-    assert common.describe_cache(sj.kv.preset("streaming_llm", sinks=4, window=1020)) == "Sink(4) > Window(1020)"
-    assert common.describe_cache(sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(9), fuse=False)) == "Sink(4) > Window(9)"
-    assert common.describe_cache(sj.kv.preset("dense", capacity=8)) == "Full(8)"
+    assert describe_cache(sj.kv.preset("streaming_llm", sinks=4, window=1020)) == "Sink(4) > Window(1020)"
+    assert describe_cache(sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(9), fuse=False)) == "Sink(4) > Window(9)"
+    assert describe_cache(sj.kv.preset("dense", capacity=8)) == "Full(8)"
 
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_teaches(module, command):
     outcome = command(module, "--help", model=None)
     assert outcome.status == 0
-    examples = re.findall(rf"python -m {module.__name__}\b.*", outcome.out)
+    examples = re.findall(rf"python -m infer.{module.__name__.rpartition('.')[2]}\b.*", outcome.out)
     assert examples
     flags = set(re.findall(r"^  --(\w+)", outcome.out, re.MULTILINE))
     assert {"model", "chunk_size", "help"} <= flags

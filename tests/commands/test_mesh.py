@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import streamjax as sj
-from streamjax.commands import chat, common, perplexity, stream
+from streamjax.commands import chat, perplexity, stream
+from streamjax.commands.flags.model import parse_mesh
 from tests.commands.command_helpers import read_json
 
 SMALL = "--chunk_size=64"
@@ -98,11 +99,11 @@ def test_caches_are_compared_on_a_split_model(command, two_heads, text_file, tmp
     ],
 )
 def test_meshes_are_described_in_one_word(text, shape):
-    assert {axis: size for axis, size in common.parse_mesh(text).shape.items() if size > 1} == shape
+    assert {axis: size for axis, size in parse_mesh(text).shape.items() if size > 1} == shape
 
 
 def test_no_mesh_is_the_default():
-    assert common.parse_mesh(None) is None
+    assert parse_mesh(None) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""Flags that choose the model and its devices, and the model that they choose."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from jax.sharding import Mesh
+
+import streamjax as sj
+from streamjax.commands.flags.cache import parse_cache
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.evaluation import human_bytes
+from streamjax.kv.description import describe_cache
+from streamjax.kv.presets.registry import Built
+from streamjax.parallel.mesh import make_mesh
+
+SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "stdlib_byte"
+_MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """Flags that choose the model."""
+    flags.DEFINE_string(
+        "model",
+        str(SHIPPED_MODEL),
+        "Folder of a model: Hugging Face (config.json and *.safetensors), or a streamjax checkpoint. By default the "
+        "small byte-level model that comes with streamjax.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "tokenizer", None, "Folder with tokenizer.json; the model's own by default, bytes if none.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Of the weights; bfloat16 on TPU and GPU, float32 on CPU by default.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "mesh", None, "Devices to split the model over, such as tensor=4 or fsdp=2,tensor=4; -1 means those that are "
+        "left. tensor splits heads, MLPs, the vocabulary and the cache; fsdp splits weights, which are gathered where "
+        "they are used; data has nothing to split in a single stream. One device by default.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("chunk_size", 512, "Tokens read in one step.", lower_bound=1, flag_values=values)
+
+
+def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj.Decoder, Tokenizer]:
+    """The model and the tokenizer that the flags name; mistakes in `caches` come to light before anything is read."""
+    for cache in caches:
+        parse_cache(cache, sys.maxsize)
+    path = Path(values.model).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors")
+    tokenizer = sj.load_tokenizer(Path(values.tokenizer).expanduser() if values.tokenizer else path)
+    return sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh)), tokenizer
+
+
+def parse_mesh(text: str | None) -> Mesh | None:
+    """The mesh that `--mesh` describes, over all devices; None where there is no text.
+
+    Raises:
+      ValueError: an unknown axis, a size that is no number, or sizes that do not fit the devices.
+    """
+    if not text:
+        return None
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
+        if axis not in _MESH_AXES:
+            raise ValueError(f"--mesh={text}: no mesh axis {axis!r}; {_nearest(axis, _MESH_AXES)}")
+        if axis in sizes or not re.fullmatch(r"-?\d+", size):
+            raise ValueError(f"--mesh={text}: give {axis} once, with a number of devices, such as {axis}=4")
+        sizes[axis] = int(size)
+    return make_mesh(**sizes)  # type: ignore[arg-type]  # every key is an axis
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def describe(path: str, model: sj.Decoder, cache: Built, session: sj.Session) -> str:
+    """One line about what will run."""
+    config = model.config
+    return (
+        f"{Path(path).name}: {config.family}, {config.parameter_count / 1e6:.1f}M parameters, trained at "
+        f"{config.max_position:,} tokens; cache {describe_cache(cache)}, {human_bytes(session.cache_bytes)}"
+    )

@@ -1,0 +1,34 @@
+"""Texts that a command reads."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamjax.data import corpus_text
+
+BUILTIN = "builtin"
+_READ = 1 << 16  # bytes
+
+
+def open_input(name: str) -> tuple[Iterator[bytes], int | None]:
+    """The text's bytes as they come, and how many there will be where that is known."""
+    if name == BUILTIN:
+        data = corpus_text("test").encode()
+        return (data[start : start + _READ] for start in range(0, len(data), _READ)), len(data)
+    if name == "-":
+        if sys.stdin.isatty():
+            print("reading from the keyboard; Ctrl-D ends the text", file=sys.stderr)
+        return _read(sys.stdin.buffer), None  # type: ignore[arg-type]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: --input takes one text file, or - for standard input")
+    return _read(path.open("rb")), path.stat().st_size
+
+
+def _read(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    with stream:
+        while data := stream.read1(_READ):
+            yield data

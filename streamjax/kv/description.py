@@ -1,0 +1,41 @@
+"""Caches in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamjax.kv.cache import Cache
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.presets.registry import Built
+from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
+from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.sink import Sink
+from streamjax.kv.tiers.sink_window import SinkWindow
+from streamjax.kv.tiers.window import Window
+
+
+def describe_cache(cache: Built | Sequence[Cache]) -> str:
+    """A cache in short, such as "Sink(4) > Window(508)"."""
+    if isinstance(cache, Sequence):
+        kinds = list(dict.fromkeys(map(describe_cache, cache)))
+        return kinds[0] + (f" and {len(kinds) - 1} other arrangements in {len(cache)} layers" if kinds[1:] else "")
+    if isinstance(cache, ChunkMemory):
+        return f"ChunkMemory({cache.capacity_tokens:,})"
+    if isinstance(cache, HeadGroups):
+        return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
+    if not isinstance(cache, Cascade):
+        return repr(cache)
+    parts = []
+    for tier in cache.tiers:
+        match tier:
+            case SinkWindow(sinks=sinks, window=window):
+                parts += [f"Sink({sinks})", f"Window({window})"]
+            case Sink(size=size) | Window(size=size) | Full(capacity=size):
+                parts.append(f"{type(tier).__name__}({size:,})")
+            case Pages(size=size, capacity=capacity, top_k=top_k):
+                parts.append(f"Pages({capacity:,} in {size}s, top {top_k})")
+            case _:
+                parts.append(repr(tier))
+    return " > ".join(parts)
