@@ -1,1 +1,1 @@
-"""Command lines that run models: `python -m infer.stream`, `chat`, `perplexity` and `demo`."""
+"""Command lines that run models: `python -m infer.stream`, `chat`, `perplexity`, `recall` and `demo`."""

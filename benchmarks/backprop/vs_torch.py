@@ -5,7 +5,7 @@
 
 A random Qwen2 of 55 million parameters in float32 and one sequence of random tokens. In torch: gradient checkpointing
 by `transformers` (sdpa attention, all logits at once), and the order of StreamBP (2506.03077) written out in
-`torch_backprop.py`; with --paper also the authors' own code. Here: `layer` and `chunk`. Chunks are of 1,024 tokens, and
+`torch_peers.py`; with --paper also the authors' own code. Here: `layer` and `chunk`. Chunks are of 1,024 tokens, and
 the logits of 512 tokens exist at once.
 
 The processes take turns and wait in between; figures are medians over turns, and ratios are of seconds in the same

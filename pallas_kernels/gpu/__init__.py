@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: Triton (Ampere and later), and Mosaic GPU for Hopper."""

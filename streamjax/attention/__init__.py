@@ -1,0 +1,1 @@
+"""Attention over whole sequences, the rotation of positions, and which implementation runs."""

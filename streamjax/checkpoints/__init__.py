@@ -1,4 +1,7 @@
-"""Arrays on disk: pytrees and the checkpoints of training runs, by Orbax. Knows no model, no stream and no run."""
+"""Arrays on disk by Orbax: pytrees and the checkpoints of training runs.
+
+It knows no model, no stream and no run.
+"""
 
 from streamjax.checkpoints.pytrees import read_about, restore_pytree, save_pytree
 from streamjax.checkpoints.runs import RunCheckpoints

@@ -1,0 +1,1 @@
+"""The command lines: flags, wiring and printing. Nothing imports from here."""

@@ -1,4 +1,4 @@
-"""Placing models and streams on many devices: meshes, and one table from logical dimension names to mesh axes."""
+"""Models and streams on many devices: meshes, and one table from logical axes to mesh axes."""
 
 from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shardings, with_placement
 from streamjax.parallel.rules import RULES, constrain, partition_spec

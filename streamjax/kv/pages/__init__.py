@@ -1,0 +1,1 @@
+"""Parts of tiers of pages: indexes, the choice of pages, search, boundaries, host memory, files."""

@@ -1,0 +1,1 @@
+"""The tiers, one file each: what a tier keeps and how it is attended."""

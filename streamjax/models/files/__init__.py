@@ -1,0 +1,1 @@
+"""Models in files: Hugging Face folders, safetensors, and streamjax's own layout."""

@@ -1,0 +1,1 @@
+"""Low-rank adapters on a model's projections: attach, merge, and PEFT's files."""

@@ -1,0 +1,1 @@
+"""The parts of a layer that let tokens see each other."""

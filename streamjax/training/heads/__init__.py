@@ -1,0 +1,1 @@
+"""Finding the heads that look far back: optimised gates and scores."""

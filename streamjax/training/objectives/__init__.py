@@ -1,0 +1,1 @@
+"""Objectives: cross-entropy, DPO and GRPO, from three numbers a token."""

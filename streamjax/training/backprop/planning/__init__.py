@@ -1,0 +1,1 @@
+"""How much memory an order of backprop needs, and which one to take."""

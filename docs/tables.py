@@ -1,0 +1,96 @@
+"""Write the tables of README.md that the code itself decides: the named caches and the folders.
+
+python -m docs.tables
+
+Each table stands between two marks, `<!-- NAME: written by python -m docs.tables -->` and `<!-- NAME ends -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import streamjax as sj
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "README.md"
+# Folders whose purpose no docstring of a package says.
+OTHER_FOLDERS = {
+    "configs/": "one Python file a training run; its docstring states the command, the result and the time",
+    "train/": "`python -m train`: entries to `streamjax/commands`",
+    "infer/": "`python -m infer.stream` and the like: entries to `streamjax/commands`",
+    "models/": "small models trained by this library, each with a card: the demonstrations need no download",
+    "benchmarks/": "figures and the scripts that print them; `benchmarks/results/` keeps what they printed",
+    "colab/": "notebooks for TPU, GPU or CPU",
+    "docs/": "pages of documentation, and the script that writes README's tables",
+    "tests/": "mirrors the tree; `tests/oracles/` holds slow, plain forms of the published algorithms",
+}
+
+
+def presets() -> str:
+    """A table of every named cache: the tiers it is made of, what it keeps, whether a stream can go on for ever."""
+    rows = ["| preset | tiers | what it does | endless | paper |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        gates = Path(folder) / "gates.json"
+        gates.write_text(json.dumps({"gates": [[head / 20 for head in range(20)]]}))
+        for name, preset in sj.kv.presets().items():
+            cache = preset.build(**({"heads": str(gates)} if "heads" in preset.options else {}))
+            cache = cache[0] if isinstance(cache, tuple) else cache
+            endless = "yes" if cache.capacity is None else "no"
+            rows.append(f"| `{name}` | {tiers(cache)} | {preset.summary} | {endless} | {papers(preset.paper)} |")
+    return "\n".join(rows)
+
+
+def tiers(cache: sj.kv.Cache) -> str:
+    """The tiers of a cache in words: "`Sink > Window`"."""
+    if isinstance(cache, sj.kv.HeadGroups):
+        (_, far), (_, near) = cache.groups
+        return f"{tiers(far)} in some heads, {tiers(near)} in the others"
+    if isinstance(cache, sj.kv.Cascade):
+        names = [type(tier).__name__.replace("SinkWindow", "Sink > Window") for tier in cache.tiers]
+        return f"`{' > '.join(names)}`"
+    return f"`{type(cache).__name__}`"
+
+
+def papers(text: str) -> str:
+    """Links to the papers whose numbers a preset names."""
+    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", text))
+
+
+def folders() -> str:
+    """A line for each folder of the packages, from its docstring, and for each of the other folders."""
+    lines = {}
+    for package in ("streamjax", "pallas_kernels"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            lines[path.parent.relative_to(ROOT).as_posix() + "/"] = text.partition("\n")[0].rstrip(".")
+    silent = [name for name, line in lines.items() if not line]
+    if silent:
+        raise ValueError(f"the __init__.py of {', '.join(silent)} lacks a docstring that says what the folder holds")
+    lines = {**dict(sorted(lines.items(), key=lambda item: (item[0].startswith("pallas"), item))), **OTHER_FOLDERS}
+    width = max(map(len, lines))
+    return "\n".join(["```", *(f"{name:{width}} {line}".replace("`", "") for name, line in lines.items()), "```"])
+
+
+def written(page: str) -> str:
+    """The text of a page with every table between its marks written anew.
+
+    Raises:
+      ValueError: the page lacks the marks of a table; a folder says nothing of itself.
+    """
+    for name, table in (("presets", presets()), ("folders", folders())):
+        begin, end = f"<!-- {name}: written by python -m docs.tables -->", f"<!-- {name} ends -->"
+        before, first, rest = page.partition(begin)
+        _, last, after = rest.partition(end)
+        if not first or not last:
+            raise ValueError(f"the page lacks the marks of {name!r}: {begin} and {end}")
+        page = f"{before}{begin}\n{table}\n{end}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
+    print(f"written: {PAGE}")
