@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from streamjax.models.files.checkpoint import load, save
     from streamjax.models.files.hugging_face import save_hf
     from streamjax.models.files.native_format import save_safetensors
-    from streamjax.models.lora.peft_files import load_lora, save_lora
+    from streamjax.models.files.peft import load_lora, save_lora
     from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 _LAZY = {
     "Session": "streamjax.streaming.session",
     "load": "streamjax.models.files.checkpoint",
-    "load_lora": "streamjax.models.lora.peft_files",
+    "load_lora": "streamjax.models.files.peft",
     "load_stream": "streamjax.streaming.saved_streams",
     "load_tokenizer": "streamjax.data",
     "save": "streamjax.models.files.checkpoint",
     "save_hf": "streamjax.models.files.hugging_face",
-    "save_lora": "streamjax.models.lora.peft_files",
+    "save_lora": "streamjax.models.files.peft",
     "save_safetensors": "streamjax.models.files.native_format",
     "save_stream": "streamjax.streaming.saved_streams",
 }

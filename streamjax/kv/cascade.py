@@ -11,8 +11,6 @@ from pallas_kernels.partial import merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.ring_buffer import ordered_after
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
-from streamjax.kv.tiers.clusters import Clusters
-from streamjax.kv.tiers.content_pages import ContentPages
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
@@ -37,12 +35,9 @@ class Cascade(Cache):
                 raise ValueError(f"a Cascade is made of tiers such as sj.kv.Window(1020), not {tier!r}")
         if any(isinstance(tier, Sink) for tier in tiers[1:]):
             raise ValueError("Sink must be the first tier of a Cascade: it keeps the first tokens of the stream")
-        if any(isinstance(tier, Full) for tier in tiers[:-1]):
-            raise ValueError("Full must be the last tier of a Cascade: nothing falls out of it")
-        if any(isinstance(tier, Clusters) for tier in tiers[:-1]):
-            raise ValueError("Clusters must be the last tier of a Cascade: a segment leaves it as a whole")
-        if any(isinstance(tier, ContentPages) for tier in tiers[:-1]):
-            raise ValueError("ContentPages must be the last tier of a Cascade: a page leaves it as a whole")
+        for tier in tiers[:-1]:
+            if tier.last_because:
+                raise ValueError(f"{type(tier).__name__} must be the last tier of a Cascade: {tier.last_because}")
         reach = sum(tier.slots for tier in tiers)
         placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
         match placed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +247,8 @@ class Tier:
     afterwards (`insert`).
     """
 
+    last_because: ClassVar[str] = ""  # why no tier may stand behind it in a cascade; empty where one may
+
     @property
     def slots(self) -> int:
         raise NotImplementedError
@@ -292,4 +294,6 @@ class Tier:
 
     def insert(self, state: State, tokens: KVTokens) -> tuple[State, KVTokens]:
         """After the chunk attended: store its tokens; return as many tokens as came in, those that had to go."""
+        if self.last_because:
+            raise ValueError(f"{type(self).__name__} must be the last tier of a Cascade: {self.last_because}")
         return state, tokens

@@ -23,11 +23,13 @@ from jaxtyping import Array, Float, Int
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.disk_files import PageFiles, PageLayout, PageWriter
 from streamjax.kv.ring_buffer import read_ring
+from streamjax.kv.ring_state import RingState
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.full import Full, LinearState
-from streamjax.kv.tiers.window import RingState, Window
+from streamjax.kv.tiers.window import Window
+from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.rope import make_rotary
 from streamjax.streaming.scan import read

@@ -18,8 +18,8 @@ from jax.experimental import compute_on
 from jaxtyping import Array, Float, Int32
 
 from streamjax.kv.ring_buffer import read_ring, write_linear
+from streamjax.kv.ring_state import RingState, push, write
 from streamjax.kv.tier import KVSpec, KVTokens
-from streamjax.kv.tiers.window import RingState, push, write
 
 UNDER_WAY = 16  # copies that are begun before the first has to be there
 PLAIN = ("cpu",)  # platforms whose device memory is the host's
@@ -88,7 +88,7 @@ def put_pages(
 
 
 def write_pages(ring: RingState, tokens: KVTokens, size: int, keep: int) -> tuple[RingState, Float[Array, "B K N S D"]]:
-    """`window.write` into pages of `size`, and the keys of the pages that tokens may have gone to, N in a row.
+    """`ring_state.write` into pages of `size`, and the keys of the pages that tokens may have gone to, N in a row.
 
     Raises:
       ValueError: more tokens at a time than stay.
@@ -100,7 +100,7 @@ def write_pages(ring: RingState, tokens: KVTokens, size: int, keep: int) -> tupl
 def push_pages(
     ring: RingState, tokens: KVTokens, size: int, keep: int
 ) -> tuple[RingState, Float[Array, "B K N S D"], KVTokens]:
-    """`window.push` into pages of `size`: the ring, the keys of the pages written to, and the tokens that fell out.
+    """`ring_state.push` into pages of `size`: the ring, the keys of the pages written to, and the tokens that fell out.
 
     Raises:
       ValueError: more tokens at a time than stay.

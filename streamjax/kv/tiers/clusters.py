@@ -10,7 +10,7 @@ left is not read.
 from __future__ import annotations
 
 import dataclasses
-from typing import NoReturn
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,8 @@ class Clusters(Tier):
       ValueError: sizes that do not fit each other.
     """
 
+    last_because: ClassVar[str] = "a segment leaves it as a whole"
+
     segment: int
     capacity: int
     retrieve: int
@@ -140,9 +142,6 @@ class Clusters(Tier):
             cursor=spec.counter(),
         )
         return ClustersState(LinearState.empty(spec, self.segment), closed)
-
-    def insert(self, state: ClustersState, tokens: KVTokens) -> NoReturn:
-        raise ValueError("Clusters must be the last tier of a Cascade: a segment leaves it as a whole")
 
     def store(self, state: ClustersState, tokens: KVTokens) -> ClustersState:
         def fill(_: Array | int, carry: tuple[ClustersState, Array]) -> tuple[ClustersState, Array]:

@@ -8,7 +8,7 @@ the business of a rule, see `boundaries.py`, and what they are good for that of 
 from __future__ import annotations
 
 import dataclasses
-from typing import NoReturn
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,8 @@ class ContentPages(Tier):
       ValueError: sizes that do not fit each other.
     """
 
+    last_because: ClassVar[str] = "a page leaves it as a whole"
+
     size: int
     capacity: int
     top_k: int
@@ -120,9 +122,6 @@ class ContentPages(Tier):
         count = jnp.zeros((spec.batch_size, 1, self.pages), jnp.int32)
         summary = self._summarise(k, count, score, spec.counter(), self.pages)
         return ContentPagesState(k, v, position, count, summary, self.boundary.init(spec), spec.counter(), score)
-
-    def insert(self, state: ContentPagesState, tokens: KVTokens) -> NoReturn:
-        raise ValueError("ContentPages must be the last tier of a Cascade: a page leaves it as a whole")
 
     def store(self, state: ContentPagesState, tokens: KVTokens) -> ContentPagesState:
         place, marks = self._places(state, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ class Full(Tier):
     Tokens beyond the capacity are not stored; a stream's outputs are NaN from the first of them on (`advance`), never
     those of a silently truncated context.
     """
+
+    last_because: ClassVar[str] = "nothing falls out of it"
 
     capacity: int
 

@@ -22,8 +22,8 @@ from streamjax.kv.pages.indexes import Index, MinMax, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
 from streamjax.kv.pages.tree_search import tree_search
 from streamjax.kv.ring_buffer import read_ring, write_ring
+from streamjax.kv.ring_state import RingState, push, write
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
-from streamjax.kv.tiers.window import RingState, push, write
 
 Placement = Literal["device", "host"]
 

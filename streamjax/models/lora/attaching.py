@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from pallas_kernels.partial import accumulator
+from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.decoder import Decoder
 from streamjax.models.lora.adapters import TARGETS, Adapter, pad_members
 from streamjax.parallel.mesh import shard_model
 

@@ -17,7 +17,7 @@ from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.config import LayerSpec, ModelConfig
-from streamjax.models.layers import Projections
+from streamjax.models.mixers.projections import Projections
 from streamjax.models.rope import make_rotary
 from streamjax.parallel.rules import constrain
 

@@ -22,7 +22,10 @@ from streamjax.attention.dense import attend
 from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
 from streamjax.models.config import ModelConfig
-from streamjax.models.layers import MLP, Norm, Projections, kernel
+from streamjax.models.mixers.projections import Projections
+from streamjax.models.mlps.dense import MLP
+from streamjax.models.norms import Norm
+from streamjax.models.parameters import kernel
 from streamjax.models.rope import make_rotary
 
 

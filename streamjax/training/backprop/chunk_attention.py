@@ -21,8 +21,8 @@ from streamjax.attention import blockwise
 from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
 from streamjax.attention.dispatch import KERNEL_TOKENS, logged
 from streamjax.attention.sharded import Names, names_of_partial, per_device_call, whole_on_each_device
+from streamjax.models.block import Block
 from streamjax.models.config import LayerSpec
-from streamjax.models.decoder import Block
 from streamjax.training.backprop.sequence_chunks import KVBuffer, KVView
 
 _QUERY: Names = ("batch", None, "heads", None)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.block import Block
+from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend
 from streamjax.training.backprop.chunk_vjp import chunk_vjp
 from streamjax.training.backprop.embedding_and_head import (

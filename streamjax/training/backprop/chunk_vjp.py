@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from streamjax.attention.blockwise import Blocks
 from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.models.block import Block
 from streamjax.models.config import LayerSpec
-from streamjax.models.decoder import Block
 from streamjax.training.backprop import chunk_attention
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, add
 from streamjax.training.backprop.storage import landmark_memory

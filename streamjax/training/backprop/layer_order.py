@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.models.block import Block
 from streamjax.models.config import LayerSpec
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend, attention_blocks
 from streamjax.training.backprop.chunk_vjp import chunk_vjp
 from streamjax.training.backprop.embedding_and_head import (

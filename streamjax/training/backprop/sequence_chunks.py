@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks
 from streamjax.attention.blockwise import block_sizes
-from streamjax.models.decoder import Block
+from streamjax.models.block import Block
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.parallel.rules import constrain
 from streamjax.training.objectives.objective import Batch

@@ -24,8 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.partial import accumulator
 from pallas_kernels.patterns import Full, Pattern, SinkWindow
 from streamjax.attention.dispatch import sequence_attention
+from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 
 _FRUITLESS_ROWS = 1000  # rows without an answer, one after another, after which no row is expected to have one

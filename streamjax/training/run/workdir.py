@@ -14,8 +14,8 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import save
 from streamjax.models.files.hugging_face import save_hf
 from streamjax.models.files.native_format import save_safetensors
+from streamjax.models.files.peft import save_lora
 from streamjax.models.lora.attaching import merge_lora
-from streamjax.models.lora.peft_files import save_lora
 from streamjax.training.run.config import TrainConfig
 
 CONFIG_FILE = "train_config.json"

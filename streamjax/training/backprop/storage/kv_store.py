@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from streamjax.attention.blockwise import Blocks
+from streamjax.models.block import Block
 from streamjax.models.config import LayerSpec
-from streamjax.models.decoder import Block
 from streamjax.training.backprop.chunk_attention import attention_blocks
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, key_block, whole_view
 

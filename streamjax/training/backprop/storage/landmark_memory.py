@@ -16,8 +16,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.models.block import Block
 from streamjax.models.config import LayerSpec, ModelConfig
-from streamjax.models.decoder import Block
 from streamjax.models.mixers.hierarchical import ReadablePages, page_segments, whole_view
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from streamjax.models.block import Block
 from streamjax.models.config import LayerSpec
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.gradient_reduction import Reduction
 from streamjax.training.backprop.sequence_chunks import zeros_like
 from streamjax.training.backprop.storage.landmark_memory import source_of

@@ -25,6 +25,7 @@ import numpy as np
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.families import FAMILIES
+from streamjax.models.files.peft_modules import Part, modules, rows_of
 from streamjax.models.files.safetensors_files import (
     PendingTensor,
     StoredTensor,
@@ -35,7 +36,6 @@ from streamjax.models.files.safetensors_files import (
 )
 from streamjax.models.lora.adapters import Adapter
 from streamjax.models.lora.attaching import Shape, adapter_dtype, adapter_of, attach, ranks_of
-from streamjax.models.lora.peft_modules import Part, modules, rows_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SPLIT = "streamjax.split"  # metadata: module -> [[target, rank], ...], where a module holds several targets

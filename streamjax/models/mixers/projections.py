@@ -1,0 +1,78 @@
+"""The projections of an attention layer: queries, keys and values in, heads out."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from streamjax.models.config import ModelConfig
+from streamjax.models.lora.adapters import Adapter, add_adapted
+from streamjax.models.norms import Norm
+from streamjax.models.parameters import kernel, zeros
+
+
+class Projections(nnx.Module):
+    """Queries, keys and values from one fused product, and the product back to the residual stream.
+
+    `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value, so that
+    one product reads the input once and tensor parallelism splits over key/value heads. Adapters (`lora.py`) change
+    members of it: all queries of a group, its key, or its value.
+    """
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        d, kv, group, width = config.d_model, config.num_kv_heads, config.group_size, config.head_dim
+        self.config = config
+        key_in, key_out = jax.random.split(key)
+        axes = ("embed", "kv_heads", "group", "head_dim")
+        self.qkv = kernel(key_in, (d, kv, group + 2, width), axes, d, dtype)
+        self.qkv_bias = zeros((kv, group + 2, width), axes[1:], dtype) if config.qkv_bias else None
+        gain = 1.0 / math.sqrt(2 * config.num_layers)
+        axes = ("kv_heads", "group", "head_dim", "embed")
+        self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
+        self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
+        self.q_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
+        self.k_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
+        self.q_lora: Adapter | None = nnx.data(None)
+        self.k_lora: Adapter | None = nnx.data(None)
+        self.v_lora: Adapter | None = nnx.data(None)
+        self.o_lora: Adapter | None = nnx.data(None)
+
+    def split(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries, keys and values, normalised and clipped as the config says, not rotated."""
+        group = self.config.group_size
+        qkv = self._product(x, 0)
+        q = qkv[..., :group, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        return (q if self.q_norm is None else self.q_norm(q)), *self._keys(qkv[..., group:, :])
+
+    def keys(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Keys and values of `split`, without the work for the queries."""
+        return self._keys(self._product(x, self.config.group_size))
+
+    def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
+        """The fused product, from member `first` of each group on."""
+        qkv = jnp.einsum("bte,ekgd->btkgd", x, self.qkv[:, :, first:].astype(x.dtype))
+        key = self.config.group_size - first
+        qkv = add_adapted(qkv, x, (self.q_lora, -first), (self.k_lora, key), (self.v_lora, key + 1))
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[:, first:].astype(x.dtype)
+        return qkv if self.config.clip_qkv is None else jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
+
+    def _keys(self, pair: Float[Array, "B T K 2 D"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        k, v = pair[..., 0, :], pair[..., 1, :]
+        return (k if self.k_norm is None else self.k_norm(k)), v
+
+    def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
+        """Project the heads' outputs back to `d_model` channels."""
+        # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
+        weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(dtype)
+        x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
+        y = jnp.einsum("btf,fe->bte", x, weight)
+        y = y if self.o_lora is None else y + self.o_lora(x)
+        return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)

@@ -1,0 +1,1 @@
+"""What follows a layer's token mixer: one file a kind of MLP."""

@@ -1,0 +1,49 @@
+"""The dense MLP: two matrices, gated (SwiGLU, 2002.05202) or plain."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from streamjax.models.config import ModelConfig
+from streamjax.models.lora.adapters import Adapter, add_adapted
+from streamjax.models.parameters import kernel, zeros
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class MLP(nnx.Module):
+    """Two-layer MLP, gated (SwiGLU, 2002.05202) or plain; gate and up projections are one product."""
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+        d, width, gates = config.d_model, config.mlp_dim, 2 if config.gated_mlp else 1
+        key_in, key_out = jax.random.split(key)
+        self.activation = config.activation
+        self.up = kernel(key_in, (d, gates, width), ("embed", "gates", "mlp"), d, dtype)
+        self.up_bias = zeros((gates, width), ("gates", "mlp"), dtype) if config.mlp_bias else None
+        gain = 1.0 / math.sqrt(2 * config.num_layers)
+        self.down = kernel(key_out, (width, d), ("mlp", "embed"), width, dtype, gain)
+        self.down_bias = zeros((d,), ("activation_embed",), dtype) if config.mlp_bias else None
+        self.gate_lora: Adapter | None = nnx.data(None)
+        self.up_lora: Adapter | None = nnx.data(None)
+        self.down_lora: Adapter | None = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        hidden = jnp.einsum("bte,egf->btgf", x, self.up[...].astype(x.dtype))
+        hidden = add_adapted(hidden, x, (self.gate_lora, 0), (self.up_lora, hidden.shape[-2] - 1))
+        if self.up_bias is not None:
+            hidden = hidden + self.up_bias[...].astype(x.dtype)
+        active = ACTIVATIONS[self.activation](hidden[..., 0, :])
+        active = active * hidden[..., 1, :] if hidden.shape[-2] == 2 else active
+        y = jnp.einsum("btf,fe->bte", active, self.down[...].astype(x.dtype))
+        y = y if self.down_lora is None else y + self.down_lora(active)
+        return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
