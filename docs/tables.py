@@ -81,13 +81,13 @@ def written(page: str) -> str:
     Raises:
       ValueError: the page lacks the marks of a table; a folder says nothing of itself.
     """
-    for name, table in (("presets", presets()), ("folders", folders())):
+    for name, table in (("presets", presets), ("folders", folders)):
         begin, end = f"<!-- {name}: written by python -m docs.tables -->", f"<!-- {name} ends -->"
         before, first, rest = page.partition(begin)
         _, last, after = rest.partition(end)
         if not first or not last:
             raise ValueError(f"the page lacks the marks of {name!r}: {begin} and {end}")
-        page = f"{before}{begin}\n{table}\n{end}{after}"
+        page = f"{before}{begin}\n{table()}\n{end}{after}"
     return page
 
 
