@@ -1,9 +1,25 @@
-"""Arrays on disk by Orbax: pytrees and the checkpoints of training runs.
+"""Arrays on disk: pytrees and the checkpoints of training runs, by Orbax, in folders that are whole and checked.
 
-It knows no model, no stream and no run.
+Knows no model, no stream and no run.
 """
 
+from streamjax.checkpoints.json_files import parse_json, read_json, require_file
+from streamjax.checkpoints.manifests import DamagedFile, check_manifest
 from streamjax.checkpoints.pytrees import read_about, restore_pytree, save_pytree
+from streamjax.checkpoints.replacing import SaveError, replaced_folder, whole
 from streamjax.checkpoints.runs import RunCheckpoints
 
-__all__ = ["RunCheckpoints", "read_about", "restore_pytree", "save_pytree"]
+__all__ = [
+    "DamagedFile",
+    "RunCheckpoints",
+    "SaveError",
+    "check_manifest",
+    "parse_json",
+    "read_about",
+    "read_json",
+    "replaced_folder",
+    "require_file",
+    "restore_pytree",
+    "save_pytree",
+    "whole",
+]

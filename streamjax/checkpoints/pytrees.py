@@ -6,10 +6,10 @@ on the classes that held them. What is static lies beside them as JSON. A save a
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import shutil
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,31 +18,49 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from streamjax.checkpoints.json_files import read_json
+from streamjax.checkpoints.manifests import DamagedFile, check_manifest
+from streamjax.checkpoints.replacing import SaveError, begin, commit, discard, one_line_errors, place_beside, whole
+
 Tree = TypeVar("Tree")
 ARRAYS, ABOUT = "arrays", "about"
+_OWNED = frozenset((ARRAYS, ABOUT, "_CHECKPOINT_METADATA"))  # what Orbax writes into the folder
+_HANDLES = 128  # files that Orbax opens at once, and some more
 
 
 def save_pytree(tree: Any, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
     """Save the arrays of a pytree, bit for bit, and a dictionary that JSON can hold. What was there is replaced.
 
+    Files in the folder that no save has written stay.
+
     Raises:
       ValueError: `path` holds something that is no checkpoint.
+      SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     if path.exists() and not (path / ABOUT).exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no checkpoint: choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(fresh, args=ocp.args.Composite(**orbax_items(tree, about or {})), force=True)
-    if jax.process_index() == 0:
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-        shutil.rmtree(old, ignore_errors=True)
+    items = ocp.args.Composite(**orbax_items(tree, about or {}))
+    require_handles(path)
+    with one_line_errors(path):
+        first = jax.process_index() == 0
+        fresh = begin(path) if first else place_beside(path)
+        wait_for_others("save_pytree begins")
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(fresh, args=items, force=True)
+            if first:
+                commit(path, fresh, _OWNED.__contains__)
+        except BaseException:
+            if first:
+                discard(fresh)
+            raise
+        wait_for_others("save_pytree")
+
+
+def wait_for_others(name: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_pytree")
+        multihost_utils.sync_global_devices(name)
 
 
 def restore_pytree(template: Tree, path: str | Path, *, cast: bool = False) -> Tree:
@@ -55,13 +73,40 @@ def restore_pytree(template: Tree, path: str | Path, *, cast: bool = False) -> T
 
     Raises:
       ValueError: one line that names the array that is missing, or has another shape or dtype.
+      DamagedFile: one that names a file that is not as it was saved.
     """
-    path = Path(path).absolute()
-    about = read_about(path)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(**{ARRAYS: restore_args(template, about, path, cast)})
-        found = checkpointer.restore(path, args=args)
-    return rebuild(template, found[ARRAYS])
+    path = whole(Path(path).resolve())
+    args = ocp.args.Composite(**{ARRAYS: restore_args(template, read_about(path), path, cast)})
+    with reading(path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(path, args=args)[ARRAYS]
+    return rebuild(template, found)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Check the files of a checkpoint before it is read; what Orbax finds wrong with them is one line then.
+
+    Raises:
+      DamagedFile: a file is not as it was saved, or cannot be read.
+    """
+    check_manifest(path)
+    require_handles(path)
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise whatever they happen to stumble over, KeyError included
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedFile(f"{path} is damaged, its arrays cannot be read ({reason}); restore it from a copy") from error
+
+
+def require_handles(path: Path) -> None:
+    """Raise SaveError where the process may not open the files that Orbax needs: it would wait for ever."""
+    open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit - open_files < _HANDLES:
+        raise SaveError(
+            f"{path}: this process may open {limit} files and has opened {open_files}, and {_HANDLES} more are needed: "
+            f"raise the limit, such as with ulimit -n 1024"
+        )
 
 
 def orbax_items(tree: Any, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,17 +149,30 @@ def read_about(path: Path, kind: str | None = None) -> dict[str, Any]:
 
     Raises:
       ValueError: there is no checkpoint at `path`, or one of another `kind`.
+      DamagedFile: the file is not as it was saved.
     """
+    path = whole(path)
     file = path / ABOUT / "metadata"
-    if not file.exists():
+    if not os.path.lexists(path / ABOUT):
         raise ValueError(f"no {kind or 'checkpoint'} at {path}")
+    check_manifest(path, under=f"{ABOUT}/")
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = read_json(file, finite=False)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: it is not JSON") from error
+        raise DamagedFile(f"{error}; restore it from a copy") from error
+    if not _describes_arrays(about.get("arrays")):
+        raise DamagedFile(f"{file} is damaged: it does not say which arrays there are; restore it from a copy")
     if kind is not None and about.get("kind") != kind:
         raise ValueError(f"{path} holds no {kind}, but a {about.get('kind', 'pytree')}")
     return about
+
+
+def _describes_arrays(arrays: Any) -> bool:
+    """Whether this is what `orbax_items` says of arrays: a dtype and a shape for each name."""
+    return isinstance(arrays, dict) and all(
+        isinstance(entry, list) and [type(part) for part in entry] == [str, *[int] * (len(entry) - 1)]
+        for entry in arrays.values()
+    )
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:

@@ -30,6 +30,10 @@ from streamjax.training import RunStopped, TrainConfig, apply_overrides, describ
 _CONFIG = flags.DEFINE_string("config", None, "The experiment: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that is there continues.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes: calls jax.distributed.initialize().")
+_RESUME_FROM = flags.DEFINE_integer(
+    "resume_from", None, "Go on from the checkpoint of this step, not from the newest; 0 begins again. Later "
+    "checkpoints are moved to checkpoints_set_aside.", lower_bound=0,
+)  # fmt: skip
 _PREFIX = "--config."
 
 
@@ -48,7 +52,7 @@ def main(argv: list[str]) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "streamjax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
     try:
-        train(config, _WORKDIR.value)
+        train(config, _WORKDIR.value, resume_from=_RESUME_FROM.value)
     except RunStopped as stopped:
         _fail(stopped, stopped.exit_code)
     except (ValueError, OSError) as error:
@@ -96,7 +100,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def _help(overrides: list[str]) -> None:
     print(__doc__)
-    for name in ("config", "workdir", "distributed"):
+    for name in ("config", "workdir", "resume_from", "distributed"):
         print(f"  --{name}: {flags.FLAGS[name].help}")
     if _CONFIG.value is not None:
         print(f"\nFields, as {_CONFIG.value} sets them:")

@@ -22,7 +22,7 @@ def cli():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("config", "workdir", "distributed"):
+    for name in ("config", "workdir", "resume_from", "distributed"):
         delattr(flags.FLAGS, name)
 
 
@@ -33,7 +33,7 @@ def run(cli, capsys, monkeypatch):
 
     def call(*arguments):
         flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "distributed"):
+        for name in ("config", "workdir", "resume_from", "distributed"):
             flags.FLAGS[name].unparse()
         code = 0
         try:

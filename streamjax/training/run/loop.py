@@ -82,7 +82,9 @@ def evaluate(
     return values
 
 
-def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = None) -> TrainState:
+def train(
+    config: TrainConfig, workdir: str | Path, *, progress: bool | None = None, resume_from: int | None = None
+) -> TrainState:
     """Run `config` in `workdir`, from the newest checkpoint there if there is one, and export the model.
 
     Args:
@@ -90,15 +92,18 @@ def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = N
       workdir: where the configuration, checkpoints, metrics and at the end `model/` go. With several processes, a
         folder that all of them see.
       progress: whether to show a progress bar; where None, if stderr is a terminal.
+      resume_from: the step of an earlier checkpoint to go on from, 0 to begin again; later checkpoints are moved to
+        `checkpoints_set_aside`. The newest one where None.
 
     Returns:
       The final state.
 
     Raises:
-      ValueError: a workdir of another configuration, or a configuration that does not fit the data or the machine.
+      ValueError: a workdir of another configuration, or a configuration that does not fit the data or the machine; a
+        damaged checkpoint, with the step before it that is whole.
       RunStopped: SIGTERM or Ctrl-C (a checkpoint has been saved), or a loss that is not finite.
     """
-    run = _Run(config, Path(workdir), progress)
+    run = _Run(config, Path(workdir), progress, resume_from)
     try:
         with StopSignals() as stop, contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
             while run.step < config.steps:
@@ -126,7 +131,7 @@ def train(config: TrainConfig, workdir: str | Path, *, progress: bool | None = N
 class _Run:
     """What the loop holds, and the things that it does at intervals."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, progress: bool | None):
+    def __init__(self, config: TrainConfig, workdir: Path, progress: bool | None, resume_from: int | None = None):
         self.config, self.workdir = config, workdir
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
@@ -137,10 +142,12 @@ class _Run:
         self.state = initial_state(config, self.tokenizer, self.mesh)
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
-        self.step = self.checkpoints.latest_step or 0
+        self.step = (self.checkpoints.latest_step or 0) if resume_from is None else resume_from
         if self.step:
             self.state, about = self.checkpoints.restore(self.step, self.state)
             self.data.set_state(about["data"][jax.process_index()])
+        if resume_from is not None:
+            self.checkpoints.set_aside_after(self.step)
         self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         quiet = jax.process_index() > 0 or (None if progress is None else not progress)
         self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)

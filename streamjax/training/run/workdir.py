@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from streamjax.checkpoints import read_json
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import save
 from streamjax.models.files.hugging_face import save_hf
@@ -90,7 +91,7 @@ def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     """The configuration in a workdir; `method` stood at its top before there was a group `backprop`."""
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     if "method" in values:
         values["backprop"] = {"method": values.pop("method")}
     return values

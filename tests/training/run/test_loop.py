@@ -95,6 +95,21 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(run_config
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run_config, reference, at_step, tmp_path):
+    expected, workdir = reference(run_config)
+    at_step(9, kill)
+    with pytest.raises(Killed):
+        train(run_config, tmp_path)
+    os.truncate(tmp_path / "checkpoints" / "8" / "arrays" / "_METADATA", 10)
+    with pytest.raises(ValueError, match=r"step 8 is damaged: .*/8/arrays/_METADATA has 10 bytes.* --resume_from=4$"):
+        train(run_config, tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5; there is 4, 8"):
+        train(run_config, tmp_path, resume_from=5)
+    assert same_bits(train(run_config, tmp_path, resume_from=4), expected)
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+    assert (tmp_path / "checkpoints_set_aside" / "8").is_dir()
+
+
 def test_streams_go_on_where_a_killed_run_left_them(run_config, reference, at_step, tmp_path):
     """The cache is in the checkpoint, and each row of the next batch continues that row's stream."""
     config = dataclasses.replace(
@@ -183,6 +198,14 @@ def test_a_workdir_keeps_its_configuration(run_config, reference, tmp_path):
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate=0.01, not 1.0: choose another --workdir"):
         train(other, workdir)
     train(apply_overrides(run_config, [("log_interval", "5"), ("eval_batches", "1")]), workdir)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"steps": NaN}'])
+def test_a_configuration_that_is_damaged_is_named(run_config, tmp_path, content):
+    (tmp_path / "train_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"train_config\.json: ") as caught:
+        train(run_config, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_workdir_from_before_the_group_backprop(run_config, reference, tmp_path):
