@@ -15,6 +15,7 @@ from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceC
 from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
 from streamjax.models.mlps.dense import MLP
 from streamjax.models.norms import Norm
+from streamjax.parallel.rules import constrain
 
 
 class Block(nnx.Module):
