@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the demonstration
 # make test   set up .venv with what the tests need, and run them
+# make test-all    run the slow tests too: half an hour or more, for a weekly job
 # make lint   check style and types
 # make aot-compilers    install compilers for TPUs and GPUs that are not there, which some benchmarks and tests use
 # make aot    install them, compile every kernel for every chip, and write the tables of docs/kernels.md: half an hour
@@ -10,7 +11,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 -m "not slow"
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint aot aot-compilers clean
+.PHONY: demo test test-all lint aot aot-compilers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.library
@@ -18,6 +19,9 @@ demo: $(VENV)/.library
 
 test: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.tests
+	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

@@ -4,6 +4,8 @@ Most programs here run once, on a few tokens: compiling them is what takes the t
 optimisation by LLVM (all of XLA's own passes run, so what tests read in compiled text is as users have it).
 """
 
+import ctypes
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +32,24 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("suite")
 
-PROCESS_MAPS = Path("/proc/self/maps")
+MEMORY_MAPS = Path("/proc/self/maps")
 MANY_MAPS = 20_000  # Linux lets a process have 65,530, and every compiled program takes some
+RESIDENT_PAGES = Path("/proc/self/statm")
+BETWEEN_FILES, BETWEEN_TESTS = 1.2e9, 2.0e9  # bytes; what the suite imports takes 0.7e9 of them
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _forget_compiled_programs():
-    """Behind a file of tests, once its process has many programs: one too many and the compiler aborts the process."""
-    yield
-    if PROCESS_MAPS.exists() and PROCESS_MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forget compiled programs where they have become too many: the smallest takes 1.5 MB and three maps, and where a
+    process has all the maps that it may have, the compiler aborts it. Later tests of the same file may use them again,
+    so there they stay for longer.
+    """
+    if not RESIDENT_PAGES.exists():
+        return
+    resident = int(RESIDENT_PAGES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    same_file = nextitem is not None and nextitem.path == item.path
+    many = not same_file and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MAPS
+    if many or resident > (BETWEEN_TESTS if same_file else BETWEEN_FILES):
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what LLVM has freed goes back to the system only when asked for
