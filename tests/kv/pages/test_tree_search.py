@@ -77,7 +77,7 @@ def test_a_stream_token_by_token(monkeypatch):
     stream = Stream.drawn(2, 61)
     cascade = Cascade(Sink(2, reach=10**6), Window(5), Pages(4, 32, 2, Middle(), search="tree"))
     found, _ = run(cascade, stream, [1])
-    monkeypatch.setattr("kv.test_pages.Lists", Searching)
+    monkeypatch.setattr("tests.kv.tiers.test_pages.Lists", Searching)
     rule = Rule(KEY_HEADS, 2, 5, 4, 32, 2, None, SCALE)
     np.testing.assert_allclose(found, by_lists(stream, rule), atol=2e-5)
 

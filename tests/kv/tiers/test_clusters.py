@@ -83,7 +83,7 @@ def test_a_stream_token_by_token(positions, estimate, softcap, monkeypatch):
     slopes = SLOPES if positions == "alibi" else None
     frequencies = FREQUENCIES if positions == "rope" else None
     if softcap is not None:
-        monkeypatch.setattr("kv.test_pages.update", jax.jit(_capped(softcap), static_argnums=(0, 8, 9)))
+        monkeypatch.setattr("tests.kv.tiers.test_pages.update", jax.jit(_capped(softcap), static_argnums=(0, 8, 9)))
     stream = gathered(2, 66)
     cascade = Cascade(Sink(2, reach=10**6), Window(3), Clusters(12, 36, 3, estimate, size=4, most=5, iterations=2))
     found, state = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
