@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-import streamjax as sj
 from streamjax.data.recall.tasks import Problem, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.state import StreamState
+from streamjax.streaming import StreamState, init_state, read, step
 
 Progress = Callable[[int], None]  # tokens of the context that were read, in each row
 
@@ -94,7 +93,7 @@ def run_recall(
     for batch in _batched(keys, batch_size):
         problems = [make_problem(task, depth, number, haystack, needles) for depth, number in batch]
         rows = problems + problems[:1] * (batch_size - len(problems))  # one program for all batches
-        state = sj.init_state(model, cache, batch_size)
+        state = init_state(model, cache, batch_size)
         size = state.cache_bytes // batch_size
         start = time.perf_counter()
         state, slow = _read(model, state, rows, length, tokenizer, chunk_size, progress)
@@ -130,7 +129,7 @@ def _read(
     slow = (0, 0.0)
     for index, pieces in enumerate(zip(*streams, strict=True)):
         start = time.perf_counter()
-        state = sj.read(model, state, np.stack(pieces), chunk_size)
+        state = read(model, state, np.stack(pieces), chunk_size)
         if index == 0 and length > len(pieces[0]):
             jax.block_until_ready(state.hidden)
             slow = (len(pieces[0]), time.perf_counter() - start)
@@ -163,7 +162,7 @@ def _ask(model: Decoder, state: StreamState, problems: Sequence[Problem], tokeni
         counts = np.array([len(prompt) + len(answer) for prompt, answer in pairs], np.int32)
         for row, (prompt, answer) in enumerate(pairs):
             tokens[row, : counts[row]] = prompt + answer
-        state, logits = sj.step(model, state, tokens, jnp.asarray(counts))
+        state, logits = step(model, state, tokens, jnp.asarray(counts))
         likeliest = np.asarray(jnp.argmax(logits, axis=-1))
         for row, (prompt, answer) in enumerate(pairs):
             first = len(prompt) - 1

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.kv.decode_kernels import score_pages
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
+from streamjax.kv.pages.page_scores import score_pages
 from streamjax.kv.tier import Query
 
 GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk

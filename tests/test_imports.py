@@ -1,0 +1,167 @@
+"""Imports run one way: every module of the library stands in a room, and imports from rooms below it only.
+
+`ROOMS` is the layout of docs/design.md, lowest first, down to the files that are a folder's contract (`kv/tier.py` lies
+below the tiers, `kv/cascade.py` above them). Inside a room files may import each other, but never in a circle. Imports
+inside of functions count too: they are arrows all the same. Imports for type checkers alone do not.
+"""
+
+import ast
+from collections import defaultdict
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A name stands for a module, or for a package with all that is in it and has no line of its own.
+ROOMS = """
+    pallas_kernels.partial pallas_kernels.patterns pallas_kernels.padding pallas_kernels.block_ranges
+    pallas_kernels.tile_logits pallas_kernels.choice_tiles pallas_kernels.flash_call pallas_kernels.argument_checks
+    pallas_kernels.tpu pallas_kernels.gpu pallas_kernels.reference
+    pallas_kernels.api
+    pallas_kernels
+    streamjax.parallel
+    streamjax.checkpoints
+    streamjax.data.text
+    streamjax.data.recall
+    streamjax.data
+    streamjax.attention
+    streamjax.kv.tier streamjax.kv.cache streamjax.kv.ring_buffer streamjax.kv.ring_state streamjax.kv.decode_kernels
+    streamjax.kv.pages
+    streamjax.kv.tiers
+    streamjax.kv.cascade streamjax.kv.head_groups
+    streamjax.kv.presets
+    streamjax.kv
+    streamjax.models.config streamjax.models.rope streamjax.models.parameters streamjax.models.norms
+    streamjax.models.lora.adapters
+    streamjax.models.mlps streamjax.models.mixers
+    streamjax.models.block
+    streamjax.models.decoder streamjax.models.layer_stacking
+    streamjax.models.lora
+    streamjax.models.families
+    streamjax.models.files
+    streamjax.models
+    streamjax.streaming
+    streamjax.training.objectives
+    streamjax.training.backprop.trainable_parameters
+    streamjax.training.backprop.sequence_chunks streamjax.training.backprop.gradient_*
+    streamjax.training.backprop.chunk_attention
+    streamjax.training.backprop.storage
+    streamjax.training.backprop.embedding_and_head streamjax.training.backprop.loss_kernels
+    streamjax.training.backprop.planning
+    streamjax.training.backprop
+    streamjax.training.heads
+    streamjax.training.run
+    streamjax.training
+    streamjax.evaluation
+    streamjax
+    streamjax.commands
+"""
+LINES = [line.split() for line in ROOMS.strip().splitlines()]
+
+
+def modules(*folders: str) -> dict[str, Path]:
+    """Files by the names under which they are imported."""
+    found = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(source: str, known: set[str]) -> set[str]:
+    """Those of the known modules that a source imports."""
+
+    def walk(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            return set()
+        if isinstance(node, ast.Import):
+            return {alias.name for alias in node.names} & known
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            return (names & known) or ({node.module or ""} & known)
+        return set().union(*map(walk, ast.iter_child_nodes(node)))
+
+    return walk(ast.parse(source))
+
+
+def floor(module: str) -> int:
+    """The line of ROOMS that a module is on: the one that names most of its path."""
+    fits = [
+        (name.count("."), -index)
+        for index, names in enumerate(LINES)
+        for name in names
+        if fnmatch(module, name) or module.startswith(f"{name}.")
+    ]
+    assert fits, f"{module} has no place in ROOMS"
+    return -max(fits)[1]
+
+
+def arrows(files: dict[str, Path]) -> dict[str, set[str]]:
+    return {name: imported(path.read_text(encoding="utf-8"), set(files)) - {name} for name, path in files.items()}
+
+
+def test_imports_run_downwards():
+    graph = arrows(modules("pallas_kernels", "streamjax"))
+    up = [f"{a} imports {b}" for a, targets in graph.items() for b in sorted(targets) if floor(b) > floor(a)]
+    assert not up
+
+
+def test_no_module_imports_itself_through_others():
+    graph = arrows(modules("pallas_kernels", "streamjax"))
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_library_knows_no_entry_and_no_benchmark():
+    files = modules("pallas_kernels", "streamjax", "benchmarks", "infer", "train", "configs", "tests")
+    for name, targets in arrows(files).items():
+        if name.split(".")[0] in ("pallas_kernels", "streamjax"):
+            assert not {target for target in targets if target.split(".")[0] not in ("pallas_kernels", "streamjax")}, (
+                name
+            )
+        if name.split(".")[0] in ("infer", "train"):
+            assert all(target.startswith("streamjax") for target in targets), name
+
+
+def test_every_room_is_there():
+    names = set(modules("pallas_kernels", "streamjax"))
+    assert not [room for line in LINES for room in line if not any(fnmatch(name, room) for name in names)]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import a.b", {"a.b"}),
+        ("from a import b", {"a.b"}),
+        ("from a.b import thing", {"a.b"}),
+        ("def f():\n    from a import b", {"a.b"}),
+        ("if TYPE_CHECKING:\n    from a import b\nelse:\n    import a", set()),
+        ("import numpy", set()),
+    ],
+)
+def test_imports_are_found(source, found):
+    assert imported(source, {"a", "a.b"}) == found
+
+
+def test_a_file_and_a_folder_stay_small():
+    """CONTRIBUTING.md: a file has one subject and about 300 lines, a folder one subject and about 12 files."""
+    sizes, folders = {}, defaultdict(int)
+    for name, path in modules("pallas_kernels", "streamjax", "benchmarks", "infer", "train").items():
+        sizes[name] = path.read_text(encoding="utf-8").count("\n")
+        folders[path.parent.relative_to(ROOT).as_posix()] += path.name != "__init__.py"
+    assert not {name: size for name, size in sizes.items() if size > 450}
+    collections = ("streamjax/kv/presets",)  # many small files of one kind
+    assert not {folder: count for folder, count in folders.items() if count > 14 and folder not in collections}
