@@ -1,7 +1,9 @@
 """What a training run reads: one frozen, checked dataclass."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from streamjax.field_checks import Count, Interval, Size, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +34,17 @@ class DataConfig:
     data_dir: str | None = None
     text_key: str = "text"
     tokenizer: str | None = None
-    seq_len: int = 1024
-    batch_size: int = 8
+    seq_len: Annotated[int, Interval(2, 2**31 - 1)] = 1024
+    batch_size: Size = 8
     packing: Literal["concat", "pack", "streams"] = "concat"
     bos_each_row: bool = True
-    shuffle_seed: int | None = 0
-    shuffle_tokens: int = 1 << 20
-    epochs: int | None = None
-    num_workers: int = 0
-    prefetch: int = 2
+    shuffle_seed: Annotated[int, Interval(0, 2**32 - 1)] | None = 0
+    shuffle_tokens: Count = 1 << 20
+    epochs: Size | None = None
+    num_workers: Count = 0
+    prefetch: Count = 2
 
     def __post_init__(self) -> None:
-        if self.packing not in ("concat", "pack", "streams"):
-            raise ValueError(f'DataConfig.packing is {self.packing!r}: use "concat", "pack" or "streams"')
-        least_values = {"seq_len": 2, "batch_size": 1, "shuffle_tokens": 0, "num_workers": 0, "prefetch": 0}
-        for name, least in least_values.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"DataConfig.{name} is {getattr(self, name)}: at least {least} is needed")
+        check_fields(self)
         if self.packing == "streams" and self.num_workers > 1:
             raise ValueError(f'DataConfig.num_workers is {self.num_workers}: packing "streams" takes 0 or 1')
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"DataConfig.epochs is {self.epochs}: use None, or 1 and more")
-        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
-            raise ValueError(f"DataConfig.shuffle_seed is {self.shuffle_seed}: use None, or 0 to 2**32 - 1")

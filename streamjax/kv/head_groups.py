@@ -103,7 +103,7 @@ def _index(heads: Sequence[int]) -> slice | np.ndarray:
     return np.array(heads)
 
 
-def split_by_gates(name: str, file: str, share: float, far: Cascade, near: Cascade) -> tuple[HeadGroups, ...]:
+def split_by_gates(name: str, file: str | Path, share: float, far: Cascade, near: Cascade) -> tuple[HeadGroups, ...]:
     """For each layer of the model that `file` is for: `far` in the heads that look far back, `near` in the others.
 
     Args:

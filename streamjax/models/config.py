@@ -7,9 +7,10 @@ A `ModelConfig` holds shapes and choices, never arrays. `families.py` makes one 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
+from streamjax.field_checks import Count, Finite, Interval, NotNegative, Positive, Size, check_fields, from_plain
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -19,37 +20,38 @@ class RopeConfig:
     """Rotary position embedding: base, width and one of the published ways to scale it to longer contexts.
 
     `rotary_dim` is the number of leading channels of a head that rotate (`None`: all of them); an odd one rotates one
-    channel more, at the frequencies of the odd width, as GPT-NeoX does. Fields that a kind does not use are ignored.
+    channel more, at the frequencies of the odd width, as GPT-NeoX does. Fields that a kind does not use play no part.
     Names follow Hugging Face's `rope_scaling`, whose meaning they have.
     """
 
-    theta: float = 10_000.0
-    rotary_dim: int | None = None
+    theta: Annotated[float, Interval(1, above=True)] = 10_000.0
+    rotary_dim: Size | None = None
     kind: RopeKind = "default"
-    factor: float = 1.0
-    original_max_position: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Positive = 1.0
+    original_max_position: Size | None = None
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    mscale: NotNegative | None = None
+    mscale_all_dim: NotNegative | None = None
+    attention_factor: Positive | None = None
+    short_factor: tuple[Positive, ...] = ()
+    long_factor: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
-            raise ValueError(
-                f"RopeConfig.kind is {self.kind!r}; use default, linear, dynamic, llama3, yarn or longrope"
-            )
-        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and (self.original_max_position or 0) < 1:
+        check_fields(self)
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and self.original_max_position is None:
             raise ValueError(f"RopeConfig.kind {self.kind!r} needs a positive original_max_position")
-        if self.theta <= 0 or self.factor <= 0:
-            raise ValueError(f"RopeConfig.theta and factor must be positive, got {self.theta} and {self.factor}")
-        if self.rotary_dim is not None and (self.rotary_dim <= 0 or (self.rotary_dim % 2 and self.kind == "yarn")):
-            raise ValueError(f"RopeConfig.rotary_dim must be positive, and even for yarn, got {self.rotary_dim}")
+        if self.rotary_dim is not None and self.rotary_dim % 2 and self.kind == "yarn":
+            raise ValueError(f"RopeConfig.rotary_dim is {self.rotary_dim}: it must be even for yarn")
+        for kind, low, high in (("llama3", "low_freq_factor", "high_freq_factor"), ("yarn", "beta_slow", "beta_fast")):
+            if self.kind == kind and getattr(self, low) >= getattr(self, high):
+                given = f"{getattr(self, low)} and {high} {getattr(self, high)}"
+                raise ValueError(f"RopeConfig.{low} is {given}: for {kind} the second must be larger")
+        if self.kind == "longrope" and not (self.short_factor and self.long_factor):
+            raise ValueError("RopeConfig.kind 'longrope' needs short_factor and long_factor, one a channel pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +65,18 @@ class HSAConfig:
     reading layer a memory of its own.
     """
 
-    layers: tuple[int, ...]
-    memory_layers: tuple[int, ...]
-    chunk_size: int = 64
-    top_k: int = 8
-    encoder_layers: int = 1
+    layers: tuple[Count, ...]
+    memory_layers: tuple[Count, ...]
+    chunk_size: Size = 64
+    top_k: Size = 8
+    encoder_layers: Size = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("layers", "memory_layers"):
             value = getattr(self, name)
-            if not value or list(value) != sorted(set(value)) or value[0] < 0:
+            if not value or list(value) != sorted(set(value)):
                 raise ValueError(f"HSAConfig.{name} must name layers in order, got {value!r}")
-        for name in ("chunk_size", "top_k", "encoder_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"HSAConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.layers[0] < self.memory_layers[0]:
             raise ValueError(
                 f"HSAConfig.layers begin at {self.layers[0]}, below the first of memory_layers, {self.memory_layers[0]}"
@@ -114,18 +114,18 @@ class ModelConfig:
     is visible at distance < W) or `None`; an empty tuple means full attention everywhere.
     """
 
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
+    vocab_size: Size
+    d_model: Size
+    num_layers: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    mlp_dim: Size
     family: str = "llama"
     # Normalisation
     norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    norm_offset: float = 0.0  # added to the stored weight: 1.0 for Gemma
+    norm_eps: Annotated[float, Interval(0, 1, above=True)] = 1e-5
+    norm_offset: Finite = 0.0  # added to the stored weight: 1.0 for Gemma
     norm_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's queries and keys
     post_norms: bool = False  # norms after attention and MLP too, before the residual sum (Gemma 2 and 3)
@@ -138,33 +138,30 @@ class ModelConfig:
     mlp_bias: bool = False
     gated_mlp: bool = True
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    clip_qkv: float | None = None
+    clip_qkv: Positive | None = None
     # Positions
     position: Literal["rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None  # for layers with a window, where it differs (Gemma 3)
-    alibi_slopes: tuple[float, ...] = ()  # one a query head, as they are added to the scaled logits
+    alibi_slopes: tuple[NotNegative, ...] = ()  # one a query head, as they are added to the scaled logits
     # Attention
-    windows: tuple[int | None, ...] = ()
-    sinks: int = 0  # first tokens of the sequence that layers with a window see too, at their true distance
-    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
-    attention_softcap: float | None = None
+    windows: tuple[Size | None, ...] = ()
+    sinks: Count = 0  # first tokens of the sequence that layers with a window see too, at their true distance
+    attention_scale: Positive | None = None  # None: 1 / sqrt(head_dim)
+    attention_softcap: Positive | None = None
     hsa: HSAConfig | None = None
     # Ends
     tie_embeddings: bool = False
-    embedding_scale: float = 1.0
-    logit_softcap: float | None = None
+    embedding_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
     logit_bias: bool = False
-    max_position: int = 2048  # the length the model was trained at; nothing stops there
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
+    max_position: Size = 2048  # the length the model was trained at; nothing stops there
+    bos_token_id: Count | None = None
+    eos_token_ids: tuple[Count, ...] = ()
     sink_token: bool = False  # trained with a dedicated first token that serves as attention sink
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"ModelConfig.{name} must be a positive integer, got {value!r}")
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
@@ -173,10 +170,6 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig.windows has {len(self.windows)} entries for {self.num_layers} layers; give one a layer"
             )
-        if any(w is not None and w < 1 for w in self.windows):
-            raise ValueError(f"ModelConfig.windows must be positive or None, got {self.windows}")
-        if self.sinks < 0:
-            raise ValueError(f"ModelConfig.sinks must not be negative, got {self.sinks}")
         if self.position == "alibi" and len(self.alibi_slopes) != self.num_heads:
             raise ValueError(
                 f"ModelConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads"
@@ -193,6 +186,19 @@ class ModelConfig:
                 raise ValueError(f"RopeConfig.rotary_dim {rotary_dim} does not fit in head_dim {self.head_dim}")
         if self.position == "rope" and self.rope.rotary_dim is None and self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim {self.head_dim} is odd: set RopeConfig.rotary_dim to an even width")
+        for rope in (self.rope, self.local_rope) if self.position == "rope" else ():
+            width = 0 if rope is None else rope.rotary_dim or self.head_dim
+            if rope is not None and rope.kind == "dynamic" and width <= 2:
+                raise ValueError(f"RopeConfig.kind 'dynamic' needs more than 2 channels that rotate, and has {width}")
+            if rope is not None and rope.kind == "longrope":
+                self._check_factors(rope, (width + 1) // 2)
+
+    @staticmethod
+    def _check_factors(rope: RopeConfig, pairs: int) -> None:
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(rope, name)) != pairs:
+                have = len(getattr(rope, name))
+                raise ValueError(f"RopeConfig.{name} has {have} factors: longrope needs {pairs}, one a channel pair")
 
     @property
     def group_size(self) -> int:
@@ -251,20 +257,5 @@ class ModelConfig:
 
     @classmethod
     def from_json_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Rebuild a config that went through JSON; an unknown field is a ValueError."""
-        values = dict(values)
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown ModelConfig field {unknown[0]!r}: written by a newer streamjax?")
-
-        def rope(value: Any) -> RopeConfig | None:
-            return None if value is None else RopeConfig(**{k: _tuple(v) for k, v in value.items()})
-
-        parts: dict[str, Any] = {name: rope(values.pop(name)) for name in ("rope", "local_rope") if name in values}
-        hsa = values.pop("hsa", None)
-        parts["hsa"] = None if hsa is None else HSAConfig(**{k: _tuple(v) for k, v in hsa.items()})
-        return cls(**{k: _tuple(v) for k, v in values.items()}, **parts)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        """Rebuild a config that went through JSON; what is no config is a ValueError of one line."""
+        return from_plain(cls, values)

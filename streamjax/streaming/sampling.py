@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
+
+from streamjax.field_checks import Count, Fraction, Interval, NotNegative, Positive, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,23 +22,14 @@ class Sampler:
     least this share as likely as the best one (2407.01082); 0 keeps all.
     """
 
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    repetition_penalty: Positive = 1.0
+    temperature: NotNegative = 1.0
+    top_k: Count = 0
+    top_p: Annotated[float, Interval(0, 1, above=True)] = 1.0
+    min_p: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        check_fields(self)
 
     @property
     def greedy(self) -> bool:

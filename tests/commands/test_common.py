@@ -42,7 +42,7 @@ def test_defaults_stay_where_the_model_was_trained_for_longer():
         ("window:windw=3", "cache 'window' has no option 'windw'; did you mean 'window'?"),
         ("window:window", "cache option 'window' lacks its value: write window=NUMBER"),
         ("window:window=many", "cache 'window': window must be a number, not 'many'"),
-        ("window:window=0", "Window.size must be at least 1 token, got 0"),
+        ("window:window=0", "Window.size is 0: it must be a whole number of at least 1"),
     ],
 )
 def test_wrong_caches_are_told_with_the_nearest_right_one(text, message):

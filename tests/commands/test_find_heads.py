@@ -105,7 +105,7 @@ def test_ctrl_c_writes_the_gates_as_they_are(run, tmp_path, monkeypatch):
         ("nothing", [], "no model folder"),
         ("plain", ["--seq_len=300"], "rows of 300 tokens: more are needed than 384 sinks and recent ones"),
         ("plain", ["--seq_len=16"], "rows of 16 tokens hold no question with its answer"),
-        ("plain", ["--steps=0"], "GateConfig.steps is 0: at least 1 is needed"),
+        ("plain", ["--steps=0"], "GateConfig.steps is 0: it must be a whole number of at least 1"),
         ("plain", ["--method=razor_attention", "--tokens=1"], "2 tokens, 2 repeats and 1 row are the least"),
         ("plain", ["--method=razor_attention", "--echo=1.5"], "must be in [0, 1]"),
     ],

@@ -59,7 +59,11 @@ TINY = "--config=configs/tiny.py"
         (["--config=train/__init__.py", "--workdir=w"], 2, "train/__init__.py defines no get_config()"),
         ([TINY, "--workdir=w", "--config.step=3"], 2, "unknown field config.step; did you mean config.steps?"),
         ([TINY, "--workdir=w", "--config.steps", "x"], 2, "config.steps is 'x': it must be an integer"),
-        ([TINY, "--workdir=w", "--config.steps=-1"], 2, "TrainConfig.steps is -1: at least 1 is needed"),
+        (
+            [TINY, "--workdir=w", "--config.steps=-1"],
+            2,
+            "TrainConfig.steps is -1: it must be a whole number",
+        ),
         ([TINY, "--wrkdir=w"], 2, "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([TINY, "--workdir=w", "now"], 2, "unexpected argument 'now'; see --help"),
         ([TINY, "--workdir={}", "--config.data.source=nothing/*.txt"], 1, "nothing/*.txt"),

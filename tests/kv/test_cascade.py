@@ -125,9 +125,9 @@ def test_cascades_are_values():
         (lambda: Cascade(Window(3), Sink(2)), "Sink must be the first tier"),
         (lambda: Cascade(Full(3), Window(2)), "Full must be the last tier"),
         (lambda: Cascade(7), "not 7"),
-        (lambda: Window(0), "Window.size must be at least 1"),
-        (lambda: Sink(0), "Sink.size must be at least 1"),
-        (lambda: Full(0), "Full.capacity must be at least 1"),
+        (lambda: Window(0), "Window.size is 0: it must be a whole number of at least 1"),
+        (lambda: Sink(0), "Sink.size is 0: it must be a whole number of at least 1"),
+        (lambda: Full(0), "Full.capacity is 0: it must be a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_a_cascade_says_so_in_one_line(make, message):

@@ -56,12 +56,74 @@ def test_wrong_descriptions(text, message):
         ("streaming-llm", {}, "did you mean 'streaming_llm'"),
         ("zzz", {}, "known: .*dense"),
         ("dense", {"window": 3}, "has no option 'window'; it takes capacity"),
-        ("window", {"window": 0}, "Window.size must be at least 1"),
-        ("streaming_llm", {"sinks": 0}, "Sink.size must be at least 1"),
-        ("dense", {"capacity": -1}, "Full.capacity must be at least 1"),
+        ("window", {"window": 0}, "Window.size is 0: it must be a whole number of at least 1"),
+        ("streaming_llm", {"sinks": 0}, "Sink.size is 0: it must be a whole number of at least 1"),
+        ("dense", {"capacity": -1}, "Full.capacity is -1: it must be a whole number of at least 1"),
     ],
 )
 def test_wrong_names_and_options(name, options, message):
     with pytest.raises(ValueError, match=message) as error:
         sj.kv.preset(name, **options)
     assert "\n" not in str(error.value)
+
+
+CAPACITIES = [*(1 << power for power in range(6, 21)), 72, 96, 100, 192, 500, 1000, 1536, 10_000, 100_000]
+
+
+@pytest.fixture
+def gates(tmp_path):
+    """A file of gates of four heads."""
+    file = tmp_path / "gates.json"
+    file.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')
+    return file
+
+
+def with_capacity():
+    return [name for name, entry in sj.kv.presets().items() if "capacity" in entry.options]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", with_capacity())
+def test_defaults_fit_every_capacity(name, gates):
+    known = sj.kv.presets()[name].options
+    needed = {"heads": gates} if "heads" in known else {}
+    for capacity in CAPACITIES:
+        sj.kv.preset(name, capacity=capacity, **needed)
+    # A default that is written out is the default, unless it does not fit.
+    for capacity in (known["capacity"], 1 << 20):
+        written = {**known, **needed, "capacity": capacity}
+        assert sj.kv.preset(name, capacity=capacity, **needed) == sj.kv.preset(name, **written)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("quest", {"capacity": 512, "top_k": 64}, "Pages.top_k is 64, but 512 tokens lie in at most 33 pages of 16"),
+        ("quest", {"capacity": 10_007}, "Pages.capacity must be a multiple of the page size 16, got 10007"),
+        ("quest", {"capacity": 1000, "page": 16}, "Pages.capacity must be a multiple of the page size 16, got 1000"),
+        ("quest", {"page": 0}, "Pages.size is 0"),
+        ("quest", {"top_k": True}, "cache preset 'quest': top_k is True: it must be a whole number"),
+        ("quest", {"placement": "disk"}, "placement is 'disk': it must be 'device' or 'host'"),
+        ("retro_infer", {"capacity": 8192, "estimate": 1900}, "Clusters reads 9 and estimates 1900 clusters, but 8192"),
+        ("retro_infer", {"capacity": 0}, "Clusters.capacity is 0"),
+        ("retro_infer", {"size": -1}, "Clusters.size is -1"),
+        ("dhsa", {"threshold": float("nan")}, "threshold is nan: it must be a number"),
+        ("inf_llm", {"true_distance": 1}, "true_distance is 1: it must be true or false"),
+        ("duo_attention", {"full": float("nan"), "heads": "x.json"}, "full is nan"),
+    ],
+)
+def test_nonsense_that_is_asked_for_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sj.kv.preset(name, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_published_sizes_and_their_shares():
+    def sizes(**options):
+        (*_, tier) = sj.kv.preset("retro_infer", **options).tiers
+        return tier.segment, tier.retrieve, tier.estimate
+
+    assert sizes() == (8192, 150, 1900)
+    assert sizes(capacity=8192) == (8192, 9, 119)
+    assert sizes(capacity=1 << 20) == (8192, 150, 1900)

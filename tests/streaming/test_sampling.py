@@ -104,15 +104,15 @@ def test_draws_have_the_filtered_distribution(sampler):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
-        ({"temperature": -0.1}, "temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 0.0}, "top_p must be in"),
-        ({"top_p": 1.1}, "top_p must be in"),
-        ({"min_p": -0.1}, "min_p must be in"),
-        ({"min_p": 1.1}, "min_p must be in"),
-        ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"repetition_penalty": float("nan")}, "repetition_penalty must be positive"),
+        ({"repetition_penalty": 0.0}, "Sampler.repetition_penalty is .*: it must be a number above 0"),
+        ({"temperature": -0.1}, "Sampler.temperature is .*: it must be a number of at least 0"),
+        ({"top_k": -1}, "Sampler.top_k is -1: it must be a whole number of at least 0"),
+        ({"top_p": 0.0}, "Sampler.top_p is .*: it must be a number above 0 and at most 1"),
+        ({"top_p": 1.1}, "Sampler.top_p is .*: it must be a number above 0 and at most 1"),
+        ({"min_p": -0.1}, "Sampler.min_p is .*: it must be a number from 0 to 1"),
+        ({"min_p": 1.1}, "Sampler.min_p is .*: it must be a number from 0 to 1"),
+        ({"temperature": float("nan")}, "Sampler.temperature is .*: it must be a number of at least 0"),
+        ({"repetition_penalty": float("nan")}, "Sampler.repetition_penalty is .*: it must be a number above 0"),
     ],
 )
 def test_impossible_samplers(options, message):

@@ -8,6 +8,7 @@ rule is one small class.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Shaped
 
 from pallas_kernels.partial import accumulator
+from streamjax.field_checks import Count, Interval, Size, check_fields
 from streamjax.kv.tier import KVSpec, KVTokens
 
 
@@ -72,15 +74,12 @@ class KeyChange(Boundary):
       ValueError: a context below 1, a threshold that no cosine can be below or that is above all.
     """
 
-    threshold: float = 0.5
-    context: int = 8
-    least: int = 1
+    threshold: Annotated[float, Interval(-1, 1)] = 0.5
+    context: Size = 8
+    least: Size = 1
 
     def __post_init__(self) -> None:
-        if self.context < 1:
-            raise ValueError(f"KeyChange.context must be at least 1 token, got {self.context}")
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"KeyChange.threshold must be a cosine, in [-1, 1], got {self.threshold}")
+        check_fields(self)
 
     @property
     def look_back(self) -> int:
@@ -113,11 +112,12 @@ class EndTokens(Boundary):
       ValueError: no ids, or something else than a tuple of them.
     """
 
-    ids: tuple[int, ...]
-    least: int = 1
+    ids: tuple[Count, ...]
+    least: Size = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ids, tuple) or not self.ids or not all(isinstance(i, int) and i >= 0 for i in self.ids):
+        check_fields(self)
+        if not self.ids:
             raise ValueError(f"EndTokens.ids must be a tuple of token ids, such as (46, 33, 63), got {self.ids!r}")
 
     @property

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from streamjax.field_checks import Size, check_fields
+
 FORMAT = 1
 _MANIFEST = "manifest.json"
 
@@ -30,16 +32,15 @@ class PageLayout:
     model: a fingerprint of the model whose keys they are.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    size: int
+    layers: Size
+    kv_heads: Size
+    head_dim: Size
+    size: Size
     dtype: str
     model: str
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a page holds at least 1 token, got {self.size}")
+        check_fields(self)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.field_checks import Fraction, Size, check_fields
 
 Summary = Any  # a pytree of arrays [B, K, P, ...]
 
@@ -68,10 +69,13 @@ class MinMax(Index):
     the best counts: LServe's logical pages (2502.14866, section 3.5), tight bounds for large pages.
     """
 
-    parts: int = 1
+    parts: Size = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def check(self, page_size: int) -> None:
-        if self.parts < 1 or page_size % self.parts:
+        if page_size % self.parts:
             raise ValueError(f"MinMax.parts must divide the page size {page_size}, got {self.parts}")
 
     def summarise(
@@ -107,7 +111,10 @@ class Mean(Index):
     that are not full yet as a mean does nor full ones as a sum would.
     """
 
-    power: float = 0.0
+    power: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def summarise(
         self,
@@ -131,7 +138,10 @@ class Representative(Index):
     The paper sums the logits of the queries that follow a token; its published code, as here, sums their attention.
     """
 
-    count: int = 4
+    count: Size = 4
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def needs_scores(self) -> bool:

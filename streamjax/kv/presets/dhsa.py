@@ -17,13 +17,18 @@ or so little that none does, move `threshold`: keys have a mean of their own in 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.boundaries import KeyChange
 from streamjax.kv.pages.indexes import Mean
-from streamjax.kv.presets.registry import register
+from streamjax.kv.presets.registry import at_most, dividing, pages, register
 from streamjax.kv.tiers.content_pages import ContentPages
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, arXiv 2510.24606")
+@register(
+    paper="Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, arXiv 2510.24606",
+    page=dividing("page"),
+    top_k=at_most("top_k", pages),
+    least=at_most("least", lambda options: options["page"]),
+)
 def dhsa(
     sinks: int = 4, window: int = 64, capacity: int = 65536, page: int = 64, top_k: int = 32, context: int = 8,
     threshold: float = 0.5, least: int = 16, block: int = 1,

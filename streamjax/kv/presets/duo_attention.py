@@ -6,6 +6,8 @@ files of gates that the authors publish for their models can be read as they are
 all heads, as in the published code.
 """
 
+from pathlib import Path
+
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, split_by_gates
 from streamjax.kv.presets.registry import register
@@ -16,7 +18,7 @@ from streamjax.kv.tiers.window import Window
 
 @register(paper="DuoAttention: Efficient Long-Context LLM Inference, arXiv 2410.10819")
 def duo_attention(
-    heads: str = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 16384
+    heads: str | Path = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 16384
 ) -> tuple[HeadGroups, ...]:
     """Keep everything in the heads of the file `heads` that retrieve, sinks and recent tokens in the others."""
     everything, streaming = Cascade(Full(capacity)), Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent))

@@ -7,13 +7,17 @@ newest `window` tokens and the first `sinks` are always read, as in the paper's 
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.indexes import Middle
-from streamjax.kv.presets.registry import register
+from streamjax.kv.presets.registry import at_most, dividing, pages, register
 from streamjax.kv.tiers.pages import Pages, Placement
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="A Training-free Sub-quadratic Cost Transformer Model Serving Framework with HiP, arXiv 2406.09827")
+@register(
+    paper="A Training-free Sub-quadratic Cost Transformer Model Serving Framework with HiP, arXiv 2406.09827",
+    page=dividing("page"),
+    top_k=at_most("top_k", pages),
+)
 def hip(
     sinks: int = 4, window: int = 256, capacity: int = 65536, page: int = 16, top_k: int = 64, block: int = 32,
     placement: Placement = "device",

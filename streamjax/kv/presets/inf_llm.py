@@ -12,13 +12,18 @@ the model was trained for: then it is dense attention if every block is read.
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.indexes import Representative
-from streamjax.kv.presets.registry import register
+from streamjax.kv.presets.registry import at_most, dividing, pages, register
 from streamjax.kv.tiers.pages import Pages, Placement
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="InfLLM: Training-Free Long-Context Extrapolation for LLMs, arXiv 2402.04617")
+@register(
+    paper="InfLLM: Training-Free Long-Context Extrapolation for LLMs, arXiv 2402.04617",
+    page=dividing("page"),
+    top_k=at_most("top_k", pages),
+    representatives=at_most("representatives", lambda options: options["page"]),
+)
 def inf_llm(
     sinks: int = 128, window: int = 4096, capacity: int = 131072, page: int = 128, top_k: int = 16,
     representatives: int = 4, block: int = 512, placement: Placement = "device", true_distance: bool = False,

@@ -7,19 +7,26 @@ read. The paper chooses pages again every few tokens and shares the choice betwe
 weights and caches in few bits, which is a matter of codecs.
 """
 
+from pathlib import Path
+
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, split_by_gates
 from streamjax.kv.pages.indexes import MinMax
-from streamjax.kv.presets.registry import register
+from streamjax.kv.presets.registry import at_most, dividing, pages, register
 from streamjax.kv.tiers.pages import Pages, Placement
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, arXiv 2502.14866")
+@register(
+    paper="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, arXiv 2502.14866",
+    page=dividing("page"),
+    top_k=at_most("top_k", pages),
+    logical=dividing("logical", "page"),
+)
 def lserve(
-    heads: str = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 131072, page: int = 64,
-    logical: int = 16, top_k: int = 64, block: int = 1, placement: Placement = "device",
+    heads: str | Path = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 131072,
+    page: int = 64, logical: int = 16, top_k: int = 64, block: int = 1, placement: Placement = "device",
 ) -> tuple[HeadGroups, ...]:  # fmt: skip
     """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity`."""
     if logical < 1 or page % logical:

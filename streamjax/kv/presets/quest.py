@@ -9,13 +9,17 @@ tokens and the first `sinks` are always read.
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.indexes import MinMax
-from streamjax.kv.presets.registry import register
+from streamjax.kv.presets.registry import at_most, dividing, pages, register
 from streamjax.kv.tiers.pages import Pages, Placement
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774")
+@register(
+    paper="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774",
+    page=dividing("page"),
+    top_k=at_most("top_k", pages),
+)
 def quest(
     sinks: int = 4, window: int = 64, capacity: int = 65536, page: int = 16, top_k: int = 64, block: int = 1,
     placement: Placement = "device",

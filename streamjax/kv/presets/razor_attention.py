@@ -6,6 +6,8 @@ often as tokens were dropped. The paper's window is the larger of 4,000 tokens a
 no length, so it is `recent` here. Which heads are which is read from a file of gates, as for `duo_attention`.
 """
 
+from pathlib import Path
+
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, split_by_gates
 from streamjax.kv.presets.registry import register
@@ -17,7 +19,7 @@ from streamjax.kv.tiers.window import Window
 
 @register(paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, arXiv 2407.15891")
 def razor_attention(
-    heads: str = "", full: float = 0.15, sinks: int = 4, recent: int = 4000, capacity: int = 16384
+    heads: str | Path = "", full: float = 0.15, sinks: int = 4, recent: int = 4000, capacity: int = 16384
 ) -> tuple[HeadGroups, ...]:
     """Keep everything in the heads of the file `heads` that retrieve; one token for all that is far in the others."""
     everything = Cascade(Full(capacity))

@@ -5,41 +5,86 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from streamjax.field_checks import check_arguments
 from streamjax.kv.cache import Cache
 
 Built = Cache | tuple[Cache, ...]
+Rule = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named cache: what it does in one line, the paper it is from, and the function that builds it."""
+    """A named cache: what it does in one line, the paper it is from, and the function that builds it.
+
+    `fitted` has, for options whose default does not fit every capacity, the value of the default from all options.
+    """
 
     name: str
     summary: str
     paper: str
     build: Callable[..., Built]
+    fitted: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Option names and their defaults."""
+        """Option names and their defaults, at the default capacity."""
         return {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options: those that are given, and of the others the defaults that fit them."""
+        options = {**self.options, **given}
+        for name, rule in self.fitted.items():
+            if name not in given:
+                options[name] = rule(options)
+        return options
 
 
 _PRESETS: dict[str, Preset] = {}
 
 
-def register(paper: str) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
-    """Decorator: register a builder under its own name; the first line of its docstring is the summary."""
+def register(paper: str, **fitted: Rule) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
+    """Decorator: register a builder under its own name; the first line of its docstring is the summary.
+
+    Args:
+      paper: its title and where it is.
+      **fitted: options whose default depends on others, in the order in which they do; see `Preset`.
+    """
 
     def add(build: Callable[..., Built]) -> Callable[..., Built]:
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build)
+        _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build, fitted)
         return build
 
     return add
+
+
+def dividing(option: str, whole: str = "capacity") -> Rule:
+    """The default of `option`, or where it does not divide `whole` what does: a part of the default if there is one.
+
+    Nothing tiny: where there is nothing else the default stays, and what needs it to divide refuses it.
+    """
+
+    def rule(options: Mapping[str, Any]) -> int:
+        usual, total = options[option], options[whole]
+        largest = next((size for size in range(min(usual, total), 1, -1) if total % size == 0), 1)
+        found = (size for size in (math.gcd(usual, total), largest) if 8 * size >= min(usual, total))
+        return next(found, usual)
+
+    return rule
+
+
+def at_most(option: str, most: Rule) -> Rule:
+    """The default of `option`, or `most` where that is less, and 1 at least."""
+    return lambda options: max(1, min(options[option], most(options)))
+
+
+def pages(options: Mapping[str, Any]) -> int:
+    """How many pages there are."""
+    return options["capacity"] // options["page"] if options["page"] > 0 else 1
 
 
 def presets() -> dict[str, Preset]:
@@ -75,10 +120,11 @@ def preset(name: str, **options: Any) -> Built:
 
     Args:
       name: one of `presets()`.
-      **options: the system's own options, such as `sinks=4, window=1020`.
+      **options: the system's own options, such as `sinks=4, window=1020`. Sizes that are not given fit the capacity:
+        `preset("quest", capacity=512)` reads 32 pages, which is all of them, and not 64.
 
     Raises:
-      ValueError: an unknown name or option; the message suggests the nearest.
+      ValueError: an unknown name or option (the message suggests the nearest), or a value that makes no sense.
     """
     if name not in _PRESETS:
         raise ValueError(f"unknown cache preset {name!r}; {_nearest(name, _PRESETS)}")
@@ -86,7 +132,8 @@ def preset(name: str, **options: Any) -> Built:
     for option in options:
         if option not in known:
             raise ValueError(f"cache preset {name!r} has no option {option!r}; it takes {', '.join(known)}")
-    return _PRESETS[name].build(**options)
+    check_arguments(_PRESETS[name].build, options, f"cache preset {name!r}")
+    return _PRESETS[name].build(**_PRESETS[name].complete(options))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

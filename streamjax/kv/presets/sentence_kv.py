@@ -16,7 +16,7 @@ name its ids. In one word: `sentence_kv:ends=13+30+0`.
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.boundaries import EndTokens
 from streamjax.kv.pages.indexes import Mean
-from streamjax.kv.presets.registry import register
+from streamjax.kv.presets.registry import at_most, dividing, pages, register
 from streamjax.kv.tiers.content_pages import ContentPages
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
@@ -24,7 +24,11 @@ from streamjax.kv.tiers.window import Window
 BYTE_ENDS = tuple(b".!?\n")
 
 
-@register(paper="SentenceKV: Efficient LLM Inference via Sentence-Level Semantic KV Caching, arXiv 2504.00970")
+@register(
+    paper="SentenceKV: Efficient LLM Inference via Sentence-Level Semantic KV Caching, arXiv 2504.00970",
+    page=dividing("page"),
+    top_k=at_most("top_k", pages),
+)
 def sentence_kv(
     sinks: int = 4, window: int = 64, capacity: int = 131072, page: int = 128, top_k: int = 32,
     ends: tuple[int, ...] = BYTE_ENDS, least: int = 1, block: int = 1,

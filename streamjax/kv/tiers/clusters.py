@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
 from streamjax.kv.ring_buffer import ordered_after, write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -84,22 +85,17 @@ class Clusters(Tier):
 
     last_because: ClassVar[str] = "a segment leaves it as a whole"
 
-    segment: int
-    capacity: int
-    retrieve: int
-    estimate: int = 0
-    size: int = 16
-    most: int = 32
-    iterations: int = 10
-    block: int = 1
+    segment: Size
+    capacity: Size
+    retrieve: Size
+    estimate: Count = 0
+    size: Size = 16
+    most: Size = 32
+    iterations: Count = 10
+    block: Size = 1
 
     def __post_init__(self) -> None:
-        for name in ("segment", "retrieve", "size", "most", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Clusters.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("estimate", "iterations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Clusters.{name} must not be negative, got {getattr(self, name)}")
+        check_fields(self)
         if self.capacity < self.segment or self.capacity % self.segment:
             segments = f"a multiple of the segment size {self.segment}"
             raise ValueError(f"Clusters.capacity must be {segments}, got {self.capacity}")

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.pages.boundaries import Boundary
 from streamjax.kv.pages.indexes import Index, Mean, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
@@ -69,30 +70,24 @@ class ContentPages(Tier):
 
     last_because: ClassVar[str] = "a page leaves it as a whole"
 
-    size: int
-    capacity: int
-    top_k: int
+    size: Size
+    capacity: Size
+    top_k: Size
     boundary: Boundary
     index: Index = dataclasses.field(default_factory=lambda: Mean(power=0.5))
-    block: int = 1
-    distance: int | None = None
+    block: Size = 1
+    distance: Size | None = None
     pool: Pool = "max"
     shared: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("size", "top_k", "block", "distance"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"ContentPages.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.capacity < self.size or self.capacity % self.size:
             pages = f"a multiple of the page size {self.size}"
             raise ValueError(f"ContentPages.capacity must be {pages}, got {self.capacity}")
         if self.top_k > self.pages:
             where = f"{self.capacity} slots are {self.pages} pages of {self.size}"
             raise ValueError(f"ContentPages.top_k is {self.top_k}, but {where}")
-        if self.pool not in ("max", "mean"):
-            raise ValueError(f'ContentPages.pool must be "max" or "mean", got {self.pool!r}')
-        if not isinstance(self.boundary, Boundary):
-            raise ValueError(f"ContentPages.boundary must be a rule such as KeyChange(), got {self.boundary!r}")
         self.boundary.check(self.size)
         self.index.check(self.size)
 

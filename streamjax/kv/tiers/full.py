@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -60,11 +61,10 @@ class Full(Tier):
 
     last_because: ClassVar[str] = "nothing falls out of it"
 
-    capacity: int
+    capacity: Size
 
     def __post_init__(self) -> None:
-        if self.capacity < 1:
-            raise ValueError(f"Full.capacity must be at least 1 token, got {self.capacity}")
+        check_fields(self)
 
     @property
     def slots(self) -> int:

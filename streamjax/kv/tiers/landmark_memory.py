@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.ring_buffer import write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
@@ -57,17 +58,13 @@ class ChunkMemory(Cache):
       ValueError: no room for a page, or for the pages that are to be read.
     """
 
-    capacity_tokens: int
-    top_k: int = 0
-    size: int = 0
+    capacity_tokens: Size
+    top_k: Count = 0
+    size: Count = 0
     own: Cache | None = None
 
     def __post_init__(self) -> None:
-        if self.capacity_tokens < 1 or self.top_k < 0:
-            raise ValueError(
-                f"a chunk memory needs capacity of at least 1 and top_k not below 0, got {self.capacity_tokens} and "
-                f"{self.top_k}"
-            )
+        check_fields(self)
         if self.size and self.top_k > self.pages:
             where = f"{self.capacity_tokens} tokens lie in {self.pages} chunks of {self.size}"
             raise ValueError(f"the chunk memory's top_k is {self.top_k}, but {where}")

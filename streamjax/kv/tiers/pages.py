@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
@@ -63,12 +64,12 @@ class Pages(Tier):
       ValueError: sizes that do not fit each other.
     """
 
-    size: int
-    capacity: int
-    top_k: int
+    size: Size
+    capacity: Size
+    top_k: Size
     index: Index = dataclasses.field(default_factory=MinMax)
-    block: int = 1
-    distance: int | None = None
+    block: Size = 1
+    distance: Size | None = None
     pool: Pool = "max"
     shared: bool = False
     read_newest: bool = False
@@ -76,20 +77,12 @@ class Pages(Tier):
     placement: Placement = "device"
 
     def __post_init__(self) -> None:
-        for name in ("size", "top_k", "block", "distance"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"Pages.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.capacity < self.size or self.capacity % self.size:
             raise ValueError(f"Pages.capacity must be a multiple of the page size {self.size}, got {self.capacity}")
         if self.top_k > self.pages:
             where = f"{self.capacity} tokens lie in at most {self.pages} pages of {self.size}"
             raise ValueError(f"Pages.top_k is {self.top_k}, but {where}")
-        if self.pool not in ("max", "mean"):
-            raise ValueError(f'Pages.pool must be "max" or "mean", got {self.pool!r}')
-        if self.search not in ("all", "tree"):
-            raise ValueError(f'Pages.search must be "all" or "tree", got {self.search!r}')
-        if self.placement not in ("device", "host"):
-            raise ValueError(f'Pages.placement must be "device" or "host", got {self.placement!r}')
         if self.search == "tree" and (self.shared or self.read_newest):
             raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
         self.index.check(self.size)

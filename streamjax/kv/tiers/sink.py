@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.full import LinearState, append
 
@@ -32,12 +33,11 @@ class Sink(Tier):
     A cascade fills `reach` in: the number of slots of all its tiers, which is the query's place in the cache.
     """
 
-    size: int
-    reach: int | None = None
+    size: Size
+    reach: Size | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"Sink.size must be at least 1 token, got {self.size}; leave the tier out for none")
+        check_fields(self)
 
     @property
     def slots(self) -> int:

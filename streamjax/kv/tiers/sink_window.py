@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -42,9 +43,12 @@ class SinkWindowState:
 class SinkWindow(Tier):
     """The first `sinks` tokens and the newest `window`; `reach` is the farthest place behind the first sink."""
 
-    sinks: int
-    window: int
-    reach: int
+    sinks: Size
+    window: Size
+    reach: Size
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def slots(self) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import Partial
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_state import RingState, push, write
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
@@ -24,13 +25,12 @@ class Window(Tier):
     asks for that by itself where a tier needs it. With `keep_ids` it keeps the ids of its tokens for them, likewise.
     """
 
-    size: int
+    size: Size
     observe_attention: bool = False
     keep_ids: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"Window.size must be at least 1 token, got {self.size}")
+        check_fields(self)
 
     @property
     def slots(self) -> int:

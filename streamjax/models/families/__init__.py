@@ -79,7 +79,7 @@ def _token_ids(name: str, places: Sequence[Mapping[str, Any]]) -> tuple[int, ...
     """Token ids from the first place that has them: one, a list, or null."""
     ids: Any = next((place[name] for place in places if place.get(name) is not None), [])
     ids = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
         raise ValueError(f"field {name!r} is {ids!r}; expected token ids")
     return tuple(ids)
 

@@ -42,12 +42,14 @@ generation:
 """
 HARMLESS = frozenset(name for line in _HARMLESS.splitlines() if not line.endswith(":") for name in line.split())
 MISSING: Any = object()
+_LARGEST = 1e30  # of a number; NaN and infinity, which Python's JSON has, are none
 
 
 class Fields:
     """The fields of one `config.json`, with the ones that were read.
 
-    A `null` in the file reads as None where a family allows it; a value of the wrong type is a ValueError.
+    A `null` in the file reads as None where a family allows it; a value of the wrong type is a ValueError, and so are
+    NaN and infinity.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -60,7 +62,7 @@ class Fields:
         """The value of a field, None where it is null.
 
         Raises:
-          ValueError: it is absent and there is no default, or it is of another type.
+          ValueError: it is absent and there is no default, or it is of another type or not finite.
         """
         self.seen.add(name)
         value = self.values.get(name, self.defaults.get(name, MISSING) if default is MISSING else default)
@@ -72,15 +74,19 @@ class Fields:
         if value is not None and not isinstance(value, kinds):
             names = " or ".join(k.__name__ for k in kinds) or "a number"
             raise ValueError(f"field {name!r} is {value!r}; expected {names}")
+        if isinstance(value, int | float) and not abs(value) < _LARGEST:
+            raise ValueError(f"field {name!r} is {value}; expected a finite number")
         return value
 
-    def integer(self, name: str, default: Any = MISSING) -> int:
-        """A whole number; null reads as the default."""
+    def integer(self, name: str, default: Any = MISSING, least: int = 1) -> int:
+        """A whole number of at least `least`; null reads as the default."""
         value = self.get(name, int, default)
         if value is None:
             value = default
         if value is MISSING or value is None:
             raise ValueError(f"field {name!r} is null; expected int")
+        if not least <= value < 2**31:
+            raise ValueError(f"field {name!r} is {value}; expected {least} to 2**31 - 1")
         return value
 
     def number(self, name: str, default: Any = MISSING) -> float:
@@ -92,17 +98,16 @@ class Fields:
             raise ValueError(f"field {name!r} is null; expected float")
         return float(value)
 
-    def positive(self, name: str, default: float) -> float:
+    def positive(self, name: str, default: Any) -> float:
         """A number above zero; null reads as the default."""
         value = self.number(name, default)
         if value <= 0:
             raise ValueError(f"field {name!r} is {value}; it must be positive")
         return value
 
-    def optional_number(self, name: str, default: float | None = None) -> float | None:
-        """A number, or None where the field is null."""
-        value = self.get(name, (int, float), default)
-        return None if value is None else float(value)
+    def optional_positive(self, name: str, default: float | None = None) -> float | None:
+        """A number above zero, or None where the field is null."""
+        return None if self.get(name, (int, float), default) is None else self.positive(name, default)
 
     def flag(self, name: str, default: bool) -> bool:
         """A boolean; null reads as False."""
@@ -119,7 +124,7 @@ class Fields:
         """Refuse a field whose value asks for something that the library does not compute."""
         self.seen.add(name)
         value = self.values.get(name, default)
-        if value not in allowed:
+        if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in allowed):
             shown = " or ".join(repr(v) for v in allowed)
             raise ValueError(f"field {name!r} is {value!r}, which streamjax does not implement; it must be {shown}")
 

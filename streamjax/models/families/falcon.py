@@ -56,7 +56,7 @@ def _read(fields: Fields) -> ModelConfig:
         family="falcon",
         norm="layer",
         norm_bias=True,
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        norm_eps=fields.positive("layer_norm_epsilon", 1e-5),
         parallel_residual=parallel,
         shared_norm=shared,
         qkv_bias=bias,

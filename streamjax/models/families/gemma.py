@@ -31,8 +31,6 @@ def _read_common(fields: Fields, shapes: dict[str, Any], period: int) -> dict[st
     fields.only("use_bidirectional_attention", (None, False))
     fields.seen.add("hidden_act")  # an older name, overruled by hidden_activation
     check_heads(shapes["d_model"], shapes["num_heads"])
-    if period < 1:
-        raise ValueError(f"field 'sliding_window_pattern' is {period}; it must be positive")
     num_layers, bias = shapes["num_layers"], fields.flag("attention_bias", False)
     window = fields.get("sliding_window", int, 4096)
     return {
@@ -65,8 +63,8 @@ def _read2(fields: Fields) -> ModelConfig:
         **_read_common(fields, shapes, period=2),
         **read_positions(fields, shapes["head_dim"], 8192),
         family="gemma2",
-        attention_softcap=fields.optional_number("attn_logit_softcapping", 50.0),
-        logit_softcap=fields.optional_number("final_logit_softcapping", 30.0),
+        attention_softcap=fields.optional_positive("attn_logit_softcapping", 50.0),
+        logit_softcap=fields.optional_positive("final_logit_softcapping", 30.0),
     )
 
 
@@ -95,7 +93,7 @@ def _read3(fields: Fields) -> ModelConfig:
         max_position=max_position,
         rope=rope,
         local_rope=local_rope,
-        logit_softcap=text.optional_number("final_logit_softcapping"),
+        logit_softcap=text.optional_positive("final_logit_softcapping"),
     )
 
 
@@ -106,8 +104,8 @@ def _read_ropes(fields: Fields, head_dim: int, max_position: int) -> tuple[RopeC
     if unknown:
         raise ValueError(f"rope_parameters has {unknown[0]!r}; expected full_attention and sliding_attention")
     scaling = {**(nested.get("full_attention") or {}), **(fields.get("rope_scaling", dict, None) or {})}
-    theta = fields.number("rope_theta", _GLOBAL_THETA)
-    local_theta = fields.number("rope_local_base_freq", _LOCAL_THETA)
+    theta = fields.positive("rope_theta", _GLOBAL_THETA)
+    local_theta = fields.positive("rope_local_base_freq", _LOCAL_THETA)
     local = nested.get("sliding_attention") or {}
     return (
         parse_rope(scaling, head_dim=head_dim, max_position=max_position, theta=theta),

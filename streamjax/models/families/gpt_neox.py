@@ -32,7 +32,7 @@ def _read(fields: Fields) -> ModelConfig:
         family="gpt_neox",
         norm="layer",
         norm_bias=True,
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        norm_eps=fields.positive("layer_norm_eps", 1e-5),
         parallel_residual=fields.flag("use_parallel_residual", True),
         qkv_bias=bias,
         out_bias=bias,

@@ -41,7 +41,7 @@ def read_shapes(
         "num_kv_heads": num_heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
         "mlp_dim": fields.integer("intermediate_size"),
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "norm_eps": fields.positive("rms_norm_eps", 1e-6),
         "activation": fields.activation(activation, "silu" if activation == "hidden_act" else "gelu_pytorch_tanh"),
         "tie_embeddings": fields.flag("tie_word_embeddings", tie),
     }

@@ -52,17 +52,22 @@ def _read(fields: Fields) -> ModelConfig:
         mlp_dim=4 * d_model,
         family="mpt",
         norm="layer",
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        norm_eps=fields.positive("layer_norm_epsilon", 1e-5),
         gated_mlp=False,
         activation="gelu",
-        clip_qkv=attention.optional_number("clip_qkv") or None,
-        attention_scale=attention.optional_number("softmax_scale"),
+        clip_qkv=_clip(attention),
+        attention_scale=attention.optional_positive("softmax_scale"),
         position="alibi",
         rope=RopeConfig(),
-        alibi_slopes=mpt_slopes(num_heads, attention.number("alibi_bias_max", _BIAS_MAX)),
+        alibi_slopes=mpt_slopes(num_heads, attention.positive("alibi_bias_max", _BIAS_MAX)),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
         max_position=fields.integer("max_seq_len", 2048),
     )
+
+
+def _clip(attention: Fields) -> float | None:
+    """`clip_qkv`, of which 0 means none in transformers too."""
+    return attention.optional_positive("clip_qkv") if attention.get("clip_qkv", (int, float), None) else None
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from streamjax.models.families.window_fields import read_layer_types, write_laye
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """A window on the layers from `max_window_layers` on, or as `layer_types` lists them."""
     window = fields.get("sliding_window", int, 4096)
-    first = fields.integer("max_window_layers", 28)
+    first = fields.integer("max_window_layers", 28, least=0)
     if not fields.flag("use_sliding_window", False):
         window = None
     default = [window is not None and i >= first for i in range(num_layers)]

@@ -27,6 +27,7 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+_LARGEST = 1e30  # of a scaling's numbers; NaN and infinity are none of them
 _LISTS = ("short_factor", "long_factor")
 _ORIGINAL = ("dynamic", "llama3", "yarn", "longrope")  # kinds that know the length of the original model
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -62,8 +63,8 @@ def read_rope(
       ValueError: an unknown kind, a field that it does not have or one that it lacks.
     """
     scaling = fields.get("rope_scaling", dict, None) or fields.get("rope_parameters", dict, None) or {}
-    top_theta = fields.number(theta_field, theta)
-    top_partial = fields.number(partial_field, 1.0 if partial is None else partial)
+    top_theta = fields.positive(theta_field, theta)
+    top_partial = fields.positive(partial_field, 1.0 if partial is None else partial)
     original = fields.get("original_max_position_embeddings", int, original)
     return parse_rope(
         scaling,
@@ -93,15 +94,16 @@ def parse_rope(
     if kind == "dynamic":
         values["original_max_position"] = max_position
     elif kind in _ORIGINAL:
-        values["original_max_position"] = (
-            original or _value(scaling, "original_max_position_embeddings") or max_position
-        )
+        named = original, _value(scaling, "original_max_position_embeddings"), max_position
+        values["original_max_position"] = next(length for length in named if length is not None)
     if kind in ("yarn", "longrope"):
-        values.setdefault("factor", max_position / values["original_max_position"])
+        values.setdefault("factor", max_position / max(1, values["original_max_position"]))
     fraction = _value(scaling, "partial_rotary_factor")
     fraction = partial if fraction is None else float(fraction)
     if not partial_allowed and fraction != 1.0:
         raise ValueError(f"field 'partial_rotary_factor' is {fraction}; this architecture rotates whole heads")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"field 'partial_rotary_factor' is {fraction}; it must be above 0 and at most 1")
     rotary_dim = int(head_dim * fraction)
     base = _value(scaling, "rope_theta")
     return RopeConfig(
@@ -139,6 +141,8 @@ def _value(scaling: Mapping[str, Any], name: str) -> Any:
         raise ValueError(
             f"rope_scaling field {name!r} is {value!r}; expected {' or '.join(t.__name__ for t in allowed)}"
         )
+    if not all(abs(n) < _LARGEST for n in numbers):
+        raise ValueError(f"rope_scaling field {name!r} is {value!r}; expected finite numbers")
     return tuple(float(n) for n in numbers) if name in _LISTS else value
 
 

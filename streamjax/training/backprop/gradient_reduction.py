@@ -66,7 +66,12 @@ class Reduction:
 
 
 def over_rows(
-    compute: Callable[..., tuple[Array, Decoder]], model: Decoder, batch: Batch, prepared: Batch, trained: Decoder
+    compute: Callable[..., tuple[Array, Decoder]],
+    model: Decoder,
+    batch: Batch,
+    prepared: Batch,
+    trained: Decoder,
+    together: int = 1,
 ) -> tuple[Float[Array, ""], Decoder]:
     """`compute(model, batch, prepared, split, reduction)`, by hand over the axes of the mesh that split the batch.
 
@@ -74,9 +79,10 @@ def over_rows(
       compute: gives the loss of its rows, summed by the reduction, and the gradient, split as the parameters are.
       model, batch, prepared: whole.
       trained: the parameters that get a gradient.
+      together: consecutive rows that must lie on one device, because the loss is a sum over groups of so many.
     """
     mesh, rows = jax.sharding.get_abstract_mesh(), batch["tokens"].shape[0]
-    axes = () if mesh.empty else batch_axes(mesh, rows)
+    axes = () if mesh.empty or rows % together else batch_axes(mesh, rows // together)
     if not axes:
         return compute(model, batch, prepared, None, Reduction())
     split = split_dimensions(model, mesh)

@@ -185,7 +185,7 @@ def _loss_and_grad(
             sequence = ChunkedSequence.cut(batch, prepared, chunk_size)
             return order.loss_and_grad(model, sequence, objective, options, split, reduction)
 
-        return over_rows(compute, model, batch, prepared, params)
+        return over_rows(compute, model, batch, prepared, params, objective.rows)
 
     def loss(params: Decoder) -> Array:
         return whole_loss(combine(params, rest), batch, prepared, objective, options.logits_chunk, method == "remat")
@@ -206,6 +206,5 @@ def whole_loss(
 def loss_sum(model: Decoder, batch: Batch, *, logits_chunk: int | None = None) -> Float[Array, ""]:
     """Weighted sum of the negative log-likelihoods of a batch, in nats."""
     size = logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0])
-    total = jnp.sum(jnp.where(batch["targets"] == CrossEntropy.ignore_index, 0.0, batch["weights"]))
     objective = CrossEntropy()
-    return whole_loss(model, batch, objective.prepare(batch), objective, size) * total
+    return whole_loss(model, batch, objective.prepare(batch), objective, size) * objective.count(batch)

@@ -127,7 +127,7 @@ def streaming_loss(
         stats = whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk)
         return state, objective.loss(stats, prepared)
 
-    counts = jnp.clip(length - jnp.arange(chunks) * width, 0, width)
+    counts = jnp.clip(length - jnp.arange(chunks, dtype=jnp.int32) * width, 0, width)
     pieces = cut(batch["tokens"]), jax.tree.map(cut, objective.prepare(batch)), counts
     state, parts = jax.lax.scan(lambda state, piece: read(model, state, *piece), state, pieces)
     return jnp.sum(parts), state

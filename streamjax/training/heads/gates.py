@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.partial import accumulator
 from pallas_kernels.patterns import Full, Pattern, SinkWindow
 from streamjax.attention.dispatch import sequence_attention
+from streamjax.field_checks import Count, NotNegative, Positive, Size, check_fields
 from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder
@@ -47,19 +48,14 @@ class GateConfig:
         the options of the preset "duo_attention".
     """
 
-    steps: int = 2000
-    learning_rate: float = 0.02
-    l1: float = 0.05
-    sinks: int = 128
-    recent: int = 256
+    steps: Size = 2000
+    learning_rate: Positive = 0.02
+    l1: NotNegative = 0.05
+    sinks: Count = 128
+    recent: Size = 256
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "sinks": 0, "recent": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"GateConfig.{name} is {getattr(self, name)}: at least {least} is needed")
-        if self.learning_rate <= 0 or self.l1 < 0:
-            given = f"{self.learning_rate} and {self.l1}"
-            raise ValueError(f"GateConfig needs a positive learning_rate and an l1 of at least 0, got {given}")
+        check_fields(self)
 
     @property
     def near(self) -> SinkWindow:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from streamjax.field_checks import Interval, Positive, check_fields
 from streamjax.training.objectives.objective import Batch, Objective, TokenStats, require_targets, shares
 
 
@@ -35,18 +36,15 @@ class DPO(Objective):
         has the reason; there without a reference).
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Interval(0, 0.5, below=True)] = 0.0
     length_normalised: bool = False
     row_arrays: ClassVar[tuple[str, ...]] = ("reference_logp",)
     separable: ClassVar[bool] = False
     rows: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.beta <= 0.0:
-            raise ValueError(f"DPO.beta is {self.beta}: it must be positive")
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"DPO.label_smoothing is {self.label_smoothing}: use 0 up to, not including, 0.5")
+        check_fields(self)
 
     def check(self, batch: Mapping[str, np.ndarray | Array], vocab_size: int) -> None:
         super().check(batch, vocab_size)
@@ -64,7 +62,7 @@ class DPO(Objective):
             "targets": jnp.where(weights == 0, 0, batch["targets"]),
             "weights": weights,
             "reference_logp": batch["reference_logp"],
-            "pair_shares": shares(jnp.asarray(_complete(weights), weights.dtype)) * 2.0,
+            "pair_shares": shares(jnp.asarray(_complete(weights), float)) * 2.0,
         }
 
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from streamjax.field_checks import Fraction, NotNegative, Size, check_fields
 from streamjax.training.objectives.objective import (
     Batch,
     Objective,
@@ -24,6 +25,7 @@ from streamjax.training.objectives.objective import (
     require_arrays,
     require_targets,
     shares,
+    wide,
 )
 
 
@@ -72,23 +74,16 @@ class GRPO(Objective):
       max_tokens: the longest answer there may be, for "constant".
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl: float = 0.04
+    clip_low: Fraction = 0.2
+    clip_high: NotNegative = 0.2
+    kl: NotNegative = 0.04
     normalisation: Literal["sequence", "token", "constant"] = "sequence"
-    max_tokens: int | None = None
+    max_tokens: Size | None = None
     row_arrays: ClassVar[tuple[str, ...]] = ("advantages",)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.clip_low <= 1.0 or self.clip_high < 0.0:
-            raise ValueError(
-                f"GRPO.clip_low and clip_high are {self.clip_low} and {self.clip_high}: use 0 to 1, and 0 or more"
-            )
-        if self.kl < 0.0:
-            raise ValueError(f"GRPO.kl is {self.kl}: it must not be negative")
-        if self.normalisation not in ("sequence", "token", "constant"):
-            raise ValueError(f"GRPO.normalisation is {self.normalisation!r}; use sequence, token or constant")
-        if (self.normalisation == "constant") != (self.max_tokens is not None) or (self.max_tokens or 1) < 1:
+        check_fields(self)
+        if (self.normalisation == "constant") != (self.max_tokens is not None):
             raise ValueError(
                 f"GRPO.max_tokens is {self.max_tokens} with normalisation {self.normalisation!r}: "
                 'set it, to 1 or more, for "constant" and for nothing else'
@@ -103,11 +98,11 @@ class GRPO(Objective):
 
     def count(self, batch: Batch) -> Float[Array, ""]:
         """The number of rows; with "token" the sum of the weights."""
-        weights = batch["weights"]
+        weights = wide(batch["weights"])
         return jnp.sum(weights) if self.normalisation == "token" else jnp.asarray(weights.shape[0], weights.dtype)
 
     def prepare(self, batch: Batch) -> dict[str, Array]:
-        weights = batch["weights"]
+        weights = wide(batch["weights"])
         rows = weights.shape[0]
         if self.normalisation == "token":
             share = shares(weights)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
+
+from streamjax.field_checks import BelowOne, Interval, NotNegative, check_fields
 
 Batch = Mapping[str, Array]
 
@@ -79,15 +81,12 @@ class CrossEntropy(Objective):
       ignore_index: tokens with this target do not count; nor do those of weight 0, whatever their target.
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    ignore_index: int = -100
+    label_smoothing: BelowOne = 0.0
+    z_loss: NotNegative = 0.0
+    ignore_index: Annotated[int, Interval(-(2**31), 2**31 - 1)] = -100
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"CrossEntropy.label_smoothing is {self.label_smoothing}: use 0 up to, not including, 1")
-        if self.z_loss < 0.0:
-            raise ValueError(f"CrossEntropy.z_loss is {self.z_loss}: it must not be negative")
+        check_fields(self)
 
     def check(self, batch: Mapping[str, np.ndarray | Array], vocab_size: int) -> None:
         super().check(batch, vocab_size)
@@ -97,7 +96,7 @@ class CrossEntropy(Objective):
         return jnp.sum(self._weights(batch))
 
     def _weights(self, batch: Batch) -> Float[Array, "B T"]:
-        return jnp.where(batch["targets"] == self.ignore_index, 0.0, batch["weights"])
+        return jnp.where(batch["targets"] == self.ignore_index, 0.0, wide(batch["weights"]))
 
     def prepare(self, batch: Batch) -> dict[str, Array]:
         weights = self._weights(batch)
@@ -130,8 +129,14 @@ class Linear(Objective):
         return sum(parts, jnp.zeros((), stats.logp.dtype))
 
 
+def wide(weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Weights in the widest dtype that JAX has enabled: what they are divided by is then known well enough."""
+    return jnp.asarray(weights).astype(float)
+
+
 def shares(weights: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Weights divided by their sum; zeros where that is 0."""
+    """Weights divided by their sum, as `wide` ones; zeros where that is 0."""
+    weights = wide(weights)
     total = jnp.sum(weights)
     return weights / jnp.where(total > 0, total, 1.0)
 

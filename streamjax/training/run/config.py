@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flax import nnx
 
 from streamjax.data import DataConfig
+from streamjax.field_checks import Count, Fraction, Interval, Positive, Seed, Size, check_fields
 from streamjax.kv.presets import parse_preset, preset
 from streamjax.kv.presets.registry import Built
 from streamjax.models.config import ModelConfig
 from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
-from streamjax.training.backprop.loss_and_grad import check_free, check_method
+from streamjax.training.backprop.loss_and_grad import Method, check_free
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.run.optimizer import OptimizerConfig
+
+Axis = Annotated[int, Interval(-1, 2**31 - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Axis = 1
+    fsdp: Axis = 1
+    tensor: Axis = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == 0:
+                raise ValueError(f"MeshConfig.{field.name} is 0: it must be a number of devices, or -1 for all others")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,24 +56,16 @@ class BackpropConfig:
       cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".
     """
 
-    method: str = "full"
-    chunk_size: int | None = None
-    segment: int = 1
+    method: Method = "full"
+    chunk_size: Size | None = None
+    segment: Size = 1
     offload: Literal["host"] | None = None
-    offload_fraction: float = 1.0
+    offload_fraction: Fraction = 1.0
     carry_state: bool = False
     cache: str = "streaming_llm"
 
     def __post_init__(self) -> None:
-        check_method(self.method)
-        for name in ("chunk_size", "segment"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"BackpropConfig.{name} is {value}: at least 1 is needed")
-        if self.offload not in (None, "host"):
-            raise ValueError(f'BackpropConfig.offload is {self.offload!r}: use "host" or None')
-        if not 0.0 <= self.offload_fraction <= 1.0:
-            raise ValueError(f"BackpropConfig.offload_fraction is {self.offload_fraction}: it must be in [0, 1]")
+        check_fields(self)
         if self.method == "auto":
             check_free(self.segment, self.offload)
         self.built_cache()  # so that a wrong name or option is told
@@ -96,11 +97,12 @@ class LoRAConfig:
       targets: projections with an adapter: "q", "k", "v", "o", "gate", "up", "down".
     """
 
-    rank: int = 0
-    alpha: float | None = None
+    rank: Count = 0
+    alpha: Positive | None = None
     targets: tuple[str, ...] = ("q", "v")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rank:
             check_lora(self.rank, self.scale, self.targets)
 
@@ -143,7 +145,7 @@ class TrainConfig:
     name: str
     model: ModelConfig | None
     data: DataConfig
-    steps: int
+    steps: Size
     init_from: str | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     backprop: BackpropConfig = dataclasses.field(default_factory=BackpropConfig)
@@ -151,20 +153,15 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    seed: int = 0
-    log_interval: int = 10
-    eval_interval: int = 500
-    eval_batches: int = 20
-    checkpoint_interval: int = 500
-    keep_checkpoints: int = 3
+    seed: Seed = 0
+    log_interval: Size = 10
+    eval_interval: Size = 500
+    eval_batches: Size = 20
+    checkpoint_interval: Size = 500
+    keep_checkpoints: Size = 3
 
     def __post_init__(self) -> None:
-        names = ("steps", "log_interval", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}: at least 1 is needed")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'TrainConfig.dtype is {self.dtype!r}: use "float32" or "bfloat16"')
+        check_fields(self)
         if (self.model is None) == (self.init_from is None):
             raise ValueError("TrainConfig needs either model (a new one) or init_from (a path), and not both")
         if self.lora.rank and self.init_from is None:

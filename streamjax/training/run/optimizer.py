@@ -8,6 +8,7 @@ import jax
 import optax
 from flax import nnx
 
+from streamjax.field_checks import BelowOne, Count, Fraction, NotNegative, Positive, Size, check_fields
 from streamjax.models.decoder import Decoder
 
 
@@ -25,29 +26,18 @@ class OptimizerConfig:
       accumulation: microbatches that a batch is cut into, one after the other in memory.
     """
 
-    learning_rate: float = 1e-3
-    final_fraction: float = 0.1
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
-    accumulation: int = 1
+    learning_rate: Positive = 1e-3
+    final_fraction: Fraction = 0.1
+    warmup_steps: Count = 100
+    weight_decay: NotNegative = 0.1
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    clip_norm: Positive | None = 1.0
+    accumulation: Size = 1
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"OptimizerConfig.learning_rate is {self.learning_rate}: it must be positive")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"OptimizerConfig.final_fraction is {self.final_fraction}: use 0 to 1")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("OptimizerConfig.warmup_steps and weight_decay must not be negative")
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise ValueError(f"OptimizerConfig.b1 and b2 are {self.b1} and {self.b2}: use 0 up to, not including, 1")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"OptimizerConfig.clip_norm is {self.clip_norm}: use None, or a positive norm")
-        if self.accumulation < 1:
-            raise ValueError(f"OptimizerConfig.accumulation is {self.accumulation}: at least 1 is needed")
+        check_fields(self)
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

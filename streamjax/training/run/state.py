@@ -47,7 +47,7 @@ def new_state(
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Host arrays [B, T] to device arrays, rows split over the mesh's batch axes.
+    """Host arrays [B, T] or [B] to device arrays, rows split over the mesh's batch axes.
 
     With several processes each passes its own rows.
     """
@@ -56,7 +56,7 @@ def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
 
     def place(x: Any) -> Array:
         shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        sharding = NamedSharding(mesh, partition_spec(("batch", None), shape, mesh))
+        sharding = NamedSharding(mesh, partition_spec(("batch", *(None,) * (x.ndim - 1)), shape, mesh))
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(place, batch)

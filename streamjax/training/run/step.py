@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -25,26 +26,38 @@ Metrics = dict[str, Array]
 
 
 def accumulate_gradients(
-    model: Decoder, batch: Batch, microbatches: int, **options: Any
+    model: Decoder, batch: Mapping[str, Array | np.ndarray], microbatches: int, **options: Any
 ) -> tuple[Float[Array, ""], Decoder]:
     """`loss_and_grad` of a batch, cut into microbatches that exist one at a time.
 
-    Each microbatch counts as its share of the batch's weight, so that the result is that of the whole batch however
-    the weights fall. Rows are dealt out in turn: under a mesh each device keeps its own.
+    Each microbatch counts as its share of what the objective is a mean of, so that the result is that of the whole
+    batch however the weights fall. Rows that the objective takes together, such as DPO's pairs, stay together. They
+    are dealt out in turn: under a mesh each device keeps its own.
 
     Args:
       model: the model.
-      batch: as for `loss_and_grad`.
-      microbatches: how many; they must divide the rows.
-      options: the other arguments of `loss_and_grad`, `method` and so on.
+      batch: as for `loss_and_grad`; all its arrays have the rows as their first dimension.
+      microbatches: how many; they must divide the rows, or the groups of rows that the objective takes together.
+      options: the other arguments of `loss_and_grad`, `objective`, `method` and so on.
+
+    Raises:
+      ValueError: rows that cannot be dealt out, and what `loss_and_grad` refuses.
     """
     if microbatches == 1:
         return loss_and_grad(model, batch, **options)
-    total = _total(batch)
-    cut = {name: rearrange(x, "(b n) t -> n b t", n=microbatches) for name, x in batch.items()}
+    objective = options.get("objective") or CrossEntropy()
+    objective.check(batch, model.config.vocab_size)
+    arrays = {name: jnp.asarray(x) for name, x in batch.items()}
+    rows = arrays["tokens"].shape[0]
+    if microbatches < 1 or rows % (objective.rows * microbatches):
+        each = "" if objective.rows == 1 else f", {objective.rows} of them together for {type(objective).__name__}"
+        raise ValueError(f"{rows} rows cannot be dealt out to {microbatches} microbatches{each}")
+    total = objective.count(arrays)
+    deal = {"n": microbatches, "r": objective.rows}
+    cut = {name: rearrange(x, "(b n r) ... -> n (b r) ...", **deal) for name, x in arrays.items()}
 
     def add(sums: tuple[Array, Decoder], part: Batch) -> tuple[tuple[Array, Decoder], None]:
-        share = jnp.where(total > 0, _total(part) / jnp.where(total > 0, total, 1.0), 0.0)
+        share = jnp.where(total > 0, objective.count(part) / jnp.where(total > 0, total, 1.0), 0.0)
         found = loss_and_grad(model, part, **options)
         return jax.tree.map(lambda x, y: x + y * share.astype(y.dtype), sums, found), None
 
@@ -100,7 +113,7 @@ def make_train_step(
 @jax.jit
 def eval_step(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sum of negative log-likelihoods in nats, and the sum of the weights."""
-    return loss_sum(model, batch), _total(batch)
+    return loss_sum(model, batch), CrossEntropy().count(batch)
 
 
 @partial(jax.jit, static_argnames="chunk_size", donate_argnames="stream")
@@ -109,10 +122,5 @@ def streaming_eval_step(
 ) -> tuple[StreamState, Float[Array, ""], Float[Array, ""]]:
     """The streams' state behind a batch, and what `eval_step` returns. The stream is donated."""
     loss, stream = streaming_loss(model, stream, batch, CrossEntropy(), chunk_size=chunk_size)
-    return stream, loss * _total(batch), _total(batch)
-
-
-def _total(batch: Batch) -> Float[Array, ""]:
-    """The sum of the weights of the tokens that count."""
-    counted = batch["targets"] != CrossEntropy.ignore_index
-    return jnp.sum(jnp.where(counted, batch["weights"], 0.0).astype(jnp.float32))
+    total = CrossEntropy().count(batch)
+    return stream, loss * total, total

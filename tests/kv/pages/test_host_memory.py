@@ -111,7 +111,7 @@ def test_says_what_does_not_go(apart):
     state = sj.init_state(model, placed(CACHES["last"], "host"))
     with pytest.raises(ValueError, match="keep 12 tokens take at most that many at a time, got 16"):
         sj.step(model, state, random_tokens(1, 16))
-    with pytest.raises(ValueError, match='placement must be "device" or "host"'):
+    with pytest.raises(ValueError, match=r"placement is '.*': it must be 'device' or 'host'"):
         sj.kv.Pages(3, 12, 2, placement="disk")
     with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])), pytest.raises(ValueError, match="one device"):
         sj.init_state(model, placed(CACHES["last"], "host"), 2)

@@ -96,7 +96,7 @@ def test_with_every_page_found_both_searches_agree():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Pages(4, 16, 2, search="best"), 'Pages.search must be "all" or "tree", got \'best\''),
+        (lambda: Pages(4, 16, 2, search="best"), "Pages.search is 'best': it must be 'all' or 'tree'"),
         (lambda: Pages(4, 16, 2, search="tree", shared=True), 'Pages.search "tree" is for each key head'),
         (
             lambda: run(Cascade(Pages(4, 16, 2, search="tree")), Stream.drawn(1, 3), [1], slopes=(0.1,) * 4),

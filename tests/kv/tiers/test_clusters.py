@@ -217,11 +217,11 @@ def test_gradients_of_all_that_is_read_are_dense_attentions():
     ("make", "message"),
     [
         (lambda: Clusters(8, 20, 1), "Clusters.capacity must be a multiple of the segment size 8, got 20"),
-        (lambda: Clusters(8, 0, 1), "Clusters.capacity must be a multiple of the segment size 8, got 0"),
-        (lambda: Clusters(0, 8, 1), "Clusters.segment must be at least 1, got 0"),
-        (lambda: Clusters(8, 8, 0), "Clusters.retrieve must be at least 1, got 0"),
-        (lambda: Clusters(8, 8, 1, -1), "Clusters.estimate must not be negative, got -1"),
-        (lambda: Clusters(8, 8, 1, most=0), "Clusters.most must be at least 1, got 0"),
+        (lambda: Clusters(8, 0, 1), "Clusters.capacity is 0: it must be a whole number of at least 1"),
+        (lambda: Clusters(0, 8, 1), "Clusters.segment is 0: it must be a whole number of at least 1"),
+        (lambda: Clusters(8, 8, 0), "Clusters.retrieve is 0: it must be a whole number of at least 1"),
+        (lambda: Clusters(8, 8, 1, -1), "Clusters.estimate is -1: it must be a whole number of at least 0"),
+        (lambda: Clusters(8, 8, 1, most=0), "Clusters.most is 0: it must be a whole number of at least 1"),
         (
             lambda: Clusters(8, 16, 5, 2, size=4, most=4),
             "Clusters reads 5 and estimates 2 clusters, but 16 tokens make at most 6 clusters",

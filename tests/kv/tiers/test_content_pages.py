@@ -298,16 +298,25 @@ def test_the_gradient_of_what_is_read_is_dense_attentions(monkeypatch):
     [
         (lambda: ContentPages(4, 18, 2, KeyChange()), "ContentPages.capacity must be a multiple of the page size 4"),
         (lambda: ContentPages(4, 16, 5, KeyChange()), "ContentPages.top_k is 5, but 16 slots are 4 pages of 4"),
-        (lambda: ContentPages(0, 16, 5, KeyChange()), "ContentPages.size must be at least 1, got 0"),
+        (
+            lambda: ContentPages(0, 16, 5, KeyChange()),
+            "ContentPages.size is 0: it must be a whole number",
+        ),
         (lambda: ContentPages(4, 16, 1, KeyChange(least=5)), "KeyChange.least must be in 1 .. 4, the page size, got 5"),
-        (lambda: ContentPages(4, 16, 1, EndTokens((1,), 0)), "EndTokens.least must be in 1 .. 4, the page size, got 0"),
+        (
+            lambda: ContentPages(4, 16, 1, EndTokens((1,), 0)),
+            "EndTokens.least is 0: it must be a whole number of at least 1",
+        ),
         (lambda: ContentPages(4, 16, 1, KeyChange(), MinMax(3)), "MinMax.parts must divide the page size 4, got 3"),
-        (lambda: ContentPages(4, 16, 1, KeyChange(), pool="sum"), 'ContentPages.pool must be "max" or "mean"'),
-        (lambda: ContentPages(4, 16, 1, "."), "ContentPages.boundary must be a rule such as KeyChange"),
-        (lambda: KeyChange(1.5), r"KeyChange.threshold must be a cosine, in \[-1, 1\], got 1.5"),
-        (lambda: KeyChange(context=0), "KeyChange.context must be at least 1 token, got 0"),
+        (
+            lambda: ContentPages(4, 16, 1, KeyChange(), pool="sum"),
+            "ContentPages.pool is 'sum': it must be 'max' or 'mean'",
+        ),
+        (lambda: ContentPages(4, 16, 1, "."), "ContentPages.boundary is '.': it must be Boundary"),
+        (lambda: KeyChange(1.5), r"KeyChange.threshold is 1.5: it must be a number from -1 to 1"),
+        (lambda: KeyChange(context=0), "KeyChange.context is 0: it must be a whole number of at least 1"),
         (lambda: EndTokens(()), r"EndTokens.ids must be a tuple of token ids, such as \(46, 33, 63\), got \(\)"),
-        (lambda: EndTokens((".",)), "EndTokens.ids must be a tuple of token ids"),
+        (lambda: EndTokens((".",)), r"EndTokens.ids is \('.',\): it must be a tuple of a whole number of at least 0"),
         (
             lambda: Cascade(ContentPages(4, 16, 1, KeyChange()), Window(2)),
             "ContentPages must be the last tier of a Cascade",

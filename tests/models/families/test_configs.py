@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from streamjax.models import ModelConfig, RopeConfig
-from streamjax.models.families import FAMILIES, find_family, read_config, write_config
+from streamjax.models.families import FAMILIES, find_family, gemma, read_config, write_config
 from streamjax.models.families.config_fields import HARMLESS, Fields
 from tests.models.families.published_configs import GEMMA_3_4B, PUBLISHED
 
@@ -54,6 +54,62 @@ def test_every_field_of_transformers_is_read_or_known_to_be_harmless(name):
     for section in fields.sections.values():
         left |= set(section.values) - section.seen - HARMLESS - {"is_encoder_decoder"}
     assert not left
+
+
+BY_FAMILY = {find_family(values).name: values for values in [*PUBLISHED.values(), GEMMA_3_4B]}
+NO_SIZE = {
+    "max_window_layers",
+    "num_ln_in_parallel_attn",
+    "clip_qkv",
+    "beta_fast",
+    "beta_slow",
+    "bos_token_id",
+    "eos_token_id",
+}
+
+
+def numbers(values, place=()):
+    """Where a config.json has numbers, those in its sections too; lists of them as a whole."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value, (*place, name))
+        elif isinstance(value, (int, float, list)) and not isinstance(value, bool):
+            yield (*place, name)
+
+
+def changed(values, place, value):
+    if not place:
+        return value
+    return {**values, place[0]: changed(values[place[0]], place[1:], value)}
+
+
+def complaint(values):
+    """What reading a config.json says: an error, or a warning; None where it is read without a word."""
+    with warnings.catch_warnings(record=True) as unknown:
+        warnings.simplefilter("always")
+        try:
+            read_config(values)
+        except ValueError as error:
+            return str(error)
+    return str(unknown[0].message) if unknown else None
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_numbers_that_cannot_be_meant_are_refused(family):
+    """Every number that a family reads: NaN, infinite, negative, 0, beyond all sizes, true, text, a list, an object."""
+    values = BY_FAMILY[family]
+    unread = HARMLESS - {"bos_token_id", "eos_token_id"} | {"embedding_fraction", *gemma._VISION_FIELDS.split()}
+    places = [place for place in numbers(values) if place[-1] not in unread and place[0] not in unread]
+    assert len(places) > 5
+    for place in places:
+        if place == ("sliding_window",) and not values.get("use_sliding_window", True):
+            continue  # it plays no part
+        bad = [float("nan"), float("inf"), -float("inf"), -1, 10**400, True, "8", [float("nan")], {"a": 1}]
+        for value in bad + [0, 0.0] * (place[-1] not in NO_SIZE):
+            said = complaint(changed(values, place, value))
+            assert said, f"{place} = {value!r} was read without a word"
+            assert "\n" not in said
+            assert len(said) < 700
 
 
 REFUSED = {

@@ -188,7 +188,7 @@ def test_configs_go_through_json():
         (lambda: HSAConfig((), (1,)), "HSAConfig.layers must name layers in order, got ()"),
         (lambda: HSAConfig((1,), (3, 2)), "HSAConfig.memory_layers must name layers in order, got (3, 2)"),
         (lambda: HSAConfig((1,), (2,)), "HSAConfig.layers begin at 1, below the first of memory_layers, 2"),
-        (lambda: HSAConfig((1,), (1,), top_k=0), "HSAConfig.top_k must be at least 1, got 0"),
+        (lambda: HSAConfig((1,), (1,), top_k=0), "HSAConfig.top_k is 0: it must be a whole number of at least 1"),
         (lambda: BASE.replace(hsa=HSAConfig((4,), (1,))), "ModelConfig.hsa names layer 4 of 4"),
         (
             lambda: sj.init_state(MODELS["shared"], sj.kv.preset("hsa", capacity=8, top_k=3)),

@@ -152,7 +152,7 @@ def test_what_cannot_be_optimised_is_refused():
     empty = {"tokens": np.zeros(2, np.int32), "weights": np.full(2, 0.02, np.float32)}
     with pytest.raises(ValueError, match="rows of 2 tokens hold no question"):
         next(answer_batches([empty] * 1001, 1))
-    with pytest.raises(ValueError, match=r"GateConfig\.recent is 0: at least 1 is needed"):
+    with pytest.raises(ValueError, match=r"GateConfig\.recent is 0: it must be a whole number of at least 1"):
         GateConfig(recent=0)
-    with pytest.raises(ValueError, match=r"a positive learning_rate and an l1 of at least 0, got .* and -1"):
+    with pytest.raises(ValueError, match=r"GateConfig.l1 is -1: it must be a number of at least 0"):
         GateConfig(l1=-1)

@@ -158,10 +158,10 @@ def test_a_batch_that_makes_no_sense(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip_low": 1.5}, "GRPO.clip_low and clip_high are 1.5 and 0.2"),
-        ({"clip_high": -0.1}, "GRPO.clip_low and clip_high are 0.2 and -0.1"),
+        ({"clip_low": 1.5}, "GRPO.clip_low is 1.5: it must be a number from 0 to 1"),
+        ({"clip_high": -0.1}, "GRPO.clip_high is -0.1: it must be a number of at least 0"),
         ({"kl": -1.0}, "GRPO.kl is -1.0"),
-        ({"normalisation": "batch"}, "GRPO.normalisation is 'batch'; use sequence, token or constant"),
+        ({"normalisation": "batch"}, "GRPO.normalisation is 'batch': it must be 'sequence' or 'token' or 'constant'"),
         ({"normalisation": "constant"}, "GRPO.max_tokens is None with normalisation 'constant'"),
         ({"max_tokens": 5}, "GRPO.max_tokens is 5 with normalisation 'sequence'"),
     ],

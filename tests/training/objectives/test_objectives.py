@@ -130,8 +130,11 @@ def test_every_method_is_exact_and_never_has_all_logits():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_smoothing": 1.0}, "CrossEntropy.label_smoothing is 1.0: use 0 up to, not including, 1"),
-        ({"z_loss": -0.1}, "CrossEntropy.z_loss is -0.1: it must not be negative"),
+        (
+            {"label_smoothing": 1.0},
+            "CrossEntropy.label_smoothing is 1.0: it must be a number of at least 0 and below 1",
+        ),
+        ({"z_loss": -0.1}, "CrossEntropy.z_loss is -0.1: it must be a number of at least 0"),
     ],
 )
 def test_an_objective_is_checked_when_it_is_made(changes, message):

@@ -80,11 +80,11 @@ def test_three_steps_against_the_formulas(model):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("learning_rate", 0.0, "learning_rate is 0.0: it must be positive"),
-        ("final_fraction", 1.5, "final_fraction is 1.5: use 0 to 1"),
-        ("clip_norm", -1.0, "clip_norm is -1.0: use None, or a positive norm"),
-        ("accumulation", 0, "accumulation is 0: at least 1 is needed"),
-        ("b2", 1.0, "b1 and b2 are 0.9 and 1.0"),
+        ("learning_rate", 0.0, "learning_rate is 0.0: it must be a number above 0"),
+        ("final_fraction", 1.5, "final_fraction is 1.5: it must be a number from 0 to 1"),
+        ("clip_norm", -1.0, "clip_norm is -1.0: it must be a number above 0 or None"),
+        ("accumulation", 0, "accumulation is 0: it must be a whole number of at least 1"),
+        ("b2", 1.0, "b2 is 1.0: it must be a number of at least 0 and below 1"),
     ],
 )
 def test_a_bad_field_is_named(field, value, message):

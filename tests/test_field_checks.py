@@ -1,0 +1,245 @@
+"""Every field of every configuration: wrong types and numbers out of range are refused, found by reflection."""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import runpy
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import numpy as np
+import pytest
+
+import streamjax
+from streamjax.data import DataConfig
+from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
+from streamjax.kv.pages import boundaries, disk_files, indexes
+from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, sink, sink_window, window
+from streamjax.models.config import HSAConfig, ModelConfig, RopeConfig
+from streamjax.streaming import Sampler
+from streamjax.training import (
+    DPO,
+    GRPO,
+    BackpropConfig,
+    CrossEntropy,
+    LoRAConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from streamjax.training.heads.gates import GateConfig
+
+MODEL = ModelConfig(
+    vocab_size=61,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    hsa=HSAConfig((1,), (1,)),
+)
+EXAMPLES = [
+    MODEL,
+    RopeConfig(),
+    HSAConfig((1, 2), (1,)),
+    DataConfig(),
+    TrainConfig("run", MODEL, DataConfig(), 10),
+    BackpropConfig(),
+    LoRAConfig(),
+    MeshConfig(),
+    OptimizerConfig(),
+    GateConfig(),
+    CrossEntropy(),
+    DPO(),
+    GRPO(),
+    Sampler(),
+    full.Full(8),
+    sink.Sink(4, 8),
+    window.Window(8),
+    sink_window.SinkWindow(2, 8, 10),
+    pages.Pages(4, 16, 2),
+    content_pages.ContentPages(4, 16, 2, boundaries.KeyChange()),
+    clusters.Clusters(16, 32, 1),
+    landmark_memory.ChunkMemory(64),
+    boundaries.KeyChange(),
+    boundaries.EndTokens((46,)),
+    indexes.MinMax(),
+    indexes.Mean(),
+    indexes.Representative(),
+    disk_files.PageLayout(1, 1, 8, 4, "float32", "abc"),
+]
+# Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
+# from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
+NO_CONFIGURATIONS = {
+    *("Rotary", "LayerSpec", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
+    *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place"),
+}
+FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
+NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]
+VALUES = [None, True, 3, 0.5, "text", b"bytes", [1], {}, (object(),), object(), 1j]  # one of every kind
+NO_NUMBERS = [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)]
+
+
+def hint_of(example, name):
+    return typing.get_type_hints(type(example), include_extras=True)[name]
+
+
+def leaves(hint):
+    """The annotations that a value may have, one by one, with the interval of each; those inside of tuples apart."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return [leaf for option in arguments for leaf in leaves(option)]
+    if origin is Annotated:
+        return [(kind, tuple(arguments[1:])) for kind, _ in leaves(arguments[0])]
+    return [(hint, ())]
+
+
+def is_plain(hint):
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType) or origin is tuple:
+        return all(is_plain(option) for option in arguments if option is not ...)
+    if origin is Annotated:
+        return is_plain(arguments[0])
+    kinds = (int, float, bool, str, type(None))
+    return origin is Literal or hint in kinds or (isinstance(hint, type) and hint.__module__.startswith("streamjax."))
+
+
+def welcome(kind, value):
+    """Whether a value is of a kind, in a way of its own."""
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return False  # none of VALUES is a tuple of something that a configuration has
+    return type(value) in {int: (int,), float: (int, float)}.get(kind, (kind,))
+
+
+def wrong_values(hint):
+    known = leaves(hint)
+    wrong = [value for value in VALUES if not any(welcome(kind, value) for kind, _ in known)]
+    if any(kind in (int, float) for kind, _ in known):
+        wrong += NO_NUMBERS
+        (interval,) = next(limits for kind, limits in known if kind in (int, float))
+        step = 1 if any(kind is int for kind, _ in known) else 1e-3
+        wrong += [interval.low if interval.above else interval.low - abs(interval.low) * 1e-3 - step]
+        wrong += [interval.high if interval.below else interval.high * (1 + 1e-3) + step]
+    inside = [
+        arguments for kind, _ in known if typing.get_origin(kind) is tuple and (arguments := typing.get_args(kind))
+    ]
+    return wrong + [(value,) for arguments in inside for value in wrong_values(arguments[0])]
+
+
+def refused(make, name):
+    with pytest.raises(ValueError, match=name) as error:
+        make()
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 300
+
+
+def test_no_configuration_is_left_out():
+    found = {}
+    for module in pkgutil.walk_packages(streamjax.__path__, "streamjax."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module.name:
+                hints = typing.get_type_hints(kind, include_extras=True)
+                if dataclasses.fields(kind) and all(is_plain(hints[f.name]) for f in dataclasses.fields(kind)):
+                    found[kind.__name__] = kind
+    public = {name: kind for name, kind in found.items() if not name.startswith("_")}
+    assert set(public) - NO_CONFIGURATIONS == {type(example).__name__ for example in EXAMPLES}
+
+
+@pytest.mark.parametrize(("example", "name"), FIELDS, ids=NAMES)
+def test_every_number_has_a_range(example, name):
+    def check(hint):
+        for kind, limits in leaves(hint):
+            if kind in (int, float):
+                assert len(limits) == 1
+                assert isinstance(limits[0], Interval)
+            if typing.get_origin(kind) is tuple:
+                check(typing.get_args(kind)[0])
+
+    check(hint_of(example, name))
+
+
+@pytest.mark.parametrize(("example", "name"), FIELDS, ids=NAMES)
+def test_wrong_values_are_refused(example, name):
+    for value in wrong_values(hint_of(example, name)):
+        refused(
+            lambda value=value: dataclasses.replace(example, **{name: value}), f"{type(example).__name__}.{name} is "
+        )
+
+
+@pytest.mark.parametrize("example", EXAMPLES[:14], ids=lambda example: type(example).__name__)
+def test_configurations_survive_json(example):
+    values = json.loads(json.dumps(dataclasses.asdict(example)))
+    assert from_plain(type(example), values) == example
+    refused(lambda: from_plain(type(example), {**values, "new": 1}), f"unknown {type(example).__name__} field 'new'")
+    for other in (None, 5, [values], "text"):
+        refused(lambda other=other: from_plain(type(example), other), f"{type(example).__name__} is ")
+
+
+def test_values_of_json_that_python_would_take():
+    values = json.loads(json.dumps(MODEL.to_json_dict()))
+    for field, value in (("vocab_size", True), ("norm_eps", "8"), ("tie_embeddings", 1), ("rope", 5), ("hsa", [1])):
+        refused(lambda field=field, value=value: ModelConfig.from_json_dict({**values, field: value}), f"{field} is ")
+    missing = {name: value for name, value in values.items() if name != "d_model"}
+    refused(lambda: ModelConfig.from_json_dict(missing), "ModelConfig.d_model is missing")
+    refused(
+        lambda: ModelConfig.from_json_dict({**values, "rope": {"thetta": 1e4}}), "unknown RopeConfig field 'thetta'"
+    )
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.py")), ids=lambda file: file.stem)
+def test_shipped_configurations_are_accepted(file):
+    check_fields(runpy.run_path(str(file))["get_config"]())
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in Path("models").glob("*/config.json")), ids=str)
+def test_shipped_models_are_accepted(folder):
+    values = json.loads((folder / "config.json").read_text())
+    check_fields(ModelConfig.from_json_dict(values["model"]) if "model" in values else streamjax.load(folder).config)
+
+
+def test_numpy_scalars_are_numbers():
+    config = OptimizerConfig(learning_rate=np.float32(0.5), warmup_steps=np.int64(3))
+    assert (type(config.learning_rate), type(config.warmup_steps)) == (float, int)
+    refused(lambda: OptimizerConfig(learning_rate=np.float32("nan")), "OptimizerConfig.learning_rate is nan")
+
+
+def test_arguments_of_a_function():
+    def build(size: Size = 3, scale: Positive | None = None) -> Any:
+        return size, scale
+
+    check_arguments(build, {"size": 4, "scale": 2}, "cache 'x'")
+    refused(lambda: check_arguments(build, {"size": 0}, "cache 'x'"), "cache 'x': size is 0: it must be a whole number")
+    refused(
+        lambda: check_arguments(build, {"scale": "2"}, "cache 'x'"), "scale is '2': it must be a number above 0 or None"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RopeConfig(kind="llama3", original_max_position=8, low_freq_factor=4.0), "low_freq_factor is 4.0"),
+        (lambda: RopeConfig(kind="yarn", original_max_position=8, beta_slow=40.0), "beta_slow is 40.0"),
+        (lambda: RopeConfig(kind="longrope", original_max_position=8), "needs short_factor and long_factor"),
+        (lambda: RopeConfig(kind="yarn", original_max_position=8, rotary_dim=3), "rotary_dim is 3: .* even"),
+        (lambda: MeshConfig(data=0), "MeshConfig.data is 0"),
+        (
+            lambda: MODEL.replace(rope=RopeConfig(kind="dynamic", original_max_position=8, rotary_dim=2)),
+            "more than 2 channels",
+        ),
+        (
+            lambda: MODEL.replace(
+                rope=RopeConfig(kind="longrope", original_max_position=8, short_factor=(1.0,), long_factor=(1.0,) * 4)
+            ),
+            "short_factor has 1 factors: longrope needs 4",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together(make, message):
+    refused(make, message)
