@@ -48,6 +48,8 @@ class Session:
       seed: of the sampling key.
       chunk_size: tokens a step when reading.
       implementation: what reads the cache, as in `init_state`.
+      parse_special: whether special tokens that are written out in a text, such as "<|im_end|>", are those tokens. They
+        are text by default, since users may type anything; ids are always read as they are.
 
     Raises:
       ValueError: the tokenizer has ids that the model lacks, or an unknown implementation.
@@ -63,10 +65,11 @@ class Session:
         seed: int = 0,
         chunk_size: int = 512,
         implementation: Implementation | None = None,
+        parse_special: bool = False,
     ):
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer.text_vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}: "
+                f"the tokenizer has {tokenizer.text_vocab_size} ids and the model {model.config.vocab_size}: "
                 "they do not belong together"
             )
         if chunk_size < 1:
@@ -77,6 +80,7 @@ class Session:
         self.sampler = sampler or Sampler()
         self.chunk_size = chunk_size
         self.implementation = implementation
+        self.parse_special = parse_special
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
@@ -102,8 +106,20 @@ class Session:
         return None if self.state.capacity is None else self.state.capacity - self.tokens_seen
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Ids of a text; BOS before it by default where the stream begins and the model expects one."""
-        return self.tokenizer.encode(text, add_bos=self._begins(add_bos))
+        """Ids of a text that is read next: it goes on from what was read, so that pieces add up to the whole text.
+
+        BOS comes before it by default where the stream begins and the model expects one.
+        """
+        begins = self._begins(add_bos)
+        return self.tokenizer.encode(
+            text, add_bos=begins, parse_special=self.parse_special, continues=self.has_text and not begins
+        )
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the stream holds more than special tokens such as BOS: a text that is read next goes on from it."""
+        tail = self._output.tail
+        return self.tokens_seen > len(tail) or not self.tokenizer.special_ids.issuperset(tail)
 
     def read(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None) -> int:
         """Read a text, or token ids as they are; returns how many tokens that were.
@@ -281,9 +297,7 @@ class Session:
 
     def _ids(self, text: str | Sequence[int] | np.ndarray, add_bos: bool | None) -> list[int]:
         """Token ids, all checked before the first piece is read."""
-        if isinstance(text, str):
-            return self.encode(text, add_bos)
-        ids = [int(token) for token in text]
+        ids = self.encode(text, add_bos) if isinstance(text, str) else [int(token) for token in text]
         vocab = self.model.config.vocab_size
         wrong = next((token for token in ids if not 0 <= token < vocab), None)
         if wrong is not None:
@@ -295,7 +309,7 @@ class Session:
         self._require_room(len(ids))
         if ids:
             self._turn = object()
-            self._output.clear()
+            self._output.restart(ids)
             self.stopped_by = None
         tokens = np.asarray(ids, np.int32)
         for start in range(0, len(ids), self.chunk_size):

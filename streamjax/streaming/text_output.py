@@ -8,7 +8,7 @@ from typing import Any
 from streamjax.data.text.incremental_decoder import IncrementalDecoder
 from streamjax.data.text.tokenizers import Tokenizer
 
-_TAIL = 16  # tokens from which a decoder that has held nothing back can be built again
+_TAIL = 16  # tokens from which a decoder can be built again
 
 
 class TextOutput:
@@ -20,19 +20,22 @@ class TextOutput:
     Args:
       tokenizer: whose ids they are.
       tail, held, ready: what `to_json_dict` of an earlier one said, to go on from there.
+
+    Attributes:
+      tail: the newest ids of the stream, those that were read included: a token's text may depend on what is before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, tail: Sequence[int] = (), held: str = "", ready: str = ""):
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
-        self._tail = list(tail)  # the newest ids: they make a new decoder what this one is
+        self.tail = list(tail)  # they make a new decoder what this one is
         self._held = held  # behind it a stop string may begin
         self._ready = ready  # certain, and not taken yet
-        self._decoder.push(self._tail)
+        self._decoder.push(self.tail)
 
     def to_json_dict(self) -> dict[str, Any]:
         """What it holds back, as plain data."""
-        return {"tail": self._tail, "held": self._held, "ready": self._ready}
+        return {"tail": self.tail, "held": self._held, "ready": self._ready}
 
     def push(self, ids: Iterable[int], stop: Sequence[str] = ()) -> str | None:
         """Take further ids; returns the stop string that has ended the text, if one has.
@@ -40,16 +43,13 @@ class TextOutput:
         Text behind a stop string is dropped, also that of further ids.
         """
         for token in ids:
-            text = self._decoder.push([token])
-            self._tail.append(token)
-            if text:
-                self._tail = self._tail[-_TAIL:]
-            self._held += text
+            self._held += self._decoder.push([token])
+            self.tail = [*self.tail, token][-_TAIL:]
             found = [(at, word) for at, word in ((self._held.find(word), word) for word in stop) if at >= 0]
             if found:
                 at, word = min(found)
                 self._ready += self._held[:at]
-                self._forget()
+                self._end()
                 return word
             certain = len(self._held) - max((_overlap(self._held, word) for word in stop), default=0)
             self._ready += self._held[:certain]
@@ -68,17 +68,22 @@ class TextOutput:
 
     def finish(self) -> None:
         """The text is over: all that is held back is certain, and an unfinished character becomes U+FFFD."""
-        self._ready += self._held + self._decoder.flush()
-        self._forget()
+        self._ready += self._held + self._end()
 
-    def clear(self) -> None:
-        """Drop whatever has not been taken."""
+    def restart(self, ids: Sequence[int]) -> None:
+        """The stream reads these ids: drop whatever has not been taken. What is generated now goes on from them."""
+        self._end()
         self._ready = ""
-        self._forget()
+        self.tail = [*self.tail, *ids[-_TAIL:]][-_TAIL:]
+        self._decoder.push(ids[-_TAIL:])
 
-    def _forget(self) -> None:
-        self._held, self._tail = "", []
-        self._decoder = IncrementalDecoder(self._tokenizer)
+    def _end(self) -> str:
+        """Text that comes now is no longer this one; returns the unfinished character that was held back."""
+        rest = self._decoder.flush()
+        self._held = ""
+        if rest:
+            self.tail = []  # a decoder made from it would go on with the character
+        return rest
 
 
 def _overlap(text: str, word: str) -> int:

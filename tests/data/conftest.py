@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. It doesn't stop there: 1, 2, 3 and (more).",
@@ -25,11 +25,20 @@ def _byte_level() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _byte_fallback() -> tokenizers.Tokenizer:
+def _prefix_space() -> tokenizers.Tokenizer:
+    """RoBERTa's: byte-level, with a space before a text that has none."""
+    tokenizer = _byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def _byte_fallback(over_words: bool = False) -> tokenizers.Tokenizer:
     """Llama 2, Mistral, Phi-3: SentencePiece's BPE with byte tokens for unknown characters."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = tokenizers.Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if not over_words:
+        trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(
         [text.encode("ascii", "ignore").decode() for text in TEXTS],
         trainers.BpeTrainer(vocab_size=150, show_progress=False),
@@ -45,6 +54,27 @@ def _byte_fallback() -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return tokenizer
+
+
+def _over_words() -> tokenizers.Tokenizer:
+    """The same with tokens of several words."""
+    return _byte_fallback(over_words=True)
+
+
+def _first_space() -> tokenizers.Tokenizer:
+    """The same as transformers writes it today: a space before the text, and not behind each special token."""
+    tokenizer = _byte_fallback()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+def _no_prefix() -> tokenizers.Tokenizer:
+    """Gemma's: SentencePiece's BPE over the whole text, with nothing before it."""
+    tokenizer = _byte_fallback()
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
@@ -70,7 +100,11 @@ def _word_piece() -> tokenizers.Tokenizer:
 
 KINDS = {
     "byte_level": _byte_level,
+    "prefix_space": _prefix_space,
     "byte_fallback": _byte_fallback,
+    "over_words": _over_words,
+    "first_space": _first_space,
+    "no_prefix": _no_prefix,
     "metaspace": _metaspace,
     "word_piece": _word_piece,
 }
@@ -78,12 +112,16 @@ KINDS = {
 
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each kind, with <s> and </s> as BOS and EOS, as `save_pretrained` writes it."""
+    """A folder of each kind, with <s> and </s> as BOS and EOS, as `save_pretrained` writes it.
+
+    "<|l|>" takes white space before it, "<|r|>" behind it.
+    """
     folders = {}
     for kind, make in KINDS.items():
         tokenizer = make()
         tokenizer.add_special_tokens(["<s>", "</s>"])
-        tokenizer.add_tokens(["<tool>"])
+        tokenizer.add_tokens(["<tool>", AddedToken("<|l|>", lstrip=True)])
+        tokenizer.add_special_tokens([AddedToken("<|r|>", rstrip=True)])
         folder = tmp_path_factory.mktemp(kind)
         tokenizer.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "</s>"}}

@@ -74,11 +74,11 @@ def test_no_half_character_is_shown_until_the_text_is_over():
 def test_what_was_not_taken_can_be_dropped():
     output = TextOutput(TOKENIZER)
     output.push(b"ab\xe2", ["bc"])
-    output.clear()
+    output.restart([*b"xyz"])
     output.push(b"c", ["bc"])
     output.finish()
     assert output.take() == "c"
-    assert output.to_json_dict() == {"tail": [], "held": "", "ready": ""}
+    assert output.to_json_dict() == {"tail": [*b"xyzc"], "held": "", "ready": ""}
 
 
 def test_its_description_stays_small():

@@ -4,8 +4,8 @@ A character may span tokens, and a token's text may depend on its neighbours (a 
 byte tokens that is decoded as one). Three ways, by `Tokenizer.decoding`:
 
 - "bytes": every token is some bytes; Python's incremental UTF-8 decoder holds back an unfinished character.
-- "byte_fallback": SentencePiece writes an unknown character as a run of byte tokens, and a run that is no UTF-8 becomes
-  one U+FFFD a byte. So a run is held back until it ends.
+- "byte_fallback": SentencePiece writes an unknown character, and a line's end, as byte tokens. Only those that begin a
+  character and do not end it are held back.
 - "text": nothing is held back.
 
 In the last two, new tokens are decoded behind the few emitted before them, and what that adds is emitted.
@@ -38,18 +38,29 @@ class IncrementalDecoder:
             return self._utf8.decode(b"".join(self._tokenizer.token_bytes(i) or b"" for i in ids))
         size, special = self._tokenizer.vocab_size, self._tokenizer.special_ids
         self._held += [i for i in ids if 0 <= i < size and i not in special]
-        if not self._held or self._tokenizer.token_bytes(self._held[-1]) is not None:
-            return ""
-        return self._emit()
+        return self._emit(len(self._held) - self._unfinished())
 
     def flush(self) -> str:
         """The text still held back, at the end of the stream: an unfinished character becomes U+FFFD."""
         if self._tokenizer.decoding == "bytes":
             return self._utf8.decode(b"", final=True)
-        return self._emit() if self._held else ""
+        return self._emit(len(self._held))
 
-    def _emit(self) -> str:
+    def _unfinished(self) -> int:
+        """How many of the newest tokens are the bytes of a character that is not whole yet."""
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in self._held[-3:]:
+            data = self._tokenizer.token_bytes(token)
+            if data is None:
+                utf8.reset()
+            else:
+                utf8.decode(data)
+        return len(utf8.getstate()[0])
+
+    def _emit(self, count: int) -> str:
+        if not count:
+            return ""
         before = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode(self._context + self._held)
-        self._context, self._held = (self._context + self._held)[-_CONTEXT:], []
+        text = self._tokenizer.decode(self._context + self._held[:count])
+        self._context, self._held = (self._context + self._held[:count])[-_CONTEXT:], self._held[count:]
         return text[len(before) :]

@@ -58,5 +58,6 @@ def new_stream(config: TrainConfig, model: Decoder) -> StreamState | None:
 
 
 def _check_vocabulary(size: int, tokenizer: Tokenizer) -> None:
-    if size < tokenizer.vocab_size:
-        raise ValueError(f"the model's vocab_size is {size}; tokenizer {tokenizer.name!r} needs {tokenizer.vocab_size}")
+    needed = tokenizer.text_vocab_size
+    if size < needed:
+        raise ValueError(f"the model's vocab_size is {size}; tokenizer {tokenizer.name!r} needs {needed}")

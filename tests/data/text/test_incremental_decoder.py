@@ -50,15 +50,44 @@ def test_a_character_comes_whole(tokenizer_folders: dict[str, Path]) -> None:
         assert _stream(tokenizer, ids, list(range(6)))[1:] == ["a", "", "", "", "\U0001f984", "b", ""]
 
 
-def test_a_run_of_byte_tokens_is_held_until_it_ends(tokenizer_folders: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(tokenizer_folders["byte_fallback"])
-    byte = {value: tokenizer._tokenizer.token_to_id(f"<0x{value:02X}>") for value in (0xC3, 0xA9, 0xFF)}
-    fox = tokenizer.encode("fox")
-    good = [byte[0xC3], byte[0xA9]]
-    assert _stream(tokenizer, good + fox, [1, 2])[:2] == ["", ""]
-    assert "".join(_stream(tokenizer, good + fox, [1, 2, 3])) == "é fox"
-    bad = [*good, byte[0xFF]]  # not UTF-8 as a whole, so none of it is
-    assert "".join(_stream(tokenizer, bad + fox, [1, 2, 3])) == tokenizer.decode(bad + fox) == "\ufffd" * 3 + " fox"
+def _byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """The tokens of SentencePiece for single bytes."""
+    return [tokenizer._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in data]
+
+
+SPACED = ["byte_fallback", "first_space", "no_prefix"]
+
+
+@pytest.mark.parametrize("kind", SPACED)
+@given(
+    data=st.lists(
+        st.sampled_from([b"\n", b"a", "é".encode(), "東".encode(), "😀".encode(), b"\xff", b"\xe6"]), max_size=9
+    )
+)
+def test_a_character_of_byte_tokens_comes_with_its_last_byte(
+    kind: str, data: list[bytes], tokenizer_folders: dict[str, Path]
+) -> None:
+    """Also behind bytes that are no UTF-8, of which each becomes U+FFFD."""
+    tokenizer = load_tokenizer(tokenizer_folders[kind])
+    decoder, fox = IncrementalDecoder(tokenizer), tokenizer.encode("fox")
+    expected = tokenizer.decode(fox)
+    assert decoder.push(fox) == expected
+    held = 0
+    for piece in data:
+        text = "".join(decoder.push([i]) for i in _byte_ids(tokenizer, piece))
+        bad = piece in (b"\xff", b"\xe6")
+        assert text == "\ufffd" * held + ("" if piece == b"\xe6" else "\ufffd" if bad else piece.decode())
+        held = int(piece == b"\xe6")
+        expected += "\ufffd" if bad else piece.decode()
+    assert decoder.flush() == "\ufffd" * held
+    assert tokenizer.decode(fox + _byte_ids(tokenizer, b"".join(data))) == expected
+
+
+@pytest.mark.parametrize("kind", SPACED)
+def test_a_line_end_comes_at_once(kind: str, tokenizer_folders: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(tokenizer_folders[kind])
+    ids = tokenizer.encode("fox") + _byte_ids(tokenizer, b"\n\n")
+    assert _stream(tokenizer, ids, list(range(len(ids))))[-3:] == ["\n", "\n", ""]
 
 
 def test_unfinished_character_at_the_end() -> None:
@@ -67,7 +96,7 @@ def test_unfinished_character_at_the_end() -> None:
     assert decoder.flush() == "\ufffd"
 
 
-@pytest.mark.parametrize("kind", ["byte_fallback", "metaspace", "word_piece"])
+@pytest.mark.parametrize("kind", ["byte_fallback", "first_space", "metaspace", "word_piece"])
 def test_work_is_linear(kind: str, tokenizer_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(tokenizer_folders[kind])
     decode, decoded = tokenizer.decode, 0
@@ -79,8 +108,8 @@ def test_work_is_linear(kind: str, tokenizer_folders: dict[str, Path], monkeypat
         return decode(ids)
 
     monkeypatch.setattr(tokenizer, "decode", counting_decode)
-    unfinished = tokenizer.encode("\U0001f984")[-1:]
-    for ids in (unfinished * 2_000, (tokenizer.encode(TEXTS[0]) * 100)[:2_000]):
+    last_byte = tokenizer.encode("\U0001f984")[-1:]
+    for ids in (last_byte * 2_000, (tokenizer.encode(TEXTS[0]) * 100)[:2_000]):
         decoded = 0
         _stream(tokenizer, ids, list(range(len(ids))))
         assert decoded < 20 * len(ids)

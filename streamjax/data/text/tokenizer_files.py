@@ -1,0 +1,105 @@
+"""The files of a Hugging Face tokenizer: `tokenizer.json`, and the settings beside it.
+
+Whatever a damaged or foreign file holds ends in a ValueError of one line that names the file.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+
+T = TypeVar("T")
+_MOST_IDS = 2**31  # token ids are int32 everywhere else
+
+
+def guarded(file: Path, what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Call into the `tokenizers` library, whose failures say nothing of the file.
+
+    Raises:
+      ValueError: whatever went wrong, the panics of its Rust code included, which are no Exception in Python.
+    """
+    try:
+        return function(*args, **options)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{file}: {what} ({one_line(error)})") from error
+        raise
+
+
+def read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer of a `tokenizer.json`, and the file's content as the library writes it."""
+
+    def read() -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer, json.loads(tokenizer.to_str())
+
+    return guarded(file, "not a readable tokenizer.json", read)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file without its null entries; {} where there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable JSON ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a JSON object is expected, not {type(content).__name__}")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`special_tokens_map.json` and `tokenizer_config.json`, of which the second counts where both say something."""
+    return read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+
+
+def special_token(settings: dict[str, Any], key: str, folder: Path) -> str | None:
+    """The text of a special token such as "bos_token"; None where the settings have none."""
+    token = settings.get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise ValueError(f"{folder}: {key} must be the text of a token, not {one_line(repr(token))}")
+    return token or None
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids that end a generation by `generation_config.json`."""
+    file = folder / "generation_config.json"
+    stops = read_json(file).get("eos_token_id", [])
+    stops = stops if isinstance(stops, list) else [stops]
+    for token in stops:
+        if type(token) is not int or not 0 <= token < _MOST_IDS:
+            raise ValueError(f"{file}: eos_token_id must be token ids, not {one_line(repr(token))}")
+    return stops
+
+
+def read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The default template of a model: `chat_template.jinja`, or what `tokenizer_config.json` holds."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 ({one_line(error)})") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        except (TypeError, KeyError) as error:
+            message = "chat_template must be a template, or a list of entries with name and template"
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: {message}") from error
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a template, not {type(template).__name__}"
+        )
+    return template
+
+
+def one_line(error: Any) -> str:
+    """What an error says, short and in one line."""
+    return " ".join(str(error).split())[:200]
