@@ -7,8 +7,9 @@ Some benchmarks have their tables on a page of their own, between two marks, and
 
 from __future__ import annotations
 
-import importlib
+import ast
 import json
+import textwrap
 from pathlib import Path
 
 from benchmarks.reporting import RESULTS, table
@@ -21,6 +22,7 @@ ELSEWHERE = (
     "kernels/schedules/hsa",
     "kernels/schedules/decode",
     "kernels/compile_all",
+    "kernels/cross_entropy",
     "kernels/gpu/all_kernels",
 )
 HEAD = """# Benchmarks
@@ -36,8 +38,9 @@ def section(path: Path) -> str:
     result = json.loads(path.read_text())
     name = result["benchmark"]
     module = "benchmarks." + name.replace("/", ".")
-    text = (importlib.import_module(module).__doc__ or "").strip()
-    title, _, rest = text.partition("\n")
+    script = Path(__file__).parent / f"{name}.py"
+    text = ast.get_docstring(ast.parse(script.read_text()), clean=False) or ""
+    title, _, rest = text.strip().partition("\n")
     body = "\n".join(line for line in rest.splitlines() if not line.startswith("    ")).strip()
     machine = result["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, backend {machine['backend']}, JAX {machine['jax']}"
@@ -45,7 +48,8 @@ def section(path: Path) -> str:
     if "torch" in result:
         where += f"; torch {result['torch']}, transformers {result['transformers']}"
     command = f"```\npython -m {module}\n```"
-    return "\n\n".join([f"## {title.rstrip('.')}", body, command, table(result["rows"]), f"*{where}*\n"])
+    notes = [textwrap.fill(result["note"], 120)] if "note" in result else []
+    return "\n\n".join([f"## {title.rstrip('.')}", body, command, table(result["rows"]), *notes, f"*{where}*\n"])
 
 
 def put(page: Path, name: str, text: str) -> None:
@@ -63,15 +67,16 @@ def put(page: Path, name: str, text: str) -> None:
     print(f"written: {page}")
 
 
-def main() -> None:
+def page() -> str:
+    """The text of docs/benchmarks.md."""
     here = [
         path
         for path in sorted(RESULTS.rglob("*.json"))
         if path.relative_to(RESULTS).with_suffix("").as_posix() not in ELSEWHERE
     ]
-    PAGE.write_text("\n".join([HEAD, *map(section, here)]))
-    print(f"written: {PAGE}")
+    return "\n".join([HEAD, *map(section, here)])
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page())
+    print(f"written: {PAGE}")

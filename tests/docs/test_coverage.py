@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import streamjax as sj
+from benchmarks import tables as benchmark_tables
 from docs import tables
 from tests.docs.pages import PAGES, ROOT
 
@@ -24,6 +25,11 @@ def stems(folder: str) -> list[str]:
 @pytest.mark.quick
 def test_tables_are_what_the_script_writes():
     assert tables.written(text("README.md")) == text("README.md"), "python -m docs.tables writes them anew"
+
+
+@pytest.mark.quick
+def test_benchmarks_are_what_the_script_writes():
+    assert benchmark_tables.page() == benchmark_tables.PAGE.read_text(), "python -m benchmarks.tables writes them anew"
 
 
 @pytest.mark.quick
