@@ -16,12 +16,13 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.partial import Partial
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
 from streamjax.kv.pages.boundaries import Boundary
 from streamjax.kv.pages.indexes import Index, Mean, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
 from streamjax.kv.ring_buffer import read_ring, write_ring
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.tiers.paged import PagedTier
 
 SUMMARISED = 32  # pages that are summarised at a time; a chunk seldom touches more
 
@@ -46,7 +47,7 @@ class ContentPagesState:
 
 
 @dataclasses.dataclass(frozen=True)
-class ContentPages(Tier):
+class ContentPages(PagedTier):
     """Keeps tokens in pages of at most `size`, which end where `boundary` says; a query reads the `top_k` best pages.
 
     The last tier of its cascade: when all pages are taken the oldest goes as a whole. A page that ended early leaves
@@ -81,27 +82,8 @@ class ContentPages(Tier):
     shared: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if self.capacity < self.size or self.capacity % self.size:
-            pages = f"a multiple of the page size {self.size}"
-            raise ValueError(f"ContentPages.capacity must be {pages}, got {self.capacity}")
-        if self.top_k > self.pages:
-            where = f"{self.capacity} slots are {self.pages} pages of {self.size}"
-            raise ValueError(f"ContentPages.top_k is {self.top_k}, but {where}")
+        super().__post_init__()
         self.boundary.check(self.size)
-        self.index.check(self.size)
-
-    @property
-    def slots(self) -> int:
-        return self.capacity
-
-    @property
-    def span(self) -> int:
-        return self.capacity if self.distance is None else 0
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.index.needs_scores
 
     @property
     def needs_ids(self) -> bool:
@@ -131,7 +113,7 @@ class ContentPages(Tier):
         newest = stays & ~jnp.pad(joins[:, 1:], ((0, 0), (0, 1)))  # the chunk's last token in its page
         count = _put(state.count, (place + 1)[:, None], jnp.where(newest, page, self.pages))
 
-        stored = tokens if self.distance is None else tokens.moved(back=True)
+        stored = self.placed(tokens)
         k, v, position = (
             _put(old, new, slot)
             for old, new in ((state.k, stored.k), (state.v, stored.v), (state.position, stored.position))

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
@@ -24,7 +24,8 @@ from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_p
 from streamjax.kv.pages.tree_search import tree_search
 from streamjax.kv.ring_buffer import read_ring, write_ring
 from streamjax.kv.ring_state import RingState, push, write
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.tiers.paged import PagedTier
 
 Placement = Literal["device", "host"]
 
@@ -39,7 +40,7 @@ class PagesState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pages(Tier):
+class Pages(PagedTier):
     """Keeps up to `capacity` tokens in pages of `size`; a query reads the `top_k` best pages of each key head.
 
     The oldest page makes room for the newest, token by token; what it loses falls to the next tier. Query heads that
@@ -77,27 +78,9 @@ class Pages(Tier):
     placement: Placement = "device"
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if self.capacity < self.size or self.capacity % self.size:
-            raise ValueError(f"Pages.capacity must be a multiple of the page size {self.size}, got {self.capacity}")
-        if self.top_k > self.pages:
-            where = f"{self.capacity} tokens lie in at most {self.pages} pages of {self.size}"
-            raise ValueError(f"Pages.top_k is {self.top_k}, but {where}")
+        super().__post_init__()
         if self.search == "tree" and (self.shared or self.read_newest):
             raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
-        self.index.check(self.size)
-
-    @property
-    def slots(self) -> int:
-        return self.capacity
-
-    @property
-    def span(self) -> int:
-        return self.capacity if self.distance is None else 0
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.index.needs_scores
 
     @property
     def pages(self) -> int:
@@ -114,14 +97,14 @@ class Pages(Tier):
         return PagesState(tokens, jax.tree.map(lambda x: jnp.repeat(x, self.pages, axis=2), empty))
 
     def store(self, state: PagesState, tokens: KVTokens) -> PagesState:
-        tokens = self._placed(tokens)
+        tokens = self.placed(tokens)
         if in_host_memory(state.tokens.k):
             ring, keys = write_pages(state.tokens, tokens, self.size, self.capacity)
             return self._summarised(state, ring, tokens, keys)
         return self._summarised(state, write(state.tokens, tokens, keep=self.capacity), tokens)
 
     def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
-        tokens, keys = self._placed(tokens), None
+        tokens, keys = self.placed(tokens), None
         if in_host_memory(state.tokens.k):
             ring, keys, evicted = push_pages(state.tokens, tokens, self.size, self.capacity)
         else:
@@ -129,10 +112,6 @@ class Pages(Tier):
         if self.distance is not None:
             evicted = evicted.moved(back=False)
         return self._summarised(state, ring, tokens, keys), evicted
-
-    def _placed(self, tokens: KVTokens) -> KVTokens:
-        """Tokens as they are stored: at a fixed distance their keys lie at position 0."""
-        return tokens if self.distance is None else tokens.moved(back=True)
 
     def _summarised(
         self, old: PagesState, ring: RingState, tokens: KVTokens, touched: Float[Array, "B K N S D"] | None = None

@@ -297,7 +297,7 @@ def test_the_gradient_of_what_is_read_is_dense_attentions(monkeypatch):
     ("make", "message"),
     [
         (lambda: ContentPages(4, 18, 2, KeyChange()), "ContentPages.capacity must be a multiple of the page size 4"),
-        (lambda: ContentPages(4, 16, 5, KeyChange()), "ContentPages.top_k is 5, but 16 slots are 4 pages of 4"),
+        (lambda: ContentPages(4, 16, 5, KeyChange()), "ContentPages.top_k is 5, but 16 tokens lie in at most 4 pages"),
         (
             lambda: ContentPages(0, 16, 5, KeyChange()),
             "ContentPages.size is 0: it must be a whole number",
