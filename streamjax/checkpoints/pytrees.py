@@ -6,10 +6,8 @@ on the classes that held them. What is static lies beside them as JSON. A save a
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +18,12 @@ from jax.experimental import multihost_utils
 
 from streamjax.checkpoints.json_files import read_json
 from streamjax.checkpoints.manifests import DamagedFile, check_manifest
-from streamjax.checkpoints.replacing import SaveError, begin, commit, discard, one_line_errors, place_beside, whole
+from streamjax.checkpoints.orbax_calls import reading, saving
+from streamjax.checkpoints.replacing import begin, commit, discard, place_beside, whole
 
 Tree = TypeVar("Tree")
 ARRAYS, ABOUT = "arrays", "about"
 _OWNED = frozenset((ARRAYS, ABOUT, "_CHECKPOINT_METADATA"))  # what Orbax writes into the folder
-_HANDLES = 128  # files that Orbax opens at once, and some more
 
 
 def save_pytree(tree: Any, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
@@ -41,8 +39,7 @@ def save_pytree(tree: Any, path: str | Path, about: Mapping[str, Any] | None = N
     if path.exists() and not (path / ABOUT).exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no checkpoint: choose another path")
     items = ocp.args.Composite(**orbax_items(tree, about or {}))
-    require_handles(path)
-    with one_line_errors(path):
+    with saving(path):
         first = jax.process_index() == 0
         fresh = begin(path) if first else place_beside(path)
         wait_for_others("save_pytree begins")
@@ -80,33 +77,6 @@ def restore_pytree(template: Tree, path: str | Path, *, cast: bool = False) -> T
     with reading(path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         found = checkpointer.restore(path, args=args)[ARRAYS]
     return rebuild(template, found)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Check the files of a checkpoint before it is read; what Orbax finds wrong with them is one line then.
-
-    Raises:
-      DamagedFile: a file is not as it was saved, or cannot be read.
-    """
-    check_manifest(path)
-    require_handles(path)
-    try:
-        yield
-    except Exception as error:  # Orbax and TensorStore raise whatever they happen to stumble over, KeyError included
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DamagedFile(f"{path} is damaged, its arrays cannot be read ({reason}); restore it from a copy") from error
-
-
-def require_handles(path: Path) -> None:
-    """Raise SaveError where the process may not open the files that Orbax needs: it would wait for ever."""
-    open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and limit - open_files < _HANDLES:
-        raise SaveError(
-            f"{path}: this process may open {limit} files and has opened {open_files}, and {_HANDLES} more are needed: "
-            f"raise the limit, such as with ulimit -n 1024"
-        )
 
 
 def orbax_items(tree: Any, about: Mapping[str, Any]) -> dict[str, Any]:

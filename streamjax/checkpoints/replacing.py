@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -49,7 +50,7 @@ def replaced_folder(path: str | Path, owned: Callable[[str], bool]) -> Iterator[
       SaveError: the disk is full, or does not let itself be written to.
     """
     path = Path(path).resolve()
-    with one_line_errors(path):
+    try:
         fresh = begin(path)
         try:
             fresh.mkdir()
@@ -58,20 +59,18 @@ def replaced_folder(path: str | Path, owned: Callable[[str], bool]) -> Iterator[
         except BaseException:
             discard(fresh)
             raise
-
-
-@contextlib.contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
-    """Say in one line why `path` was not saved, whichever library could not."""
-    try:
-        yield
     except SaveError:
         raise
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        for known in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
-            reason = known if known in reason else reason
-        raise SaveError(f"{path} was not saved: {reason[:300]}; what was there before is as it was") from error
+    except OSError as error:
+        raise not_saved(path, error) from error
+
+
+def not_saved(path: Path, error: Exception) -> SaveError:
+    """The error that says in one line why `path` was not saved."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    for known in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
+        reason = known if known in reason else reason
+    return SaveError(f"{path} was not saved: {reason[:300]}; what was there before is as it was")
 
 
 def begin(path: Path) -> Path:
@@ -123,9 +122,18 @@ def place_beside(path: Path) -> Path:
 
 
 def discard(fresh: Path) -> None:
-    """Take away a new folder that is not complete, with what Orbax has begun of it."""
-    for left in (fresh, *fresh.parent.glob(f"{fresh.name}.orbax-checkpoint-tmp*")):
-        shutil.rmtree(left, ignore_errors=True)
+    """Take away a new folder that is not complete, with what Orbax has begun of it.
+
+    Threads of Orbax may still write for a moment after a save has failed, so it looks again.
+    """
+    for _ in range(50):
+        names = [path.name for path in fresh.parent.iterdir()] if fresh.parent.is_dir() else []
+        left = [name for name in names if name == fresh.name or name.startswith(f"{fresh.name}.orbax-checkpoint-tmp")]
+        if not left:
+            return
+        for name in left:
+            shutil.rmtree(fresh.with_name(name), ignore_errors=True)
+        time.sleep(0.02)
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

@@ -11,17 +11,16 @@ import jax
 import orbax.checkpoint as ocp
 
 from streamjax.checkpoints.manifests import DamagedFile, check_manifest
+from streamjax.checkpoints.orbax_calls import reading, saving
 from streamjax.checkpoints.pytrees import (
     ARRAYS,
     orbax_items,
     read_about,
-    reading,
     rebuild,
-    require_handles,
     restore_args,
     wait_for_others,
 )
-from streamjax.checkpoints.replacing import one_line_errors, seal
+from streamjax.checkpoints.replacing import seal
 
 Tree = TypeVar("Tree")
 
@@ -46,8 +45,7 @@ class RunCheckpoints:
             enable_async_checkpointing=put_off,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal) if put_off else None,
         )
-        require_handles(self._folder)
-        with one_line_errors(self._folder):
+        with saving(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
@@ -68,7 +66,7 @@ class RunCheckpoints:
         """
         if step in self._manager.all_steps():
             return
-        with one_line_errors(self._folder / str(step)):
+        with saving(self._folder / str(step)):
             self._manager.wait_until_finished()
             self._unsealed.append(step)
             self._manager.save(step, args=ocp.args.Composite(**orbax_items(tree, about)))
@@ -113,7 +111,7 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Wait for a save that is under way, and let go of the folder."""
-        with one_line_errors(self._folder):
+        with saving(self._folder):
             self._manager.wait_until_finished()
             self._manager.close()
 

@@ -11,6 +11,7 @@ import numpy as np
 import tqdm
 
 import streamjax as sj
+from streamjax.checkpoints import require_file
 from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.data import corpus_text
 from streamjax.data.text.tokenizers import Tokenizer
@@ -22,7 +23,10 @@ def read_text(name: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[
     if name == BUILTIN:
         data = corpus_text("test").encode()
     else:
-        data = Path(name).expanduser().read_bytes()
+        path = Path(name).expanduser()
+        if path.exists():
+            require_file(path)
+        data = path.read_bytes()
     encoder = StreamEncoder(tokenizer, name)
     ids = encoder.push(data) + encoder.finish()
     if not ids:

@@ -7,7 +7,6 @@ Some heads of a trained model look far back, most look at the first tokens and a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from streamjax.checkpoints import read_json, require_file
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
@@ -130,11 +130,12 @@ def read_gates(path: str | Path) -> Float[np.ndarray, "L K"]:
     """
     path = Path(path).expanduser()
     try:
+        require_file(path)
         if path.suffix == ".tsv":
             gates = np.loadtxt(path, delimiter="\t", ndmin=2)
         else:
-            gates = np.array(json.loads(path.read_text())["gates"], np.float64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            gates = np.array(read_json(path)["gates"], np.float64)
+    except (OSError, OverflowError, ValueError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise ValueError(f"{path}: no gates of heads could be read: {reason}") from None
     if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():

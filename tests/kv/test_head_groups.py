@@ -91,7 +91,7 @@ def test_shares_of_heads_are_those_with_the_largest_gates():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("none.json", None, "none.json: no gates of heads could be read: .*No such file"),
+        ("none.json", None, "none.json: no gates of heads could be read: .*this file is missing"),
         ("a.json", "{}", "a.json: no gates of heads could be read: it lacks 'gates'"),
         ("b.json", "[", "b.json: no gates of heads could be read"),
         ("c.json", '{"gates": [[1], [1, 2]]}', "c.json: no gates of heads could be read"),

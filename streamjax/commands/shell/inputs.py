@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from streamjax.checkpoints import require_file
 from streamjax.data import corpus_text
 
 BUILTIN = "builtin"
@@ -25,6 +26,8 @@ def open_input(name: str) -> tuple[Iterator[bytes], int | None]:
     path = Path(name).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: --input takes one text file, or - for standard input")
+    if path.exists():
+        require_file(path)  # a pipe or a device may never end; standard input may be one
     return _read(path.open("rb")), path.stat().st_size
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from streamjax.checkpoints import json_files
+
 T = TypeVar("T")
 _MOST_IDS = 2**31  # token ids are int32 everywhere else
 
@@ -37,6 +39,7 @@ def read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         tokenizer.no_padding()
         return tokenizer, json.loads(tokenizer.to_str())
 
+    json_files.require_file(file)
     return guarded(file, "not a readable tokenizer.json", read)
 
 
@@ -44,13 +47,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file without its null entries; {} where there is no file."""
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable JSON ({one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: a JSON object is expected, not {type(content).__name__}")
-    return {key: value for key, value in content.items() if value is not None}
+    return {key: value for key, value in json_files.read_json(file).items() if value is not None}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

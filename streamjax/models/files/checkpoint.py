@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from streamjax.checkpoints.pytrees import ABOUT, read_about, restore_pytree, save_pytree
-from streamjax.models.config import ModelConfig
+from streamjax.checkpoints import read_about, restore_pytree, save_pytree, whole
+from streamjax.checkpoints.pytrees import ABOUT
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.files.hugging_face import load_hf
-from streamjax.models.files.native_format import is_native, load_native
+from streamjax.models.files.native_format import is_native, load_native, parse_config
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import empty_adapters, ranks_of
 from streamjax.parallel.mesh import with_placement
@@ -48,7 +48,7 @@ def load(
     Raises:
       ValueError: one line that says what is wrong with the folder.
     """
-    path = Path(path)
+    path = whole(path)
     if not (path / ABOUT).exists():
         if (path / "config.json").exists():
             read = load_native if is_native(path) else load_hf
@@ -57,15 +57,22 @@ def load(
             raise ValueError(f"{path} holds no model, but {path / 'model'} may: load that")
         raise ValueError(f"no model at {path}: neither config.json with *.safetensors, nor a streamjax checkpoint")
     about = read_about(path, "model")
-    config = ModelConfig.from_json_dict(about["model"])
-    adapters = {target: (rank, alpha) for target, (rank, alpha) in about.get("lora", {}).items()}
+    config = parse_config(path / ABOUT, about.get("model"))
+    stacked = about.get("stacked") is True
+    try:
+        adapters = {target: (int(rank), float(alpha)) for target, (rank, alpha) in about.get("lora", {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path / ABOUT}: its ranks of adapters are {about['lora']!r}") from None
+    rows = max((shape[0] for _, *shape in about["arrays"].values() if shape), default=0) if stacked else 1
+    if config.num_layers > rows * len(about["arrays"]):
+        raise ValueError(f"{path / ABOUT}: {config.num_layers} layers, in {len(about['arrays'])} arrays")
     dtype = jnp.dtype(dtype or default_dtype())
 
     def build(key: jax.Array) -> Decoder:
-        model = Decoder(config, key, dtype=dtype, scan_layers=about["stacked"])
+        model = Decoder(config, key, dtype=dtype, scan_layers=stacked)
         return empty_adapters(model, adapters)
 
     model: Decoder = restore_pytree(with_placement(jax.eval_shape(build, jax.random.key(0)), mesh), path, cast=True)
-    if scan_layers is None or scan_layers == about["stacked"]:
+    if scan_layers is None or scan_layers == stacked:
         return model
     return stack_layers(model) if scan_layers else unstack_layers(model)

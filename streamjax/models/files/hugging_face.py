@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -23,15 +22,16 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from streamjax.checkpoints import check_manifest, read_json
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import FAMILIES, Family, Source, find_family, read_config, write_config
+from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
 from streamjax.models.files.safetensors_files import (
     DTYPES,
     PendingTensor,
     StoredTensor,
     list_tensors,
-    read_json,
     write_tensors,
 )
 from streamjax.models.lora.attaching import refuse_adapters
@@ -59,12 +59,13 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
         damaged or not implemented. Nothing has been loaded then.
     """
     folder = Path(path)
-    family, config = read_folder_config(folder)
-    tensors = _renamed(family, list_tensors(folder))
+    family, config, stored = _read_folder(folder)
+    tensors = _renamed(family, stored)
     dtype = jnp.dtype(dtype or default_dtype())
     model = jax.eval_shape(partial(Decoder, config, dtype=dtype, scan_layers=scan_layers), jax.random.key(0))
     slots = _slots(model, family)
     _check(folder, family, config, tensors, slots)
+    check_manifest(folder)
     values = [_load(slot, tensors, dtype, mesh) for slot in slots]
     return jax.tree.unflatten(jax.tree.structure(model), values)
 
@@ -77,8 +78,12 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
       path: folder, created where it is missing; an earlier checkpoint in it is replaced.
       max_shard_size: bytes of a file beyond which the checkpoint is split and gets an index.
 
+    The folder is the old one or the new one at any time, and has a manifest, `checksums.json`, that `load` checks.
+    Files in it that are no part of a checkpoint, such as a tokenizer, stay.
+
     Raises:
       ValueError: the architecture cannot express the model's config, or the model has adapters; nothing was written.
+      SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
     refuse_adapters(model)
     values = write_config(model.config)
@@ -91,26 +96,27 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
                 export = partial(_export, slot, row, source)
                 tensor = PendingTensor(source.name, source.shape(slot.shape), dtype, export)
                 pending.setdefault(source.name, []).append(tensor)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, [_join(parts) for parts in pending.values()], max_shard_size)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with replaced_model(path, values) as folder:
+        write_tensors(folder, [_join(parts) for parts in pending.values()], max_shard_size)
 
 
-def read_folder_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """The family and config of a checkpoint folder.
+def _read_folder(folder: Path) -> tuple[Family, ModelConfig, Tensors]:
+    """The family, the config and the tensors of a checkpoint folder.
 
     Raises:
-      ValueError: config.json is missing, is not JSON, or asks for something that is not implemented.
+      ValueError: a file is missing or damaged, or config.json asks for something that is not implemented, or for more
+        than there are weights of.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with config.json and *.safetensors")
-    file = folder / "config.json"
+    file = folder / CONFIG
     values = read_json(file)
     generation = folder / "generation_config.json"
-    extra = read_json(generation) if generation.is_file() else None
+    extra = read_json(generation) if generation.exists() else None
+    tensors = list_tensors(folder)
+    check_sizes(file, values, tensors)
     try:
-        return find_family(values), read_config(values, extra)
+        return find_family(values), read_config(values, extra), tensors
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

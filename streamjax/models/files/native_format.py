@@ -6,7 +6,6 @@ decoder ("layers.0.mlp.up"), one module a layer, in the decoder's own layout.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from streamjax.checkpoints import check_manifest, read_json
 from streamjax.checkpoints.pytrees import named_arrays
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
-from streamjax.models.files.safetensors_files import PendingTensor, list_tensors, read_json, write_tensors
+from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
+from streamjax.models.files.safetensors_files import PendingTensor, list_tensors, write_tensors
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import refuse_adapters
 from streamjax.parallel.mesh import with_placement
@@ -30,6 +31,8 @@ MODEL_TYPE = "streamjax"
 def save_safetensors(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_000) -> None:
     """Write any model as safetensors and a config.json, which `streamjax.load` reads. transformers cannot.
 
+    The folder is the old one or the new one at any time, and has a manifest, as with `save_hf`.
+
     Args:
       model: any `Decoder`, in either layout.
       path: folder, created where it is missing; an earlier checkpoint in it is replaced.
@@ -37,22 +40,32 @@ def save_safetensors(model: Decoder, path: str | Path, max_shard_size: int = 5_0
 
     Raises:
       ValueError: the model has adapters; nothing was written.
+      SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
     refuse_adapters(model)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = [
         PendingTensor(name, leaf.shape, np.dtype(leaf.dtype), partial(np.asarray, leaf))
         for name, leaf in named_arrays(unstack_layers(model)).items()
     ]
-    write_tensors(folder, tensors, max_shard_size)
-    values = {"model_type": MODEL_TYPE, "model": model.config.to_json_dict()}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with replaced_model(path, {"model_type": MODEL_TYPE, "model": model.config.to_json_dict()}) as folder:
+        write_tensors(folder, tensors, max_shard_size)
+
+
+def parse_config(file: Path, values: Any) -> ModelConfig:
+    """The configuration that a file has in JSON.
+
+    Raises:
+      ValueError: it is none; the message names the file.
+    """
+    try:
+        return ModelConfig.from_json_dict(values)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: no model's configuration: {' '.join(str(error).split())[:200]}") from error
 
 
 def is_native(folder: Path) -> bool:
     """Whether a folder with a config.json is one that `save_safetensors` wrote."""
-    return read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+    return read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
 
 
 def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False) -> Decoder:
@@ -62,13 +75,12 @@ def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, s
       ValueError: one line that names the file, and the tensor or field, that is missing, unexpected or mis-shaped.
     """
     folder = Path(path)
-    try:
-        config = ModelConfig.from_json_dict(read_json(folder / "config.json")["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: no model's configuration: {error}") from error
+    values, stored = read_json(folder / CONFIG), list_tensors(folder)
+    check_sizes(folder / CONFIG, values, stored)
+    config = parse_config(folder / CONFIG, values.get("model"))
     dtype = jnp.dtype(dtype or default_dtype())
     model = with_placement(jax.eval_shape(partial(Decoder, config, dtype=dtype), jax.random.key(0)), mesh)
-    wanted, stored = named_arrays(model), list_tensors(folder)
+    wanted = named_arrays(model)
     for name in sorted({*wanted, *stored}):
         if name not in stored:
             raise ValueError(f"{folder}: tensor {name!r} is missing")
@@ -77,9 +89,7 @@ def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, s
         if tuple(stored[name].shape) != wanted[name].shape:
             shapes = f"{list(stored[name].shape)}; config.json asks for {list(wanted[name].shape)}"
             raise ValueError(f"{stored[name].file}: tensor {name!r} has shape {shapes}")
-    leaves = [
-        jax.device_put(jnp.asarray(np.asarray(stored[name].open()), dtype), leaf.sharding)
-        for name, leaf in wanted.items()
-    ]
+    check_manifest(folder)
+    leaves = [jax.device_put(stored[name].read(dtype), leaf.sharding) for name, leaf in wanted.items()]
     loaded = jax.tree.unflatten(jax.tree.structure(model), leaves)
     return stack_layers(loaded) if scan_layers else loaded

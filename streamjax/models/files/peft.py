@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from streamjax.checkpoints import check_manifest, parse_json, read_json, replaced_folder, whole
 from streamjax.models.decoder import Decoder
 from streamjax.models.families import FAMILIES
 from streamjax.models.files.peft_modules import Part, modules, rows_of
@@ -30,7 +30,6 @@ from streamjax.models.files.safetensors_files import (
     PendingTensor,
     StoredTensor,
     read_header,
-    read_json,
     read_metadata,
     write_file,
 )
@@ -57,8 +56,11 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
       path: folder, created where it is missing. Not the base model's own: transformers would take the two for one.
       base: name or path of the base model, for who reads it.
 
+    The folder is the old one or the new one at any time, and has a manifest, as with `save_hf`.
+
     Raises:
       ValueError: the model has no adapters.
+      SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
     ranks = ranks_of(model)
     if not ranks:
@@ -82,12 +84,9 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
             b = partial(factors.b, rows, scale)
             tensors.append(PendingTensor(f"{name}.lora_A.weight", (rank, used[0].width), dtype, factors.a))
             tensors.append(PendingTensor(f"{name}.lora_B.weight", (rows, rank), dtype, b))
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{WEIGHTS}.partial"
-    write_file(unfinished, tensors, {_SPLIT: json.dumps(split)} if split else None)
-    os.replace(unfinished, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(_config(about, base), indent=2) + "\n", encoding="utf-8")
+    with replaced_folder(path, (CONFIG, WEIGHTS, f"{WEIGHTS}.partial").__contains__) as folder:
+        write_file(folder / WEIGHTS, tensors, {_SPLIT: json.dumps(split)} if split else None)
+        (folder / CONFIG).write_text(json.dumps(_config(about, base), indent=2) + "\n", encoding="utf-8")
 
 
 def load_lora(model: Decoder, path: str | Path) -> Decoder:
@@ -103,9 +102,9 @@ def load_lora(model: Decoder, path: str | Path) -> Decoder:
       ValueError: one line that names the file, and the tensor or field, that is missing, damaged, made for another base
         model, or of a method that is not plain LoRA.
     """
-    folder = Path(path)
+    folder = whole(path)
     values, file = _read_config(folder / CONFIG), folder / WEIGHTS
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file}: this file is missing; adapters in pickle files (*.bin) are not read")
     tensors = _by_module(model, file)
     split = _read_split(file)
@@ -126,6 +125,7 @@ def load_lora(model: Decoder, path: str | Path) -> Decoder:
     if not found:
         raise ValueError(f"{file}: there are no adapters in it")
     ranks = {target: _shared_rank(stored) for target, stored in found.items()}
+    check_manifest(folder)
 
     def factors(target: str, layer: int, a: Shape, b: Shape) -> tuple[jax.Array, jax.Array]:
         return found[target][layer].read(adapter_dtype(model))
@@ -173,7 +173,7 @@ class _Stored:
 
     def read(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The factors as the model has them."""
-        a, b = self.a.open()[slice(*self.columns)], self.b.open()[:, slice(*self.columns)]
+        a, b = self.a.read()[slice(*self.columns)], self.b.read()[:, slice(*self.columns)]
         return jnp.asarray(self.part.read_a(a), dtype), jnp.asarray(self.part.read_b(b), dtype)
 
 
@@ -221,7 +221,7 @@ def _read_split(file: Path) -> Split:
     text = read_metadata(file).get(_SPLIT, "{}")
     try:
         return {
-            module: [(str(target), int(rank)) for target, rank in pairs] for module, pairs in json.loads(text).items()
+            module: [(str(target), int(rank)) for target, rank in pairs] for module, pairs in parse_json(text).items()
         }
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{file}: its metadata field {_SPLIT!r} is damaged: {text[:80]!r}") from None

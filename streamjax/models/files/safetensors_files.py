@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from streamjax.checkpoints import parse_json, read_json, require_file
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,10 @@ class StoredTensor:
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         return np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=self.shape)
+
+    def read(self, dtype: Any = None) -> np.ndarray:
+        """A copy of the values, in another dtype if one is given: no later change of the file reaches it."""
+        return np.array(self.open(), dtype)
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -108,6 +113,7 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
     Raises:
       ValueError: it is damaged.
     """
+    require_file(file)
     try:
         with safe_open(file, framework="numpy"):
             pass  # checks the header, the offsets and the file's length
@@ -116,7 +122,7 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         raise ValueError(f"{file}: damaged or truncated safetensors file ({reason}); download it again") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        header = parse_json(stream.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
             begin = entry["data_offsets"][0]
@@ -127,23 +133,6 @@ def read_metadata(file: Path) -> dict[str, str]:
     """What a file that is not damaged says about its tensors."""
     with safe_open(file, framework="numpy") as opened:
         return dict(opened.metadata() or {})
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      ValueError: the file is missing, or is not a JSON object.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: this file is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +149,15 @@ class PendingTensor:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def write_tensors(folder: Path, tensors: Sequence[PendingTensor], max_shard_size: int) -> None:
-    """Write a checkpoint: one file, or shards of at most `max_shard_size` bytes (one tensor at least) with an index.
+def is_weights(name: str) -> bool:
+    """Whether a file of this name in a folder is one that `write_tensors` writes."""
+    return _WEIGHTS.fullmatch(name) is not None
 
-    Files of an earlier checkpoint in the folder are replaced. A file appears under its name when it is complete.
+
+def write_tensors(folder: Path, tensors: Sequence[PendingTensor], max_shard_size: int) -> None:
+    """Write a checkpoint into a new folder: one file, or shards of at most `max_shard_size` bytes with an index.
+
+    A shard has one tensor at least.
     """
     shards: list[list[PendingTensor]] = [[]]
     for tensor in tensors:
@@ -172,19 +166,12 @@ def write_tensors(folder: Path, tensors: Sequence[PendingTensor], max_shard_size
         shards[-1].append(tensor)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    partial = {name: folder / f"{name}.partial" for name in [*names, INDEX]}
     for name, shard in zip(names, shards, strict=True):
-        write_file(partial[name], shard)
-    for file in folder.iterdir():
-        if file.name in (SINGLE, INDEX) or _SHARD.fullmatch(file.name):
-            file.unlink()
+        write_file(folder / name, shard)
     if count > 1:
         weights = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weights}
-        partial[INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        names.append(INDEX)
-    for name in names:
-        os.replace(partial[name], folder / name)
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(file: Path, tensors: Sequence[PendingTensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -205,4 +192,4 @@ def write_file(file: Path, tensors: Sequence[PendingTensor], metadata: Mapping[s
         for tensor in tensors:
             values = np.ascontiguousarray(tensor.values(), dtype=tensor.dtype)
             assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
-            values.reshape(-1).view(np.uint8).tofile(stream)
+            stream.write(values.reshape(-1).view(np.uint8).data)
