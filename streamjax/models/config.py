@@ -178,6 +178,11 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}"
             )
+        for token in self.eos_token_ids:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"ModelConfig.eos_token_ids has {token!r}, which is outside the vocabulary of {self.vocab_size}"
+                )
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("ModelConfig.shared_norm needs parallel_residual=True")
         for rope in (self.rope, self.local_rope):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -11,27 +13,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.sampling import Sampler
-from streamjax.streaming.scan import read, row_lengths
+from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room
 
 BLOCK = 32  # tokens between two looks at the host
 
 
-@partial(jax.jit, static_argnames=("sampler", "stop", "block"), donate_argnames=("state", "seen"))
+@partial(jax.jit, static_argnames=("sampler", "stop", "block"), donate_argnames="state")
 def _decode_block(
     model: Decoder,
     state: StreamState,
     done: Bool[Array, " B"],
-    seen: Bool[Array, "B V"] | None,
     key: Array | None,
     index: Int32[Array, ""],
     count: Int32[Array, ""],
     sampler: Sampler,
     stop: tuple[int, ...],
     block: int,
-) -> tuple[StreamState, Bool[Array, " B"], Bool[Array, "B V"] | None, Int32[Array, "B N"]]:
+) -> tuple[StreamState, Bool[Array, " B"], Int32[Array, "B N"]]:
     """Sample and read `count` <= `block` tokens of each stream, in a loop on the device.
 
     Token i of the block is drawn with the key folded with `index + i`. Streams that are done keep their state and yield
@@ -39,35 +41,50 @@ def _decode_block(
     """
 
     def alive(carry: tuple) -> Array:
-        _, done, _, _, i = carry
+        _, done, _, i = carry
         return (i < count) & ~jnp.all(done)
 
     def one(carry: tuple) -> tuple:
-        state, done, seen, out, i = carry
+        state, done, out, i = carry
         logits = model.logits(state.hidden[:, None])[:, 0]
-        token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index + i), seen)
+        token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index + i), state.used)
         state, _ = advance(model, state, token[:, None], jnp.where(done, 0, 1))
-        if seen is not None:
-            seen = seen.at[jnp.arange(token.shape[0]), token].max(~done)
         out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(done, -1, token)[:, None], i, axis=1)
         if stop:
             done = done | (token[:, None] == jnp.array(stop)).any(axis=1)
-        return state, done, seen, out, i + 1
+        return state, done, out, i + 1
 
     out = jnp.full((done.shape[0], block), -1, jnp.int32)
-    state, done, seen, out, _ = jax.lax.while_loop(alive, one, (state, done, seen, out, jnp.int32(0)))
-    return state, done, seen, out
+    state, done, out, _ = jax.lax.while_loop(alive, one, (state, done, out, jnp.int32(0)))
+    return state, done, out
+
+
+def stop_ids(tokens: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a stream, each once.
+
+    Raises:
+      ValueError: one that the vocabulary does not have.
+    """
+    ids = []
+    for token in dict.fromkeys(tokens):
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            raise ValueError(f"stop token {token!r} is no token id") from None
+        if not 0 <= ids[-1] < vocab_size:
+            raise ValueError(f"stop token id {token} is outside the model's vocabulary of {vocab_size}")
+    return tuple(ids)
 
 
 def generate_blocks(
     model: Decoder,
     state: StreamState,
-    prompt: Int[Array, "B T"] | np.ndarray,
+    prompt: Rows,
     *,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     key: Array | None = None,
-    prompt_lengths: Int[Array, " B"] | np.ndarray | None = None,
+    prompt_lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     chunk_size: int = 512,
     block: int = BLOCK,
@@ -77,8 +94,8 @@ def generate_blocks(
     """Generate, yielding `(state, tokens [B, n])` every `block` tokens: what a program that shows text consumes.
 
     Arguments as in `generate`. The state is donated to the next block: keep only the newest, or copy it. To continue an
-    earlier call as if it had not ended, pass its key and, as `first_index`, how many tokens it drew; `penalised` marks
-    tokens that the repetition penalty meets besides those of the prompt.
+    earlier call as if it had not ended, pass its key and, as `first_index`, how many tokens it drew. `penalised` marks
+    ids that the repetition penalty meets besides those that the state has noted (`StreamState.used`); it notes them.
     """
     sampler = sampler or Sampler()
     if max_new_tokens < 0:
@@ -87,31 +104,26 @@ def generate_blocks(
         raise ValueError(f"block must be at least 1 token, got {block}")
     if not sampler.greedy and key is None:
         raise ValueError("sampling needs a PRNG key: pass key=jax.random.key(seed), or Sampler(temperature=0)")
-    prompt = np.asarray(prompt)
-    lengths = row_lengths(prompt, prompt_lengths)
+    vocab = model.config.vocab_size
+    stop = stop_ids(stop_tokens, vocab)
+    prompt, lengths = as_rows(prompt, prompt_lengths)
     if prompt.shape[0] != state.batch_size:
         raise ValueError(f"{prompt.shape[0]} prompts for {state.batch_size} streams")
     if bool(((lengths == 0) & (np.asarray(state.seen) == 0)).any()):
         raise ValueError("a stream that has seen nothing needs a prompt of at least one token, such as BOS")
     require_room(state, lengths + max_new_tokens)
-    state = read(model, state, prompt, chunk_size, lengths=lengths)
-    seen = None
     if sampler.repetition_penalty != 1.0:
-        mask = np.zeros((prompt.shape[0], model.config.vocab_size), bool)
-        if penalised is not None:
-            mask |= np.asarray(penalised)
-        for row, length in enumerate(lengths):
-            mask[row, prompt[row, :length]] = True
-        seen = jnp.asarray(mask)
-    stop, done = tuple(int(t) for t in stop_tokens), jnp.zeros((prompt.shape[0],), bool)
+        state = state.noting_used(vocab)
+        if penalised is not None and state.used is not None:
+            state = dataclasses.replace(state, used=state.used | jnp.asarray(penalised)).placed()
+    state = read(model, state, prompt, chunk_size, lengths=lengths)
+    done = jnp.zeros((prompt.shape[0],), bool)
     if max_new_tokens == 0:
         yield state, np.zeros((prompt.shape[0], 0), np.int32)
     for first in range(0, max_new_tokens, block):
         count = min(block, max_new_tokens - first)
         index = jnp.int32(first_index + first)
-        state, done, seen, tokens = _decode_block(
-            model, state, done, seen, key, index, jnp.int32(count), sampler, stop, block
-        )
+        state, done, tokens = _decode_block(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
         yield state, np.asarray(tokens)[:, :count]
         if stop and bool(jnp.all(done)):
             return
@@ -120,12 +132,12 @@ def generate_blocks(
 def generate(
     model: Decoder,
     state: StreamState,
-    prompt: Int[Array, "B T"] | np.ndarray,
+    prompt: Rows,
     *,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     key: Array | None = None,
-    prompt_lengths: Int[Array, " B"] | np.ndarray | None = None,
+    prompt_lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     chunk_size: int = 512,
 ) -> tuple[StreamState, Int32[Array, "B N"]]:
@@ -136,12 +148,15 @@ def generate(
     Args:
       model: the model.
       state: where the streams stand; donated.
-      prompt: int32 token ids, each row one stream, right-padded; may be empty for streams that have read something.
+      prompt: token ids, one row a stream: an array [B, T], or a sequence of rows that may differ in length. Rows may be
+        empty for streams that have read something.
       max_new_tokens: tokens to generate for each stream.
-      sampler: how to choose; plain sampling at temperature 1 by default.
+      sampler: how to choose; plain sampling at temperature 1 by default. A repetition penalty meets the ids that the
+        state has noted: all since `init_state(..., note_used=True)`, or since the first call with a penalty.
       key: PRNG key; not needed for greedy.
-      prompt_lengths: real tokens in each row; all where None.
-      stop_tokens: token ids after which a stream ends; it reads that token and then stands still.
+      prompt_lengths: real tokens in each row, where rows are right-padded; all where None.
+      stop_tokens: token ids after which a stream ends; it reads that token and then stands still. The model's own are
+        `model.config.eos_token_ids`, the tokenizer's `eos_ids`.
       chunk_size: tokens a prefill step.
 
     Returns:
@@ -150,6 +165,10 @@ def generate(
     Raises:
       ValueError: bad shapes, an id outside the vocabulary, a missing key, or a `dense` cache without room for prompt
         and continuation.
+
+    Example:
+      >>> state = init_state(model, preset("streaming_llm"), batch_size=2)
+      >>> state, tokens = generate(model, state, [[1, 5, 9], [1]], max_new_tokens=8, sampler=Sampler(temperature=0))
     """
     blocks = list(
         generate_blocks(

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree
-from streamjax.streaming.state import StreamState
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.state import SEEN_LIMIT, StreamState
+from streamjax.streaming.text_output import TextOutput
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "tokens_seen": (int,),
+    "stopped_by": (type(None), str, int),
+    "sampler": (dict,),
+    "key": (list,),
+    "drawn": (int,),
+    "output": (dict,),
+    "extra": (dict,),
+}
 
 
 def save_stream(state: StreamState, path: str | Path) -> None:
@@ -27,8 +48,75 @@ def load_stream(path: str | Path, like: StreamState) -> StreamState:
     Raises:
       ValueError: the stream was saved with other caches, or another model.
     """
-    caches = read_about(Path(path), "stream")["caches"]
-    for layer, (saved, cache) in enumerate(zip(caches, like.caches, strict=False)):
+    about = read_about(Path(path), "stream")
+    for layer, (saved, cache) in enumerate(zip(about["caches"], like.caches, strict=False)):
         if saved != repr(cache):
             raise ValueError(f"{path}: saved with {saved} in layer {layer}, which is {cache!r} here: use that cache")
-    return restore_pytree(like, path)
+    return restore_stream(like, path, about["arrays"])
+
+
+def restore_stream(like: StreamState, path: str | Path, arrays: Mapping[str, Any]) -> StreamState:
+    """The state at `path`, whose arrays are described by `arrays`; with `used` where it was saved with it."""
+    if "used" not in arrays:
+        return restore_pytree(dataclasses.replace(like, used=None), path)
+    return restore_pytree(like.noting_used(arrays["used"][-1]), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSession:
+    """What a session is besides its model and its state, checked field by field before any of it is used."""
+
+    tokens_seen: int
+    stopped_by: str | int | None
+    sampler: Sampler
+    key: Array
+    drawn: int
+    output: TextOutput
+    extra: dict[str, Any]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain data, from which `from_json_dict` makes it again."""
+        return {
+            "tokens_seen": self.tokens_seen,
+            "stopped_by": self.stopped_by,
+            "sampler": dataclasses.asdict(self.sampler),
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "drawn": self.drawn,
+            "output": self.output.to_json_dict(),
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_json_dict(cls, saved: Mapping[str, Any], tokenizer: Tokenizer, path: str | Path) -> SavedSession:
+        """What `to_json_dict` wrote; `path` is where it was found.
+
+        Raises:
+          ValueError: a field is missing, or is not what was written.
+        """
+        try:
+            for name, kinds in _KINDS.items():
+                if type(saved[name]) not in kinds:
+                    raise TypeError(f"{name} is {saved[name]!r}")
+            held = saved["output"]
+            if not all(isinstance(held[name], str) for name in ("held", "ready")):
+                raise TypeError(f"output is {held!r}")
+            words = jax.random.key_data(jax.random.key(0)).shape
+            return cls(
+                tokens_seen=saved["tokens_seen"],
+                stopped_by=saved["stopped_by"],
+                sampler=Sampler(**saved["sampler"]),
+                key=jax.random.wrap_key_data(jnp.asarray(np.asarray(saved["key"], np.uint32).reshape(words))),
+                drawn=saved["drawn"] % 2**31,
+                output=TextOutput(tokenizer, [int(token) for token in held["tail"]], held["held"], held["ready"]),
+                extra=saved["extra"],
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}: the saved session is damaged: {what}") from error
+
+    def require_agreement(self, path: str | Path, state: StreamState) -> None:
+        """Raise a ValueError unless the state stands where the session says that it does."""
+        position, seen = int(state.position[0]), int(state.seen[0])
+        if self.tokens_seen % 2**32 != position or min(self.tokens_seen, SEEN_LIMIT) != seen:
+            says = f"it says that {self.tokens_seen} tokens were read, its state has read {seen}"
+            raise ValueError(f"{path}: the saved session is damaged: {says}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -14,6 +14,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room
 
@@ -48,38 +49,6 @@ def cut(
     count = np.clip(lengths[None] - offsets, 0, width).astype(np.int32)
     shaped = piece.reshape(piece.shape[0], chunks, width).swapaxes(0, 1).astype(np.int32)
     return jnp.asarray(shaped), jnp.asarray(count)
-
-
-def row_lengths(tokens: np.ndarray, lengths: np.ndarray | Array | None) -> np.ndarray:
-    """Real tokens in each row, checked; all where None."""
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must be [batch, length], got shape {tokens.shape}")
-    if lengths is None:
-        return np.full(tokens.shape[0], tokens.shape[1], np.int64)
-    lengths = np.asarray(lengths, np.int64)
-    if lengths.shape != tokens.shape[:1] or (lengths < 0).any() or (lengths > tokens.shape[1]).any():
-        raise ValueError(f"lengths must be one number in [0, {tokens.shape[1]}] a row, got {lengths.tolist()}")
-    return lengths
-
-
-def require_ids(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
-    """Raise a ValueError unless every real token is an id that the model has; padding may be anything.
-
-    On the device such ids go unnoticed: an embedding is looked up as NaN, or counted from the vocabulary's end.
-    """
-    if not tokens.size:
-        return
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens must be whole numbers, got {tokens.dtype}")
-    if tokens.min() >= 0 and tokens.max() < vocab_size:
-        return
-    wrong = ((tokens < 0) | (tokens >= vocab_size)) & (np.arange(tokens.shape[1]) < lengths[:, None])
-    if wrong.any():
-        row, place = np.argwhere(wrong)[0].tolist()
-        raise ValueError(
-            f"token id {tokens[row, place]} at place {place} of row {row} is outside the model's vocabulary of "
-            f"{vocab_size}; where rows end in padding, give their lengths"
-        )
 
 
 def _scan(body, state: StreamState, *xs: Array):
@@ -147,17 +116,16 @@ def _score_chunks(
 def read(
     model: Decoder,
     state: StreamState,
-    tokens: Int[Array, "B T"] | np.ndarray,
+    tokens: Rows,
     chunk_size: int = 512,
     *,
-    lengths: Int[Array, " B"] | np.ndarray | None = None,
+    lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
 ) -> StreamState:
     """Read a stretch of each stream and return the state behind it: prefill. Arguments as in `score`.
 
     Of a model with a chunk memory the upper layers run for the last tokens alone, where that is exact (`passed_over`).
     """
-    tokens = np.asarray(tokens)
-    lengths = row_lengths(tokens, lengths)
+    tokens, lengths = as_rows(tokens, lengths)
     require_room(state, lengths)
     require_ids(tokens, lengths, model.config.vocab_size)
     layer, last = passed_over(model, state) or (None, 0)
@@ -173,10 +141,10 @@ def read(
 def score(
     model: Decoder,
     state: StreamState,
-    tokens: Int[Array, "B T"] | np.ndarray,
+    tokens: Rows,
     chunk_size: int = 512,
     *,
-    lengths: Int[Array, " B"] | np.ndarray | None = None,
+    lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
 ) -> tuple[StreamState, Float[Array, "B T"]]:
     """Per-token negative log-likelihood of a stretch of each stream, by `lax.scan` over chunks.
 
@@ -186,19 +154,18 @@ def score(
     Args:
       model: the model.
       state: where the streams stand.
-      tokens: int32 token ids, each row one stream, right-padded.
+      tokens: token ids, one row a stream: an array [B, T], or a sequence of rows that may differ in length.
       chunk_size: tokens a step.
-      lengths: real tokens in each row; all where None.
+      lengths: real tokens in each row, where rows are right-padded; all where None.
 
     Returns:
-      The new state, and nats a token, float32 [B, T]; 0 at padding.
+      The new state, and nats a token, float32 [B, T], T being the longest row's length; 0 at padding.
 
     Raises:
       ValueError: more tokens than a `dense` cache has room for, lengths that do not fit the rows, or an id outside the
         vocabulary; nothing has been read then.
     """
-    tokens = np.asarray(tokens)
-    lengths = row_lengths(tokens, lengths)
+    tokens, lengths = as_rows(tokens, lengths)
     require_room(state, lengths)
     require_ids(tokens, lengths, model.config.vocab_size)
     pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]

@@ -6,9 +6,9 @@ Whatever happens between two calls, Ctrl-C included, its state has read exactly 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from streamjax.checkpoints import read_about, restore_pytree, save_pytree
+from streamjax.checkpoints import read_about, save_pytree
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.generate import generate_blocks
+from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.saved_streams import SavedSession, restore_stream
 from streamjax.streaming.scan import read, score
 from streamjax.streaming.state import init_state
 from streamjax.streaming.text_output import TextOutput
@@ -38,7 +39,9 @@ class Session:
     Attributes:
       state: where the stream stands. tokens_seen: tokens read so far, exact however far the stream is. stopped_by: the
       stop string, or the id of the stop token, that ended the last generation, where nothing was read since; else None.
-      sampler: how tokens are chosen; may be replaced between calls.
+      sampler: how tokens are chosen; may be replaced between calls. A repetition penalty meets every id that the stream
+      has read. stop_ids: ids that end a generation: the tokenizer's (its own EOS, and those of generation_config.json)
+      and the model's (those of config.json), together.
 
     Args:
       model: the model.
@@ -52,7 +55,7 @@ class Session:
         are text by default, since users may type anything; ids are always read as they are.
 
     Raises:
-      ValueError: the tokenizer has ids that the model lacks, or an unknown implementation.
+      ValueError: the tokenizer has ids that the model lacks, a stop id among them, or an unknown implementation.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Session:
             )
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+        self.stop_ids = stop_ids((*tokenizer.eos_ids, *model.config.eos_token_ids), model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
         self.cache = cache
@@ -85,7 +89,7 @@ class Session:
 
     def reset(self, seed: int = 0) -> None:
         """Start over, as if nothing had been read."""
-        state = init_state(self.model, self.cache, implementation=self.implementation)
+        state = init_state(self.model, self.cache, implementation=self.implementation, note_used=True)
         with undisturbed():
             self.state = state
             self.tokens_seen = 0
@@ -171,7 +175,7 @@ class Session:
           max_new_tokens: at most so many.
           stop: strings that end the text; they do not appear in it, and what their last token holds behind them is
             dropped.
-          stop_tokens: ids that end it; the tokenizer's own (EOS) where None. The state has read them.
+          stop_tokens: ids that end it; `stop_ids` where None. The state has read them.
           add_bos: as in `encode`.
           block: tokens between two pieces of text. By default 1 on CPU and with stop strings, else 16.
 
@@ -187,7 +191,7 @@ class Session:
         self._require_room(len(ids) + max_new_tokens)
         if block is None or words:
             block = 1 if words or jax.default_backend() == "cpu" else 16
-        ends = self.tokenizer.eos_ids if stop_tokens is None else tuple(stop_tokens)
+        ends = self.stop_ids if stop_tokens is None else stop_ids(stop_tokens, self.model.config.vocab_size)
         return self._generate(ids, max_new_tokens, words, ends, block)
 
     def _generate(
@@ -195,8 +199,6 @@ class Session:
     ) -> Iterator[str]:
         self.read(ids)
         turn = self._turn = object()
-        seen = np.zeros((1, self.model.config.vocab_size), bool)
-        seen[0, ids] = True
         blocks = generate_blocks(
             self.model,
             self.state,
@@ -207,7 +209,6 @@ class Session:
             stop_tokens=ends,
             block=block,
             first_index=self._drawn,
-            penalised=seen,
         )
         ended = False
         while not ended:
@@ -247,48 +248,66 @@ class Session:
         Raises:
           ValueError: `path` holds something else.
         """
+        saved = SavedSession(
+            tokens_seen=self.tokens_seen,
+            stopped_by=self.stopped_by,
+            sampler=self.sampler,
+            key=self._key,
+            drawn=self._drawn,
+            output=self._output,
+            extra=dict(extra or {}),
+        )
         about = {
             "kind": _KIND,
             "model": self.model.config.to_json_dict(),
             "weights": fingerprint(self.model),
             "caches": [repr(cache) for cache in self.state.caches],
-            "tokens_seen": self.tokens_seen,
-            "stopped_by": self.stopped_by,
-            "sampler": dataclasses.asdict(self.sampler),
-            "key": np.asarray(jax.random.key_data(self._key)).tolist(),
-            "drawn": self._drawn,
-            "output": self._output.to_json_dict(),
-            "extra": dict(extra or {}),
+            **saved.to_json_dict(),
         }
         save_pytree(self.state, path, about)
 
-    def load(self, path: str | Path) -> dict[str, Any]:
+    def load(self, path: str | Path, accept: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
         """Go on where `save` was called: same tokens, same key, same sampler. Returns what was saved as `extra`.
 
+        Of a session that an older version saved a repetition penalty meets only what is read from here on.
+
+        Args:
+          path: what `save` wrote.
+          accept: is given `extra` before anything changes; it raises a ValueError where that is not what it expects.
+
         Raises:
-          ValueError: nothing there, or it was saved with another model or cache; the session is as before then.
+          ValueError: nothing there, it is damaged, or saved with another model or cache; the session is as before then.
         """
         about = read_about(Path(path), _KIND)
-        config = type(self.model.config).from_json_dict(about["model"])
-        if config != self.model.config:
+        self._require_same_model(path, about)
+        saved = SavedSession.from_json_dict(about, self.tokenizer, path)
+        if accept is not None:
+            accept(saved.extra)
+        state = restore_stream(self.state, path, about["arrays"]).noting_used(self.model.config.vocab_size)
+        saved.require_agreement(path, state)
+        with undisturbed():
+            self.state = state
+            self.tokens_seen, self.stopped_by = saved.tokens_seen, saved.stopped_by
+            self.sampler, self._key, self._drawn = saved.sampler, saved.key, saved.drawn
+            self._turn = object()
+            self._output = saved.output
+        return saved.extra
+
+    def _require_same_model(self, path: str | Path, about: Mapping[str, Any]) -> None:
+        try:
+            config = type(self.model.config).from_json_dict(about["model"])
+            weights, caches = about["weights"], list(about["caches"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the saved session is damaged: {error!r}") from error
+        if config.replace(eos_token_ids=()) != self.model.config.replace(eos_token_ids=()):
             raise ValueError(
                 f"{path}: saved with another model ({_shape(config)}); this is {_shape(self.model.config)}"
             )
-        if about["weights"] != fingerprint(self.model):
+        if weights != fingerprint(self.model):
             raise ValueError(f"{path}: saved with a model of the same shape but other weights or another dtype")
-        for saved, cache in zip(about["caches"], self.state.caches, strict=True):
+        for saved, cache in itertools.zip_longest(caches, self.state.caches):
             if saved != repr(cache):
                 raise ValueError(f"{path}: saved with the cache {saved}; this session has {cache!r}")
-        state = restore_pytree(self.state, path)
-        with undisturbed():
-            self.state = state
-            self.tokens_seen, self.stopped_by = about["tokens_seen"], about["stopped_by"]
-            self.sampler = Sampler(**about["sampler"])
-            self._key = jax.random.wrap_key_data(jnp.asarray(about["key"], jnp.uint32))
-            self._drawn = about["drawn"]
-            self._turn = object()
-            self._output = TextOutput(self.tokenizer, **about["output"])
-        return about["extra"]
 
     def _begins(self, add_bos: bool | None) -> bool:
         """Whether BOS goes before the next text."""

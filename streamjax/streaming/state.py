@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
@@ -34,7 +34,7 @@ class StreamState:
     layers: one cascade state a layer. position: of the next token, uint32 [B], modulo 2^32. seen: tokens so far, int32
     [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one. caches:
     the cascade of each layer (static). span: positions in use at once (static). implementation: see `init_state`
-    (static).
+    (static). used: which ids each stream has read, bool [B, V], for the repetition penalty; None where nobody asked.
     """
 
     layers: tuple[State, ...]
@@ -44,6 +44,7 @@ class StreamState:
     caches: tuple[Cache, ...] = dataclasses.field(metadata={"static": True})
     span: int = dataclasses.field(metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
+    used: Bool[Array, "B V"] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -68,7 +69,14 @@ class StreamState:
             position=fn(self.position, ("batch",)),
             seen=fn(self.seen, ("batch",)),
             hidden=fn(self.hidden, ("batch", "activation_embed")),
+            used=None if self.used is None else fn(self.used, ("batch", "vocab")),
         )
+
+    def noting_used(self, vocab_size: int) -> StreamState:
+        """This state, which from now on notes the ids that its streams read; itself where it does so already."""
+        if self.used is not None:
+            return self
+        return dataclasses.replace(self, used=jnp.zeros((self.batch_size, vocab_size), bool)).placed()
 
     def placed(self) -> StreamState:
         """This state, its arrays asked to lie where the mesh of `jax.set_mesh` wants them."""
@@ -135,6 +143,7 @@ def init_state(
     position: int = 0,
     dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
+    note_used: bool = False,
 ) -> StreamState:
     """The state of `batch_size` streams that have seen nothing.
 
@@ -146,6 +155,8 @@ def init_state(
       dtype: of cached keys and values; the model's activation dtype where None.
       implementation: what single tokens attend to full caches, windows and chosen pages with: "pallas", the platform's
         kernels, or "xla". None takes a kernel where there is one, on one device, for caches that are long.
+      note_used: note which ids the streams read, V bytes a stream, so that a repetition penalty meets all of them.
+        Without it `generate` begins to note them when a sampler has a penalty.
 
     Raises:
       ValueError: `cache` is not a cascade or has the wrong number of entries; batch_size below 1; an unknown
@@ -158,7 +169,8 @@ def init_state(
     caches = layer_caches(model.config, cache)
     start = np.uint32(position % 2**32)
     state = _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
-    return dataclasses.replace(state, implementation=implementation)
+    state = dataclasses.replace(state, implementation=implementation)
+    return state.noting_used(model.config.vocab_size) if note_used else state
 
 
 @partial(jax.jit, static_argnames=("config", "caches", "batch_size", "dtype", "hidden_dtype"))

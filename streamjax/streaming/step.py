@@ -62,6 +62,7 @@ def advance(
         position=state.position + count.astype(jnp.uint32),
         seen=jnp.minimum(state.seen + count, SEEN_LIMIT),
         hidden=jnp.where((count > 0)[:, None], last, state.hidden),
+        used=None if state.used is None else state.used.at[jnp.arange(len(count))[:, None], tokens].max(valid),
     )
     return new.placed(), hidden
 

@@ -228,3 +228,67 @@ def test_no_new_tokens_is_only_reading(model):
     state, tokens = sj.generate(model, start(model), prompt, max_new_tokens=0, sampler=GREEDY, chunk_size=8)
     assert tokens.shape == (2, 0)
     assert state.seen.tolist() == [PROMPT] * 2
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("stop", [-1, VOCAB, 2**31, 2**40])
+def test_a_stop_token_that_the_vocabulary_lacks_is_refused(model, stop):
+    with pytest.raises(ValueError, match=f"stop token id {stop} is outside the model's vocabulary of {VOCAB}"):
+        sj.generate(model, start(model), random_tokens(2, 3), max_new_tokens=1, sampler=GREEDY, stop_tokens=[1, stop])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_penalty_meets_what_earlier_calls_read_and_drew(model, temperature):
+    """Four calls are one, each row for itself, with a read between them too; a copy of the state goes its own way."""
+    sampler = sj.Sampler(temperature=temperature, repetition_penalty=1.5)
+    prompt, lengths, key = random_tokens(2, 6, seed=9), np.array([6, 3]), jax.random.key(3)
+    nothing = np.zeros((2, 0), np.int32)
+
+    def go_on(state, calls, first=0):
+        pieces = []
+        for i, count in enumerate(calls):
+            ((state, tokens),) = sj.generate_blocks(
+                model,
+                state,
+                nothing,
+                max_new_tokens=count,
+                sampler=sampler,
+                key=key,
+                first_index=first + sum(calls[:i]),
+            )
+            pieces.append(tokens)
+        return state, np.concatenate(pieces, axis=1)
+
+    def read(*pieces):
+        state = sj.init_state(model, DENSE, 2, note_used=True)
+        for piece in pieces:
+            state = sj.read(model, state, piece, 8)
+        return state
+
+    rows = [row[:n].tolist() for row, n in zip(prompt, lengths, strict=True)]
+    state, once = go_on(read(rows), [24])
+    _, four = go_on(read([row[:2] for row in rows], [row[2:] for row in rows]), [6, 6, 6, 6])
+    np.testing.assert_array_equal(once, four)
+    for row in range(2):
+        used = set(rows[row]) | set(once[row].tolist())
+        assert set(np.flatnonzero(state.used[row]).tolist()) == used
+        alone = sj.read(model, sj.init_state(model, DENSE, 1, note_used=True), [rows[row]], 8)
+        if temperature == 0:
+            blocks = sj.generate_blocks(model, alone, [[]], max_new_tokens=24, sampler=sampler, key=key)
+            ((alone, tokens),) = blocks
+            np.testing.assert_array_equal(tokens[0], once[row])
+            assert set(np.flatnonzero(alone.used[0]).tolist()) == used
+    fork = jax.tree.map(jax.numpy.copy, read(rows))
+    assert go_on(read(rows), [24])[1].tolist() == go_on(fork, [24])[1].tolist()
+
+
+def test_ids_are_noted_from_the_first_call_with_a_penalty(model):
+    """Without being told to note them a state is as small as ever, and so is what is saved of it."""
+    state = start(model)
+    assert state.used is None
+    state, _ = sj.generate(model, state, random_tokens(2, 3), max_new_tokens=2, sampler=GREEDY)
+    assert state.used is None
+    state, tokens = sj.generate(
+        model, state, [[4], [5, 6]], max_new_tokens=2, sampler=sj.Sampler(temperature=0, repetition_penalty=2.0)
+    )
+    assert set(np.flatnonzero(state.used[1]).tolist()) == {5, 6, *tokens[1].tolist()}

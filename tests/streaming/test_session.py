@@ -1,6 +1,7 @@
 """Sessions: text that is right at every border, and a state that has read exactly what is counted."""
 
 import codecs
+import dataclasses
 import json
 import signal
 import subprocess
@@ -313,3 +314,138 @@ def test_what_is_saved_is_plain_data(model, tmp_path):
     about = json.loads((tmp_path / "saved" / "about" / "metadata").read_text())
     assert about["tokens_seen"] == 7
     assert about["sampler"]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_four_calls_with_a_penalty_draw_what_one_draws(model, tmp_path, temperature):
+    """The penalty meets all that the stream has read: in earlier calls, by `read`, and before it was saved."""
+    sampler = sj.Sampler(temperature=temperature, repetition_penalty=1.7)
+    once = "".join(start(model, sampler=sampler).generate(PROMPT, max_new_tokens=40))
+    without = "".join(start(model, sampler=sj.Sampler(temperature=temperature)).generate(PROMPT, max_new_tokens=40))
+    assert once != without
+    four = start(model, sampler=sampler)
+    text = "".join("".join(four.generate("" if i else PROMPT, max_new_tokens=10)) for i in range(4))
+    assert text == once
+    read = start(model, sampler=sampler)
+    read.read(PROMPT[:9])
+    read.score(PROMPT[9:])
+    assert "".join(read.generate(max_new_tokens=40)) == once
+    saved = start(model, sampler=sampler)
+    text = "".join(saved.generate(PROMPT, max_new_tokens=10))
+    saved.save(tmp_path / "saved")
+    other = start(model)
+    other.read("something else")
+    other.load(tmp_path / "saved")
+    assert text + "".join(other.generate(max_new_tokens=30)) == once
+    other.reset()
+    assert not np.asarray(other.state.used).any()
+
+
+def test_a_session_that_an_older_version_saved_goes_on(model, tmp_path):
+    """It holds no ids that were read: a penalty meets those that follow."""
+    session = start(model, sampler=sj.Sampler(temperature=0))
+    session.read(PROMPT)
+    state = session.state
+    session.state = dataclasses.replace(state, used=None)
+    session.save(tmp_path / "old")
+    session.state = state
+    expected = "".join(session.generate(max_new_tokens=20))
+    other = start(model)
+    other.load(tmp_path / "old")
+    assert "".join(other.generate(max_new_tokens=20)) == expected
+    assert other.state.used.any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens_seen", 7),
+        ("tokens_seen", "32"),
+        ("tokens_seen", -1),
+        ("tokens_seen", 32.0),
+        ("stopped_by", [1]),
+        ("sampler", {"temperature": -1}),
+        ("sampler", {"heat": 1}),
+        ("sampler", None),
+        ("key", [1, 2, 3]),
+        ("key", "ab"),
+        ("key", [-1, 2]),
+        ("drawn", True),
+        ("output", {"tail": "xyz"}),
+        ("output", {"held": 3}),
+        ("output", {"tails": []}),
+        ("extra", 3),
+        ("caches", []),
+        ("weights", None),
+        ("model", {}),
+        ("model", 3),
+        ("sampler", ...),
+        ("extra", ...),
+    ],
+)
+def test_a_damaged_session_is_refused_whole(model, tmp_path, field, value):
+    """Whatever field of it is wrong, or missing: the session is as it was, and the error is one line."""
+    session = start(model)
+    session.read(PROMPT)
+    session.save(tmp_path / "saved")
+    other = start(model, sampler=sj.Sampler(temperature=0, repetition_penalty=1.3), seed=3)
+    list(other.generate("abc", max_new_tokens=5))
+    before, output = {name: value for name, value in vars(other).items()}, other._output.to_json_dict()
+    file = tmp_path / "saved" / "about" / "metadata"
+    about = json.loads(file.read_text())
+    if value is ...:
+        del about[field]
+    else:
+        about[field] = value
+    file.write_text(json.dumps(about))
+    (tmp_path / "saved" / "checksums.json").unlink(missing_ok=True)  # hashes would catch it before
+    with pytest.raises(ValueError, match=r"saved") as error:
+        other.load(tmp_path / "saved")
+    assert "\n" not in str(error.value)
+    assert all(vars(other)[name] is value for name, value in before.items())
+    assert other._output.to_json_dict() == output
+
+
+def test_what_was_kept_beside_a_session_can_be_refused_before_it_is_loaded(model, tmp_path):
+    session = start(model)
+    session.read(PROMPT)
+    session.save(tmp_path / "saved", {"word": 3})
+    other = start(model)
+
+    def refuse(extra):
+        raise ValueError(f"no word: {extra['word']}")
+
+    with pytest.raises(ValueError, match="no word: 3"):
+        other.load(tmp_path / "saved", refuse)
+    assert other.tokens_seen == 0
+
+
+class Tuned(Endless):
+    """Ends a text by itself at one id."""
+
+    eos_ids = (ord("."),)
+
+
+def test_the_model_and_the_tokenizer_together_say_what_stops(model, tmp_path):
+    """A list in config.json alone is enough, as `save_hf` writes it."""
+    sampler = sj.Sampler(temperature=0)
+    generated = continued(model, PROMPT, 40, sampler)
+    stop = next(token for token in generated[10:] if generated.index(token) >= 10)
+    tuned = build(BYTES.replace(eos_token_ids=(3, stop)))
+    sj.save_hf(tuned, tmp_path / "model")
+    assert not (tmp_path / "model" / "generation_config.json").exists()
+    session = sj.Session(sj.load(tmp_path / "model"), Tuned(), CACHE, chunk_size=8, sampler=sampler)
+    assert session.stop_ids == (ord("."), 3, stop)
+    text = "".join(session.generate(PROMPT, max_new_tokens=40))
+    assert session.stopped_by == stop
+    assert text == generated[: generated.index(stop)].decode(errors="replace")
+    with pytest.raises(ValueError, match="stop token id 259 is outside the model's vocabulary of 259"):
+        session.generate("abc", max_new_tokens=1, stop_tokens=[259])
+
+
+def test_a_tokenizer_whose_stop_ids_the_model_lacks_is_refused(model):
+    class Wrong(Endless):
+        eos_ids = (2**31,)
+
+    with pytest.raises(ValueError, match="stop token id 2147483648 is outside the model's vocabulary of 259"):
+        sj.Session(model, Wrong(), CACHE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from streamjax.models.config import ModelConfig, RopeConfig
@@ -54,7 +54,8 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
 
     Args:
       values: the parsed config.json.
-      generation: the parsed generation_config.json; its token ids win, as in transformers.
+      generation: the parsed generation_config.json. Its BOS wins, as in transformers; its stop ids are joined by those
+        of config.json: a model that was tuned to end its turns often has them in one of the two files only.
 
     Raises:
       ValueError: one line that names a field which is missing, malformed or not implemented.
@@ -71,15 +72,19 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
         warnings.warn(f"config.json has fields that streamjax does not know: {', '.join(unread)}", stacklevel=2)
     text = values.get("text_config")
     places = (generation or {}, values, text if isinstance(text, dict) else {})
-    bos, eos = (_token_ids(name, places) for name in ("bos_token_id", "eos_token_id"))
-    return config.replace(bos_token_id=bos[0] if bos else None, eos_token_ids=eos)
+    bos = next((ids for place in places if (ids := _token_ids("bos_token_id", place))), ())
+    eos = dict.fromkeys(token for place in places for token in _token_ids("eos_token_id", place))
+    wrong = next((token for token in eos if not 0 <= token < config.vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"field 'eos_token_id' has {wrong}, which is outside the vocabulary of {config.vocab_size}")
+    return config.replace(bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(eos))
 
 
-def _token_ids(name: str, places: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Token ids from the first place that has them: one, a list, or null."""
-    ids: Any = next((place[name] for place in places if place.get(name) is not None), [])
-    ids = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
+def _token_ids(name: str, place: Mapping[str, Any]) -> tuple[int, ...]:
+    """The token ids of a field: one, a list, or none where it is null or missing."""
+    ids: Any = place.get(name)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ValueError(f"field {name!r} is {ids!r}; expected token ids")
     return tuple(ids)
 

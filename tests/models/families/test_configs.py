@@ -214,10 +214,20 @@ def test_unknown_fields_are_reported_when_they_hold_something():
 def test_token_ids():
     values = PUBLISHED["llama-3.1-8b"]
     assert read_config(values).eos_token_ids == (128001, 128008, 128009)
-    config = read_config(values, {"eos_token_id": 7, "bos_token_id": None, "temperature": 0.6})
-    assert (config.bos_token_id, config.eos_token_ids) == (128000, (7,))
+    config = read_config(values, {"eos_token_id": [7, 128008], "bos_token_id": None, "temperature": 0.6})
+    assert (config.bos_token_id, config.eos_token_ids) == (128000, (7, 128008, 128001, 128009))  # both files' together
     config = read_config({**values, "eos_token_id": None, "bos_token_id": None})
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    for wrong in (128256, -1, 2**31, 2**40):
+        for places in (({**values, "eos_token_id": [128001, wrong]}, None), (values, {"eos_token_id": wrong})):
+            outside = f"has {wrong}, which is outside the vocabulary of 128256"
+            message = f"field 'eos_token_id' ({outside}|is .*{wrong}.*; expected token ids)"
+            with pytest.raises(ValueError, match=message):
+                read_config(*places)
+    with pytest.raises(ValueError, match=r"ModelConfig.eos_token_ids has 128256, which is outside the vocabulary"):
+        config.replace(eos_token_ids=(128256,))
+    with pytest.raises(ValueError, match="field 'eos_token_id' is \\[True\\]; expected token ids"):
+        read_config({**values, "eos_token_id": True})
 
 
 def test_llama_dimensions():
