@@ -2,7 +2,7 @@
 
 import sys
 
-from streamjax.commands.demo import main
+from streamjax.commands.shell.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(launch("demo"))

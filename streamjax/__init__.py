@@ -5,42 +5,48 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from streamjax import kv
-from streamjax.models import Decoder, HSAConfig, LoRAParam, ModelConfig, RopeConfig, add_lora, forward, merge_lora
-from streamjax.streaming import Sampler, StreamState, generate, generate_blocks, init_state, read, score, step
-
 if TYPE_CHECKING:
-    from streamjax import data, training
+    from streamjax import data, kv, training
     from streamjax.data import load_tokenizer
+    from streamjax.models import Decoder, HSAConfig, LoRAParam, ModelConfig, RopeConfig, add_lora, forward, merge_lora
     from streamjax.models.files.checkpoint import load, save
     from streamjax.models.files.hugging_face import save_hf
     from streamjax.models.files.native_format import save_safetensors
     from streamjax.models.files.peft import load_lora, save_lora
+    from streamjax.streaming import Sampler, StreamState, generate, generate_blocks, init_state, read, score, step
     from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
 
-# Names whose modules pull in checkpoint or data libraries load on first use: `import streamjax` stays quick.
-_LAZY = {
-    "Session": "streamjax.streaming.session",
-    "load": "streamjax.models.files.checkpoint",
-    "load_lora": "streamjax.models.files.peft",
-    "load_stream": "streamjax.streaming.saved_streams",
-    "load_tokenizer": "streamjax.data",
-    "save": "streamjax.models.files.checkpoint",
-    "save_hf": "streamjax.models.files.hugging_face",
-    "save_lora": "streamjax.models.files.peft",
-    "save_safetensors": "streamjax.models.files.native_format",
-    "save_stream": "streamjax.streaming.saved_streams",
-}
-_MODULES = ("data", "training")
+# Everything loads on first use. `import streamjax` then takes no time, and a command can answer Ctrl-C while JAX loads.
+_HOMES = {
+    "streamjax.data": ("load_tokenizer",),
+    "streamjax.models": (
+        "Decoder", "HSAConfig", "LoRAParam", "ModelConfig", "RopeConfig", "add_lora", "forward", "merge_lora",
+    ),
+    "streamjax.models.files.checkpoint": ("load", "save"),
+    "streamjax.models.files.hugging_face": ("save_hf",),
+    "streamjax.models.files.native_format": ("save_safetensors",),
+    "streamjax.models.files.peft": ("load_lora", "save_lora"),
+    "streamjax.streaming": (
+        "Sampler", "StreamState", "generate", "generate_blocks", "init_state", "read", "score", "step",
+    ),
+    "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
+    "streamjax.streaming.session": ("Session",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = ("data", "kv", "training")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
     if name in _MODULES:
         return importlib.import_module(f"streamjax.{name}")
     raise AttributeError(f"module 'streamjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

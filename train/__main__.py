@@ -1,8 +1,8 @@
 """`python -m train`: see `streamjax.commands.train`."""
 
-from absl import app
+import sys
 
-from streamjax.commands.train import main, parse
+from streamjax.commands.shell.launch import launch
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    sys.exit(launch("train"))

@@ -5,7 +5,7 @@ Knows no model, no stream and no run.
 
 from streamjax.checkpoints.json_files import parse_json, read_json, require_file
 from streamjax.checkpoints.manifests import DamagedFile, check_manifest
-from streamjax.checkpoints.pytrees import read_about, restore_pytree, save_pytree
+from streamjax.checkpoints.pytrees import check_place, read_about, restore_pytree, save_pytree
 from streamjax.checkpoints.replacing import SaveError, replaced_folder, whole
 from streamjax.checkpoints.runs import RunCheckpoints
 
@@ -14,6 +14,7 @@ __all__ = [
     "RunCheckpoints",
     "SaveError",
     "check_manifest",
+    "check_place",
     "parse_json",
     "read_about",
     "read_json",

@@ -36,8 +36,7 @@ def save_pytree(tree: Any, path: str | Path, about: Mapping[str, Any] | None = N
       SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
     path = Path(path).resolve()
-    if path.exists() and not (path / ABOUT).exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is no checkpoint: choose another path")
+    check_place(path)
     items = ocp.args.Composite(**orbax_items(tree, about or {}))
     with saving(path):
         first = jax.process_index() == 0
@@ -58,6 +57,16 @@ def save_pytree(tree: Any, path: str | Path, about: Mapping[str, Any] | None = N
 def wait_for_others(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def check_place(path: Path) -> None:
+    """Make sure that a checkpoint may be written at a path: nothing is there, or an empty folder, or a checkpoint.
+
+    Raises:
+      ValueError: something else is there.
+    """
+    if path.exists() and not (path / ABOUT).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no checkpoint: choose another path")
 
 
 def restore_pytree(template: Tree, path: str | Path, *, cast: bool = False) -> Tree:

@@ -195,9 +195,5 @@ def body(values: flags.FlagValues) -> None:
         chat.save(shlex.quote(values.save_state))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_command(__doc__, [define], body, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

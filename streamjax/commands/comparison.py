@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tqdm
 import streamjax as sj
 from streamjax.checkpoints import require_file
 from streamjax.commands.shell.inputs import BUILTIN
+from streamjax.commands.shell.progress import progress_bar
 from streamjax.data import corpus_text
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial
@@ -48,10 +48,9 @@ def dense_capacity(model: sj.Decoder, tokens: int, memory_bytes: float | None) -
 def run_sessions(sessions: dict[str, sj.Session], ids: Sequence[int], seconds: float | None = None) -> list[Trial]:
     """Stream a text through every session, one after the other."""
     trials = []
-    mininterval = 0.2 if sys.stderr.isatty() else 15
     width = max(len(name) for name in sessions)
     for name, session in sessions.items():
-        with tqdm.tqdm(total=len(ids), desc=f"{name:<{width}}", unit=" tokens", mininterval=mininterval) as bar:
+        with progress_bar(total=len(ids), desc=f"{name:<{width}}", unit=" tokens") as bar:
 
             def show(done: int, mean: float, bar: tqdm.tqdm = bar) -> None:
                 bar.set_postfix_str(f"perplexity {np.exp(mean):.4g}", refresh=False)

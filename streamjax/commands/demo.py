@@ -11,7 +11,6 @@ first four tokens and the newest others, at the same budget (StreamingLLM, arXiv
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +126,5 @@ def indent(text: str) -> str:
     return "\n".join("    | " + line for line in text.splitlines())
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_command(__doc__, [define], body, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

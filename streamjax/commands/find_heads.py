@@ -13,17 +13,16 @@ read it.
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 from absl import flags
 
 import streamjax as sj
 from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped, run_command
 from streamjax.data.recall.training_rows import RecallRows
 from streamjax.data.text.tokenizers import Tokenizer
@@ -82,10 +81,9 @@ def _optimised(
     config = GateConfig(values.steps, values.learning_rate, values.l1, values.sinks, values.recent)
     length = values.seq_len or min(model.config.max_position, LONGEST_ROWS)
     batches = answer_batches(RecallRows(length, tokenizer), values.batch_size, start=values.seed << 20)
-    mininterval = 0.2 if sys.stderr.isatty() else 15
     with (
         StopSignals() as stop,
-        tqdm.tqdm(total=config.steps, unit="step", mininterval=mininterval, dynamic_ncols=True) as bar,
+        progress_bar(total=config.steps, unit="step") as bar,
     ):
         for done, step in enumerate(optimise_gates(model, batches, config), 1):
             loss, distance, gates = float(step.loss), float(step.distance), np.asarray(step.gates, np.float64)
@@ -122,9 +120,5 @@ def _scored(values: flags.FlagValues, model: sj.Decoder) -> tuple[np.ndarray, np
     return gates, far, about, 0
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_command(__doc__, [define], body, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

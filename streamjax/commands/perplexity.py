@@ -11,7 +11,6 @@ The first columns of the table end where the model's training length ends.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -78,9 +77,5 @@ def body(values: flags.FlagValues) -> None:
         print(f"picture: {values.png}")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_command(__doc__, [define], body, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

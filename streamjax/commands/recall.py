@@ -13,17 +13,16 @@ values of a name), variable_tracking (all names of a value), multi_turn (several
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from absl import flags
 
 import streamjax as sj
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import run_command
 from streamjax.data.recall.haystack import KINDS
 from streamjax.data.recall.tasks import TASKS, make_problem, stream_context
@@ -132,10 +131,9 @@ def _run(
     batch_size: int,
 ) -> list[Cell]:
     batches = -(-depths * samples // batch_size)
-    mininterval = 0.2 if sys.stderr.isatty() else 15
     label = f"{name} {task} {length:,}"
     total = batches * length * batch_size
-    with tqdm.tqdm(total=total, desc=label, unit=" tokens", mininterval=mininterval) as bar:
+    with progress_bar(total=total, desc=label, unit=" tokens") as bar:
 
         def show(tokens: int) -> None:
             bar.update(tokens * batch_size)
@@ -190,9 +188,5 @@ def table(cells: list[Cell]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_command(__doc__, [define], body, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import collections
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,10 @@ import streamjax as sj
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, describe, load_model
 from streamjax.commands.shell.inputs import open_input
-from streamjax.commands.shell.outputs import write_json
-from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.outputs import check_outputs, check_saved_stream, write_json
+from streamjax.commands.shell.progress import progress_bar
+from streamjax.commands.shell.runner import Stopped, attempt, complain, run_command
+from streamjax.commands.shell.signals import Terminated, ending_signals
 from streamjax.evaluation import Curve, StreamEncoder, human_bytes, peak_resident_bytes, resident_bytes
 from streamjax.kv.description import describe_cache
 from streamjax.streaming.interrupts import undisturbed
@@ -55,12 +59,13 @@ class Reader:
     Args:
       session: the stream.
       encoder: turns the text's bytes into ids.
-      bar: shows how far it is.
     """
 
-    def __init__(self, session: sj.Session, encoder: StreamEncoder, bar: tqdm.tqdm):
+    def __init__(self, session: sj.Session, encoder: StreamEncoder):
         self.curve = Curve()
-        self._session, self._encoder, self._bar = session, encoder, bar
+        self._session, self._encoder = session, encoder
+        self._total: int | None = None  # tokens that there may be
+        self._bar: tqdm.tqdm | None = None  # from the first result on: an error before it stands on a line of its own
         self._ids = session.encode("")  # encoded and not yet read; BOS where the stream begins
         self._skip = len(self._ids)
         self._encoded = 0
@@ -81,7 +86,7 @@ class Reader:
             self._encoded += len(new)
             if total_bytes is not None and self._encoded:
                 guess = round(total_bytes * self._encoded / self._encoder.text_bytes)
-                self._bar.total = min(max(guess, self._encoded), limit or guess)
+                self._total = min(max(guess, self._encoded), limit or guess)
             ended = self._feed(limit, everything=piece is None)
             if ended:
                 return ended
@@ -112,16 +117,31 @@ class Reader:
                 self._pending = nats
         return ""
 
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with undisturbed():
+            self.settle()
+            if self._bar is not None:
+                self._bar.close()
+
     def settle(self) -> None:
         """Account for the chunk that is under way."""
         if self._pending is None:
             return
         nats, self._pending = np.asarray(self._pending), None
+        if not len(nats):  # BOS alone
+            return
         self.curve.add(nats)
-        self._bar.update(len(nats))
+        if self._bar is None:
+            self._bar = progress_bar(unit=" tokens")
+        bar = self._bar
+        bar.total = self._total
+        bar.update(len(nats))
         if len(nats) >= self._session.chunk_size - self._skip:
             self._times.append(time.perf_counter())
-        self._bar.set_postfix_str(
+        bar.set_postfix_str(
             f"perplexity {np.exp(self.curve.mean):.4g}, {self.bits_per_byte:.3f} bits/byte, "
             f"cache {human_bytes(self._session.cache_bytes)}, process {human_bytes(resident_bytes())}",
             refresh=False,
@@ -158,42 +178,66 @@ class Reader:
 
 
 def body(values: flags.FlagValues) -> None:
+    check_outputs(json=values.json)
+    check_saved_stream("save_state", values.save_state)
     data, total_bytes = open_input(values.input)
     model, tokenizer = load_model(values, [values.cache])
     cache = parse_cache(values.cache, model.config.max_position)
     session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
     if values.load_state:
-        session.load(values.load_state)
+        session.load(Path(values.load_state).expanduser())
     print(describe(values.model, model, cache, session), file=sys.stderr)
     encoder = StreamEncoder(tokenizer, "standard input" if values.input == "-" else values.input, values.errors)
-    slow = not sys.stderr.isatty()
-    ended, failure = "", None
-    with tqdm.tqdm(unit=" tokens", dynamic_ncols=True, mininterval=15 if slow else 0.2) as bar:
-        reader = Reader(session, encoder, bar)
+    reader = Reader(session, encoder)
+    ended, status = "", 0
+    failures: list[Exception] = []
+    with ending_signals(signal.SIGINT):
         try:
-            ended = reader.read(data, total_bytes, values.max_tokens)
+            with reader:
+                ended = reader.read(data, total_bytes, values.max_tokens)
         except KeyboardInterrupt:
             ended = "interrupted"
-        except ValueError as error:
-            failure = error
-        reader.settle()
-        bar.disable = bar.disable or not reader.curve.count  # nothing to show
-    result = reader.result()
-    if result["tokens"]:
-        report(result, ended)
-        if values.json:
-            write_json(values.json, {"model": values.model, "cache": describe_cache(cache), **result})
-    if values.save_state and session.tokens_seen:
-        session.save(values.save_state)
-        print(f"saved at token {session.tokens_seen:,}: --load_state={values.save_state} goes on from there")
-    if failure is not None:
-        raise failure
+        except Terminated as terminated:
+            ended, status = str(terminated), 128 + terminated.number
+        except (ValueError, OSError) as error:
+            failures.append(error)
+        # The stream cannot be read again: it is saved first, and nothing that fails keeps the rest from being tried.
+        with undisturbed():
+            result = {"model": values.model, "cache": describe_cache(cache), **reader.result()}
+            unsaved = attempt(lambda: save(session, values.save_state))
+            failures += unsaved + attempt(lambda: write(result, values.json))
+    failures += attempt(lambda: report(result, ended, None if unsaved else values.save_state))
+    for other in failures[1:]:
+        complain(other)
+    if failures:
+        raise failures[0]
+    if status:
+        raise Stopped(status)
 
 
-def report(result: dict[str, Any], ended: str) -> None:
+def save(session: sj.Session, folder: str | None) -> None:
+    """Save the stream, if a folder is named and there is something to save."""
+    if folder and session.tokens_seen:
+        session.save(Path(folder).expanduser())
+
+
+def write(result: dict[str, Any], file: str | None) -> None:
+    """Write the numbers, if a file is named and there are any."""
+    if file and result["tokens"]:
+        write_json(file, result)
+
+
+def report(result: dict[str, Any], ended: str, saved: str | None) -> None:
     """Print the summary."""
     if ended:
         print(ended)
+    if result["tokens"]:
+        _print_rows(result)
+    if saved and result["tokens_seen"]:
+        print(f"saved at token {result['tokens_seen']:,}: --load_state={saved} goes on from there")
+
+
+def _print_rows(result: dict[str, Any]) -> None:
     rows = {
         "tokens": f"{result['tokens']:,} in {result['seconds']:.1f} s, {result['tokens_per_second']:,.0f} a second",
         "stream": f"{result['tokens_seen']:,} tokens from its beginning",
@@ -206,9 +250,5 @@ def report(result: dict[str, Any], ended: str) -> None:
         print(f"{name:<12}{text}")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run_command(__doc__, [define], body, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -1,9 +1,11 @@
 """Train a model.
 
     python -m train --config=configs/tiny.py --workdir=runs/tiny
+    python -m train --config=configs/stdlib_byte.py --workdir=runs/mine --config.optimizer.learning_rate=1e-3
+    python -m train --config=configs/tiny.py --help
 
-The same command again continues where the run stopped; SIGTERM and Ctrl-C save first. The workdir gets metrics.jsonl,
-TensorBoard files, checkpoints, and at the end model/, which streamjax.load and transformers read.
+The same command again continues where the run stopped; SIGTERM, SIGHUP and Ctrl-C save first. The workdir gets
+metrics.jsonl, TensorBoard files, checkpoints, and at the end model/, which streamjax.load and transformers read.
 
 Any field of the configuration can be changed:
 
@@ -13,105 +15,132 @@ Any field of the configuration can be changed:
 --config.model=none --config.init_from=FOLDER --config.data.tokenizer=FOLDER.
 """
 
+from __future__ import annotations
+
 import difflib
 import logging
-import os
 import runpy
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import jax
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 
+from streamjax.commands.shell.runner import Stopped, require_device, run_command
 from streamjax.training import RunStopped, TrainConfig, apply_overrides, describe, train
 
-_CONFIG = flags.DEFINE_string("config", None, "The experiment: a Python file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; a run that is there continues.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes: calls jax.distributed.initialize().")
-_RESUME_FROM = flags.DEFINE_integer(
-    "resume_from", None, "Go on from the checkpoint of this step, not from the newest; 0 begins again. Later "
-    "checkpoints are moved to checkpoints_set_aside.", lower_bound=0,
-)  # fmt: skip
 _PREFIX = "--config."
+Overrides = list[tuple[str, str]]
 
 
-def main(argv: list[str]) -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "The experiment: a Python file with get_config().", flag_values=values)
+    flags.DEFINE_string("workdir", None, "The run's folder; a run that is there continues.", flag_values=values)
+    flags.DEFINE_integer(
+        "resume_from", None, "Go on from the checkpoint of this step, not from the newest; 0 begins again. Later "
+        "checkpoints are moved to checkpoints_set_aside.", lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "distributed", False, "One of several processes: calls jax.distributed.initialize().", flag_values=values
+    )
+
+
+def split(argv: list[str]) -> tuple[list[str], Overrides]:
+    """The arguments without `--config.FIELD=VALUE` or `--config.FIELD VALUE`, and these fields with their values."""
+    others, overrides = argv[:1], []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument.startswith(_PREFIX):
+            name, equals, value = argument.removeprefix(_PREFIX).partition("=")
+            overrides.append((name, value if equals else next(arguments, "")))
+        else:
+            others.append(argument)
+    return others, overrides
+
+
+def body(values: flags.FlagValues, overrides: Overrides) -> None:
     logging.getLogger("streamjax").setLevel(logging.INFO)
     try:
-        config = _config(argv[1:])
-        if _WORKDIR.value is None:
+        config = read_config(values.config, overrides)
+        if values.workdir is None:
             raise ValueError(f"--workdir is missing: give the run a folder, for instance --workdir=runs/{config.name}")
     except ValueError as error:
-        _fail(error, 2)
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "streamjax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
+        raise flags.Error(str(error)) from error
+    if values.distributed:
+        _join_processes()
+    require_device()
     try:
-        train(config, _WORKDIR.value, resume_from=_RESUME_FROM.value)
+        train(config, values.workdir, resume_from=values.resume_from)
     except RunStopped as stopped:
-        _fail(stopped, stopped.exit_code)
-    except (ValueError, OSError) as error:
-        _fail(error, 1)
-    print(f"train: done; the model is in {Path(_WORKDIR.value) / 'model'}")
+        raise Stopped(stopped.exit_code, str(stopped)) from stopped
+    print(f"done; the model is in {Path(values.workdir) / 'model'}")
 
 
-def _config(overrides: list[str]) -> TrainConfig:
-    """The configuration of the file, with the command line's changes."""
-    if _CONFIG.value is None:
+def read_config(name: str | None, overrides: Overrides) -> TrainConfig:
+    """The configuration of a file, with the command line's changes.
+
+    Raises:
+      ValueError: no such file; a file that fails, or has no get_config(); an unknown field, or a wrong value.
+    """
+    if name is None:
         raise ValueError("--config is missing: name an experiment, for instance --config=configs/tiny.py")
-    path = Path(_CONFIG.value)
+    path = Path(name).expanduser()
     if not path.is_file():
         known = [str(file) for file in sorted(Path("configs").glob("*.py"))]
         close = difflib.get_close_matches(f"configs/{path.stem}.py", known, n=1) or known
         raise ValueError(f"no file {path}" + (f"; there is {', '.join(close)}" if close else ""))
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise ValueError(f"{path} defines no get_config()")
-    pairs = [override.removeprefix(_PREFIX).partition("=") for override in overrides]
-    return apply_overrides(get_config(), [(name, text) for name, _, text in pairs])
-
-
-def parse(argv: list[str]) -> list[str]:
-    """absl's flags, with `--config.*` left over for `main`; `--help` shows this page and the fields."""
-    overrides, others, wants_help = [], argv[:1], False
-    arguments = iter(argv[1:])
-    for argument in arguments:
-        if argument.startswith(_PREFIX):
-            overrides.append(argument if "=" in argument else f"{argument}={next(arguments, '')}")
-        elif argument in ("--help", "-h", "-help", "--helpshort", "--helpfull"):
-            wants_help = True
-        else:
-            others.append(argument)
     try:
-        rest = flags.FLAGS(others)
-        if rest[1:]:
-            raise ValueError(f"unexpected argument {rest[1]!r}; see --help")
-        if wants_help:
-            _help(overrides)
-    except (flags.Error, ValueError) as error:
-        _fail(error, 2)
-    return [argv[0], *overrides]
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise ValueError("it defines no get_config()")
+        config = get_config()
+    except (Exception, SystemExit) as error:  # a user's own code
+        raise ValueError(f"{path}{_place(error, path)}: {_kind(error)}{error}") from error
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path}: get_config() returns {type(config).__name__}, and a TrainConfig is needed")
+    return apply_overrides(config, overrides)
 
 
-def _help(overrides: list[str]) -> None:
-    print(__doc__)
-    for name in ("config", "workdir", "resume_from", "distributed"):
-        print(f"  --{name}: {flags.FLAGS[name].help}")
-    if _CONFIG.value is not None:
-        print(f"\nFields, as {_CONFIG.value} sets them:")
-        print("\n".join(f"  --{line}" for line in describe(_config(overrides))))
-    sys.exit(0)
+def _place(error: BaseException, path: Path) -> str:
+    """Where in the file it failed, as far as that is known."""
+    line, trace = error.lineno if isinstance(error, SyntaxError) else None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return "" if line is None else f", line {line}"
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
-    print("train: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)
+def _kind(error: BaseException) -> str:
+    return "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
 
 
-if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+def _join_processes() -> None:
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: {error} It is for the processes of a TPU pod, Slurm or another cluster that JAX knows"
+        ) from error
+
+
+def _fields(values: flags.FlagValues, overrides: Overrides) -> str:
+    """For --help: the fields of the configuration that is named."""
+    if values.config is None:
+        return ""
+    try:
+        lines = describe(read_config(values.config, overrides))
+    except ValueError as error:
+        raise flags.Error(str(error)) from error
+    return "\n".join([f"\n\nFields, as {values.config} sets them:", *(f"  --{line}" for line in lines)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    others, overrides = split(list(sys.argv if argv is None else argv))
+    return run_command(
+        __doc__,
+        [define],
+        lambda values: body(values, overrides),
+        others,
+        extend_help=lambda values: _fields(values, overrides),
+    )

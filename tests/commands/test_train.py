@@ -1,6 +1,5 @@
 """`python -m train`: one-line errors, help that teaches, and a process that is killed for real."""
 
-import importlib.util
 import signal
 import subprocess
 import sys
@@ -8,38 +7,20 @@ import time
 from pathlib import Path
 
 import pytest
-from absl import flags
 
+from streamjax.commands import train as command
 from streamjax.training import train
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def cli():
-    """The module `streamjax/commands/train.py`, loaded once: it defines flags."""
-    spec = importlib.util.spec_from_file_location("train_main", ROOT / "streamjax" / "commands" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for name in ("config", "workdir", "resume_from", "distributed"):
-        delattr(flags.FLAGS, name)
-
-
 @pytest.fixture
-def run(cli, capsys, monkeypatch):
+def run(capsys, monkeypatch):
     """run(*arguments) -> (exit code, stdout, stderr), in this process."""
     monkeypatch.chdir(ROOT)
 
     def call(*arguments):
-        flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "resume_from", "distributed"):
-            flags.FLAGS[name].unparse()
-        code = 0
-        try:
-            cli.main(cli.parse(["train", *arguments]))
-        except SystemExit as stopped:
-            code = stopped.code
+        code = command.main(["train", "--compilation_cache=", *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -56,7 +37,7 @@ TINY = "--config=configs/tiny.py"
         ([TINY], 2, "--workdir is missing: give the run a folder, for instance --workdir=runs/tiny"),
         (["--config=configs/tine.py", "--workdir=w"], 2, "no file configs/tine.py; there is configs/tiny.py"),
         (["--config=README.txt", "--workdir=w"], 2, "no file README.txt; there is configs/"),
-        (["--config=train/__init__.py", "--workdir=w"], 2, "train/__init__.py defines no get_config()"),
+        (["--config=train/__init__.py", "--workdir=w"], 2, "train/__init__.py: it defines no get_config()"),
         ([TINY, "--workdir=w", "--config.step=3"], 2, "unknown field config.step; did you mean config.steps?"),
         ([TINY, "--workdir=w", "--config.steps", "x"], 2, "config.steps is 'x': it must be an integer"),
         (
@@ -65,7 +46,7 @@ TINY = "--config=configs/tiny.py"
             "TrainConfig.steps is -1: it must be a whole number",
         ),
         ([TINY, "--wrkdir=w"], 2, "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
-        ([TINY, "--workdir=w", "now"], 2, "unexpected argument 'now'; see --help"),
+        ([TINY, "--workdir=w", "now"], 2, "unexpected argument 'now'"),
         ([TINY, "--workdir={}", "--config.data.source=nothing/*.txt"], 1, "nothing/*.txt"),
         ([TINY, "--workdir={}", "--config.model=none", "--config.init_from=nowhere"], 1, "no model at nowhere"),
     ],
@@ -74,7 +55,7 @@ def test_errors_are_one_line(run, tmp_path, arguments, code, message):
     found, out, err = run(*(argument.format(tmp_path) for argument in arguments))
     assert found == code
     assert message in err
-    assert err.startswith("train: ")
+    assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert out == ""
     assert not list(tmp_path.iterdir())
@@ -121,9 +102,9 @@ def test_a_process_that_is_killed_and_started_again(run_config, tmp_path):
     _, err = process.communicate()
     if process.returncode:  # else it was done before the signal came
         assert process.returncode == 143
-        assert err.splitlines()[-1].startswith("train: SIGTERM: saved step ")
+        assert err.splitlines()[-1].startswith("SIGTERM: saved step ")
         out, err = start().communicate()
-        assert "train: done; the model is in" in out, err
+        assert "done; the model is in" in out, err
     for name in ("model.safetensors", "config.json"):
         expected = (tmp_path / "undisturbed" / "model" / name).read_bytes()
         assert (tmp_path / "run" / "model" / name).read_bytes() == expected

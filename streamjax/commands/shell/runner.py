@@ -1,96 +1,223 @@
-"""How a command runs: flags, start-up, and errors of one line."""
+"""How a command runs: flags, start-up, and whatever goes wrong as one line on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags, logging
 
 from streamjax.commands.flags.model import parse_mesh
+from streamjax.commands.shell.launch import leave, redirect_to_nowhere
+from streamjax.commands.shell.progress import end_progress_bars
+from streamjax.commands.shell.signals import Terminated
 
 _COMMON = ("help", "traceback", "compilation_cache")  # flags of every command
+_LONGEST = 500  # characters of a message
+_WHOLE = 2**63  # whole numbers lie below
 Define = Callable[[flags.FlagValues], None]
 
 
 class Stopped(Exception):
-    """Ends a command with this exit status, its message already given."""
+    """Ends a command with this exit status; a message that is not there has been given already."""
 
-    def __init__(self, status: int):
-        super().__init__(status)
+    def __init__(self, status: int, message: str = ""):
+        super().__init__(message)
         self.status = status
 
 
 def run_command(
-    about: str | None, define: Sequence[Define], body: Callable[[flags.FlagValues], None], argv: list[str]
+    about: str | None,
+    define: Sequence[Define],
+    body: Callable[[flags.FlagValues], None],
+    argv: Sequence[str] | None = None,
+    extend_help: Callable[[flags.FlagValues], str] | None = None,
 ) -> int:
-    """Parse flags, run a command and return its exit status; whatever a user can cause is one line on stderr.
+    """Parse flags, run a command and return its exit status; whatever goes wrong is one line on stderr.
 
     Args:
       about: the module's docstring, shown by --help.
-      define: functions that define flags; `define_model` among them, or called by them.
-      body: the command; it runs under the mesh of --mesh.
-      argv: the program's name and its arguments.
+      define: functions that define flags.
+      body: the command; it runs under the mesh of --mesh where there is that flag.
+      argv: the program's name and its arguments; the process's own by default.
+      extend_help: what --help says behind the flags.
+
+    Returns:
+      0, or 1 where the command failed, 2 where its flags are wrong, 128 and a signal's number where that ended it.
     """
+    values = _flags(define)
+    try:
+        status = _run(about, values, body, list(sys.argv if argv is None else argv), extend_help)
+    except flags.Error as error:
+        status = fail(f"{error} (--help lists all options)", 2)
+    except Stopped as stopped:
+        status = stopped.status
+        if message := str(stopped):
+            _tell(message)
+    except KeyboardInterrupt:
+        status = fail("interrupted", 128 + signal.SIGINT)
+    except Terminated as ended:
+        status = fail(str(ended), 128 + ended.number)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # whatever it is, a user gets one line; panics of Rust are no Exception
+        if values.is_parsed() and values.traceback:
+            end_progress_bars()
+            raise
+        complain(error)
+        status = 1
+    return _flush_output(status)
+
+
+def _run(
+    about: str | None,
+    values: flags.FlagValues,
+    body: Callable[[flags.FlagValues], None],
+    argv: list[str],
+    extend_help: Callable[[flags.FlagValues], str] | None,
+) -> int:
+    rest = values(argv)[1:]
+    if rest:
+        raise flags.Error(f"unexpected argument {rest[0]!r}: options are written --name=value")
+    if values.help:
+        print(help_text(about or "", values) + (extend_help(values) if extend_help else ""))
+        return 0
+    _check_whole_numbers(values)
+    _start(values)
+    if "distributed" not in values:  # processes find each other before they look for devices
+        require_device()
+    with _mesh(values):
+        body(values)
+    return 0
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, and what to do about it, in words for users."""
+    text = str(error)
+    match error:
+        case OSError() if error.strerror and error.filename is not None:
+            return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        case OSError() if error.strerror:
+            return error.strerror
+        case MemoryError():
+            return f"out of memory{': ' * bool(text)}{text}"
+        case RecursionError():
+            return "a file or an option is nested too deeply to be read"
+        case OverflowError():
+            return f"a number is too large: {text}"
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in text:
+            needed = re.search(r"\d[\d.]* ?(?:bytes|[KMGT]i?B)", text)
+            return (
+                f"out of memory{f' (asked for {needed[0]})' if needed else ''}: a smaller cache, chunk or batch takes "
+                "less, and a mesh splits the model over devices"
+            )
+        case ValueError() | OSError() | jax.errors.JaxRuntimeError():
+            return text or type(error).__name__
+    return f"internal error, {type(error).__name__}: {text} (please report it; --traceback shows where it came from)"
+
+
+def complain(error: BaseException) -> None:
+    """Say in one line on stderr what went wrong; a reader of the output that has gone needs no words."""
+    if not _reader_has_gone(error):
+        fail(explain(error), 1)
+
+
+def attempt(work: Callable[[], None]) -> list[Exception]:
+    """Do a part of what is to be done at the end; what went wrong, so that the other parts can be tried too."""
+    try:
+        work()
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        return [error]
+    return []
+
+
+def fail(message: str, status: int) -> int:
+    """Say in one line on stderr that a command failed, and return its exit status."""
+    _tell(f"error: {message}")
+    return status
+
+
+def _tell(message: str) -> None:
+    end_progress_bars()
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split()))
+    print(line[:_LONGEST], file=sys.stderr)
+
+
+def _flush_output(status: int) -> int:
+    """Write what is left, while an error can still be told; the exit status with that."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        redirect_to_nowhere(sys.stdout)
+        if not status:
+            complain(error)
+            return 1
+    return status
+
+
+def _reader_has_gone(error: BaseException) -> bool:
+    return isinstance(error, BrokenPipeError)
+
+
+def _flags(define: Sequence[Define]) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     flags.DEFINE_bool("traceback", False, "Show where in the program an error came from.", flag_values=values)
+    kept = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "streamjax" / "compiled"
     flags.DEFINE_string(
         "compilation_cache",
-        str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "streamjax" / "compiled"),
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(kept)),
         "Folder where compiled programs are kept for the next start; empty for none.",
         flag_values=values,
     )
     for function in define:
         function(values)
+    return values
+
+
+def _check_whole_numbers(values: flags.FlagValues) -> None:
+    for name in values:
+        value: Any = values[name].value
+        if isinstance(value, int) and not -_WHOLE <= value < _WHOLE:
+            raise flags.Error(f"flag --{name}={value}: it must fit in 64 bits")
+
+
+def _start(values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if values.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(values.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def require_device() -> None:
+    """Make sure that JAX has something to run on.
+
+    Raises:
+      ValueError: JAX_PLATFORMS asks for what is not there.
+    """
     try:
-        rest = values(argv)[1:]
-        if rest:
-            raise flags.Error(f"unexpected argument {rest[0]!r}: options are written --name=value")
-    except flags.Error as error:
-        return _fail(f"{error} (--help lists all options)", 2)
-    if values.help:
-        print(help_text(about or "", values))
-        return 0
-    try:
-        if values.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", str(Path(values.compilation_cache).expanduser()))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        mesh = parse_mesh(values.mesh)
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            body(values)
-    except Stopped as stopped:
-        return stopped.status
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the output has gone
-        return 1
-    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        if values.traceback:
-            raise
-        complain(error)
-        return 1
-    return 0
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a backend has no plugin
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such device here; leave it away, or set JAX_PLATFORMS=cpu"
+            f"{f' ({error})' if str(error) else ''}"
+        ) from error
 
 
-def complain(error: Exception) -> None:
-    """Say in one line on stderr what went wrong."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        _fail(f"{error.filename}: {error.strerror}", 1)
-    else:
-        _fail(str(error) or type(error).__name__, 1)
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())[:500]}", file=sys.stderr)
-    return status
+def _mesh(values: flags.FlagValues) -> contextlib.AbstractContextManager:
+    mesh = parse_mesh(values.mesh) if "mesh" in values else None
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def help_text(about: str, values: flags.FlagValues) -> str:

@@ -92,6 +92,9 @@ def presets() -> dict[str, Preset]:
     return dict(sorted(_PRESETS.items()))
 
 
+_MOST = 2**31 - 1  # slots are counted in int32
+
+
 def parse_preset(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of a preset that one word describes, such as "streaming_llm:sinks=4,window=1020".
 
@@ -132,6 +135,9 @@ def preset(name: str, **options: Any) -> Built:
     for option in options:
         if option not in known:
             raise ValueError(f"cache preset {name!r} has no option {option!r}; it takes {', '.join(known)}")
+        value = options[option]
+        if isinstance(value, int) and abs(value) > _MOST:
+            raise ValueError(f"cache {name!r}: {option} is {value}, and {_MOST:,} is the most")
     check_arguments(_PRESETS[name].build, options, f"cache preset {name!r}")
     return _PRESETS[name].build(**_PRESETS[name].complete(options))
 

@@ -108,6 +108,8 @@ def _parse(hint: Any, text: str, name: str, current: Any) -> Any:
     for option in options:
         if option is not type(None) and not dataclasses.is_dataclass(option):
             found, value = _parse_as(option, text)
+            if found and isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"config.{name} is {text}: it must fit in 64 bits")
             if found:
                 return value
     groups = [option for option in options if dataclasses.is_dataclass(option)]
