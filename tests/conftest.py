@@ -14,6 +14,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+flags.append(
+    "--xla_cpu_parallel_codegen_split_count=1"
+)  # the workers share the cores already; parts cost a quarter more
 if version("jaxlib") < "0.11":  # newer ones have no such flag
     flags.append("--xla_cpu_use_fusion_emitters=false")
 flags += [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]

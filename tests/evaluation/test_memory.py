@@ -9,7 +9,7 @@ from streamjax.evaluation import SlotMemory, peak_resident_bytes, resident_bytes
 CONFIG = sj.ModelConfig(
     vocab_size=8, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, windows=(6, None)
 )
-MODEL = sj.Decoder(CONFIG, jax.random.key(0))
+MODEL = jax.jit(lambda key: sj.Decoder(CONFIG, key))(jax.random.key(0))
 
 
 def test_a_cache_in_use_takes_what_a_cache_of_that_size_takes():

@@ -21,8 +21,8 @@ def calls(*case):
     "case",
     [
         Case("v5e", "llama-3.1-8b", "sinks", 4096),
-        Case("v6e", "gemma-3-4b", "local", 4096),
-        Case("v5p", "qwen2.5-0.5b", "packed", 4096),
+        pytest.param(Case("v6e", "gemma-3-4b", "local", 4096), marks=pytest.mark.slow),
+        pytest.param(Case("v5p", "qwen2.5-0.5b", "packed", 4096), marks=pytest.mark.slow),
     ],
     ids=lambda case: "-".join(map(str, case)),
 )
@@ -37,7 +37,7 @@ def test_a_tpu_takes_the_decoding_kernel():
     assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("v5p", marks=pytest.mark.slow)])
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
 def test_tpus_take_the_kernels_of_losses(chip):
     assert calls(chip, "llama-3.1-8b", "tokens", 4096) == {"token_stats_forward": 1, "token_stats_backward": 1}

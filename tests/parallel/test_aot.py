@@ -63,6 +63,7 @@ def test_decode_holds_weights_and_caches_and_nothing_else(tmp_path):
     assert decode["collectives"] == {"all-reduce bf16[8,1,4096]": 5}
 
 
+@pytest.mark.slow
 def test_pages_in_the_hosts_memory_stay_there(tmp_path):
     """A stream with 262,144 tokens: the device has what is small and what is read, the host the pages, once."""
     decode = _bytes_on_one_chip("decode-1-host-pages", tmp_path)
@@ -75,6 +76,7 @@ def test_pages_in_the_hosts_memory_stay_there(tmp_path):
     assert decode["temp"] < 2 * read
 
 
+@pytest.mark.slow
 def test_decoding_over_a_chunk_memory_copies_none_of_it(tmp_path):
     """8 streams with 262,144 tokens each in the memory of one of two layers, one key head a chip."""
     decode = _bytes_on_one_chip("decode-8-hsa", tmp_path)
@@ -84,6 +86,7 @@ def test_decoding_over_a_chunk_memory_copies_none_of_it(tmp_path):
     assert decode["temp"] < 64 * MB
 
 
+@pytest.mark.slow
 def test_decoding_by_kernels_is_in_place(tmp_path):
     """8 streams on one chip: a kernel a layer reads the caches as they lie."""
     decode = _bytes_on_one_chip("decode-8-kernels", tmp_path)
@@ -93,6 +96,7 @@ def test_decoding_by_kernels_is_in_place(tmp_path):
     assert decode["temp"] < 16 * MB
 
 
+@pytest.mark.slow
 def test_prefill_needs_little_beside_its_weights(tmp_path):
     prefill = _bytes_on_one_chip("prefill-512", tmp_path)
     embedding = 2 * 128256 * 4096 / 4  # the output layer is not used
