@@ -22,10 +22,12 @@ import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 import tqdm
+
+from streamjax.data.prepared_corpora import PreparedExamples, check_metadata
 
 SPLITS = ("train", "validation", "test")
 _HELD_OUT = {"test": 0.10, "validation": 0.05}  # shares of the documents; of 8 MB, a tenth is enough to stream for long
@@ -147,7 +149,7 @@ def builtin_corpus(data_dir: str | Path | None = None, *, config: str = "stdlib"
       config: "stdlib", or "with_tests" for three times the text.
 
     Raises:
-      ValueError: an unknown `config`, or a Python without its source.
+      ValueError: an unknown `config`, a Python without its source, or a prepared corpus that is damaged.
     """
     if config not in StdlibCorpus.builder_configs:
         raise ValueError(f"unknown built-in corpus {config!r}: use one of {', '.join(StdlibCorpus.builder_configs)}")
@@ -163,15 +165,28 @@ def builtin_corpus(data_dir: str | Path | None = None, *, config: str = "stdlib"
             except OSError:
                 if not final.exists():  # else another process was first, with the same content
                     raise
+    check_metadata(final / StdlibCorpus.name / config / str(StdlibCorpus.VERSION), _repair(final))
     return StdlibCorpus(data_dir=final, config=config, file_format="array_record")
+
+
+def builtin_examples(split: str, data_dir: str | Path | None = None, *, config: str = "stdlib") -> PreparedExamples:
+    """The examples of one split of the built-in corpus, which has "name" and "text", prepared if it is not yet."""
+    builder = builtin_corpus(data_dir, config=config)
+    folder = Path(builder.data_path).parents[2]
+    return PreparedExamples(builder, split, ("name", "text"), _repair(folder))
+
+
+def _repair(folder: Path) -> str:
+    return f"delete {folder}, and it is prepared again"
 
 
 def corpus_documents(
     split: str, data_dir: str | Path | None = None, *, config: str = "stdlib"
 ) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of the built-in corpus's documents in one split, sorted by name."""
-    for example in cast(Iterable[Any], builtin_corpus(data_dir, config=config).as_data_source(split)):
-        yield example["name"].decode("utf-8"), example["text"].decode("utf-8")
+    examples = builtin_examples(split, data_dir, config=config)
+    for index in range(len(examples)):
+        yield examples[index]["name"].decode("utf-8"), examples[index]["text"].decode("utf-8")
 
 
 def corpus_text(split: str, data_dir: str | Path | None = None, *, config: str = "stdlib") -> str:

@@ -52,24 +52,29 @@ class TokenizeForStream(grain.transforms.Map):
         return _shifted(ids)
 
 
-class TokenizeForSegments(grain.experimental.FlatMapTransform):
-    """A document to pieces {"tokens", "targets"} of at most T tokens: BOS and its ids, each with the id that follows.
+class TokenizeForSegments(grain.transforms.Map):
+    """A document to {"tokens", "targets"}: BOS and its ids, each with the id that follows."""
 
-    A document beyond T tokens is cut; the last target of a piece is then the first token of the next.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, seq_len: int):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._seq_len = seq_len
 
-    def flat_map(self, element: str) -> Sequence[Row]:
+    def map(self, element: str) -> Row:
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         ids = self._tokenizer.encode(element)
         if ids:
             ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
-        shifted = _shifted(ids)
-        starts = range(0, len(shifted["tokens"]), self._seq_len)
-        return [{key: value[start : start + self._seq_len] for key, value in shifted.items()} for start in starts]
+        return _shifted(ids)
+
+
+class CutIntoSegments(grain.experimental.FlatMapTransform):
+    """A document's tokens to pieces of at most T; the last target of a piece is the first token of the next."""
+
+    def __init__(self, seq_len: int):
+        self._seq_len = seq_len
+
+    def flat_map(self, element: Row) -> Sequence[Row]:
+        starts = range(0, len(element["tokens"]), self._seq_len)
+        return [{key: value[start : start + self._seq_len] for key, value in element.items()} for start in starts]
 
 
 class FinishRow(grain.transforms.Map):
@@ -92,15 +97,19 @@ class FinishRow(grain.transforms.Map):
         return row
 
 
-def concat_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, bos_each_row: bool) -> Any:
+def concat_rows(
+    documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, bos_each_row: bool, without: int | None = None
+) -> Any:
     """Documents joined end to end and cut into rows.
 
     Args:
-      documents: texts.
+      documents: texts; one that becomes no tokens is passed over.
       tokenizer: its BOS and EOS join the documents.
       seq_len: T.
       bos_each_row: every row is BOS and T - 1 tokens of the stream, and the stream itself holds no BOS, as at
         inference, where BOS comes once, at the start. Otherwise every document begins with BOS, wherever that falls.
+      without: after so many documents without tokens, one behind the other, reading ends in a ValueError. Documents
+        that repeat for ever would else be read for ever. Never where None.
 
     Returns:
       An IterDataset of rows: tokens, targets int32 [T], weights float32 [T]. Of a finite set the last row is padded
@@ -117,23 +126,25 @@ def concat_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int,
     else:
         tokens = documents.map(TokenizeForStream(tokenizer))
         lengths = {"tokens": seq_len, "targets": seq_len}
-    rows = _ConcatThenSplit(_read(tokens), length_struct=lengths)
+    rows = _ConcatThenSplit(_WithTokens(_read(tokens), without, tokenizer.name), length_struct=lengths)
     return rows.map(FinishRow(tokenizer.bos_id if bos_each_row else None, segments=False))
 
 
-def pack_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int) -> Any:
+def pack_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, without: int | None = None) -> Any:
     """Documents side by side in rows, first fit, each a segment of its own.
 
     Args:
-      documents: texts.
+      documents: texts; one that becomes no tokens is passed over.
       tokenizer: its BOS and EOS begin and end every document.
       seq_len: T; a longer document becomes several segments.
+      without: as for `concat_rows`.
 
     Returns:
       An IterDataset of rows: tokens, targets int32 [T], weights float32 [T] (0 for padding), segment_ids int32 [T]
       (from 1; 0 is padding) and positions int32 [T], from 0 in every segment.
     """
-    pieces = grain.experimental.FlatMapIterDataset(_read(documents), TokenizeForSegments(tokenizer, seq_len))
+    tokens = _WithTokens(_read(documents.map(TokenizeForSegments(tokenizer))), without, tokenizer.name)
+    pieces = grain.experimental.FlatMapIterDataset(tokens, CutIntoSegments(seq_len))
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces,
         length_struct={"tokens": seq_len, "targets": seq_len},
@@ -155,6 +166,42 @@ def _shifted(ids: Sequence[int]) -> Row:
 def _behind(first: int, row: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
     """The row moved one to the right, behind `first`."""
     return np.concatenate([np.asarray([first], row.dtype), row[:-1]])
+
+
+class _WithTokens(grain.IterDataset):
+    """The documents that have tokens, in their order. Its state is its parent's."""
+
+    def __init__(self, documents: Any, most: int | None, tokenizer: str):
+        super().__init__(documents)
+        self._most, self._tokenizer = most, tokenizer
+
+    def __iter__(self) -> "_WithTokensIterator":
+        return _WithTokensIterator(iter(self._parent), self._most, self._tokenizer)
+
+
+class _WithTokensIterator(grain.DatasetIterator):
+    def __init__(self, documents: grain.DatasetIterator, most: int | None, tokenizer: str):
+        super().__init__(documents)
+        self._most, self._tokenizer = most, tokenizer
+
+    def __next__(self) -> Row:
+        empty = 0
+        while True:
+            row = next(self._parent)
+            if len(row["targets"]):
+                return row
+            empty += 1
+            if self._most is not None and empty >= self._most:
+                raise ValueError(
+                    f"no document has a token by tokenizer {self._tokenizer!r}, after {empty} that were read one "
+                    "behind the other: choose other text, or another tokenizer"
+                )
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._parent.set_state(dict(state))
 
 
 class _ConcatThenSplit(grain.experimental.ConcatThenSplitIterDataset):

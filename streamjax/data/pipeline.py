@@ -43,7 +43,7 @@ def make_train_iterator(
 
     Raises:
       ValueError: nothing to read (see `open_source`), a tokenizer that does not fit, rows or documents that cannot be
-        shared out.
+        shared out. While it is iterated over: none of the documents becomes a token, or one cannot be read any more.
     """
     index, count = _shard(shard)
     share = _share(config.batch_size, count)
@@ -106,19 +106,37 @@ def make_eval_batches(
     mine = slice(index * share, (index + 1) * share)
     if config.packing == "streams":
         total = min(config.batch_size, len(source))
-        streams = [_rows(config, tokenizer, source, _EVAL_SEED, 1, row, total) for row in range(total)]
-        return _EvalStreams(streams, config, num_batches, mine)
-    rows = _rows(config, tokenizer, source, _EVAL_SEED, 1, 0, 1)
+        streams = [_rows(config, tokenizer, source, _EVAL_SEED, 1, row, total, False) for row in range(total)]
+        return _EvalBatches(_EvalStreams(streams, config, num_batches), config, split, mine)
+    rows = _rows(config, tokenizer, source, _EVAL_SEED, 1, 0, 1, False)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     batches = grain.experimental.LimitIterDataset(rows.batch(config.batch_size, batch_fn=fill), num_batches)
-    return batches.map(lambda batch: {key: value[mine] for key, value in batch.items()})
+    return _EvalBatches(batches, config, split, mine)
+
+
+class _EvalBatches:
+    """One process's rows of batches, of which some token must count."""
+
+    def __init__(self, batches: Iterable[Batch], config: DataConfig, split: str, mine: slice):
+        self._batches, self._config, self._split, self._mine = batches, config, split, mine
+
+    def __iter__(self) -> Iterator[Batch]:
+        counted = False
+        for batch in self._batches:
+            counted = counted or bool(np.any(batch["weights"]))
+            yield {key: value[self._mine] for key, value in batch.items()}
+        if not counted:
+            raise ValueError(
+                f"data source {self._config.source!r}: what is read of the split {self._split!r} becomes no tokens; "
+                "there is nothing to evaluate on"
+            )
 
 
 class _EvalStreams:
     """The first batches of streams that end; what has no text, behind an end or for lack of documents, has weight 0."""
 
-    def __init__(self, streams: Sequence[Any], config: DataConfig, num_batches: int, mine: slice):
-        self._streams, self._num_batches, self._mine = streams, num_batches, mine
+    def __init__(self, streams: Sequence[Any], config: DataConfig, num_batches: int):
+        self._streams, self._num_batches = streams, num_batches
         self._missing = config.batch_size - len(streams)
         empty = np.zeros(config.seq_len, np.int32)
         self._padding = {"tokens": empty, "targets": empty, "weights": empty.astype(np.float32)}
@@ -126,7 +144,7 @@ class _EvalStreams:
     def __iter__(self) -> Iterator[Batch]:
         longest = itertools.zip_longest(*self._streams, fillvalue=self._padding)
         for rows in itertools.islice(longest, self._num_batches):
-            yield _stack([*rows, *[self._padding] * self._missing][self._mine])
+            yield _stack([*rows, *[self._padding] * self._missing])
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
@@ -161,6 +179,7 @@ def _rows(
     epochs: int | None,
     index: int,
     count: int,
+    must_have_tokens: bool = True,
 ) -> Any:
     """The rows of share `index` of `count` of the documents."""
     if isinstance(source, RecallRows):  # drawn rows: nothing to shuffle, and no end
@@ -172,10 +191,12 @@ def _rows(
         documents = documents.shuffle(seed)
     if count > 1:
         documents = documents[index::count]
+    without = 2 * len(documents) if must_have_tokens else None  # one pass at least, however each is shuffled
     documents = documents.repeat(epochs)
     if config.packing == "pack":
-        return pack_rows(documents, tokenizer, config.seq_len)
-    return concat_rows(documents, tokenizer, config.seq_len, config.bos_each_row and config.packing == "concat")
+        return pack_rows(documents, tokenizer, config.seq_len, without)
+    bos_each_row = config.bos_each_row and config.packing == "concat"
+    return concat_rows(documents, tokenizer, config.seq_len, bos_each_row, without)
 
 
 def _shard(shard: grain.sharding.ShardOptions | None) -> tuple[int, int]:

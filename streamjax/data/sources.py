@@ -4,15 +4,19 @@ A source is what `grain.MapDataset.source` takes: a length and documents (str) b
 """
 
 import glob
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
 
-from streamjax.data.builtin_corpus import SPLITS, builtin_corpus, split_of
+from streamjax.data.builtin_corpus import SPLITS, builtin_examples, split_of
+from streamjax.data.file_kinds import is_text, refusal
+from streamjax.data.prepared_corpora import PreparedExamples, check_metadata, one_line
 
+_log = logging.getLogger(__name__)
 _HELD_OUT_FILES = {"test": 0.05, "validation": 0.05}
 _TAIL = 0.05  # of a lone file, what is kept for validation
 _PIECE_BYTES = 1 << 22  # a longer file is read as several documents
@@ -28,9 +32,9 @@ class DocumentSource(Protocol):
 
 
 class FeatureSource:
-    """One text feature of a random-access source of examples (a TFDS data source)."""
+    """One text feature of a prepared TFDS dataset."""
 
-    def __init__(self, examples: Sequence[Mapping[str, Any]], text_key: str):
+    def __init__(self, examples: PreparedExamples, text_key: str):
         self._examples = examples
         self._text_key = text_key
 
@@ -51,7 +55,10 @@ class Piece(NamedTuple):
 
 
 class FileSource:
-    """Pieces of UTF-8 files, read when asked for; bytes that are no UTF-8 become U+FFFD, line ends become "\\n"."""
+    """Pieces of UTF-8 files, read when asked for; bytes that are no UTF-8 become U+FFFD, line ends become "\\n".
+
+    A file that has become shorter since, or has gone, is a ValueError that names it.
+    """
 
     def __init__(self, pieces: Sequence[Piece]):
         self._pieces = tuple(pieces)
@@ -61,10 +68,15 @@ class FileSource:
 
     def __getitem__(self, index: int) -> str:
         piece = self._pieces[index]
-        with piece.file.open("rb") as stream:
-            stream.seek(piece.start)
-            text = stream.read(piece.stop - piece.start).decode("utf-8", errors="replace")
-        return text.replace("\r\n", "\n")
+        try:
+            with piece.file.open("rb") as stream:
+                stream.seek(piece.start)
+                content = stream.read(piece.stop - piece.start)
+        except OSError as error:
+            raise ValueError(f"{piece.file} cannot be read any more: {error.strerror or error}") from error
+        if len(content) < piece.stop - piece.start:
+            raise ValueError(f"{piece.file} has become shorter while it was read: it ended behind byte {piece.stop}")
+        return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
 def open_source(
@@ -82,10 +94,13 @@ def open_source(
 
     Text files fall into splits by a hash of their path below the folder or the fixed part of the glob: 90% train, 5%
     validation, 5% test; of several files at least one is for validation. Of a lone file the last 5% are validation.
-    A file beyond 4 MiB is read as several documents, cut after a line.
+    A file beyond 4 MiB is read as several documents, cut after a line. Files of other kinds (JSON lines, tables,
+    archives, what holds zero bytes) are refused where a path or a glob names them; in a folder they are passed over,
+    which is logged.
 
     Raises:
-      ValueError: no such source, split or feature; the message says which there are.
+      ValueError: no such source, split or feature (the message says which there are), files that are no text, or a
+        prepared dataset that is damaged.
     """
     kind, _, rest = spec.partition(":")
     if kind == "tfds":
@@ -93,8 +108,7 @@ def open_source(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     if spec == "builtin" or spec.startswith("builtin/"):
-        builder = builtin_corpus(data_dir, config=spec.partition("/")[2] or "stdlib")
-        return FeatureSource(cast(Sequence[Any], builder.as_data_source(split)), "text")
+        return FeatureSource(builtin_examples(split, data_dir, config=spec.partition("/")[2] or "stdlib"), "text")
     pattern = os.path.expanduser(rest if kind == "text" else spec)
     files, base = _find_files(pattern)
     if files:
@@ -111,22 +125,33 @@ def _find_files(pattern: str) -> tuple[list[Path], Path]:
         files, base = [path], path.parent
     elif path.is_dir():
         found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-        files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        return sorted(file for file in files if _looks_like_text(file)), path
+        shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        texts, others = _sorted_out(shown)
+        if others and not texts:
+            raise ValueError(refusal(others[0]))
+        if others:
+            _log.warning(
+                "%s: %d files are passed over that are no plain text, such as %s", path, len(others), others[0]
+            )
+        return texts, path
     else:
         files = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
         parts = Path(pattern).parts
         fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
         base = Path(*parts[:fixed])
-    for file in files:
-        if not _looks_like_text(file):
-            raise ValueError(f"{file} is not UTF-8 text: it holds zero bytes")
-    return sorted(files), base
+    texts, others = _sorted_out(files)
+    if others:
+        raise ValueError(refusal(others[0]))
+    return texts, base
 
 
-def _looks_like_text(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return b"\0" not in stream.read(4096)
+def _sorted_out(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files of plain text, and the others, each in order."""
+    try:
+        kinds = {file: is_text(file) for file in sorted(files)}
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+    return [file for file, text in kinds.items() if text], [file for file, text in kinds.items() if not text]
 
 
 def _file_pieces(files: Sequence[Path], base: Path, split: str, spec: str) -> list[Piece]:
@@ -170,21 +195,26 @@ def _line_end(file: Path, offset: int, stop: int) -> int:
 
 def _open_tfds(name: str, split: str, text_key: str, data_dir: str | Path | None) -> DocumentSource:
     where = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
+    repair = "prepare it again"
     try:
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+        with one_line(Path(where) / name, repair, passed_on=tfds.core.DatasetNotFoundError):
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"no prepared TFDS dataset {name!r} under {where}: prepare it with file_format='array_record' (tfds build)"
         ) from error
+    except ValueError:
+        for info in sorted((Path(where) / name).glob("**/dataset_info.json")):
+            check_metadata(info.parent, repair)  # says which file it is
+        raise
     if text_key not in builder.info.features:
         features = ", ".join(sorted(builder.info.features))
         raise ValueError(f"TFDS dataset {name!r} has no feature {text_key!r}: set text_key to one of {features}")
     if split.partition("[")[0] not in builder.info.splits:
         raise ValueError(f"TFDS dataset {name!r} has no split {split!r}: it has {', '.join(builder.info.splits)}")
     try:
-        examples = builder.as_data_source(split)
+        return FeatureSource(PreparedExamples(builder, split, (text_key,), repair), text_key)
     except NotImplementedError as error:
         raise ValueError(
             f"TFDS dataset {name!r} is prepared without random access: prepare it with file_format='array_record'"
         ) from error
-    return FeatureSource(cast(Sequence[Any], examples), text_key)
