@@ -39,7 +39,7 @@ from streamjax.training.run.optimizer import learning_rate_schedule, make_optimi
 from streamjax.training.run.signals import StopSignals
 from streamjax.training.run.state import TrainState, shard_batch
 from streamjax.training.run.step import Metrics, eval_step, make_train_step, streaming_eval_step
-from streamjax.training.run.workdir import claim, export
+from streamjax.training.run.workdir import claim, export, one_run_in
 
 _log = logging.getLogger(__name__)
 
@@ -99,11 +99,27 @@ def train(
       The final state.
 
     Raises:
-      ValueError: a workdir of another configuration, or a configuration that does not fit the data or the machine; a
-        damaged checkpoint, with the step before it that is whole.
-      RunStopped: SIGTERM or Ctrl-C (a checkpoint has been saved), or a loss that is not finite.
+      ValueError: a workdir of another configuration or in use by another run, processes without a mesh, or a
+        configuration that does not fit the data or the machine; a damaged checkpoint, with the step before it that is
+        whole.
+      RunStopped: SIGTERM, SIGHUP or Ctrl-C (a checkpoint has been saved), or a loss or weights that are not finite.
     """
-    run = _Run(config, Path(workdir), progress, resume_from)
+    _check_processes(config)
+    with one_run_in(Path(workdir)):
+        return _train(_Run(config, Path(workdir), progress, resume_from))
+
+
+def _check_processes(config: TrainConfig) -> None:
+    count = jax.process_count()
+    if count > 1 and config.mesh == MeshConfig():
+        raise ValueError(
+            f"{count} processes without a mesh would train {count} models apart: set config.mesh, for instance "
+            f"--config.mesh.data={len(jax.devices())} for all devices"
+        )
+
+
+def _train(run: _Run) -> TrainState:
+    config = run.config
     try:
         with StopSignals() as stop, contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
             while run.step < config.steps:
@@ -210,9 +226,10 @@ class _Run:
         self.pending.clear()
         for step, found in enumerate(values, self.step - len(values) + 1):
             if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
-                good = self.checkpoints.latest_step
-                kept = "no checkpoint was saved before" if good is None else f"the checkpoint of step {good} is good"
-                raise RunStopped(f"the loss or its gradient is not finite at step {step}; {kept}", 1)
+                raise RunStopped(f"the loss or its gradient is not finite at step {step}; {self._kept(step)}", 1)
+            if not np.isfinite(found["param_norm"]):
+                message = f"the weights are not finite after step {step}, nor is their norm; {self._kept(step + 1)}"
+                raise RunStopped(message, 1)
         now = time.monotonic()
         speed = len(values) * self.config.data.batch_size * self.config.data.seq_len / (now - self.since)
         self.since = now
@@ -221,6 +238,7 @@ class _Run:
             {
                 "loss": loss,
                 "grad_norm": float(values[-1]["grad_norm"]),
+                "param_norm": float(values[-1]["param_norm"]),
                 "learning_rate": float(self.schedule(self.step - 1)),
                 "tokens_per_second": round(speed, 1),
             }
@@ -229,6 +247,17 @@ class _Run:
         self.bar.set_postfix_str(summary)
         if self.bar.disable:
             self._say(f"step {self.step} of {self.config.steps}: {summary}")
+
+    def _kept(self, step: int) -> str:
+        """What is left where the weights before `step` led to nothing finite: checkpoints that went on well."""
+        steps = self.checkpoints.steps
+        good = max((saved for saved in steps if saved < step - 1), default=None)
+        if not steps:
+            return "no checkpoint was saved before"
+        if good is None:
+            return f"the only checkpoint, of step {steps[-1]}, leads here again: begin anew, with other settings"
+        hint = "" if good == steps[-1] else f", and that of step {steps[-1]} leads here again: --resume_from={good}"
+        return f"the checkpoint of step {good} is good{hint}"
 
     def evaluate(self) -> None:
         """Measure the model on the validation split."""

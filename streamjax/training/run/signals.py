@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM and Ctrl-C become a flag that the loop reads between steps."""
+"""Asking a run to stop: SIGTERM, SIGHUP and Ctrl-C become a flag that the loop reads between steps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import signal
 import threading
 from types import FrameType
 
+_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP", "SIGINT") if name in signal.Signals.__members__]
+
 
 class StopSignals:
-    """While in this context the first SIGTERM or SIGINT sets `received`; a second one acts as it did before."""
+    """While in this context the first SIGTERM, SIGHUP or SIGINT sets `received`; a second one acts as it did before."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -16,7 +18,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 

@@ -75,8 +75,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
-    Metrics are the loss in nats per token and the global norm of the gradient before clipping, float32 scalars. With a
-    stream in the state the batch is read as its continuation (`streaming_loss_and_grad`).
+    Metrics are the loss in nats per token, the global norm of the gradient before clipping, and that of the trained
+    parameters after the step, float32 scalars: a norm that is not finite tells of any value that is not. With a stream
+    in the state the batch is read as its continuation (`streaming_loss_and_grad`).
 
     Args:
       optimizer: turns gradients into updates.
@@ -103,8 +104,9 @@ def make_train_step(
             raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
         params, rest = partition(state.model, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        model = combine(optax.apply_updates(params, updates), rest)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        params = optax.apply_updates(params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        model = combine(params, rest)
         return TrainState(model, opt_state, state.step + 1, stream), metrics
 
     return train_step

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,12 @@ from streamjax.models.files.peft import save_lora
 from streamjax.models.lora.attaching import merge_lora
 from streamjax.training.run.config import TrainConfig
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
 CONFIG_FILE = "train_config.json"
 # What may change between two starts of a run, because no step depends on it.
 _FREE_FIELDS = frozenset(
@@ -40,6 +49,47 @@ _TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
+
+
+@contextlib.contextmanager
+def one_run_in(workdir: Path) -> Iterator[None]:
+    """Make the folder and keep other runs on this machine out of it; the kernel lets go of it when a process dies.
+
+    A folder that was made for nothing, since the run did not come to its first file, is taken away again.
+
+    Raises:
+      ValueError: another run is in it, or it cannot be made.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    made = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(workdir, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"--workdir {workdir} cannot be used: {error.strerror or error}") from error
+    try:
+        _lock(folder, workdir)
+        yield
+    finally:
+        os.close(folder)
+        if made:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()  # only if it is empty
+
+
+def _lock(folder: int, workdir: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is at work in {workdir}: wait for it, stop it, or choose another --workdir"
+        ) from None
+    except OSError as error:  # a file system without locks
+        _log.warning("%s: two runs in it would not be noticed (%s)", workdir, error.strerror)
 
 
 def claim(workdir: Path, config: TrainConfig) -> None:

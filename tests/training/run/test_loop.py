@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -227,10 +228,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(run_co
         run_config,
         [("optimizer.learning_rate", "1e38"), ("optimizer.warmup_steps", "6"), ("checkpoint_interval", "1")],
     )
-    with pytest.raises(RunStopped, match=r"not finite at step (\d+); the checkpoint of step (\d+) is good") as stopped:
+    with pytest.raises(
+        RunStopped, match=r"not finite .* step (\d+).*; the checkpoint of step (\d+) is good"
+    ) as stopped:
         train(wild, tmp_path)
     assert stopped.value.exit_code == 1
-    bad, good = (int(word) for word in str(stopped.value).replace(";", "").split() if word.isdigit())
+    bad, good = (int(word) for word in re.findall(r"\d+", str(stopped.value)))
     assert RunCheckpoints(tmp_path / "checkpoints").latest_step == good == bad - 1
     assert not (tmp_path / "model").exists()
 
@@ -290,3 +293,74 @@ def test_adapters_that_make_no_sense(run_config):
         LoRAConfig(rank=4, targets=("query",))
     found = apply_overrides(LoRAConfig(rank=4), [("targets", "('o', 'up')"), ("alpha", "3")])
     assert (found.targets, found.scale) == (("o", "up"), 3.0)
+
+
+@pytest.mark.parametrize("rate", ["1e38", "1e30"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(run_config, tmp_path, rate):
+    """The last update is the one that spoils them: no step comes behind it whose loss would tell."""
+    wild = apply_overrides(
+        run_config, [("optimizer.learning_rate", rate), ("optimizer.warmup_steps", "1"), ("checkpoint_interval", "1")]
+    )
+    for steps in (1, 2):  # the first step of a warm-up changes nothing
+        run = apply_overrides(wild, [("steps", str(steps))])
+        folder = tmp_path / str(steps)
+        if steps == 1:
+            train(run, folder)
+            continue
+        message = r"the weights are not finite after step 2, nor is their norm; the checkpoint of step 1 is good$"
+        with pytest.raises(RunStopped, match=message) as stopped:
+            train(run, folder)
+        assert stopped.value.exit_code == 1
+        assert RunCheckpoints(folder / "checkpoints").steps == [1]
+        assert not (folder / "model").exists()
+
+
+def test_a_checkpoint_whose_next_loss_is_not_finite_is_not_called_good(run_config, at_step, tmp_path, monkeypatch):
+    every = apply_overrides(run_config, [("checkpoint_interval", "2"), ("log_interval", "1")])
+    report = _Run.report
+
+    def spoiled(run):
+        if run.step == 5:
+            run.pending[-1] = {**run.pending[-1], "loss": np.float32(np.nan)}
+        report(run)
+
+    monkeypatch.setattr(_Run, "report", spoiled)
+    leads_here = "the checkpoint of step 2 is good, and that of step 4 leads here again: --resume_from=2"
+    with pytest.raises(RunStopped, match=f"not finite at step 5; {leads_here}$"):
+        train(every, tmp_path)
+
+
+def test_two_runs_in_one_workdir(run_config, at_step, tmp_path):
+    said = []
+
+    def another():
+        with pytest.raises(ValueError, match=r"another run is at work in .*: wait for it, stop it, or choose") as error:
+            train(run_config, tmp_path / "run")
+        said.append(str(error.value))
+
+    at_step(2, another)
+    at_step(5, kill)
+    with pytest.raises(Killed):
+        train(run_config, tmp_path / "run")
+    assert len(said) == 1
+    assert int(train(run_config, tmp_path / "run").step) == 12  # a run that died leaves no lock behind
+
+
+def test_processes_without_a_mesh_are_refused(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"2 processes without a mesh would train .* apart: .*config\.mesh\.data=8"):
+        train(run_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_a_run_starts_leaves_nothing(run_config, tmp_path, monkeypatch, number):
+    """As the command has it: the signal raises, here while the input is opened."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt(number)
+
+    monkeypatch.setattr("streamjax.training.run.loop.make_train_iterator", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
