@@ -1,0 +1,80 @@
+"""The notebooks beside the quickstart, each executed in its small setting by a kernel of its own."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "colab"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code(name: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, text: Path) -> str:
+    """What the notebook prints; it must draw one picture, and no cell may fail."""
+    monkeypatch.setenv("STREAMJAX_SMALL", "1")
+    monkeypatch.setenv("STREAMJAX_TEXT", str(text))
+    # One device, as on a small machine: the suite's eight would only cost time.
+    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    client = nbclient.NotebookClient(read(name), timeout=600, resources={"metadata": {"path": str(FOLDER)}})
+    outputs = [out for cell in client.execute().cells if cell.cell_type == "code" for out in cell.outputs]
+    assert not [out for out in outputs if out.output_type == "error"]
+    pictures = [out.data["image/png"] for out in outputs if "image/png" in out.get("data", {})]
+    assert len(pictures) == 1
+    assert base64.b64decode(pictures[0]).startswith(b"\x89PNG")
+    return "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 500)
+    return path
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", NAMES)
+def test_is_kept_without_outputs(name):
+    assert len(code(name)) >= 4
+    assert all(not cell.outputs and cell.execution_count is None for cell in code(name))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", NAMES)
+def test_begins_by_installing_and_says_what_it_computes_with(name):
+    first = code(name)[0].source
+    assert first == code("quickstart")[0].source
+    assert "jax.devices()[0].device_kind" in first.splitlines()[-1]
+
+
+def test_train_long(monkeypatch, text_file):
+    printed = run("train_long", monkeypatch, text_file)
+    assert re.search(r"^JAX [\d.]+\S* on cpu: 1 x cpu$", printed, re.MULTILINE)
+    rows = {name: re.search(rf"^{name} +([\d.,]+) +([\d.,]+)$", printed, re.MULTILINE) for name in ("full", "layer")}
+    assert float(rows["layer"][2].replace(",", "")) < float(rows["full"][2].replace(",", ""))
+    assert float(re.search(r"largest difference: (\S+) nats", printed)[1]) < 1e-4
+    assert re.search(r"^trained on 1,024 tokens at once: \d+\.\d+ \d+\.\d+ nats a byte$", printed, re.MULTILINE)
+
+
+def test_recall(monkeypatch, text_file):
+    printed = run("recall", monkeypatch, text_file)
+    assert re.search(r"^hsa +1,024 tokens: 2 of 2, [\d,]+ tokens/s, a stream's state is \S+ MB$", printed, re.MULTILINE)
+    assert re.search(r"^sinks \+ window +1,024 tokens: \d of 2", printed, re.MULTILINE)
+
+
+def test_new_cache(monkeypatch, text_file):
+    printed = run("new_cache", monkeypatch, text_file)
+    assert "the same tokens are stored however the stream is cut" in printed
+    assert len(re.findall(r"^(window|sinks \+ window|yours) +perplexity [\d.]+ behind token 512", printed, re.M)) == 3
