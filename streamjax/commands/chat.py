@@ -14,15 +14,18 @@ from __future__ import annotations
 import difflib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
 import streamjax as sj
+from streamjax.checkpoints.json_files import parse_json
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
 from streamjax.commands.shell.runner import Stopped, complain, run_command
+from streamjax.data.text.control_characters import escape_controls
 from streamjax.evaluation import SlotMemory, human_bytes
 from streamjax.kv.description import describe_cache
 from streamjax.streaming.conversation import Conversation
@@ -46,6 +49,10 @@ def define(values: flags.FlagValues) -> None:
     define_model(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_string("system", None, "Instructions that come before the conversation.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "template_kwargs", [], "NAME=VALUE for the model's chat template, such as enable_thinking=false. VALUE is "
+        "JSON, or else text; may be repeated.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string("load_state", None, "Go on with the conversation in this folder.", flag_values=values)
     flags.DEFINE_string("save_state", None, "Folder where the conversation is kept at the end.", flag_values=values)
     define_sampling(values)
@@ -80,7 +87,11 @@ class Chat:
             seed=values.seed,
             chunk_size=values.chunk_size,
         )
-        self.conversation = Conversation(self.session, values.system, stop_strings(values))
+        self.conversation = self._new_conversation()
+
+    def _new_conversation(self) -> Conversation:
+        values = self._values
+        return Conversation(self.session, values.system, stop_strings(values), template_values(values.template_kwargs))
 
     def describe(self) -> str:
         """What runs, in one line."""
@@ -118,10 +129,11 @@ class Chat:
     def load(self, rest: str) -> None:
         """/load FOLDER"""
         path = _folder(rest, "load")
-        saved = self.session.load(path)
+        saved = self.session.load(path, lambda extra: Conversation.require_restorable(extra.get("conversation", {})))
         if sampling_was_chosen(self._values):
             self.session.sampler = sampler_of(self._values)
         self.conversation.restore(saved.get("conversation", {}))
+        self.conversation.template_values |= template_values(self._values.template_kwargs)
         self._say(f"going on at token {self.session.tokens_seen:,}\n")
 
     def cache(self, rest: str) -> None:
@@ -140,7 +152,7 @@ class Chat:
     def reset(self, rest: str) -> None:
         """/reset"""
         self.session.reset(self._values.seed)
-        self.conversation = Conversation(self.session, self._values.system, stop_strings(self._values))
+        self.conversation = self._new_conversation()
         self._say("a new conversation\n")
 
     def help(self, rest: str) -> None:
@@ -159,8 +171,27 @@ def _folder(rest: str, command: str) -> str:
     return words[0]
 
 
+def template_values(texts: Sequence[str]) -> dict[str, Any]:
+    """What --template_kwargs says, by name.
+
+    Raises:
+      ValueError: no NAME=VALUE.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--template_kwargs={text}: write NAME=VALUE, such as enable_thinking=false")
+        try:
+            values[name] = parse_json(value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
 def _say(text: str) -> None:
-    sys.stdout.write(text)
+    """Write to the terminal, which must not obey what a model says; whoever reads a pipe gets the text as it is."""
+    sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -22,6 +22,7 @@ from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.shell.outputs import write_json
 from streamjax.commands.shell.runner import run_command
 from streamjax.data import corpus_text
+from streamjax.data.text.control_characters import escape_controls
 from streamjax.evaluation import Trial, human_bytes, plot_trials
 
 DENSE_FACTOR = 8  # dense may hold this many times the training length
@@ -123,7 +124,7 @@ def body(values: flags.FlagValues) -> None:
 
 def indent(text: str) -> str:
     """Text as a quotation."""
-    return "\n".join("    | " + line for line in text.splitlines())
+    return "\n".join("    | " + escape_controls(line) for line in text.splitlines())
 
 
 def main(argv: list[str] | None = None) -> int:

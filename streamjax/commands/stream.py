@@ -35,6 +35,7 @@ from streamjax.commands.shell.runner import Stopped, attempt, complain, run_comm
 from streamjax.commands.shell.signals import Terminated, ending_signals
 from streamjax.evaluation import Curve, StreamEncoder, human_bytes, peak_resident_bytes, resident_bytes
 from streamjax.kv.description import describe_cache
+from streamjax.models.nonfinite import NotFiniteError
 from streamjax.streaming.interrupts import undisturbed
 
 
@@ -78,7 +79,8 @@ class Reader:
         """Read until the text, the limit or the cache ends; returns what ended it where that was not the text's end.
 
         Raises:
-          ValueError: the text is empty, or not in UTF-8; what came before that has been read.
+          ValueError: the text is empty, or not in UTF-8; what came before that has been read. A NotFiniteError where
+            the model computes what is not finite.
         """
         for piece in itertools.chain(data, [None]):
             new = self._encoder.finish() if piece is None else self._encoder.push(piece)
@@ -108,13 +110,14 @@ class Reader:
                 if not width:
                     return f"--max_tokens={limit} reached"
             with undisturbed():
-                nats = session.score(self._ids[:width])
+                ids = self._ids[:width]
+                nats = session.score(ids, wait=False)
                 if not self._fed:
-                    nats = nats[self._skip :]
+                    nats, ids = nats[self._skip :], ids[self._skip :]
                 del self._ids[:width]
                 self._fed += width
                 self.settle()
-                self._pending = nats
+                self._pending = nats, ids
         return ""
 
     def __enter__(self) -> Reader:
@@ -122,17 +125,25 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         with undisturbed():
-            self.settle()
-            if self._bar is not None:
-                self._bar.close()
+            try:
+                self.settle()
+            finally:
+                if self._bar is not None:
+                    self._bar.close()
 
     def settle(self) -> None:
-        """Account for the chunk that is under way."""
+        """Account for the chunk that is under way.
+
+        Raises:
+          NotFiniteError: its result is not finite.
+        """
         if self._pending is None:
             return
-        nats, self._pending = np.asarray(self._pending), None
+        (nats, ids), self._pending = self._pending, None
+        nats = np.asarray(nats)
         if not len(nats):  # BOS alone
             return
+        self._session.require_finite(nats, ids)
         self.curve.add(nats)
         if self._bar is None:
             self._bar = progress_bar(unit=" tokens")
@@ -199,6 +210,8 @@ def body(values: flags.FlagValues) -> None:
             ended = "interrupted"
         except Terminated as terminated:
             ended, status = str(terminated), 128 + terminated.number
+        except NotFiniteError:
+            raise  # what is summed up and saved would hold it
         except (ValueError, OSError) as error:
             failures.append(error)
         # The stream cannot be read again: it is saved first, and nothing that fails keeps the rest from being tried.

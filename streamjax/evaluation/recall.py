@@ -17,7 +17,9 @@ from streamjax.data.recall.tasks import Problem, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
+from streamjax.models.nonfinite import not_finite
 from streamjax.streaming import StreamState, init_state, read, step
+from streamjax.streaming.step import require_room
 
 Progress = Callable[[int], None]  # tokens of the context that were read, in each row
 
@@ -162,8 +164,12 @@ def _ask(model: Decoder, state: StreamState, problems: Sequence[Problem], tokeni
         counts = np.array([len(prompt) + len(answer) for prompt, answer in pairs], np.int32)
         for row, (prompt, answer) in enumerate(pairs):
             tokens[row, : counts[row]] = prompt + answer
+        require_room(state, counts)
         state, logits = step(model, state, tokens, jnp.asarray(counts))
-        likeliest = np.asarray(jnp.argmax(logits, axis=-1))
+        likeliest, best = jax.device_get((jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1)))
+        for row, count in enumerate(counts):
+            if not np.isfinite(best[row, :count]).all():
+                raise not_finite(model, tokens[row, :count])
         for row, (prompt, answer) in enumerate(pairs):
             first = len(prompt) - 1
             found[row].append(likeliest[row, first : first + len(answer)].tolist() == answer)

@@ -7,13 +7,14 @@ stream already, as the model wrote it; its place is held by a mark.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamjax.data.text.chat_templates import DEFAULT_TEMPLATE, encode_chat, render_chat
 from streamjax.streaming.session import Session
 
 _DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user
+_TAKEN = ("template", "messages", "add_generation_prompt", "bos_token", "eos_token")  # of render_chat's arguments
 _NEAR = 4  # tokens at the start of a turn among which the end of the answer before is looked for
 
 
@@ -23,12 +24,26 @@ class Conversation:
     Args:
       session: the stream; a fresh one, or one that has read something to talk about.
       system: instructions that come first, if the template takes them.
-      stop: strings that end an answer, besides the model's stop tokens.
+      stop: strings that end an answer, besides the model's stop tokens (`Session.stop_ids`).
+      template_values: more names for the template, plain data, such as {"enable_thinking": False}.
+
+    Raises:
+      ValueError: `template_values` has a name that is not the caller's to give.
     """
 
-    def __init__(self, session: Session, system: str | None = None, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        session: Session,
+        system: str | None = None,
+        stop: Sequence[str] = (),
+        template_values: Mapping[str, Any] | None = None,
+    ):
         self.session = session
         self.system = system
+        self.template_values = dict(template_values or {})
+        taken = next((name for name in self.template_values if name in _TAKEN), None)
+        if taken is not None:
+            raise ValueError(f"template value {taken!r}: this name is filled in by the conversation itself")
         self.stop = tuple(stop) + ((_DEFAULT_STOP,) if session.tokenizer.chat_template is None else ())
         self._previous: str | None = None  # what the user said last
 
@@ -57,7 +72,7 @@ class Conversation:
         turn = {"role": "user", "content": text}
         if self._previous is None:
             if session.tokens_seen == 0:
-                return encode_chat(tokenizer, [*opening, turn])
+                return encode_chat(tokenizer, [*opening, turn], **self.template_values)
             return tokenizer.encode(self._render([*opening, turn]))
         mark = "[answer]"
         while mark in text or mark in self._previous or mark in (self.system or ""):
@@ -78,12 +93,34 @@ class Conversation:
     def _render(self, messages: Sequence[dict[str, str]]) -> str:
         tokenizer = self.session.tokenizer
         template = DEFAULT_TEMPLATE if tokenizer.chat_template is None else tokenizer.chat_template
-        return render_chat(template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        return render_chat(
+            template,
+            messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            **self.template_values,
+        )
 
     def to_json_dict(self) -> dict[str, Any]:
         """What a save of the session must hold for the conversation to go on."""
-        return {"system": self.system, "previous": self._previous}
+        return {"system": self.system, "previous": self._previous, "template_values": self.template_values}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on with a conversation that `to_json_dict` described; its stream is in the session."""
+        """Go on with a conversation that `to_json_dict` described; its stream is in the session.
+
+        Raises:
+          ValueError: that is no description of one; nothing has changed then.
+        """
+        self.require_restorable(saved)
         self.system, self._previous = saved.get("system", self.system), saved.get("previous")
+        self.template_values = dict(saved.get("template_values", self.template_values))
+
+    @staticmethod
+    def require_restorable(saved: Any) -> None:
+        """Raise a ValueError unless this is what `to_json_dict` may have given."""
+        fields = {"system": (str, type(None)), "previous": (str, type(None)), "template_values": (dict,)}
+        if not isinstance(saved, dict):
+            raise ValueError(f"the saved conversation is damaged: it is {saved!r}")
+        for name, kinds in fields.items():
+            if name in saved and not isinstance(saved[name], kinds):
+                raise ValueError(f"the saved conversation is damaged: its {name} is {saved[name]!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from streamjax.models.decoder import Decoder
+from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read
@@ -33,30 +35,34 @@ def _decode_block(
     sampler: Sampler,
     stop: tuple[int, ...],
     block: int,
-) -> tuple[StreamState, Bool[Array, " B"], Int32[Array, "B N"]]:
+) -> tuple[StreamState, Bool[Array, " B"], Int32[Array, "B N"], Bool[Array, " B"]]:
     """Sample and read `count` <= `block` tokens of each stream, in a loop on the device.
 
     Token i of the block is drawn with the key folded with `index + i`. Streams that are done keep their state and yield
-    -1; when all are done the loop ends.
+    -1; when all are done the loop ends. It ends too, with all streams as they were, where the logits of one are NaN or
+    infinite; the last result says of which.
     """
 
     def alive(carry: tuple) -> Array:
-        _, done, _, i = carry
-        return (i < count) & ~jnp.all(done)
+        _, done, _, bad, i = carry
+        return (i < count) & ~jnp.all(done) & ~jnp.any(bad)
 
     def one(carry: tuple) -> tuple:
-        state, done, out, i = carry
+        state, done, out, _, i = carry
         logits = model.logits(state.hidden[:, None])[:, 0]
+        bad = ~done & ~jnp.isfinite(jnp.max(logits, axis=-1))  # a single -inf is a model's way to forbid a token
+        still = done | jnp.any(bad)
         token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index + i), state.used)
-        state, _ = advance(model, state, token[:, None], jnp.where(done, 0, 1))
-        out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(done, -1, token)[:, None], i, axis=1)
+        state, _ = advance(model, state, token[:, None], jnp.where(still, 0, 1))
+        out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(still, -1, token)[:, None], i, axis=1)
         if stop:
-            done = done | (token[:, None] == jnp.array(stop)).any(axis=1)
-        return state, done, out, i + 1
+            done = done | (~still & (token[:, None] == jnp.array(stop)).any(axis=1))
+        return state, done, out, bad, i + 1
 
     out = jnp.full((done.shape[0], block), -1, jnp.int32)
-    state, done, out, _ = jax.lax.while_loop(alive, one, (state, done, out, jnp.int32(0)))
-    return state, done, out
+    carry = (state, done, out, jnp.zeros_like(done), jnp.int32(0))
+    state, done, out, bad, _ = jax.lax.while_loop(alive, one, carry)
+    return state, done, out, bad
 
 
 def stop_ids(tokens: Iterable[int], vocab_size: int) -> tuple[int, ...]:
@@ -118,13 +124,23 @@ def generate_blocks(
             state = dataclasses.replace(state, used=state.used | jnp.asarray(penalised)).placed()
     state = read(model, state, prompt, chunk_size, lengths=lengths)
     done = jnp.zeros((prompt.shape[0],), bool)
+    newest: collections.deque[np.ndarray] = collections.deque(maxlen=BLOCK)  # tokens of all streams, one after another
     if max_new_tokens == 0:
         yield state, np.zeros((prompt.shape[0], 0), np.int32)
     for first in range(0, max_new_tokens, block):
         count = min(block, max_new_tokens - first)
         index = jnp.int32(first_index + first)
-        state, done, tokens = _decode_block(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
-        yield state, np.asarray(tokens)[:, :count]
+        state, done, out, bad = _decode_block(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
+        tokens, failed = jax.device_get((out, bad))
+        tokens = tokens[:, :count]
+        if failed.any():
+            tokens = tokens[:, : int((tokens >= 0).any(axis=0).sum())]
+        newest.extend(tokens.T)
+        yield state, tokens
+        if failed.any():
+            row = int(np.argmax(failed))
+            drawn = [column[row] for column in newest if column[row] >= 0]
+            raise not_finite(model, np.array([*prompt[row, : lengths[row]], *drawn], np.int32))
         if stop and bool(jnp.all(done)):
             return
 
@@ -163,8 +179,8 @@ def generate(
       The new state and int32 tokens [B, max_new_tokens]; -1 after a stream has ended.
 
     Raises:
-      ValueError: bad shapes, an id outside the vocabulary, a missing key, or a `dense` cache without room for prompt
-        and continuation.
+      ValueError: bad shapes, an id outside the vocabulary, a missing key, a `dense` cache without room for prompt and
+        continuation, or logits that are not finite (`NotFiniteError`, which says where they first were).
 
     Example:
       >>> state = init_state(model, preset("streaming_llm"), batch_size=2)

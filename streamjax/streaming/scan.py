@@ -14,6 +14,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
+from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room
@@ -163,9 +164,33 @@ def score(
 
     Raises:
       ValueError: more tokens than a `dense` cache has room for, lengths that do not fit the rows, or an id outside the
-        vocabulary; nothing has been read then.
+        vocabulary; nothing has been read then. A result that is not finite (`NotFiniteError`, which says where the
+        model first went wrong).
     """
     tokens, lengths = as_rows(tokens, lengths)
+    state, nll = score_unwaited(model, state, tokens, chunk_size, lengths=lengths)
+    require_finite(model, nll, tokens)
+    return state, nll
+
+
+def require_finite(model: Decoder, nll: Float[Array, "B T"] | np.ndarray, tokens: Int[np.ndarray, "B T"]) -> None:
+    """Raise a `NotFiniteError` unless what the tokens cost is finite; it waits for the result."""
+    finite = np.isfinite(nll) if isinstance(nll, np.ndarray) else jnp.isfinite(nll)
+    if not bool(finite.all()):
+        row = int(np.argmin(np.asarray(finite.all(axis=1))))
+        first = int(np.argmin(np.asarray(finite[row])))
+        raise not_finite(model, tokens[row, : first + 1])
+
+
+def score_unwaited(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[np.ndarray, "B T"],
+    chunk_size: int,
+    *,
+    lengths: Int[np.ndarray, " B"],
+) -> tuple[StreamState, Float[Array, "B T"]]:
+    """`score`, whose result is neither waited for nor looked at: it may not be finite."""
     require_room(state, lengths)
     require_ids(tokens, lengths, model.config.vocab_size)
     pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]

@@ -26,7 +26,7 @@ from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.saved_streams import SavedSession, restore_stream
-from streamjax.streaming.scan import read, score
+from streamjax.streaming.scan import read, require_finite, score_unwaited
 from streamjax.streaming.state import init_state
 from streamjax.streaming.text_output import TextOutput
 
@@ -138,21 +138,45 @@ class Session:
                 self.tokens_seen += len(piece)
         return len(ids)
 
-    def score(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None) -> Float[Array, " T"]:
+    def score(
+        self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None, wait: bool = True
+    ) -> Float[Array, " T"]:
         """Read a text and return what each of its tokens cost: negative log-likelihoods in nats.
 
         A BOS that is put before the text is not part of the result. The first token of a stream without BOS costs
-        log(vocabulary). Errors as in `read`. The result is not waited for.
+        log(vocabulary).
+
+        Args:
+          text: text, or token ids.
+          add_bos: as in `encode`.
+          wait: wait for the result and see that it is finite. Without it a caller can hand the next text to the device
+            first, and look at the result itself: `require_finite`.
+
+        Raises:
+          ValueError: as in `read`; a result that is not finite (`NotFiniteError`, which says where the model first went
+            wrong).
         """
         skip = isinstance(text, str) and self._begins(add_bos)
         ids = self._ids(text, add_bos)
         parts = [jnp.zeros((0,), jnp.float32)]
+        before = np.zeros(0, np.int32)
         for piece in self._pieces(ids):
             with undisturbed():
-                self.state, nats = score(self.model, self.state, piece[None], self.chunk_size)
+                lengths = np.array([len(piece)])
+                self.state, nats = score_unwaited(self.model, self.state, piece[None], self.chunk_size, lengths=lengths)
                 self.tokens_seen += len(piece)
+            if wait:  # for the piece before: the device has work meanwhile
+                self.require_finite(parts[-1], before)
             parts.append(nats[0])
+            before = piece
+        if wait:
+            self.require_finite(parts[-1], before)
         return jnp.concatenate(parts)[skip:]
+
+    def require_finite(self, nats: Float[Array, " T"] | np.ndarray, text: str | Sequence[int] | np.ndarray) -> None:
+        """Raise a `NotFiniteError` unless what a text cost, by `score`, is finite; it waits for the result."""
+        ids = self._ids(text, add_bos=False)
+        require_finite(self.model, np.asarray(nats)[None], np.asarray(ids, np.int32)[None])
 
     def generate(
         self,
@@ -180,7 +204,8 @@ class Session:
           block: tokens between two pieces of text. By default 1 on CPU and with stop strings, else 16.
 
         Raises:
-          ValueError: no room in a `dense` cache for prompt and continuation, or nothing to continue.
+          ValueError: no room in a `dense` cache for prompt and continuation, nothing to continue, or logits that are
+            not finite (`NotFiniteError`, which says where they first were); what came before has been yielded.
         """
         words = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in words:
@@ -246,8 +271,11 @@ class Session:
           extra: what else to keep; plain data, returned by `load`.
 
         Raises:
-          ValueError: `path` holds something else.
+          ValueError: `path` holds something else, or the model has computed values that are not finite; nothing is
+            written then.
         """
+        if not bool(jnp.isfinite(self.state.hidden).all()):
+            raise ValueError(f"{path}: nothing is saved, the stream's state is not finite")
         saved = SavedSession(
             tokens_seen=self.tokens_seen,
             stopped_by=self.stopped_by,

@@ -1,6 +1,9 @@
 """`python -m infer.chat`, driven through a pipe."""
 
+import json
+import shutil
 import signal
+import sys
 
 import pytest
 
@@ -100,3 +103,46 @@ def test_ctrl_c_ends_an_answer_and_nothing_else(command, answers, monkeypatch):
     assert whole.startswith("".join(pieces[:3]))
     assert len("".join(pieces[:3])) < len(whole)
     assert "tokens visible" in outcome.out
+
+
+def test_values_for_the_template(command, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ raise_exception([enable_thinking, depth, style]|tojson) }}", encoding="utf-8"
+    )
+    given = ["enable_thinking=false", "depth=3", "style=plain words"]
+    arguments = [f"--template_kwargs={text}" for text in given]
+    outcome = command(chat, *SMALL, *arguments, stdin="hello\n", model=folder)
+    assert outcome.status == 1
+    assert outcome.err.splitlines()[-1] == 'error: chat template failed: [false, 3, "plain words"]'
+    for wrong in ("enable_thinking", "=1", "a-b=1"):
+        outcome = command(chat, *SMALL, f"--template_kwargs={wrong}", stdin="hello\n")
+        assert outcome.status == 1
+        assert outcome.err.splitlines()[-1].startswith(f"error: --template_kwargs={wrong}: write NAME=VALUE")
+    outcome = command(chat, *SMALL, "--template_kwargs=messages=1", stdin="hello\n")
+    assert outcome.err.splitlines()[-1].startswith("error: template value 'messages': this name is filled in")
+
+
+def test_a_terminal_is_not_told_what_to_do(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    chat._say("plain\t\x1b[31mred\x07\nnext")
+    monkeypatch.undo()
+    chat._say("\x1b")
+    assert capsys.readouterr().out == "plain\t\\x1b[31mred\\x07\nnext\x1b"
+    outcome = command(chat, *SMALL, stdin="/\x1b[31m\n")
+    assert "\x1b" not in outcome.err
+
+
+def test_a_conversation_that_cannot_go_on_is_not_begun(command, tmp_path):
+    """The session beside it is not taken either."""
+    saved = tmp_path / "c"
+    command(chat, *SMALL, f"--save_state={saved}", stdin="hello\n")
+    file = saved / "about" / "metadata"
+    about = json.loads(file.read_text())
+    about["extra"]["conversation"]["previous"] = 7
+    file.write_text(json.dumps(about))
+    (saved / "checksums.json").unlink(missing_ok=True)
+    outcome = command(chat, *SMALL, stdin=f"/load {saved}\n")
+    assert outcome.status == 1
+    assert outcome.err.splitlines()[-1] == "error: the saved conversation is damaged: its previous is 7"

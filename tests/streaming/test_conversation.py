@@ -167,3 +167,30 @@ def test_a_dense_cache_ends_the_conversation_in_words():
     session.room = 10
     with pytest.raises(ValueError, match="the cache is full: it has room for 10 tokens"):
         conversation.reply("Hi")
+
+
+THINKING = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n{% endif %}"
+
+
+def test_a_template_gets_values_by_name_at_every_turn(folder):
+    tokenizer = load(folder, THINKING)
+    session = Recorder(tokenizer, [("yes", tokenizer.eos_id)] * 2)
+    conversation = Conversation(session, template_values={"enable_thinking": False})
+    for said in ("really?", "sure?"):
+        assert text_of(tokenizer, conversation.turn_ids(said)).endswith("assistant\n<think>\n\n</think>\n")
+        list(conversation.reply(said))
+    again = Conversation(session)
+    again.restore(json.loads(json.dumps(conversation.to_json_dict())))
+    assert again.turn_ids("so?") == conversation.turn_ids("so?")
+    assert "<think>" not in text_of(tokenizer, Conversation(session).turn_ids("so?"))
+    for name in ("messages", "bos_token", "template", "add_generation_prompt"):
+        with pytest.raises(ValueError, match=f"template value '{name}': this name is filled in"):
+            Conversation(session, template_values={name: 1})
+
+
+@pytest.mark.parametrize("saved", [3, {"system": 3}, {"previous": ["a"]}, {"template_values": [1]}])
+def test_a_damaged_conversation_changes_nothing(folder, untyped, saved):
+    conversation = Conversation(Recorder(load(folder, CHATML)), "Be brief.")
+    with pytest.raises(ValueError, match="the saved conversation is damaged"):
+        conversation.restore(saved)
+    assert conversation.to_json_dict() == {"system": "Be brief.", "previous": None, "template_values": {}}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from streamjax.checkpoints import check_place
+from streamjax.checkpoints.plain_json import to_json
 
 
 def check_outputs(**paths: str | None) -> None:
@@ -56,9 +56,12 @@ def check_saved_stream(flag: str, name: str | None) -> None:
 
 
 def write_json(name: str, content: dict[str, Any]) -> None:
-    """Write plain data; the folder is made, and a file that was there stays whole until the new one is."""
+    """Write plain data; the folder is made, and a file that was there stays whole until the new one is.
+
+    What is not finite is written as null.
+    """
     file = Path(name).expanduser()
-    text = json.dumps(content, indent=1) + "\n"
+    text = to_json(content, indent=1) + "\n"
     if file.exists() and not file.is_file():  # a device or a pipe
         file.write_text(text, encoding="utf-8")
         return

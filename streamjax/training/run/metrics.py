@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tensorboardX
 
+from streamjax.checkpoints.plain_json import to_json
+
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard event files in `workdir`.
@@ -27,8 +29,8 @@ class MetricsWriter:
         self._board = tensorboardX.SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line: the step and its values."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One line: the step and its values; null for one that is not finite."""
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -1,0 +1,76 @@
+"""Where a model's numbers stop being numbers: a second look, taken only when logits were seen that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from streamjax.checkpoints.pytrees import named_arrays
+from streamjax.models.decoder import Decoder
+from streamjax.models.mixers.attention import SequenceContext
+
+_NEWEST = 64  # tokens that the second look reads
+
+
+class NotFiniteError(ValueError):
+    """A model computed NaN or infinity."""
+
+
+def not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"]) -> NotFiniteError:
+    """The error that says in one line where a model that gave logits which are not finite first went wrong.
+
+    Args:
+      model: the model.
+      tokens: the newest ids that it read, the last 64 of which are read again, from the beginning of a sequence; where
+        there are none, one id stands for them.
+    """
+    ids = np.asarray(tokens, np.int32).ravel()[-_NEWEST:]
+    if not ids.size:
+        ids = np.array([model.config.bos_token_id or 0], np.int32)
+    place, part = _first(model, ids)
+    damage = _damage(part)
+    if place and damage:
+        why = f"first in {place}, where {damage}: the weights are damaged"
+    elif place:
+        why = f"first in {place}, whose weights are finite: values overflow {model.dtype}; try float32"
+    elif damage := _damage(model):
+        why = f"{damage}: the weights are damaged"
+    else:
+        why = f"the newest {ids.size} tokens alone give none: what the cache holds is not finite"
+    return NotFiniteError(f"the model's logits are not finite; {why}")
+
+
+def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:
+    """The first part of the model whose output is not finite, in words and as a module; "" where all are."""
+    tokens = jnp.asarray(ids)[None]
+    context = SequenceContext(jnp.arange(len(ids), dtype=jnp.uint32)[None], None, len(ids))
+    x, memory = model.embed(tokens), None
+    if not _finite(x):
+        return "the embedding", {"embedding": model.embedding}
+    for i in range(model.config.num_layers):
+        block = model.layer(i)
+        x, memory = block.parallel(x, context, memory)
+        if not _finite(x):
+            return f"layer {i} of {model.config.num_layers} (counted from 0)", block
+    x = model.norm(x)
+    if not _finite(x):
+        return "the last norm", model.norm
+    if not _finite(jnp.max(model.logits(x), axis=-1)):
+        return "the head", {"embedding": model.embedding, "head": model.head, "head_bias": model.head_bias}
+    return "", None
+
+
+def _damage(part: object) -> str:
+    """The first parameter of a part that has values which are not finite, in words; "" where none has."""
+    for name, leaf in named_arrays(part).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _finite(leaf):
+            count = int(jnp.sum(~jnp.isfinite(leaf)))
+            return f"{name} has {count:,} of {leaf.size:,} values that are not finite"
+    return ""
+
+
+def _finite(x: Array) -> bool:
+    return bool(jnp.isfinite(x).all())
