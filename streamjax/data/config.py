@@ -16,12 +16,15 @@ class DataConfig:
       data_dir: where prepared data is kept; the usual places if None.
       text_key: the text feature of a TFDS dataset.
       tokenizer: a folder with `tokenizer.json`, or the file; bytes if None.
+      parse_special: whether special tokens that are written out in documents, such as "<|im_end|>", are those tokens,
+        as in conversations that a template has written; otherwise they are text.
       seq_len: T, tokens in a row.
       batch_size: B, rows in a batch, over all processes.
       packing: "concat" joins documents and cuts the stream; "pack" puts documents side by side as segments; "streams"
         makes every row of a batch a stream of its own that the same row of the next batch continues, its documents
         one after another as a model reads them at inference.
-      bos_each_row: with "concat", every row begins with BOS, and documents do not.
+      bos_each_row: with "concat", every row begins with BOS, and documents do not. Where the tokenizer puts no BOS
+        before a text, there is none in rows either.
       shuffle_seed: reorders documents anew in every epoch, and rows; None keeps the order of the source.
       shuffle_tokens: rows are shuffled within a buffer of this many tokens (and at most 4,096 rows), since neighbouring
         rows of a stream come from one document; 0 keeps the order of the stream, as "streams" does always.
@@ -34,6 +37,7 @@ class DataConfig:
     data_dir: str | None = None
     text_key: str = "text"
     tokenizer: str | None = None
+    parse_special: bool = False
     seq_len: Annotated[int, Interval(2, 2**31 - 1)] = 1024
     batch_size: Size = 8
     packing: Literal["concat", "pack", "streams"] = "concat"

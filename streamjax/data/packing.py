@@ -4,6 +4,9 @@ Two ways to fill rows of T tokens. "concat" joins all documents end to end and c
 predicted exactly once, and a row may hold the end of one document and the start of the next, as a stream does. "pack"
 puts whole documents side by side (first fit; T5 trained on such rows, arXiv:1910.10683 section 3.1.2), each a segment
 with positions of its own that attention keeps apart; the rest of a row is padding.
+
+A stream begins as it does at inference: with BOS where the tokenizer puts one before a text (`adds_bos`), else with the
+text. Documents are text: special tokens that are written out in them are not parsed, unless `parse_special`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,44 +26,44 @@ _PACKING_BINS = 64  # rows that are filled side by side; more of them leave less
 class TokenizeForRows(grain.transforms.Map):
     """A document to {"targets"}: its ids, then the id that ends a document. For rows that each begin with BOS."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False):
+        self._tokenizer, self._parse_special = tokenizer, parse_special
         end = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
         self._end = [] if end is None else [end]
 
     def map(self, element: str) -> Row:
-        ids = self._tokenizer.encode(element)
+        ids = self._tokenizer.encode(element, parse_special=self._parse_special)
         return {"targets": np.asarray(ids + self._end if ids else [], np.int32)}
 
 
-class TokenizeForStream(grain.transforms.Map):
+class TokenizeForStream(grain.transforms.MapWithIndex):
     """A document to {"tokens", "targets"}, so that documents laid end to end predict all that follows.
 
-    With a BOS the stream is BOS text EOS BOS text EOS ...; with only an EOS it is EOS text EOS text ... .
+    With a BOS the stream is BOS text EOS BOS text EOS ...; with only an EOS it is text EOS text EOS ... .
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False):
+        self._tokenizer, self._parse_special = tokenizer, parse_special
 
-    def map(self, element: str) -> Row:
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        ids = self._tokenizer.encode(element)
+    def map_with_index(self, index: int, element: str) -> Row:
+        bos, eos = _bos(self._tokenizer), self._tokenizer.eos_id
+        ids = self._tokenizer.encode(element, parse_special=self._parse_special)
         if ids and bos is not None:
             ids = [bos, *ids, *([] if eos is None else [eos]), bos]
         elif ids and eos is not None:
-            ids = [eos, *ids, eos]
+            ids = [*([eos] if index else []), *ids, eos]  # the EOS before is that of the document before
         return _shifted(ids)
 
 
 class TokenizeForSegments(grain.transforms.Map):
     """A document to {"tokens", "targets"}: BOS and its ids, each with the id that follows."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False):
+        self._tokenizer, self._parse_special = tokenizer, parse_special
 
     def map(self, element: str) -> Row:
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        ids = self._tokenizer.encode(element)
+        bos, eos = _bos(self._tokenizer), self._tokenizer.eos_id
+        ids = self._tokenizer.encode(element, parse_special=self._parse_special)
         if ids:
             ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return _shifted(ids)
@@ -98,7 +101,12 @@ class FinishRow(grain.transforms.Map):
 
 
 def concat_rows(
-    documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, bos_each_row: bool, without: int | None = None
+    documents: grain.MapDataset,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    bos_each_row: bool,
+    without: int | None = None,
+    parse_special: bool = False,
 ) -> Any:
     """Documents joined end to end and cut into rows.
 
@@ -108,29 +116,33 @@ def concat_rows(
       seq_len: T.
       bos_each_row: every row is BOS and T - 1 tokens of the stream, and the stream itself holds no BOS, as at
         inference, where BOS comes once, at the start. Otherwise every document begins with BOS, wherever that falls.
+        A tokenizer that adds no BOS has none in either.
       without: after so many documents without tokens, one behind the other, reading ends in a ValueError. Documents
         that repeat for ever would else be read for ever. Never where None.
+      parse_special: whether special tokens that are written out in a document are those tokens.
 
     Returns:
       An IterDataset of rows: tokens, targets int32 [T], weights float32 [T]. Of a finite set the last row is padded
       with weight 0.
-
-    Raises:
-      ValueError: `bos_each_row` and a tokenizer without BOS.
     """
-    if bos_each_row and tokenizer.bos_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name!r} has no BOS token: set bos_each_row=False")
-    if bos_each_row:
-        tokens = documents.map(TokenizeForRows(tokenizer))
+    begin = _bos(tokenizer) if bos_each_row else None
+    if begin is not None:
+        tokens = documents.map(TokenizeForRows(tokenizer, parse_special))
         lengths = {"targets": seq_len}
     else:
-        tokens = documents.map(TokenizeForStream(tokenizer))
+        tokens = documents.map_with_index(TokenizeForStream(tokenizer, parse_special))
         lengths = {"tokens": seq_len, "targets": seq_len}
     rows = _ConcatThenSplit(_WithTokens(_read(tokens), without, tokenizer.name), length_struct=lengths)
-    return rows.map(FinishRow(tokenizer.bos_id if bos_each_row else None, segments=False))
+    return rows.map(FinishRow(begin, segments=False))
 
 
-def pack_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, without: int | None = None) -> Any:
+def pack_rows(
+    documents: grain.MapDataset,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    without: int | None = None,
+    parse_special: bool = False,
+) -> Any:
     """Documents side by side in rows, first fit, each a segment of its own.
 
     Args:
@@ -138,12 +150,14 @@ def pack_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, w
       tokenizer: its BOS and EOS begin and end every document.
       seq_len: T; a longer document becomes several segments.
       without: as for `concat_rows`.
+      parse_special: whether special tokens that are written out in a document are those tokens.
 
     Returns:
       An IterDataset of rows: tokens, targets int32 [T], weights float32 [T] (0 for padding), segment_ids int32 [T]
       (from 1; 0 is padding) and positions int32 [T], from 0 in every segment.
     """
-    tokens = _WithTokens(_read(documents.map(TokenizeForSegments(tokenizer))), without, tokenizer.name)
+    segments = documents.map(TokenizeForSegments(tokenizer, parse_special))
+    tokens = _WithTokens(_read(segments), without, tokenizer.name)
     pieces = grain.experimental.FlatMapIterDataset(tokens, CutIntoSegments(seq_len))
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces,
@@ -152,6 +166,11 @@ def pack_rows(documents: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, w
         shuffle_bins=False,
     )
     return packed.map(FinishRow(None, segments=True))
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    """The id that begins a text, where the model expects one."""
+    return tokenizer.bos_id if tokenizer.adds_bos else None
 
 
 def _read(dataset: grain.MapDataset) -> Any:

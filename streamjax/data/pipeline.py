@@ -194,9 +194,9 @@ def _rows(
     without = 2 * len(documents) if must_have_tokens else None  # one pass at least, however each is shuffled
     documents = documents.repeat(epochs)
     if config.packing == "pack":
-        return pack_rows(documents, tokenizer, config.seq_len, without)
+        return pack_rows(documents, tokenizer, config.seq_len, without, config.parse_special)
     bos_each_row = config.bos_each_row and config.packing == "concat"
-    return concat_rows(documents, tokenizer, config.seq_len, bos_each_row, without)
+    return concat_rows(documents, tokenizer, config.seq_len, bos_each_row, without, config.parse_special)
 
 
 def _shard(shard: grain.sharding.ShardOptions | None) -> tuple[int, int]:

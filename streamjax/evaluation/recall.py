@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from streamjax.data.recall.tasks import Problem, make_problem, stream_context
+from streamjax.data.recall.tasks import Problem, encode_question, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
@@ -158,7 +158,7 @@ def _ask(model: Decoder, state: StreamState, problems: Sequence[Problem], tokeni
     found: list[list[bool]] = [[] for _ in problems]
     for questions in itertools.zip_longest(*(problem.questions for problem in problems)):
         assert None not in questions, "problems of one task have equally many questions"
-        pairs = [(tokenizer.encode(q.prompt), tokenizer.encode(q.answer)) for q in questions]
+        pairs = [encode_question(tokenizer, question) for question in questions]
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         tokens = np.zeros((len(pairs), -(-width // 32) * 32), np.int32)
         counts = np.array([len(prompt) + len(answer) for prompt, answer in pairs], np.int32)

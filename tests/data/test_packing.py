@@ -5,10 +5,12 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
-from streamjax.data import ByteTokenizer, HFTokenizer, load_tokenizer
+from streamjax.data import ByteTokenizer, load_tokenizer
 from streamjax.data.packing import concat_rows, pack_rows
 
 pytestmark = pytest.mark.quick
@@ -23,11 +25,21 @@ class WithoutBos(ByteTokenizer):
     bos_id = None
 
 
+class AddsNoBos(ByteTokenizer):
+    """As SmolLM2: there is a BOS, of which plain texts know nothing."""
+
+    adds_bos = False
+
+
 class WithoutEither(ByteTokenizer):
     """A bare vocabulary."""
 
     bos_id = None
     eos_id = None
+
+
+def _begin(tokenizer: ByteTokenizer) -> int | None:
+    return tokenizer.bos_id if tokenizer.adds_bos else None
 
 
 def _rows(dataset: grain.IterDataset) -> list[dict[str, np.ndarray]]:
@@ -51,34 +63,39 @@ def test_concat_with_bos_in_each_row(documents: list[str], seq_len: int) -> None
     assert all(row["weights"].sum() == 0 for row in rows)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WithoutBos(), WithoutEither()])
+@pytest.mark.parametrize("bos_each_row", [False, True])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WithoutBos(), AddsNoBos(), WithoutEither()])
 @given(documents=DOCUMENTS, seq_len=st.integers(2, 17))
-def test_concat_of_one_stream(tokenizer: ByteTokenizer, documents: list[str], seq_len: int) -> None:
-    rows = _rows(concat_rows(grain.MapDataset.source(documents), tokenizer, seq_len, bos_each_row=False))
+def test_concat_of_one_stream(tokenizer: ByteTokenizer, bos_each_row: bool, documents: list[str], seq_len: int) -> None:
+    """A tokenizer that adds no BOS makes the same rows with `bos_each_row`."""
+    bos_each_row &= _begin(tokenizer) is None
+    rows = _rows(concat_rows(grain.MapDataset.source(documents), tokenizer, seq_len, bos_each_row))
     tokens = np.concatenate([row["tokens"][row["weights"] > 0] for row in rows] or [[]]).tolist()
     targets = np.concatenate([row["targets"][row["weights"] > 0] for row in rows] or [[]]).tolist()
     texts = [list(text.encode()) for text in documents if text]
-    if tokenizer.bos_id is not None:
+    if _begin(tokenizer) is not None:
         expected = [token for text in texts for token in [BOS, *text, EOS]]
         assert tokens == expected
         assert targets == [*expected[1:], BOS] if expected else targets == []
     elif tokenizer.eos_id is not None:
-        expected = [token for text in texts for token in [*text, EOS]]
-        assert targets == expected
-        assert tokens == [EOS, *expected[:-1]] if expected else tokens == []
+        stream = [token for text in texts for token in [*text, EOS]]
+        if not documents[0]:
+            stream = [EOS, *stream]  # the stream has begun before
+        assert tokens == stream[:-1]
+        assert targets == stream[1:]
     else:
         assert tokens == [token for text in texts for token in text[:-1]]
         assert targets == [token for text in texts for token in text[1:]]
     assert all(row["weights"].all() for row in rows[:-1])
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WithoutBos(), WithoutEither()])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WithoutBos(), AddsNoBos(), WithoutEither()])
 @given(documents=DOCUMENTS, seq_len=st.integers(2, 17))
 def test_pack(tokenizer: ByteTokenizer, documents: list[str], seq_len: int) -> None:
     rows = _rows(pack_rows(grain.MapDataset.source(documents), tokenizer, seq_len))
     pieces = []
     for text in documents:
-        bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+        bos, eos = ([] if i is None else [i] for i in (_begin(tokenizer), tokenizer.eos_id))
         ids = [*bos, *text.encode(), *eos] if text else []
         for start in range(0, len(ids) - 1, seq_len):
             stop = min(start + seq_len, len(ids) - 1)
@@ -104,15 +121,34 @@ def test_pack_fills_rows_first_fit() -> None:
     assert lengths == [[7, 3], [4, 6], [2]]
 
 
-def test_tokens_of_a_real_tokenizer(tokenizer_folders: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(tokenizer_folders["byte_level"])
-    assert isinstance(tokenizer, HFTokenizer)
-    [row] = _rows(concat_rows(grain.MapDataset.source(["The fox"]), tokenizer, 20, bos_each_row=True))
-    ids = [*tokenizer.encode("The fox"), tokenizer.eos_id]
-    assert row["targets"][: len(ids)].tolist() == ids
-    assert row["tokens"][: len(ids)].tolist() == [tokenizer.bos_id, *ids[:-1]]
+@pytest.mark.parametrize("rows_of", ["concat", "concat with BOS", "pack"])
+def test_rows_begin_as_a_stream_does(rows_of: str, tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
+    """With BOS where the tokenizer puts one before a text, and nowhere else."""
+    for adds_bos in (False, True):
+        inner = tokenizers.Tokenizer.from_file(str(tokenizer_folders["byte_level"] / "tokenizer.json"))
+        if adds_bos:
+            special = [("<s>", inner.token_to_id("<s>"))]
+            inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
+        inner.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.adds_bos is adds_bos
+        documents = grain.MapDataset.source(["The fox", "jumps"])
+        if rows_of == "pack":
+            row = _rows(pack_rows(documents, tokenizer, 12))[0]
+        else:
+            row = _rows(concat_rows(documents, tokenizer, 12, bos_each_row=rows_of == "concat with BOS"))[0]
+        begin = tokenizer.encode("The fox", add_bos=adds_bos)
+        assert row["tokens"][: len(begin)].tolist() == begin
+        assert (tokenizer.bos_id in row["tokens"]) is adds_bos
 
 
-def test_a_tokenizer_without_bos_cannot_begin_rows() -> None:
-    with pytest.raises(ValueError, match="has no BOS token: set bos_each_row=False"):
-        concat_rows(grain.MapDataset.source(["a"]), WithoutBos(), 8, bos_each_row=True)
+def test_documents_are_text(tokenizer_folders: dict[str, Path]) -> None:
+    """Special tokens that are written out in them are not parsed, unless they are asked to be."""
+    tokenizer, text = load_tokenizer(tokenizer_folders["byte_level"]), "The</s><s>fox"
+    for make in (pack_rows, lambda *a, **k: concat_rows(*a, bos_each_row=False, **k)):
+        for parse in (False, True):
+            [row] = _rows(make(grain.MapDataset.source([text]), tokenizer, 40, parse_special=parse))
+            found = row["tokens"][row["weights"] > 0].tolist()
+            assert found == tokenizer.encode(text, parse_special=parse)
+            assert (tokenizer.bos_id in found) is parse

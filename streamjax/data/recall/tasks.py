@@ -3,6 +3,9 @@
 `passkey` is Landmark Attention's (2305.16300); `multi_key`, `multi_value` and `variable_tracking` are those of RULER
 (2404.06654) in shape; `multi_turn` asks several questions about one context, one after another, as SCBench (2412.10319)
 does. A `Problem` is small; `stream_context` makes its context token by token, so that 16 million tokens need no memory.
+
+Sentences, questions and answers are encoded one by one, each behind a space (`encode_sentence`, `encode_question`), as
+the ids of one text: no tokenizer marks a beginning in the middle of a stream.
 """
 
 from __future__ import annotations
@@ -147,35 +150,65 @@ def key_question(name: str, value: str) -> Question:
     return Question(f"What is the pass key of {name}? The pass key of {name} is", f" {value}.")
 
 
+def encode_sentence(tokenizer: Tokenizer, text: str, first: bool = False) -> list[int]:
+    """Ids of a sentence of a stream, with the space before it and without the one behind it.
+
+    Args:
+      tokenizer: whose ids.
+      text: the sentence.
+      first: whether the stream begins with it: then there is no space before it.
+    """
+    text = text.strip(" ")
+    return tokenizer.encode(text) if first else tokenizer.encode(" " + text, continues=True)
+
+
+def encode_question(tokenizer: Tokenizer, question: Question) -> tuple[list[int], list[int]]:
+    """Ids of a question behind a context, and of its answer: together those of the text that they are.
+
+    What a model has to say is all that differs from the question alone: a token may reach from one into the other.
+    """
+    asked = encode_sentence(tokenizer, question.prompt)
+    both = encode_sentence(tokenizer, question.prompt + question.answer)
+    same = next((i for i, pair in enumerate(zip(asked, both, strict=False)) if pair[0] != pair[1]), len(asked))
+    same = min(same, len(both))
+    return both[:same], both[same:]
+
+
 def stream_context(problem: Problem, length: int, tokenizer: Tokenizer) -> Iterator[Int32[np.ndarray, " N"]]:
-    """The context of a problem, exactly `length` tokens, in pieces: BOS where the model expects one, then text.
+    """The context of a problem, exactly `length` tokens, in pieces: BOS where the tokenizer adds one, then text.
 
     Each needle stands where its depth says, moved forwards where it would not fit before the end.
 
     Raises:
       ValueError: a length in which the needles do not fit.
     """
-    needles = [(depth, tokenizer.encode(text)) for depth, text in problem.needles]
-    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
-    room = length - len(start) - sum(len(ids) for _, ids in needles)
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    sizes = [len(encode_sentence(tokenizer, fact)) for _, fact in problem.needles]
+    room = length - len(start) - sum(sizes)
     if room < 0:
         raise ValueError(f"a context of {length} tokens has no room for the facts of {problem.task!r}: {-room} more")
     text = sentences(problem.haystack, np.random.default_rng([problem.seed, 1]))
     piece, done = list(start), 0  # `done` counts the haystack's own tokens, of which there are `room`
-    for depth, ids in [*needles, (1.0, [])]:
+    first = True
+    for (depth, fact), size in zip([*problem.needles, (1.0, "")], [*sizes, 0], strict=True):
         goal = round(depth * room)
         while done < goal:
-            more = tokenizer.encode(next(text))
+            more = encode_sentence(tokenizer, next(text), first)
             end = done + len(more)
             if end > goal and (goal == room or end > room or goal - done < len(more) // 2):
                 more = more[: room - done] if goal == room else []
                 goal = room if goal == room else done
+            first &= not more
             piece += more
             done += len(more)
             if len(piece) >= _BLOCK:
                 yield np.asarray(piece[:_BLOCK], np.int32)
                 piece = piece[_BLOCK:]
-        piece += ids
+        if fact:
+            ids = encode_sentence(tokenizer, fact, first)
+            first = False
+            piece += ids
+            room += size - len(ids)  # without a space before it, it may be shorter
     while piece:
         yield np.asarray(piece[:_BLOCK], np.int32)
         piece = piece[_BLOCK:]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from streamjax.data.recall.haystack import KINDS, sentences
-from streamjax.data.recall.tasks import NAMES, Question, key_fact, key_question, passkey_fact, passkey_question
+from streamjax.data.recall.tasks import (
+    NAMES,
+    Question,
+    encode_question,
+    encode_sentence,
+    key_fact,
+    key_question,
+    passkey_fact,
+    passkey_question,
+)
 from streamjax.data.text.tokenizers import Tokenizer
 
 _ENDLESS = 2**31 - 1  # rows that a source says it has
@@ -49,7 +58,7 @@ class RecallRows:
         seldom otherwise, and hard for a memory in chunks. Nowhere in particular where 0.
 
     Raises:
-      ValueError: an unknown task; a tokenizer without BOS.
+      ValueError: an unknown task or split.
     """
 
     def __init__(
@@ -67,8 +76,6 @@ class RecallRows:
             raise ValueError(
                 f"recall rows are made of {' and '.join(TRAINED_TASKS)}, not of {', '.join(unknown) or 'nothing'}"
             )
-        if tokenizer.bos_id is None:
-            raise ValueError(f"tokenizer {tokenizer.name!r} has no BOS token, with which a row begins")
         if split not in _SPLITS:
             raise ValueError(f"unknown split {split!r}: use one of {', '.join(_SPLITS)}")
         self._length, self._tokenizer, self._split = seq_len, tokenizer, _SPLITS.index(split)
@@ -82,26 +89,27 @@ class RecallRows:
         random = np.random.default_rng([self._split, index])
         facts, questions = self._facts(random)
         text = sentences(KINDS[int(random.integers(len(KINDS)))], random)
-        bos = self._tokenizer.bos_id
-        assert bos is not None
-        ids, weights = [bos], [self._filler_weight]
+        tokenizer = self._tokenizer
+        ids = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        weights = [self._filler_weight] * len(ids)
+        begin = len(ids)
         pieces = self._order(random, facts, questions)
         spare = self._length + 1 - len(ids) - sum(len(found[0]) for found in pieces)
         gaps = np.diff(np.sort(random.integers(0, max(spare, 1), len(pieces))), prepend=0)
         for (piece, answer, value), gap in zip(pieces, gaps.tolist(), strict=True):
             filler: list[int] = []
-            while len(filler) < gap:
-                filler += self._tokenizer.encode(next(text))
+            while len(filler) < gap or (not filler and len(ids) == begin):  # a sentence begins the row
+                filler += encode_sentence(tokenizer, next(text), first=len(ids) + len(filler) == begin)
             if self._cut and len(value) > 1 and random.random() < 0.5:
                 short = -(len(ids) + len(filler) + value[int(random.integers(1, len(value)))]) % self._cut
                 last: list[int] = []
                 while len(last) < short:
-                    last += self._tokenizer.encode(next(text))
+                    last += encode_sentence(tokenizer, next(text))
                 filler += last[len(last) - short :]
             ids += filler + piece
             weights += [self._filler_weight] * (len(filler) + len(piece) - answer) + [1.0] * answer
         while len(ids) <= self._length:
-            more = self._tokenizer.encode(next(text))
+            more = encode_sentence(tokenizer, next(text))
             ids += more
             weights += [self._filler_weight] * len(more)
         tokens = np.asarray(ids[: self._length + 1], np.int32)
@@ -129,15 +137,15 @@ class RecallRows:
         for fact, question in zip(facts, questions, strict=True):
             at = random.random() * 0.7
             before, value, _ = fact.partition(question.answer.strip(" ."))
-            start = len(self._tokenizer.encode(before))
-            stands = range(start, start + len(self._tokenizer.encode(value)))
-            places.append((at, self._tokenizer.encode(fact), 0, stands))
+            start = len(encode_sentence(self._tokenizer, before + value[0])) - 1
+            stands = range(start, len(encode_sentence(self._tokenizer, before + value)))
+            places.append((at, encode_sentence(self._tokenizer, fact), 0, stands))
             budget -= len(places[-1][1])
         while budget > 0:
             i = int(random.integers(len(facts)))
             at = places[i][0] + (1.0 - places[i][0]) * random.random()
-            prompt, answer = (self._tokenizer.encode(x) for x in (questions[i].prompt, questions[i].answer))
-            more = (at, prompt + answer + self._tokenizer.encode(" "), len(answer) + 1, range(0))
+            prompt, answer = encode_question(self._tokenizer, questions[i])
+            more = (at, prompt + answer, len(answer), range(0))
             places.append(more)
             budget -= len(more[1])
         return [(ids, answer, stands) for _, ids, answer, stands in sorted(places, key=lambda place: place[0])]

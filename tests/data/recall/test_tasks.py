@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamjax.data import ByteTokenizer, DataConfig, make_eval_batches, make_train_iterator
+from streamjax.data import ByteTokenizer, DataConfig, load_tokenizer, make_eval_batches, make_train_iterator
 from streamjax.data.recall.haystack import KINDS, sentences
-from streamjax.data.recall.tasks import TASKS, make_problem, stream_context
+from streamjax.data.recall.tasks import TASKS, encode_question, make_problem, stream_context
 from streamjax.data.recall.training_rows import RecallRows, open_recall
 
 BYTES = ByteTokenizer()
@@ -33,17 +33,40 @@ def test_a_context_has_its_length_and_its_facts_at_their_depths(task, depth, see
     assert ids[0] == BYTES.bos_id
     assert (ids[1:] < 256).all()
     text = text_of(ids)
-    facts = sum(len(fact) for _, fact in problem.needles)
-    for where, fact in problem.needles:
+    assert not re.search("^ |[.?][^ ]", text)  # one text of sentences
+    needles = [(where, fact.strip()) for where, fact in problem.needles]
+    facts = sum(len(fact) + 1 for _, fact in needles)
+    for where, fact in needles:
         assert text.count(fact) == 1
         assert abs(text.index(fact) - where * (length - facts)) < facts + 80  # moved to a sentence's start
     if task == "passkey" and depth in (0.0, 1.0):
-        assert text.startswith(problem.needles[0][1]) if depth == 0 else text.endswith(problem.needles[0][1])
+        assert text.startswith(needles[0][1]) if depth == 0 else text.endswith(needles[0][1])
     rest = text
-    for _, fact in problem.needles:
+    for _, fact in needles:
         rest = rest.replace(fact, "", 1)
     asked = {question.answer.strip(" .") for question in problem.questions}
     assert not any(answer in rest for answer in asked)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "prefix_space", "byte_fallback", "first_space", "no_prefix"])
+def test_contexts_and_rows_are_the_encoding_of_their_text(kind, tokenizer_folders):
+    """Sentences that are encoded one by one are the ids of the text; there is no BOS where the tokenizer adds none."""
+    tokenizer = load_tokenizer(tokenizer_folders[kind])
+    for task, depth in (("passkey", 0.0), ("multi_key", 0.5), ("passkey", 1.0)):
+        problem = make_problem(task, depth, 1)
+        ids = np.concatenate(list(stream_context(problem, 700, tokenizer))).tolist()
+        assert len(ids) == 700
+        whole = tokenizer.encode(tokenizer.decode(ids))
+        assert ids[:-9] == whole[: len(ids) - 9]  # the last sentence may be cut
+        for question in problem.questions:
+            asked, answer = encode_question(tokenizer, question)
+            behind = tokenizer.encode("Here we go. " + question.prompt + question.answer)
+            assert behind == tokenizer.encode("Here we go.") + asked + answer
+            assert tokenizer.decode(asked + answer).endswith(question.answer)
+    row = RecallRows(700, tokenizer)[0]
+    ids = row["tokens"].tolist()
+    assert ids[:-9] == tokenizer.encode(tokenizer.decode(ids))[: len(ids) - 9]
+    assert set(np.unique(row["weights"])) == {np.float32(0.02), 1.0}
 
 
 def test_answers_are_what_the_facts_say():
@@ -125,9 +148,9 @@ def test_every_answer_of_a_row_can_be_found_before_it(index, cut):
     for start, stop in inside.reshape(-1, 2):
         answer = text[start:stop]
         if stop < 1024:
-            assert len(answer) == 8
+            assert len(answer) == 7
             assert answer.startswith(" ")
-            assert answer.endswith(". ")
+            assert answer.endswith(".")
             key = text[:start].rsplit("pass key", 1)[1]
             assert f"pass key{key}{answer[:6]}" in text[: start - 60]
             found += 1
