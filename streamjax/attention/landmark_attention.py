@@ -1,13 +1,13 @@
-"""Hierarchical sparse attention over chunks: choose chunks by landmarks, attend inside each, weigh by the choice.
+"""Hierarchical sparse attention over pages: choose pages by landmarks, attend inside each, weigh by the choice.
 
-HSA of "Hardware-aligned Hierarchical Sparse Attention" (2504.16795), as HSA-UltraLong (2511.23319) uses it. A chunk of
-S tokens has keys, values and one landmark. A token scores chunks by `r = retrieval . landmark / sqrt(D)`, takes the
-best `top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the softmax of their
-scores. So the scores get gradients through the weights.
+HSA of "Hardware-aligned Hierarchical Sparse Attention" (2504.16795), as HSA-UltraLong (2511.23319) uses it. A page (the
+papers' chunk) of S tokens has keys, values and one landmark. A token scores pages by `r = retrieval . landmark /
+sqrt(D)`, takes the best `top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the
+softmax of their scores. So the scores get gradients through the weights.
 
-Three forms of the same sum: over all chunks with most weights zero, which is products of matrices; over gathered
-chunks, whose work does not grow with the context; and the platform's kernel, which sorts queries by the chunks that
-they chose, so that its work is products of matrices and does not grow with the context either.
+Three forms of the same sum: over all pages with most weights zero, which is products of matrices; over gathered pages,
+whose work does not grow with the context; and the platform's kernel, which sorts queries by the pages that they chose,
+so that its work is products of matrices and does not grow with the context either.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from streamjax.attention.sharded import per_device_call
 
 Implementation = Literal["dense", "gathered", "pallas"]
 QUERY_BLOCK = 128  # queries whose logits exist at a time
-SPANS = 8  # parts of a sequence that each work with as many chunks as their last query needs
+SPANS = 8  # parts of a sequence that each work with as many pages as their last query needs
 GATHERED = 2**23  # keys times channels that are gathered at a time
-DENSE_CHUNKS = 8  # the dense form works on at most so many times more chunks than are chosen
+DENSE_CHUNKS = 8  # the dense form works on at most so many times more pages than are chosen
 _NAMES = (  # of the dimensions of queries, keys, values, choices and weights
     ("batch", "length", "heads", None),
     *(("batch", "kv_heads", None, None, None),) * 2,
@@ -45,7 +45,7 @@ GROUP = 64  # scores of which the largest are found by their groups' largest fir
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LandmarkPages:
-    """P chunks of S tokens: what a memory is made of.
+    """P pages of S tokens: what a memory is made of.
 
     k, v: of their tokens, [B, K, P, S, D]. landmarks: [B, K, P, D].
     """
@@ -64,18 +64,18 @@ class LandmarkPages:
         implementation: Implementation | None = None,
         start: int | None = None,
     ) -> Float[Array, "B C H D"]:
-        """The attention of queries to their chosen chunks; zero where a query sees no chunk.
+        """The attention of queries to their chosen pages; zero where a query sees no page.
 
         Args:
-          q: queries of the attention inside chunks.
+          q: queries of the attention inside pages.
           retrieval: queries of the landmarks, one for each group of heads, which choose together.
-          visible: which chunks each query may choose.
-          top_k: chunks that a query reads, at most.
-          scale: factor on the dot products inside chunks.
-          implementation: compute with all chunks ("dense"), gather the chosen ones ("gathered"), or take the platform's
+          visible: which pages each query may choose.
+          top_k: pages that a query reads, at most.
+          scale: factor on the dot products inside pages.
+          implementation: compute with all pages ("dense"), gather the chosen ones ("gathered"), or take the platform's
             kernel ("pallas"); None chooses by shapes and platform, and logs a kernel once.
-          start: the chunks lie in order from 0, and this is the first query's token of their sequence: then work on
-            chunks that lie behind a query is left out.
+          start: the pages lie in order from 0, and this is the first query's token of their sequence: then work on
+            pages that lie behind a query is left out.
 
         Raises:
           ValueError: an unknown implementation, or no kernel for the platform or for these arguments.
@@ -99,7 +99,7 @@ class LandmarkPages:
         return jnp.concatenate(outs, axis=1)
 
     def _kernel_pays(self, q: Array, top_k: int) -> bool:
-        """Whether there is a kernel, and it beats the others: there are too many chunks to work with all of them, but
+        """Whether there is a kernel, and it beats the others: there are too many pages to work with all of them, but
         not so many that none has two readers.
         """
         count, size = self.k.shape[2:4]
@@ -145,7 +145,7 @@ class LandmarkPages:
     def _parts(
         self, visible: VisiblePages, width: int, start: int | None
     ) -> Iterator[tuple[slice, LandmarkPages, VisiblePages]]:
-        """Some queries at a time, with the chunks before the last of them; all at once where `start` is None."""
+        """Some queries at a time, with the pages before the last of them; all at once where `start` is None."""
         step = width if start is None else max(-(-width // SPANS), QUERY_BLOCK)
         if start is None or step >= width:
             yield slice(None), self, visible
@@ -166,11 +166,11 @@ class LandmarkPages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VisiblePages:
-    """Which chunks each query may choose: those whose number is in 0 .. limit - 1.
+    """Which pages each query may choose: those whose number is in 0 .. limit - 1.
 
-    number: of each chunk in its stream, int32 [B, P], negative where there is none. limit: of each query, int32 [B, C]:
-    the chunks that are complete before it. segments, of_chunks: segment ids of queries and of chunks where sequences
-    are packed; a query sees the chunks of its own segment. -1 is a chunk of several segments, which none sees.
+    number: of each page in its stream, int32 [B, P], negative where there is none. limit: of each query, int32 [B, C]:
+    the pages that are complete before it. segments, of_chunks: segment ids of queries and of pages where sequences
+    are packed; a query sees the pages of its own segment. -1 is a page of several segments, which none sees.
     """
 
     number: Int32[Array, "B P"]
@@ -201,7 +201,7 @@ def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ..
 def choose(
     landmarks: Float[Array, "B K P D"], retrieval: Float[Array, "B C K D"], visible: VisiblePages, top_k: int
 ) -> tuple[Int32[Array, "B K C top_k"], Float[Array, "B K C top_k"]]:
-    """The best chunks of each query and their weights, the softmax of their scores; 0 for those it may not see."""
+    """The best pages of each query and their weights, the softmax of their scores; 0 for those it may not see."""
     dtype = accumulator(retrieval.dtype)
     scores = jnp.einsum("bckd,bkpd->bkcp", retrieval, landmarks, preferred_element_type=dtype)
     scores = jnp.where(visible.mask(), scores / math.sqrt(landmarks.shape[-1]), -jnp.inf)
@@ -235,7 +235,7 @@ def top_indices(scores: Float[Array, "*A P"], count: int) -> Int32[Array, "*A co
 def _dense(
     chunks: LandmarkPages, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float
 ) -> Float[Array, "B C H D"]:
-    """Over all chunks, those that are not chosen with a weight of zero."""
+    """Over all pages, those that are not chosen with a weight of zero."""
     dtype, heads = accumulator(q.dtype), chunks.k.shape[1]
     chosen, weights = choose(chunks.landmarks, retrieval, visible, top_k)
     spread = jnp.zeros((*chosen.shape[:-1], chunks.k.shape[2]), dtype)
@@ -250,7 +250,7 @@ def _dense(
 def _gathered(
     chunks: LandmarkPages, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float
 ) -> Float[Array, "B C H D"]:
-    """Over the chosen chunks alone."""
+    """Over the chosen pages alone."""
     dtype, heads = accumulator(q.dtype), chunks.k.shape[1]
     chosen, weights = choose(chunks.landmarks, retrieval, visible, top_k)
     flat = rearrange(chosen, "b k c n -> b k (c n) 1 1")

@@ -1,10 +1,12 @@
-"""Writing runs of tokens into fixed buffers: in place, contiguous, whatever the row's own cursor is.
+"""Writing runs of tokens into buffers of fixed size, in place.
 
-A buffer has a slot axis; a row writes `count` tokens, those from `start` on in its chunk, to slots `cursor`,
-`cursor + 1`, ... A ring wraps; a linear buffer stops at its end. Writes are windows as wide as the chunk, blended with
-what was there, so that a donated buffer is updated in place (two windows for a ring, whose run may wrap). One token for
-each of several rows is a scatter of single slots instead, in place too, which partitions over rows and heads. Tokens
-take the buffer's dtype.
+A buffer has a slot axis. Each row has a cursor of its own. It takes `count` tokens of its chunk, those from `start` on,
+and writes them to slots `cursor`, `cursor + 1`, and so on. With `cursor = 3`, `start = 1` and `count = 2`, the chunk's
+tokens 1 and 2 go to slots 3 and 4. A ring wraps at its end; a linear buffer stops there. They take the buffer's dtype.
+
+A donated buffer has to be updated in place. So a write takes a window of the buffer as wide as the chunk, blends the
+new tokens into what was there, and puts the window back; a ring, whose run may wrap, has two windows. One token for
+each of several rows is a scatter of single slots instead. It is in place too, and it partitions over rows and heads.
 """
 
 from __future__ import annotations
@@ -136,10 +138,11 @@ def read_ring(
 
 
 def ordered_after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
-    """`x`, a mask or a count, but computed from what is `made`: what is written by it is written after the reads there.
+    """`x`, a mask or a count, made to depend on `made`, so that a write that uses `x` comes after the reads of `made`.
 
-    The CPU compiler keeps a donated buffer in place only where data flows from its reads to the write, and copies all
-    of it otherwise. No number is above 1 and below -1, which the compiler does not know.
+    The CPU compiler keeps a donated buffer in place only if data flows from the reads of it to the write; otherwise it
+    copies the whole buffer first. The dependence asks whether a number is above 1 and below -1. None is, so `x` never
+    changes, but the compiler does not know that.
     """
 
     def depend(x: Array, *made: Array) -> Array:
@@ -152,10 +155,11 @@ def ordered_after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> S
 
 
 def materialized_once(tree: Any, count: Int32[Array, " B"]) -> Any:
-    """`tree`, made once, before anything uses it. `count` is any array without negative numbers.
+    """`tree`, computed once, before anything uses it. `count` is any array without negative numbers.
 
-    The CPU compiler computes what is cheap again wherever it is used, and so would read a buffer after its tokens are
-    overwritten, for which it copies all of it. It does not look through a branch that it cannot decide.
+    The CPU compiler computes cheap things again at each use. A read of a buffer would then move behind the write that
+    overwrites its tokens, and the compiler would copy the whole buffer to make that possible. So the read stands in a
+    branch that the compiler cannot decide, and through which it does not look.
     """
 
     def branch(tree: Any, count: Array) -> Any:

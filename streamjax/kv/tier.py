@@ -1,8 +1,10 @@
 """What flows through a KV cache: queries, tokens, and the tiers that store them.
 
 A tier keeps tokens under one rule. What it evicts falls to the next tier of its cascade. A tier is a frozen dataclass,
-static and hashable; its state is a pytree of arrays. Rows of a batch are independent streams, each with its own
-position and its own number of new tokens in a chunk (chunks are right-padded).
+static and hashable; its state is a pytree of arrays.
+
+Rows of a batch are independent streams. Each has a position of its own, and its own number of new tokens in a chunk;
+chunks are padded on the right. With two rows of 3 and 1 new tokens, `valid` is [[1, 1, 1], [1, 0, 0]].
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ class Query:
     tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
     valid: which queries are tokens and not padding, bool [B, C]; all where None.
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
-    implementation: what decodes over long caches, XLA or a kernel, see `kernel_reading`; None chooses.
+    implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
     """
 
     q: Float[Array, "B C H D"]
@@ -238,23 +240,25 @@ class Query:
 
 
 class Tier:
-    """A rule for storing tokens. Subclasses are frozen dataclasses; every array of a state is [B, K or 1, S, ...], cut
-    to its rank, so that one rule shards them all.
+    """A rule for storing tokens. Subclasses are frozen dataclasses.
 
-    `slots` is how many tokens it holds. `reach_back` is how many positions it adds to how far back a query sees (None:
-    no fixed number; then a query sees everything that its chunk brought). A tier that keeps the first tokens of a
-    stream at places of its own takes them out of a chunk before the chunk attends (`absorb`); others store the chunk
-    afterwards (`insert`).
+    For each chunk a cascade calls, of all its tiers in order, `absorb`, `attend`, `observe` and `insert` (`store` of
+    the last tier). Most tiers store a chunk after it has attended, by `insert`. A tier that keeps the first tokens of a
+    stream at places of its own takes them out of the chunk before it attends, by `absorb`.
+
+    Every array of a state is [B, K or 1, S, ...], cut to its rank, so that one rule shards them all.
     """
 
     last_because: ClassVar[str] = ""  # why no tier may stand behind it in a cascade; empty where one may
 
     @property
     def slots(self) -> int:
+        """How many tokens it holds."""
         raise NotImplementedError
 
     @property
     def reach_back(self) -> int | None:
+        """Positions that it adds to how far back a query sees. None: no fixed number; a query sees all of its chunk."""
         return None
 
     @property
@@ -268,12 +272,12 @@ class Tier:
         return False
 
     def observe(self, state: State, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> State:
-        """After the chunk attended, `lse` being of all that it saw: note who got how much attention."""
+        """After the chunk attended: note how much attention each token got. `lse` is of all that the chunk saw."""
         return state
 
     @property
     def span(self) -> int:
-        """Positions that its keys take up: as many as it has slots, unless they stand elsewhere than they came from."""
+        """Positions that its keys take up: as many as its slots, unless it moves keys to other positions."""
         return self.slots
 
     def init(self, spec: KVSpec) -> State:
@@ -289,11 +293,11 @@ class Tier:
         raise NotImplementedError
 
     def store(self, state: State, tokens: KVTokens) -> State:
-        """`insert` into the last tier: what has to go is gone, and need not be read."""
+        """`insert` into the last tier of a cascade: what it evicts is gone and need not be read."""
         return self.insert(state, tokens)[0]
 
     def insert(self, state: State, tokens: KVTokens) -> tuple[State, KVTokens]:
-        """After the chunk attended: store its tokens; return as many tokens as came in, those that had to go."""
+        """After the chunk attended: store its tokens. Returns as many tokens as came in; those evicted are `valid`."""
         if self.last_because:
             raise ValueError(f"{type(self).__name__} must be the last tier of a Cascade: {self.last_because}")
         return state, tokens

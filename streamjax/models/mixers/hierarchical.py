@@ -1,10 +1,10 @@
-"""Hierarchical sparse attention as modules: what encodes chunks of a stream, and what reads them.
+"""Hierarchical sparse attention as modules: what encodes pages of a stream, and what reads them.
 
 `PageEncoder` turns the hidden states of one layer into a chunk memory; `HierarchicalAttention` is a residual branch
 of the layers that read it (2504.16795, 2511.23319). Neither rotates by a position in the stream, which is why the
-memory can be longer than any sequence of the training: the encoder's RoPE counts from the start of each chunk.
+memory can be longer than any sequence of the training: the encoder's RoPE counts from the start of each page.
 
-A chunk is seen by tokens behind its end; so each form needs for every token how many chunks are complete before it.
+A page is seen by tokens behind its end; so each form needs for every token how many pages are complete before it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from streamjax.models.rope import make_rotary
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReadablePages:
-    """What some tokens may read: chunks, and which of them each token sees.
+    """What some tokens may read: pages, and which of them each token sees.
 
-    top_k: chunks that each reads. start: index of the first token in the sequence whose chunks these are, in order,
+    top_k: pages that each reads. start: index of the first token in the sequence whose pages these are, in order,
     where it is known to the compiler.
     """
 
@@ -45,7 +45,7 @@ class ReadablePages:
 
 
 class EncoderLayer(nnx.Module):
-    """A Transformer layer in which the tokens of a chunk all see each other."""
+    """A Transformer layer in which the tokens of a page all see each other."""
 
     def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
         key_mixer, key_mlp = jax.random.split(key)
@@ -69,9 +69,9 @@ class EncoderLayer(nnx.Module):
 
 
 class PageEncoder(nnx.Module):
-    """Keys, values and a landmark of every chunk of a layer's input, from a bidirectional encoder.
+    """Keys, values and a landmark of every page of a layer's input, from a bidirectional encoder.
 
-    The landmark is read from a learned token behind the chunk's own (2504.16795, section 3.2).
+    The landmark is read from a learned token behind the page's own (2504.16795, section 3.2).
     """
 
     def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
@@ -87,7 +87,7 @@ class PageEncoder(nnx.Module):
         self.k_norm = Norm(width, config, dtype, rms=True)
 
     def encode(self, x: Float[Array, "B P S E"]) -> LandmarkPages:
-        """The memory of P chunks of a layer's input."""
+        """The memory of P pages of a layer's input."""
         b, p, s, d = x.shape
         token = jnp.broadcast_to(self.token[...].astype(x.dtype), (b * p, 1, d))
         y = jnp.concatenate((x.reshape(b * p, s, d), token), axis=1)
@@ -103,7 +103,7 @@ class PageEncoder(nnx.Module):
     def parallel(
         self, x: Float[Array, "B T E"], segments: Int32[Array, "B T"] | None = None
     ) -> tuple[LandmarkPages, Int32[Array, "B P"] | None]:
-        """The memory of whole sequences, without what is behind the last full chunk, and the chunks' segments."""
+        """The memory of whole sequences, without what is behind the last full page, and the pages' segments."""
         size = self._size
         count = x.shape[1] // size
         chunks = self.encode(rearrange(x[:, : count * size], "b (p s) e -> b p s e", s=size))
@@ -124,7 +124,7 @@ class PageEncoder(nnx.Module):
 
 
 def page_segments(segments: Int32[Array, "B T"], size: int) -> Int32[Array, "B P"]:
-    """The segment of every chunk; -1 of those with tokens of several."""
+    """The segment of every page; -1 of those with tokens of several."""
     cut = rearrange(segments, "b (p s) -> b p s", s=size)
     return jnp.where((cut == cut[:, :, :1]).all(axis=-1), cut[:, :, 0], -1)
 
@@ -164,7 +164,7 @@ class HierarchicalAttention(nnx.Module):
         self.q_norm = Norm(width, config, dtype, rms=True)
 
     def __call__(self, x: Float[Array, "B C E"], memory: ReadablePages) -> Float[Array, "B C E"]:
-        """What the tokens read; zero where there is no chunk yet."""
+        """What the tokens read; zero where there is no page yet."""
         if not memory.chunks.k.shape[2]:
             return jnp.zeros_like(x)
         found = jnp.einsum("bce,ekgd->bckgd", self.norm(x), self.query[...].astype(x.dtype))
