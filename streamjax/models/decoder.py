@@ -84,10 +84,15 @@ class Decoder(nnx.Module):
 
     def layer(self, index: int) -> Block:
         """Layer `index` as a module of its own; a slice where it lies in the stack."""
+        block, row = self.layer_and_row(index)
+        return block if row is None else jax.tree.map(lambda leaf: leaf[row], block)
+
+    def layer_and_row(self, index: int) -> tuple[Block, int | None]:
+        """The module that has layer `index`, and where it lies in it, if that is a stack of layers."""
         if index >= self.stacked_layers:
-            return self.layers[index - self.stacked_layers]
+            return self.layers[index - self.stacked_layers], None
         row, column = divmod(index, len(self.stack))
-        return jax.tree.map(lambda leaf: leaf[row], self.stack[column])
+        return self.stack[column], row
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, scaled as the config says."""

@@ -1,4 +1,4 @@
-"""Long stretches of a stream: cut into chunks of a few static sizes and run by one compiled scan."""
+"""Long stretches of a stream: cut into chunks of a few static sizes, and read layer by layer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
+from streamjax.streaming.layerwise import in_turn, read_layerwise
 from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
-from streamjax.streaming.step import advance, require_room
+from streamjax.streaming.step import advance, require_room, surprise
 
-SCAN_CHUNKS = 16  # full chunks that one compiled scan reads
+SCAN_CHUNKS = 16  # full chunks that one call of a compiled program reads,
+HIDDEN_BYTES = 2**27  # unless what a layer makes of them takes more than this
 
 
 def padded_width(length: int, chunk_size: int) -> int:
@@ -27,13 +29,13 @@ def padded_width(length: int, chunk_size: int) -> int:
     return min(1 << max(length - 1, 0).bit_length(), chunk_size)
 
 
-def spans(length: int, chunk_size: int) -> Iterator[tuple[int, int, int]]:
-    """Cut `length` tokens into (start, chunks, width): groups of full chunks, then one padded end."""
+def spans(length: int, chunk_size: int, group: int = SCAN_CHUNKS) -> Iterator[tuple[int, int, int]]:
+    """Cut `length` tokens into (start, chunks, width): groups of `group` full chunks, single ones, a padded end."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     start = 0
     while length - start >= chunk_size:
-        chunks = SCAN_CHUNKS if length - start >= SCAN_CHUNKS * chunk_size else 1
+        chunks = group if length - start >= group * chunk_size else 1
         yield start, chunks, chunk_size
         start += chunks * chunk_size
     if start < length:
@@ -52,14 +54,6 @@ def cut(
     return jnp.asarray(shaped), jnp.asarray(count)
 
 
-def _scan(body, state: StreamState, *xs: Array):
-    """`lax.scan`, or the body alone for one chunk, which compiles faster and runs without the loop's copies."""
-    if xs[0].shape[0] == 1:
-        state, y = body(state, tuple(x[0] for x in xs))
-        return state, jax.tree.map(lambda leaf: leaf[None], y)
-    return jax.lax.scan(body, state, xs)
-
-
 @partial(jax.jit, donate_argnames="state", static_argnames="memorise")
 def _read_chunks(
     model: Decoder,
@@ -68,7 +62,7 @@ def _read_chunks(
     count: Int32[Array, "N B"],
     memorise: int | None = None,
 ) -> StreamState:
-    return _scan(lambda s, x: (advance(model, s, *x, memorise=memorise)[0], None), state, tokens, count)[0]
+    return in_turn(lambda s, x: (advance(model, s, *x, memorise=memorise)[0], None), state, (tokens, count))[0]
 
 
 def passed_over(model: Decoder, state: StreamState) -> tuple[int, int] | None:
@@ -97,21 +91,18 @@ def passed_over(model: Decoder, state: StreamState) -> tuple[int, int] | None:
 @partial(jax.jit, donate_argnames="state")
 def _score_chunks(
     model: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"]
-) -> tuple[StreamState, Float[Array, "B NC"]]:
+) -> tuple[StreamState, Float[Array, "N B C"]]:
     def body(state: StreamState, x: tuple[Array, Array]) -> tuple[StreamState, Array]:
-        tokens, count = x
-        before, fresh = state.hidden, state.seen == 0
-        state, hidden = advance(model, state, tokens, count)
-        logits = model.logits(jnp.concatenate((before[:, None], hidden[:, :-1]), axis=1))
-        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        offset = jnp.arange(tokens.shape[1])
-        # Nothing predicts a stream's first token: it costs what a uniform guess costs.
-        nll = jnp.where(fresh[:, None] & (offset == 0), np.float32(np.log(model.config.vocab_size)), nll)
-        return state, jnp.where(offset < count[:, None], nll, 0.0)
+        new, hidden = advance(model, state, *x)
+        return new, surprise(model, state, hidden, *x)
 
-    state, nll = _scan(body, state, tokens, count)
-    return state, jnp.swapaxes(nll, 0, 1).reshape(tokens.shape[1], -1)
+    return in_turn(body, state, (tokens, count))
+
+
+def _group(model: Decoder, state: StreamState, chunk_size: int) -> int:
+    """How many full chunks are read by one call of each program."""
+    a_chunk = state.batch_size * chunk_size * model.config.d_model * model.dtype.itemsize
+    return SCAN_CHUNKS if SCAN_CHUNKS * a_chunk <= HIDDEN_BYTES else 1
 
 
 def read(
@@ -134,8 +125,12 @@ def read(
     for start, chunks, width in spans(early, chunk_size):
         state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width), memorise=layer)
     tokens, lengths = tokens[:, early:], lengths - early
-    for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
-        state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
+    for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
+        piece = cut(tokens, lengths, start, chunks, width)
+        if model.config.hsa is None:
+            state, _ = read_layerwise(model, state, *piece)
+        else:
+            state = _read_chunks(model, state, *piece)
     return state
 
 
@@ -147,7 +142,7 @@ def score(
     *,
     lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
 ) -> tuple[StreamState, Float[Array, "B T"]]:
-    """Per-token negative log-likelihood of a stretch of each stream, by `lax.scan` over chunks.
+    """Per-token negative log-likelihood of a stretch of each stream.
 
     Scoring a stream in pieces gives what scoring it at once gives: the state carries the prediction of the next token.
     The very first token of a stream, which nothing predicts, costs log(vocabulary). The state is donated.
@@ -194,8 +189,13 @@ def score_unwaited(
     require_room(state, lengths)
     require_ids(tokens, lengths, model.config.vocab_size)
     pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]
-    for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size):
-        state, nll = _score_chunks(model, state, *cut(tokens, lengths, start, chunks, width))
-        pieces.append(nll)
+    for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
+        piece = cut(tokens, lengths, start, chunks, width)
+        if model.config.hsa is None:
+            state, nll = read_layerwise(model, state, *piece, scored=True)
+            assert nll is not None
+        else:
+            state, nll = _score_chunks(model, state, *piece)
+        pieces.append(jnp.swapaxes(nll, 0, 1).reshape(tokens.shape[0], -1))
     nll = jnp.concatenate(pieces, axis=1)[:, : tokens.shape[1]]
     return state, jnp.pad(nll, ((0, 0), (0, tokens.shape[1] - nll.shape[1])))

@@ -35,9 +35,17 @@ def advance(
       ValueError: another number of rows than streams.
     """
     check_rows(state, tokens.shape[0])
-    width = tokens.shape[1]
-    count = jnp.full((tokens.shape[0],), width, jnp.int32) if count is None else count.astype(jnp.int32)
-    offset = jnp.arange(width, dtype=jnp.int32)
+    count = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if count is None else count.astype(jnp.int32)
+    context, tokens = enter(state, tokens, count, differentiable)
+    hidden, layers = model.stream(tokens, state.layers, state.caches, context, memorise)
+    return leave(dataclasses.replace(state, layers=layers), hidden, count)
+
+
+def enter(
+    state: StreamState, tokens: Int[Array, "B C"], count: Int32[Array, " B"], differentiable: bool = False
+) -> tuple[ChunkContext, Int[Array, "B C"]]:
+    """Where the tokens of a chunk stand, and the tokens, zeros where there is padding."""
+    offset = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     valid = offset < count[:, None]
     # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
     tokens = jnp.where(valid, tokens, 0)
@@ -50,21 +58,44 @@ def advance(
         ids=tokens.astype(jnp.int32) if any(cache.needs_ids for cache in state.caches) else None,
         implementation=state.implementation,
     )
-    hidden, layers = model.stream(tokens, state.layers, state.caches, context, memorise)
+    return context, tokens
+
+
+def leave(
+    state: StreamState, hidden: Float[Array, "B C E"], count: Int32[Array, " B"]
+) -> tuple[StreamState, Float[Array, "B C E"]]:
+    """The state behind a chunk that its layers have read, and the hidden states, NaN beyond a cache's capacity."""
     if state.capacity is not None:
         # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
-        over = state.seen[:, None] + offset >= state.capacity
+        over = state.seen[:, None] + jnp.arange(hidden.shape[1], dtype=jnp.int32) >= state.capacity
         hidden = jnp.where(over[:, :, None], jnp.nan, hidden)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     new = dataclasses.replace(
         state,
-        layers=layers,
         position=state.position + count.astype(jnp.uint32),
         seen=jnp.minimum(state.seen + count, SEEN_LIMIT),
         hidden=jnp.where((count > 0)[:, None], last, state.hidden),
         used=None if state.used is None else state.used.at[jnp.arange(len(count))[:, None], tokens].max(valid),
     )
     return new.placed(), hidden
+
+
+def surprise(
+    model: Decoder,
+    before: StreamState,
+    hidden: Float[Array, "B C E"],
+    tokens: Int32[Array, "B C"],
+    count: Int32[Array, " B"],
+) -> Float[Array, "B C"]:
+    """Nats a token of a chunk: `before` is the state in front of it, `hidden` are its hidden states; 0 at padding."""
+    logits = model.logits(jnp.concatenate((before.hidden[:, None], hidden[:, :-1]), axis=1))
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    offset = jnp.arange(tokens.shape[1])
+    # Nothing predicts a stream's first token: it costs what a uniform guess costs.
+    first = (before.seen == 0)[:, None] & (offset == 0)
+    nll = jnp.where(first, np.float32(np.log(model.config.vocab_size)), nll)
+    return jnp.where(offset < count[:, None], nll, 0.0)
 
 
 @partial(jax.jit, donate_argnames="state")

@@ -1,0 +1,122 @@
+"""Stretches of a stream read layer by layer: one program for all equal layers, so that depth costs nothing to compile.
+
+A step is one program with every layer in it, and compilers take time in proportion. Here the host calls a program a
+layer, over some chunks at a time, and layers with equal shapes and equal caches share it. Nothing is copied: each call
+gets the weights and the donated cache of its own layer. The order is exact: a layer reads a chunk when the layer below
+has read it, and its own cache holds all chunks before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from streamjax.kv.cache import Cache
+from streamjax.kv.tier import Implementation, State, map_state_axes
+from streamjax.models.decoder import Block, Decoder
+from streamjax.models.layer_stacking import without_layers
+from streamjax.models.mixers.attention import ChunkContext
+from streamjax.parallel.rules import constrain
+from streamjax.streaming.state import SEEN_LIMIT, StreamState
+from streamjax.streaming.step import enter, leave, surprise
+
+
+def in_turn(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan`, or the body alone for one chunk, which compiles faster and runs without the loop's copies."""
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+        carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
+        return carry, jax.tree.map(lambda leaf: leaf[None], y)
+    return jax.lax.scan(body, carry, xs)
+
+
+class Places(NamedTuple):
+    """The arrays of a `ChunkContext`, of N chunks."""
+
+    position: UInt32[Array, "N B C"]
+    valid: Bool[Array, "N B C"]
+    seen: Int32[Array, "N B"]
+    ids: Int32[Array, "N B C"] | None
+
+
+@jax.jit
+def embedded(
+    ends: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"]
+) -> tuple[Float[Array, "N B C E"], Places]:
+    """What the first layer reads of N chunks, and where their tokens stand. No layers in `ends` nor in `state`."""
+
+    def one(state: StreamState, x: tuple[Array, Array]) -> tuple[StreamState, tuple[Array, tuple]]:
+        tokens, count = x
+        context, tokens = enter(state, tokens, count)
+        moved = dataclasses.replace(
+            state,
+            position=state.position + count.astype(jnp.uint32),
+            seen=jnp.minimum(state.seen + count, SEEN_LIMIT),
+        )
+        return moved, (ends.embed(tokens), (context.position, context.valid, context.seen, context.ids))
+
+    x, places = in_turn(one, state, (tokens, count))[1]
+    return x, Places(*places)
+
+
+@partial(jax.jit, static_argnames=("cache", "span", "implementation"), donate_argnames="state")
+def layer_over(
+    block: Block,
+    row: Int32[Array, ""] | None,
+    x: Float[Array, "N B C E"],
+    state: State,
+    places: Places,
+    cache: Cache,
+    span: int,
+    implementation: Implementation | None,
+) -> tuple[Float[Array, "N B C E"], State]:
+    """One layer over N chunks: its outputs and its new state. `row`: which layer, where `block` is a stack of them."""
+    if row is not None:
+        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+
+    def one(state: State, chunk: tuple) -> tuple[State, Array]:
+        x, position, valid, seen, ids = chunk
+        context = ChunkContext(position, valid, seen, span, ids=ids, implementation=implementation)
+        x, state, _ = block.stream(x, state, cache, context)
+        return map_state_axes(lambda leaf, axes: constrain(leaf, *axes), state), x
+
+    state, x = in_turn(one, state, (x, *places))
+    return x, state
+
+
+@partial(jax.jit, donate_argnames="state", static_argnames="scored")
+def finished(
+    ends: Decoder,
+    state: StreamState,
+    x: Float[Array, "N B C E"],
+    tokens: Int32[Array, "N B C"],
+    count: Int32[Array, "N B"],
+    scored: bool,
+) -> tuple[StreamState, Float[Array, "N B C"] | None]:
+    """Where the streams stand behind N chunks of which `x` are the last layer's outputs; nats a token if `scored`."""
+
+    def one(state: StreamState, chunk: tuple[Array, Array, Array]) -> tuple[StreamState, Array | None]:
+        x, tokens, count = chunk
+        new, hidden = leave(state, ends.norm(x), count)
+        return new, surprise(ends, state, hidden, tokens, count) if scored else None
+
+    return in_turn(one, state, (x, tokens, count))
+
+
+def read_layerwise(
+    model: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"], *, scored: bool = False
+) -> tuple[StreamState, Float[Array, "N B C"] | None]:
+    """Read N chunks; the state is donated. For models in which no layer reads what another one remembers."""
+    ends, layers = without_layers(model), list(state.layers)
+    standing = dataclasses.replace(state, layers=())
+    x, places = embedded(ends, standing, tokens, count)
+    for i, cache in enumerate(state.caches):
+        block, row = model.layer_and_row(i)
+        x, layers[i] = layer_over(block, row, x, layers[i], places, cache, state.span, state.implementation)
+    standing, nats = finished(ends, standing, x, tokens, count, scored)
+    return dataclasses.replace(standing, layers=tuple(layers)), nats
