@@ -109,7 +109,12 @@ def finished(
 
 
 def read_layerwise(
-    model: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"], *, scored: bool = False
+    model: Decoder,
+    state: StreamState,
+    tokens: Int32[Array, "N B C"],
+    count: Int32[Array, "N B"],
+    *,
+    scored: bool = False,
 ) -> tuple[StreamState, Float[Array, "N B C"] | None]:
     """Read N chunks; the state is donated. For models in which no layer reads what another one remembers."""
     ends, layers = without_layers(model), list(state.layers)
