@@ -26,7 +26,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from streamjax.commands.shell.runner import Stopped, require_device, run_command
+from streamjax.commands.shell.runner import Stopped, complain, require_device, run_command
+from streamjax.parallel.multiprocess import LOST, exit_without_others, join_processes
 from streamjax.training import RunStopped, TrainConfig, apply_overrides, describe, train
 
 _PREFIX = "--config."
@@ -73,6 +74,11 @@ def body(values: flags.FlagValues, overrides: Overrides) -> None:
         train(config, values.workdir, resume_from=values.resume_from)
     except RunStopped as stopped:
         raise Stopped(stopped.exit_code, str(stopped)) from stopped
+    except Exception as error:
+        if jax.process_count() == 1 or values.traceback:
+            raise
+        complain(ValueError(f"{LOST} ({error})") if isinstance(error, jax.errors.JaxRuntimeError) else error)
+        exit_without_others(1)
     print(f"done; the model is in {Path(values.workdir) / 'model'}")
 
 
@@ -117,7 +123,7 @@ def _kind(error: BaseException) -> str:
 
 def _join_processes() -> None:
     try:
-        jax.distributed.initialize()
+        join_processes()
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"--distributed: {error} It is for the processes of a TPU pod, Slurm or another cluster that JAX knows"
