@@ -24,8 +24,7 @@ def join_processes() -> None:
     Raises:
       ValueError, RuntimeError: no cluster that JAX knows, or no connection.
     """
-    seconds = {f"{name}_timeout_seconds": HEARTBEAT_SECONDS for name in ("heartbeat", "shutdown")}
-    jax.distributed.initialize(**seconds)
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS)
 
 
 def exit_without_others(status: int) -> NoReturn:
