@@ -18,7 +18,9 @@ from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial
 
 
-def read_text(name: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], float]:
+def read_text(
+    name: str, tokenizer: Tokenizer, limit: int | None, parse_special: bool = False
+) -> tuple[list[int], float]:
     """The ids of a text, at most `limit`, and how many bytes one is on average."""
     if name == BUILTIN:
         data = corpus_text("test").encode()
@@ -27,7 +29,7 @@ def read_text(name: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[
         if path.exists():
             require_file(path)
         data = path.read_bytes()
-    encoder = StreamEncoder(tokenizer, name)
+    encoder = StreamEncoder(tokenizer, name, parse_special=parse_special)
     ids = encoder.push(data) + encoder.finish()
     if not ids:
         raise ValueError(f"{name} is empty: there is nothing to read")

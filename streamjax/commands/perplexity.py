@@ -18,7 +18,7 @@ from absl import flags
 import streamjax as sj
 from streamjax.commands import comparison
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.flags.model import define_model, define_parse_special, load_model
 from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.commands.shell.outputs import write_json
 from streamjax.commands.shell.runner import run_command
@@ -30,6 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", BUILTIN, "A text file; builtin is held-out text that comes with Python.",
                         flag_values=values)  # fmt: skip
     define_model(values)
+    define_parse_special(values)
     flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {CACHE_HELP}",
                               flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
@@ -44,7 +45,7 @@ def define(values: flags.FlagValues) -> None:
 def body(values: flags.FlagValues) -> None:
     model, tokenizer = load_model(values, values.cache)
     trained = model.config.max_position
-    ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens)
+    ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens, values.parse_special)
     capacity = min(values.dense_capacity or 8 * trained, len(ids) + 1)
     memory = None if values.dense_memory is None else values.dense_memory * 1e9
     capacity = comparison.dense_capacity(model, capacity, memory)

@@ -27,7 +27,7 @@ from absl import flags
 
 import streamjax as sj
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, describe, load_model
+from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
 from streamjax.commands.shell.inputs import open_input
 from streamjax.commands.shell.outputs import check_outputs, check_saved_stream, write_json
 from streamjax.commands.shell.progress import progress_bar
@@ -43,6 +43,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", "-", "A text file; - is standard input, builtin is held-out text that comes with "
                         "Python.", flag_values=values)  # fmt: skip
     define_model(values)
+    define_parse_special(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do with bytes that are not UTF-8: end with "
@@ -198,7 +199,13 @@ def body(values: flags.FlagValues) -> None:
     if values.load_state:
         session.load(Path(values.load_state).expanduser())
     print(describe(values.model, model, cache, session), file=sys.stderr)
-    encoder = StreamEncoder(tokenizer, "standard input" if values.input == "-" else values.input, values.errors)
+    encoder = StreamEncoder(
+        tokenizer,
+        "standard input" if values.input == "-" else values.input,
+        values.errors,
+        continues=session.has_text,
+        parse_special=values.parse_special,
+    )
     reader = Reader(session, encoder)
     ended, status = "", 0
     failures: list[Exception] = []

@@ -47,6 +47,14 @@ def define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("chunk_size", 512, "Tokens read in one step.", lower_bound=1, flag_values=values)
 
 
+def define_parse_special(values: flags.FlagValues) -> None:
+    """The flag that says what special tokens in a text are."""
+    flags.DEFINE_bool(
+        "parse_special", False, "Whether special tokens that are written out in a text, such as <|im_end|>, are those "
+        "tokens; otherwise they are text.", flag_values=values,
+    )  # fmt: skip
+
+
 def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj.Decoder, Tokenizer]:
     """The model and the tokenizer that the flags name; mistakes in `caches` come to light before anything is read."""
     for cache in caches:

@@ -5,12 +5,13 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from streamjax.data import ByteTokenizer, HFTokenizer
 from streamjax.evaluation import StreamEncoder
+from tests.data.conftest import KINDS
 
 TEXT = "Straße\n\n  def f(x):\n\treturn x\n東京都\r\nthe end, the end,\n\n\n" * 3 + "and more"
 
@@ -68,14 +69,66 @@ def test_pieces_give_the_ids_of_the_whole(kind, request):
     check()
 
 
-def test_lines_come_out_when_they_are_complete():
+PIECES = [
+    "one",
+    " two",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    ".",
+    "é",
+    "東京",
+    "。",
+    "\u0301",
+    "1234567",
+    "😀",
+    "====",
+    "</s>",
+    "<tool>",
+]
+PIECES += [" <|l|>", "<|r|> ", "<|l|", "</", "The quick brown", " fox"]
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_do_not_depend_on_how_the_text_comes(kind, parse_special, tokenizer_folders):
+    """Line ends, runs of white space, characters of several tokens, special tokens that take white space."""
+    tokenizer = HFTokenizer(tokenizer_folders[kind])
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(st.sampled_from(PIECES), max_size=60).map("".join),
+        st.lists(st.integers(0, 300), max_size=9),
+        st.booleans(),
+    )
+    def check(text, cuts, continues):
+        data = text.encode()
+        ids, encoder = encode(tokenizer, data, cuts, continues=continues, parse_special=parse_special)
+        assert ids == tokenizer.encode(text, continues=continues, parse_special=parse_special)
+        assert encoder.text_bytes == len(data)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_comes_out_as_it_comes_in(kind, tokenizer_folders):
+    """Little is held back, of lines, of words and of a script without spaces."""
+    tokenizer = HFTokenizer(tokenizer_folders[kind])
+    for text in (TEXT * 9, "The quick brown fox jumps over the lazy dog. " * 30):
+        encoder, ids, held = StreamEncoder(tokenizer), [], 0
+        for start in range(0, len(text.encode()), 7):
+            ids += encoder.push(text.encode()[start : start + 7])
+            held = max(held, start + 7 - encoder.text_bytes)
+        assert ids + encoder.finish() == tokenizer.encode(text)
+        assert held < 400 or kind == "over_words"
+
+
+def test_a_byte_tokenizer_holds_nothing_but_a_step():
     encoder = StreamEncoder(ByteTokenizer())
-    assert bytes(encoder.push(b"one\ntwo\nth")) == b"one\ntwo\n"
-    assert encoder.push(b"ree") == []
-    assert bytes(encoder.push(b"\n")) == b""  # white space may follow
-    assert bytes(encoder.push(b"four")) == b"three\n"
-    assert encoder.text_bytes == 14
-    assert bytes(encoder.finish()) == b"four"
+    assert bytes(encoder.push(b"one\ntwo\nthree four five six seven")) == b"one\ntwo\nthree four five six seven"
+    assert encoder.push(b"ei") == []
+    assert bytes(encoder.finish()) == b"ei"
 
 
 def test_a_text_without_lines_does_not_wait_for_ever():
