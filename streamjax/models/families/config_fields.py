@@ -26,9 +26,12 @@ _HARMLESS = """
 bookkeeping:
   _name_or_path _commit_hash architectures auto_map dtype id2label label2id model_type problem_type torch_dtype
   transformers_version unsloth_version unsloth_fixed init_device task_specific_params tokenizer_class
+  _model_name_or_path _from_model_config _post_init_done base_model_name_or_path is_llama_config transformers.js_config
+  unk_token_id mask_token_id cls_token_id model_max_length tokenizer_model_max_length max_sequence_length seq_length
 what a forward pass returns or keeps, and how it is computed:
   _attn_implementation _attn_implementation_autoset attn_implementation chunk_size_feed_forward output_attentions
   output_hidden_states output_scores return_dict return_dict_in_generate use_cache use_return_dict cache_implementation
+  _attn_implementation_internal _experts_implementation_internal _output_attentions use_flash_attn use_flash_attention_2
   pretraining_tp gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss
 training, dropout and the initial weights:
   attention_dropout attn_pdrop classifier_dropout emb_pdrop embd_pdrop hidden_dropout hidden_dropout_prob
@@ -39,6 +42,8 @@ generation:
   min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences prefix remove_invalid_values
   repetition_penalty sep_token_id suppress_tokens temperature top_k top_p typical_p decoder_start_token_id pad_token_id
   bos_token_id eos_token_id
+  epsilon_cutoff eta_cutoff force_words_ids guidance_scale max_new_tokens min_new_tokens min_p penalty_alpha
+  renormalize_logits stop_strings
 """
 HARMLESS = frozenset(name for line in _HARMLESS.splitlines() if not line.endswith(":") for name in line.split())
 MISSING: Any = object()

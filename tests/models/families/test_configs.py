@@ -112,6 +112,26 @@ def test_numbers_that_cannot_be_meant_are_refused(family):
             assert len(said) < 700
 
 
+@pytest.mark.parametrize("name", BY_FAMILY)
+def test_what_transformers_writes_beside_the_architecture_is_no_news(name):
+    """Its own bookkeeping, with every default written out, and what SmolLM2, Unsloth and transformers.js add."""
+    plain = hf.PretrainedConfig()
+    written = {**plain.__dict__, **plain.to_dict(), **json.loads(plain.to_json_string(use_diff=False))}
+    written |= {"_model_name_or_path": "a run", "unk_token_id": 0, "is_llama_config": True, "unsloth_version": "2025.1"}
+    written |= {
+        "transformers.js_config": {"dtype": "q4"},
+        "use_cache": True,
+        "dtype": "bfloat16",
+        "torch_dtype": "float32",
+    }
+    known = {"vocab_size", "architectures", "model_type", "tie_word_embeddings", *BY_FAMILY[name]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_config({**{key: value for key, value in written.items() if key not in known}, **BY_FAMILY[name]})
+    with pytest.warns(UserWarning, match="config.json has fields that streamjax does not know: attention_twist"):
+        read_config({**BY_FAMILY[name], "attention_twist": 0.5})
+
+
 REFUSED = {
     "quantised": ("llama-3.1-8b", {"quantization_config": {"bits": 4}}, "quantization_config"),
     "partial rotary": ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
