@@ -63,7 +63,7 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
     tensors = _renamed(family, stored)
     dtype = jnp.dtype(dtype or default_dtype())
     model = jax.eval_shape(partial(Decoder, config, dtype=dtype, scan_layers=scan_layers), jax.random.key(0))
-    slots = _slots(model, family)
+    slots = parameter_slots(model, family)
     _check(folder, family, config, tensors, slots)
     check_manifest(folder)
     values = [_load(slot, tensors, dtype, mesh) for slot in slots]
@@ -89,11 +89,11 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
     values = write_config(model.config)
     values["torch_dtype"] = str(model.embedding[...].dtype)
     pending: dict[str, list[PendingTensor]] = {}
-    for slot in _slots(model, FAMILIES[model.config.family]):
+    for slot in parameter_slots(model, FAMILIES[model.config.family]):
         dtype = np.dtype(slot.parameter.get_value().dtype)
         for row, sources in enumerate(slot.sources):
             for source in sources:
-                export = partial(_export, slot, row, source)
+                export = partial(export_tensor, slot, row, source)
                 tensor = PendingTensor(source.name, source.shape(slot.shape), dtype, export)
                 pending.setdefault(source.name, []).append(tensor)
     with replaced_model(path, values) as folder:
@@ -122,7 +122,7 @@ def _read_folder(folder: Path) -> tuple[Family, ModelConfig, Tensors]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slot:
+class Slot:
     """A parameter of a decoder and the checkpoint tensors that hold it: one tuple, or one a layer of a stack."""
 
     name: str
@@ -137,7 +137,7 @@ class _Slot:
         return full[1:] if self.stacked else full
 
 
-def _slots(model: Decoder, family: Family) -> list[_Slot]:
+def parameter_slots(model: Decoder, family: Family) -> list[Slot]:
     """Every parameter of the model, in the order of its leaves."""
     table = family.tensors(model.config)
     leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
@@ -146,7 +146,7 @@ def _slots(model: Decoder, family: Family) -> list[_Slot]:
         name = jax.tree_util.keystr(path)[1:]
         place = re.fullmatch(r"(stack|layers)\[(\d+)\]\.(.*)", name)
         if place is None:
-            slots.append(_Slot(name, parameter, False, (table[name],)))
+            slots.append(Slot(name, parameter, False, (table[name],)))
             continue
         stacked, position = place[1] == "stack", int(place[2])
         first, step = (position, len(model.stack)) if stacked else (position + model.stacked_layers, 1)
@@ -155,7 +155,7 @@ def _slots(model: Decoder, family: Family) -> list[_Slot]:
             tuple(dataclasses.replace(s, name=s.name.format(layer=layer)) for s in table[f"layers.{place[3]}"])
             for layer in layers
         )
-        slots.append(_Slot(name, parameter, stacked, sources))
+        slots.append(Slot(name, parameter, stacked, sources))
     return slots
 
 
@@ -171,7 +171,7 @@ def _renamed(family: Family, tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _check(folder: Path, family: Family, config: ModelConfig, tensors: Tensors, slots: Sequence[_Slot]) -> None:
+def _check(folder: Path, family: Family, config: ModelConfig, tensors: Tensors, slots: Sequence[Slot]) -> None:
     """Refuse a checkpoint whose tensors are not exactly the ones that the model needs."""
     expected: dict[str, tuple[int, ...]] = {}
     for slot in slots:
@@ -212,7 +212,7 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
     )
 
 
-def _load(slot: _Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+def _load(slot: Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
     """One parameter on its devices."""
     axes, shape = slot.parameter.get_metadata("axes"), slot.shape
     sharding = None if mesh is None else NamedSharding(mesh, partition_spec(axes, shape, mesh))
@@ -291,7 +291,7 @@ def _copy(into: np.ndarray, view: np.ndarray) -> None:
         into[place] = view[place]
 
 
-def _export(slot: _Slot, row: int, source: Source) -> np.ndarray:
+def export_tensor(slot: Slot, row: int, source: Source) -> np.ndarray:
     """What a checkpoint tensor (or its rows) holds of a parameter."""
     value = slot.parameter.get_value()[row] if slot.stacked else slot.parameter.get_value()
     return rearrange(np.asarray(value[source.index()]), source.inverse)

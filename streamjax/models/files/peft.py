@@ -2,16 +2,20 @@
 
 PEFT puts an adapter beside a module of a Hugging Face model and names its factors after it:
 `base_model.model.MODULE.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank]. Where one module holds several
-targets (`lora_modules.py`), their adapters become one, of the ranks' sum: the A's on top of each other, the B's along a
+targets (`peft_modules.py`), their adapters become one, of the ranks' sum: the A's on top of each other, the B's along a
 diagonal of blocks. The file's metadata say how to take it apart again; without them, as PEFT trains it, it is read as
-one adapter on each of the targets, with the same A.
+one adapter on each of the targets, with the same A. A target has one rank in all layers here: what has less, or no
+adapter in some layers, is filled up with zeros.
+
+What an adapter beside a projection cannot express becomes a change of the base's weights (`base_changes.py`): DoRA,
+adapters on embedding and head, modules that were trained whole, biases.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,9 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamjax.checkpoints import check_manifest, parse_json, read_json, replaced_folder, whole
+from streamjax.checkpoints import check_manifest, parse_json, replaced_folder, whole
 from streamjax.models.decoder import Decoder
 from streamjax.models.families import FAMILIES
+from streamjax.models.files.base_changes import Change, change_tensors, tensor_shapes, untie
+from streamjax.models.files.peft_config import CONFIG, AdapterConfig, adapter_config, read_adapter_config
 from streamjax.models.files.peft_modules import Part, modules, rows_of
 from streamjax.models.files.safetensors_files import (
     PendingTensor,
@@ -34,18 +40,24 @@ from streamjax.models.files.safetensors_files import (
     write_file,
 )
 from streamjax.models.lora.adapters import Adapter
-from streamjax.models.lora.attaching import Shape, adapter_dtype, adapter_of, attach, ranks_of
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_SPLIT = "streamjax.split"  # metadata: module -> [[target, rank], ...], where a module holds several targets
-_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# Fields of adapter_config.json that mean another computation, unless they are empty.
-_OTHER_METHODS = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication", "arrow_config"),
-    *("kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
+from streamjax.models.lora.attaching import (
+    Factors,
+    Ranks,
+    Shape,
+    adapter_dtype,
+    adapter_of,
+    attach,
+    ranks_of,
+    refuse_adapters,
 )
-_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # all others change the base's weights too
+
+WEIGHTS = "adapter_model.safetensors"
+_SPLIT = "streamjax.split"  # metadata: module -> [[target, rank], ...], where a module holds several targets
+_FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
+_WHOLE = re.compile(r"(.+)\.(weight|bias)")
+_log = logging.getLogger(__name__)
 Split = Mapping[str, Sequence[tuple[str, int]]]
+Tensors = dict[tuple[str, str], StoredTensor]  # by module, and what it is of it: "A", "B", "weight", ...
 
 
 def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None:
@@ -86,7 +98,7 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
             tensors.append(PendingTensor(f"{name}.lora_B.weight", (rows, rank), dtype, b))
     with replaced_folder(path, (CONFIG, WEIGHTS, f"{WEIGHTS}.partial").__contains__) as folder:
         write_file(folder / WEIGHTS, tensors, {_SPLIT: json.dumps(split)} if split else None)
-        (folder / CONFIG).write_text(json.dumps(_config(about, base), indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(adapter_config(about, base), indent=2) + "\n", encoding="utf-8")
 
 
 def load_lora(model: Decoder, path: str | Path) -> Decoder:
@@ -96,41 +108,153 @@ def load_lora(model: Decoder, path: str | Path) -> Decoder:
       model: the base, without adapters, in either layout.
       path: folder with adapter_config.json and adapter_model.safetensors.
 
-    Adapters are float32 (float64 for a float64 model), and lie on the mesh that the model lies on.
+    Adapters are float32 (float64 for a float64 model), and lie on the mesh that the model lies on. DoRA (2402.09353),
+    adapters on the embedding or the head, modules that were trained whole (`modules_to_save`) and biases are merged
+    into the weights, in their dtype, which the log tells; a head that was tied to the embedding gets its own then.
 
     Raises:
       ValueError: one line that names the file, and the tensor or field, that is missing, damaged, made for another base
-        model, or of a method that is not plain LoRA.
+        model, or of a method that is not implemented.
     """
+    refuse_adapters(model)
     folder = whole(path)
-    values, file = _read_config(folder / CONFIG), folder / WEIGHTS
+    config, file = read_adapter_config(folder / CONFIG), folder / WEIGHTS
     if not file.exists():
         raise ValueError(f"{file}: this file is missing; adapters in pickle files (*.bin) are not read")
-    tensors = _by_module(model, file)
+    tensors, changes = _by_module(model, file), dict[str, Change]()
+    found = _beside_projections(model, config, file, tensors, changes)
+    untied = _whole_modules(model, config, file, tensors, changes)
+    if tensors:
+        name = next(iter(tensors.values())).name
+        raise ValueError(f"{file}: tensor {name!r} has no place in this {model.config.family} model: another base?")
+    if not found and not changes:
+        raise ValueError(f"{file}: there are no adapters in it")
+    check_manifest(folder)
+    if changes:
+        _log.info("%s: merged into the weights: %s", folder, ", ".join(_in_short(changes)))
+        model = change_tensors(untie(model) if untied else model, changes)
+    return attach(model, *_filled_up(found, adapter_dtype(model))) if found else model
+
+
+def _beside_projections(
+    model: Decoder, config: AdapterConfig, file: Path, tensors: Tensors, changes: dict[str, Change]
+) -> dict[str, dict[int, _Stored]]:
+    """The adapters on projections, by target and layer; those with magnitudes become changes of the weights."""
     split = _read_split(file)
-    found: dict[str, list[_Stored]] = {}  # target -> one a layer
+    found: dict[str, dict[int, _Stored]] = {}
     for template, parts in modules(model).items():
         names = [template.format(layer=layer) for layer in range(model.config.num_layers)]
         if not any((name, factor) in tensors for name in names for factor in "AB"):
             continue
-        for name in names:
-            rank, scale = _rank_and_scale(folder / CONFIG, values, name)
+        for layer, name in enumerate(names):
+            if (name, "A") not in tensors and (name, "B") not in tensors:
+                if config.demands(name):
+                    raise ValueError(f"{file}: lora_A of {name} is missing: {CONFIG} says that it has an adapter")
+                continue
+            rank, scale = config.rank_and_scale(name)
             a = _take(file, tensors, name, "A", (rank, parts[0].width))
             b = _take(file, tensors, name, "B", (rows_of(parts), rank))
+            if config.dora:
+                magnitude = _take(file, tensors, name, "magnitude_vector", (rows_of(parts),))
+                changes[f"{name}.weight"] = partial(_decomposed, a, b, scale, magnitude)
+                continue
             for part, columns in _columns(file, parts, split.get(template.rpartition(".")[2]), rank):
-                found.setdefault(part.target, []).append(_Stored(part, a, b, columns, scale))
-    if tensors:
-        name = next(iter(tensors.values())).name
-        raise ValueError(f"{file}: tensor {name!r} has no place in this {model.config.family} model: another base?")
-    if not found:
-        raise ValueError(f"{file}: there are no adapters in it")
-    ranks = {target: _shared_rank(stored) for target, stored in found.items()}
-    check_manifest(folder)
+                found.setdefault(part.target, {})[layer] = _Stored(part, a, b, columns, scale)
+    return found
+
+
+def _whole_modules(
+    model: Decoder, config: AdapterConfig, file: Path, tensors: Tensors, changes: dict[str, Change]
+) -> bool:
+    """What changes the embedding, the head and whole modules; whether the head stops being the embedding's."""
+    table, shapes = FAMILIES[model.config.family].tensors(model.config), tensor_shapes(model)
+    ends = {end: table[end][0].name for end in ("embedding", "head")}
+    shapes.setdefault(ends["head"], shapes[ends["embedding"]])
+    embedding, head = (ends[end].removesuffix(".weight") for end in ends)
+    vocab, width = shapes[ends["embedding"]]
+    saved = {}  # PEFT writes the base's embedding and head along where there is an adapter on them
+    for module, kind in [key for key in tensors if key[1] in ("weight", "bias") and ".".join(key) in shapes]:
+        name = f"{module}.{kind}"
+        saved[name] = _take(file, tensors, module, kind, shapes[name])
+        changes[name] = partial(_replaced, saved[name], changes.get(name))
+    adapted = False
+    if (head, "A") in tensors or (head, "B") in tensors:
+        rank, scale = config.rank_and_scale(head)
+        a, b = _take(file, tensors, head, "A", (rank, width)), _take(file, tensors, head, "B", (vocab, rank))
+        magnitude = _take(file, tensors, head, "magnitude_vector", (vocab,)) if config.dora else None
+        changes[ends["head"]] = partial(_decomposed, a, b, scale, magnitude, before=changes.get(ends["head"]))
+        adapted = True
+    if (embedding, "embedding_A") in tensors or (embedding, "embedding_B") in tensors:
+        if config.dora:
+            raise ValueError(f"{file}: use_dora on {embedding}, an embedding, is not implemented")
+        rank, scale = config.rank_and_scale(embedding)
+        a = _take(file, tensors, embedding, "embedding_A", (rank, vocab))
+        b = _take(file, tensors, embedding, "embedding_B", (width, rank))
+        changes[ends["embedding"]] = partial(_looked_up, a, b, scale, before=changes.get(ends["embedding"]))
+        adapted = True
+    if not model.config.tie_embeddings or not changes.keys() & set(ends.values()):
+        return False
+    both = [saved[name].read(np.float32) for name in ends.values() if name in saved]
+    if adapted or (len(both) == 2 and not np.array_equal(both[0], both[1])):
+        return True
+    if len(both) == 2:
+        del changes[ends["head"]]
+        return False
+    return ends["head"] in saved or config.saves_whole(embedding)
+
+
+def _decomposed(
+    a: StoredTensor,
+    b: StoredTensor,
+    scale: float,
+    magnitude: StoredTensor | None,
+    weight: np.ndarray,
+    before: Change | None = None,
+) -> np.ndarray:
+    """Weights [out, in] with LoRA's change; with magnitudes, rows of that length in its direction (DoRA)."""
+    weight = weight if before is None else before(weight)
+    changed = weight + scale * (b.read(np.float32) @ a.read(np.float32))
+    if magnitude is None:
+        return changed
+    return magnitude.read(np.float32)[:, None] * changed / np.linalg.norm(changed, axis=1, keepdims=True)
+
+
+def _looked_up(
+    a: StoredTensor, b: StoredTensor, scale: float, weight: np.ndarray, before: Change | None = None
+) -> np.ndarray:
+    """An embedding [vocabulary, width] with LoRA's change."""
+    weight = weight if before is None else before(weight)
+    return weight + scale * (b.read(np.float32) @ a.read(np.float32)).T
+
+
+def _replaced(stored: StoredTensor, behind: Change | None, weight: np.ndarray) -> np.ndarray:
+    """The stored values, and what an adapter makes of them."""
+    return stored.read(np.float32) if behind is None else behind(stored.read(np.float32))
+
+
+def _in_short(changes: Mapping[str, Change]) -> list[str]:
+    """Names of tensors without their layers, each once."""
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in changes})
+
+
+def _filled_up(found: Mapping[str, Mapping[int, _Stored]], dtype: Any) -> tuple[Ranks, Factors]:
+    """One rank and alpha for each target, and its factors in each layer, with zeros where a layer has less."""
+    widest = {target: max(layers.values(), key=lambda stored: stored.rank) for target, layers in found.items()}
 
     def factors(target: str, layer: int, a: Shape, b: Shape) -> tuple[jax.Array, jax.Array]:
-        return found[target][layer].read(adapter_dtype(model))
+        stored = found[target].get(layer)
+        if stored is None:
+            return jnp.zeros(a, dtype), jnp.zeros(b, dtype)
+        own_a, own_b = stored.read(dtype)
+        scale = widest[target].scale
+        own_b = own_b if stored.scale == scale else own_b * (stored.scale / scale)
+        room = a[-1] - stored.rank
+        return (
+            jnp.pad(own_a, [(0, 0)] * (own_a.ndim - 1) + [(0, room)]),
+            jnp.pad(own_b, [(0, room)] + [(0, 0)] * (own_b.ndim - 1)),
+        )
 
-    return attach(model, ranks, factors)
+    return {target: (stored.rank, stored.scale * stored.rank) for target, stored in widest.items()}, factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,53 +291,13 @@ class _Stored:
     scale: float
 
     @property
-    def rank_and_alpha(self) -> tuple[int, float]:
-        rank = self.columns[1] - self.columns[0]
-        return rank, self.scale * rank
+    def rank(self) -> int:
+        return self.columns[1] - self.columns[0]
 
     def read(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The factors as the model has them."""
         a, b = self.a.read()[slice(*self.columns)], self.b.read()[:, slice(*self.columns)]
         return jnp.asarray(self.part.read_a(a), dtype), jnp.asarray(self.part.read_b(b), dtype)
-
-
-def _config(about: Mapping[str, tuple[int, float]], base: str | None) -> dict[str, Any]:
-    """adapter_config.json of modules with these ranks and alphas."""
-    about = {module: (rank, int(alpha) if alpha == int(alpha) else alpha) for module, (rank, alpha) in about.items()}
-    rank, alpha = next(iter(about.values()))
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(about),
-        "rank_pattern": {module: r for module, (r, _) in about.items() if r != rank},
-        "alpha_pattern": {module: a for module, (_, a) in about.items() if a != alpha},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_dora": False,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """adapter_config.json, if it is plain LoRA."""
-    values = read_json(file)
-    if values.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r}; only 'LORA' is read")
-    for name in _OTHER_METHODS:
-        if values.get(name):
-            raise ValueError(f"{file}: field {name!r} is {values[name]!r}, which is not implemented")
-    if values.get("bias", "none") != "none":
-        raise ValueError(f"{file}: field 'bias' is {values['bias']!r}; only adapters without trained biases are read")
-    if values.get("init_lora_weights") not in _INITS:
-        method = values["init_lora_weights"]
-        raise ValueError(f"{file}: init_lora_weights {method!r} changes the base model too: convert it with PEFT first")
-    return values
 
 
 def _read_split(file: Path) -> Split:
@@ -227,41 +311,30 @@ def _read_split(file: Path) -> Split:
         raise ValueError(f"{file}: its metadata field {_SPLIT!r} is damaged: {text[:80]!r}") from None
 
 
-def _rank_and_scale(file: Path, values: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """What adapter_config.json says of a module."""
-
-    def number(field: str, patterns: str) -> float:
-        special = values.get(patterns) or {}
-        key = next((key for key in special if re.fullmatch(rf"(.*\.)?({key})", module)), None)
-        name, value = (field, values.get(field)) if key is None else (patterns, special[key])
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{file}: field {name!r} has {value!r} for {module}: a positive number is needed")
-        return value
-
-    rank, alpha = int(number("r", "rank_pattern")), number("lora_alpha", "alpha_pattern")
-    return rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-
-
-def _by_module(model: Decoder, file: Path) -> dict[tuple[str, str], StoredTensor]:
-    """A file's tensors by module, as the family's table names it, and factor, "A" or "B"."""
-    found: dict[tuple[str, str], StoredTensor] = {}
+def _by_module(model: Decoder, file: Path) -> Tensors:
+    """A file's tensors by module, as the family's table names it, and what they are of it."""
+    found: Tensors = {}
     for tensor in read_header(file):
-        match = _NAME.fullmatch(tensor.name)
+        name = tensor.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+        match = _FACTOR.fullmatch(name) or _WHOLE.fullmatch(name)
         if match is None:
-            raise ValueError(f"{file}: tensor {tensor.name!r} is no factor of a LoRA adapter on a projection")
+            raise ValueError(f"{file}: tensor {tensor.name!r} is no part of a LoRA adapter")
         name = f"{match[1]}.weight"
         for pattern, replacement in FAMILIES[model.config.family].renames:
             name = re.sub(pattern, replacement, name)
-        found[name.removesuffix(".weight"), match[2]] = tensor
+        name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)  # the text part of a larger model
+        key = name.removesuffix(".weight"), match[2]
+        if key in found:
+            raise ValueError(f"{file}: tensors {tensor.name!r} and {found[key].name!r} are for the same place")
+        found[key] = tensor
     return found
 
 
-def _take(
-    file: Path, tensors: dict[tuple[str, str], StoredTensor], module: str, factor: str, shape: Shape
-) -> StoredTensor:
-    if (module, factor) not in tensors:
-        raise ValueError(f"{file}: lora_{factor} of {module} is missing: a target needs its adapter in every layer")
-    tensor = tensors.pop((module, factor))
+def _take(file: Path, tensors: Tensors, module: str, kind: str, shape: Shape) -> StoredTensor:
+    if (module, kind) not in tensors:
+        raise ValueError(f"{file}: lora_{kind} of {module} is missing: a file that was cut, or another base?")
+    tensor = tensors.pop((module, kind))
     if tensor.shape != shape:
         wrong = f"has shape {list(tensor.shape)}; this base model and {CONFIG} ask for {list(shape)}"
         raise ValueError(f"{file}: tensor {tensor.name!r} {wrong}")
@@ -282,13 +355,3 @@ def _columns(
     if len(found) != len(split) or start != rank:
         raise ValueError(f"{file}: its metadata split {rank} ranks into {split!r}, which does not fit this base model")
     return found
-
-
-def _shared_rank(stored: Sequence[_Stored]) -> tuple[int, float]:
-    """Rank and alpha of a target, the same in all layers."""
-    first = stored[0]
-    for other in stored:
-        if other.rank_and_alpha != first.rank_and_alpha:
-            differ = f"tensors {first.a.name!r} and {other.a.name!r} differ in rank or alpha"
-            raise ValueError(f"{first.a.file}: {differ}; a target's must be the same in every layer")
-    return first.rank_and_alpha

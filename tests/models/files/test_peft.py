@@ -160,6 +160,7 @@ def folder(tmp_path):
 
 def test_ranks_and_alphas_by_patterns(folder):
     base, path = folder
+    (path / "checksums.json").unlink()
     patterns = {"rank_pattern": {"q_proj": 3, "mlp.down_proj": 3}, "alpha_pattern": {r"layers\.\d+\..*q_proj": 9}}
     transformers_peers.edit_json(path / CONFIG, r=8, lora_alpha=7, **patterns)
     assert ranks_of(sj.load_lora(base, path)) == {"q": (3, 9.0), "down": (3, 7.0)}
@@ -172,6 +173,7 @@ def resized(base, **sizes):
 
 def test_what_is_refused(folder, tmp_path):
     base, path = folder
+    (path / "checksums.json").unlink()
     weights, config = (path / WEIGHTS).read_bytes(), (path / CONFIG).read_text()
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
 
@@ -182,13 +184,18 @@ def test_what_is_refused(folder, tmp_path):
 
     for changes, message in (
         ({"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3'; only 'LORA' is read"),
-        ({"use_dora": True}, "field 'use_dora' is True, which is not implemented"),
-        ({"modules_to_save": ["lm_head"]}, r"field 'modules_to_save' is \['lm_head'\], which is not implemented"),
-        ({"bias": "all"}, "field 'bias' is 'all'; only adapters without trained biases are read"),
+        ({"use_dora": True}, "lora_magnitude_vector of model.layers.0.self_attn.q_proj is missing"),
+        ({"use_qalora": True}, "field 'use_qalora' is True, which is not implemented"),
+        ({"trainable_token_indices": [3]}, r"field 'trainable_token_indices' is \[3\], which is not implemented"),
+        ({"bias": "some"}, "field 'bias' is 'some'; it must be 'none', 'all' or 'lora_only'"),
+        ({"modules_to_save": 3}, "field 'modules_to_save' is 3; a list of str is expected"),
+        ({"layers_to_transform": ["1"]}, r"field 'layers_to_transform' is \['1'\]; a list of int is expected"),
+        ({"r": 2.5}, "the rank of model.layers.0.self_attn.q_proj is 2.5: a whole number is needed"),
+        ({"rank_pattern": {"(((": 3}}, r"field 'rank_pattern': the pattern '\(\(\(' cannot be used: a bracket is not"),
+        ({"rank_pattern": {r"(([a-z0-9_.])*)*X": 3}}, "field 'rank_pattern': .* a repetition within a repetition"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base model too: convert it"),
         ({"r": None}, "field 'r' has None for model.layers.0.self_attn.q_proj: a positive number is needed"),
         ({"r": 4}, r"q_proj.lora_A.weight' has shape \[3, 48\]; .* ask for \[4, 48\]"),
-        ({"alpha_pattern": {"layers.1.mlp.down_proj": 1}}, "layers.1.mlp.down_proj.lora_A.weight' differ in rank or"),
     ):
         transformers_peers.edit_json(path / CONFIG, **changes)
         refused(message)
@@ -196,11 +203,15 @@ def test_what_is_refused(folder, tmp_path):
 
     tensors = load_file(path / WEIGHTS)
     save_file({key: value for key, value in tensors.items() if key != name}, path / WEIGHTS)
-    refused("lora_B of model.layers.1.mlp.down_proj is missing: a target needs its adapter in every layer")
+    refused("lora_B of model.layers.1.mlp.down_proj is missing: a file that was cut, or another base")
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": tensors[name]}, path / WEIGHTS)
-    refused("'base_model.model.lm_head.lora_A.weight' has no place in this llama model: another base")
+    refused("'base_model.model.lm_head.lora_A.weight' has shape .* ask for")
+    save_file(tensors | {"base_model.model.vision.lora_A.weight": tensors[name]}, path / WEIGHTS)
+    refused("'base_model.model.vision.lora_A.weight' has no place in this llama model: another base")
+    save_file(tensors | {"base_model.model.model.layers.0.self_attn.q_proj.lora_C": tensors[name]}, path / WEIGHTS)
+    refused("q_proj.lora_C' is no part of a LoRA adapter")
     save_file(tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": tensors[name]}, path / WEIGHTS)
-    refused("embed_tokens.lora_embedding_A' is no factor of a LoRA adapter on a projection")
+    refused("lora_embedding_A' has shape .* ask for")
     save_file({}, path / WEIGHTS)
     refused("there are no adapters in it")
     (path / WEIGHTS).write_bytes(weights[:-7])
@@ -210,7 +221,10 @@ def test_what_is_refused(folder, tmp_path):
     (path / WEIGHTS).write_bytes(weights)
 
     refused(r"down_proj.lora_A.weight' has shape \[3, 56\]; .* ask for \[3, 64\]", resized(base, mlp_dim=64))
-    refused("layers.2.self_attn.q_proj is missing: a target needs its", resized(base, num_layers=3))
+    refused(
+        "lora_A of model.layers.2.self_attn.q_proj is missing: adapter_config.json says that it has an adapter",
+        resized(base, num_layers=3),
+    )
     refused(r"layers.1.* has no place in this llama model: another base\?", resized(base, num_layers=1))
     refused(r"has no place in this gpt_neox model: another base\?", resized(base, family="gpt_neox", gated_mlp=False))
     refused("the model has LoRA adapters: merge_lora", sj.load_lora(base, path))
