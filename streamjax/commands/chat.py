@@ -22,7 +22,7 @@ from absl import flags
 import streamjax as sj
 from streamjax.checkpoints.json_files import parse_json
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, describe, load_model
+from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
 from streamjax.commands.shell.runner import Stopped, complain, run_command
 from streamjax.data.text.control_characters import escape_controls
@@ -47,6 +47,7 @@ class Quit(Exception):
 
 def define(values: flags.FlagValues) -> None:
     define_model(values)
+    define_parse_special(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_string("system", None, "Instructions that come before the conversation.", flag_values=values)
     flags.DEFINE_multi_string(
@@ -91,7 +92,13 @@ class Chat:
 
     def _new_conversation(self) -> Conversation:
         values = self._values
-        return Conversation(self.session, values.system, stop_strings(values), template_values(values.template_kwargs))
+        return Conversation(
+            self.session,
+            values.system,
+            stop_strings(values),
+            template_values(values.template_kwargs),
+            parse_special=values.parse_special,
+        )
 
     def describe(self) -> str:
         """What runs, in one line."""

@@ -10,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamjax.data.text.chat_templates import DEFAULT_TEMPLATE, encode_chat, render_chat
+from streamjax.data.text.chat_templates import ChatText, encode_chat, encode_typed, render_typed
 from streamjax.streaming.session import Session
 
 _DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user
-_TAKEN = ("template", "messages", "add_generation_prompt", "bos_token", "eos_token")  # of render_chat's arguments
+_TAKEN = (
+    "template",
+    "messages",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "parse_special",
+)  # of encode_chat's arguments
 _NEAR = 4  # tokens at the start of a turn among which the end of the answer before is looked for
 
 
@@ -26,6 +33,7 @@ class Conversation:
       system: instructions that come first, if the template takes them.
       stop: strings that end an answer, besides the model's stop tokens (`Session.stop_ids`).
       template_values: more names for the template, plain data, such as {"enable_thinking": False}.
+      parse_special: whether special tokens that a user has written out are those tokens, and not text.
 
     Raises:
       ValueError: `template_values` has a name that is not the caller's to give.
@@ -37,9 +45,11 @@ class Conversation:
         system: str | None = None,
         stop: Sequence[str] = (),
         template_values: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
     ):
         self.session = session
         self.system = system
+        self.parse_special = parse_special
         self.template_values = dict(template_values or {})
         taken = next((name for name in self.template_values if name in _TAKEN), None)
         if taken is not None:
@@ -72,34 +82,27 @@ class Conversation:
         turn = {"role": "user", "content": text}
         if self._previous is None:
             if session.tokens_seen == 0:
-                return encode_chat(tokenizer, [*opening, turn], **self.template_values)
-            return tokenizer.encode(self._render([*opening, turn]))
+                messages = [*opening, turn]
+                return encode_chat(tokenizer, messages, parse_special=self.parse_special, **self.template_values)
+            return encode_typed(tokenizer, self._render([*opening, turn]), continues=True)
         mark = "[answer]"
         while mark in text or mark in self._previous or mark in (self.system or ""):
             mark = f"[{mark}]"
         before = [{"role": "user", "content": self._previous}, {"role": "assistant", "content": mark}]
-        rendered = self._render([*opening, *before, turn])
+        rendered, typed = self._render([*opening, *before, turn])
         if mark not in rendered:
             raise ValueError("the chat template does not write the assistant's messages: it cannot go on with one")
         added = rendered.rpartition(mark)[2]
         stopped_by = session.stopped_by
         if isinstance(stopped_by, str):
-            return tokenizer.encode(added.removeprefix(stopped_by))
-        ids = tokenizer.encode(added)
+            return encode_typed(tokenizer, ChatText(added.removeprefix(stopped_by), typed), continues=True)
+        ids = encode_typed(tokenizer, ChatText(added, typed), continues=True)
         if stopped_by in ids[:_NEAR]:  # the stream has read the token that ended the answer
             return ids[ids.index(stopped_by) + 1 :]
         return ids
 
-    def _render(self, messages: Sequence[dict[str, str]]) -> str:
-        tokenizer = self.session.tokenizer
-        template = DEFAULT_TEMPLATE if tokenizer.chat_template is None else tokenizer.chat_template
-        return render_chat(
-            template,
-            messages,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            **self.template_values,
-        )
+    def _render(self, messages: Sequence[dict[str, str]]) -> ChatText:
+        return render_typed(self.session.tokenizer, messages, parse_special=self.parse_special, **self.template_values)
 
     def to_json_dict(self) -> dict[str, Any]:
         """What a save of the session must hold for the conversation to go on."""

@@ -132,6 +132,15 @@ class HFTokenizer:
                 return lead
         return ""
 
+    def special_spans(self, text: str) -> list[Span]:
+        """Where special tokens are written out in a text: characters [start, stop), without white space around them."""
+        found = self._encode(self._tokenizer, well_formed(text))
+        places = zip(found.ids, found.offsets, strict=True)
+        spans = [span for token, span in places if token in self._control_ids]
+        return [
+            (stop - len(text[start:stop].lstrip()), start + len(text[start:stop].rstrip())) for start, stop in spans
+        ]
+
     def tokens(self, text: str, *, behind: str = "", text_spans: Sequence[Span] = ()) -> tuple[list[int], list[Span]]:
         """Ids and their characters in `text`, which stands behind another text whose ids are left out.
 
