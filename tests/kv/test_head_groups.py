@@ -7,7 +7,7 @@ import pytest
 import streamjax as sj
 from streamjax.kv import Cascade, Full, HeadGroups, KVSpec, Pages, Sink, Window
 from streamjax.kv.head_groups import far_heads, read_gates
-from tests.kv.tiers.test_pages import FREQUENCIES, SLOPES, WIDTH, Stream, run
+from tests.kv.tier_streams import FREQUENCIES, SLOPES, WIDTH, Stream, run
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens
 
 

@@ -5,39 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.kv import Cascade, Clusters, Compensation, Full, KVSpec, KVTokens, Query, Sink, Window
+from streamjax.kv import Cascade, Clusters, Compensation, Full, Sink, Window
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
-from tests.kv.tiers.test_pages import FREQUENCIES, HEADS, KEY_HEADS, SCALE, SLOPES, WIDTH, Stream, _update, run
+from tests.kv.tier_streams import (
+    FREQUENCIES,
+    HEADS,
+    KEY_HEADS,
+    SCALE,
+    SLOPES,
+    WIDTH,
+    Stream,
+    ask,
+    by_lists,
+    filled,
+    run,
+)  # fmt: skip
 from tests.oracles.clusters import Rule, k_means
 from tests.oracles.clusters import Stream as Lists
-
-SPEC = KVSpec(1, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32))
-
-
-def by_lists(stream, rule):
-    rows = []
-    for q, k, v in zip(stream.q, stream.k, stream.v, strict=True):
-        lists = Lists(rule)
-        rows.append([lists.read(q[i], (k[i], v[i], i)) for i in range(len(q))])
-    return np.array(rows)
-
-
-def filled(tier, keys, values, spec=SPEC):
-    """The tier with [B, T, K, D] tokens stored in one chunk."""
-    length, position = keys.shape[1], jnp.arange(keys.shape[1], dtype=jnp.uint32)
-    k, v = (jnp.asarray(np.swapaxes(x, 1, 2), jnp.float32) for x in (keys, values))
-    shape = (keys.shape[0], 1, length)
-    tokens = KVTokens(k, v, k, jnp.broadcast_to(position, shape), jnp.ones(shape, bool))
-    return jax.jit(tier.store)(tier.init(spec), tokens)
-
-
-def ask(tier, state, q, *, softcap=None, valid=None):
-    """The Partial of queries [B, C, H, D] that stand far behind all that is stored."""
-    q = jnp.asarray(q, jnp.float32)
-    rows, width = q.shape[:2]
-    seen = jnp.full((rows,), 500)
-    query = Query(q, q, jnp.full((rows, width), 500, jnp.uint32), seen, None, None, SCALE, softcap, valid)
-    return jax.jit(tier.attend, static_argnums=2)(state, query, None)
 
 
 def gathered(rows, length, *, around=6, spread=0.3, seed=0):
@@ -61,10 +45,14 @@ def test_k_means_is_the_plain_one(count):
 def test_tokens_in_blocks_make_the_same_clusters(monkeypatch):
     """A segment that whole blocks do not fill, and identical keys, which have no direction from their mean."""
     keys = jnp.asarray(np.random.default_rng(2).standard_normal((1, 2, 23, 5)), jnp.float32)
-    expected = nearest_centroids(keys, 4, 3)
+
+    def nearest(keys):
+        return jax.jit(lambda keys: nearest_centroids(keys, 4, 3))(keys)  # traced anew
+
+    expected = nearest(keys)
     monkeypatch.setattr("streamjax.kv.pages.spherical_kmeans.TOKEN_BLOCK", 5)
-    np.testing.assert_array_equal(nearest_centroids(keys, 4, 3), expected)
-    np.testing.assert_array_equal(nearest_centroids(jnp.ones((1, 2, 23, 5)), 4, 3), 0)
+    np.testing.assert_array_equal(nearest(keys), expected)
+    np.testing.assert_array_equal(nearest(np.ones((1, 2, 23, 5), np.float32)), 0)
 
 
 def test_no_run_is_too_long_and_none_is_lost():
@@ -78,38 +66,17 @@ def test_no_run_is_too_long_and_none_is_lost():
     ("positions", "estimate", "softcap"),
     [("none", 0, None), ("rope", 4, None), ("alibi", 4, None), ("none", 3, 2.0)],
 )
-def test_a_stream_token_by_token(positions, estimate, softcap, monkeypatch):
+def test_a_stream_token_by_token(positions, estimate, softcap):
     """Five segments fill in a ring of three; clusters are cut; of about 15 clusters a few are read, some estimated."""
     slopes = SLOPES if positions == "alibi" else None
     frequencies = FREQUENCIES if positions == "rope" else None
-    if softcap is not None:
-        monkeypatch.setattr("tests.kv.tiers.test_pages.update", jax.jit(_capped(softcap), static_argnums=(0, 8, 9)))
     stream = gathered(2, 66)
     cascade = Cascade(Sink(2, reach=10**6), Window(3), Clusters(12, 36, 3, estimate, size=4, most=5, iterations=2))
-    found, state = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
+    found, state = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies, softcap=softcap)
     rule = Rule(KEY_HEADS, 2, 3, 12, 36, 3, estimate, 4, 5, 2, SCALE, slopes, frequencies, softcap)
-    np.testing.assert_allclose(found, by_lists(stream, rule), atol=2e-5)
+    np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
     assert state[2].closed.cursor.tolist() == [2, 2]
     assert state[2].open.filled.tolist() == [1, 1]
-
-
-def _capped(softcap):
-    def update(cascade, state, q, k, v, position, seen, valid, slopes, rotary):
-        first = [jnp.swapaxes(x, 1, 2) for x in (k, v)]
-        tokens = KVTokens(first[0], first[1], first[0], position[:, None], valid[:, None], rotary)
-        return cascade.update(state, Query(q, q, position, seen, None, rotary, SCALE, softcap, valid), tokens)
-
-    return update
-
-
-@pytest.mark.parametrize("counts", [[5, 0, 9], [40]])
-def test_with_every_cluster_read_nothing_is_missed(counts):
-    """In chunks of any widths, one that fills several segments among them, across the wrap of positions."""
-    stream, tier = Stream.drawn(2, 40, seed=1), Clusters(6, 36, 18, size=4, most=4)
-    assert tier.clusters == 18
-    found, _ = run(Cascade(Window(4), tier), stream, counts, width=max(counts), start=2**32 - 20)
-    dense, _ = run(Cascade(Full(60)), stream, [40])
-    np.testing.assert_allclose(found, dense, atol=1e-5)
 
 
 def test_what_is_stored_does_not_depend_on_the_chunks():
@@ -169,18 +136,6 @@ def test_estimates_come_from_below_and_help():
     assert error(most, 0)[0].max() < 1e-5
 
 
-def test_queries_of_a_chunk_choose_each_for_themselves():
-    stream = gathered(2, 48, seed=6)
-    tier = Clusters(24, 48, 2, 3, size=4, most=6)
-    state = filled(tier, stream.k, stream.v, KVSpec(2, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32)))
-    q = stream.q[:, :7]
-    together = ask(tier, state, q)
-    for i in range(7):
-        alone = ask(tier, state, q[:, i : i + 1])
-        np.testing.assert_allclose(together.out[:, i : i + 1], alone.out, atol=1e-6)
-        np.testing.assert_allclose(together.lse[:, i : i + 1], alone.lse, atol=1e-6)
-
-
 def test_padding_does_not_choose_for_a_block():
     stream = gathered(1, 48, seed=7)
     each, blocks = (Clusters(24, 48, 2, 3, size=4, most=6, block=block) for block in (1, 3))
@@ -189,27 +144,6 @@ def test_padding_does_not_choose_for_a_block():
     found = ask(blocks, state, q, valid=jnp.asarray(only[None]))
     expected = ask(each, state, q)
     np.testing.assert_allclose(found.out[:, only], expected.out[:, only], atol=1e-6)
-
-
-def test_gradients_of_all_that_is_read_are_dense_attentions():
-    stream = Stream.drawn(1, 12, seed=4)
-    arrays = tuple(jnp.asarray(x, jnp.float32) for x in (stream.q, stream.k, stream.v))
-
-    def loss(cascade):
-        def total(q, k, v):
-            state, parts = cascade.init(SPEC), []
-            for start in range(0, 12, 6):
-                pieces = (x[:, start : start + 6] for x in (q, k, v))
-                position = jnp.arange(start, start + 6, dtype=jnp.uint32)[None]
-                seen, valid = jnp.array([start]), jnp.ones((1, 6), bool)
-                out, state = _update(cascade, state, *pieces, position, seen, valid, None, differentiable=True)
-                parts.append(out)
-            return jnp.sum(jnp.sin(jnp.concatenate(parts, axis=1)))
-
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
-
-    for found, expected in zip(loss(Cascade(Clusters(6, 12, 8, size=3, most=2))), loss(Cascade(Full(12))), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.quick

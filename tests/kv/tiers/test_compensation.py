@@ -5,7 +5,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv import Cascade, Compensation, Full, HeadGroups, Sink, Window
-from tests.kv.tiers.test_pages import FREQUENCIES, HEADS, KEY_HEADS, SCALE, SLOPES, Stream, run
+from tests.kv.tier_streams import FREQUENCIES, HEADS, KEY_HEADS, SCALE, SLOPES, Stream, run
 from tests.oracles.pages import Rule
 from tests.streaming.tiny_models import GQA, build, random_tokens
 

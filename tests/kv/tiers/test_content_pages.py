@@ -1,7 +1,6 @@
 """Pages that end where the content does, against plain lists, and what does not depend on how a stream is cut."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,85 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamjax.attention.rotary import Rotary
 from streamjax.kv import (
     Cascade,
     Compensation,
     ContentPages,
     EndTokens,
-    Full,
     KeyChange,
     KVSpec,
     KVTokens,
     Mean,
     MinMax,
     Pages,
-    Query,
     Representative,
     Sink,
     Window,
 )
-from tests.kv.tiers.test_pages import FREQUENCIES, KEY_HEADS, SCALE, SLOPES, WIDTH, Stream
+from tests.kv.tier_streams import ENDS, FREQUENCIES, KEY_HEADS, SCALE, SLOPES, WIDTH, run, wandering
 from tests.oracles.content_pages import Rule, end_tokens, key_change
 from tests.oracles.content_pages import Stream as Lists
 from tests.oracles.pages import bounds, means
-
-ENDS = (3, 7)
-SPEC = KVSpec(2, KEY_HEADS, WIDTH, jnp.dtype(jnp.float32), 2)
-
-
-def drawn(rows=2, length=61, seed=0):
-    """A stream whose keys wander, so that some are like those before them and some are not, and ids in 0 .. 9."""
-    stream, random = Stream.drawn(rows, length, seed), np.random.default_rng(seed + 100)
-    subject = np.cumsum(random.random((rows, length)) < 0.2, axis=1)
-    subjects = random.standard_normal((rows, length + 1, KEY_HEADS, WIDTH))
-    mine = np.take_along_axis(subjects, subject[:, :, None, None], axis=1)
-    return dataclasses.replace(stream, k=mine + 0.6 * stream.k), random.integers(0, 10, (rows, length))
-
-
-def _update(cascade, state, q, k, v, ids, position, seen, valid, slopes=None, rotary=None, differentiable=False):
-    turn = (lambda x: x) if rotary is None else partial(rotary, position=position)
-    first = partial(jnp.swapaxes, axis1=1, axis2=2)
-    own = None if ids is None else ids[:, None]
-    tokens = KVTokens(first(turn(k)), first(v), first(k), position[:, None], valid[:, None], rotary, ids=own)
-    slopes = None if slopes is None else jnp.array(slopes, jnp.float32)
-    query = Query(turn(q), q, position, seen, slopes, rotary, SCALE, None, valid, differentiable)
-    return cascade.update(state, query, tokens)
-
-
-update = jax.jit(_update, static_argnums=(0, 9, 10, 11), donate_argnums=1)
-
-
-def run(cascade, stream, ids, counts, *, width, start=0, slopes=None, frequencies=None):
-    """Outputs [B, T, H, D] and the last state; chunk i holds `counts[i, row]` tokens of each row, padded to `width`.
-
-    A flat list of counts is the same for all rows. Again from the first when they run out, until all rows are read.
-    """
-    rows, length = stream.q.shape[:2]
-    rotary = None if frequencies is None else Rotary.from_frequencies(np.array(frequencies))
-    spec = dataclasses.replace(SPEC, batch_size=rows)
-    state, seen, turn = cascade.init(spec), np.zeros(rows, int), 0
-    out = np.zeros(stream.q.shape)
-    while (seen < length).any():
-        count = np.minimum(np.broadcast_to(counts[turn % len(counts)], rows), length - seen)
-        turn += 1
-        index = seen[:, None] + np.arange(width)
-        valid = np.arange(width) < count[:, None]
-
-        def piece(x, pad, index=index, valid=valid):
-            taken = np.take_along_axis(x, np.minimum(index, length - 1).reshape(*index.shape, *[1] * (x.ndim - 2)), 1)
-            return np.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), taken, pad)
-
-        arrays = (jnp.asarray(piece(x, 30.0), jnp.float32) for x in (stream.q, stream.k, stream.v))
-        found, state = update(
-            cascade, state, *arrays, jnp.asarray(piece(ids, ENDS[0]), jnp.int32),
-            jnp.asarray((index + start) % 2**32, jnp.uint32), jnp.asarray(seen, jnp.int32), jnp.asarray(valid),
-            slopes, rotary,
-        )  # fmt: skip
-        for row in range(rows):
-            out[row, seen[row] : seen[row] + count[row]] = np.asarray(found)[row, : count[row]]
-        seen = seen + count
-    return out, state
 
 
 def by_lists(stream, ids, rule, ends):
@@ -134,11 +73,11 @@ def test_a_stream_token_by_token(boundary, index, score, positions, distance):
     """Pages wrap around their ring, pages that were used before are shorter the next time; of six two are read."""
     slopes = SLOPES if positions == "alibi" else None
     frequencies = FREQUENCIES if positions == "rope" else None
-    stream, ids = drawn()
+    stream, ids = wandering()
     rule, least, ends = BOUNDARIES[boundary]
     tier = ContentPages(5, 30, 2, rule, index, distance=distance)
     cascade = Cascade(Sink(2, reach=10**6), Window(4), tier)
-    found, state = run(cascade, stream, ids, [1], width=1, slopes=slopes, frequencies=frequencies)
+    found, state = run(cascade, stream, [1], ids=ids, slopes=slopes, frequencies=frequencies)
     expected, lists = by_lists(
         stream, ids, Rule(KEY_HEADS, 2, 4, 5, 30, 2, score, SCALE, slopes, frequencies, distance, least=least), ends
     )
@@ -159,12 +98,12 @@ def test_a_stream_token_by_token(boundary, index, score, positions, distance):
 )
 def test_what_is_stored_does_not_depend_on_the_chunks(boundary, counts, start):
     """Rows stop where they like; a slot of a page that was used before never comes back."""
-    stream, ids = drawn(seed=3)
+    stream, ids = wandering(seed=3)
     rule, least, ends = BOUNDARIES[boundary]
     tier = ContentPages(4, 24, 6, rule)
     cascade = Cascade(Window(3), tier)
-    _, (_, expected) = run(cascade, stream, ids, [1], width=1, start=start)
-    _, (_, state) = run(cascade, stream, ids, counts, width=9, start=start)
+    _, (_, expected) = run(cascade, stream, [1], ids=ids, start=start)
+    _, (_, state) = run(cascade, stream, counts, ids=ids, width=9, start=start)
     _, lists = by_lists(stream, ids, Rule(KEY_HEADS, 0, 3, 4, 24, 6, means(0.5), SCALE, least=least), ends)
     places = [[[(entry[2] + start) % 2**32 for entry in page] for page in row.pages] for row in lists]
     assert held(tier, state) == held(tier, expected) == places
@@ -178,31 +117,14 @@ def test_what_is_stored_does_not_depend_on_the_chunks(boundary, counts, start):
     np.testing.assert_array_equal(state.marks, expected.marks)
 
 
-@settings(max_examples=4)
-@given(
-    counts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6).filter(
-        lambda pairs: any(a for a, _ in pairs) and any(b for _, b in pairs)
-    ),
-    boundary=st.sampled_from(["keys", "ids"]),
-    start=st.sampled_from([0, 2**32 - 20]),
-)
-def test_with_every_page_read_nothing_is_missed(counts, boundary, start):
-    stream, ids = drawn(length=40, seed=1)
-    cascade = Cascade(Window(4), ContentPages(3, 120, 40, BOUNDARIES[boundary][0]))
-    found, _ = run(cascade, stream, ids, counts, width=9, start=start)
-    dense, _ = run(Cascade(Full(60)), stream, ids, [40], width=40)
-    np.testing.assert_allclose(found, dense, atol=1e-5)
-
-
 def test_a_chunk_that_opens_more_pages_than_there_are(monkeypatch):
     """The newest stay, as token by token; their summaries are made a few pages at a time."""
-    stream, ids = drawn(length=50, seed=4)
+    stream, ids = wandering(length=50, seed=4)
     ids[1] = ENDS[0]  # every token of this row is a page
     tier = ContentPages(4, 44, 2, EndTokens(ENDS), Mean())
-    _, (_, expected) = run(Cascade(Window(1), tier), stream, ids, [1], width=1)
+    _, (_, expected) = run(Cascade(Window(1), tier), stream, [1], ids=ids)
     monkeypatch.setattr("streamjax.kv.tiers.content_pages.SUMMARISED", 4)
-    jax.clear_caches()
-    _, (_, state) = run(Cascade(Window(1), tier), stream, ids, [50], width=50)
+    _, (_, state) = run(Cascade(Window(1), tier), stream, [50], ids=ids)
     assert held(tier, state) == held(tier, expected)
     assert held(tier, state)[1] == [[i] for i in range(38, 49)]
     np.testing.assert_allclose(state.summary, expected.summary, atol=1e-6)
@@ -210,12 +132,15 @@ def test_a_chunk_that_opens_more_pages_than_there_are(monkeypatch):
 
 def store(tier, k, ids=None):
     """The tier with keys [T, D] of one row and one head stored in one chunk."""
-    keys, length = jnp.asarray(k, jnp.float32)[None, None], len(k)
-    position = jnp.arange(length, dtype=jnp.uint32)[None, None]
-    own = None if ids is None else jnp.asarray(ids, jnp.int32)[None, None]
-    tokens = KVTokens(keys, keys, keys, position, jnp.ones((1, 1, length), bool), ids=own)
-    spec = KVSpec(1, 1, len(k[0]), jnp.dtype(jnp.float32))
-    return tier.store(tier.init(spec), tokens)
+    length, spec = len(k), KVSpec(1, 1, len(k[0]), jnp.dtype(jnp.float32))
+
+    @jax.jit
+    def stored(keys, own):
+        position = jnp.arange(length, dtype=jnp.uint32)[None, None]
+        tokens = KVTokens(keys, keys, keys, position, jnp.ones((1, 1, length), bool), ids=own)
+        return tier.store(tier.init(spec), tokens)
+
+    return stored(np.array(k, np.float32)[None, None], None if ids is None else np.array(ids, np.int32)[None, None])
 
 
 def test_a_page_ends_behind_its_last_token_and_not_one_later():
@@ -248,48 +173,23 @@ def test_a_page_ends_before_the_key_that_differs():
 
 def test_with_pages_of_one_length_it_is_pages():
     """Where no token ends a page: the choice and the sum are those of `Pages`, blocks and shared choices included."""
-    stream, ids = drawn(seed=5)
+    stream, ids = wandering(seed=5)
     options = {"block": 4, "shared": True, "pool": "mean", "distance": 7}
     content = Cascade(Window(5), ContentPages(4, 64, 3, EndTokens((99,)), MinMax(), **options))
     plain = Cascade(Window(5), Pages(4, 64, 3, MinMax(), **options))
-    found, _ = run(content, stream, ids, [8], width=8, frequencies=FREQUENCIES)
-    expected, _ = run(plain, stream, ids, [8], width=8, frequencies=FREQUENCIES)
+    found, _ = run(content, stream, [8], ids=ids, frequencies=FREQUENCIES)
+    expected, _ = run(plain, stream, [8], ids=ids, frequencies=FREQUENCIES)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_attention_may_stand_for_a_page():
     """An index that wants the attention of tokens gets it: with as many keys as a page has it is their mean."""
-    stream, ids = drawn(seed=6)
+    stream, ids = wandering(seed=6)
     rows = [
-        run(Cascade(Window(5), ContentPages(3, 60, 3, EndTokens(ENDS), index)), stream, ids, [1], width=1)[0]
+        run(Cascade(Window(5), ContentPages(3, 60, 3, EndTokens(ENDS), index)), stream, [1], ids=ids)[0]
         for index in (Representative(3), Mean())
     ]
     np.testing.assert_allclose(*rows, atol=1e-5)
-
-
-def test_the_gradient_of_what_is_read_is_dense_attentions(monkeypatch):
-    monkeypatch.setattr("streamjax.kv.tiers.content_pages.SUMMARISED", 2)
-    stream, ids = drawn(rows=1, length=12, seed=4)
-    arrays = tuple(jnp.asarray(x, jnp.float32) for x in (stream.q, stream.k, stream.v))
-
-    def loss(cascade):
-        def total(q, k, v):
-            state, parts = cascade.init(dataclasses.replace(SPEC, batch_size=1)), []
-            for start in range(0, 12, 4):
-                pieces = (x[:, start : start + 4] for x in (q, k, v))
-                position = jnp.arange(start, start + 4, dtype=jnp.uint32)[None]
-                own, seen = jnp.asarray(ids[:, start : start + 4], jnp.int32), jnp.array([start], jnp.int32)
-                out, state = _update(
-                    cascade, state, *pieces, own, position, seen, jnp.ones((1, 4), bool), differentiable=True
-                )
-                parts.append(out)
-            return jnp.sum(jnp.sin(jnp.concatenate(parts, axis=1)))
-
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
-
-    expected = loss(Cascade(Full(12)))
-    for found, wanted in zip(loss(Cascade(ContentPages(3, 36, 12, KeyChange(0.3, 2)))), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.quick
