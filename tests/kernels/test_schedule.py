@@ -1,5 +1,6 @@
 """The grids of the TPU kernels: they visit every pair of blocks that the pattern needs, once, and no other."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def walk(ranges, offset, traced):
     at = jnp.int32(offset) if traced else offset
     grid = Grid.make(ranges, at)
     row, n = (jnp.asarray(x.ravel(), jnp.int32) for x in np.mgrid[: grid.rows, : int(grid.width)])
-    return grid, [np.broadcast_to(np.asarray(x), row.shape) for x in grid.step(row, n, jnp.int32(offset))]
+    return grid, [np.broadcast_to(np.asarray(x), row.shape) for x in jax.jit(grid.step)(row, n, jnp.int32(offset))]
 
 
 def check(ranges, offset, traced):

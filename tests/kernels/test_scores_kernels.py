@@ -1,5 +1,7 @@
 """Kernels that score pages, in interpreters, against float64; and the indexes of the library, which XLA computes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def check(
     known = {"bounds": bounds, "parts": parts}
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, summary))
-        expected = np.asarray(reference.page_scores(*exact, some, **known))
+        expected = np.asarray(jax.jit(partial(reference.page_scores, **known))(*exact, some))
     run = jax.jit(lambda *arrays: api.page_scores(*arrays, block=block, **BACKENDS[backend], **known))
     found = np.asarray(run(q, summary, some), np.float64)
     assert found.shape == (batch, heads, queries, pages)

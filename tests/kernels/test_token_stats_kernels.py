@@ -39,8 +39,13 @@ def check(
     known = {"vocab_axis": vocab_axis, "softcap": softcap}
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(a, np.float64)) for a in (x, w))
-        expected, pull = jax.vjp(lambda x, w: reference.token_stats(x, w, targets, **known), *exact)
-        gradients = pull(tuple(jnp.asarray(np.asarray(slope, np.float64)) for slope in slopes))
+
+        @jax.jit
+        def run(x, w, slopes):
+            expected, pull = jax.vjp(lambda x, w: reference.token_stats(x, w, targets, **known), x, w)
+            return expected, pull(slopes)
+
+        expected, gradients = run(*exact, tuple(jnp.asarray(np.asarray(slope, np.float64)) for slope in slopes))
         expected, gradients = jax.tree.map(np.asarray, (expected, gradients))
     found = jax.jit(lambda x, w: api.token_stats(x, w, targets, block=block, **TPU, **known))(x, w)
     for mine, right in zip(found, expected, strict=True):

@@ -24,7 +24,7 @@ def alone(cascade, stream, head, counts, slopes, frequencies):
     [
         pytest.param(((0,), (1,)), None, FREQUENCIES, id="in-order-rope"),
         pytest.param(((1,), (0,)), SLOPES, None, id="crossed-alibi"),
-        pytest.param(((1, 0), ()), None, FREQUENCIES, id="one-group-crossed-rope"),
+        pytest.param(((1, 0), ()), None, FREQUENCIES, id="one-group-crossed-rope", marks=pytest.mark.slow),
     ],
 )
 def test_every_head_is_as_if_alone(order, slopes, frequencies):
@@ -50,8 +50,12 @@ def test_what_ends_first_ends_the_layer():
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("duo_attention", PARTIAL), ("duo_attention", LOCAL), ("lserve", GQA), ("lserve", ALIBI)],
-    ids=["duo_attention-partial", "duo_attention-windows", "lserve-gqa", "lserve-alibi"],
+    [
+        pytest.param("duo_attention", LOCAL, id="duo_attention-windows"),
+        pytest.param("lserve", ALIBI, id="lserve-alibi"),
+        pytest.param("duo_attention", PARTIAL, id="duo_attention-partial", marks=pytest.mark.slow),
+        pytest.param("lserve", GQA, id="lserve-gqa", marks=pytest.mark.slow),
+    ],
 )
 def test_with_all_heads_far_a_preset_is_dense(tmp_path, name, config):
     gates = np.linspace(0, 1, config.num_layers * config.num_kv_heads).reshape(config.num_layers, -1)

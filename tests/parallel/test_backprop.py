@@ -75,8 +75,14 @@ def collectives_in_loops(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("mesh", ["data8", "fsdp8"])
-@pytest.mark.parametrize("order", list(ORDERS))
+@pytest.mark.parametrize(
+    ("mesh", "order"),
+    [
+        pytest.param(mesh, order, marks=() if (mesh == "fsdp8") == (order == "layer") else pytest.mark.slow)
+        for mesh in ("data8", "fsdp8")
+        for order in ORDERS
+    ],
+)
 def test_gradients_are_reduced_once_a_step(batch, mesh, order):
     """Single layers: every loop there is walks chunks, blocks or pieces of logits, and none sums over devices."""
     step, _ = compiled(make_mesh(**MESHES[mesh]), small_model(False), batch, order)

@@ -10,7 +10,7 @@ from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.parallel.small_models import BATCH, CONFIG
 
 MODEL = CONFIG.replace(
-    num_layers=3, windows=(4, 4, 4), hsa=HSAConfig(layers=(1, 2), memory_layers=(1,), chunk_size=4, top_k=2)
+    num_layers=2, windows=(4, 4), hsa=HSAConfig(layers=(1,), memory_layers=(1,), chunk_size=4, top_k=2)
 )
 
 

@@ -69,8 +69,17 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
         np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["data2-fsdp2-tensor2", "data2-tensor4"])
-@pytest.mark.parametrize("cache", ["streaming_llm", "dense", "quest"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("data2-fsdp2-tensor2", "streaming_llm"),
+        ("data2-tensor4", "dense"),
+        ("data2-fsdp2-tensor2", "quest"),
+        pytest.param("data2-tensor4", "streaming_llm", marks=pytest.mark.slow),
+        pytest.param("data2-fsdp2-tensor2", "dense", marks=pytest.mark.slow),
+        pytest.param("data2-tensor4", "quest", marks=pytest.mark.slow),
+    ],
+)
 def test_decoding(interpreted, name, cache):
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, 24)).astype(np.int32)
 

@@ -9,8 +9,10 @@ from streamjax.streaming.saved_streams import load_stream, save_stream
 from tests.architectures import CASES, tiny_config
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
+FIRST = ("llama", "gemma2", "falcon-40b", "mpt")  # one of each kind of positions, heads and soft caps
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize("case", [*FIRST, *(pytest.param(x, marks=pytest.mark.slow) for x in CASES if x not in FIRST)])
 def test_with_every_page_read_a_stream_is_dense(case):
     """Every architecture that loads; layers with windows of their own keep them."""
     config = tiny_config(case)

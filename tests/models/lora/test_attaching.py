@@ -113,7 +113,7 @@ def test_adapters_on_some_targets():
         )
 
 
-@pytest.mark.parametrize("case", ["gqa", "local"])
+@pytest.mark.parametrize("case", [pytest.param("gqa", marks=pytest.mark.slow), "local"])
 def test_a_stream_equals_the_forward_pass(case):
     config, targets = CASES[case]
     model, tokens = adapted(build(config), targets), random_tokens(2, 13)
@@ -122,7 +122,11 @@ def test_a_stream_equals_the_forward_pass(case):
 
 
 @pytest.mark.parametrize(
-    "config", [GQA.replace(num_layers=3), LOCAL.replace(num_layers=5, windows=(5, None, 5, None, 5))]
+    "config",
+    [
+        pytest.param(GQA.replace(num_layers=3), marks=pytest.mark.slow),
+        LOCAL.replace(num_layers=5, windows=(5, None, 5, None, 5)),
+    ],
 )
 def test_both_layouts_hold_the_same_adapters(config):
     single, tokens = adapted(build(config), TARGETS), random_tokens(2, 9)
@@ -169,7 +173,8 @@ def test_adapters_are_float32_and_merge_in_the_dtype_of_the_weights(dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "stacked"), [("data2-fsdp2-tensor2", False), ("data2-tensor4", True), ("fsdp8", True)]
+    ("name", "stacked"),
+    [("data2-fsdp2-tensor2", False), ("fsdp8", True), pytest.param("data2-tensor4", True, marks=pytest.mark.slow)],
 )
 def test_adapters_lie_on_the_mesh_of_their_model(name, stacked):
     """Made for a model that is split, split as their projection's axes are; the same numbers, and so is the merge."""
