@@ -15,6 +15,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -24,11 +25,14 @@ from streamjax.checkpoints.json_files import parse_json
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
+from streamjax.commands.shell.outputs import check_saved_stream
 from streamjax.commands.shell.runner import Stopped, complain, run_command
+from streamjax.commands.shell.signals import ending_signals
 from streamjax.data.text.control_characters import escape_controls
 from streamjax.evaluation import SlotMemory, human_bytes
 from streamjax.kv.description import describe_cache
 from streamjax.streaming.conversation import Conversation
+from streamjax.streaming.interrupts import undisturbed
 
 HELP = """\
 /save FOLDER    keep the conversation
@@ -175,7 +179,7 @@ def _folder(rest: str, command: str) -> str:
     words = shlex.split(rest)
     if len(words) != 1:
         raise ValueError(f"/{command} takes one folder: /{command} FOLDER")
-    return words[0]
+    return str(Path(words[0]).expanduser())
 
 
 def template_values(texts: Sequence[str]) -> dict[str, Any]:
@@ -203,11 +207,22 @@ def _say(text: str) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
+    check_saved_stream("save_state", values.save_state)
     chat = Chat(values, _say)
     if values.load_state:
         chat.load(shlex.quote(values.load_state))
-    person = sys.stdin.isatty()
     print(chat.describe(), file=sys.stderr)
+    with ending_signals():
+        try:
+            converse(chat, sys.stdin.isatty())
+        finally:  # whatever ended it: what was said cannot be said again
+            if values.save_state:
+                with undisturbed():
+                    chat.save(shlex.quote(values.save_state))
+
+
+def converse(chat: Chat, person: bool) -> None:
+    """Read lines and answer them, until the user leaves or a script ends."""
     if person:
         import readline  # noqa: F401  (its import makes input() editable)
 
@@ -219,18 +234,16 @@ def body(values: flags.FlagValues) -> None:
             leaving = False
             chat.line(text)
         except (EOFError, Quit):
-            break
+            return
         except KeyboardInterrupt:
             if leaving or not person:
-                break
+                return
             leaving = True
             print("\nagain, or Ctrl-D, to leave", file=sys.stderr)
         except (ValueError, OSError) as error:
             complain(error)
-            if not person:
+            if not person or isinstance(error, BrokenPipeError):
                 raise Stopped(1) from error
-    if values.save_state:
-        chat.save(shlex.quote(values.save_state))
 
 
 def main(argv: list[str] | None = None) -> int:

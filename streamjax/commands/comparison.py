@@ -10,27 +10,31 @@ import numpy as np
 import tqdm
 
 import streamjax as sj
-from streamjax.checkpoints import require_file
-from streamjax.commands.shell.inputs import BUILTIN
+from streamjax.commands.shell.inputs import open_input
 from streamjax.commands.shell.progress import progress_bar
-from streamjax.data import corpus_text
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial
+from streamjax.training.run.signals import StopSignals
 
 
 def read_text(
     name: str, tokenizer: Tokenizer, limit: int | None, parse_special: bool = False
 ) -> tuple[list[int], float]:
-    """The ids of a text, at most `limit`, and how many bytes one is on average."""
-    if name == BUILTIN:
-        data = corpus_text("test").encode()
+    """The ids of a text, at most `limit`, and how many bytes one is on average; no more is read than that takes.
+
+    Raises:
+      ValueError: the text is empty, or not in UTF-8; or it may never end, and there is no limit.
+    """
+    if limit is None and (name == "-" or (Path(name).expanduser().exists() and not Path(name).expanduser().is_file())):
+        raise ValueError(f"--input={name} may never end, and the caches all read the same text: give --max_tokens")
+    pieces, _ = open_input(name)
+    encoder, ids = StreamEncoder(tokenizer, name, parse_special=parse_special), []
+    for data in pieces:
+        ids += encoder.push(data)
+        if limit is not None and len(ids) >= limit:
+            break
     else:
-        path = Path(name).expanduser()
-        if path.exists():
-            require_file(path)
-        data = path.read_bytes()
-    encoder = StreamEncoder(tokenizer, name, parse_special=parse_special)
-    ids = encoder.push(data) + encoder.finish()
+        ids += encoder.finish()
     if not ids:
         raise ValueError(f"{name} is empty: there is nothing to read")
     return ids[:limit], encoder.text_bytes / len(ids)
@@ -47,19 +51,29 @@ def dense_capacity(model: sj.Decoder, tokens: int, memory_bytes: float | None) -
     return min(tokens, fit)
 
 
-def run_sessions(sessions: dict[str, sj.Session], ids: Sequence[int], seconds: float | None = None) -> list[Trial]:
-    """Stream a text through every session, one after the other."""
+def run_sessions(
+    sessions: dict[str, sj.Session], ids: Sequence[int], seconds: float | None = None
+) -> tuple[list[Trial], int]:
+    """Stream a text through every session, one after the other.
+
+    Ctrl-C, SIGTERM and SIGHUP end it after the chunk that is under way. Returns what was measured until then, and the
+    signal's number, else 0.
+    """
     trials = []
     width = max(len(name) for name in sessions)
-    for name, session in sessions.items():
-        with progress_bar(total=len(ids), desc=f"{name:<{width}}", unit=" tokens") as bar:
+    with StopSignals() as signals:
+        for name, session in sessions.items():
+            with progress_bar(total=len(ids), desc=f"{name:<{width}}", unit=" tokens") as bar:
 
-            def show(done: int, mean: float, bar: tqdm.tqdm = bar) -> None:
-                bar.set_postfix_str(f"perplexity {np.exp(mean):.4g}", refresh=False)
-                bar.update(done - bar.n)
+                def show(done: int, mean: float, bar: tqdm.tqdm = bar) -> None:
+                    bar.set_postfix_str(f"perplexity {np.exp(mean):.4g}", refresh=False)
+                    bar.update(done - bar.n)
 
-            trials.append(run_trial(name, session, ids, seconds=seconds, progress=show))
-    return trials
+                stop = lambda: signals.received  # noqa: E731
+                trials.append(run_trial(name, session, ids, seconds=seconds, progress=show, stop=stop))
+            if signals.received:
+                break
+    return trials, signals.received or 0
 
 
 def table(trials: Sequence[Trial], borders: Sequence[int], bytes_per_token: float) -> str:

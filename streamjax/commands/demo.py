@@ -19,8 +19,8 @@ from absl import flags
 import streamjax as sj
 from streamjax.commands import comparison
 from streamjax.commands.flags.model import define_model, load_model
-from streamjax.commands.shell.outputs import write_json
-from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.outputs import check_outputs, write_json
+from streamjax.commands.shell.runner import Stopped, run_command
 from streamjax.data import corpus_text
 from streamjax.data.text.control_characters import escape_controls
 from streamjax.evaluation import Trial, human_bytes, plot_trials
@@ -84,6 +84,8 @@ def verdict(dense: Trial, window: Trial, sinks: Trial, trained: int) -> list[str
 
 
 def body(values: flags.FlagValues) -> None:
+    out = Path(values.out).expanduser()
+    check_outputs(out=str(out / "demo.json"))
     model, tokenizer = load_model(values)
     trained = model.config.max_position
     text = corpus_text("test")
@@ -104,13 +106,14 @@ def body(values: flags.FlagValues) -> None:
         f"{model_name}, {model.config.parameter_count / 1e6:.1f}M parameters, trained on {trained:,} tokens "
         f"at once, reads {len(ids):,} that it has not seen: {len(ids) / trained:,.0f} times as many"
     )
-    trials = comparison.run_sessions(sessions, ids, values.seconds)
+    trials, stopped = comparison.run_sessions(sessions, ids, values.seconds)
+    if stopped:
+        raise Stopped(128 + stopped, "error: interrupted")
     print("\nperplexity a token (bits a byte)")
     print(comparison.table(trials, [trained, DENSE_FACTOR * trained], bytes_per_token), end="\n\n")
     dense, window, sinks = trials
     for line in verdict(dense, window, sinks, trained):
         print(line)
-    out = Path(values.out).expanduser()
     title = f"{model_name} reads {len(ids):,} tokens of held-out text"
     plot_trials(trials, out / "demo.png", title=title, trained_length=trained)
     runs = [trial.to_json_dict(bytes_per_token) for trial in trials]

@@ -21,7 +21,7 @@ from absl import flags
 
 import streamjax as sj
 from streamjax.commands.flags.model import define_model, load_model
-from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped, run_command
 from streamjax.data.recall.training_rows import RecallRows
@@ -60,6 +60,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
+    check_outputs(output=values.output)
     model, tokenizer = load_model(values)
     far_layers(model.config)  # so that a model without far heads is told before anything is read
     optimised = values.method == "duo_attention"

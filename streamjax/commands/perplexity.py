@@ -11,6 +11,7 @@ The first columns of the table end where the model's training length ends.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -20,8 +21,8 @@ from streamjax.commands import comparison
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, define_parse_special, load_model
 from streamjax.commands.shell.inputs import BUILTIN
-from streamjax.commands.shell.outputs import write_json
-from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.outputs import check_outputs, write_json
+from streamjax.commands.shell.runner import give, run_command
 from streamjax.evaluation import plot_trials
 from streamjax.kv.description import describe_cache
 
@@ -43,6 +44,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
+    check_outputs(json=values.json, png=values.png)
     model, tokenizer = load_model(values, values.cache)
     trained = model.config.max_position
     ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens, values.parse_special)
@@ -53,29 +55,29 @@ def body(values: flags.FlagValues) -> None:
         spec: sj.Session(model, tokenizer, parse_cache(spec, trained, capacity), chunk_size=values.chunk_size)
         for spec in dict.fromkeys(values.cache)
     }
-    trials = comparison.run_sessions(sessions, ids)
+    trials, stopped = comparison.run_sessions(sessions, ids)
     names = {spec: describe_cache(session.cache) for spec, session in sessions.items()}
-    print(f"{Path(values.model).name}, {len(ids):,} tokens of {values.input}: perplexity a token (bits a byte)")
-    print(comparison.table(trials, [trained], bytes_per_token))
-    for spec, name in names.items():
-        print(f"  {spec}: {name}")
-    if values.json:
-        write_json(
-            values.json,
-            {
-                "model": values.model,
-                "input": values.input,
-                "tokens": len(ids),
-                "bytes_per_token": bytes_per_token,
-                "trained_length": trained,
-                "runs": [{"cache": names[t.name], **t.to_json_dict(bytes_per_token)} for t in trials],
-            },
-        )
-        print(f"numbers: {values.json}")
-    if values.png:
+    content = {
+        "model": values.model,
+        "input": values.input,
+        "tokens": len(ids),
+        "bytes_per_token": bytes_per_token,
+        "trained_length": trained,
+        "runs": [{"cache": names[t.name], **t.to_json_dict(bytes_per_token)} for t in trials],
+    }
+
+    def draw() -> None:
         title = f"{Path(values.model).name} on {Path(values.input).name}"
-        plot_trials(trials, values.png, title=title, trained_length=trained)
-        print(f"picture: {values.png}")
+        plot_trials(trials, Path(values.png).expanduser(), title=title, trained_length=trained)
+
+    def report() -> None:
+        print(f"{Path(values.model).name}, {len(ids):,} tokens of {values.input}: perplexity a token (bits a byte)")
+        print(comparison.table(trials, [trained], bytes_per_token))
+        for spec, name in names.items():
+            print(f"  {spec}: {name}")
+
+    write = partial(write_json, values.json, content)
+    give(report, [("numbers", values.json, write), ("picture", values.png, draw)], stopped)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,8 @@ values of a name), variable_tracking (all names of a value), multi_turn (several
 from __future__ import annotations
 
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ from absl import flags
 import streamjax as sj
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, load_model
-from streamjax.commands.shell.outputs import write_json
+from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
-from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.runner import give, run_command
+from streamjax.commands.shell.signals import Terminated, ending_signals
 from streamjax.data.recall.haystack import KINDS
 from streamjax.data.recall.tasks import TASKS, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
@@ -63,23 +66,33 @@ def define(values: flags.FlagValues) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
-    if values.demo:
-        cells, trained, title = _demo(values)
-    else:
-        cells, trained, title = _asked_for(values)
-    print(table(cells))
-    if values.json:
-        runs = [cell.to_json_dict() for cell in cells]
-        write_json(values.json, {"model": values.model, "trained_length": trained, "runs": runs})
-        print(f"numbers: {values.json}")
-    if values.png:
-        from streamjax.evaluation.recall_plot import plot_recall
+    check_outputs(json=values.json, png=values.png)
+    runs, trained, title = _demo(values) if values.demo else _asked_for(values)
+    cells: list[Cell] = []
+    stopped = 0
+    with ending_signals(signal.SIGINT):
+        try:
+            for found in runs:
+                cells += found
+        except (KeyboardInterrupt, Terminated) as ended:
+            if not cells:
+                raise
+            stopped = ended.number if isinstance(ended, Terminated) else signal.SIGINT
 
-        plot_recall(cells, values.png, title=title, trained_length=trained)
-        print(f"picture: {values.png}")
+        def write() -> None:
+            rows = [cell.to_json_dict() for cell in cells]
+            write_json(values.json, {"model": values.model, "trained_length": trained, "runs": rows})
+
+        def draw() -> None:
+            from streamjax.evaluation.recall_plot import plot_recall
+
+            plot_recall(cells, Path(values.png).expanduser(), title=title, trained_length=trained)
+
+        give(lambda: print(table(cells)), [("numbers", values.json, write), ("picture", values.png, draw)], stopped)
 
 
-def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
+def _asked_for(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str]:
+    """The runs, one after the other as they are asked for; the model's training length, and a title."""
     lengths = [parse_length(text) for text in values.lengths]
     model, tokenizer = load_model(values, values.cache or ())
     trained = model.config.max_position
@@ -87,17 +100,19 @@ def _asked_for(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
         next(stream_context(make_problem(task, None, 0, needles=values.needles), min(lengths), tokenizer))
     whole = max(lengths) + ROOM
     everything = f"dense:capacity={whole}" if model.config.hsa is None else f"hsa:capacity={whole}"
-    cells = []
-    for spec in values.cache or [everything, "streaming_llm"]:
-        cache = parse_cache(spec, trained, whole)
-        for task in values.task:
-            for length in lengths:
-                how = (values.depths, values.samples, values.batch_size)
-                cells += _run(values, model, tokenizer, spec, cache, task, length, *how)
-    return cells, trained, f"{Path(values.model).name}, trained on {trained:,} tokens at once"
+    specs = values.cache or [everything, "streaming_llm"]
+    caches = {spec: parse_cache(spec, trained, whole) for spec in specs}
+    how = (values.depths, values.samples, values.batch_size)
+    runs = (
+        _run(values, model, tokenizer, spec, cache, task, length, *how)
+        for spec, cache in caches.items()
+        for task in values.task
+        for length in lengths
+    )
+    return runs, trained, f"{Path(values.model).name}, trained on {trained:,} tokens at once"
 
 
-def _demo(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
+def _demo(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str]:
     """One task, two models: hierarchical sparse attention, the same with sinks and a window, and dense attention."""
     tokenizer = sj.load_tokenizer(RECALL_MODEL)
     model, dense = sj.load(RECALL_MODEL, dtype=values.dtype), sj.load(DENSE_MODEL, dtype=values.dtype)
@@ -106,16 +121,18 @@ def _demo(values: flags.FlagValues) -> tuple[list[Cell], int, str]:
         f"{model.config.parameter_count / 1e6:.1f}M parameters, trained on contexts of {trained:,} tokens, asked for a "
         f"pass key in contexts of up to {DEMO_LENGTHS[-1]:,}: {DEMO_LENGTHS[-1] // trained} times as long"
     )
-    cells = []
-    for length in DEMO_LENGTHS:
-        cache = sj.kv.preset("hsa", capacity=length + ROOM)
-        cells += _run(values, model, tokenizer, "HSA", cache, "passkey", length, 3, 2, 6)
-    for length in DEMO_LENGTHS[:2]:
-        cache = sj.kv.preset("streaming_llm", sinks=4, window=508)
-        cells += _run(values, model, tokenizer, "sinks + window", cache, "passkey", length, 3, 2, 6)
-        cache = sj.kv.preset("dense", capacity=length + ROOM)
-        cells += _run(values, dense, tokenizer, "dense, RoPE", cache, "passkey", length, 3, 2, 6)
-    return cells, trained, f"pass keys after training on {trained:,} tokens at once"
+
+    def runs() -> Iterator[list[Cell]]:
+        for length in DEMO_LENGTHS:
+            cache = sj.kv.preset("hsa", capacity=length + ROOM)
+            yield _run(values, model, tokenizer, "HSA", cache, "passkey", length, 3, 2, 6)
+        for length in DEMO_LENGTHS[:2]:
+            cache = sj.kv.preset("streaming_llm", sinks=4, window=508)
+            yield _run(values, model, tokenizer, "sinks + window", cache, "passkey", length, 3, 2, 6)
+            cache = sj.kv.preset("dense", capacity=length + ROOM)
+            yield _run(values, dense, tokenizer, "dense, RoPE", cache, "passkey", length, 3, 2, 6)
+
+    return runs(), trained, f"pass keys after training on {trained:,} tokens at once"
 
 
 def _run(

@@ -84,6 +84,7 @@ def run_trial(
     *,
     seconds: float | None = None,
     progress: Callable[[int, float], None] | None = None,
+    stop: Callable[[], Any] | None = None,
 ) -> Trial:
     """Stream a text through a session until the text ends, the cache is full, or time is up.
 
@@ -95,6 +96,7 @@ def run_trial(
       tokens: ids of the text, at least one.
       seconds: stop after this long.
       progress: told after every chunk how many tokens there were, and what they cost on average.
+      stop: asked after every chunk whether to end there.
     """
     if not len(tokens):
         raise ValueError("the text is empty: there is nothing to read")
@@ -115,6 +117,9 @@ def run_trial(
             progress(done, cost / max(done, 1))
         if seconds is not None and times[-1] - times[0] > seconds and start + chunk < total:
             ended = f"out of time at {done:,} tokens"
+            break
+        if stop is not None and stop():
+            ended = f"interrupted at {done:,} tokens"
             break
     whole = np.diff(times)[:-1] if len(times) > 2 else np.diff(times)  # the last may be ragged, and compiles anew
     return Trial(

@@ -78,7 +78,7 @@ def test_help_teaches(module, command):
         (stream, ["--cache=windw"], "error: unknown cache 'windw'; did you mean 'window'?"),
         (stream, ["--input=/nowhere/book.txt"], "error: /nowhere/book.txt: No such file or directory"),
         (stream, ["--input=/"], "error: / is a folder: --input takes one text file"),
-        (chat, ["--top_p=2"], "error: top_p must be in (0, 1], got 2.0"),
+        (chat, ["--top_p=2"], "error: Sampler.top_p is 2.0: it must be"),
         (
             perplexity,
             ["--cache=dense:capacty=3"],

@@ -63,7 +63,11 @@ def write_json(name: str, content: dict[str, Any]) -> None:
     file = Path(name).expanduser()
     text = to_json(content, indent=1) + "\n"
     if file.exists() and not file.is_file():  # a device or a pipe
-        file.write_text(text, encoding="utf-8")
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            error.filename = name
+            raise
         return
     file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)

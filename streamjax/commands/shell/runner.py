@@ -139,6 +139,36 @@ def attempt(work: Callable[[], None]) -> list[Exception]:
     return []
 
 
+def give(report: Callable[[], None], files: Sequence[tuple[str, str, Callable[[], None]]], stopped: int = 0) -> None:
+    """Give what a command has found: files first, then words; each also where another one failed.
+
+    Args:
+      report: prints the result.
+      files: what is in each, its path (nothing is written where that is empty) and what writes it.
+      stopped: number of the signal that cut the work short, else 0.
+
+    Raises:
+      Stopped: after a signal, when all has been given.
+    """
+    wanted = [(name, path, write) for name, path, write in files if path]
+    failures = {path: attempt(write) for _, path, write in wanted}
+    written = [f"{name}: {path}" for name, path, _ in wanted if not failures[path]]
+    failed = [error for errors in failures.values() for error in errors]
+
+    def say() -> None:
+        report()
+        for line in written:
+            print(line)
+
+    failed += attempt(say)
+    for error in failed[1:]:
+        complain(error)
+    if failed:
+        raise failed[0]
+    if stopped:
+        raise Stopped(128 + stopped, "error: interrupted; what was measured until then is kept")
+
+
 def fail(message: str, status: int) -> int:
     """Say in one line on stderr that a command failed, and return its exit status."""
     _tell(f"error: {message}")
