@@ -22,7 +22,7 @@ from absl import flags
 
 import streamjax as sj
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.flags.model import define_model, load_model, shipped_model
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import give, run_command
@@ -34,8 +34,6 @@ from streamjax.evaluation import human_bytes
 from streamjax.evaluation.recall import Cell, run_recall
 from streamjax.kv.presets.registry import Built
 
-RECALL_MODEL = Path(__file__).parents[2] / "models" / "hsa_recall"
-DENSE_MODEL = Path(__file__).parents[2] / "models" / "dense_recall"
 DEMO_LENGTHS = (512, 8192, 131072)
 ROOM = 1024  # tokens of questions and answers that a cache without an end must hold beside the context
 
@@ -44,7 +42,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("demo", False, "The demonstration: passkeys at up to 131,072 tokens, with the shipped models.",
                       flag_values=values)  # fmt: skip
     define_model(values)
-    values.set_default("model", str(RECALL_MODEL))
+    values.set_default("model", shipped_model("hsa_recall"))
     flags.DEFINE_multi_enum("task", ["passkey"], TASKS, "May be repeated.", flag_values=values)
     flags.DEFINE_list("lengths", ["1K", "8K", "64K"], "Tokens of context; K and M are 1,024 and 1,024 squared.",
                       flag_values=values)  # fmt: skip
@@ -114,8 +112,11 @@ def _asked_for(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str
 
 def _demo(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str]:
     """One task, two models: hierarchical sparse attention, the same with sinks and a window, and dense attention."""
-    tokenizer = sj.load_tokenizer(RECALL_MODEL)
-    model, dense = sj.load(RECALL_MODEL, dtype=values.dtype), sj.load(DENSE_MODEL, dtype=values.dtype)
+    folder, dense_folder = shipped_model("hsa_recall"), shipped_model("dense_recall")
+    if folder is None or dense_folder is None:
+        raise ValueError("--demo needs models/ of streamjax's repository: run it in a clone, or give --model=FOLDER")
+    tokenizer = sj.load_tokenizer(folder)
+    model, dense = sj.load(folder, dtype=values.dtype), sj.load(dense_folder, dtype=values.dtype)
     trained = model.config.max_position
     print(
         f"{model.config.parameter_count / 1e6:.1f}M parameters, trained on contexts of {trained:,} tokens, asked for a "

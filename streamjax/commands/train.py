@@ -94,7 +94,8 @@ def read_config(name: str | None, overrides: Overrides) -> TrainConfig:
     if not path.is_file():
         known = [str(file) for file in sorted(Path("configs").glob("*.py"))]
         close = difflib.get_close_matches(f"configs/{path.stem}.py", known, n=1) or known
-        raise ValueError(f"no file {path}" + (f"; there is {', '.join(close)}" if close else ""))
+        there = f"there is {', '.join(close)}" if close else "write a Python file with get_config() (docs/training.md)"
+        raise ValueError(f"no file {path}; {there}")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:

@@ -5,6 +5,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.commands import recall
+from streamjax.commands.flags.model import shipped_model
 from streamjax.data.recall.tasks import make_problem, stream_context
 from streamjax.evaluation.recall import Cell, run_recall
 from streamjax.evaluation.recall_plot import plot_recall, short_count
@@ -13,7 +14,7 @@ from tests.commands.command_helpers import read_json
 
 @pytest.fixture(scope="module")
 def shipped():
-    return sj.load(recall.RECALL_MODEL), sj.load_tokenizer(recall.RECALL_MODEL)
+    return sj.load(shipped_model("hsa_recall")), sj.load_tokenizer(shipped_model("hsa_recall"))
 
 
 def test_an_answer_counts_if_greedy_decoding_gives_it(shipped):
@@ -57,7 +58,7 @@ def test_the_command_writes_a_table_numbers_and_a_picture(command, tmp_path):
     done = command(
         recall, "--lengths=1K,2048", "--depths=2", "--samples=1", "--task=passkey", "--task=multi_key",
         "--cache=hsa:capacity=4096", f"--json={tmp_path / 'r.json'}", f"--png={tmp_path / 'r.png'}",
-        model=recall.RECALL_MODEL,
+        model=shipped_model("hsa_recall"),
     )  # fmt: skip
     assert done.status == 0, done.err
     assert "passkey" in done.out
@@ -78,7 +79,7 @@ def test_the_command_writes_a_table_numbers_and_a_picture(command, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line(command, arguments, message):
-    done = command(recall, *arguments, model=recall.RECALL_MODEL)
+    done = command(recall, *arguments, model=shipped_model("hsa_recall"))
     assert done.status != 0
     assert message in done.err
     assert done.err.count("\n") == 1

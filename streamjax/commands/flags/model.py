@@ -19,17 +19,31 @@ from streamjax.kv.description import describe_cache
 from streamjax.kv.presets.registry import Built
 from streamjax.parallel.mesh import make_mesh
 
-SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "stdlib_byte"
+_MODELS = Path(__file__).parents[3] / "models"  # of the repository; an installation from a wheel has none
 _MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+
+def shipped_model(name: str) -> str | None:
+    """The folder of a model that comes with the repository; None where streamjax is installed without it."""
+    folder = _MODELS / name
+    return str(folder) if folder.is_dir() else None
+
+
+def no_model() -> ValueError:
+    """What a user is told who names no model, where there is none to take."""
+    return ValueError(
+        "--model is missing, and this installation has none of its own: give --model=FOLDER with config.json and "
+        "*.safetensors, or run the command in a clone of streamjax's repository, which has small ones in models/"
+    )
 
 
 def define_model(values: flags.FlagValues) -> None:
     """Flags that choose the model."""
     flags.DEFINE_string(
         "model",
-        str(SHIPPED_MODEL),
-        "Folder of a model: Hugging Face (config.json and *.safetensors), or a streamjax checkpoint. By default the "
-        "small byte-level model that comes with streamjax.",
+        shipped_model("stdlib_byte"),
+        "Folder of a model: Hugging Face (config.json and *.safetensors), or a streamjax checkpoint. In a clone of "
+        "streamjax's repository it is by default a small model that comes with it.",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -59,6 +73,8 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
     """The model and the tokenizer that the flags name; mistakes in `caches` come to light before anything is read."""
     for cache in caches:
         parse_cache(cache, sys.maxsize)
+    if values.model is None:
+        raise no_model()
     path = Path(values.model).expanduser()
     if not path.is_dir():
         raise ValueError(f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors")
