@@ -1,0 +1,60 @@
+"""The commands that an installation brings: every one is there, and runs outside the repository."""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from streamjax.commands.shell import launch
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs_the_command_of_its_name(script, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "launch", lambda command: asked.append(command) or 0)
+    assert pkgutil.resolve_name(SCRIPTS[script])() == 0
+    assert asked == [script.removeprefix("streamjax-").replace("-", "_")]
+    assert importlib.import_module(f"streamjax.commands.{asked[0]}").main(["command", "--help"]) == 0
+
+
+def test_nothing_is_imported_before_ctrl_c_is_answered():
+    code = "import sys; from streamjax.commands.shell import launch; print(sorted({'jax', 'numpy'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_what_pip_installs_runs_in_any_folder(tmp_path):
+    """Dependencies are those of this environment; no network is needed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    (packages / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    python = tmp_path / "venv" / "bin" / "python"
+    options = ["--no-deps", "--no-build-isolation", "--ignore-installed", "--quiet"]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", *options, ROOT]
+    subprocess.run(install, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(script, *arguments):
+        command = [python.with_name(script), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    for script in SCRIPTS:
+        done = run(script, "--help")
+        assert done.returncode == 0, done.stderr
+        assert "Options:" in done.stdout
+    done = run("streamjax-stream", "--input=builtin")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --model is missing, and this installation has none of its own: give --model=")
+    assert done.stderr.count("\n") == 1
+    done = run("streamjax-train", "--config=configs/tiny.py", "--workdir=w")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no file configs/tiny.py; write a Python file with get_config()")
