@@ -21,12 +21,11 @@ TRAIN = [sys.executable, "-m", "train", "--config=configs/tiny.py"]
 
 
 def start(command, redirect="", platforms="cpu", **options):
-    """A process of the shell, or of the command itself where nothing is redirected; Ctrl-C reaches it."""
+    """A process of the shell, or of the command itself where nothing is redirected; Ctrl-C reaches it, as the fixture `ctrl_c` has it."""
     argv = ["bash", "-c", f'exec "$@" {redirect}', "bash", *command] if redirect else command
     return subprocess.Popen(
         argv, cwd=ROOT, env={**ENVIRONMENT, "JAX_PLATFORMS": platforms}, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
@@ -105,7 +104,6 @@ def test_whatever_ends_a_stream_it_is_saved(model_folder, tmp_path, signals, sta
     command = [*STREAM, f"--model={model_folder}", f"--save_state={tmp_path}/s", f"--json={tmp_path}/r.json"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     os.close(reader)
     os.write(writer, b"it goes on\nand on\n" * 200)
