@@ -102,7 +102,7 @@ def finished(
 
     def one(state: StreamState, chunk: tuple[Array, Array, Array]) -> tuple[StreamState, Array | None]:
         x, tokens, count = chunk
-        new, hidden = leave(state, ends.norm(x), count)
+        new, hidden = leave(state, ends.norm(x), tokens, count)
         return new, surprise(ends, state, hidden, tokens, count) if scored else None
 
     return in_turn(one, state, (x, tokens, count))

@@ -38,7 +38,7 @@ def advance(
     count = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if count is None else count.astype(jnp.int32)
     context, tokens = enter(state, tokens, count, differentiable)
     hidden, layers = model.stream(tokens, state.layers, state.caches, context, memorise)
-    return leave(dataclasses.replace(state, layers=layers), hidden, count)
+    return leave(dataclasses.replace(state, layers=layers), hidden, tokens, count)
 
 
 def enter(
@@ -62,7 +62,7 @@ def enter(
 
 
 def leave(
-    state: StreamState, hidden: Float[Array, "B C E"], count: Int32[Array, " B"]
+    state: StreamState, hidden: Float[Array, "B C E"], tokens: Int[Array, "B C"], count: Int32[Array, " B"]
 ) -> tuple[StreamState, Float[Array, "B C E"]]:
     """The state behind a chunk that its layers have read, and the hidden states, NaN beyond a cache's capacity."""
     if state.capacity is not None:
@@ -70,6 +70,7 @@ def leave(
         over = state.seen[:, None] + jnp.arange(hidden.shape[1], dtype=jnp.int32) >= state.capacity
         hidden = jnp.where(over[:, :, None], jnp.nan, hidden)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < count[:, None]
     new = dataclasses.replace(
         state,
         position=state.position + count.astype(jnp.uint32),

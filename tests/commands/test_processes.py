@@ -21,7 +21,7 @@ TRAIN = [sys.executable, "-m", "train", "--config=configs/tiny.py"]
 
 
 def start(command, redirect="", platforms="cpu", **options):
-    """A process of the shell, or of the command itself where nothing is redirected; Ctrl-C reaches it, as the fixture `ctrl_c` has it."""
+    """The command as a process; Ctrl-C reaches it, as the fixture `ctrl_c` has it."""
     argv = ["bash", "-c", f'exec "$@" {redirect}', "bash", *command] if redirect else command
     return subprocess.Popen(
         argv, cwd=ROOT, env={**ENVIRONMENT, "JAX_PLATFORMS": platforms}, text=True, stdin=subprocess.DEVNULL,
