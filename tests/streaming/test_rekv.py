@@ -83,7 +83,7 @@ def test_another_process_asks(tmp_path):
     )  # fmt: skip
     code = f"""
 import numpy as np, streamjax as sj
-from streamjax.kv.page_files import PageFiles
+from streamjax.kv.pages.disk_files import PageFiles
 from streamjax.streaming.rekv import ask
 model = sj.load({str(tmp_path / "model")!r})
 state = ask(model, PageFiles({str(tmp_path / "pages")!r}), np.array({tokens[0, :3].tolist()}), top_k=2)
@@ -130,7 +130,7 @@ def test_damaged_pages_are_refused_and_the_others_stay(tmp_path):
         (lambda m, p: StreamWriter(m, p / "x", window=8, page=9), "page is 9: use 1 to 8, the window"),
         (lambda m, p: StreamWriter(m, p, window=8, page=4), "is not empty"),
         (lambda m, p: StreamWriter(build(LOCAL), p / "x"), "this one has windows"),
-        (lambda m, p: PageFiles(p / "none"), "holds no pages of a stream: manifest.json is missing"),
+        (lambda m, p: PageFiles(p / "none"), "manifest.json: this file is missing"),
         (lambda m, p: ask(build(GQA, seed=1), PageFiles(p), np.array([1]), top_k=1), "were written by another model"),
         (lambda m, p: ask(m, PageFiles(p), np.zeros(0, int), top_k=1), "the question has no tokens"),
         (lambda m, p: ask(m, PageFiles(p), np.array([1]), top_k=0), "top_k is 0, of 2 pages"),

@@ -8,10 +8,11 @@ crash or a copy has damaged is found by the checksums, page by page; the other p
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from streamjax.checkpoints import SaveError, read_json, require_file
 from streamjax.field_checks import Size, check_fields
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_LARGEST = {"tokens": 2**48, "layers": 10_000, "kv_heads": 10_000, "head_dim": 100_000, "size": 10_000_000}
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_MOST_MISSING = 1_000_000  # pages that the index may lack and the others still be looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,9 @@ class PageWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
             raise ValueError(f"{folder} is not empty: write the pages of a stream into a folder of their own")
-        self._files = [[(self.folder / name).open("wb") for name in layout.names(i)] for i in range(layout.layers)]
+        self._files = [
+            [(self.folder / name).open("wb", buffering=0) for name in layout.names(i)] for i in range(layout.layers)
+        ]
         self._write_manifest()
 
     def append(
@@ -83,41 +90,54 @@ class PageWriter:
 
         Raises:
           ValueError: no whole pages, or pages behind one that was not full.
+          SaveError: the disk is full, or does not let itself be written to; the pages before stay readable.
         """
         size = self.layout.size
         if keys[0].shape[1] % size or not 0 < tokens <= keys[0].shape[1] or self.tokens % size:
             raise ValueError(f"pages of {size} tokens are written whole, one behind the other; only the last has room")
-        dtype = jnp.dtype(self.layout.dtype)
-        for (pages, index), k, v in zip(self._files, keys, values, strict=True):
-            for start in range(0, tokens, size):
-                record = np.stack((k[:, start : start + size], v[:, start : start + size])).astype(dtype).tobytes()
-                entry = np.zeros((), self.layout.index_dtype)
-                entry["mean"] = np.asarray(k[:, start : min(start + size, tokens)], np.float32).mean(axis=1)
-                entry["record"] = zlib.crc32(record)
-                entry["entry"] = zlib.crc32(_unsigned(entry))
-                pages.write(record)
-                index.write(entry.tobytes())
-        self.tokens += tokens
-        self.flush()
+        dtype, starts = jnp.dtype(self.layout.dtype), [[file.tell() for file in pair] for pair in self._files]
+        try:
+            for (pages, index), k, v in zip(self._files, keys, values, strict=True):
+                for start in range(0, tokens, size):
+                    record = np.stack((k[:, start : start + size], v[:, start : start + size])).astype(dtype).tobytes()
+                    entry = np.zeros((), self.layout.index_dtype)
+                    entry["mean"] = np.asarray(k[:, start : min(start + size, tokens)], np.float32).mean(axis=1)
+                    entry["record"] = zlib.crc32(record)
+                    entry["entry"] = zlib.crc32(_unsigned(entry))
+                    _write(pages, record)
+                    _write(index, entry.tobytes())
+            self.tokens += tokens
+            self.flush()
+        except OSError as error:
+            self.tokens -= tokens * (self.tokens > self._listed)
+            for pair, places in zip(self._files, starts, strict=True):
+                for file, place in zip(pair, places, strict=True):
+                    file.truncate(place)
+                    file.seek(place)
+            raise SaveError(
+                f"{self.folder}: the next pages were not written: {error.strerror or error}; those of the first "
+                f"{self.tokens} tokens are whole"
+            ) from error
 
     def flush(self) -> None:
         """Make what was written visible to readers."""
-        for pair in self._files:
-            for file in pair:
-                file.flush()
         self._write_manifest()
 
     def close(self) -> None:
-        self.flush()
+        """See that everything is on the disk, and let go of the files."""
         for pair in self._files:
             for file in pair:
-                file.close()
+                if not file.closed:
+                    os.fsync(file.fileno())
+                    file.close()
 
     def _write_manifest(self) -> None:
         values = {"format": FORMAT, "tokens": self.tokens, **dataclasses.asdict(self.layout)}
+        values["checksum"] = _checksum(values)
         beside = self.folder / f"{_MANIFEST}.partial"
         beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self.folder / _MANIFEST)
+        self._listed = self.tokens
 
 
 class PageFiles:
@@ -129,20 +149,18 @@ class PageFiles:
         page whose own bytes are wrong is found when it is read.
 
     Raises:
-      ValueError: there is no manifest, or one of another format.
+      ValueError: there is no manifest, a damaged one or one of another format, or a file is missing.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        try:
-            values = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ValueError(f"{folder} holds no pages of a stream: {_MANIFEST} is missing or damaged") from None
-        if values.pop("format", None) != FORMAT:
-            raise ValueError(f"{folder}: pages in another format than {FORMAT}")
-        self.tokens: int = values.pop("tokens")
-        self.layout = PageLayout(**values)
+        self.tokens, self.layout = _read_manifest(self.folder / _MANIFEST)
         self.pages = -(-self.tokens // self.layout.size)
+        first = self.folder / self.layout.names(0)[1]
+        require_file(first)
+        there = first.stat().st_size // self.layout.index_dtype.itemsize
+        if self.pages > there + _MOST_MISSING:
+            raise ValueError(f"{self.folder / _MANIFEST}: it counts {self.pages} pages, and {first.name} has {there}")
         self._index = [self._read_index(layer) for layer in range(self.layout.layers)]
         self.damaged = [
             (layer, page) for layer, (_, good) in enumerate(self._index) for page in np.flatnonzero(~good).tolist()
@@ -166,12 +184,15 @@ class PageFiles:
           ValueError: a page that is not there, or damaged; the message names file and page.
         """
         name, size = self.layout.names(layer)[0], self.layout.page_bytes
-        (index, good), data = self._index[layer], self._map(layer)
+        index, good = self._index[layer]
         found = np.empty((len(pages), *self.layout.shape), jnp.dtype(self.layout.dtype))
+        require_file(self.folder / name)
         for place, page in enumerate(np.asarray(pages).tolist()):
             if not 0 <= page < self.pages:
                 raise ValueError(f"{self.folder / name}: there is no page {page}, the stream has {self.pages}")
-            record = bytes(data[page * size : (page + 1) * size]) if good[page] else b""
+            with (self.folder / name).open("rb", buffering=0) as file:  # a map of the file would end with the file
+                file.seek(page * size)
+                record = file.read(size) if good[page] else b""
             if zlib.crc32(record) != int(index["record"][page]) or len(record) != size:
                 raise ValueError(
                     f"{self.folder / name}: page {page} is damaged, its checksum is wrong; other pages can be read"
@@ -179,17 +200,16 @@ class PageFiles:
             found[place] = np.frombuffer(record, found.dtype).reshape(self.layout.shape)
         return found[:, 0], found[:, 1]
 
-    def _map(self, layer: int) -> np.ndarray:
-        file = self.folder / self.layout.names(layer)[0]
-        return np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
-
     def _read_index(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The index of a layer, zeros where the file has less, and which of its pages can be read."""
-        data = (self.folder / self.layout.names(layer)[1]).read_bytes()
+        files = [self.folder / name for name in self.layout.names(layer)]
+        for file in files:
+            require_file(file)
+        data = files[1].read_bytes()
         dtype, entries = self.layout.index_dtype, np.zeros(self.pages, self.layout.index_dtype)
         there = min(len(data) // dtype.itemsize, self.pages)
         entries[:there] = np.frombuffer(data, dtype, there)
-        whole = len(self._map(layer)) // self.layout.page_bytes
+        whole = files[0].stat().st_size // self.layout.page_bytes
         good = np.array([zlib.crc32(_unsigned(entry)) == int(entry["entry"]) for entry in entries], bool)
         return entries, good & (np.arange(self.pages) < whole)
 
@@ -197,3 +217,44 @@ class PageFiles:
 def _unsigned(entry: Any) -> bytes:
     """The bytes of an index entry that its checksum is of."""
     return entry["mean"].tobytes() + entry["record"].tobytes()
+
+
+def _read_manifest(file: Path) -> tuple[int, PageLayout]:
+    """Tokens of a stream, and the layout of its pages.
+
+    Raises:
+      ValueError: the file is missing, damaged, or of another format.
+    """
+    try:
+        values = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file.parent} holds no pages of a stream: {error}") from error
+    checksum = values.pop("checksum", None)
+    if checksum is not None and checksum != _checksum(values):
+        raise ValueError(f"{file} has changed since it was written (its checksum differs): restore it from a copy")
+    if values.pop("format", None) != FORMAT:
+        raise ValueError(f"{file.parent}: pages in another format than {FORMAT}")
+    kinds = {"tokens": int, "layers": int, "kv_heads": int, "head_dim": int, "size": int, "dtype": str, "model": str}
+    if values.keys() != kinds.keys():
+        raise ValueError(f"{file} is damaged: it has the fields {', '.join(values)}")
+    for name, kind in kinds.items():
+        value: Any = values[name]
+        sensible = value in _DTYPES if name == "dtype" else True
+        if type(value) is int:
+            sensible = (name != "tokens") <= value <= _LARGEST.get(name, 0)
+        if type(value) is not kind or not sensible:
+            raise ValueError(f"{file} is damaged: field {name!r} is {value!r:.80}")
+    tokens = values.pop("tokens")
+    return tokens, PageLayout(**values)
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    """CRC-32 of a manifest's other fields."""
+    return zlib.crc32(json.dumps(dict(values), sort_keys=True).encode())
+
+
+def _write(file: io.FileIO, data: bytes) -> None:
+    """All of the data: a file without a buffer may take less at once."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
