@@ -6,8 +6,9 @@
         --cache=dense:capacity=33000 --cache=streaming_llm --cache=inf_llm
 
 Contexts are made as they are read and never held: 16M tokens are as easy as a thousand. An answer counts if greedy
-decoding gives it to the letter. The tasks: passkey (one key), multi_key (one of several named keys), multi_value (all
-values of a name), variable_tracking (all names of a value), multi_turn (several questions about one context).
+decoding gives it to the letter. A model is asked in words that it knows: see --phrasing. The tasks: passkey (one key),
+multi_key (one of several named keys), multi_value (all values of a name), variable_tracking (all names of a value),
+multi_turn (several questions about one context).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import give, run_command
 from streamjax.commands.shell.signals import Terminated, ending_signals
+from streamjax.data.recall.chat_frames import chat_frame
 from streamjax.data.recall.haystack import KINDS
+from streamjax.data.recall.phrasings import PHRASINGS, default_phrasing
 from streamjax.data.recall.tasks import TASKS, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import human_bytes
@@ -51,8 +54,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("samples", 4, "Problems at each length and depth.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("needles", 4, "Facts in a context, for all tasks but passkey.", lower_bound=1,
                          flag_values=values)  # fmt: skip
-    flags.DEFINE_enum("haystack", "words", KINDS, "What lies between: drawn sentences, or five sentences repeated.",
+    flags.DEFINE_enum("phrasing", None, PHRASINGS, "How it is asked: in RULER's manner, through the model's own chat "
+                      "template if it has one, or barely for a pass key, as the models that come with streamjax were "
+                      "trained. By default passkey for models of bytes, ruler for all others.",
                       flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("haystack", None, KINDS, "What lies between: drawn sentences, or five sentences repeated. By "
+                      "default words with --phrasing=passkey, repeat with ruler.", flag_values=values)  # fmt: skip
     flags.DEFINE_multi_string(
         "cache", None, f"May be repeated; by default one that keeps everything, and streaming_llm. {CACHE_HELP}",
         flag_values=values,
@@ -94,8 +101,10 @@ def _asked_for(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str
     lengths = [parse_length(text) for text in values.lengths]
     model, tokenizer = load_model(values, values.cache or ())
     trained = model.config.max_position
+    phrasing = values.phrasing or default_phrasing(tokenizer)
     for task in values.task:  # what does not fit is told before anything is read
-        next(stream_context(make_problem(task, None, 0, needles=values.needles), min(lengths), tokenizer))
+        problem = make_problem(task, None, 0, needles=values.needles, phrasing=phrasing)
+        next(stream_context(problem, min(lengths), tokenizer, chat_frame(tokenizer) if phrasing == "ruler" else None))
     whole = max(lengths) + ROOM
     everything = f"dense:capacity={whole}" if model.config.hsa is None else f"hsa:capacity={whole}"
     specs = values.cache or [everything, "streaming_llm"]
@@ -167,6 +176,7 @@ def _run(
             samples=samples,
             haystack=values.haystack,
             needles=values.needles,
+            phrasing=values.phrasing,
             batch_size=batch_size,
             chunk_size=values.chunk_size,
             seed=values.seed,

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from streamjax.data.recall.chat_frames import ChatFrame, chat_frame
+from streamjax.data.recall.phrasings import USUAL_HAYSTACK, default_phrasing
 from streamjax.data.recall.tasks import Problem, encode_question, make_problem, stream_context
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.presets.registry import Built
@@ -60,8 +62,9 @@ def run_recall(
     length: int,
     depths: Sequence[float],
     samples: int,
-    haystack: str = "words",
+    haystack: str | None = None,
     needles: int = 4,
+    phrasing: str | None = None,
     batch_size: int = 8,
     chunk_size: int = 512,
     seed: int = 0,
@@ -76,8 +79,11 @@ def run_recall(
     Args:
       model, tokenizer: what is asked.
       name, cache: under which cache, and what to call it.
-      task, haystack, needles: see `make_problem`.
+      task, needles: see `make_problem`.
       length: tokens of the context, without the question.
+      haystack: see `sentences`; the usual one of the phrasing where None.
+      phrasing: one of `PHRASINGS`; `default_phrasing` where None. With "ruler" a model is asked through its own chat
+        template, if it has one.
       depths: where what is asked for stands, 0 (the start) to 1.
       samples: problems at each depth.
       batch_size: problems that are read side by side.
@@ -88,22 +94,27 @@ def run_recall(
     Returns:
       A cell a depth.
     """
+    phrasing = phrasing or default_phrasing(tokenizer)
+    haystack = haystack or USUAL_HAYSTACK.get(phrasing, "words")
+    frame = chat_frame(tokenizer) if phrasing == "ruler" else None
     keys = [(depth, seed * samples + sample) for depth in depths for sample in range(samples)]
     right: dict[float, int] = dict.fromkeys(depths, 0)
     asked: dict[float, int] = dict.fromkeys(depths, 0)
     seconds, speeds, size = 0.0, [], 0
     for batch in _batched(keys, batch_size):
-        problems = [make_problem(task, depth, number, haystack, needles) for depth, number in batch]
+        problems = [make_problem(task, depth, number, haystack, needles, phrasing) for depth, number in batch]
         rows = problems + problems[:1] * (batch_size - len(problems))  # one program for all batches
         state = init_state(model, cache, batch_size)
         size = state.cache_bytes // batch_size
         start = time.perf_counter()
-        state, slow = _read(model, state, rows, length, tokenizer, chunk_size, progress)
+        state, slow = _read(model, state, rows, length, tokenizer, frame, chunk_size, progress)
         jax.block_until_ready(state.hidden)
         spent = time.perf_counter() - start
         seconds += spent
         speeds.append(len(batch) * (length - slow[0]) / max(spent - slow[1], 1e-9))
-        for found, problem, (depth, _) in zip(_ask(model, state, rows, tokenizer), problems, batch, strict=False):
+        for found, problem, (depth, _) in zip(
+            _ask(model, state, rows, tokenizer, frame), problems, batch, strict=False
+        ):
             right[depth] += sum(found)
             asked[depth] += len(problem.questions)
     speed = float(np.median(speeds))
@@ -123,11 +134,12 @@ def _read(
     problems: Sequence[Problem],
     length: int,
     tokenizer: Tokenizer,
+    frame: ChatFrame | None,
     chunk_size: int,
     progress: Progress | None,
 ) -> tuple[StreamState, tuple[int, float]]:
     """Stream the contexts, never whole in memory; tokens and seconds of the first piece, which compiles, apart."""
-    streams = [_pieces(stream_context(problem, length, tokenizer), 16 * chunk_size) for problem in problems]
+    streams = [_pieces(stream_context(problem, length, tokenizer, frame), 16 * chunk_size) for problem in problems]
     slow = (0, 0.0)
     for index, pieces in enumerate(zip(*streams, strict=True)):
         start = time.perf_counter()
@@ -153,12 +165,19 @@ def _pieces(blocks: Iterator[Int32[np.ndarray, " N"]], size: int) -> Iterator[In
         yield held
 
 
-def _ask(model: Decoder, state: StreamState, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[bool]]:
+def _ask(
+    model: Decoder,
+    state: StreamState,
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    frame: ChatFrame | None = None,
+) -> list[list[bool]]:
     """Which questions of each problem are answered to the letter."""
     found: list[list[bool]] = [[] for _ in problems]
-    for questions in itertools.zip_longest(*(problem.questions for problem in problems)):
+    for turn, questions in enumerate(itertools.zip_longest(*(problem.questions for problem in problems))):
         assert None not in questions, "problems of one task have equally many questions"
-        pairs = [encode_question(tokenizer, question) for question in questions]
+        prompts = [None if frame is None else frame.prompt(q, turn == 0) for q in questions]
+        pairs = [encode_question(tokenizer, q, prompt) for q, prompt in zip(questions, prompts, strict=True)]
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         tokens = np.zeros((len(pairs), -(-width // 32) * 32), np.int32)
         counts = np.array([len(prompt) + len(answer) for prompt, answer in pairs], np.int32)

@@ -97,3 +97,21 @@ def test_the_picture_shows_every_cell():
     assert [text.get_text() for text in axes[0].texts] == ["100"] * 4
     assert [text.get_text() for text in axes[1].texts] == ["0"] * 4
     assert [short_count(n) for n in (512, 2048, 2**20, 1000)] == ["512", "2K", "1M", "1,000"]
+
+
+def test_how_it_is_asked_is_told_by_the_tokenizer_or_by_the_flag(command, model_folder, tmp_path, monkeypatch):
+    """The shipped models are asked as they were trained; a chat template is used in RULER's words alone."""
+    asked = []
+
+    def run(*_, **options):
+        asked.append((options["phrasing"], options["haystack"]))
+        return [Cell("passkey", "c", 512, 0.5, 1, 1, 1.0, 1.0, 1)]
+
+    monkeypatch.setattr(recall, "run_recall", run)
+    files = [f"--json={tmp_path}/r.json", "--png=", "--cache=window"]
+    for options in ([], ["--phrasing=ruler"], ["--phrasing=ruler", "--haystack=words"]):
+        assert command(recall, *files, "--lengths=512", *options, model=model_folder).status == 0
+    assert asked == [(None, None), ("ruler", None), ("ruler", "words")]
+    done = command(recall, *files, "--lengths=100", "--phrasing=ruler", model=model_folder)
+    assert done.status == 1
+    assert "has no room for the facts of 'passkey'" in done.err

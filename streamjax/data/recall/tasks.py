@@ -2,7 +2,8 @@
 
 `passkey` is Landmark Attention's (2305.16300); `multi_key`, `multi_value` and `variable_tracking` are those of RULER
 (2404.06654) in shape; `multi_turn` asks several questions about one context, one after another, as SCBench (2412.10319)
-does. A `Problem` is small; `stream_context` makes its context token by token, so that 16 million tokens need no memory.
+does. Their words are in `phrasings.py`. A `Problem` is small; `stream_context` makes its context token by token, so
+that 16 million tokens need no memory.
 
 Sentences, questions and answers are encoded one by one, each behind a space (`encode_sentence`, `encode_question`), as
 the ids of one text: no tokenizer marks a beginning in the middle of a stream.
@@ -11,14 +12,15 @@ the ids of one text: no tokenizer marks a beginning in the middle of a stream.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int32
 
+from streamjax.data.recall.chat_frames import ChatFrame
 from streamjax.data.recall.haystack import sentences
+from streamjax.data.recall.phrasings import Question, word
 from streamjax.data.text.tokenizers import Tokenizer
 
 TaskName = Literal["passkey", "multi_key", "multi_value", "variable_tracking", "multi_turn"]
@@ -54,18 +56,11 @@ _BLOCK = 1 << 16  # tokens that a streamed context yields at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """A prompt behind the context, and the answer that has to follow it, to the letter."""
-
-    prompt: str
-    answer: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Problem:
     """Facts at their depths in a context, and questions about them.
 
     needles: (depth, text); a depth of 0 is the start of the context, 1 its end. haystack, seed: what lies between.
+    opening: what stands before it.
     """
 
     task: str
@@ -73,9 +68,17 @@ class Problem:
     questions: tuple[Question, ...]
     haystack: str
     seed: int
+    opening: str = ""
 
 
-def make_problem(task: str, depth: float | None, seed: int, haystack: str = "words", needles: int = 4) -> Problem:
+def make_problem(
+    task: str,
+    depth: float | None,
+    seed: int,
+    haystack: str = "words",
+    needles: int = 4,
+    phrasing: str = "passkey",
+) -> Problem:
     """Draw a problem.
 
     Args:
@@ -84,9 +87,11 @@ def make_problem(task: str, depth: float | None, seed: int, haystack: str = "wor
       seed: decides everything that is drawn.
       haystack: see `sentences`.
       needles: facts in the context, for all tasks but "passkey".
+      phrasing: the words; see `phrasings.py`.
 
     Raises:
-      ValueError: an unknown task, a depth outside [0, 1], fewer than one needle or more than there are names.
+      ValueError: an unknown task or phrasing, a depth outside [0, 1], fewer than one needle or more than there are
+        names.
     """
     if task not in TASKS:
         raise ValueError(f"unknown recall task {task!r}; use one of {', '.join(TASKS)}")
@@ -105,49 +110,15 @@ def make_problem(task: str, depth: float | None, seed: int, haystack: str = "wor
         depths[0] = depth
     if task in ("multi_value", "variable_tracking"):
         depths = np.sort(depths)
-    texts, questions = _facts(task, names, values)
+    wording = word(phrasing, task, names, values)
+    texts, questions = wording.facts, wording.questions
     if task == "multi_key":
         questions = questions[:1]
     elif task == "multi_turn":
         questions = [questions[i] for i in random.permutation(count)]
     order = np.argsort(depths, kind="stable")
     placed = tuple((float(depths[i]), texts[i]) for i in order)
-    return Problem(task, placed, tuple(questions), haystack, seed)
-
-
-def _facts(task: str, names: list[str], values: list[str]) -> tuple[list[str], list[Question]]:
-    """The sentences to hide, and a question about each, or one about all."""
-    if task == "passkey":
-        return [passkey_fact(values[0])], [passkey_question(values[0])]
-    if task in ("multi_key", "multi_turn"):
-        pairs = list(zip(names, values, strict=True))
-        return [key_fact(*pair) for pair in pairs], [key_question(*pair) for pair in pairs]
-    if task == "multi_value":
-        prompt = f"What are the magic numbers of {names[0]}? They are"
-        facts = [f"A magic number of {names[0]} is {value}. " for value in values]
-        return facts, [Question(prompt, " " + ", ".join(values) + ".")]
-    facts = [f"VAR {names[0]} = {values[0]}. "]
-    facts += [f"VAR {new} = VAR {old}. " for old, new in itertools.pairwise(names)]
-    prompt = f"Which variables have the value {values[0]}? They are"
-    return facts, [Question(prompt, " " + ", ".join(names) + ".")]
-
-
-def passkey_fact(value: str) -> str:
-    """The passkey in its sentence."""
-    return f"The pass key is {value}. Remember it. {value} is the pass key. "
-
-
-def passkey_question(value: str) -> Question:
-    return Question("What is the pass key? The pass key is", f" {value}.")
-
-
-def key_fact(name: str, value: str) -> str:
-    """One of several keys in its sentence."""
-    return f"The pass key of {name} is {value}. "
-
-
-def key_question(name: str, value: str) -> Question:
-    return Question(f"What is the pass key of {name}? The pass key of {name} is", f" {value}.")
+    return Problem(task, placed, tuple(questions), haystack, seed, wording.opening)
 
 
 def encode_sentence(tokenizer: Tokenizer, text: str, first: bool = False) -> list[int]:
@@ -162,27 +133,38 @@ def encode_sentence(tokenizer: Tokenizer, text: str, first: bool = False) -> lis
     return tokenizer.encode(text) if first else tokenizer.encode(" " + text, continues=True)
 
 
-def encode_question(tokenizer: Tokenizer, question: Question) -> tuple[list[int], list[int]]:
+def encode_question(tokenizer: Tokenizer, question: Question, prompt: str | None = None) -> tuple[list[int], list[int]]:
     """Ids of a question behind a context, and of its answer: together those of the text that they are.
 
     What a model has to say is all that differs from the question alone: a token may reach from one into the other.
+    `prompt` stands for the question where a chat template has written around it.
     """
-    asked = encode_sentence(tokenizer, question.prompt)
-    both = encode_sentence(tokenizer, question.prompt + question.answer)
+
+    def encode(text: str) -> list[int]:
+        return encode_sentence(tokenizer, text) if prompt is None else tokenizer.encode(text, continues=True)
+
+    words = question.prompt if prompt is None else prompt
+    asked, both = encode(words), encode(words + question.answer)
     same = next((i for i, pair in enumerate(zip(asked, both, strict=False)) if pair[0] != pair[1]), len(asked))
     same = min(same, len(both))
     return both[:same], both[same:]
 
 
-def stream_context(problem: Problem, length: int, tokenizer: Tokenizer) -> Iterator[Int32[np.ndarray, " N"]]:
+def stream_context(
+    problem: Problem, length: int, tokenizer: Tokenizer, frame: ChatFrame | None = None
+) -> Iterator[Int32[np.ndarray, " N"]]:
     """The context of a problem, exactly `length` tokens, in pieces: BOS where the tokenizer adds one, then text.
 
-    Each needle stands where its depth says, moved forwards where it would not fit before the end.
+    With `frame` the text begins as the model's chat template begins a conversation, BOS included. Each needle stands
+    where its depth says, moved forwards where it would not fit before the end.
 
     Raises:
       ValueError: a length in which the needles do not fit.
     """
-    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    if frame is None:
+        start = tokenizer.encode(problem.opening, add_bos=tokenizer.adds_bos)
+    else:
+        start = tokenizer.encode(frame.before + problem.opening)
     sizes = [len(encode_sentence(tokenizer, fact)) for _, fact in problem.needles]
     room = length - len(start) - sum(sizes)
     if room < 0:

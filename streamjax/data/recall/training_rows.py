@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from streamjax.data.recall.haystack import KINDS, sentences
-from streamjax.data.recall.tasks import (
-    NAMES,
-    Question,
-    encode_question,
-    encode_sentence,
-    key_fact,
-    key_question,
-    passkey_fact,
-    passkey_question,
-)
+from streamjax.data.recall.phrasings import Question, key_fact, key_question, passkey_fact, passkey_question
+from streamjax.data.recall.tasks import NAMES, encode_question, encode_sentence
 from streamjax.data.text.tokenizers import Tokenizer
 
 _ENDLESS = 2**31 - 1  # rows that a source says it has

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamjax.data import ByteTokenizer, DataConfig, load_tokenizer, make_eval_batches, make_train_iterator
+from streamjax.data import (
+    ByteTokenizer,
+    DataConfig,
+    load_tokenizer,
+    make_eval_batches,
+    make_train_iterator,
+    render_chat,
+)
+from streamjax.data.recall.chat_frames import ChatFrame, chat_frame
 from streamjax.data.recall.haystack import KINDS, sentences
+from streamjax.data.recall.phrasings import PHRASINGS, default_phrasing
 from streamjax.data.recall.tasks import TASKS, encode_question, make_problem, stream_context
 from streamjax.data.recall.training_rows import RecallRows, open_recall
 
@@ -21,18 +30,22 @@ def text_of(ids):
 
 
 @settings(max_examples=40, deadline=None)
-@example("multi_key", 0.0, 69, "repeat", 662)  # the last fact stands so near the end that no sentence fits before it
+@example(
+    "multi_key", 0.0, 69, "repeat", 662, "passkey"
+)  # the last fact stands so near the end that no sentence fits before it
 @given(
     st.sampled_from(TASKS), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 99), st.sampled_from(KINDS),
-    st.integers(600, 3000),
+    st.integers(700, 3000), st.sampled_from(PHRASINGS),
 )  # fmt: skip
-def test_a_context_has_its_length_and_its_facts_at_their_depths(task, depth, seed, haystack, length):
-    problem = make_problem(task, depth, seed, haystack)
+def test_a_context_has_its_length_and_its_facts_at_their_depths(task, depth, seed, haystack, length, phrasing):
+    problem = make_problem(task, depth, seed, haystack, phrasing=phrasing)
     ids = np.concatenate(list(stream_context(problem, length, BYTES)))
     assert len(ids) == length
     assert ids[0] == BYTES.bos_id
     assert (ids[1:] < 256).all()
     text = text_of(ids)
+    assert text.startswith(problem.opening)
+    text, length = text.removeprefix(problem.opening), length - len(problem.opening)
     assert not re.search("^ |[.?][^ ]", text)  # one text of sentences
     needles = [(where, fact.strip()) for where, fact in problem.needles]
     facts = sum(len(fact) + 1 for _, fact in needles)
@@ -89,6 +102,75 @@ def test_answers_are_what_the_facts_say():
         assert chain.questions[0].answer == " " + ", ".join(bound) + "."
 
 
+def test_answers_in_rulers_words_are_what_the_facts_say():
+    """Read off the text by rules of their own; a question and the answer that is begun name what is asked for."""
+    for seed, task in itertools.product(range(3), TASKS):
+        problem = make_problem(task, None, seed, phrasing="ruler")
+        assert ("quiz you" if task != "variable_tracking" else "Memorize") in problem.opening
+        for question in problem.questions:
+            assert question.asked.startswith("\n")
+            assert question.begun.startswith(" ")
+            if task == "variable_tracking":
+                bound = {}
+                for _, fact in problem.needles:
+                    name, value = fact.removeprefix("VAR ").rstrip(". ").split(" = ")
+                    bound[name] = bound[value.removeprefix("VAR ")] if value.startswith("VAR") else value
+                assert question.answer == " " + ", ".join(bound)
+                assert next(iter(bound.values())) in question.asked
+                continue
+            name = re.search(r" for (\w+) mentioned", question.asked)[1]
+            assert f" for {name} mentioned" in question.begun
+            known = [
+                re.fullmatch(r"One of the special magic numbers for (\w+) is: (\d{5})\. ", f)
+                for _, f in problem.needles
+            ]
+            values = [fact[2] for fact in known if fact[1] == name]
+            assert question.answer == " " + ", ".join(values)
+            assert len(values) == (4 if task == "multi_value" else 1)
+
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<sys>Be good.</sys>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_model_with_a_chat_template_is_asked_through_it():
+    """Context and questions together are what the template would have written of the whole conversation."""
+    tokenizer = ByteTokenizer(CHATML)
+    assert default_phrasing(tokenizer) == "passkey"
+    problem, frame = make_problem("multi_turn", 0.5, 0, phrasing="ruler"), chat_frame(tokenizer)
+    ids = np.concatenate(list(stream_context(problem, 900, tokenizer, frame)))
+    assert len(ids) == 900
+    context = text_of(ids)
+    assert context.startswith("<sys>Be good.</sys><user>Some special magic numbers")
+    first, second = problem.questions[:2]
+    said = context + frame.prompt(first, True) + first.answer + frame.prompt(second, False)
+    user = context.removeprefix("<sys>Be good.</sys><user>") + first.asked
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": first.begun + first.answer}]
+    messages.append({"role": "user", "content": second.asked})
+    assert said == render_chat(CHATML, messages) + second.begun.lstrip()
+    assert chat_frame(ByteTokenizer()) is None
+    with pytest.raises(ValueError, match="does not write all that is said: ask by --phrasing=passkey"):
+        chat_frame(ByteTokenizer("{{ messages[0].content }}"))
+    assert ChatFrame("", "", "").prompt(first, True) == first.asked + first.begun.lstrip()
+
+
+def test_the_words_that_models_were_trained_on_stay():
+    """The shipped models' claims rest on these, to the letter."""
+    problem = make_problem("passkey", 0.5, 1)
+    value = problem.questions[0].answer[1:6]
+    assert problem.opening == ""
+    assert problem.needles[0][1] == f"The pass key is {value}. Remember it. {value} is the pass key. "
+    assert problem.questions[0].prompt == "What is the pass key? The pass key is"
+    key = make_problem("multi_key", 0.5, 1).questions[0]
+    assert re.fullmatch(r"What is the pass key of (\w+)\? The pass key of \1 is", key.prompt)
+    rows = text_of(RecallRows(1024, BYTES)[0]["tokens"])
+    assert "What is the pass key" in rows
+    assert "magic" not in rows
+
+
 def test_a_depth_is_that_of_the_fact_that_is_asked_for():
     problem = make_problem("multi_key", 0.25, 3)
     name = problem.questions[0].prompt.split(" of ")[1].split("?")[0]
@@ -109,6 +191,10 @@ def test_a_long_context_is_streamed():
     [
         (lambda: make_problem("pass", 0.5, 0), "unknown recall task 'pass'; use one of passkey"),
         (lambda: make_problem("passkey", 1.5, 0), "depth is 1.5: use 0"),
+        (
+            lambda: make_problem("passkey", 0.5, 0, phrasing="rule"),
+            "unknown phrasing 'rule'; use one of ruler, passkey",
+        ),
         (lambda: make_problem("multi_key", 0.5, 0, needles=0), "needles is 0: use 1 to"),
         (lambda: next(sentences("noise", np.random.default_rng(0))), "unknown haystack 'noise'"),
         (
