@@ -139,6 +139,8 @@ def test_errors_name_what_is_wrong(model, saved, tmp_path):
         {"a": jnp.ones((3, 2))},
         tmp_path / "tree",
     )
+    save_pytree({"a": jnp.ones(2)}, tmp_path / "stream", {"kind": "stream", "caches": 3})
+    fails("does not say with which caches", sj.load_stream, tmp_path / "stream", None)
     fails("and bfloat16", restore_pytree, {"a": jnp.ones((2, 3), jnp.bfloat16)}, tmp_path / "tree")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
