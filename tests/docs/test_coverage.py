@@ -61,8 +61,7 @@ def test_commands_that_train_are_described():
 
 @pytest.mark.quick
 def test_console_scripts_are_described():
-    scripts = set(pyproject["project"].get("scripts", {}))
-    assert scripts <= set(re.findall(r"streamjax-[a-z-]+[a-z]", text("README.md")))
+    assert set(re.findall(r"`(streamjax-[a-z-]+)`", text("README.md"))) == set(pyproject["project"]["scripts"])
 
 
 @pytest.mark.quick
