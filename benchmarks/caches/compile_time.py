@@ -4,7 +4,7 @@ A chunk of 512 tokens is scored and two tokens are generated, twice, in a proces
 compilation cache. The first time compiles, the second time only runs; the difference is the compiler's. `one program`
 has all layers in it, which is what every chunk of a stream was read by before; `layer by layer` is what `score` and
 `read` do: equal layers share a program. The weights are drawn: time does not depend on them. The shape is that of
-SmolLM2-135M (30 layers); caches have room for 4,096 tokens.
+SmolLM2-135M (30 layers). The table on the page is of `--caches dense streaming_llm`; caches of pages take minutes.
 
     python -m benchmarks.caches.compile_time
     python -m benchmarks.caches.compile_time --caches quest --layers 30
