@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -33,9 +32,9 @@ def session(request, tokenizer_folders: dict[str, Path], monkeypatch: pytest.Mon
                 return
 
     monkeypatch.setattr(session_module, "generate_blocks", blocks)
-    monkeypatch.setattr(session_module, "read", lambda model, state, tokens, chunk_size: state)
+    monkeypatch.setattr(session_module, "read", lambda model, state, tokens, chunk_size, **_: state)
     monkeypatch.setattr(
-        session_module, "score", lambda model, state, tokens, chunk: (state, jax.numpy.zeros(tokens.shape))
+        session_module, "score_unwaited", lambda model, state, tokens, chunk, **_: (state, np.zeros(tokens.shape))
     )
     return made
 
