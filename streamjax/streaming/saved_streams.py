@@ -49,6 +49,8 @@ def load_stream(path: str | Path, like: StreamState) -> StreamState:
       ValueError: the stream was saved with other caches, or another model.
     """
     about = read_about(Path(path), "stream")
+    if not isinstance(about.get("caches"), list):
+        raise ValueError(f"{path} is damaged: it does not say with which caches it was saved")
     for layer, (saved, cache) in enumerate(zip(about["caches"], like.caches, strict=False)):
         if saved != repr(cache):
             raise ValueError(f"{path}: saved with {saved} in layer {layer}, which is {cache!r} here: use that cache")

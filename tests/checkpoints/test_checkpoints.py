@@ -140,7 +140,12 @@ def test_errors_name_what_is_wrong(model, saved, tmp_path):
         tmp_path / "tree",
     )
     save_pytree({"a": jnp.ones(2)}, tmp_path / "stream", {"kind": "stream", "caches": 3})
-    fails("does not say with which caches", sj.load_stream, tmp_path / "stream", None)
+    fails(
+        "does not say with which caches",
+        sj.load_stream,
+        tmp_path / "stream",
+        sj.init_state(model, sj.kv.preset("window", window=6)),
+    )
     fails("and bfloat16", restore_pytree, {"a": jnp.ones((2, 3), jnp.bfloat16)}, tmp_path / "tree")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
