@@ -207,7 +207,7 @@ def test_configs_go_through_json():
             lambda: sj.init_state(Decoder(BASE.replace(windows=()), jax.random.key(0)), sj.kv.preset("hsa")),
             "layer 0 has full attention: give it a cache of its own, one a layer",
         ),
-        (lambda: sj.kv.preset("hsa", capacity=0), "a chunk memory needs capacity of at least 1 and top_k not below 0"),
+        (lambda: sj.kv.preset("hsa", capacity=0), "ChunkMemory.capacity_tokens is 0: it must be a whole"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(make, message):
