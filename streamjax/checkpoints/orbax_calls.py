@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import resource
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from streamjax.checkpoints.manifests import DamagedFile, check_manifest
@@ -33,9 +35,11 @@ def saving(path: Path) -> Iterator[None]:
             raise
         except Exception as error:  # TensorStore has a ValueError for a full disk, and other kinds for other faults
             failure = not_saved(path, error)
+            _forget_frames(error)
         if failure is not None:
             gc.collect()  # tasks that nobody waits for any more report their errors here
     if failure is not None:
+        _ignore_late_tasks()
         raise failure
 
 
@@ -56,10 +60,21 @@ def reading(path: Path) -> Iterator[None]:
             Exception
         ) as error:  # Orbax and TensorStore raise whatever they happen to stumble over, KeyError included
             reason = " ".join(str(error).split())[:200] or type(error).__name__
+            _forget_frames(error)
         if reason is not None:
             gc.collect()
     if reason is not None:
+        _ignore_late_tasks()
         raise DamagedFile(f"{path} is damaged, its arrays cannot be read ({reason}); restore it from a copy")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold: Orbax's tasks, which report their own errors when they go."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _require_handles(path: Path) -> None:
@@ -74,6 +89,25 @@ def _require_handles(path: Path) -> None:
         )
 
 
+class _Quiet:
+    """A hook for errors that nobody can be told, without those of Orbax's tasks whose loop was closed."""
+
+    def __init__(self, hook: Callable[[sys.UnraisableHookArgs], object]):
+        self._hook = hook
+
+    def __call__(self, unraisable: sys.UnraisableHookArgs) -> None:
+        task = unraisable.object
+        ours = inspect.iscoroutine(task) and "orbax" in task.cr_code.co_filename
+        if not ours and "Event loop is closed" not in str(unraisable.exc_value):
+            self._hook(unraisable)
+
+
+def _ignore_late_tasks() -> None:
+    """After a failure for good: TensorStore's threads end what was begun whenever they come to it."""
+    if not isinstance(sys.unraisablehook, _Quiet):
+        sys.unraisablehook = _Quiet(sys.unraisablehook)
+
+
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Keep what Orbax's threads, and the event loops that they close, say of errors from the log."""
@@ -82,13 +116,9 @@ def _without_tracebacks() -> Iterator[None]:
     def is_news(record: logging.LogRecord) -> bool:
         return record.exc_info is None
 
-    def ignore_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
     for logger in loggers:
         logger.addFilter(is_news)
-    sys.unraisablehook = ignore_closed_loops
+    _ignore_late_tasks()
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Changes that chance makes to bytes and to JSON; and what is asked of whoever reads them: work, or refuse in a line."""
+"""Changes that chance makes to bytes and to JSON, and what is asked of their readers: work, or refuse in one line."""
 
 import copy
 import random

@@ -11,10 +11,10 @@ PLAIN = "{% for m in messages %}{{ m.role }}{% endfor %}"
 NAMES = ["messages", "m", "bos_token", "tools", "namespace", "range", "cycler", "joiner", "lipsum", "dict", "f", "loop",
          "raise_exception", "strftime_now", "self", "x"]  # fmt: skip
 ATTRIBUTES = ["__class__", "__mro__", "__subclasses__", "__globals__", "__init__", "__dict__", "format", "format_map",
-              "mro", "gi_frame", "f_back", "role", "items", "join", "append", "clear", "_get", "caller", "x"]  # fmt: skip
-FILTERS = ["tojson", "list", "length", "string", "upper", "join", "attr('__class__')", "map('upper')|list", "batch(3)|list",
-           "center(10**9)", "indent(10**8)", "replace('', 'xx')", "round(10**9)", "format(1)", "xmlattr", "sort", "sum",
-           "groupby('role')", "random", "pprint", "wordwrap(0)", "truncate(-1)", "tojson(indent=10**9)"]  # fmt: skip
+              "mro", "gi_frame", "f_back", "role", "items", "join", "append", "clear", "caller", "x"]  # fmt: skip
+FILTERS = ["tojson", "list", "length", "string", "upper", "join", "attr('__class__')", "map('upper')|list", "batch(3)",
+           "center(10**9)", "indent(10**8)", "replace('', 'xx')", "round(10**9)", "format(1)", "xmlattr", "sort",
+           "groupby('role')", "sum", "random", "pprint", "wordwrap(0)", "tojson(indent=10**9)"]  # fmt: skip
 LITERALS = ["1", "-1", "0", "'x'", "10**9", "9**9**9", "[1]", "{}", "none", "1.5", "'%099999999d'", "'{:>9999999999}'",
             "range(99999)", "(1,)", "true", "'\\u0000'"]  # fmt: skip
 

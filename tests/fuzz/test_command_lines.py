@@ -12,8 +12,8 @@ from tests.commands.conftest import command, ctrl_c, model_folder  # noqa: F401 
 from tests.fuzz.mutations import draws, read_or_refused
 
 TEXT = "It was the best of times.\n"
-ODD = ["", " ", "x", "nan", "inf", "-inf", "-1", "0", "1e999", "-0.0", "٣", "naïve", "\U0001f600", "a\nb", "\0", "%s", "--x",
-       "true", "None", "[]", "{}", "1,2", "=", ":", "\\", "'", "\x1b[31m", "x" * 3000, "\udcff"]  # fmt: skip
+ODD = ["", " ", "x", "nan", "inf", "-inf", "-1", "0", "1e999", "-0.0", "٣", "naïve", "\U0001f600", "a\nb", "\0", "%s",
+       "--x", "true", "None", "[]", "{}", "1,2", "=", ":", "\\", "'", "\x1b[31m", "x" * 3000, "\udcff"]  # fmt: skip
 LARGE = [str(2**31), str(2**62), str(2**63), str(-(2**70)), "9" * 5000]  # where no run gets longer or larger by them
 # Flags by what they hold. "few" is of what a run has many of: it takes no large number, which it would obey.
 SHARED = {"dtype": "word", "mesh": "mesh", "tokenizer": "path", "cache": "cache", "chunk_size": "number"}
