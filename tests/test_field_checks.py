@@ -76,7 +76,7 @@ EXAMPLES = [
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
 NO_CONFIGURATIONS = {
     *("Rotary", "LayerSpec", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
-    *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place"),
+    *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
 NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]

@@ -216,7 +216,7 @@ def body(values: flags.FlagValues) -> None:
         try:
             converse(chat, sys.stdin.isatty())
         finally:  # whatever ended it: what was said cannot be said again
-            if values.save_state:
+            if values.save_state and chat.session.is_finite:  # where it is not, that has been said
                 with undisturbed():
                     chat.save(shlex.quote(values.save_state))
 

@@ -263,6 +263,11 @@ class Session:
         self._output.release()
         return self._output.take()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model's last outputs are finite numbers: only then can the stream go on, and be saved."""
+        return bool(jnp.isfinite(self.state.hidden).all())
+
     def save(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Save the stream, to be continued bit for bit by `load`, in another process too.
 
@@ -274,7 +279,7 @@ class Session:
           ValueError: `path` holds something else, or the model has computed values that are not finite; nothing is
             written then.
         """
-        if not bool(jnp.isfinite(self.state.hidden).all()):
+        if not self.is_finite:
             raise ValueError(f"{path}: nothing is saved, the stream's state is not finite")
         saved = SavedSession(
             tokens_seen=self.tokens_seen,
