@@ -43,6 +43,7 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(shipped):
     assert [cell.asked for cell in cells] == [8, 8]
 
 
+@pytest.mark.slow
 def test_the_shipped_model_finds_what_a_window_has_forgotten(shipped):
     """Four times its training length, at every depth; with sinks and a window it is right by chance alone."""
     model, tokenizer = shipped

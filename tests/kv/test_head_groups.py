@@ -22,7 +22,7 @@ def alone(cascade, stream, head, counts, slopes, frequencies):
 @pytest.mark.parametrize(
     ("order", "slopes", "frequencies"),
     [
-        pytest.param(((0,), (1,)), None, FREQUENCIES, id="in-order-rope"),
+        pytest.param(((0,), (1,)), None, FREQUENCIES, id="in-order-rope", marks=pytest.mark.slow),
         pytest.param(((1,), (0,)), SLOPES, None, id="crossed-alibi"),
         pytest.param(((1, 0), ()), None, FREQUENCIES, id="one-group-crossed-rope", marks=pytest.mark.slow),
     ],

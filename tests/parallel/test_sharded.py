@@ -62,13 +62,13 @@ def _unsharded(cache):
     [
         ("data2-fsdp2-tensor2", "streaming_llm"),
         ("data2-tensor4", "dense"),
-        ("fsdp8", "window"),
+        pytest.param("fsdp8", "window", marks=pytest.mark.slow),
         ("context2-tensor4", "streaming_llm"),
         ("context2-tensor4", "dense"),
         ("data2-fsdp2-tensor2", "pages"),
         ("context2-tensor4", "pages"),
         ("data2-fsdp2-tensor2", "content"),
-        ("data2-fsdp2-tensor2", "clusters"),
+        pytest.param("data2-fsdp2-tensor2", "clusters", marks=pytest.mark.slow),
     ],
 )
 def test_step(mesh, cache):

@@ -67,7 +67,14 @@ def test_gradients_are_those_of_the_loops(kernels, method, packed, monkeypatch):
 
 
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"tensor": 8}, {"context": 2, "data": 4}])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"fsdp": 2, "tensor": 2, "data": 2},
+        pytest.param({"tensor": 8}, marks=pytest.mark.slow),
+        {"context": 2, "data": 4},
+    ],
+)
 def test_on_a_mesh(kernels, axes, monkeypatch):
     model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(31, 4, 512)
     mesh = make_mesh(**axes)

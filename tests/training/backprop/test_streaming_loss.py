@@ -102,6 +102,7 @@ def test_the_loss_is_what_streaming_costs(model, stream, cache, chunk_size):
     np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_sinks_and_a_window_chunks_do_not_change_the_gradient(model, stream):
     """Inside one chunk nothing passes through the cache; cut into tokens, all of it does."""
     state = sj.init_state(model, CACHE, ROWS)
@@ -162,6 +163,7 @@ def test_between_chunks_only_states_are_kept(model):
     assert more < 32 * state.cache_bytes * 1.5 + 2048 * 64
 
 
+@pytest.mark.slow
 def test_eight_devices_read_the_streams_of_one(model):
     config = model.config.replace(vocab_size=64)
     stream = np.random.default_rng(2).integers(0, 64, (8, 3 * LENGTH + 1)).astype(np.int32)

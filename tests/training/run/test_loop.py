@@ -111,6 +111,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run_config, refe
     assert (tmp_path / "checkpoints_set_aside" / "8").is_dir()
 
 
+@pytest.mark.slow
 def test_streams_go_on_where_a_killed_run_left_them(run_config, reference, at_step, tmp_path):
     """The cache is in the checkpoint, and each row of the next batch continues that row's stream."""
     config = dataclasses.replace(
