@@ -75,7 +75,5 @@ def test_changed_weights_are_those_that_were_saved_or_refused_in_one_line(base, 
         file.write_bytes(changed + whole[head:])
         model, _ = read_or_refused(lambda: sj.load_lora(base, folder), (draw, changed))
         refused += model is None
-        del model
+        assert {np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(model)} <= expected, (draw, changed)
     assert refused
-    file.write_bytes(whole)
-    assert {np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(sj.load_lora(base, folder))} == expected

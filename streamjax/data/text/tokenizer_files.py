@@ -14,6 +14,7 @@ from streamjax.checkpoints import json_files
 
 T = TypeVar("T")
 _MOST_IDS = 2**31  # token ids are int32 everywhere else
+_MOST_TOKENS = 2**24  # of a vocabulary, gaps included; the library counts through them all to write it
 
 
 def guarded(file: Path, what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
@@ -37,6 +38,9 @@ def read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        word, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+        if largest >= _MOST_TOKENS:
+            raise ValueError(f"token {word!r} has the id {largest}: ids must be below {_MOST_TOKENS}")
         return tokenizer, json.loads(tokenizer.to_str())
 
     json_files.require_file(file)

@@ -125,6 +125,7 @@ DAMAGED = {
         DEEP,
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # the library panics
         {"model": {"type": "BPE", "vocab": {"a": 10**30}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}},  # the library counts up to it
     ],
     "tokenizer_config.json": [
         "{",
