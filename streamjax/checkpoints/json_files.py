@@ -54,6 +54,11 @@ def read_json(file: Path, *, finite: bool = True) -> dict[str, Any]:
     return values
 
 
+def one_line(text: object) -> str:
+    """What a file says, fit for a message of one line."""
+    return " ".join(str(text).split())
+
+
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """What a text of JSON says; a ValueError, whatever is wrong with it."""
     text = text if isinstance(text, str) else text.decode("utf-8")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from streamjax.checkpoints.json_files import read_json
+from streamjax.checkpoints.json_files import one_line, read_json
 from streamjax.checkpoints.manifests import DamagedFile, check_manifest
 from streamjax.checkpoints.orbax_calls import reading, saving
 from streamjax.checkpoints.replacing import begin, commit, discard, place_beside, whole
@@ -100,13 +100,15 @@ def restore_args(template: Any, about: Mapping[str, Any], path: Path, cast: bool
     wanted, saved = named_arrays(template), about["arrays"]
     for name in [*wanted, *saved]:
         if name not in saved:
-            raise ValueError(f"{path}: array {name} is missing; it was saved from another model or version")
+            raise ValueError(f"{path}: array {one_line(name)} is missing; it was saved from another model or version")
         if name not in wanted:
-            raise ValueError(f"{path}: array {name} has no place here; it was saved from another model or version")
+            raise ValueError(
+                f"{path}: array {one_line(name)} has no place here; it was saved from another model or version"
+            )
         dtype, *shape = saved[name]
         if tuple(shape) != wanted[name].shape or (dtype != str(wanted[name].dtype) and not cast):
             here = f"{wanted[name].dtype}{list(wanted[name].shape)}"
-            raise ValueError(f"{path}: array {name} is {dtype}{shape}, and {here} is expected")
+            raise ValueError(f"{path}: array {one_line(name)} is {one_line(dtype)}{shape}, and {here} is expected")
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in wanted.items()
@@ -142,7 +144,7 @@ def read_about(path: Path, kind: str | None = None) -> dict[str, Any]:
     if not _describes_arrays(about.get("arrays")):
         raise DamagedFile(f"{file} is damaged: it does not say which arrays there are; restore it from a copy")
     if kind is not None and about.get("kind") != kind:
-        raise ValueError(f"{path} holds no {kind}, but a {about.get('kind', 'pytree')}")
+        raise ValueError(f"{path} holds no {kind}, but a {one_line(about.get('kind', 'pytree'))}")
     return about
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree
+from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
@@ -53,7 +54,8 @@ def load_stream(path: str | Path, like: StreamState) -> StreamState:
         raise ValueError(f"{path} is damaged: it does not say with which caches it was saved")
     for layer, (saved, cache) in enumerate(zip(about["caches"], like.caches, strict=False)):
         if saved != repr(cache):
-            raise ValueError(f"{path}: saved with {saved} in layer {layer}, which is {cache!r} here: use that cache")
+            here = f"{cache!r} here: use that cache"
+            raise ValueError(f"{path}: saved with {one_line(saved)} in layer {layer}, which is {here}")
     return restore_stream(like, path, about["arrays"])
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from streamjax.checkpoints import read_about, save_pytree
+from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
@@ -340,7 +341,7 @@ class Session:
             raise ValueError(f"{path}: saved with a model of the same shape but other weights or another dtype")
         for saved, cache in itertools.zip_longest(caches, self.state.caches):
             if saved != repr(cache):
-                raise ValueError(f"{path}: saved with the cache {saved}; this session has {cache!r}")
+                raise ValueError(f"{path}: saved with the cache {one_line(saved)}; this session has {cache!r}")
 
     def _begins(self, add_bos: bool | None) -> bool:
         """Whether BOS goes before the next text."""

@@ -128,9 +128,9 @@ def test_without_checksums_changed_metadata_change_no_number(saved, draws, ignor
     folder, read, expected = saved
     (folder / MANIFEST).unlink()
     rng = random.Random(2)
-    loaded = 0
+    loaded, files = 0, [file for file in map(folder.joinpath, METADATA) if file.exists()]  # Orbax's differ by version
     for draw in range(draws):
-        file = folder / rng.choice(METADATA)
+        file = rng.choice(files)
         whole = file.read_text()
         changed = json.dumps(mutate_json(json.loads(whole), rng))
         file.write_text(changed)
@@ -142,3 +142,23 @@ def test_without_checksums_changed_metadata_change_no_number(saved, draws, ignor
     assert 0 < loaded < draws
     gc.collect()
     assert ignored == []
+
+
+@pytest.mark.parametrize("field", ["caches", "kind", "name", "dtype"])
+def test_words_of_the_metadata_make_no_second_line(saved, field):
+    folder, read, _ = saved
+    (folder / MANIFEST).unlink()
+    file = folder / METADATA[0]
+    about = json.loads(file.read_text())
+    match field:
+        case "caches":
+            about["caches"] = ["two\nlines"]
+        case "kind":
+            about["kind"] = "two\nlines"
+        case "name":
+            about["arrays"]["two\nlines"] = ["float32", 1]
+        case "dtype":
+            about["arrays"]["position"] = ["two\nlines", 1]
+    file.write_text(json.dumps(about))
+    _, message = read_or_refused(read, field)
+    assert "two lines" in message
