@@ -84,15 +84,21 @@ class Reader:
             the model computes what is not finite.
         """
         for piece in itertools.chain(data, [None]):
-            new = self._encoder.finish() if piece is None else self._encoder.push(piece)
+            failure = None
+            try:
+                new = self._encoder.finish() if piece is None else self._encoder.push(piece)
+            except ValueError as error:  # no UTF-8: what came before is read all the same
+                new, failure = self._encoder.rest(), error
             self._ids += new
             self._encoded += len(new)
             if total_bytes is not None and self._encoded:
                 guess = round(total_bytes * self._encoded / self._encoder.text_bytes)
                 self._total = min(max(guess, self._encoded), limit or guess)
-            ended = self._feed(limit, everything=piece is None)
+            ended = self._feed(limit, everything=piece is None or failure is not None)
             if ended:
                 return ended
+            if failure is not None:
+                raise failure
         if not self._encoded:
             raise ValueError("the input is empty: there is nothing to read")
         return ""

@@ -89,7 +89,7 @@ def test_ctrl_c_ends_an_endless_pipe_with_the_summary_and_the_save(command, monk
     assert session.tokens_seen == tokens + 1
 
 
-def test_a_text_must_be_there_and_be_text(command, text_file, tmp_path):
+def test_a_text_must_be_there_and_be_text(command, model_folder, text_file, tmp_path):
     outcome = command(stream, stdin=b"")
     assert outcome.status == 1
     assert outcome.err.endswith("error: the input is empty: there is nothing to read\n")
@@ -98,5 +98,8 @@ def test_a_text_must_be_there_and_be_text(command, text_file, tmp_path):
     assert outcome.status == 1
     assert outcome.err.endswith("error: standard input is not UTF-8 (byte 603): convert it, or read on over it with "
                                 "errors=replace\n")  # fmt: skip
+    session = sj.Session(sj.load(model_folder), sj.load_tokenizer(), sj.kv.preset("streaming_llm", sinks=4, window=28))
+    session.load(tmp_path / "s")
+    assert session.tokens_seen == 603 + 1
     outcome = command(stream, SMALL, "--errors=replace", stdin=data)
     assert (outcome.status, numbers(outcome.out)["tokens"]) == (0, 603 + 6)

@@ -49,7 +49,7 @@ class StreamEncoder:
         """The ids of what further bytes have made certain.
 
         Raises:
-          ValueError: they are not UTF-8.
+          ValueError: they are not UTF-8; the text before the first bad one is held back, see `rest`.
         """
         self._text += self._decode(data)
         self._fed += len(data)
@@ -61,6 +61,10 @@ class StreamEncoder:
     def finish(self) -> list[int]:
         """The ids of what was still held back, at the text's end."""
         self._text += self._decode(b"", final=True)
+        return self.rest()
+
+    def rest(self) -> list[int]:
+        """The ids of what is held back, as if the text ended there."""
         return self._take(self._encode(self._text), len(self._text), "") if self._text else []
 
     def _decode(self, data: bytes, final: bool = False) -> str:
@@ -69,6 +73,7 @@ class StreamEncoder:
             return self._decoder.decode(data, final)
         except UnicodeDecodeError as error:
             place = self._fed - waiting + error.start
+            self._text += error.object[: error.start].decode("utf-8")
             raise ValueError(
                 f"{self._name} is not UTF-8 (byte {place}): convert it, or read on over it with errors=replace"
             ) from error

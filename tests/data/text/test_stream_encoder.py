@@ -142,6 +142,10 @@ def test_what_is_not_utf_8_is_named_with_its_place():
         with pytest.raises(ValueError, match=r"notes\.txt is not UTF-8 \(byte 5\)") as raised:
             encode(ByteTokenizer(), data, cuts, name="notes.txt")
         assert "\n" not in str(raised.value)
+        encoder = StreamEncoder(ByteTokenizer())
+        with pytest.raises(ValueError, match="byte 5"):
+            encoder.push(data)
+        assert bytes(encoder.rest()).decode() == "a€b"
         ids, _ = encode(ByteTokenizer(), data, cuts, errors="replace")
         assert bytes(ids).decode() == "a€b�c"
     with pytest.raises(ValueError, match=r"byte 1\)"):
