@@ -8,6 +8,7 @@ from streamjax.checkpoints.manifests import DamagedFile, check_manifest
 from streamjax.checkpoints.pytrees import check_place, read_about, restore_pytree, save_pytree
 from streamjax.checkpoints.replacing import SaveError, replaced_folder, whole
 from streamjax.checkpoints.runs import RunCheckpoints
+from streamjax.checkpoints.text_files import replace_text
 
 __all__ = [
     "DamagedFile",
@@ -18,6 +19,7 @@ __all__ = [
     "parse_json",
     "read_about",
     "read_json",
+    "replace_text",
     "replaced_folder",
     "require_file",
     "restore_pytree",

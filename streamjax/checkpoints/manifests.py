@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from streamjax.checkpoints.json_files import read_json, require_file
+from streamjax.checkpoints.text_files import replace_text
 
 MANIFEST = "checksums.json"
 VERIFY = "STREAMJAX_VERIFY"  # environment variable; "0": files are not compared with their checksums
@@ -32,9 +33,7 @@ def write_manifest(folder: Path, files: Iterable[Path], others: Mapping[str, Ent
     listed = dict(others or {}) | dict(zip(names, _in_threads([folder / name for name in names]), strict=True))
     entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(listed.items())}
     text = json.dumps({"format": _FORMAT, "files": entries}, indent=1) + "\n"
-    beside = folder / f"{MANIFEST}.partial"
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, folder / MANIFEST)
+    replace_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:

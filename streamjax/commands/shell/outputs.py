@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from streamjax.checkpoints import check_place
+from streamjax.checkpoints import check_place, replace_text
 from streamjax.checkpoints.plain_json import to_json
 
 
@@ -71,12 +71,7 @@ def write_json(name: str, content: dict[str, Any]) -> None:
         return
     file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.new")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_text(file, text)
 
 
 def _probe(folder: Path) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from streamjax.checkpoints import SaveError, read_json, require_file
+from streamjax.checkpoints import SaveError, read_json, replace_text, require_file
 from streamjax.field_checks import Size, check_fields
 
 FORMAT = 1
@@ -134,9 +134,7 @@ class PageWriter:
     def _write_manifest(self) -> None:
         values = {"format": FORMAT, "tokens": self.tokens, **dataclasses.asdict(self.layout)}
         values["checksum"] = _checksum(values)
-        beside = self.folder / f"{_MANIFEST}.partial"
-        beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.folder / _MANIFEST)
+        replace_text(self.folder / _MANIFEST, json.dumps(values, indent=1) + "\n")
         self._listed = self.tokens
 
 

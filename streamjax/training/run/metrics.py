@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import tensorboardX
 
+from streamjax.checkpoints import replace_text
 from streamjax.checkpoints.plain_json import to_json
 
 
@@ -22,9 +22,7 @@ class MetricsWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, self._path)
+            replace_text(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from streamjax.checkpoints import read_json
+from streamjax.checkpoints import read_json, replace_text
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import save
 from streamjax.models.files.hugging_face import save_hf
@@ -108,9 +108,7 @@ def claim(workdir: Path, config: TrainConfig) -> None:
                 )
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        replace_text(file, json.dumps(values, indent=2) + "\n")
 
 
 def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
