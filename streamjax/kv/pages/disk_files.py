@@ -1,4 +1,4 @@
-"""Pages of a stream on disk: written as the stream goes, memory-mapped by whoever asks about it later.
+"""Pages of a stream on disk: written as the stream goes, read page by page by whoever asks about it later.
 
 A folder has a manifest and two files a layer: `layer_000.pages` with the keys and values of one page behind another,
 and `layer_000.index` with each page's mean key and checksums. Nothing of it is held in memory but the index. What a

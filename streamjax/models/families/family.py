@@ -56,6 +56,14 @@ class Source:
         groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.split("->")[0])
         return tuple(math.prod(sizes[letter] for letter in (group or single).split()) for group, single in groups)
 
+    def outermost(self, sizes: Mapping[str, int]) -> tuple[str, int]:
+        """The letter that runs slowest along the tensor's rows, but for letters of size 1, and its parameter axis."""
+        left, right = self.pattern.split("->")
+        letters = re.findall(r"^\(([^)]*)\)|^(\w+)", left)[0]
+        rows = (letters[0] or letters[1]).split()
+        letter = next((letter for letter in rows if sizes[letter] > 1), rows[-1])
+        return letter, right.split().index(letter)
+
     def index(self) -> tuple[slice, ...]:
         """Where the parameter takes what the tensor holds."""
         letters = self.pattern.split("->")[1].split()

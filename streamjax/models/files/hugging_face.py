@@ -38,7 +38,6 @@ from streamjax.models.lora.attaching import refuse_adapters
 from streamjax.parallel.rules import partition_spec
 
 _BUFFERS = (r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)  # recomputed from the config
-_COMPARED_ROWS = 4096
 _STRIP = 16
 Index = tuple[slice, ...]
 Tensors = Mapping[str, StoredTensor]
@@ -202,9 +201,8 @@ def _check(folder: Path, family: Family, config: ModelConfig, tensors: Tensors, 
 def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
     """A tied head that is stored all the same must be the embedding."""
     if head.shape == embedding.shape:
-        mine, theirs = head.open(), embedding.open()
-        starts = range(0, len(mine), _COMPARED_ROWS)
-        if all(np.array_equal(mine[i : i + _COMPARED_ROWS], theirs[i : i + _COMPARED_ROWS]) for i in starts):
+        blocks = head.blocks(0, head.shape[0])
+        if all(np.array_equal(head.rows(*block), embedding.rows(*block)) for block in blocks):
             return
     raise ValueError(
         f"{head.file}: tensor {head.name!r} differs from {embedding.name!r}, although config.json ties them; "
@@ -263,16 +261,24 @@ def _read(
     ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
     values = np.empty([len(r) for r in ranges], dtype)
     for source in sources:
-        stored = tensors[source.name].open()
-        rows = stored if source.rows is None else stored[slice(*source.rows)]
-        view = rearrange(rows, source.pattern, **source.sizes(shape))
+        stored, sizes = tensors[source.name], source.sizes(shape)
         filled, taken = [], []
         for wanted, held in zip(ranges, source.index(), strict=True):
             start, stop = held.start or 0, wanted.stop if held.stop is None else held.stop
             low, high = max(wanted.start, start), min(wanted.stop, stop)
             filled.append(slice(low - wanted.start, max(low, high) - wanted.start))
             taken.append(slice(low - start, max(low, high) - start))
-        _copy(values[tuple(filled)], view[tuple(taken)])
+        letter, axis = source.outermost(sizes)
+        unit = source.shape(shape)[0] // sizes[letter]  # rows of the tensor for one place on the parameter's axis
+        above = source.rows[0] if source.rows else 0
+        into = filled[axis].start
+        for first, last in stored.blocks(above + unit * taken[axis].start, above + unit * taken[axis].stop, unit):
+            count = (last - first) // unit
+            view = rearrange(stored.rows(first, last), source.pattern, **{**sizes, letter: count})
+            filled[axis], taken[axis] = slice(into, into + count), slice(count)
+            _copy(values[tuple(filled)], view[tuple(taken)])
+            into += count
+            del view  # before the next rows are read
     return values
 
 

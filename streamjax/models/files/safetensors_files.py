@@ -1,13 +1,15 @@
-"""Safetensors on disk: one file or shards with an index, read by memory map and written tensor by tensor.
+"""Safetensors on disk: one file or shards with an index, read by rows and written tensor by tensor.
 
-A tensor is a view of its file, so that a slice reads what it needs and no more; writing holds one tensor at a time. The
-format (https://github.com/huggingface/safetensors): a little-endian uint64, that many bytes of JSON, the data.
+Values are read into memory of our own: a map of the file would change with it, and end the process where the file is
+cut. Reading holds some rows of a tensor at a time, writing one tensor. The format
+(https://github.com/huggingface/safetensors): a little-endian uint64, that many bytes of JSON, the data.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_BLOCK = 1 << 22  # bytes that are read at a time
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 
@@ -37,24 +40,47 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def open(self) -> np.ndarray:
-        """A read-only view of the values; what is not touched is not read.
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The values [start, stop) along the first axis, read into memory.
 
         Raises:
-          ValueError: a dtype that weights do not have here (quantised checkpoints).
+          ValueError: a dtype that weights do not have here (quantised checkpoints), or the file has become shorter.
         """
         if self.code not in DTYPES:
             raise ValueError(
                 f"{self.file}: tensor {self.name!r} has dtype {self.code}; streamjax reads {', '.join(DTYPES)}"
             )
-        dtype = np.dtype(DTYPES[self.code])
-        if 0 in self.shape:
-            return np.empty(self.shape, dtype)
-        return np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=self.shape)
+        values = np.empty((stop - start, *self.shape[1:]), DTYPES[self.code])
+        rest = memoryview(values.reshape(-1).view(np.uint8))
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset + start * self.row_bytes)
+            while rest:
+                count = stream.readinto(rest)
+                if not count:
+                    raise ValueError(f"{self.file} has become shorter while tensor {self.name!r} was read")
+                rest = rest[count:]
+        return values
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one place on the first axis."""
+        return math.prod(self.shape[1:]) * np.dtype(DTYPES[self.code]).itemsize
+
+    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+        """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `rows`."""
+        step = unit * max(_BLOCK // max(unit * self.row_bytes, 1), 1)
+        return ((first, min(first + step, stop)) for first in range(start, stop, step))
 
     def read(self, dtype: Any = None) -> np.ndarray:
-        """A copy of the values, in another dtype if one is given: no later change of the file reaches it."""
-        return np.array(self.open(), dtype)
+        """All values, in another dtype if one is given."""
+        whole = dataclasses.replace(self, shape=self.shape or (1,))
+        count = whole.shape[0]
+        if dtype is None or self.code not in DTYPES or np.dtype(dtype) == np.dtype(DTYPES[self.code]):
+            return whole.rows(0, count).reshape(self.shape)
+        values = np.empty(whole.shape, dtype)
+        for start, stop in whole.blocks(0, count):
+            values[start:stop] = whole.rows(start, stop)
+        return values.reshape(self.shape)
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -122,7 +148,11 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         raise ValueError(f"{file}: damaged or truncated safetensors file ({reason}); download it again") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = parse_json(stream.read(length))
+        text = stream.read(length)
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: not a readable header ({' '.join(str(error).split())[:200]})") from error
     for name, entry in header.items():
         if name != "__metadata__":
             begin = entry["data_offsets"][0]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import streamjax as sj
 from streamjax.models import ModelConfig
+from streamjax.models.files import hugging_face
+from streamjax.models.files.safetensors_files import StoredTensor
 from tests.models.random_decoders import random_decoder
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:config.json has fields")]
@@ -126,6 +128,26 @@ def test_what_is_done_to_a_file_later_does_not_reach_the_model(folders, model, k
         stream.write(bytes(len(content) - 8 - length))
     os.truncate(file, 100)
     assert same(loaded, model)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native", "lora"])
+def test_a_file_that_is_cut_while_it_is_read(folders, model, kind, tmp_path, monkeypatch):
+    """A map of the file would end the process."""
+    if kind == "lora":
+        sj.save_lora(sj.add_lora(model, 4, 8.0, ["q"], jax.random.key(0)), tmp_path / "m")
+    else:
+        shutil.copytree(folders / kind, tmp_path / "m")
+    file = next((tmp_path / "m").glob("*.safetensors"))
+    module, name = (hugging_face, "_read") if kind == "hf" else (StoredTensor, "read")
+    read = getattr(module, name)
+
+    def cut_and_read(*arguments):
+        os.truncate(file, 10)
+        return read(*arguments)
+
+    monkeypatch.setattr(module, name, cut_and_read)
+    with pytest.raises(ValueError, match=rf"^{file} has become shorter while tensor '[\w.]+' was read$"):
+        sj.load_lora(model, file.parent) if kind == "lora" else sj.load(file.parent)
 
 
 def replace(folder, name, kind):
