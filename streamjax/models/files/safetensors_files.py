@@ -51,7 +51,7 @@ class StoredTensor:
                 f"{self.file}: tensor {self.name!r} has dtype {self.code}; streamjax reads {', '.join(DTYPES)}"
             )
         values = np.empty((stop - start, *self.shape[1:]), DTYPES[self.code])
-        rest = memoryview(values.reshape(-1).view(np.uint8))
+        rest = values.reshape(-1).view(np.uint8).data
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.offset + start * self.row_bytes)
             while rest:
