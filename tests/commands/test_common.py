@@ -99,7 +99,7 @@ def test_mistakes_end_a_command_with_one_line(module, arguments, message, comman
 def test_a_missing_model_is_named(module, command, tmp_path):
     outcome = command(module, model=tmp_path / "nothing")
     assert outcome == (1, "", f"error: no model folder {tmp_path}/nothing: give --model=FOLDER with config.json and "
-                       "*.safetensors\n")  # fmt: skip
+                       "*.safetensors, or a .gguf file\n")  # fmt: skip
     (tmp_path / "empty").mkdir()
     outcome = command(module, model=tmp_path / "empty")
     assert outcome.status == 1

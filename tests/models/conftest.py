@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-_WITH_PEERS = ["families", "files/test_peft.py", "files/test_peft_kinds.py", "test_rope.py"]
+_WITH_PEERS = ["families", "files/test_gguf.py", "files/test_peft.py", "files/test_peft_kinds.py", "test_rope.py"]
 collect_ignore = [] if find_spec("torch") else _WITH_PEERS

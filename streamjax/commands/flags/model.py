@@ -12,6 +12,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import streamjax as sj
+from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import human_bytes
@@ -42,12 +43,15 @@ def define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "model",
         shipped_model("stdlib_byte"),
-        "Folder of a model: Hugging Face (config.json and *.safetensors), or a streamjax checkpoint. In a clone of "
-        "streamjax's repository it is by default a small model that comes with it.",
+        "Folder of a model: Hugging Face (config.json and *.safetensors), or a streamjax checkpoint; or a .gguf file. "
+        "In a clone of streamjax's repository it is by default a small model that comes with it.",
         flag_values=values,
     )
     flags.DEFINE_string(
-        "tokenizer", None, "Folder with tokenizer.json; the model's own by default, bytes if none.", flag_values=values
+        "tokenizer",
+        None,
+        "Folder with tokenizer.json, or a .gguf file; the model's own by default, bytes if none.",
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Of the weights; bfloat16 on TPU and GPU, float32 on CPU by default.",
@@ -76,8 +80,10 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
     if values.model is None:
         raise no_model()
     path = Path(values.model).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors")
+    if not path.is_dir() and not (is_gguf(path) and path.exists()):
+        raise ValueError(
+            f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors, or a .gguf file"
+        )
     tokenizer = sj.load_tokenizer(Path(values.tokenizer).expanduser() if values.tokenizer else path)
     return sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh)), tokenizer
 

@@ -13,14 +13,9 @@ from typing import Any, Literal
 
 import tokenizers
 
-from streamjax.data.text.tokenizer_files import (
-    guarded,
-    read_chat_template,
-    read_settings,
-    read_tokenizer,
-    special_token,
-    stop_ids,
-)
+from streamjax.checkpoints.gguf_header import is_gguf
+from streamjax.data.text.gguf.reading import read_gguf_tokenizer
+from streamjax.data.text.tokenizer_files import guarded, read_parts, special_token
 
 DecodingKind = Literal["bytes", "byte_fallback", "text"]
 Span = tuple[int, int]  # characters [start, stop) of a text
@@ -31,13 +26,13 @@ _BYTE_WORDS = {f"<0x{byte:02X}>": byte for byte in range(256)}  # SentencePiece'
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json` and the settings beside it.
+    """A Hugging Face `tokenizer.json` and the settings beside it, or what a GGUF file has of them in its metadata.
 
     A special token that the settings name and the vocabulary lacks is as none: with a warning, for `bos_token` and
     `eos_token`.
 
     Args:
-      path: a folder with `tokenizer.json`, or the file itself.
+      path: a folder with `tokenizer.json`, or the file itself; or a .gguf file.
 
     Raises:
       ValueError: a file is damaged.
@@ -45,17 +40,15 @@ class HFTokenizer:
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        self._file = path / "tokenizer.json" if path.is_dir() else path
-        folder = self._file.parent
-        self._tokenizer, content = read_tokenizer(self._file)
-        self.name = folder.name
-        settings = read_settings(folder)
+        parts = read_gguf_tokenizer(path) if is_gguf(path) else read_parts(path)
+        self._file, self.name, self._tokenizer = parts.file, parts.name, parts.tokenizer
+        settings, content = parts.settings, parts.content
         self.bos_token, self.bos_id = self._special_token(settings, "bos_token")
         self.eos_token, self.eos_id = self._special_token(settings, "eos_token")
         _, self.pad_id = self._special_token(settings, "pad_token")
         first = [] if self.eos_id is None else [self.eos_id]
-        self.eos_ids = tuple(dict.fromkeys(first + stop_ids(folder)))
-        self.chat_template = read_chat_template(folder, settings)
+        self.eos_ids = tuple(dict.fromkeys(first + parts.stop_ids))
+        self.chat_template = parts.chat_template
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         begin = guarded(self._file, "cannot encode", self._tokenizer.encode, "").ids[:1]

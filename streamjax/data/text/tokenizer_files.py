@@ -3,6 +3,7 @@
 Whatever a damaged or foreign file holds ends in a ValueError of one line that names the file.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +32,52 @@ def guarded(file: Path, what: str, function: Callable[..., T], *args: Any, **opt
         raise
 
 
-def read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer of a `tokenizer.json`, and the file's content as the library writes it."""
+@dataclasses.dataclass(frozen=True)
+class TokenizerParts:
+    """What a tokenizer consists of, wherever it was read.
 
-    def read() -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    Attributes:
+      file: to name in messages.
+      name: what to call the tokenizer.
+      tokenizer: that of the `tokenizers` library.
+      content: of a tokenizer.json, as the library writes it.
+      settings: texts of special tokens: "bos_token", "eos_token", "pad_token".
+      stop_ids: the ids that end a generation, besides that of "eos_token".
+      chat_template: a jinja template, or None.
+    """
+
+    file: Path
+    name: str
+    tokenizer: tokenizers.Tokenizer
+    content: dict[str, Any]
+    settings: dict[str, Any]
+    stop_ids: list[int]
+    chat_template: str | None
+
+
+def read_parts(path: Path) -> TokenizerParts:
+    """The parts of a tokenizer from a folder with `tokenizer.json`, or the file itself, and the settings beside it."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    folder = file.parent
+    json_files.require_file(file)
+    text = guarded(file, "not a readable tokenizer.json", file.read_text, encoding="utf-8")
+    tokenizer, content = parse_tokenizer(file, text)
+    settings = read_settings(folder)
+    template = read_chat_template(folder, settings)
+    return TokenizerParts(file, folder.name, tokenizer, content, settings, stop_ids(folder), template)
+
+
+def parse_tokenizer(
+    file: Path, text: str, what: str = "not a readable tokenizer.json"
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer of the text of a `tokenizer.json`, and the content as the library writes it.
+
+    Raises:
+      ValueError: `file` is named, and `what` is wrong with it.
+    """
+
+    def parse() -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         word, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
@@ -43,8 +85,7 @@ def read_tokenizer(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
             raise ValueError(f"token {word!r} has the id {largest}: ids must be below {_MOST_TOKENS}")
         return tokenizer, json.loads(tokenizer.to_str())
 
-    json_files.require_file(file)
-    return guarded(file, "not a readable tokenizer.json", read)
+    return guarded(file, what, parse)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
-      path: a folder with `tokenizer.json`, or the file itself. A folder without one, and None, mean bytes.
+      path: a folder with `tokenizer.json`, or the file itself; or a model's .gguf file. A folder without one, and None,
+        mean bytes.
 
     Raises:
       ValueError: nothing at `path`, a damaged file, or a vocabulary in a format that is not `tokenizer.json`.

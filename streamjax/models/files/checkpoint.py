@@ -1,4 +1,4 @@
-"""Models on disk: streamjax's own Orbax checkpoints, and `load`, which reads every layout of a model folder."""
+"""Models on disk: streamjax's own Orbax checkpoints, and `load`, which reads every layout of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree, whole
+from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.checkpoints.pytrees import ABOUT
 from streamjax.models.decoder import Decoder, default_dtype
+from streamjax.models.files.gguf.loading import load_gguf
 from streamjax.models.files.hugging_face import load_hf
 from streamjax.models.files.native_format import is_native, load_native, parse_config
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
@@ -36,19 +38,21 @@ def load(
     mesh: Mesh | None = None,
     scan_layers: bool | None = None,
 ) -> Decoder:
-    """Load a model: a folder in Hugging Face's layout or streamjax's own, or a checkpoint that `save` wrote.
+    """Load a model: a Hugging Face folder or streamjax's own, a GGUF file, or a checkpoint that `save` wrote.
 
     Args:
-      path: folder with config.json and *.safetensors, or a checkpoint.
+      path: folder with config.json and *.safetensors, a .gguf file, or a checkpoint.
       dtype: of parameters and activations; bfloat16 on TPU and GPU, float32 on CPU where None.
       mesh: place every parameter by `streamjax.parallel.rules`, each device reading its own part; the default device
         where None.
       scan_layers: whether repeating layers lie stacked (see `Decoder`); as it was saved where None.
 
     Raises:
-      ValueError: one line that says what is wrong with the folder.
+      ValueError: one line that says what is wrong with the folder, or the file.
     """
     path = whole(path)
+    if is_gguf(path):
+        return load_gguf(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
     if not (path / ABOUT).exists():
         if (path / "config.json").exists():
             read = load_native if is_native(path) else load_hf

@@ -29,8 +29,8 @@ from streamjax.models.families import FAMILIES, Family, Source, find_family, rea
 from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
 from streamjax.models.files.safetensors_files import (
     DTYPES,
+    AnyTensor,
     PendingTensor,
-    StoredTensor,
     list_tensors,
     write_tensors,
 )
@@ -40,7 +40,7 @@ from streamjax.parallel.rules import partition_spec
 _BUFFERS = (r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)  # recomputed from the config
 _STRIP = 16
 Index = tuple[slice, ...]
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, AnyTensor]
 
 
 def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False) -> Decoder:
@@ -63,9 +63,9 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
     dtype = jnp.dtype(dtype or default_dtype())
     model = jax.eval_shape(partial(Decoder, config, dtype=dtype, scan_layers=scan_layers), jax.random.key(0))
     slots = parameter_slots(model, family)
-    _check(folder, family, config, tensors, slots)
+    check_tensors(folder, family, config, tensors, slots)
     check_manifest(folder)
-    values = [_load(slot, tensors, dtype, mesh) for slot in slots]
+    values = [load_parameter(slot, tensors, dtype, mesh) for slot in slots]
     return jax.tree.unflatten(jax.tree.structure(model), values)
 
 
@@ -160,7 +160,7 @@ def parameter_slots(model: Decoder, family: Family) -> list[Slot]:
 
 def _renamed(family: Family, tensors: Tensors) -> Tensors:
     """The tensors by the names of the family's table."""
-    renamed: dict[str, StoredTensor] = {}
+    renamed: dict[str, AnyTensor] = {}
     for name, tensor in tensors.items():
         for pattern, replacement in family.renames:
             name = re.sub(pattern, replacement, name)
@@ -170,8 +170,10 @@ def _renamed(family: Family, tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _check(folder: Path, family: Family, config: ModelConfig, tensors: Tensors, slots: Sequence[Slot]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the ones that the model needs."""
+def check_tensors(
+    folder: Path, family: Family, config: ModelConfig, tensors: Tensors, slots: Sequence[Slot], says: str = CONFIG
+) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the ones that the model needs; `says` is what described it."""
     expected: dict[str, tuple[int, ...]] = {}
     for slot in slots:
         for source in (source for layer in slot.sources for source in layer):
@@ -183,7 +185,7 @@ def _check(folder: Path, family: Family, config: ModelConfig, tensors: Tensors, 
             raise ValueError(f"{folder}: tensor {name!r} of shape {list(shape)} is missing from the checkpoint")
         tensor = tensors[name]
         if tensor.shape != shape:
-            wrong = f"has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
+            wrong = f"has shape {list(tensor.shape)}; {says} asks for {list(shape)}"
             raise ValueError(f"{tensor.file}: tensor {tensor.name!r} {wrong}")
         if tensor.code not in DTYPES:
             wrong = f"has dtype {tensor.code}; streamjax reads {', '.join(DTYPES)}"
@@ -194,11 +196,11 @@ def _check(folder: Path, family: Family, config: ModelConfig, tensors: Tensors, 
         if name == head and config.tie_embeddings:
             _check_tied(tensor, tensors[family.tensors(config)["embedding"][0].name])
         elif name not in expected and not ignored.search(name):
-            wrong = f"config.json describes a {family.name} model without it"
+            wrong = f"{says} describes a {family.name} model without it"
             raise ValueError(f"{tensor.file}: unexpected tensor {tensor.name!r}; {wrong}")
 
 
-def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+def _check_tied(head: AnyTensor, embedding: AnyTensor) -> None:
     """A tied head that is stored all the same must be the embedding."""
     if head.shape == embedding.shape:
         blocks = head.blocks(0, head.shape[0])
@@ -210,7 +212,7 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
     )
 
 
-def _load(slot: Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+def load_parameter(slot: Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
     """One parameter on its devices."""
     axes, shape = slot.parameter.get_metadata("axes"), slot.shape
     sharding = None if mesh is None else NamedSharding(mesh, partition_spec(axes, shape, mesh))

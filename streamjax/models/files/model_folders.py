@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamjax.checkpoints import replaced_folder
-from streamjax.models.files.safetensors_files import StoredTensor, is_weights
+from streamjax.models.files.safetensors_files import is_weights
 
 CONFIG = "config.json"
 _LAYERS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
@@ -28,13 +28,13 @@ def replaced_model(path: str | Path, values: Mapping[str, Any]) -> Iterator[Path
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def check_sizes(file: Path, values: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+def check_sizes(file: Path, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Refuse a config.json that asks for more layers or heads than the weights can have, before anything is built.
 
     Args:
       file: the config.json.
       values: its fields.
-      tensors: what there is.
+      tensors: what there is; each has a shape.
     """
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for section in (values, values.get("text_config"), values.get("model")):

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,22 @@ DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float1
 _BLOCK = 1 << 22  # bytes that are read at a time
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+
+
+@runtime_checkable
+class AnyTensor(Protocol):
+    """A tensor in a file of any format; see `StoredTensor`."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def rows(self, start: int, stop: int) -> np.ndarray: ...
+    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +67,7 @@ class StoredTensor:
                 f"{self.file}: tensor {self.name!r} has dtype {self.code}; streamjax reads {', '.join(DTYPES)}"
             )
         values = np.empty((stop - start, *self.shape[1:]), DTYPES[self.code])
-        rest = values.reshape(-1).view(np.uint8).data
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.offset + start * self.row_bytes)
-            while rest:
-                count = stream.readinto(rest)
-                if not count:
-                    raise ValueError(f"{self.file} has become shorter while tensor {self.name!r} was read")
-                rest = rest[count:]
+        read_bytes(self.file, self.offset + start * self.row_bytes, values.reshape(-1).view(np.uint8), self.name)
         return values
 
     @property
@@ -68,8 +77,7 @@ class StoredTensor:
 
     def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
         """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `rows`."""
-        step = unit * max(_BLOCK // max(unit * self.row_bytes, 1), 1)
-        return ((first, min(first + step, stop)) for first in range(start, stop, step))
+        return row_blocks(start, stop, unit, self.row_bytes)
 
     def read(self, dtype: Any = None) -> np.ndarray:
         """All values, in another dtype if one is given."""
@@ -81,6 +89,28 @@ class StoredTensor:
         for start, stop in whole.blocks(0, count):
             values[start:stop] = whole.rows(start, stop)
         return values.reshape(self.shape)
+
+
+def read_bytes(file: Path, offset: int, into: np.ndarray, name: str) -> None:
+    """Fill an array of bytes from a file.
+
+    Raises:
+      ValueError: the file, which had tensor `name` there, has become shorter.
+    """
+    rest = into.data
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        while rest:
+            count = stream.readinto(rest)
+            if not count:
+                raise ValueError(f"{file} has become shorter while tensor {name!r} was read")
+            rest = rest[count:]
+
+
+def row_blocks(start: int, stop: int, unit: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit."""
+    step = unit * max(_BLOCK // max(unit * row_bytes, 1), 1)
+    return ((first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:

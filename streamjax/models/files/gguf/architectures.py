@@ -1,0 +1,198 @@
+"""The architectures of GGUF files: what each is called by Hugging Face, and what llama.cpp did to its tensors.
+
+The names of tensors come from the gguf package's own table, read backwards. `ARCHITECTURES` has one entry for each
+architecture: adding one takes an entry, and a function for what its config alone has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from streamjax.models.files.gguf import metadata as md
+from streamjax.models.files.gguf.metadata import Keys, Metadata
+
+Values = dict[str, Any]  # fields of a config.json
+Rows = Callable[[Values, str, int], np.ndarray]  # fields, name in the file, rows -> for each row its row in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One architecture of GGUF files.
+
+    Attributes:
+      model_type: of Hugging Face's config.json.
+      keys: metadata that are fields there.
+      more: further fields, from the metadata and the fields so far.
+      rows: regular expressions of tensors whose rows llama.cpp has put in another order, and how to get them back.
+      shift: names of tensors to which a number was added, and what brings them back; see `plus_one`.
+    """
+
+    model_type: str
+    keys: Keys
+    more: Callable[[Metadata, Values], Values] = lambda metadata, values: {}
+    rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
+    shift: tuple[str, float] | None = None
+
+    def order(self, values: Values, name: str, count: int) -> np.ndarray | None:
+        """For each of `count` rows of a tensor its row in the file; None where they are the same."""
+        found = next((rows for pattern, rows in self.rows.items() if re.search(pattern, name)), None)
+        return None if found is None else found(values, name, count)
+
+    def shifted(self, name: str) -> float:
+        """What is added to the values in the file."""
+        return self.shift[1] if self.shift and re.search(self.shift[0], name) else 0.0
+
+
+def interleaved(values: Values, name: str, count: int) -> np.ndarray:
+    """Llama's queries and keys: llama.cpp has the two halves of a head, which rotate together, in turns."""
+    heads = values["num_key_value_heads" if ".attn_k." in name else "num_attention_heads"]
+    if count % (2 * heads):
+        raise ValueError(f"tensor {name!r} has {count} rows, which are no pairs in {heads} heads")
+    order = np.arange(count).reshape(heads, count // heads // 2, 2)
+    return np.ascontiguousarray(order.swapaxes(1, 2)).reshape(-1)
+
+
+def grouped(values: Values, name: str, count: int) -> np.ndarray:
+    """Fused queries, keys and values: llama.cpp has all queries first; Hugging Face goes by groups that share keys."""
+    heads = values["num_attention_heads"]
+    groups: int = values.get("num_kv_heads") or heads
+    width, rest = divmod(count, heads + 2 * groups)
+    if rest or heads % groups:
+        raise ValueError(f"tensor {name!r} has {count} rows, for {heads} heads in {groups} groups")
+    order = np.arange(count).reshape(heads + 2 * groups, width)
+    queries, keys, values_ = np.split(order, [heads, heads + groups])
+    parts = (part.reshape(groups, -1, width) for part in (queries, keys, values_))
+    return np.concatenate(list(parts), axis=1).reshape(-1)
+
+
+def _llama(metadata: Metadata, values: Values) -> Values:
+    _refuse(metadata, "expert_count")
+    head_dim = metadata.get("rope.dimension_count", int)
+    more: Values = {"rope_scaling": metadata.scaling(), "mlp_bias": metadata.has("blk.0.ffn_gate.bias")}
+    more["attention_bias"] = metadata.has("blk.0.attn_q.bias")
+    return more if head_dim is None or "head_dim" in values else more | {"head_dim": head_dim}
+
+
+def _scaled(metadata: Metadata, values: Values) -> Values:
+    return {"rope_scaling": metadata.scaling()}
+
+
+def _qwen3(metadata: Metadata, values: Values) -> Values:
+    return {"rope_scaling": metadata.scaling(), "attention_bias": metadata.has("blk.0.attn_q.bias")}
+
+
+def _gemma(large: int) -> Callable[[Metadata, Values], Values]:
+    """What Gemma 2 and 3 have; the model of so many layers, the largest, scales queries by another width."""
+
+    def more(metadata: Metadata, values: Values) -> Values:
+        width = values.get("head_dim", 256)
+        if values.get("num_hidden_layers") == large:
+            width = values["hidden_size"] // values["num_attention_heads"]
+        found: Values = {"query_pre_attn_scalar": width, "rope_scaling": metadata.scaling()}
+        local = metadata.get("rope.freq_base_swa", float)
+        pattern = metadata.header.values.get(f"{metadata.architecture}.attention.sliding_window_pattern")
+        metadata.seen.add("attention.sliding_window_pattern")
+        if isinstance(pattern, np.ndarray):
+            found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern.tolist()]
+        elif isinstance(pattern, int) and pattern:
+            found["sliding_window_pattern"] = pattern
+        return found if local is None else found | {"rope_local_base_freq": local}
+
+    return more
+
+
+def _phi3(metadata: Metadata, values: Values) -> Values:
+    heads = max(1, values.get("num_attention_heads", 1))
+    head_dim = values.get("hidden_size", 0) // heads
+    rotated = metadata.get("rope.dimension_count", int, head_dim)
+    original = metadata.get("rope.scaling.original_context_length", int)
+    fraction = 1.0 if rotated == head_dim or not head_dim else (rotated + 0.5) / head_dim
+    window = metadata.get("attention.sliding_window", int)
+    found = {"partial_rotary_factor": fraction, "rope_scaling": metadata.scaling(), "sliding_window": window or None}
+    return found if original is None else found | {"original_max_position_embeddings": original}
+
+
+def _falcon(metadata: Metadata, values: Values) -> Values:
+    kv_heads = values["num_key_value_heads"]
+    two_norms = metadata.has("blk.0.attn_norm_2.weight")
+    new = two_norms or kv_heads not in (1, values["num_attention_heads"])
+    return {
+        "num_kv_heads": kv_heads,
+        "multi_query": kv_heads == 1,
+        "new_decoder_architecture": new,
+        "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
+        "bias": metadata.has("blk.0.attn_qkv.bias"),
+        "rope_scaling": metadata.scaling(),
+    }
+
+
+def _gpt_neox(metadata: Metadata, values: Values) -> Values:
+    width = values["hidden_size"] // max(1, values["num_attention_heads"])
+    rotated = metadata.get("rope.dimension_count", int, width)
+    return {
+        "rotary_pct": 1.0 if rotated == width or not width else (rotated + 0.5) / width,
+        "attention_bias": metadata.has("blk.0.attn_qkv.bias"),
+        "rope_scaling": metadata.scaling(),
+    }
+
+
+def _mpt(metadata: Metadata, values: Values) -> Values:
+    bias, clip = metadata.get("attention.max_alibi_bias", float, 8.0), metadata.get("attention.clamp_kqv", float)
+    return {"attn_config": {"alibi": bias > 0, "alibi_bias_max": bias, "clip_qkv": clip}}
+
+
+def _refuse(metadata: Metadata, key: str) -> None:
+    """Refuse what another architecture under the same name has."""
+    if value := metadata.get(key, int, 0):
+        raise ValueError(
+            f"{metadata.header.file}: '{metadata.architecture}.{key}' is {value}, which streamjax does not read"
+        )
+
+
+_LLAMA_ROWS = {r"\.attn_[qk]\.": interleaved}
+_FUSED_ROWS = {r"\.attn_qkv\.": grouped}
+_NORMS = r"norm\.weight$"
+_DECODER = md.SIZES | md.RMS | md.ROPE
+_LAYER_NORM: Keys = {"attention.layer_norm_epsilon": ("layer_norm_epsilon", md.NUMBER)}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", _DECODER | md.HEAD, _llama, _LLAMA_ROWS),
+    "qwen2": Architecture("qwen2", _DECODER, _scaled),
+    "qwen3": Architecture("qwen3", _DECODER | md.HEAD, _qwen3),
+    "phi3": Architecture("phi3", _DECODER, _phi3),
+    "gemma2": Architecture("gemma2", _DECODER | md.HEAD | md.WINDOW | md.CAPS, _gemma(46), shift=(_NORMS, -1.0)),
+    "gemma3": Architecture("gemma3_text", _DECODER | md.HEAD | md.WINDOW | md.CAPS, _gemma(62), shift=(_NORMS, -1.0)),
+    "falcon": Architecture(
+        "falcon",
+        md.SIZES | md.ROPE | _LAYER_NORM | {"feed_forward_length": ("ffn_hidden_size", md.WHOLE)},
+        _falcon,
+        _FUSED_ROWS,
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        md.SIZES
+        | {
+            "attention.layer_norm_epsilon": ("layer_norm_eps", md.NUMBER),
+            "use_parallel_residual": ("use_parallel_residual", md.FLAG),
+            "rope.freq_base": ("rotary_emb_base", md.NUMBER),
+        },
+        _gpt_neox,
+        _FUSED_ROWS,
+    ),
+    "mpt": Architecture(
+        "mpt",
+        {
+            "context_length": ("max_seq_len", md.WHOLE),
+            "embedding_length": ("d_model", md.WHOLE),
+            "block_count": ("n_layers", md.WHOLE),
+            "attention.head_count": ("n_heads", md.WHOLE),
+            "attention.layer_norm_epsilon": ("layer_norm_epsilon", md.NUMBER),
+        },
+        _mpt,
+    ),
+}

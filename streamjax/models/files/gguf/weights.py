@@ -1,0 +1,98 @@
+"""Tensors of a GGUF file as those of a Hugging Face checkpoint: other names and orders of rows, and no blocks.
+
+Blocks of weights lie along the last axis, so that rows are read and dequantised alone, some at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamjax.checkpoints.gguf_header import GGUFTensor
+from streamjax.models.files.safetensors_files import read_bytes, row_blocks
+
+_SPARSE = 4  # so many times the rows that are needed are read at once
+
+
+@lru_cache(maxsize=64)
+def can_dequantise(kind: Any) -> bool:
+    """Whether the gguf package makes numbers of blocks of a kind."""
+    import gguf
+
+    block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    try:
+        gguf.dequantize(block, kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DequantisedTensor:
+    """A tensor of a Hugging Face checkpoint that is made from one in a GGUF file; see `StoredTensor`.
+
+    Attributes:
+      file: the GGUF file.
+      name: in the file.
+      shape: as Hugging Face has it.
+      stored: where it lies.
+      order: for each row here the row there; None: the same.
+      shift: what is added to the values.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    stored: GGUFTensor
+    order: np.ndarray | None = None
+    shift: float = 0.0
+
+    @property
+    def code(self) -> str:
+        """The dtype of `rows`, or the name of a kind of blocks that cannot be read."""
+        return "F32" if can_dequantise(self.stored.kind) else self.stored.kind.name
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The values [start, stop) along the first axis, float32.
+
+        Raises:
+          ValueError: the file has become shorter.
+        """
+        import gguf
+
+        shape = (stop - start, *self.shape[1:])
+        if len(shape) == 1:  # one row of blocks holds it all
+            values = gguf.dequantize(self._blocks(0, 1), self.stored.kind).reshape(-1)
+            values = values[start:stop] if self.order is None else values[self.order[start:stop]]
+        else:
+            each = math.prod(shape[1:-1])
+            first, last = start * each, stop * each
+            blocks = self._blocks(first, last) if self.order is None else self._gathered(self.order[first:last])
+            values = gguf.dequantize(blocks, self.stored.kind)
+        values = values.reshape(shape)
+        return values if not self.shift else values + np.float32(self.shift)
+
+    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
+        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
+
+    def _blocks(self, start: int, stop: int) -> np.ndarray:
+        """The bytes of rows in the file, uint8 [R, B]."""
+        stored = self.stored
+        found = np.empty((stop - start, stored.row_bytes), np.uint8)
+        read_bytes(self.file, stored.offset + start * stored.row_bytes, found.reshape(-1), stored.name)
+        return found
+
+    def _gathered(self, order: np.ndarray) -> np.ndarray:
+        """The bytes of rows that lie apart: read with what is between them, unless that is most of it."""
+        low, high = int(order.min()), int(order.max()) + 1
+        if high - low <= _SPARSE * len(order):
+            return self._blocks(low, high)[order - low]
+        runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
+        return np.concatenate([self._blocks(int(run[0]), int(run[-1]) + 1) for run in runs])

@@ -1,0 +1,99 @@
+"""What llama.cpp's converter makes of a Hugging Face model: names, orders of rows and metadata, for tiny models."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from tests.gguf_files import write_gguf
+
+NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama"}
+
+
+def convert(model: torch.nn.Module, file: Path, **more: Any) -> Path:
+    """Write the GGUF file of a model; `more` are further metadata, and tensors by their names in the file."""
+    config = model.config
+    architecture = NAMES.get(config.model_type, config.model_type)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        tensors[found] = _converted(architecture, config, found, tensor.float().numpy())
+    tensors |= {name: more.pop(name) for name in [*more] if name.endswith(".weight")}
+    return write_gguf(file, architecture, _metadata(architecture, config) | more, tensors)
+
+
+def _converted(architecture: str, config: Any, name: str, values: np.ndarray) -> np.ndarray:
+    heads = config.num_attention_heads
+    if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        heads = heads if ".attn_q." in name else config.num_key_value_heads
+        halves = values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+        return values + 1
+    if architecture == "gptneox" and ".attn_qkv." in name:
+        parts = values.reshape(heads, 3, -1, *values.shape[1:])
+        return np.concatenate([parts[:, i].reshape(-1, *values.shape[1:]) for i in range(3)])
+    if architecture == "falcon" and ".attn_qkv." in name:
+        groups = _falcon_groups(config)
+        parts = values.reshape(groups, heads // groups + 2, -1, *values.shape[1:])
+        split = parts[:, :-2], parts[:, -2], parts[:, -1]
+        return np.concatenate([part.reshape(-1, *values.shape[1:]) for part in split])
+    return values
+
+
+def _falcon_groups(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+def _metadata(architecture: str, config: Any) -> dict[str, Any]:
+    if architecture == "mpt":
+        return {
+            "context_length": config.max_seq_len,
+            "embedding_length": config.d_model,
+            "block_count": config.n_layers,
+            "feed_forward_length": 4 * config.d_model,
+            "attention.head_count": config.n_heads,
+            "attention.layer_norm_epsilon": 1e-5,
+            "attention.max_alibi_bias": 8.0,
+            "attention.clamp_kqv": config.attn_config.clip_qkv,
+        }
+    heads, width = config.num_attention_heads, config.hidden_size
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    found = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": width,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": heads,
+        "rope.freq_base": float(rope["rope_theta"]),
+        "feed_forward_length": getattr(config, "intermediate_size", None) or config.ffn_hidden_size,
+    }
+    if architecture == "falcon":
+        groups = {"attention.head_count_kv": _falcon_groups(config)}
+        return found | groups | {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
+    if architecture == "gptneox":
+        rotated = int(width // heads * rope["partial_rotary_factor"])
+        own = {"rope.dimension_count": rotated, "use_parallel_residual": config.use_parallel_residual}
+        return found | own | {"attention.layer_norm_epsilon": config.layer_norm_eps}
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    found |= {"attention.head_count_kv": config.num_key_value_heads}
+    found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.dimension_count": head_dim}
+    if architecture in ("qwen3", "gemma2", "gemma3"):
+        found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if architecture == "phi3":
+        found["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    if architecture in ("gemma2", "gemma3", "phi3") and config.sliding_window:
+        found["attention.sliding_window"] = config.sliding_window
+    if architecture == "gemma2":
+        found["attn_logit_softcapping"] = config.attn_logit_softcapping
+        found["final_logit_softcapping"] = config.final_logit_softcapping
+    return found

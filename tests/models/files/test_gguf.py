@@ -1,0 +1,116 @@
+"""Models of GGUF files: the logits of transformers, for the model that each file was made of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+import streamjax as sj
+from streamjax.parallel.mesh import make_mesh
+from tests.architectures import CASES, FALCON, GEMMA, GROUPED, MIXED, SIZES
+from tests.models.files.gguf_peers import convert
+from tests.models.transformers_peers import logits_of, peer, tokens_for
+
+TOLERANCE = 2e-4
+LENGTH = 24
+SCALE = {"query_pre_attn_scalar": 6}  # as llama.cpp has it: the width of a head
+PARITY = {
+    "llama": GROUPED,
+    "llama-biases": {**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama-linear": {**GROUPED, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-yarn": {
+        **GROUPED,
+        "max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "llama-heads": {**GROUPED, "head_dim": 8},
+    "mistral": {**GROUPED, "sliding_window": None},
+    "qwen2": GROUPED,
+    "qwen3": CASES["qwen3"],
+    "phi3": {**CASES["phi3"], "pad_token_id": 0},
+    "gemma2": {**CASES["gemma2"], **SCALE},
+    "gemma3": {**GEMMA, **SCALE, "num_hidden_layers": 7},
+    "gpt_neox": CASES["gpt_neox"],
+    "gpt_neox-sequential": {**SIZES, "rotary_pct": 1.0, "use_parallel_residual": False},
+    "falcon-7b": FALCON,
+    "falcon-40b": CASES["falcon-40b"],
+    "falcon-11b": {**CASES["falcon-40b"], "num_ln_in_parallel_attn": 1},
+    "mpt": CASES["mpt"],
+}
+METADATA = {
+    "llama-linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    "llama-yarn": {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16,
+    },
+    "llama-heads": {"attention.key_length": 8, "attention.value_length": 8},
+}
+
+
+def make_peer(case, values):
+    kind = case.split("-")[0].replace("gemma3", "gemma3_text")
+    return peer(transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"}))
+
+
+def assert_same_logits(model, other):
+    tokens = tokens_for(other, LENGTH)
+    np.testing.assert_allclose(sj.forward(model, jnp.array(tokens)), logits_of(other, tokens), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_the_logits_are_those_of_transformers(case, tmp_path):
+    other = make_peer(case, PARITY[case])
+    file = convert(other, tmp_path / f"{case}.gguf", **METADATA.get(case, {}))
+    assert_same_logits(sj.load(file), other)
+
+
+def test_the_factors_of_llama_3_are_read(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 16
+    values = {**GROUPED, "head_dim": 16, "max_position_embeddings": 128, "rope_scaling": scaling}
+    other = make_peer("llama", values)
+    plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    scaled = other.model.rotary_emb.inv_freq.numpy()
+    assert np.any(plain / scaled > 2)
+    factors = (plain / scaled).astype(np.float32)
+    file = convert(other, tmp_path / "x.gguf", **{"attention.key_length": 16, "rope_freqs.weight": factors})
+    assert_same_logits(sj.load(file), other)
+
+
+def test_long_factors_are_read(tmp_path):
+    short, long = [1.0, 1.5], [2.0, 7.0]
+    scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    values = {**GROUPED, "max_position_embeddings": 64, "original_max_position_embeddings": 16, "pad_token_id": 0}
+    other = make_peer("phi3", {**values, "rope_scaling": scaling})
+    factors = {f"rope_factors_{name}.weight": np.array(v, np.float32) for name, v in (("short", short), ("long", long))}
+    file = convert(other, tmp_path / "x.gguf", **factors)
+    model = sj.load(file)
+    assert (model.config.rope.kind, model.config.rope.short_factor) == ("longrope", (1.0, 1.5))
+    tokens = tokens_for(other, 12)
+    np.testing.assert_allclose(sj.forward(model, jnp.array(tokens)), logits_of(other, tokens), atol=TOLERANCE)
+
+
+def test_which_layers_slide_is_read_where_the_file_says_it(tmp_path):
+    other = make_peer("gemma3", {**GEMMA, **SCALE, "layer_types": MIXED})
+    file = convert(other, tmp_path / "x.gguf", **{"attention.sliding_window_pattern": [True, False]})
+    assert_same_logits(sj.load(file), other)
+
+
+def test_layers_are_stacked_and_split_over_a_mesh(tmp_path):
+    other = make_peer("llama", {**GROUPED, "num_hidden_layers": 3})
+    file = convert(other, tmp_path / "x.gguf")
+    plain = sj.load(file)
+    assert_same_logits(sj.load(file, scan_layers=True), other)
+    if len(jax.devices()) > 1:
+        split = sj.load(file, mesh=make_mesh(tensor=2, devices=jax.devices()[:2]))
+        for mine, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_saved_folder_has_the_same_logits(tmp_path):
+    other = make_peer("gpt_neox", CASES["gpt_neox"])
+    model = sj.load(convert(other, tmp_path / "x.gguf"))
+    sj.save_hf(model, tmp_path / "folder")
+    assert_same_logits(sj.load(tmp_path / "folder"), other)
