@@ -1,0 +1,73 @@
+"""Whatever ends a command is one line on stderr, in words for users, and a status."""
+
+import jax
+import pytest
+
+from streamjax.commands import chat, perplexity, recall, stream
+from streamjax.commands.shell.progress import progress_bar
+from streamjax.commands.shell.runner import run_command
+
+
+class PanicException(BaseException):
+    """As Rust's panics come: no Exception."""
+
+
+def run(capsys, body):
+    status = run_command("About.", [], body, ["command", "--compilation_cache="])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("window is 0\n  it must be more"), "window is 0 it must be more"),
+        (FileNotFoundError(2, "No such file or directory", "book.txt"), "book.txt: No such file or directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (MemoryError(), "out of memory"),
+        (MemoryError("Unable to allocate 3 TiB"), "out of memory: Unable to allocate 3 TiB"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 274877906944 bytes."),
+            "out of memory (asked for 274877906944 bytes): a smaller cache, chunk or batch takes less, and a mesh "
+            "splits the model over devices",
+        ),
+        (RecursionError("maximum recursion depth exceeded"), "a file or an option is nested too deeply to be read"),
+        (OverflowError("int too large"), "a number is too large: int too large"),
+        (KeyError("a\x1b[31m"), "internal error, KeyError: 'a\\x1b[31m' (please report it; "),
+        (PanicException("index out of bounds"), "internal error, PanicException: index out of bounds (please report"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_goes_wrong_is_one_line(capsys, error, message):
+    def body(values):
+        raise error
+
+    status, out, err = run(capsys, body)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert err.strip().isprintable()
+
+
+def test_an_error_begins_on_a_line_of_its_own(capsys):
+    def body(values):
+        progress_bar(total=3).update(1)
+        raise ValueError("the text ends here")
+
+    status, _, err = run(capsys, body)
+    assert status == 1
+    assert "1/3" in err
+    assert err.splitlines()[-1] == "error: the text ends here"
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [(stream, "max_tokens"), (stream, "chunk_size"), (perplexity, "dense_capacity"), (chat, "seed"), (recall, "seed")],
+)
+@pytest.mark.parametrize("value", [2**63, 2**70])
+def test_whole_numbers_fit_in_64_bits(command, module, flag, value):
+    outcome = command(module, f"--{flag}={value}")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: flag --{flag}={value}: it must fit in 64 bits")
+    assert outcome.err.count("\n") == 1
