@@ -22,15 +22,31 @@ _SPARSE = 4  # so many times the rows that are needed are read at once
 
 @lru_cache(maxsize=64)
 def can_dequantise(kind: Any) -> bool:
-    """Whether the gguf package makes numbers of blocks of a kind."""
+    """Whether numbers can be made of blocks of a kind, a `gguf.GGMLQuantizationType`."""
     import gguf
 
-    block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     try:
-        gguf.dequantize(block, kind)
+        dequantise(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
         return False
     return True
+
+
+def dequantise(blocks: np.ndarray, kind: Any) -> np.ndarray:
+    """The values of rows of blocks.
+
+    Args:
+      blocks: uint8 [R, B].
+      kind: of the blocks.
+
+    Returns:
+      float32 [R, values].
+    """
+    import gguf
+
+    if kind == gguf.GGMLQuantizationType.F64:
+        return blocks.view("<f8").astype(np.float32)
+    return gguf.dequantize(blocks, kind)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,17 +80,15 @@ class DequantisedTensor:
         Raises:
           ValueError: the file has become shorter.
         """
-        import gguf
-
         shape = (stop - start, *self.shape[1:])
         if len(shape) == 1:  # one row of blocks holds it all
-            values = gguf.dequantize(self._blocks(0, 1), self.stored.kind).reshape(-1)
+            values = dequantise(self._blocks(0, 1), self.stored.kind).reshape(-1)
             values = values[start:stop] if self.order is None else values[self.order[start:stop]]
         else:
             each = math.prod(shape[1:-1])
             first, last = start * each, stop * each
             blocks = self._blocks(first, last) if self.order is None else self._gathered(self.order[first:last])
-            values = gguf.dequantize(blocks, self.stored.kind)
+            values = dequantise(blocks, self.stored.kind)
         values = values.reshape(shape)
         return values if not self.shift else values + np.float32(self.shift)
 
