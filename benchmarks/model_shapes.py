@@ -1,7 +1,7 @@
 """Published models by the shapes of their `config.json`: what benchmarks compile for, without any weights.
 
 Each entry is the part of the model's `config.json` on huggingface.co that decides shapes and operations, as published;
-the library's own reader makes a `ModelConfig` of it. `PARAMETERS` is what the model cards count (for Gemma 3 4B its
+the library's own reader makes a `UniformConfig` of it. `PARAMETERS` is what the model cards count (for Gemma 3 4B its
 language model alone, without the 420M parameters of the vision tower and its projector).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.models.families import read_config
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
@@ -106,4 +106,6 @@ PARAMETERS: Mapping[str, int] = {
     "qwen2.5-0.5b": 494_032_768,
     "gemma-3-4b": 3_880_263_168,
 }
-SHAPES: Mapping[str, ModelConfig] = {name: read_config(values) for name, values in PUBLISHED.items()}
+SHAPES: Mapping[str, UniformConfig] = {
+    name: UniformConfig.of(read_config(values)) for name, values in PUBLISHED.items()
+}

@@ -10,7 +10,7 @@ short rows in two runs of 200 steps.
 """
 
 from streamjax.data import DataConfig
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.training.run.config import TrainConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -18,7 +18,7 @@ from streamjax.training.run.optimizer import OptimizerConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="dense_recall",
-        model=ModelConfig(
+        model=UniformConfig(
             vocab_size=259,
             d_model=192,
             num_layers=4,

@@ -18,7 +18,7 @@ has keys cut by the boundaries of chunks, which are rare and else stay the one t
 """
 
 from streamjax.data import DataConfig
-from streamjax.models.config import HSAConfig, ModelConfig
+from streamjax.models.config import HSAConfig, UniformConfig
 from streamjax.training.run.config import TrainConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -26,7 +26,7 @@ from streamjax.training.run.optimizer import OptimizerConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="hsa_recall",
-        model=ModelConfig(
+        model=UniformConfig(
             vocab_size=259,
             d_model=192,
             num_layers=4,

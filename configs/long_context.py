@@ -8,7 +8,7 @@ peak of resident memory of a run on 2 cores.
 """
 
 from streamjax.data import DataConfig
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.training.run.config import BackpropConfig, TrainConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -16,7 +16,7 @@ from streamjax.training.run.optimizer import OptimizerConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="long_context",
-        model=ModelConfig(
+        model=UniformConfig(
             vocab_size=259,
             d_model=192,
             num_layers=6,

@@ -9,7 +9,7 @@ it took 65 minutes.
 """
 
 from streamjax.data import DataConfig
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.training.run.config import TrainConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -17,7 +17,7 @@ from streamjax.training.run.optimizer import OptimizerConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="stdlib_byte",
-        model=ModelConfig(
+        model=UniformConfig(
             vocab_size=259,
             d_model=256,
             num_layers=4,

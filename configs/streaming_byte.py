@@ -7,7 +7,7 @@ corpus of Python 3.11.7).
 """
 
 from streamjax.data import DataConfig
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.training.run.config import BackpropConfig, TrainConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -15,7 +15,7 @@ from streamjax.training.run.optimizer import OptimizerConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="streaming_byte",
-        model=ModelConfig(
+        model=UniformConfig(
             vocab_size=259,
             d_model=128,
             num_layers=4,

@@ -7,7 +7,7 @@ nats per byte, which is how often each byte occurs and a little more.
 """
 
 from streamjax.data import DataConfig
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.training.run.config import TrainConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -15,7 +15,7 @@ from streamjax.training.run.optimizer import OptimizerConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="tiny",
-        model=ModelConfig(
+        model=UniformConfig(
             vocab_size=259,
             d_model=64,
             num_layers=2,

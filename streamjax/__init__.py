@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamjax import data, kv, training
     from streamjax.data import load_tokenizer
-    from streamjax.models import Decoder, HSAConfig, LoRAParam, ModelConfig, RopeConfig, add_lora, forward, merge_lora
+    from streamjax.models import (
+        AttentionConfig,
+        BlockConfig,
+        Decoder,
+        DenseConfig,
+        HSAConfig,
+        LoRAParam,
+        ModelConfig,
+        NormConfig,
+        RopeConfig,
+        UniformConfig,
+        add_lora,
+        forward,
+        merge_lora,
+    )
     from streamjax.models.files.checkpoint import load, save
     from streamjax.models.files.hugging_face import save_hf
     from streamjax.models.files.native_format import save_safetensors
@@ -21,7 +35,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "streamjax.data": ("load_tokenizer",),
     "streamjax.models": (
-        "Decoder", "HSAConfig", "LoRAParam", "ModelConfig", "RopeConfig", "add_lora", "forward", "merge_lora",
+        "AttentionConfig", "BlockConfig", "Decoder", "DenseConfig", "HSAConfig", "LoRAParam", "ModelConfig",
+        "NormConfig", "RopeConfig", "UniformConfig", "add_lora", "forward", "merge_lora",
     ),
     "streamjax.models.files.checkpoint": ("load", "save"),
     "streamjax.models.files.hugging_face": ("save_hf",),
@@ -50,14 +65,19 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AttentionConfig",
+    "BlockConfig",
     "Decoder",
+    "DenseConfig",
     "HSAConfig",
     "LoRAParam",
     "ModelConfig",
+    "NormConfig",
     "RopeConfig",
     "Sampler",
     "Session",
     "StreamState",
+    "UniformConfig",
     "add_lora",
     "data",
     "forward",

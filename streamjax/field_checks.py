@@ -86,8 +86,19 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
             raise ValueError(f"{name}: {argument} is {_shown(value)}: it must be {describe(hints[argument])}")
 
 
+def to_plain(value: Any) -> Any:
+    """A tree of dataclasses as dictionaries of plain values; one with a `type_name` says it in the field "type"."""
+    if isinstance(value, tuple):
+        return tuple(map(to_plain, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    plain = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    name = getattr(value, "type_name", None)
+    return plain if name is None else {"type": name, **plain}
+
+
 def from_plain(kind: type[T], values: Any) -> T:
-    """A dataclass from what `dataclasses.asdict` made of it, after a journey through JSON.
+    """A dataclass from what `to_plain` or `dataclasses.asdict` made of it, after a journey through JSON.
 
     Raises:
       ValueError: something else than fields and their values, an unknown field or one that is missing, or what the
@@ -95,6 +106,8 @@ def from_plain(kind: type[T], values: Any) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} is {_shown(values)}: it must be an object with its fields")
+    if "type" in values and values["type"] == getattr(kind, "type_name", None):
+        values = {name: value for name, value in values.items() if name != "type"}
     fields = dataclasses.fields(typing.cast(Any, kind))
     unknown = sorted(set(values) - {field.name for field in fields})
     if unknown:
@@ -161,8 +174,12 @@ def _from_plain(hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, dict):
         groups = [option for option in options if dataclasses.is_dataclass(option)]
-        return from_plain(typing.cast(Any, groups[0]), value) if groups else value
-    return tuple(_from_plain(Any, item) for item in value) if isinstance(value, list) else value
+        named = [option for option in groups if getattr(option, "type_name", None) == value.get("type")]
+        return from_plain(typing.cast(Any, (named or groups)[0]), value) if groups else value
+    if isinstance(value, list | tuple):
+        inside = next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple), Any)
+        return tuple(_from_plain(inside, item) for item in value)
+    return value
 
 
 def _field_hints(kind: type) -> dict[str, Any]:

@@ -28,3 +28,9 @@ CASES = {
 def tiny_config(case: str) -> ModelConfig:
     """The model of a case; its name starts with the family's."""
     return read_config({**CASES[case], "model_type": case.split("-")[0].replace("gemma3", "gemma3_text")})
+
+
+def changes_with_length(config: ModelConfig) -> bool:
+    """Whether a rotation depends on the length of the sequence, or in a stream on the span of the cache."""
+    ropes = [block.mixer.rope for block in config.blocks]
+    return any(rope is not None and rope.kind == "dynamic" for rope in ropes)

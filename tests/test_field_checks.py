@@ -18,7 +18,7 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv.pages import boundaries, disk_files, indexes
 from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, sink, sink_window, window
-from streamjax.models.config import HSAConfig, ModelConfig, RopeConfig
+from streamjax.models.config import HSAConfig, NormConfig, RopeConfig, UniformConfig, parse_config
 from streamjax.streaming import Sampler
 from streamjax.training import (
     DPO,
@@ -32,7 +32,7 @@ from streamjax.training import (
 )
 from streamjax.training.heads.gates import GateConfig
 
-MODEL = ModelConfig(
+MODEL = UniformConfig(
     vocab_size=61,
     d_model=32,
     num_layers=2,
@@ -44,6 +44,11 @@ MODEL = ModelConfig(
 )
 EXAMPLES = [
     MODEL,
+    MODEL.expand(),
+    MODEL.expand().blocks[0],
+    MODEL.expand().blocks[0].mixer,
+    MODEL.expand().blocks[0].mlp,
+    NormConfig(),
     RopeConfig(),
     HSAConfig((1, 2), (1,)),
     DataConfig(),
@@ -75,7 +80,7 @@ EXAMPLES = [
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
 NO_CONFIGURATIONS = {
-    *("Rotary", "LayerSpec", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
+    *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
@@ -173,7 +178,7 @@ def test_wrong_values_are_refused(example, name):
         )
 
 
-@pytest.mark.parametrize("example", EXAMPLES[:14], ids=lambda example: type(example).__name__)
+@pytest.mark.parametrize("example", EXAMPLES[:19], ids=lambda example: type(example).__name__)
 def test_configurations_survive_json(example):
     values = json.loads(json.dumps(dataclasses.asdict(example)))
     assert from_plain(type(example), values) == example
@@ -183,14 +188,34 @@ def test_configurations_survive_json(example):
 
 
 def test_values_of_json_that_python_would_take():
-    values = json.loads(json.dumps(MODEL.to_json_dict()))
+    values = json.loads(json.dumps(dataclasses.asdict(MODEL)))
     for field, value in (("vocab_size", True), ("norm_eps", "8"), ("tie_embeddings", 1), ("rope", 5), ("hsa", [1])):
-        refused(lambda field=field, value=value: ModelConfig.from_json_dict({**values, field: value}), f"{field} is ")
+        refused(lambda field=field, value=value: parse_config({**values, field: value}), f"{field} is ")
     missing = {name: value for name, value in values.items() if name != "d_model"}
-    refused(lambda: ModelConfig.from_json_dict(missing), "ModelConfig.d_model is missing")
-    refused(
-        lambda: ModelConfig.from_json_dict({**values, "rope": {"thetta": 1e4}}), "unknown RopeConfig field 'thetta'"
-    )
+    refused(lambda: parse_config(missing), "UniformConfig.d_model is missing")
+    refused(lambda: parse_config({**values, "rope": {"thetta": 1e4}}), "unknown RopeConfig field 'thetta'")
+
+
+def test_lists_of_blocks_in_json():
+    config = MODEL.replace(windows=(4, None)).expand()
+    values = json.loads(json.dumps(config.to_json_dict()))
+    assert values["layers"] == [0, 1]
+    assert parse_config(values) == config
+    for field, value, message in (
+        ("vocab_size", True, "ModelConfig.vocab_size is True"),
+        ("layers", [0, 2], "ModelConfig.layers must have places in the 2 blocks"),
+        ("layers", [True], "ModelConfig.layers must have places in the 2 blocks"),
+        ("layers", [], "ModelConfig.blocks is empty"),
+        ("layers", 5, "ModelConfig.blocks and layers must be lists"),
+        ("blocks", [{"mixer": 5, "mlp": 5}, 5], "BlockConfig.mixer is 5"),
+        ("blocks", [5, 5], "ModelConfig.blocks is .5, 5."),
+        ("norm", {"kind": "mean"}, "NormConfig.kind is 'mean'"),
+        ("hsa", {"layers": [1]}, "HSAConfig.memory_layers is missing"),
+    ):
+        refused(lambda field=field, value=value: parse_config({**values, field: value}), message)
+    refused(lambda: parse_config({name: values[name] for name in values if name != "layers"}), "ModelConfig.layers is")
+    refused(lambda: parse_config({**values, "newer": 1}), "unknown ModelConfig field 'newer'")
+    refused(lambda: parse_config([values]), "ModelConfig is .\\{")
 
 
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.py")), ids=lambda file: file.stem)
@@ -201,7 +226,7 @@ def test_shipped_configurations_are_accepted(file):
 @pytest.mark.parametrize("folder", sorted(path.parent for path in Path("models").glob("*/config.json")), ids=str)
 def test_shipped_models_are_accepted(folder):
     values = json.loads((folder / "config.json").read_text())
-    check_fields(ModelConfig.from_json_dict(values["model"]) if "model" in values else streamjax.load(folder).config)
+    check_fields(parse_config(values["model"]) if "model" in values else streamjax.load(folder).config)
 
 
 def test_numpy_scalars_are_numbers():

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int32
 import streamjax as sj
 from benchmarks import aot
 from pallas_kernels.api import platforms
+from streamjax.field_checks import from_plain
 
 FULL_LOGITS = {"method": "full_logits"}  # the first baseline, which this module has itself; all else is the library's
 _SOURCES = ("streamjax/attention", "streamjax/kv", "streamjax/models", "streamjax/parallel", "streamjax/training")
@@ -38,7 +39,7 @@ class Case:
     one of `aot.TOPOLOGIES`, of which one chip is used. `kernels`: attention by the chip's kernels, not by XLA's loops.
     """
 
-    config: sj.ModelConfig
+    config: sj.UniformConfig
     topology: str
     length: int
     arguments: Mapping[str, Any]
@@ -46,12 +47,12 @@ class Case:
     kernels: bool = False
 
     def to_json(self) -> str:
-        return json.dumps({**dataclasses.asdict(self), "config": self.config.to_json_dict()})
+        return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Case:
         values = json.loads(text)
-        return cls(**{**values, "config": sj.ModelConfig.from_json_dict(values["config"])})
+        return cls(**{**values, "config": from_plain(sj.UniformConfig, values["config"])})
 
 
 @cache

@@ -25,7 +25,7 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import median_ratio, report
 
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=32000,
     d_model=512,
     num_layers=8,

@@ -43,7 +43,7 @@ WAYS = ("one program", "layer by layer")
 
 def measure(cache: str, way: str, layers: int) -> dict[str, float]:
     """CPU seconds of all threads of this process, which has compiled nothing of a stream yet."""
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=49152, d_model=576, num_layers=layers, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
         tie_embeddings=True, rope=sj.RopeConfig(theta=100000.0),
     )  # fmt: skip

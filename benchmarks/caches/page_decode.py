@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[32, 128], help="pages of 64 tokens that are read")
     parser.add_argument("--repeats", type=int, default=7, help="turns; the median counts")
     arguments = parser.parse_args()
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=8192, d_model=512, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1408,
         tie_embeddings=True,
     )  # fmt: skip

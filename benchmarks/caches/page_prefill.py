@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=16, help=f"pages of {PAGE} tokens that are read")
     parser.add_argument("--repeats", type=int, default=3, help="turns; the median counts")
     arguments = parser.parse_args()
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=8192, d_model=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=704,
         tie_embeddings=True,
     )  # fmt: skip

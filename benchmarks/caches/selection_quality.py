@@ -41,7 +41,7 @@ def layer_keys(model: sj.Decoder, tokens: np.ndarray) -> list[tuple[Keys, Float[
     context, x, found = SequenceContext.from_start(*tokens.shape), model.embed(jnp.asarray(tokens)), []
     for i in range(model.config.num_layers):
         q, k, _ = model.layer(i).project(x, context)
-        heads = model.config.num_kv_heads
+        heads = model.config.blocks[0].mixer.num_kv_heads
         found.append((jnp.swapaxes(k, 1, 2), rearrange(q, "b t (k g) d -> b k g t d", k=heads)))
         x, _ = model.layer(i).parallel(x, context)
     return found
@@ -95,7 +95,14 @@ def main() -> None:
     tokens = np.concatenate((np.full((arguments.rows, 1), 256, np.int32), tokens), axis=1)
     found: dict[str, dict[int, list[np.ndarray]]] = {}
     for keys, queries in layer_keys(model, tokens):
-        layer = shares(keys, queries, model.config.scale, arguments.page, arguments.window, arguments.budgets)
+        layer = shares(
+            keys,
+            queries,
+            model.config.blocks[0].mixer.softmax_scale,
+            arguments.page,
+            arguments.window,
+            arguments.budgets,
+        )
         for name, by_budget in layer.items():
             for budget, share in by_budget.items():
                 found.setdefault(name, {}).setdefault(budget, []).append(share)

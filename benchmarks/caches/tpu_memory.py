@@ -39,7 +39,7 @@ from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.scan import _read_chunks
 from streamjax.streaming.step import step
 
-LLAMA = sj.ModelConfig(
+LLAMA = sj.UniformConfig(
     vocab_size=128256,
     d_model=4096,
     num_layers=32,
@@ -58,7 +58,7 @@ CACHES = {
 }
 
 
-def with_memory(config: sj.ModelConfig) -> sj.ModelConfig:
+def with_memory(config: sj.UniformConfig) -> sj.UniformConfig:
     """The same shape with windows of 512 and a chunk memory in its middle, which every fourth layer above reads."""
     middle = config.num_layers // 2
     hsa = sj.HSAConfig(tuple(range(middle, config.num_layers, 4)), (middle,), chunk_size=64, top_k=16)

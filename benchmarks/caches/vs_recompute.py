@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=5, help="turns; the median counts")
     arguments = parser.parse_args()
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=8192, d_model=256, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=704,
         tie_embeddings=True,
     )  # fmt: skip

@@ -28,7 +28,7 @@ LAYOUTS = {"Hugging Face": sj.save_hf, "safetensors, our own": sj.save_safetenso
 
 
 def drawn_model() -> sj.Decoder:
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=49152, d_model=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
         tie_embeddings=True, rope=sj.RopeConfig(theta=100000.0),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
-from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.config import BlockConfig, HSAConfig
 from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
 from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
 from streamjax.models.mlps.dense import MLP
@@ -23,27 +23,47 @@ class Block(nnx.Module):
 
     With hierarchical sparse attention a layer may have an encoder, which makes a chunk memory of the layer's input, and
     a branch that reads a memory, between the mixer and the MLP.
+
+    Args:
+      config: which mixer, MLP and norms.
+      d_model: channels of the residual stream.
+      key: PRNG key of the initial weights.
+      dtype: of parameters.
+      gain: of the initial weights of what goes back to the residual stream.
+      memory: hierarchical sparse attention, whether the layer's input becomes a chunk memory, and whether the layer
+        reads one; None where the model has no memory.
     """
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, key: Array, dtype: jnp.dtype):
+    def __init__(
+        self,
+        config: BlockConfig,
+        d_model: int,
+        key: Array,
+        dtype: jnp.dtype,
+        gain: float = 1.0,
+        memory: tuple[HSAConfig, bool, bool] | None = None,
+    ):
         key_mixer, key_mlp = jax.random.split(key)
+        hsa, remembers, reads = memory or (None, False, False)
         self.config = config
-        self.encoder = PageEncoder(config, jax.random.fold_in(key, 0), dtype) if spec.remembers else None
-        self.reader = HierarchicalAttention(config, jax.random.fold_in(key, 1), dtype) if spec.reads else None
-        self.mixer_norm = Norm(config.d_model, config, dtype)
-        self.mixer = Attention(config, spec, key_mixer, dtype)
-        self.mlp_norm = None if config.shared_norm else Norm(config.d_model, config, dtype)
-        self.mlp = MLP(config, key_mlp, dtype)
-        self.mixer_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
-        self.mlp_post_norm = Norm(config.d_model, config, dtype) if config.post_norms else None
+        self.hsa = hsa
+        key_encoder, key_reader = (jax.random.fold_in(key, i) for i in range(2))
+        self.encoder = PageEncoder(config, hsa, d_model, key_encoder, dtype, gain) if hsa and remembers else None
+        self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
+        self.mixer_norm = Norm(d_model, config.norm, dtype)
+        self.mixer = Attention(config.mixer, d_model, key_mixer, dtype, gain)
+        self.mlp_norm = None if config.shared_norm else Norm(d_model, config.norm, dtype)
+        self.mlp = MLP(config.mlp, d_model, key_mlp, dtype, gain)
+        self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
+        self.mlp_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
 
     def parallel(
         self, x: Float[Array, "B T E"], context: SequenceContext, memory: ReadablePages | None = None
     ) -> tuple[Float[Array, "B T E"], ReadablePages | None]:
         """The layer over a whole sequence, and the chunk memory for the layers above: `memory`, or its own."""
-        if self.encoder is not None:
+        if self.encoder is not None and self.hsa is not None:
             made = self.encoder.parallel(x, context.segment_ids)
-            memory = whole_view(*made, context.segment_ids, self.config, 0, x.shape[1])
+            memory = whole_view(*made, context.segment_ids, self.hsa, 0, x.shape[1])
         normed = self.mixer_norm(x)
         return self._residual(x, normed, self.mixer.parallel(normed, context), memory), memory
 
@@ -91,12 +111,13 @@ class Block(nnx.Module):
         return (state[0], made), memory
 
     def _residual(self, x: Array, normed: Array, mixed: Array, memory: ReadablePages | None) -> Array:
+        parallel = self.config.residual == "parallel"
         if self.mixer_post_norm is not None:
             mixed = self.mixer_post_norm(mixed)
         if self.reader is not None:
             assert memory is not None
-            mixed = mixed + self.reader(x if self.config.parallel_residual else x + mixed, memory)
-        if self.config.parallel_residual:
+            mixed = mixed + self.reader(x if parallel else x + mixed, memory)
+        if parallel:
             y = x + mixed + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
         else:
             x = x + mixed

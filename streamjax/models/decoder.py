@@ -8,6 +8,7 @@ depth. The two hold the same numbers; `unstack` and `stack_layers` convert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,7 +22,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import State
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
 from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.models.norms import Norm
@@ -47,13 +48,14 @@ class Decoder(nnx.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ModelConfig | UniformConfig,
         key: Array,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
         scan_layers: bool = False,
     ):
+        config = expanded(config)
         self.config = config
         self.dtype = jnp.dtype(dtype or default_dtype())
         params = jnp.dtype(param_dtype or self.dtype)
@@ -64,16 +66,17 @@ class Decoder(nnx.Module):
         period = config.period
         repeats = config.repeats if scan_layers else 0
 
-        def build(spec: LayerSpec, key: Array) -> Block:
-            return Block(config, spec, key, params)
+        gain = 1.0 / math.sqrt(2 * config.num_layers)
+
+        def build(index: int, key: Array) -> Block:
+            memory = None if config.hsa is None else (config.hsa, config.remembers(index), config.reads(index))
+            return Block(config.blocks[index], d, key, params, gain, memory)
 
         self.stack = nnx.List(
-            [jax.vmap(partial(build, config.layer(i)))(keys[i : repeats * period : period]) for i in range(period)]
-            if repeats
-            else []
+            [jax.vmap(partial(build, i))(keys[i : repeats * period : period]) for i in range(period)] if repeats else []
         )
-        self.layers = nnx.List([build(config.layer(i), keys[i]) for i in range(repeats * period, config.num_layers)])
-        self.norm = Norm(d, config, params)
+        self.layers = nnx.List([build(i, keys[i]) for i in range(repeats * period, config.num_layers)])
+        self.norm = Norm(d, config.norm, params)
         self.head = None if config.tie_embeddings else kernel(key_head, (d, vocab), ("embed", "vocab"), d, params)
         self.head_bias = zeros((vocab,), ("vocab",), params) if config.logit_bias else None
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import NormConfig
 from streamjax.models.parameters import zeros
 
 
@@ -18,13 +18,12 @@ class Norm(nnx.Module):
     `offset` is added to the weight (Gemma stores weight - 1).
     """
 
-    def __init__(self, width: int, config: ModelConfig, dtype: jnp.dtype, *, rms: bool | None = None):
-        self.rms = config.norm == "rms" if rms is None else rms
-        self.eps = config.norm_eps
-        self.offset = config.norm_offset
-        axis = ("activation_embed",) if width == config.d_model else ("head_dim",)
-        self.weight = nnx.Param(jnp.full((width,), 1.0 - self.offset, dtype), axes=axis)
-        self.bias = zeros((width,), axis, dtype) if not self.rms and config.norm_bias else None
+    def __init__(self, width: int, config: NormConfig, dtype: jnp.dtype, axis: str = "activation_embed"):
+        self.rms = config.kind == "rms"
+        self.eps = config.eps
+        self.offset = config.offset
+        self.weight = nnx.Param(jnp.full((width,), 1.0 - self.offset, dtype), axes=(axis,))
+        self.bias = zeros((width,), (axis,), dtype) if config.bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         dtype = accumulator(x.dtype)

@@ -28,7 +28,7 @@ from streamjax.kv.tier import State
 from streamjax.kv.tiers.full import Full, LinearState
 from streamjax.kv.tiers.window import Window
 from streamjax.models.block import Block
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import ModelConfig, UniformConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.rope import make_rotary
@@ -97,17 +97,24 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
     """The layout of a model's pages.
 
     Raises:
-      ValueError: a model with sliding windows or a chunk memory.
+      ValueError: a model with sliding windows or a chunk memory, or whose layers differ in their heads.
     """
     config = model.config
-    if config.hsa is not None or any(config.layer(i).window is not None for i in range(config.num_layers)):
+    if config.hsa is not None or any(block.mixer.window is not None for block in config.blocks):
         raise ValueError("pages on disk are for models with full attention in every layer: this one has windows")
-    return PageLayout(config.num_layers, config.num_kv_heads, config.head_dim, page, dtype, fingerprint(model))
+    shapes = {(block.mixer.num_kv_heads, block.mixer.head_dim) for block in config.blocks}
+    if len(shapes) > 1:
+        raise ValueError("pages on disk are for models whose layers have equal heads: this one's differ")
+    return PageLayout(config.num_layers, *shapes.pop(), page, dtype, fingerprint(model))
 
 
 def fingerprint(model: Decoder) -> str:
     """A short text that differs between models: of the configuration and of the embedding's first rows."""
-    config = json.dumps(model.config.to_json_dict(), sort_keys=True).encode()
+    try:
+        values = dataclasses.asdict(UniformConfig.of(model.config))
+    except ValueError:
+        values = model.config.to_json_dict()
+    config = json.dumps(values, sort_keys=True).encode()
     rows = np.asarray(model.embedding[:64].astype(jnp.float32)).tobytes()
     return f"{zlib.crc32(config):08x}{zlib.crc32(rows):08x}"
 
@@ -122,9 +129,9 @@ def _newest(
         assert isinstance(ring, RingState)
         oldest = (ring.cursor - count) % ring.k.shape[2]
         k, v, position = (read_ring(x, oldest, slots, axis=2) for x in (ring.k, ring.v, ring.position))
-        rope = config.layer(i).rope
-        if rope is not None:
-            k = make_rotary(rope, config.head_dim, state.span).moved(k, -position[:, 0])
+        mixer = config.blocks[i].mixer
+        if mixer.rope is not None:
+            k = make_rotary(mixer.rope, mixer.head_dim, state.span).moved(k, -position[:, 0])
         there = (jnp.arange(slots) < count)[:, None]
         keys.append(jnp.where(there, k[0], 0))
         values.append(jnp.where(there, v[0], 0))
@@ -197,7 +204,7 @@ def choose_pages(pages: PageFiles, layer: int, query: Float[np.ndarray, "K D"], 
 def _mean_query(block: Block, x: Float[Array, "1 T E"]) -> Float[Array, "K D"]:
     """The mean of a question's queries, before rotation, over its tokens and the heads that share a key head."""
     q = block.mixer.projections.split(block.mixer_norm(x))[0]
-    return reduce(q.astype(jnp.float32), "1 t (k g) d -> k d", "mean", k=block.config.num_kv_heads)
+    return reduce(q.astype(jnp.float32), "1 t (k g) d -> k d", "mean", k=block.mixer.config.num_kv_heads)
 
 
 @partial(jax.jit, static_argnames="cache")
@@ -209,8 +216,9 @@ def _read_layer(
     count, width = k.shape[0] * k.shape[2], x.shape[1]
     keys, values = (rearrange(jnp.asarray(y), "n k s d -> 1 k (n s) d") for y in (k, v))
     place = jnp.arange(count + width, dtype=jnp.uint32)[None]
-    if block.mixer.spec.rope is not None:
-        keys = make_rotary(block.mixer.spec.rope, block.config.head_dim, cache.span).moved(keys, place[:, :count])
+    mixer = block.mixer.config
+    if mixer.rope is not None:
+        keys = make_rotary(mixer.rope, mixer.head_dim, cache.span).moved(keys, place[:, :count])
     loaded = LinearState(
         empty.k.at[:, :, :count].set(keys.astype(empty.k.dtype)),
         empty.v.at[:, :, :count].set(values.astype(empty.v.dtype)),

@@ -22,6 +22,7 @@ from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
+from streamjax.models.config import parse_config
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
@@ -329,7 +330,7 @@ class Session:
 
     def _require_same_model(self, path: str | Path, about: Mapping[str, Any]) -> None:
         try:
-            config = type(self.model.config).from_json_dict(about["model"])
+            config = parse_config(about["model"])
             weights, caches = about["weights"], list(about["caches"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the saved session is damaged: {error!r}") from error

@@ -19,7 +19,7 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import MixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import constrain
 
@@ -96,7 +96,7 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     layers = range(config.num_layers)
     if isinstance(cache, Cache):
         caches, keeps = (cache,) * config.num_layers, [True] * config.num_layers
-        full = next((i for i in layers if config.layer(i).window is None), None)
+        full = next((i for i in layers if config.blocks[i].mixer.window is None), None)
         if isinstance(cache, ChunkMemory) and full is not None:
             raise ValueError(f"layer {full} has full attention: give it a cache of its own, one a layer")
     else:
@@ -114,7 +114,7 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
 
 def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
     """`cache`, or the window that the layer was trained with."""
-    window = config.layer(index).window
+    window = config.blocks[index].mixer.window
     if window == 1:
         raise ValueError(f"layer {index} has a sliding window of 1: it sees itself alone and has no cache")
     return cache if window is None else Cascade(Window(window - 1))
@@ -122,7 +122,7 @@ def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
 
 def _remembering(config: ModelConfig, index: int, cache: Cache, own: Cache) -> Cache:
     """`own`, with a chunk memory of `cache`'s size where the layer's input is remembered."""
-    if not config.layer(index).remembers or config.hsa is None:
+    if config.hsa is None or not config.remembers(index):
         return own
     if isinstance(cache, ChunkMemory):
         if cache.size not in (0, config.hsa.chunk_size):
@@ -182,9 +182,11 @@ def _init(
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
-    spec = KVSpec(batch_size, config.num_kv_heads, config.head_dim, dtype, config.group_size, config.d_model)
+    def spec(mixer: MixerConfig) -> KVSpec:
+        return KVSpec(batch_size, mixer.num_kv_heads, mixer.head_dim, dtype, mixer.group_size, config.d_model)
+
     return StreamState(
-        layers=tuple(cache.init(spec) for cache in caches),
+        layers=tuple(cache.init(spec(block.mixer)) for cache, block in zip(caches, config.blocks, strict=True)),
         position=jnp.broadcast_to(position, (batch_size,)),
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),

@@ -8,7 +8,7 @@ from benchmarks.backprop.compile_case import FULL_LOGITS, Case, compile_case
 from benchmarks.backprop.memory import STEP, find_longest, fit_line
 from benchmarks.model_shapes import PARAMETERS, SHAPES
 
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=32768, d_model=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128, mlp_dim=512
 )
 compiled = pytest.mark.skipif(not aot.available(), reason="no TPU compiler: `make aot-compilers` installs it")

@@ -11,9 +11,9 @@ import pytest
 
 import streamjax as sj
 from streamjax.checkpoints import SaveError, replacing
-from streamjax.models import Decoder, ModelConfig, RopeConfig
+from streamjax.models import Decoder, RopeConfig, UniformConfig
 
-CONFIG = ModelConfig(
+CONFIG = UniformConfig(
     vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, tie_embeddings=True
 )
 
@@ -35,7 +35,9 @@ def new():
 
 
 def save_adapters(model, path):
-    sj.save_lora(sj.add_lora(model, 64, 4.0, ["q", "up"], jax.random.key(int(model.config.rope.theta))), path)
+    sj.save_lora(
+        sj.add_lora(model, 64, 4.0, ["q", "up"], jax.random.key(int(model.config.blocks[0].mixer.rope.theta))), path
+    )
 
 
 def same(a, b):

@@ -26,7 +26,7 @@ def test_is_kept_without_outputs(notebook):
 
 
 def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=259,
         d_model=16,
         num_layers=1,

@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level model with random weights, "trained" at 32 tokens, as a Hugging Face folder."""
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=259,
         d_model=16,
         num_layers=1,

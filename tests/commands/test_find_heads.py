@@ -12,7 +12,7 @@ from streamjax.data.recall.training_rows import RecallRows
 from streamjax.training.heads.scores import HeadScores, protected_heads
 from tests.streaming.tiny_models import build
 
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=259, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16, tie_embeddings=True,
     max_position=224, bos_token_id=256, eos_token_ids=(257,),
 )  # fmt: skip
@@ -66,7 +66,7 @@ def test_the_cache_reads_what_the_command_writes(run, folder, tmp_path, method):
         assert "55 tokens 4 times: best echo score" in out
         assert np.shape(found["echo"]) == np.shape(found["induction"]) == (2, 4)
         scores = HeadScores(np.array(found["echo"]), np.array(found["induction"]))
-        gates, _ = protected_heads(scores, CONFIG, echo=0.01, induction=0.2)
+        gates, _ = protected_heads(scores, CONFIG.expand(), echo=0.01, induction=0.2)
         np.testing.assert_allclose(found["gates"], gates, atol=1e-5)
     spec = out.splitlines()[-1].partition("--cache=")[2]
     name, options = sj.kv.parse_preset(spec)

@@ -36,7 +36,7 @@ def is_split(tree) -> bool:
 @pytest.fixture(scope="module")
 def two_heads(tmp_path_factory):
     """A model whose two key/value heads two devices share."""
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=259, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, max_position=32,
         bos_token_id=256,
     )  # fmt: skip

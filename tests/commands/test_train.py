@@ -77,7 +77,7 @@ def test_a_process_that_is_killed_and_started_again(run_config, tmp_path):
     train(run_config, tmp_path / "undisturbed")
     config = tmp_path / "config.py"
     config.write_text(
-        "from streamjax.data import DataConfig\nfrom streamjax.models import ModelConfig, RopeConfig\n"
+        "from streamjax.data import DataConfig\nfrom streamjax.models import UniformConfig, RopeConfig\n"
         "from streamjax.training import BackpropConfig, LoRAConfig, MeshConfig, OptimizerConfig, TrainConfig\n"
         f"def get_config():\n    return {run_config!r}\n"
     )

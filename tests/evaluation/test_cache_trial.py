@@ -10,7 +10,7 @@ import streamjax as sj
 from streamjax.data import ByteTokenizer
 from streamjax.evaluation import SlotMemory, Trial, human_bytes, log_bins, plot_trials, run_trial
 
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=259, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, bos_token_id=256
 )
 TEXT = list(b"It was the best of times, it was the worst of times, it was the age of wisdom ...")

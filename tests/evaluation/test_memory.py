@@ -6,7 +6,7 @@ import numpy as np
 import streamjax as sj
 from streamjax.evaluation import SlotMemory, peak_resident_bytes, resident_bytes
 
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=8, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, windows=(6, None)
 )
 MODEL = jax.jit(lambda key: sj.Decoder(CONFIG, key))(jax.random.key(0))

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamjax.models import Decoder, ModelConfig
+from streamjax.models import Decoder, UniformConfig
 
 
-def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
+def random_decoder(config: UniformConfig, seed: int = 0) -> Decoder:
     """A float32 decoder with every parameter drawn at random by numpy."""
     random = np.random.RandomState(seed)
     shapes = jax.eval_shape(partial(Decoder, config, dtype=jnp.dtype(jnp.float32)), jax.random.key(0))

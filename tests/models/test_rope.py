@@ -69,7 +69,8 @@ def test_against_transformers(kind, theta):
     for length in (1, 1024, 1025, 8192, 8193, 100_000):
         init = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]]
         frequencies, scale = init(theirs, "cpu", seq_len=length)
-        rotary = make_rotary(ours.rope, ours.head_dim, length)
+        mixer = ours.blocks[0].mixer
+        rotary = make_rotary(mixer.rope, mixer.head_dim, length)
         actual = np.array(rotary.steps) * (2 * np.pi / 2**32)
         np.testing.assert_allclose(actual, frequencies.numpy(), rtol=2e-6, atol=2 * np.pi / 2**32)
         assert rotary.scale == pytest.approx(scale, rel=1e-9)

@@ -49,12 +49,12 @@ def _value(parameter) -> np.ndarray:
     return np.asarray(parameter[...], np.float64)
 
 
-def norm(x: np.ndarray, module, config) -> np.ndarray:
+def norm(x: np.ndarray, module) -> np.ndarray:
     """RMSNorm or LayerNorm over the last axis."""
     if not module.rms:
         x = x - x.mean(axis=-1, keepdims=True)
-    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
-    y = y * (_value(module.weight) + config.norm_offset)
+    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + module.eps)
+    y = y * (_value(module.weight) + module.offset)
     return y if module.bias is None else y + _value(module.bias)
 
 
@@ -70,9 +70,9 @@ def rope(x: np.ndarray, place: int, theta: float, rotary_dim: int) -> np.ndarray
     return out
 
 
-def attention(layer, config, spec, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
+def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     """One token's attention; appends its own raw key, value and index in the stream to the cache."""
-    p = layer.mixer.projections
+    p, config = layer.mixer.projections, layer.mixer.config
     qkv = np.tensordot(x, _value(p.qkv), axes=1)  # [K, G + 2, D]
     if p.qkv_bias is not None:
         qkv = qkv + _value(p.qkv_bias)
@@ -81,26 +81,26 @@ def attention(layer, config, spec, x: np.ndarray, cache: list, rule: Rule) -> np
     group = config.num_heads // config.num_kv_heads
     q, k, v = qkv[:, :group].reshape(config.num_heads, -1), qkv[:, group], qkv[:, group + 1]
     if p.q_norm is not None:
-        q, k = norm(q, p.q_norm, config), norm(k, p.k_norm, config)
+        q, k = norm(q, p.q_norm), norm(k, p.k_norm)
     cache.append((k, v, cache[-1][2] + 1 if cache else 0))
     places = rule.places(cache)
 
     def turn(heads: np.ndarray, at: int) -> np.ndarray:
-        if spec.rope is None:
+        if config.rope is None:
             return heads
-        assert spec.rope.kind == "default", "the oracle knows plain RoPE only"
-        return rope(heads, at, spec.rope.theta, spec.rope.rotary_dim or config.head_dim)
+        assert config.rope.kind == "default", "the oracle knows plain RoPE only"
+        return rope(heads, at, config.rope.theta, config.rope.rotary_dim or config.head_dim)
 
     query = turn(q, places[-1])
     keys = np.stack([turn(entry[0], at) for at, entry in zip(places, cache, strict=True)])  # [n, K, D]
     values = np.stack([entry[1] for entry in cache])
     out = np.zeros((config.num_heads, config.head_dim))
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
     for head in range(config.num_heads):
         logits = keys[:, head // group] @ query[head] * scale
-        if config.attention_softcap is not None:
-            logits = config.attention_softcap * np.tanh(logits / config.attention_softcap)
-        if config.position == "alibi":
+        if config.softcap is not None:
+            logits = config.softcap * np.tanh(logits / config.softcap)
+        if config.alibi_slopes:
             logits = logits - config.alibi_slopes[head] * (places[-1] - np.array(places))
         weights = np.exp(logits - logits.max())
         out[head] = weights @ values[:, head // group] / weights.sum()
@@ -113,21 +113,22 @@ def mlp(module, config, x: np.ndarray) -> np.ndarray:
     if module.up_bias is not None:
         hidden = hidden + _value(module.up_bias)
     active = ACTIVATIONS[config.activation](hidden[0])
-    active = active * hidden[1] if config.gated_mlp else active
+    active = active * hidden[1] if config.gated else active
     y = active @ _value(module.down)
     return y if module.down_bias is None else y + _value(module.down_bias)
 
 
-def block(layer, config, spec, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
-    normed = norm(x, layer.mixer_norm, config)
-    mixed = attention(layer, config, spec, normed, cache, rule)
+def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
+    config = layer.config
+    normed = norm(x, layer.mixer_norm)
+    mixed = attention(layer, normed, cache, rule)
     if config.post_norms:
-        mixed = norm(mixed, layer.mixer_post_norm, config)
-    if config.parallel_residual:
-        return x + mixed + mlp(layer.mlp, config, normed if config.shared_norm else norm(x, layer.mlp_norm, config))
+        mixed = norm(mixed, layer.mixer_post_norm)
+    if config.residual == "parallel":
+        return x + mixed + mlp(layer.mlp, config.mlp, normed if config.shared_norm else norm(x, layer.mlp_norm))
     x = x + mixed
-    y = mlp(layer.mlp, config, norm(x, layer.mlp_norm, config))
-    return x + (norm(y, layer.mlp_post_norm, config) if config.post_norms else y)
+    y = mlp(layer.mlp, config.mlp, norm(x, layer.mlp_norm))
+    return x + (norm(y, layer.mlp_post_norm) if config.post_norms else y)
 
 
 def run(model, tokens, rule: Rule) -> np.ndarray:
@@ -137,18 +138,18 @@ def run(model, tokens, rule: Rule) -> np.ndarray:
     """
     config = model.config
     layers = [model.layer(i) for i in range(config.num_layers)]
-    specs = [config.layer(i) for i in range(config.num_layers)]
-    rules = [rule if spec.window is None else Rule(0, spec.window - 1) for spec in specs]
+    windows = [block.mixer.window for block in config.blocks]
+    rules = [rule if window is None else Rule(0, window - 1) for window in windows]
     caches: list[list] = [[] for _ in layers]
     embedding = _value(model.embedding)
     head = embedding.T if model.head is None else _value(model.head)
     rows = []
     for token in tokens:
         x = embedding[int(token)] * config.embedding_scale
-        for i, (layer, spec) in enumerate(zip(layers, specs, strict=True)):
-            x = block(layer, config, spec, x, caches[i], rules[i])
+        for i, layer in enumerate(layers):
+            x = block(layer, x, caches[i], rules[i])
             caches[i] = rules[i].keep(caches[i])
-        logits = norm(x, model.norm, config) @ head
+        logits = norm(x, model.norm) @ head
         if model.head_bias is not None:
             logits = logits + _value(model.head_bias)
         if config.logit_softcap is not None:

@@ -23,7 +23,7 @@ CACHES = {
         "retro_infer", sinks=1, window=3, segment=6, capacity=12, retrieve=2, estimate=2, size=3, most=4, iterations=2
     ),
 }
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=80,
     d_model=40,
     num_layers=2,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from tests.architectures import CASES, tiny_config
+from tests.architectures import CASES, changes_with_length, tiny_config
 from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
 SMALL = {"sinks": 1, "window": 3, "segment": 6, "size": 3, "most": 4, "iterations": 2}
@@ -25,7 +25,7 @@ def test_with_every_cluster_read_a_stream_is_dense(case):
     state, found = read_stream(model, sj.init_state(model, cache), tokens, [7])
     closed = [layer[-1].closed.cursor.tolist() for layer in state.layers if len(layer) == 3]
     assert closed == [[3]] * len(closed)
-    if config.rope.kind == "dynamic":  # which depends on the length of a sequence, and on the span of a cache
+    if changes_with_length(config):  # which depends on the length of a sequence, and on the span of a cache
         _, expected = sj.step(model, sj.init_state(model, sj.kv.preset("dense", capacity=cache.slots + 1)), tokens)
     else:
         expected = sj.forward(model, tokens)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from tests.architectures import CASES, tiny_config
+from tests.architectures import CASES, changes_with_length, tiny_config
 from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
 ENDS = (3, 7, 11)
@@ -29,7 +29,7 @@ def test_with_every_page_read_a_stream_is_dense(case, name):
     model, tokens = build(config), random_tokens(1, 28) % config.vocab_size
     cache = sj.kv.preset(name, **SMALL, **OPTIONS[name])
     _, found = read_stream(model, sj.init_state(model, cache), tokens, [7])
-    if config.rope.kind == "dynamic":  # which depends on the length of a sequence, and on the span of a cache
+    if changes_with_length(config):  # which depends on the length of a sequence, and on the span of a cache
         _, expected = sj.step(model, sj.init_state(model, sj.kv.preset("dense", capacity=cache.slots + 1)), tokens)
     else:
         expected = sj.forward(model, tokens)

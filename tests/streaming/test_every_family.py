@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from tests.architectures import CASES, tiny_config
+from tests.architectures import CASES, changes_with_length, tiny_config
 from tests.streaming.tiny_models import build, random_tokens
 
 LENGTH = 28
@@ -46,7 +46,9 @@ def test_with_everything_read_a_stream_is_dense(tmp_path, name, case):
     config = tiny_config(case)
     options = dict(SIZES[name])
     if name not in ("hip", "inf_llm"):
-        gates = np.linspace(0, 1, config.num_layers * config.num_kv_heads).reshape(config.num_layers, -1)
+        gates = np.linspace(0, 1, config.num_layers * config.blocks[0].mixer.num_kv_heads).reshape(
+            config.num_layers, -1
+        )
         np.savetxt(tmp_path / "gates.tsv", gates, delimiter="\t")
         options["heads"] = str(tmp_path / "gates.tsv")
     model, tokens = build(config), random_tokens(1, LENGTH) % config.vocab_size
@@ -59,7 +61,7 @@ def test_with_everything_read_a_stream_is_dense(tmp_path, name, case):
     span = state.span
     state, first = sj.step(model, state, tokens[:, : LENGTH - 1])
     _, last = sj.step(model, state, tokens[:, LENGTH - 1 :])
-    if config.rope.kind == "dynamic":  # which depends on the length of a sequence, and on the span of a cache
+    if changes_with_length(config):  # which depends on the length of a sequence, and on the span of a cache
         _, expected = sj.step(model, sj.init_state(model, sj.kv.preset("dense", capacity=span)), tokens)
     else:
         expected = sj.forward(model, tokens)

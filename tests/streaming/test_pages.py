@@ -6,7 +6,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.streaming.saved_streams import load_stream, save_stream
-from tests.architectures import CASES, tiny_config
+from tests.architectures import CASES, changes_with_length, tiny_config
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
 FIRST = ("llama", "gemma2", "falcon-40b", "mpt")  # one of each kind of positions, heads and soft caps
@@ -20,7 +20,7 @@ def test_with_every_page_read_a_stream_is_dense(case):
     cache = sj.kv.preset("quest", sinks=2, window=3, capacity=32, page=4, top_k=9)
     paged, first = sj.step(model, sj.init_state(model, cache), tokens[:, :27])
     _, last = sj.step(model, paged, tokens[:, 27:])
-    if config.rope.kind == "dynamic":  # which depends on the length of a sequence, and on the span of a cache
+    if changes_with_length(config):  # which depends on the length of a sequence, and on the span of a cache
         _, expected = sj.step(model, sj.init_state(model, sj.kv.preset("dense", capacity=cache.slots + 1)), tokens)
     else:
         expected = sj.forward(model, tokens)

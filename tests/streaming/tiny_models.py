@@ -8,7 +8,7 @@ import streamjax as sj
 
 VOCAB = 40
 
-GQA = sj.ModelConfig(
+GQA = sj.UniformConfig(
     vocab_size=VOCAB,
     d_model=16,
     num_layers=2,
@@ -63,7 +63,7 @@ PARTIAL = GQA.replace(
 )
 
 
-def build(config: sj.ModelConfig, seed: int = 0, scan_layers: bool = False) -> sj.Decoder:
+def build(config: sj.UniformConfig, seed: int = 0, scan_layers: bool = False) -> sj.Decoder:
     """A float32 model whose every parameter is random, biases and norms included, and whose attention is peaked."""
 
     def make(key):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from streamjax.data import DataConfig
-from streamjax.models import Decoder, ModelConfig
+from streamjax.models import Decoder, UniformConfig
 from streamjax.training import OptimizerConfig, TrainConfig
 from streamjax.training.backprop import loss_and_grad, sequence_chunks
 
-CONFIG = ModelConfig(
+CONFIG = UniformConfig(
     vocab_size=61, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
 )
 

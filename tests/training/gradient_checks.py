@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.models import Decoder, ModelConfig
+from streamjax.models import Decoder, UniformConfig
+from streamjax.models.config import expanded
 from streamjax.training import METHODS
 
 ORDERS = ("layer", "chunk")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-CONFIG = ModelConfig(
+CONFIG = UniformConfig(
     vocab_size=31, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, tie_embeddings=True
 )
 
@@ -28,7 +29,7 @@ def random_model(config, dtype="float64", *, stacked=False, seed=0):
 
     def draw(path, leaf):
         norm = "norm" in jax.tree_util.keystr(path) and "weight" in jax.tree_util.keystr(path)
-        value = 0.25 * random.standard_normal(leaf.shape) + (norm and 1.0 - config.norm_offset)
+        value = 0.25 * random.standard_normal(leaf.shape) + (norm and 1.0 - expanded(config).norm.offset)
         return jnp.asarray(value, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -5,12 +5,13 @@ One file an architecture, each with a reader of the config, a writer, and a tabl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.config import AttentionConfig, BlockConfig, ModelConfig, UniformConfig, expanded
 from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
@@ -61,7 +62,7 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
       ValueError: one line that names a field which is missing, malformed or not implemented.
     """
     fields = Fields(values)
-    config = find_family(values).read(fields)
+    config = expanded(find_family(values).read(fields))
     fields.only("quantization_config", (None,))
     fields.only("is_encoder_decoder", (None, False))
     fields.only("add_cross_attention", (None, False))
@@ -122,23 +123,47 @@ def _try_write(family: Family, config: ModelConfig) -> tuple[dict[str, Any], str
         back = _plain(read_config(values))
     except ValueError as error:
         return values, f"this model: {error}"
-    for field in dataclasses.fields(ModelConfig):
-        mine, theirs = getattr(_plain(config), field.name), getattr(back, field.name)
-        if mine != theirs:
-            return values, f"ModelConfig.{field.name} = {mine!r} (it would read back as {theirs!r})"
-    return values, None
+    return values, _difference(_plain(config), back)
+
+
+def _difference(mine: ModelConfig, theirs: ModelConfig) -> str | None:
+    """The first field in which two models differ, in words; None where they are equal."""
+    if mine == theirs:
+        return None
+    with contextlib.suppress(ValueError):
+        flat = [UniformConfig.of(config) for config in (mine, theirs)]
+        for field in dataclasses.fields(UniformConfig):
+            one, other = (getattr(config, field.name) for config in flat)
+            if one != other:
+                return f"{field.name} = {one!r} (it would read back as {other!r})"
+    if mine.num_layers != theirs.num_layers:
+        return f"{mine.num_layers} layers (it would read back as {theirs.num_layers})"
+    places: list[tuple[str, Any, Any]] = [("ModelConfig", mine.replace(blocks=theirs.blocks), theirs)]
+    places += [(f"layer {i}'s ", *pair) for i, pair in enumerate(zip(mine.blocks, theirs.blocks, strict=True))]
+    while places:
+        where, one, other = places.pop(0)
+        if one == other:
+            continue
+        if type(one) is type(other) and dataclasses.is_dataclass(one):
+            joint = "" if where.endswith(" ") else "."
+            places = [
+                (f"{where}{joint}{field.name}", getattr(one, field.name), getattr(other, field.name))
+                for field in dataclasses.fields(one)
+            ]
+            continue
+        return f"{where} = {one!r} (it would read back as {other!r})"
+    return None
 
 
 def _plain(config: ModelConfig) -> ModelConfig:
     """An equivalent config in one canonical spelling."""
-    windows = config.windows if any(w is not None for w in config.windows) else ()
-    rope = config.rope if config.position == "rope" else RopeConfig()
-    local = config.local_rope if config.position == "rope" and windows else None
-    return config.replace(
-        windows=windows,
-        rope=plain_rope(rope, config.head_dim),
-        local_rope=None if local is None else plain_rope(local, config.head_dim),
-        attention_scale=config.scale,
-        norm_bias=config.norm == "layer" and config.norm_bias,
-        alibi_slopes=config.alibi_slopes if config.position == "alibi" else (),
-    )
+    plain = {block: _plain_block(block) for block in dict.fromkeys(config.blocks)}
+    return config.replace(blocks=tuple(plain[block] for block in config.blocks))
+
+
+def _plain_block(block: BlockConfig) -> BlockConfig:
+    mixer = block.mixer
+    if not isinstance(mixer, AttentionConfig):
+        return block
+    rope = None if mixer.rope is None else plain_rope(mixer.rope, mixer.head_dim)
+    return dataclasses.replace(block, mixer=dataclasses.replace(mixer, rope=rope, scale=mixer.softmax_scale))

@@ -18,10 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.config import BlockConfig, RopeConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
-from streamjax.models.families.family import Family, Table
+from streamjax.models.families.family import Family, Table, of_uniform
 from streamjax.models.families.llama import check_heads
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
@@ -37,7 +37,7 @@ def falcon_slopes(num_heads: int, head_dim: int) -> tuple[float, ...]:
     return tuple(float(slope) / math.sqrt(head_dim) for slope in rounded)
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _read(fields: Fields) -> UniformConfig:
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     check_heads(d_model, num_heads)
     head_dim = d_model // num_heads
@@ -45,7 +45,7 @@ def _read(fields: Fields) -> ModelConfig:
     alibi, bias = fields.flag("alibi", False), fields.flag("bias", False)
     max_position = fields.integer("max_position_embeddings", 2048)
     rope = read_rope(fields, head_dim=head_dim, max_position=max_position)
-    return ModelConfig(
+    return UniformConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=d_model,
         num_layers=fields.integer("num_hidden_layers"),
@@ -90,7 +90,7 @@ def _read_layout(fields: Fields, num_heads: int) -> tuple[int, bool, bool]:
     return 1 if multi_query else num_heads, parallel, parallel
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _write(config: UniformConfig) -> dict[str, Any]:
     simple = config.num_kv_heads in (1, config.num_heads) and config.shared_norm == config.parallel_residual
     return {
         "vocab_size": config.vocab_size,
@@ -114,8 +114,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tensors(config: ModelConfig) -> Table:
-    two_norms = config.parallel_residual and not config.shared_norm
+def _tensors(block: BlockConfig) -> Table:
+    two_norms = block.residual == "parallel" and not block.shared_norm
     mixer_norm, mlp_norm = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "post_attention_layernorm")
     qkv = f"{BLOCK}.self_attention.query_key_value"
     return {
@@ -134,7 +134,7 @@ FALCON = Family(
     ("FalconForCausalLM",),
     ("falcon",),
     _read,
-    _write,
+    of_uniform(_write),
     _tensors,
     ignored=(r"\.(maybe_rotary|rotary)\.inv_freq$",),
 )

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig
 from streamjax.models.families.config_fields import Fields
 
 
@@ -81,9 +81,11 @@ class Family:
       name: `ModelConfig.family`.
       architectures: names in `architectures` of a config.json; the first is written.
       model_types: `model_type` of a config.json; the first is written.
-      read: fields of a config.json -> ModelConfig; ValueError for what is not implemented.
-      write: ModelConfig -> fields of a config.json. What it cannot say is found by reading it back.
-      tensors: the tensor table. Keys are parameter paths, those of a layer starting with `layers.`.
+      read: fields of a config.json -> the model, in either form; ValueError for what is not implemented.
+      write: ModelConfig -> fields of a config.json. What it cannot say is found by reading it back. A family of models
+        with equal layers writes from their flat form: `of_uniform(write)`.
+      tensors: a block -> the tensor table. Keys are parameter paths, those of a layer starting with `layers.`; what the
+        block does not have may be in it too.
       renames: regular expressions and replacements applied to the names in a checkpoint.
       ignored: regular expressions of tensors (after renaming) that are left alone on purpose.
     """
@@ -91,8 +93,13 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
-    read: Callable[[Fields], ModelConfig]
+    read: Callable[[Fields], ModelConfig | UniformConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
-    tensors: Callable[[ModelConfig], Table]
+    tensors: Callable[[BlockConfig], Table]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+
+
+def of_uniform(write: Callable[[UniformConfig], dict[str, Any]]) -> Callable[[ModelConfig], dict[str, Any]]:
+    """A family's writer, from one that takes the flat form of models with equal layers."""
+    return lambda config: write(UniformConfig.of(config))

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.config import BlockConfig, RopeConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import Fields
-from streamjax.models.families.family import Family, Table
+from streamjax.models.families.family import Family, Table, of_uniform
 from streamjax.models.families.llama import check_heads, read_positions, read_shapes, write_positions, write_shapes
 from streamjax.models.families.rope_fields import parse_rope, write_scaling
 from streamjax.models.families.window_fields import read_layer_types, write_layer_types
@@ -45,21 +45,21 @@ def _read_common(fields: Fields, shapes: dict[str, Any], period: int) -> dict[st
     }
 
 
-def _write_common(config: ModelConfig) -> dict[str, Any]:
+def _write_common(config: UniformConfig) -> dict[str, Any]:
     shapes = write_shapes(config)
     shapes["hidden_activation"] = shapes.pop("hidden_act")
     return {
         **shapes,
         **write_layer_types(config),
         "attention_bias": config.qkv_bias,
-        "query_pre_attn_scalar": round(config.scale**-2),
+        "query_pre_attn_scalar": round(config.expand().blocks[0].mixer.softmax_scale ** -2),
         "final_logit_softcapping": config.logit_softcap,
     }
 
 
-def _read2(fields: Fields) -> ModelConfig:
+def _read2(fields: Fields) -> UniformConfig:
     shapes = read_shapes(fields, head_dim=256, kv_heads=4, tie=True, activation="hidden_activation")
-    return ModelConfig(
+    return UniformConfig(
         **_read_common(fields, shapes, period=2),
         **read_positions(fields, shapes["head_dim"], 8192),
         family="gemma2",
@@ -68,12 +68,12 @@ def _read2(fields: Fields) -> ModelConfig:
     )
 
 
-def _write2(config: ModelConfig) -> dict[str, Any]:
+def _write2(config: UniformConfig) -> dict[str, Any]:
     capped = {"attn_logit_softcapping": config.attention_softcap}
     return {**_write_common(config), **write_positions(config), **capped}
 
 
-def _read3(fields: Fields) -> ModelConfig:
+def _read3(fields: Fields) -> UniformConfig:
     text = fields
     if "text_config" in fields.values:
         text = fields.section("text_config")
@@ -86,7 +86,7 @@ def _read3(fields: Fields) -> ModelConfig:
     text.seen.add("_sliding_window_pattern")  # the same again; transformers 5 writes layer_types beside it
     max_position = text.integer("max_position_embeddings", 131_072)
     rope, local_rope = _read_ropes(text, shapes["head_dim"], max_position)
-    return ModelConfig(
+    return UniformConfig(
         **_read_common(text, shapes, period=text.integer("sliding_window_pattern", 6)),
         family="gemma3",
         qk_norm=True,
@@ -113,7 +113,7 @@ def _read_ropes(fields: Fields, head_dim: int, max_position: int) -> tuple[RopeC
     )
 
 
-def _write3(config: ModelConfig) -> dict[str, Any]:
+def _write3(config: UniformConfig) -> dict[str, Any]:
     local = config.local_rope or config.rope
     values = {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
     if local.kind != "default":
@@ -121,26 +121,26 @@ def _write3(config: ModelConfig) -> dict[str, Any]:
     return {**_write_common(config), **values, "rope_local_base_freq": local.theta}
 
 
-def _tensors2(config: ModelConfig) -> Table:
+def _tensors2(block: BlockConfig) -> Table:
     return {
-        **tensor_tables.llama(config),
+        **tensor_tables.llama(block),
         **tensor_tables.norm("layers.mixer_post_norm", f"{tensor_tables.BLOCK}.post_attention_layernorm"),
         **tensor_tables.norm("layers.mlp_norm", f"{tensor_tables.BLOCK}.pre_feedforward_layernorm"),
         **tensor_tables.norm("layers.mlp_post_norm", f"{tensor_tables.BLOCK}.post_feedforward_layernorm"),
     }
 
 
-def _tensors3(config: ModelConfig) -> Table:
-    return {**_tensors2(config), **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn")}
+def _tensors3(block: BlockConfig) -> Table:
+    return {**_tensors2(block), **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn")}
 
 
-GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), _read2, _write2, _tensors2)
+GEMMA2 = Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), _read2, of_uniform(_write2), _tensors2)
 GEMMA3 = Family(
     "gemma3",
     ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     ("gemma3_text", "gemma3"),
     _read3,
-    _write3,
+    of_uniform(_write3),
     _tensors3,
     renames=(
         (r"^language_model\.lm_head\.", "lm_head."),

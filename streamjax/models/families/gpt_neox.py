@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
-from streamjax.models.families.family import Family, Table
+from streamjax.models.families.family import Family, Table, of_uniform
 from streamjax.models.families.llama import check_heads
 from streamjax.models.families.rope_fields import read_rope, rotary_fraction, write_scaling
 
 BLOCK = "gpt_neox.layers.{layer}"
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _read(fields: Fields) -> UniformConfig:
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     check_heads(d_model, num_heads)
     max_position = fields.integer("max_position_embeddings", 2048)
     bias = fields.flag("attention_bias", True)
     fields.only("is_decoder", (False, True), False)  # decides nothing in a causal model
     fields.only("rope_theta", (None, fields.values.get("rotary_emb_base")))  # a copy, where there is one
-    return ModelConfig(
+    return UniformConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=d_model,
         num_layers=fields.integer("num_hidden_layers"),
@@ -52,7 +52,7 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _write(config: UniformConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -71,7 +71,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tensors(config: ModelConfig) -> Table:
+def _tensors(block: BlockConfig) -> Table:
     qkv = f"{BLOCK}.attention.query_key_value"
     return {
         **tensor_tables.ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out"),
@@ -89,7 +89,7 @@ GPT_NEOX = Family(
     ("GPTNeoXForCausalLM",),
     ("gpt_neox",),
     _read,
-    _write,
+    of_uniform(_write),
     _tensors,
     renames=((r"^lm_head\.", "embed_out."),),
     ignored=(r"\.attention\.(bias|masked_bias)$",),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
-from streamjax.models.families.family import Family
+from streamjax.models.families.family import Family, of_uniform
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
 
@@ -53,7 +53,7 @@ def check_heads(d_model: int, num_heads: int) -> None:
         raise ValueError(f"hidden_size {d_model} is not a multiple of num_attention_heads {num_heads}")
 
 
-def write_shapes(config: ModelConfig) -> dict[str, Any]:
+def write_shapes(config: UniformConfig) -> dict[str, Any]:
     """The inverse of `read_shapes`."""
     return {
         "vocab_size": config.vocab_size,
@@ -76,16 +76,16 @@ def read_positions(fields: Fields, head_dim: int, max_position: int) -> dict[str
     return {"max_position": max_position, "rope": read_rope(fields, head_dim=head_dim, max_position=max_position)}
 
 
-def write_positions(config: ModelConfig) -> dict[str, Any]:
+def write_positions(config: UniformConfig) -> dict[str, Any]:
     """The inverse of `read_positions`."""
     return {"rope_theta": config.rope.theta, "rope_scaling": write_scaling(config.rope)}
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _read(fields: Fields) -> UniformConfig:
     shapes = read_shapes(fields)
     check_heads(shapes["d_model"], shapes["num_heads"])
     bias = fields.flag("attention_bias", False)
-    return ModelConfig(
+    return UniformConfig(
         **shapes,
         **read_positions(fields, shapes["head_dim"], 2048),
         family="llama",
@@ -95,9 +95,11 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _write(config: UniformConfig) -> dict[str, Any]:
     biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     return {**write_shapes(config), **write_positions(config), **biases}
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), _read, _write, tensor_tables.llama)
+LLAMA = Family(
+    "llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), ("llama",), _read, of_uniform(_write), tensor_tables.llama
+)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.config import BlockConfig, RopeConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import Fields
-from streamjax.models.families.family import Family, Table
+from streamjax.models.families.family import Family, Table, of_uniform
 
 BLOCK = "transformer.blocks.{layer}"
 _BIAS_MAX = 8
@@ -26,7 +26,7 @@ def mpt_slopes(num_heads: int, bias_max: float = _BIAS_MAX) -> tuple[float, ...]
     return tuple(slopes if power == num_heads else (slopes[1::2] + slopes[::2])[:num_heads])
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _read(fields: Fields) -> UniformConfig:
     fields.only("no_bias", (True,), True)
     fields.only("logit_scale", (None,))
     fields.only("norm_type", ("low_precision_layernorm", "layernorm"), "low_precision_layernorm")
@@ -42,7 +42,7 @@ def _read(fields: Fields) -> ModelConfig:
     d_model, num_heads = fields.integer("d_model"), fields.integer("n_heads")
     if num_heads < 1 or d_model % num_heads:
         raise ValueError(f"d_model {d_model} is not a multiple of n_heads {num_heads}")
-    return ModelConfig(
+    return UniformConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=d_model,
         num_layers=fields.integer("n_layers"),
@@ -70,7 +70,7 @@ def _clip(attention: Fields) -> float | None:
     return attention.optional_positive("clip_qkv") if attention.get("clip_qkv", (int, float), None) else None
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _write(config: UniformConfig) -> dict[str, Any]:
     slopes = config.alibi_slopes or mpt_slopes(config.num_heads)
     scale = config.attention_scale
     return {
@@ -93,7 +93,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tensors(config: ModelConfig) -> Table:
+def _tensors(block: BlockConfig) -> Table:
     wqkv = f"{BLOCK}.attn.Wqkv"
     return {
         **tensor_tables.ends("transformer.wte", "transformer.norm_f"),
@@ -106,4 +106,4 @@ def _tensors(config: ModelConfig) -> Table:
     }
 
 
-MPT = Family("mpt", ("MptForCausalLM", "MPTForCausalLM"), ("mpt",), _read, _write, _tensors)
+MPT = Family("mpt", ("MptForCausalLM", "MPTForCausalLM"), ("mpt",), _read, of_uniform(_write), _tensors)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import Fields
-from streamjax.models.families.family import Family, Source, Table
+from streamjax.models.families.family import Family, Source, Table, of_uniform
 from streamjax.models.families.llama import read_shapes, write_shapes
 from streamjax.models.families.rope_fields import read_rope, rotary_fraction, write_scaling
 from streamjax.models.families.window_fields import read_uniform, write_uniform
@@ -15,7 +15,7 @@ from streamjax.models.families.window_fields import read_uniform, write_uniform
 _ALIASES = {"su": "longrope", "yarn": "longrope"}  # what files of this architecture called it at first
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _read(fields: Fields) -> UniformConfig:
     shapes = read_shapes(fields)
     max_position = fields.integer("max_position_embeddings", 4096)
     rope = read_rope(
@@ -28,7 +28,7 @@ def _read(fields: Fields) -> ModelConfig:
     )
     if rope.kind not in ("default", "longrope"):
         raise ValueError(f"rope_scaling has rope_type {rope.kind!r}; the Phi-3 architecture has default and longrope")
-    return ModelConfig(
+    return UniformConfig(
         **shapes,
         family="phi3",
         max_position=max_position,
@@ -37,7 +37,7 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _write(config: UniformConfig) -> dict[str, Any]:
     rope = config.rope
     scaling = write_scaling(rope)
     if scaling is not None and rope.kind == "longrope":
@@ -55,9 +55,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tensors(config: ModelConfig) -> Table:
-    attention, group = f"{tensor_tables.BLOCK}.self_attn", config.group_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def _tensors(block: BlockConfig) -> Table:
+    attention, mixer = f"{tensor_tables.BLOCK}.self_attn", block.mixer
+    group, queries, keys = mixer.group_size, mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     parts = (
         ((0, group), (0, queries)),
         ((group, group + 1), (queries, queries + keys)),
@@ -65,10 +65,10 @@ def _tensors(config: ModelConfig) -> Table:
     )
     qkv = tuple(Source(f"{attention}.qkv_proj.weight", "(k g d) e -> e k g d", part, rows) for part, rows in parts)
     return {
-        **tensor_tables.llama(config),
+        **tensor_tables.llama(block),
         "layers.mixer.projections.qkv": qkv,
         **tensor_tables.up(f"{tensor_tables.BLOCK}.mlp.gate_up_proj"),
     }
 
 
-PHI3 = Family("phi3", ("Phi3ForCausalLM",), ("phi3",), _read, _write, _tensors)
+PHI3 = Family("phi3", ("Phi3ForCausalLM",), ("phi3",), _read, of_uniform(_write), _tensors)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import Fields
-from streamjax.models.families.family import Family, Table
+from streamjax.models.families.family import Family, Table, of_uniform
 from streamjax.models.families.llama import read_positions, read_shapes, write_positions, write_shapes
 from streamjax.models.families.window_fields import read_layer_types, write_layer_types
 
@@ -22,15 +22,15 @@ def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     return read_layer_types(fields, num_layers, window, default)
 
 
-def _write_windows(config: ModelConfig) -> dict[str, Any]:
+def _write_windows(config: UniformConfig) -> dict[str, Any]:
     layers = write_layer_types(config)
     first = next((i for i, window in enumerate(config.windows) if window is not None), config.num_layers)
     return {**layers, "use_sliding_window": first < config.num_layers, "max_window_layers": first}
 
 
-def _read2(fields: Fields) -> ModelConfig:
+def _read2(fields: Fields) -> UniformConfig:
     shapes = read_shapes(fields, kv_heads=32)
-    return ModelConfig(
+    return UniformConfig(
         **shapes,
         **read_positions(fields, shapes["head_dim"], 32768),
         family="qwen2",
@@ -39,14 +39,14 @@ def _read2(fields: Fields) -> ModelConfig:
     )
 
 
-def _write2(config: ModelConfig) -> dict[str, Any]:
+def _write2(config: UniformConfig) -> dict[str, Any]:
     return {**write_shapes(config), **write_positions(config), **_write_windows(config)}
 
 
-def _read3(fields: Fields) -> ModelConfig:
+def _read3(fields: Fields) -> UniformConfig:
     shapes = read_shapes(fields, head_dim=128, kv_heads=32)
     bias = fields.flag("attention_bias", False)
-    return ModelConfig(
+    return UniformConfig(
         **shapes,
         **read_positions(fields, shapes["head_dim"], 32768),
         family="qwen3",
@@ -57,13 +57,13 @@ def _read3(fields: Fields) -> ModelConfig:
     )
 
 
-def _write3(config: ModelConfig) -> dict[str, Any]:
+def _write3(config: UniformConfig) -> dict[str, Any]:
     return {**_write2(config), "attention_bias": config.qkv_bias}
 
 
-def _tensors3(config: ModelConfig) -> Table:
-    return {**tensor_tables.llama(config), **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn")}
+def _tensors3(block: BlockConfig) -> Table:
+    return {**tensor_tables.llama(block), **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn")}
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), _read2, _write2, tensor_tables.llama)
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), _read3, _write3, _tensors3)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), _read2, of_uniform(_write2), tensor_tables.llama)
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), _read3, of_uniform(_write3), _tensors3)

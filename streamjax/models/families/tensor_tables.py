@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig
 from streamjax.models.families.family import Source
 
 Entries = dict[str, tuple[Source, ...]]
@@ -19,9 +19,9 @@ def fused(path: str, name: str, weight: str, bias: str) -> Entries:
     return {path: (Source(f"{name}.weight", weight),), f"{path}_bias": (Source(f"{name}.bias", bias),)}
 
 
-def qkv(config: ModelConfig, prefix: str) -> Entries:
+def qkv(block: BlockConfig, prefix: str) -> Entries:
     """Queries, keys and values as three projections."""
-    group = config.group_size
+    group = block.mixer.group_size
     parts = {"q_proj": (0, group), "k_proj": (group, group + 1), "v_proj": (group + 1, group + 2)}
     weights = [Source(f"{prefix}.{name}.weight", "(k g d) e -> e k g d", part) for name, part in parts.items()]
     biases = [Source(f"{prefix}.{name}.bias", "(k g d) -> k g d", part) for name, part in parts.items()]
@@ -69,12 +69,12 @@ def qk_norms(prefix: str) -> Entries:
     }
 
 
-def llama(config: ModelConfig) -> Entries:
+def llama(block: BlockConfig) -> Entries:
     """Llama's layout, which most families share."""
     return {
         **ends("model.embed_tokens", "model.norm"),
         **norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
-        **qkv(config, f"{BLOCK}.self_attn"),
+        **qkv(block, f"{BLOCK}.self_attn"),
         **out(f"{BLOCK}.self_attn.o_proj"),
         **norm("layers.mlp_norm", f"{BLOCK}.post_attention_layernorm"),
         **gate_up(f"{BLOCK}.mlp"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import UniformConfig
 from streamjax.models.families.config_fields import Fields
 
 _TYPES = {"sliding_attention": True, "full_attention": False}
@@ -30,7 +30,7 @@ def read_layer_types(
     return tuple(window if s else None for s in sliding) if any(sliding) else ()
 
 
-def write_layer_types(config: ModelConfig) -> dict[str, Any]:
+def write_layer_types(config: UniformConfig) -> dict[str, Any]:
     """The inverse; a model with windows of several sizes does not read back, and is refused for that."""
     windows = config.windows or (None,) * config.num_layers
     return {
@@ -39,7 +39,7 @@ def write_layer_types(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_uniform(config: ModelConfig) -> dict[str, Any]:
+def write_uniform(config: UniformConfig) -> dict[str, Any]:
     """`sliding_window` of an architecture whose layers all have the same one."""
     return {"sliding_window": config.windows[0] if config.windows else None}
 

@@ -62,7 +62,7 @@ def untie(model: Decoder) -> Decoder:
     config = model.config.replace(tie_embeddings=False)
     scanned = len(model.stack) > 0
     build = partial(Decoder, config, dtype=model.dtype, scan_layers=scanned)
-    head = FAMILIES[config.family].tensors(config)["head"][0]
+    head = FAMILIES[config.family].tensors(config.blocks[0])["head"][0]
     copy = jax.eval_shape(build, jax.random.key(0))
     for name in ("embedding", "stack", "layers", "norm", "head_bias"):
         setattr(copy, name, getattr(model, name))

@@ -138,20 +138,24 @@ class Slot:
 
 def parameter_slots(model: Decoder, family: Family) -> list[Slot]:
     """Every parameter of the model, in the order of its leaves."""
-    table = family.tensors(model.config)
+    blocks = model.config.blocks
+    tables = {block: family.tensors(block) for block in dict.fromkeys(blocks)}
     leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
     slots = []
     for path, parameter in leaves:
         name = jax.tree_util.keystr(path)[1:]
         place = re.fullmatch(r"(stack|layers)\[(\d+)\]\.(.*)", name)
         if place is None:
-            slots.append(Slot(name, parameter, False, (table[name],)))
+            slots.append(Slot(name, parameter, False, (tables[blocks[0]][name],)))
             continue
         stacked, position = place[1] == "stack", int(place[2])
         first, step = (position, len(model.stack)) if stacked else (position + model.stacked_layers, 1)
         layers = range(first, model.stacked_layers, step) if stacked else (first,)
         sources = tuple(
-            tuple(dataclasses.replace(s, name=s.name.format(layer=layer)) for s in table[f"layers.{place[3]}"])
+            tuple(
+                dataclasses.replace(s, name=s.name.format(layer=layer))
+                for s in tables[blocks[layer]][f"layers.{place[3]}"]
+            )
             for layer in layers
         )
         slots.append(Slot(name, parameter, stacked, sources))
@@ -190,11 +194,12 @@ def check_tensors(
         if tensor.code not in DTYPES:
             wrong = f"has dtype {tensor.code}; streamjax reads {', '.join(DTYPES)}"
             raise ValueError(f"{tensor.file}: tensor {tensor.name!r} {wrong}")
-    head = family.tensors(config)["head"][0].name
+    table = family.tensors(config.blocks[0])
+    head = table["head"][0].name
     ignored = re.compile("|".join((*family.ignored, *_BUFFERS)))
     for name, tensor in tensors.items():
         if name == head and config.tie_embeddings:
-            _check_tied(tensor, tensors[family.tensors(config)["embedding"][0].name])
+            _check_tied(tensor, tensors[table["embedding"][0].name])
         elif name not in expected and not ignored.search(name):
             wrong = f"{says} describes a {family.name} model without it"
             raise ValueError(f"{tensor.file}: unexpected tensor {tensor.name!r}; {wrong}")

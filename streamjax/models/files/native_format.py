@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from streamjax.checkpoints import check_manifest, read_json
 from streamjax.checkpoints.pytrees import named_arrays
+from streamjax.models import config as model_config
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
@@ -58,7 +59,7 @@ def parse_config(file: Path, values: Any) -> ModelConfig:
       ValueError: it is none; the message names the file.
     """
     try:
-        return ModelConfig.from_json_dict(values)
+        return model_config.parse_config(values)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: no model's configuration: {' '.join(str(error).split())[:200]}") from error
 

@@ -167,7 +167,7 @@ def _whole_modules(
     model: Decoder, config: AdapterConfig, file: Path, tensors: Tensors, changes: dict[str, Change]
 ) -> bool:
     """What changes the embedding, the head and whole modules; whether the head stops being the embedding's."""
-    table, shapes = FAMILIES[model.config.family].tensors(model.config), tensor_shapes(model)
+    table, shapes = FAMILIES[model.config.family].tensors(model.config.blocks[0]), tensor_shapes(model)
     ends = {end: table[end][0].name for end in ("embedding", "head")}
     shapes.setdefault(ends["head"], shapes[ends["embedding"]])
     embedding, head = (ends[end].removesuffix(".weight") for end in ends)

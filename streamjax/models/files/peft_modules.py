@@ -101,10 +101,10 @@ class _Letters:
 
 def modules(model: Decoder) -> dict[str, list[Part]]:
     """The modules that adapters can be on, by name with `{layer}` in it, and the targets that each holds, in order."""
-    table = FAMILIES[model.config.family].tensors(model.config)
+    table = FAMILIES[model.config.family].tensors(model.config.blocks[0])
     block = (*model.stack, *model.layers)[0]
     found: dict[str, list[Part]] = {}
-    for target, place in places(model.config).items():
+    for target, place in places(block.config).items():
         kernel = getattr(place.module_of(block), place.kernel)
         shape = kernel.shape[-len(kernel.get_metadata("axes")) :]
         for source in table[f"layers.{place.path}"]:

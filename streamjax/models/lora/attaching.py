@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels.partial import accumulator
 from streamjax.models.block import Block
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, DenseConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.adapters import TARGETS, Adapter, pad_members
 from streamjax.parallel.mesh import shard_model
@@ -43,7 +43,7 @@ def add_lora(model: Decoder, rank: int, alpha: float, targets: Iterable[str], ke
         that has adapters.
     """
     check_lora(rank, alpha, targets := tuple(targets))
-    known = places(model.config)
+    known = {target: None for block in model.config.blocks for target in places(block)}
     for target in targets:
         if target not in known:
             raise ValueError(f"LoRA target {target!r}: this model's MLP has none; choose from {', '.join(known)}")
@@ -71,8 +71,8 @@ def merge_lora(model: Decoder) -> Decoder:
     """
     copy = _copy(model)
     for block, _ in _blocks(copy):
-        for target, place in places(model.config).items():
-            module, adapter = place.module_of(block), _adapter(block, model.config, target)
+        for target, place in places(block.config).items():
+            module, adapter = place.module_of(block), _adapter(block, target)
             if adapter is None:
                 continue
             kernel = getattr(module, place.kernel)
@@ -116,16 +116,18 @@ class Place:
         return (*inputs, rank), (rank, *outputs)
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
-    """Every target that the model has."""
-    group = config.group_size
+def places(config: BlockConfig) -> dict[str, Place]:
+    """Every target that a layer has."""
+    group = config.mixer.group_size
     found = {
         "q": Place("projections", "qkv", 1, (0, group)),
         "k": Place("projections", "qkv", 1, (group, group + 1)),
         "v": Place("projections", "qkv", 1, (group + 1, group + 2)),
         "o": Place("projections", "out", 3, None),
     }
-    if config.gated_mlp:
+    if not isinstance(config.mlp, DenseConfig):
+        return found
+    if config.mlp.gated:
         found |= {"gate": Place("mlp", "up", 1, (0, 1)), "up": Place("mlp", "up", 1, (1, 2))}
     else:
         found |= {"up": Place("mlp", "up", 1, (0, 1))}
@@ -135,15 +137,14 @@ def places(config: ModelConfig) -> dict[str, Place]:
 def adapter_of(model: Decoder, layer: int, target: str) -> Adapter | None:
     """The adapter on a target of one layer; a slice where it lies in the stack."""
     if layer >= model.stacked_layers:
-        return _adapter(model.layers[layer - model.stacked_layers], model.config, target)
+        return _adapter(model.layers[layer - model.stacked_layers], target)
     row, column = divmod(layer, len(model.stack))
-    return jax.tree.map(lambda leaf: leaf[row], _adapter(model.stack[column], model.config, target))
+    return jax.tree.map(lambda leaf: leaf[row], _adapter(model.stack[column], target))
 
 
 def ranks_of(model: Decoder) -> dict[str, tuple[int, float]]:
     """Rank and alpha of the model's adapters, by target; empty where it has none."""
-    block, _ = next(_blocks(model))
-    adapters = {target: _adapter(block, model.config, target) for target in places(model.config)}
+    adapters = {target: _adapter(block, target) for block, _ in _blocks(model) for target in places(block.config)}
     return {target: (adapter.rank, adapter.alpha) for target, adapter in adapters.items() if adapter is not None}
 
 
@@ -171,7 +172,9 @@ def attach(model: Decoder, ranks: Ranks, factors: Factors) -> Decoder:
     copy = _copy(model)
     for block, layers in _blocks(copy):
         for target, (rank, alpha) in ranks.items():
-            place = places(model.config)[target]
+            place = places(block.config).get(target)
+            if place is None:  # a layer of another kind than those that have it
+                continue
             module = place.module_of(block)
             kernel = getattr(module, place.kernel)
             axes = kernel.get_metadata("axes")
@@ -193,8 +196,9 @@ def _initial(dtype: jnp.dtype, key: Array, target: str, layer: int, a: Shape, b:
     return jax.random.normal(key, a, dtype) / math.sqrt(math.prod(a[:-1])), jnp.zeros(b, dtype)
 
 
-def _adapter(block: Block, config: ModelConfig, target: str) -> Adapter | None:
-    return getattr(places(config)[target].module_of(block), f"{target}_lora")
+def _adapter(block: Block, target: str) -> Adapter | None:
+    place = places(block.config).get(target)
+    return None if place is None else getattr(place.module_of(block), f"{target}_lora")
 
 
 def _blocks(model: Decoder) -> Iterator[tuple[Block, range]]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
-from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.config import AttentionConfig
 from streamjax.models.mixers.projections import Projections
 from streamjax.models.rope import make_rotary
 from streamjax.parallel.rules import constrain
@@ -63,23 +63,23 @@ class ChunkContext:
 class Attention(nnx.Module):
     """Grouped-query attention of one layer."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: AttentionConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         self.config = config
-        self.spec = spec
-        self.projections = Projections(config, key, dtype)
+        self.projections = Projections(config, d_model, key, dtype, gain)
 
     def slopes(self) -> Float[Array, " H"] | None:
         """ALiBi slopes, one a query head."""
-        return jnp.asarray(np.array(self.config.alibi_slopes, np.float32)) if self.config.position == "alibi" else None
+        slopes = self.config.alibi_slopes
+        return jnp.asarray(np.array(slopes, np.float32)) if slopes else None
 
     def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
         """Attention of a whole sequence to itself."""
         out = sequence_attention(
             *self.project(x, context),
-            self.spec.pattern,
+            self.config.pattern,
             segment_ids=context.segment_ids,
-            scale=self.config.scale,
-            softcap=self.config.attention_softcap,
+            scale=self.config.softmax_scale,
+            softcap=self.config.softcap,
             slopes=self.slopes(),
         )
         return self.projections.join(out, x.dtype)
@@ -104,9 +104,9 @@ class Attention(nnx.Module):
         return constrain(self._rotated(k, context), *axes), constrain(v, *axes)
 
     def _rotated(self, x: Array, context: SequenceContext) -> Array:
-        if self.spec.rope is None:
+        if self.config.rope is None:
             return x
-        return make_rotary(self.spec.rope, self.config.head_dim, context.length)(x, context.position)
+        return make_rotary(self.config.rope, self.config.head_dim, context.length)(x, context.position)
 
     def stream(
         self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
@@ -114,8 +114,8 @@ class Attention(nnx.Module):
         """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
         raw_q, raw_k, v = self.projections.split(x)
         rotary = None
-        if self.spec.rope is not None:
-            rotary = make_rotary(self.spec.rope, self.config.head_dim, context.span)
+        if self.config.rope is not None:
+            rotary = make_rotary(self.config.rope, self.config.head_dim, context.span)
         q, k = raw_q, raw_k
         if rotary is not None:
             q, k = rotary(raw_q, context.position), rotary(raw_k, context.position)
@@ -135,8 +135,8 @@ class Attention(nnx.Module):
             seen=context.seen,
             slopes=self.slopes(),
             rotary=rotary,
-            scale=self.config.scale,
-            softcap=self.config.attention_softcap,
+            scale=self.config.softmax_scale,
+            softcap=self.config.softcap,
             valid=context.valid,
             differentiable=context.differentiable,
             implementation=context.implementation,

@@ -10,7 +10,6 @@ A page is seen by tokens behind its end; so each form needs for every token how 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.attention.dense import attend
 from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, HSAConfig, NormConfig
 from streamjax.models.mixers.projections import Projections
 from streamjax.models.mlps.dense import MLP
 from streamjax.models.norms import Norm
@@ -47,23 +46,23 @@ class ReadablePages:
 class EncoderLayer(nnx.Module):
     """A Transformer layer in which the tokens of a page all see each other."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: BlockConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         key_mixer, key_mlp = jax.random.split(key)
-        self.config = config
-        self.mixer_norm = Norm(config.d_model, config, dtype)
-        self.projections = Projections(config, key_mixer, dtype)
-        self.mlp_norm = Norm(config.d_model, config, dtype)
-        self.mlp = MLP(config, key_mlp, dtype)
+        self.config = config.mixer
+        self.mixer_norm = Norm(d_model, config.norm, dtype)
+        self.projections = Projections(config.mixer, d_model, key_mixer, dtype, gain)
+        self.mlp_norm = Norm(d_model, config.norm, dtype)
+        self.mlp = MLP(config.mlp, d_model, key_mlp, dtype, gain)
 
     def __call__(self, x: Float[Array, "N S E"]) -> Float[Array, "N S E"]:
         q, k, v = self.projections.split(self.mixer_norm(x))
-        if self.config.position == "rope":
+        if self.config.rope is not None:
             rotary = make_rotary(self.config.rope, self.config.head_dim, x.shape[1])
             position = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32), x.shape[:2])
             q, k = rotary(q, position), rotary(k, position)
         k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
         everything = jnp.ones((1, 1, 1, x.shape[1]), bool)
-        heads = attend(q, k, v, everything, scale=self.config.scale, softcap=self.config.attention_softcap).out
+        heads = attend(q, k, v, everything, scale=self.config.softmax_scale, softcap=self.config.softcap).out
         x = x + self.projections.join(heads, x.dtype)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -74,17 +73,18 @@ class PageEncoder(nnx.Module):
     The landmark is read from a learned token behind the page's own (2504.16795, section 3.2).
     """
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
-        assert config.hsa is not None
-        self.config = config
-        key_token, key_out, *keys = jax.random.split(key, 2 + config.hsa.encoder_layers)
-        d, heads, width = config.d_model, config.num_kv_heads, config.head_dim
+    def __init__(
+        self, config: BlockConfig, hsa: HSAConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0
+    ):
+        self.hsa = hsa
+        key_token, key_out, *keys = jax.random.split(key, 2 + hsa.encoder_layers)
+        d, heads, width = d_model, config.mixer.num_kv_heads, config.mixer.head_dim
         self.token = kernel(key_token, (d,), ("activation_embed",), 1, dtype)
-        self.layers = nnx.List([EncoderLayer(config, k, dtype) for k in keys])
-        self.norm = Norm(d, config, dtype)
+        self.layers = nnx.List([EncoderLayer(config, d, k, dtype, gain) for k in keys])
+        self.norm = Norm(d, config.norm, dtype)
         axes = ("embed", "kv_heads", "group", "head_dim")
         self.out = kernel(key_out, (d, heads, 3, width), axes, d, dtype)  # keys, values, landmarks
-        self.k_norm = Norm(width, config, dtype, rms=True)
+        self.k_norm = Norm(width, _head_norm(config.norm), dtype, "head_dim")
 
     def encode(self, x: Float[Array, "B P S E"]) -> LandmarkPages:
         """The memory of P pages of a layer's input."""
@@ -119,8 +119,12 @@ class PageEncoder(nnx.Module):
 
     @property
     def _size(self) -> int:
-        assert self.config.hsa is not None
-        return self.config.hsa.chunk_size
+        return self.hsa.chunk_size
+
+
+def _head_norm(norm: NormConfig) -> NormConfig:
+    """RMSNorm of heads, with the numbers of the layer's norm."""
+    return NormConfig("rms", norm.eps, norm.offset)
 
 
 def page_segments(segments: Int32[Array, "B T"], size: int) -> Int32[Array, "B P"]:
@@ -133,17 +137,16 @@ def whole_view(
     chunks: LandmarkPages,
     of_chunks: Int32[Array, "B P"] | None,
     segments: Int32[Array, "B C"] | None,
-    config: ModelConfig,
+    hsa: HSAConfig,
     start: Int[Array, ""] | int,
     width: int,
 ) -> ReadablePages:
     """What tokens `start`, `start + 1`, ... of a sequence may read, of which `chunks` is the memory."""
-    assert config.hsa is not None
     rows, count = chunks.k.shape[0], chunks.k.shape[2]
     number = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (rows, count))
-    limit = (jnp.asarray(start, jnp.int32) + jnp.arange(width, dtype=jnp.int32)) // config.hsa.chunk_size
+    limit = (jnp.asarray(start, jnp.int32) + jnp.arange(width, dtype=jnp.int32)) // hsa.chunk_size
     visible = VisiblePages(number, jnp.broadcast_to(limit, (rows, width)), segments, of_chunks)
-    return ReadablePages(chunks, visible, config.hsa.top_k, start if isinstance(start, int) else None)
+    return ReadablePages(chunks, visible, hsa.top_k, start if isinstance(start, int) else None)
 
 
 class HierarchicalAttention(nnx.Module):
@@ -152,16 +155,16 @@ class HierarchicalAttention(nnx.Module):
     `query` is `[d_model, K, G + 1, D]`: for each group its query heads, then the query of the landmarks.
     """
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
-        d, heads, group, width = config.d_model, config.num_kv_heads, config.group_size, config.head_dim
+    def __init__(self, config: BlockConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
+        mixer = config.mixer
+        d, heads, group, width = d_model, mixer.num_kv_heads, mixer.group_size, mixer.head_dim
         key_in, key_out = jax.random.split(key)
-        self.config = config
-        self.norm = Norm(d, config, dtype)
+        self.config = mixer
+        self.norm = Norm(d, config.norm, dtype)
         self.query = kernel(key_in, (d, heads, group + 1, width), ("embed", "kv_heads", "group", "head_dim"), d, dtype)
-        gain = 1.0 / math.sqrt(2 * config.num_layers)
         axes = ("kv_heads", "group", "head_dim", "embed")
-        self.out = kernel(key_out, (heads, group, width, d), axes, config.num_heads * width, dtype, gain)
-        self.q_norm = Norm(width, config, dtype, rms=True)
+        self.out = kernel(key_out, (heads, group, width, d), axes, mixer.num_heads * width, dtype, gain)
+        self.q_norm = Norm(width, _head_norm(config.norm), dtype, "head_dim")
 
     def __call__(self, x: Float[Array, "B C E"], memory: ReadablePages) -> Float[Array, "B C E"]:
         """What the tokens read; zero where there is no page yet."""
@@ -170,7 +173,7 @@ class HierarchicalAttention(nnx.Module):
         found = jnp.einsum("bce,ekgd->bckgd", self.norm(x), self.query[...].astype(x.dtype))
         q = self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d"))
         heads = memory.chunks.read(
-            q, found[..., -1, :], memory.visible, memory.top_k, self.config.scale, start=memory.start
+            q, found[..., -1, :], memory.visible, memory.top_k, self.config.softmax_scale, start=memory.start
         )
         weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(x.dtype)
         return jnp.einsum("bcf,fe->bce", rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype), weight)

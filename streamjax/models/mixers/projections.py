@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import AttentionConfig
 from streamjax.models.lora.adapters import Adapter, add_adapted
 from streamjax.models.norms import Norm
 from streamjax.models.parameters import kernel, zeros
@@ -21,22 +19,21 @@ class Projections(nnx.Module):
 
     `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value, so that
     one product reads the input once and tensor parallelism splits over key/value heads. Adapters (`lora.py`) change
-    members of it: all queries of a group, its key, or its value.
+    members of it: all queries of a group, its key, or its value. `gain` scales the initial weights of `out`.
     """
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
-        d, kv, group, width = config.d_model, config.num_kv_heads, config.group_size, config.head_dim
+    def __init__(self, config: AttentionConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
+        d, kv, group, width = d_model, config.num_kv_heads, config.group_size, config.head_dim
         self.config = config
         key_in, key_out = jax.random.split(key)
         axes = ("embed", "kv_heads", "group", "head_dim")
         self.qkv = kernel(key_in, (d, kv, group + 2, width), axes, d, dtype)
         self.qkv_bias = zeros((kv, group + 2, width), axes[1:], dtype) if config.qkv_bias else None
-        gain = 1.0 / math.sqrt(2 * config.num_layers)
         axes = ("kv_heads", "group", "head_dim", "embed")
         self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
         self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
-        self.q_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
-        self.k_norm = Norm(width, config, dtype, rms=True) if config.qk_norm else None
+        self.q_norm = None if config.qk_norm is None else Norm(width, config.qk_norm, dtype, "head_dim")
+        self.k_norm = None if config.qk_norm is None else Norm(width, config.qk_norm, dtype, "head_dim")
         self.q_lora: Adapter | None = nnx.data(None)
         self.k_lora: Adapter | None = nnx.data(None)
         self.v_lora: Adapter | None = nnx.data(None)

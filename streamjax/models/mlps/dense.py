@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import DenseConfig
 from streamjax.models.lora.adapters import Adapter, add_adapted
 from streamjax.models.parameters import kernel, zeros
 
@@ -22,17 +20,19 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """Two-layer MLP, gated (SwiGLU, 2002.05202) or plain; gate and up projections are one product."""
+    """Two-layer MLP, gated (SwiGLU, 2002.05202) or plain; gate and up projections are one product.
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
-        d, width, gates = config.d_model, config.mlp_dim, 2 if config.gated_mlp else 1
+    `gain` scales the initial weights of what goes back to the residual stream.
+    """
+
+    def __init__(self, config: DenseConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
+        d, width, gates = d_model, config.mlp_dim, 2 if config.gated else 1
         key_in, key_out = jax.random.split(key)
         self.activation = config.activation
         self.up = kernel(key_in, (d, gates, width), ("embed", "gates", "mlp"), d, dtype)
-        self.up_bias = zeros((gates, width), ("gates", "mlp"), dtype) if config.mlp_bias else None
-        gain = 1.0 / math.sqrt(2 * config.num_layers)
+        self.up_bias = zeros((gates, width), ("gates", "mlp"), dtype) if config.bias else None
         self.down = kernel(key_out, (width, d), ("mlp", "embed"), width, dtype, gain)
-        self.down_bias = zeros((d,), ("activation_embed",), dtype) if config.mlp_bias else None
+        self.down_bias = zeros((d,), ("activation_embed",), dtype) if config.bias else None
         self.gate_lora: Adapter | None = nnx.data(None)
         self.up_lora: Adapter | None = nnx.data(None)
         self.down_lora: Adapter | None = nnx.data(None)

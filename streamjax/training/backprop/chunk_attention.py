@@ -22,7 +22,6 @@ from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
 from streamjax.attention.dispatch import KERNEL_TOKENS, logged
 from streamjax.attention.sharded import Names, names_of_partial, per_device_call, whole_on_each_device
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec
 from streamjax.training.backprop.sequence_chunks import KVBuffer, KVView
 
 _QUERY: Names = ("batch", None, "heads", None)
@@ -31,13 +30,11 @@ _READS: tuple[Names, ...] = (_QUERY, _BUFFER, _BUFFER, ("batch", None), ("batch"
 _PART = names_of_partial(_QUERY)
 
 
-def attention_blocks(
-    block: Block, spec: LayerSpec, batch_size: int, chunk_size: int, block_k: int, leading: int = 0
-) -> Blocks:
+def attention_blocks(block: Block, batch_size: int, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
     """What is static in a chunk's attention."""
-    config = block.config
+    config = block.mixer.config
     block_q = min(block_sizes(batch_size * config.num_heads)[0], chunk_size)
-    return Blocks(spec.pattern, config.scale, config.attention_softcap, block_q, block_k, leading)
+    return Blocks(config.pattern, config.softmax_scale, config.softcap, block_q, block_k, leading)
 
 
 def attend(
@@ -87,7 +84,9 @@ def gradients(
         d_q, *d_keys = per_device_call(call, names, (_QUERY, _BUFFER, _BUFFER), arrays)
         return d_q, KVBuffer(*d_keys)
     queries = _queries(block, blocks, q, segments, view.offset)
-    whole = [_grouped(x, block.config.num_kv_heads, blocks.block_q) for x in (d_out, part.out, part.lse[..., None])]
+    whole = [
+        _grouped(x, block.mixer.config.num_kv_heads, blocks.block_q) for x in (d_out, part.out, part.lse[..., None])
+    ]
     shift, lse = -jnp.sum(whole[0] * whole[1], axis=-1), whole[2][..., 0]
     d_q, *d_keys = blockwise.backward(blocks, queries, _keys(buffer, view), lse, whole[0], shift, *grads)
     return _join(d_q, q.shape[1]), KVBuffer(*d_keys)
@@ -101,7 +100,7 @@ def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: KVBuffer, view
         and q.shape[1] >= KERNEL_TOKENS
         and q.dtype == buffer.k.dtype
         and platforms.takes_buffer(blocks.pattern, buffer.k.shape[3], buffer.k.shape[4], q.dtype.name)
-        and not whole_on_each_device("kv_heads", block.config.num_kv_heads)
+        and not whole_on_each_device("kv_heads", block.mixer.config.num_kv_heads)
     )
     if takes:
         logged("pallas")
@@ -122,7 +121,7 @@ def _known(blocks: Blocks, ids: Any, key_ids: Any, slopes: Any, offset: Any, row
 
 
 def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:
-    slopes, heads = block.mixer.slopes(), block.config.num_kv_heads
+    slopes, heads = block.mixer.slopes(), block.mixer.config.num_kv_heads
     return Queries(
         q=_grouped(q, heads, blocks.block_q),
         segments=None if segments is None else padded(segments, 1, blocks.block_q),

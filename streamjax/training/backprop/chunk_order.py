@@ -58,8 +58,8 @@ class LayerGroup(NamedTuple):
     @classmethod
     def make(cls, rows: LayerStack, sequence: ChunkedSequence) -> LayerGroup:
         places = range(rows.period) if rows.stacked else range(rows.count)
-        specs = [rows.spec(0, place) if rows.stacked else rows.spec(place, 0) for place in places]
-        return cls(rows, [KeyStore.make(spec, sequence.chunk_size, sequence.count) for spec in specs])
+        specs = [rows.block_config(0, place) if rows.stacked else rows.block_config(place, 0) for place in places]
+        return cls(rows, [KeyStore.make(spec.mixer, sequence.chunk_size, sequence.count) for spec in specs])
 
     def place(self, row: Any, position: int) -> tuple[int, Any]:
         """Which buffer a layer's keys are in, and in which row of it."""
@@ -91,12 +91,12 @@ class LayerGroup(NamedTuple):
                 heads = attend(
                     block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids
                 ).out
-                spec, source = rows.spec(row, position), rows.source(row)
-                if write and spec.remembers and source is not None:
+                source = rows.source(row)
+                if write and block.encoder is not None and source is not None:
                     # Models with memories are not stacked: this is Python's loop over layers.
                     remembered[source] = landmark_memory.write(remembered[source], landmark_memory.encode(block, x), i)
                 memory = None if source is None else remembered[source]
-                x = block.combine(x, heads, landmark_memory.view(memory, spec, block.config, sequence, i))
+                x = block.combine(x, heads, landmark_memory.view(memory, block, sequence, i))
             return x, keys, inputs
 
         shape = (0, 0) if write else (rows.count, rows.period)
@@ -132,7 +132,7 @@ class LayerGroup(NamedTuple):
                 source = rows.source(row)
                 memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
                 new, d_x, opened, d_memory = chunk_vjp(
-                    params, rest, store.spec, blocks, x, d_x, sequence, i, see, opened, memory, d_memory
+                    params, rest, blocks, x, d_x, sequence, i, see, opened, memory, d_memory
                 )
                 if source is not None and d_memory is not None:
                     d_remembered[source] = d_memory

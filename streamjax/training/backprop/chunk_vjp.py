@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from streamjax.attention.blockwise import Blocks
 from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec
 from streamjax.training.backprop import chunk_attention
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, add
 from streamjax.training.backprop.storage import landmark_memory
@@ -22,7 +21,6 @@ from streamjax.training.backprop.trainable_parameters import combine
 def chunk_vjp(
     params: Block,
     rest: Block,
-    spec: LayerSpec,
     blocks: Blocks,
     x: Float[Array, "B C E"],
     d_y: Float[Array, "B C E"],
@@ -37,7 +35,6 @@ def chunk_vjp(
 
     Args:
       params, rest: the layer's parameters that are trained, and the others (`trainable.partition`).
-      spec: what distinguishes the layer.
       blocks: from `attention_blocks`.
       x, d_y: the chunk's input, and the cotangent of its output.
       sequence, i: which chunk it is, of which sequence.
@@ -58,13 +55,14 @@ def chunk_vjp(
 
     def after_attention(params: Block, x: Array, heads: Array, memory: LandmarkPages | None) -> Array:
         block = combine(params, rest)
-        return block.combine(x, heads, landmark_memory.view(memory, spec, block.config, sequence, i))
+        return block.combine(x, heads, landmark_memory.view(memory, block, sequence, i))
 
-    _, combine_vjp = jax.vjp(after_attention, params, x, part.out, memory if spec.reads else None)
+    block = seen[0]
+    _, combine_vjp = jax.vjp(after_attention, params, x, part.out, None if block.reader is None else memory)
     d_params, d_x, d_heads, d_pages = combine_vjp(d_y)
     if d_pages is not None and d_memory is not None:
         d_memory = add(d_memory, d_pages)
-    if spec.remembers and d_memory is not None:
+    if block.encoder is not None and d_memory is not None:
         made, encode_vjp = jax.vjp(lambda p, x: landmark_memory.encode(combine(p, rest), x), params, x)
         from_pages, d_x_pages = encode_vjp(landmark_memory.own_pages(d_memory, i, made))
         d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages

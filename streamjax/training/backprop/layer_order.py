@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend, attention_blocks
 from streamjax.training.backprop.chunk_vjp import chunk_vjp
@@ -43,7 +42,6 @@ Chunks = Float[Array, "N B C E"]
 
 def layer_forward(
     block: Block,
-    spec: LayerSpec,
     x: Chunks,
     sequence: ChunkedSequence,
     memory: LandmarkPages | None = None,
@@ -53,7 +51,7 @@ def layer_forward(
 
     `memory`: the pages that the layer reads. A layer that makes them fills them in, unless they are `known`.
     """
-    blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
+    blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
     def chunk(
         i: Any, carry: tuple[Chunks, KVBuffer, LandmarkPages | None]
@@ -62,9 +60,9 @@ def layer_forward(
         own, context, view = chunk_at(x, i), sequence.context(i), whole_view(sequence, i)
         q, k, v = block.project(own, context)
         buffer = buffer.write(k, v, 0, view.own)
-        if spec.remembers and memory is not None and not known:
+        if block.encoder is not None and memory is not None and not known:
             memory = landmark_memory.write(memory, landmark_memory.encode(block, own), i)
-        read = landmark_memory.view(memory, spec, block.config, sequence, i)
+        read = landmark_memory.view(memory, block, sequence, i)
         y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids).out, read)
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
@@ -76,7 +74,6 @@ def layer_forward(
 def layer_backward(
     params: Block,
     rest: Block,
-    spec: LayerSpec,
     inputs: ActivationReader,
     d_y: Chunks,
     sequence: ChunkedSequence,
@@ -90,7 +87,7 @@ def layer_backward(
     gradients from the layers above, to which the layer's are added.
     """
     block = combine(params, rest)
-    blocks = attention_blocks(block, spec, sequence.batch_size, sequence.chunk_size, sequence.block_k)
+    blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
     def keys(i: Any, x: Array, buffer: KVBuffer) -> KVBuffer:
@@ -108,7 +105,6 @@ def layer_backward(
         part, d_x, grads, d_memory = chunk_vjp(
             params,
             rest,
-            spec,
             blocks,
             x,
             chunk_at(d_y, i),
@@ -173,9 +169,7 @@ def rows_backward(
                 params, rest = rows.layer(row, position)
                 source = rows.source(row)
                 memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
-                new, d_x, d_memory = layer_backward(
-                    params, rest, rows.spec(row, position), chunks, d_x, sequence, options, memory, d_memory
-                )
+                new, d_x, d_memory = layer_backward(params, rest, chunks, d_x, sequence, options, memory, d_memory)
                 if source is not None and d_memory is not None:
                     d_remembered[source] = d_memory
                 grads = rows.put(grads, row, position, rows.finish_layer(new, row, position))
@@ -199,7 +193,7 @@ def place_forward(
     makes unless that is `known`."""
     source = rows.source(row)
     memory = None if source is None else remembered[source]
-    x, memory = layer_forward(combine(*rows.layer(row, position)), rows.spec(row, position), x, sequence, memory, known)
+    x, memory = layer_forward(combine(*rows.layer(row, position)), x, sequence, memory, known)
     if source is not None and memory is not None:
         remembered[source] = memory  # models with memories are not stacked: this is Python's loop over layers
     return x

@@ -122,7 +122,7 @@ class KVBuffer(NamedTuple):
 
     @classmethod
     def zeros(cls, block: Block, rows: int, batch: int, slots: int, dtype: Any) -> KVBuffer:
-        config = block.config
+        config = block.mixer.config
         shape = (rows, batch, config.num_kv_heads, slots, config.head_dim)
         axes = (None, "batch", "kv_heads", None, "head_dim")
         return cls(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))

@@ -82,11 +82,14 @@ def far_layers(config: ModelConfig) -> Bool[np.ndarray, " L"]:
     """The layers whose heads may look far back: those without a window of their own.
 
     Raises:
-      ValueError: a model without such layers; one with a chunk memory, whose other layers have windows by design.
+      ValueError: a model without such layers; one with a chunk memory, whose other layers have windows by design; one
+        whose layers differ in their heads.
     """
+    if len({(block.mixer.num_heads, block.mixer.num_kv_heads) for block in config.blocks}) > 1:
+        raise ValueError("the model's layers have different numbers of heads: scores are one table of layers and heads")
     if config.hsa is not None:
         raise ValueError("the model reads a chunk memory (HSA): its layers have no heads to choose among")
-    found = np.array([config.layer(i).window is None for i in range(config.num_layers)])
+    found = np.array([block.mixer.window is None for block in config.blocks])
     if not found.any():
         raise ValueError("every layer of the model has a sliding window of its own: no head looks far back")
     return found
@@ -111,11 +114,11 @@ def gated_hidden(
         q, k, v = block.project(x, context)
 
         def heads(pattern: Pattern) -> Float[Array, "B T H D"]:
-            mixer, config = block.mixer, model.config
-            softcap, slopes = config.attention_softcap, mixer.slopes()
-            return sequence_attention(q, k, v, pattern, scale=config.scale, softcap=softcap, slopes=slopes)
+            config, slopes = block.mixer.config, block.mixer.slopes()
+            scale, softcap = config.softmax_scale, config.softcap
+            return sequence_attention(q, k, v, pattern, scale=scale, softcap=softcap, slopes=slopes)
 
-        share = jnp.repeat(gate, model.config.group_size)[:, None]
+        share = jnp.repeat(gate, block.mixer.config.group_size)[:, None]
         return block.combine(x, share * heads(Full()) + (1 - share) * heads(near))
 
     x = model.embed(tokens)
@@ -169,7 +172,9 @@ def optimise_gates(
     Raises:
       ValueError: as `far_layers`; rows that are no longer than sinks and recent tokens together.
     """
-    gates = jnp.asarray(np.repeat(far_layers(model.config)[:, None], model.config.num_kv_heads, 1), jnp.float32)
+    gates = jnp.asarray(
+        np.repeat(far_layers(model.config)[:, None], model.config.blocks[0].mixer.num_kv_heads, 1), jnp.float32
+    )
     optimizer = optax.adam(config.schedule)
 
     @partial(jax.jit, donate_argnums=1)

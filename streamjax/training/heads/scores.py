@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from pallas_kernels.patterns import Full
 from streamjax.attention.dense import attention_mass
 from streamjax.attention.flash import flash_attention
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import AttentionConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.heads.gates import far_layers
@@ -78,12 +78,12 @@ def head_scores(model: Decoder, tokens: Int[Array, "B T"]) -> HeadScores:
         block = model.layer(i)
         if not far[i]:
             x = block.parallel(x, context)[0]
-            found.append(jnp.zeros((2, config.num_heads)))
+            found.append(jnp.zeros((2, block.mixer.config.num_heads)))
             continue
         q, k, v = block.project(x, context)
-        softcap, slopes = config.attention_softcap, block.mixer.slopes()
-        out, lse = flash_attention(q, k, v, Full(), scale=config.scale, softcap=softcap, slopes=slopes)
-        found.append(_scores(q, jnp.swapaxes(k, 1, 2), lse, tokens, config, slopes))
+        mixer, slopes = block.mixer.config, block.mixer.slopes()
+        out, lse = flash_attention(q, k, v, Full(), scale=mixer.softmax_scale, softcap=mixer.softcap, slopes=slopes)
+        found.append(_scores(q, jnp.swapaxes(k, 1, 2), lse, tokens, mixer, slopes))
         x = block.combine(x, out)
     echo, induction = jnp.stack(found, axis=1)
     return HeadScores(echo, induction)
@@ -94,7 +94,7 @@ def _scores(
     k: Float[Array, "B K T D"],
     lse: Float[Array, "B T H"],
     tokens: Int[Array, "B T"],
-    config: ModelConfig,
+    config: AttentionConfig,
     slopes: Float[Array, " H"] | None,
 ) -> Float[Array, "2 H"]:
     """Echo and induction scores of one layer's heads, some queries at a time."""
@@ -118,7 +118,7 @@ def _scores(
             distance = (index[:, None] - keys).astype(jnp.float32)[None, None]
             given = attention_mass(
                 mine, k, whole, chosen[:, None],
-                scale=config.scale, softcap=config.attention_softcap, slopes=slopes, distance=distance,
+                scale=config.softmax_scale, softcap=config.softcap, slopes=slopes, distance=distance,
             )  # fmt: skip
             mass.append(jnp.sum(given, axis=(0, 2)))
             count.append(jnp.sum(jnp.any(chosen, axis=2), dtype=jnp.int32))
@@ -149,7 +149,7 @@ def protected_heads(
     """
     if not (0 <= echo <= 1 and 0 <= induction <= 1):
         raise ValueError(f"the shares of echo and induction heads must be in [0, 1], got {echo} and {induction}")
-    far = np.repeat(far_layers(config)[:, None], config.num_heads, axis=1)
+    far = np.repeat(far_layers(config)[:, None], config.blocks[0].mixer.num_heads, axis=1)
     chosen = np.zeros_like(far)
     for share, score in ((echo, scores.echo), (induction, scores.induction)):
         count = max(round(share * int(far.sum())), int(share > 0))
@@ -159,6 +159,6 @@ def protected_heads(
     gates = np.where(far, (chosen + best) / 2.0, 0.0)
 
     def of_group(x: np.ndarray) -> np.ndarray:
-        return rearrange(x, "l (k g) -> l k g", k=config.num_kv_heads).max(axis=2)
+        return rearrange(x, "l (k g) -> l k g", k=config.blocks[0].mixer.num_kv_heads).max(axis=2)
 
     return of_group(gates), of_group(chosen)

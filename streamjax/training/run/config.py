@@ -12,7 +12,7 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Count, Fraction, Interval, Positive, Seed, Size, check_fields
 from streamjax.kv.presets import parse_preset, preset
 from streamjax.kv.presets.registry import Built
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import ModelConfig, UniformConfig
 from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
 from streamjax.training.backprop.loss_and_grad import Method, check_free
@@ -123,7 +123,7 @@ class TrainConfig:
 
     Attributes:
       name: of the run, for its model card and its metrics.
-      model: the architecture of a new model; None with `init_from`.
+      model: the architecture of a new model, flat or as a list of blocks; None with `init_from`.
       data: what is read.
       steps: optimizer steps.
       init_from: a Hugging Face folder or a streamjax checkpoint to start from; None starts from random weights.
@@ -143,7 +143,7 @@ class TrainConfig:
     """
 
     name: str
-    model: ModelConfig | None
+    model: UniformConfig | ModelConfig | None
     data: DataConfig
     steps: Size
     init_from: str | None = None

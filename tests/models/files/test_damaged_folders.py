@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streamjax.models import ModelConfig
+from streamjax.models import UniformConfig
 from streamjax.models.files import hugging_face
 from streamjax.models.files.safetensors_files import StoredTensor
 from tests.models.random_decoders import random_decoder
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:config.json has fields")]
-CONFIG = ModelConfig(
+CONFIG = UniformConfig(
     vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
 )
 SAVES = {"hf": sj.save_hf, "native": sj.save_safetensors, "orbax": sj.save}
@@ -106,7 +106,7 @@ def test_a_change_is_refused_and_a_users_own_files_are_not(folders, model, kind,
     (folder / "config.json").write_text(config.replace("10000.0", "20000.0"))
     refused(folder, r"config\.json has changed since it was saved .* if the change is meant, delete checksums\.json")
     (folder / "checksums.json").unlink()
-    assert sj.load(folder).config.rope.theta == 20000.0
+    assert sj.load(folder).config.blocks[0].mixer.rope.theta == 20000.0
     (folder / "config.json").unlink()
     refused(folder, "no model at")
 

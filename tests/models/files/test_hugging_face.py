@@ -11,14 +11,14 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
-from streamjax.models import ModelConfig, RopeConfig
+from streamjax.models import RopeConfig, UniformConfig
 from streamjax.models.files.hugging_face import load_hf, save_hf
 from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.rules import partition_spec
 from tests.models.random_decoders import random_decoder
 
 pytestmark = pytest.mark.quick
-CONFIG = ModelConfig(
+CONFIG = UniformConfig(
     vocab_size=64, d_model=32, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
 )
 GEMMA = CONFIG.replace(
@@ -115,7 +115,7 @@ def test_dtypes(tmp_path, model, stored):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_host_memory_is_about_one_tensor(tmp_path, scan_layers):
-    config = ModelConfig(
+    config = UniformConfig(
         vocab_size=256, d_model=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1536
     )
     model = random_decoder(config)
@@ -278,6 +278,6 @@ def test_wrong_folders(folder, model, tmp_path):
 
 def test_a_failed_save_leaves_the_old_checkpoint(folder, model):
     wrong = random_decoder(CONFIG.replace(qk_norm=True))
-    with pytest.raises(ValueError, match=r"family 'llama' cannot express ModelConfig\.qk_norm = True.*qwen3"):
+    with pytest.raises(ValueError, match=r"family 'llama' cannot express qk_norm = True.*qwen3"):
         save_hf(wrong, folder)
     assert_same(load_hf(folder), model)

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import streamjax as sj
-from streamjax.models import stack_layers
+from streamjax.models import UniformConfig, stack_layers
 from streamjax.models.files.hugging_face import load_hf
 from streamjax.models.lora.attaching import empty_adapters, places, ranks_of
 from tests.models import transformers_peers
@@ -80,7 +80,7 @@ def test_the_folder_means_the_same_to_transformers(case, tmp_path):
     tokens = transformers_peers.tokens_for(torch_model, 20)
     base = load_hf(transformers_peers.write(torch_model, tmp_path / "base"))
     unchanged = transformers_peers.logits_of(torch_model, tokens)
-    whole = tuple(places(base.config))
+    whole = tuple(places(base.config.blocks[0]))
     for targets in (whole, ("k", "up", "o")):
         model = adapted(base, targets)
         sj.save_lora(model, tmp_path / "adapter", base="somebody/base")
@@ -168,7 +168,7 @@ def test_ranks_and_alphas_by_patterns(folder):
 
 def resized(base, **sizes):
     """Another base."""
-    return sj.Decoder(base.config.replace(**sizes), jax.random.key(0))
+    return sj.Decoder(UniformConfig.of(base.config).replace(**sizes), jax.random.key(0))
 
 
 def test_what_is_refused(folder, tmp_path):

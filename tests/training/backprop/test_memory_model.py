@@ -13,7 +13,7 @@ from benchmarks.backprop.memory_model import POINTS, load
 from benchmarks.model_shapes import SHAPES
 from streamjax.training.backprop.planning.memory_model import estimate
 
-CONFIG = sj.ModelConfig(
+CONFIG = sj.UniformConfig(
     vocab_size=512, d_model=256, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=768,
     tie_embeddings=True,
 )  # fmt: skip
@@ -63,7 +63,7 @@ def test_the_model_is_near_the_cpu_compiler(arguments):
 @pytest.mark.parametrize("method", ["layer", "chunk"])
 def test_the_model_is_near_a_tpu_compiler_now(method):
     """Recorded figures are of the code as it was. Shorter sequences would lie in part in the chip's fast memory."""
-    config = sj.ModelConfig(
+    config = sj.UniformConfig(
         vocab_size=4096, d_model=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=128, mlp_dim=1536
     )
     arguments = {"method": method, "chunk_size": 1024, "logits_chunk": 1024}

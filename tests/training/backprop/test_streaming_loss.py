@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.models import Decoder
+from streamjax.models import Decoder, UniformConfig
 from streamjax.parallel.mesh import build_sharded, make_mesh, shardings
 from streamjax.training import (
     OptimizerConfig,
@@ -66,7 +66,9 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
     model, stream, name, scan_layers, chunk_size, capacity
 ):
     """A `dense` cache keeps everything, so that cutting into chunks changes nothing; 11 is no multiple of 4 or 6."""
-    model = Decoder(model.config.replace(**ARCHITECTURES[name]), jax.random.key(2), scan_layers=scan_layers)
+    model = Decoder(
+        UniformConfig.of(model.config).replace(**ARCHITECTURES[name]), jax.random.key(2), scan_layers=scan_layers
+    )
     weights = np.random.default_rng(0).uniform(0.2, 2.0, (ROWS, LENGTH)).astype(np.float32)
     weights[0, 2:9] = 0.0
     batch = batch_of(stream, 0, weights=weights)
@@ -149,7 +151,7 @@ def test_the_gradient_ends_where_the_batch_begins(model, stream):
 
 def test_between_chunks_only_states_are_kept(model):
     """Twice the batch costs the states of the chunks that are more, and its tokens."""
-    deep = Decoder(model.config.replace(num_layers=1, mlp_dim=512), jax.random.key(0))
+    deep = Decoder(UniformConfig.of(model.config).replace(num_layers=1, mlp_dim=512), jax.random.key(0))
     cache = sj.kv.preset("streaming_llm", sinks=2, window=14)
     state = sj.init_state(deep, cache, 1)
 

@@ -144,9 +144,9 @@ def test_batches_are_made_of_rows_that_have_answers():
 def test_what_cannot_be_optimised_is_refused():
     hsa = GQA.replace(windows=(5, 5), hsa=sj.HSAConfig(layers=(1,), memory_layers=(0,)))
     with pytest.raises(ValueError, match="the model reads a chunk memory"):
-        far_layers(hsa)
+        far_layers(hsa.expand())
     with pytest.raises(ValueError, match="every layer of the model has a sliding window"):
-        far_layers(GQA.replace(windows=(5, 5)))
+        far_layers(GQA.replace(windows=(5, 5)).expand())
     with pytest.raises(ValueError, match="rows of 19 tokens: more are needed than 18 sinks and recent ones"):
         next(optimise_gates(build(GQA), [{"tokens": TOKENS}], GateConfig(sinks=2, recent=16)))
     empty = {"tokens": np.zeros(2, np.int32), "weights": np.full(2, 0.02, np.float32)}

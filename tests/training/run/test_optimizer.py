@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from streamjax.models import Decoder, ModelConfig, stack_layers
+from streamjax.models import Decoder, UniformConfig, stack_layers
 from streamjax.training import OptimizerConfig, learning_rate_schedule, make_optimizer
 from streamjax.training.run.optimizer import decay_mask
 
@@ -26,7 +26,7 @@ def test_schedule_warms_up_linearly_and_falls_along_a_cosine_to_its_floor():
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_weight_decay_spares_norms_biases_and_vectors(stacked):
-    config = ModelConfig(
+    config = UniformConfig(
         vocab_size=11, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, norm="layer",
         norm_bias=True, qk_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, logit_bias=True,
     )  # fmt: skip

@@ -4,10 +4,10 @@ import pytest
 
 from streamjax.data import DataConfig
 from streamjax.kv import preset
-from streamjax.models import ModelConfig
+from streamjax.models import UniformConfig
 from streamjax.training import TrainConfig, apply_overrides, describe
 
-MODEL = ModelConfig(
+MODEL = UniformConfig(
     vocab_size=259, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=32, windows=(4, None)
 )
 CONFIG = TrainConfig(name="test", model=MODEL, data=DataConfig(), steps=10)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig, expanded
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
 from streamjax.training.backprop.sequence_chunks import key_block
 from streamjax.training.backprop.storage.kv_store import KeyStore
@@ -38,7 +38,7 @@ class Memory(NamedTuple):
 
 
 def estimate(
-    config: ModelConfig,
+    config: ModelConfig | UniformConfig,
     *,
     batch_size: int,
     length: int,
@@ -73,6 +73,7 @@ def estimate(
     Raises:
       ValueError: `method` is none of "full", "remat", "layer" and "chunk".
     """
+    config = expanded(config)
     terms = _Terms(
         config=config,
         batch=batch_size,
@@ -99,31 +100,33 @@ def estimate(
     return Memory(sum(parts.values()), host_bytes, {name: size for name, size in parts.items() if size})
 
 
-def working_bytes(config: ModelConfig, tokens: int, item: int, wide: int) -> int:
+def working_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: int) -> int:
     """What the backward pass of one layer holds at its worst for `tokens` tokens, beyond its input, KV and weights.
 
     Four arrays as wide as the MLP (three where it is not gated); the heads' outputs twice, once in the accumulator's
     dtype; two arrays as wide as the model; and what the norms of queries and keys save.
     """
-    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp = (4 if config.gated_mlp else 3) * config.mlp_dim * item
-    norms = 3 * wide * (heads + keys) * config.qk_norm
-    return tokens * (mlp + heads * (item + wide) + 2 * keys * item + norms + 2 * config.d_model * item)
+    mixer = block.mixer
+    heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+    mlp = (4 if block.mlp.gated else 3) * block.mlp.mlp_dim * item
+    norms = 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
+    return tokens * (mlp + heads * (item + wide) + 2 * keys * item + norms + 2 * d_model * item)
 
 
-def saved_bytes(config: ModelConfig, tokens: int, item: int, wide: int) -> int:
+def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: int) -> int:
     """What `jax.grad` saves of one layer for `tokens` tokens: the operands that its derivative reads.
 
     Of a norm three arrays in the accumulator's dtype; the operands of each product; of the activation's formula one
     array an operation.
     """
-    heads, keys, width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.d_model
-    norms = 3 * wide * (width * ((1 if config.shared_norm else 2) + 2 * config.post_norms))
-    norms += 3 * wide * (heads + keys) * config.qk_norm
+    mixer, mlp = block.mixer, block.mlp
+    heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+    norms = 3 * wide * (d_model * block.norm_count)
+    norms += 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
     attention = heads * (item + wide) + 2 * keys * item
-    operands = item * (2 * width + heads)
-    steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[config.activation]
-    return tokens * (norms + attention + operands + item * config.mlp_dim * (steps + (2 if config.gated_mlp else 0)))
+    operands = item * (2 * d_model + heads)
+    steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
+    return tokens * (norms + attention + operands + item * mlp.mlp_dim * (steps + (2 if mlp.gated else 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +156,11 @@ class _Terms:
     stretch: int
 
     @property
+    def kinds(self) -> tuple[BlockConfig, ...]:
+        """The different layers."""
+        return tuple(dict.fromkeys(self.config.blocks))
+
+    @property
     def count(self) -> int:
         return math.ceil(self.length / self.chunk)
 
@@ -174,8 +182,12 @@ class _Terms:
         return self.batch * tokens * self.config.d_model * self.item
 
     def key_values(self, slots: int, size: int) -> int:
-        """One layer's keys and values in `slots` slots a row, numbers of `size` bytes."""
-        return 2 * self.batch * slots * self.config.num_kv_heads * self.config.head_dim * size
+        """The widest layer's keys and values in `slots` slots a row, numbers of `size` bytes."""
+        return max(self.layer_key_values(block, slots, size) for block in self.kinds)
+
+    def layer_key_values(self, block: BlockConfig, slots: int, size: int) -> int:
+        """The same of one layer."""
+        return 2 * self.batch * slots * block.mixer.num_kv_heads * block.mixer.head_dim * size
 
     def whole_slots(self) -> int:
         block = min(key_block(), self.padded)
@@ -195,9 +207,11 @@ class _Terms:
     def copied_weights(self) -> Parts:
         """Of stacked layers under two loops the TPU's compiler holds the fused projection in two more layouts, with the
         members of a group and their channels padded to its tiles of 8 x 128."""
-        config, nested = self.config, self.stacked and self.fused
-        tile = math.ceil((config.group_size + 2) / 8) * 8 * math.ceil(config.head_dim / 128) * 128
-        size = 2 * config.num_layers * config.d_model * config.num_kv_heads * tile * self.param
+        nested, tiles = self.stacked and self.fused, 0
+        for mixer in (block.mixer for block in self.config.blocks):
+            tile = math.ceil((mixer.group_size + 2) / 8) * 8 * math.ceil(mixer.head_dim / 128) * 128
+            tiles += mixer.num_kv_heads * tile
+        size = 2 * self.config.d_model * tiles * self.param
         return {"copied weights": size // self.shards if nested else 0}
 
     def sums(self, name: str, parameters: int, size: int) -> Parts:
@@ -210,8 +224,10 @@ class _Terms:
 
     def work(self, tokens: int) -> Parts:
         """Inside one layer, for `tokens` tokens of each row."""
-        sizes = self.config, self.batch * tokens, self.item, self.wide
-        return {"layer's work": working_bytes(*sizes) + (0 if self.fused else saved_bytes(*sizes))}
+        sizes = self.config.d_model, self.batch * tokens, self.item, self.wide
+        working = max(working_bytes(block, *sizes) for block in self.kinds)
+        saved = 0 if self.fused else max(saved_bytes(block, *sizes) for block in self.kinds)
+        return {"layer's work": working + saved}
 
     def logits(self) -> Parts:
         """Of one stretch, with the gradient that the head gets from it."""
@@ -219,8 +235,8 @@ class _Terms:
         return {"logits": size, **self.part("head", self.end_parameters)}
 
     def full(self) -> Order:
-        layer = saved_bytes(self.config, self.batch * self.length, self.item, self.wide)
-        return self.by_jax({"activations": self.config.num_layers * layer})
+        sizes = self.config.d_model, self.batch * self.length, self.item, self.wide
+        return self.by_jax({"activations": sum(saved_bytes(block, *sizes) for block in self.config.blocks)})
 
     def remat(self) -> Order:
         return self.by_jax({"layer inputs": self.config.num_layers * self.states(self.length)})
@@ -277,15 +293,15 @@ class _Terms:
         return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], away * self.states(moved)
 
     def chunks(self) -> Order:
-        stores = [KeyStore.make(self.config.layer(i), self.chunk, self.count) for i in range(self.config.num_layers)]
+        stores = [(block, KeyStore.make(block.mixer, self.chunk, self.count)) for block in self.config.blocks]
         apart = self.grad != self.param or self.shards > 1  # else the sums are the result
         sums = self.sums("all", self.config.parameter_count, self.grad)
         both = {
             **self.always(),
             **(sums if apart else {}),
             **self.copied_weights(),
-            "keys and values": sum(self.key_values(store.slots, self.item) for store in stores),
-            "keys' gradients": sum(self.key_values(store.local, self.kv_grad) for store in stores),
+            "keys and values": sum(self.layer_key_values(block, store.slots, self.item) for block, store in stores),
+            "keys' gradients": sum(self.layer_key_values(block, store.local, self.kv_grad) for block, store in stores),
             "chunk's inputs": self.config.num_layers * self.states(self.chunk),
         }
         layers = {**self.part("layer", self.layer_parameters), **self.work(self.chunk)}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from streamjax.models.config import ModelConfig
+from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, Memory, estimate
 
 HEADROOM = 0.9  # share of the memory that an estimate may fill; most are right within 10%
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    config: ModelConfig,
+    config: ModelConfig | UniformConfig,
     *,
     batch_size: int,
     length: int,
@@ -60,6 +60,7 @@ def choose(
     Raises:
       ValueError: nothing fits; the message has what comes closest.
     """
+    config = expanded(config)
     size = min(chunk_size or DEFAULT_CHUNK, length)
     closest: Choice | None = None
     for arguments in _candidates(config, size, math.ceil(length / size), platform, stacked):

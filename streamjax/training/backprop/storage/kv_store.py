@@ -18,21 +18,21 @@ import jax.numpy as jnp
 
 from streamjax.attention.blockwise import Blocks
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec
+from streamjax.models.config import AttentionConfig
 from streamjax.training.backprop.chunk_attention import attention_blocks
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, key_block, whole_view
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyStore:
-    """Buffers for the keys of layers with one `spec`.
+    """Buffers for the keys of layers with one kind of `attention`.
 
     A chunk sees its own tokens and the `behind` before it; all of them where that is None. Where `tails`, the sinks'
     keys come first in a buffer and the last `behind` of every chunk follow, the first of these empty. Else the keys of
     all tokens lie in order, behind `behind` empty slots, so that what a chunk sees is always a slice.
     """
 
-    spec: LayerSpec
+    attention: AttentionConfig
     block_k: int
     slots: int  # of a buffer of keys
     chunk_size: int
@@ -40,35 +40,35 @@ class KeyStore:
     tails: bool = False
 
     @classmethod
-    def make(cls, spec: LayerSpec, size: int, count: int) -> KeyStore:
-        """The store of layers with `spec`, for `count` chunks of `size` tokens."""
+    def make(cls, attention: AttentionConfig, size: int, count: int) -> KeyStore:
+        """The store of layers with this attention, for `count` chunks of `size` tokens."""
         total = count * size
-        if spec.window is not None:
-            block = min(key_block(), size + spec.window - 1)
-            local = math.ceil((spec.sinks + spec.window - 1 + size) / block) * block
-            behind = local - size - spec.sinks
-            if local < total and 0 < behind <= size and spec.sinks <= size:
-                return cls(spec, block, spec.sinks + (count + 1) * behind, size, behind, True)
+        if attention.window is not None:
+            block = min(key_block(), size + attention.window - 1)
+            local = math.ceil((attention.sinks + attention.window - 1 + size) / block) * block
+            behind = local - size - attention.sinks
+            if local < total and 0 < behind <= size and attention.sinks <= size:
+                return cls(attention, block, attention.sinks + (count + 1) * behind, size, behind, True)
             if local < total:
-                return cls(spec, block, behind + total, size, behind)
+                return cls(attention, block, behind + total, size, behind)
         block = min(key_block(), total)
-        return cls(spec, block, math.ceil(total / block) * block, size, None)
+        return cls(attention, block, math.ceil(total / block) * block, size, None)
 
     @property
     def local(self) -> int:
         """Slots of the keys that one chunk may see, its own included."""
-        return self.slots if self.behind is None else self.spec.sinks + self.behind + self.chunk_size
+        return self.slots if self.behind is None else self.attention.sinks + self.behind + self.chunk_size
 
     def blocks(self, block: Block, batch_size: int) -> Blocks:
         """What is static in a chunk's attention."""
-        leading = 0 if self.behind is None else self.spec.sinks
-        return attention_blocks(block, self.spec, batch_size, self.chunk_size, self.block_k, leading)
+        leading = 0 if self.behind is None else self.attention.sinks
+        return attention_blocks(block, batch_size, self.chunk_size, self.block_k, leading)
 
     def write(self, keys: KVBuffer, k: Any, v: Any, row: Any, i: Any) -> KVBuffer:
         """`keys` with those of chunk i in it, as far as others may see them."""
         if self.behind is None or not self.tails:
             return keys.write(k, v, row, (self.behind or 0) + i * self.chunk_size)
-        sinks = self.spec.sinks
+        sinks = self.attention.sinks
         if sinks:
             old = keys.read(row, 0, sinks)
             new = KVBuffer.of(k[:, :sinks], v[:, :sinks], keys.k.dtype)
@@ -81,7 +81,7 @@ class KeyStore:
         """What chunk i of layer `row` may see, its own keys and values being `k` and `v`, which were written."""
         if self.behind is None:
             return keys, whole_view(sequence, i, row)
-        start, sinks = i * self.chunk_size, self.spec.sinks
+        start, sinks = i * self.chunk_size, self.attention.sinks
         if self.tails:
             near = KVBuffer.of(k, v, keys.k.dtype).behind(keys.read(row, sinks + i * self.behind, self.behind))
         else:
@@ -100,7 +100,7 @@ class KeyStore:
         """The gradients of the keys that a chunk may see, where `grads` are those of the chunk behind it."""
         if self.behind is None:
             return grads
-        sinks = self.spec.sinks
+        sinks = self.attention.sinks
         kept = grads.read(row, sinks, self.behind).after_zeros(self.chunk_size)
         return kept.behind(grads.read(row, 0, sinks)) if sinks else kept
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec, ModelConfig
+from streamjax.models.config import ModelConfig
 from streamjax.models.mixers.hierarchical import ReadablePages, page_segments, whole_view
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 
@@ -31,8 +31,7 @@ def whole_pages(config: ModelConfig, chunk_size: int) -> int:
 
 def source_of(config: ModelConfig, layer: int) -> int | None:
     """The layer whose memory a layer reads, or makes; None where it does neither."""
-    spec = config.layer(layer)
-    if config.hsa is None or not (spec.reads or spec.remembers):
+    if config.hsa is None or not (config.reads(layer) or config.remembers(layer)):
         return None
     return max(source for source in config.hsa.memory_layers if source <= layer)
 
@@ -42,21 +41,21 @@ def empty_memories(config: ModelConfig, sequence: ChunkedSequence, dtype: Any) -
     if config.hsa is None:
         return {}
     size = config.hsa.chunk_size
-    shape = (sequence.batch_size, config.num_kv_heads, sequence.count * sequence.chunk_size // size)
-    width = config.head_dim
 
-    def zeros() -> LandmarkPages:
+    def zeros(layer: int) -> LandmarkPages:
+        mixer = config.blocks[layer].mixer
+        shape = (sequence.batch_size, mixer.num_kv_heads, sequence.count * sequence.chunk_size // size)
+        width = mixer.head_dim
         pages = jnp.zeros((*shape, size, width), dtype)
         return LandmarkPages(pages, pages, jnp.zeros((*shape, width), dtype))
 
-    return {layer: zeros() for layer in config.hsa.memory_layers}
+    return {layer: zeros(layer) for layer in config.hsa.memory_layers}
 
 
 def encode(block: Block, x: Float[Array, "B C E"]) -> LandmarkPages:
     """The pages of a chunk of the sequence."""
     assert block.encoder is not None
-    assert block.config.hsa is not None
-    return block.encoder.encode(rearrange(x, "b (p s) e -> b p s e", s=block.config.hsa.chunk_size))
+    return block.encoder.encode(rearrange(x, "b (p s) e -> b p s e", s=block.encoder.hsa.chunk_size))
 
 
 def write(memory: LandmarkPages, made: LandmarkPages, i: Any) -> LandmarkPages:
@@ -73,12 +72,10 @@ def own_pages(memory: LandmarkPages, i: Any, like: LandmarkPages) -> LandmarkPag
     return jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like)
 
 
-def view(
-    memory: LandmarkPages | None, spec: LayerSpec, config: ModelConfig, sequence: ChunkedSequence, i: Any
-) -> ReadablePages | None:
+def view(memory: LandmarkPages | None, block: Block, sequence: ChunkedSequence, i: Any) -> ReadablePages | None:
     """What the tokens of chunk i may read; None for a layer that does not read."""
-    if not spec.reads or memory is None or config.hsa is None:
+    if block.reader is None or memory is None or block.hsa is None:
         return None
-    of_chunks = None if sequence.segments is None else page_segments(sequence.segments, config.hsa.chunk_size)
+    of_chunks = None if sequence.segments is None else page_segments(sequence.segments, block.hsa.chunk_size)
     width = sequence.chunk_size
-    return whole_view(memory, of_chunks, sequence.chunk_segments(i), config, i * width, width)
+    return whole_view(memory, of_chunks, sequence.chunk_segments(i), block.hsa, i * width, width)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from streamjax.models.block import Block
-from streamjax.models.config import LayerSpec
+from streamjax.models.config import BlockConfig
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.gradient_reduction import Reduction
 from streamjax.training.backprop.sequence_chunks import zeros_like
@@ -68,9 +68,9 @@ class LayerStack:
         """A layer, for what all of them share: the model's configuration."""
         return self.params[0]
 
-    def spec(self, row: Any, position: int) -> LayerSpec:
+    def block_config(self, row: Any, position: int) -> BlockConfig:
         """What distinguishes the layer; of stacked ones it is the same in every row."""
-        return self.config.layer(self.first + (position if self.stacked else row))
+        return self.config.blocks[self.first + (position if self.stacked else row)]
 
     def source(self, row: Any) -> int | None:
         """The layer whose chunk memory the layer reads or makes. Models with memories have no stacked layers."""

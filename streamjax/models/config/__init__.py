@@ -1,0 +1,52 @@
+"""What a decoder is: frozen, hashable descriptions that hold shapes and choices, never arrays.
+
+`ModelConfig` (`model.py`) is a list of `BlockConfig`s (`block.py`); a block has a token mixer (`attention.py`) and an
+MLP (`dense.py`). `UniformConfig` (`uniform.py`) is the flat form of a model with equal layers. `families` makes one
+from a Hugging Face `config.json`; `decoder.py` builds the model that it describes.
+"""
+
+from typing import Any
+
+from streamjax.field_checks import from_plain
+from streamjax.models.config.attention import AttentionConfig
+from streamjax.models.config.block import BlockConfig, MixerConfig, MLPConfig
+from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.hierarchical import HSAConfig
+from streamjax.models.config.model import ModelConfig
+from streamjax.models.config.norm import NormConfig
+from streamjax.models.config.rope import RopeConfig, RopeKind
+from streamjax.models.config.uniform import UniformConfig
+
+__all__ = [
+    "AttentionConfig",
+    "BlockConfig",
+    "DenseConfig",
+    "HSAConfig",
+    "MLPConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "NormConfig",
+    "RopeConfig",
+    "RopeKind",
+    "UniformConfig",
+    "expanded",
+    "parse_config",
+]
+
+
+def expanded(config: ModelConfig | UniformConfig) -> ModelConfig:
+    """A config as a list of blocks."""
+    return config.expand() if isinstance(config, UniformConfig) else config
+
+
+def parse_config(values: Any) -> ModelConfig:
+    """A config that went through JSON, in the form of `ModelConfig.to_json_dict` or the flat one of `UniformConfig`.
+
+    Raises:
+      ValueError: it is none; one line that names the field.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"ModelConfig is {str(values)[:60]}: it must be an object with its fields")
+    if "num_layers" in values:
+        return from_plain(UniformConfig, values).expand()
+    return ModelConfig.from_json_dict(values)

@@ -1,0 +1,81 @@
+"""Attention as a token mixer, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
+from streamjax.field_checks import Count, NotNegative, Positive, Size, check_fields
+from streamjax.models.config.norm import NormConfig
+from streamjax.models.config.rope import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention: `num_heads` query heads and `num_kv_heads` key/value heads of width `head_dim`.
+
+    rope: how queries and keys rotate; None: not at all.
+    alibi_slopes: one a query head, as they are added to the scaled logits; empty: no ALiBi.
+    window: Hugging Face's `sliding_window`: a key is visible at distance < W; None: full attention.
+    sinks: first tokens of the sequence that a window sees too, at their true distance.
+    scale: factor on query-key products; None: 1 / sqrt(head_dim).
+    softcap: logits become `softcap * tanh(logits / softcap)`.
+    qk_norm: over each head's queries and keys, before they rotate.
+    clip_qkv: bound on the values of queries, keys and values.
+    """
+
+    type_name: ClassVar[str] = "attention"
+
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    rope: RopeConfig | None = RopeConfig()
+    alibi_slopes: tuple[NotNegative, ...] = ()
+    window: Size | None = None
+    sinks: Count = 0
+    scale: Positive | None = None
+    softcap: Positive | None = None
+    qk_norm: NormConfig | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    clip_qkv: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"AttentionConfig.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.alibi_slopes and len(self.alibi_slopes) != self.num_heads:
+            raise ValueError(
+                f"AttentionConfig.alibi_slopes has {len(self.alibi_slopes)} entries for {self.num_heads} heads"
+            )
+        if self.sinks and self.window is None:
+            raise ValueError("AttentionConfig.sinks are for layers with a window: full attention sees all tokens")
+        if self.rope is not None:
+            self.rope.check_width(self.head_dim)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on query-key products."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which keys a query sees."""
+        if self.window is None:
+            return Full()
+        return SinkWindow(self.sinks, self.window) if self.sinks else SlidingWindow(self.window)
+
+    def parameter_count(self, d_model: int) -> int:
+        """Number of parameters in a model of `d_model` channels."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        weights = (heads + self.num_heads) * self.head_dim * d_model
+        biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
+        return weights + biases + (0 if self.qk_norm is None else 2 * self.qk_norm.parameter_count(self.head_dim))

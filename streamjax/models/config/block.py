@@ -1,0 +1,54 @@
+"""A layer, in words: which token mixer, which MLP, and how they are joined to the residual stream."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from streamjax.field_checks import check_fields
+from streamjax.models.config.attention import AttentionConfig
+from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.norm import NormConfig
+
+MixerConfig: TypeAlias = AttentionConfig
+MLPConfig: TypeAlias = DenseConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One layer of a decoder.
+
+    norm: of what a branch (mixer or MLP) reads and, with `post_norms`, of what it returns, before the residual sum.
+    residual: "sequential": the MLP reads what the mixer has added to; "parallel": both read the layer's input.
+    shared_norm: in a parallel layer, one norm feeds both branches (Falcon 7B).
+    """
+
+    mixer: MixerConfig
+    mlp: MLPConfig
+    norm: NormConfig = NormConfig()
+    post_norms: bool = False
+    residual: Literal["sequential", "parallel"] = "sequential"
+    shared_norm: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # every call of a jitted function asks for it
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.shared_norm and self.residual != "parallel":
+            raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
+
+    @property
+    def norm_count(self) -> int:
+        """How many norms of `d_model` channels the layer has."""
+        return (1 if self.shared_norm else 2) + 2 * self.post_norms
+
+    def parameter_count(self, d_model: int) -> int:
+        """Number of parameters in a model of `d_model` channels."""
+        parts = self.mixer.parameter_count(d_model) + self.mlp.parameter_count(d_model)
+        return parts + self.norm_count * self.norm.parameter_count(d_model)

@@ -1,0 +1,36 @@
+"""Hierarchical sparse attention, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from streamjax.field_checks import Count, Size, check_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class HSAConfig:
+    """Hierarchical sparse attention (2504.16795; HSA-UltraLong, 2511.23319): which layers remember, which read.
+
+    The inputs of the layers in `memory_layers` are cut into chunks of `chunk_size` tokens, which a bidirectional
+    encoder of `encoder_layers` layers turns into keys, values and landmarks. Every layer in `layers` reads, behind its
+    own attention, the `top_k` best chunks of the memory of the last memory layer at or below it.
+    `memory_layers=(L / 2,)` and some of the upper layers is HSA-UltraLong's shape; `memory_layers == layers` gives each
+    reading layer a memory of its own.
+    """
+
+    layers: tuple[Count, ...]
+    memory_layers: tuple[Count, ...]
+    chunk_size: Size = 64
+    top_k: Size = 8
+    encoder_layers: Size = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("layers", "memory_layers"):
+            value = getattr(self, name)
+            if not value or list(value) != sorted(set(value)):
+                raise ValueError(f"HSAConfig.{name} must name layers in order, got {value!r}")
+        if self.layers[0] < self.memory_layers[0]:
+            raise ValueError(
+                f"HSAConfig.layers begin at {self.layers[0]}, below the first of memory_layers, {self.memory_layers[0]}"
+            )

@@ -1,0 +1,137 @@
+"""A decoder, in words: a list of blocks between an embedding and an output head."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+from streamjax.field_checks import Count, Positive, Size, check_fields, from_plain, to_plain
+from streamjax.models.config.block import BlockConfig
+from streamjax.models.config.hierarchical import HSAConfig
+from streamjax.models.config.norm import NormConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model. Every field is static; two equal configs compile to the same program.
+
+    Shapes: `vocab_size` tokens, `d_model` channels of the residual stream; the blocks have their own.
+
+        attention = AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32)
+        block = BlockConfig(mixer=attention, mlp=DenseConfig(mlp_dim=512))
+        config = ModelConfig(vocab_size=259, d_model=256, blocks=(block,) * 4)
+
+    blocks: the layers, from the input upwards. Equal ones, or a repeating period of them, can be stacked and scanned.
+    norm: behind the last layer.
+    max_position: the length the model was trained at; nothing stops there.
+    sink_token: it was trained with a dedicated first token that serves as attention sink.
+    """
+
+    vocab_size: Size
+    d_model: Size
+    blocks: tuple[BlockConfig, ...]
+    family: str = "llama"
+    norm: NormConfig = NormConfig()
+    hsa: HSAConfig | None = None
+    tie_embeddings: bool = False
+    embedding_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
+    logit_bias: bool = False
+    max_position: Size = 2048
+    bos_token_id: Count | None = None
+    eos_token_ids: tuple[Count, ...] = ()
+    sink_token: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # every call of a jitted function asks for it
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.blocks:
+            raise ValueError("ModelConfig.blocks is empty: a model has at least one layer")
+        if self.hsa is not None and max(self.hsa.layers + self.hsa.memory_layers) >= self.num_layers:
+            raise ValueError(
+                f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}"
+            )
+        for token in self.eos_token_ids:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"ModelConfig.eos_token_ids has {token!r}, which is outside the vocabulary of {self.vocab_size}"
+                )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    def remembers(self, layer: int) -> bool:
+        """Whether a layer's input becomes a chunk memory (`HSAConfig`)."""
+        return self.hsa is not None and layer in self.hsa.memory_layers
+
+    def reads(self, layer: int) -> bool:
+        """Whether a layer attends to a chunk memory (`HSAConfig`)."""
+        return self.hsa is not None and layer in self.hsa.layers
+
+    @cached_property
+    def period(self) -> int:
+        """Smallest P such that layer i and layer i + P are alike for every i: the body of a scan over layers."""
+        specs = [(block, self.remembers(i), self.reads(i)) for i, block in enumerate(self.blocks)]
+        return next(p for p in range(1, self.num_layers + 1) if all(s == specs[i % p] for i, s in enumerate(specs)))
+
+    @property
+    def repeats(self) -> int:
+        """How often the period repeats, as far as layers can be stacked: a scan cannot hand on a chunk memory."""
+        return 0 if self.hsa is not None else self.num_layers // self.period
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        ends = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2) + self.logit_bias * self.vocab_size
+        layers = sum(block.parameter_count(self.d_model) for block in self.blocks)
+        return layers + self._memory_parameters() + self.norm.parameter_count(self.d_model) + ends
+
+    def _memory_parameters(self) -> int:
+        if self.hsa is None:
+            return 0
+        d, count = self.d_model, 0
+        for i, block in enumerate(self.blocks):
+            mixer, norm = block.mixer, block.norm.parameter_count(self.d_model)
+            heads, keys, width = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
+            layer = mixer.parameter_count(d) + block.mlp.parameter_count(d) + 2 * norm
+            if self.remembers(i):
+                count += self.hsa.encoder_layers * layer + norm + 3 * d * keys * width + d + width
+            if self.reads(i):
+                count += norm + d * (heads + keys) * width + heads * width * d + width
+        return count
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """A dictionary of plain values, from which `from_json_dict` rebuilds the config.
+
+        `blocks` has each different block once, `layers` the place in it of every layer's.
+        """
+        different = tuple(dict.fromkeys(self.blocks))
+        layers = tuple(different.index(block) for block in self.blocks)
+        return {**to_plain(self), "blocks": to_plain(different), "layers": layers}
+
+    @classmethod
+    def from_json_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Rebuild a config that went through JSON; what is no config is a ValueError of one line."""
+        if "layers" not in values:
+            raise ValueError("ModelConfig.layers is missing: which block each layer has")
+        blocks, layers = values.get("blocks"), values["layers"]
+        if not isinstance(blocks, list | tuple) or not isinstance(layers, list | tuple):
+            raise ValueError("ModelConfig.blocks and layers must be lists")
+        if not all(type(i) is int and 0 <= i < len(blocks) for i in layers):
+            raise ValueError(f"ModelConfig.layers must have places in the {len(blocks)} blocks")
+        rest = {name: value for name, value in values.items() if name not in ("blocks", "layers")}
+        different = from_plain(cls, {**rest, "hsa": None, "blocks": blocks})
+        hsa = from_plain(HSAConfig, rest["hsa"]) if rest.get("hsa") is not None else None
+        return different.replace(hsa=hsa, blocks=tuple(different.blocks[i] for i in layers))
