@@ -87,7 +87,8 @@ def test_long_factors_are_read(tmp_path):
     factors = {f"rope_factors_{name}.weight": np.array(v, np.float32) for name, v in (("short", short), ("long", long))}
     file = convert(other, tmp_path / "x.gguf", **factors)
     model = sj.load(file)
-    assert (model.config.blocks[0].mixer.rope.kind, model.config.rope.short_factor) == ("longrope", (1.0, 1.5))
+    rope = model.config.blocks[0].mixer.rope
+    assert (rope.kind, rope.short_factor) == ("longrope", (1.0, 1.5))
     tokens = tokens_for(other, 12)
     np.testing.assert_allclose(sj.forward(model, jnp.array(tokens)), logits_of(other, tokens), atol=TOLERANCE)
 
