@@ -47,10 +47,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, also where the suite runs in the background and was started without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals do what they do in a terminal, also where the suite runs in the background, or under nohup."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
