@@ -36,14 +36,13 @@ class RunCheckpoints:
     def __init__(self, folder: str | Path, keep: int = 3):
         self._folder = Path(folder).absolute()
         self._unsealed: list[int] = []  # steps that have no manifest yet
-        # On a CPU a save would read the very memory that the next step overwrites, so it is not put off.
-        put_off = jax.default_backend() != "cpu"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
             cleanup_tmp_directories=True,
-            enable_async_checkpointing=put_off,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal) if put_off else None,
+            enable_async_checkpointing=True,
+            # before the step gets its name: a run that is killed leaves none without a manifest
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         with saving(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -70,8 +69,8 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
             self._unsealed.append(step)
             self._manager.save(step, args=ocp.args.Composite(**orbax_items(tree, about)))
-            if not self._manager.is_saving_in_progress():
-                self._seal()
+            if jax.default_backend() == "cpu":  # the next step would overwrite the very memory that is read
+                self._manager.wait_until_finished()
 
     def restore(self, step: int, template: Tree) -> tuple[Tree, dict[str, Any]]:
         """The tree and the dictionary of `step`, in the structure and on the devices of `template`.
@@ -116,12 +115,10 @@ class RunCheckpoints:
             self._manager.close()
 
     def _seal(self) -> None:
-        """Give the checkpoint that was written its manifest; one that was put off has a passing name at that time."""
+        """Give the checkpoint that was written its manifest; it has a passing name at that time."""
         while self._unsealed and jax.process_index() == 0:
-            step = self._unsealed.pop()
-            for place in (self._folder / str(step), *self._folder.glob(f"{step}.orbax-checkpoint-tmp*")):
-                if place.is_dir():
-                    seal(place, unlisted="_CHECKPOINT_METADATA")  # which Orbax still writes to
+            for place in self._folder.glob(f"{self._unsealed.pop()}.orbax-checkpoint-tmp*"):
+                seal(place, unlisted="_CHECKPOINT_METADATA")  # which Orbax still writes to
 
     def _is_whole(self, step: int) -> bool:
         try:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamjax.checkpoints import DamagedFile, RunCheckpoints, restore_pytree, save_pytree
+from streamjax.checkpoints import DamagedFile, RunCheckpoints, restore_pytree, runs, save_pytree
 
 TREE = {"weights": jnp.arange(3000.0).reshape(30, 100), "step": jnp.int32(7), "key": jnp.array([1, 2], jnp.uint32)}
 EMPTY = jax.tree.map(jnp.zeros_like, TREE)
@@ -181,4 +181,31 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one(tmp_path, put_off, mon
     os.truncate(tmp_path / "run" / "4" / "about" / "metadata", 5)
     with pytest.raises(DamagedFile, match=r"step 4 is damaged: .*metadata has 5 bytes.*; begin with --resume_from=0$"):
         checkpoints.restore(4, EMPTY)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("put_off", [False, True])
+def test_a_step_has_its_manifest_before_its_name(tmp_path, put_off, monkeypatch):
+    """A run that dies before the manifest is written has no such step."""
+    if put_off:
+        monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    checkpoints = RunCheckpoints(tmp_path / "run")
+    checkpoints.save(2, TREE, {"step": 2})
+    checkpoints.close()
+    assert (tmp_path / "run" / "2" / "checksums.json").is_file()
+    checkpoints = RunCheckpoints(tmp_path / "run")
+
+    def die(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def save():
+        checkpoints.save(4, TREE, {"step": 4})
+        checkpoints.close()
+
+    monkeypatch.setattr(runs, "seal", die)
+    with pytest.raises(ValueError, match="was not saved: No space left on device"):
+        save()
+    checkpoints = RunCheckpoints(tmp_path / "run")
+    assert checkpoints.steps == [2]
+    assert checkpoints.latest_step == 2
     checkpoints.close()

@@ -139,7 +139,6 @@ CHATML = (
 def test_a_model_with_a_chat_template_is_asked_through_it():
     """Context and questions together are what the template would have written of the whole conversation."""
     tokenizer = ByteTokenizer(CHATML)
-    assert default_phrasing(tokenizer) == "passkey"
     problem, frame = make_problem("multi_turn", 0.5, 0, phrasing="ruler"), chat_frame(tokenizer)
     ids = np.concatenate(list(stream_context(problem, 900, tokenizer, frame)))
     assert len(ids) == 900
@@ -155,6 +154,11 @@ def test_a_model_with_a_chat_template_is_asked_through_it():
     with pytest.raises(ValueError, match="does not write all that is said: ask by --phrasing=passkey"):
         chat_frame(ByteTokenizer("{{ messages[0].content }}"))
     assert ChatFrame("", "", "").prompt(first, True) == first.asked + first.begun.lstrip()
+
+
+def test_pretrained_models_are_asked_in_rulers_words(tokenizer_folders):
+    assert default_phrasing(load_tokenizer(tokenizer_folders["byte_level"])) == "ruler"
+    assert default_phrasing(ByteTokenizer(CHATML)) == "passkey"
 
 
 def test_the_words_that_models_were_trained_on_stay():

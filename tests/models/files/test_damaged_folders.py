@@ -36,7 +36,12 @@ def folders(model, tmp_path_factory):
     for name, save in SAVES.items():
         save(model, root / name)
     sj.save_hf(model, root / "shards", max_shard_size=20_000)
+    sj.save_lora(adapted(model), root / "adapters")
     return root
+
+
+def adapted(model):
+    return sj.add_lora(model, 4, 8.0, ["q", "down"], jax.random.key(0))
 
 
 def same(a, b):
@@ -53,7 +58,7 @@ def refused(folder, message, seconds=20.0):
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [*SAVES, "shards"])
+@pytest.mark.parametrize("kind", [*SAVES, "shards", "adapters"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_is_never_another_model(folders, model, kind, data):
@@ -65,7 +70,10 @@ def test_a_flipped_bit_is_never_another_model(folders, model, kind, data):
     file.write_bytes(content)
     message = str(folders)
     try:
-        assert same(sj.load(folders / kind), model)
+        if kind == "adapters":
+            assert same(sj.load_lora(model, folders / kind), adapted(model))
+        else:
+            assert same(sj.load(folders / kind), model)
     except ValueError as error:
         message = str(error)
     finally:
@@ -130,13 +138,10 @@ def test_what_is_done_to_a_file_later_does_not_reach_the_model(folders, model, k
     assert same(loaded, model)
 
 
-@pytest.mark.parametrize("kind", ["hf", "native", "lora"])
+@pytest.mark.parametrize("kind", ["hf", "native", "adapters"])
 def test_a_file_that_is_cut_while_it_is_read(folders, model, kind, tmp_path, monkeypatch):
     """A map of the file would end the process."""
-    if kind == "lora":
-        sj.save_lora(sj.add_lora(model, 4, 8.0, ["q"], jax.random.key(0)), tmp_path / "m")
-    else:
-        shutil.copytree(folders / kind, tmp_path / "m")
+    shutil.copytree(folders / kind, tmp_path / "m")
     file = next((tmp_path / "m").glob("*.safetensors"))
     module, name = (hugging_face, "_read") if kind == "hf" else (StoredTensor, "read")
     read = getattr(module, name)
@@ -147,7 +152,7 @@ def test_a_file_that_is_cut_while_it_is_read(folders, model, kind, tmp_path, mon
 
     monkeypatch.setattr(module, name, cut_and_read)
     with pytest.raises(ValueError, match=rf"^{file} has become shorter while tensor '[\w.]+' was read$"):
-        sj.load_lora(model, file.parent) if kind == "lora" else sj.load(file.parent)
+        sj.load_lora(model, file.parent) if kind == "adapters" else sj.load(file.parent)
 
 
 def replace(folder, name, kind):
