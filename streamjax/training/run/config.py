@@ -126,7 +126,7 @@ class TrainConfig:
       model: the architecture of a new model, flat or as a list of blocks; None with `init_from`.
       data: what is read.
       steps: optimizer steps.
-      init_from: a Hugging Face folder or a streamjax checkpoint to start from; None starts from random weights.
+      init_from: a Hugging Face folder, a .gguf file or a streamjax checkpoint to start from; None: random weights.
       optimizer: how weights follow gradients.
       backprop: how gradients are made, and what memory that takes.
       lora: adapters to train on the weights of `init_from`, in place of these weights.

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from streamjax.checkpoints import read_json, replace_text
+from streamjax.checkpoints.gguf_header import is_gguf
+from streamjax.data.text.gguf.reading import write_tokenizer_files
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import save
 from streamjax.models.files.hugging_face import save_hf
@@ -130,7 +132,9 @@ def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
             save_hf(model, folder)
         except ValueError:
             save_safetensors(model, folder)
-    if tokenizer is not None and jax.process_index() == 0:
+    if tokenizer is not None and jax.process_index() == 0 and is_gguf(Path(tokenizer)):
+        write_tokenizer_files(Path(tokenizer), folder)
+    elif tokenizer is not None and jax.process_index() == 0:
         source = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
         for name in _TOKENIZER_FILES:
             if (source / name).exists():

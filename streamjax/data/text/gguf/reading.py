@@ -51,6 +51,25 @@ def read_gguf_tokenizer(file: Path) -> TokenizerParts:
     )
 
 
+def write_tokenizer_files(file: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file into a folder, as Hugging Face's files.
+
+    Raises:
+      ValueError: as `read_gguf_tokenizer`.
+    """
+    parts = read_gguf_tokenizer(file)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **parts.settings}
+    if parts.chat_template is not None:
+        settings["chat_template"] = parts.chat_template
+    contents = {
+        "tokenizer.json": parts.content,
+        "tokenizer_config.json": settings,
+        "generation_config.json": {"eos_token_id": parts.stop_ids},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def _added(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     """Tokens that are found in a text before it is cut: control tokens, which are special, and those of users."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
