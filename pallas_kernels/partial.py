@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -51,6 +52,19 @@ def merge(*parts: Partial) -> Partial:
         parts[0].out * (weights[0] / divisor)[..., None],
     )
     return Partial(out, jnp.where(some, top + jnp.log(divisor), -jnp.inf))
+
+
+def add_sinks(part: Partial, logits: Float[Array, " H"] | None) -> Partial:
+    """`part` with one more logit a head in the softmax, which has no value: a learned attention sink.
+
+    It is the merge with `Partial(out=0, lse=logits)`. Where nothing was attended the sink takes all the weight, and the
+    output is 0. None: the part as it is.
+    """
+    if logits is None:
+        return part
+    logits = logits.astype(part.lse.dtype)
+    out = part.out * jax.nn.sigmoid(part.lse - logits)[..., None]
+    return Partial(out, jnp.logaddexp(part.lse, logits))
 
 
 def merge_stacked(parts: Partial) -> Partial:

@@ -13,7 +13,7 @@ from pallas_kernels.gpu import chunk_attention as gpu_chunk
 from pallas_kernels.gpu import flash_attention as gpu_flash
 from pallas_kernels.gpu import hopper_attention
 from pallas_kernels.gpu import hsa_attention as gpu_hsa
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.partial import Partial, add_sinks
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import chunk_attention as tpu_chunk
 from pallas_kernels.tpu import flash_attention as tpu_flash
@@ -76,9 +76,7 @@ def flash_attention(
         q, k, v, pattern, scale=scale, segment_ids=segment_ids, offset=offset, softcap=softcap, slopes=slopes,
         block_q=block_q, block_k=block_k, interpret=interpret,
     )  # fmt: skip
-    if sink_logits is None:
-        return found
-    return merge(found, Partial(jnp.zeros_like(found.out), jnp.broadcast_to(sink_logits, found.lse.shape)))
+    return add_sinks(found, sink_logits)
 
 
 def chunk_attention(

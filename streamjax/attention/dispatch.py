@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.api import platforms
+from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Full, Pattern
 from streamjax.attention import sharded
 from streamjax.attention.dense import attend
@@ -29,6 +30,7 @@ def sequence_attention(
     segment_ids: Int32[Array, "B T"] | None = None,
     softcap: float | None = None,
     slopes: Float[Array, " H"] | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H D"]:
     """Self-attention of a sequence under a causal pattern; float32 output.
@@ -38,6 +40,7 @@ def sequence_attention(
       pattern: which keys a query sees, by index in the sequence.
       scale, softcap, slopes: as in `dense.attend`; ALiBi distances are index differences.
       segment_ids: tokens see only their own segment.
+      sink_logits: one more logit a head in every softmax, without a value; see `pallas_kernels.partial.add_sinks`.
       implementation: `"dense"` (all logits at once), `"xla"` (blockwise, memory linear in T), `"pallas"` (the kernel of
         the platform); None chooses, and logs the choice once.
 
@@ -48,7 +51,8 @@ def sequence_attention(
         implementation = choose(q.shape[1], k.shape[1], pattern, q.dtype.name)
     if implementation in ("pallas", "xla"):
         blocks = sharded.flash_attention if implementation == "pallas" else flash_attention
-        return blocks(q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes).out
+        part = blocks(q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes)
+        return add_sinks(part, sink_logits).out
     if implementation != "dense":
         raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense', 'xla' or 'pallas'")
     index = jnp.arange(q.shape[1], dtype=jnp.int32)
@@ -57,7 +61,8 @@ def sequence_attention(
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     distance = (index[:, None] - index[None, :]).astype(jnp.float32)[None, None]
     heads_first = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    return attend(q, *heads_first, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance).out
+    part = attend(q, *heads_first, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance)
+    return add_sinks(part, sink_logits).out
 
 
 def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementation:

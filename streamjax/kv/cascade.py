@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.partial import merge
+from pallas_kernels.partial import add_sinks, merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.ring_buffer import ordered_after
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
@@ -85,7 +85,7 @@ class Cascade(Cache):
             new[i], rest = tier.absorb(new[i], query, rest)
         parts = [tier.attend(new[i], query, self.reach) for i, tier in enumerate(self.tiers)]
         parts.append(query.attend_own(rest, self.reach))
-        whole = merge(*parts)
+        whole = add_sinks(merge(*parts), query.sink_logits)
         out, noted = whole.out, []
         if any(tier.needs_scores for tier in self.tiers):
             rest = dataclasses.replace(rest, score=query.mass(rest.k, rest.position, rest.valid, whole.lse, self.reach))

@@ -82,8 +82,12 @@ class HeadGroups(Cache):
                 grouped = rearrange(x, "... (k g) d -> ... k g d", k=self.heads)[..., index, :, :]
                 return rearrange(grouped, "... k g d -> ... (k g) d")
 
-            slopes = None if query.slopes is None else queries(query.slopes[:, None])[:, 0]
-            mine = dataclasses.replace(query, q=queries(query.q), raw_q=queries(query.raw_q), slopes=slopes)
+            slopes, sinks = (
+                None if x is None else queries(x[:, None])[:, 0] for x in (query.slopes, query.sink_logits)
+            )
+            mine = dataclasses.replace(
+                query, q=queries(query.q), raw_q=queries(query.raw_q), slopes=slopes, sink_logits=sinks
+            )
             own = dataclasses.replace(tokens, **{name: getattr(tokens, name)[:, index] for name in ("k", "v", "raw_k")})
             out, new = cascade.update(part, mine, own)
             outs.append(rearrange(out, "b c (k g) d -> b c k g d", k=len(heads)))

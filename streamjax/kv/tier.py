@@ -107,6 +107,7 @@ class Query:
     valid: which queries are tokens and not padding, bool [B, C]; all where None.
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
+    sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
     """
 
     q: Float[Array, "B C H D"]
@@ -120,6 +121,7 @@ class Query:
     valid: Bool[Array, "B C"] | None = None
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
+    sink_logits: Float[Array, " H"] | None = None
 
     @property
     def index(self) -> Int32[Array, "B C"]:

@@ -12,11 +12,22 @@ import streamjax as sj
 from pallas_kernels.api import platforms
 from pallas_kernels.patterns import Full, SinkWindow
 from streamjax.attention import dispatch
+from tests.streaming.tiny_models import with_sink_logits
 
-CONFIG = sj.UniformConfig(
-    vocab_size=31, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=48,
-    windows=(100, None), sinks=3, attention_softcap=5.0,
-)  # fmt: skip
+CONFIG = with_sink_logits(
+    sj.UniformConfig(
+        vocab_size=31,
+        d_model=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_dim=48,
+        windows=(100, None),
+        sinks=3,
+        attention_softcap=5.0,
+    )
+)
 
 
 @pytest.fixture

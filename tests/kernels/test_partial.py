@@ -1,13 +1,14 @@
 """Merging partials: exact, associative, indifferent to empty parts, in value and in gradient."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.partial import Partial, merge, merge_stacked
+from pallas_kernels.partial import Partial, add_sinks, merge, merge_stacked
 from streamjax.attention import dense
 
 attend = jax.jit(dense.attend, static_argnames=("scale", "softcap"))
@@ -161,3 +162,26 @@ def test_attend_accumulates_low_precision_in_float32():
     assert got.lse.dtype == jnp.float32
     np.testing.assert_allclose(got.out, 3.0, rtol=1e-6)
     np.testing.assert_allclose(got.lse, np.log(slots), rtol=1e-6)
+
+
+def test_sinks_are_one_more_part_without_a_value():
+    """In value and gradient; where nothing was attended, and beside logits whose exponentials would overflow."""
+    visible = np.ones((B, 1, C, S), bool)
+    visible[0, 0, 1] = False
+    drawn = part(Q, KEYS, VALUES, slice(None), visible)
+    sinks = jnp.asarray([0.5, -90.0, 3.0, 200.0])
+
+    def merged(some, sinks):
+        return merge(some, Partial(jnp.zeros_like(some.out), jnp.broadcast_to(sinks, some.lse.shape)))
+
+    def loss(combine, some, sinks):
+        found = combine(some, sinks)
+        return jnp.sum(jnp.sin(3 * found.out)) + jnp.sum(jnp.cos(found.lse))
+
+    assert_same(add_sinks(drawn, sinks), *merged(drawn, sinks))
+    assert np.all(add_sinks(drawn, sinks).out[0, 1] == 0)
+    mine, right = (jax.grad(partial(loss, combine), (0, 1))(drawn, sinks) for combine in (add_sinks, merged))
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(right), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert add_sinks(drawn, None) is drawn

@@ -10,13 +10,16 @@ from streamjax.kv.head_groups import far_heads, read_gates
 from tests.kv.tier_streams import FREQUENCIES, SLOPES, WIDTH, Stream, run
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens
 
+SINK_LOGITS = (0.3, -0.8, 1.1, 0.2)
+
 
 def alone(cascade, stream, head, counts, slopes, frequencies):
     """One key head and its two query heads, run in a layer of their own."""
     q = slice(2 * head, 2 * head + 2)
     mine = Stream(stream.q[:, :, q], stream.k[:, :, [head]], stream.v[:, :, [head]])
     slopes = None if slopes is None else slopes[q]
-    return run(cascade, mine, counts, slopes=slopes, frequencies=frequencies, key_heads=1)[0]
+    known = {"slopes": slopes, "frequencies": frequencies, "sink_logits": SINK_LOGITS[q]}
+    return run(cascade, mine, counts, **known, key_heads=1)[0]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,8 @@ def test_every_head_is_as_if_alone(order, slopes, frequencies):
     rules = Cascade(Sink(1), Window(3), Pages(2, 8, 2)), Cascade(Sink(2), Window(4))
     stream = Stream.drawn(2, 30)
     groups = HeadGroups(*zip(order, rules, strict=True))
-    found, state = run(groups, stream, [7, 1], slopes=slopes, frequencies=frequencies)
+    known = {"slopes": slopes, "frequencies": frequencies, "sink_logits": SINK_LOGITS}
+    found, state = run(groups, stream, [7, 1], **known)
     for heads, rule in zip(order, rules, strict=True):
         for head in heads:
             expected = alone(rule, stream, head, [7, 1], slopes, frequencies)

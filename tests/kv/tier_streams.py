@@ -46,24 +46,26 @@ def wandering(rows=2, length=61, seed=0):
 
 
 def _update(
-    cascade, state, q, k, v, ids, position, seen, valid, slopes=None, rotary=None, softcap=None, differentiable=False
-):
+    cascade, state, q, k, v, ids, position, seen, valid, slopes=None, rotary=None, softcap=None, differentiable=False,
+    sink_logits=None,
+):  # fmt: skip
     turn = (lambda x: x) if rotary is None else partial(rotary, position=position)
     first = partial(jnp.swapaxes, axis1=1, axis2=2)
     own = None if ids is None else ids[:, None]
     tokens = KVTokens(first(turn(k)), first(v), first(k), position[:, None], valid[:, None], rotary, ids=own)
     slopes = None if slopes is None else jnp.array(slopes, jnp.float32)
-    query = Query(turn(q), q, position, seen, slopes, rotary, SCALE, softcap, valid, differentiable)
+    sinks = None if sink_logits is None else jnp.array(sink_logits, jnp.float32)
+    query = Query(turn(q), q, position, seen, slopes, rotary, SCALE, softcap, valid, differentiable, sink_logits=sinks)
     return cascade.update(state, query, tokens)
 
 
-update = jax.jit(_update, static_argnums=(0, 9, 10, 11, 12), donate_argnums=1)
+update = jax.jit(_update, static_argnums=(0, 9, 10, 11, 12, 13), donate_argnums=1)
 empty = jax.jit(lambda cascade, spec: cascade.init(spec), static_argnums=(0, 1))
 
 
 def run(
     cascade, stream, counts, *, ids=None, width=None, start=0, slopes=None, frequencies=None, softcap=None,
-    key_heads=KEY_HEADS,
+    key_heads=KEY_HEADS, sink_logits=None,
 ):  # fmt: skip
     """Outputs [B, T, H, D] and the last state; chunk i holds `counts[i]` tokens, or `counts[i][row]` of each row.
 
@@ -90,7 +92,7 @@ def run(
         found, state = update(
             cascade, state, *map(jnp.asarray, arrays), None if own is None else jnp.asarray(own),
             jnp.asarray(((index + start) % 2**32).astype(np.uint32)), jnp.asarray(seen.astype(np.int32)),
-            jnp.asarray(valid), slopes, rotary, softcap,
+            jnp.asarray(valid), slopes, rotary, softcap, False, sink_logits,
         )  # fmt: skip
         for row in range(rows):
             out[row, seen[row] : seen[row] + count[row]] = np.asarray(found)[row, : count[row]]

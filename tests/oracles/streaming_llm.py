@@ -102,8 +102,10 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
             logits = config.softcap * np.tanh(logits / config.softcap)
         if config.alibi_slopes:
             logits = logits - config.alibi_slopes[head] * (places[-1] - np.array(places))
-        weights = np.exp(logits - logits.max())
-        out[head] = weights @ values[:, head // group] / weights.sum()
+        sink = -np.inf if layer.mixer.sink_logits is None else _value(layer.mixer.sink_logits)[head]
+        top = max(logits.max(), sink)
+        weights = np.exp(logits - top)
+        out[head] = weights @ values[:, head // group] / (weights.sum() + np.exp(sink - top))
     y = np.tensordot(out.reshape(config.num_kv_heads, group, -1), _value(p.out), axes=3)
     return y if p.out_bias is None else y + _value(p.out_bias)
 

@@ -1,5 +1,7 @@
 """Tiny models with strong random weights, and a reader that cuts a stream as it is told."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +65,7 @@ PARTIAL = GQA.replace(
 )
 
 
-def build(config: sj.UniformConfig, seed: int = 0, scan_layers: bool = False) -> sj.Decoder:
+def build(config: sj.UniformConfig | sj.ModelConfig, seed: int = 0, scan_layers: bool = False) -> sj.Decoder:
     """A float32 model whose every parameter is random, biases and norms included, and whose attention is peaked."""
 
     def make(key):
@@ -103,3 +105,10 @@ def read_padded(model, state, tokens: np.ndarray, counts, width: int) -> tuple[s
         pieces.append(np.asarray(logits)[0, :count])
         start += count
     return state, np.concatenate(pieces)
+
+
+def with_sink_logits(config: sj.UniformConfig) -> sj.ModelConfig:
+    """The model with a learned logit in every head's softmax that stands for no token."""
+    model = config.expand()
+    blocks = [dataclasses.replace(b, mixer=dataclasses.replace(b.mixer, sink_logits=True)) for b in model.blocks]
+    return model.replace(blocks=tuple(blocks))

@@ -23,6 +23,7 @@ class AttentionConfig:
     softcap: logits become `softcap * tanh(logits / softcap)`.
     qk_norm: over each head's queries and keys, before they rotate.
     clip_qkv: bound on the values of queries, keys and values.
+    sink_logits: each head has a learned logit in its softmax that stands for no token and has no value (gpt-oss).
     """
 
     type_name: ClassVar[str] = "attention"
@@ -40,6 +41,7 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     clip_qkv: Positive | None = None
+    sink_logits: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,4 +80,5 @@ class AttentionConfig:
         heads = self.num_heads + 2 * self.num_kv_heads
         weights = (heads + self.num_heads) * self.head_dim * d_model
         biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
+        weights += self.sink_logits * self.num_heads
         return weights + biases + (0 if self.qk_norm is None else 2 * self.qk_norm.parameter_count(self.head_dim))

@@ -18,6 +18,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.config import AttentionConfig
 from streamjax.models.mixers.projections import Projections
+from streamjax.models.parameters import zeros
 from streamjax.models.rope import make_rotary
 from streamjax.parallel.rules import constrain
 
@@ -66,6 +67,11 @@ class Attention(nnx.Module):
     def __init__(self, config: AttentionConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         self.config = config
         self.projections = Projections(config, d_model, key, dtype, gain)
+        self.sink_logits = zeros((config.num_heads,), ("heads",), dtype) if config.sink_logits else None
+
+    def sinks(self) -> Float[Array, " H"] | None:
+        """Learned logits that stand for no token, one a query head."""
+        return None if self.sink_logits is None else self.sink_logits[...]
 
     def slopes(self) -> Float[Array, " H"] | None:
         """ALiBi slopes, one a query head."""
@@ -81,6 +87,7 @@ class Attention(nnx.Module):
             scale=self.config.softmax_scale,
             softcap=self.config.softcap,
             slopes=self.slopes(),
+            sink_logits=self.sinks(),
         )
         return self.projections.join(out, x.dtype)
 
@@ -134,6 +141,7 @@ class Attention(nnx.Module):
             position=context.position,
             seen=context.seen,
             slopes=self.slopes(),
+            sink_logits=self.sinks(),
             rotary=rotary,
             scale=self.config.softmax_scale,
             softcap=self.config.softcap,

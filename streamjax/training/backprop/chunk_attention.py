@@ -40,7 +40,7 @@ def attention_blocks(block: Block, batch_size: int, chunk_size: int, block_k: in
 def attend(
     block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: KVBuffer, view: KVView, segments: Array | None
 ) -> Partial:
-    """Attention of a chunk's queries; its own keys are in the buffer."""
+    """Attention of a chunk's queries to tokens; its own keys are in the buffer. `add_sinks` makes it the layer's."""
     if _kernels_take(block, blocks, q, buffer, view):
 
         def call(q: Array, k: Array, v: Array, ids: Any, key_ids: Any, slopes: Any, offset: Any, row: Any) -> Partial:
@@ -66,7 +66,8 @@ def gradients(
     """Gradient of a chunk's queries, and `grads` with what it adds to the gradients of the keys that it sees.
 
     Args:
-      block, blocks, q, buffer, view, segments: as for `attend`, which gave `part`.
+      block, blocks, q, buffer, view, segments: as for `attend`.
+      part: what it gave, with the layer's sinks: a softmax over tokens and sinks has the log-sum-exp of both.
       d_out: cotangent of its output.
       grads: a buffer for gradients, in the shape of `buffer`.
     """

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.partial import accumulator
+from pallas_kernels.partial import accumulator, add_sinks
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend
@@ -88,9 +88,9 @@ class LayerGroup(NamedTuple):
                 else:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
                 buffer, view = store.view(keys[index], k, v, place, i, sequence)
-                heads = attend(
-                    block, store.blocks(block, sequence.batch_size), q, buffer, view, context.segment_ids
-                ).out
+                blocks = store.blocks(block, sequence.batch_size)
+                part = attend(block, blocks, q, buffer, view, context.segment_ids)
+                heads = add_sinks(part, block.mixer.sinks()).out
                 source = rows.source(row)
                 if write and block.encoder is not None and source is not None:
                     # Models with memories are not stacked: this is Python's loop over layers.

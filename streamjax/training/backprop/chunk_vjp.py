@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.partial import add_sinks
 from streamjax.attention.blockwise import Blocks
 from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.block import Block
@@ -51,7 +52,8 @@ def chunk_vjp(
     (q, k, v), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
     buffer, view = visible_kv(k, v)
     seen = combine(params, rest), blocks, q, buffer, view, context.segment_ids
-    part = chunk_attention.attend(*seen)
+    tokens = chunk_attention.attend(*seen)
+    part = add_sinks(tokens, seen[0].mixer.sinks())
 
     def after_attention(params: Block, x: Array, heads: Array, memory: LandmarkPages | None) -> Array:
         block = combine(params, rest)
@@ -66,6 +68,9 @@ def chunk_vjp(
         made, encode_vjp = jax.vjp(lambda p, x: landmark_memory.encode(combine(p, rest), x), params, x)
         from_pages, d_x_pages = encode_vjp(landmark_memory.own_pages(d_memory, i, made))
         d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages
+    if params.mixer.sink_logits is not None:
+        _, sinks_vjp = jax.vjp(lambda p: add_sinks(tokens, combine(p, rest).mixer.sinks()).out, params)
+        d_params = jax.tree.map(jnp.add, d_params, sinks_vjp(d_heads)[0])
     d_q, grads = chunk_attention.gradients(*seen, part, d_heads, grads)
     d_k, d_v = grads.own(view, length, blocks.leading).tokens(k.dtype)
     more, d_x_too = project_vjp((d_q.astype(q.dtype), d_k, d_v))

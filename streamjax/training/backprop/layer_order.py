@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.partial import add_sinks
 from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
@@ -63,7 +64,8 @@ def layer_forward(
         if block.encoder is not None and memory is not None and not known:
             memory = landmark_memory.write(memory, landmark_memory.encode(block, own), i)
         read = landmark_memory.view(memory, block, sequence, i)
-        y = block.combine(own, attend(block, blocks, q, buffer, view, context.segment_ids).out, read)
+        part = add_sinks(attend(block, blocks, q, buffer, view, context.segment_ids), block.mixer.sinks())
+        y = block.combine(own, part.out, read)
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
     buffer = KVBuffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)

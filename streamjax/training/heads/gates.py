@@ -116,7 +116,8 @@ def gated_hidden(
         def heads(pattern: Pattern) -> Float[Array, "B T H D"]:
             config, slopes = block.mixer.config, block.mixer.slopes()
             scale, softcap = config.softmax_scale, config.softcap
-            return sequence_attention(q, k, v, pattern, scale=scale, softcap=softcap, slopes=slopes)
+            sinks = block.mixer.sinks()
+            return sequence_attention(q, k, v, pattern, scale=scale, softcap=softcap, slopes=slopes, sink_logits=sinks)
 
         share = jnp.repeat(gate, block.mixer.config.group_size)[:, None]
         return block.combine(x, share * heads(Full()) + (1 - share) * heads(near))

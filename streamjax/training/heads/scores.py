@@ -16,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Full
 from streamjax.attention.dense import attention_mass
 from streamjax.attention.flash import flash_attention
@@ -82,7 +83,8 @@ def head_scores(model: Decoder, tokens: Int[Array, "B T"]) -> HeadScores:
             continue
         q, k, v = block.project(x, context)
         mixer, slopes = block.mixer.config, block.mixer.slopes()
-        out, lse = flash_attention(q, k, v, Full(), scale=mixer.softmax_scale, softcap=mixer.softcap, slopes=slopes)
+        part = flash_attention(q, k, v, Full(), scale=mixer.softmax_scale, softcap=mixer.softcap, slopes=slopes)
+        out, lse = add_sinks(part, block.mixer.sinks())
         found.append(_scores(q, jnp.swapaxes(k, 1, 2), lse, tokens, mixer, slopes))
         x = block.combine(x, out)
     echo, induction = jnp.stack(found, axis=1)

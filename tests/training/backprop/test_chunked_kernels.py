@@ -14,12 +14,23 @@ from pallas_kernels.api import platforms
 from streamjax.attention import dispatch
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training.run.state import shard_batch
+from tests.streaming.tiny_models import with_sink_logits
 from tests.training.gradient_checks import random_batch, random_model
 
-CONFIG = sj.UniformConfig(
-    vocab_size=31, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=24,
-    windows=(None, 90, 40), sinks=3, attention_softcap=4.0,
-)  # fmt: skip
+CONFIG = with_sink_logits(
+    sj.UniformConfig(
+        vocab_size=31,
+        d_model=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=24,
+        windows=(None, 90, 40),
+        sinks=3,
+        attention_softcap=4.0,
+    )
+)
 CHUNK = {"chunk_size": 256}
 
 

@@ -19,7 +19,7 @@ from streamjax.training.heads.gates import (
     gated_hidden,
     optimise_gates,
 )
-from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens
+from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens, with_sink_logits
 from tests.training.gradient_checks import CONFIG, random_model
 
 TOKENS = random_tokens(2, 19)
@@ -38,10 +38,12 @@ def answers(rows, length):
     return marks
 
 
-@pytest.mark.parametrize("config", [GQA, LOCAL], ids=["gqa", "local"])
+@pytest.mark.parametrize(
+    "config", [GQA.expand(), LOCAL.expand(), with_sink_logits(GQA)], ids=["gqa", "local", "sink-logits"]
+)
 def test_with_all_gates_open_the_model_is_as_pretrained(config):
     model = build(config)
-    found = gated_logits(model, np.ones((config.num_layers, config.num_kv_heads)), SinkWindow(1, 4))
+    found = gated_logits(model, np.ones((2, 2)), SinkWindow(1, 4))
     np.testing.assert_allclose(found, sj.forward(model, TOKENS), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import streamjax as sj
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.heads import scores as module
 from streamjax.training.heads.scores import HeadScores, head_scores, protected_heads, repeated_tokens
-from tests.streaming.tiny_models import build
+from tests.streaming.tiny_models import build, with_sink_logits
 from tests.training.gradient_checks import CONFIG, random_model
 
 ALIBI = CONFIG.replace(position="alibi", alibi_slopes=(0.7, 0.35, 0.2, 0.05))
@@ -36,8 +36,9 @@ def by_loops(model, tokens):
                         logits = config.softcap * np.tanh(logits / config.softcap)
                     if config.alibi_slopes:
                         logits -= config.alibi_slopes[head] * (i - np.arange(i + 1))
-                    share = np.exp(logits - logits.max())
-                    share /= share.sum()
+                    sinks = model.layer(layer).mixer.sink_logits
+                    share = np.exp(logits)
+                    share /= share.sum() + (0 if sinks is None else np.exp(np.asarray(sinks[head])))
                     echo = [j for j in range(i) if tokens[row, j] == tokens[row, i]]
                     induction = [j for j in range(1, i) if tokens[row, j - 1] == tokens[row, i]]
                     mass += share[echo].sum(), share[induction].sum()
@@ -46,7 +47,9 @@ def by_loops(model, tokens):
     return found
 
 
-@pytest.mark.parametrize("config", [ALIBI, CAPPED], ids=["alibi", "rope-softcap-window"])
+@pytest.mark.parametrize(
+    "config", [ALIBI.expand(), with_sink_logits(CAPPED)], ids=["alibi", "rope-softcap-window-sink-logits"]
+)
 def test_scores_by_loops(config, monkeypatch):
     """Rows of different tokens, some of them twice in a row, and blocks of queries that do not fit the length."""
     monkeypatch.setattr(module, "_BLOCK", 5)
@@ -57,7 +60,7 @@ def test_scores_by_loops(config, monkeypatch):
         found = jax.jit(head_scores.__wrapped__)(model, jnp.asarray(tokens))
         expected = by_loops(model, tokens)
     np.testing.assert_allclose(np.stack(found), expected, atol=1e-6)
-    far = [i for i, window in enumerate(config.windows or (None,) * config.num_layers) if window is None]
+    far = [i for i, block in enumerate(config.blocks) if block.mixer.window is None]
     assert expected[:, far].min() > 0.01
 
 
