@@ -96,7 +96,7 @@ def hsa(q: Array, k: Array, v: Array, chosen: Array, weights: Array, block: int 
     wanted = (q.shape[0], k.shape[1], q.shape[1])
     if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or chosen.shape[:3] != wanted or not k.shape[2]:
         raise ValueError(
-            f"q {q.shape}, k {k.shape}, chosen {chosen.shape}: use [B, K, C, N] choices of at least 1 chunk"
+            f"q {q.shape}, k {k.shape}, chosen {chosen.shape}: use [B, K, C, N] choices of at least 1 page"
         )
     if chosen.shape != weights.shape or not chosen.shape[3]:
         raise ValueError(
@@ -105,7 +105,7 @@ def hsa(q: Array, k: Array, v: Array, chosen: Array, weights: Array, block: int 
     if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
     if k.shape[3] % (least := 32 // q.dtype.itemsize) or not k.shape[3]:
-        raise ValueError(f"chunks of {k.shape[3]} tokens: use a multiple of {least}")
+        raise ValueError(f"pages of {k.shape[3]} tokens: use a multiple of {least}")
     if block is not None and block < 1:
         raise ValueError(f"tiles of {block} rows: use at least 1, or None")
 

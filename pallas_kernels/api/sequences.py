@@ -170,19 +170,19 @@ def hsa_attention(
     implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B C H D"]:
-    """Attention inside each of the chunks that a query chose, by a softmax of its own, summed with given weights.
+    """Attention inside each of the pages that a query chose, by a softmax of its own, summed with given weights.
 
     The attention of hierarchical sparse attention (2504.16795, section 3). Differentiable in q, k, v and `weights`.
-    Queries are grouped by the chunk that they chose, so work is products of dense matrices and grows with the choices,
-    not with the chunks; chunks that nobody chose are not read, and their gradient is 0. The result is float32.
+    Queries are grouped by the page that they chose, so work is products of dense matrices and grows with the choices,
+    not with the pages; pages that nobody chose are not read, and their gradient is 0. The result is float32.
 
     Args:
-      q, k, v: queries, and the keys and values of P chunks of S tokens, all of which are seen; bfloat16 or float32; S a
+      q, k, v: queries, and the keys and values of P pages of S tokens, all of which are seen; bfloat16 or float32; S a
         multiple of 8 (16 for bfloat16).
-      chosen: chunks that a query reads, for each key head; none twice; -1 for none.
-      weights: what each chunk's output is multiplied with; where `chosen` is -1 they count for nothing.
+      chosen: pages that a query reads, for each key head; none twice; -1 for none.
+      weights: what each page's output is multiplied with; where `chosen` is -1 they count for nothing.
       scale: factor on the logits, above 0; 1 / sqrt(D) where None.
-      block: rows of a tile, each a query head of a query that reads the tile's chunk; by the shapes where None.
+      block: rows of a tile, each a query head of a query that reads the tile's page; by the shapes where None.
       implementation, interpret: as in `flash_attention`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Attention inside chosen chunks on GPUs, in Triton (Ampere and later), as one differentiable function."""
+"""Attention inside chosen pages on GPUs, in Triton (Ampere and later), as one differentiable function."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def hsa_attention(
         )
     if block is not None and (block < LEAST or block & (block - 1)):
         raise ValueError(f"tiles of {block} rows: use a power of two from {LEAST}")
-    key_heads, chunks, slots = k.shape[1:4]
+    key_heads, pages, slots = k.shape[1:4]
     group, choices = heads // key_heads, chosen.shape[3]
     members = 1 << (group - 1).bit_length()
-    rows = block or _rows(queries * choices * members // chunks)
-    shape = Shape(scale, heads, group, queries, choices, chunks, slots, width, max(rows // members, 1), interpret)
+    rows = block or _rows(queries * choices * members // pages)
+    shape = Shape(scale, heads, group, queries, choices, pages, slots, width, max(rows // members, 1), interpret)
     if shape.rows < LEAST:
         shape = dataclasses.replace(shape, block=LEAST // members)
     return _attention(shape, q, k, v, weights.astype(jnp.float32), chosen)
 
 
 def _rows(each: int) -> int:
-    """Of a tile, for chunks that have `each` rows on average."""
+    """Of a tile, for pages that have `each` rows on average."""
     return min(max(1 << max(each - 1, 1).bit_length(), LEAST), MOST)
 
 
 def _operands(shape: Shape, chosen: Array, **arrays: Array) -> dict[str, Array]:
-    return hsa_kernels.operands(shape, tiles(chosen, shape.chunks, shape.block), **arrays)
+    return hsa_kernels.operands(shape, tiles(chosen, shape.pages, shape.block), **arrays)
 
 
 def _summed(shape: Shape, pairs: Float[Array, "B N C H *D"], chosen: Int32[Array, "B K C N"]) -> Array:

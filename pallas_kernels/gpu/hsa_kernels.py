@@ -1,9 +1,9 @@
-"""Attention inside chosen chunks on GPUs, in Triton: kernels over tiles of pairs of a query and a chunk.
+"""Attention inside chosen pages on GPUs, in Triton: kernels over tiles of pairs of a query and a page.
 
-A program takes one tile: it gathers the rows of the tile's queries, all query heads of a key head, and has one chunk's
+A program takes one tile: it gathers the rows of the tile's queries, all query heads of a key head, and has one page's
 keys and values. What it makes for a pair goes to a place of the pair's own and is summed over a query's choices
 afterwards: no two programs write to one place, and a sum does not depend on their order. For the gradients of keys and
-values a program takes one chunk and walks its tiles.
+values a program takes one page and walks its tiles.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pallas_kernels.tile_logits import LOG2E
 
 LEAST = 16  # the smallest side of a product
 Reads = Mapping[str, Any]
-READS = ("pair", "first", "chunk", "weights", "q", "d_out", "k", "v")
+READS = ("pair", "first", "page", "weights", "q", "d_out", "k", "v")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """heads, group: query heads of a row and of a key head. queries, choices: of a row; of a query. chunks of `slots`
+    """heads, group: query heads of a row and of a key head. queries, choices: of a row; of a query. pages of `slots`
     tokens. width: channels. block: pairs of a tile. interpreted: whether an interpreter runs it."""
 
     scale: float
@@ -38,7 +38,7 @@ class Shape:
     group: int
     queries: int
     choices: int
-    chunks: int
+    pages: int
     slots: int
     width: int
     block: int
@@ -60,7 +60,7 @@ class Shape:
 
 
 def operands(shape: Shape, tiles: Tiles, **arrays: jax.Array) -> dict[str, jax.Array]:
-    """By name: pair, first, chunk; weights [B, K, N C]; q, d_out [B, C H, D]; k, v [B, K, P S, D]."""
+    """By name: pair, first, page; weights [B, K, N C]; q, d_out [B, C H, D]; k, v [B, K, P S, D]."""
     batch, key_heads = tiles.total.shape
     flat = {
         "weights": (batch, key_heads, -1),
@@ -70,12 +70,12 @@ def operands(shape: Shape, tiles: Tiles, **arrays: jax.Array) -> dict[str, jax.A
         "v": (batch, key_heads, -1, shape.width),
     }
     found = {name: x.reshape(flat[name]) for name, x in arrays.items()}
-    return found | {"pair": tiles.pair.reshape(batch, key_heads, -1), "first": tiles.first, "chunk": tiles.chunk}
+    return found | {"pair": tiles.pair.reshape(batch, key_heads, -1), "first": tiles.first, "page": tiles.page}
 
 
 def forward(shape: Shape, arrays: Mapping[str, jax.Array]) -> jax.Array:
     """Weighted output of each pair, of q's dtype: [B, N, C, H, D]; what is written where a query chose none is open."""
-    tiles, dtype = arrays["chunk"].shape[2], arrays["q"].dtype
+    tiles, dtype = arrays["page"].shape[2], arrays["q"].dtype
     (out,) = _call(_forward_kernel, shape, arrays, tiles, {"rows": dtype}, "hsa_forward")
     return out.reshape(-1, shape.choices, shape.queries, shape.heads, shape.width)
 
@@ -83,10 +83,10 @@ def forward(shape: Shape, arrays: Mapping[str, jax.Array]) -> jax.Array:
 def _forward_kernel(shape: Shape, read: Reads, out: Any) -> None:
     tile, head = pl.program_id(0), pl.program_id(1)  # inside a branch the interpreter does not know them
 
-    @pl.when(tile < read["first"][shape.chunks])
+    @pl.when(tile < read["first"][shape.pages])
     def _() -> None:
         rows = _Rows(shape, read, head, tile)
-        k, v = (_chunk(shape, read[name], read["chunk"][tile]) for name in "kv")
+        k, v = (_page(shape, read[name], read["page"][tile]) for name in "kv")
         weights = _softmax(shape, dot(rows.load("q"), k.T), axis=1)
         found = dot((weights * rows.weight[:, None]).astype(v.dtype), v)
         rows.store(out, found)
@@ -94,7 +94,7 @@ def _forward_kernel(shape: Shape, read: Reads, out: Any) -> None:
 
 def query_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Gradients of each pair: of q, [B, N, C, H, D] of its dtype, and of the weight by head, float32 [B, N, C, H]."""
-    tiles, outputs = arrays["chunk"].shape[2], {"rows": arrays["q"].dtype, "line": jnp.float32}
+    tiles, outputs = arrays["page"].shape[2], {"rows": arrays["q"].dtype, "line": jnp.float32}
     d_q, d_weights = _call(_query_kernel, shape, arrays, tiles, outputs, "hsa_query_gradients")
     leading = (-1, shape.choices, shape.queries, shape.heads)
     return d_q.reshape(*leading, shape.width), d_weights.reshape(leading)
@@ -103,10 +103,10 @@ def query_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.
 def _query_kernel(shape: Shape, read: Reads, d_q: Any, d_weight: Any) -> None:
     tile, head = pl.program_id(0), pl.program_id(1)
 
-    @pl.when(tile < read["first"][shape.chunks])
+    @pl.when(tile < read["first"][shape.pages])
     def _() -> None:
         rows = _Rows(shape, read, head, tile)
-        k, v = (_chunk(shape, read[name], read["chunk"][tile]) for name in "kv")
+        k, v = (_page(shape, read[name], read["page"][tile]) for name in "kv")
         weights = _softmax(shape, dot(rows.load("q"), k.T), axis=1)
         d_weights = dot(rows.load("d_out"), v.T)
         along = jnp.sum(weights * d_weights, axis=1)
@@ -116,16 +116,16 @@ def _query_kernel(shape: Shape, read: Reads, d_q: Any, d_weight: Any) -> None:
 
 
 def key_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Float32 gradients of k and v, [B, K, P, S, D]; 0 for chunks that nobody chose."""
+    """Float32 gradients of k and v, [B, K, P, S, D]; 0 for pages that nobody chose."""
     outputs = {"d_k": jnp.float32, "d_v": jnp.float32}
-    d_k, d_v = _call(_key_kernel, shape, arrays, shape.chunks, outputs, "hsa_key_gradients")
-    each = (*d_k.shape[:2], shape.chunks, shape.slots, shape.width)
+    d_k, d_v = _call(_key_kernel, shape, arrays, shape.pages, outputs, "hsa_key_gradients")
+    each = (*d_k.shape[:2], shape.pages, shape.slots, shape.width)
     return d_k.reshape(each), d_v.reshape(each)
 
 
 def _key_kernel(shape: Shape, read: Reads, d_k: Any, d_v: Any) -> None:
-    chunk, head = pl.program_id(0), pl.program_id(1)
-    k, v = (_chunk(shape, read[name], chunk) for name in "kv")
+    page, head = pl.program_id(0), pl.program_id(1)
+    k, v = (_page(shape, read[name], page) for name in "kv")
 
     def add(tile: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows = _Rows(shape, read, head, tile)
@@ -140,9 +140,9 @@ def _key_kernel(shape: Shape, read: Reads, d_k: Any, d_v: Any) -> None:
         )
 
     zeros = jnp.zeros(shape.padded, jnp.float32)
-    sums_k, sums_v = lax.fori_loop(read["first"][chunk], read["first"][chunk + 1], add, (zeros, zeros))
+    sums_k, sums_v = lax.fori_loop(read["first"][page], read["first"][page + 1], add, (zeros, zeros))
     for ref, value in ((d_k, sums_k * shape.scale), (d_v, sums_v)):
-        at, mask = _slots(shape, chunk)
+        at, mask = _slots(shape, page)
         plgpu.store(ref.at[at], value, mask=mask)
 
 
@@ -176,15 +176,15 @@ class _Rows:
         plgpu.store(ref.at[self._at(self.place)], value.astype(ref.dtype), mask=self.mask)
 
 
-def _slots(shape: Shape, chunk: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Where the slots of a chunk are, and which of a block's rows and channels there are."""
+def _slots(shape: Shape, page: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Where the slots of a page are, and which of a block's rows and channels there are."""
     slots, width = shape.padded
     seen = (jnp.arange(slots) < shape.slots)[:, None] & (jnp.arange(width) < shape.width)[None]
-    return (chunk * shape.slots + jnp.arange(slots)[:, None], jnp.arange(width)[None]), seen
+    return (page * shape.slots + jnp.arange(slots)[:, None], jnp.arange(width)[None]), seen
 
 
-def _chunk(shape: Shape, ref: Any, chunk: Any) -> jax.Array:
-    at, mask = _slots(shape, chunk)
+def _page(shape: Shape, ref: Any, page: Any) -> jax.Array:
+    at, mask = _slots(shape, page)
     return plgpu.load(ref.at[at], mask=mask, other=0.0)
 
 
@@ -205,7 +205,7 @@ def _call(
     outputs: Mapping[str, Any],
     name: str,
 ) -> Any:
-    """`kernel` for a grid (tile or chunk, key head, row), whose programs see all of their key head or of their row.
+    """`kernel` for a grid (tile or page, key head, row), whose programs see all of their key head or of their row.
 
     outputs: dtypes of "rows" and "line", with something for each pair and query head, and of "d_k" and "d_v".
     """
@@ -221,7 +221,7 @@ def _call(
 
     def spec(name: str) -> Any:
         form, by_head = shapes[name], name not in ("q", "d_out", "rows", "line")
-        if name not in ("pair", "first", "chunk", "weights", "line"):
+        if name not in ("pair", "first", "page", "weights", "line"):
             form = (*form[:-1], shape.padded[1])
         if by_head:
             return pl.BlockSpec((None, None, *form[2:]), lambda i, h, b: (b, h, *[0] * (len(form) - 2)))

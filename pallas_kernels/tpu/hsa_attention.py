@@ -1,4 +1,4 @@
-"""Attention inside chosen chunks on TPUs as one differentiable function: many tokens at a time, `hsa_kernels.py`."""
+"""Attention inside chosen pages on TPUs as one differentiable function: many tokens at a time, `hsa_kernels.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pallas_kernels.tpu.hsa_kernels import TOGETHER, Work
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
 RESIDENT = 16384  # rows of up to 128 channels of q that stay in the chip's memory: 8 MiB, and as much for each result
-TABLE = 2**17  # tiles whose chunks' numbers are prefetched: half of the chip's memory of scalars
+TABLE = 2**17  # tiles whose pages' numbers are prefetched: half of the chip's memory of scalars
 LEAST, MOST = 128, 1024  # rows of a tile
 
 
@@ -57,16 +57,16 @@ class _Static:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % self.span), (0, 0)), constant_values=none)
         return rearrange(x, "b k (n c) m -> n (b k) c m", c=self.span)
 
-    def work(self, chosen: Array, weights: Array, chunks: int) -> tuple[Work, Tiles]:
+    def work(self, chosen: Array, weights: Array, pages: int) -> tuple[Work, Tiles]:
         """What a kernel needs for the choices of each span; leading axis: spans."""
-        found = tiles(self.choices(chosen, -1), chunks, self.block)
+        found = tiles(self.choices(chosen, -1), pages, self.block)
         some = found.pair >= 0
         index = jnp.where(some, found.pair % self.span, self.span)
         index = jnp.concatenate([index, found.filled[..., None]], axis=-1)[..., None, :]
         flat = rearrange(self.choices(weights, 0.0), "n h c m -> n h 1 (m c)")
         weight = jnp.take_along_axis(flat, jnp.maximum(found.pair, 0), axis=-1)
         weight = jnp.repeat(jnp.where(some, weight, 0.0), self.slab, axis=-1)[..., None, :]
-        return Work(rearrange(found.chunk, "n h t -> n (h t)"), found.total, index, weight), found
+        return Work(rearrange(found.page, "n h t -> n (h t)"), found.total, index, weight), found
 
 
 def hsa_attention(
@@ -84,23 +84,23 @@ def hsa_attention(
 
     block: rows of a tile, of which each pair has one for each query head of its key head.
     """
-    group, choices, chunks = q.shape[2] // k.shape[1], chosen.shape[3], k.shape[2]
+    group, choices, pages = q.shape[2] // k.shape[1], chosen.shape[3], k.shape[2]
     slab = 1 << (group - 1).bit_length() if group < SUBLANES else -(-group // SUBLANES) * SUBLANES
 
     def pairs(span: int) -> int:
         """Of a tile."""
-        rows = block or _rows(span * choices * slab // chunks)
+        rows = block or _rows(span * choices * slab // pages)
         return min(-(-rows // (slab * TOGETHER)), -(-span * choices // TOGETHER)) * TOGETHER
 
     span = min(q.shape[1], max(1, RESIDENT // (slab * -(-q.shape[3] // LANES))))
-    while span > 1 and k.shape[0] * k.shape[1] * most_tiles(span * choices, chunks, pairs(span)) > TABLE:
+    while span > 1 and k.shape[0] * k.shape[1] * most_tiles(span * choices, pages, pairs(span)) > TABLE:
         span = -(-span // 2)
     static = _Static(scale, group, slab, span, pairs(span), q.shape, interpret)
     return _attention(static, q, k, v, weights.astype(jnp.float32), chosen)
 
 
 def _rows(each: int) -> int:
-    """Of a tile, for chunks with `each` rows on average: room for half as many more costs less than another tile."""
+    """Of a tile, for pages with `each` rows on average: room for half as many more costs less than another tile."""
     return min(max(1 << (each + each // 2).bit_length(), LEAST), MOST)
 
 

@@ -1,8 +1,8 @@
-"""Attention inside chosen chunks on TPUs: the two kernels over tiles of pairs of a query and a chunk.
+"""Attention inside chosen pages on TPUs: the two kernels over tiles of pairs of a query and a page.
 
-A tile is one product of the rows of some queries, all query heads of a key head together, and one chunk. Queries and
+A tile is one product of the rows of some queries, all query heads of a key head together, and one page. Queries and
 results of many tokens stay in the chip's memory while all tiles of a head pass, so that rows are gathered and summed
-there, by scalar indices, and nothing exists once for each pair in main memory. A chunk's keys and values are fetched
+there, by scalar indices, and nothing exists once for each pair in main memory. A page's keys and values are fetched
 once for all of its tiles. Logits are [slots, rows]: the softmax runs along sublanes, and weights lie along lanes.
 """
 
@@ -31,12 +31,12 @@ VMEM_BYTES = 64 * 2**20
 class Work:
     """What all tiles of a call need, by heads (of all rows of a batch) and tiles; `spans` apart.
 
-    chunk: of each tile, flat; the same again for tiles that hold nothing. total: tiles that hold something.
+    page: of each tile, flat; the same again for tiles that hold nothing. total: tiles that hold something.
     index: queries of each tile's pairs, `queries` for none, and behind them how many there are.
     weight: of each row of a tile, a pair's query heads one after another.
     """
 
-    chunk: Int32[Array, "*spans heads_tiles"]
+    page: Int32[Array, "*spans heads_tiles"]
     total: Int32[Array, "*spans heads"]
     index: Int32[Array, "*spans heads tiles 1 block_and_1"]
     weight: Float[Array, "*spans heads tiles 1 rows"]
@@ -54,16 +54,14 @@ class Work:
         """Blocks in a grid (head, tile); tiles that hold nothing fetch nothing."""
         tiles = self.tiles
 
-        def tile(h: Any, t: Any, chunk: Any, total: Any) -> Any:
+        def tile(h: Any, t: Any, page: Any, total: Any) -> Any:
             return h, jnp.minimum(t, jnp.maximum(total[h] - 1, 0)), 0, 0
 
         return {
             "index": pl.BlockSpec((None, None, 1, self.block + 1), tile, memory_space=pltpu.SMEM),
             "weight": pl.BlockSpec((None, None, 1, self.weight.shape[3]), tile),
             "queries": pl.BlockSpec(memory_space=pl.ANY),
-            "chunk": pl.BlockSpec(
-                (None, None, slots, width), lambda h, t, chunk, total: (h, chunk[h * tiles + t], 0, 0)
-            ),
+            "page": pl.BlockSpec((None, None, slots, width), lambda h, t, page, total: (h, page[h * tiles + t], 0, 0)),
         }
 
 
@@ -83,7 +81,7 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(q.shape[0], work.tiles),
-            in_specs=[specs[name] for name in ("index", "weight", "queries", "chunk", "chunk")],
+            in_specs=[specs[name] for name in ("index", "weight", "queries", "page", "page")],
             out_specs=specs["queries"],
             scratch_shapes=[pltpu.VMEM(q.shape[1:], jnp.float32)] * 2 + [tile] * 2,
         ),
@@ -91,12 +89,12 @@ def forward(
         compiler_params=_PARAMETERS,
         interpret=interpret,
         name="hsa_forward",
-    )(work.chunk, work.total, work.index, work.weight, q, k, v)
+    )(work.page, work.total, work.index, work.weight, q, k, v)
     return found
 
 
 def _forward_kernel(
-    scale: float, tiles: int, chunk: Any, total: Any, index: Any, weight: Any, q_in: Any, k: Any, v: Any, out: Any,
+    scale: float, tiles: int, page: Any, total: Any, index: Any, weight: Any, q_in: Any, k: Any, v: Any, out: Any,
     q: Any, sums: Any, rows: Any, added: Any,
 ) -> None:  # fmt: skip
     head, tile = pl.program_id(0), pl.program_id(1)
@@ -130,18 +128,18 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """Float32 gradients of q, of each row's weight as `work.weight` is, of k and of v; the last two onto those given.
 
-    Chunks that nobody chose keep what they had.
+    Pages that nobody chose keep what they had.
     """
     specs, rows = work.specs(*k.shape[2:]), work.weight.shape[3]
     tile = pltpu.VMEM((rows, q.shape[3]), jnp.float32)
-    reads = "index", "weight", "queries", "queries", "chunk", "chunk", "chunk", "chunk"
+    reads = "index", "weight", "queries", "queries", "page", "page", "page", "page"
     d_q, d_weight, d_k, d_v = pl.pallas_call(
         partial(_backward_kernel, scale, work.tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(q.shape[0], work.tiles),
             in_specs=[specs[name] for name in reads],
-            out_specs=[specs[name] for name in ("queries", "weight", "chunk", "chunk")],
+            out_specs=[specs[name] for name in ("queries", "weight", "page", "page")],
             scratch_shapes=[pltpu.VMEM(q.shape[1:], jnp.float32)] * 3 + [tile] * 3,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, work.weight, k, v)],
@@ -149,12 +147,12 @@ def backward(
         compiler_params=_PARAMETERS,
         interpret=interpret,
         name="hsa_backward",
-    )(work.chunk, work.total, work.index, work.weight, q, d_out, k, v, d_k, d_v)
+    )(work.page, work.total, work.index, work.weight, q, d_out, k, v, d_k, d_v)
     return d_q, d_weight, d_k, d_v
 
 
 def _backward_kernel(
-    scale: float, tiles: int, chunk: Any, total: Any, index: Any, weight: Any, q_in: Any, d_out_in: Any, k: Any,
+    scale: float, tiles: int, page: Any, total: Any, index: Any, weight: Any, q_in: Any, d_out_in: Any, k: Any,
     v: Any, d_k_in: Any, d_v_in: Any, d_q_out: Any, d_weight: Any, d_k: Any, d_v: Any,
     q: Any, d_out: Any, d_q: Any, q_rows: Any, d_rows: Any, added: Any,
 ) -> None:  # fmt: skip
@@ -169,7 +167,7 @@ def _backward_kernel(
         q_rows[...] = jnp.zeros_like(q_rows)
         d_rows[...] = jnp.zeros_like(d_rows)
 
-    @pl.when((tile == 0) | (chunk[at] != chunk[jnp.maximum(at - 1, 0)]))
+    @pl.when((tile == 0) | (page[at] != page[jnp.maximum(at - 1, 0)]))
     def _() -> None:
         d_k[...] = d_k_in[...]
         d_v[...] = d_v_in[...]

@@ -1,4 +1,4 @@
-"""Attention inside chosen chunks: kernels in interpreters against float64, all gradients; the reference; the tiles."""
+"""Attention inside chosen pages: kernels in interpreters against float64, all gradients; the reference; the tiles."""
 
 import math
 from functools import partial
@@ -18,9 +18,9 @@ from tests.kernels.tolerances import RACES, TOLERANCE
 INTERPRETERS = {"tpu": RACES, "triton": True}
 
 
-def drawn_choices(random, batch, heads, queries, chunks, most, idle=()):
-    """Different chunks for each query in any order, some fewer than `most`, none of them in `idle`; and weights."""
-    pool = np.setdiff1d(np.arange(chunks), idle)
+def drawn_choices(random, batch, heads, queries, pages, most, idle=()):
+    """Different pages for each query in any order, some fewer than `most`, none of them in `idle`; and weights."""
+    pool = np.setdiff1d(np.arange(pages), idle)
     chosen = np.full((batch, heads, queries, most), -1)
     for at in np.ndindex(batch, heads, queries):
         count = random.integers(0, min(most, len(pool)) + 1)
@@ -41,21 +41,21 @@ def gradients(attention, d_out):
 
 
 def check(
-    queries, chunks, most, *, batch=1, heads=2, kv_heads=1, size=16, width=64, idle=(), dtype="float32", block=None,
+    queries, pages, most, *, batch=1, heads=2, kv_heads=1, size=16, width=64, idle=(), dtype="float32", block=None,
     seed=0, implementation="tpu",
 ):  # fmt: skip
-    """The kernel gives what the reference gives; chunks that nobody chose are NaN and have a gradient of 0."""
+    """The kernel gives what the reference gives; pages that nobody chose are NaN and have a gradient of 0."""
     random = np.random.default_rng(seed)
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
-    k, v = (jnp.asarray(random.standard_normal((batch, kv_heads, chunks, size, width)), dtype) for _ in range(2))
-    chosen, weights = drawn_choices(random, batch, kv_heads, queries, chunks, most, idle)
+    k, v = (jnp.asarray(random.standard_normal((batch, kv_heads, pages, size, width)), dtype) for _ in range(2))
+    chosen, weights = drawn_choices(random, batch, kv_heads, queries, pages, most, idle)
     d_out = random.standard_normal(q.shape)
     scale = 1.3 / math.sqrt(width)
     with jax.enable_x64(True):
         exact = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, weights)]
         run = gradients(partial(reference.hsa_attention, scale=scale), d_out)
         expected = [np.asarray(x) for x in run(*exact[:3], jnp.asarray(chosen), exact[3])]
-    read = (chosen[:, :, None] == np.arange(chunks)[:, None, None]).any(axis=(-1, -2))
+    read = (chosen[:, :, None] == np.arange(pages)[:, None, None]).any(axis=(-1, -2))
     k, v = (jnp.where(read[..., None, None], x, jnp.nan) for x in (k, v))
     kernel = partial(
         api.hsa_attention, scale=scale, block=block, implementation=implementation,
@@ -73,18 +73,18 @@ def check(
 
 @pytest.mark.parametrize("implementation", INTERPRETERS)
 @pytest.mark.parametrize(
-    ("queries", "chunks", "most", "options"),
+    ("queries", "pages", "most", "options"),
     [
-        pytest.param(11, 5, 3, {"idle": (0, 3)}, id="unread-chunks"),
+        pytest.param(11, 5, 3, {"idle": (0, 3)}, id="unread-pages"),
         pytest.param(5, 4, 2, {"batch": 2, "heads": 6, "kv_heads": 2, "size": 8}, id="three-heads-a-key-head"),
         pytest.param(1, 6, 3, {"heads": 4, "kv_heads": 2, "seed": 3}, id="decode"),
         pytest.param(7, 4, 3, {"dtype": "bfloat16", "heads": 9, "width": 128}, id="bf16-mqa"),
-        pytest.param(5, 3, 3, {"dtype": "bfloat16", "width": 96, "size": 64}, id="bf16-all-chunks"),
+        pytest.param(5, 3, 3, {"dtype": "bfloat16", "width": 96, "size": 64}, id="bf16-all-pages"),
         pytest.param(3, 3, 2, {"idle": (0, 1, 2)}, id="nothing-chosen"),
     ],
 )
-def test_matches_float64(queries, chunks, most, options, implementation):
-    check(queries, chunks, most, block=16, **options, implementation=implementation)
+def test_matches_float64(queries, pages, most, options, implementation):
+    check(queries, pages, most, block=16, **options, implementation=implementation)
 
 
 @settings(max_examples=2)
@@ -109,18 +109,18 @@ def test_spans_of_queries_share_the_gradients_of_keys(monkeypatch, limit):
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_the_reference_is_the_published_sum(group):
-    """Token by token, head by head: a softmax inside each chosen chunk, outputs times the chunks' weights."""
+    """Token by token, head by head: a softmax inside each chosen page, outputs times the pages' weights."""
     random = np.random.default_rng(0)
-    batch, queries, kv_heads, chunks, size, width = 2, 5, 2, 4, 3, 4
+    batch, queries, kv_heads, pages, size, width = 2, 5, 2, 4, 3, 4
     q = random.standard_normal((batch, queries, kv_heads * group, width))
-    k, v = (random.standard_normal((batch, kv_heads, chunks, size, width)) for _ in range(2))
-    chosen, weights = drawn_choices(random, batch, kv_heads, queries, chunks, 3)
+    k, v = (random.standard_normal((batch, kv_heads, pages, size, width)) for _ in range(2))
+    chosen, weights = drawn_choices(random, batch, kv_heads, queries, pages, 3)
     expected = np.zeros_like(q)
     for b, c, h in np.ndindex(*q.shape[:3]):
-        for chunk, weight in zip(chosen[b, h // group, c], weights[b, h // group, c], strict=True):
-            if chunk >= 0:
-                inside = np.exp(0.7 * k[b, h // group, chunk] @ q[b, c, h])
-                expected[b, c, h] += weight * (inside / inside.sum()) @ v[b, h // group, chunk]
+        for page, weight in zip(chosen[b, h // group, c], weights[b, h // group, c], strict=True):
+            if page >= 0:
+                inside = np.exp(0.7 * k[b, h // group, page] @ q[b, c, h])
+                expected[b, c, h] += weight * (inside / inside.sum()) @ v[b, h // group, page]
     with jax.enable_x64(True):
         arrays = map(jnp.asarray, (q, k, v, chosen, weights.astype(np.float64)))
         np.testing.assert_allclose(reference.hsa_attention(*arrays, scale=0.7), expected, atol=1e-12)
@@ -131,26 +131,26 @@ def test_the_reference_is_the_published_sum(group):
     st.integers(0, 10**6), st.integers(1, 2), st.sampled_from([1, 30]), st.integers(1, 9), st.integers(1, 4),
     st.sampled_from([1, 3, 8]),
 )  # fmt: skip
-def test_tiles_hold_every_choice_once_and_no_more_than_needed(seed, heads, queries, chunks, most, block):
-    chosen, _ = drawn_choices(np.random.default_rng(seed), 1, heads, queries, chunks, most)
-    found = jax.tree.map(np.asarray, tiles(jnp.asarray(chosen), chunks, block))
-    assert found.chunk.shape[-1] == most_tiles(queries * most, chunks, block)
+def test_tiles_hold_every_choice_once_and_no_more_than_needed(seed, heads, queries, pages, most, block):
+    chosen, _ = drawn_choices(np.random.default_rng(seed), 1, heads, queries, pages, most)
+    found = jax.tree.map(np.asarray, tiles(jnp.asarray(chosen), pages, block))
+    assert found.page.shape[-1] == most_tiles(queries * most, pages, block)
     for head in range(heads):
         flat = chosen[0, head].T.reshape(-1)
-        needed = [-(-int((flat == p).sum()) // block) for p in range(chunks)]
+        needed = [-(-int((flat == p).sum()) // block) for p in range(pages)]
         total = int(found.total[0, head])
         assert total == sum(needed)
         np.testing.assert_array_equal(found.first[0, head], np.cumsum([0, *needed]))
-        np.testing.assert_array_equal(found.chunk[0, head, :total], np.repeat(np.arange(chunks), needed))
+        np.testing.assert_array_equal(found.page[0, head, :total], np.repeat(np.arange(pages), needed))
         pair = found.pair[0, head]
         np.testing.assert_array_equal((pair >= 0).sum(axis=1), found.filled[0, head])
         for tile in range(total):
             filled = found.filled[0, head, tile]
             assert filled > 0
             assert (np.diff(pair[tile, :filled]) > 0).all()  # none twice
-            assert (flat[pair[tile, :filled]] == found.chunk[0, head, tile]).all()
+            assert (flat[pair[tile, :filled]] == found.page[0, head, tile]).all()
         np.testing.assert_array_equal(np.sort(pair[pair >= 0]), np.flatnonzero(flat >= 0))
-        assert (found.chunk[0, head, total:] == found.chunk[0, head, max(total - 1, 0)]).all()
+        assert (found.page[0, head, total:] == found.page[0, head, max(total - 1, 0)]).all()
         for number, place in enumerate(found.place[0, head]):
             assert place == -1 if flat[number] < 0 else pair.reshape(-1)[place] == number
 
@@ -165,7 +165,7 @@ def test_order_of_keys_too_large_to_carry_their_index():
     ("change", "words"),
     [
         ({"k": jnp.zeros((1, 2, 3, 16, 32))}, "shapes q"),
-        ({"chosen": jnp.zeros((1, 1, 5, 2), jnp.int32)}, "choices of at least 1 chunk"),
+        ({"chosen": jnp.zeros((1, 1, 5, 2), jnp.int32)}, "choices of at least 1 page"),
         ({"weights": jnp.zeros((1, 2, 5, 3))}, "use the same shape"),
         ({"q": jnp.zeros((1, 5, 4, 64), jnp.bfloat16)}, "dtypes q"),
         ({"scale": 0.0}, "must be above 0"),
@@ -183,9 +183,9 @@ def test_says_what_it_does_not_take(change, words):
         unchecked(**arguments | change)
 
 
-def test_says_which_chunks_it_takes():
+def test_says_which_pages_it_takes():
     x = jnp.zeros((1, 2, 3, 12, 64))
-    with pytest.raises(ValueError, match="chunks of 12 tokens: use a multiple of 8"):
+    with pytest.raises(ValueError, match="pages of 12 tokens: use a multiple of 8"):
         api.hsa_attention(
             jnp.zeros((1, 5, 4, 64)), x, x, jnp.zeros((1, 2, 5, 2), jnp.int32), jnp.zeros((1, 2, 5, 2)),
             implementation="tpu",
