@@ -12,6 +12,7 @@ MIXED = ["sliding_attention", "full_attention"]
 CASES = {
     "llama": {**GROUPED, "max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
     "mistral": {**GROUPED, "sliding_window": 7},
+    "mixtral": {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7},
     "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {**GROUPED, "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True},
     "phi3": {**GROUPED, "sliding_window": 9},

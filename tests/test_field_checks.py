@@ -18,7 +18,15 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv.pages import boundaries, disk_files, indexes
 from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, sink, sink_window, window
-from streamjax.models.config import HSAConfig, NormConfig, RopeConfig, UniformConfig, parse_config
+from streamjax.models.config import (
+    DenseConfig,
+    ExpertsConfig,
+    HSAConfig,
+    NormConfig,
+    RopeConfig,
+    UniformConfig,
+    parse_config,
+)
 from streamjax.streaming import Sampler
 from streamjax.training import (
     DPO,
@@ -48,6 +56,7 @@ EXAMPLES = [
     MODEL.expand().blocks[0],
     MODEL.expand().blocks[0].mixer,
     MODEL.expand().blocks[0].mlp,
+    ExpertsConfig(4, 2, 8, shared=DenseConfig(8), shared_gate=True),
     NormConfig(),
     RopeConfig(),
     HSAConfig((1, 2), (1,)),

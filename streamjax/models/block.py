@@ -13,7 +13,7 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig
 from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
 from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
-from streamjax.models.mlps.dense import MLP
+from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
 from streamjax.parallel.rules import constrain
 
@@ -53,7 +53,7 @@ class Block(nnx.Module):
         self.mixer_norm = Norm(d_model, config.norm, dtype)
         self.mixer = Attention(config.mixer, d_model, key_mixer, dtype, gain)
         self.mlp_norm = None if config.shared_norm else Norm(d_model, config.norm, dtype)
-        self.mlp = MLP(config.mlp, d_model, key_mlp, dtype, gain)
+        self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
         self.mlp_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
 

@@ -23,13 +23,16 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
+    "expert": ("expert",),
     "kv_heads": ("tensor",),
     "heads": ("tensor",),
-    # never split: a head's channels, the query heads of a group, gate and up halves, ranks of adapters, stacked layers
+    # never split: a head's channels, the query heads of a group, gate and up halves, scores of a router, ranks of
+    # adapters, stacked layers
     "activation_embed": (),
     "head_dim": (),
     "group": (),
     "gates": (),
+    "router": (),
     "lora": (),
     "layers": (),
 }

@@ -110,7 +110,32 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     return y if p.out_bias is None else y + _value(p.out_bias)
 
 
+def experts(module, config, x: np.ndarray) -> np.ndarray:
+    """The chosen experts one after the other, and the shared one."""
+    scores = x @ _value(module.router)
+    scores = np.exp(scores - scores.max())
+    scores = scores / scores.sum()
+    chosen = np.argsort(-scores, kind="stable")[: config.experts_per_token]
+    total = scores[chosen].sum() if config.normalize_weights else 1.0
+    y = np.zeros_like(x)
+    for expert in chosen:
+        hidden = np.tensordot(x, _value(module.up)[expert], axes=1)
+        y = (
+            y
+            + scores[expert]
+            / total
+            * (ACTIVATIONS[config.activation](hidden[0]) * hidden[1])
+            @ _value(module.down)[expert]
+        )
+    if config.shared is None:
+        return y
+    shared = mlp(module.shared, config.shared, x)
+    return y + shared / (1 + np.exp(-x @ _value(module.shared_gate)) if config.shared_gate else 1.0)
+
+
 def mlp(module, config, x: np.ndarray) -> np.ndarray:
+    if hasattr(config, "num_experts"):
+        return experts(module, config, x)
     hidden = np.tensordot(x, _value(module.up), axes=1)  # [gates, width]
     if module.up_bias is not None:
         hidden = hidden + _value(module.up_bias)

@@ -1,8 +1,8 @@
 """What a decoder is: frozen, hashable descriptions that hold shapes and choices, never arrays.
 
 `ModelConfig` (`model.py`) is a list of `BlockConfig`s (`block.py`); a block has a token mixer (`attention.py`) and an
-MLP (`dense.py`). `UniformConfig` (`uniform.py`) is the flat form of a model with equal layers. `families` makes one
-from a Hugging Face `config.json`; `decoder.py` builds the model that it describes.
+MLP (`dense.py`, `experts.py`). `UniformConfig` (`uniform.py`) is the flat form of a model with equal layers. `families`
+makes one from a Hugging Face `config.json`; `decoder.py` builds the model that it describes.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from streamjax.field_checks import from_plain
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.block import BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.experts import ExpertsConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionConfig",
     "BlockConfig",
     "DenseConfig",
+    "ExpertsConfig",
     "HSAConfig",
     "MLPConfig",
     "MixerConfig",

@@ -9,10 +9,11 @@ from typing import Literal, TypeAlias
 from streamjax.field_checks import check_fields
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.experts import ExpertsConfig
 from streamjax.models.config.norm import NormConfig
 
 MixerConfig: TypeAlias = AttentionConfig
-MLPConfig: TypeAlias = DenseConfig
+MLPConfig: TypeAlias = DenseConfig | ExpertsConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,6 +150,8 @@ class UniformConfig:
         first = next((block for block in config.blocks if block.mixer.window is None), config.blocks[0])
         local = next((block.mixer for block in config.blocks if block.mixer.window is not None), None)
         mixer, mlp = first.mixer, first.mlp
+        if not isinstance(mlp, DenseConfig):
+            raise ValueError("no Transformer with equal layers: the flat form has no fields for experts")
         flat = cls(
             **{name: getattr(config, name) for name in _ENDS},
             num_layers=config.num_layers,

@@ -19,6 +19,7 @@ from streamjax.models.families.gemma import GEMMA2, GEMMA3
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.llama import LLAMA
 from streamjax.models.families.mistral import MISTRAL
+from streamjax.models.families.mixtral import MIXTRAL
 from streamjax.models.families.mpt import MPT
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
@@ -27,7 +28,8 @@ from streamjax.models.families.rope_fields import plain_rope
 __all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config", "write_config"]
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT)
+    family.name: family
+    for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT)
 }
 
 

@@ -5,7 +5,7 @@ einops pattern from the checkpoint's axes to the parameter's. Loading reads the 
 from right to left, so that there is one description of a layout and no second one to contradict it.
 
 Letters: v vocabulary, e d_model, k key/value heads, g what shares one (G queries, key, value; or gate, up), d head
-width, f MLP width.
+width, f MLP width, x experts.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ class Source:
     """One checkpoint tensor, or some of its rows, that holds a parameter or a part of one.
 
     Attributes:
-      name: tensor name; `{layer}` stands for the layer's index.
+      name: tensor name; `{layer}` stands for the layer's index, `{expert}` for an expert's: one tensor each.
       pattern: einops pattern, checkpoint axes on the left, parameter axes on the right.
       part: half-open range on the parameter's `g` axis that the tensor holds; None: all of it.
       rows: half-open range on the tensor's first axis that is meant; None: all of it.
+      expert: the place on the parameter's `x` axis that the tensor holds; None: all of it.
     """
 
     name: str
     pattern: str
     part: tuple[int, int] | None = None
     rows: tuple[int, int] | None = None
+    expert: int | None = None
 
     @property
     def inverse(self) -> str:
@@ -48,7 +50,17 @@ class Source:
         sizes = dict(zip(letters, shape, strict=True))
         if self.part is not None:
             sizes["g"] = self.part[1] - self.part[0]
+        if self.expert is not None:
+            sizes["x"] = 1
         return sizes
+
+    def of_layer(self, layer: int, shape: tuple[int, ...]) -> list[Source]:
+        """The tensors of one layer, whose parameter has this shape: one an expert where the name says so."""
+        if "{expert}" not in self.name:
+            return [dataclasses.replace(self, name=self.name.format(layer=layer))]
+        experts = self.sizes(shape)["x"]
+        names = [self.name.format(layer=layer, expert=expert) for expert in range(experts)]
+        return [dataclasses.replace(self, name=name, expert=expert) for expert, name in enumerate(names)]
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape that the checkpoint tensor (or its rows) must have, for a parameter of this shape."""
@@ -67,7 +79,10 @@ class Source:
     def index(self) -> tuple[slice, ...]:
         """Where the parameter takes what the tensor holds."""
         letters = self.pattern.split("->")[1].split()
-        return tuple(slice(*self.part) if letter == "g" and self.part else slice(None) for letter in letters)
+        held = {} if self.part is None else {"g": slice(*self.part)}
+        if self.expert is not None:
+            held["x"] = slice(self.expert, self.expert + 1)
+        return tuple(held.get(letter, slice(None)) for letter in letters)
 
 
 Table = Mapping[str, tuple[Source, ...]]
@@ -88,6 +103,7 @@ class Family:
         block does not have may be in it too.
       renames: regular expressions and replacements applied to the names in a checkpoint.
       ignored: regular expressions of tensors (after renaming) that are left alone on purpose.
+      packed: other tensors that hold some parameters in some checkpoints; read where they are there, never written.
     """
 
     name: str
@@ -98,6 +114,7 @@ class Family:
     tensors: Callable[[BlockConfig], Table]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    packed: Table = dataclasses.field(default_factory=dict)
 
 
 def of_uniform(write: Callable[[UniformConfig], dict[str, Any]]) -> Callable[[ModelConfig], dict[str, Any]]:

@@ -70,10 +70,11 @@ def write_shapes(config: UniformConfig) -> dict[str, Any]:
     }
 
 
-def read_positions(fields: Fields, head_dim: int, max_position: int) -> dict[str, Any]:
-    """`max_position` (the argument is its default) and the RoPE of a model that rotates whole heads."""
+def read_positions(fields: Fields, head_dim: int, max_position: int, theta: float = 10_000.0) -> dict[str, Any]:
+    """`max_position` and the RoPE of a model that rotates whole heads; the arguments are defaults."""
     max_position = fields.integer("max_position_embeddings", max_position)
-    return {"max_position": max_position, "rope": read_rope(fields, head_dim=head_dim, max_position=max_position)}
+    rope = read_rope(fields, head_dim=head_dim, max_position=max_position, theta=theta)
+    return {"max_position": max_position, "rope": rope}
 
 
 def write_positions(config: UniformConfig) -> dict[str, Any]:

@@ -33,12 +33,12 @@ def out(name: str) -> Entries:
     return fused("layers.mixer.projections.out", name, "e (k g d) -> k g d e", "e -> e")
 
 
-def gate_up(prefix: str) -> Entries:
+def gate_up(prefix: str, path: str = "layers.mlp") -> Entries:
     """The gate and up projections of a gated MLP, as two tensors."""
     parts = {"gate_proj": (0, 1), "up_proj": (1, 2)}
     weights = [Source(f"{prefix}.{name}.weight", "(g f) e -> e g f", part) for name, part in parts.items()]
     biases = [Source(f"{prefix}.{name}.bias", "(g f) -> g f", part) for name, part in parts.items()]
-    return {"layers.mlp.up": tuple(weights), "layers.mlp.up_bias": tuple(biases)}
+    return {f"{path}.up": tuple(weights), f"{path}.up_bias": tuple(biases)}
 
 
 def up(name: str) -> Entries:
@@ -46,9 +46,28 @@ def up(name: str) -> Entries:
     return fused("layers.mlp.up", name, "(g f) e -> e g f", "(g f) -> g f")
 
 
-def down(name: str) -> Entries:
+def down(name: str, path: str = "layers.mlp") -> Entries:
     """The second projection of an MLP."""
-    return fused("layers.mlp.down", name, "e f -> f e", "e -> e")
+    return fused(f"{path}.down", name, "e f -> f e", "e -> e")
+
+
+def experts(router: str, prefix: str, names: tuple[str, str, str]) -> Entries:
+    """A mixture of experts, a tensor for each projection of each expert; `names` are those of gate, up and down."""
+    gate, up, down = (f"{prefix}.{{expert}}.{name}.weight" for name in names)
+    into = "(x g f) e -> x e g f"
+    return {
+        "layers.mlp.router": (Source(f"{router}.weight", "x e -> e x"),),
+        "layers.mlp.up": (Source(gate, into, (0, 1)), Source(up, into, (1, 2))),
+        "layers.mlp.down": (Source(down, "(x e) f -> x f e"),),
+    }
+
+
+def packed_experts(prefix: str) -> Entries:
+    """The experts' projections as transformers 5 holds them: one tensor for all gates and ups, one for all downs."""
+    return {
+        "layers.mlp.up": (Source(f"{prefix}.gate_up_proj", "x (g f) e -> x e g f"),),
+        "layers.mlp.down": (Source(f"{prefix}.down_proj", "x e f -> x f e"),),
+    }
 
 
 def ends(embedding: str, final_norm: str, head: str = "lm_head") -> Entries:
@@ -69,14 +88,17 @@ def qk_norms(prefix: str) -> Entries:
     }
 
 
-def llama(block: BlockConfig) -> Entries:
-    """Llama's layout, which most families share."""
+def without_mlp(block: BlockConfig) -> Entries:
+    """Llama's layout of all but the MLP."""
     return {
         **ends("model.embed_tokens", "model.norm"),
         **norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
         **qkv(block, f"{BLOCK}.self_attn"),
         **out(f"{BLOCK}.self_attn.o_proj"),
         **norm("layers.mlp_norm", f"{BLOCK}.post_attention_layernorm"),
-        **gate_up(f"{BLOCK}.mlp"),
-        **down(f"{BLOCK}.mlp.down_proj"),
     }
+
+
+def llama(block: BlockConfig) -> Entries:
+    """Llama's layout, which most families share."""
+    return {**without_mlp(block), **gate_up(f"{BLOCK}.mlp"), **down(f"{BLOCK}.mlp.down_proj")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from streamjax.checkpoints import check_manifest, read_json
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
-from streamjax.models.families import FAMILIES, Family, Source, find_family, read_config, write_config
+from streamjax.models.families import FAMILIES, Family, Source, Table, find_family, read_config, write_config
 from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
 from streamjax.models.files.safetensors_files import (
     DTYPES,
@@ -62,7 +62,7 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
     tensors = _renamed(family, stored)
     dtype = jnp.dtype(dtype or default_dtype())
     model = jax.eval_shape(partial(Decoder, config, dtype=dtype, scan_layers=scan_layers), jax.random.key(0))
-    slots = parameter_slots(model, family)
+    slots = parameter_slots(model, family, tensors)
     check_tensors(folder, family, config, tensors, slots)
     check_manifest(folder)
     values = [load_parameter(slot, tensors, dtype, mesh) for slot in slots]
@@ -136,8 +136,8 @@ class Slot:
         return full[1:] if self.stacked else full
 
 
-def parameter_slots(model: Decoder, family: Family) -> list[Slot]:
-    """Every parameter of the model, in the order of its leaves."""
+def parameter_slots(model: Decoder, family: Family, stored: Collection[str] = ()) -> list[Slot]:
+    """Every parameter of the model, in the order of its leaves; where it is packed in `stored`, as it is there."""
     blocks = model.config.blocks
     tables = {block: family.tensors(block) for block in dict.fromkeys(blocks)}
     leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
@@ -151,15 +151,24 @@ def parameter_slots(model: Decoder, family: Family) -> list[Slot]:
         stacked, position = place[1] == "stack", int(place[2])
         first, step = (position, len(model.stack)) if stacked else (position + model.stacked_layers, 1)
         layers = range(first, model.stacked_layers, step) if stacked else (first,)
+        shape = parameter.get_value().shape[1 if stacked else 0 :]
+        key = f"layers.{place[3]}"
         sources = tuple(
             tuple(
-                dataclasses.replace(s, name=s.name.format(layer=layer))
-                for s in tables[blocks[layer]][f"layers.{place[3]}"]
+                source
+                for entry in _stored_entries(family, tables[blocks[layer]], key, layer, stored)
+                for source in entry.of_layer(layer, shape)
             )
             for layer in layers
         )
         slots.append(Slot(name, parameter, stacked, sources))
     return slots
+
+
+def _stored_entries(family: Family, table: Table, key: str, layer: int, stored: Collection[str]) -> tuple[Source, ...]:
+    """The entries of a table for a parameter of a layer, or those of its packed form where that is stored."""
+    packed = family.packed.get(key, ())
+    return packed if packed and all(entry.name.format(layer=layer) in stored for entry in packed) else table[key]
 
 
 def _renamed(family: Family, tensors: Tensors) -> Tensors:
@@ -275,6 +284,8 @@ def _read(
             low, high = max(wanted.start, start), min(wanted.stop, stop)
             filled.append(slice(low - wanted.start, max(low, high) - wanted.start))
             taken.append(slice(low - start, max(low, high) - start))
+        if any(part.start == part.stop for part in filled):
+            continue
         letter, axis = source.outermost(sizes)
         unit = source.shape(shape)[0] // sizes[letter]  # rows of the tensor for one place on the parameter's axis
         above = source.rows[0] if source.rows else 0

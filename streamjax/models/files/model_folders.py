@@ -14,6 +14,7 @@ from streamjax.models.files.safetensors_files import is_weights
 CONFIG = "config.json"
 _LAYERS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
 _HEADS = frozenset(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads", "num_kv_heads"))
+_EXPERTS = frozenset(("num_local_experts", "num_experts", "n_routed_experts"))
 _OF_CHECKPOINTS = frozenset((CONFIG, "arrays", "about", "_CHECKPOINT_METADATA"))
 
 
@@ -29,7 +30,8 @@ def replaced_model(path: str | Path, values: Mapping[str, Any]) -> Iterator[Path
 
 
 def check_sizes(file: Path, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Refuse a config.json that asks for more layers or heads than the weights can have, before anything is built.
+    """Refuse a config.json that asks for more layers, heads or experts than the weights can have, before anything is
+    built.
 
     Args:
       file: the config.json.
@@ -40,6 +42,7 @@ def check_sizes(file: Path, values: Mapping[str, Any], tensors: Mapping[str, Any
     for section in (values, values.get("text_config"), values.get("model")):
         for name, value in section.items() if isinstance(section, dict) else ():
             limit = len(tensors) if name in _LAYERS else widest if name in _HEADS or name == "head_dim" else 2**53
+            limit = max(len(tensors), widest) if name in _EXPERTS else limit
             if isinstance(value, int) and value > limit:
                 there = f"there are {len(tensors)} tensors, the longest axis of which has {widest} places"
                 raise ValueError(f"{file}: field {name!r} is {value}, and {there}: they do not belong together")

@@ -81,17 +81,19 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
     split: dict[str, list[tuple[str, int]]] = {}
     tensors: list[PendingTensor] = []
     dtype = np.dtype(adapter_dtype(model))
-    for template, parts in modules(model).items():
-        used = [part for part in parts if part.target in ranks]
-        if not used:
-            continue
-        rank, alpha = ranks[used[0].target]
-        scale, rank, rows = alpha / rank, sum(ranks[part.target][0] for part in used), rows_of(parts)
+    for template, layers in modules(model).items():
         module = template.rpartition(".")[2]
-        about[module] = rank, scale * rank
-        if len(parts) > 1:
-            split[module] = [(part.target, ranks[part.target][0]) for part in used]
-        for layer in range(model.config.num_layers):
+        everywhere = len(layers) == model.config.num_layers
+        for layer, parts in layers.items():
+            used = [part for part in parts if part.target in ranks]
+            if not used:
+                continue
+            rank, alpha = ranks[used[0].target]
+            scale, rank, rows = alpha / rank, sum(ranks[part.target][0] for part in used), rows_of(parts)
+            # to PEFT a module's last name means all that are called so, such as those of a shared expert
+            about[module if everywhere else template.format(layer=layer)] = rank, scale * rank
+            if len(parts) > 1:
+                split[module] = [(part.target, ranks[part.target][0]) for part in used]
             name, factors = f"base_model.model.{template.format(layer=layer)}", _Factors(model, layer, used)
             b = partial(factors.b, rows, scale)
             tensors.append(PendingTensor(f"{name}.lora_A.weight", (rank, used[0].width), dtype, factors.a))
@@ -142,11 +144,12 @@ def _beside_projections(
     """The adapters on projections, by target and layer; those with magnitudes become changes of the weights."""
     split = _read_split(file)
     found: dict[str, dict[int, _Stored]] = {}
-    for template, parts in modules(model).items():
-        names = [template.format(layer=layer) for layer in range(model.config.num_layers)]
-        if not any((name, factor) in tensors for name in names for factor in "AB"):
+    for template, layers in modules(model).items():
+        names = {layer: template.format(layer=layer) for layer in layers}
+        if not any((name, factor) in tensors for name in names.values() for factor in "AB"):
             continue
-        for layer, name in enumerate(names):
+        for layer, name in names.items():
+            parts = layers[layer]
             if (name, "A") not in tensors and (name, "B") not in tensors:
                 if config.demands(name):
                     raise ValueError(f"{file}: lora_A of {name} is missing: {CONFIG} says that it has an adapter")

@@ -14,8 +14,10 @@ import re
 import numpy as np
 from einops import rearrange
 
+from streamjax.models.block import Block
+from streamjax.models.config import BlockConfig
 from streamjax.models.decoder import Decoder
-from streamjax.models.families import FAMILIES, Source
+from streamjax.models.families import FAMILIES, Source, Table
 from streamjax.models.lora.attaching import Shape, places
 
 
@@ -99,10 +101,21 @@ class _Letters:
     inputs: str
 
 
-def modules(model: Decoder) -> dict[str, list[Part]]:
-    """The modules that adapters can be on, by name with `{layer}` in it, and the targets that each holds, in order."""
-    table = FAMILIES[model.config.family].tensors(model.config.blocks[0])
-    block = (*model.stack, *model.layers)[0]
+def modules(model: Decoder) -> dict[str, dict[int, list[Part]]]:
+    """The modules that adapters can be on, by name with `{layer}` in it, the layers that have them, and the targets
+    that each holds there, in order."""
+    config, kinds = model.config, dict[BlockConfig, dict[str, list[Part]]]()
+    for layer, kind in enumerate(config.blocks):
+        if kind not in kinds:
+            kinds[kind] = _modules_of(model.layer_and_row(layer)[0], FAMILIES[config.family].tensors(kind))
+    found: dict[str, dict[int, list[Part]]] = {}
+    for layer, kind in enumerate(config.blocks):
+        for name, parts in kinds[kind].items():
+            found.setdefault(name, {})[layer] = parts
+    return found
+
+
+def _modules_of(block: Block, table: Table) -> dict[str, list[Part]]:
     found: dict[str, list[Part]] = {}
     for target, place in places(block.config).items():
         kernel = getattr(place.module_of(block), place.kernel)

@@ -22,7 +22,7 @@ from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
 from streamjax.models.config import BlockConfig, HSAConfig, NormConfig
 from streamjax.models.mixers.projections import Projections
-from streamjax.models.mlps.dense import MLP
+from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
 from streamjax.models.parameters import kernel
 from streamjax.models.rope import make_rotary
@@ -52,7 +52,7 @@ class EncoderLayer(nnx.Module):
         self.mixer_norm = Norm(d_model, config.norm, dtype)
         self.projections = Projections(config.mixer, d_model, key_mixer, dtype, gain)
         self.mlp_norm = Norm(d_model, config.norm, dtype)
-        self.mlp = MLP(config.mlp, d_model, key_mlp, dtype, gain)
+        self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
 
     def __call__(self, x: Float[Array, "N S E"]) -> Float[Array, "N S E"]:
         q, k, v = self.projections.split(self.mixer_norm(x))

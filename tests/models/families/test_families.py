@@ -59,6 +59,11 @@ CASES = {
     "llama-longrope": lambda: llama(rope_parameters=LONGROPE),
     "mistral-window": lambda: hf.MistralConfig(**BASE, sliding_window=7, head_dim=20),
     "mistral-full": lambda: hf.MistralConfig(**BASE, sliding_window=None),
+    "mixtral": lambda: hf.MixtralConfig(**BASE, num_local_experts=5, num_experts_per_tok=2),
+    "mixtral-window": lambda: hf.MixtralConfig(**BASE, num_local_experts=3, sliding_window=7, head_dim=20),
+    "mixtral-all-tied": lambda: hf.MixtralConfig(
+        **BASE, num_local_experts=4, num_experts_per_tok=4, tie_word_embeddings=True, hidden_act="gelu"
+    ),
     "qwen2": lambda: hf.Qwen2Config(**BASE, tie_word_embeddings=True),
     "qwen2-window": lambda: hf.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: hf.Qwen3Config(**BASE, head_dim=20, tie_word_embeddings=True),
@@ -160,6 +165,21 @@ def test_peer_shards(tmp_path):
     np.testing.assert_allclose(
         forward(load_hf(tmp_path), tokens), transformers_peers.logits_of(theirs, tokens), atol=TOLERANCE, rtol=0
     )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "mixtral" in case or "moe" in case])
+def test_packed_experts_are_read_too(case, tmp_path):
+    """transformers holds all experts' projections in one tensor, and some files on the hub do."""
+    theirs = transformers_peers.peer(CASES[case]())
+    transformers_peers.write(theirs, tmp_path / "apart")
+    transformers_peers.write(theirs, tmp_path / "packed", save_original_format=False)
+    names = [set(load_file(tmp_path / form / "model.safetensors")) for form in ("apart", "packed")]
+    assert any(".experts.1." in name for name in names[0])
+    assert any(".mlp.experts.gate_up_proj" in name for name in names[1])
+    assert not any(".experts.1." in name for name in names[1])
+    for scan_layers in (False, True):
+        apart, packed = (load_hf(tmp_path / form, scan_layers=scan_layers) for form in ("apart", "packed"))
+        jax.tree.map(np.testing.assert_array_equal, packed, apart)
 
 
 def test_gemma3_text_of_a_multimodal_checkpoint(tmp_path):

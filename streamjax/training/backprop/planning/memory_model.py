@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.config import BlockConfig, ExpertsConfig, MLPConfig, ModelConfig, UniformConfig, expanded
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
 from streamjax.training.backprop.sequence_chunks import key_block
 from streamjax.training.backprop.storage.kv_store import KeyStore
@@ -104,11 +104,13 @@ def working_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide
     """What the backward pass of one layer holds at its worst for `tokens` tokens, beyond its input, KV and weights.
 
     Four arrays as wide as the MLP (three where it is not gated); the heads' outputs twice, once in the accumulator's
-    dtype; two arrays as wide as the model; and what the norms of queries and keys save.
+    dtype; two arrays as wide as the model; and what the norms of queries and keys save. Experts: as many arrays of an
+    expert's width for each that a token has, two as wide as the model for its copies sorted by expert and their
+    outputs, and three of the router's scores.
     """
     mixer = block.mixer
     heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-    mlp = (4 if block.mlp.gated else 3) * block.mlp.mlp_dim * item
+    mlp = _mlp_working(block.mlp, d_model, item, wide)
     norms = 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
     return tokens * (mlp + heads * (item + wide) + 2 * keys * item + norms + 2 * d_model * item)
 
@@ -117,16 +119,35 @@ def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: 
     """What `jax.grad` saves of one layer for `tokens` tokens: the operands that its derivative reads.
 
     Of a norm three arrays in the accumulator's dtype; the operands of each product; of the activation's formula one
-    array an operation.
+    array an operation. Of experts the same for each that a token has, with two arrays as wide as the model, and three
+    of the router's scores.
     """
-    mixer, mlp = block.mixer, block.mlp
+    mixer = block.mixer
     heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     norms = 3 * wide * (d_model * block.norm_count)
     norms += 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
     attention = heads * (item + wide) + 2 * keys * item
     operands = item * (2 * d_model + heads)
+    return tokens * (norms + attention + operands + _mlp_saved(block.mlp, d_model, item, wide))
+
+
+def _mlp_working(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
+    """`working_bytes` of an MLP, for one token."""
+    if isinstance(mlp, ExpertsConfig):
+        each = (4 * mlp.mlp_dim + 2 * d_model) * item
+        shared = 0 if mlp.shared is None else _mlp_working(mlp.shared, d_model, item, wide)
+        return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
+    return (4 if mlp.gated else 3) * mlp.mlp_dim * item
+
+
+def _mlp_saved(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
+    """`saved_bytes` of an MLP, for one token."""
     steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
-    return tokens * (norms + attention + operands + item * mlp.mlp_dim * (steps + (2 if mlp.gated else 0)))
+    if isinstance(mlp, ExpertsConfig):
+        each = item * (mlp.mlp_dim * (steps + 2) + 2 * d_model)
+        shared = 0 if mlp.shared is None else _mlp_saved(mlp.shared, d_model, item, wide)
+        return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
+    return item * mlp.mlp_dim * (steps + (2 if mlp.gated else 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +196,10 @@ class _Terms:
 
     @property
     def layer_parameters(self) -> int:
+        """Parameters of the largest layer."""
         ends = self.end_parameters * (1 if self.config.tie_embeddings else 2)
-        return (self.config.parameter_count - ends) // self.config.num_layers
+        mean = (self.config.parameter_count - ends) // self.config.num_layers
+        return max(mean, *(block.parameter_count(self.config.d_model) for block in self.kinds))
 
     def states(self, tokens: int) -> int:
         return self.batch * tokens * self.config.d_model * self.item

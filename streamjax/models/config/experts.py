@@ -1,0 +1,44 @@
+"""A mixture of experts as an MLP, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from streamjax.field_checks import Size, check_fields
+from streamjax.models.config.dense import Activation, DenseConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Gated MLPs of width `mlp_dim`, of which a router chooses `experts_per_token` for each token (1701.06538).
+
+    normalize_weights: the weights of a token's experts sum to 1, which is a softmax over the chosen experts' scores
+      (Mixtral); without, they are their part of a softmax over all experts (Qwen1.5-MoE).
+    shared: an expert that every token passes through, besides the chosen ones.
+    shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
+    """
+
+    type_name: ClassVar[str] = "experts"
+
+    num_experts: Size
+    experts_per_token: Size
+    mlp_dim: Size
+    activation: Activation = "silu"
+    normalize_weights: bool = True
+    shared: DenseConfig | None = None
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"ExpertsConfig.experts_per_token is {self.experts_per_token}: there are {self.num_experts} experts"
+            )
+        if self.shared_gate and self.shared is None:
+            raise ValueError("ExpertsConfig.shared_gate needs a shared expert")
+
+    def parameter_count(self, d_model: int) -> int:
+        """Number of parameters in a model of `d_model` channels."""
+        shared = 0 if self.shared is None else self.shared.parameter_count(d_model) + self.shared_gate * d_model
+        return d_model * self.num_experts + 3 * d_model * self.mlp_dim * self.num_experts + shared

@@ -1,0 +1,58 @@
+"""Mixtures of experts in a `config.json`, and models whose layers differ in their MLPs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from streamjax.models.config import DenseConfig, ExpertsConfig, MLPConfig, ModelConfig, UniformConfig
+from streamjax.models.families.config_fields import Fields
+
+
+def read_experts(
+    fields: Fields, *, count: str, each: int, width: str, normalize: bool, activation: str
+) -> ExpertsConfig:
+    """Experts of equal width.
+
+    Args:
+      fields: the config.
+      count: the field that holds how many experts there are.
+      each: experts of a token where the config is silent.
+      width: the field that holds an expert's width.
+      normalize: whether a token's weights sum to 1.
+      activation: of an expert.
+    """
+    return ExpertsConfig(
+        num_experts=fields.integer(count),
+        experts_per_token=fields.integer("num_experts_per_tok", each),
+        mlp_dim=fields.integer(width),
+        activation=activation,  # type: ignore[arg-type]
+        normalize_weights=normalize,
+    )
+
+
+def with_mlps(config: UniformConfig, mlps: Sequence[MLPConfig]) -> ModelConfig:
+    """A model with an MLP of its own in each layer."""
+    model = config.expand()
+    pairs = zip(model.blocks, mlps, strict=True)
+    return model.replace(blocks=tuple(dataclasses.replace(block, mlp=mlp) for block, mlp in pairs))
+
+
+def without_experts(config: ModelConfig) -> tuple[UniformConfig, ExpertsConfig, list[bool]]:
+    """The model with dense MLPs in all layers, in its flat form; its experts; and which layers have them.
+
+    The width of the MLPs is that of its dense layers; where it has none, of an expert.
+
+    Raises:
+      ValueError: it has no experts, or experts of two kinds, or layers that differ in more than experts and windows.
+    """
+    kinds = list(dict.fromkeys(block.mlp for block in config.blocks if isinstance(block.mlp, ExpertsConfig)))
+    if len(kinds) != 1:
+        raise ValueError("a mixture of experts that is the same in all layers which have one is needed")
+    sparse = [isinstance(block.mlp, ExpertsConfig) for block in config.blocks]
+    width = next((block.mlp.mlp_dim for block in config.blocks if isinstance(block.mlp, DenseConfig)), kinds[0].mlp_dim)
+    mlp = DenseConfig(width, activation=kinds[0].activation)
+    blocks = tuple(
+        dataclasses.replace(block, mlp=mlp) if one else block for block, one in zip(config.blocks, sparse, strict=True)
+    )
+    return UniformConfig.of(config.replace(blocks=blocks)), kinds[0], sparse

@@ -1,0 +1,63 @@
+"""A mixture of experts: a router, and gated MLPs that each see the tokens which it sends them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.partial import accumulator
+from streamjax.models.config import ExpertsConfig
+from streamjax.models.mlps.dense import ACTIVATIONS, MLP
+from streamjax.models.mlps.grouped_product import grouped_product
+from streamjax.models.parameters import kernel
+
+
+class Experts(nnx.Module):
+    """Gated MLPs, some of which are chosen for each token; no token is ever dropped.
+
+    Tokens are sorted by expert, so that each projection of all experts is one grouped product. `gain` scales the
+    initial weights of what goes back to the residual stream.
+    """
+
+    def __init__(self, config: ExpertsConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
+        d, width, experts = d_model, config.mlp_dim, config.num_experts
+        key_router, key_in, key_out, key_shared, key_gate = jax.random.split(key, 5)
+        self.config = config
+        self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype)
+        self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype)
+        self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain)
+        self.shared = None if config.shared is None else MLP(config.shared, d, key_shared, dtype, gain)
+        self.shared_gate = kernel(key_gate, (d, 1), ("embed", "gates"), d, dtype) if config.shared_gate else None
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        y = self.chosen(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        if self.shared_gate is not None:
+            shared = shared * jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
+        return y + shared
+
+    def route(self, tokens: Float[Array, "N E"]) -> tuple[Int32[Array, "N A"], Float[Array, "N A"]]:
+        """Each token's experts (A of them), the best first, and their weights; scores are float32."""
+        dtype = accumulator(tokens.dtype)
+        scores = jax.nn.softmax(tokens.astype(dtype) @ self.router[...].astype(dtype), axis=-1)
+        weights, experts = jax.lax.top_k(scores, self.config.experts_per_token)
+        if self.config.normalize_weights:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return experts, weights
+
+    def chosen(self, tokens: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        """What the chosen experts make of the tokens."""
+        experts, weights = self.route(tokens)
+        each, count = weights.shape[1], self.config.num_experts
+        order = jnp.argsort(experts.reshape(-1))
+        sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)
+        hidden = grouped_product(tokens[order // each], self.up[...].reshape(count, tokens.shape[1], -1), sizes)
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        out = grouped_product(ACTIVATIONS[self.config.activation](gate) * up, self.down[...], sizes)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+        out = out[place].reshape(*weights.shape, -1)
+        return jnp.einsum("nae,na->ne", out, weights, preferred_element_type=weights.dtype).astype(tokens.dtype)

@@ -1,0 +1,135 @@
+"""A product of rows with one matrix a group: the work of a mixture of experts, once tokens are sorted by expert.
+
+On TPU and GPU it is `jax.lax.ragged_dot`. XLA's CPU backend makes of that one product with all groups' matrices, of
+rows that are zero outside of their own group, and a transposed copy of all matrices. So CPUs walk over tiles instead: a
+tile is some rows of one group. Only the matrices of groups that have rows are read, each once for a few rows, as when a
+single token is decoded. With 32 matrices of 512 x 512 on 2 cores, `ragged_dot` takes 24 ms for 8 rows and 290 ms for
+1,024, the tiles 0.6 ms and 17 ms. Matrices gathered for each row are as fast at 8 rows and 13 times slower at 64.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.partial import accumulator
+
+_LEAST, _MOST = 8, 64  # rows of a tile: fewer cost more steps, more are read for nothing where groups are small
+_ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # w transposed
+_GROUPS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+
+
+@jax.custom_vjp
+def grouped_product(
+    rows: Float[Array, "N D"], weights: Float[Array, "X D F"], sizes: Int32[Array, " X"]
+) -> Float[Array, "N F"]:
+    """`rows[i] @ weights[group of i]`, where the first `sizes[0]` rows are group 0, the next `sizes[1]` group 1, ...
+
+    Args:
+      rows: sorted by group.
+      weights: a matrix a group; cast to the dtype of the rows.
+      sizes: rows of each group, which sum to N.
+    """
+    return _product(rows, weights, sizes, False)
+
+
+def _forward(rows: Array, weights: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _product(rows, weights, sizes, False), (rows, weights, sizes)
+
+
+def _backward(saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
+    rows, weights, sizes = saved
+    outer = jax.lax.platform_dependent(rows, cotangent, sizes, cpu=_tiled_outer, default=_ragged_outer)
+    return _product(cotangent, weights, sizes, True), outer.astype(weights.dtype), None
+
+
+grouped_product.defvjp(_forward, _backward)
+
+
+def _product(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
+    """The product with each matrix, or with its transpose."""
+    tiled, ragged = (partial(f, transposed=transposed) for f in (_tiled, _ragged))
+    return jax.lax.platform_dependent(rows, weights, sizes, cpu=tiled, default=ragged)
+
+
+def _ragged(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
+    weights, dtype = weights.astype(rows.dtype), accumulator(rows.dtype)
+    if transposed:
+        y = jax.lax.ragged_dot_general(rows, weights, sizes, _ROWS, preferred_element_type=dtype)
+    else:
+        y = jax.lax.ragged_dot(rows, weights, sizes, preferred_element_type=dtype)
+    return y.astype(rows.dtype)
+
+
+def _ragged_outer(rows: Array, cotangent: Array, sizes: Array) -> Array:
+    dtype = accumulator(rows.dtype)
+    return jax.lax.ragged_dot_general(rows, cotangent, sizes, _GROUPS, preferred_element_type=dtype)
+
+
+class _Tiles:
+    """Rows in blocks of a fixed size, each of which is one tile for every group that has rows in it."""
+
+    def __init__(self, count: int, sizes: Int32[Array, " X"]):
+        usual = max(1, count // len(sizes))
+        self.block = min(max(_LEAST, 1 << (usual - 1).bit_length()), _MOST, max(1, count))
+        self.padding = max(1, -(-count // self.block)) * self.block - count
+        self.ends = jnp.cumsum(sizes)
+        self.starts = self.ends - sizes
+        self.first = self.starts // self.block  # block of a group's first row
+        blocks = jnp.where(sizes > 0, (self.ends - 1) // self.block - self.first + 1, 0)
+        self.before = jnp.cumsum(blocks)
+        self.offset = self.before - blocks
+
+    @property
+    def count(self) -> Array:
+        return self.before[-1]
+
+    def pad(self, rows: Array) -> Array:
+        return jnp.pad(rows, ((0, self.padding), (0, 0)))
+
+    def of(self, tile: Array) -> tuple[Array, Array, Array]:
+        """The group of a tile, its first row, and which rows of its block [block, 1] are the group's."""
+        group = jnp.searchsorted(self.before, tile, side="right")
+        start = (self.first[group] + tile - self.offset[group]) * self.block
+        places = start + jnp.arange(self.block, dtype=start.dtype)
+        return group, start, ((places >= self.starts[group]) & (places < self.ends[group]))[:, None]
+
+    def rows(self, padded: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(padded, start, self.block)
+
+
+def _tiled(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
+    tiles = _Tiles(len(rows), sizes)
+    padded = tiles.pad(rows)
+    width, axis = weights.shape[1 if transposed else 2], 1 if transposed else 0
+
+    def add(tile: Array, out: Array) -> Array:
+        group, start, own = tiles.of(tile)
+        matrix = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False).astype(rows.dtype)
+        block = jnp.where(own, tiles.rows(padded, start), 0)
+        dims = (((1,), (axis,)), ((), ()))
+        y = jax.lax.dot_general(block, matrix, dims, preferred_element_type=accumulator(rows.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(out, tiles.rows(out, start) + y.astype(out.dtype), start, 0)
+
+    out = jnp.zeros((len(padded), width), rows.dtype)
+    return jax.lax.fori_loop(0, tiles.count, add, out)[: len(rows)]
+
+
+def _tiled_outer(rows: Array, cotangent: Array, sizes: Array) -> Array:
+    tiles = _Tiles(len(rows), sizes)
+    rows, cotangent = tiles.pad(rows), tiles.pad(cotangent)
+    dtype = accumulator(rows.dtype)
+
+    def add(tile: Array, out: Array) -> Array:
+        group, start, own = tiles.of(tile)
+        block = jnp.where(own, tiles.rows(rows, start), 0)
+        dims = (((0,), (0,)), ((), ()))
+        y = jax.lax.dot_general(block, tiles.rows(cotangent, start), dims, preferred_element_type=dtype)
+        old = jax.lax.dynamic_index_in_dim(out, group, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(out, old + y, group, 0)
+
+    out = jnp.zeros((len(sizes), rows.shape[1], cotangent.shape[1]), dtype)
+    return jax.lax.fori_loop(0, tiles.count, add, out)

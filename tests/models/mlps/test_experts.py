@@ -1,0 +1,70 @@
+"""Mixtures of experts: each token's experts one by one, the grouped product and its gradient, and what is read."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamjax.models.config import DenseConfig, ExpertsConfig
+from streamjax.models.mlps import grouped_product
+from streamjax.models.mlps.experts import Experts
+from tests.oracles import streaming_llm
+
+SHARED = ExpertsConfig(5, 2, 6, normalize_weights=False, shared=DenseConfig(10), shared_gate=True)
+CONFIGS = {
+    "two": ExpertsConfig(4, 2, 6),
+    "one": ExpertsConfig(3, 1, 6, normalize_weights=False),
+    "all": ExpertsConfig(3, 3, 6, activation="gelu"),
+    "shared": SHARED,
+    "shared without a gate": dataclasses.replace(SHARED, shared_gate=False),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_token_by_itself(name):
+    with jax.enable_x64(True):
+        module = Experts(CONFIGS[name], 8, jax.random.key(0), jnp.dtype("float64"))
+        x = np.random.default_rng(0).normal(size=(2, 7, 8))
+        expected = [[streaming_llm.experts(module, CONFIGS[name], token) for token in row] for row in x]
+        np.testing.assert_allclose(jax.jit(type(module).__call__)(module, jnp.asarray(x)), expected, atol=1e-12, rtol=0)
+
+
+def one_by_one(rows, weights, sizes):
+    return jnp.einsum("nd,ndf->nf", rows, jnp.repeat(weights, sizes, axis=0))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=7), st.integers(0, 2**32 - 1))
+def test_the_grouped_product_and_its_gradient(sizes, seed):
+    """Groups of all sizes, empty ones too, by CPU's tiles and by what other devices compute."""
+    draw, count = np.random.default_rng(seed), sum(sizes)
+    with jax.enable_x64(True):
+        rows, weights = (jnp.asarray(draw.normal(size=s)) for s in ((count, 3), (len(sizes), 3, 4)))
+        cotangent, numbers = jnp.asarray(draw.normal(size=(count, 4))), jnp.asarray(sizes, jnp.int32)
+        expected, pull = jax.vjp(lambda r, w: one_by_one(r, w, np.asarray(sizes)), rows, weights)
+        product = grouped_product.grouped_product
+        found, pull_found = jax.vjp(lambda r, w: product(r, w, numbers), rows, weights)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        for mine, theirs in zip(pull_found(cotangent), pull(cotangent), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-12)
+        if count:
+            np.testing.assert_allclose(grouped_product._ragged(rows, weights, numbers, False), expected, atol=1e-12)
+            elsewhere = grouped_product._ragged(cotangent, weights, numbers, True)
+            np.testing.assert_allclose(elsewhere, pull(cotangent)[0], atol=1e-12)
+            elsewhere = grouped_product._ragged_outer(rows, cotangent, numbers)
+            np.testing.assert_allclose(elsewhere, pull(cotangent)[1], atol=1e-12)
+
+
+def test_one_token_reads_its_own_experts_alone():
+    """No array in the compiled program is as large as all experts, but for the weights that it is given."""
+    config = ExpertsConfig(64, 2, 32)
+    module = Experts(config, 32, jax.random.key(0), jnp.dtype("float32"))
+    compiled = jax.jit(type(module).__call__).lower(module, jnp.ones((1, 1, 32))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 64 * 32 * 32 / 4
+    body = re.findall(r"= f32\[64,[\d,]+\][^ ]* (\w+[\w-]*)\(", compiled.as_text())
+    assert set(body) <= {"parameter", "get-tuple-element", "bitcast", "copy-start"}
