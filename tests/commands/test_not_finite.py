@@ -32,7 +32,7 @@ def test_a_nan_in_the_weights_is_told_in_one_line(command, damaged_folder, text_
             recall,
             ["--lengths=200", "--depths=1", "--samples=1", *files],
         ),
-        "demo": (demo, ["--tokens=600", f"--out={out}"]),
+        "demo": (demo, ["--tokens=600", "--pretrained=", f"--out={out}"]),
     }[name]
     done = command(module, *arguments, stdin="hello\n", model=damaged_folder)
     assert done.status == 1

@@ -1,4 +1,4 @@
-"""`python -m infer.perplexity` and `python -m infer.demo`: tables, numbers and pictures that agree."""
+"""`python -m infer.perplexity`: tables, numbers and pictures that agree."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.commands import comparison, demo, perplexity
+from streamjax.commands import comparison, perplexity
 from streamjax.data import ByteTokenizer
 from streamjax.evaluation import SlotMemory, Trial, run_trial
 from tests.commands.command_helpers import read_json
@@ -58,40 +58,23 @@ def test_the_table_cuts_where_it_is_told():
         trial("sinks + window", (10, 4), (30, 2), (60, 8), slots=12),
     ]
     lines = comparison.table(trials, [10, 40], bytes_per_token=2.0).splitlines()
-    assert re.split(r"  +", lines[0]) == ["cache", "first 10", "10 to 40", "40 to the end", "holds", "tokens/s"]
-    assert re.split(r"  +", lines[2]) == ["dense", "4 (1.00)", "16 (2.00)", "-", "40 kB", "10", "full at 40 tokens"]
-    assert re.split(r"  +", lines[3]) == ["sinks + window", "4 (1.00)", "2 (0.50)", "8 (1.50)", "12 kB", "10"]
-
-
-@pytest.mark.parametrize("collapses", [True, False])
-def test_the_demonstration_says_what_the_numbers_say(collapses):
-    after = 60.0 if collapses else 4.1
-    dense = trial("dense", (512, 4), (3584, 50 if collapses else 3.5), slots=4096, ended="full at 4,096 tokens")
-    window = trial("window", (512, 4), (101_888, after))
-    sinks = trial("sinks + window", (512, 4), (101_888, 4))
-    lines = demo.verdict(dense, window, sinks, 512)
-    assert len(lines) == 4
-    assert ("the model has lost its way" in lines[0]) == collapses
-    assert "full at 4,096 tokens" in lines[1]
-    assert "4.1 MB, 8 times" in lines[1]
-    assert "102 MB" in lines[1]
-    assert f"perplexity 4 while the first tokens are there, {after:.4g} once they have left" in lines[2]
-    assert ("it has collapsed" in lines[2]) == collapses
-    assert ("does not collapse" in lines[2]) == (not collapses)
-    assert "200 times the training length in 512 kB" in lines[3]
-    short = demo.verdict(dense, window, trial("sinks", (20_000, 4)), 512)
-    assert "less than the 100 times" in short[-1]
-
-
-def test_the_demonstration_runs(command, monkeypatch, tmp_path):
-    text = "def f(x):\n    return x + 1\n\n\n" * 300
-    monkeypatch.setattr(demo, "corpus_text", lambda split: text if split == "test" else "")
-    outcome = command(demo, SMALL, f"--out={tmp_path}")
-    assert outcome.status == 0
-    assert "trained on 32 tokens at once, reads 6,400 that it has not seen: 200 times as many" in outcome.out
-    found = read_json(tmp_path / "demo.json")
-    assert [run["tokens"] for run in found["runs"]] == [255, 6400, 6400]
-    assert found["runs"][1]["cache_bytes_in_use"] == pytest.approx(found["runs"][2]["cache_bytes_in_use"], rel=0.15)
-    assert (tmp_path / "demo.png").stat().st_size > 20_000
-    assert "after 6,401 tokens" in outcome.out
-    assert len(outcome.out.rpartition("goes on:\n")[2]) > 50
+    assert re.split(r"  +", lines[0]) == [
+        "cache",
+        "first 10",
+        "10 to 40",
+        "40 to the end",
+        "holds",
+        "process",
+        "tokens/s",
+    ]
+    assert re.split(r"  +", lines[2]) == [
+        "dense",
+        "4 (1.00)",
+        "16 (2.00)",
+        "-",
+        "40 kB",
+        "1 B",
+        "10",
+        "full at 40 tokens",
+    ]
+    assert re.split(r"  +", lines[3]) == ["sinks + window", "4 (1.00)", "2 (0.50)", "8 (1.50)", "12 kB", "1 B", "10"]

@@ -18,5 +18,10 @@ def escape_controls(text: str) -> str:
     return _CONTROL.sub(lambda found: _escape(ord(found[0])), text)
 
 
+def quoted(text: str) -> str:
+    """A text as a quotation: each line behind a bar, control characters written as escapes."""
+    return "\n".join("    | " + escape_controls(line) for line in text.splitlines())
+
+
 def _escape(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
