@@ -1,4 +1,4 @@
-"""What every benchmark here shares: interleaved timing in one process, a table on the terminal, JSON beside it."""
+"""What every benchmark here shares: turns in one process or in several, a table on the terminal, JSON beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,20 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def in_own_process(module: str, *arguments: Any) -> dict[str, Any]:
+    """Run a module in a process of its own to its end; the JSON of its last line.
+
+    Raises:
+      RuntimeError: it failed; its last words.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:

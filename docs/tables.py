@@ -22,7 +22,7 @@ OTHER_FOLDERS = {
     "configs/": "one Python file a training run; its docstring states the command, the result and the time",
     "train/": "`python -m train`: entries to `streamjax/commands`",
     "infer/": "`python -m infer.stream` and the like: entries to `streamjax/commands`",
-    "models/": "small models trained by this library, each with a card: the demonstrations need no download",
+    "models/": "small models trained by this library, each with a card; the first part of the demonstration reads one",
     "benchmarks/": "figures and the scripts that print them; `benchmarks/results/` keeps what they printed",
     "colab/": "notebooks for TPU, GPU or CPU",
     "docs/": "pages of documentation, and the script that writes README's tables",

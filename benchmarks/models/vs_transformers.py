@@ -1,117 +1,152 @@
-"""Decode and prefill, tokens a second, against `transformers` on torch CPU with the same weights.
+"""Prefill and decode of SmolLM2-135M against `transformers` on torch CPU, each side in a process of its own.
 
-    python -m benchmarks.models.decode_vs_transformers    # about 10M and 100M parameters; some 4 minutes on 2 cores
+    python -m benchmarks.models.vs_transformers                    # drawn weights; some 6 minutes on 2 quiet cores
+    python -m benchmarks.models.vs_transformers --model FOLDER     # any Llama in Hugging Face's layout
 
-Both sides run float32 greedy decoding of one stream with 1,024 cached tokens (`transformers`: its dynamic cache and
-sdpa attention; streamjax: `sj.generate` over a streaming_llm cache of 4 + 1,020) and prefill of 1,024 tokens. Turns
-alternate in one process; the ratio is the median over turns.
+Two runtimes in one process disturb each other: their pools of threads wait for work on the same cores. Here a process
+loads the model, measures one runtime and ends; then the next one starts. Both run float32, one stream, all cores:
+prefill of 1,024 tokens, and greedy decoding over 1,024 cached tokens (`transformers`: its dynamic cache and sdpa
+attention; streamjax: `sj.read` and `sj.generate` over a streaming_llm cache of 4 + 1,020). Time does not depend on the
+weights.
+
+A process warms up and takes the median of its turns; the table has the medians over processes. The ratio is that of
+wall seconds, the median over pairs of processes that followed each other. `load` is the system's load average when a
+process began to measure, the highest of its side: much more than what the process before has left means that the
+machine was not quiet, and that the figures are worth little. CPU seconds are of all threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import json
+import os
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
 
-import jax
 import numpy as np
-import torch
-import transformers
 
-import streamjax as sj
-from benchmarks.reporting import interleaved, median_ratio, report
-from streamjax.models.files.hugging_face import load_hf
+from benchmarks.models.drawn import SMOLLM2, write_drawn
+from benchmarks.reporting import in_own_process, median_ratio, report
 
-SIZES = {
-    "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-}
-CACHED, NEW = 1024, 16
+MODULE = "benchmarks.models.vs_transformers"
+SIDES = ("transformers", "streamjax")
+CACHED, NEW = 1024, 32
+Phases = dict[str, Callable[[], Any]]
 
 
-def pair(size: str) -> tuple[transformers.PreTrainedModel, sj.Decoder, int]:
-    """The same random Llama in both libraries, and its parameter count."""
-    vocab = 8192 if size == "10M" else 32000
-    config = transformers.LlamaConfig(
-        vocab_size=vocab, max_position_embeddings=4096, tie_word_embeddings=True, attn_implementation="sdpa",
-        **SIZES[size],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    peer = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        peer.save_pretrained(folder)
-        model = load_hf(folder)
-    return peer, model, sum(p.numel() for p in peer.parameters())
+def prompt(vocab_size: int) -> np.ndarray:
+    """[1, CACHED] token ids."""
+    return np.random.default_rng(0).integers(0, vocab_size, (1, CACHED)).astype(np.int32)
 
 
-class Torch:
-    """`transformers`, decoding greedily from a filled cache."""
+def torch_phases(folder: str) -> Phases:
+    """`transformers`: a prefill, and decoding from the cache that it filled."""
+    import torch
+    import transformers
 
-    def __init__(self, model: transformers.PreTrainedModel, prompt: np.ndarray):
-        self.model, self.prompt = model, torch.tensor(prompt)
-        self.prefill()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    tokens = torch.tensor(prompt(model.config.vocab_size), dtype=torch.long)
+    filled: dict[str, Any] = {}
 
     @torch.inference_mode()
-    def prefill(self) -> None:
-        output = self.model(self.prompt, use_cache=True, logits_to_keep=1)
-        self.cache, self.token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    def prefill() -> None:
+        output = model(tokens, use_cache=True, logits_to_keep=1)
+        filled.update(cache=output.past_key_values, token=output.logits[:, -1:].argmax(-1))
+        filled["token"].item()
 
     @torch.inference_mode()
-    def decode(self) -> None:
+    def decode() -> None:
+        token = filled["token"]
         for _ in range(NEW):
-            output = self.model(self.token, past_key_values=self.cache, use_cache=True)
-            self.token = output.logits[:, -1:].argmax(-1)
-            self.token.item()
-        self.cache.crop(-NEW)  # so that every turn reads the same number of cached tokens
+            output = model(token, past_key_values=filled["cache"], use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+            token.item()
+        filled["cache"].crop(-NEW)  # so that every turn reads the same number of cached tokens
+
+    return {"prefill": prefill, "decode": decode}
 
 
-class Ours:
-    """streamjax, decoding greedily from a full endless cache."""
+def our_phases(folder: str) -> Phases:
+    """streamjax: the same from a full endless cache."""
+    import jax
 
-    def __init__(self, model: sj.Decoder, prompt: np.ndarray):
-        self.model, self.prompt = model, prompt
-        self.cache = sj.kv.preset("streaming_llm", sinks=4, window=CACHED - 4)
-        self.prefill()
+    import streamjax as sj
 
-    def prefill(self) -> None:
-        state = sj.init_state(self.model, self.cache)
-        self.state = jax.block_until_ready(sj.read(self.model, state, self.prompt, chunk_size=CACHED))
+    model = sj.load(folder, dtype="float32")
+    tokens, nothing = prompt(model.config.vocab_size), np.zeros((1, 0), np.int32)
+    cache, greedy = sj.kv.preset("streaming_llm", sinks=4, window=CACHED - 4), sj.Sampler(temperature=0)
+    filled: dict[str, Any] = {}
 
-    def decode(self) -> None:
-        empty = np.zeros((1, 0), np.int32)
-        self.state, tokens = sj.generate(
-            self.model, self.state, empty, max_new_tokens=NEW, sampler=sj.Sampler(temperature=0)
-        )
-        jax.block_until_ready(tokens)
+    def prefill() -> None:
+        state = sj.init_state(model, cache)
+        filled["state"] = jax.block_until_ready(sj.read(model, state, tokens, chunk_size=CACHED))
+
+    def decode() -> None:
+        filled["state"], out = sj.generate(model, filled["state"], nothing, max_new_tokens=NEW, sampler=greedy)
+        jax.block_until_ready(out)
+
+    return {"prefill": prefill, "decode": decode}
+
+
+def measure(side: str, folder: str, turns: int) -> dict[str, list[float]]:
+    """Seconds and CPU seconds of each phase, medians over turns behind one that warms up; the load average before."""
+    phases = (torch_phases if side == "transformers" else our_phases)(folder)
+    for run in phases.values():
+        run()
+    found: dict[str, Any] = {"load": os.getloadavg()[0]}
+    for phase, run in phases.items():
+        wall, cpu = [], []
+        for _ in range(turns):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            run()
+            wall.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - start_cpu)
+        found[phase] = [statistics.median(wall), statistics.median(cpu)]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=9, help="turns; the median counts")
+    parser.add_argument("--model", help="folder in Hugging Face's layout; drawn weights by default")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each side; the median counts")
+    parser.add_argument("--turns", type=int, default=5, help="turns of a process, behind one that warms up")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(*arguments.child, arguments.turns)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.model or write_drawn(SMOLLM2, temporary)
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for turn in range(arguments.rounds):
+            for side in SIDES:
+                found[side].append(in_own_process(MODULE, "--turns", arguments.turns, "--child", side, folder))
+                print(f"round {turn + 1} of {arguments.rounds}, {side}: {found[side][-1]}", flush=True)
     rows = []
-    for size in arguments.sizes:
-        peer, model, parameters = pair(size)
-        prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, CACHED)).astype(np.int32)
-        torch_side, our_side = Torch(peer, prompt), Ours(model, prompt)
-        for phase, tokens in (("decode", NEW), ("prefill", CACHED)):
-            seconds = interleaved(
-                {"torch": getattr(torch_side, phase), "streamjax": getattr(our_side, phase)}, arguments.repeats
-            )
+    for phase, tokens in (("prefill", CACHED), ("decode", NEW)):
+        wall = {side: [one[phase][0] for one in found[side]] for side in SIDES}
+        for side in SIDES:
+            seconds = statistics.median(wall[side])
             rows.append(
                 {
-                    "parameters": f"{parameters / 1e6:.1f}M",
                     "phase": phase,
-                    "transformers tok/s": tokens / statistics.median(seconds["torch"]),
-                    "streamjax tok/s": tokens / statistics.median(seconds["streamjax"]),
-                    "ratio": median_ratio(seconds["torch"], seconds["streamjax"]),
+                    "side": side,
+                    "seconds": seconds,
+                    "CPU seconds": statistics.median(one[phase][1] for one in found[side]),
+                    "tokens/s": tokens / seconds,
+                    "ms a token": 1000 * seconds / tokens,
+                    "transformers' time / this": median_ratio(wall[SIDES[0]], wall[side]),
+                    "load": max(one["load"] for one in found[side]),
                 }
             )
-    report(
-        "models/decode_vs_transformers", rows, torch=torch.__version__, transformers=transformers.__version__,
-        torch_threads=torch.get_num_threads(),
-    )  # fmt: skip
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    report("models/vs_transformers", rows, rounds=arguments.rounds, turns=arguments.turns, **versions)
 
 
 if __name__ == "__main__":

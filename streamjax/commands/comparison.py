@@ -162,7 +162,7 @@ class Collapse:
         if end - start < _RECENT // 2 or end > len(self._stable):
             return ""
         times = np.exp(self._nats[start:].mean() - self._stable[start:end].mean())
-        return f"given up, {times:.2g} times the perplexity," if times > self._times else ""
+        return f"{times:.2g} times the perplexity" if times > self._times else ""
 
 
 def verdict(trials: Sequence[Trial], trained: int, window: int, promised: float = 0) -> list[str]:

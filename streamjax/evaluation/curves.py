@@ -80,3 +80,19 @@ def log_bins(
     borders = np.array([*edges, len(values)])
     sums = np.add.reduceat(np.asarray(values, np.float64), borders[:-1])
     return np.sqrt((borders[:-1] + 1.0) * borders[1:]), sums / np.diff(borders)
+
+
+def even_bins(values: Float[np.ndarray, " N"], width: int) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+    """Mean of numbers, one a position, in bins of `width`; a rest of less than half of it joins the last bin.
+
+    Returns:
+      The bins' middles (counted from 1) and their means.
+    """
+    if not len(values):
+        return np.zeros(0), np.zeros(0)
+    edges = np.arange(0, len(values), width)
+    if len(edges) > 1 and len(values) - edges[-1] < width / 2:
+        edges = edges[:-1]
+    borders = np.append(edges, len(values))
+    sums = np.add.reduceat(np.asarray(values, np.float64), borders[:-1])
+    return (borders[:-1] + 1 + borders[1:]) / 2, sums / np.diff(borders)

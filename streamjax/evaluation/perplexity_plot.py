@@ -1,4 +1,4 @@
-"""The picture of a comparison: perplexity and cache memory against position, both axes logarithmic."""
+"""The picture of a comparison: perplexity and cache memory against position."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from streamjax.evaluation.cache_trial import Trial
-from streamjax.evaluation.curves import log_bins
+from streamjax.evaluation.curves import even_bins, log_bins
 from streamjax.evaluation.memory import human_bytes
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _GREY = "#606060"
 _DASHES = ("-", "-", (0, (4, 2)))
-_FIRST = 32  # the axis begins here
+_FIRST = 32  # a logarithmic axis begins here
+_BINS = 32  # of an even axis
 
 
 def plot_trials(
-    trials: Sequence[Trial], path: str | Path | None, *, title: str = "", trained_length: int | None = None
+    trials: Sequence[Trial],
+    path: str | Path | None,
+    *,
+    title: str = "",
+    trained_length: int | None = None,
+    even: bool = False,
 ) -> Figure:
     """Draw runs of one text side by side.
 
@@ -31,6 +37,7 @@ def plot_trials(
       path: where the picture is written; its folder is made. None writes nothing.
       title: above the picture.
       trained_length: tokens that the model saw at once in training; marked.
+      even: positions on an even axis, for a text of a few training lengths; on a logarithmic one otherwise.
 
     Returns:
       The figure.
@@ -40,11 +47,11 @@ def plot_trials(
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     end = max((len(trial.nats) for trial in trials), default=1)
     for axis in (upper, lower):
-        axis.set(xscale="log", yscale="log")
+        axis.set(xscale="linear" if even else "log", yscale="log")
     for index, trial in enumerate(trials):
         # Dashes over thicker lines: where runs agree, one does not hide the other.
         style = {"color": _COLOURS[index % len(_COLOURS)], "lw": max(2.6 - 0.4 * index, 1.4), "ls": _DASHES[index % 3]}
-        position, nats = log_bins(trial.nats)
+        position, nats = even_bins(trial.nats, max(end // _BINS, 1)) if even else log_bins(trial.nats)
         with np.errstate(over="ignore"):
             perplexity = np.exp(nats)
         upper.plot(position, perplexity, label=trial.name, **style)
@@ -55,23 +62,33 @@ def plot_trials(
             mark = {"marker": "X", "color": style["color"], "ms": 11, "mec": "white", "ls": ""}
             upper.plot(position[-1], perplexity[-1], **mark)
             lower.plot(reached[-1], in_use[-1], **mark)
-            lower.annotate(
-                trial.ended, (reached[-1], in_use[-1]), (9, -3), textcoords="offset points", color=style["color"]
-            )
+            room = reached[-1] < (0.6 if even else 0.25) * end  # behind the mark
+            text = {
+                "xytext": (9 if room else -9, -13),
+                "textcoords": "offset points",
+                "ha": "left" if room else "right",
+            }
+            lower.annotate(trial.ended, (reached[-1], in_use[-1]), color=style["color"], **text)
     upper.set_ylabel("perplexity a token")
     lower.set_ylabel("keys and values held")
     lower.set_xlabel("position in the stream (tokens)")
     for axis in (upper, lower):
-        axis.set_xlim(_FIRST, end * 1.15)
+        axis.set_xlim(0 if even else _FIRST, end * (1.03 if even else 1.15))
         axis.grid(which="major", color="#e0e0e0", lw=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     if trained_length is not None and trained_length < end:
         for axis in (upper, lower):
             axis.axvline(trained_length, color=_GREY, lw=1, ls=":")
-        text = f"trained on {trained_length:,} "
         place = (trained_length, 0.01)
-        lower.annotate(text, place, xycoords=("data", "axes fraction"), ha="right", va="bottom", color=_GREY)
+        lower.annotate(
+            f"trained on {trained_length:,} ",
+            place,
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="bottom",
+            color=_GREY,
+        )
     lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     lower.yaxis.set_minor_formatter(NullFormatter())

@@ -162,5 +162,5 @@ def test_a_run_is_given_up_once_its_perplexity_has_gone():
     reasons = [collapse(np.full(512, math.log(level[i >= 4]), np.float32)) for i in range(8)]
     assert reasons == [""] * 8
     reasons = [collapse(np.full(512, math.log(40.0), np.float32)) for _ in range(2)]
-    assert reasons == ["given up, 3.1 times the perplexity,", "given up, 8 times the perplexity,"]
+    assert reasons == ["3.1 times the perplexity", "8 times the perplexity"]
     assert collapse(np.full(8000, 9.0, np.float32)) == ""  # further than the other run

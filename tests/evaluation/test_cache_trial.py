@@ -104,6 +104,29 @@ def test_the_picture_shows_every_run_and_where_one_stopped(tmp_path):
     assert figure.get_suptitle() == "a title"
 
 
+def test_a_text_of_a_few_training_lengths_has_an_even_axis(tmp_path):
+    trials = [made_up("dense", 2000, 20.0, "gone at 2,000 tokens"), made_up("sinks", 6400, 5.0)]
+    upper, lower = plot_trials(trials, None, trained_length=1500, even=True).axes
+    assert [axis.get_xscale() + axis.get_yscale() for axis in (upper, lower)] == ["linearlog", "linearlog"]
+    sinks = next(line for line in upper.get_lines() if line.get_label() == "sinks")
+    np.testing.assert_allclose(np.diff(sinks.get_xdata()), 200)
+    label = next(text for text in lower.texts if text.get_text().startswith("gone"))
+    assert label.get_horizontalalignment() == "left"
+
+
+def test_a_run_ends_where_it_is_told_to(model):
+    costs = []
+
+    def stop(nats):
+        costs.append(nats)
+        return "enough" if len(costs) == 3 else ""
+
+    trial = run_trial("t", session(model, sj.kv.preset("window", window=12)), TEXT, stop=stop)
+    assert trial.ended == f"enough at {len(trial.nats)} tokens"
+    assert len(costs) == 3
+    np.testing.assert_array_equal(np.concatenate(costs), trial.nats)
+
+
 def test_bytes_in_words():
     assert [human_bytes(n) for n in (0, 999, 999.6, 1500, 2_110_000, 1e9, 3.2e13)] == [
         "0 B", "999 B", "1 kB", "1.5 kB", "2.11 MB", "1 GB", "32 TB",

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamjax.evaluation import Curve, log_bins
+from streamjax.evaluation.curves import even_bins
 
 
 @given(sizes=st.lists(st.integers(0, 37), max_size=30), seed=st.integers(0, 9))
@@ -62,3 +63,13 @@ def test_bins_widen_with_the_position():
     np.testing.assert_allclose(np.diff(np.log2(middle[12:-2])), 1 / 3, atol=0.02)
     assert mean.tolist() == [1.0] * len(mean)
     assert log_bins(np.zeros(0))[0].size == 0
+
+
+@given(count=st.integers(1, 3000), width=st.integers(1, 700))
+def test_even_bins_cover_everything_once(count, width):
+    middle, mean = even_bins(np.arange(count, dtype=np.float64), width)
+    np.testing.assert_allclose(middle, mean + 1)  # of positions counted from 1
+    assert (np.diff(middle[:-1]) == width).all()
+    assert 2 * middle[-1] - 1 - 2 * width * (len(middle) - 1) == pytest.approx(count - width * (len(middle) - 1))
+    assert len(middle) == max(1, int(count / width + 0.5))
+    assert even_bins(np.zeros(0), width)[0].size == 0

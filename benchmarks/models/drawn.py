@@ -1,0 +1,57 @@
+"""Models with drawn weights, written in Hugging Face's layout: for what depends on shapes alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.reporting import in_own_process
+
+SMOLLM2: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+TWO_GIGABYTES: Mapping[str, Any] = {  # about a billion parameters, with a vocabulary as large as Llama 3's
+    **SMOLLM2,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+}
+
+
+def write_drawn(values: Mapping[str, Any], folder: str) -> str:
+    """Write a model of a `config.json` with bfloat16 weights, in a process of its own; returns the folder."""
+    in_own_process("benchmarks.models.drawn", folder, json.dumps(dict(values)))
+    return folder
+
+
+def _write(folder: str, values: Mapping[str, Any]) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import streamjax as sj
+    from streamjax.models.families import read_config
+
+    sj.save_hf(sj.Decoder(read_config(values), jax.random.key(0), dtype=jnp.bfloat16), folder)
+
+
+if __name__ == "__main__":
+    _write(sys.argv[1], json.loads(sys.argv[2]))
+    print("{}")
