@@ -27,10 +27,10 @@ ELSEWHERE = (
 )
 HEAD = """# Benchmarks
 
-Every table is what a script printed, on the machine named below it. Ratios are medians over turns that alternate, in one
-process where both sides are streamjax, each side in a process of its own where they are not: two runtimes in one process
-disturb each other. Absolute figures move with the machine. This page is written by `python -m benchmarks.tables` from
-`benchmarks/results/`.
+Every table is what a script printed, on the machine named below it. Ratios are medians over turns that alternate: in
+one process where both sides are streamjax, each side in a process of its own where they are not, since two runtimes in
+one process disturb each other. Absolute figures move with the machine. This page is written by
+`python -m benchmarks.tables` from `benchmarks/results/`.
 """
 
 
