@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from streamjax.models.config import AttentionConfig
 from streamjax.models.lora.adapters import Adapter, add_adapted
 from streamjax.models.norms import Norm
-from streamjax.models.parameters import kernel, zeros
+from streamjax.models.parameters import kernel, product, zeros
 
 
 class Projections(nnx.Module):
@@ -54,7 +54,7 @@ class Projections(nnx.Module):
 
     def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
         """The fused product, from member `first` of each group on."""
-        qkv = jnp.einsum("bte,ekgd->btkgd", x, self.qkv[:, :, first:].astype(x.dtype))
+        qkv = product("bte,ekgd->btkgd", x, self.qkv[:, :, first:])
         key = self.config.group_size - first
         qkv = add_adapted(qkv, x, (self.q_lora, -first), (self.k_lora, key), (self.v_lora, key + 1))
         if self.qkv_bias is not None:
@@ -68,8 +68,8 @@ class Projections(nnx.Module):
     def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
         """Project the heads' outputs back to `d_model` channels."""
         # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
-        weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(dtype)
+        weight = rearrange(self.out[...], "k g d e -> (k g d) e")
         x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
-        y = jnp.einsum("btf,fe->bte", x, weight)
+        y = product("btf,fe->bte", x, weight)
         y = y if self.o_lora is None else y + self.o_lora(x)
         return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from streamjax.models.config import DenseConfig
 from streamjax.models.lora.adapters import Adapter, add_adapted
-from streamjax.models.parameters import kernel, zeros
+from streamjax.models.parameters import kernel, product, zeros
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -38,12 +38,12 @@ class MLP(nnx.Module):
         self.down_lora: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        hidden = jnp.einsum("bte,egf->btgf", x, self.up[...].astype(x.dtype))
+        hidden = product("bte,egf->btgf", x, self.up[...])
         hidden = add_adapted(hidden, x, (self.gate_lora, 0), (self.up_lora, hidden.shape[-2] - 1))
         if self.up_bias is not None:
             hidden = hidden + self.up_bias[...].astype(x.dtype)
         active = ACTIVATIONS[self.activation](hidden[..., 0, :])
         active = active * hidden[..., 1, :] if hidden.shape[-2] == 2 else active
-        y = jnp.einsum("btf,fe->bte", active, self.down[...].astype(x.dtype))
+        y = product("btf,fe->bte", active, self.down[...])
         y = y if self.down_lora is None else y + self.down_lora(active)
         return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
