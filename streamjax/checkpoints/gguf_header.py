@@ -150,7 +150,8 @@ class _Reader:
 
     def scalar(self, letter: str) -> Any:
         layout = _LAYOUTS[letter]
-        return layout.unpack(self.take(layout.size))[0]
+        value = layout.unpack(self.take(layout.size))[0]
+        return float(str(np.float32(value))) if letter == "f" else value  # 1e-05, not 9.999999747378752e-06
 
     def count(self, letter: str, what: str, least: int, most: int) -> int:
         """A number of things, each of which takes so many bytes at least."""
