@@ -22,6 +22,10 @@ CASES = {
     "falcon-7b": FALCON,
     "falcon-40b": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
     "falcon-alibi": {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "smollm3": {**GROUPED, "no_rope_layers": [0, 1]},
+    "olmo2": {**GROUPED},
+    "olmo3": {**GROUPED, "sliding_window": 6, "layer_types": MIXED},
+    "granite": {**GROUPED, "residual_multiplier": 0.4, "logits_scaling": 0.5, "embedding_multiplier": 2.0},
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

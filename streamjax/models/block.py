@@ -50,9 +50,10 @@ class Block(nnx.Module):
         key_encoder, key_reader = (jax.random.fold_in(key, i) for i in range(2))
         self.encoder = PageEncoder(config, hsa, d_model, key_encoder, dtype, gain) if hsa and remembers else None
         self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
-        self.mixer_norm = Norm(d_model, config.norm, dtype)
+        self.mixer_norm = Norm(d_model, config.norm, dtype) if config.pre_norms else None
         self.mixer = Attention(config.mixer, d_model, key_mixer, dtype, gain)
-        self.mlp_norm = None if config.shared_norm else Norm(d_model, config.norm, dtype)
+        own = config.pre_norms and not config.shared_norm
+        self.mlp_norm = Norm(d_model, config.norm, dtype) if own else None
         self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
         self.mlp_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
@@ -64,26 +65,30 @@ class Block(nnx.Module):
         if self.encoder is not None and self.hsa is not None:
             made = self.encoder.parallel(x, context.segment_ids)
             memory = whole_view(*made, context.segment_ids, self.hsa, 0, x.shape[1])
-        normed = self.mixer_norm(x)
+        normed = self.mixer_input(x)
         return self._residual(x, normed, self.mixer.parallel(normed, context), memory), memory
+
+    def mixer_input(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """What the token mixer reads of the layer's input."""
+        return x if self.mixer_norm is None else self.mixer_norm(x)
 
     def project(
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """The layer up to attention, token by token: rotated queries and keys, and values."""
-        return self.mixer.project(self.mixer_norm(x), context)
+        return self.mixer.project(self.mixer_input(x), context)
 
     def keys(
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Keys and values of `project` alone."""
-        return self.mixer.keys(self.mixer_norm(x), context)
+        return self.mixer.keys(self.mixer_input(x), context)
 
     def combine(
         self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: ReadablePages | None = None
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
-        return self._residual(x, self.mixer_norm(x), self.mixer.projections.join(heads, x.dtype), memory)
+        return self._residual(x, self.mixer_input(x), self.mixer.projections.join(heads, x.dtype), memory)
 
     def stream(
         self,
@@ -96,7 +101,7 @@ class Block(nnx.Module):
         """The layer over one chunk of a stream, its state, and the chunk memory for the layers above."""
         if self.encoder is not None:
             state, memory = self.memorise(x, state, cache, context)
-        normed = self.mixer_norm(x)
+        normed = self.mixer_input(x)
         mixed, state = self.mixer.stream(normed, state, cache, context)
         return self._residual(x, normed, mixed, memory), state, memory
 
@@ -112,16 +117,18 @@ class Block(nnx.Module):
 
     def _residual(self, x: Array, normed: Array, mixed: Array, memory: ReadablePages | None) -> Array:
         parallel = self.config.residual == "parallel"
-        if self.mixer_post_norm is not None:
-            mixed = self.mixer_post_norm(mixed)
+        mixed = self._branch(mixed, self.mixer_post_norm)
         if self.reader is not None:
             assert memory is not None
-            mixed = mixed + self.reader(x if parallel else x + mixed, memory)
-        if parallel:
-            y = x + mixed + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
-        else:
-            x = x + mixed
-            assert self.mlp_norm is not None
-            y = self.mlp(self.mlp_norm(x))
-            y = x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
-        return constrain(y, "batch", "length", "activation_embed")
+            mixed = mixed + self._branch(self.reader(x if parallel else x + mixed, memory))
+        if not parallel:
+            x = normed = x + mixed
+        y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+        y = self._branch(y, self.mlp_post_norm)
+        return constrain(x + mixed + y if parallel else x + y, "batch", "length", "activation_embed")
+
+    def _branch(self, y: Array, norm: Norm | None = None) -> Array:
+        """What a branch adds to the residual stream."""
+        y = y if norm is None else norm(y)
+        scale = self.config.residual_scale
+        return y if scale == 1.0 else y * jnp.asarray(scale, y.dtype)

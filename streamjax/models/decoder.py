@@ -175,6 +175,8 @@ class Decoder(nnx.Module):
         logits = jnp.einsum(equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=dtype)
         if self.head_bias is not None:
             logits = logits + self.head_bias[...].astype(dtype)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return constrain(logits, "batch", "length", "vocab")

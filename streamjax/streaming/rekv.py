@@ -108,10 +108,15 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
     return PageLayout(config.num_layers, *shapes.pop(), page, dtype, fingerprint(model))
 
 
+# Fields that came after the first pages were written, and what they mean where they are absent.
+_LATER = {"qk_norm_over": "head", "pre_norms": True, "residual_scale": 1.0, "logit_scale": 1.0}
+
+
 def fingerprint(model: Decoder) -> str:
     """A short text that differs between models: of the configuration and of the embedding's first rows."""
     try:
         values = dataclasses.asdict(UniformConfig.of(model.config))
+        values = {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
     except ValueError:
         values = model.config.to_json_dict()
     config = json.dumps(values, sort_keys=True).encode()
@@ -203,7 +208,7 @@ def choose_pages(pages: PageFiles, layer: int, query: Float[np.ndarray, "K D"], 
 @jax.jit
 def _mean_query(block: Block, x: Float[Array, "1 T E"]) -> Float[Array, "K D"]:
     """The mean of a question's queries, before rotation, over its tokens and the heads that share a key head."""
-    q = block.mixer.projections.split(block.mixer_norm(x))[0]
+    q = block.mixer.projections.split(block.mixer_input(x))[0]
     return reduce(q.astype(jnp.float32), "1 t (k g) d -> k d", "mean", k=block.mixer.config.num_kv_heads)
 
 

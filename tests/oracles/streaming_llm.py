@@ -81,7 +81,11 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     group = config.num_heads // config.num_kv_heads
     q, k, v = qkv[:, :group].reshape(config.num_heads, -1), qkv[:, group], qkv[:, group + 1]
     if p.q_norm is not None:
-        q, k = norm(q, p.q_norm), norm(k, p.k_norm)
+        whole = config.qk_norm_over == "projection"
+        q, k = (
+            norm(x.reshape(-1), module).reshape(x.shape) if whole else norm(x, module)
+            for x, module in ((q, p.q_norm), (k, p.k_norm))
+        )
     cache.append((k, v, cache[-1][2] + 1 if cache else 0))
     places = rule.places(cache)
 
@@ -147,15 +151,20 @@ def mlp(module, config, x: np.ndarray) -> np.ndarray:
 
 def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     config = layer.config
-    normed = norm(x, layer.mixer_norm)
-    mixed = attention(layer, normed, cache, rule)
-    if config.post_norms:
-        mixed = norm(mixed, layer.mixer_post_norm)
-    if config.residual == "parallel":
-        return x + mixed + mlp(layer.mlp, config.mlp, normed if config.shared_norm else norm(x, layer.mlp_norm))
-    x = x + mixed
-    y = mlp(layer.mlp, config.mlp, norm(x, layer.mlp_norm))
-    return x + (norm(y, layer.mlp_post_norm) if config.post_norms else y)
+
+    def before(x: np.ndarray, module) -> np.ndarray:
+        return norm(x, module) if config.pre_norms else x
+
+    def behind(y: np.ndarray, module) -> np.ndarray:
+        return config.residual_scale * (norm(y, module) if config.post_norms else y)
+
+    normed = before(x, layer.mixer_norm)
+    mixed = behind(attention(layer, normed, cache, rule), layer.mixer_post_norm)
+    if config.residual == "sequential":
+        x = x + mixed
+        mixed = 0.0
+    y = mlp(layer.mlp, config.mlp, normed if config.shared_norm else before(x, layer.mlp_norm))
+    return x + mixed + behind(y, layer.mlp_post_norm)
 
 
 def run(model, tokens, rule: Rule) -> np.ndarray:
@@ -179,6 +188,7 @@ def run(model, tokens, rule: Rule) -> np.ndarray:
         logits = norm(x, model.norm) @ head
         if model.head_bias is not None:
             logits = logits + _value(model.head_bias)
+        logits = config.logit_scale * logits
         if config.logit_softcap is not None:
             logits = config.logit_softcap * np.tanh(logits / config.logit_softcap)
         rows.append(logits)

@@ -10,7 +10,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv.pages.disk_files import PageFiles, PageLayout, PageWriter
-from streamjax.streaming.rekv import StreamWriter, ask, choose_pages
+from streamjax.streaming.rekv import StreamWriter, ask, choose_pages, fingerprint
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens
 
 PAGE = 4
@@ -151,3 +151,9 @@ def test_only_the_last_page_may_have_room(tmp_path):
     writer.append(page, page, 3)
     with pytest.raises(ValueError, match="written whole"):
         writer.append(page, page, 4)
+
+
+@pytest.mark.parametrize(("config", "expected"), [(GQA, "3806c42a"), (LOCAL, "f365b7d5"), (ALIBI, "8888a2d9")])
+def test_pages_of_earlier_versions_are_still_the_models_own(config, expected):
+    """The text was that before configurations had more fields."""
+    assert fingerprint(build(config)).startswith(expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.field_checks import Count, NotNegative, Positive, Size, check_fields
@@ -21,7 +21,8 @@ class AttentionConfig:
     sinks: first tokens of the sequence that a window sees too, at their true distance.
     scale: factor on query-key products; None: 1 / sqrt(head_dim).
     softcap: logits become `softcap * tanh(logits / softcap)`.
-    qk_norm: over each head's queries and keys, before they rotate.
+    qk_norm: of queries and keys, before they rotate.
+    qk_norm_over: a head's channels, or those of all heads together (OLMo 2).
     clip_qkv: bound on the values of queries, keys and values.
     sink_logits: each head has a learned logit in its softmax that stands for no token and has no value (gpt-oss).
     """
@@ -38,6 +39,7 @@ class AttentionConfig:
     scale: Positive | None = None
     softcap: Positive | None = None
     qk_norm: NormConfig | None = None
+    qk_norm_over: Literal["head", "projection"] = "head"
     qkv_bias: bool = False
     out_bias: bool = False
     clip_qkv: Positive | None = None
@@ -55,6 +57,8 @@ class AttentionConfig:
             )
         if self.sinks and self.window is None:
             raise ValueError("AttentionConfig.sinks are for layers with a window: full attention sees all tokens")
+        if self.qk_norm_over != "head" and self.qk_norm is None:
+            raise ValueError(f"AttentionConfig.qk_norm_over is {self.qk_norm_over!r} without a qk_norm: give one")
         if self.rope is not None:
             self.rope.check_width(self.head_dim)
 
@@ -69,6 +73,12 @@ class AttentionConfig:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Channels that one norm of queries, and one of keys, is over."""
+        queries, keys = (self.num_heads, self.num_kv_heads) if self.qk_norm_over == "projection" else (1, 1)
+        return queries * self.head_dim, keys * self.head_dim
+
+    @property
     def pattern(self) -> Pattern:
         """Which keys a query sees."""
         if self.window is None:
@@ -81,4 +91,5 @@ class AttentionConfig:
         weights = (heads + self.num_heads) * self.head_dim * d_model
         biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
         weights += self.sink_logits * self.num_heads
-        return weights + biases + (0 if self.qk_norm is None else 2 * self.qk_norm.parameter_count(self.head_dim))
+        norms = 0 if self.qk_norm is None else sum(map(self.qk_norm.parameter_count, self.qk_norm_widths))
+        return weights + biases + norms

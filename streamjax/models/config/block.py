@@ -6,7 +6,7 @@ import dataclasses
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from streamjax.field_checks import check_fields
+from streamjax.field_checks import Positive, check_fields
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import ExpertsConfig
@@ -20,17 +20,21 @@ MLPConfig: TypeAlias = DenseConfig | ExpertsConfig
 class BlockConfig:
     """One layer of a decoder.
 
-    norm: of what a branch (mixer or MLP) reads and, with `post_norms`, of what it returns, before the residual sum.
+    norm: of what a branch (mixer or MLP) reads, with `pre_norms`, and of what it returns, with `post_norms`, before the
+      residual sum.
     residual: "sequential": the MLP reads what the mixer has added to; "parallel": both read the layer's input.
     shared_norm: in a parallel layer, one norm feeds both branches (Falcon 7B).
+    residual_scale: factor on what a branch adds to the residual stream.
     """
 
     mixer: MixerConfig
     mlp: MLPConfig
     norm: NormConfig = NormConfig()
+    pre_norms: bool = True
     post_norms: bool = False
     residual: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
+    residual_scale: Positive = 1.0
 
     def __hash__(self) -> int:
         return self._hash
@@ -43,11 +47,13 @@ class BlockConfig:
         check_fields(self)
         if self.shared_norm and self.residual != "parallel":
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
+        if not self.pre_norms and (self.shared_norm or not self.post_norms):
+            raise ValueError("BlockConfig.pre_norms=False needs post_norms=True and shared_norm=False")
 
     @property
     def norm_count(self) -> int:
         """How many norms of `d_model` channels the layer has."""
-        return (1 if self.shared_norm else 2) + 2 * self.post_norms
+        return (1 if self.shared_norm else 2) * self.pre_norms + 2 * self.post_norms
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""

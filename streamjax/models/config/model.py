@@ -24,6 +24,7 @@ class ModelConfig:
 
     blocks: the layers, from the input upwards. Equal ones, or a repeating period of them, can be stacked and scanned.
     norm: behind the last layer.
+    logit_scale: factor on the logits, before `logit_softcap`.
     max_position: the length the model was trained at; nothing stops there.
     sink_token: it was trained with a dedicated first token that serves as attention sink.
     """
@@ -36,6 +37,7 @@ class ModelConfig:
     hsa: HSAConfig | None = None
     tie_embeddings: bool = False
     embedding_scale: Positive = 1.0
+    logit_scale: Positive = 1.0
     logit_softcap: Positive | None = None
     logit_bias: bool = False
     max_position: Size = 2048

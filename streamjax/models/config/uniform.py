@@ -19,8 +19,8 @@ from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.rope import RopeConfig
 
 _ENDS = (
-    *("vocab_size", "d_model", "family", "hsa", "tie_embeddings", "embedding_scale", "logit_softcap", "logit_bias"),
-    *("max_position", "bos_token_id", "eos_token_ids", "sink_token"),
+    *("vocab_size", "d_model", "family", "hsa", "tie_embeddings", "embedding_scale", "logit_scale", "logit_softcap"),
+    *("logit_bias", "max_position", "bos_token_id", "eos_token_ids", "sink_token"),
 )
 
 
@@ -51,11 +51,14 @@ class UniformConfig:
     norm_eps: Annotated[float, Interval(0, 1, above=True)] = 1e-5
     norm_offset: Finite = 0.0  # added to the stored weight: 1.0 for Gemma
     norm_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's queries and keys
+    qk_norm: bool = False  # RMSNorm of queries and keys
+    qk_norm_over: Literal["head", "projection"] = "head"  # a head's channels, or all heads' together (OLMo 2)
+    pre_norms: bool = True  # norms before attention and MLP
     post_norms: bool = False  # norms after attention and MLP too, before the residual sum (Gemma 2 and 3)
     # Residual layout: "sequential", or attention and MLP both fed by the block's input
     parallel_residual: bool = False
     shared_norm: bool = False  # with parallel_residual: one norm feeds both branches (Falcon 7B)
+    residual_scale: Positive = 1.0  # factor on what attention and MLP add (Granite)
     # Projections
     qkv_bias: bool = False
     out_bias: bool = False
@@ -77,6 +80,7 @@ class UniformConfig:
     # Ends
     tie_embeddings: bool = False
     embedding_scale: Positive = 1.0
+    logit_scale: Positive = 1.0  # before logit_softcap
     logit_softcap: Positive | None = None
     logit_bias: bool = False
     max_position: Size = 2048  # the length the model was trained at; nothing stops there
@@ -126,6 +130,7 @@ class UniformConfig:
             scale=self.attention_scale,
             softcap=self.attention_softcap,
             qk_norm=NormConfig("rms", self.norm_eps, self.norm_offset) if self.qk_norm else None,
+            qk_norm_over=self.qk_norm_over,
             qkv_bias=self.qkv_bias,
             out_bias=self.out_bias,
             clip_qkv=self.clip_qkv,
@@ -134,9 +139,11 @@ class UniformConfig:
             mixer=mixer,
             mlp=DenseConfig(self.mlp_dim, self.gated_mlp, self.activation, self.mlp_bias),
             norm=norm,
+            pre_norms=self.pre_norms,
             post_norms=self.post_norms,
             residual="parallel" if self.parallel_residual else "sequential",
             shared_norm=self.shared_norm,
+            residual_scale=self.residual_scale,
         )
 
     @classmethod
@@ -164,9 +171,12 @@ class UniformConfig:
             norm_offset=config.norm.offset,
             norm_bias=config.norm.bias,
             qk_norm=mixer.qk_norm is not None,
+            qk_norm_over=mixer.qk_norm_over,
+            pre_norms=first.pre_norms,
             post_norms=first.post_norms,
             parallel_residual=first.residual == "parallel",
             shared_norm=first.shared_norm,
+            residual_scale=first.residual_scale,
             qkv_bias=mixer.qkv_bias,
             out_bias=mixer.out_bias,
             mlp_bias=mlp.bias,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -17,20 +18,24 @@ from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
 from streamjax.models.families.gpt_neox import GPT_NEOX
+from streamjax.models.families.granite import GRANITE
 from streamjax.models.families.llama import LLAMA
 from streamjax.models.families.mistral import MISTRAL
 from streamjax.models.families.mixtral import MIXTRAL
 from streamjax.models.families.mpt import MPT
+from streamjax.models.families.olmo import OLMO2, OLMO3
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
 from streamjax.models.families.rope_fields import plain_rope
+from streamjax.models.families.smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config", "write_config"]
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT)
-}
+_ALL = (
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
+    *(SMOLLM3, OLMO2, OLMO3, GRANITE),
+)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(values: Mapping[str, Any]) -> Family:
@@ -46,7 +51,9 @@ def find_family(values: Mapping[str, Any]) -> Family:
     table, shown = (kinds, kind) if named is None else (known, named)
     family = table.get(shown) if isinstance(shown, str) else None
     if family is None:
-        raise ValueError(f"unknown architecture {shown!r}; streamjax has {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(str(shown), table, 1, 0.0)[0]
+        has = ", ".join(sorted(known))
+        raise ValueError(f"unknown architecture {str(shown)[:60]!r}; did you mean {near!r}? streamjax has {has}")
     if kind is not None and kind not in family.model_types:
         raise ValueError(f"architecture {shown!r} and model_type {kind!r} contradict each other")
     return family

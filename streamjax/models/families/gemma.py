@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamjax.models.config import BlockConfig, RopeConfig, UniformConfig
+from streamjax.models.config import BlockConfig, UniformConfig
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family, Table, of_uniform
 from streamjax.models.families.llama import check_heads, read_positions, read_shapes, write_positions, write_shapes
-from streamjax.models.families.rope_fields import parse_rope, write_scaling
+from streamjax.models.families.rope_fields import read_layer_ropes, write_scaling
 from streamjax.models.families.window_fields import read_layer_types, write_layer_types
 
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
@@ -85,7 +85,13 @@ def _read3(fields: Fields) -> UniformConfig:
     text.only("attn_logit_softcapping", (None,))
     text.seen.add("_sliding_window_pattern")  # the same again; transformers 5 writes layer_types beside it
     max_position = text.integer("max_position_embeddings", 131_072)
-    rope, local_rope = _read_ropes(text, shapes["head_dim"], max_position)
+    rope, local_rope = read_layer_ropes(
+        text,
+        head_dim=shapes["head_dim"],
+        max_position=max_position,
+        theta=text.positive("rope_theta", _GLOBAL_THETA),
+        local_theta=text.positive("rope_local_base_freq", _LOCAL_THETA),
+    )
     return UniformConfig(
         **_read_common(text, shapes, period=text.integer("sliding_window_pattern", 6)),
         family="gemma3",
@@ -94,22 +100,6 @@ def _read3(fields: Fields) -> UniformConfig:
         rope=rope,
         local_rope=local_rope,
         logit_softcap=text.optional_positive("final_logit_softcapping"),
-    )
-
-
-def _read_ropes(fields: Fields, head_dim: int, max_position: int) -> tuple[RopeConfig, RopeConfig]:
-    """The rotations of global and of local layers; `rope_scaling` is about the global ones."""
-    nested = fields.get("rope_parameters", dict, None) or {}
-    unknown = sorted(set(nested) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise ValueError(f"rope_parameters has {unknown[0]!r}; expected full_attention and sliding_attention")
-    scaling = {**(nested.get("full_attention") or {}), **(fields.get("rope_scaling", dict, None) or {})}
-    theta = fields.positive("rope_theta", _GLOBAL_THETA)
-    local_theta = fields.positive("rope_local_base_freq", _LOCAL_THETA)
-    local = nested.get("sliding_attention") or {}
-    return (
-        parse_rope(scaling, head_dim=head_dim, max_position=max_position, theta=theta),
-        parse_rope(local, head_dim=head_dim, max_position=max_position, theta=local_theta),
     )
 
 

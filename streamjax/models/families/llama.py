@@ -17,6 +17,7 @@ def read_shapes(
     kv_heads: int | None = None,
     tie: bool = False,
     activation: str = "hidden_act",
+    norm_eps: float = 1e-6,
 ) -> dict[str, Any]:
     """Sizes, norm and activation, by the names that Llama gave them.
 
@@ -26,6 +27,7 @@ def read_shapes(
       kv_heads: key/value heads where the config is silent; None: as many as query heads.
       tie: whether embeddings are tied where the config is silent.
       activation: the field that names the activation function.
+      norm_eps: of the norms where the config is silent.
     """
     d_model, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.get("head_dim", int, head_dim)
@@ -41,7 +43,7 @@ def read_shapes(
         "num_kv_heads": num_heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
         "mlp_dim": fields.integer("intermediate_size"),
-        "norm_eps": fields.positive("rms_norm_eps", 1e-6),
+        "norm_eps": fields.positive("rms_norm_eps", norm_eps),
         "activation": fields.activation(activation, "silu" if activation == "hidden_act" else "gelu_pytorch_tanh"),
         "tie_embeddings": fields.flag("tie_word_embeddings", tie),
     }
@@ -71,7 +73,7 @@ def write_shapes(config: UniformConfig) -> dict[str, Any]:
 
 
 def read_positions(fields: Fields, head_dim: int, max_position: int, theta: float = 10_000.0) -> dict[str, Any]:
-    """`max_position` and the RoPE of a model that rotates whole heads; the arguments are defaults."""
+    """`max_position` and the RoPE of a model that rotates whole heads; the last two arguments are defaults."""
     max_position = fields.integer("max_position_embeddings", max_position)
     rope = read_rope(fields, head_dim=head_dim, max_position=max_position, theta=theta)
     return {"max_position": max_position, "rope": rope}

@@ -78,6 +78,22 @@ def read_rope(
     )
 
 
+def read_layer_ropes(
+    fields: Fields, *, head_dim: int, max_position: int, theta: float, local_theta: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """The rotations of layers with full attention and of those with a window; `rope_scaling` is about the first."""
+    nested = fields.get("rope_parameters", dict, None) or {}
+    unknown = sorted(set(nested) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(f"rope_parameters has {unknown[0]!r}; expected full_attention and sliding_attention")
+    scaling = {**(nested.get("full_attention") or {}), **(fields.get("rope_scaling", dict, None) or {})}
+    local = nested.get("sliding_attention") or {}
+    return (
+        parse_rope(scaling, head_dim=head_dim, max_position=max_position, theta=theta),
+        parse_rope(local, head_dim=head_dim, max_position=max_position, theta=local_theta),
+    )
+
+
 def parse_rope(
     scaling: Mapping[str, Any],
     *,

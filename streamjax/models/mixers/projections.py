@@ -32,8 +32,11 @@ class Projections(nnx.Module):
         axes = ("kv_heads", "group", "head_dim", "embed")
         self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
         self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
-        self.q_norm = None if config.qk_norm is None else Norm(width, config.qk_norm, dtype, "head_dim")
-        self.k_norm = None if config.qk_norm is None else Norm(width, config.qk_norm, dtype, "head_dim")
+        norms = [
+            None if config.qk_norm is None else Norm(n, config.qk_norm, dtype, "head_dim")
+            for n in config.qk_norm_widths
+        ]
+        self.q_norm, self.k_norm = norms
         self.q_lora: Adapter | None = nnx.data(None)
         self.k_lora: Adapter | None = nnx.data(None)
         self.v_lora: Adapter | None = nnx.data(None)
@@ -46,7 +49,7 @@ class Projections(nnx.Module):
         group = self.config.group_size
         qkv = self._product(x, 0)
         q = qkv[..., :group, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        return (q if self.q_norm is None else self.q_norm(q)), *self._keys(qkv[..., group:, :])
+        return self._normed(q, self.q_norm), *self._keys(qkv[..., group:, :])
 
     def keys(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Keys and values of `split`, without the work for the queries."""
@@ -63,7 +66,12 @@ class Projections(nnx.Module):
 
     def _keys(self, pair: Float[Array, "B T K 2 D"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         k, v = pair[..., 0, :], pair[..., 1, :]
-        return (k if self.k_norm is None else self.k_norm(k)), v
+        return self._normed(k, self.k_norm), v
+
+    def _normed(self, x: Float[Array, "B T N D"], norm: Norm | None) -> Float[Array, "B T N D"]:
+        if norm is None or self.config.qk_norm_over == "head":
+            return x if norm is None else norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
         """Project the heads' outputs back to `d_model` channels."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
@@ -66,7 +67,7 @@ def loss_and_gradients(
     reads = *_reads(ends, hidden, prepared["targets"]), stats.lse, *slopes, d_matrix
     names = _HIDDEN, matrix, *[_EACH] * 5, matrix
     d_x, d_matrix = per_device_call(call, names, (_HIDDEN, None if d_matrix is None else matrix), reads)
-    return loss, d_x.reshape(hidden.shape), d_matrix
+    return loss, _scaled(ends, d_x).reshape(hidden.shape), d_matrix
 
 
 _HIDDEN: Names = (None, None)
@@ -105,9 +106,15 @@ def _matrix_names(ends: Decoder) -> Names:
 
 
 def _reads(ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"]) -> tuple[Array, Array, Array]:
-    """Tokens one after another, the output matrix in their dtype, and targets."""
+    """Tokens one after another, scaled, the output matrix in their dtype, and targets."""
     matrix = ends.embedding if ends.head is None else ends.head
-    return rearrange(hidden, "b c e -> (b c) e"), matrix[...].astype(hidden.dtype), targets.reshape(-1)
+    return rearrange(_scaled(ends, hidden), "b c e -> (b c) e"), matrix[...].astype(hidden.dtype), targets.reshape(-1)
+
+
+def _scaled(ends: Decoder, x: Array) -> Array:
+    """Hidden states, or their gradient, times the scale of the logits."""
+    scale = ends.config.logit_scale
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
 def _settings(ends: Decoder) -> dict[str, Any]:

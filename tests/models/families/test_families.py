@@ -27,6 +27,10 @@ LONGROPE = {"rope_type": "longrope", "short_factor": SHORT_FACTORS, "long_factor
 DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 10_000.0}
 
 
+MORE = {"bos_token_id": 1, "eos_token_id": 2}
+FOUR = {**BASE, "num_hidden_layers": 4}
+
+
 def llama(**options):
     return hf.LlamaConfig(**{**BASE, **options})
 
@@ -103,6 +107,38 @@ CASES = {
     ),
     "falcon-rw": lambda: falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "falcon-alibi-mqa-parallel": lambda: falcon(alibi=True, num_attention_heads=8, activation="relu"),
+    "smollm3": lambda: hf.SmolLM3Config(**FOUR, bos_token_id=1, eos_token_id=2),
+    "smollm3-window-biases": lambda: hf.SmolLM3Config(
+        **{**BASE, "num_key_value_heads": 1},
+        **{**MORE, "no_rope_layers": [0, 1]},
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "olmo2": lambda: hf.Olmo2Config(**BASE, **MORE),
+    "olmo2-mha-biases-tied": lambda: hf.Olmo2Config(
+        **{**BASE, "num_key_value_heads": 4}, **MORE, attention_bias=True, tie_word_embeddings=True
+    ),
+    "olmo2-yarn": lambda: hf.Olmo2Config(**BASE, **MORE, rope_parameters=YARN),
+    "olmo3": lambda: hf.Olmo3Config(**FOUR, **MORE, sliding_window=6),
+    "olmo3-yarn": lambda: hf.Olmo3Config(
+        **BASE,
+        **MORE,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "granite": lambda: hf.GraniteConfig(
+        **BASE,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.22,
+        logits_scaling=7.0,
+        tie_word_embeddings=True,
+    ),
+    "granite-biases": lambda: hf.GraniteConfig(**BASE, attention_bias=True, mlp_bias=True, logits_scaling=49.0),
     "mpt": lambda: mpt(),
     "mpt-clip-scale": lambda: mpt({"clip_qkv": 0.5, "softmax_scale": 0.2}),
     "mpt-six-heads-untied": lambda: mpt(n_heads=6, tie_word_embeddings=False),

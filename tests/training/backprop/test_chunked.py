@@ -50,6 +50,7 @@ def test_blocks_of_the_usual_size(monkeypatch):
 def combinations(draw):
     """Arguments of `check`: any pattern, grouping of heads, position encoding, shape of a layer, and cut."""
     alibi, parallel = draw(st.booleans()), draw(st.booleans())
+    shared, behind, normed = parallel and draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     layers = draw(st.integers(1, 3))
     windows = draw(st.lists(st.sampled_from([None, 1, 4, 9, 30]), min_size=1, max_size=2))
     config = CONFIG.replace(
@@ -59,12 +60,16 @@ def combinations(draw):
         sinks=draw(st.sampled_from([0, 1, 5])),
         attention_softcap=draw(st.sampled_from([None, 2.0])),
         logit_softcap=draw(st.sampled_from([None, 3.0])),
+        logit_scale=draw(st.sampled_from([1.0, 0.5])),
         position="alibi" if alibi else "rope",
         alibi_slopes=(0.5, 0.25, 0.125, 0.0625) if alibi else (),
         parallel_residual=parallel,
-        shared_norm=parallel and draw(st.booleans()),
-        post_norms=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        shared_norm=shared,
+        residual_scale=draw(st.sampled_from([1.0, 0.3])),
+        pre_norms=not behind or shared or draw(st.booleans()),
+        post_norms=behind,
+        qk_norm=normed,
+        qk_norm_over=draw(st.sampled_from(["head", "projection"])) if normed else "head",
         qkv_bias=draw(st.booleans()),
         norm=draw(st.sampled_from(["rms", "layer"])),
         tie_embeddings=draw(st.booleans()),

@@ -1,0 +1,31 @@
+"""Streams of every architecture: dense ones are `forward`, sinks and a window are the oracle's StreamingLLM."""
+
+import numpy as np
+import pytest
+
+import streamjax as sj
+from tests.architectures import CASES, changes_with_length, tiny_config
+from tests.oracles import streaming_llm as oracle
+from tests.streaming.tiny_models import build, random_tokens, read_stream
+
+LENGTH, SINKS, WINDOW = 23, 2, 6
+# The layouts of older families are those of the oracle's own tests (tests/streaming/test_oracle.py).
+OLDER = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "falcon", "mpt")
+NAMES = [
+    pytest.param(case, marks=pytest.mark.slow if case.split("-")[0] in OLDER else ())
+    for case in CASES
+    if not changes_with_length(tiny_config(case))
+]
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_streams_of_a_family(case):
+    config = tiny_config(case)
+    model, tokens = build(config), random_tokens(1, LENGTH) % config.vocab_size
+    dense = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH))
+    _, logits = read_stream(model, dense, tokens, [5])
+    np.testing.assert_allclose(logits, sj.forward(model, tokens), atol=1e-4, rtol=0)
+    state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=SINKS, window=WINDOW))
+    _, logits = read_stream(model, state, tokens, [5])
+    expected = oracle.run(model, tokens[0], oracle.Rule(SINKS, WINDOW))
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4, rtol=0)
