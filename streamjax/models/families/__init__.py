@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamjax.models.config import AttentionConfig, BlockConfig, ModelConfig, UniformConfig, expanded
-from streamjax.models.families.config_fields import Fields
+from streamjax.models.families.config_fields import Fields, read_quantisation
 from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
@@ -72,7 +72,8 @@ def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None 
     """
     fields = Fields(values)
     config = expanded(find_family(values).read(fields))
-    fields.only("quantization_config", (None,))
+    fields.seen.add("quantization_config")
+    read_quantisation(values)  # refused here where it is; whoever loads the weights asks again
     fields.only("is_encoder_decoder", (None, False))
     fields.only("add_cross_attention", (None, False))
     fields.only("tie_encoder_decoder", (None, False))

@@ -6,8 +6,9 @@ not change what a decoder computes at inference); anything else is reported, so 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -149,3 +150,39 @@ class Fields:
         ]
         nested = [f"{section}.{name}" for section, fields in self.sections.items() for name in fields.unread()]
         return sorted(own + nested)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantisation:
+    """What the weights of a checkpoint are stored as: MXFP4, or FP8 with a factor for each block of rows and columns.
+
+    `block`: of FP8; None: one factor a tensor.
+    """
+
+    method: Literal["mxfp4", "fp8"]
+    block: tuple[int, int] | None = None
+
+
+def read_quantisation(values: Mapping[str, Any]) -> Quantisation | None:
+    """What a config.json says about the blocks of its weights; None where they are plain numbers.
+
+    Raises:
+      ValueError: a kind that is not implemented, or a malformed field; one line that names it.
+    """
+    fields = Fields(values).section("quantization_config")
+    if not fields.values:
+        return None
+    method = fields.get("quant_method", str, None)
+    if method == "mxfp4":
+        return Quantisation("mxfp4")
+    if method != "fp8":
+        raise ValueError(
+            f"field 'quantization_config' has quant_method {method!r}; streamjax dequantises mxfp4 and fp8: take the "
+            "checkpoint that was not quantised"
+        )
+    block = fields.get("weight_block_size", list, None)
+    if block is None:
+        return Quantisation("fp8")
+    if len(block) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in block):
+        raise ValueError(f"field 'quantization_config.weight_block_size' is {block!r}; expected two sizes")
+    return Quantisation("fp8", (block[0], block[1]))

@@ -26,7 +26,9 @@ from streamjax.checkpoints import check_manifest, read_json
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import FAMILIES, Family, Source, Table, find_family, read_config, write_config
+from streamjax.models.families.config_fields import read_quantisation
 from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
+from streamjax.models.files.quantised_weights import dequantised
 from streamjax.models.files.safetensors_files import (
     DTYPES,
     AnyTensor,
@@ -112,12 +114,13 @@ def _read_folder(folder: Path) -> tuple[Family, ModelConfig, Tensors]:
     values = read_json(file)
     generation = folder / "generation_config.json"
     extra = read_json(generation) if generation.exists() else None
-    tensors = list_tensors(folder)
-    check_sizes(file, values, tensors)
+    stored = list_tensors(folder)
+    check_sizes(file, values, stored)
     try:
-        return find_family(values), read_config(values, extra), tensors
+        family, config, quantisation = find_family(values), read_config(values, extra), read_quantisation(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    return family, config, dequantised(stored, quantisation)
 
 
 @dataclasses.dataclass(frozen=True)
