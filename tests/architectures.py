@@ -7,6 +7,7 @@ SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 5, "sliding_window": 6}
 FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+QWEN_MOE = {**GROUPED, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 MIXED = ["sliding_attention", "full_attention"]
 
 CASES = {
@@ -15,6 +16,8 @@ CASES = {
     "mixtral": {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7},
     "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {**GROUPED, "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True},
+    "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 10, "mlp_only_layers": [1]},
+    "qwen3_moe": {**QWEN_MOE, "norm_topk_prob": True, "decoder_sparse_step": 2, "head_dim": 6},
     "phi3": {**GROUPED, "sliding_window": 9},
     "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "layer_types": MIXED},
     "gemma3": {**GEMMA, "layer_types": MIXED},

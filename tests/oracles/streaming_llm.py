@@ -123,14 +123,9 @@ def experts(module, config, x: np.ndarray) -> np.ndarray:
     total = scores[chosen].sum() if config.normalize_weights else 1.0
     y = np.zeros_like(x)
     for expert in chosen:
-        hidden = np.tensordot(x, _value(module.up)[expert], axes=1)
-        y = (
-            y
-            + scores[expert]
-            / total
-            * (ACTIVATIONS[config.activation](hidden[0]) * hidden[1])
-            @ _value(module.down)[expert]
-        )
+        gate, up = np.tensordot(x, _value(module.up)[expert], axes=1)
+        made = (ACTIVATIONS[config.activation](gate) * up) @ _value(module.down)[expert]
+        y = y + scores[expert] / total * made
     if config.shared is None:
         return y
     shared = mlp(module.shared, config.shared, x)

@@ -11,7 +11,7 @@ from tests.streaming.tiny_models import build, random_tokens, read_stream
 LENGTH = 25
 
 
-@pytest.mark.parametrize("case", ["mixtral"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_streams(case):
     model = build(tiny_config(case))
     tokens = random_tokens(2, LENGTH) % model.config.vocab_size

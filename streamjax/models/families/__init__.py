@@ -26,6 +26,7 @@ from streamjax.models.families.mpt import MPT
 from streamjax.models.families.olmo import OLMO2, OLMO3
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
+from streamjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from streamjax.models.families.rope_fields import plain_rope
 from streamjax.models.families.smollm3 import SMOLLM3
 
@@ -33,7 +34,7 @@ __all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config"
 
 _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
-    *(SMOLLM3, OLMO2, OLMO3, GRANITE),
+    *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

@@ -6,27 +6,35 @@ import dataclasses
 from collections.abc import Sequence
 
 from streamjax.models.config import DenseConfig, ExpertsConfig, MLPConfig, ModelConfig, UniformConfig
+from streamjax.models.config.dense import Activation
 from streamjax.models.families.config_fields import Fields
 
 
 def read_experts(
-    fields: Fields, *, count: str, each: int, width: str, normalize: bool, activation: str
+    fields: Fields, *, count: int, each: int, width: str, normalize: bool, activation: Activation
 ) -> ExpertsConfig:
-    """Experts of equal width.
+    """Experts of equal width; how many there are is called `num_local_experts`, or `num_experts` in older files.
 
     Args:
       fields: the config.
-      count: the field that holds how many experts there are.
+      count: experts where the config is silent.
       each: experts of a token where the config is silent.
       width: the field that holds an expert's width.
       normalize: whether a token's weights sum to 1.
       activation: of an expert.
+
+    Raises:
+      ValueError: a field that makes no sense, or two that contradict each other.
     """
+    names = [name for name in ("num_experts", "num_local_experts") if fields.get(name, int, None) is not None]
+    counts = {fields.integer(name) for name in names} or {count}
+    if len(counts) > 1:
+        raise ValueError("fields 'num_experts' and 'num_local_experts' contradict each other")
     return ExpertsConfig(
-        num_experts=fields.integer(count),
+        num_experts=counts.pop(),
         experts_per_token=fields.integer("num_experts_per_tok", each),
         mlp_dim=fields.integer(width),
-        activation=activation,  # type: ignore[arg-type]
+        activation=activation,
         normalize_weights=normalize,
     )
 

@@ -16,12 +16,9 @@ _MLP = f"{tensor_tables.BLOCK}.block_sparse_moe"
 
 
 def _read(fields: Fields) -> ModelConfig:
-    fields.defaults = {"num_local_experts": 8}
     shapes = read_shapes(fields)
     activation = shapes["activation"]
-    experts = read_experts(
-        fields, count="num_local_experts", each=2, width="intermediate_size", normalize=True, activation=activation
-    )
+    experts = read_experts(fields, count=8, each=2, width="intermediate_size", normalize=True, activation=activation)
     config = UniformConfig(
         **shapes,
         **read_positions(fields, shapes["head_dim"], 131_072, theta=1_000_000.0),

@@ -35,6 +35,12 @@ def llama(**options):
     return hf.LlamaConfig(**{**BASE, **options})
 
 
+def qwen_moe(cls, **options):
+    sizes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    sizes |= {"shared_expert_intermediate_size": 20} if cls is hf.Qwen2MoeConfig else {}
+    return cls(**{**BASE, **sizes, **options})
+
+
 def phi3(**options):
     return hf.Phi3Config(**{**BASE, "bos_token_id": 1, "eos_token_id": 2, **options})
 
@@ -72,6 +78,18 @@ CASES = {
     "qwen2-window": lambda: hf.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: hf.Qwen3Config(**BASE, head_dim=20, tie_word_embeddings=True),
     "qwen3-biases": lambda: hf.Qwen3Config(**{**BASE, "num_key_value_heads": 1}, head_dim=12, attention_bias=True),
+    "qwen2_moe": lambda: qwen_moe(hf.Qwen2MoeConfig),
+    "qwen2_moe-window": lambda: qwen_moe(
+        hf.Qwen2MoeConfig, use_sliding_window=True, sliding_window=5, decoder_sparse_step=2, norm_topk_prob=True
+    ),
+    "qwen2_moe-dense-no-biases": lambda: qwen_moe(
+        hf.Qwen2MoeConfig, num_key_value_heads=4, mlp_only_layers=[0], qkv_bias=False, tie_word_embeddings=True
+    ),
+    "qwen3_moe": lambda: qwen_moe(hf.Qwen3MoeConfig, norm_topk_prob=True, head_dim=20),
+    "qwen3_moe-dense-biases": lambda: qwen_moe(hf.Qwen3MoeConfig, mlp_only_layers=[1], attention_bias=True),
+    "qwen3_moe-window": lambda: qwen_moe(
+        hf.Qwen3MoeConfig, use_sliding_window=True, sliding_window=7, tie_word_embeddings=True, num_key_value_heads=1
+    ),
     "phi3": lambda: phi3(sliding_window=9),
     "phi3-partial": lambda: phi3(head_dim=20, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.4}),
     "phi3-longrope-partial": lambda: phi3(
@@ -216,6 +234,15 @@ def test_packed_experts_are_read_too(case, tmp_path):
     for scan_layers in (False, True):
         apart, packed = (load_hf(tmp_path / form, scan_layers=scan_layers) for form in ("apart", "packed"))
         jax.tree.map(np.testing.assert_array_equal, packed, apart)
+
+
+def test_more_experts_than_there_are_weights(tmp_path):
+    folder = transformers_peers.write(transformers_peers.peer(CASES["mixtral"]()), tmp_path)
+    for count in (4, 6, 10**9, 10**30):
+        transformers_peers.edit_json(folder / "config.json", num_local_experts=count)
+        with pytest.raises(ValueError, match=r"experts|gate") as caught:
+            load_hf(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_gemma3_text_of_a_multimodal_checkpoint(tmp_path):

@@ -28,6 +28,7 @@ FAMILIES = (
     "llama-gqa-biases",
     "mistral-window",
     "qwen2",
+    "qwen2_moe-dense-no-biases",
     "qwen3",
     "gemma2",
     "gemma3",
@@ -58,7 +59,7 @@ def change_weights(model, folder):
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    wanted = {name for name in linear if any(name.endswith(f".{target}") for target in config["target_modules"])}
+    wanted = {name for name in linear if any(f".{name}".endswith(f".{target}") for target in config["target_modules"])}
     assert {f"base_model.model.{name}.lora_{x}.weight" for name in wanted for x in "AB"} == set(tensors)
 
     def of(name, field, patterns):
