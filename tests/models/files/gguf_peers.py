@@ -1,5 +1,6 @@
 """What llama.cpp's converter makes of a Hugging Face model: names, orders of rows and metadata, for tiny models."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from tests.gguf_files import write_gguf
 
-NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama"}
+NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama"}
+EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def convert(model: torch.nn.Module, file: Path, **more: Any) -> Path:
@@ -22,6 +24,13 @@ def convert(model: torch.nn.Module, file: Path, **more: Any) -> Path:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name):
+            parts = np.split(tensor.float().numpy(), len(EXPERTS[match[2]]), axis=1)
+            names = [f"blk.{match[1]}.ffn_{part}_exps.weight" for part in EXPERTS[match[2]]]
+            tensors |= {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
+            continue
+        if config.model_type == "mixtral":
+            name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
         found = table.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         tensors[found] = _converted(architecture, config, found, tensor.float().numpy())
@@ -89,6 +98,8 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
     found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.dimension_count": head_dim}
     if architecture in ("qwen3", "gemma2", "gemma3"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if config.model_type == "mixtral":
+        found["expert_count"], found["expert_used_count"] = config.num_local_experts, config.num_experts_per_tok
     if architecture == "phi3":
         found["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     if architecture in ("gemma2", "gemma3", "phi3") and config.sliding_window:

@@ -26,6 +26,7 @@ PARITY = {
     },
     "llama-heads": {**GROUPED, "head_dim": 8},
     "mistral": {**GROUPED, "sliding_window": None},
+    "mixtral": {**CASES["mixtral"], "sliding_window": None},
     "qwen2": GROUPED,
     "qwen3": CASES["qwen3"],
     "phi3": {**CASES["phi3"], "pad_token_id": 0, "eos_token_id": 0},
@@ -49,7 +50,7 @@ METADATA = {
 }
 
 
-COMPARED = ("llama", "mistral", "gemma3", "falcon-40b")
+COMPARED = ("llama", "mistral", "mixtral", "gemma3", "falcon-40b")
 
 
 def plain(config):
@@ -134,3 +135,10 @@ def test_a_saved_folder_has_the_same_logits(tmp_path):
     model = sj.load(convert(other, tmp_path / "x.gguf"))
     sj.save_hf(model, tmp_path / "folder")
     assert_same_logits(sj.load(tmp_path / "folder"), other)
+
+
+def test_experts_that_nobody_asks_for_are_one_line(tmp_path):
+    other = make_peer("mixtral", PARITY["mixtral"])
+    file = convert(other, tmp_path / "x.gguf", expert_count=2)
+    with pytest.raises(ValueError, match=f"{file}: tensor .* has the shape .*; its metadata ask for 2 experts"):
+        sj.load(file)

@@ -48,7 +48,7 @@ def test_rows_are_what_the_package_makes_of_them(kind, tmp_path):
         np.testing.assert_array_equal(tensor.rows(0, 24), expected)
         np.testing.assert_array_equal(tensor.rows(5, 9), expected[5:9])
         order = rng.permutation(24)
-        mixed = DequantisedTensor(file, "w.weight", stored.shape, stored, order, shift=0.5)
+        mixed = DequantisedTensor(file, "w.weight", stored.shape, stored, order=order, shift=0.5)
         np.testing.assert_array_equal(mixed.rows(3, 6), expected[order[3:6]] + np.float32(0.5))
 
 
@@ -58,6 +58,7 @@ def test_three_axes_are_rows_of_rows(tmp_path):
     stored = read_header(file).tensors["w.weight"]
     np.testing.assert_array_equal(DequantisedTensor(file, "w", (3, 4, 8), stored).rows(1, 3), values[1:])
     np.testing.assert_array_equal(DequantisedTensor(file, "w", (12, 8), stored).rows(2, 7), values.reshape(12, 8)[2:7])
+    np.testing.assert_array_equal(DequantisedTensor(file, "w", (4, 8), stored, first=4).rows(1, 4), values[1, 1:])
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16", "BF16", "Q6_K"])
@@ -98,7 +99,8 @@ def test_a_kind_that_cannot_be_read_is_one_line(kind, tmp_path):
 WRONG = {
     "architecture": ({}, {"arch": "mamba2"}, "architecture 'mamba2'; of GGUF files streamjax reads llama, "),
     "nearest": ({}, {"arch": "qwen4"}, "(the nearest is qwen"),
-    "experts": ({"expert_count": 4}, {}, "'llama.expert_count' is 4"),
+    "experts": ({"expert_count": 4, "expert_used_count": 2}, {}, "tensor 'model.layers.0.block_sparse_moe."),
+    "many experts": ({"expert_count": 2**31}, {}, "'num_local_experts' is 2147483648, and there are"),
     "layers": ({"block_count": 2**31}, {}, "'num_hidden_layers' is 2147483648, and there are"),
     "heads": ({"attention.head_count": 2**30}, {}, "'num_attention_heads' is 1073741824"),
     "no heads": ({"attention.head_count": 0}, {}, "its metadata, as a config.json:"),

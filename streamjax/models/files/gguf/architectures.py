@@ -25,7 +25,7 @@ class Architecture:
     """One architecture of GGUF files.
 
     Attributes:
-      model_type: of Hugging Face's config.json.
+      model_type: of Hugging Face's config.json; `more` may say another.
       keys: metadata that are fields there.
       more: further fields, from the metadata and the fields so far.
       rows: regular expressions of tensors whose rows llama.cpp has put in another order, and how to get them back.
@@ -71,10 +71,11 @@ def grouped(values: Values, name: str, count: int) -> np.ndarray:
 
 
 def _llama(metadata: Metadata, values: Values) -> Values:
-    _refuse(metadata, "expert_count")
     head_dim = metadata.get("rope.dimension_count", int)
     more: Values = {"rope_scaling": metadata.scaling(), "mlp_bias": metadata.has("blk.0.ffn_gate.bias")}
     more["attention_bias"] = metadata.has("blk.0.attn_q.bias")
+    if values.get("num_local_experts"):
+        more = {"model_type": "mixtral", "rope_scaling": metadata.scaling()}
     return more if head_dim is None or "head_dim" in values else more | {"head_dim": head_dim}
 
 
@@ -146,14 +147,6 @@ def _mpt(metadata: Metadata, values: Values) -> Values:
     return {"attn_config": {"alibi": bias > 0, "alibi_bias_max": bias, "clip_qkv": clip}}
 
 
-def _refuse(metadata: Metadata, key: str) -> None:
-    """Refuse what another architecture under the same name has."""
-    if value := metadata.get(key, int, 0):
-        raise ValueError(
-            f"{metadata.header.file}: '{metadata.architecture}.{key}' is {value}, which streamjax does not read"
-        )
-
-
 _LLAMA_ROWS = {r"\.attn_[qk]\.": interleaved}
 _FUSED_ROWS = {r"\.attn_qkv\.": grouped}
 _NORMS = r"norm\.weight$"
@@ -161,7 +154,7 @@ _DECODER = md.SIZES | md.RMS | md.ROPE
 _LAYER_NORM: Keys = {"attention.layer_norm_epsilon": ("layer_norm_epsilon", md.NUMBER)}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", _DECODER | md.HEAD, _llama, _LLAMA_ROWS),
+    "llama": Architecture("llama", _DECODER | md.HEAD | md.EXPERTS, _llama, _LLAMA_ROWS),
     "qwen2": Architecture("qwen2", _DECODER, _scaled),
     "qwen3": Architecture("qwen3", _DECODER | md.HEAD, _qwen3),
     "phi3": Architecture("phi3", _DECODER, _phi3),

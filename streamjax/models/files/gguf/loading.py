@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -116,37 +118,50 @@ def _renamed(
     names = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     kind = names[header.get("general.architecture", str)]
     table = gguf.get_tensor_name_map(kind, int(values.get("num_hidden_layers", values.get("n_layers", 0))))
-    wanted = {source.name for slot in slots for sources in slot.sources for source in sources}
+    wanted = dict.fromkeys(source.name for slot in slots for sources in slot.sources for source in sources)
+    places = {name: _place(table, name) for name in wanted}
+    experts = Counter(theirs for theirs, expert in places.values() if expert is not None)
     found: dict[str, DequantisedTensor] = {}
     used = set(_COMPUTED)
-    for name in wanted:
-        theirs = _name_in_file(table, name)
-        if theirs is None or theirs not in header.tensors:
+    for name, (theirs, expert) in places.items():
+        stored = header.tensors.get(theirs)
+        if stored is None:
             continue  # it is missing, and `check_tensors` says so
         used.add(theirs)
-        found[name] = _tensor(header, header.tensors[theirs], architecture, values)
+        if expert is not None and (len(stored.shape) < 3 or stored.shape[0] != experts[theirs]):
+            wrong = f"has the shape {list(stored.shape)}; its metadata ask for {experts[theirs]} experts"
+            raise ValueError(f"{header.file}: tensor {theirs!r} {wrong}")
+        found[name] = _tensor(header, stored, architecture, values, expert)
     for name, stored in header.tensors.items():
         if name not in used:
             found[name] = DequantisedTensor(header.file, name, stored.shape, stored)
     return found
 
 
-def _name_in_file(table: Any, name: str) -> str | None:
-    """What a tensor of Hugging Face is called in GGUF files."""
+def _place(table: Any, name: str) -> tuple[str, int | None]:
+    """What a tensor of Hugging Face is called in GGUF files, "" if it has no name there; and which expert's it is."""
+    expert = re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name)
+    if expert is not None:
+        name = expert[1] + expert[3]
     stem, _, leaf = name.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        return table.get_name(name)
-    found = table.get_name(stem)
-    return None if found is None else f"{found}.{leaf}"
+    theirs = table.get_name(stem) if leaf in ("weight", "bias") else table.get_name(name)
+    if theirs is not None and leaf in ("weight", "bias"):
+        theirs = f"{theirs}.{leaf}"
+    return theirs or "", None if expert is None else int(expert[2])
 
 
 def _tensor(
-    header: GGUFHeader, stored: GGUFTensor, architecture: Architecture, values: dict[str, Any]
+    header: GGUFHeader, stored: GGUFTensor, architecture: Architecture, values: dict[str, Any], expert: int | None
 ) -> DequantisedTensor:
-    """A tensor with the order of rows, and the values, that Hugging Face has."""
+    """A tensor, or one expert of it, with the order of rows and the values that Hugging Face has."""
+    if expert is not None:
+        first = expert * (stored.rows // stored.shape[0])
+        return DequantisedTensor(header.file, stored.name, stored.shape[1:], stored, first)
     count = stored.rows if len(stored.shape) > 1 else stored.shape[0]
     try:
         order = architecture.order(values, stored.name, count)
     except ValueError as error:
         raise ValueError(f"{header.file}: {error}") from None
-    return DequantisedTensor(header.file, stored.name, stored.shape, stored, order, architecture.shifted(stored.name))
+    return DequantisedTensor(
+        header.file, stored.name, stored.shape, stored, 0, order, architecture.shifted(stored.name)
+    )

@@ -22,6 +22,10 @@ SIZES: Keys = {
 RMS: Keys = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", NUMBER)}
 ROPE: Keys = {"rope.freq_base": ("rope_theta", NUMBER)}
 HEAD: Keys = {"attention.key_length": ("head_dim", WHOLE)}
+EXPERTS: Keys = {
+    "expert_count": ("num_local_experts", WHOLE),
+    "expert_used_count": ("num_experts_per_tok", WHOLE),
+}
 WINDOW: Keys = {"attention.sliding_window": ("sliding_window", WHOLE)}
 CAPS: Keys = {
     "attn_logit_softcapping": ("attn_logit_softcapping", NUMBER),

@@ -58,6 +58,7 @@ class DequantisedTensor:
       name: in the file.
       shape: as Hugging Face has it.
       stored: where it lies.
+      first: the row there with which this one begins, where it is a part of what is stored.
       order: for each row here the row there; None: the same.
       shift: what is added to the values.
     """
@@ -66,6 +67,7 @@ class DequantisedTensor:
     name: str
     shape: tuple[int, ...]
     stored: GGUFTensor
+    first: int = 0
     order: np.ndarray | None = None
     shift: float = 0.0
 
@@ -87,7 +89,10 @@ class DequantisedTensor:
         else:
             each = math.prod(shape[1:-1])
             first, last = start * each, stop * each
-            blocks = self._blocks(first, last) if self.order is None else self._gathered(self.order[first:last])
+            if self.order is None:
+                blocks = self._blocks(self.first + first, self.first + last)
+            else:
+                blocks = self._gathered(self.order[first:last])
             values = dequantise(blocks, self.stored.kind)
         values = values.reshape(shape)
         return values if not self.shift else values + np.float32(self.shift)
