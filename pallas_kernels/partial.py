@@ -42,7 +42,7 @@ def merge(*parts: Partial) -> Partial:
     top = parts[0].lse
     for part in parts[1:]:
         top = jnp.maximum(top, part.lse)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))  # it cancels out
     weights = [jnp.exp(part.lse - top) for part in parts]
     total = sum(weights[1:], weights[0])
     some = total > 0
@@ -72,7 +72,8 @@ def merge_stacked(parts: Partial) -> Partial:
     if parts.lse.shape[0] == 1:
         return Partial(parts.out[0], parts.lse[0])
     top = jnp.max(parts.lse, axis=0)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    # It cancels out. A maximum's gradient asks which entry is equal to it, and compilers round the two differently.
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
     weights = jnp.exp(parts.lse - top)
     total = jnp.sum(weights, axis=0)
     some = total > 0

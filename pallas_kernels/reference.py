@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
@@ -131,7 +132,7 @@ def token_stats(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     hit = jnp.arange(logits.shape[1]) == targets[:, None]
-    top = jnp.max(logits, axis=1)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=1))
     lse = top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=1))
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=1), lse, jnp.mean(logits, axis=1)
 
@@ -160,7 +161,9 @@ def _attend(
 
 def _softmax(logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H T S"], Float[Array, "B T H"]]:
     """Weights, and the log-sum-exp; 0 and -inf where there is nothing."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    # It cancels out. A maximum's gradient asks which logit is equal to it, and compilers round the two differently:
+    # where none is, the gradient is NaN.
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

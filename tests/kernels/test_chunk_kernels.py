@@ -42,7 +42,7 @@ def check(
             return jnp.sum(found.out * np.asarray(d_out, np.float64)), found
 
         exact = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k[row], v[row])]
-        (_, expected), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*exact)
+        (_, expected), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*exact)
         expected, grads = jax.tree.map(np.asarray, (expected, grads))
 
     @jax.jit
