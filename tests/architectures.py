@@ -29,6 +29,10 @@ CASES = {
     "olmo2": {**GROUPED},
     "olmo3": {**GROUPED, "sliding_window": 6, "layer_types": MIXED},
     "granite": {**GROUPED, "residual_multiplier": 0.4, "logits_scaling": 0.5, "embedding_multiplier": 2.0},
+    "cohere2": {**GROUPED, "sliding_window": 6, "layer_types": MIXED},
+    "glm4": {**GROUPED, "head_dim": 8},
+    "exaone4": {**GROUPED, "sliding_window": 6, "layer_types": MIXED},
+    "starcoder2": {**GROUPED, "sliding_window": 7},
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

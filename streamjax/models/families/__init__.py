@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamjax.models.config import AttentionConfig, BlockConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.families.cohere2 import COHERE2
 from streamjax.models.families.config_fields import Fields, read_quantisation
+from streamjax.models.families.exaone4 import EXAONE4
 from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
+from streamjax.models.families.glm4 import GLM4
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.granite import GRANITE
 from streamjax.models.families.llama import LLAMA
@@ -29,12 +32,14 @@ from streamjax.models.families.qwen import QWEN2, QWEN3
 from streamjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from streamjax.models.families.rope_fields import plain_rope
 from streamjax.models.families.smollm3 import SMOLLM3
+from streamjax.models.families.starcoder2 import STARCODER2
 
 __all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config", "write_config"]
 
 _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE),
+    *(COHERE2, GLM4, EXAONE4, STARCODER2),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

@@ -37,7 +37,7 @@ what a forward pass returns or keeps, and how it is computed:
 training, dropout and the initial weights:
   attention_dropout attn_pdrop classifier_dropout emb_pdrop embd_pdrop hidden_dropout hidden_dropout_prob
   attention_probs_dropout_prob resid_pdrop summary_first_dropout initializer_range init_config
-  output_router_logits router_aux_loss_coef router_jitter_noise
+  residual_dropout embedding_dropout output_router_logits router_aux_loss_coef router_jitter_noise
 generation:
   bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
   exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id length_penalty max_length

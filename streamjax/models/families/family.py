@@ -16,6 +16,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from einops import rearrange
+
 from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig
 from streamjax.models.families.config_fields import Fields
 
@@ -30,6 +33,9 @@ class Source:
       part: half-open range on the parameter's `g` axis that the tensor holds; None: all of it.
       rows: half-open range on the tensor's first axis that is meant; None: all of it.
       expert: the place on the parameter's `x` axis that the tensor holds; None: all of it.
+      pairs: how many of a head's first channels rotate in pairs of neighbours (GPT-J). The parameter has the first
+        channels of all pairs before the second ones; queries and keys that are both put so have the same products.
+        `d` is then the last letter of the pattern's first axis.
     """
 
     name: str
@@ -37,6 +43,33 @@ class Source:
     part: tuple[int, int] | None = None
     rows: tuple[int, int] | None = None
     expert: int | None = None
+    pairs: int = 0
+
+    def halved(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """Rows of the tensor, whole heads of `width` channels, in the order of the parameter's channels."""
+        return self._ordered(rows, self._order(width)) if self.pairs else rows
+
+    def paired(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """The inverse of `halved`."""
+        return self._ordered(rows, np.argsort(self._order(width))) if self.pairs else rows
+
+    def _order(self, width: int) -> np.ndarray:
+        pairs = np.arange(self.pairs)
+        return np.concatenate((pairs[::2], pairs[1::2], np.arange(self.pairs, width)))
+
+    @staticmethod
+    def _ordered(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+        return rows.reshape(-1, len(order), *rows.shape[1:])[:, order].reshape(rows.shape)
+
+    def load(self, rows: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """What some rows of the tensor hold, by the parameter's axes; `sizes` of the letters, for these rows."""
+        return rearrange(self.halved(rows, sizes.get("d", 1)), self.pattern, **sizes)
+
+    def save(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of `load`: the tensor's rows, from values by the parameter's axes."""
+        letters = self.pattern.split("->")[1].split()
+        width = values.shape[letters.index("d")] if "d" in letters else 1
+        return self.paired(rearrange(values, self.inverse), width)
 
     @property
     def inverse(self) -> str:

@@ -57,7 +57,7 @@ def _write3(config: UniformConfig) -> dict[str, Any]:
         kind: {"rope_type": "default", **(write_scaling(rope) or {}), "rope_theta": rope.theta}
         for kind, rope in ropes.items()
     }
-    layers = {**write_layer_types(config), "rope_parameters": parameters}
+    layers = {**write_layer_types(config, unused=4096), "rope_parameters": parameters}
     return {**write_shapes(config), **layers, "attention_bias": config.qkv_bias}
 
 

@@ -19,12 +19,16 @@ def fused(path: str, name: str, weight: str, bias: str) -> Entries:
     return {path: (Source(f"{name}.weight", weight),), f"{path}_bias": (Source(f"{name}.bias", bias),)}
 
 
-def qkv(block: BlockConfig, prefix: str) -> Entries:
-    """Queries, keys and values as three projections."""
+def qkv(block: BlockConfig, prefix: str, pairs: int = 0) -> Entries:
+    """Queries, keys and values as three projections; `pairs`: see `Source`."""
     group = block.mixer.group_size
     parts = {"q_proj": (0, group), "k_proj": (group, group + 1), "v_proj": (group + 1, group + 2)}
-    weights = [Source(f"{prefix}.{name}.weight", "(k g d) e -> e k g d", part) for name, part in parts.items()]
-    biases = [Source(f"{prefix}.{name}.bias", "(k g d) -> k g d", part) for name, part in parts.items()]
+
+    def source(name: str, leaf: str, pattern: str) -> Source:
+        return Source(f"{prefix}.{name}.{leaf}", pattern, parts[name], pairs=0 if name == "v_proj" else pairs)
+
+    weights = [source(name, "weight", "(k g d) e -> e k g d") for name in parts]
+    biases = [source(name, "bias", "(k g d) -> k g d") for name in parts]
     return {"layers.mixer.projections.qkv": tuple(weights), "layers.mixer.projections.qkv_bias": tuple(biases)}
 
 

@@ -30,11 +30,14 @@ def read_layer_types(
     return tuple(window if s else None for s in sliding) if any(sliding) else ()
 
 
-def write_layer_types(config: UniformConfig) -> dict[str, Any]:
-    """The inverse; a model with windows of several sizes does not read back, and is refused for that."""
+def write_layer_types(config: UniformConfig, unused: int | None = None) -> dict[str, Any]:
+    """The inverse; a model with windows of several sizes does not read back, and is refused for that.
+
+    `unused` is the window that is written where no layer has one: some architectures cannot do without.
+    """
     windows = config.windows or (None,) * config.num_layers
     return {
-        "sliding_window": next((w for w in windows if w is not None), None),
+        "sliding_window": next((w for w in windows if w is not None), unused),
         "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
     }
 

@@ -74,5 +74,5 @@ def untie(model: Decoder) -> Decoder:
 def _written(slot: Slot, leaf: jax.Array, row: int, source: Source, values: np.ndarray) -> jax.Array:
     """A parameter with the part that a tensor holds of it replaced."""
     place = (row, *source.index()) if slot.stacked else source.index()
-    new = rearrange(values, source.pattern, **source.sizes(slot.shape))
+    new = source.load(values, source.sizes(slot.shape))
     return jax.device_put(leaf.at[place].set(jnp.asarray(new, leaf.dtype)), leaf.sharding)

@@ -58,7 +58,8 @@ class Part:
         held = np.zeros((b.shape[0], *self._sizes(letters.outputs).values()), b.dtype)
         held[self._own()] = b
         whole = np.zeros((rows, b.shape[0]), b.dtype)
-        whole[slice(*self.rows)] = rearrange(held, f"r {letters.outputs} -> {letters.rows} r")
+        outputs = rearrange(held, f"r {letters.outputs} -> {letters.rows} r")
+        whole[slice(*self.rows)] = self.source.paired(outputs, self._head_dim)
         return whole
 
     def read_a(self, a: np.ndarray) -> np.ndarray:
@@ -70,7 +71,12 @@ class Part:
         """An adapter's B, from [out, rank]."""
         letters = self._letters()
         pattern = f"{letters.rows} r -> r {letters.outputs}"
-        return rearrange(b[slice(*self.rows)], pattern, **self._sizes(letters.outputs))[self._own()]
+        outputs = self.source.halved(b[slice(*self.rows)], self._head_dim)
+        return rearrange(outputs, pattern, **self._sizes(letters.outputs))[self._own()]
+
+    @property
+    def _head_dim(self) -> int:
+        return self.source.sizes(self.kernel).get("d", 1)
 
     def _letters(self) -> _Letters:
         left, right = self.source.pattern.split("->")

@@ -99,6 +99,7 @@ CASES = {
     ),
     "gemma2": lambda: gemma(hf.Gemma2Config, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma2-biases-untied": lambda: gemma(hf.Gemma2Config, attention_bias=True, tie_word_embeddings=False),
+    "gemma2-full": lambda: gemma(hf.Gemma2Config, layer_types=["full_attention"] * 3),
     "gemma3": lambda: gemma(
         hf.Gemma3TextConfig, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
@@ -141,6 +142,7 @@ CASES = {
     ),
     "olmo2-yarn": lambda: hf.Olmo2Config(**BASE, **MORE, rope_parameters=YARN),
     "olmo3": lambda: hf.Olmo3Config(**FOUR, **MORE, sliding_window=6),
+    "olmo3-full": lambda: hf.Olmo3Config(**BASE, **MORE, layer_types=["full_attention"] * 2),
     "olmo3-yarn": lambda: hf.Olmo3Config(
         **BASE,
         **MORE,
@@ -157,6 +159,38 @@ CASES = {
         tie_word_embeddings=True,
     ),
     "granite-biases": lambda: hf.GraniteConfig(**BASE, attention_bias=True, mlp_bias=True, logits_scaling=49.0),
+    "cohere2": lambda: hf.Cohere2Config(**FOUR, **MORE, sliding_window=6, logit_scale=0.3),
+    "cohere2-mqa-biases-untied": lambda: hf.Cohere2Config(
+        **{**BASE, "num_key_value_heads": 1},
+        **MORE,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"],
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "cohere2-full": lambda: hf.Cohere2Config(**BASE, **MORE, layer_types=["full_attention"] * 2),
+    "glm4": lambda: hf.Glm4Config(**BASE, **MORE, head_dim=12),
+    "glm4-mqa-partial": lambda: hf.Glm4Config(
+        **{**BASE, "num_key_value_heads": 1},
+        **MORE,
+        head_dim=20,
+        attention_bias=False,
+        rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.4},
+    ),
+    "glm4-whole-heads": lambda: hf.Glm4Config(
+        **{**BASE, "num_key_value_heads": 4}, **MORE, head_dim=12, rope_parameters={"partial_rotary_factor": 1.0}
+    ),
+    "exaone4": lambda: hf.Exaone4Config(**FOUR, **MORE, sliding_window=6),
+    "exaone4-full": lambda: hf.Exaone4Config(
+        **BASE, **MORE, sliding_window=None, layer_types=["full_attention"] * 2, rope_parameters=LLAMA3
+    ),
+    "exaone4-no-position": lambda: hf.Exaone4Config(
+        **BASE, **MORE, sliding_window=6, layer_types=["full_attention"] * 2, tie_word_embeddings=True
+    ),
+    "starcoder2": lambda: hf.Starcoder2Config(**BASE, **MORE, sliding_window=7),
+    "starcoder2-plain": lambda: hf.Starcoder2Config(
+        **{**BASE, "num_key_value_heads": 1}, **MORE, use_bias=False, hidden_act="relu", tie_word_embeddings=False
+    ),
     "mpt": lambda: mpt(),
     "mpt-clip-scale": lambda: mpt({"clip_qkv": 0.5, "softmax_scale": 0.2}),
     "mpt-six-heads-untied": lambda: mpt(n_heads=6, tie_word_embeddings=False),

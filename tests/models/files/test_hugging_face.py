@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
-from streamjax.models import RopeConfig, UniformConfig
+from streamjax.models import RopeConfig, UniformConfig, forward
+from streamjax.models.files import safetensors_files
 from streamjax.models.files.hugging_face import load_hf, save_hf
 from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.rules import partition_spec
+from tests.architectures import tiny_config
 from tests.models.random_decoders import random_decoder
 
 pytestmark = pytest.mark.quick
@@ -99,6 +101,21 @@ def test_mesh(tmp_path, scan_layers, tie):
         assert parameter[...].sharding.is_equivalent_to(NamedSharding(mesh, spec), parameter[...].ndim)
     assert placed.embedding[...].addressable_shards[0].data.shape == (32, 8)
     assert projections.qkv[...].addressable_shards[0].data.shape[-4:] == (8, 1, 4, 8)
+
+
+@pytest.mark.parametrize("case", ["cohere2", "glm4", "olmo2"])
+def test_channels_in_pairs_and_norms_over_all_heads_on_a_mesh(tmp_path, case, monkeypatch):
+    model = random_decoder(tiny_config(case))
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    save_hf(model, tmp_path)
+    assert_same(load_hf(tmp_path), model)
+    monkeypatch.setattr(safetensors_files, "_BLOCK", 1)  # read in the smallest pieces
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = load_hf(tmp_path, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, placed, model)
+    with jax.set_mesh(mesh):
+        logits = forward(placed, tokens)
+    np.testing.assert_allclose(logits, forward(model, tokens), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])

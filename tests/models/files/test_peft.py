@@ -23,7 +23,7 @@ from tests.models.families.test_families import CASES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt_neox": ("query_key_value",), "falcon-40b": ("query_key_value",)}
-FUSED |= {"mpt": ("Wqkv",)}
+FUSED |= {"mpt": ("Wqkv",), "glm4-mqa-partial": ("gate_up_proj", "k_proj")}
 FAMILIES = (
     "llama-gqa-biases",
     "mistral-window",
@@ -34,6 +34,8 @@ FAMILIES = (
     "gemma3",
     "falcon-7b",
     "falcon-rw",
+    "olmo2",
+    "cohere2-mqa-biases-untied",
     *FUSED,
 )
 
@@ -127,7 +129,9 @@ def test_an_adapter_that_peft_trained_on_a_module_of_several_projections(case, t
     config |= {"target_modules": list(FUSED[case]), "rank_pattern": {}, "alpha_pattern": {}}
     (tmp_path / CONFIG).write_text(json.dumps(config))
     model = sj.load_lora(base, tmp_path)
-    targets = ("q", "k", "v", "gate", "up") if case == "phi3" else ("q", "k", "v")
+    targets = {"phi3": ("q", "k", "v", "gate", "up"), "glm4-mqa-partial": ("k", "gate", "up")}.get(
+        case, ("q", "k", "v")
+    )
     assert ranks_of(model) == {target: (4, 6.0) for target in targets}
     (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_alpha": 6}))  # what rsLoRA makes of 3, in plain LoRA
     expected = transformers_peers.logits_of(
