@@ -21,6 +21,10 @@ CASES = {
     "phi3": {**GROUPED, "sliding_window": 9},
     "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "layer_types": MIXED},
     "gemma3": {**GEMMA, "layer_types": MIXED},
+    "gpt_oss": {
+        **{**GROUPED, "head_dim": 6, "sliding_window": 6, "rope_scaling": {"rope_type": "default"}},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.5},
+    },
     "gpt_neox": {**SIZES, "rotary_pct": 0.5},
     "falcon-7b": FALCON,
     "falcon-40b": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},

@@ -117,14 +117,23 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
 def experts(module, config, x: np.ndarray) -> np.ndarray:
     """The chosen experts one after the other, and the shared one."""
     scores = x @ _value(module.router)
+    if config.router_bias:
+        scores = scores + _value(module.router_bias)
     scores = np.exp(scores - scores.max())
     scores = scores / scores.sum()
     chosen = np.argsort(-scores, kind="stable")[: config.experts_per_token]
     total = scores[chosen].sum() if config.normalize_weights else 1.0
     y = np.zeros_like(x)
     for expert in chosen:
-        gate, up = np.tensordot(x, _value(module.up)[expert], axes=1)
-        made = (ACTIVATIONS[config.activation](gate) * up) @ _value(module.down)[expert]
+        gate, up = np.tensordot(x, _value(module.up)[expert], axes=1) + (
+            _value(module.up_bias)[expert] if config.bias else 0.0
+        )
+        if config.swiglu_limit is None:
+            made = ACTIVATIONS[config.activation](gate) * up
+        else:
+            gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+            made = (up + 1) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
+        made = made @ _value(module.down)[expert] + (_value(module.down_bias)[expert] if config.bias else 0.0)
         y = y + scores[expert] / total * made
     if config.shared is None:
         return y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Positive, Size, check_fields
 from streamjax.models.config.dense import Activation, DenseConfig
 
 
@@ -16,6 +16,9 @@ class ExpertsConfig:
     normalize_weights: the weights of a token's experts sum to 1, which is a softmax over the chosen experts' scores
       (Mixtral); without, they are their part of a softmax over all experts (Qwen1.5-MoE).
     shared: an expert that every token passes through, besides the chosen ones.
+    bias, router_bias: whether the experts' projections, and the router's scores, have biases.
+    swiglu_limit: an expert computes `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, its gate at most this large and
+      its up projection at most this far from 0 (gpt-oss). None: `activation(gate) * up`.
     shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
     """
 
@@ -28,6 +31,10 @@ class ExpertsConfig:
     normalize_weights: bool = True
     shared: DenseConfig | None = None
     shared_gate: bool = False
+    bias: bool = False
+    router_bias: bool = False
+    swiglu_limit: Positive | None = None
+    swiglu_alpha: Positive = 1.702
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -41,4 +48,5 @@ class ExpertsConfig:
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
         shared = 0 if self.shared is None else self.shared.parameter_count(d_model) + self.shared_gate * d_model
-        return d_model * self.num_experts + 3 * d_model * self.mlp_dim * self.num_experts + shared
+        biases = self.bias * (2 * self.mlp_dim + d_model) + self.router_bias
+        return self.num_experts * (d_model + 3 * d_model * self.mlp_dim + biases) + shared

@@ -173,6 +173,9 @@ def read_quantisation(values: Mapping[str, Any]) -> Quantisation | None:
     if not fields.values:
         return None
     method = fields.get("quant_method", str, None)
+    plain = fields.get("modules_to_not_convert", list, None) or []  # the tensors say the same
+    if not all(isinstance(name, str) for name in plain):
+        raise ValueError("field 'quantization_config.modules_to_not_convert' holds something else than names")
     if method == "mxfp4":
         return Quantisation("mxfp4")
     if method != "fp8":

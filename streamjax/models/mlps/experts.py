@@ -11,7 +11,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.mlps.dense import ACTIVATIONS, MLP
 from streamjax.models.mlps.grouped_product import grouped_product
-from streamjax.models.parameters import kernel
+from streamjax.models.parameters import kernel, zeros
 
 
 class Experts(nnx.Module):
@@ -28,6 +28,9 @@ class Experts(nnx.Module):
         self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype)
         self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype)
         self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain)
+        self.router_bias = zeros((experts,), ("router",), dtype) if config.router_bias else None
+        self.up_bias = zeros((experts, 2, width), ("expert", "gates", "mlp"), dtype) if config.bias else None
+        self.down_bias = zeros((experts, d), ("expert", "activation_embed"), dtype) if config.bias else None
         self.shared = None if config.shared is None else MLP(config.shared, d, key_shared, dtype, gain)
         self.shared_gate = kernel(key_gate, (d, 1), ("embed", "gates"), d, dtype) if config.shared_gate else None
 
@@ -43,7 +46,10 @@ class Experts(nnx.Module):
     def route(self, tokens: Float[Array, "N E"]) -> tuple[Int32[Array, "N A"], Float[Array, "N A"]]:
         """Each token's experts (A of them), the best first, and their weights; scores are float32."""
         dtype = accumulator(tokens.dtype)
-        scores = jax.nn.softmax(tokens.astype(dtype) @ self.router[...].astype(dtype), axis=-1)
+        scores = tokens.astype(dtype) @ self.router[...].astype(dtype)
+        if self.router_bias is not None:
+            scores = scores + self.router_bias[...].astype(dtype)
+        scores = jax.nn.softmax(scores, axis=-1)
         weights, experts = jax.lax.top_k(scores, self.config.experts_per_token)
         if self.config.normalize_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -56,8 +62,18 @@ class Experts(nnx.Module):
         order = jnp.argsort(experts.reshape(-1))
         sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)
         hidden = grouped_product(tokens[order // each], self.up[...].reshape(count, tokens.shape[1], -1), sizes)
-        gate, up = jnp.split(hidden, 2, axis=-1)
-        out = grouped_product(ACTIVATIONS[self.config.activation](gate) * up, self.down[...], sizes)
+        if self.up_bias is not None:
+            hidden = hidden + self.up_bias[...].reshape(count, -1).astype(hidden.dtype)[experts.reshape(-1)[order]]
+        out = grouped_product(self._gated(*jnp.split(hidden, 2, axis=-1)), self.down[...], sizes)
+        if self.down_bias is not None:
+            out = out + self.down_bias[...].astype(out.dtype)[experts.reshape(-1)[order]]
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
         out = out[place].reshape(*weights.shape, -1)
         return jnp.einsum("nae,na->ne", out, weights, preferred_element_type=weights.dtype).astype(tokens.dtype)
+
+    def _gated(self, gate: Float[Array, "N F"], up: Float[Array, "N F"]) -> Float[Array, "N F"]:
+        limit = self.config.swiglu_limit
+        if limit is None:
+            return ACTIVATIONS[self.config.activation](gate) * up
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.config.swiglu_alpha * gate)

@@ -41,6 +41,11 @@ def qwen_moe(cls, **options):
     return cls(**{**BASE, **sizes, **options})
 
 
+def gpt_oss(**options):
+    sizes = {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6, "head_dim": 12, "vocab_size": 101}
+    return hf.GptOssConfig(**{**BASE, "bos_token_id": None, "eos_token_id": 3, **sizes, **options})
+
+
 def phi3(**options):
     return hf.Phi3Config(**{**BASE, "bos_token_id": 1, "eos_token_id": 2, **options})
 
@@ -74,6 +79,12 @@ CASES = {
     "mixtral-all-tied": lambda: hf.MixtralConfig(
         **BASE, num_local_experts=4, num_experts_per_tok=4, tie_word_embeddings=True, hidden_act="gelu"
     ),
+    "gpt_oss": lambda: gpt_oss(),
+    "gpt_oss-all-clamped": lambda: gpt_oss(num_experts_per_tok=5, swiglu_limit=0.4, swiglu_alpha=1.1),
+    "gpt_oss-mqa-no-biases": lambda: gpt_oss(
+        num_key_value_heads=1, attention_bias=False, tie_word_embeddings=True, layer_types=["full_attention"] * 2
+    ),
+    "gpt_oss-plain-rope": lambda: gpt_oss(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     "qwen2": lambda: hf.Qwen2Config(**BASE, tie_word_embeddings=True),
     "qwen2-window": lambda: hf.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: hf.Qwen3Config(**BASE, head_dim=20, tie_word_embeddings=True),

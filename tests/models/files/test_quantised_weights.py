@@ -144,6 +144,35 @@ def test_a_model_in_blocks_is_the_model_of_their_numbers(folders, axes, tmp_path
     assert expected.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("axes", [None, {"fsdp": 2, "tensor": 2, "data": 2}], ids=["whole", "sharded"])
+def test_gpt_oss_in_blocks(tmp_path, axes):
+    """As it is published: the experts' projections in MXFP4, their biases and all else plain."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "pad_token_id": None}
+    config = hf.GptOssConfig(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2)
+    plain = peers.write(peers.peer(config), tmp_path / "plain")
+    tensors = load_file(plain / "model.safetensors")
+    packed = dict(tensors)
+    for name, x in tensors.items():
+        if name.endswith("_proj"):
+            random = mxfp4(x.shape[0], x.shape[2], x.shape[1] // 32)
+            packed |= {f"{name}_blocks": random["w_blocks"], f"{name}_scales": random["w_scales"].clamp(max=124)}
+            del packed[name]
+            both = packed[f"{name}_blocks"], packed[f"{name}_scales"]
+            tensors[name] = convert_moe_packed_tensors(*both, dtype=torch.float32)
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    (tmp_path / "packed").mkdir()
+    save_file(packed, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    values = json.loads((plain / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(values))
+    found = sj.load(tmp_path / "packed", mesh=None if axes is None else make_mesh(**axes))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(found), jax.tree.leaves(sj.load(plain)))
+    if axes is None:
+        theirs = peers.reload(plain)
+        tokens = peers.tokens_for(theirs, 20)
+        np.testing.assert_allclose(sj.forward(found, tokens), peers.logits_of(theirs, tokens), atol=2e-4, rtol=1e-5)
+
+
 def test_blocks_without_what_belongs_to_them_are_one_line(folders, tmp_path):
     _, packed = folders
     tensors = load_file(packed / "model.safetensors")

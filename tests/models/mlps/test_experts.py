@@ -21,6 +21,8 @@ CONFIGS = {
     "one": ExpertsConfig(3, 1, 6, normalize_weights=False),
     "all": ExpertsConfig(3, 3, 6, activation="gelu"),
     "shared": SHARED,
+    "biased": ExpertsConfig(4, 2, 6, bias=True, router_bias=True),
+    "clamped": ExpertsConfig(4, 2, 6, bias=True, router_bias=True, swiglu_limit=0.7, swiglu_alpha=1.3),
     "shared without a gate": dataclasses.replace(SHARED, shared_gate=False),
 }
 
@@ -29,7 +31,11 @@ CONFIGS = {
 def test_each_token_by_itself(name):
     with jax.enable_x64(True):
         module = Experts(CONFIGS[name], 8, jax.random.key(0), jnp.dtype("float64"))
-        x = np.random.default_rng(0).normal(size=(2, 7, 8))
+        draw = np.random.default_rng(0)
+        for bias in (module.router_bias, module.up_bias, module.down_bias):
+            if bias is not None:
+                bias[...] = jnp.asarray(draw.normal(size=bias.shape))
+        x = draw.normal(size=(2, 7, 8))
         expected = [[streaming_llm.experts(module, CONFIGS[name], token) for token in row] for row in x]
         np.testing.assert_allclose(jax.jit(type(module).__call__)(module, jnp.asarray(x)), expected, atol=1e-12, rtol=0)
 

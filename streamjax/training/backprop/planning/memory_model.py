@@ -144,6 +144,7 @@ def _mlp_saved(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
     """`saved_bytes` of an MLP, for one token."""
     steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
     if isinstance(mlp, ExpertsConfig):
+        steps += 3 * (mlp.swiglu_limit is not None)
         each = item * (mlp.mlp_dim * (steps + 2) + 2 * d_model)
         shared = 0 if mlp.shared is None else _mlp_saved(mlp.shared, d_model, item, wide)
         return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
