@@ -37,6 +37,11 @@ CASES = {
     "glm4": {**GROUPED, "head_dim": 8},
     "exaone4": {**GROUPED, "sliding_window": 6, "layer_types": MIXED},
     "starcoder2": {**GROUPED, "sliding_window": 7},
+    "ministral3": {
+        **GROUPED,
+        "head_dim": 6,
+        "rope_parameters": {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4},
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

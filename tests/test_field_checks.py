@@ -24,6 +24,7 @@ from streamjax.models.config import (
     HSAConfig,
     NormConfig,
     RopeConfig,
+    TemperatureConfig,
     UniformConfig,
     parse_config,
 )
@@ -59,6 +60,7 @@ EXAMPLES = [
     ExpertsConfig(4, 2, 8, shared=DenseConfig(8), shared_gate=True),
     NormConfig(),
     RopeConfig(),
+    TemperatureConfig(0.1, 8),
     HSAConfig((1, 2), (1,)),
     DataConfig(),
     TrainConfig("run", MODEL, DataConfig(), 10),
@@ -91,6 +93,7 @@ EXAMPLES = [
 NO_CONFIGURATIONS = {
     *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
+    "Quantisation",
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
 NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]

@@ -96,6 +96,9 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
         return rope(heads, at, config.rope.theta, config.rope.rotary_dim or config.head_dim)
 
     query = turn(q, places[-1])
+    if config.temperature is not None:
+        rule = config.temperature
+        query = query * (1 + rule.beta * math.log(1 + places[-1] // rule.length))
     keys = np.stack([turn(entry[0], at) for at, entry in zip(places, cache, strict=True)])  # [n, K, D]
     values = np.stack([entry[1] for entry in cache])
     out = np.zeros((config.num_heads, config.head_dim))

@@ -8,7 +8,7 @@ makes one from a Hugging Face `config.json`; `decoder.py` builds the model that 
 from typing import Any
 
 from streamjax.field_checks import from_plain
-from streamjax.models.config.attention import AttentionConfig
+from streamjax.models.config.attention import AttentionConfig, TemperatureConfig
 from streamjax.models.config.block import BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import ExpertsConfig
@@ -30,6 +30,7 @@ __all__ = [
     "NormConfig",
     "RopeConfig",
     "RopeKind",
+    "TemperatureConfig",
     "UniformConfig",
     "expanded",
     "parse_config",

@@ -12,6 +12,21 @@ from streamjax.models.config.rope import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class TemperatureConfig:
+    """Sharper attention further on: a query at position p is multiplied by `1 + beta * log(1 + floor(p / length))`.
+
+    Llama 4's rule (2025), as Ministral 3 has it. In a stream p is the query's place among the positions that are in use
+    at once, as it is for the rotation.
+    """
+
+    beta: Positive
+    length: Size
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Grouped-query attention: `num_heads` query heads and `num_kv_heads` key/value heads of width `head_dim`.
 
@@ -20,6 +35,7 @@ class AttentionConfig:
     window: Hugging Face's `sliding_window`: a key is visible at distance < W; None: full attention.
     sinks: first tokens of the sequence that a window sees too, at their true distance.
     scale: factor on query-key products; None: 1 / sqrt(head_dim).
+    temperature: a factor that grows with the position of the query; None: none.
     softcap: logits become `softcap * tanh(logits / softcap)`.
     qk_norm: of queries and keys, before they rotate.
     qk_norm_over: a head's channels, or those of all heads together (OLMo 2).
@@ -37,6 +53,7 @@ class AttentionConfig:
     window: Size | None = None
     sinks: Count = 0
     scale: Positive | None = None
+    temperature: TemperatureConfig | None = None
     softcap: Positive | None = None
     qk_norm: NormConfig | None = None
     qk_norm_over: Literal["head", "projection"] = "head"

@@ -96,6 +96,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries and keys, and values: what attention needs of each token by itself."""
         q, k, v = self.projections.split(x)
+        q = self._tempered(q, context.position)
         return constrain(self._rotated(q, context), "batch", "length", "heads", "head_dim"), *self._placed(
             k, v, context
         )
@@ -110,6 +111,14 @@ class Attention(nnx.Module):
         axes = ("batch", "length", "kv_heads", "head_dim")
         return constrain(self._rotated(k, context), *axes), constrain(v, *axes)
 
+    def _tempered(self, q: Float[Array, "B T H D"], place: Array) -> Float[Array, "B T H D"]:
+        """Queries times the factor that grows with their place [B, T]."""
+        rule = self.config.temperature
+        if rule is None:
+            return q
+        factor = 1.0 + rule.beta * jnp.log1p((place // rule.length).astype(jnp.float32))
+        return (q * factor[..., None, None]).astype(q.dtype)
+
     def _rotated(self, x: Array, context: SequenceContext) -> Array:
         if self.config.rope is None:
             return x
@@ -120,6 +129,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B C E"], State]:
         """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
         raw_q, raw_k, v = self.projections.split(x)
+        if self.config.temperature is not None:
+            index = context.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+            raw_q = self._tempered(raw_q, jnp.minimum(index, context.span - 1))
         rotary = None
         if self.config.rope is not None:
             rotary = make_rotary(self.config.rope, self.config.head_dim, context.span)

@@ -46,6 +46,22 @@ def test_multimodal_gemma():
     assert config.tie_embeddings
 
 
+def test_multimodal_ministral():
+    text = PUBLISHED["ministral-3-3b-text"]
+    values = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": text}
+    values |= {"vision_config": {"hidden_size": 1024}, "image_token_index": 10, "spatial_merge_size": 2}
+    values |= {"vision_feature_layer": -1, "projector_hidden_act": "gelu", "multimodal_projector_bias": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_config(values) == read_config(text)
+    with pytest.raises(ValueError, match=r"'text_config.model_type' is 'mistral'; streamjax has 'ministral3' here"):
+        read_config({**values, "text_config": {**text, "model_type": "mistral"}})
+    for beta in (-1, "x", float("nan")):
+        rope = {**text["rope_parameters"], "llama_4_scaling_beta": beta}
+        with pytest.raises(ValueError, match="field 'llama_4_scaling_beta' is"):
+            read_config({**text, "rope_parameters": rope})
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, "gemma-3-4b"])
 def test_every_field_of_transformers_is_read_or_known_to_be_harmless(name):
     values = GEMMA_3_4B if name == "gemma-3-4b" else PUBLISHED[name]
@@ -64,6 +80,9 @@ NO_SIZE = {
     "clip_qkv",
     "beta_fast",
     "beta_slow",
+    "llama_4_scaling_beta",
+    "mscale",
+    "mscale_all_dim",
     "bos_token_id",
     "eos_token_id",
 }
@@ -289,7 +308,10 @@ def test_what_a_family_cannot_express():
             {"qk_norm": True},
             "family 'llama' cannot express qk_norm = True .*; family qwen3 can",
         ),
-        "windows": ({"windows": (8,) * 4}, "cannot express windows = .*; family mistral or phi3 or smollm3 can"),
+        "windows": (
+            {"windows": (8,) * 4},
+            "cannot express windows = .*; family mistral or phi3 or smollm3 or ministral3 can",
+        ),
         "sizes of window": ({"windows": (8, 4, 8, 4)}, r"windows = \(8, 4, 8, 4\)"),
         "norm": ({"norm": "layer"}, r"norm = 'layer'"),
         "one bias": ({"qkv_bias": True}, r"out_bias = False.*; family qwen2 can"),

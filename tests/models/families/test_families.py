@@ -202,6 +202,18 @@ CASES = {
     "starcoder2-plain": lambda: hf.Starcoder2Config(
         **{**BASE, "num_key_value_heads": 1}, **MORE, use_bias=False, hidden_act="relu", tie_word_embeddings=False
     ),
+    "ministral3": lambda: hf.Ministral3Config(
+        **BASE, **MORE, head_dim=12, rope_parameters={**YARN, "llama_4_scaling_beta": 0.3}
+    ),
+    "ministral3-default-window": lambda: hf.Ministral3Config(
+        **BASE, **MORE, sliding_window=7, tie_word_embeddings=True
+    ),
+    "ministral3-plain": lambda: hf.Ministral3Config(
+        **BASE,
+        **MORE,
+        head_dim=20,
+        rope_parameters={"rope_type": "default", **LONG, "llama_4_scaling_beta": 0.0},
+    ),
     "mpt": lambda: mpt(),
     "mpt-clip-scale": lambda: mpt({"clip_qkv": 0.5, "softmax_scale": 0.2}),
     "mpt-six-heads-untied": lambda: mpt(n_heads=6, tie_word_embeddings=False),
