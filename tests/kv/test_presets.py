@@ -1,5 +1,7 @@
 """Named caches: what they build, and what they say when asked for something else."""
 
+import jax
+import numpy as np
 import pytest
 
 import streamjax as sj
@@ -127,3 +129,22 @@ def test_published_sizes_and_their_shares():
     assert sizes() == (8192, 150, 1900)
     assert sizes(capacity=8192) == (8192, 9, 119)
     assert sizes(capacity=1 << 20) == (8192, 150, 1900)
+
+
+@pytest.mark.quick
+def test_only_caches_that_ask_get_ids():
+    asking, other = sj.kv.preset("sentence_kv"), sj.kv.preset("dhsa")
+    assert asking.needs_ids
+    assert not other.needs_ids
+    assert sj.kv.HeadGroups(((0,), other), ((1,), asking)).needs_ids
+    spec = sj.kv.KVSpec(1, 1, 2, np.dtype(np.float32))
+    shapes = [jax.eval_shape(lambda cache=cache: cache.tiers[1].init(spec)) for cache in (asking, other)]
+    assert shapes[0].ids.shape == (1, 1, 64)
+    assert shapes[1].ids is None
+
+
+@pytest.mark.quick
+def test_ids_are_named_in_one_word():
+    assert sj.kv.parse_preset("sentence_kv:ends=13+30,page=64") == ("sentence_kv", {"ends": (13, 30), "page": 64})
+    with pytest.raises(ValueError, match="cache 'sentence_kv': ends must be a number, not '13\\+x'"):
+        sj.kv.parse_preset("sentence_kv:ends=13+x")

@@ -19,7 +19,7 @@ def always_small_blocks(small_blocks):
 @pytest.mark.parametrize(
     ("config", "length", "chunk_size", "packed"),
     [
-        pytest.param(WINDOWS, 24, 8, False, id="windows"),
+        pytest.param(WINDOWS, 24, 8, False, id="windows", marks=pytest.mark.slow),
         pytest.param(WINDOWS, 19, 4, True, id="windows-packed", marks=pytest.mark.slow),
         pytest.param(WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, id="sinks-capped"),
         pytest.param(WINDOWS.replace(sinks=2), 23, 5, True, id="sinks-packed"),

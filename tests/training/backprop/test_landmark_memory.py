@@ -1,5 +1,7 @@
 """Gradients of models with a chunk memory: the same by every method, and through the encoder and the choice too."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -20,6 +22,14 @@ OWN = CONFIG.replace(
 )
 
 
+@cache
+def whole_sequence(config, packed):
+    """A model, a batch, and their gradient in float64."""
+    with jax.enable_x64(True):
+        model, batch = random_model(config), random_batch(31, 2, 29, packed=packed)
+        return model, batch, gradient(model, batch, "full")
+
+
 @pytest.mark.parametrize(
     ("config", "method", "chunk_size", "packed"),
     [
@@ -35,27 +45,25 @@ OWN = CONFIG.replace(
 def test_every_method_gives_the_gradient(config, method, chunk_size, packed):
     """In float64, for chunks that do and do not hold whole pages, and lengths that end inside a page."""
     with jax.enable_x64(True):
-        model = random_model(config)
-        batch = random_batch(31, 2, 29, packed=packed)
-        assert_same(gradient(model, batch, method, chunk_size=chunk_size), gradient(model, batch, "full"))
+        model, batch, expected = whole_sequence(config, packed)
+        assert_same(gradient(model, batch, method, chunk_size=chunk_size), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"segment": 2}, {"segment": 3, "offload": "host", "offload_fraction": 0.5}])
 def test_segments_and_offload_keep_the_gradient(options):
     with jax.enable_x64(True):
-        model, batch = random_model(SHARED), random_batch(31, 2, 29)
-        assert_same(gradient(model, batch, "layer", chunk_size=8, **options), gradient(model, batch, "full"))
+        model, batch, expected = whole_sequence(SHARED, packed=False)
+        assert_same(gradient(model, batch, "layer", chunk_size=8, **options), expected)
 
 
 def test_the_gradient_reaches_every_part_of_the_memory():
     """No array of the encoder and of the readers is left out."""
-    with jax.enable_x64(True):
-        grads = gradient(random_model(SHARED), random_batch(31, 2, 29), "full")[1]
-        for block in grads.layers:
-            for part in (block.encoder, block.reader):
-                for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-                    assert np.abs(leaf).max() > 1e-8, jax.tree_util.keystr(path)
+    _, _, (_, grads) = whole_sequence(SHARED, packed=False)
+    for block in grads.layers:
+        for part in (block.encoder, block.reader):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+                assert np.abs(leaf).max() > 1e-8, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 6])

@@ -1,5 +1,6 @@
 """Training adapters: gradients against weights with the change written into them, and a base that stays as it is."""
 
+import itertools
 from functools import cache, partial
 
 import jax
@@ -103,9 +104,14 @@ def mean_nll(model, batch):
     return jnp.sum(nll * weights) / jnp.sum(weights)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES)
+def pairs(*axes):
+    """Combinations of values; every other one is slow. Of three axes the rest has every pair of values."""
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = (axis[place] for axis, place in zip(axes, places, strict=True))
+        yield pytest.param(*values, marks=pytest.mark.slow if sum(places) % 2 else ())
+
+
+@pytest.mark.parametrize(("case", "method", "stacked"), pairs(tuple(CASES), METHODS, (False, True)))
 def test_gradients_of_all_targets(case, method, stacked):
     model, batch, (loss, grads) = expected(case)
     with jax.enable_x64(True):
@@ -126,8 +132,7 @@ def products(jaxpr, found=None):
     return found
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "stacked"), pairs(METHODS, (False, True)))
 def test_frozen_weights_cost_no_gradient(method, stacked):
     """No product of the program makes an array of a weight's shape, as there is one for each in full training."""
     config = CONFIG.replace(vocab_size=37, d_model=44, num_kv_heads=1, num_heads=3, head_dim=14, mlp_dim=52)
