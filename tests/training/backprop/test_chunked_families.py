@@ -13,9 +13,11 @@ def test_every_family_has_a_case():
 
 def of_every_case():
     """Both orders of every case; one of them is slow, by turns."""
-    for index, case in enumerate(CASES):
-        for turn, order in enumerate(ORDERS):
-            yield pytest.param(case, order, marks=pytest.mark.slow if index // 2 % 2 != turn else ())
+    return [
+        pytest.param(case, order, marks=pytest.mark.slow if index // 2 % 2 != turn else ())
+        for index, case in enumerate(CASES)
+        for turn, order in enumerate(ORDERS)
+    ]
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -106,9 +106,12 @@ def mean_nll(model, batch):
 
 def pairs(*axes):
     """Combinations of values; every other one is slow. Of three axes the rest has every pair of values."""
-    for places in itertools.product(*(range(len(axis)) for axis in axes)):
-        values = (axis[place] for axis, place in zip(axes, places, strict=True))
-        yield pytest.param(*values, marks=pytest.mark.slow if sum(places) % 2 else ())
+    return [
+        pytest.param(
+            *(value for _, value in each), marks=pytest.mark.slow if sum(place for place, _ in each) % 2 else ()
+        )
+        for each in itertools.product(*map(enumerate, axes))
+    ]
 
 
 @pytest.mark.parametrize(("case", "method", "stacked"), pairs(tuple(CASES), METHODS, (False, True)))
