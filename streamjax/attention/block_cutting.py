@@ -16,3 +16,12 @@ def cut_blocks(x: Array, size: int) -> Array:
 def join_blocks(x: Array, length: int) -> Array:
     """[N, B, C, ...] as [B, T, ...], T = `length`, without the padding."""
     return rearrange(x, "n b c ... -> b (n c) ...")[:, :length]
+
+
+def even_batch(blocks: int, most: int) -> int:
+    """How many of so many blocks to work on at a time, at most `most` and at least 1: a divisor, where there is one.
+
+    `jax.lax.map` compiles its body a second time for a rest. Of divisors less than half of `most` none is taken.
+    """
+    most = max(1, min(most, blocks))
+    return next((size for size in range(most, most // 2, -1) if blocks % size == 0), most)

@@ -196,10 +196,11 @@ class Query:
         valid: Bool[Array, "B #K S"],
         lse: Float[Array, "B C H"],
         reach: int | None = None,
+        filled: Int32[Array, " B"] | None = None,
     ) -> Float[Array, "B H S"]:
         """The attention that these queries give to keys, as in `attend`, of which `lse` is the whole.
 
-        Padding gives none. Keys are taken `SLOT_BLOCK` at a time.
+        Padding gives none. Keys are taken `SLOT_BLOCK` at a time, with `filled` only those blocks that hold any.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
         size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
@@ -217,7 +218,8 @@ class Query:
             return jax.lax.dynamic_update_slice_in_dim(masses, found.astype(masses.dtype), start, 2)
 
         nothing = jnp.zeros((k.shape[0], self.q.shape[2], slots), jnp.float32)
-        return jax.lax.fori_loop(0, -(-slots // size), block, nothing)
+        used = slots if filled is None or self.differentiable else jnp.max(filled)
+        return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         attend_all = Query._attend_all

@@ -74,3 +74,8 @@ def test_blocks_behind_the_filled_slots_are_not_read(monkeypatch, chunk, filled)
     out, lse = softmax64(q, k, v, visible, scale=0.8, softcap=2.0, slopes=SLOPES, distance=distance)
     np.testing.assert_allclose(got.out, out, atol=1e-5)
     np.testing.assert_allclose(got.lse, lse, atol=1e-5)
+    if chunk > 1:
+        lse = jnp.asarray(lse, jnp.float32)
+        mass = query(q, 25).mass(arrays[0], *arrays[2:], lse, filled=jnp.array(filled, jnp.int32))
+        clean = query(q, 25).mass(jnp.nan_to_num(arrays[0]), *arrays[2:], lse)
+        np.testing.assert_allclose(mass, clean, atol=1e-6)

@@ -65,7 +65,7 @@ empty = jax.jit(lambda cascade, spec: cascade.init(spec), static_argnums=(0, 1))
 
 def run(
     cascade, stream, counts, *, ids=None, width=None, start=0, slopes=None, frequencies=None, softcap=None,
-    key_heads=KEY_HEADS, sink_logits=None,
+    key_heads=KEY_HEADS, sink_logits=None, differentiable=False,
 ):  # fmt: skip
     """Outputs [B, T, H, D] and the last state; chunk i holds `counts[i]` tokens, or `counts[i][row]` of each row.
 
@@ -92,7 +92,7 @@ def run(
         found, state = update(
             cascade, state, *map(jnp.asarray, arrays), None if own is None else jnp.asarray(own),
             jnp.asarray(((index + start) % 2**32).astype(np.uint32)), jnp.asarray(seen.astype(np.int32)),
-            jnp.asarray(valid), slopes, rotary, softcap, False, sink_logits,
+            jnp.asarray(valid), slopes, rotary, softcap, differentiable, sink_logits,
         )  # fmt: skip
         for row in range(rows):
             out[row, seen[row] : seen[row] + count[row]] = np.asarray(found)[row, : count[row]]
@@ -109,14 +109,15 @@ def by_lists(kind, rule, stream):
     return np.array(rows)
 
 
-def filled(tier, keys, values):
-    """The tier with [B, T, K, D] tokens stored in one chunk."""
+def filled(tier, keys, values, ids=None):
+    """The tier with [B, T, K, D] tokens stored in one chunk; `ids` [B, T] where it asks for them."""
     rows, length = keys.shape[:2]
     shape = (rows, 1, length)
 
     def store(k, v):
         position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.uint32), shape)
-        return tier.store(tier.init(spec(rows)), KVTokens(k, v, k, position, jnp.ones(shape, bool)))
+        own = None if ids is None else jnp.asarray(ids, jnp.int32)[:, None]
+        return tier.store(tier.init(spec(rows)), KVTokens(k, v, k, position, jnp.ones(shape, bool), ids=own))
 
     return jax.jit(store)(*(jnp.asarray(np.swapaxes(x, 1, 2).astype(np.float32)) for x in (keys, values)))
 

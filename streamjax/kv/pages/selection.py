@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
-from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
 from streamjax.kv.pages.page_scores import score_pages
@@ -95,6 +95,12 @@ def choose_pages(
     return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
 
 
+def read_first_pages(pages: PageTokens, query: Query, held: Int32[Array, " B"]) -> Partial:
+    """Attention of all queries to all tokens of the first `held` pages of each row."""
+    k, v, position, valid = (rearrange(x, "b k p s ... -> b k (p s) ...") for x in pages)
+    return query.attend(k, v, position, valid, filled=held * pages.k.shape[3])
+
+
 def read_pages(
     pages: PageTokens,
     query: Query,
@@ -131,7 +137,7 @@ def read_pages(
         None if some is None else rearrange(some, first),
     )
     rows, heads, _, top_k = chosen.shape
-    together = max(1, min(GATHERED // (rows * heads * top_k * size * pages.k.shape[4]), groups))
+    together = even_batch(groups, GATHERED // (rows * heads * top_k * size * pages.k.shape[4]))
     parts = jax.lax.map(
         lambda piece: read(dataclasses.replace(query, valid=None, **piece[0]), *piece[1:]),
         pieces,

@@ -33,7 +33,7 @@ def tree_search(
     place = jnp.arange(pages, dtype=jnp.int32)
     last = jnp.max(jnp.where(held, place, -1), axis=-1, keepdims=True)  # [B, K, N, 1]
 
-    def middle(start: Array, length: int) -> tuple[Array, Array]:
+    def middle(start: Array, length: Array | int) -> tuple[Array, Array]:
         """The page that stands for each range, and whether there is one: next to the middle where that is empty."""
         page = jnp.clip(jnp.minimum(start + length // 2, last), 0, pages - 1)
         there = jnp.take_along_axis(held, page, axis=-1)
@@ -41,7 +41,7 @@ def tree_search(
         page = jnp.clip(page, 0, pages - 1)
         return page, (start <= last) & jnp.take_along_axis(held, page, axis=-1)
 
-    def ranked(start: Array, length: int, count: int) -> tuple[Array, Array]:
+    def ranked(start: Array, length: Array | int, count: int) -> tuple[Array, Array]:
         page, there = middle(start, length)
         scores, kept = jax.lax.top_k(jnp.where(there, score(page), -jnp.inf), count)
         return jnp.take_along_axis(start, kept, axis=-1), ~jnp.isneginf(scores)
@@ -50,7 +50,12 @@ def tree_search(
     if length == 1:
         start = jnp.where(start < pages, start, pages)  # fewer pages than are asked for: the rest is nowhere
     start, some = ranked(start, length, top_k)
-    while length > 1:
-        length //= 2
-        start, some = ranked(jnp.concatenate((start, start + length), axis=-1), length, top_k)
+    if length > 1:  # a loop, which compilers see once
+
+        def halve(_: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            start, _, length = found
+            length //= 2
+            return *ranked(jnp.concatenate((start, start + length), axis=-1), length, top_k), length
+
+        start, some, _ = jax.lax.fori_loop(0, length.bit_length() - 1, halve, (start, some, jnp.int32(length)))
     return jnp.clip(start, 0, pages - 1), some

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
-from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
 from streamjax.kv.ring_buffer import ordered_after, write_linear
@@ -194,10 +194,18 @@ class Clusters(Tier):
         opened, closed, width = state.open, state.closed, query.q.shape[1]
         valid = jnp.arange(self.segment) < opened.filled[:, None, None]
         exact = query.attend(opened.k, opened.v, opened.position, valid, filled=opened.filled)
+        if width == 1 or query.differentiable:
+            return merge(exact, self._attend_by_blocks(closed, query))
+        some = jnp.any(closed.count > 0)  # for many tokens a stream has no cluster to choose
+        return jax.lax.cond(some, lambda: merge(exact, self._attend_by_blocks(closed, query)), lambda: exact)
+
+    def _attend_by_blocks(self, closed: ClosedSegments, query: Query) -> Partial:
+        """Attention to the clusters of queries of which `block` choose together."""
+        width = query.q.shape[1]
         block = min(self.block, width)
         groups = -(-width // block)
         if groups == 1:
-            return merge(exact, self._attend_clusters(closed, query))
+            return self._attend_clusters(closed, query)
 
         asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
         pieces = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks}
@@ -206,9 +214,9 @@ class Clusters(Tier):
         parts = jax.lax.map(
             lambda piece: self._attend_clusters(closed, dataclasses.replace(query, **piece)),
             {name: cut_blocks(x, block) for name, x in pieces.items()},
-            batch_size=max(1, min(GATHERED // read, groups)),
+            batch_size=even_batch(groups, GATHERED // read),
         )
-        return merge(exact, Partial(*(join_blocks(x, width) for x in parts)))
+        return Partial(*(join_blocks(x, width) for x in parts))
 
     def _attend_clusters(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of queries that choose together to the clusters."""

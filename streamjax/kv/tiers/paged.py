@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from pallas_kernels.partial import Partial
 from streamjax.field_checks import Size, check_fields
+from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.pages.indexes import Index
-from streamjax.kv.tier import KVTokens, Tier
+from streamjax.kv.pages.selection import PageTokens, read_first_pages
+from streamjax.kv.tier import KVTokens, Query, Tier
 
 
 class PagedTier(Tier):
@@ -46,3 +55,23 @@ class PagedTier(Tier):
     def placed(self, tokens: KVTokens) -> KVTokens:
         """Tokens as they are stored: at a fixed distance their keys lie at position 0."""
         return tokens if self.distance is None else tokens.moved(back=True)
+
+    def read(
+        self, pages: PageTokens, query: Query, held: Int32[Array, " B"], read_chosen: Callable[[], Partial]
+    ) -> Partial:
+        """`read_chosen()`, which scores all pages and gathers `top_k` for each query; where that is all, without that.
+
+        While no row has more than `top_k` pages, every query chooses all of them. Then they are read as they lie, once
+        for all queries of a chunk, and nothing at all where there is none: a stream's first chunks cost what they cost
+        a dense cache. One token gathers little; a reverse mode and slots in the host's memory need the way by choice.
+
+        Args:
+          held: pages of each row that hold tokens: the first ones, or all where the buffer has been full.
+          read_chosen: what is right whatever there is.
+        """
+        if query.q.shape[1] == 1 or query.differentiable or in_host_memory(pages.k):
+            return read_chosen()
+        if self.top_k >= self.pages:
+            return read_first_pages(pages, query, held)
+        few = jnp.max(held) <= self.top_k
+        return jax.lax.cond(few, lambda: read_first_pages(pages, query, held), read_chosen)

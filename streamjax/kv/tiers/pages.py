@@ -140,18 +140,32 @@ class Pages(PagedTier):
         return PagesState(ring, summary)
 
     def attend(self, state: PagesState, query: Query, reach: int | None) -> Partial:
+        """Attention of the chunk's queries to the pages that they choose.
+
+        Raises:
+          ValueError: a tree search in a model with ALiBi, where a page's worth depends on its distance.
+        """
+        if self.search == "tree" and query.slopes is not None:
+            raise ValueError('Pages.search "tree" does not know distances: models with ALiBi need search="all"')
         ring = state.tokens
         pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
         query, pages = at_distance(query, pages, self.distance)
-        block, some = min(self.block, query.q.shape[1]), None
-        if self.search == "tree":
-            chosen, some = self._descend(state, query, block)
-        else:
-            chosen = self._choose(state, pages, query, block)
-        if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
-            oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
-            return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
-        return read_pages(pages, query, chosen, block, some)
+        block = min(self.block, query.q.shape[1])
+
+        def read_chosen() -> Partial:
+            some = None
+            if self.search == "tree":
+                chosen, some = self._descend(state, query, block)
+            else:
+                chosen = self._choose(state, pages, query, block)
+            if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
+                oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
+                return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
+            return read_pages(pages, query, chosen, block, some)
+
+        # Before the buffer has been full its tokens lie from slot 0 on.
+        held = jnp.where(ring.filled < self.capacity, -(-ring.filled // self.size), self.pages)
+        return self.read(pages, query, held, read_chosen)
 
     def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
         """The pages that each block of queries reads, best first, for each key head."""
@@ -167,13 +181,7 @@ class Pages(PagedTier):
     def _descend(
         self, state: PagesState, query: Query, block: int
     ) -> tuple[Int32[Array, "B K n top_k"], Bool[Array, "B K n top_k"]]:
-        """The pages that a tree search finds for each block of queries and each key head, and which are pages at all.
-
-        Raises:
-          ValueError: a model with ALiBi, where a page's worth depends on its distance.
-        """
-        if query.slopes is not None:
-            raise ValueError('Pages.search "tree" does not know distances: models with ALiBi need search="all"')
+        """The pages that a tree search finds for each block of queries and key head, and which are pages at all."""
         heads, width = state.tokens.k.shape[1], query.q.shape[1]
         short = -width % block
         q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k c g d", k=heads))

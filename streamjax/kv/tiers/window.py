@@ -56,7 +56,7 @@ class Window(Tier):
         if state.score is None:
             return state
         valid = jnp.arange(self.size) < state.filled[:, None, None]
-        more = query.mass(state.k, state.position, valid, lse, reach)
+        more = query.mass(state.k, state.position, valid, lse, reach, filled=state.filled)
         return dataclasses.replace(state, score=state.score + more)
 
     def store(self, state: RingState, tokens: KVTokens) -> RingState:

@@ -88,7 +88,7 @@ def test_streams_are_the_same(apart, name):
         assert kinds == ({"pinned_host"} if placement == "host" else {"device"})
         assert pages_of(state).position.sharding.memory_kind == "device"
         found.append(np.array(logits))
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(*found, atol=1e-5)  # in another order of sums: from the host pages are always chosen
     assert np.abs(found[0]).max() > 0.1
 
 

@@ -111,3 +111,16 @@ def test_bad_requests_are_one_line(make, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_more_pages_make_no_longer_program():
+    """Ranges are halved in a loop, which compilers see once."""
+    sizes = [
+        len(
+            jax.make_jaxpr(lambda held: search(jnp.zeros(held.shape[-1]), held, 4))(jnp.ones((1, 1, 1, n), bool))
+            .pretty_print()
+            .splitlines()
+        )
+        for n in (64, 4096)
+    ]
+    assert sizes[0] == sizes[1]

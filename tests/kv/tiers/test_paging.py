@@ -1,12 +1,26 @@
 """What holds for every tier that reads only some of what it has: pages of one length, pages by content, clusters."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamjax.kv import Cascade, Clusters, ContentPages, EndTokens, Full, KeyChange, Pages, Window
-from tests.kv.tier_streams import ENDS, Stream, ask, filled, gradients, run, wandering
+from streamjax.kv import (
+    Cascade,
+    Clusters,
+    ContentPages,
+    EndTokens,
+    Full,
+    KeyChange,
+    Middle,
+    Pages,
+    Representative,
+    Sink,
+    Window,
+)
+from tests.kv.tier_streams import ENDS, FREQUENCIES, SLOPES, Stream, ask, filled, gradients, run, spec, wandering
 
 ALL_READ = {
     "pages": Pages(3, 60, 21),
@@ -69,3 +83,67 @@ def test_gradients_of_all_that_is_read_are_dense_attentions(tier, dense_gradient
     found = gradients(Cascade(tier), Stream.drawn(1, 12, seed=4), 6)
     for mine, expected in zip(found, dense_gradients, strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+FEW_OR_MANY = {
+    "pages": Pages(4, 40, 3),
+    "pages, all but one": Pages(4, 24, 6),
+    "all pages": Pages(4, 24, 7),
+    "blocks far away": Pages(4, 40, 3, Representative(2), 2, 9, "mean", shared=True, read_newest=True),
+    "tree": Pages(4, 40, 3, Middle(), 2, search="tree"),
+    "all by tree": Pages(4, 24, 7, Middle(), search="tree"),
+    "content by keys": ContentPages(4, 40, 3, KeyChange(0.3, 3, 2), block=2),
+    "content by ids": ContentPages(4, 40, 5, EndTokens(ENDS), distance=9),
+    "clusters": Clusters(20, 40, 2, 3, size=4, most=6, block=3),
+}
+
+
+@pytest.mark.parametrize("name", FEW_OR_MANY)
+@pytest.mark.parametrize("positions", ["none", "rope", "alibi"])
+def test_what_is_read_at_once_is_what_would_be_chosen(name, positions):
+    """A stream from its empty pages to where they have wrapped, rows apart, against the way that always chooses."""
+    if "tree" in name and positions == "alibi":
+        pytest.skip("a tree search does not know distances")
+    stream, ids = wandering(length=61, seed=3)
+    cascade = Cascade(Sink(2, reach=10**6), Window(5), FEW_OR_MANY[name])
+    options = {
+        "slopes": SLOPES if positions == "alibi" else None,
+        "frequencies": FREQUENCIES if positions == "rope" else None,
+    }
+    counts = [(7, 3), (4, 7), (1, 2)]
+    found, state = run(cascade, stream, counts, ids=ids, width=7, **options)
+    expected, chosen = run(cascade, stream, counts, ids=ids, width=7, differentiable=True, **options)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(chosen), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+def poisoned(x):
+    return jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+@pytest.mark.parametrize("name", FEW_OR_MANY)
+def test_empty_pages_are_not_read(name):
+    """Keys and values of empty slots are NaN, which would show: 0 times NaN is NaN."""
+    tier = FEW_OR_MANY[name]
+    state = jax.tree.map(poisoned, tier.init(spec(2)))
+    if name == "clusters":  # the segment that is being filled is read as a whole
+        state = type(state)(tier.init(spec(2)).open, state.closed)
+    out, lse = ask(tier, state, np.ones((2, 6, 4, 6)))
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+
+
+@pytest.mark.parametrize("name", ["pages", "tree", "content by ids"])
+def test_only_slots_that_hold_tokens_are_read_while_they_are_few(monkeypatch, name):
+    monkeypatch.setattr("streamjax.kv.tier.SLOT_BLOCK", 4)
+    tier, (stream, _) = FEW_OR_MANY[name], wandering(1, 7)
+    state = filled(tier, stream.k, stream.v, np.full((1, 7), 1))
+    expected = ask(tier, state, stream.q[:, :6])
+    beyond = np.arange(state.tokens.k.shape[2] if hasattr(state, "tokens") else 40)[:, None] >= 8
+    ring = getattr(state, "tokens", state)
+    spoilt = type(ring)(
+        **{**vars(ring), "k": jnp.where(beyond, jnp.nan, ring.k), "v": jnp.where(beyond, jnp.nan, ring.v)}
+    )
+    state = spoilt if ring is state else type(state)(spoilt, jax.tree.map(poisoned, state.summary))
+    jax.tree.map(np.testing.assert_array_equal, ask(tier, state, stream.q[:, :6]), expected)
