@@ -50,7 +50,8 @@ def find_family(values: Mapping[str, Any]) -> Family:
     """The family of a config.json: by `architectures`, or by `model_type` where that is absent.
 
     Raises:
-      ValueError: an architecture that the library does not have (the message lists those it has), or the two disagree.
+      ValueError: an architecture that the library does not have (the message names the nearest one, and the families
+        that it has), or the two disagree.
     """
     known = {architecture: family for family in FAMILIES.values() for architecture in family.architectures}
     kinds = {kind: family for family in FAMILIES.values() for kind in family.model_types}
@@ -60,8 +61,8 @@ def find_family(values: Mapping[str, Any]) -> Family:
     family = table.get(shown) if isinstance(shown, str) else None
     if family is None:
         near = difflib.get_close_matches(str(shown), table, 1, 0.0)[0]
-        has = ", ".join(sorted(known))
-        raise ValueError(f"unknown architecture {str(shown)[:60]!r}; did you mean {near!r}? streamjax has {has}")
+        has = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"unknown architecture {str(shown)[:60]!r}; did you mean {near!r}? Known families: {has}")
     if kind is not None and kind not in family.model_types:
         raise ValueError(f"architecture {shown!r} and model_type {kind!r} contradict each other")
     return family
