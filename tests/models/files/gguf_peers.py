@@ -10,7 +10,9 @@ import torch
 
 from tests.gguf_files import write_gguf
 
-NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama"}
+NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
+NAMES |= {f"qwen{n}_moe": f"qwen{n}moe" for n in (2, 3)}
+INTERLEAVED = ("llama", "granite", "smollm3")
 EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
@@ -40,7 +42,9 @@ def convert(model: torch.nn.Module, file: Path, **more: Any) -> Path:
 
 def _converted(architecture: str, config: Any, name: str, values: np.ndarray) -> np.ndarray:
     heads = config.num_attention_heads
-    if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+    if name.endswith(".ffn_gate_inp_shexp.weight"):
+        return values[0]
+    if architecture in INTERLEAVED and (".attn_q." in name or ".attn_k." in name):
         heads = heads if ".attn_q." in name else config.num_key_value_heads
         halves = values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
@@ -96,10 +100,21 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or width // heads
     found |= {"attention.head_count_kv": config.num_key_value_heads}
     found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.dimension_count": head_dim}
-    if architecture in ("qwen3", "gemma2", "gemma3"):
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if config.model_type == "mixtral":
         found["expert_count"], found["expert_used_count"] = config.num_local_experts, config.num_experts_per_tok
+    if config.model_type in ("qwen2_moe", "qwen3_moe"):
+        found["expert_count"], found["expert_used_count"] = config.num_experts, config.num_experts_per_tok
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
+        if architecture == "qwen2moe":
+            found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if config.model_type == "olmo3":
+        found["attention.sliding_window"] = config.sliding_window
+    if architecture == "granite":
+        names = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+        keys = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+        found |= {key: float(getattr(config, name)) for key, name in zip(keys, names, strict=True)}
     if architecture == "phi3":
         found["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     if architecture in ("gemma2", "gemma3", "phi3") and config.sliding_window:

@@ -8,7 +8,7 @@ import transformers
 
 import streamjax as sj
 from streamjax.parallel.mesh import make_mesh
-from tests.architectures import CASES, FALCON, GEMMA, GROUPED, MIXED, SIZES
+from tests.architectures import CASES, FALCON, GEMMA, GROUPED, MIXED, QWEN_MOE, SIZES
 from tests.models.files.gguf_peers import convert
 from tests.models.transformers_peers import logits_of, peer, tokens_for, write
 
@@ -29,6 +29,12 @@ PARITY = {
     "mixtral": {**CASES["mixtral"], "sliding_window": None},
     "qwen2": GROUPED,
     "qwen3": CASES["qwen3"],
+    "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 10},
+    "qwen3_moe": {**QWEN_MOE, "norm_topk_prob": True, "head_dim": 6},
+    "smollm3": {**GROUPED, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    "olmo2": {**GROUPED, "eos_token_id": 0},
+    "olmo3": {**GROUPED, "num_hidden_layers": 4, "sliding_window": 6, "eos_token_id": 0},
+    "granite": {**CASES["granite"], "attention_multiplier": 0.3},
     "phi3": {**CASES["phi3"], "pad_token_id": 0, "eos_token_id": 0},
     "gemma2": {**CASES["gemma2"], **SCALE},
     "gemma3": {**GEMMA, **SCALE, "num_hidden_layers": 7},
@@ -50,7 +56,7 @@ METADATA = {
 }
 
 
-COMPARED = ("llama", "mistral", "mixtral", "gemma3", "falcon-40b")
+COMPARED = ("llama", "mistral", "mixtral", "gemma3", "falcon-40b", "smollm3", "granite")
 
 
 def plain(config):

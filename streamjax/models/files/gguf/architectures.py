@@ -87,6 +87,28 @@ def _qwen3(metadata: Metadata, values: Values) -> Values:
     return {"rope_scaling": metadata.scaling(), "attention_bias": metadata.has("blk.0.attn_q.bias")}
 
 
+def _qwen_moe(normalize: bool) -> Callable[[Metadata, Values], Values]:
+    """What llama.cpp takes for granted: whether a token's weights of experts sum to 1, and experts in all layers."""
+
+    def more(metadata: Metadata, values: Values) -> Values:
+        return {"rope_scaling": metadata.scaling(), "norm_topk_prob": normalize}
+
+    return more
+
+
+def _biased(metadata: Metadata, values: Values) -> Values:
+    biases = {"attention_bias": metadata.has("blk.0.attn_q.bias"), "mlp_bias": metadata.has("blk.0.ffn_gate.bias")}
+    return {"rope_scaling": metadata.scaling()} | biases
+
+
+def _olmo2(metadata: Metadata, values: Values) -> Values:
+    """OLMo 2, or OLMo 3 where layers slide."""
+    window = metadata.get("attention.sliding_window", int)
+    metadata.seen.add("attention.sliding_window_pattern")
+    found: Values = {"rope_scaling": metadata.scaling()}
+    return found | {"model_type": "olmo3", "sliding_window": window} if window else found
+
+
 def _gemma(large: int) -> Callable[[Metadata, Values], Values]:
     """What Gemma 2 and 3 have; the model of so many layers, the largest, scales queries by another width."""
 
@@ -153,10 +175,28 @@ _NORMS = r"norm\.weight$"
 _DECODER = md.SIZES | md.RMS | md.ROPE
 _LAYER_NORM: Keys = {"attention.layer_norm_epsilon": ("layer_norm_epsilon", md.NUMBER)}
 
+_QWEN_EXPERTS: Keys = {
+    "expert_count": ("num_experts", md.WHOLE),
+    "expert_used_count": ("num_experts_per_tok", md.WHOLE),
+    "expert_feed_forward_length": ("moe_intermediate_size", md.WHOLE),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size", md.WHOLE),
+}
+_FACTORS: Keys = {
+    "attention.scale": ("attention_multiplier", md.NUMBER),
+    "embedding_scale": ("embedding_multiplier", md.NUMBER),
+    "residual_scale": ("residual_multiplier", md.NUMBER),
+    "logit_scale": ("logits_scaling", md.NUMBER),
+}
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _DECODER | md.HEAD | md.EXPERTS, _llama, _LLAMA_ROWS),
     "qwen2": Architecture("qwen2", _DECODER, _scaled),
     "qwen3": Architecture("qwen3", _DECODER | md.HEAD, _qwen3),
+    "qwen2moe": Architecture("qwen2_moe", _DECODER | _QWEN_EXPERTS, _qwen_moe(False)),
+    "qwen3moe": Architecture("qwen3_moe", _DECODER | md.HEAD | _QWEN_EXPERTS, _qwen_moe(True)),
+    "smollm3": Architecture("smollm3", _DECODER, _biased, _LLAMA_ROWS),
+    "olmo2": Architecture("olmo2", _DECODER, _olmo2),
+    "granite": Architecture("granite", _DECODER | _FACTORS, _biased, _LLAMA_ROWS),
     "phi3": Architecture("phi3", _DECODER, _phi3),
     "gemma2": Architecture("gemma2", _DECODER | md.HEAD | md.WINDOW | md.CAPS, _gemma(46), shift=(_NORMS, -1.0)),
     "gemma3": Architecture("gemma3_text", _DECODER | md.HEAD | md.WINDOW | md.CAPS, _gemma(62), shift=(_NORMS, -1.0)),

@@ -27,6 +27,7 @@ from streamjax.models.files.hugging_face import Slot, check_tensors, load_parame
 from streamjax.models.files.model_folders import check_sizes
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_ONE_ROW = ".ffn_gate_inp_shexp.weight"  # a matrix of one row, of which llama.cpp makes a vector
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # in the config, or by it
 
 
@@ -158,10 +159,11 @@ def _tensor(
         first = expert * (stored.rows // stored.shape[0])
         return DequantisedTensor(header.file, stored.name, stored.shape[1:], stored, first)
     count = stored.rows if len(stored.shape) > 1 else stored.shape[0]
+    shape = stored.shape
+    if stored.name.endswith(_ONE_ROW) and len(shape) == 1:
+        shape = (1, *shape)
     try:
         order = architecture.order(values, stored.name, count)
     except ValueError as error:
         raise ValueError(f"{header.file}: {error}") from None
-    return DequantisedTensor(
-        header.file, stored.name, stored.shape, stored, 0, order, architecture.shifted(stored.name)
-    )
+    return DequantisedTensor(header.file, stored.name, shape, stored, 0, order, architecture.shifted(stored.name))
