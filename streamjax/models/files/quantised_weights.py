@@ -18,8 +18,9 @@ from streamjax.models.families.config_fields import Quantisation
 from streamjax.models.files.safetensors_files import DTYPES, AnyTensor, StoredTensor, read_bytes, row_blocks
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_PAIRS = np.stack((np.tile(_E2M1, 16), np.repeat(_E2M1, 16)), axis=1)  # of each byte: low half first
-_BIAS = 127
+# Of each byte, the low half first, times 2: with the largest exponent, a factor of its own would be infinite.
+_PAIRS = 2 * np.stack((np.tile(_E2M1, 16), np.repeat(_E2M1, 16)), axis=1)
+_FACTORS = np.ldexp(np.float32(1), np.arange(256) - 127 - 1)  # of each exponent, which is biased by 127
 _FP8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 _SCALES = {**DTYPES, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 _BLOCKS, _BLOCK_SCALES, _SCALE = "_blocks", "_scales", "_scale_inv"
@@ -115,9 +116,9 @@ class MXFP4Tensor:
         Raises:
           ValueError: the file has become shorter.
         """
-        exponents = _raw(self.scales, start, stop, np.uint8).astype(np.int32) - _BIAS
-        pairs = _PAIRS[_raw(self.stored, start, stop, np.uint8)]
-        values = np.ldexp(pairs.reshape(*exponents.shape, -1), exponents[..., None])
+        factors = _FACTORS[_raw(self.scales, start, stop, np.uint8)]
+        values = np.take(_PAIRS, _raw(self.stored, start, stop, np.uint8), axis=0).reshape(*factors.shape, -1)
+        values *= factors[..., None]
         return np.swapaxes(values.reshape(stop - start, self.shape[2], self.shape[1]), 1, 2)
 
     def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:

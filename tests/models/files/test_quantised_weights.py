@@ -35,7 +35,10 @@ def stored(folder, **tensors):
 def mxfp4(experts, rows, groups, seed=0):
     random = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (experts, rows, groups, 16), dtype=torch.uint8, generator=random)
-    return {"w_blocks": blocks, "w_scales": torch.randint(90, 150, blocks.shape[:3], dtype=torch.uint8)}
+    return {
+        "w_blocks": blocks,
+        "w_scales": torch.randint(1, 250, blocks.shape[:3], dtype=torch.uint8, generator=random),
+    }
 
 
 @settings(max_examples=10, deadline=None)
@@ -156,7 +159,7 @@ def test_gpt_oss_in_blocks(tmp_path, axes):
     for name, x in tensors.items():
         if name.endswith("_proj"):
             random = mxfp4(x.shape[0], x.shape[2], x.shape[1] // 32)
-            packed |= {f"{name}_blocks": random["w_blocks"], f"{name}_scales": random["w_scales"].clamp(max=124)}
+            packed |= {f"{name}_blocks": random["w_blocks"], f"{name}_scales": random["w_scales"].clamp(115, 124)}
             del packed[name]
             both = packed[f"{name}_blocks"], packed[f"{name}_scales"]
             tensors[name] = convert_moe_packed_tensors(*both, dtype=torch.float32)

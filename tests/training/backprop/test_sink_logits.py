@@ -54,3 +54,13 @@ def test_adapters_beside_sinks_that_are_constants(order):
         batch, trained = random_batch(31, 1, 10), {"trainable": sj.LoRAParam}
         expected = gradient(model, batch, "full", **trained)
         assert_same(gradient(model, batch, order, **trained, chunk_size=4), expected)
+
+
+def test_trained_on_a_stream():
+    """Through a cache that holds everything, in chunks, the gradient is that of the whole sequence."""
+    with jax.enable_x64(True):
+        model, batch = random_model(with_sink_logits(CONFIG)), random_batch(31, 2, 10)
+        state = sj.init_state(model, sj.kv.preset("dense", capacity=10), 2)
+        loss, grads, _ = sj.training.streaming_loss_and_grad(model, state, batch, chunk_size=4)
+        expected = gradient(model, batch, "full")
+    assert_same((loss, grads), expected, "float32")
