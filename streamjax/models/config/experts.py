@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from streamjax.field_checks import Positive, Size, check_fields
+from streamjax.field_checks import NotNegative, Positive, Size, check_fields
 from streamjax.models.config.dense import Activation, DenseConfig
 
 
@@ -20,6 +20,8 @@ class ExpertsConfig:
     swiglu_limit: an expert computes `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, its gate at most this large and
       its up projection at most this far from 0 (gpt-oss). None: `activation(gate) * up`.
     shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
+    balance_loss, z_loss: coefficients of the losses that keep a router's choices even (2101.03961) and its logits small
+      (2202.08906), whose gradients are added to the loss's; see `mlps/routing_losses.py`.
     """
 
     type_name: ClassVar[str] = "experts"
@@ -35,6 +37,8 @@ class ExpertsConfig:
     router_bias: bool = False
     swiglu_limit: Positive | None = None
     swiglu_alpha: Positive = 1.702
+    balance_loss: NotNegative = 0.0
+    z_loss: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)

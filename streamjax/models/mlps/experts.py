@@ -11,6 +11,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.mlps.dense import ACTIVATIONS, MLP
 from streamjax.models.mlps.grouped_product import grouped_product
+from streamjax.models.mlps.routing_losses import with_routing_losses
 from streamjax.models.parameters import kernel, zeros
 
 
@@ -25,6 +26,7 @@ class Experts(nnx.Module):
         d, width, experts = d_model, config.mlp_dim, config.num_experts
         key_router, key_in, key_out, key_shared, key_gate = jax.random.split(key, 5)
         self.config = config
+        self.routing_total: int | None = None  # tokens that the routing losses are means over; None: those of a call
         self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype)
         self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype)
         self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain)
@@ -43,21 +45,23 @@ class Experts(nnx.Module):
             shared = shared * jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
         return y + shared
 
-    def route(self, tokens: Float[Array, "N E"]) -> tuple[Int32[Array, "N A"], Float[Array, "N A"]]:
-        """Each token's experts (A of them), the best first, and their weights; scores are float32."""
+    def logits(self, tokens: Float[Array, "N E"]) -> Float[Array, "N X"]:
+        """The router's logits, float32."""
         dtype = accumulator(tokens.dtype)
-        scores = tokens.astype(dtype) @ self.router[...].astype(dtype)
-        if self.router_bias is not None:
-            scores = scores + self.router_bias[...].astype(dtype)
-        scores = jax.nn.softmax(scores, axis=-1)
-        weights, experts = jax.lax.top_k(scores, self.config.experts_per_token)
+        logits = tokens.astype(dtype) @ self.router[...].astype(dtype)
+        return logits if self.router_bias is None else logits + self.router_bias[...].astype(dtype)
+
+    def route(self, logits: Float[Array, "N X"]) -> tuple[Int32[Array, "N A"], Float[Array, "N A"]]:
+        """Each token's experts (A of them), the best first, and their weights."""
+        weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
         if self.config.normalize_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return experts, weights
 
     def chosen(self, tokens: Float[Array, "N E"]) -> Float[Array, "N E"]:
         """What the chosen experts make of the tokens."""
-        experts, weights = self.route(tokens)
+        logits = self.logits(tokens)
+        experts, weights = self.route(logits)
         each, count = weights.shape[1], self.config.num_experts
         order = jnp.argsort(experts.reshape(-1))
         sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)
@@ -69,7 +73,10 @@ class Experts(nnx.Module):
             out = out + self.down_bias[...].astype(out.dtype)[experts.reshape(-1)[order]]
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
         out = out[place].reshape(*weights.shape, -1)
-        return jnp.einsum("nae,na->ne", out, weights, preferred_element_type=weights.dtype).astype(tokens.dtype)
+        y = jnp.einsum("nae,na->ne", out, weights, preferred_element_type=weights.dtype).astype(tokens.dtype)
+        if not (self.config.balance_loss or self.config.z_loss):
+            return y
+        return with_routing_losses(y, logits, experts, self.config, self.routing_total or max(1, len(tokens)))
 
     def _gated(self, gate: Float[Array, "N F"], up: Float[Array, "N F"]) -> Float[Array, "N F"]:
         limit = self.config.swiglu_limit

@@ -26,6 +26,7 @@ from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
+from streamjax.training.backprop.routing_totals import with_routing_total
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
@@ -83,7 +84,9 @@ def loss_and_grad(
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
 
     Returns:
-      The loss, float32 (float64 for a float64 model), and the gradient, shaped as the model.
+      The loss, float32 (float64 for a float64 model), and the gradient, shaped as the model. The gradient has that of
+      routing losses in it (`ExpertsConfig.balance_loss`, `z_loss`), the loss does not. Shares of choices in the
+      balancing loss are those of a chunk with "layer" and "chunk".
 
     Raises:
       ValueError: an unknown method or option, or a batch that makes no sense: an array is missing, a chunk is longer
@@ -120,8 +123,8 @@ def loss_and_grad(
         raise ValueError(f"offload_fraction is {offload_fraction}: use 0 to 1")
     if offload is not None and (offload != "host" or method != "layer"):
         raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
-    return _loss_and_grad(
-        model,
+    loss, grads = _loss_and_grad(
+        with_routing_total(model, batch["tokens"].size),
         {name: jnp.asarray(x) for name, x in batch.items()},
         method,
         objective,
@@ -136,6 +139,7 @@ def loss_and_grad(
             kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
         ),
     )
+    return loss, with_routing_total(grads, None)
 
 
 def check_free(segment: int, offload: str | None) -> None:

@@ -30,6 +30,7 @@ from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
 from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
+from streamjax.training.backprop.routing_totals import with_routing_total
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective
 
@@ -72,7 +73,9 @@ def streaming_loss_and_grad(
     if not objective.separable:
         raise ValueError(f"{type(objective).__name__} is not a sum over tokens: a stream cannot be trained on it")
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
-    return _loss_and_grad(model, state, batch, objective, chunk_size, logits_chunk, trainable)
+    model = with_routing_total(model, batch["tokens"].size)
+    loss, grads, after = _loss_and_grad(model, state, batch, objective, chunk_size, logits_chunk, trainable)
+    return loss, with_routing_total(grads, None), after
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
