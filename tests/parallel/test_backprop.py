@@ -48,7 +48,17 @@ def compiled(mesh, model, batch, order):
     ("mesh", "order"), [("data8", "chunk"), ("fsdp8", "layer"), *[("data2-fsdp2-tensor2", name) for name in ORDERS]]
 )
 def test_the_gradient_is_that_of_one_device(batch, mesh, order, stacked):
-    model = small_model(stacked)
+    compare(small_model(stacked), batch, mesh, order)
+
+
+def test_norms_over_all_heads(batch):
+    """The heads of a norm lie on several devices, and so does what it is over."""
+    norms = {"qk_norm_over": "projection", "pre_norms": False, "post_norms": True}
+    config = CONFIG.replace(**norms, residual_scale=0.5, logit_scale=0.5)
+    compare(sj.Decoder(config, jax.random.key(0)), batch, "data2-fsdp2-tensor2", "chunk")
+
+
+def compare(model, batch, mesh, order):
     expected_loss, expected = sj.training.loss_and_grad(model, batch)
     step, args = compiled(make_mesh(**MESHES[mesh]), model, batch, order)
     loss, grads = step(*args)

@@ -32,9 +32,9 @@ class Projections(nnx.Module):
         axes = ("kv_heads", "group", "head_dim", "embed")
         self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
         self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
+        of_norm = "head_dim" if config.qk_norm_over == "head" else "heads"
         norms = [
-            None if config.qk_norm is None else Norm(n, config.qk_norm, dtype, "head_dim")
-            for n in config.qk_norm_widths
+            None if config.qk_norm is None else Norm(n, config.qk_norm, dtype, of_norm) for n in config.qk_norm_widths
         ]
         self.q_norm, self.k_norm = norms
         self.q_lora: Adapter | None = nnx.data(None)
