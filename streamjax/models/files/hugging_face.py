@@ -2,13 +2,14 @@
 
 Everything is checked against the headers before the first value is read. Then each parameter is put together from its
 tensors, cast and placed on its devices, one after the other: host memory holds one (fused) parameter at a time, or one
-device's part of it.
+device's part of it. On CPU, where the host's memory is the device's, a parameter stays where it was put together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
@@ -40,6 +41,7 @@ from streamjax.parallel.rules import partition_spec
 
 _BUFFERS = (r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)  # recomputed from the config
 _STRIP = 16
+_ALIGNMENT = 64  # bytes
 Index = tuple[slice, ...]
 Tensors = Mapping[str, AnyTensor]
 
@@ -62,7 +64,7 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
     family, config, stored = _read_folder(folder)
     tensors = _renamed(family, stored)
     dtype = jnp.dtype(dtype or default_dtype())
-    model = jax.eval_shape(partial(Decoder, config, dtype=dtype, scan_layers=scan_layers), jax.random.key(0))
+    model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype=dtype, scan_layers=scan_layers))
     slots = parameter_slots(model, family, tensors)
     check_tensors(folder, family, config, tensors, slots)
     check_manifest(folder)
@@ -238,7 +240,8 @@ def load_parameter(slot: Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | N
     stack_sharding = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     stack = jax.jit(partial(jnp.zeros, (len(readers), *shape), dtype), out_shardings=stack_sharding)()
     for row, reader in enumerate(readers):
-        stack = _inserter(stack_sharding)(stack, _place(reader, shape, sharding), row)
+        inserted = _inserter(stack_sharding)(stack, _place(reader, shape, sharding), row)
+        stack = jax.block_until_ready(inserted)  # no more than two layers' memory beside the stack
     return stack
 
 
@@ -258,7 +261,7 @@ def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding
     It waits for every transfer: those that are under way hold on to their copy on the host.
     """
     if sharding is None:
-        return jax.block_until_ready(jnp.asarray(read((slice(None),) * len(shape))))
+        return jax.block_until_ready(jax.device_put(read((slice(None),) * len(shape))))
     parts: dict[str, list[jax.Device]] = {}
     indices: dict[str, Index] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -277,7 +280,7 @@ def _read(
 ) -> np.ndarray:
     """The part of a parameter at `index`, put together from its tensors; only that part is read from disk."""
     ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
-    values = np.empty([len(r) for r in ranges], dtype)
+    values = _empty([len(r) for r in ranges], dtype)
     for source in sources:
         stored, sizes = tensors[source.name], source.sizes(shape)
         filled, taken = [], []
@@ -304,6 +307,14 @@ def _read(
             into += count
             del view  # before the next rows are read
     return values
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins where JAX wants its own to begin: on CPU it takes such a one as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _copy(into: np.ndarray, view: np.ndarray) -> None:

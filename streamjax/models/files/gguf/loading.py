@@ -7,7 +7,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def load_gguf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, sca
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: its metadata, as a config.json: {one_line(error)}") from error
     dtype = jnp.dtype(dtype or default_dtype())
-    model = jax.eval_shape(partial(Decoder, config, dtype=dtype, scan_layers=scan_layers), jax.random.key(0))
+    model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype=dtype, scan_layers=scan_layers))
     slots = parameter_slots(model, family)
     tensors = _renamed(header, architecture, values, slots)
     check_tensors(file, family, config, tensors, slots, "its metadata")
