@@ -8,6 +8,10 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 GEMMA = {**GROUPED, "head_dim": 6, "query_pre_attn_scalar": 5, "sliding_window": 6}
 FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 QWEN_MOE = {**GROUPED, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+LATENT = {
+    **SIZES, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "n_routed_experts": 6,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 6, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+}  # fmt: skip
 MIXED = ["sliding_attention", "full_attention"]
 
 CASES = {
@@ -42,6 +46,14 @@ CASES = {
         "head_dim": 6,
         "rope_parameters": {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4},
     },
+    "deepseek_v2": {
+        **LATENT,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+    },
+    "deepseek_v3": {**LATENT, "q_lora_rank": 7, "n_group": 2, "topk_group": 1},
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

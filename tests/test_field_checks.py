@@ -22,6 +22,7 @@ from streamjax.models.config import (
     DenseConfig,
     ExpertsConfig,
     HSAConfig,
+    LatentAttentionConfig,
     NormConfig,
     RopeConfig,
     TemperatureConfig,
@@ -59,6 +60,7 @@ EXAMPLES = [
     MODEL.expand().blocks[0].mlp,
     ExpertsConfig(4, 2, 8, shared=DenseConfig(8), shared_gate=True),
     NormConfig(),
+    LatentAttentionConfig(4, 16, 8, 4, 8, rope=RopeConfig(rotary_dim=4)),
     RopeConfig(),
     TemperatureConfig(0.1, 8),
     HSAConfig((1, 2), (1,)),
@@ -190,7 +192,7 @@ def test_wrong_values_are_refused(example, name):
         )
 
 
-@pytest.mark.parametrize("example", EXAMPLES[:19], ids=lambda example: type(example).__name__)
+@pytest.mark.parametrize("example", EXAMPLES[:20], ids=lambda example: type(example).__name__)
 def test_configurations_survive_json(example):
     values = json.loads(json.dumps(dataclasses.asdict(example)))
     assert from_plain(type(example), values) == example

@@ -38,6 +38,11 @@ class Cache:
         """Whether tokens have to come with their ids."""
         return False
 
+    @property
+    def shares_values(self) -> bool:
+        """Whether values without channels are understood: each token's key is its value (latent attention)."""
+        return False
+
     def init(self, spec: KVSpec) -> State:
         """An empty state.
 

@@ -73,6 +73,10 @@ class Cascade(Cache):
     def needs_ids(self) -> bool:
         return any(tier.needs_ids for tier in self.tiers)
 
+    @property
+    def shares_values(self) -> bool:
+        return all(tier.shares_values for tier in self.tiers)
+
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         return tuple(tier.init(spec) for tier in self.tiers)
 

@@ -52,11 +52,12 @@ def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | N
 def decode(
     query: Query,
     k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
+    v: Float[Array, "B K S V"],
     count: Int32[Array, " B"],
     first: Int32[Array, " B"] | None = None,
 ) -> Partial:
     """Attention of one token to all `count` tokens of a ring, the oldest of which is in slot `first`."""
+    v = v if v.shape[-1] else k
 
     def own(q: Array, k: Array, v: Array, count: Array, first: Array | None) -> Partial:
         return api.decode_attention(q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
@@ -67,7 +68,7 @@ def decode(
 def decode_pages(
     query: Query,
     k: Float[Array, "B K P S D"],
-    v: Float[Array, "B K P S D"],
+    v: Float[Array, "B K P S V"],
     chosen: Int32[Array, "B K 1 N"],
     some: Bool[Array, "B K 1 N"] | None,
     count: Int32[Array, " B"],

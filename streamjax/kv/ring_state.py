@@ -22,7 +22,7 @@ class RingState:
     """
 
     k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
     position: UInt32[Array, "B 1 S"]
     cursor: Int32[Array, " B"]
     filled: Int32[Array, " B"]

@@ -38,7 +38,7 @@ def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State)
 class KVSpec:
     """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`; `group` query heads to a key head.
 
-    `width`: channels of the layer's input, E.
+    `width`: channels of the layer's input, E. `value_dim`: width of values; D where None, 0 where keys are values.
     """
 
     batch_size: int
@@ -47,10 +47,16 @@ class KVSpec:
     dtype: jnp.dtype
     group: int = 1
     width: int = 0
+    value_dim: int | None = None
 
     def buffer(self, slots: int) -> Float[Array, "B K S D"]:
-        """Zeros for `slots` keys or values."""
+        """Zeros for `slots` keys."""
         return jnp.zeros((self.batch_size, self.kv_heads, slots, self.head_dim), self.dtype)
+
+    def values(self, slots: int) -> Float[Array, "B K S V"]:
+        """Zeros for `slots` values."""
+        width = self.head_dim if self.value_dim is None else self.value_dim
+        return jnp.zeros((self.batch_size, self.kv_heads, slots, width), self.dtype)
 
     def positions(self, slots: int) -> UInt32[Array, "B 1 S"]:
         return jnp.zeros((self.batch_size, 1, slots), jnp.uint32)
@@ -67,14 +73,15 @@ class KVSpec:
 class KVTokens:
     """Tokens on their way into a tier, oldest first; `valid` is one contiguous run in each row.
 
-    k, v: rotated keys, and values, [B, K, C, D]. raw_k: the keys before rotation. position: stream position, uint32,
-    valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the same tokens. rotary: what rotated the keys.
+    k, v: rotated keys, and values, [B, K, C, D]; no channels of `v` say that keys are values. raw_k: the keys before
+    rotation. position: stream position, uint32, valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the
+    same tokens. rotary: what rotated the keys.
     score: the attention that each token has got so far, from each query head, float32; None where no tier asks for it.
     ids: what the tokens are, in the vocabulary; the same.
     """
 
     k: Float[Array, "B K C D"]
-    v: Float[Array, "B K C D"]
+    v: Float[Array, "B K C V"]
     raw_k: Float[Array, "B K C D"]
     position: UInt32[Array, "B #K C"]
     valid: Bool[Array, "B #K C"]
@@ -136,7 +143,7 @@ class Query:
     def attend(
         self,
         k: Float[Array, "B K S D"],
-        v: Float[Array, "B K S D"],
+        v: Float[Array, "B K S V"],
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"],
         reach: int | None = None,
@@ -228,6 +235,7 @@ class Query:
         return attend_all(self, k, v, position, valid, reach)
 
     def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
+        v = v if v.shape[-1] else k
         visible, distance = self._visible(position, valid, reach)
         return attend(self.q, k, v, visible, distance=distance, **self._logit_options())
 
@@ -253,6 +261,7 @@ class Tier:
     Every array of a state is [B, K or 1, S, ...], cut to its rank, so that one rule shards them all.
     """
 
+    shares_values: ClassVar[bool] = False  # whether values without channels are understood, see `Cache.shares_values`
     last_because: ClassVar[str] = ""  # why no tier may stand behind it in a cascade; empty where one may
 
     @property

@@ -11,7 +11,8 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig
-from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
+from streamjax.models.mixers.attention import ChunkContext, SequenceContext
+from streamjax.models.mixers.build import build_mixer
 from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
 from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         self.encoder = PageEncoder(config, hsa, d_model, key_encoder, dtype, gain) if hsa and remembers else None
         self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
         self.mixer_norm = Norm(d_model, config.norm, dtype) if config.pre_norms else None
-        self.mixer = Attention(config.mixer, d_model, key_mixer, dtype, gain)
+        self.mixer = build_mixer(config.mixer, d_model, key_mixer, dtype, gain)
         own = config.pre_norms and not config.shared_norm
         self.mlp_norm = Norm(d_model, config.norm, dtype) if own else None
         self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
@@ -88,7 +89,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: ReadablePages | None = None
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
-        return self._residual(x, self.mixer_input(x), self.mixer.projections.join(heads, x.dtype), memory)
+        return self._residual(x, self.mixer_input(x), self.mixer.join(heads, x.dtype), memory)
 
     def stream(
         self,

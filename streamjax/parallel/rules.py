@@ -26,13 +26,14 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "kv_heads": ("tensor",),
     "heads": ("tensor",),
-    # never split: a head's channels, the query heads of a group, gate and up halves, scores of a router, ranks of
-    # adapters, stacked layers
+    # never split: a head's channels, the query heads of a group, gate and up halves, scores of a router, latents,
+    # ranks of adapters, stacked layers
     "activation_embed": (),
     "head_dim": (),
     "group": (),
     "gates": (),
     "router": (),
+    "latent": (),
     "lora": (),
     "layers": (),
 }

@@ -28,9 +28,9 @@ from streamjax.kv.tier import State
 from streamjax.kv.tiers.full import Full, LinearState
 from streamjax.kv.tiers.window import Window
 from streamjax.models.block import Block
-from streamjax.models.config import ModelConfig, UniformConfig
+from streamjax.models.config import LatentAttentionConfig, ModelConfig, UniformConfig
 from streamjax.models.decoder import Decoder
-from streamjax.models.mixers.attention import ChunkContext
+from streamjax.models.mixers.attention import Attention, ChunkContext
 from streamjax.models.rope import make_rotary
 from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState, init_state
@@ -102,6 +102,8 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
     config = model.config
     if config.hsa is not None or any(block.mixer.window is not None for block in config.blocks):
         raise ValueError("pages on disk are for models with full attention in every layer: this one has windows")
+    if any(isinstance(block.mixer, LatentAttentionConfig) for block in config.blocks):
+        raise ValueError("pages on disk are for models with keys and values in each head: this one has latents")
     shapes = {(block.mixer.num_kv_heads, block.mixer.head_dim) for block in config.blocks}
     if len(shapes) > 1:
         raise ValueError("pages on disk are for models whose layers have equal heads: this one's differ")
@@ -208,6 +210,7 @@ def choose_pages(pages: PageFiles, layer: int, query: Float[np.ndarray, "K D"], 
 @jax.jit
 def _mean_query(block: Block, x: Float[Array, "1 T E"]) -> Float[Array, "K D"]:
     """The mean of a question's queries, before rotation, over its tokens and the heads that share a key head."""
+    assert isinstance(block.mixer, Attention)
     q = block.mixer.projections.split(block.mixer_input(x))[0]
     return reduce(q.astype(jnp.float32), "1 t (k g) d -> k d", "mean", k=block.mixer.config.num_kv_heads)
 

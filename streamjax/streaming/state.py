@@ -19,7 +19,7 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
-from streamjax.models.config import MixerConfig, ModelConfig
+from streamjax.models.config import LatentAttentionConfig, MixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import constrain
 
@@ -182,11 +182,13 @@ def _init(
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
-    def spec(mixer: MixerConfig) -> KVSpec:
-        return KVSpec(batch_size, mixer.num_kv_heads, mixer.head_dim, dtype, mixer.group_size, config.d_model)
+    def spec(mixer: MixerConfig, cache: Cache) -> KVSpec:
+        shared = isinstance(mixer, LatentAttentionConfig) and cache.shares_values
+        shape = batch_size, mixer.num_kv_heads, mixer.head_dim
+        return KVSpec(*shape, dtype, mixer.group_size, config.d_model, 0 if shared else None)
 
     return StreamState(
-        layers=tuple(cache.init(spec(block.mixer)) for cache, block in zip(caches, config.blocks, strict=True)),
+        layers=tuple(cache.init(spec(block.mixer, cache)) for cache, block in zip(caches, config.blocks, strict=True)),
         position=jnp.broadcast_to(position, (batch_size,)),
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),

@@ -117,14 +117,54 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     return y if p.out_bias is None else y + _value(p.out_bias)
 
 
+def latent_attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
+    """One token's latent attention, each head with keys and values of its own; the cache has the raw rotary channels
+    of a key, pairs apart, and the latent."""
+    p, config = layer.mixer, layer.mixer.config
+    nope, turning = config.nope_dim, config.rope_dim
+
+    def apart(channels: np.ndarray) -> np.ndarray:
+        if not config.interleaved:
+            return channels
+        return np.concatenate((channels[..., 0::2], channels[..., 1::2]), axis=-1)
+
+    q = x if p.q_down is None else norm(x @ _value(p.q_down), p.q_norm)
+    q = np.tensordot(q, _value(p.q_up), axes=1)  # [H, N + R]
+    cache.append(
+        (apart(x @ _value(p.k_rope)), norm(x @ _value(p.kv_down), p.kv_norm), cache[-1][2] + 1 if cache else 0)
+    )
+    places = rule.places(cache)
+    assert config.rope.kind == "default", "the oracle knows plain RoPE only"
+    query = rope(apart(q[:, nope:]), places[-1], config.rope.theta, turning)
+    heads = np.stack([np.tensordot(entry[1], _value(p.kv_up), axes=1) for entry in cache])  # [n, H, N + V]
+    shared = np.stack(
+        [rope(entry[0][None], at, config.rope.theta, turning)[0] for at, entry in zip(places, cache, strict=True)]
+    )
+    scale = (nope + turning) ** -0.5 if config.scale is None else config.scale
+    out = np.zeros((config.num_heads, config.value_dim))
+    for head in range(config.num_heads):
+        logits = (heads[:, head, :nope] @ q[head, :nope] + shared @ query[head]) * scale
+        weights = np.exp(logits - logits.max())
+        out[head] = weights @ heads[:, head, nope:] / weights.sum()
+    return np.tensordot(out, _value(p.out), axes=2)
+
+
 def experts(module, config, x: np.ndarray) -> np.ndarray:
     """The chosen experts one after the other, and the shared one."""
     scores = x @ _value(module.router)
     if config.router_bias:
         scores = scores + _value(module.router_bias)
-    scores = np.exp(scores - scores.max())
-    scores = scores / scores.sum()
-    chosen = np.argsort(-scores, kind="stable")[: config.experts_per_token]
+    if config.scores == "sigmoid":
+        scores = 1 / (1 + np.exp(-scores))
+    else:
+        scores = np.exp(scores - scores.max())
+        scores = scores / scores.sum()
+    ranked = scores + (_value(module.selection_bias) if config.selection_bias else 0.0)
+    size, take = config.num_experts // config.groups, 2 if config.group_rank == "two best" else 1
+    of_group = [np.sort(ranked[i * size : (i + 1) * size])[-take:].sum() for i in range(config.groups)]
+    open_ = np.argsort(-np.array(of_group), kind="stable")[: config.groups_per_token]
+    ranked = np.where(np.isin(np.arange(config.num_experts) // size, open_), ranked, -np.inf)
+    chosen = np.argsort(-ranked, kind="stable")[: config.experts_per_token]
     total = scores[chosen].sum() if config.normalize_weights else 1.0
     y = np.zeros_like(x)
     for expert in chosen:
@@ -137,7 +177,7 @@ def experts(module, config, x: np.ndarray) -> np.ndarray:
             gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
             made = (up + 1) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
         made = made @ _value(module.down)[expert] + (_value(module.down_bias)[expert] if config.bias else 0.0)
-        y = y + scores[expert] / total * made
+        y = y + config.weight_scale * scores[expert] / total * made
     if config.shared is None:
         return y
     shared = mlp(module.shared, config.shared, x)
@@ -165,8 +205,9 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     def behind(y: np.ndarray, module) -> np.ndarray:
         return config.residual_scale * (norm(y, module) if config.post_norms else y)
 
+    mix = latent_attention if hasattr(config.mixer, "kv_rank") else attention
     normed = before(x, layer.mixer_norm)
-    mixed = behind(attention(layer, normed, cache, rule), layer.mixer_post_norm)
+    mixed = behind(mix(layer, normed, cache, rule), layer.mixer_post_norm)
     if config.residual == "sequential":
         x = x + mixed
         mixed = 0.0

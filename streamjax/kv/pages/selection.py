@@ -25,7 +25,7 @@ class PageTokens(NamedTuple):
     """P pages of S slots; `valid` says which of them hold tokens."""
 
     k: Float[Array, "B K P S D"]
-    v: Float[Array, "B K P S D"]
+    v: Float[Array, "B K P S V"]
     position: UInt32[Array, "B 1 P S"]
     valid: Bool[Array, "B 1 P S"]
 

@@ -39,7 +39,7 @@ class ClosedSegments:
     """
 
     k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
     position: UInt32[Array, "B K S"]
     centroid: Float[Array, "B K M D"]
     value: Float[Array, "B K M D"]

@@ -25,7 +25,7 @@ class CompensationState:
     lie behind `last`, the position of the newest of them."""
 
     k: Float[Array, "B K 1 D"]
-    v: Float[Array, "B K 1 D"]
+    v: Float[Array, "B K 1 V"]
     age: Float[Array, "B 1 1"]
     last: UInt32[Array, "B 1 1"]
     count: Int32[Array, " B"]

@@ -37,7 +37,7 @@ class ContentPagesState:
     """
 
     k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
     position: UInt32[Array, "B 1 S"]
     count: Int32[Array, "B 1 P"]
     summary: Summary

@@ -22,13 +22,13 @@ class LinearState:
     """Slots 0 .. filled - 1 of each row hold tokens, in order."""
 
     k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
     position: UInt32[Array, "B 1 S"]
     filled: Int32[Array, " B"]
 
     @classmethod
     def empty(cls, spec: KVSpec, slots: int) -> LinearState:
-        return cls(spec.buffer(slots), spec.buffer(slots), spec.positions(slots), spec.counter())
+        return cls(spec.buffer(slots), spec.values(slots), spec.positions(slots), spec.counter())
 
 
 def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
@@ -59,6 +59,7 @@ class Full(Tier):
     those of a silently truncated context.
     """
 
+    shares_values: ClassVar[bool] = True
     last_because: ClassVar[str] = "nothing falls out of it"
 
     capacity: Size

@@ -8,6 +8,7 @@ what the model was trained on. Keys stay as they were written; the query is rota
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
@@ -32,6 +33,8 @@ class Sink(Tier):
 
     A cascade fills `reach` in: the number of slots of all its tiers, which is the query's place in the cache.
     """
+
+    shares_values: ClassVar[bool] = True
 
     size: Size
     reach: Size | None = None

@@ -8,6 +8,7 @@ query must see them (un-rotated keys of the few sinks are kept apart), and the w
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class SinkWindowState:
     """
 
     k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
     position: UInt32[Array, "B 1 S"]
     first: LinearState
     cursor: Int32[Array, " B"]
@@ -42,6 +43,8 @@ class SinkWindowState:
 @dataclasses.dataclass(frozen=True)
 class SinkWindow(Tier):
     """The first `sinks` tokens and the newest `window`; `reach` is the farthest place behind the first sink."""
+
+    shares_values: ClassVar[bool] = True
 
     sinks: Size
     window: Size
@@ -61,7 +64,7 @@ class SinkWindow(Tier):
     def init(self, spec: KVSpec) -> SinkWindowState:
         return SinkWindowState(
             k=spec.buffer(self.slots),
-            v=spec.buffer(self.slots),
+            v=spec.values(self.slots),
             position=spec.positions(self.slots),
             first=LinearState.empty(spec, self.sinks),
             cursor=spec.counter(),

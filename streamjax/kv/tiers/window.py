@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,6 +26,8 @@ class Window(Tier):
     asks for that by itself where a tier needs it. With `keep_ids` it keeps the ids of its tokens for them, likewise.
     """
 
+    shares_values: ClassVar[bool] = True
+
     size: Size
     observe_attention: bool = False
     keep_ids: bool = False
@@ -41,7 +44,7 @@ class Window(Tier):
         return self.size
 
     def init(self, spec: KVSpec) -> RingState:
-        buffers = spec.buffer(self.size), spec.buffer(self.size), spec.positions(self.size)
+        buffers = spec.buffer(self.size), spec.values(self.size), spec.positions(self.size)
         score = spec.scores(self.size) if self.observe_attention else None
         ids = spec.positions(self.size).astype(jnp.int32) if self.keep_ids else None
         return RingState(*buffers, spec.counter(), spec.counter(), score, ids)

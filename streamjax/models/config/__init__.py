@@ -13,6 +13,7 @@ from streamjax.models.config.block import BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import ExpertsConfig
 from streamjax.models.config.hierarchical import HSAConfig
+from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.rope import RopeConfig, RopeKind
@@ -24,6 +25,7 @@ __all__ = [
     "DenseConfig",
     "ExpertsConfig",
     "HSAConfig",
+    "LatentAttentionConfig",
     "MLPConfig",
     "MixerConfig",
     "ModelConfig",

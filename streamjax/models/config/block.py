@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from streamjax.field_checks import Positive, check_fields
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import ExpertsConfig
+from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
 
-MixerConfig: TypeAlias = AttentionConfig
+MixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig
 
 
@@ -49,6 +50,10 @@ class BlockConfig:
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
         if not self.pre_norms and (self.shared_norm or not self.post_norms):
             raise ValueError("BlockConfig.pre_norms=False needs post_norms=True and shared_norm=False")
+
+    def with_mixer(self, **changes: Any) -> BlockConfig:
+        """The same layer with some fields of its token mixer changed."""
+        return dataclasses.replace(self, mixer=dataclasses.replace(self.mixer, **changes))
 
     @property
     def norm_count(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from streamjax.field_checks import NotNegative, Positive, Size, check_fields
 from streamjax.models.config.dense import Activation, DenseConfig
@@ -19,6 +19,11 @@ class ExpertsConfig:
     bias, router_bias: whether the experts' projections, and the router's scores, have biases.
     swiglu_limit: an expert computes `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, its gate at most this large and
       its up projection at most this far from 0 (gpt-oss). None: `activation(gate) * up`.
+    scores: of the router: a softmax over all experts, or a sigmoid of each (DeepSeek-V3).
+    groups, groups_per_token: experts are chosen from so many of so many groups of neighbours alone.
+    group_rank: a group counts by its best expert, or by the sum of its two best (DeepSeek-V3).
+    selection_bias: scores have a bias for each expert while experts are chosen, which their weights do not see.
+    weight_scale: factor on the weights.
     shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
     balance_loss, z_loss: coefficients of the losses that keep a router's choices even (2101.03961) and its logits small
       (2202.08906), whose gradients are added to the loss's; see `mlps/routing_losses.py`.
@@ -39,12 +44,29 @@ class ExpertsConfig:
     swiglu_alpha: Positive = 1.702
     balance_loss: NotNegative = 0.0
     z_loss: NotNegative = 0.0
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    groups: Size = 1
+    groups_per_token: Size = 1
+    group_rank: Literal["best", "two best"] = "best"
+    selection_bias: bool = False
+    weight_scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"ExpertsConfig.experts_per_token is {self.experts_per_token}: there are {self.num_experts} experts"
+            )
+        each = self.num_experts // self.groups
+        if self.num_experts % self.groups or self.groups_per_token > self.groups:
+            raise ValueError(
+                f"ExpertsConfig.groups is {self.groups}: {self.num_experts} experts must divide into as many "
+                f"groups, of which {self.groups_per_token} are for a token"
+            )
+        if self.experts_per_token > each * self.groups_per_token or (self.group_rank == "two best" and each < 2):
+            raise ValueError(
+                f"ExpertsConfig.groups is {self.groups}: {self.groups_per_token} of them have too few experts "
+                f"to choose {self.experts_per_token}"
             )
         if self.shared_gate and self.shared is None:
             raise ValueError("ExpertsConfig.shared_gate needs a shared expert")
@@ -53,4 +75,5 @@ class ExpertsConfig:
         """Number of parameters in a model of `d_model` channels."""
         shared = 0 if self.shared is None else self.shared.parameter_count(d_model) + self.shared_gate * d_model
         biases = self.bias * (2 * self.mlp_dim + d_model) + self.router_bias
+        shared += self.selection_bias * self.num_experts
         return self.num_experts * (d_model + 3 * d_model * self.mlp_dim + biases) + shared

@@ -157,6 +157,8 @@ class UniformConfig:
         first = next((block for block in config.blocks if block.mixer.window is None), config.blocks[0])
         local = next((block.mixer for block in config.blocks if block.mixer.window is not None), None)
         mixer, mlp = first.mixer, first.mlp
+        if not isinstance(mixer, AttentionConfig):
+            raise ValueError("its layers have token mixers that the flat form has no fields for")
         if not isinstance(mlp, DenseConfig):
             raise ValueError("no Transformer with equal layers: the flat form has no fields for experts")
         flat = cls(

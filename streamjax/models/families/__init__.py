@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from streamjax.models.config import AttentionConfig, BlockConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig, expanded
 from streamjax.models.families.cohere2 import COHERE2
 from streamjax.models.families.config_fields import Fields, read_quantisation
+from streamjax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from streamjax.models.families.exaone4 import EXAONE4
 from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
@@ -41,7 +42,7 @@ __all__ = ["FAMILIES", "Family", "Source", "Table", "find_family", "read_config"
 _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
-    *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3),
+    *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
@@ -182,7 +183,7 @@ def _plain(config: ModelConfig) -> ModelConfig:
 
 def _plain_block(block: BlockConfig) -> BlockConfig:
     mixer = block.mixer
-    if not isinstance(mixer, AttentionConfig):
-        return block
-    rope = None if mixer.rope is None else plain_rope(mixer.rope, mixer.head_dim)
-    return dataclasses.replace(block, mixer=dataclasses.replace(mixer, rope=rope, scale=mixer.softmax_scale))
+    changes: dict[str, Any] = {"scale": mixer.softmax_scale}
+    if mixer.rope is not None:
+        changes["rope"] = plain_rope(mixer.rope, mixer.head_dim)
+    return block.with_mixer(**changes)

@@ -35,6 +35,7 @@ what a forward pass returns or keeps, and how it is computed:
   _attn_implementation_internal _experts_implementation_internal _output_attentions use_flash_attn use_flash_attention_2
   pretraining_tp gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss
 training, dropout and the initial weights:
+  aux_loss_alpha seq_aux ep_size num_nextn_predict_layers num_mtp_layers
   attention_dropout attn_pdrop classifier_dropout emb_pdrop embd_pdrop hidden_dropout hidden_dropout_prob
   attention_probs_dropout_prob resid_pdrop summary_first_dropout initializer_range init_config
   residual_dropout embedding_dropout output_router_logits router_aux_loss_coef router_jitter_noise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from streamjax.models.config import BlockConfig, ExpertsConfig, ModelConfig, RopeConfig, UniformConfig
@@ -60,10 +59,7 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _with_sinks(config: ModelConfig, sinks: bool) -> ModelConfig:
-    blocks = (
-        dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, sink_logits=sinks)) for block in config.blocks
-    )
-    return config.replace(blocks=tuple(blocks))
+    return config.replace(blocks=tuple(block.with_mixer(sink_logits=sinks) for block in config.blocks))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A multimodal checkpoint loads as its language model: the tensors of the vision t
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from streamjax.models.config import ModelConfig, TemperatureConfig, UniformConfig
@@ -52,10 +51,7 @@ def _read(fields: Fields) -> ModelConfig:
 
 def _with(config: ModelConfig, rule: TemperatureConfig | None) -> ModelConfig:
     """The model with one temperature in all layers."""
-    blocks = (
-        dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, temperature=rule)) for block in config.blocks
-    )
-    return config.replace(blocks=tuple(blocks))
+    return config.replace(blocks=tuple(block.with_mixer(temperature=rule) for block in config.blocks))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

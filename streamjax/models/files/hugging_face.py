@@ -90,14 +90,14 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
     refuse_adapters(model)
     values = write_config(model.config)
     values["torch_dtype"] = str(model.embedding[...].dtype)
-    pending: dict[str, list[PendingTensor]] = {}
+    pending: dict[str, list[tuple[int, PendingTensor]]] = {}  # and which row each begins at
     for slot in parameter_slots(model, FAMILIES[model.config.family]):
         dtype = np.dtype(slot.parameter.get_value().dtype)
         for row, sources in enumerate(slot.sources):
             for source in sources:
                 export = partial(export_tensor, slot, row, source)
                 tensor = PendingTensor(source.name, source.shape(slot.shape), dtype, export)
-                pending.setdefault(source.name, []).append(tensor)
+                pending.setdefault(source.name, []).append((source.rows[0] if source.rows else 0, tensor))
     with replaced_model(path, values) as folder:
         write_tensors(folder, [_join(parts) for parts in pending.values()], max_shard_size)
 
@@ -338,8 +338,9 @@ def export_tensor(slot: Slot, row: int, source: Source) -> np.ndarray:
     return source.save(np.asarray(value[source.index()]))
 
 
-def _join(parts: Sequence[PendingTensor]) -> PendingTensor:
-    """A tensor from its parts, which are rows of it in order."""
+def _join(found: Sequence[tuple[int, PendingTensor]]) -> PendingTensor:
+    """A tensor from its parts, each with the row that it begins at."""
+    parts = [tensor for _, tensor in sorted(found, key=lambda part: part[0])]
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -15,9 +15,10 @@ from jaxtyping import Array
 
 from pallas_kernels.partial import accumulator
 from streamjax.models.block import Block
-from streamjax.models.config import BlockConfig, DenseConfig
+from streamjax.models.config import BlockConfig, DenseConfig, LatentAttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.adapters import TARGETS, Adapter, pad_members
+from streamjax.models.mixers.attention import Attention
 from streamjax.parallel.mesh import shard_model
 
 Shape = tuple[int, ...]
@@ -106,7 +107,10 @@ class Place:
 
     def module_of(self, block: Block) -> nnx.Module:
         """The module in a layer, or in a stack of layers."""
-        return block.mlp if self.module == "mlp" else block.mixer.projections
+        if self.module == "mlp":
+            return block.mlp
+        assert isinstance(block.mixer, Attention)
+        return block.mixer.projections
 
     def shapes(self, kernel: Shape, rank: int) -> tuple[Shape, Shape]:
         """Shapes of the factors for a kernel of one layer."""
@@ -119,12 +123,16 @@ class Place:
 def places(config: BlockConfig) -> dict[str, Place]:
     """Every target that a layer has."""
     group = config.mixer.group_size
-    found = {
-        "q": Place("projections", "qkv", 1, (0, group)),
-        "k": Place("projections", "qkv", 1, (group, group + 1)),
-        "v": Place("projections", "qkv", 1, (group + 1, group + 2)),
-        "o": Place("projections", "out", 3, None),
-    }
+    found = (
+        {}
+        if isinstance(config.mixer, LatentAttentionConfig)
+        else {
+            "q": Place("projections", "qkv", 1, (0, group)),
+            "k": Place("projections", "qkv", 1, (group, group + 1)),
+            "v": Place("projections", "qkv", 1, (group + 1, group + 2)),
+            "o": Place("projections", "out", 3, None),
+        }
+    )
     if not isinstance(config.mlp, DenseConfig):
         return found
     if config.mlp.gated:

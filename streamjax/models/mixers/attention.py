@@ -6,6 +6,7 @@ A test proves the two equal. The forms share their projections; what differs is 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -132,37 +133,66 @@ class Attention(nnx.Module):
         if self.config.temperature is not None:
             index = context.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
             raw_q = self._tempered(raw_q, jnp.minimum(index, context.span - 1))
-        rotary = None
-        if self.config.rope is not None:
-            rotary = make_rotary(self.config.rope, self.config.head_dim, context.span)
-        q, k = raw_q, raw_k
-        if rotary is not None:
-            q, k = rotary(raw_q, context.position), rotary(raw_k, context.position)
-        tokens = KVTokens(
-            k=_heads_first(k),
-            v=_heads_first(v),
-            raw_k=_heads_first(raw_k),
-            position=context.position[:, None],
-            valid=context.valid[:, None],
-            rotary=rotary,
-            ids=None if context.ids is None else context.ids[:, None],
-        )
-        query = Query(
-            q=q,
-            raw_q=raw_q,
-            position=context.position,
-            seen=context.seen,
-            slopes=self.slopes(),
-            sink_logits=self.sinks(),
-            rotary=rotary,
-            scale=self.config.softmax_scale,
-            softcap=self.config.softcap,
-            valid=context.valid,
-            differentiable=context.differentiable,
-            implementation=context.implementation,
-        )
-        out, state = cache.update(state, query, tokens)
-        return self.projections.join(out, x.dtype), state
+        out, state = stream_attention(self, raw_q, raw_k, v, state, cache, context)
+        return self.join(out, x.dtype), state
+
+    def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
+        """Project the heads' outputs back to `d_model` channels."""
+        return self.projections.join(heads, dtype)
+
+
+@runtime_checkable
+class AttentionMixer(Protocol):
+    """What attention in a stream asks of a mixer."""
+
+    config: Any
+
+    def slopes(self) -> Float[Array, " H"] | None: ...
+
+    def sinks(self) -> Float[Array, " H"] | None: ...
+
+
+def stream_attention(
+    mixer: AttentionMixer,
+    raw_q: Float[Array, "B C H D"],
+    raw_k: Float[Array, "B C K D"],
+    v: Float[Array, "B C K V"],
+    state: State,
+    cache: Cache,
+    context: ChunkContext,
+) -> tuple[Float[Array, "B C H D"], State]:
+    """Attention of a chunk to a cascade and to itself, from queries and keys that are not rotated; no channels of `v`
+    say that keys are values."""
+    config, rotary = mixer.config, None
+    if config.rope is not None:
+        rotary = make_rotary(config.rope, config.head_dim, context.span)
+    q, k = raw_q, raw_k
+    if rotary is not None:
+        q, k = rotary(raw_q, context.position), rotary(raw_k, context.position)
+    tokens = KVTokens(
+        k=_heads_first(k),
+        v=_heads_first(v),
+        raw_k=_heads_first(raw_k),
+        position=context.position[:, None],
+        valid=context.valid[:, None],
+        rotary=rotary,
+        ids=None if context.ids is None else context.ids[:, None],
+    )
+    query = Query(
+        q=q,
+        raw_q=raw_q,
+        position=context.position,
+        seen=context.seen,
+        slopes=mixer.slopes(),
+        sink_logits=mixer.sinks(),
+        rotary=rotary,
+        scale=config.softmax_scale,
+        softcap=config.softcap,
+        valid=context.valid,
+        differentiable=context.differentiable,
+        implementation=context.implementation,
+    )
+    return cache.update(state, query, tokens)
 
 
 def _heads_first(x: Float[Array, "B C K D"]) -> Float[Array, "B K C D"]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.attention.dense import attend
 from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
-from streamjax.models.config import BlockConfig, HSAConfig, NormConfig
+from streamjax.models.config import AttentionConfig, BlockConfig, HSAConfig, NormConfig
 from streamjax.models.mixers.projections import Projections
 from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
@@ -48,6 +48,7 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, config: BlockConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         key_mixer, key_mlp = jax.random.split(key)
+        assert isinstance(config.mixer, AttentionConfig)
         self.config = config.mixer
         self.mixer_norm = Norm(d_model, config.norm, dtype)
         self.projections = Projections(config.mixer, d_model, key_mixer, dtype, gain)

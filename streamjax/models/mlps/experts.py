@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -28,6 +29,7 @@ class Experts(nnx.Module):
         self.config = config
         self.routing_total: int | None = None  # tokens that the routing losses are means over; None: those of a call
         self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype)
+        self.selection_bias = zeros((experts,), ("router",), dtype) if config.selection_bias else None
         self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype)
         self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain)
         self.router_bias = zeros((experts,), ("router",), dtype) if config.router_bias else None
@@ -53,10 +55,25 @@ class Experts(nnx.Module):
 
     def route(self, logits: Float[Array, "N X"]) -> tuple[Int32[Array, "N A"], Float[Array, "N A"]]:
         """Each token's experts (A of them), the best first, and their weights."""
-        weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
+        scores = jax.nn.sigmoid(logits) if self.config.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+        _, experts = jax.lax.top_k(self._choosable(scores), self.config.experts_per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.config.normalize_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return experts, weights
+        return experts, weights * self.config.weight_scale
+
+    def _choosable(self, scores: Float[Array, "N X"]) -> Float[Array, "N X"]:
+        """What experts are chosen by: scores with their bias, those outside the token's groups at -inf."""
+        if self.selection_bias is not None:
+            scores = scores + self.selection_bias[...].astype(scores.dtype)
+        config = self.config
+        if config.groups_per_token == config.groups:
+            return scores
+        grouped = rearrange(scores, "n (g x) -> n g x", g=config.groups)
+        best, _ = jax.lax.top_k(grouped, 2 if config.group_rank == "two best" else 1)
+        _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.groups_per_token)
+        open_ = jnp.any(chosen[..., None] == jnp.arange(config.groups), axis=1)
+        return rearrange(jnp.where(open_[..., None], grouped, -jnp.inf), "n g x -> n (g x)")
 
     def chosen(self, tokens: Float[Array, "N E"]) -> Float[Array, "N E"]:
         """What the chosen experts make of the tokens."""

@@ -20,7 +20,7 @@ from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Full
 from streamjax.attention.dense import attention_mass
 from streamjax.attention.flash import flash_attention
-from streamjax.models.config import AttentionConfig, ModelConfig
+from streamjax.models.config import MixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.heads.gates import far_layers
@@ -96,7 +96,7 @@ def _scores(
     k: Float[Array, "B K T D"],
     lse: Float[Array, "B T H"],
     tokens: Int[Array, "B T"],
-    config: AttentionConfig,
+    config: MixerConfig,
     slopes: Float[Array, " H"] | None,
 ) -> Float[Array, "2 H"]:
     """Echo and induction scores of one layer's heads, some queries at a time."""

@@ -63,6 +63,13 @@ def mpt(attn_config=None, **options):
     return hf.MptConfig(**{**MPT, **options}, attn_config=attn_config or {})
 
 
+def latent(kind, **changes):
+    sizes = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10}
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 2}
+    routing = {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+    return kind(**{**BASE, "num_key_value_heads": 4, **sizes, **experts, **routing, **changes})
+
+
 CASES = {
     "llama-gqa-biases": lambda: llama(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
     "llama-mqa-tied": lambda: llama(num_key_value_heads=1, tie_word_embeddings=True, hidden_act="gelu"),
@@ -122,6 +129,24 @@ CASES = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
         },
+    ),
+    "deepseek_v2": lambda: latent(hf.DeepseekV2Config, q_lora_rank=None),
+    "deepseek_v2-groups": lambda: latent(
+        hf.DeepseekV2Config,
+        q_lora_rank=12,
+        topk_method="group_limited_greedy",
+        n_group=3,
+        topk_group=2,
+        tie_word_embeddings=True,
+    ),
+    "deepseek_v3": lambda: latent(hf.DeepseekV3Config, q_lora_rank=12, n_group=2, topk_group=1),
+    "deepseek_v3-yarn": lambda: latent(
+        hf.DeepseekV3Config,
+        q_lora_rank=None,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_parameters={**YARN, "mscale": 0.8, "mscale_all_dim": 0.6},
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**NEOX),
     "gpt_neox-sequential": lambda: hf.GPTNeoXConfig(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from streamjax.attention.blockwise import Blocks
 from streamjax.models.block import Block
-from streamjax.models.config import AttentionConfig
+from streamjax.models.config import MixerConfig
 from streamjax.training.backprop.chunk_attention import attention_blocks
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, key_block, whole_view
 
@@ -32,7 +32,7 @@ class KeyStore:
     all tokens lie in order, behind `behind` empty slots, so that what a chunk sees is always a slice.
     """
 
-    attention: AttentionConfig
+    attention: MixerConfig
     block_k: int
     slots: int  # of a buffer of keys
     chunk_size: int
@@ -40,7 +40,7 @@ class KeyStore:
     tails: bool = False
 
     @classmethod
-    def make(cls, attention: AttentionConfig, size: int, count: int) -> KeyStore:
+    def make(cls, attention: MixerConfig, size: int, count: int) -> KeyStore:
         """The store of layers with this attention, for `count` chunks of `size` tokens."""
         total = count * size
         if attention.window is not None:
