@@ -34,7 +34,7 @@ def _read(fields: Fields, family: str, max_position: int, dense_layers: int, exp
     fields.only("mlp_bias", (None, False))
     fields.only("moe_layer_freq", (None, 1))
     for name in ("head_dim", "qk_head_dim", "num_key_value_heads"):  # follow from the other sizes
-        fields.get(name, int, None)
+        _optional(fields, name, None)
     max_position = fields.integer("max_position_embeddings", max_position)
     layers, dense = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace", dense_layers, least=0)
     mixer = _read_mixer(fields, max_position)
@@ -54,7 +54,7 @@ def _read(fields: Fields, family: str, max_position: int, dense_layers: int, exp
 def _read_mixer(fields: Fields, max_position: int) -> LatentAttentionConfig:
     rope_dim, nope_dim = fields.integer("qk_rope_head_dim", 64), fields.integer("qk_nope_head_dim", 128)
     rope = read_rope(fields, head_dim=rope_dim, max_position=max_position)
-    q_rank = fields.get("q_lora_rank", int, 1536)
+    q_rank = _optional(fields, "q_lora_rank", 1536)
     return LatentAttentionConfig(
         num_heads=fields.integer("num_attention_heads"),
         kv_rank=fields.integer("kv_lora_rank", 512),
@@ -91,8 +91,15 @@ def _read_experts(fields: Fields, count: int, each: int, shared: int, normalize:
 
 
 def _groups(fields: Fields, count: int | None, each: int | None) -> dict[str, int]:
-    groups, chosen = fields.get("n_group", int, count), fields.get("topk_group", int, each)
-    return {"groups": groups or 1, "groups_per_token": chosen or 1}
+    return {
+        "groups": _optional(fields, "n_group", count) or 1,
+        "groups_per_token": _optional(fields, "topk_group", each) or 1,
+    }
+
+
+def _optional(fields: Fields, name: str, default: int | None) -> int | None:
+    """A size, or None where the field is null."""
+    return None if fields.get(name, int, default) is None else fields.integer(name, default)
 
 
 def _read2(fields: Fields) -> ModelConfig:
