@@ -11,13 +11,20 @@ import torch
 from tests.gguf_files import write_gguf
 
 NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
+NAMES |= {"gpt_oss": "gpt-oss"}
 NAMES |= {f"qwen{n}_moe": f"qwen{n}moe" for n in (2, 3)}
 INTERLEAVED = ("llama", "granite", "smollm3")
 EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
-def convert(model: torch.nn.Module, file: Path, **more: Any) -> Path:
-    """Write the GGUF file of a model; `more` are further metadata, and tensors by their names in the file."""
+def convert(
+    model: torch.nn.Module, file: Path, experts: Any = None, without: tuple[str, ...] = (), **more: Any
+) -> Path:
+    """Write the GGUF file of a model.
+
+    `experts` are in that kind of blocks; tensors are left out that are named in `without`; `more` are further metadata,
+    and tensors by their names in the file.
+    """
     config = model.config
     architecture = NAMES.get(config.model_type, config.model_type)
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -26,18 +33,26 @@ def convert(model: torch.nn.Module, file: Path, **more: Any) -> Path:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name):
-            parts = np.split(tensor.float().numpy(), len(EXPERTS[match[2]]), axis=1)
-            names = [f"blk.{match[1]}.ffn_{part}_exps.weight" for part in EXPERTS[match[2]]]
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+_proj)(_bias)?", name):
+            values, count, leaf = tensor.float().numpy(), len(EXPERTS[match[2]]), "bias" if match[3] else "weight"
+            parts = np.split(values, count, axis=1)
+            if architecture == "gpt-oss":
+                values = values.swapaxes(1, -1)
+                parts = [values[:, part::count] for part in range(count)]
+            names = [f"blk.{match[1]}.ffn_{part}_exps.{leaf}" for part in EXPERTS[match[2]]]
             tensors |= {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
             continue
+        if name.endswith(".sinks"):
+            name = f"{name}.weight"
         if config.model_type == "mixtral":
             name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
         found = table.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         tensors[found] = _converted(architecture, config, found, tensor.float().numpy())
     tensors |= {name: more.pop(name) for name in [*more] if name.endswith(".weight")}
-    return write_gguf(file, architecture, _metadata(architecture, config) | more, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
+    kinds = {name: experts for name in tensors if experts is not None and name.endswith("_exps.weight")}
+    return write_gguf(file, architecture, _metadata(architecture, config) | more, tensors, kinds)
 
 
 def _converted(architecture: str, config: Any, name: str, values: np.ndarray) -> np.ndarray:
@@ -99,10 +114,14 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         return found | own | {"attention.layer_norm_epsilon": config.layer_norm_eps}
     head_dim = getattr(config, "head_dim", None) or width // heads
     found |= {"attention.head_count_kv": config.num_key_value_heads}
+    if architecture == "starcoder2":
+        return found | {"attention.layer_norm_epsilon": config.norm_epsilon}
     found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.dimension_count": head_dim}
-    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "gpt-oss"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if config.model_type == "mixtral":
+    if architecture == "gpt-oss":
+        found["expert_feed_forward_length"] = config.intermediate_size
+    if config.model_type in ("mixtral", "gpt_oss"):
         found["expert_count"], found["expert_used_count"] = config.num_local_experts, config.num_experts_per_tok
     if config.model_type in ("qwen2_moe", "qwen3_moe"):
         found["expert_count"], found["expert_used_count"] = config.num_experts, config.num_experts_per_tok
@@ -117,7 +136,7 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         found |= {key: float(getattr(config, name)) for key, name in zip(keys, names, strict=True)}
     if architecture == "phi3":
         found["rope.scaling.original_context_length"] = config.original_max_position_embeddings
-    if architecture in ("gemma2", "gemma3", "phi3") and config.sliding_window:
+    if architecture in ("gemma2", "gemma3", "phi3", "gpt-oss") and config.sliding_window:
         found["attention.sliding_window"] = config.sliding_window
     if architecture == "gemma2":
         found["attn_logit_softcapping"] = config.attn_logit_softcapping

@@ -1,9 +1,11 @@
 """Models of GGUF files: the logits of transformers, for the model that each file was made of."""
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 
 import streamjax as sj
@@ -15,6 +17,17 @@ from tests.models.transformers_peers import logits_of, peer, tokens_for, write
 TOLERANCE = 2e-4
 LENGTH = 24
 SCALE = {"query_pre_attn_scalar": 6}  # as llama.cpp has it: the width of a head
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_METADATA = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 16,
+}
+GPT_OSS = {
+    **{**GROUPED, "num_hidden_layers": 3, "head_dim": 6, "sliding_window": 6, "max_position_embeddings": 64},
+    **{"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+STARCODER2 = {**GROUPED, "sliding_window": None, "bos_token_id": 0, "eos_token_id": 0}
 PARITY = {
     "llama": GROUPED,
     "llama-biases": {**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -22,7 +35,7 @@ PARITY = {
     "llama-yarn": {
         **GROUPED,
         "max_position_embeddings": 64,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "rope_scaling": YARN,
     },
     "llama-heads": {**GROUPED, "head_dim": 8},
     "mistral": {**GROUPED, "sliding_window": None},
@@ -38,6 +51,10 @@ PARITY = {
     "phi3": {**CASES["phi3"], "pad_token_id": 0, "eos_token_id": 0},
     "gemma2": {**CASES["gemma2"], **SCALE},
     "gemma3": {**GEMMA, **SCALE, "num_hidden_layers": 7},
+    "starcoder2": {**STARCODER2, "norm_epsilon": 2e-5},
+    "starcoder2-no-biases": {**STARCODER2, "use_bias": False, "tie_word_embeddings": False},
+    "gpt_oss": {**GPT_OSS, "rope_scaling": YARN | {"truncate": False}},
+    "gpt_oss-plain": {**GPT_OSS, "rope_scaling": {"rope_type": "default"}, "attention_bias": False},
     "gpt_neox": CASES["gpt_neox"],
     "gpt_neox-sequential": {**SIZES, "rotary_pct": 1.0, "use_parallel_residual": False},
     "falcon-7b": FALCON,
@@ -47,11 +64,8 @@ PARITY = {
 }
 METADATA = {
     "llama-linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
-    "llama-yarn": {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 16,
-    },
+    "llama-yarn": YARN_METADATA,
+    "gpt_oss": YARN_METADATA,
     "llama-heads": {"attention.key_length": 8, "attention.value_length": 8},
 }
 
@@ -69,6 +83,13 @@ def make_peer(case, values):
     return peer(transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"}))
 
 
+def assert_same_model(file, folder, atol=0.0):
+    mine, theirs = sj.load(file), sj.load(folder)
+    assert plain(mine.config) == plain(theirs.config)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
 def assert_same_logits(model, other):
     tokens = tokens_for(other, LENGTH)
     np.testing.assert_allclose(sj.forward(model, jnp.array(tokens)), logits_of(other, tokens), atol=TOLERANCE)
@@ -78,11 +99,8 @@ def assert_same_logits(model, other):
 def test_the_model_is_that_of_the_folder(case, tmp_path):
     """Whose logits are those of transformers: tests/models/families holds it."""
     other = make_peer(case, PARITY[case])
-    mine = sj.load(convert(other, tmp_path / f"{case}.gguf", **METADATA.get(case, {})))
-    theirs = sj.load(write(other, tmp_path / "folder"))
-    assert plain(mine.config) == plain(theirs.config)
-    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if "gemma" in case else 0)
+    file = convert(other, tmp_path / f"{case}.gguf", **METADATA.get(case, {}))
+    assert_same_model(file, write(other, tmp_path / "folder"), atol=1e-6 if "gemma" in case else 0)
 
 
 @pytest.mark.parametrize("case", COMPARED)
@@ -147,4 +165,36 @@ def test_experts_that_nobody_asks_for_are_one_line(tmp_path):
     other = make_peer("mixtral", PARITY["mixtral"])
     file = convert(other, tmp_path / "x.gguf", expert_count=2)
     with pytest.raises(ValueError, match=f"{file}: tensor .* has the shape .*; its metadata ask for 2 experts"):
+        sj.load(file)
+
+
+def test_gpt_oss_in_mxfp4(tmp_path):
+    other = make_peer("gpt_oss", {**PARITY["gpt_oss"], "hidden_size": 32, "intermediate_size": 32})
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 16
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith("_proj") and ".experts." in name:
+                drawn = levels[torch.randint(8, parameter.shape)] * (2 * torch.randint(2, parameter.shape) - 1)
+                parameter.copy_(drawn)
+    kind = gguf.GGMLQuantizationType.MXFP4
+    file = convert(other, tmp_path / "x.gguf", kind, **METADATA["gpt_oss"])
+    assert_same_model(file, write(other, tmp_path / "folder"))
+    split, whole = sj.load(file, mesh=make_mesh(tensor=2, devices=jax.devices()[:2])), sj.load(file, scan_layers=True)
+    np.testing.assert_array_equal(split.layers[1].mlp.up, sj.load(file).layers[1].mlp.up)
+    assert_same_logits(whole, other)
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"])
+def test_experts_that_do_not_fit_together_are_one_line(name, tmp_path):
+    other = make_peer("gpt_oss", PARITY["gpt_oss"])
+    file = convert(other, tmp_path / "x.gguf", **METADATA["gpt_oss"], **{name: np.zeros((4, 3, 16), np.float32)})
+    with pytest.raises(ValueError, match=f"{file}: tensor '{name}' has (the )?shape .4, ") as caught:
+        sj.load(file)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_experts_without_a_part_are_one_line(tmp_path):
+    other = make_peer("gpt_oss", PARITY["gpt_oss"])
+    file = convert(other, tmp_path / "x.gguf", without=("blk.1.ffn_up_exps.weight",), **METADATA["gpt_oss"])
+    with pytest.raises(ValueError, match=f"{file}: tensor 'model.layers.1.mlp.experts.gate_up_proj' of shape"):
         sj.load(file)

@@ -29,7 +29,9 @@ class Architecture:
       keys: metadata that are fields there.
       more: further fields, from the metadata and the fields so far.
       rows: regular expressions of tensors whose rows llama.cpp has put in another order, and how to get them back.
-      shift: names of tensors to which a number was added, and what brings them back; see `plus_one`.
+      shift: names of tensors to which a number was added, and what brings them back.
+      parts: ends of Hugging Face's names of tensors that llama.cpp has split into columns that took turns, or turned
+        round, and the ends under which its table knows the parts; see `TurnedTensor`.
     """
 
     model_type: str
@@ -37,11 +39,17 @@ class Architecture:
     more: Callable[[Metadata, Values], Values] = lambda metadata, values: {}
     rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
     shift: tuple[str, float] | None = None
+    parts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def order(self, values: Values, name: str, count: int) -> np.ndarray | None:
         """For each of `count` rows of a tensor its row in the file; None where they are the same."""
         found = next((rows for pattern, rows in self.rows.items() if re.search(pattern, name)), None)
         return None if found is None else found(values, name, count)
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The names of the parts of a tensor of Hugging Face; none where it is whole."""
+        stem, _, leaf = name.rpartition(".")
+        return tuple(f"{stem}.{part}" for part in self.parts.get(leaf, ()))
 
     def shifted(self, name: str) -> float:
         """What is added to the values in the file."""
@@ -118,12 +126,7 @@ def _gemma(large: int) -> Callable[[Metadata, Values], Values]:
             width = values["hidden_size"] // values["num_attention_heads"]
         found: Values = {"query_pre_attn_scalar": width, "rope_scaling": metadata.scaling()}
         local = metadata.get("rope.freq_base_swa", float)
-        pattern = metadata.header.values.get(f"{metadata.architecture}.attention.sliding_window_pattern")
-        metadata.seen.add("attention.sliding_window_pattern")
-        if isinstance(pattern, np.ndarray):
-            found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern.tolist()]
-        elif isinstance(pattern, int) and pattern:
-            found["sliding_window_pattern"] = pattern
+        found |= metadata.layer_types(values)
         return found if local is None else found | {"rope_local_base_freq": local}
 
     return more
@@ -164,6 +167,18 @@ def _gpt_neox(metadata: Metadata, values: Values) -> Values:
     }
 
 
+def _starcoder2(metadata: Metadata, values: Values) -> Values:
+    return {"rope_scaling": metadata.scaling(), "use_bias": metadata.has("blk.0.attn_q.bias")}
+
+
+def _gpt_oss(metadata: Metadata, values: Values) -> Values:
+    """gpt-oss rounds no bounds of YaRN, of which a file says nothing."""
+    scaling = metadata.scaling() or {"rope_type": "default"}
+    if scaling["rope_type"] == "yarn":
+        scaling["truncate"] = False
+    return {"rope_scaling": scaling, "attention_bias": metadata.has("blk.0.attn_q.bias")} | metadata.layer_types(values)
+
+
 def _mpt(metadata: Metadata, values: Values) -> Values:
     bias, clip = metadata.get("attention.max_alibi_bias", float, 8.0), metadata.get("attention.clamp_kqv", float)
     return {"attn_config": {"alibi": bias > 0, "alibi_bias_max": bias, "clip_qkv": clip}}
@@ -175,6 +190,14 @@ _NORMS = r"norm\.weight$"
 _DECODER = md.SIZES | md.RMS | md.ROPE
 _LAYER_NORM: Keys = {"attention.layer_norm_epsilon": ("layer_norm_epsilon", md.NUMBER)}
 
+_GPT_OSS_PARTS = {
+    "sinks": ("sinks.weight",),
+    "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
+    "gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"),
+    "down_proj": ("down_proj.weight",),
+    "down_proj_bias": ("down_proj.bias",),
+}
+_GPT_OSS: Keys = {"expert_feed_forward_length": ("intermediate_size", md.WHOLE)}
 _QWEN_EXPERTS: Keys = {
     "expert_count": ("num_experts", md.WHOLE),
     "expert_used_count": ("num_experts_per_tok", md.WHOLE),
@@ -216,6 +239,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         _gpt_neox,
         _FUSED_ROWS,
+    ),
+    "starcoder2": Architecture(
+        "starcoder2",
+        md.SIZES | md.ROPE | {"attention.layer_norm_epsilon": ("norm_epsilon", md.NUMBER)},
+        _starcoder2,
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss", _DECODER | md.HEAD | md.WINDOW | md.EXPERTS | _GPT_OSS, _gpt_oss, parts=_GPT_OSS_PARTS
     ),
     "mpt": Architecture(
         "mpt",

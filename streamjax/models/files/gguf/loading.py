@@ -21,9 +21,10 @@ from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import find_family, read_config
 from streamjax.models.files.gguf.architectures import ARCHITECTURES, Architecture
 from streamjax.models.files.gguf.metadata import Metadata
-from streamjax.models.files.gguf.weights import DequantisedTensor
+from streamjax.models.files.gguf.weights import DequantisedTensor, TurnedTensor
 from streamjax.models.files.hugging_face import Slot, check_tensors, load_parameter, parameter_slots
 from streamjax.models.files.model_folders import check_sizes
+from streamjax.models.files.safetensors_files import AnyTensor
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ONE_ROW = ".ffn_gate_inp_shexp.weight"  # a matrix of one row, of which llama.cpp makes a vector
@@ -111,17 +112,19 @@ def _check_widths(metadata: Metadata, values: Mapping[str, Any]) -> None:
 
 def _renamed(
     header: GGUFHeader, architecture: Architecture, values: dict[str, Any], slots: list[Slot]
-) -> dict[str, DequantisedTensor]:
+) -> dict[str, AnyTensor]:
     """The tensors by Hugging Face's names; those that no parameter has keep their own."""
     import gguf
 
     names = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     kind = names[header.get("general.architecture", str)]
     table = gguf.get_tensor_name_map(kind, int(values.get("num_hidden_layers", values.get("n_layers", 0))))
-    wanted = dict.fromkeys(source.name for slot in slots for sources in slot.sources for source in sources)
+    needed = dict.fromkeys(source.name for slot in slots for sources in slot.sources for source in sources)
+    split = {name: parts for name in needed if (parts := architecture.parts_of(name))}
+    wanted = dict.fromkeys(part for name in needed for part in split.get(name, (name,)))
     places = {name: _place(table, name) for name in wanted}
     experts = Counter(theirs for theirs, expert in places.values() if expert is not None)
-    found: dict[str, DequantisedTensor] = {}
+    found: dict[str, AnyTensor] = {}
     used = set(_COMPUTED)
     for name, (theirs, expert) in places.items():
         stored = header.tensors.get(theirs)
@@ -132,10 +135,25 @@ def _renamed(
             wrong = f"has the shape {list(stored.shape)}; its metadata ask for {experts[theirs]} experts"
             raise ValueError(f"{header.file}: tensor {theirs!r} {wrong}")
         found[name] = _tensor(header, stored, architecture, values, expert)
+    for name, parts in split.items():
+        if whole := _turned(found, parts):
+            found[name] = whole
     for name, stored in header.tensors.items():
         if name not in used:
             found[name] = DequantisedTensor(header.file, name, stored.shape, stored)
     return found
+
+
+def _turned(found: dict[str, AnyTensor], names: tuple[str, ...]) -> TurnedTensor | None:
+    """A tensor in place of its parts; None where one is missing."""
+    parts = tuple(part for name in names if isinstance(part := found.pop(name, None), DequantisedTensor))
+    if len(parts) < len(names):
+        return None
+    for part in parts[1:]:
+        if part.shape != parts[0].shape:
+            shapes = f"has the shape {list(part.shape)}, and {parts[0].name!r} has {list(parts[0].shape)}"
+            raise ValueError(f"{part.file}: tensor {part.name!r} {shapes}")
+    return TurnedTensor(parts)
 
 
 def _place(table: Any, name: str) -> tuple[str, int | None]:

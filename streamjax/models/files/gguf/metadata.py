@@ -66,6 +66,16 @@ class Metadata:
         found = {field: self.get(key, kind) for key, (field, kind) in keys.items()}
         return {field: value for field, value in found.items() if value is not None}
 
+    def layer_types(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`layer_types` of config.json, where the file says which layers slide: one by one, or all but every n-th."""
+        self.seen.add("attention.sliding_window_pattern")
+        pattern = self.header.values.get(f"{self.architecture}.attention.sliding_window_pattern")
+        if isinstance(pattern, int) and pattern:
+            pattern = np.array([(layer + 1) % pattern != 0 for layer in range(values.get("num_hidden_layers", 0))])
+        if not isinstance(pattern, np.ndarray):
+            return {}
+        return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern.tolist()]}
+
     def has(self, tensor: str) -> bool:
         """Whether the file has a tensor."""
         return tensor in self.header.tensors

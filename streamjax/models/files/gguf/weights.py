@@ -115,3 +115,47 @@ class DequantisedTensor:
             return self._blocks(low, high)[order - low]
         runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
         return np.concatenate([self._blocks(int(run[0]), int(run[-1]) + 1) for run in runs])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TurnedTensor:
+    """A tensor whose columns take turns in several parts; where it has three axes, the parts have the last two swapped.
+
+    Attributes:
+      parts: all of one shape.
+    """
+
+    parts: tuple[DequantisedTensor, ...]
+
+    @property
+    def file(self) -> Path:
+        """The GGUF file."""
+        return self.parts[0].file
+
+    @property
+    def name(self) -> str:
+        """The name of the first part in the file."""
+        return self.parts[0].name
+
+    @property
+    def code(self) -> str:
+        """That of the first part that cannot be read, or "F32"."""
+        return next((part.code for part in self.parts if part.code != "F32"), "F32")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face has it."""
+        shape = self.parts[0].shape
+        shape = shape if len(shape) < 3 else (shape[0], shape[2], shape[1])
+        return (*shape[:-1], shape[-1] * len(self.parts))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The values [start, stop) along the first axis, float32; see `DequantisedTensor.rows`."""
+        values = [part.rows(start, stop) for part in self.parts]
+        if len(self.parts[0].shape) == 3:
+            values = [part.swapaxes(1, 2) for part in values]
+        return values[0] if len(values) == 1 else np.stack(values, -1).reshape(stop - start, *self.shape[1:])
+
+    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
+        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
