@@ -1,4 +1,4 @@
-"""Write the tables of README.md that the code itself decides: the named caches and the folders.
+"""Write the tables of README.md that the code itself decides: the named caches, the model families and the folders.
 
 python -m docs.tables
 
@@ -8,12 +8,14 @@ Each table stands between two marks, `<!-- NAME: written by python -m docs.table
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import tempfile
 from pathlib import Path
 
 import streamjax as sj
+from streamjax.models.families import FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
@@ -60,6 +62,22 @@ def papers(text: str) -> str:
     return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", text))
 
 
+def families() -> str:
+    """A row for each file that describes Hugging Face architectures: their names there, and what its docstring says."""
+    rows = ["| models | `architectures` of config.json | what is particular |", "|---|---|---|"]
+    for path in sorted((ROOT / "streamjax/models/families").glob("*.py")):
+        module = importlib.import_module(f"streamjax.models.families.{path.stem}")
+        held = [value for value in vars(module).values() if isinstance(value, Family) and value in FAMILIES.values()]
+        if not held or path.stem == "__init__":
+            continue
+        said = " ".join((module.__doc__ or "").partition("\n\n")[0].split()).rstrip(".")
+        linked = re.sub(r"\d{4}\.\d{5}", lambda number: f"[{number[0]}](https://arxiv.org/abs/{number[0]})", said)
+        name, _, rest = linked.partition(": ")
+        names = ", ".join(f"`{family.architectures[0]}`" for family in held)
+        rows.append(f"| {name} | {names} | {rest} |")
+    return "\n".join(rows)
+
+
 def folders() -> str:
     """A line for each folder of the packages, from its docstring, and for each of the other folders."""
     lines = {}
@@ -81,7 +99,7 @@ def written(page: str) -> str:
     Raises:
       ValueError: the page lacks the marks of a table; a folder says nothing of itself.
     """
-    for name, table in (("presets", presets), ("folders", folders)):
+    for name, table in (("presets", presets), ("families", families), ("folders", folders)):
         begin, end = f"<!-- {name}: written by python -m docs.tables -->", f"<!-- {name} ends -->"
         before, first, rest = page.partition(begin)
         _, last, after = rest.partition(end)

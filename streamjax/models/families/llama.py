@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3 (2302.13971, 2307.09288, 2407.21783), and what the families built on it share."""
+"""Llama 1, 2 and 3 (2302.13971, 2307.09288, 2407.21783): the layout that most families share, and its fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Qwen2 and Qwen2.5 (2407.10671, 2412.15115), and Qwen3 (2505.09388)."""
+"""Qwen2 and Qwen2.5 (2407.10671, 2412.15115), and Qwen3 (2505.09388): biases on queries, keys and values,
+or norms over the heads instead."""
 
 from __future__ import annotations
 
