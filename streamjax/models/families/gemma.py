@@ -1,9 +1,9 @@
 """Gemma 2 (2408.00118) and the text part of Gemma 3 (2503.19786): local and global layers in turn, four norms a layer.
 
-Both norm what a branch returns as well as what it reads, store norm weights minus one and scale embeddings by sqrt(d_model). Gemma 2 caps its logits; Gemma 3 norms queries and keys instead and gives
-local layers a RoPE base of their own. A multimodal Gemma 3 checkpoint loads as its language model: the tensors of the
-vision tower and its projector are left alone. transformers' Gemma 3 takes `attn_logit_softcapping` but does not apply
-it, so a value there is refused.
+Both norm what a branch returns as well as what it reads, store norm weights minus one and scale embeddings by
+sqrt(d_model). Gemma 2 caps its logits; Gemma 3 norms queries and keys instead and gives local layers a RoPE base of
+their own. A multimodal Gemma 3 checkpoint loads as its language model: the tensors of vision tower and projector are
+left alone. transformers' Gemma 3 takes `attn_logit_softcapping` but does not apply it, so a value there is refused.
 """
 
 from __future__ import annotations
