@@ -11,9 +11,9 @@ import torch
 from tests.gguf_files import write_gguf
 
 NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
-NAMES |= {"gpt_oss": "gpt-oss"}
+NAMES |= {"gpt_oss": "gpt-oss", "ministral3": "mistral3"}
 NAMES |= {f"qwen{n}_moe": f"qwen{n}moe" for n in (2, 3)}
-INTERLEAVED = ("llama", "granite", "smollm3")
+INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
@@ -114,10 +114,14 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         return found | own | {"attention.layer_norm_epsilon": config.layer_norm_eps}
     head_dim = getattr(config, "head_dim", None) or width // heads
     found |= {"attention.head_count_kv": config.num_key_value_heads}
+    if architecture == "cohere2":
+        own = {"attention.sliding_window": config.sliding_window, "rope.dimension_count": head_dim}
+        own |= {"attention.layer_norm_epsilon": config.layer_norm_eps, "logit_scale": config.logit_scale}
+        return found | own | {"rope.scaling.type": "none"}
     if architecture == "starcoder2":
         return found | {"attention.layer_norm_epsilon": config.norm_epsilon}
     found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.dimension_count": head_dim}
-    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "gpt-oss"):
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "gpt-oss", "glm4", "mistral3"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if architecture == "gpt-oss":
         found["expert_feed_forward_length"] = config.intermediate_size
@@ -128,6 +132,15 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         found["expert_feed_forward_length"] = config.moe_intermediate_size
         if architecture == "qwen2moe":
             found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if architecture == "glm4":
+        found["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
+    if architecture == "mistral3":
+        found["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
+        found["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+        found |= {"rope.scaling.yarn_beta_fast": rope["beta_fast"], "rope.scaling.yarn_beta_slow": rope["beta_slow"]}
+    if architecture == "exaone4" and config.sliding_window:
+        found["attention.sliding_window"] = config.sliding_window
+        found["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
     if config.model_type == "olmo3":
         found["attention.sliding_window"] = config.sliding_window
     if architecture == "granite":

@@ -27,7 +27,11 @@ GPT_OSS = {
     **{**GROUPED, "num_hidden_layers": 3, "head_dim": 6, "sliding_window": 6, "max_position_embeddings": 64},
     **{"num_local_experts": 4, "num_experts_per_tok": 2},
 }
-STARCODER2 = {**GROUPED, "sliding_window": None, "bos_token_id": 0, "eos_token_id": 0}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+STARCODER2 = {**GROUPED, **TOKENS, "sliding_window": None}
+FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+MINISTRAL3 = {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.7}
+MINISTRAL3 |= {"beta_fast": 30.0, "beta_slow": 2.0}
 PARITY = {
     "llama": GROUPED,
     "llama-biases": {**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -44,7 +48,7 @@ PARITY = {
     "qwen3": CASES["qwen3"],
     "qwen2_moe": {**QWEN_MOE, "shared_expert_intermediate_size": 10},
     "qwen3_moe": {**QWEN_MOE, "norm_topk_prob": True, "head_dim": 6},
-    "smollm3": {**GROUPED, "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    "smollm3": {**GROUPED, **TOKENS, "num_hidden_layers": 4},
     "olmo2": {**GROUPED, "eos_token_id": 0},
     "olmo3": {**GROUPED, "num_hidden_layers": 4, "sliding_window": 6, "eos_token_id": 0},
     "granite": {**CASES["granite"], "attention_multiplier": 0.3},
@@ -55,6 +59,12 @@ PARITY = {
     "starcoder2-no-biases": {**STARCODER2, "use_bias": False, "tie_word_embeddings": False},
     "gpt_oss": {**GPT_OSS, "rope_scaling": YARN | {"truncate": False}},
     "gpt_oss-plain": {**GPT_OSS, "rope_scaling": {"rope_type": "default"}, "attention_bias": False},
+    "cohere2": {**CASES["cohere2"], **TOKENS, **FOUR_LAYERS, "logit_scale": 0.3, "layer_norm_eps": 2e-5},
+    "glm4": {**CASES["glm4"], **TOKENS},
+    "glm4-whole-heads": {**CASES["glm4"], **TOKENS, "partial_rotary_factor": 1.0, "attention_bias": True},
+    "exaone4": {**CASES["exaone4"], **TOKENS},
+    "exaone4-full": {**GROUPED, **TOKENS, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "ministral3": {**CASES["ministral3"], "max_position_embeddings": 64, "rope_parameters": MINISTRAL3},
     "gpt_neox": CASES["gpt_neox"],
     "gpt_neox-sequential": {**SIZES, "rotary_pct": 1.0, "use_parallel_residual": False},
     "falcon-7b": FALCON,
@@ -66,6 +76,7 @@ METADATA = {
     "llama-linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
     "llama-yarn": YARN_METADATA,
     "gpt_oss": YARN_METADATA,
+    "ministral3": YARN_METADATA,
     "llama-heads": {"attention.key_length": 8, "attention.value_length": 8},
 }
 
@@ -197,4 +208,10 @@ def test_experts_without_a_part_are_one_line(tmp_path):
     other = make_peer("gpt_oss", PARITY["gpt_oss"])
     file = convert(other, tmp_path / "x.gguf", without=("blk.1.ffn_up_exps.weight",), **METADATA["gpt_oss"])
     with pytest.raises(ValueError, match=f"{file}: tensor 'model.layers.1.mlp.experts.gate_up_proj' of shape"):
+        sj.load(file)
+
+
+def test_a_glm_4_with_images_is_one_line(tmp_path):
+    file = convert(make_peer("glm4", PARITY["glm4"]), tmp_path / "x.gguf", **{"rope.dimension_sections": [1, 1, 0, 0]})
+    with pytest.raises(ValueError, match=f"{file}: 'glm4.rope.dimension_sections': a GLM-4V, .*without images$"):
         sj.load(file)

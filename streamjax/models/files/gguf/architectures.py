@@ -132,13 +132,16 @@ def _gemma(large: int) -> Callable[[Metadata, Values], Values]:
     return more
 
 
+def _rotated(metadata: Metadata, values: Values) -> float:
+    """The part of a head that rotates, so that its product with the width rounds down to what the file has."""
+    width = values.get("head_dim") or values.get("hidden_size", 0) // max(1, values.get("num_attention_heads", 1))
+    rotated = metadata.get("rope.dimension_count", int, width)
+    return 1.0 if rotated == width or not width else (rotated + 0.5) / width
+
+
 def _phi3(metadata: Metadata, values: Values) -> Values:
-    heads = max(1, values.get("num_attention_heads", 1))
-    head_dim = values.get("hidden_size", 0) // heads
-    rotated = metadata.get("rope.dimension_count", int, head_dim)
     original = metadata.get("rope.scaling.original_context_length", int)
-    fraction = 1.0 if rotated == head_dim or not head_dim else (rotated + 0.5) / head_dim
-    window = metadata.get("attention.sliding_window", int)
+    fraction, window = _rotated(metadata, values), metadata.get("attention.sliding_window", int)
     found = {"partial_rotary_factor": fraction, "rope_scaling": metadata.scaling(), "sliding_window": window or None}
     return found if original is None else found | {"original_max_position_embeddings": original}
 
@@ -158,13 +161,39 @@ def _falcon(metadata: Metadata, values: Values) -> Values:
 
 
 def _gpt_neox(metadata: Metadata, values: Values) -> Values:
-    width = values["hidden_size"] // max(1, values["num_attention_heads"])
-    rotated = metadata.get("rope.dimension_count", int, width)
     return {
-        "rotary_pct": 1.0 if rotated == width or not width else (rotated + 0.5) / width,
+        "rotary_pct": _rotated(metadata, values),
         "attention_bias": metadata.has("blk.0.attn_qkv.bias"),
         "rope_scaling": metadata.scaling(),
     }
+
+
+def _glm4(metadata: Metadata, values: Values) -> Values:
+    if metadata.header.values.get("glm4.rope.dimension_sections") is not None:
+        where = f"{metadata.header.file}: 'glm4.rope.dimension_sections'"
+        raise ValueError(f"{where}: a GLM-4V, whose positions have several axes; streamjax reads GLM-4 without images")
+    biased = {"attention_bias": metadata.has("blk.0.attn_q.bias")}
+    return {"rope_scaling": metadata.scaling(), "partial_rotary_factor": _rotated(metadata, values)} | biased
+
+
+def _windows(metadata: Metadata, values: Values) -> Values:
+    """Cohere2 and EXAONE 4: where a file does not say which layers slide, they are all but every fourth."""
+    window = metadata.get("attention.sliding_window", int) or None
+    found: Values = {"rope_scaling": metadata.scaling(), "sliding_window": window} | metadata.layer_types(values)
+    return found if window else found | {"layer_types": ["full_attention"] * values.get("num_hidden_layers", 0)}
+
+
+def _mistral3(metadata: Metadata, values: Values) -> Values:
+    """Queries may grow with their position; a file has YaRN's `mscale_all_dim` alone."""
+    scaling = metadata.scaling() or {"rope_type": "default"}
+    scaling["llama_4_scaling_beta"] = metadata.get("attention.temperature_scale", float, 0.0)
+    original = metadata.get("rope.scaling.original_context_length", int)
+    all_dim = metadata.get("rope.scaling.yarn_log_multiplier", float, 0.0)
+    if original:
+        scaling["original_max_position_embeddings"] = original
+    if scaling["rope_type"] == "yarn" and all_dim:
+        scaling |= {"mscale": 1.0, "mscale_all_dim": all_dim}
+    return {"rope_parameters": scaling, "sliding_window": None}
 
 
 def _starcoder2(metadata: Metadata, values: Values) -> Values:
@@ -240,6 +269,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _gpt_neox,
         _FUSED_ROWS,
     ),
+    "cohere2": Architecture(
+        "cohere2",
+        md.SIZES
+        | md.ROPE
+        | md.HEAD
+        | {
+            "attention.layer_norm_epsilon": ("layer_norm_eps", md.NUMBER),
+            "logit_scale": ("logit_scale", md.NUMBER),
+        },
+        _windows,
+    ),
+    "glm4": Architecture("glm4", _DECODER | md.HEAD, _glm4),
+    "exaone4": Architecture("exaone4", _DECODER | md.HEAD, _windows),
+    "mistral3": Architecture("ministral3", _DECODER | md.HEAD, _mistral3, _LLAMA_ROWS),
     "starcoder2": Architecture(
         "starcoder2",
         md.SIZES | md.ROPE | {"attention.layer_norm_epsilon": ("norm_epsilon", md.NUMBER)},
