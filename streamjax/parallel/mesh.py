@@ -20,15 +20,21 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of devices with the axes data, fsdp, context and tensor.
+    """A mesh of devices with the axes data, fsdp, context and tensor, and expert where it is asked for.
 
     Args:
       data: rows of a batch are split; parameters are repeated.
       fsdp: rows are split and so are parameters and optimizer state, which are gathered where they are used.
       tensor: heads, MLP channels and the vocabulary are split.
       context: the sequence, and the slots of a KV cache, are split.
+      expert: the experts of a mixture are split; all else is repeated.
       devices: the devices of the mesh; all of this run's where None.
 
     One size may be -1: the devices that the other axes leave.
@@ -38,6 +44,8 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    if expert != 1:
+        sizes = {**sizes, "expert": expert}
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(f"mesh axis {name} is {size}: use a positive size, or -1 for the devices that are left")

@@ -110,7 +110,7 @@ def test_no_mesh_is_the_default():
     ("text", "message"),
     [
         ("tensro=4", "--mesh=tensro=4: no mesh axis 'tensro'; did you mean 'tensor'?"),
-        ("8", "--mesh=8: no mesh axis '8'; known: context, data, fsdp, tensor"),
+        ("8", "--mesh=8: no mesh axis '8'; known: context, data, expert, fsdp, tensor"),
         ("tensor", "--mesh=tensor: give tensor once, with a number of devices, such as tensor=4"),
         ("tensor=two", "--mesh=tensor=two: give tensor once, with a number of devices"),
         ("tensor=2,tensor=4", "--mesh=tensor=2,tensor=4: give tensor once"),

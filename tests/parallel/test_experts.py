@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import streamjax as sj
 from streamjax.models.config import AttentionConfig, BlockConfig, ExpertsConfig, ModelConfig
-from streamjax.parallel.mesh import shard_model
+from streamjax.parallel.mesh import make_mesh, shard_model
 
 BLOCK = BlockConfig(
     mixer=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4), mlp=ExpertsConfig(4, 2, 6, z_loss=0.1)
@@ -26,7 +26,7 @@ def test_experts_on_a_mesh(axes):
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(4, 6)
     batch = {"tokens": tokens, "targets": tokens, "weights": jnp.ones((4, 6), jnp.float32)}
     expected, gradient = sj.forward(model, tokens), sj.training.loss_and_grad(model, batch)[1]
-    mesh = jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = make_mesh(**dict.fromkeys(axes, 2), devices=jax.devices()[:4])
     placed = shard_model(model, mesh)
     assert placed.layers[0].mlp.up[...].sharding.spec == UP[axes]
     with jax.set_mesh(mesh):

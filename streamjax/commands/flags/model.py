@@ -21,7 +21,7 @@ from streamjax.kv.presets.registry import Built
 from streamjax.parallel.mesh import make_mesh
 
 _MODELS = Path(__file__).parents[3] / "models"  # of the repository; an installation from a wheel has none
-_MESH_AXES = ("data", "fsdp", "context", "tensor")
+_MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
 
 
 def shipped_model(name: str) -> str | None:
@@ -60,7 +60,8 @@ def define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "mesh", None, "Devices to split the model over, such as tensor=4 or fsdp=2,tensor=4; -1 means those that are "
         "left. tensor splits heads, MLPs, the vocabulary and the cache; fsdp splits weights, which are gathered where "
-        "they are used; data has nothing to split in a single stream. One device by default.", flag_values=values,
+        "they are used; expert splits the experts of a mixture; data has nothing to split in a single stream. One "
+        "device by default.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("chunk_size", 512, "Tokens read in one step.", lower_bound=1, flag_values=values)
 

@@ -29,6 +29,7 @@ class MeshConfig:
     data: Axis = 1
     fsdp: Axis = 1
     tensor: Axis = 1
+    expert: Axis = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
