@@ -11,19 +11,25 @@ import torch
 from tests.gguf_files import write_gguf
 
 NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
-NAMES |= {"gpt_oss": "gpt-oss", "ministral3": "mistral3"}
+NAMES |= {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss", "ministral3": "mistral3"}
 NAMES |= {f"qwen{n}_moe": f"qwen{n}moe" for n in (2, 3)}
 INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def convert(
-    model: torch.nn.Module, file: Path, experts: Any = None, without: tuple[str, ...] = (), **more: Any
+    model: torch.nn.Module,
+    file: Path,
+    experts: Any = None,
+    without: tuple[str, ...] = (),
+    whole: bool = False,
+    **more: Any,
 ) -> Path:
     """Write the GGUF file of a model.
 
-    `experts` are in that kind of blocks; tensors are left out that are named in `without`; `more` are further metadata,
-    and tensors by their names in the file.
+    `experts` are in that kind of blocks; tensors are left out that are named in `without`; keys and values of latents
+    stay in one tensor, as older files have them, where they are `whole`; `more` are further metadata, and tensors by
+    their names in the file.
     """
     config = model.config
     architecture = NAMES.get(config.model_type, config.model_type)
@@ -44,6 +50,14 @@ def convert(
             continue
         if name.endswith(".sinks"):
             name = f"{name}.weight"
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if name.endswith(".kv_b_proj.weight") and not whole:
+            parts = tensor.float().numpy().reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+            keys, values = np.split(parts, [config.qk_nope_head_dim], axis=1)
+            stem = "blk." + name.split(".")[2]
+            tensors[f"{stem}.attn_k_b.weight"] = np.ascontiguousarray(keys.swapaxes(1, 2))
+            tensors[f"{stem}.attn_v_b.weight"] = np.ascontiguousarray(values)
+            continue
         if config.model_type == "mixtral":
             name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
         found = table.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -114,6 +128,29 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         return found | own | {"attention.layer_norm_epsilon": config.layer_norm_eps}
     head_dim = getattr(config, "head_dim", None) or width // heads
     found |= {"attention.head_count_kv": config.num_key_value_heads}
+    if architecture == "deepseek2":
+        rotated, latent = config.qk_rope_head_dim, config.kv_lora_rank
+        found |= {
+            "attention.head_count_kv": 1,
+            "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "attention.kv_lora_rank": latent,
+            "attention.key_length": latent + rotated,
+            "attention.value_length": latent,
+            "attention.key_length_mla": config.qk_nope_head_dim + rotated,
+            "attention.value_length_mla": config.v_head_dim,
+            "rope.dimension_count": rotated,
+            "expert_count": config.n_routed_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.n_shared_experts,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_weights_norm": config.norm_topk_prob,
+            "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+            "expert_group_count": config.n_group or 1,
+            "expert_group_used_count": config.topk_group or 1,
+        }
+        return found | ({} if config.q_lora_rank is None else {"attention.q_lora_rank": config.q_lora_rank})
     if architecture == "cohere2":
         own = {"attention.sliding_window": config.sliding_window, "rope.dimension_count": head_dim}
         own |= {"attention.layer_norm_epsilon": config.layer_norm_eps, "logit_scale": config.logit_scale}

@@ -32,6 +32,7 @@ STARCODER2 = {**GROUPED, **TOKENS, "sliding_window": None}
 FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
 MINISTRAL3 = {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.7}
 MINISTRAL3 |= {"beta_fast": 30.0, "beta_slow": 2.0}
+DEEPSEEK = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
 PARITY = {
     "llama": GROUPED,
     "llama-biases": {**GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -65,6 +66,14 @@ PARITY = {
     "exaone4": {**CASES["exaone4"], **TOKENS},
     "exaone4-full": {**GROUPED, **TOKENS, "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "ministral3": {**CASES["ministral3"], "max_position_embeddings": 64, "rope_parameters": MINISTRAL3},
+    "deepseek_v2": CASES["deepseek_v2"],
+    "deepseek_v3": {
+        **CASES["deepseek_v3"],
+        **TOKENS,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "rope_scaling": DEEPSEEK,
+    },
     "gpt_neox": CASES["gpt_neox"],
     "gpt_neox-sequential": {**SIZES, "rotary_pct": 1.0, "use_parallel_residual": False},
     "falcon-7b": FALCON,
@@ -76,6 +85,7 @@ METADATA = {
     "llama-linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
     "llama-yarn": YARN_METADATA,
     "gpt_oss": YARN_METADATA,
+    "deepseek_v3": {**YARN_METADATA, "rope.scaling.yarn_log_multiplier": 0.0707},
     "ministral3": YARN_METADATA,
     "llama-heads": {"attention.key_length": 8, "attention.value_length": 8},
 }
@@ -215,3 +225,38 @@ def test_a_glm_4_with_images_is_one_line(tmp_path):
     file = convert(make_peer("glm4", PARITY["glm4"]), tmp_path / "x.gguf", **{"rope.dimension_sections": [1, 1, 0, 0]})
     with pytest.raises(ValueError, match=f"{file}: 'glm4.rope.dimension_sections': a GLM-4V, .*without images$"):
         sj.load(file)
+
+
+def test_older_files_of_deepseek_have_keys_and_values_in_one_tensor(tmp_path):
+    """And the widths of heads where newer ones have those of the latent."""
+    other = make_peer("deepseek_v3", PARITY["deepseek_v3"])
+    widths = {"attention.key_length": 10, "attention.value_length": 5, "attention.head_count_kv": 4}
+    file = convert(other, tmp_path / "x.gguf", whole=True, **METADATA["deepseek_v3"], **widths)
+    assert_same_model(file, write(other, tmp_path / "folder"))
+
+
+def test_keys_and_values_of_latents_are_split_over_a_mesh(tmp_path):
+    other = make_peer("deepseek_v2", PARITY["deepseek_v2"])
+    file = convert(other, tmp_path / "x.gguf")
+    split, plain = sj.load(file, mesh=make_mesh(tensor=2, devices=jax.devices()[:2])), sj.load(file)
+    for mine, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+WRONG_LATENTS = {
+    "widths": ({"blk.1.attn_v_b.weight": np.zeros((4, 5, 9), np.float32)}, "'blk.1.attn_v_b.weight' has the shape "),
+    "axes": ({"blk.1.attn_k_b.weight": np.zeros((4, 60), np.float32)}, "'blk.1.attn_v_b.weight' has the shape "),
+    "gating": ({"expert_gating_func": 3}, "'deepseek2.expert_gating_func' is 3, not known"),
+    "rank": ({"attention.kv_lora_rank": 11}, "'blk.0.attn_kv_a_mqa.weight' has shape [14, 16]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LATENTS)
+def test_latents_that_do_not_fit_together_are_one_line(case, tmp_path):
+    changes, message = WRONG_LATENTS[case]
+    file = convert(make_peer("deepseek_v2", PARITY["deepseek_v2"]), tmp_path / "x.gguf", **changes)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is looked at
+        sj.load(file)
+    assert str(file) in str(caught.value)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

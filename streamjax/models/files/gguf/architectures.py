@@ -15,6 +15,8 @@ import numpy as np
 
 from streamjax.models.files.gguf import metadata as md
 from streamjax.models.files.gguf.metadata import Keys, Metadata
+from streamjax.models.files.gguf.weights import DequantisedTensor, KeyValueTensor, TurnedTensor
+from streamjax.models.files.safetensors_files import AnyTensor
 
 Values = dict[str, Any]  # fields of a config.json
 Rows = Callable[[Values, str, int], np.ndarray]  # fields, name in the file, rows -> for each row its row in the file
@@ -30,8 +32,9 @@ class Architecture:
       more: further fields, from the metadata and the fields so far.
       rows: regular expressions of tensors whose rows llama.cpp has put in another order, and how to get them back.
       shift: names of tensors to which a number was added, and what brings them back.
-      parts: ends of Hugging Face's names of tensors that llama.cpp has split into columns that took turns, or turned
-        round, and the ends under which its table knows the parts; see `TurnedTensor`.
+      parts: ends of Hugging Face's names of tensors that llama.cpp has split or renamed, and the ends under which its
+        table knows the parts.
+      join: what makes such a tensor of its parts.
     """
 
     model_type: str
@@ -40,6 +43,7 @@ class Architecture:
     rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
     shift: tuple[str, float] | None = None
     parts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    join: Callable[..., AnyTensor] = lambda *parts: TurnedTensor(parts)
 
     def order(self, values: Values, name: str, count: int) -> np.ndarray | None:
         """For each of `count` rows of a tensor its row in the file; None where they are the same."""
@@ -48,8 +52,9 @@ class Architecture:
 
     def parts_of(self, name: str) -> tuple[str, ...]:
         """The names of the parts of a tensor of Hugging Face; none where it is whole."""
-        stem, _, leaf = name.rpartition(".")
-        return tuple(f"{stem}.{part}" for part in self.parts.get(leaf, ()))
+        found = ((name.removesuffix(end), parts) for end, parts in self.parts.items() if name.endswith(f".{end}"))
+        stem, parts = next(found, ("", ()))
+        return tuple(stem + part for part in parts)
 
     def shifted(self, name: str) -> float:
         """What is added to the values in the file."""
@@ -196,6 +201,37 @@ def _mistral3(metadata: Metadata, values: Values) -> Values:
     return {"rope_parameters": scaling, "sliding_window": None}
 
 
+def _deepseek2(metadata: Metadata, values: Values) -> Values:
+    """DeepSeek-V2 where experts are scored by a softmax, and V3 where by a sigmoid.
+
+    Newer files have widths of keys and values that are those of the latent, and the widths of heads elsewhere.
+    """
+    gating, rotated = metadata.get("expert_gating_func", int, _SOFTMAX), metadata.get("rope.dimension_count", int, 64)
+    if gating not in (_SOFTMAX, _SIGMOID):
+        raise ValueError(f"{metadata.header.file}: 'deepseek2.expert_gating_func' is {gating}, not known")
+    keys, width = (metadata.get(f"attention.{part}_length", int) for part in ("key", "value"))
+    keys = metadata.get("attention.key_length_mla", int, keys)
+    scaling, log = metadata.scaling(), metadata.get("rope.scaling.yarn_log_multiplier", float, 0.0)
+    if scaling and log:
+        scaling["mscale"] = scaling["mscale_all_dim"] = round(10 * log, 6)
+    found: Values = {
+        "model_type": "deepseek_v3" if gating == _SIGMOID else "deepseek_v2",
+        "q_lora_rank": metadata.get("attention.q_lora_rank", int),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": 128 if keys is None else keys - rotated,
+        "v_head_dim": metadata.get("attention.value_length_mla", int, width),
+        "norm_topk_prob": metadata.get("expert_weights_norm", bool, False),
+        "rope_scaling": scaling,
+    }
+    if gating == _SOFTMAX:
+        found["topk_method"] = "group_limited_greedy" if values.get("n_group", 1) > 1 else "greedy"
+    return {name: value for name, value in found.items() if value is not None or name == "q_lora_rank"}
+
+
+def _join_deepseek2(*parts: DequantisedTensor) -> AnyTensor:
+    return KeyValueTensor(*parts) if len(parts) == 2 else TurnedTensor(parts)
+
+
 def _starcoder2(metadata: Metadata, values: Values) -> Values:
     return {"rope_scaling": metadata.scaling(), "use_bias": metadata.has("blk.0.attn_q.bias")}
 
@@ -219,6 +255,22 @@ _NORMS = r"norm\.weight$"
 _DECODER = md.SIZES | md.RMS | md.ROPE
 _LAYER_NORM: Keys = {"attention.layer_norm_epsilon": ("layer_norm_epsilon", md.NUMBER)}
 
+_SOFTMAX, _SIGMOID = 1, 2  # of llama.cpp's functions that score experts
+_DEEPSEEK: Keys = {
+    "leading_dense_block_count": ("first_k_dense_replace", md.WHOLE),
+    "attention.kv_lora_rank": ("kv_lora_rank", md.WHOLE),
+    "expert_count": ("n_routed_experts", md.WHOLE),
+    "expert_used_count": ("num_experts_per_tok", md.WHOLE),
+    "expert_feed_forward_length": ("moe_intermediate_size", md.WHOLE),
+    "expert_shared_count": ("n_shared_experts", md.WHOLE),
+    "expert_weights_scale": ("routed_scaling_factor", md.NUMBER),
+    "expert_group_count": ("n_group", md.WHOLE),
+    "expert_group_used_count": ("topk_group", md.WHOLE),
+}
+_DEEPSEEK_PARTS = {
+    "kv_b_proj.weight": ("k_b_proj.weight", "v_b_proj.weight"),
+    "e_score_correction_bias": ("e_score_correction.bias",),
+}
 _GPT_OSS_PARTS = {
     "sinks": ("sinks.weight",),
     "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
@@ -283,6 +335,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm4": Architecture("glm4", _DECODER | md.HEAD, _glm4),
     "exaone4": Architecture("exaone4", _DECODER | md.HEAD, _windows),
     "mistral3": Architecture("ministral3", _DECODER | md.HEAD, _mistral3, _LLAMA_ROWS),
+    "deepseek2": Architecture(
+        "deepseek_v2", _DECODER | _DEEPSEEK, _deepseek2, parts=_DEEPSEEK_PARTS, join=_join_deepseek2
+    ),
     "starcoder2": Architecture(
         "starcoder2",
         md.SIZES | md.ROPE | {"attention.layer_norm_epsilon": ("norm_epsilon", md.NUMBER)},

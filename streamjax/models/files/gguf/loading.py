@@ -21,7 +21,7 @@ from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import find_family, read_config
 from streamjax.models.files.gguf.architectures import ARCHITECTURES, Architecture
 from streamjax.models.files.gguf.metadata import Metadata
-from streamjax.models.files.gguf.weights import DequantisedTensor, TurnedTensor
+from streamjax.models.files.gguf.weights import DequantisedTensor
 from streamjax.models.files.hugging_face import Slot, check_tensors, load_parameter, parameter_slots
 from streamjax.models.files.model_folders import check_sizes
 from streamjax.models.files.safetensors_files import AnyTensor
@@ -100,7 +100,9 @@ def read_values(header: GGUFHeader) -> tuple[Architecture, dict[str, Any]]:
 
 
 def _check_widths(metadata: Metadata, values: Mapping[str, Any]) -> None:
-    """Values must be as wide as keys, which are as wide as the library's heads."""
+    """Values must be as wide as keys, which are as wide as the library's heads; latent attention has its own widths."""
+    if metadata.get("attention.kv_lora_rank", int) is not None:
+        return
     keys, width = metadata.get("attention.key_length", int), metadata.get("attention.value_length", int)
     heads, d_model = values.get("num_attention_heads"), values.get("hidden_size")
     keys = keys or (d_model // heads if heads and d_model else None)
@@ -120,7 +122,8 @@ def _renamed(
     kind = names[header.get("general.architecture", str)]
     table = gguf.get_tensor_name_map(kind, int(values.get("num_hidden_layers", values.get("n_layers", 0))))
     needed = dict.fromkeys(source.name for slot in slots for sources in slot.sources for source in sources)
-    split = {name: parts for name in needed if (parts := architecture.parts_of(name))}
+    whole = {name for name in needed if _place(table, name)[0] in header.tensors}
+    split = {name: parts for name in needed if name not in whole and (parts := architecture.parts_of(name))}
     wanted = dict.fromkeys(part for name in needed for part in split.get(name, (name,)))
     places = {name: _place(table, name) for name in wanted}
     experts = Counter(theirs for theirs, expert in places.values() if expert is not None)
@@ -136,24 +139,14 @@ def _renamed(
             raise ValueError(f"{header.file}: tensor {theirs!r} {wrong}")
         found[name] = _tensor(header, stored, architecture, values, expert)
     for name, parts in split.items():
-        if whole := _turned(found, parts):
-            found[name] = whole
+        present = [part for part in parts if part in found]
+        stored_parts = [part for name in present if isinstance(part := found.pop(name), DequantisedTensor)]
+        if present == list(parts):
+            found[name] = architecture.join(*stored_parts)
     for name, stored in header.tensors.items():
         if name not in used:
             found[name] = DequantisedTensor(header.file, name, stored.shape, stored)
     return found
-
-
-def _turned(found: dict[str, AnyTensor], names: tuple[str, ...]) -> TurnedTensor | None:
-    """A tensor in place of its parts; None where one is missing."""
-    parts = tuple(part for name in names if isinstance(part := found.pop(name, None), DequantisedTensor))
-    if len(parts) < len(names):
-        return None
-    for part in parts[1:]:
-        if part.shape != parts[0].shape:
-            shapes = f"has the shape {list(part.shape)}, and {parts[0].name!r} has {list(parts[0].shape)}"
-            raise ValueError(f"{part.file}: tensor {part.name!r} {shapes}")
-    return TurnedTensor(parts)
 
 
 def _place(table: Any, name: str) -> tuple[str, int | None]:

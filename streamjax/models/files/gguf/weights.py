@@ -123,9 +123,16 @@ class TurnedTensor:
 
     Attributes:
       parts: all of one shape.
+
+    Raises:
+      ValueError: they are not.
     """
 
     parts: tuple[DequantisedTensor, ...]
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            _check_fit(part, self.parts[0], part.shape == self.parts[0].shape)
 
     @property
     def file(self) -> Path:
@@ -159,3 +166,62 @@ class TurnedTensor:
     def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
         """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
         return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyValueTensor:
+    """DeepSeek's projection of a latent to keys and values, head by head, which llama.cpp has split.
+
+    Attributes:
+      keys: [heads, latent, width].
+      values: [heads, width, latent].
+
+    Raises:
+      ValueError: their shapes do not fit together.
+    """
+
+    keys: DequantisedTensor
+    values: DequantisedTensor
+
+    def __post_init__(self) -> None:
+        keys, values = self.keys.shape, self.values.shape
+        _check_fit(self.values, self.keys, len(keys) == len(values) == 3 and keys[:2] == values[::2])
+
+    @property
+    def file(self) -> Path:
+        """The GGUF file."""
+        return self.keys.file
+
+    @property
+    def name(self) -> str:
+        """The name of the keys' part in the file."""
+        return self.keys.name
+
+    @property
+    def code(self) -> str:
+        """That of the part that cannot be read, or "F32"."""
+        return self.values.code if self.keys.code == "F32" else self.keys.code
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face has it: [heads * (width of keys + width of values), latent]."""
+        heads, latent, width = self.keys.shape
+        return heads * (width + self.values.shape[1]), latent
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The values [start, stop) along the first axis, float32; see `DequantisedTensor.rows`."""
+        each = self.shape[0] // self.keys.shape[0]
+        first, last = start // each, -(-stop // each)
+        parts = self.keys.rows(first, last).swapaxes(1, 2), self.values.rows(first, last)
+        return np.concatenate(parts, axis=1).reshape(-1, self.shape[1])[start - first * each : stop - first * each]
+
+    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
+        return row_blocks(start, stop, unit, 4 * self.shape[1])
+
+
+def _check_fit(part: DequantisedTensor, first: DequantisedTensor, fits: bool) -> None:
+    """Refuse parts of one tensor that do not fit together."""
+    if not fits:
+        shapes = f"has the shape {list(part.shape)}, and {first.name!r} has {list(first.shape)}"
+        raise ValueError(f"{part.file}: tensor {part.name!r} {shapes}")
