@@ -173,8 +173,9 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         found["rope.dimension_count"] = int(head_dim * rope["partial_rotary_factor"])
     if architecture == "mistral3":
         found["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
-        found["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
-        found |= {"rope.scaling.yarn_beta_fast": rope["beta_fast"], "rope.scaling.yarn_beta_slow": rope["beta_slow"]}
+        if rope["rope_type"] == "yarn":
+            found |= {f"rope.scaling.yarn_{name}": rope[name] for name in ("beta_fast", "beta_slow")}
+            found["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
     if architecture == "exaone4" and config.sliding_window:
         found["attention.sliding_window"] = config.sliding_window
         found["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]

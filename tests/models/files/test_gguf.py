@@ -32,6 +32,8 @@ STARCODER2 = {**GROUPED, **TOKENS, "sliding_window": None}
 FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
 MINISTRAL3 = {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.7}
 MINISTRAL3 |= {"beta_fast": 30.0, "beta_slow": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.0}
+PLAIN |= {"original_max_position_embeddings": 64}
 DEEPSEEK = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
 PARITY = {
     "llama": GROUPED,
@@ -66,6 +68,7 @@ PARITY = {
     "exaone4": {**CASES["exaone4"], **TOKENS},
     "exaone4-full": {**GROUPED, **TOKENS, "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "ministral3": {**CASES["ministral3"], "max_position_embeddings": 64, "rope_parameters": MINISTRAL3},
+    "ministral3-plain": {**CASES["ministral3"], "max_position_embeddings": 64, "rope_parameters": PLAIN},
     "deepseek_v2": CASES["deepseek_v2"],
     "deepseek_v3": {
         **CASES["deepseek_v3"],
@@ -116,6 +119,7 @@ def assert_same_logits(model, other):
     np.testing.assert_allclose(sj.forward(model, jnp.array(tokens)), logits_of(other, tokens), atol=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("error:.*streamjax does not know")
 @pytest.mark.parametrize("case", [case for case in PARITY if case not in COMPARED])
 def test_the_model_is_that_of_the_folder(case, tmp_path):
     """Whose logits are those of transformers: tests/models/families holds it."""

@@ -19,6 +19,7 @@ from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.gguf.vocabulary import stop_ids
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import find_family, read_config
+from streamjax.models.files.gguf import metadata as md
 from streamjax.models.files.gguf.architectures import ARCHITECTURES, Architecture
 from streamjax.models.files.gguf.metadata import Metadata
 from streamjax.models.files.gguf.weights import DequantisedTensor
@@ -85,7 +86,8 @@ def read_values(header: GGUFHeader) -> tuple[Architecture, dict[str, Any]]:
     values: dict[str, Any] = {"model_type": architecture.model_type, "vocab_size": header.tensors[_EMBEDDING].shape[0]}
     values |= {"tie_word_embeddings": _HEAD not in header.tensors}
     values |= metadata.fields(architecture.keys)
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    if md.GROUPS.keys() <= architecture.keys.keys():
+        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     check_sizes(file, values, header.tensors)
     try:
         values |= architecture.more(metadata, values)

@@ -17,8 +17,8 @@ SIZES: Keys = {
     "block_count": ("num_hidden_layers", WHOLE),
     "feed_forward_length": ("intermediate_size", WHOLE),
     "attention.head_count": ("num_attention_heads", WHOLE),
-    "attention.head_count_kv": ("num_key_value_heads", WHOLE),
 }
+GROUPS: Keys = {"attention.head_count_kv": ("num_key_value_heads", WHOLE)}
 RMS: Keys = {"attention.layer_norm_rms_epsilon": ("rms_norm_eps", NUMBER)}
 ROPE: Keys = {"rope.freq_base": ("rope_theta", NUMBER)}
 HEAD: Keys = {"attention.key_length": ("head_dim", WHOLE)}
