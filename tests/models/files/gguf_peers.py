@@ -28,8 +28,8 @@ def convert(
     """Write the GGUF file of a model.
 
     `experts` are in that kind of blocks; tensors are left out that are named in `without`; keys and values of latents
-    stay in one tensor, as older files have them, where they are `whole`; `more` are further metadata, and tensors by
-    their names in the file.
+    stay in one tensor, as older files have them, where they are `whole`; `more` are further metadata, none
+    where they are None, and tensors by their names in the file.
     """
     config = model.config
     architecture = NAMES.get(config.model_type, config.model_type)
@@ -66,7 +66,8 @@ def convert(
     tensors |= {name: more.pop(name) for name in [*more] if name.endswith(".weight")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
     kinds = {name: experts for name in tensors if experts is not None and name.endswith("_exps.weight")}
-    return write_gguf(file, architecture, _metadata(architecture, config) | more, tensors, kinds)
+    metadata = {key: value for key, value in (_metadata(architecture, config) | more).items() if value is not None}
+    return write_gguf(file, architecture, metadata, tensors, kinds)
 
 
 def _converted(architecture: str, config: Any, name: str, values: np.ndarray) -> np.ndarray:

@@ -239,6 +239,18 @@ def test_older_files_of_deepseek_have_keys_and_values_in_one_tensor(tmp_path):
     assert_same_model(file, write(other, tmp_path / "folder"))
 
 
+@pytest.mark.parametrize(("case", "experts", "groups"), [("deepseek_v2", 160, (8, 3)), ("deepseek_v3", 6, (1, 1))])
+def test_older_files_of_deepseek_have_no_groups(case, experts, groups, tmp_path):
+    """Those of DeepSeek's own models are known; Kimi K2, say, has none."""
+    sizes = {"n_routed_experts": experts, "n_group": groups[0], "topk_group": groups[1]}
+    other = make_peer(case, {**PARITY[case], **sizes})
+    none = {"expert_group_count": None, "expert_group_used_count": None}
+    file = convert(other, tmp_path / "x.gguf", **METADATA.get(case, {}), **none)
+    experts = sj.load(file).config.blocks[1].mlp
+    assert (experts.groups, experts.groups_per_token) == groups
+    assert_same_model(file, write(other, tmp_path / "folder"))
+
+
 def test_keys_and_values_of_latents_are_split_over_a_mesh(tmp_path):
     other = make_peer("deepseek_v2", PARITY["deepseek_v2"])
     file = convert(other, tmp_path / "x.gguf")

@@ -12,6 +12,7 @@ from streamjax.models.files.gguf.metadata import Metadata
 
 Values = dict[str, Any]  # fields of a config.json
 _SOFTMAX, _SIGMOID = 1, 2  # of llama.cpp's functions that score experts
+_GROUPS = {160: (8, 3), 256: (8, 4)}  # experts of DeepSeek-V2 and V3: their groups, and those of a token
 
 
 def llama(metadata: Metadata, values: Values) -> Values:
@@ -162,8 +163,10 @@ def deepseek2(metadata: Metadata, values: Values) -> Values:
         "norm_topk_prob": metadata.get("expert_weights_norm", bool, False),
         "rope_scaling": scaling,
     }
+    if "n_group" not in values:  # in older files
+        found["n_group"], found["topk_group"] = _GROUPS.get(values.get("n_routed_experts", 0), (1, 1))
     if gating == _SOFTMAX:
-        found["topk_method"] = "group_limited_greedy" if values.get("n_group", 1) > 1 else "greedy"
+        found["topk_method"] = "group_limited_greedy" if (values | found)["n_group"] > 1 else "greedy"
     return {name: value for name, value in found.items() if value is not None or name == "q_lora_rank"}
 
 
