@@ -95,7 +95,7 @@ EXAMPLES = [
 NO_CONFIGURATIONS = {
     *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
-    "Quantisation",
+    *("Quantisation", "TurnedTensor", "KeyValueTensor"),
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
 NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]
