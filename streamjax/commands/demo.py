@@ -20,12 +20,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.typing import DTypeLike
 
 import streamjax as sj
 from streamjax.commands import comparison
@@ -197,7 +201,7 @@ def pretrained_model(values: flags.FlagValues, out: Path) -> None:
     """The second part, and a question to the model."""
     path = Path(values.pretrained).expanduser()
     tokenizer = sj.load_tokenizer(path)
-    model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh))
+    model = sj.load(path, dtype=values.dtype or faster_dtype(), mesh=parse_mesh(values.mesh))
     trained, window = model.config.max_position, values.pretrained_window
     stream = Reading(
         stem="demo_pretrained",
@@ -216,6 +220,28 @@ def pretrained_model(values: flags.FlagValues, out: Path) -> None:
     ).run(out)
     print(f"\nAfter {stream.tokens_seen:,} tokens it is asked:\n{quoted(QUESTION)}\nand says:", flush=True)
     print(quoted("".join(Conversation(stream).reply(QUESTION, max_new_tokens=ANSWER))))
+
+
+def faster_dtype() -> str | None:
+    """bfloat16 on a CPU that multiplies it a quarter faster than float32 and more, for which it needs instructions.
+
+    None, which is the platform's default, on other CPUs and on other platforms.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return "bfloat16" if 1.25 * product_seconds(jnp.bfloat16) < product_seconds(jnp.float32) else None
+
+
+def product_seconds(dtype: DTypeLike) -> float:
+    """What a product of the size of a chunk's takes: the least of five."""
+    x = jnp.ones((512, 1024), dtype)
+    multiply = jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32)).lower(x, x.T).compile()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(x, x.T))
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def language_reference() -> str:

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from streamjax.evaluation import SlotMemory, Trial, run_trial
 from tests.commands.command_helpers import read_json
 
 FIRST = ("--chunk_size=64", "--tokens=200", "--seconds=1000")
-SECOND = ("--pretrained_tokens=160", "--pretrained_window=16", "--pretrained_seconds=1000")
+SECOND = ("--pretrained_tokens=160", "--pretrained_window=16", "--pretrained_seconds=1000", "--dtype=float32")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,13 @@ def test_the_second_part(command, model_folder, monkeypatch, tmp_path):
 
 def test_time_is_shared_so_that_every_run_has_some(command, model_folder, tmp_path):
     outcome = command(
-        demo, "--seconds=0", f"--out={tmp_path}", f"--pretrained={model_folder}", *SECOND[:2], "--pretrained_seconds=0"
+        demo,
+        "--seconds=0",
+        f"--out={tmp_path}",
+        f"--pretrained={model_folder}",
+        *SECOND[:2],
+        SECOND[3],
+        "--pretrained_seconds=0",
     )
     assert outcome.status == 0
     runs = read_json(tmp_path / "demo_pretrained.json")["runs"]
@@ -164,3 +171,10 @@ def test_a_run_is_given_up_once_its_perplexity_has_gone():
     reasons = [collapse(np.full(512, math.log(40.0), np.float32)) for _ in range(2)]
     assert reasons == ["3.1 times the perplexity", "8 times the perplexity"]
     assert collapse(np.full(8000, 9.0, np.float32)) == ""  # further than the other run
+
+
+def test_the_dtype_that_this_machine_multiplies_faster(monkeypatch):
+    assert demo.faster_dtype() in (None, "bfloat16")
+    for half, faster in ((1.0, "bfloat16"), (2.5, None)):
+        monkeypatch.setattr(demo, "product_seconds", lambda dtype, half=half: 3.0 if dtype == jnp.float32 else half)
+        assert demo.faster_dtype() == faster
