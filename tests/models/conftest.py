@@ -2,5 +2,6 @@
 
 from importlib.util import find_spec
 
-_WITH_PEERS = ["families", "files/test_gguf.py", "files/test_peft.py", "files/test_peft_kinds.py", "test_rope.py"]
+_FILES = ("test_gguf", "test_peft", "test_peft_kinds", "test_quantised_weights")
+_WITH_PEERS = ["families", *(f"files/{name}.py" for name in _FILES), "test_rope.py"]
 collect_ignore = [] if find_spec("torch") else _WITH_PEERS
