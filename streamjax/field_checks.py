@@ -86,6 +86,20 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
             raise ValueError(f"{name}: {argument} is {_shown(value)}: it must be {describe(hints[argument])}")
 
 
+def hashed_once(kind: type[T]) -> type[T]:
+    """A frozen dataclass that computes its hash at the first call: every call of a jitted function asks for it."""
+    compute = kind.__hash__
+
+    def cached(self: T) -> int:
+        kept = vars(self)
+        if "_hash" not in kept:
+            kept["_hash"] = compute(self)
+        return int(kept["_hash"])
+
+    kind.__hash__ = cached  # type: ignore[method-assign,assignment]
+    return kind
+
+
 def to_plain(value: Any) -> Any:
     """A tree of dataclasses as dictionaries of plain values; one with a `type_name` says it in the field "type"."""
     if isinstance(value, tuple):

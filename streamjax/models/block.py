@@ -63,9 +63,9 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T E"], context: SequenceContext, memory: ReadablePages | None = None
     ) -> tuple[Float[Array, "B T E"], ReadablePages | None]:
         """The layer over a whole sequence, and the chunk memory for the layers above: `memory`, or its own."""
-        if self.encoder is not None and self.hsa is not None:
+        if self.encoder is not None:
             made = self.encoder.parallel(x, context.segment_ids)
-            memory = whole_view(*made, context.segment_ids, self.hsa, 0, x.shape[1])
+            memory = whole_view(*made, context.segment_ids, self.encoder.hsa, 0, x.shape[1])
         normed = self.mixer_input(x)
         return self._residual(x, normed, self.mixer.parallel(normed, context), memory), memory
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from streamjax.field_checks import Positive, check_fields
+from streamjax.field_checks import Positive, check_fields, hashed_once
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import ExpertsConfig
@@ -17,6 +16,7 @@ MixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig
 
 
+@hashed_once
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """One layer of a decoder.
@@ -36,13 +36,6 @@ class BlockConfig:
     residual: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
     residual_scale: Positive = 1.0
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:  # every call of a jitted function asks for it
-        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     def __post_init__(self) -> None:
         check_fields(self)

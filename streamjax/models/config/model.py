@@ -6,12 +6,13 @@ import dataclasses
 from functools import cached_property
 from typing import Any
 
-from streamjax.field_checks import Count, Positive, Size, check_fields, from_plain, to_plain
+from streamjax.field_checks import Count, Positive, Size, check_fields, from_plain, hashed_once, to_plain
 from streamjax.models.config.block import BlockConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.norm import NormConfig
 
 
+@hashed_once
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only language model. Every field is static; two equal configs compile to the same program.
@@ -44,13 +45,6 @@ class ModelConfig:
     bos_token_id: Count | None = None
     eos_token_ids: tuple[Count, ...] = ()
     sink_token: bool = False
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:  # every call of a jitted function asks for it
-        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -113,6 +113,10 @@ class Fields:
             raise ValueError(f"field {name!r} is {value}; it must be positive")
         return value
 
+    def optional_integer(self, name: str, default: int | None = None) -> int | None:
+        """A whole number of at least 1, or None where the field is null."""
+        return None if self.get(name, int, default) is None else self.integer(name, default)
+
     def optional_positive(self, name: str, default: float | None = None) -> float | None:
         """A number above zero, or None where the field is null."""
         return None if self.get(name, (int, float), default) is None else self.positive(name, default)

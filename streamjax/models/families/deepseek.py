@@ -20,7 +20,7 @@ from streamjax.models.config import (
 )
 from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
-from streamjax.models.families.experts_fields import read_experts
+from streamjax.models.families.experts_fields import read_experts, the_experts
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
@@ -34,7 +34,7 @@ def _read(fields: Fields, family: str, max_position: int, dense_layers: int, exp
     fields.only("mlp_bias", (None, False))
     fields.only("moe_layer_freq", (None, 1))
     for name in ("head_dim", "qk_head_dim", "num_key_value_heads"):  # follow from the other sizes
-        _optional(fields, name, None)
+        fields.optional_integer(name)
     max_position = fields.integer("max_position_embeddings", max_position)
     layers, dense = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace", dense_layers, least=0)
     mixer = _read_mixer(fields, max_position)
@@ -54,7 +54,7 @@ def _read(fields: Fields, family: str, max_position: int, dense_layers: int, exp
 def _read_mixer(fields: Fields, max_position: int) -> LatentAttentionConfig:
     rope_dim, nope_dim = fields.integer("qk_rope_head_dim", 64), fields.integer("qk_nope_head_dim", 128)
     rope = read_rope(fields, head_dim=rope_dim, max_position=max_position)
-    q_rank = _optional(fields, "q_lora_rank", 1536)
+    q_rank = fields.optional_integer("q_lora_rank", 1536)
     return LatentAttentionConfig(
         num_heads=fields.integer("num_attention_heads"),
         kv_rank=fields.integer("kv_lora_rank", 512),
@@ -80,9 +80,14 @@ def _read_experts(fields: Fields, count: int, each: int, shared: int, normalize:
     activation = fields.activation("hidden_act", "silu")
     fields.seen.update(("num_experts", "num_local_experts"))
     fields.defaults = {"moe_intermediate_size": 1407}
-    fields.values["num_local_experts"] = fields.integer("n_routed_experts", count)
     experts = read_experts(
-        fields, count=count, each=each, width="moe_intermediate_size", normalize=normalize, activation=activation
+        fields,
+        count=count,
+        each=each,
+        width="moe_intermediate_size",
+        normalize=normalize,
+        activation=activation,
+        counts=("n_routed_experts",),
     )
     width = experts.mlp_dim * fields.integer("n_shared_experts", shared)
     scale = fields.positive("routed_scaling_factor", 1.0)
@@ -92,14 +97,9 @@ def _read_experts(fields: Fields, count: int, each: int, shared: int, normalize:
 
 def _groups(fields: Fields, count: int | None, each: int | None) -> dict[str, int]:
     return {
-        "groups": _optional(fields, "n_group", count) or 1,
-        "groups_per_token": _optional(fields, "topk_group", each) or 1,
+        "groups": fields.optional_integer("n_group", count) or 1,
+        "groups_per_token": fields.optional_integer("topk_group", each) or 1,
     }
-
-
-def _optional(fields: Fields, name: str, default: int | None) -> int | None:
-    """A size, or None where the field is null."""
-    return None if fields.get(name, int, default) is None else fields.integer(name, default)
 
 
 def _read2(fields: Fields) -> ModelConfig:
@@ -122,11 +122,8 @@ def _read3(fields: Fields) -> ModelConfig:
     return _read(fields, "deepseek_v3", 4096, 3, experts)
 
 
-def _write(config: ModelConfig) -> tuple[dict[str, Any], ExpertsConfig]:
-    kinds = list(dict.fromkeys(block.mlp for block in config.blocks if isinstance(block.mlp, ExpertsConfig)))
-    if len(kinds) != 1:
-        raise ValueError("a mixture of experts that is the same in all layers which have one is needed")
-    mixer, experts = config.blocks[-1].mixer, kinds[0]
+def _write(config: ModelConfig) -> tuple[dict[str, Any], LatentAttentionConfig, ExpertsConfig]:
+    mixer, experts = config.blocks[0].mixer, the_experts(config)
     if not isinstance(mixer, LatentAttentionConfig):
         raise ValueError("its layers have no latent attention")
     dense = [block.mlp.mlp_dim for block in config.blocks if isinstance(block.mlp, DenseConfig)]
@@ -160,24 +157,23 @@ def _write(config: ModelConfig) -> tuple[dict[str, Any], ExpertsConfig]:
         "rope_scaling": write_scaling(mixer.rope),
         "attention_bias": False,
     }
-    return values, experts
+    return values, mixer, experts
 
 
 def _write2(config: ModelConfig) -> dict[str, Any]:
-    values, experts = _write(config)
+    values, _, experts = _write(config)
     return {**values, "topk_method": "greedy" if experts.groups == 1 else "group_limited_greedy"}
 
 
 def _write3(config: ModelConfig) -> dict[str, Any]:
-    values, _ = _write(config)
-    mixer = config.blocks[0].mixer
-    return {**values, "rope_interleave": isinstance(mixer, LatentAttentionConfig) and mixer.interleaved}
+    values, mixer, _ = _write(config)
+    return {**values, "rope_interleave": mixer.interleaved}
 
 
 def _tensors(block: BlockConfig) -> Table:
-    rank = block.mixer.kv_rank if isinstance(block.mixer, LatentAttentionConfig) else 0
-    turning = block.mixer.head_dim
-    queries = "q_proj" if isinstance(block.mixer, LatentAttentionConfig) and block.mixer.q_rank is None else "q_b_proj"
+    mixer = block.mixer
+    assert isinstance(mixer, LatentAttentionConfig)
+    queries = "q_proj" if mixer.q_rank is None else "q_b_proj"
     down, per_head = f"{_ATTENTION}.kv_a_proj_with_mqa.weight", "(h d) r -> r h d"
     table = {
         **tensor_tables.ends("model.embed_tokens", "model.norm"),
@@ -187,8 +183,8 @@ def _tensors(block: BlockConfig) -> Table:
         **tensor_tables.norm("layers.mixer.kv_norm", f"{_ATTENTION}.kv_a_layernorm"),
         "layers.mixer.q_down": (Source(f"{_ATTENTION}.q_a_proj.weight", "r e -> e r"),),
         "layers.mixer.q_up": (Source(f"{_ATTENTION}.{queries}.weight", per_head),),
-        "layers.mixer.kv_down": (Source(down, "r e -> e r", rows=(0, rank)),),
-        "layers.mixer.k_rope": (Source(down, "r e -> e r", rows=(rank, turning)),),
+        "layers.mixer.kv_down": (Source(down, "r e -> e r", rows=(0, mixer.kv_rank)),),
+        "layers.mixer.k_rope": (Source(down, "r e -> e r", rows=(mixer.kv_rank, mixer.head_dim)),),
         "layers.mixer.kv_up": (Source(f"{_ATTENTION}.kv_b_proj.weight", per_head),),
         "layers.mixer.out": (Source(f"{_ATTENTION}.o_proj.weight", "e (h d) -> h d e"),),
     }

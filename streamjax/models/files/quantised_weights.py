@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from streamjax.models.families.config_fields import Quantisation
-from streamjax.models.files.safetensors_files import DTYPES, AnyTensor, StoredTensor, read_bytes, row_blocks
+from streamjax.models.files.safetensors_files import DTYPES, AnyTensor, Float32Rows, StoredTensor, read_bytes
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # Of each byte, the low half first, times 2: with the largest exponent, a factor of its own would be infinite.
@@ -90,7 +90,7 @@ def _raw(stored: StoredTensor, start: int, stop: int, dtype: Any) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MXFP4Tensor:
+class MXFP4Tensor(Float32Rows):
     """Matrices of experts in blocks of 32 numbers of four bits (e2m1) with one exponent; see `StoredTensor`.
 
     Attributes:
@@ -121,13 +121,9 @@ class MXFP4Tensor:
         values *= factors[..., None]
         return np.swapaxes(values.reshape(stop - start, self.shape[2], self.shape[1]), 1, 2)
 
-    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` experts, for `rows`."""
-        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FP8Tensor:
+class FP8Tensor(Float32Rows):
     """A weight in numbers of eight bits, with a factor for each block of its last two axes; see `StoredTensor`.
 
     Attributes:
@@ -166,7 +162,3 @@ class FP8Tensor:
         skipped = start - first * rows if flat else 0
         scales = np.repeat(scales, rows, axis=-2)[..., skipped : skipped + values.shape[-2], :]
         return values * np.repeat(scales, columns, axis=-1)[..., : values.shape[-1]]
-
-    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
-        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))

@@ -91,6 +91,14 @@ class StoredTensor:
         return values.reshape(self.shape)
 
 
+class Float32Rows:
+    """A tensor whose `rows` are made, float32, from what a file has in another form."""
+
+    def blocks(self: AnyTensor, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+        """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `rows`."""
+        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
+
+
 def read_bytes(file: Path, offset: int, into: np.ndarray, name: str) -> None:
     """Fill an array of bytes from a file.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from streamjax.checkpoints.gguf_header import GGUFTensor
-from streamjax.models.files.safetensors_files import read_bytes, row_blocks
+from streamjax.models.files.safetensors_files import Float32Rows, read_bytes
 
 _SPARSE = 4  # so many times the rows that are needed are read at once
 
@@ -50,7 +49,7 @@ def dequantise(blocks: np.ndarray, kind: Any) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DequantisedTensor:
+class DequantisedTensor(Float32Rows):
     """A tensor of a Hugging Face checkpoint that is made from one in a GGUF file; see `StoredTensor`.
 
     Attributes:
@@ -97,10 +96,6 @@ class DequantisedTensor:
         values = values.reshape(shape)
         return values if not self.shift else values + np.float32(self.shift)
 
-    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
-        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
-
     def _blocks(self, start: int, stop: int) -> np.ndarray:
         """The bytes of rows in the file, uint8 [R, B]."""
         stored = self.stored
@@ -118,7 +113,7 @@ class DequantisedTensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TurnedTensor:
+class TurnedTensor(Float32Rows):
     """A tensor whose columns take turns in several parts; where it has three axes, the parts have the last two swapped.
 
     Attributes:
@@ -163,13 +158,9 @@ class TurnedTensor:
             values = [part.swapaxes(1, 2) for part in values]
         return values[0] if len(values) == 1 else np.stack(values, -1).reshape(stop - start, *self.shape[1:])
 
-    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
-        return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KeyValueTensor:
+class KeyValueTensor(Float32Rows):
     """DeepSeek's projection of a latent to keys and values, head by head, which llama.cpp has split.
 
     Attributes:
@@ -214,10 +205,6 @@ class KeyValueTensor:
         first, last = start // each, -(-stop // each)
         parts = self.keys.rows(first, last).swapaxes(1, 2), self.values.rows(first, last)
         return np.concatenate(parts, axis=1).reshape(-1, self.shape[1])[start - first * each : stop - first * each]
-
-    def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` rows, for `rows`."""
-        return row_blocks(start, stop, unit, 4 * self.shape[1])
 
 
 def _check_fit(part: DequantisedTensor, first: DequantisedTensor, fits: bool) -> None:
