@@ -76,10 +76,12 @@ def _longer(rope: RopeConfig) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
-def _read_experts(fields: Fields, count: int, each: int, shared: int, normalize: bool, **routing: Any) -> ExpertsConfig:
+def _read_experts(
+    fields: Fields, count: int, each: int, width: int, shared: int, normalize: bool, **routing: Any
+) -> ExpertsConfig:
     activation = fields.activation("hidden_act", "silu")
     fields.seen.update(("num_experts", "num_local_experts"))
-    fields.defaults = {"moe_intermediate_size": 1407}
+    fields.defaults = {"moe_intermediate_size": width}
     experts = read_experts(
         fields,
         count=count,
@@ -89,9 +91,9 @@ def _read_experts(fields: Fields, count: int, each: int, shared: int, normalize:
         activation=activation,
         counts=("n_routed_experts",),
     )
-    width = experts.mlp_dim * fields.integer("n_shared_experts", shared)
+    together = experts.mlp_dim * fields.integer("n_shared_experts", shared)
     scale = fields.positive("routed_scaling_factor", 1.0)
-    one = DenseConfig(width, activation=activation)
+    one = DenseConfig(together, activation=activation)
     return dataclasses.replace(experts, shared=one, weight_scale=scale, **routing)
 
 
@@ -109,7 +111,7 @@ def _read2(fields: Fields) -> ModelConfig:
     groups = _groups(fields, None, None)
     if fields.values.get("topk_method", "greedy") == "greedy":
         groups = {}
-    experts = _read_experts(fields, 64, 6, 2, False, **groups)
+    experts = _read_experts(fields, 64, 6, 1407, 2, False, **groups)
     return _read(fields, "deepseek_v2", 2048, 0, experts)
 
 
@@ -118,7 +120,7 @@ def _read3(fields: Fields) -> ModelConfig:
     fields.only("topk_method", (None, "noaux_tc"))
     routing = {"scores": "sigmoid", "group_rank": "two best", "selection_bias": True}
     normalize = fields.flag("norm_topk_prob", True)
-    experts = _read_experts(fields, 256, 8, 1, normalize, **routing, **_groups(fields, 8, 4))
+    experts = _read_experts(fields, 256, 8, 2048, 1, normalize, **routing, **_groups(fields, 8, 4))
     return _read(fields, "deepseek_v3", 4096, 3, experts)
 
 

@@ -348,3 +348,12 @@ def test_equal_spellings_can_be_written():
 
 def test_families_are_named_after_their_registry():
     assert all(name == family.name for name, family in FAMILIES.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("deepseek-v2-lite", hf.DeepseekV2Config), ("deepseek-v3", hf.DeepseekV3Config)]
+)
+@pytest.mark.parametrize("field", ["moe_intermediate_size", "n_routed_experts", "n_shared_experts", "kv_lora_rank"])
+def test_what_deepseek_leaves_out_is_as_transformers_has_it(name, kind, field):
+    values = {key: value for key, value in PUBLISHED[name].items() if key != field}
+    assert read_config(values) == read_config({**values, field: getattr(kind(), field)})
