@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from streamjax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from streamjax import data, kv, training
@@ -48,21 +49,7 @@ _HOMES = {
     "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
 }  # fmt: skip
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("data", "kv", "training")
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"streamjax.{name}")
-    raise AttributeError(f"module 'streamjax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, ("data", "kv", "training"))
 
 __all__ = [
     "AttentionConfig",

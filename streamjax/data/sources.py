@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
 
-from streamjax.data.builtin_corpus import SPLITS, builtin_examples, split_of
 from streamjax.data.file_kinds import is_text, refusal
 from streamjax.data.prepared_corpora import PreparedExamples, check_metadata, one_line
+from streamjax.data.stdlib_corpus import SPLITS, builtin_examples, split_of
 
 _log = logging.getLogger(__name__)
 _HELD_OUT_FILES = {"test": 0.05, "validation": 0.05}

@@ -25,10 +25,27 @@ def test_a_script_runs_the_command_of_its_name(script, monkeypatch):
     assert importlib.import_module(f"streamjax.commands.{asked[0]}").main(["command", "--help"]) == 0
 
 
-def test_nothing_is_imported_before_ctrl_c_is_answered():
-    code = "import sys; from streamjax.commands.shell import launch; print(sorted({'jax', 'numpy'} & {*sys.modules}))"
+@pytest.mark.parametrize(
+    ("names", "unwanted"),
+    [
+        ("from streamjax.commands.shell import launch", "jax numpy"),  # Ctrl-C is answered before they are there
+        ("import streamjax as sj; sj.load; sj.load_tokenizer", "tensorflow_datasets grain jinja2"),
+    ],
+)
+def test_what_is_not_used_is_not_imported(names, unwanted):
+    code = f"import sys; {names}; print(sorted({{*{unwanted.split()}}} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["streamjax", "streamjax.data"])
+def test_no_module_hides_a_name_of_its_package(package):
+    """A module sets its own name in its package when it is imported, over a function that loads on first use."""
+    names, modules = importlib.import_module(package), pkgutil.iter_modules(importlib.import_module(package).__path__)
+    hidden = {module.name for module in modules} & {*names.__all__}
+    assert hidden <= {"data", "kv", "training"}
+    assert {*names.__all__} <= {*dir(names)}
+    assert all(getattr(names, name) is not None for name in names.__all__)
 
 
 @pytest.mark.slow

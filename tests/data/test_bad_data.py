@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from streamjax.data import DataConfig, builtin_corpus, corpus_text, make_eval_batches, make_train_iterator, open_source
-from streamjax.data.builtin_corpus import StdlibCorpus
 from streamjax.data.prepared_corpora import PreparedExamples
+from streamjax.data.stdlib_corpus import StdlibCorpus
 
 pytestmark = pytest.mark.quick
 
@@ -137,7 +137,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patch:
         few = [(f"doc{index}", f"text {index}\n" * 50) for index in range(60)]
-        module = importlib.import_module("streamjax.data.builtin_corpus")
+        module = importlib.import_module("streamjax.data.stdlib_corpus")
         patch.setattr(module, "stdlib_documents", lambda *_: iter(few))
         builtin_corpus(root)
     return root

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from streamjax import data
 from streamjax.checkpoints import require_file
-from streamjax.data import corpus_text
 
 BUILTIN = "builtin"
 _READ = 1 << 16  # bytes
@@ -17,8 +17,8 @@ _READ = 1 << 16  # bytes
 def open_input(name: str) -> tuple[Iterator[bytes], int | None]:
     """The text's bytes as they come, and how many there will be where that is known."""
     if name == BUILTIN:
-        data = corpus_text("test").encode()
-        return (data[start : start + _READ] for start in range(0, len(data), _READ)), len(data)
+        text = data.corpus_text("test").encode()
+        return (text[start : start + _READ] for start in range(0, len(text), _READ)), len(text)
     if name == "-":
         if sys.stdin.isatty():
             print("reading from the keyboard; Ctrl-D ends the text", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamjax.data import StdlibCorpus, builtin_corpus, corpus_documents, corpus_text, default_data_dir
-from streamjax.data.builtin_corpus import SPLITS, documents_sha256, split_of, stdlib_documents
+from streamjax.data.stdlib_corpus import SPLITS, documents_sha256, split_of, stdlib_documents
 
 pytestmark = pytest.mark.quick
 
