@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_ranges import Ranges
-from pallas_kernels.patterns import Pattern
+from pallas_kernels.patterns import Chunked, Pattern
 from pallas_kernels.tile_logits import Settings
 
 
@@ -43,7 +43,13 @@ class Call:
         offset: int | None = None,
         heads_first: bool = False,
     ) -> Call:
-        """From the arguments of `api.flash_attention`; `group` query heads read a key head."""
+        """From the arguments of `api.flash_attention`; `group` query heads read a key head.
+
+        Raises:
+          ValueError: a pattern that no kernel takes.
+        """
+        if isinstance(pattern, Chunked):
+            raise ValueError(f"{pattern}: the kernels take its chunks as rows, with pattern Full(); XLA paths take it")
         settings = Settings(
             scale=float(scale),
             softcap=softcap,

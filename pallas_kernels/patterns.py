@@ -71,4 +71,28 @@ class SinkWindow:
         return jnp.maximum(first - self.window + 1, 0), last + 1
 
 
-Pattern = Full | SlidingWindow | SinkWindow
+@dataclasses.dataclass(frozen=True)
+class Chunked:
+    """Query i sees the keys j <= i of its own chunk of `size` keys, j // size == i // size (Llama 4).
+
+    Over a whole sequence that is `Full` in each chunk by itself: `streamjax.attention.dispatch` folds chunks into rows.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Chunked.size must be at least 1, got {self.size}")
+
+    def visible(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
+        return (key <= query) & (key >= query - query % self.size)
+
+    def key_range(self, first: Array | int, last: Array | int) -> tuple[Array | int, Array | int]:
+        return first - first % self.size, last + 1
+
+    @property
+    def sinks(self) -> int:
+        return 0
+
+
+Pattern = Full | SlidingWindow | SinkWindow | Chunked

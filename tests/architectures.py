@@ -46,6 +46,10 @@ CASES = {
         "head_dim": 6,
         "rope_parameters": {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 4},
     },
+    "llama4": {
+        **{**GROUPED, "head_dim": 6, "intermediate_size_mlp": 20, "no_rope_layers": [1, 0], "moe_layers": [0]},
+        **{"attention_chunk_size": 7, "floor_scale": 4, "attn_scale": 0.3, "num_local_experts": 3},
+    },
     "deepseek_v2": {
         **LATENT,
         "q_lora_rank": None,
@@ -60,7 +64,12 @@ CASES = {
 
 def tiny_config(case: str) -> ModelConfig:
     """The model of a case; its name starts with the family's."""
-    return read_config({**CASES[case], "model_type": case.split("-")[0].replace("gemma3", "gemma3_text")})
+    return read_config(
+        {
+            **CASES[case],
+            "model_type": case.split("-")[0].replace("gemma3", "gemma3_text").replace("llama4", "llama4_text"),
+        }
+    )
 
 
 def changes_with_length(config: ModelConfig) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import streamjax
 from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
+from streamjax.kv import current_chunk
 from streamjax.kv.pages import boundaries, disk_files, indexes
 from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, sink, sink_window, window
 from streamjax.models.config import (
@@ -78,6 +79,7 @@ EXAMPLES = [
     full.Full(8),
     sink.Sink(4, 8),
     window.Window(8),
+    current_chunk.CurrentChunk(8),
     sink_window.SinkWindow(2, 8, 10),
     pages.Pages(4, 16, 2),
     content_pages.ContentPages(4, 16, 2, boundaries.KeyChange()),
@@ -263,7 +265,7 @@ def test_arguments_of_a_function():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RopeConfig(kind="llama3", original_max_position=8, low_freq_factor=4.0), "low_freq_factor is 4.0"),
+        (lambda: RopeConfig(kind="llama3", original_max_position=8, low_freq_factor=5.0), "low_freq_factor is 5.0"),
         (lambda: RopeConfig(kind="yarn", original_max_position=8, beta_slow=40.0), "beta_slow is 40.0"),
         (lambda: RopeConfig(kind="longrope", original_max_position=8), "needs short_factor and long_factor"),
         (lambda: RopeConfig(kind="yarn", original_max_position=8, rotary_dim=3), "rotary_dim is 3: .* even"),

@@ -31,7 +31,7 @@ ROOMS = """
     streamjax.kv.tier streamjax.kv.cache streamjax.kv.ring_buffer streamjax.kv.ring_state streamjax.kv.decode_kernels
     streamjax.kv.pages
     streamjax.kv.tiers
-    streamjax.kv.cascade streamjax.kv.head_groups
+    streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk
     streamjax.kv.presets
     streamjax.kv
     streamjax.models.config streamjax.models.rope streamjax.models.parameters streamjax.models.norms

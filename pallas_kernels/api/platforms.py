@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.gpu import flash_attention as gpu_flash
 from pallas_kernels.gpu.slot_attention import MAX_WIDTH
-from pallas_kernels.patterns import Pattern
+from pallas_kernels.patterns import Chunked, Pattern
 from pallas_kernels.tpu.flash_attention import MAX_SINKS
 from pallas_kernels.tpu.tiles import LANES
 from pallas_kernels.tpu.token_stats import MAX_BYTES
@@ -28,7 +28,9 @@ def platform_implementation() -> Implementation | None:
 def takes(pattern: Pattern, dtype: str) -> bool:
     """Whether `flash_attention` takes a pattern and a dtype on the platform that JAX runs on."""
     chosen = platform_implementation()
-    return chosen is not None and dtype in DTYPES and (chosen != "tpu" or pattern.sinks <= MAX_SINKS)
+    if chosen is None or dtype not in DTYPES or isinstance(pattern, Chunked):
+        return False
+    return chosen != "tpu" or pattern.sinks <= MAX_SINKS
 
 
 def takes_cache(width: int, slots: int, dtype: str) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.api import platforms
 from pallas_kernels.partial import add_sinks
-from pallas_kernels.patterns import Full, Pattern
+from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.attention import sharded
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
@@ -37,7 +39,7 @@ def sequence_attention(
 
     Args:
       q, k, v: rotated queries and keys, values; H a multiple of K.
-      pattern: which keys a query sees, by index in the sequence.
+      pattern: which keys a query sees, by index in the sequence. Chunks (`Chunked`) become rows with full attention.
       scale, softcap, slopes: as in `dense.attend`; ALiBi distances are index differences.
       segment_ids: tokens see only their own segment.
       sink_logits: one more logit a head in every softmax, without a value; see `pallas_kernels.partial.add_sinks`.
@@ -47,6 +49,11 @@ def sequence_attention(
     Raises:
       ValueError: an unknown implementation, or no kernel for the platform or for these arguments.
     """
+    if isinstance(pattern, Chunked):
+        return _by_chunks(
+            (q, k, v, segment_ids), pattern.size, scale=scale, softcap=softcap, slopes=slopes,
+            sink_logits=sink_logits, implementation=implementation,
+        )  # fmt: skip
     if implementation is None:
         implementation = choose(q.shape[1], k.shape[1], pattern, q.dtype.name)
     if implementation in ("pallas", "xla"):
@@ -65,11 +72,29 @@ def sequence_attention(
     return add_sinks(part, sink_logits).out
 
 
+def _by_chunks(arrays: tuple[Array | None, ...], size: int, **options: Any) -> Float[Array, "B T H D"]:
+    """Attention within chunks of `size` tokens: each whole chunk is a row, and what is left behind them is one more."""
+
+    def full(arrays: Sequence[Array | None]) -> Array:
+        q, k, v, ids = arrays
+        return sequence_attention(q, k, v, Full(), segment_ids=ids, **options)  # type: ignore[arg-type]
+
+    rows, length = arrays[0].shape[:2]  # type: ignore[union-attr]
+    if length <= size:
+        return full(arrays)
+    whole = length // size * size
+    cut = [None if x is None else rearrange(x[:, :whole], "b (n c) ... -> (b n) c ...", c=size) for x in arrays]
+    out = rearrange(full(cut), "(b n) c ... -> b (n c) ...", b=rows)
+    if whole == length:
+        return out
+    return jnp.concatenate((out, full([None if x is None else x[:, whole:] for x in arrays])), axis=1)
+
+
 def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementation:
     """The best implementation on the platform that JAX runs on: a kernel where there is one for the arguments."""
     if queries >= KERNEL_TOKENS and platforms.takes(pattern, dtype):
         return logged("pallas")
-    local = not isinstance(pattern, Full) and 4 * pattern.window <= keys
+    local = isinstance(pattern, SlidingWindow | SinkWindow) and 4 * pattern.window <= keys
     return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else logged("xla")
 
 

@@ -2,6 +2,7 @@
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
@@ -23,6 +24,7 @@ __all__ = [
     "Clusters",
     "Compensation",
     "ContentPages",
+    "CurrentChunk",
     "EndTokens",
     "Full",
     "HeadGroups",

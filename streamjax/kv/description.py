@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.presets.registry import Built
 from streamjax.kv.tiers.full import Full
@@ -23,6 +24,8 @@ def describe_cache(cache: Built | Sequence[Cache]) -> str:
         return kinds[0] + (f" and {len(kinds) - 1} other arrangements in {len(cache)} layers" if kinds[1:] else "")
     if isinstance(cache, ChunkMemory):
         return f"ChunkMemory({cache.capacity_tokens:,})"
+    if isinstance(cache, CurrentChunk):
+        return f"CurrentChunk({cache.size:,})"
     if isinstance(cache, HeadGroups):
         return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
     if not isinstance(cache, Cascade):

@@ -115,6 +115,7 @@ class Query:
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
     sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
+    back: how many positions back each query sees at most, int32 [B, C]; None: no bound of its own.
     """
 
     q: Float[Array, "B C H D"]
@@ -129,6 +130,7 @@ class Query:
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     sink_logits: Float[Array, " H"] | None = None
+    back: Int32[Array, "B C"] | None = None
 
     @property
     def index(self) -> Int32[Array, "B C"]:
@@ -191,6 +193,7 @@ class Query:
                 raw_q=self.raw_q[:, start:stop],
                 position=self.position[:, start:stop],
                 valid=None,
+                back=None if self.back is None else self.back[:, start:stop],
             )
             k, v, position, valid = (x[:, :, low:stop] for x in (tokens.k, tokens.v, tokens.position, tokens.valid))
             parts.append(queries._attend(k, v, position, valid, reach))
@@ -245,6 +248,8 @@ class Query:
         visible = valid[:, :, None, :] & (distance >= 0)
         if reach is not None:
             visible &= distance <= reach
+        if self.back is not None:
+            visible &= distance <= self.back[:, None, :, None]
         return visible, None if self.slopes is None else distance.astype(jnp.float32)
 
     def _logit_options(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class Norm(nnx.Module):
         self.rms = config.kind == "rms"
         self.eps = config.eps
         self.offset = config.offset
-        self.weight = nnx.Param(jnp.full((width,), 1.0 - self.offset, dtype), axes=(axis,))
+        weight = jnp.full((width,), 1.0 - self.offset, dtype) if config.weight else None
+        self.weight = None if weight is None else nnx.Param(weight, axes=(axis,))
         self.bias = zeros((width,), (axis,), dtype) if config.bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -31,7 +32,8 @@ class Norm(nnx.Module):
         if not self.rms:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * (self.weight[...].astype(dtype) + self.offset)
+        if self.weight is not None:
+            y = y * (self.weight[...].astype(dtype) + self.offset)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype)
         return y.astype(x.dtype)

@@ -53,6 +53,8 @@ def _llama3(config: RopeConfig, frequency: np.ndarray, original: int) -> np.ndar
     """Long wavelengths are divided by `factor`, short ones kept, with a linear blend between."""
     wavelength = 2.0 * math.pi / frequency
     low, high = config.low_freq_factor, config.high_freq_factor
+    if low == high:
+        return np.where(original / wavelength > low, frequency, frequency / config.factor)
     keep = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
     return frequency * (keep + (1.0 - keep) / config.factor)
 

@@ -100,8 +100,10 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
       ValueError: a model with sliding windows or a chunk memory, or whose layers differ in their heads.
     """
     config = model.config
-    if config.hsa is not None or any(block.mixer.window is not None for block in config.blocks):
-        raise ValueError("pages on disk are for models with full attention in every layer: this one has windows")
+    if config.hsa is not None or any(block.mixer.reach is not None for block in config.blocks):
+        raise ValueError(
+            "pages on disk are for models with full attention in every layer: this one has windows or chunks"
+        )
     if any(isinstance(block.mixer, LatentAttentionConfig) for block in config.blocks):
         raise ValueError("pages on disk are for models with keys and values in each head: this one has latents")
     shapes = {(block.mixer.num_kv_heads, block.mixer.head_dim) for block in config.blocks}

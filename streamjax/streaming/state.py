@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
@@ -86,9 +87,10 @@ class StreamState:
 def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[Cache, ...]:
     """The cascade of each layer.
 
-    One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, as
-    pretrained. A sequence gives every layer its own. With hierarchical sparse attention the cache says how much of the
-    stream is remembered: the newest tokens in whole chunks, as many as it has slots.
+    One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, and
+    those that attend within chunks their `CurrentChunk`, as pretrained. A sequence gives every layer its own. With
+    hierarchical sparse attention the cache says how much of the stream is remembered: the newest tokens in whole
+    chunks, as many as it has slots.
 
     Raises:
       ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
@@ -96,7 +98,7 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     layers = range(config.num_layers)
     if isinstance(cache, Cache):
         caches, keeps = (cache,) * config.num_layers, [True] * config.num_layers
-        full = next((i for i in layers if config.blocks[i].mixer.window is None), None)
+        full = next((i for i in layers if config.blocks[i].mixer.reach is None), None)
         if isinstance(cache, ChunkMemory) and full is not None:
             raise ValueError(f"layer {full} has full attention: give it a cache of its own, one a layer")
     else:
@@ -113,11 +115,14 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
 
 
 def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
-    """`cache`, or the window that the layer was trained with."""
-    window = config.blocks[index].mixer.window
-    if window == 1:
-        raise ValueError(f"layer {index} has a sliding window of 1: it sees itself alone and has no cache")
-    return cache if window is None else Cascade(Window(window - 1))
+    """`cache`, or the window or chunk that the layer was trained with."""
+    mixer = config.blocks[index].mixer
+    if mixer.reach == 1:
+        kind = "a sliding window" if mixer.chunk is None else "attention chunks"
+        raise ValueError(f"layer {index} has {kind} of 1: it sees itself alone and has no cache")
+    if mixer.chunk is not None:
+        return CurrentChunk(mixer.chunk)
+    return cache if mixer.window is None else Cascade(Window(mixer.window - 1))
 
 
 def _remembering(config: ModelConfig, index: int, cache: Cache, own: Cache) -> Cache:

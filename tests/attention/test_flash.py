@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
+from pallas_kernels.patterns import Chunked, Full, SinkWindow, SlidingWindow
 from streamjax.attention import blockwise
 from streamjax.attention.flash import flash_attention
 
@@ -30,6 +30,8 @@ def reference(q, k, v, pattern, scale, segments, offset, softcap, slopes):
                 seen = 0 <= gap < pattern.window
             if isinstance(pattern, SinkWindow):
                 seen = gap >= 0 and (gap < pattern.window or s < pattern.sinks)
+            if isinstance(pattern, Chunked):
+                seen = gap >= 0 and (t + offset) // pattern.size == s // pattern.size
             for b in range(q.shape[0]):
                 mask[b, t, s] = seen and (segments is None or segments[0][b, t] == segments[1][b, s])
     if slopes is not None:
@@ -47,6 +49,7 @@ PATTERNS = st.one_of(
     st.just(Full()),
     st.builds(SlidingWindow, st.integers(1, 40)),
     st.builds(SinkWindow, st.integers(0, 9), st.integers(1, 30)),
+    st.builds(Chunked, st.integers(1, 40)),
 )
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
+from pallas_kernels.patterns import Chunked, Full, SinkWindow, SlidingWindow
 
 LENGTH = 23
 
@@ -14,11 +14,14 @@ def brute_force(pattern, query: int, key: int) -> bool:
         return False
     if isinstance(pattern, Full):
         return True
+    if isinstance(pattern, Chunked):
+        return query // pattern.size == key // pattern.size
     near = query - key < pattern.window
     return near or (isinstance(pattern, SinkWindow) and key < pattern.sinks)
 
 
 PATTERNS = [Full(), SlidingWindow(1), SlidingWindow(6), SlidingWindow(99), SinkWindow(3, 6), SinkWindow(0, 4)]
+PATTERNS += [Chunked(1), Chunked(5), Chunked(99)]
 
 
 @pytest.mark.quick
@@ -55,6 +58,7 @@ def test_block_bounds_hold_every_visible_key_and_none_to_spare(pattern):
         (lambda: SlidingWindow(0), "SlidingWindow.window must be at least 1"),
         (lambda: SinkWindow(-1, 4), "sinks >= 0"),
         (lambda: SinkWindow(2, 0), "window >= 1"),
+        (lambda: Chunked(0), "Chunked.size must be at least 1"),
     ],
 )
 def test_impossible_patterns(make, message):

@@ -42,6 +42,16 @@ class Rule:
         return entries[: self.start] + entries[len(entries) - self.recent :]
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunks(Rule):
+    """Attention within chunks: with its last token a chunk is forgotten."""
+
+    size: int = 0
+
+    def keep(self, entries: list) -> list:
+        return [] if len(entries) == self.size else entries
+
+
 DENSE = Rule()
 
 
@@ -54,7 +64,8 @@ def norm(x: np.ndarray, module) -> np.ndarray:
     if not module.rms:
         x = x - x.mean(axis=-1, keepdims=True)
     y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + module.eps)
-    y = y * (_value(module.weight) + module.offset)
+    if module.weight is not None:
+        y = y * (_value(module.weight) + module.offset)
     return y if module.bias is None else y + _value(module.bias)
 
 
@@ -98,7 +109,7 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     query = turn(q, places[-1])
     if config.temperature is not None:
         rule = config.temperature
-        query = query * (1 + rule.beta * math.log(1 + places[-1] // rule.length))
+        query = query * (1 + rule.beta * math.log(1 + (places[-1] + rule.start) // rule.length))
     keys = np.stack([turn(entry[0], at) for at, entry in zip(places, cache, strict=True)])  # [n, K, D]
     values = np.stack([entry[1] for entry in cache])
     out = np.zeros((config.num_heads, config.head_dim))
@@ -168,7 +179,9 @@ def experts(module, config, x: np.ndarray) -> np.ndarray:
     total = scores[chosen].sum() if config.normalize_weights else 1.0
     y = np.zeros_like(x)
     for expert in chosen:
-        gate, up = np.tensordot(x, _value(module.up)[expert], axes=1) + (
+        weight = config.weight_scale * scores[expert] / total
+        read = x * weight if config.weighted == "inputs" else x
+        gate, up = np.tensordot(read, _value(module.up)[expert], axes=1) + (
             _value(module.up_bias)[expert] if config.bias else 0.0
         )
         if config.swiglu_limit is None:
@@ -177,7 +190,7 @@ def experts(module, config, x: np.ndarray) -> np.ndarray:
             gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
             made = (up + 1) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
         made = made @ _value(module.down)[expert] + (_value(module.down_bias)[expert] if config.bias else 0.0)
-        y = y + config.weight_scale * scores[expert] / total * made
+        y = y + (made if config.weighted == "inputs" else weight * made)
     if config.shared is None:
         return y
     shared = mlp(module.shared, config.shared, x)
@@ -215,15 +228,22 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     return x + mixed + behind(y, layer.mlp_post_norm)
 
 
+def _own_rule(mixer) -> Rule | None:
+    """What a layer keeps as pretrained, where that is not everything."""
+    if mixer.chunk is not None:
+        return Chunks(size=mixer.chunk)
+    return None if mixer.window is None else Rule(0, mixer.window - 1)
+
+
 def run(model, tokens, rule: Rule) -> np.ndarray:
     """Logits [T, V] of one stream, read token by token.
 
-    `rule` is for layers with full attention; a layer with a sliding window W of its own keeps its last W - 1 tokens.
+    `rule` is for layers with full attention; a layer with a sliding window W of its own keeps its last W - 1 tokens,
+    one that attends within chunks those of its chunk.
     """
     config = model.config
     layers = [model.layer(i) for i in range(config.num_layers)]
-    windows = [block.mixer.window for block in config.blocks]
-    rules = [rule if window is None else Rule(0, window - 1) for window in windows]
+    rules = [_own_rule(block.mixer) or rule for block in config.blocks]
     caches: list[list] = [[] for _ in layers]
     embedding = _value(model.embedding)
     head = embedding.T if model.head is None else _value(model.head)

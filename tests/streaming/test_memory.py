@@ -24,6 +24,7 @@ CACHES = {
     "fused": sj.kv.preset("streaming_llm", sinks=4, window=SLOTS - 4),
     "plain": sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(SLOTS - 4), fuse=False),
     "window": sj.kv.preset("window", window=SLOTS),
+    "chunk": sj.kv.CurrentChunk(SLOTS + 1),
     "dense": sj.kv.preset("dense", capacity=SLOTS),
     "pages": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Pages(16, SLOTS, 8)),
     "noted": sj.kv.Cascade(sj.kv.Window(SLOTS), sj.kv.Pages(16, SLOTS, 8, sj.kv.Representative(2))),
@@ -51,7 +52,10 @@ def at(state: sj.StreamState, token: int) -> sj.StreamState:
 
 @pytest.mark.parametrize(
     ("name", "batch"),
-    [*((name, 1) for name in CACHES if name != "window"), *((name, 3) for name in ("fused", "pages", "clusters"))],
+    [
+        *((name, 1) for name in CACHES if name != "window"),
+        *((name, 3) for name in ("fused", "chunk", "pages", "clusters")),
+    ],
 )
 def test_a_decode_step_keeps_its_donated_caches_in_place(model, untyped, name, batch):
     """Every byte of the state is aliased, no instruction copies a cache, and what else the step needs is small."""
@@ -81,7 +85,7 @@ def test_a_chunk_is_written_without_copying_a_cache(model, untyped):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["fused", "plain", "pages"])
+@pytest.mark.parametrize("name", ["fused", "plain", "chunk", "pages"])
 def test_token_ten_million_runs_the_program_of_token_ten(model, name):
     """One compiled program and one size of state, at token 10, at 10,000,000 and across 2^32; inputs are consumed."""
     state, token = sj.init_state(model, CACHES[name]), np.ones((1, 1), np.int32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
+from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.field_checks import Count, NotNegative, Positive, Size, check_fields
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.rope import RopeConfig
@@ -15,12 +15,13 @@ from streamjax.models.config.rope import RopeConfig
 class TemperatureConfig:
     """Sharper attention further on: a query at position p is multiplied by `1 + beta * log(1 + floor(p / length))`.
 
-    Llama 4's rule (2025), as Ministral 3 has it. In a stream p is the query's place among the positions that are in use
-    at once, as it is for the rotation.
+    Llama 4's rule (2025), which counts positions from `start` 1, and Ministral 3's, which counts from 0. In a stream p
+    is the query's place among the positions that its layer has in use at once, as it is for the rotation.
     """
 
     beta: Positive
     length: Size
+    start: Count = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -34,6 +35,7 @@ class AttentionConfig:
     alibi_slopes: one a query head, as they are added to the scaled logits; empty: no ALiBi.
     window: Hugging Face's `sliding_window`: a key is visible at distance < W; None: full attention.
     sinks: first tokens of the sequence that a window sees too, at their true distance.
+    chunk: a query sees the keys of its own chunk alone, chunks being so many tokens from the first one on (Llama 4).
     scale: factor on query-key products; None: 1 / sqrt(head_dim).
     temperature: a factor that grows with the position of the query; None: none.
     softcap: logits become `softcap * tanh(logits / softcap)`.
@@ -52,6 +54,7 @@ class AttentionConfig:
     alibi_slopes: tuple[NotNegative, ...] = ()
     window: Size | None = None
     sinks: Count = 0
+    chunk: Size | None = None
     scale: Positive | None = None
     temperature: TemperatureConfig | None = None
     softcap: Positive | None = None
@@ -74,6 +77,8 @@ class AttentionConfig:
             )
         if self.sinks and self.window is None:
             raise ValueError("AttentionConfig.sinks are for layers with a window: full attention sees all tokens")
+        if self.chunk is not None and self.window is not None:
+            raise ValueError("AttentionConfig.chunk and window are two ways to see less: give one of them")
         if self.qk_norm_over != "head" and self.qk_norm is None:
             raise ValueError(f"AttentionConfig.qk_norm_over is {self.qk_norm_over!r} without a qk_norm: give one")
         if self.rope is not None:
@@ -98,9 +103,16 @@ class AttentionConfig:
     @property
     def pattern(self) -> Pattern:
         """Which keys a query sees."""
+        if self.chunk is not None:
+            return Chunked(self.chunk)
         if self.window is None:
             return Full()
         return SinkWindow(self.sinks, self.window) if self.sinks else SlidingWindow(self.window)
+
+    @property
+    def reach(self) -> int | None:
+        """A key is visible at a distance below this, sinks apart; None: full attention."""
+        return self.window if self.chunk is None else self.chunk
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""

@@ -24,6 +24,7 @@ class ExpertsConfig:
     group_rank: a group counts by its best expert, or by the sum of its two best (DeepSeek-V3).
     selection_bias: scores have a bias for each expert while experts are chosen, which their weights do not see.
     weight_scale: factor on the weights.
+    weighted: what the weights multiply: what an expert returns, or what it reads (Llama 4).
     shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
     balance_loss, z_loss: coefficients of the losses that keep a router's choices even (2101.03961) and its logits small
       (2202.08906), whose gradients are added to the loss's; see `mlps/routing_losses.py`.
@@ -50,6 +51,7 @@ class ExpertsConfig:
     group_rank: Literal["best", "two best"] = "best"
     selection_bias: bool = False
     weight_scale: Positive = 1.0
+    weighted: Literal["outputs", "inputs"] = "outputs"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -42,6 +42,8 @@ class LatentAttentionConfig:
 
     # What other mixers choose and this one does not have.
     window: ClassVar[None] = None
+    chunk: ClassVar[None] = None
+    reach: ClassVar[None] = None
     sinks: ClassVar[int] = 0
     softcap: ClassVar[None] = None
     alibi_slopes: ClassVar[tuple[float, ...]] = ()

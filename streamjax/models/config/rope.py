@@ -41,10 +41,14 @@ class RopeConfig:
             raise ValueError(f"RopeConfig.kind {self.kind!r} needs a positive original_max_position")
         if self.rotary_dim is not None and self.rotary_dim % 2 and self.kind == "yarn":
             raise ValueError(f"RopeConfig.rotary_dim is {self.rotary_dim}: it must be even for yarn")
-        for kind, low, high in (("llama3", "low_freq_factor", "high_freq_factor"), ("yarn", "beta_slow", "beta_fast")):
-            if self.kind == kind and getattr(self, low) >= getattr(self, high):
-                given = f"{getattr(self, low)} and {high} {getattr(self, high)}"
-                raise ValueError(f"RopeConfig.{low} is {given}: for {kind} the second must be larger")
+        # llama3's two may be equal, with no blend between long wavelengths and short ones (Llama 4 Scout).
+        for kind, low, high, wanted in (
+            ("llama3", "low_freq_factor", "high_freq_factor", "not be smaller"),
+            ("yarn", "beta_slow", "beta_fast", "be larger"),
+        ):
+            one, other = getattr(self, low), getattr(self, high)
+            if self.kind == kind and (one > other or (one == other and kind == "yarn")):
+                raise ValueError(f"RopeConfig.{low} is {one} and {high} {other}: for {kind} the second must {wanted}")
         if self.kind == "longrope" and not (self.short_factor and self.long_factor):
             raise ValueError("RopeConfig.kind 'longrope' needs short_factor and long_factor, one a channel pair")
 

@@ -25,6 +25,7 @@ from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.gpt_oss import GPT_OSS
 from streamjax.models.families.granite import GRANITE
 from streamjax.models.families.llama import LLAMA
+from streamjax.models.families.llama4 import LLAMA4
 from streamjax.models.families.ministral3 import MINISTRAL3
 from streamjax.models.families.mistral import MISTRAL
 from streamjax.models.families.mixtral import MIXTRAL
@@ -43,6 +44,7 @@ _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
+    *(LLAMA4,),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

@@ -8,6 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamjax.models.config import ModelConfig, RopeConfig
+from streamjax.models.families.config_fields import Fields
+
+
+def read_no_rope_layers(fields: Fields, num_layers: int) -> list[bool]:
+    """Layers without a position: those with a 0 in `no_rope_layers`, or every so many-th one."""
+    interval = fields.integer("no_rope_layer_interval", 4)
+    turns = fields.get("no_rope_layers", list, None)
+    if turns is None:
+        return [(i + 1) % interval == 0 for i in range(num_layers)]
+    if len(turns) < num_layers or any(type(turn) is not int or turn not in (0, 1) for turn in turns):
+        raise ValueError(f"field 'no_rope_layers' must have a 0 or 1 for each of {num_layers} layers")
+    return [turn == 0 for turn in turns[:num_layers]]
 
 
 def without_rope(config: ModelConfig, layers: Sequence[bool]) -> ModelConfig:

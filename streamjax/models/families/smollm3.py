@@ -9,14 +9,14 @@ from streamjax.models.families import tensor_tables
 from streamjax.models.families.config_fields import Fields
 from streamjax.models.families.family import Family
 from streamjax.models.families.llama import check_heads, read_positions, read_shapes, write_positions, write_shapes
-from streamjax.models.families.no_position import with_rope, without_rope
+from streamjax.models.families.no_position import read_no_rope_layers, with_rope, without_rope
 from streamjax.models.families.window_fields import read_layer_types, write_layer_types
 
 
 def _read(fields: Fields) -> ModelConfig:
     shapes = read_shapes(fields, kv_heads=4, tie=True)
     check_heads(shapes["d_model"], shapes["num_heads"])
-    still = _still(fields, shapes["num_layers"])
+    still = read_no_rope_layers(fields, shapes["num_layers"])
     window = fields.get("sliding_window", int, None)
     fields.integer("max_window_layers", 28, least=0)  # Qwen's, and without a meaning here
     if not fields.flag("use_sliding_window", False):
@@ -33,17 +33,6 @@ def _read(fields: Fields) -> ModelConfig:
         windows=read_layer_types(fields, shapes["num_layers"], window, default),
     )
     return without_rope(config.expand(), still)
-
-
-def _still(fields: Fields, num_layers: int) -> list[bool]:
-    """Which layers have no position: those with a 0 in `no_rope_layers`, or every so many-th one."""
-    interval = fields.integer("no_rope_layer_interval", 4)
-    turns = fields.get("no_rope_layers", list, None)
-    if turns is None:
-        return [(i + 1) % interval == 0 for i in range(num_layers)]
-    if len(turns) < num_layers or any(type(turn) is not int or turn not in (0, 1) for turn in turns):
-        raise ValueError(f"field 'no_rope_layers' must have a 0 or 1 for each of {num_layers} layers")
-    return [turn == 0 for turn in turns[:num_layers]]
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class Attention(nnx.Module):
         rule = self.config.temperature
         if rule is None:
             return q
-        factor = 1.0 + rule.beta * jnp.log1p((place // rule.length).astype(jnp.float32))
+        factor = 1.0 + rule.beta * jnp.log1p(((place + rule.start) // rule.length).astype(jnp.float32))
         return (q * factor[..., None, None]).astype(q.dtype)
 
     def _rotated(self, x: Array, context: SequenceContext) -> Array:
@@ -132,7 +132,7 @@ class Attention(nnx.Module):
         raw_q, raw_k, v = self.projections.split(x)
         if self.config.temperature is not None:
             index = context.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-            raw_q = self._tempered(raw_q, jnp.minimum(index, context.span - 1))
+            raw_q = self._tempered(raw_q, jnp.minimum(index, cache.span - 1))
         out, state = stream_attention(self, raw_q, raw_k, v, state, cache, context)
         return self.join(out, x.dtype), state
 

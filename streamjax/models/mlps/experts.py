@@ -82,7 +82,11 @@ class Experts(nnx.Module):
         each, count = weights.shape[1], self.config.num_experts
         order = jnp.argsort(experts.reshape(-1))
         sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)
-        hidden = grouped_product(tokens[order // each], self.up[...].reshape(count, tokens.shape[1], -1), sizes)
+        inputs = tokens[order // each]
+        if self.config.weighted == "inputs":
+            inputs = (inputs * weights.reshape(-1)[order, None]).astype(tokens.dtype)
+            weights = jnp.ones_like(weights)
+        hidden = grouped_product(inputs, self.up[...].reshape(count, tokens.shape[1], -1), sizes)
         if self.up_bias is not None:
             hidden = hidden + self.up_bias[...].reshape(count, -1).astype(hidden.dtype)[experts.reshape(-1)[order]]
         out = grouped_product(self._gated(*jnp.split(hidden, 2, axis=-1)), self.down[...], sizes)

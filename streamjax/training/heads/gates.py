@@ -89,7 +89,7 @@ def far_layers(config: ModelConfig) -> Bool[np.ndarray, " L"]:
         raise ValueError("the model's layers have different numbers of heads: scores are one table of layers and heads")
     if config.hsa is not None:
         raise ValueError("the model reads a chunk memory (HSA): its layers have no heads to choose among")
-    found = np.array([block.mixer.window is None for block in config.blocks])
+    found = np.array([block.mixer.reach is None for block in config.blocks])
     if not found.any():
         raise ValueError("every layer of the model has a sliding window of its own: no head looks far back")
     return found

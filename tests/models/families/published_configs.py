@@ -1,6 +1,7 @@
 """Excerpts of config.json files that models were published with: what decides their computation."""
 
 from tests.models.families.published_experts import EXPERTS
+from tests.models.families.published_multimodal import MULTIMODAL
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 LONGROPE = {"short_factor": [1.0 + 0.01 * i for i in range(48)], "long_factor": [1.0 + 0.5 * i for i in range(48)]}
@@ -8,6 +9,7 @@ LONGROPE = {"short_factor": [1.0 + 0.01 * i for i in range(48)], "long_factor": 
 # What the models' authors published, in the form that files had before transformers 5.
 PUBLISHED = {
     **EXPERTS,
+    **MULTIMODAL,
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,

@@ -76,6 +76,7 @@ def test_every_field_of_transformers_is_read_or_known_to_be_harmless(name):
 
 BY_FAMILY = {find_family(values).name: values for values in [*PUBLISHED.values(), GEMMA_3_4B]}
 NO_SIZE = {
+    "attn_scale",
     "first_k_dense_replace",
     "max_window_layers",
     "num_ln_in_parallel_attn",

@@ -46,6 +46,12 @@ def gpt_oss(**options):
     return hf.GptOssConfig(**{**BASE, "bos_token_id": None, "eos_token_id": 3, **sizes, **options})
 
 
+def llama4(**options):
+    sizes = {"head_dim": 12, "intermediate_size_mlp": 40, "attention_chunk_size": 8, "num_local_experts": 5}
+    tuned = {"floor_scale": 6, "attn_scale": 0.3}
+    return hf.Llama4TextConfig(**{**FOUR, **MORE, **sizes, **tuned, **options})
+
+
 def phi3(**options):
     return hf.Phi3Config(**{**BASE, "bos_token_id": 1, "eos_token_id": 2, **options})
 
@@ -147,6 +153,16 @@ CASES = {
         topk_group=1,
         norm_topk_prob=False,
         rope_parameters={**YARN, "mscale": 0.8, "mscale_all_dim": 0.6},
+    ),
+    "llama4": lambda: llama4(interleave_moe_layer_step=2, rope_parameters={**LLAMA3, "high_freq_factor": 1.0}),
+    "llama4-two-experts-no-norm": lambda: llama4(
+        num_experts_per_tok=2, use_qk_norm=False, num_key_value_heads=1, tie_word_embeddings=True, hidden_act="gelu"
+    ),
+    "llama4-dense-biases-flat": lambda: llama4(
+        moe_layers=[], attention_bias=True, attn_temperature_tuning=False, attention_chunk_size=None, floor_scale=3
+    ),
+    "llama4-layer-types": lambda: llama4(
+        layer_types=["full_attention", "chunked_attention"] * 2, no_rope_layers=[1, 0, 0, 1], head_dim=20
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**NEOX),
     "gpt_neox-sequential": lambda: hf.GPTNeoXConfig(
@@ -325,6 +341,24 @@ def test_more_experts_than_there_are_weights(tmp_path):
         with pytest.raises(ValueError, match=r"experts|gate") as caught:
             load_hf(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_llama4_text_of_a_multimodal_checkpoint(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16}
+    vision |= {"projector_output_dim": 16}
+    text = llama4(interleave_moe_layer_step=2).to_dict()
+    config = hf.Llama4Config(text_config=text, vision_config=vision, image_token_index=100)
+    theirs = hf.Llama4ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    tokens = np.random.RandomState(0).randint(3, 50, (2, 12)).astype(np.int32)
+    transformers_peers.write(theirs, tmp_path / "theirs")
+    assert any("vision_model" in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
+    loaded = load_hf(tmp_path / "theirs")
+    expected = transformers_peers.logits_of(theirs.language_model, tokens)  # the whole fails in 5.24
+    np.testing.assert_allclose(forward(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
+    save_hf(loaded, tmp_path / "ours")
+    again = transformers_peers.logits_of(transformers_peers.reload(tmp_path / "ours"), tokens)
+    np.testing.assert_allclose(again, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_gemma3_text_of_a_multimodal_checkpoint(tmp_path):

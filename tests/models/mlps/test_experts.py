@@ -23,6 +23,9 @@ CONFIGS = {
     "shared": SHARED,
     "biased": ExpertsConfig(4, 2, 6, bias=True, router_bias=True),
     "clamped": ExpertsConfig(4, 2, 6, bias=True, router_bias=True, swiglu_limit=0.7, swiglu_alpha=1.3),
+    "weighted inputs": ExpertsConfig(
+        4, 2, 6, normalize_weights=False, scores="sigmoid", weighted="inputs", shared=DenseConfig(10)
+    ),
     "shared without a gate": dataclasses.replace(SHARED, shared_gate=False),
 }
 

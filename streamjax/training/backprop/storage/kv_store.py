@@ -43,9 +43,10 @@ class KeyStore:
     def make(cls, attention: MixerConfig, size: int, count: int) -> KeyStore:
         """The store of layers with this attention, for `count` chunks of `size` tokens."""
         total = count * size
-        if attention.window is not None:
-            block = min(key_block(), size + attention.window - 1)
-            local = math.ceil((attention.sinks + attention.window - 1 + size) / block) * block
+        reach = attention.reach
+        if reach is not None:
+            block = min(key_block(), size + reach - 1)
+            local = math.ceil((attention.sinks + reach - 1 + size) / block) * block
             behind = local - size - attention.sinks
             if local < total and 0 < behind <= size and attention.sinks <= size:
                 return cls(attention, block, attention.sinks + (count + 1) * behind, size, behind, True)
