@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig, expanded
@@ -63,12 +64,24 @@ def find_family(values: Mapping[str, Any]) -> Family:
     table, shown = (kinds, kind) if named is None else (known, named)
     family = table.get(shown) if isinstance(shown, str) else None
     if family is None:
-        near = difflib.get_close_matches(str(shown), table, 1, 0.0)[0]
+        near = _nearest(str(shown)[:60], table)
         has = ", ".join(sorted(FAMILIES))
         raise ValueError(f"unknown architecture {str(shown)[:60]!r}; did you mean {near!r}? Known families: {has}")
     if kind is not None and kind not in family.model_types:
         raise ValueError(f"architecture {shown!r} and model_type {kind!r} contradict each other")
     return family
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The known architecture or model type that a name is nearest to, by its model and not by its task."""
+
+    def model(name: str) -> str:
+        return re.split(r"(For[A-Z]|LMHead|Model$)", name)[0].lower()
+
+    models: dict[str, str] = {}
+    for other in known:
+        models.setdefault(model(other), other)
+    return models[difflib.get_close_matches(model(name), models, 1, 0.0)[0]]
 
 
 def read_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:

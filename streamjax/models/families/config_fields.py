@@ -27,8 +27,9 @@ _HARMLESS = """
 bookkeeping:
   _name_or_path _commit_hash architectures auto_map dtype id2label label2id model_type problem_type torch_dtype
   transformers_version unsloth_version unsloth_fixed init_device task_specific_params tokenizer_class
-  for_llm_compressor _model_name_or_path _from_model_config _post_init_done base_model_name_or_path is_llama_config transformers.js_config
+  _model_name_or_path _from_model_config _post_init_done base_model_name_or_path is_llama_config transformers.js_config
   unk_token_id mask_token_id cls_token_id model_max_length tokenizer_model_max_length max_sequence_length seq_length
+  for_llm_compressor
 what a forward pass returns or keeps, and how it is computed:
   _attn_implementation _attn_implementation_autoset attn_implementation chunk_size_feed_forward output_attentions
   output_hidden_states output_scores return_dict return_dict_in_generate use_cache use_return_dict cache_implementation

@@ -236,7 +236,10 @@ def test_missing_field():
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("LlamaForSequenceClassification", "Ll.maForCausalLM"),
+        ("LlamaForSequenceClassification", "LlamaForCausalLM"),
+        ("Llama4ForSequenceClassification", "Llama4ForCausalLM"),
+        ("Gemma3TextModel", "Gemma3ForCausalLM"),
+        ("MixtralForTokenClassification", "MixtralForCausalLM"),
         ("Qwen4ForCausalLM", "Qwen.ForCausalLM"),
         ("LlamaModel", "Ll.*"),
     ],
