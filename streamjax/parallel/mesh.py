@@ -34,7 +34,7 @@ def make_mesh(
       fsdp: rows are split and so are parameters and optimizer state, which are gathered where they are used.
       tensor: heads, MLP channels and the vocabulary are split.
       context: the sequence, and the slots of a KV cache, are split.
-      expert: the experts of a mixture are split; all else is repeated.
+      expert: rows are split, and so are the experts of a mixture; other parameters are repeated.
       devices: the devices of the mesh; all of this run's where None.
 
     One size may be -1: the devices that the other axes leave.

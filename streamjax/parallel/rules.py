@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations and state
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "slots": ("context",),
     # parameters
@@ -77,6 +77,11 @@ def partition_spec(
                 used.add(mesh_axis)
         entries.append(tuple(chosen) or None)
     return PartitionSpec(*entries)
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

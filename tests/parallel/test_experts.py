@@ -1,36 +1,112 @@
-"""Experts on meshes: split over a mesh axis of their own or inside, they compute what they do on one device."""
+"""Experts on meshes: each device sends all tokens through its own experts; values and gradients are one device's."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 import streamjax as sj
-from streamjax.models.config import AttentionConfig, BlockConfig, ExpertsConfig, ModelConfig
+from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, ModelConfig
+from streamjax.models.layer_stacking import unstack_layers
+from streamjax.models.mlps import expert_parallel
 from streamjax.parallel.mesh import make_mesh, shard_model
+from streamjax.training import shard_batch
 
-BLOCK = BlockConfig(
-    mixer=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4), mlp=ExpertsConfig(4, 2, 6, z_loss=0.1)
-)
-CONFIG = ModelConfig(vocab_size=32, d_model=8, blocks=(BLOCK,))
-UP = {
-    ("data", "expert"): PartitionSpec(("expert",), None, None, None),
-    ("fsdp", "tensor"): PartitionSpec(None, ("fsdp",), None, ("tensor",)),
+ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4)
+MLPS = {
+    "plain": ExpertsConfig(4, 2, 6, z_loss=0.1),
+    "inputs": ExpertsConfig(4, 2, 6, weighted="inputs"),
+    "biased": ExpertsConfig(4, 3, 6, bias=True, router_bias=True, swiglu_limit=1.0, shared=DenseConfig(6)),
 }
+MESHES = {
+    "expert4": {"expert": 4},
+    "data2-expert2-tensor2": {"data": 2, "expert": 2, "tensor": 2},
+    "fsdp2-expert2-tensor2": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "fsdp2-tensor2": {"fsdp": 2, "tensor": 2},
+    "context2-expert4": {"context": 2, "expert": 4},
+}
+UP = {
+    "expert4": ("expert", None, None, None),
+    "fsdp2-expert2-tensor2": ("expert", "fsdp", None, "tensor"),
+}
+ORDERS = {
+    "full": {"method": "full"},
+    "remat": {"method": "remat"},
+    "layer": {"method": "layer", "chunk_size": 4},
+    "chunk": {"method": "chunk", "chunk_size": 4},
+}
+CASES = [
+    ("expert4", "biased", "full"),
+    ("context2-expert4", "inputs", "full"),
+    ("fsdp2-tensor2", "plain", "chunk"),
+    ("data2-expert2-tensor2", "biased", "remat"),
+    ("data2-expert2-tensor2", "plain", "chunk"),
+    ("fsdp2-expert2-tensor2", "plain", "full"),
+    ("fsdp2-expert2-tensor2", "biased", "layer"),
+]
 
 
-@pytest.mark.parametrize("axes", UP, ids="-".join)
-def test_experts_on_a_mesh(axes):
-    model = sj.Decoder(CONFIG, jax.random.key(0))
-    tokens = jnp.arange(24, dtype=jnp.int32).reshape(4, 6)
+def model_of(name: str) -> sj.Decoder:
+    blocks = (BlockConfig(mixer=ATTENTION, mlp=MLPS[name]),) * 2
+    model = jax.jit(
+        lambda key: sj.Decoder(ModelConfig(vocab_size=32, d_model=8, blocks=blocks), key, scan_layers=True)
+    )(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    mlp = model.stack[0].mlp
+    for bias in (mlp.router_bias, mlp.up_bias, mlp.down_bias):
+        if bias is not None:
+            bias[...] = jnp.asarray(rng.normal(size=bias.shape), bias.dtype)
+    return model
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    axes = MESHES[name]
+    return make_mesh(**axes, devices=jax.devices()[: np.prod(list(axes.values()))])
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Choices of a device in several pieces, as they are where there are many."""
+    for name, value in {"_LEAST": 4, "_ROUND": 4}.items():
+        monkeypatch.setattr(expert_parallel, name, value)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("axes", "name", "order"), CASES)
+def test_the_gradient_is_that_of_one_device(axes, name, order):
+    model, mesh = model_of(name), mesh_of(axes)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 32, (4, 6)), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "weights": jnp.ones((4, 6), jnp.float32)}
-    expected, gradient = sj.forward(model, tokens), sj.training.loss_and_grad(model, batch)[1]
-    mesh = make_mesh(**dict.fromkeys(axes, 2), devices=jax.devices()[:4])
+    expected, gradient = sj.training.loss_and_grad(model, batch)
     placed = shard_model(model, mesh)
-    assert placed.layers[0].mlp.up[...].sharding.spec == UP[axes]
+    if axes in UP:
+        assert placed.stack[0].mlp.up[...].sharding.spec[1:] == UP[axes]
     with jax.set_mesh(mesh):
-        np.testing.assert_allclose(sj.forward(placed, tokens), expected, atol=1e-5)
-        found = sj.training.loss_and_grad(placed, batch, "chunk", chunk_size=4)[1]
-    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(gradient), strict=True):
+        loss, found = sj.training.loss_and_grad(placed, shard_batch(batch, mesh), **ORDERS[order])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for mine, theirs, param in zip(*map(jax.tree.leaves, (found, gradient, placed)), strict=True):
         np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), atol=1e-5)
+        if order in ("layer", "chunk"):
+            assert mine.sharding.is_equivalent_to(param.sharding, param.ndim)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_streams(rows):
+    """Rows that the expert axis splits, and one that it does not: decoding gathers tokens, and no weights."""
+    model, mesh = unstack_layers(model_of("biased")), mesh_of("data2-expert2-tensor2")
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 32, (rows, 7)), jnp.int32)
+    cache = sj.kv.preset("dense", capacity=8)
+    expected = sj.forward(model, tokens)
+    with jax.set_mesh(mesh):
+        placed = shard_model(model, mesh)
+        state, logits = sj.step(placed, sj.init_state(placed, cache, rows), tokens[:, :6])
+        np.testing.assert_allclose(logits, expected[:, :6], atol=1e-5)
+        count = jnp.ones((rows,), jnp.int32)
+        compiled = sj.step.trace(placed, state, tokens[:, 6:], count).lower().compile().as_text()
+        _, logits = sj.step(placed, state, tokens[:, 6:])
+    np.testing.assert_allclose(logits[:, 0], expected[:, 6], atol=1e-5)
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", compiled)
+    assert {shape.split(",")[-1] for shape in gathered} <= {"8", "3"}  # channels of tokens, and their choices
+    assert {shape.split(",")[0] for shape in gathered} == ({str(rows // 2)} if rows > 1 else set())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -9,10 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.sharded import per_device_call
 from streamjax.models.config import ExpertsConfig
-from streamjax.models.mlps.dense import ACTIVATIONS, MLP
-from streamjax.models.mlps.grouped_product import grouped_product
+from streamjax.models.mlps.dense import MLP
+from streamjax.models.mlps.expert_parallel import sum_on_mesh
 from streamjax.models.mlps.routing_losses import with_routing_losses
+from streamjax.models.mlps.sorted_experts import ExpertWeights
 from streamjax.models.parameters import kernel, zeros
 
 
@@ -39,7 +43,7 @@ class Experts(nnx.Module):
         self.shared_gate = kernel(key_gate, (d, 1), ("embed", "gates"), d, dtype) if config.shared_gate else None
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        y = self.chosen(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        y = self.chosen(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
         if self.shared is None:
             return y
         shared = self.shared(x)
@@ -47,61 +51,43 @@ class Experts(nnx.Module):
             shared = shared * jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
         return y + shared
 
-    def logits(self, tokens: Float[Array, "N E"]) -> Float[Array, "N X"]:
+    def logits(self, x: Float[Array, "B T E"]) -> Float[Array, "B T X"]:
         """The router's logits, float32."""
-        dtype = accumulator(tokens.dtype)
-        logits = tokens.astype(dtype) @ self.router[...].astype(dtype)
+        dtype = accumulator(x.dtype)
+        logits = x.astype(dtype) @ self.router[...].astype(dtype)
         return logits if self.router_bias is None else logits + self.router_bias[...].astype(dtype)
 
-    def route(self, logits: Float[Array, "N X"]) -> tuple[Int32[Array, "N A"], Float[Array, "N A"]]:
+    def route(self, logits: Float[Array, "B T X"]) -> tuple[Int32[Array, "B T A"], Float[Array, "B T A"]]:
         """Each token's experts (A of them), the best first, and their weights."""
         scores = jax.nn.sigmoid(logits) if self.config.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-        _, experts = jax.lax.top_k(self._choosable(scores), self.config.experts_per_token)
+        biased = scores if self.selection_bias is None else scores + self.selection_bias[...].astype(scores.dtype)
+        # By each device on its own tokens: the compiler would gather the scores of all devices for `top_k`.
+        names = ("batch", "length", None)
+        experts = per_device_call(self._choose, (names,), names, (jax.lax.stop_gradient(biased),))
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.config.normalize_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return experts, weights * self.config.weight_scale
 
-    def _choosable(self, scores: Float[Array, "N X"]) -> Float[Array, "N X"]:
-        """What experts are chosen by: scores with their bias, those outside the token's groups at -inf."""
-        if self.selection_bias is not None:
-            scores = scores + self.selection_bias[...].astype(scores.dtype)
+    def _choose(self, scores: Float[Array, "B T X"]) -> Int32[Array, "B T A"]:
+        """The experts with the highest scores, of those in the token's groups."""
         config = self.config
-        if config.groups_per_token == config.groups:
-            return scores
-        grouped = rearrange(scores, "n (g x) -> n g x", g=config.groups)
-        best, _ = jax.lax.top_k(grouped, 2 if config.group_rank == "two best" else 1)
-        _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.groups_per_token)
-        open_ = jnp.any(chosen[..., None] == jnp.arange(config.groups), axis=1)
-        return rearrange(jnp.where(open_[..., None], grouped, -jnp.inf), "n g x -> n (g x)")
+        if config.groups_per_token < config.groups:
+            grouped = rearrange(scores, "b t (g x) -> b t g x", g=config.groups)
+            best, _ = jax.lax.top_k(grouped, 2 if config.group_rank == "two best" else 1)
+            _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.groups_per_token)
+            open_ = jnp.any(chosen[..., None] == jnp.arange(config.groups), axis=-2)
+            scores = rearrange(jnp.where(open_[..., None], grouped, -jnp.inf), "b t g x -> b t (g x)")
+        return jax.lax.top_k(scores, config.experts_per_token)[1]
 
-    def chosen(self, tokens: Float[Array, "N E"]) -> Float[Array, "N E"]:
+    def chosen(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """What the chosen experts make of the tokens."""
-        logits = self.logits(tokens)
-        experts, weights = self.route(logits)
-        each, count = weights.shape[1], self.config.num_experts
-        order = jnp.argsort(experts.reshape(-1))
-        sizes = jnp.bincount(experts.reshape(-1), length=count).astype(jnp.int32)
-        inputs = tokens[order // each]
-        if self.config.weighted == "inputs":
-            inputs = (inputs * weights.reshape(-1)[order, None]).astype(tokens.dtype)
-            weights = jnp.ones_like(weights)
-        hidden = grouped_product(inputs, self.up[...].reshape(count, tokens.shape[1], -1), sizes)
-        if self.up_bias is not None:
-            hidden = hidden + self.up_bias[...].reshape(count, -1).astype(hidden.dtype)[experts.reshape(-1)[order]]
-        out = grouped_product(self._gated(*jnp.split(hidden, 2, axis=-1)), self.down[...], sizes)
-        if self.down_bias is not None:
-            out = out + self.down_bias[...].astype(out.dtype)[experts.reshape(-1)[order]]
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
-        out = out[place].reshape(*weights.shape, -1)
-        y = jnp.einsum("nae,na->ne", out, weights, preferred_element_type=weights.dtype).astype(tokens.dtype)
+        logits = self.logits(x)
+        experts, shares = self.route(logits)
+        biases = (None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias))
+        weights = ExpertWeights(self.up[...], self.down[...], *biases)
+        y = sum_on_mesh(weights, x, experts, shares, self.config)
         if not (self.config.balance_loss or self.config.z_loss):
             return y
-        return with_routing_losses(y, logits, experts, self.config, self.routing_total or max(1, len(tokens)))
-
-    def _gated(self, gate: Float[Array, "N F"], up: Float[Array, "N F"]) -> Float[Array, "N F"]:
-        limit = self.config.swiglu_limit
-        if limit is None:
-            return ACTIVATIONS[self.config.activation](gate) * up
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        return (up + 1) * gate * jax.nn.sigmoid(self.config.swiglu_alpha * gate)
+        total = self.routing_total or max(1, math.prod(x.shape[:-1]))
+        return with_routing_losses(y, logits, experts, self.config, total)

@@ -31,7 +31,7 @@ def grouped_product(
     Args:
       rows: sorted by group.
       weights: a matrix a group; cast to the dtype of the rows.
-      sizes: rows of each group, which sum to N.
+      sizes: rows of each group. Rows behind the last group's give 0.
     """
     return _product(rows, weights, sizes, False)
 

@@ -17,29 +17,33 @@ from streamjax.models.config import ExpertsConfig
 
 
 def balance_loss(
-    logits: Float[Array, "N X"], experts: Int[Array, "N A"], counted: Bool[Array, " N"], total: int
+    logits: Float[Array, "B T X"], experts: Int[Array, "B T A"], counted: Bool[Array, "B T"], total: int
 ) -> Float[Array, ""]:
     """The Switch Transformer's loss (2101.03961): 1 where all experts get the same.
 
     X times the sum, over experts, of their share of the choices of the tokens that are counted and the mean of their
     probabilities, which is a sum over the tokens divided by `total`.
     """
-    count = logits.shape[1]
-    choices = jnp.repeat(counted.astype(logits.dtype), experts.shape[1])
-    share = jnp.zeros(count, logits.dtype).at[experts.reshape(-1)].add(choices) / jnp.maximum(1, jnp.sum(choices))
-    probability = jnp.sum(jax.nn.softmax(logits, axis=-1) * counted[:, None], axis=0)
+    count = logits.shape[-1]
+    choices = jnp.broadcast_to(counted[..., None], experts.shape).astype(logits.dtype)
+    share = jnp.zeros(count, logits.dtype).at[experts].add(choices) / jnp.maximum(1, jnp.sum(choices))
+    probability = jnp.sum(jax.nn.softmax(logits, axis=-1) * counted[..., None], axis=(0, 1))
     return count * jnp.sum(jax.lax.stop_gradient(share) * probability) / total
 
 
-def z_loss(logits: Float[Array, "N X"], counted: Bool[Array, " N"], total: int) -> Float[Array, ""]:
+def z_loss(logits: Float[Array, "B T X"], counted: Bool[Array, "B T"], total: int) -> Float[Array, ""]:
     """The router's z-loss (2202.08906): squared log-sum-exp of the logits, a sum over tokens divided by `total`."""
     return jnp.sum(counted * jax.nn.logsumexp(logits, axis=-1) ** 2) / total
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def with_routing_losses(
-    y: Float[Array, "N E"], logits: Float[Array, "N X"], experts: Int[Array, "N A"], config: ExpertsConfig, total: int
-) -> Float[Array, "N E"]:
+    y: Float[Array, "B T E"],
+    logits: Float[Array, "B T X"],
+    experts: Int[Array, "B T A"],
+    config: ExpertsConfig,
+    total: int,
+) -> Float[Array, "B T E"]:
     """`y`; the gradient of `logits` gets that of the losses, times their coefficients.
 
     Args:

@@ -1,14 +1,15 @@
 """Chunked backprop on a mesh: rows of a batch on different devices, gradients summed over devices once a step.
 
 Left to the compiler, a sum of gradients over chunks would cross the devices at every chunk. Here the axes that split
-the batch (data and fsdp) are taken by hand (`jax.shard_map`), as in the distributed form of StreamBP (2506.03077,
-section 3.4): each device sums over its own rows and all chunks, and what it has is reduced when a layer is done, by a
-reduce-scatter where fsdp splits the parameter. Other axes, such as tensor, stay with the compiler.
+the batch (data, fsdp and expert) are taken by hand (`jax.shard_map`), as in the distributed form of StreamBP
+(2506.03077, section 3.4): each device sums over its own rows and all chunks, and what it has is reduced when a layer is
+done, by a reduce-scatter where fsdp splits the parameter. Experts stay where they are and see the tokens of all devices
+along expert (`models/mlps/expert_parallel.py`). Other axes, such as tensor, stay with the compiler.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,12 +19,22 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
-from streamjax.parallel.rules import RULES, partition_spec
+from streamjax.parallel.rules import axes_of, partition_spec
 from streamjax.training.backprop.trainable_parameters import is_parameter
 from streamjax.training.objectives.objective import Batch
 
 Tree = TypeVar("Tree")
-WHOLE = 0  # in the place of a dimension, which counts from the last one (-1): the parameter is not split
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The dimensions of a parameter that mesh axes split, counted from the last one (-1); None: not split.
+
+    expert: each device keeps its own part, and the gradient of that part is complete along this axis.
+    """
+
+    fsdp: int | None = None
+    expert: int | None = None
 
 
 class Reduction:
@@ -37,12 +48,12 @@ class Reduction:
         self.axes = axes
 
     def gather(self, params: Tree, split: Tree) -> Tree:
-        """Whole parameters. `split` has the dimension along which fsdp splits each, or `WHOLE`."""
+        """Parameters whole along fsdp. `split` has a `Split` for each."""
         if not self.axes:
             return params
 
-        def whole(x: Array, dim: int) -> Array:
-            return x if dim == WHOLE else jax.lax.all_gather(x, "fsdp", axis=x.ndim + dim, tiled=True)
+        def whole(x: Array, split: Split) -> Array:
+            return x if split.fsdp is None else jax.lax.all_gather(x, "fsdp", axis=x.ndim + split.fsdp, tiled=True)
 
         return jax.tree.map(whole, params, split)
 
@@ -51,11 +62,10 @@ class Reduction:
         if not self.axes:
             return grads
 
-        def total(x: Array, dim: int) -> Array:
-            others = self.axes
-            if dim != WHOLE:
-                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=x.ndim + dim, tiled=True)
-                others = tuple(axis for axis in others if axis != "fsdp")
+        def total(x: Array, split: Split) -> Array:
+            if split.fsdp is not None:
+                x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=x.ndim + split.fsdp, tiled=True)
+            others = tuple(axis for axis in self.axes if getattr(split, axis, None) is None)
             return jax.lax.psum(x, others) if others else x
 
         return jax.tree.map(total, grads, split)
@@ -85,10 +95,10 @@ def over_rows(
     axes = () if mesh.empty or rows % together else batch_axes(mesh, rows // together)
     if not axes:
         return compute(model, batch, prepared, None, Reduction())
-    split = split_dimensions(model, mesh)
+    split = split_dimensions(model, mesh, axes)
 
     def specs(tree: Decoder) -> Decoder:
-        return jax.tree.map(lambda x, dim: _spec(x.ndim, dim), tree, keep_like(split, tree))
+        return jax.tree.map(lambda x, split: _spec(x.ndim, split), tree, keep_like(split, tree))
 
     def row_specs(arrays: Batch) -> dict[str, PartitionSpec]:
         split_rows = {name: x.ndim > 0 and x.shape[0] == rows for name, x in arrays.items()}
@@ -106,20 +116,19 @@ def over_rows(
 
 
 def batch_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
-    """The mesh axes that split a batch of `rows` rows; none where they do not divide it."""
-    wanted = tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
-    return wanted if rows % math.prod(mesh.shape[axis] for axis in wanted) == 0 else ()
+    """The mesh axes that split a batch of `rows` rows."""
+    return axes_of(partition_spec(("batch",), (rows,), mesh)[0])
 
 
-def split_dimensions(model: Decoder, mesh: AbstractMesh) -> Decoder:
-    """For every parameter the dimension that fsdp splits, counted from the last, or `WHOLE`; shaped as the model."""
+def split_dimensions(model: Decoder, mesh: AbstractMesh, axes: tuple[str, ...]) -> Decoder:
+    """For every parameter the dimensions that `axes` split; shaped as the model."""
 
-    def dimension(variable: nnx.Variable) -> nnx.Variable:
+    def dimensions(variable: nnx.Variable) -> nnx.Variable:
         spec = partition_spec(variable.get_metadata("axes"), variable.shape, mesh)
-        found = [dim - len(spec) for dim, entry in enumerate(spec) if entry == "fsdp" or "fsdp" in (entry or ())]
-        return jax.tree.map(lambda _: found[0] if found else WHOLE, variable)
+        found = {axis: dim - len(spec) for dim, entry in enumerate(spec) for axis in axes_of(entry) if axis in axes}
+        return jax.tree.map(lambda _: Split(**found), variable)
 
-    return jax.tree.map(dimension, model, is_leaf=is_parameter)
+    return jax.tree.map(dimensions, model, is_leaf=is_parameter)
 
 
 def keep_like(tree: Tree, other: Tree) -> Tree:
@@ -128,5 +137,9 @@ def keep_like(tree: Tree, other: Tree) -> Tree:
     return jax.tree.map(lambda like, x: None if like is None else x, other, tree, is_leaf=leaf)
 
 
-def _spec(ndim: int, dim: int) -> PartitionSpec:
-    return PartitionSpec() if dim == WHOLE else PartitionSpec(*(None,) * (ndim + dim), "fsdp")
+def _spec(ndim: int, split: Split) -> PartitionSpec:
+    entries: list[str | None] = [None] * ndim
+    for axis, dim in dataclasses.asdict(split).items():
+        if dim is not None:
+            entries[ndim + dim] = axis
+    return PartitionSpec(*entries)

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop import chunk_order, layer_order
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
@@ -161,6 +162,7 @@ def choice_for(
     axes = {} if mesh.empty else dict(mesh.shape)
     split = () if mesh.empty else batch_axes(mesh, rows)
     leaves = jax.tree.leaves(partition(model, trainable)[0])
+    experts = any(isinstance(block.mlp, ExpertsConfig) for block in model.config.blocks)  # most of the parameters
     return choose(
         model.config,
         batch_size=rows // math.prod(axes[name] for name in split),
@@ -170,7 +172,7 @@ def choice_for(
         stacked=len(model.stack) > 0,
         dtype=model.dtype,
         param_dtype=model.embedding.dtype,
-        shards=axes.get("fsdp", 1) * axes.get("tensor", 1),
+        shards=axes.get("fsdp", 1) * axes.get("tensor", 1) * (axes.get("expert", 1) if experts else 1),
         trained=sum(leaf.size for leaf in leaves) / model.config.parameter_count,
         **known,
     )

@@ -1,0 +1,74 @@
+"""Rows that are sorted by expert, through the experts' gated MLPs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from streamjax.models.config import ExpertsConfig
+from streamjax.models.mlps.dense import ACTIVATIONS
+from streamjax.models.mlps.grouped_product import grouped_product
+
+
+class ExpertWeights(NamedTuple):
+    """The arrays of X experts of width F over E channels, gate and up projection side by side."""
+
+    up: Float[Array, "X E 2 F"]
+    down: Float[Array, "X F E"]
+    up_bias: Float[Array, "X 2 F"] | None = None
+    down_bias: Float[Array, "X E"] | None = None
+
+
+def sorted_mlp(
+    weights: ExpertWeights,
+    rows: Float[Array, "N E"],
+    experts: Int32[Array, " N"],
+    sizes: Int32[Array, " X"],
+    config: ExpertsConfig,
+) -> Float[Array, "N E"]:
+    """Each row through its expert.
+
+    Args:
+      weights: of X experts.
+      rows: sorted by expert.
+      experts: of each row.
+      sizes: rows of each expert. Those behind the last one's count for nothing.
+      config: how an expert computes.
+    """
+    hidden = grouped_product(rows, weights.up.reshape(*weights.up.shape[:2], -1), sizes)
+    if weights.up_bias is not None:
+        hidden = hidden + weights.up_bias.reshape(len(sizes), -1).astype(hidden.dtype)[experts]
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    out = grouped_product(_gated(gate, up, config), weights.down, sizes)
+    return out if weights.down_bias is None else out + weights.down_bias.astype(out.dtype)[experts]
+
+
+def sum_of_choices(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N E"],
+    experts: Int32[Array, "N A"],
+    shares: Float[Array, "N A"],
+    config: ExpertsConfig,
+) -> Float[Array, "N E"]:
+    """What the chosen experts make of each token, summed with their shares, on one device that has all experts."""
+    each, chosen = shares.shape[1], experts.reshape(-1)
+    order = jnp.argsort(chosen)
+    sizes = jnp.bincount(chosen, length=config.num_experts).astype(jnp.int32)
+    rows = tokens[order // each]
+    if config.weighted == "inputs":
+        rows, shares = (rows * shares.reshape(-1)[order, None]).astype(rows.dtype), jnp.ones_like(shares)
+    out = sorted_mlp(weights, rows, chosen[order], sizes, config)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+    out = out[place].reshape(*shares.shape, -1)
+    return jnp.einsum("nae,na->ne", out, shares, preferred_element_type=shares.dtype).astype(tokens.dtype)
+
+
+def _gated(gate: Float[Array, "N F"], up: Float[Array, "N F"], config: ExpertsConfig) -> Float[Array, "N F"]:
+    limit = config.swiglu_limit
+    if limit is None:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
