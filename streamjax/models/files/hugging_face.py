@@ -319,7 +319,8 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 def _copy(into: np.ndarray, view: np.ndarray) -> None:
     """`into[...] = view` for a transposed view, in strips that stay in the CPU's caches: ten times as fast."""
-    if into.dtype == view.dtype and into.itemsize == 2:
+    view = view.astype(into.dtype, copy=False)  # in the order in which it lies: three times as fast as on the way
+    if into.itemsize == 2:
         into, view = into.view(np.uint16), view.view(np.uint16)  # bfloat16 has no fast loops of its own
     along = [axis for axis, stride in enumerate(view.strides) if stride == view.itemsize]
     last = view.ndim - 1
