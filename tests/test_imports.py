@@ -28,7 +28,9 @@ ROOMS = """
     streamjax.data.recall
     streamjax.data
     streamjax.attention
-    streamjax.kv.tier streamjax.kv.cache streamjax.kv.ring_buffer streamjax.kv.ring_state streamjax.kv.decode_kernels
+    streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks streamjax.kv.decode_kernels
+    streamjax.kv.ring_buffer streamjax.kv.ring_state streamjax.kv.slot_state
+    streamjax.kv.scores
     streamjax.kv.pages
     streamjax.kv.tiers
     streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk

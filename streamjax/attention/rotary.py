@@ -47,10 +47,9 @@ class Rotary:
         cos, sin = self.table(position)
         return rotate(x, cos[:, :, None], sin[:, :, None])
 
-    def moved(self, k: Float[Array, "B K S D"], by: UInt32[Array, "B S"]) -> Float[Array, "B K S D"]:
+    def moved(self, k: Float[Array, "B K S D"], by: UInt32[Array, "B #K S"]) -> Float[Array, "B K S D"]:
         """Cached keys, heads first, turned on by so many positions (modulo 2^32); `scale` is in them already."""
-        turn = dataclasses.replace(self, scale=1.0)
-        return jnp.swapaxes(turn(jnp.swapaxes(k, 1, 2), by), 1, 2)
+        return rotate(k, *dataclasses.replace(self, scale=1.0).table(by))
 
 
 def rotate(x: Float[Array, "... D"], cos: Float[Array, "... R"], sin: Float[Array, "... R"]) -> Float[Array, "... D"]:

@@ -7,6 +7,14 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
+from streamjax.kv.scores.h2o import H2O
+from streamjax.kv.scores.keydiff import KeyDiff
+from streamjax.kv.scores.knorm import KNorm
+from streamjax.kv.scores.random_choice import RandomChoice
+from streamjax.kv.scores.scissorhands import Scissorhands
+from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.scores.snapkv import SnapKV
+from streamjax.kv.scores.tova import TOVA
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.compensation import Compensation
@@ -14,10 +22,13 @@ from streamjax.kv.tiers.content_pages import ContentPages
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.window import Window
 
 __all__ = [
+    "H2O",
+    "TOVA",
     "Cache",
     "Cascade",
     "ChunkMemory",
@@ -28,18 +39,26 @@ __all__ = [
     "EndTokens",
     "Full",
     "HeadGroups",
+    "Held",
     "Index",
+    "KNorm",
     "KVSpec",
     "KVTokens",
     "KeyChange",
+    "KeyDiff",
     "Mean",
     "Middle",
     "MinMax",
     "Pages",
     "Preset",
     "Query",
+    "RandomChoice",
     "Representative",
+    "Scissorhands",
+    "Score",
+    "Scored",
     "Sink",
+    "SnapKV",
     "Tier",
     "Window",
     "parse_preset",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import add_sinks, merge
 from streamjax.kv.cache import Cache
+from streamjax.kv.eviction_blocks import read_in_blocks
+from streamjax.kv.noting import Noting
 from streamjax.kv.ring_buffer import ordered_after
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
 from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
@@ -43,12 +47,13 @@ class Cascade(Cache):
         match placed:
             case [Sink() as sink, Window() as window] if fuse:
                 placed = [SinkWindow(sink.size, window.size, reach if sink.reach is None else sink.reach)]
-        if any(tier.needs_scores for tier in placed):
-            if not isinstance(placed[int(isinstance(placed[0], Sink))], Window):
-                raise ValueError("a tier that needs scores must have a Window before it, which notes them")
-            placed = [dataclasses.replace(t, observe_attention=True) if isinstance(t, Window) else t for t in placed]
+        if any(tier.wants_noted for tier in placed):
+            placed = _noting(placed)
         if any(tier.needs_ids for tier in placed):
             placed = [dataclasses.replace(t, keep_ids=True) if isinstance(t, Window) else t for t in placed]
+        every = sorted({tier.chooses_every for tier in placed if tier.chooses_every is not None})
+        if len(every) > 1:
+            raise ValueError(f"the tiers of a Cascade choose at the same tokens; every is {every}")
         object.__setattr__(self, "tiers", tuple(placed))
 
     @property
@@ -78,9 +83,28 @@ class Cascade(Cache):
         return all(tier.shares_values for tier in self.tiers)
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
-        return tuple(tier.init(spec) for tier in self.tiers)
+        states = []
+        for tier in self.tiers:
+            states.append(tier.init(spec))
+            if isinstance(tier, Scored) and tier.per_head:
+                spec = dataclasses.replace(spec, per_head=True)
+        return tuple(states)
 
     def update(
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        chooser = next((i for i, tier in enumerate(self.tiers) if tier.chooses_every is not None), None)
+        if chooser is not None:
+            every = self.tiers[chooser].chooses_every
+            assert every is not None
+
+            def clock(state: tuple[State, ...]) -> Int32[Array, " B"]:
+                return state[chooser].clock
+
+            return read_in_blocks(self._update, clock, every, self.slots, state, query, tokens)
+        return self._update(state, query, tokens)
+
+    def _update(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
         new = list(state)
@@ -91,13 +115,38 @@ class Cascade(Cache):
         parts.append(query.attend_own(rest, self.reach))
         whole = add_sinks(merge(*parts), query.sink_logits)
         out, noted = whole.out, []
-        if any(tier.needs_scores for tier in self.tiers):
-            rest = dataclasses.replace(rest, score=query.mass(rest.k, rest.position, rest.valid, whole.lse, self.reach))
+        noting = next(filter(None, (tier.wants_noted for tier in self.tiers)), None)
+        if noting is not None:
+            own = noting.noted(None, query, rest.k, rest.position, rest.valid, whole.lse, self.reach)
+            rest = dataclasses.replace(rest, score=own)
+        if noting is not None or query.block is not None:
             before = new
             new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
-            noted = [b for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True) if a is not b]
+            pairs = zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True)
+            noted = [b for a, b in pairs if a is not b and jnp.issubdtype(b.dtype, jnp.floating)]
         rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, out, *noted))
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
         new[-1] = self.tiers[-1].store(new[-1], rest)
         return out, tuple(new)
+
+
+def _noting(tiers: list[Tier]) -> list[Tier]:
+    """The tiers, of which those in front of the last that wants attention noted do so, all by its rule.
+
+    Raises:
+      ValueError: one of them cannot, or two tiers want it noted in different ways.
+    """
+    last = max(i for i, tier in enumerate(tiers) if tier.wants_noted)
+    rule, found = tiers[last].wants_noted, list(tiers)
+    assert isinstance(rule, Noting)
+    for i, tier in enumerate(tiers[:last]):
+        if isinstance(tier, Window):
+            found[i] = dataclasses.replace(tier, observe_attention=True if type(rule) is Noting else rule)
+        elif isinstance(tier, Sink):
+            continue
+        elif tier.wants_noted != rule or not tier.keeps_notes:
+            raise ValueError(f"a tier that needs scores has {tier!r} before it, which does not note them by its rule")
+    if not tiers[last].keeps_notes and not any(isinstance(tier, Window) for tier in tiers[:last]):
+        raise ValueError("a tier that needs scores must have a Window before it, which notes them")
+    return found

@@ -12,6 +12,7 @@ from streamjax.kv.presets.registry import Built
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
@@ -39,6 +40,8 @@ def describe_cache(cache: Built | Sequence[Cache]) -> str:
                 parts.append(f"{type(tier).__name__}({size:,})")
             case Pages(size=size, capacity=capacity, top_k=top_k):
                 parts.append(f"Pages({capacity:,} in {size}s, top {top_k})")
+            case Scored(size=size, score=score, every=every):
+                parts.append(f"Scored({size:,} by {score!r}, every {every})")
             case _:
                 parts.append(repr(tier))
     return " > ".join(parts)

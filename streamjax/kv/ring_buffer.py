@@ -140,6 +140,8 @@ def read_ring(
 def ordered_after(x: Shaped[Array, "B ..."], *made: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """`x`, a mask or a count, made to depend on `made`, so that a write that uses `x` comes after the reads of `made`.
 
+    `made` are signed: of an unsigned number one asks in vain whether it is below -1.
+
     The CPU compiler keeps a donated buffer in place only if data flows from the reads of it to the write; otherwise it
     copies the whole buffer first. The dependence asks whether a number is above 1 and below -1. None is, so `x` never
     changes, but the compiler does not know that.

@@ -17,16 +17,16 @@ from streamjax.kv.tier import KVTokens
 class RingState:
     """A ring of slots; `cursor` is the slot that the next token takes, `filled` how many hold tokens.
 
-    score: the attention that each token got so far, from each query head; None where nothing notes it. ids: of the
-    tokens; None where no tier asks for them.
+    score: what is noted of the attention that each token got so far; None where nothing is. ids: of the tokens; None
+    where no tier asks for them. N is 1, or the key heads where each has tokens of its own.
     """
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S V"]
-    position: UInt32[Array, "B 1 S"]
+    position: UInt32[Array, "B N S"]
     cursor: Int32[Array, " B"]
     filled: Int32[Array, " B"]
-    score: Float[Array, "B H S"] | None = None
+    score: Float[Array, "B M S"] | None = None
     ids: Int32[Array, "B 1 S"] | None = None
 
 

@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
-from streamjax.attention.dense import attend, attention_mass
+from streamjax.attention.dense import attend, attention_shares
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
@@ -27,6 +28,14 @@ SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at
 DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
 STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
+
+
+Fold = Callable[[Float[Array, "B K G C S"]], Float[Array, "B N S"]]
+
+
+def _summed(shares: Float[Array, "B K G C S"]) -> Float[Array, "B H S"]:
+    """Over queries, for each query head."""
+    return rearrange(jnp.sum(shares, axis=3), "b k g s -> b (k g) s")
 
 
 def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State) -> State:
@@ -39,6 +48,7 @@ class KVSpec:
     """Shapes of what a layer caches: B streams, K heads of width D, in `dtype`; `group` query heads to a key head.
 
     `width`: channels of the layer's input, E. `value_dim`: width of values; D where None, 0 where keys are values.
+    `per_head`: the tokens come from a tier that evicts for each key head by itself, so each head has its positions.
     """
 
     batch_size: int
@@ -48,6 +58,7 @@ class KVSpec:
     group: int = 1
     width: int = 0
     value_dim: int | None = None
+    per_head: bool = False
 
     def buffer(self, slots: int) -> Float[Array, "B K S D"]:
         """Zeros for `slots` keys."""
@@ -58,11 +69,12 @@ class KVSpec:
         width = self.head_dim if self.value_dim is None else self.value_dim
         return jnp.zeros((self.batch_size, self.kv_heads, slots, width), self.dtype)
 
-    def positions(self, slots: int) -> UInt32[Array, "B 1 S"]:
-        return jnp.zeros((self.batch_size, 1, slots), jnp.uint32)
+    def positions(self, slots: int) -> UInt32[Array, "B #K S"]:
+        return jnp.zeros((self.batch_size, self.kv_heads if self.per_head else 1, slots), jnp.uint32)
 
-    def scores(self, slots: int) -> Float[Array, "B H S"]:
-        return jnp.zeros((self.batch_size, self.kv_heads * self.group, slots), jnp.float32)
+    def scores(self, slots: int, heads: int | None = None) -> Float[Array, "B N S"]:
+        """Zeros for what is noted about each token: a number for each query head, or for each of `heads`."""
+        return jnp.zeros((self.batch_size, heads or self.kv_heads * self.group, slots), jnp.float32)
 
     def counter(self) -> Int32[Array, " B"]:
         return jnp.zeros((self.batch_size,), jnp.int32)
@@ -76,8 +88,8 @@ class KVTokens:
     k, v: rotated keys, and values, [B, K, C, D]; no channels of `v` say that keys are values. raw_k: the keys before
     rotation. position: stream position, uint32, valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the
     same tokens. rotary: what rotated the keys.
-    score: the attention that each token has got so far, from each query head, float32; None where no tier asks for it.
-    ids: what the tokens are, in the vocabulary; the same.
+    score: what was noted of the attention that each token has got so far (`Noting`), float32, for each of N heads; None
+    where no tier asks for it. ids: what the tokens are, in the vocabulary; the same.
     """
 
     k: Float[Array, "B K C D"]
@@ -86,14 +98,14 @@ class KVTokens:
     position: UInt32[Array, "B #K C"]
     valid: Bool[Array, "B #K C"]
     rotary: Rotary | None = dataclasses.field(default=None, metadata={"static": True})
-    score: Float[Array, "B H C"] | None = None
+    score: Float[Array, "B N C"] | None = None
     ids: Int32[Array, "B 1 C"] | None = None
 
     def moved(self, back: bool) -> KVTokens:
         """These tokens with their keys turned from their positions to position 0, or from there to their positions."""
         if self.rotary is None:
             return self
-        position = -self.position[:, 0] if back else self.position[:, 0]
+        position = -self.position if back else self.position
         return dataclasses.replace(self, k=self.rotary.moved(self.k, position))
 
     def run(self) -> tuple[Int32[Array, " B"], Int32[Array, " B"]]:
@@ -102,6 +114,23 @@ class KVTokens:
             raise ValueError("this tier stores one list of tokens a row; it cannot follow a tier that evicts per head")
         valid = self.valid[:, 0]
         return jnp.argmax(valid, axis=1).astype(jnp.int32), jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvictionBlock:
+    """Blocks of `every` tokens, at whose ends tiers choose what goes. A chunk that attends lies within one block.
+
+    before: tokens of the block that came before the chunk, int32 [B]. held: tokens that the cascade holds at most.
+    """
+
+    before: Int32[Array, " B"]
+    every: int = dataclasses.field(metadata={"static": True})
+    held: int = dataclasses.field(metadata={"static": True})
+
+    def place(self, width: int) -> Int32[Array, "B C"]:
+        """Where each of `width` tokens stands in its block: 0, 1, ..., every - 1."""
+        return self.before[:, None] + jnp.arange(width, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +145,7 @@ class Query:
     implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
     sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
     back: how many positions back each query sees at most, int32 [B, C]; None: no bound of its own.
+    block: where the chunk stands between two moments at which tiers choose what goes; None where none chooses.
     """
 
     q: Float[Array, "B C H D"]
@@ -131,6 +161,7 @@ class Query:
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     sink_logits: Float[Array, " H"] | None = None
     back: Int32[Array, "B C"] | None = None
+    block: EvictionBlock | None = None
 
     @property
     def index(self) -> Int32[Array, "B C"]:
@@ -207,27 +238,32 @@ class Query:
         lse: Float[Array, "B C H"],
         reach: int | None = None,
         filled: Int32[Array, " B"] | None = None,
-    ) -> Float[Array, "B H S"]:
+        fold: Fold = _summed,
+    ) -> Float[Array, "B N S"]:
         """The attention that these queries give to keys, as in `attend`, of which `lse` is the whole.
 
-        Padding gives none. Keys are taken `SLOT_BLOCK` at a time, with `filled` only those blocks that hold any.
+        Padding gives none. Keys are taken `SLOT_BLOCK` at a time, with `filled` only those blocks that hold any. `fold`
+        makes a number for each key of N heads out of the shares that queries give; their sum for each query head.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
         size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
 
-        def block(index: Array, masses: Array) -> Array:
-            start = jnp.minimum(index * size, slots - size)  # the last block is moved back to fit
-
-            def take(x: Array) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
-
-            visible, distance = self._visible(take(position), take(valid), reach)
+        def folded(k: Array, position: Array, valid: Array) -> Array:
+            visible, distance = self._visible(position, valid, reach)
             if self.valid is not None:
                 visible &= self.valid[:, None, :, None]
-            found = attention_mass(self.q, take(k), lse, visible, distance=distance, **self._logit_options())
-            return jax.lax.dynamic_update_slice_in_dim(masses, found.astype(masses.dtype), start, 2)
+            return fold(attention_shares(self.q, k, lse, visible, distance=distance, **self._logit_options()))
 
-        nothing = jnp.zeros((k.shape[0], self.q.shape[2], slots), jnp.float32)
+        if slots == size and (filled is None or single):  # as in `attend`, whose logits the compiler finds again
+            return folded(k, position, valid)
+
+        def block(index: Array, masses: Array) -> Array:
+            start = jnp.minimum(index * size, slots - size)  # the last block is moved back to fit
+            pieces = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k, position, valid))
+            return jax.lax.dynamic_update_slice_in_dim(masses, folded(*pieces).astype(masses.dtype), start, 2)
+
+        one = jax.eval_shape(folded, *(jax.lax.slice_in_dim(x, 0, size, axis=2) for x in (k, position, valid)))
+        nothing = jnp.zeros((*one.shape[:2], slots), jnp.float32)
         used = slots if filled is None or self.differentiable else jnp.max(filled)
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
@@ -280,9 +316,22 @@ class Tier:
         return None
 
     @property
-    def needs_scores(self) -> bool:
-        """Whether tokens have to come with the attention that they got so far."""
+    def wants_noted(self) -> Any | None:
+        """How attention that tokens get before they come has to be noted, a `Noting`; None where it is not asked."""
+        return None
+
+    @property
+    def keeps_notes(self) -> bool:
+        """Whether it notes by itself the attention that its tokens get (`observe`), where it wants it noted."""
         return False
+
+    @property
+    def chooses_every(self) -> int | None:
+        """Tokens of the stream after which it chooses what goes: no chunk that it sees reaches beyond that.
+
+        Its state has `clock`, the tokens since then, int32 [B].
+        """
+        return None
 
     @property
     def needs_ids(self) -> bool:

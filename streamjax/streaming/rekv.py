@@ -140,7 +140,7 @@ def _newest(
         k, v, position = (read_ring(x, oldest, slots, axis=2) for x in (ring.k, ring.v, ring.position))
         mixer = config.blocks[i].mixer
         if mixer.rope is not None:
-            k = make_rotary(mixer.rope, mixer.head_dim, state.span).moved(k, -position[:, 0])
+            k = make_rotary(mixer.rope, mixer.head_dim, state.span).moved(k, -position)
         there = (jnp.arange(slots) < count)[:, None]
         keys.append(jnp.where(there, k[0], 0))
         values.append(jnp.where(there, v[0], 0))
@@ -228,7 +228,7 @@ def _read_layer(
     place = jnp.arange(count + width, dtype=jnp.uint32)[None]
     mixer = block.mixer.config
     if mixer.rope is not None:
-        keys = make_rotary(mixer.rope, mixer.head_dim, cache.span).moved(keys, place[:, :count])
+        keys = make_rotary(mixer.rope, mixer.head_dim, cache.span).moved(keys, place[:, None, :count])
     loaded = LinearState(
         empty.k.at[:, :, :count].set(keys.astype(empty.k.dtype)),
         empty.v.at[:, :, :count].set(values.astype(empty.v.dtype)),

@@ -95,7 +95,7 @@ class ContentPages(PagedTier):
 
     def init(self, spec: KVSpec) -> ContentPagesState:
         k, v, position = spec.buffer(self.capacity), spec.buffer(self.capacity), spec.positions(self.capacity)
-        score = spec.scores(self.capacity) if self.needs_scores else None
+        score = spec.scores(self.capacity) if self.index.needs_scores else None
         count = jnp.zeros((spec.batch_size, 1, self.pages), jnp.int32)
         summary = self._summarise(k, count, score, spec.counter(), self.pages)
         return ContentPagesState(k, v, position, count, summary, self.boundary.init(spec), spec.counter(), score)

@@ -19,11 +19,11 @@ from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearState:
-    """Slots 0 .. filled - 1 of each row hold tokens, in order."""
+    """Slots 0 .. filled - 1 of each row hold tokens, in order; N is 1, or the key heads where each has its own."""
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S V"]
-    position: UInt32[Array, "B 1 S"]
+    position: UInt32[Array, "B N S"]
     filled: Int32[Array, " B"]
 
     @classmethod

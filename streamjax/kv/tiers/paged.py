@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.partial import Partial
 from streamjax.field_checks import Size, check_fields
+from streamjax.kv.noting import Noting
 from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.pages.indexes import Index
 from streamjax.kv.pages.selection import PageTokens, read_first_pages
@@ -44,8 +45,8 @@ class PagedTier(Tier):
         return self.capacity if self.distance is None else 0
 
     @property
-    def needs_scores(self) -> bool:
-        return self.index.needs_scores
+    def wants_noted(self) -> Noting | None:
+        return Noting() if self.index.needs_scores else None
 
     @property
     def pages(self) -> int:

@@ -89,7 +89,7 @@ class Pages(PagedTier):
 
     def init(self, spec: KVSpec) -> PagesState:
         slots = self.pages * self.size
-        score = spec.scores(slots) if self.needs_scores else None
+        score = spec.scores(slots) if self.index.needs_scores else None
         k, v = (host_buffer(spec, slots) if self.placement == "host" else spec.buffer(slots) for _ in "kv")
         tokens = RingState(k, v, spec.positions(slots), spec.counter(), spec.counter(), score)
         one = self._cut(spec.buffer(self.size)), self._cut(_holds(tokens)[:, :, : self.size])

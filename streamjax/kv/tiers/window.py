@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import Partial
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
+from streamjax.kv.noting import Noting
 from streamjax.kv.ring_state import RingState, push, write
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 
@@ -22,14 +23,15 @@ class Window(Tier):
     `size` is StreamingLLM's `recent_size`; a model's own `sliding_window = W` is `Window(W - 1)`. Where only
     windows follow it is strict; before other tiers, tokens about to fall stay visible until their chunk is stored.
 
-    With `observe_attention` it notes how much attention each of its tokens gets, for the tiers behind it; a cascade
-    asks for that by itself where a tier needs it. With `keep_ids` it keeps the ids of its tokens for them, likewise.
+    With `observe_attention` it notes how much attention each of its tokens gets, for the tiers behind it: summed for
+    each query head, or by the `Noting` that is given. A cascade asks for that by itself where a tier needs it. With
+    `keep_ids` it keeps the ids of its tokens for them, likewise.
     """
 
     shares_values: ClassVar[bool] = True
 
     size: Size
-    observe_attention: bool = False
+    observe_attention: bool | Noting = False
     keep_ids: bool = False
 
     def __post_init__(self) -> None:
@@ -43,9 +45,16 @@ class Window(Tier):
     def reach_back(self) -> int | None:
         return self.size
 
+    @property
+    def noting(self) -> Noting | None:
+        """How attention is noted; None where it is not."""
+        if isinstance(self.observe_attention, Noting):
+            return self.observe_attention
+        return Noting() if self.observe_attention else None
+
     def init(self, spec: KVSpec) -> RingState:
         buffers = spec.buffer(self.size), spec.values(self.size), spec.positions(self.size)
-        score = spec.scores(self.size) if self.observe_attention else None
+        score = None if self.noting is None else self.noting.init(spec, self.size)
         ids = spec.positions(self.size).astype(jnp.int32) if self.keep_ids else None
         return RingState(*buffers, spec.counter(), spec.counter(), score, ids)
 
@@ -56,11 +65,11 @@ class Window(Tier):
         return query.attend(state.k, state.v, state.position, valid, reach=reach, filled=state.filled)
 
     def observe(self, state: RingState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> RingState:
-        if state.score is None:
+        if self.noting is None:
             return state
         valid = jnp.arange(self.size) < state.filled[:, None, None]
-        more = query.mass(state.k, state.position, valid, lse, reach, filled=state.filled)
-        return dataclasses.replace(state, score=state.score + more)
+        score = self.noting.noted(state.score, query, state.k, state.position, valid, lse, reach, state.filled)
+        return dataclasses.replace(state, score=score)
 
     def store(self, state: RingState, tokens: KVTokens) -> RingState:
         return write(state, tokens)

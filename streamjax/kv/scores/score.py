@@ -1,0 +1,85 @@
+"""`Score`: the rule by which a `Scored` tier ranks its tokens. A new rule is a file of some forty lines.
+
+    @dataclasses.dataclass(frozen=True)
+    class KNorm(Score):
+        def rank(self, held: Held) -> Float[Array, "B K S"]:
+            return -jnp.linalg.norm(held.k, axis=-1)
+
+`rank` is called when a tier has to make room, and sees all that the tier holds. A score that wants to know how much
+attention tokens got says `needs_attention`, and may say how it is noted (`fold`, `kept`, see `Noting`). One that wants
+to know the queries of the stream keeps what it needs of them in a `memory`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+from streamjax.attention.rotary import Rotary
+from streamjax.kv.noting import Noting
+from streamjax.kv.tier import KVSpec, Query, State
+
+
+class Held(NamedTuple):
+    """What a score sees of the tokens that compete, in no order; `valid` says which slots hold any.
+
+    k, v: as they are stored, keys rotated. position: of each token in its stream. note: of its attention, or what the
+    score itself said last time (`remembers`). memory: the score's. now: the position of the stream's next token.
+    rotary: what rotated the keys. distance: how far behind every query they stand, where that is one number.
+    """
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
+    position: UInt32[Array, "B #K S"]
+    valid: Bool[Array, "B #K S"]
+    note: Float[Array, "B N S"] | None
+    memory: State
+    now: UInt32[Array, " B"]
+    rotary: Rotary | None = None
+    distance: int | None = None
+
+    @property
+    def values(self) -> Float[Array, "B K S V"]:
+        """Values; keys where they are one and the same."""
+        return self.v if self.v.shape[-1] else self.k
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Noting):
+    """How tokens are ranked. Subclasses are frozen dataclasses."""
+
+    needs_attention: ClassVar[bool] = False  # whether `held.note` has the attention that tokens got
+    remembers: ClassVar[bool] = False  # whether `held.note` has what `rank` said last, 0 for a new token
+
+    def check(self, every: int) -> None:
+        """Refuse a number of tokens after which the tier makes room.
+
+        Raises:
+          ValueError: the score cannot be told from the queries of so few tokens.
+        """
+
+    def init(self, spec: KVSpec, slots: int) -> Float[Array, "B K S"]:
+        return spec.scores(slots, spec.kv_heads)
+
+    def fold(self, shares: Float[Array, "B K G C S"], query: Query) -> Float[Array, "B K S"]:
+        """What C queries add to a token's note: their attention, over the query heads that share a key head."""
+        return jnp.sum(shares, axis=(2, 3))
+
+    def memory(self, spec: KVSpec) -> State:
+        """What is kept of the stream's queries, before there are any: a pytree of arrays [B, K or H, ...]."""
+        return ()
+
+    def watched(self, memory: State, query: Query) -> State:
+        """The memory after a chunk's queries; padding is not `query.valid`."""
+        return memory
+
+    def rank(self, held: Held) -> Float[Array, "B K S"]:
+        """The worth of each token: the highest stay, of equals the newest. Anything for slots that hold none."""
+        raise NotImplementedError
+
+    def rank_all(self, held: Held) -> Float[Array, "B K S"]:
+        """The same where all of a stream's tokens compete at once, in the order of the stream."""
+        return self.rank(held)

@@ -1,0 +1,221 @@
+"""`Scored`: keeps the tokens that a score ranks highest, for each key head by itself or for all together.
+
+What falls from the tiers in front competes with what is held, and what loses falls on. Published methods that evict by
+importance differ in the score alone: the attention that a token got (H2O, Scissorhands, SnapKV, TOVA), its key (KNorm,
+KeyDiff), both its key and its value (LagKV), or what the queries so far make one expect (Expected Attention).
+
+Room is made after every `every` tokens of the stream, and a chunk is read in pieces that end there. So the result is
+that of reading token by token, however the stream is cut, and what is chosen costs little for each token. Nothing moves
+when it is chosen: the slots of the worst tokens are those that the next tokens take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from pallas_kernels.partial import Partial
+from streamjax.field_checks import Size, check_fields
+from streamjax.kv.noting import Noting
+from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.slot_state import SlotState, exchange, write
+from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredState:
+    """free: the slots that the next tokens take, in this order, and `taken` how many of them have been taken.
+
+    clock: tokens of the stream since room was made, in [0, every). memory: the score's. now: the next token's position.
+    """
+
+    slots: SlotState
+    free: Int32[Array, "B N F"]
+    taken: Int32[Array, " B"]
+    clock: Int32[Array, " B"]
+    now: UInt32[Array, " B"]
+    memory: State
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored(Tier):
+    """Keeps the `size` tokens with the highest score, and up to `every` that have come since it last chose.
+
+    Args:
+      size: tokens that stay where there are more.
+      score: ranks them; `H2O()`, `SnapKV(window=32)`, `KNorm()`, or one of your own (`Score`).
+      per_head: each key head keeps tokens of its own; one choice for all, by the mean of their scores, where False.
+      every: tokens of the stream after which it chooses. 1 is the published rule of most scores, and reads a prompt
+        token by token; a prefill is the faster the more there are.
+      distance: all stored tokens stand this far behind every query, see `Pages`. At their true distance where None.
+
+    Raises:
+      ValueError: sizes that make no sense, or that the score refuses.
+    """
+
+    shares_values: ClassVar[bool] = True
+
+    size: Size
+    score: Score
+    per_head: bool = True
+    every: Size = 64
+    distance: Size | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.score.check(self.every)
+
+    @property
+    def slots(self) -> int:
+        return self.size + self.every
+
+    @property
+    def span(self) -> int:
+        return self.slots if self.distance is None else 0
+
+    @property
+    def chooses_every(self) -> int:
+        return self.every
+
+    @property
+    def wants_noted(self) -> Noting | None:
+        return self.score if self.score.needs_attention else None
+
+    @property
+    def keeps_notes(self) -> bool:
+        return True
+
+    def init(self, spec: KVSpec) -> ScoredState:
+        heads = spec.kv_heads if self.per_head or spec.per_head else 1
+        position = jnp.zeros((spec.batch_size, heads, self.slots), jnp.uint32)
+        noted = self.score.needs_attention or self.score.remembers
+        return ScoredState(
+            slots=SlotState(
+                k=spec.buffer(self.slots),
+                v=spec.values(self.slots),
+                position=position,
+                valid=jnp.zeros(position.shape, bool),
+                filled=spec.counter(),
+                note=self.score.init(spec, self.slots) if noted else None,
+            ),
+            free=jnp.broadcast_to(jnp.arange(self.every, dtype=jnp.int32), (*position.shape[:2], self.every)),
+            taken=spec.counter(),
+            clock=spec.counter(),
+            now=spec.counter().astype(jnp.uint32),
+            memory=self.score.memory(spec),
+        )
+
+    def _placed(self, query: Query) -> Query:
+        """The queries as they stand towards the stored tokens."""
+        return query if self.distance is None else query.at(jnp.full_like(query.position, self.distance))
+
+    def _positions(self, slots: SlotState) -> UInt32[Array, "B N S"]:
+        return slots.position if self.distance is None else jnp.zeros_like(slots.position)
+
+    def attend(self, state: ScoredState, query: Query, reach: int | None) -> Partial:
+        slots = state.slots
+        return self._placed(query).attend(slots.k, slots.v, self._positions(slots), slots.valid, filled=slots.filled)
+
+    def observe(self, state: ScoredState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> ScoredState:
+        slots, asks = state.slots, jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
+        if self.score.needs_attention:
+            note = self.score.noted(
+                slots.note, self._placed(query), slots.k, self._positions(slots), slots.valid, lse, filled=slots.filled
+            )
+            slots = dataclasses.replace(slots, note=note)
+        count = jnp.sum(asks, axis=1, dtype=jnp.int32)
+        return dataclasses.replace(
+            state,
+            slots=slots,
+            clock=state.clock + count,
+            now=jnp.where(count > 0, query.position[:, 0] + count.astype(jnp.uint32), state.now),
+            memory=jax.lax.stop_gradient(self.score.watched(state.memory, query)),
+        )
+
+    def insert(self, state: ScoredState, tokens: KVTokens) -> tuple[ScoredState, KVTokens]:
+        """Store tokens; those whose slots they take fall out. Until then what was not chosen stays visible."""
+        tokens = self._entering(tokens)
+        slots, fallen = exchange(state.slots, tokens, self._targets(state, tokens))
+        fallen = fallen if self.distance is None else fallen.moved(back=False)
+        if self.score.remembers:
+            fallen = dataclasses.replace(fallen, score=None)
+        return self._chosen(self._moved_on(state, slots, tokens), tokens, gone=False), fallen
+
+    def store(self, state: ScoredState, tokens: KVTokens) -> ScoredState:
+        tokens = self._entering(tokens)
+        slots = write(state.slots, tokens, self._targets(state, tokens))
+        return self._chosen(self._moved_on(state, slots, tokens), tokens, gone=True)
+
+    def _entering(self, tokens: KVTokens) -> KVTokens:
+        """Tokens as they are stored: at a fixed distance their keys lie at position 0."""
+        if self.distance is not None:
+            tokens = tokens.moved(back=True)
+        if self.score.remembers:
+            new = jnp.zeros((*tokens.k.shape[:3],), jnp.float32)
+            tokens = dataclasses.replace(tokens, score=new)
+        return tokens
+
+    def _targets(self, state: ScoredState, tokens: KVTokens) -> Int32[Array, "B N C"]:
+        """The slot that each token takes; anything for padding."""
+        start, _ = tokens.run()
+        turn = state.taken[:, None] + jnp.arange(tokens.k.shape[2], dtype=jnp.int32) - start[:, None]
+        turn = jnp.clip(turn, 0, self.every - 1)[:, None]
+        return jnp.take_along_axis(state.free, jnp.broadcast_to(turn, (*state.free.shape[:2], turn.shape[2])), axis=2)
+
+    def _moved_on(self, state: ScoredState, slots: SlotState, tokens: KVTokens) -> ScoredState:
+        _, count = tokens.run()
+        return dataclasses.replace(state, slots=slots, taken=state.taken + count)
+
+    def _chosen(self, state: ScoredState, tokens: KVTokens, gone: bool) -> ScoredState:
+        """Where a block of `every` tokens is over: choose the slots that the next block's tokens take."""
+        due = state.clock >= self.every
+
+        def choose(slots: SlotState) -> tuple[Array, Array, Array | None]:
+            # Fused with the write, this read would make the CPU compiler copy the whole buffer.
+            slots = jax.lax.optimization_barrier(slots)
+            rank = self.ranked(slots, state.memory, state.now, tokens)
+            worst = lowest(rank, slots, state.now, self.every)
+            here = due[:, None, None]
+            note = None if slots.note is None or not self.score.remembers else jnp.where(here, rank, slots.note)
+            left = jax.vmap(jax.vmap(lambda valid, at: valid.at[at].set(False)))(slots.valid, worst)
+            return jnp.where(here, worst, state.free), jnp.where(here & gone, left, slots.valid), note
+
+        def wait(slots: SlotState) -> tuple[Array, Array, Array | None]:
+            return state.free, slots.valid, slots.note if self.score.remembers else None
+
+        free, valid, note = jax.lax.cond(due.any(), choose, wait, jax.lax.stop_gradient(state.slots))
+        slots = dataclasses.replace(state.slots, valid=valid, note=note if self.score.remembers else state.slots.note)
+        none = jnp.zeros_like(state.clock)
+        return dataclasses.replace(
+            state,
+            slots=slots,
+            free=free,
+            taken=jnp.where(due, none, state.taken),
+            clock=jnp.where(due, none, state.clock),
+        )
+
+    def ranked(
+        self, slots: SlotState, memory: State, now: UInt32[Array, " B"], tokens: KVTokens, everything: bool = False
+    ) -> Float[Array, "B N S"]:
+        """The score of each slot's token, one for all heads where they choose together."""
+        held = Held(
+            slots.k, slots.v, slots.position, slots.valid, slots.note, memory, now, tokens.rotary, self.distance
+        )
+        rank = self.score.rank_all(held) if everything else self.score.rank(held)
+        return rank if slots.valid.shape[1] > 1 or rank.shape[1] == 1 else jnp.mean(rank, axis=1, keepdims=True)
+
+
+def lowest(
+    rank: Float[Array, "B N S"], slots: SlotState, now: UInt32[Array, " B"], count: int
+) -> Int32[Array, "B N count"]:
+    """The `count` slots that are worth least, in order: first those that hold nothing, then by rank and by age."""
+    age = (now[:, None, None] - slots.position).astype(jnp.int32)
+    rank = jnp.where(slots.valid & ~jnp.isnan(rank), rank, -jnp.inf)
+    newness = jnp.where(slots.valid, -age, jnp.iinfo(jnp.int32).min)
+    slot = jnp.broadcast_to(jnp.arange(rank.shape[2], dtype=jnp.int32), rank.shape)
+    return jax.lax.sort((rank, newness, slot), num_keys=2, is_stable=True)[2][..., :count]

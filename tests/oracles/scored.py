@@ -1,0 +1,166 @@
+"""`Sink > Window > Scored` token by token in float64 numpy: plain lists, one query at a time, one key head at a time.
+
+Each key head keeps a list of its own. After every `every` tokens of the stream it is cut to the `size` tokens that a
+rule ranks highest; of equals the newest stay. All that any query ever gave is in `log`, so a rule about attention is a
+sum over it. Nothing here comes from the library.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Sizes, how tokens are ranked, `score(stream, head, entries) -> numbers`, and how positions enter."""
+
+    heads: int
+    sinks: int
+    window: int
+    size: int
+    every: int
+    score: Callable
+    scale: float
+    slopes: tuple[float, ...] | None = None
+    frequencies: tuple[float, ...] | None = None
+    distance: int | None = None
+    together: bool = False
+
+    def turned(self, x: np.ndarray, place: int) -> np.ndarray:
+        """RoPE on the pairs (d, d + half)."""
+        if self.frequencies is None:
+            return x
+        half, out = len(self.frequencies), x.copy()
+        for d, frequency in enumerate(self.frequencies):
+            c, s = math.cos(place * frequency), math.sin(place * frequency)
+            out[d], out[d + half] = x[d] * c - x[d + half] * s, x[d + half] * c + x[d] * s
+        return out
+
+
+class Stream:
+    """The lists of one stream; an entry is (key [K, D], value [K, D], index in the stream), keys not rotated."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.first: list = []
+        self.recent: list = []
+        self.kept: list[list] = [[] for _ in range(rule.heads)]
+        self.log: list[dict[tuple[int, int], float]] = []  # of each query: (query head, token) -> share
+        self.queries: list[np.ndarray] = []
+        self.noted: dict = {}  # for rules that remember
+
+    def read(self, q: np.ndarray, entry: tuple) -> np.ndarray:
+        """The output [H, D] of the token `entry`, whose queries are `q`; then it is stored."""
+        rule, out, shares = self.rule, np.zeros_like(q), {}
+        for head in range(rule.heads):
+            visible = [(e, False) for e in [*self.first, *self.recent, entry]]
+            visible += [(e, rule.distance is not None) for e in self.kept[head]]
+            for h in self.group(head, len(q)):
+                logits = []
+                for (key, _, place), far in visible:
+                    here, there = (rule.distance, 0) if far else (entry[2], place)
+                    bias = 0.0 if rule.slopes is None else rule.slopes[h] * (here - there)
+                    logits.append(rule.scale * rule.turned(q[h], here) @ rule.turned(key[head], there) - bias)
+                weights = np.exp(np.array(logits) - max(logits))
+                weights /= weights.sum()
+                out[h] = weights @ np.array([e[1][head] for e, _ in visible])
+                shares |= {(h, e[2]): w for (e, _), w in zip(visible, weights, strict=True)}
+        self.log.append(shares)
+        self.queries.append(q)
+        self.take(entry)
+        return out
+
+    def group(self, head: int, count: int) -> range:
+        """The query heads of a key head."""
+        return range(head * count // self.rule.heads, (head + 1) * count // self.rule.heads)
+
+    def stored(self, head: int, entry: tuple) -> np.ndarray:
+        """A key as it is stored."""
+        return self.rule.turned(entry[0][head], 0 if self.rule.distance is not None else entry[2])
+
+    def share(self, head: int, token: int, queries) -> float:
+        """The attention that a token got from these queries, over the heads of a key head."""
+        heads = self.group(head, len(self.queries[0]))
+        return sum(self.log[i].get((h, token), 0.0) for i in queries for h in heads)
+
+    def take(self, entry: tuple) -> None:
+        rule = self.rule
+        if len(self.first) < rule.sinks:
+            self.first.append(entry)
+        else:
+            self.recent.append(entry)
+            if len(self.recent) > rule.window:
+                oldest = self.recent.pop(0)
+                for kept in self.kept:
+                    kept.append(oldest)
+        if len(self.log) % rule.every == 0:
+            self.choose()
+
+    def choose(self) -> None:
+        rule = self.rule
+        scores = [np.array(rule.score(self, head, kept), float) for head, kept in enumerate(self.kept)]
+        if rule.together:
+            scores = [sum(scores) / len(scores)] * len(scores)
+        for head, kept in enumerate(self.kept):
+            ranked = sorted(range(len(kept)), key=lambda i, s=scores[head], kept=kept: (s[i], kept[i][2]))
+            self.kept[head] = sorted((kept[i] for i in ranked[-rule.size :]), key=lambda e: e[2])
+
+
+def mass(stream: Stream, head: int, entries: list) -> list[float]:
+    """H2O: all that a token got."""
+    return [stream.share(head, e[2], range(len(stream.log))) for e in entries]
+
+
+def newest(window: int, kernel: int = 1, pool: str = "mean") -> Callable:
+    """TOVA and SnapKV: what the last queries gave, pooled over the neighbours of each token."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        last = range(len(stream.log) - window, len(stream.log))
+        got = [stream.share(head, e[2], last) for e in entries]
+        half = kernel // 2
+        around = [got[max(i - half, 0) : i + half + 1] for i in range(len(got))]
+        return [sum(near) / kernel if pool == "mean" else max(near) for near in around]
+
+    return score
+
+
+def above_mean(most: int) -> Callable:
+    """Scissorhands: how many queries since the last choice gave more than 1 / n, n tokens being in sight."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        now, heads = len(stream.log), stream.group(head, len(stream.queries[0]))
+        block = range(now - stream.rule.every, now)
+        return [
+            sum(stream.log[i].get((h, e[2]), 0.0) > 1 / min(i + 1, most) for i in block for h in heads) for e in entries
+        ]
+
+    return score
+
+
+def short_keys(stream: Stream, head: int, entries: list) -> list[float]:
+    """KNorm."""
+    return [-math.sqrt(float(e[0][head] @ e[0][head])) for e in entries]
+
+
+def unlike_the_mean(stream: Stream, head: int, entries: list) -> list[float]:
+    """KeyDiff."""
+    units = [k / np.linalg.norm(k) for k in (stream.stored(head, e) for e in entries)]
+    middle = sum(units, np.zeros(entries[0][0].shape[-1]) if entries else 0.0) / max(len(units), 1)
+    return [-float(u @ middle) / float(np.linalg.norm(middle)) for u in units]
+
+
+def drawn(seed: int) -> Callable:
+    """RandomChoice: Murmur3's finaliser of the position, mixed with that of head and seed."""
+
+    def mixed(x: int) -> int:
+        for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+            x = ((x ^ (x >> shift)) * factor) % 2**32
+        return x ^ (x >> 16)
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        of_head = mixed((head + seed * 0x9E3779B9) % 2**32)
+        return [(mixed(e[2] ^ of_head) >> 8) / 2**24 for e in entries]
+
+    return score
