@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import streamjax as sj
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, ModelConfig
@@ -13,6 +14,7 @@ from streamjax.models.layer_stacking import unstack_layers
 from streamjax.models.mlps import expert_parallel
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
+from streamjax.training.backprop.routing import trainable_and_reports, with_reports
 
 ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4)
 MLPS = {
@@ -79,15 +81,16 @@ def test_the_gradient_is_that_of_one_device(axes, name, order):
     model, mesh = model_of(name), mesh_of(axes)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 32, (4, 6)), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "weights": jnp.ones((4, 6), jnp.float32)}
-    expected, gradient = sj.training.loss_and_grad(model, batch)
+    model, options = with_reports(model), {"trainable": trainable_and_reports(nnx.Param)}
+    expected, gradient = sj.training.loss_and_grad(model, batch, **options)
     placed = shard_model(model, mesh)
     if axes in UP:
         assert placed.stack[0].mlp.up[...].sharding.spec[1:] == UP[axes]
     with jax.set_mesh(mesh):
-        loss, found = sj.training.loss_and_grad(placed, shard_batch(batch, mesh), **ORDERS[order])
+        loss, found = sj.training.loss_and_grad(placed, shard_batch(batch, mesh), **ORDERS[order], **options)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     for mine, theirs, param in zip(*map(jax.tree.leaves, (found, gradient, placed)), strict=True):
-        np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), atol=1e-5, rtol=1e-6)
         if order in ("layer", "chunk"):
             assert mine.sharding.is_equivalent_to(param.sharding, param.ndim)
 

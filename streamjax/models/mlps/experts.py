@@ -16,6 +16,7 @@ from streamjax.models.config import ExpertsConfig
 from streamjax.models.mlps.dense import MLP
 from streamjax.models.mlps.expert_parallel import sum_on_mesh
 from streamjax.models.mlps.routing_losses import with_routing_losses
+from streamjax.models.mlps.routing_report import RoutingReport, with_report
 from streamjax.models.mlps.sorted_experts import ExpertWeights
 from streamjax.models.parameters import kernel, zeros
 
@@ -39,6 +40,7 @@ class Experts(nnx.Module):
         self.router_bias = zeros((experts,), ("router",), dtype) if config.router_bias else None
         self.up_bias = zeros((experts, 2, width), ("expert", "gates", "mlp"), dtype) if config.bias else None
         self.down_bias = zeros((experts, d), ("expert", "activation_embed"), dtype) if config.bias else None
+        self.report: RoutingReport | None = nnx.data(None)  # a place for what the router did, while it trains
         self.shared = None if config.shared is None else MLP(config.shared, d, key_shared, dtype, gain)
         self.shared_gate = kernel(key_gate, (d, 1), ("embed", "gates"), d, dtype) if config.shared_gate else None
 
@@ -87,7 +89,9 @@ class Experts(nnx.Module):
         biases = (None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias))
         weights = ExpertWeights(self.up[...], self.down[...], *biases)
         y = sum_on_mesh(weights, x, experts, shares, self.config)
-        if not (self.config.balance_loss or self.config.z_loss):
-            return y
-        total = self.routing_total or max(1, math.prod(x.shape[:-1]))
-        return with_routing_losses(y, logits, experts, self.config, total)
+        if self.report is not None:
+            y = with_report(y, self.report[...], logits, experts)
+        if self.config.balance_loss or self.config.z_loss:
+            total = self.routing_total or max(1, math.prod(x.shape[:-1]))
+            y = with_routing_losses(y, logits, experts, self.config, total)
+        return y

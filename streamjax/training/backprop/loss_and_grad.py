@@ -27,7 +27,7 @@ from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
-from streamjax.training.backprop.routing_totals import with_routing_total
+from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition

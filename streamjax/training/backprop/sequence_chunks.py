@@ -22,7 +22,9 @@ from streamjax.attention.block_cutting import cut_blocks
 from streamjax.attention.blockwise import block_sizes
 from streamjax.models.block import Block
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.mlps.routing_report import RoutingReport
 from streamjax.parallel.rules import constrain
+from streamjax.training.backprop.trainable_parameters import is_parameter
 from streamjax.training.objectives.objective import Batch
 
 
@@ -204,7 +206,12 @@ def whole_view(sequence: ChunkedSequence, i: Any, row: Any = 0) -> KVView:
 
 def zeros_like(params: Any, dtype: Any = None) -> Any:
     """Zeros in which gradients of parameters are summed over chunks; in float32 at least where `dtype` is None."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or accumulator(x.dtype)), params)
+
+    def zeros(node: Any) -> Any:
+        exact = isinstance(node, RoutingReport)  # counts
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, (not exact and dtype) or accumulator(x.dtype)), node)
+
+    return jax.tree.map(zeros, params, is_leaf=is_parameter)
 
 
 def add(total: Any, part: Any) -> Any:

@@ -30,7 +30,7 @@ from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
 from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
-from streamjax.training.backprop.routing_totals import with_routing_total
+from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective
 

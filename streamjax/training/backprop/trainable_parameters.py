@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 Tree = TypeVar("Tree")
-Trainable = type[nnx.Variable]  # parameters of this type are trained, all others are constants
+Trainable = type[nnx.Variable] | tuple[type[nnx.Variable], ...]  # parameters of these types are trained, no others
 
 
 def is_parameter(node: Any) -> bool:

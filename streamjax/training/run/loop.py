@@ -239,6 +239,7 @@ class _Run:
                 "loss": loss,
                 "grad_norm": float(values[-1]["grad_norm"]),
                 "param_norm": float(values[-1]["param_norm"]),
+                **{name: float(x) for name, x in values[-1].items() if name.startswith(("expert_", "router_"))},
                 "learning_rate": float(self.schedule(self.step - 1)),
                 "tokens_per_second": round(speed, 1),
             }

@@ -15,10 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
+from streamjax.models.mlps.routing_report import RoutingReport
 from streamjax.streaming.state import StreamState
 from streamjax.training.backprop.loss_and_grad import Batch, check_method, loss_and_grad, loss_sum
+from streamjax.training.backprop.routing import routing_metrics, take_reports, trainable_and_reports, with_reports
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
-from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
+from streamjax.training.backprop.trainable_parameters import Trainable, combine, is_parameter, partition
 from streamjax.training.objectives.objective import CrossEntropy
 from streamjax.training.run.state import TrainState
 
@@ -58,8 +60,13 @@ def accumulate_gradients(
 
     def add(sums: tuple[Array, Decoder], part: Batch) -> tuple[tuple[Array, Decoder], None]:
         share = jnp.where(total > 0, objective.count(part) / jnp.where(total > 0, total, 1.0), 0.0)
-        found = loss_and_grad(model, part, **options)
-        return jax.tree.map(lambda x, y: x + y * share.astype(y.dtype), sums, found), None
+
+        def scaled(node: Any) -> Any:
+            is_mean = not isinstance(node, RoutingReport)  # reports are sums
+            return jax.tree.map(lambda x: x * share.astype(x.dtype), node) if is_mean else node
+
+        found = jax.tree.map(scaled, loss_and_grad(model, part, **options), is_leaf=is_parameter)
+        return jax.tree.map(jnp.add, sums, found), None
 
     shapes = jax.eval_shape(partial(loss_and_grad, **options), model, {name: x[0] for name, x in cut.items()})
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -76,8 +83,9 @@ def make_train_step(
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
     Metrics are the loss in nats per token, the global norm of the gradient before clipping, and that of the trained
-    parameters after the step, float32 scalars: a norm that is not finite tells of any value that is not. With a stream
-    in the state the batch is read as its continuation (`streaming_loss_and_grad`).
+    parameters after the step, float32 scalars: a norm that is not finite tells of any value that is not. For models
+    with experts also what their routers did (`routing_metrics`). With a stream in the state the batch is read as its
+    continuation (`streaming_loss_and_grad`).
 
     Args:
       optimizer: turns gradients into updates.
@@ -90,24 +98,25 @@ def make_train_step(
       ValueError: an unknown method.
     """
     check_method(options.get("method", "full"))
-    options = {**options, "trainable": trainable}
+    options = {**options, "trainable": trainable_and_reports(trainable)}
     reading = {name: options[name] for name in ("chunk_size", "logits_chunk", "trainable") if name in options}
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        stream = state.stream
+        stream, reporting = state.stream, with_reports(state.model)
         if stream is None:
-            loss, grads = accumulate_gradients(state.model, batch, accumulation, **options)
+            loss, grads = accumulate_gradients(reporting, batch, accumulation, **options)
         elif accumulation == 1:
-            loss, grads, stream = streaming_loss_and_grad(state.model, stream, batch, **reading)
+            loss, grads, stream = streaming_loss_and_grad(reporting, stream, batch, **reading)
         else:
             raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
+        grads, reports = take_reports(grads)
         params, rest = partition(state.model, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         model = combine(params, rest)
-        return TrainState(model, opt_state, state.step + 1, stream), metrics
+        return TrainState(model, opt_state, state.step + 1, stream), metrics | routing_metrics(reports)
 
     return train_step
 
