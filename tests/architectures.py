@@ -50,6 +50,15 @@ CASES = {
         **{**GROUPED, "head_dim": 6, "intermediate_size_mlp": 20, "no_rope_layers": [1, 0], "moe_layers": [0]},
         **{"attention_chunk_size": 7, "floor_scale": 4, "attn_scale": 0.3, "num_local_experts": 3},
     },
+    "gemma4": {
+        **{**GROUPED, "head_dim": 6, "global_head_dim": 8, "sliding_window": 6, "layer_types": MIXED},
+        **{"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "final_logit_softcapping": 3.0},
+    },
+    "gemma4-experts": {
+        **{**GROUPED, "head_dim": 6, "global_head_dim": 8, "sliding_window": 6, "layer_types": MIXED},
+        **{"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+        "moe_intermediate_size": 5,
+    },
     "deepseek_v2": {
         **LATENT,
         "q_lora_rank": None,
@@ -64,12 +73,9 @@ CASES = {
 
 def tiny_config(case: str) -> ModelConfig:
     """The model of a case; its name starts with the family's."""
-    return read_config(
-        {
-            **CASES[case],
-            "model_type": case.split("-")[0].replace("gemma3", "gemma3_text").replace("llama4", "llama4_text"),
-        }
-    )
+    kind = case.split("-")[0]
+    kind += "_text" if kind in ("gemma3", "llama4", "gemma4") else ""
+    return read_config({**CASES[case], "model_type": kind})
 
 
 def changes_with_length(config: ModelConfig) -> bool:

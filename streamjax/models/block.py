@@ -53,11 +53,12 @@ class Block(nnx.Module):
         self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
         self.mixer_norm = Norm(d_model, config.norm, dtype) if config.pre_norms else None
         self.mixer = build_mixer(config.mixer, d_model, key_mixer, dtype, gain)
-        own = config.pre_norms and not config.shared_norm
+        own = config.pre_norms and not config.shared_norm and not config.mlp.own_norms
         self.mlp_norm = Norm(d_model, config.norm, dtype) if own else None
         self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
         self.mlp_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
+        self.scale = nnx.Param(jnp.ones((1,), dtype), axes=("gates",)) if config.layer_scale else None
 
     def parallel(
         self, x: Float[Array, "B T E"], context: SequenceContext, memory: ReadablePages | None = None
@@ -126,7 +127,10 @@ class Block(nnx.Module):
             x = normed = x + mixed
         y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
         y = self._branch(y, self.mlp_post_norm)
-        return constrain(x + mixed + y if parallel else x + y, "batch", "length", "activation_embed")
+        x = x + mixed + y if parallel else x + y
+        if self.scale is not None:
+            x = x * jax.lax.stop_gradient(self.scale[...]).astype(x.dtype)
+        return constrain(x, "batch", "length", "activation_embed")
 
     def _branch(self, y: Array, norm: Norm | None = None) -> Array:
         """What a branch adds to the residual stream."""

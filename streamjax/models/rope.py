@@ -1,8 +1,9 @@
 """Frequencies of rotary position embeddings and their published scalings, computed in float64.
 
 `default` (2104.09864), `linear` (position interpolation, 2306.15595), `dynamic` (NTK-aware base, as Hugging Face
-defines it), `yarn` (2309.00071), `longrope` (2402.13753) and `llama3` (the Llama 3.1 release). All but `dynamic` and
-`longrope` are fixed; those two depend on the longest distance that is in use, the `span`.
+defines it), `yarn` (2309.00071), `longrope` (2402.13753), `llama3` (the Llama 3.1 release) and `proportional` (the
+Gemma 4 release). All but `dynamic` and `longrope` are fixed; those two depend on the longest distance that is in use,
+the `span`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def make_rotary(config: RopeConfig, head_dim: int, span: int) -> Rotary:
     frequency = config.theta**-exponent
     if config.kind == "default":
         return Rotary.from_frequencies(frequency)
+    if config.kind == "proportional":
+        pairs = np.arange(head_dim // 2)
+        frequency = np.where(pairs < dim // 2, config.theta ** (-2.0 * pairs / head_dim), 0.0)
+        return Rotary.from_frequencies(frequency / config.factor)
     if config.kind == "linear":
         return Rotary.from_frequencies(frequency / config.factor)
     original = config.original_max_position

@@ -28,8 +28,10 @@ def peer(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Modul
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
+            if config.model_type == "gemma4_text" and name.endswith("q_norm.weight"):
+                parameter.mul_(len(parameter) ** -0.5)  # its logits have no factor; without, all attention is sharp
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 

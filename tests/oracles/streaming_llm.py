@@ -69,11 +69,11 @@ def norm(x: np.ndarray, module) -> np.ndarray:
     return y if module.bias is None else y + _value(module.bias)
 
 
-def rope(x: np.ndarray, place: int, theta: float, rotary_dim: int) -> np.ndarray:
-    """Rotate the first `rotary_dim` channels of every head [heads, D] to `place`."""
+def rope(x: np.ndarray, place: int, theta: float, rotary_dim: int, turning: int | None = None) -> np.ndarray:
+    """Rotate the first `rotary_dim` channels of every head [heads, D] to `place`, or `turning` of them, in pairs."""
     half = rotary_dim // 2
     out = x.copy()
-    for d in range(half):
+    for d in range((turning or rotary_dim) // 2):
         angle = place * theta ** (-2 * d / rotary_dim)
         a, b = x[:, d], x[:, d + half]
         out[:, d] = a * math.cos(angle) - b * math.sin(angle)
@@ -90,7 +90,9 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     if config.clip_qkv is not None:
         qkv = np.clip(qkv, -config.clip_qkv, config.clip_qkv)
     group = config.num_heads // config.num_kv_heads
-    q, k, v = qkv[:, :group].reshape(config.num_heads, -1), qkv[:, group], qkv[:, group + 1]
+    q, k, v = qkv[:, :group].reshape(config.num_heads, -1), qkv[:, group], qkv[:, -1]
+    if p.v_norm is not None:
+        v = norm(v, p.v_norm)
     if p.q_norm is not None:
         whole = config.qk_norm_over == "projection"
         q, k = (
@@ -103,8 +105,11 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     def turn(heads: np.ndarray, at: int) -> np.ndarray:
         if config.rope is None:
             return heads
-        assert config.rope.kind == "default", "the oracle knows plain RoPE only"
-        return rope(heads, at, config.rope.theta, config.rope.rotary_dim or config.head_dim)
+        width, turning = config.head_dim, config.rope.rotary_dim or config.head_dim
+        if config.rope.kind == "proportional":
+            return rope(heads, at, config.rope.theta, width, turning)
+        assert config.rope.kind == "default", "the oracle knows these two kinds of RoPE only"
+        return rope(heads, at, config.rope.theta, turning)
 
     query = turn(q, places[-1])
     if config.temperature is not None:
@@ -160,9 +165,9 @@ def latent_attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarra
     return np.tensordot(out, _value(p.out), axes=2)
 
 
-def experts(module, config, x: np.ndarray) -> np.ndarray:
-    """The chosen experts one after the other, and the shared one."""
-    scores = x @ _value(module.router)
+def experts(module, config, x: np.ndarray, routed: np.ndarray | None = None) -> np.ndarray:
+    """The chosen experts one after the other, and the shared one; the router may read something else."""
+    scores = (x if routed is None else routed) @ _value(module.router)
     if config.router_bias:
         scores = scores + _value(module.router_bias)
     if config.scores == "sigmoid":
@@ -180,6 +185,7 @@ def experts(module, config, x: np.ndarray) -> np.ndarray:
     y = np.zeros_like(x)
     for expert in chosen:
         weight = config.weight_scale * scores[expert] / total
+        weight *= _value(module.expert_scale)[expert] if config.expert_scale else 1.0
         read = x * weight if config.weighted == "inputs" else x
         gate, up = np.tensordot(read, _value(module.up)[expert], axes=1) + (
             _value(module.up_bias)[expert] if config.bias else 0.0
@@ -200,6 +206,11 @@ def experts(module, config, x: np.ndarray) -> np.ndarray:
 def mlp(module, config, x: np.ndarray) -> np.ndarray:
     if hasattr(config, "num_experts"):
         return experts(module, config, x)
+    if hasattr(config, "experts"):
+        routed = norm(x, module.router_norm) / math.sqrt(len(x))
+        dense = mlp(module.dense, config.dense, norm(x, module.dense_norm))
+        chosen = experts(module.experts, config.experts, norm(x, module.experts_norm), routed)
+        return norm(dense, module.dense_post_norm) + norm(chosen, module.experts_post_norm)
     hidden = np.tensordot(x, _value(module.up), axes=1)  # [gates, width]
     if module.up_bias is not None:
         hidden = hidden + _value(module.up_bias)
@@ -224,8 +235,10 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     if config.residual == "sequential":
         x = x + mixed
         mixed = 0.0
-    y = mlp(layer.mlp, config.mlp, normed if config.shared_norm else before(x, layer.mlp_norm))
-    return x + mixed + behind(y, layer.mlp_post_norm)
+    own = hasattr(config.mlp, "experts")
+    y = mlp(layer.mlp, config.mlp, normed if config.shared_norm else x if own else before(x, layer.mlp_norm))
+    y = x + mixed + behind(y, layer.mlp_post_norm)
+    return y if layer.scale is None else y * _value(layer.scale)
 
 
 def _own_rule(mixer) -> Rule | None:

@@ -11,7 +11,7 @@ from streamjax.field_checks import from_plain
 from streamjax.models.config.attention import AttentionConfig, TemperatureConfig
 from streamjax.models.config.block import BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
-from streamjax.models.config.experts import ExpertsConfig
+from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.model import ModelConfig
@@ -22,6 +22,7 @@ from streamjax.models.config.uniform import UniformConfig
 __all__ = [
     "AttentionConfig",
     "BlockConfig",
+    "DenseAndExpertsConfig",
     "DenseConfig",
     "ExpertsConfig",
     "HSAConfig",

@@ -41,6 +41,8 @@ class AttentionConfig:
     softcap: logits become `softcap * tanh(logits / softcap)`.
     qk_norm: of queries and keys, before they rotate.
     qk_norm_over: a head's channels, or those of all heads together (OLMo 2).
+    value_norm: of each head's values.
+    value_is_key: values are keys before their norm and rotation: one projection makes both (Gemma 4).
     clip_qkv: bound on the values of queries, keys and values.
     sink_logits: each head has a learned logit in its softmax that stands for no token and has no value (gpt-oss).
     """
@@ -60,6 +62,8 @@ class AttentionConfig:
     softcap: Positive | None = None
     qk_norm: NormConfig | None = None
     qk_norm_over: Literal["head", "projection"] = "head"
+    value_norm: NormConfig | None = None
+    value_is_key: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     clip_qkv: Positive | None = None
@@ -90,6 +94,11 @@ class AttentionConfig:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def members(self) -> int:
+        """Projections of a key/value head's group: its query heads, its key and, if that is another one, its value."""
+        return self.group_size + 2 - self.value_is_key
+
+    @property
     def softmax_scale(self) -> float:
         """Factor on query-key products."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
@@ -116,9 +125,10 @@ class AttentionConfig:
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
-        heads = self.num_heads + 2 * self.num_kv_heads
+        heads = self.num_kv_heads * self.members
         weights = (heads + self.num_heads) * self.head_dim * d_model
         biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
         weights += self.sink_logits * self.num_heads
         norms = 0 if self.qk_norm is None else sum(map(self.qk_norm.parameter_count, self.qk_norm_widths))
+        norms += 0 if self.value_norm is None else self.value_norm.parameter_count(self.head_dim)
         return weights + biases + norms

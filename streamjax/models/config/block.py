@@ -8,12 +8,12 @@ from typing import Any, Literal, TypeAlias
 from streamjax.field_checks import Positive, check_fields, hashed_once
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
-from streamjax.models.config.experts import ExpertsConfig
+from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
 
 MixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
-MLPConfig: TypeAlias = DenseConfig | ExpertsConfig
+MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 
 
 @hashed_once
@@ -26,6 +26,7 @@ class BlockConfig:
     residual: "sequential": the MLP reads what the mixer has added to; "parallel": both read the layer's input.
     shared_norm: in a parallel layer, one norm feeds both branches (Falcon 7B).
     residual_scale: factor on what a branch adds to the residual stream.
+    layer_scale: the layer's output is multiplied by a number that its weights hold and training leaves alone (Gemma 4).
     """
 
     mixer: MixerConfig
@@ -36,11 +37,14 @@ class BlockConfig:
     residual: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
     residual_scale: Positive = 1.0
+    layer_scale: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.shared_norm and self.residual != "parallel":
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
+        if self.mlp.own_norms and self.residual == "parallel":
+            raise ValueError("BlockConfig.mlp has norms of its own: it needs residual='sequential'")
         if not self.pre_norms and (self.shared_norm or not self.post_norms):
             raise ValueError("BlockConfig.pre_norms=False needs post_norms=True and shared_norm=False")
 
@@ -51,9 +55,10 @@ class BlockConfig:
     @property
     def norm_count(self) -> int:
         """How many norms of `d_model` channels the layer has."""
-        return (1 if self.shared_norm else 2) * self.pre_norms + 2 * self.post_norms
+        before = 1 if self.shared_norm or self.mlp.own_norms else 2
+        return before * self.pre_norms + 2 * self.post_norms
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
         parts = self.mixer.parameter_count(d_model) + self.mlp.parameter_count(d_model)
-        return parts + self.norm_count * self.norm.parameter_count(d_model)
+        return parts + self.norm_count * self.norm.parameter_count(d_model) + self.layer_scale

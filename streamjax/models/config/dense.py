@@ -15,6 +15,7 @@ class DenseConfig:
     """An MLP of width `mlp_dim`: gated (SwiGLU, 2002.05202) or plain."""
 
     type_name: ClassVar[str] = "dense"
+    own_norms: ClassVar[bool] = False  # whether it norms what it reads by itself
 
     mlp_dim: Size
     gated: bool = True

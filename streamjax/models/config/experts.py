@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from streamjax.field_checks import NotNegative, Positive, Size, check_fields
 from streamjax.models.config.dense import Activation, DenseConfig
+from streamjax.models.config.norm import NormConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ExpertsConfig:
     group_rank: a group counts by its best expert, or by the sum of its two best (DeepSeek-V3).
     selection_bias: scores have a bias for each expert while experts are chosen, which their weights do not see.
     weight_scale: factor on the weights.
+    expert_scale: an expert's weights are multiplied by a learned number of its own (Gemma 4).
     weighted: what the weights multiply: what an expert returns, or what it reads (Llama 4).
     shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
     balance_loss, z_loss: coefficients of the losses that keep a router's choices even (2101.03961) and its logits small
@@ -31,6 +33,7 @@ class ExpertsConfig:
     """
 
     type_name: ClassVar[str] = "experts"
+    own_norms: ClassVar[bool] = False
 
     num_experts: Size
     experts_per_token: Size
@@ -51,6 +54,7 @@ class ExpertsConfig:
     group_rank: Literal["best", "two best"] = "best"
     selection_bias: bool = False
     weight_scale: Positive = 1.0
+    expert_scale: bool = False
     weighted: Literal["outputs", "inputs"] = "outputs"
 
     def __post_init__(self) -> None:
@@ -77,5 +81,31 @@ class ExpertsConfig:
         """Number of parameters in a model of `d_model` channels."""
         shared = 0 if self.shared is None else self.shared.parameter_count(d_model) + self.shared_gate * d_model
         biases = self.bias * (2 * self.mlp_dim + d_model) + self.router_bias
-        shared += self.selection_bias * self.num_experts
+        shared += (self.selection_bias + self.expert_scale) * self.num_experts
         return self.num_experts * (d_model + 3 * d_model * self.mlp_dim + biases) + shared
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAndExpertsConfig:
+    """A dense MLP and a mixture of experts beside each other, whose outputs are added (Gemma 4).
+
+    Each has norms of its own before and behind it, and the router one that it reads through; all read what the layer
+    hands on unnormed.
+
+    norm: of all five.
+    """
+
+    type_name: ClassVar[str] = "dense_and_experts"
+    own_norms: ClassVar[bool] = True
+
+    dense: DenseConfig
+    experts: ExpertsConfig
+    norm: NormConfig = NormConfig()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def parameter_count(self, d_model: int) -> int:
+        """Number of parameters in a model of `d_model` channels."""
+        parts = self.dense.parameter_count(d_model) + self.experts.parameter_count(d_model)
+        return parts + 5 * self.norm.parameter_count(d_model)

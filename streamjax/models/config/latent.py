@@ -43,6 +43,7 @@ class LatentAttentionConfig:
     # What other mixers choose and this one does not have.
     window: ClassVar[None] = None
     chunk: ClassVar[None] = None
+    value_is_key: ClassVar[bool] = False
     reach: ClassVar[None] = None
     sinks: ClassVar[int] = 0
     softcap: ClassVar[None] = None
@@ -82,6 +83,11 @@ class LatentAttentionConfig:
     def group_size(self) -> int:
         """Query heads of the one key."""
         return self.num_heads
+
+    @property
+    def members(self) -> int:
+        """Projections of the key's group, as a fused one of plain attention would have them."""
+        return self.group_size + 2
 
     @property
     def softmax_scale(self) -> float:

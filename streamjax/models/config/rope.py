@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from streamjax.field_checks import Interval, NotNegative, Positive, Size, check_fields
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,10 @@ class RopeConfig:
     """Rotary position embedding: base, width and one of the published ways to scale it to longer contexts.
 
     `rotary_dim` is the number of leading channels of a head that rotate (`None`: all of them); an odd one rotates one
-    channel more, at the frequencies of the odd width, as GPT-NeoX does. Fields that a kind does not use play no part.
-    Names follow Hugging Face's `rope_scaling`, whose meaning they have.
+    channel more, at the frequencies of the odd width, as GPT-NeoX does. Of kind "proportional" (Gemma 4) as many
+    rotate, spread over both halves of the head: pairs and frequencies are the whole head's, and those of the rest are
+    0. Fields that a kind does not use play no part. Names follow Hugging Face's `rope_scaling`, whose meaning they
+    have.
     """
 
     theta: Annotated[float, Interval(1, above=True)] = 10_000.0
@@ -39,8 +41,8 @@ class RopeConfig:
         check_fields(self)
         if self.kind in ("dynamic", "llama3", "yarn", "longrope") and self.original_max_position is None:
             raise ValueError(f"RopeConfig.kind {self.kind!r} needs a positive original_max_position")
-        if self.rotary_dim is not None and self.rotary_dim % 2 and self.kind == "yarn":
-            raise ValueError(f"RopeConfig.rotary_dim is {self.rotary_dim}: it must be even for yarn")
+        if self.rotary_dim is not None and self.rotary_dim % 2 and self.kind in ("yarn", "proportional"):
+            raise ValueError(f"RopeConfig.rotary_dim is {self.rotary_dim}: it must be even for {self.kind}")
         # llama3's two may be equal, with no blend between long wavelengths and short ones (Llama 4 Scout).
         for kind, low, high, wanted in (
             ("llama3", "low_freq_factor", "high_freq_factor", "not be smaller"),
@@ -61,6 +63,10 @@ class RopeConfig:
         width = head_dim if self.rotary_dim is None else self.rotary_dim
         if self.rotary_dim is None and head_dim % 2:
             raise ValueError(f"AttentionConfig.head_dim {head_dim} is odd: set RopeConfig.rotary_dim to an even width")
+        if head_dim % 2 and self.kind == "proportional":
+            raise ValueError(
+                f"AttentionConfig.head_dim {head_dim} is odd: RopeConfig.kind 'proportional' has pairs of all"
+            )
         if width + width % 2 > head_dim:
             raise ValueError(f"RopeConfig.rotary_dim {width} does not fit in head_dim {head_dim}")
         if self.kind == "dynamic" and width <= 2:

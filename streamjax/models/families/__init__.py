@@ -21,6 +21,7 @@ from streamjax.models.families.exaone4 import EXAONE4
 from streamjax.models.families.falcon import FALCON
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
+from streamjax.models.families.gemma4 import GEMMA4
 from streamjax.models.families.glm4 import GLM4
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.gpt_oss import GPT_OSS
@@ -45,7 +46,7 @@ _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
-    *(LLAMA4,),
+    *(LLAMA4, GEMMA4),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

@@ -20,6 +20,7 @@ _SCALES = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
     "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+    "proportional": ("factor",),
 }
 _REQUIRED = {
     "linear": ("factor",),
@@ -104,9 +105,15 @@ def parse_rope(
     partial_allowed: bool = False,
     original: int | None = None,
     aliases: Mapping[str, str] | None = None,
+    proportional: bool = False,
 ) -> RopeConfig:
-    """A RopeConfig from one `rope_scaling` or `rope_parameters` dictionary; what it lacks comes from the arguments."""
-    kind, values = _scale_fields(scaling, aliases or {})
+    """A RopeConfig from one `rope_scaling` or `rope_parameters` dictionary; what it lacks comes from the arguments.
+
+    `proportional`: whether the architecture has that kind, which takes any fraction.
+    """
+    kind, values = _scale_fields(scaling, aliases or {}, proportional)
+    if kind == "proportional":
+        partial_allowed = True
     if kind == "dynamic":
         values["original_max_position"] = max_position
     elif kind in _ORIGINAL:
@@ -121,6 +128,8 @@ def parse_rope(
     if not 0 < fraction <= 1:
         raise ValueError(f"field 'partial_rotary_factor' is {fraction}; it must be above 0 and at most 1")
     rotary_dim = int(head_dim * fraction)
+    if kind == "proportional":
+        rotary_dim -= rotary_dim % 2
     base = _value(scaling, "rope_theta")
     return RopeConfig(
         theta=float(theta if base is None else base),
@@ -130,12 +139,15 @@ def parse_rope(
     )
 
 
-def _scale_fields(scaling: Mapping[str, Any], aliases: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def _scale_fields(
+    scaling: Mapping[str, Any], aliases: Mapping[str, str], proportional: bool
+) -> tuple[str, dict[str, Any]]:
     """The kind of a scaling and the fields of RopeConfig that it sets."""
     named = scaling.get("rope_type") or scaling.get("type") or "default"
     kind = aliases.get(named, named) if isinstance(named, str) else named
-    if not isinstance(kind, str) or kind not in _SCALES:
-        raise ValueError(f"rope_scaling has rope_type {named!r}; streamjax has {', '.join(_SCALES)}")
+    known = [name for name in _SCALES if proportional or name != "proportional"]
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"rope_scaling has rope_type {named!r}; streamjax has {', '.join(known)}")
     unknown = sorted(k for k in set(scaling) - _COMMON - _IGNORED - set(_SCALES[kind]) if scaling[k] is not None)
     if unknown:
         raise ValueError(f"rope_scaling field {unknown[0]!r} is not implemented for rope_type {named!r}")

@@ -23,6 +23,8 @@ def qkv(block: BlockConfig, prefix: str, pairs: int = 0) -> Entries:
     """Queries, keys and values as three projections; `pairs`: see `Source`."""
     group = block.mixer.group_size
     parts = {"q_proj": (0, group), "k_proj": (group, group + 1), "v_proj": (group + 1, group + 2)}
+    if block.mixer.value_is_key:
+        del parts["v_proj"]
 
     def source(name: str, leaf: str, pattern: str) -> Source:
         return Source(f"{prefix}.{name}.{leaf}", pattern, parts[name], pairs=0 if name == "v_proj" else pairs)
@@ -66,11 +68,11 @@ def experts(router: str, prefix: str, names: tuple[str, str, str]) -> Entries:
     }
 
 
-def packed_experts(prefix: str) -> Entries:
+def packed_experts(prefix: str, path: str = "layers.mlp") -> Entries:
     """The experts' projections as transformers 5 holds them: one tensor for all gates and ups, one for all downs."""
     return {
-        "layers.mlp.up": (Source(f"{prefix}.gate_up_proj", "x (g f) e -> x e g f"),),
-        "layers.mlp.down": (Source(f"{prefix}.down_proj", "x e f -> x f e"),),
+        f"{path}.up": (Source(f"{prefix}.gate_up_proj", "x (g f) e -> x e g f"),),
+        f"{path}.down": (Source(f"{prefix}.down_proj", "x e f -> x f e"),),
     }
 
 

@@ -129,7 +129,7 @@ def places(config: BlockConfig) -> dict[str, Place]:
         else {
             "q": Place("projections", "qkv", 1, (0, group)),
             "k": Place("projections", "qkv", 1, (group, group + 1)),
-            "v": Place("projections", "qkv", 1, (group + 1, group + 2)),
+            **({} if config.mixer.value_is_key else {"v": Place("projections", "qkv", 1, (group + 1, group + 2))}),
             "o": Place("projections", "out", 3, None),
         }
     )

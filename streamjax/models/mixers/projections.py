@@ -17,18 +17,20 @@ from streamjax.models.parameters import kernel, product, zeros
 class Projections(nnx.Module):
     """Queries, keys and values from one fused product, and the product back to the residual stream.
 
-    `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value, so that
-    one product reads the input once and tensor parallelism splits over key/value heads. Adapters (`lora.py`) change
-    members of it: all queries of a group, its key, or its value. `gain` scales the initial weights of `out`.
+    `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value (which is
+    left out where values are keys), so that one product reads the input once and tensor parallelism splits over
+    key/value heads. Adapters (`lora.py`) change members of it: all queries of a group, its key, or its value. `gain`
+    scales the initial weights of `out`.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         d, kv, group, width = d_model, config.num_kv_heads, config.group_size, config.head_dim
+        members = config.members
         self.config = config
         key_in, key_out = jax.random.split(key)
         axes = ("embed", "kv_heads", "group", "head_dim")
-        self.qkv = kernel(key_in, (d, kv, group + 2, width), axes, d, dtype)
-        self.qkv_bias = zeros((kv, group + 2, width), axes[1:], dtype) if config.qkv_bias else None
+        self.qkv = kernel(key_in, (d, kv, members, width), axes, d, dtype)
+        self.qkv_bias = zeros((kv, members, width), axes[1:], dtype) if config.qkv_bias else None
         axes = ("kv_heads", "group", "head_dim", "embed")
         self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
         self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
@@ -37,6 +39,7 @@ class Projections(nnx.Module):
             None if config.qk_norm is None else Norm(n, config.qk_norm, dtype, of_norm) for n in config.qk_norm_widths
         ]
         self.q_norm, self.k_norm = norms
+        self.v_norm = None if config.value_norm is None else Norm(width, config.value_norm, dtype, "head_dim")
         self.q_lora: Adapter | None = nnx.data(None)
         self.k_lora: Adapter | None = nnx.data(None)
         self.v_lora: Adapter | None = nnx.data(None)
@@ -64,9 +67,9 @@ class Projections(nnx.Module):
             qkv = qkv + self.qkv_bias[:, first:].astype(x.dtype)
         return qkv if self.config.clip_qkv is None else jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
 
-    def _keys(self, pair: Float[Array, "B T K 2 D"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-        k, v = pair[..., 0, :], pair[..., 1, :]
-        return self._normed(k, self.k_norm), v
+    def _keys(self, pair: Float[Array, "B T K m D"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        k, v = pair[..., 0, :], pair[..., -1, :]  # one of both where values are keys
+        return self._normed(k, self.k_norm), v if self.v_norm is None else self.v_norm(v)
 
     def _normed(self, x: Float[Array, "B T N D"], norm: Norm | None) -> Float[Array, "B T N D"]:
         if norm is None or self.config.qk_norm_over == "head":

@@ -37,6 +37,8 @@ class Experts(nnx.Module):
         self.selection_bias = zeros((experts,), ("router",), dtype) if config.selection_bias else None
         self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype)
         self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain)
+        scale = jnp.ones((experts,), dtype) if config.expert_scale else None
+        self.expert_scale = None if scale is None else nnx.Param(scale, axes=("router",))
         self.router_bias = zeros((experts,), ("router",), dtype) if config.router_bias else None
         self.up_bias = zeros((experts, 2, width), ("expert", "gates", "mlp"), dtype) if config.bias else None
         self.down_bias = zeros((experts, d), ("expert", "activation_embed"), dtype) if config.bias else None
@@ -69,6 +71,8 @@ class Experts(nnx.Module):
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.config.normalize_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale[...].astype(weights.dtype)[experts]
         return experts, weights * self.config.weight_scale
 
     def _choose(self, scores: Float[Array, "B T X"]) -> Int32[Array, "B T A"]:
@@ -82,9 +86,9 @@ class Experts(nnx.Module):
             scores = rearrange(jnp.where(open_[..., None], grouped, -jnp.inf), "b t g x -> b t (g x)")
         return jax.lax.top_k(scores, config.experts_per_token)[1]
 
-    def chosen(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """What the chosen experts make of the tokens."""
-        logits = self.logits(x)
+    def chosen(self, x: Float[Array, "B T E"], routed: Float[Array, "B T E"] | None = None) -> Float[Array, "B T E"]:
+        """What the chosen experts make of the tokens; the router reads `routed` where that is something else."""
+        logits = self.logits(x if routed is None else routed)
         experts, shares = self.route(logits)
         biases = (None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias))
         weights = ExpertWeights(self.up[...], self.down[...], *biases)

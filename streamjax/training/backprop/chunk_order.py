@@ -67,8 +67,8 @@ class LayerGroup(NamedTuple):
 
     def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
         """Zeros for the keys of all tokens, or (`local`) for the gradients of those that a chunk may see."""
-        block, rows = self.rows.any_layer(), self.rows.count if self.rows.stacked else 1
-        return [KVBuffer.zeros(block, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
+        rows = self.rows.count if self.rows.stacked else 1
+        return [KVBuffer.zeros(s.attention, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
 
     def forward(
         self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: ChunkedSequence, write: bool

@@ -68,7 +68,7 @@ def layer_forward(
         y = block.combine(own, part.out, read)
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
-    buffer = KVBuffer.zeros(block, 1, x.shape[1], sequence.slots, x.dtype)
+    buffer = KVBuffer.zeros(block.mixer.config, 1, x.shape[1], sequence.slots, x.dtype)
     x, _, memory = jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer, memory))
     return x, memory
 
@@ -96,7 +96,7 @@ def layer_backward(
         k, v = block.keys(x, sequence.context(i))
         return buffer.write(k, v, 0, i * sequence.chunk_size)
 
-    empty = KVBuffer.zeros(block, 1, batch, sequence.slots, d_y.dtype)
+    empty = KVBuffer.zeros(block.mixer.config, 1, batch, sequence.slots, d_y.dtype)
     buffer = inputs.each(keys, empty)
 
     def chunk(
@@ -119,7 +119,7 @@ def layer_backward(
         )
         return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads, d_memory
 
-    grads = KVBuffer.zeros(block, 1, batch, sequence.slots, options.kv_grad_dtype)
+    grads = KVBuffer.zeros(block.mixer.config, 1, batch, sequence.slots, options.kv_grad_dtype)
     sums = zeros_like(params, options.grad_dtype)
     total, d_x, _, d_memory = inputs.each_back(chunk, (sums, d_y, grads, d_memory))
     return total, d_x, d_memory

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from streamjax.models.block import Block
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
+from streamjax.models.mlps.dense_and_experts import DenseAndExperts
 from streamjax.models.mlps.experts import Experts
 from streamjax.models.mlps.routing_report import Report, RoutingReport
 from streamjax.training.backprop.trainable_parameters import Trainable
@@ -26,8 +28,8 @@ Model = TypeVar("Model", bound=Decoder)
 
 def with_routing_total(model: Model, tokens: int | None) -> Model:
     """A model, or a tree shaped as one, whose routers' losses are means over `tokens` tokens; None: of each call."""
-    experts = (block.mlp for block in model.config.blocks if isinstance(block.mlp, ExpertsConfig))
-    if not any(mlp.balance_loss or mlp.z_loss for mlp in experts):
+    parts = (getattr(block.mlp, "experts", block.mlp) for block in model.config.blocks)
+    if not any(mlp.balance_loss or mlp.z_loss for mlp in parts if isinstance(mlp, ExpertsConfig)):
         return model
     copy, mlps = _copy(model)
     for mlp in mlps:
@@ -54,8 +56,9 @@ def take_reports(grads: Model) -> tuple[Model, dict[int, Float[Array, " S"]]]:
     reports = {}
     for index in range(grads.config.num_layers):
         block, row = grads.layer_and_row(index)
-        if isinstance(block.mlp, Experts) and block.mlp.report is not None:
-            reports[index] = block.mlp.report[...] if row is None else block.mlp.report[...][row]
+        mlp = _experts(block)
+        if mlp is not None and mlp.report is not None:
+            reports[index] = mlp.report[...] if row is None else mlp.report[...][row]
     copy, mlps = _copy(grads)
     for mlp in mlps:
         mlp.report = nnx.data(None)
@@ -83,4 +86,11 @@ def _copy(model: Model) -> tuple[Model, list[Experts]]:
     """A copy of a model that shares its arrays, and the mixtures of experts in it."""
     leaves, structure = jax.tree.flatten(model)
     copy: Model = jax.tree.unflatten(structure, leaves)
-    return copy, [block.mlp for block in (*copy.stack, *copy.layers) if isinstance(block.mlp, Experts)]
+    return copy, [mlp for block in (*copy.stack, *copy.layers) if (mlp := _experts(block)) is not None]
+
+
+def _experts(block: Block) -> Experts | None:
+    """The mixture of experts of a layer, or of a stack of layers; it may stand beside a dense MLP."""
+    if isinstance(block.mlp, DenseAndExperts):
+        return block.mlp.experts
+    return block.mlp if isinstance(block.mlp, Experts) else None

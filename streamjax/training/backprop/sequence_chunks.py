@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks
 from streamjax.attention.blockwise import block_sizes
-from streamjax.models.block import Block
+from streamjax.models.config import MixerConfig
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.models.mlps.routing_report import RoutingReport
 from streamjax.parallel.rules import constrain
@@ -123,8 +123,7 @@ class KVBuffer(NamedTuple):
     v: Float[Array, "R B K S D"]
 
     @classmethod
-    def zeros(cls, block: Block, rows: int, batch: int, slots: int, dtype: Any) -> KVBuffer:
-        config = block.mixer.config
+    def zeros(cls, config: MixerConfig, rows: int, batch: int, slots: int, dtype: Any) -> KVBuffer:
         shape = (rows, batch, config.num_kv_heads, slots, config.head_dim)
         axes = (None, "batch", "kv_heads", None, "head_dim")
         return cls(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))

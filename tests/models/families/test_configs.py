@@ -29,8 +29,9 @@ def test_published_configs(name):
     assert read_config(newer) == config
     with torch.device("meta"):
         peer = hf.AutoModelForCausalLM.from_config(theirs)
-    biases = [buffer for name, buffer in peer.named_buffers() if name.endswith("e_score_correction_bias")]
-    assert config.parameter_count == sum(parameter.numel() for parameter in (*peer.parameters(), *biases))
+    ends = ("e_score_correction_bias", "layer_scalar")
+    others = [buffer for name, buffer in peer.named_buffers() if name.endswith(ends)]
+    assert config.parameter_count == sum(parameter.numel() for parameter in (*peer.parameters(), *others))
     assert read_config(write_config(config)) == config
 
 

@@ -52,6 +52,15 @@ def llama4(**options):
     return hf.Llama4TextConfig(**{**FOUR, **MORE, **sizes, **tuned, **options})
 
 
+def gemma4(**options):
+    sizes = {"head_dim": 12, "global_head_dim": 16, "sliding_window": 6, "hidden_size_per_layer_input": 0}
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    return hf.Gemma4TextConfig(**{**FOUR, **MORE, **sizes, "layer_types": types, **options})
+
+
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 12}
+
+
 def phi3(**options):
     return hf.Phi3Config(**{**BASE, "bos_token_id": 1, "eos_token_id": 2, **options})
 
@@ -163,6 +172,23 @@ CASES = {
     ),
     "llama4-layer-types": lambda: llama4(
         layer_types=["full_attention", "chunked_attention"] * 2, no_rope_layers=[1, 0, 0, 1], head_dim=20
+    ),
+    "gemma4": lambda: gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=3.0),
+    "gemma4-experts": lambda: gemma4(**GEMMA4_EXPERTS, attention_k_eq_v=True, num_global_key_value_heads=4),
+    "gemma4-biases-untied": lambda: gemma4(attention_bias=True, attention_k_eq_v=True, tie_word_embeddings=False),
+    "gemma4-experts-all-values": lambda: gemma4(
+        **{**GEMMA4_EXPERTS, "top_k_experts": 5},
+        num_key_value_heads=1,
+        global_head_dim=24,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.4,
+                "rope_theta": 500.0,
+                "factor": 2.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**NEOX),
     "gpt_neox-sequential": lambda: hf.GPTNeoXConfig(

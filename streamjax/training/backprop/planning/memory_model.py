@@ -17,7 +17,15 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import BlockConfig, ExpertsConfig, MLPConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.config import (
+    BlockConfig,
+    DenseAndExpertsConfig,
+    ExpertsConfig,
+    MLPConfig,
+    ModelConfig,
+    UniformConfig,
+    expanded,
+)
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
 from streamjax.training.backprop.sequence_chunks import key_block
 from streamjax.training.backprop.storage.kv_store import KeyStore
@@ -133,6 +141,8 @@ def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: 
 
 def _mlp_working(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
     """`working_bytes` of an MLP, for one token."""
+    if isinstance(mlp, DenseAndExpertsConfig):
+        return sum(_mlp_working(part, d_model, item, wide) for part in (mlp.dense, mlp.experts)) + 5 * d_model * wide
     if isinstance(mlp, ExpertsConfig):
         each = (4 * mlp.mlp_dim + 2 * d_model) * item
         shared = 0 if mlp.shared is None else _mlp_working(mlp.shared, d_model, item, wide)
@@ -142,6 +152,8 @@ def _mlp_working(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
 
 def _mlp_saved(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
     """`saved_bytes` of an MLP, for one token."""
+    if isinstance(mlp, DenseAndExpertsConfig):
+        return sum(_mlp_saved(part, d_model, item, wide) for part in (mlp.dense, mlp.experts)) + 15 * d_model * wide
     steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
     if isinstance(mlp, ExpertsConfig):
         steps += 3 * (mlp.swiglu_limit is not None)
@@ -233,7 +245,7 @@ class _Terms:
         members of a group and their channels padded to its tiles of 8 x 128."""
         nested, tiles = self.stacked and self.fused, 0
         for mixer in (block.mixer for block in self.config.blocks):
-            tile = math.ceil((mixer.group_size + 2) / 8) * 8 * math.ceil(mixer.head_dim / 128) * 128
+            tile = math.ceil(mixer.members / 8) * 8 * math.ceil(mixer.head_dim / 128) * 128
             tiles += mixer.num_kv_heads * tile
         size = 2 * self.config.d_model * tiles * self.param
         return {"copied weights": size // self.shards if nested else 0}

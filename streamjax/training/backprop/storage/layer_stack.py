@@ -64,10 +64,6 @@ class LayerStack:
         gather = self.reduction.gather
         return gather(params, self.split_params[index]), gather(rest, self.split_rest[index])
 
-    def any_layer(self) -> Block:
-        """A layer, for what all of them share: the model's configuration."""
-        return self.params[0]
-
     def block_config(self, row: Any, position: int) -> BlockConfig:
         """What distinguishes the layer; of stacked ones it is the same in every row."""
         return self.config.blocks[self.first + (position if self.stacked else row)]
