@@ -20,6 +20,7 @@ from streamjax.kv import current_chunk
 from streamjax.kv.pages import boundaries, disk_files, indexes
 from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, sink, sink_window, window
 from streamjax.models.config import (
+    DenseAndExpertsConfig,
     DenseConfig,
     ExpertsConfig,
     HSAConfig,
@@ -59,6 +60,7 @@ EXAMPLES = [
     MODEL.expand().blocks[0],
     MODEL.expand().blocks[0].mixer,
     MODEL.expand().blocks[0].mlp,
+    DenseAndExpertsConfig(DenseConfig(8), ExpertsConfig(4, 2, 8)),
     ExpertsConfig(4, 2, 8, shared=DenseConfig(8), shared_gate=True),
     NormConfig(),
     LatentAttentionConfig(4, 16, 8, 4, 8, rope=RopeConfig(rotary_dim=4)),

@@ -28,7 +28,7 @@ def peer(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Modul
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(0.3 * noise + (1.0 if name.endswith("weight") else 0.0))
-            if config.model_type == "gemma4_text" and name.endswith("q_norm.weight"):
+            if config.model_type in ("gemma4_text", "gemma4_unified_text") and name.endswith("q_norm.weight"):
                 parameter.mul_(len(parameter) ** -0.5)  # its logits have no factor; without, all attention is sharp
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "layer_scalar")):

@@ -1,4 +1,4 @@
-"""Gemma 4 (Google, 2026; 26B-A4B and 31B): wide global heads whose keys are values, and experts beside an MLP.
+"""Gemma 4 (Google, 2026; 12B, 26B-A4B and 31B): wide global heads whose keys are values, and experts beside an MLP.
 
 Local layers have a window; global ones have wider heads of their own number, a quarter of whose channels rotate, and on
 request one projection for keys and values. Values are normed too, each layer's output has a factor, and with
@@ -50,13 +50,17 @@ def _read(fields: Fields) -> ModelConfig:
         text = fields.section("text_config")
         fields.seen.update(_OTHERS.split())
     text.defaults = _SIZES
-    _refuse_small_models(text)
+    unified = str(text.values.get("model_type")).startswith("gemma4_unified")  # 12B, whose silence means other sizes
+    _refuse_small_models(text, 0 if unified else 256)
     shapes = read_shapes(text, head_dim=256, kv_heads=4, tie=True, activation="hidden_activation")
     layers, eps = shapes["num_layers"], shapes["norm_eps"]
-    window = text.get("sliding_window", int, 512)
+    window = text.get("sliding_window", int, 1024 if unified else 512)
     windows = read_layer_types(text, layers, window, [(i + 1) % 6 != 0 for i in range(layers)]) or (None,) * layers
     windows = (*windows[:-1], None)  # the last layer is global, whatever is said of it
-    heads, max_position = _read_heads(text, windows, shapes), text.integer("max_position_embeddings", 131_072)
+    heads, max_position = (
+        _read_heads(text, windows, shapes),
+        text.integer("max_position_embeddings", 262_144 if unified else 131_072),
+    )
     ropes = text.get("rope_parameters", dict, None) or _ROPES
     ropes = {kind: values for kind, values in ropes.items() if kind not in ("rope_theta", "rope_type")}
     if not set(ropes) <= set(_ROPES) or not all(isinstance(ropes.get(kind) or {}, dict) for kind in _ROPES):
@@ -98,19 +102,21 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
-def _refuse_small_models(fields: Fields) -> None:
-    """Refuse what E2B and E4B have, and what is not causal."""
+def _refuse_small_models(fields: Fields, width: int) -> None:
+    """Refuse what E2B and E4B have, and what is not causal; `width` of embeddings is a default."""
     fields.only("use_bidirectional_attention", (None, "vision"))  # among the tokens of an image
     for name, default, what in (
-        ("hidden_size_per_layer_input", 256, "embeddings for each layer"),
+        ("hidden_size_per_layer_input", width, "embeddings for each layer"),
         ("num_kv_shared_layers", 0, "layers that read the keys of others"),
     ):
-        if fields.integer(name, default, least=0):
+        found = fields.integer(name, default, least=0)
+        if found:
             raise ValueError(
-                f"field {name!r} is {fields.values.get(name, default)}: {what}, as Gemma 4 E2B and E4B have them, are "
-                "not implemented; 26B-A4B and 31B can be read"
+                f"field {name!r} is {found}: {what}, as Gemma 4 E2B and E4B have them, are "
+                "not implemented; 12B, 26B-A4B and 31B can be read"
             )
-    fields.seen.update(("vocab_size_per_layer_input", "use_double_wide_mlp"))  # of these two
+    fields.integer("vocab_size_per_layer_input", 1)
+    fields.flag("use_double_wide_mlp", False)  # in layers that read the keys of others
 
 
 def _read_heads(fields: Fields, windows: tuple[int | None, ...], shapes: dict[str, Any]) -> list[tuple[int, int]]:
@@ -123,9 +129,12 @@ def _read_heads(fields: Fields, windows: tuple[int | None, ...], shapes: dict[st
     own = fields.get("per_layer_config", dict, None)  # as transformers 5.24 writes the two fields
     if own is None:
         return [far if window is None else local for window in windows]
-    found = []
+    found, places = [], {str(place).lstrip("0") or "0": values for place, values in own.items()}  # "05" is layer 5
+    unknown = sorted(set(places) - {str(layer) for layer in range(len(windows))})
+    if unknown:
+        raise ValueError(f"field 'per_layer_config' has {unknown[0][:60]!r}, which is none of {len(windows)} layers")
     for layer in range(len(windows)):
-        values = own.get(str(layer)) or {}
+        values = places.get(str(layer)) or {}
         if not isinstance(values, dict) or not set(values) <= {"head_dim", "num_key_value_heads"}:
             shown = str(values)[:60]
             raise ValueError(f"field 'per_layer_config' has {shown!r} for layer {layer}; expected sizes of heads")
@@ -223,8 +232,11 @@ def _tensors(block: BlockConfig) -> Table:
 
 GEMMA4 = Family(
     "gemma4",
-    ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
-    ("gemma4_text", "gemma4"),
+    (
+        *("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+        *("Gemma4UnifiedForCausalLM", "Gemma4UnifiedForConditionalGeneration"),
+    ),
+    ("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified"),
     _read,
     _write,
     _tensors,
@@ -233,5 +245,5 @@ GEMMA4 = Family(
         (r"^language_model\.model\.", "model."),
         (r"^model\.language_model\.", "model."),
     ),
-    ignored=(r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.",),
+    ignored=(r"^(model\.)?(vision_tower|vision_embedder|audio_tower|embed_vision|embed_audio)\.",),
 )

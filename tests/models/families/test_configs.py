@@ -77,6 +77,8 @@ def test_every_field_of_transformers_is_read_or_known_to_be_harmless(name):
 
 BY_FAMILY = {find_family(values).name: values for values in [*PUBLISHED.values(), GEMMA_3_4B]}
 NO_SIZE = {
+    "hidden_size_per_layer_input",
+    "num_kv_shared_layers",
     "attn_scale",
     "first_k_dense_replace",
     "max_window_layers",
@@ -193,6 +195,42 @@ REFUSED = {
     "mpt multi-query": ("mpt-7b", {"attn_config": {"attn_type": "multiquery_attention"}}, "attn_type"),
     "mpt qk norm": ("mpt-7b", {"attn_config": {"qk_ln": True}}, "qk_ln"),
     "mpt prefix": ("mpt-7b", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),
+    "gemma 4 embeddings": (
+        "gemma-4-31b-text",
+        {"hidden_size_per_layer_input": 256},
+        "'hidden_size_per_layer_input' is 256: embeddings for each layer, .* not implemented; 12B, 26B-A4B and 31B can",
+    ),
+    "gemma 4 silent": (
+        "gemma-4-31b-text",
+        {"hidden_size_per_layer_input": None},
+        "'hidden_size_per_layer_input' is 256",
+    ),
+    "gemma 4 shared keys": ("gemma-4-31b-text", {"num_kv_shared_layers": 20}, "layers that read the keys of others"),
+    "gemma 4 bidirectional": (
+        "gemma-4-31b-text",
+        {"use_bidirectional_attention": "all"},
+        "use_bidirectional_attention",
+    ),
+    "gemma 4 heads": ("gemma-4-31b-text", {"per_layer_config": {"3": {"window": 3}}}, "'per_layer_config' has"),
+    "gemma 4 rope": ("gemma-4-31b-text", {"rope_parameters": {"local": {}}}, "rope_parameters must have sliding_att"),
+    "llama 4 chunks": ("llama-4-scout-text", {"layer_types": ["sliding_attention"] * 48}, "'sliding_attention'; this"),
+    "llama 4 layers": ("llama-4-scout-text", {"layer_types": ["chunked_attention"]}, "1 entries for 48 layers"),
+    "llama 4 no chunk": (
+        "llama-4-scout-text",
+        {"layer_types": ["chunked_attention"] * 48, "attention_chunk_size": None},
+        "'attention_chunk_size' is null",
+    ),
+    "llama 4 experts": ("llama-4-scout-text", {"moe_layers": [48]}, "'moe_layers' must have numbers of the 48 layers"),
+    "llama 4 scaled": (
+        "llama-4-scout-text",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}},
+        "'use_qk_norm' is true: a rotation of kind 'yarn' scales what it undoes",
+    ),
+    "proportional": (
+        "llama-3.1-8b",
+        {"rope_scaling": {"rope_type": "proportional"}},
+        "rope_type 'proportional'; streamjax has default",
+    ),
     "token ids": ("mpt-7b", {"eos_token_id": "</s>"}, "eos_token_id"),
 }
 

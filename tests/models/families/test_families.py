@@ -176,6 +176,15 @@ CASES = {
     "gemma4": lambda: gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=3.0),
     "gemma4-experts": lambda: gemma4(**GEMMA4_EXPERTS, attention_k_eq_v=True, num_global_key_value_heads=4),
     "gemma4-biases-untied": lambda: gemma4(attention_bias=True, attention_k_eq_v=True, tie_word_embeddings=False),
+    "gemma4-unified": lambda: hf.Gemma4UnifiedTextConfig(
+        **{**FOUR, **MORE, "num_key_value_heads": 4},
+        head_dim=12,
+        global_head_dim=16,
+        sliding_window=6,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "gemma4-experts-all-values": lambda: gemma4(
         **{**GEMMA4_EXPERTS, "top_k_experts": 5},
         num_key_value_heads=1,
@@ -381,6 +390,23 @@ def test_llama4_text_of_a_multimodal_checkpoint(tmp_path):
     assert any("vision_model" in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
     loaded = load_hf(tmp_path / "theirs")
     expected = transformers_peers.logits_of(theirs.language_model, tokens)  # the whole fails in 5.24
+    np.testing.assert_allclose(forward(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
+    save_hf(loaded, tmp_path / "ours")
+    again = transformers_peers.logits_of(transformers_peers.reload(tmp_path / "ours"), tokens)
+    np.testing.assert_allclose(again, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_gemma4_text_of_a_multimodal_checkpoint(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8}
+    text = gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, pad_token_id=0).to_dict()
+    config = hf.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    theirs = hf.Gemma4ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    tokens = np.random.RandomState(0).randint(3, 50, (2, 12)).astype(np.int32)
+    transformers_peers.write(theirs, tmp_path / "theirs")
+    assert any("vision_tower" in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
+    loaded = load_hf(tmp_path / "theirs")
+    expected = transformers_peers.logits_of(theirs, tokens)
     np.testing.assert_allclose(forward(loaded, tokens), expected, atol=TOLERANCE, rtol=0)
     save_hf(loaded, tmp_path / "ours")
     again = transformers_peers.logits_of(transformers_peers.reload(tmp_path / "ours"), tokens)

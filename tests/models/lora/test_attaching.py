@@ -10,6 +10,7 @@ from streamjax.models import stack_layers, unstack_layers
 from streamjax.models.lora.adapters import TARGETS
 from streamjax.models.lora.attaching import ranks_of
 from streamjax.parallel.mesh import make_mesh, shard_model, shardings
+from tests.architectures import tiny_config
 from tests.parallel.small_models import MESHES
 from tests.parallel.small_models import small_model as split_model
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens, read_stream
@@ -111,6 +112,19 @@ def test_adapters_on_some_targets():
         np.testing.assert_allclose(
             sj.forward(model, tokens), sj.forward(written_into(base, model, targets), tokens), atol=1e-4
         )
+
+
+def test_layers_whose_values_are_keys_have_no_adapter_of_values():
+    """Gemma 4's global layers: there a target "v" has no weights of its own, and what "k" changes is both."""
+    model = build(tiny_config("gemma4"))
+    changed = adapted(model, ("q", "k", "v"))
+    assert [block.mixer.projections.v_lora is None for block in changed.layers] == [False, True]
+    tokens = random_tokens(2, 11) % model.config.vocab_size
+    merged = sj.merge_lora(changed)
+    np.testing.assert_allclose(sj.forward(merged, tokens), sj.forward(changed, tokens), atol=1e-4, rtol=0)
+    assert np.abs(sj.forward(merged, tokens) - sj.forward(model, tokens)).max() > 0.01
+    keys = merged.layers[1].mixer.projections.qkv[..., -1, :] - model.layers[1].mixer.projections.qkv[..., -1, :]
+    assert np.abs(keys).max() > 0.01
 
 
 @pytest.mark.parametrize("case", [pytest.param("gqa", marks=pytest.mark.slow), "local"])

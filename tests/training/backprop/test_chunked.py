@@ -30,6 +30,16 @@ def test_patterns(config, length, chunk_size, packed):
     check(config, length, chunk_size=chunk_size, packed=packed)
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "packed"), [(24, 8, False), pytest.param(19, 4, True, marks=pytest.mark.slow)]
+)
+def test_attention_within_chunks(length, chunk_size, packed):
+    """Attention chunks shorter than those of backprop, longer, and longer than the sequence."""
+    config = WINDOWS.replace(windows=()).expand()
+    blocks = [block.with_mixer(chunk=size) for block, size in zip(config.blocks, (3, 11, 50), strict=True)]
+    check(config.replace(blocks=tuple(blocks)), length, chunk_size=chunk_size, packed=packed)
+
+
 def test_one_token():
     check(CONFIG.replace(windows=(5, None)), 1, rows=1, chunk_size=1)
 
