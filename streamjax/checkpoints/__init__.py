@@ -8,7 +8,8 @@ from streamjax.checkpoints.manifests import DamagedFile, check_manifest
 from streamjax.checkpoints.pytrees import check_place, read_about, restore_pytree, save_pytree
 from streamjax.checkpoints.replacing import SaveError, replaced_folder, whole
 from streamjax.checkpoints.runs import RunCheckpoints
-from streamjax.checkpoints.text_files import replace_text
+from streamjax.checkpoints.text_files import replace_text, write_bytes
+from streamjax.checkpoints.user_paths import user_path
 
 __all__ = [
     "DamagedFile",
@@ -24,5 +25,7 @@ __all__ = [
     "require_file",
     "restore_pytree",
     "save_pytree",
+    "user_path",
     "whole",
+    "write_bytes",
 ]

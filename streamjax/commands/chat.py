@@ -15,17 +15,18 @@ import difflib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 import streamjax as sj
-from streamjax.checkpoints.json_files import parse_json
+from streamjax.checkpoints import parse_json, user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
-from streamjax.commands.shell.outputs import check_saved_stream
+from streamjax.commands.shell.inputs import read_turn
+from streamjax.commands.shell.outputs import check_outputs
 from streamjax.commands.shell.runner import Stopped, complain, run_command
 from streamjax.commands.shell.signals import ending_signals
 from streamjax.data.text.control_characters import escape_controls
@@ -60,6 +61,7 @@ def define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_string("load_state", None, "Go on with the conversation in this folder.", flag_values=values)
     flags.DEFINE_string("save_state", None, "Folder where the conversation is kept at the end.", flag_values=values)
+    refuse_empty(values, "load_state", "save_state")
     define_sampling(values)
 
 
@@ -176,10 +178,13 @@ class Chat:
 
 
 def _folder(rest: str, command: str) -> str:
-    words = shlex.split(rest)
-    if len(words) != 1:
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:  # a quotation without its end
+        raise ValueError(f"/{command} {rest}: {str(error).lower()}") from error
+    if len(words) != 1 or not words[0]:
         raise ValueError(f"/{command} takes one folder: /{command} FOLDER")
-    return str(Path(words[0]).expanduser())
+    return str(user_path(words[0]))
 
 
 def template_values(texts: Sequence[str]) -> dict[str, Any]:
@@ -207,7 +212,7 @@ def _say(text: str) -> None:
 
 
 def body(values: flags.FlagValues) -> None:
-    check_saved_stream("save_state", values.save_state)
+    check_outputs(save_state=values.save_state)
     chat = Chat(values, _say)
     if values.load_state:
         chat.load(shlex.quote(values.load_state))
@@ -230,7 +235,7 @@ def converse(chat: Chat, person: bool) -> None:
     leaving = False
     while True:
         try:
-            text = input("> " if person else "")
+            text = read_turn("> ", person)
             leaving = False
             chat.line(text)
         except (EOFError, Quit):

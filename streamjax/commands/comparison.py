@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import tqdm
@@ -24,17 +24,18 @@ _APART = 1.25  # perplexity, against the cache with sinks, from which on words s
 
 
 def read_text(
-    name: str, tokenizer: Tokenizer, limit: int | None, parse_special: bool = False
+    name: str, tokenizer: Tokenizer, limit: int | None, errors: str = "strict", parse_special: bool = False
 ) -> tuple[list[int], float]:
     """The ids of a text, at most `limit`, and how many bytes one is on average; no more is read than that takes.
 
     Raises:
       ValueError: the text is empty, or not in UTF-8; or it may never end, and there is no limit.
     """
-    if limit is None and (name == "-" or (Path(name).expanduser().exists() and not Path(name).expanduser().is_file())):
+    if limit is None and name == "-":
         raise ValueError(f"--input={name} may never end, and the caches all read the same text: give --max_tokens")
     pieces, _ = open_input(name)
-    encoder, ids = StreamEncoder(tokenizer, name, parse_special=parse_special), []
+    called = "standard input" if name == "-" else name
+    encoder, ids = StreamEncoder(tokenizer, called, errors, parse_special=parse_special), []
     for data in pieces:
         ids += encoder.push(data)
         if limit is not None and len(ids) >= limit:
@@ -42,13 +43,13 @@ def read_text(
     else:
         ids += encoder.finish()
     if not ids:
-        raise ValueError(f"{name} is empty: there is nothing to read")
+        raise ValueError(f"{called} is empty: there is nothing to read")
     return ids[:limit], encoder.text_bytes / len(ids)
 
 
 def dense_capacity(model: sj.Decoder, tokens: int, memory_bytes: float | None) -> int:
     """How many tokens a dense cache may hold: `tokens`, or what fits into so much memory."""
-    if memory_bytes is None:
+    if memory_bytes is None or math.isinf(memory_bytes):
         return tokens
     one = SlotMemory.of(sj.init_state(model, sj.kv.preset("dense", capacity=1)))
     fit = int(memory_bytes // sum(one.slot_bytes))

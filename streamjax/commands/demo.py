@@ -32,6 +32,7 @@ from absl import flags
 from jax.typing import DTypeLike
 
 import streamjax as sj
+from streamjax.checkpoints import user_path
 from streamjax.commands import comparison
 from streamjax.commands.flags.model import define_model, load_model, parse_mesh
 from streamjax.commands.shell.outputs import check_outputs, write_json
@@ -156,9 +157,9 @@ class Reading:
 
 
 def body(values: flags.FlagValues) -> None:
-    out = Path(values.out).expanduser()
+    out = user_path(values.out)
     check_outputs(out=str(out / "demo.json"))
-    if values.pretrained and not Path(values.pretrained).expanduser().exists():
+    if values.pretrained and not user_path(values.pretrained).exists():
         raise ValueError(f"--pretrained={values.pretrained}: no such model; give a folder or a GGUF file")
     small_model(values, out)
     if values.pretrained is None:
@@ -199,7 +200,7 @@ def small_model(values: flags.FlagValues, out: Path) -> None:
 
 def pretrained_model(values: flags.FlagValues, out: Path) -> None:
     """The second part, and a question to the model."""
-    path = Path(values.pretrained).expanduser()
+    path = user_path(values.pretrained)
     tokenizer = sj.load_tokenizer(path)
     model = sj.load(path, dtype=values.dtype or faster_dtype(), mesh=parse_mesh(values.mesh))
     trained, window = model.config.max_position, values.pretrained_window

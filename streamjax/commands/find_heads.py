@@ -13,13 +13,13 @@ read it.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 import streamjax as sj
+from streamjax.checkpoints import user_path
 from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
@@ -66,7 +66,7 @@ def body(values: flags.FlagValues) -> None:
     optimised = values.method == "duo_attention"
     gates, far, about, status = _optimised(values, model, tokenizer) if optimised else _scored(values, model)
     share = round(float(far.mean()), 6)
-    name = Path(values.model).expanduser().resolve().name
+    name = user_path(values.model).resolve().name
     content = {"method": values.method, "model": name, "full": share, **about, "gates": gates.round(6).tolist()}
     write_json(values.output, content)
     print(f"{int(far.sum())} of {far.size} key heads look far back; gates: {values.output}")

@@ -17,9 +17,11 @@ from pathlib import Path
 from absl import flags
 
 import streamjax as sj
+from streamjax.checkpoints import user_path
 from streamjax.commands import comparison
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, define_parse_special, load_model
+from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.model import define_model, define_text, load_model
 from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.runner import give, run_command
@@ -31,7 +33,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", BUILTIN, "A text file; builtin is held-out text that comes with Python.",
                         flag_values=values)  # fmt: skip
     define_model(values)
-    define_parse_special(values)
+    define_text(values)
     flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {CACHE_HELP}",
                               flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
@@ -41,13 +43,16 @@ def define(values: flags.FlagValues) -> None:
                        flag_values=values)  # fmt: skip
     flags.DEFINE_string("json", "out/perplexity.json", "Where the numbers go; empty for nowhere.", flag_values=values)
     flags.DEFINE_string("png", "out/perplexity.png", "Where the picture goes; empty for nowhere.", flag_values=values)
+    refuse_empty(values, "input")
 
 
 def body(values: flags.FlagValues) -> None:
-    check_outputs(json=values.json, png=values.png)
+    check_outputs(reads=values.input, json=values.json, png=values.png)
     model, tokenizer = load_model(values, values.cache)
     trained = model.config.max_position
-    ids, bytes_per_token = comparison.read_text(values.input, tokenizer, values.max_tokens, values.parse_special)
+    ids, bytes_per_token = comparison.read_text(
+        values.input, tokenizer, values.max_tokens, values.errors, values.parse_special
+    )
     capacity = min(values.dense_capacity or 8 * trained, len(ids) + 1)
     memory = None if values.dense_memory is None else values.dense_memory * 1e9
     capacity = comparison.dense_capacity(model, capacity, memory)
@@ -69,7 +74,7 @@ def body(values: flags.FlagValues) -> None:
 
     def draw() -> None:
         title = f"{Path(values.model).name} on {Path(values.input).name}"
-        plot_trials(trials, Path(values.png).expanduser(), title=title, trained_length=trained)
+        plot_trials(trials, user_path(values.png), title=title, trained_length=trained)
 
     def report() -> None:
         print(f"{Path(values.model).name}, {len(ids):,} tokens of {values.input}: perplexity a token (bits a byte)")

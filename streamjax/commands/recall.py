@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 import streamjax as sj
+from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_model, load_model, shipped_model
 from streamjax.commands.shell.outputs import check_outputs, write_json
@@ -38,6 +39,8 @@ from streamjax.evaluation.recall import Cell, run_recall
 from streamjax.kv.presets.registry import Built
 
 DEMO_LENGTHS = (512, 8192, 131072)
+_NOT_OF_DEMO = ("model", "tokenizer", "mesh", "cache", "task", "lengths", "depths", "samples", "needles", "phrasing",
+                "haystack", "batch_size")  # fmt: skip
 ROOM = 1024  # tokens of questions and answers that a cache without an end must hold beside the context
 
 
@@ -65,12 +68,14 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("batch_size", 4, "Contexts read side by side.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of the problems.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the problems.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("json", "out/recall.json", "Where the numbers go; empty for nowhere.", flag_values=values)
     flags.DEFINE_string("png", "out/recall.png", "Where the picture goes; empty for nowhere.", flag_values=values)
 
 
 def body(values: flags.FlagValues) -> None:
+    if values.demo and (given := [name for name in _NOT_OF_DEMO if values[name].present]):
+        raise flags.Error(f"--demo asks its own questions: --{given[0]} is for other runs")
     check_outputs(json=values.json, png=values.png)
     runs, trained, title = _demo(values) if values.demo else _asked_for(values)
     cells: list[Cell] = []
@@ -91,14 +96,14 @@ def body(values: flags.FlagValues) -> None:
         def draw() -> None:
             from streamjax.evaluation.recall_plot import plot_recall
 
-            plot_recall(cells, Path(values.png).expanduser(), title=title, trained_length=trained)
+            plot_recall(cells, user_path(values.png), title=title, trained_length=trained)
 
         give(lambda: print(table(cells)), [("numbers", values.json, write), ("picture", values.png, draw)], stopped)
 
 
 def _asked_for(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str]:
     """The runs, one after the other as they are asked for; the model's training length, and a title."""
-    lengths = [parse_length(text) for text in values.lengths]
+    lengths = list(dict.fromkeys(parse_length(text) for text in values.lengths or [""]))
     model, tokenizer = load_model(values, values.cache or ())
     trained = model.config.max_position
     phrasing = values.phrasing or default_phrasing(tokenizer)
@@ -109,11 +114,11 @@ def _asked_for(values: flags.FlagValues) -> tuple[Iterator[list[Cell]], int, str
     everything = f"dense:capacity={whole}" if model.config.hsa is None else f"hsa:capacity={whole}"
     specs = values.cache or [everything, "streaming_llm"]
     caches = {spec: parse_cache(spec, trained, whole) for spec in specs}
-    how = (values.depths, values.samples, values.batch_size)
+    how = (values.depths, values.samples, min(values.batch_size, values.depths * values.samples))
     runs = (
         _run(values, model, tokenizer, spec, cache, task, length, *how)
         for spec, cache in caches.items()
-        for task in values.task
+        for task in dict.fromkeys(values.task)
         for length in lengths
     )
     return runs, trained, f"{Path(values.model).name}, trained on {trained:,} tokens at once"

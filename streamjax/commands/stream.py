@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,12 @@ import tqdm
 from absl import flags
 
 import streamjax as sj
+from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
+from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.model import define_model, define_text, describe, load_model
 from streamjax.commands.shell.inputs import open_input
-from streamjax.commands.shell.outputs import check_outputs, check_saved_stream, write_json
+from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped, attempt, complain, run_command
 from streamjax.commands.shell.signals import Terminated, ending_signals
@@ -43,14 +44,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", "-", "A text file; - is standard input, builtin is held-out text that comes with "
                         "Python.", flag_values=values)  # fmt: skip
     define_model(values)
-    define_parse_special(values)
+    define_text(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do with bytes that are not UTF-8: end with "
-                      "an error, or read U+FFFD.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("json", None, "File for the result and the curve of perplexity.", flag_values=values)
     flags.DEFINE_string("load_state", None, "Go on with the stream in this folder.", flag_values=values)
     flags.DEFINE_string("save_state", None, "Folder for the stream at the end, also after Ctrl-C.", flag_values=values)
+    refuse_empty(values, "input", "load_state", "save_state")
 
 
 class Reader:
@@ -196,14 +196,13 @@ class Reader:
 
 
 def body(values: flags.FlagValues) -> None:
-    check_outputs(json=values.json)
-    check_saved_stream("save_state", values.save_state)
+    check_outputs(reads=values.input, json=values.json, save_state=values.save_state)
     data, total_bytes = open_input(values.input)
     model, tokenizer = load_model(values, [values.cache])
     cache = parse_cache(values.cache, model.config.max_position)
     session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
     if values.load_state:
-        session.load(Path(values.load_state).expanduser())
+        session.load(user_path(values.load_state))
     print(describe(values.model, model, cache, session), file=sys.stderr)
     encoder = StreamEncoder(
         tokenizer,
@@ -244,7 +243,7 @@ def body(values: flags.FlagValues) -> None:
 def save(session: sj.Session, folder: str | None) -> None:
     """Save the stream, if a folder is named and there is something to save."""
     if folder and session.tokens_seen:
-        session.save(Path(folder).expanduser())
+        session.save(user_path(folder))
 
 
 def write(result: dict[str, Any], file: str | None) -> None:

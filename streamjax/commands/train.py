@@ -26,6 +26,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from streamjax.checkpoints import user_path
+from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.shell.runner import Stopped, complain, require_device, run_command
 from streamjax.parallel.multiprocess import LOST, exit_without_others, join_processes
 from streamjax.training import RunStopped, TrainConfig, apply_overrides, describe, train
@@ -44,6 +46,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "distributed", False, "One of several processes: calls jax.distributed.initialize().", flag_values=values
     )
+    refuse_empty(values, "config", "workdir")
 
 
 def split(argv: list[str]) -> tuple[list[str], Overrides]:
@@ -70,8 +73,9 @@ def body(values: flags.FlagValues, overrides: Overrides) -> None:
     if values.distributed:
         _join_processes()
     require_device()
+    workdir = user_path(values.workdir)
     try:
-        train(config, values.workdir, resume_from=values.resume_from)
+        train(config, workdir, resume_from=values.resume_from)
     except RunStopped as stopped:
         raise Stopped(stopped.exit_code, str(stopped)) from stopped
     except Exception as error:
@@ -79,7 +83,7 @@ def body(values: flags.FlagValues, overrides: Overrides) -> None:
             raise
         complain(ValueError(f"{LOST} ({error})") if isinstance(error, jax.errors.JaxRuntimeError) else error)
         exit_without_others(1)
-    print(f"done; the model is in {Path(values.workdir) / 'model'}")
+    print(f"done; the model is in {workdir / 'model'}")
 
 
 def read_config(name: str | None, overrides: Overrides) -> TrainConfig:
@@ -90,7 +94,7 @@ def read_config(name: str | None, overrides: Overrides) -> TrainConfig:
     """
     if name is None:
         raise ValueError("--config is missing: name an experiment, for instance --config=configs/tiny.py")
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         known = [str(file) for file in sorted(Path("configs").glob("*.py"))]
         close = difflib.get_close_matches(f"configs/{path.stem}.py", known, n=1) or known

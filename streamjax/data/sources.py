@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
 
+from streamjax.checkpoints import user_path
 from streamjax.data.file_kinds import is_text, refusal
 from streamjax.data.prepared_corpora import PreparedExamples, check_metadata, one_line
 from streamjax.data.stdlib_corpus import SPLITS, builtin_examples, split_of
@@ -110,7 +111,7 @@ def open_source(
     if spec == "builtin" or spec.startswith("builtin/"):
         return FeatureSource(builtin_examples(split, data_dir, config=spec.partition("/")[2] or "stdlib"), "text")
     pattern = os.path.expanduser(rest if kind == "text" else spec)
-    files, base = _find_files(pattern)
+    files, base = _find_files(pattern) if pattern else ([], Path())
     if files:
         return FileSource(_file_pieces(files, base, split, spec))
     if kind == "text" or glob.has_magic(pattern) or os.path.exists(pattern):
@@ -125,7 +126,8 @@ def _find_files(pattern: str) -> tuple[list[Path], Path]:
         files, base = [path], path.parent
     elif path.is_dir():
         found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-        shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        plain = (file for file in found if file.is_file())  # opening a pipe or a device may never end
+        shown = [file for file in plain if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         texts, others = _sorted_out(shown)
         if others and not texts:
             raise ValueError(refusal(others[0]))
@@ -194,6 +196,7 @@ def _line_end(file: Path, offset: int, stop: int) -> int:
 
 
 def _open_tfds(name: str, split: str, text_key: str, data_dir: str | Path | None) -> DocumentSource:
+    data_dir = None if data_dir is None else user_path(data_dir)
     where = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
     repair = "prepare it again"
     try:

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 import tqdm
 
+from streamjax.checkpoints import user_path
 from streamjax.data.prepared_corpora import PreparedExamples, check_metadata
 
 SPLITS = ("train", "validation", "test")
@@ -153,7 +154,7 @@ def builtin_corpus(data_dir: str | Path | None = None, *, config: str = "stdlib"
     """
     if config not in StdlibCorpus.builder_configs:
         raise ValueError(f"unknown built-in corpus {config!r}: use one of {', '.join(StdlibCorpus.builder_configs)}")
-    root = Path(default_data_dir() if data_dir is None else data_dir)
+    root = default_data_dir() if data_dir is None else user_path(data_dir)
     interpreter = hashlib.sha256(f"{sys.version} {sysconfig.get_paths()['stdlib']}".encode()).hexdigest()[:8]
     final = root / f"cpython-{platform.python_version()}-{interpreter}-{config}"
     if not final.exists():

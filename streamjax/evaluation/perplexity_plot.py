@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from streamjax.evaluation.cache_trial import Trial
 from streamjax.evaluation.curves import even_bins, log_bins
 from streamjax.evaluation.memory import human_bytes
+from streamjax.evaluation.pictures import save_picture
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _GREY = "#606060"
@@ -97,8 +98,7 @@ def plot_trials(
     if title:
         figure.suptitle(title, x=0.01, ha="left")
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        save_picture(figure, path)
     return figure
 
 

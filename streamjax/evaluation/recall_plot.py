@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from streamjax.evaluation.pictures import save_picture
 from streamjax.evaluation.recall import Cell
 
 
@@ -57,8 +58,7 @@ def plot_recall(cells: Sequence[Cell], path: str | Path | None, *, title: str = 
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        save_picture(figure, path)
     return figure
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from streamjax.checkpoints import read_json, require_file
+from streamjax.checkpoints import read_json, require_file, user_path
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
@@ -132,7 +132,7 @@ def read_gates(path: str | Path) -> Float[np.ndarray, "L K"]:
     Raises:
       ValueError: no such file, or one without a table of gates; one line that names it.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         require_file(path)
         if path.suffix == ".tsv":

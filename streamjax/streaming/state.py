@@ -99,6 +99,11 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     if isinstance(cache, Cache):
         caches, keeps = (cache,) * config.num_layers, [True] * config.num_layers
         full = next((i for i in layers if config.blocks[i].mixer.reach is None), None)
+        if isinstance(cache, ChunkMemory) and config.hsa is None:
+            raise ValueError(
+                "this cache is the memory of hierarchical sparse attention (hsa), which the model does not have: take "
+                "another one, such as streaming_llm"
+            )
         if isinstance(cache, ChunkMemory) and full is not None:
             raise ValueError(f"layer {full} has full attention: give it a cache of its own, one a layer")
     else:

@@ -18,20 +18,21 @@ def test_a_file_is_made_and_replaced(tmp_path):
         assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("where", ["write_text", "replace"])
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
 def test_what_stood_there_stays_whole_where_the_new_text_cannot_be_written(tmp_path, monkeypatch, where):
     """Half of the text is written and the disk is full; or all of it is, and the name cannot be taken."""
     file = tmp_path / "notes.json"
     file.write_text("old")
 
-    def half(self, text, encoding):
-        self.write_bytes(text.encode(encoding)[: len(text) // 2])
+    def half(self, data):
+        with self.open("wb") as stream:
+            stream.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
     def refuse(source, target):
         raise OSError(30, "Read-only file system")
 
-    owner, stand_in = (Path, half) if where == "write_text" else (os, refuse)
+    owner, stand_in = (Path, half) if where == "write_bytes" else (os, refuse)
     monkeypatch.setattr(owner, where, stand_in)
     with pytest.raises(OSError, match=r"No space|Read-only"):
         replace_text(file, "a new and longer text")

@@ -41,6 +41,7 @@ def test_defaults_stay_where_the_model_was_trained_for_longer():
         ("zzz", r"unknown cache 'zzz'; known: .*dense.*window"),
         ("window:windw=3", "cache 'window' has no option 'windw'; did you mean 'window'?"),
         ("window:window", "cache option 'window' lacks its value: write window=NUMBER"),
+        ("window:window=3,window=4", "cache 'window': window is given twice"),
         ("window:window=many", "cache 'window': window must be a number, not 'many'"),
         ("window:window=0", "Window.size is 0: it must be a whole number of at least 1"),
     ],
@@ -78,6 +79,7 @@ def test_help_teaches(module, command):
         (stream, ["--cache=windw"], "error: unknown cache 'windw'; did you mean 'window'?"),
         (stream, ["--input=/nowhere/book.txt"], "error: /nowhere/book.txt: No such file or directory"),
         (stream, ["--input=/"], "error: / is a folder: --input takes one text file"),
+        (stream, ["--cache=hsa"], "error: this cache is the memory of hierarchical sparse attention (hsa), which the"),
         (chat, ["--top_p=2"], "error: Sampler.top_p is 2.0: it must be"),
         (
             perplexity,

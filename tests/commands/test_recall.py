@@ -75,6 +75,9 @@ def test_the_command_writes_a_table_numbers_and_a_picture(command, tmp_path):
     [
         (["--lengths=4k3"], "--lengths: '4k3' is no number of tokens; write 4096, 4K or 1M"),
         (["--lengths=20"], "a context of 20 tokens has no room for the facts of 'passkey'"),
+        (["--lengths="], "--lengths: '' is no number of tokens; write 4096, 4K or 1M"),
+        (["--seed=-1"], "flag --seed=-1: -1 is not a non-negative integer"),
+        (["--demo"], "--demo asks its own questions: --model is for other runs"),
         (["--task=chess"], "chess"),
         (["--cache=has"], "unknown cache 'has'; did you mean 'hsa'?"),
     ],
@@ -84,6 +87,20 @@ def test_bad_arguments_are_one_line(command, arguments, message):
     assert done.status != 0
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_no_context_is_read_for_nothing_or_twice(command, monkeypatch):
+    read = []
+
+    def run_recall(model, tokenizer, name, cache, **options):
+        read.append((options["task"], options["length"], options["batch_size"]))
+        return [Cell(options["task"], name, options["length"], 0.5, 1, 1, 1.0, 1.0, 1)]
+
+    monkeypatch.setattr(recall, "run_recall", run_recall)
+    flags = ["--lengths=256,256", "--task=passkey", "--task=passkey", "--cache=window:window=16", "--json=", "--png="]
+    done = command(recall, *flags, "--depths=3", "--samples=1", "--batch_size=1000", model=shipped_model("hsa_recall"))
+    assert done.status == 0, done.err
+    assert read == [("passkey", 256, 3)]
 
 
 def test_the_picture_shows_every_cell():

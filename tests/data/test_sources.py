@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,18 @@ def test_tfds(corpus_dir: Path, tmp_path: Path) -> None:
         open_source("tfds:stdlib_corpus", "test", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["folder", "folder/*"])
+def test_what_is_no_file_is_passed_over(tmp_path: Path, name: str) -> None:
+    """Opening a pipe would wait for its writer for ever."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "device").symlink_to("/dev/zero")
+    (folder / "nowhere").symlink_to("nothing")
+    (folder / "text.txt").write_text("some text\n" * 50)
+    assert list(open_source(str(tmp_path / name), "train")) == ["some text\n" * 48]
+
+
 def test_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"text\0\0")
     (tmp_path / "empty").mkdir()
@@ -133,6 +146,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         "text:/nowhere/**/*.txt": "no text files match /nowhere",
         str(tmp_path / "empty"): "no text files match",
         "bultin": "data source 'bultin': use",
+        "": "data source '': use",
         str(tmp_path / "binary.txt"): "is not UTF-8 text",
         str(tmp_path / "*.txt"): "is not UTF-8 text",
         "builtin/nonsense": "use one of stdlib, with_tests",

@@ -12,9 +12,11 @@ from absl import flags
 from jax.sharding import Mesh
 
 import streamjax as sj
+from streamjax.checkpoints import user_path
 from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.commands.flags.cache import parse_cache
-from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.commands.flags.checks import refuse_empty
+from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.kv.description import describe_cache
 from streamjax.kv.presets.registry import Built
@@ -64,6 +66,14 @@ def define_model(values: flags.FlagValues) -> None:
         "device by default.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("chunk_size", 512, "Tokens read in one step.", lower_bound=1, flag_values=values)
+    refuse_empty(values, "model", "tokenizer")
+
+
+def define_text(values: flags.FlagValues) -> None:
+    """Flags that say how a text is read: bytes that are no text, special tokens."""
+    flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do with bytes that are not UTF-8: end with "
+                      "an error, or read U+FFFD.", flag_values=values)  # fmt: skip
+    define_parse_special(values)
 
 
 def define_parse_special(values: flags.FlagValues) -> None:
@@ -80,13 +90,15 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
         parse_cache(cache, sys.maxsize)
     if values.model is None:
         raise no_model()
-    path = Path(values.model).expanduser()
+    path = user_path(values.model)
     if not path.is_dir() and not (is_gguf(path) and path.exists()):
         raise ValueError(
             f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors, or a .gguf file"
         )
-    tokenizer = sj.load_tokenizer(Path(values.tokenizer).expanduser() if values.tokenizer else path)
-    return sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh)), tokenizer
+    tokenizer = sj.load_tokenizer(user_path(values.tokenizer) if values.tokenizer else path)
+    model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh))
+    require_tokenizer(tokenizer, model.config.vocab_size, f"{path} has no tokenizer.json: give --tokenizer=FOLDER")
+    return model, tokenizer
 
 
 def parse_mesh(text: str | None) -> Mesh | None:

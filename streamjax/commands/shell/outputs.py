@@ -2,57 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from streamjax.checkpoints import check_place, replace_text
+from streamjax.checkpoints import check_place, user_path, write_bytes
 from streamjax.checkpoints.plain_json import to_json
+from streamjax.evaluation.pictures import picture_format
 
 
-def check_outputs(**paths: str | None) -> None:
+def check_outputs(*, reads: str | None = None, **paths: str | None) -> None:
     """Make sure, before the work, that files can be written; nothing is left behind.
 
     Args:
-      **paths: by the name of the flag; a path that is None or empty is for nothing.
+      reads: what --input names, which no output may replace.
+      **paths: by the name of the flag; a path that is None or empty is for nothing. "png" is for a picture, and
+        "save_state" for the folder of a stream.
 
     Raises:
-      ValueError: a path that is a folder, or one in which no file can be made.
+      ValueError: a path that is a folder, or one in which no file can be made, or that is taken already; a folder for a
+        stream that holds something else; a picture of no format.
     """
+    taken = {os.path.realpath(os.path.expanduser(reads)): "input"} if reads and os.path.exists(reads) else {}
     for flag, name in paths.items():
         if not name:
             continue
-        path = Path(name).expanduser()
+        path = Path(name)
         try:
-            if path.is_dir():
-                raise ValueError(f"--{flag}={name} is a folder: name a file")
-            if not path.exists():
-                _probe(path.parent)
-            elif not os.access(path, os.W_OK):
-                raise PermissionError(13, os.strerror(13))
-            elif path.is_file():
-                path.open("r+b").close()
+            path = user_path(name)
+            if flag == "png":
+                picture_format(path)
+            if flag == "save_state":
+                check_place(_resolved(path))
+                _probe(path.absolute().parent)
+            else:
+                _check_file(path)
         except OSError as error:
             raise ValueError(f"--{flag}={name} cannot be written: {_reason(error, path)}") from error
+        except ValueError as error:
+            raise ValueError(f"--{flag}={error}") from error
+        if not (path.exists() and not path.is_file() and not path.is_dir()):  # devices take what several write
+            other = taken.setdefault(os.path.realpath(path), flag)
+            if other != flag:
+                raise ValueError(f"--{flag}={name} would replace what --{other} names: give it another name")
 
 
-def check_saved_stream(flag: str, name: str | None) -> None:
-    """Make sure, before the work, that a stream can be saved in a folder; nothing is left behind.
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(13, os.strerror(13))
+    if path.is_file():
+        path.open("r+b").close()
+    if path.is_file() or not path.exists():  # it is written beside, and then takes the name
+        _probe(_resolved(path).parent)
 
-    Raises:
-      ValueError: the folder holds something else, or cannot be made.
-    """
-    if not name:
-        return
-    path = Path(name).expanduser()
-    try:
-        check_place(path)
-        _probe(path.absolute().parent)
-    except ValueError as error:
-        raise ValueError(f"--{flag}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"--{flag}={name} cannot be written: {_reason(error, path)}") from error
+
+def _resolved(path: Path) -> Path:
+    """Where links lead."""
+    with contextlib.suppress(FileNotFoundError):
+        path.stat()  # a loop is an error of the system's here, and none of Python's
+    return path.resolve()
 
 
 def write_json(name: str, content: dict[str, Any]) -> None:
@@ -60,18 +72,7 @@ def write_json(name: str, content: dict[str, Any]) -> None:
 
     What is not finite is written as null.
     """
-    file = Path(name).expanduser()
-    text = to_json(content, indent=1) + "\n"
-    if file.exists() and not file.is_file():  # a device or a pipe
-        try:
-            file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            error.filename = name
-            raise
-        return
-    file = file.resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, text)
+    write_bytes(user_path(name), (to_json(content, indent=1) + "\n").encode())
 
 
 def _probe(folder: Path) -> None:

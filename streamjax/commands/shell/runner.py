@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
+from streamjax.checkpoints import user_path
 from streamjax.commands.flags.model import parse_mesh
 from streamjax.commands.shell.launch import leave, redirect_to_nowhere
 from streamjax.commands.shell.progress import end_progress_bars
@@ -90,7 +92,7 @@ def _run(
     if values.help:
         print(help_text(about or "", values) + (extend_help(values) if extend_help else ""))
         return 0
-    _check_whole_numbers(values)
+    _check_numbers(values)
     _start(values)
     if "distributed" not in values:  # processes find each other before they look for devices
         require_device()
@@ -178,7 +180,9 @@ def fail(message: str, status: int) -> int:
 def _tell(message: str) -> None:
     end_progress_bars()
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split()))
-    print(line[:_LONGEST], file=sys.stderr)
+    if len(line) > _LONGEST:  # what is wrong stands at one of the ends
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print(line, file=sys.stderr)
 
 
 def _flush_output(status: int) -> int:
@@ -213,11 +217,13 @@ def _flags(define: Sequence[Define]) -> flags.FlagValues:
     return values
 
 
-def _check_whole_numbers(values: flags.FlagValues) -> None:
+def _check_numbers(values: flags.FlagValues) -> None:
     for name in values:
         value: Any = values[name].value
         if isinstance(value, int) and not -_WHOLE <= value < _WHOLE:
             raise flags.Error(f"flag --{name}={value}: it must fit in 64 bits")
+        if isinstance(value, float) and math.isnan(value):
+            raise flags.Error(f"flag --{name}={value}: it must be a number")
 
 
 def _start(values: flags.FlagValues) -> None:
@@ -225,7 +231,7 @@ def _start(values: flags.FlagValues) -> None:
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if values.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(values.compilation_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(user_path(values.compilation_cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

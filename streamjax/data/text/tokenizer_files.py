@@ -5,6 +5,7 @@ Whatever a damaged or foreign file holds ends in a ValueError of one line that n
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,8 +90,8 @@ def parse_tokenizer(
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file without its null entries; {} where there is no file."""
-    if not file.exists():
+    """The object in a JSON file without its null entries; {} where there is no file, nor a link that leads nowhere."""
+    if not os.path.lexists(file):
         return {}
     return {key: value for key, value in json_files.read_json(file).items() if value is not None}
 
@@ -123,7 +124,8 @@ def stop_ids(folder: Path) -> list[int]:
 def read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The default template of a model: `chat_template.jinja`, or what `tokenizer_config.json` holds."""
     file = folder / "chat_template.jinja"
-    if file.exists():
+    if os.path.lexists(file):
+        json_files.require_file(file)
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

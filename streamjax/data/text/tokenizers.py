@@ -5,16 +5,19 @@ special ids. Which ids begin, end and stop a text of a Hugging Face tokenizer, a
 files that sit beside `tokenizer.json`.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from streamjax.checkpoints import user_path
 from streamjax.data.text.hugging_face import DecodingKind, HFTokenizer, Span, well_formed
 from streamjax.data.text.tokenizer_files import read_chat_template, read_json
 
 __all__ = ["ByteTokenizer", "DecodingKind", "HFTokenizer", "Span", "Tokenizer", "load_tokenizer"]
 
 _BYTE_BOS, _BYTE_EOS, _BYTE_PAD = 256, 257, 258
+_MOST_OF_BYTES = 1024  # ids of a model of bytes, with room for special ones
 _OTHER_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
@@ -129,6 +132,18 @@ class ByteTokenizer:
         return bytes((token_id,)) if 0 <= token_id < 256 else None
 
 
+def require_tokenizer(tokenizer: Tokenizer, vocab_size: int, message: str) -> None:
+    """Raise a ValueError where the tokens would be bytes and the model plainly has other ones.
+
+    Args:
+      tokenizer: what there is.
+      vocab_size: the model's.
+      message: what is missing, and what to do.
+    """
+    if isinstance(tokenizer, ByteTokenizer) and vocab_size > _MOST_OF_BYTES:
+        raise ValueError(f"{message} (the model has {vocab_size:,} ids, which are not those of bytes)")
+
+
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a model.
 
@@ -141,10 +156,10 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """
     if path is None:
         return ByteTokenizer()
-    path = Path(path)
+    path = user_path(path)
     if not path.exists():
         raise ValueError(f"no tokenizer at {path}: give a folder with tokenizer.json, or nothing for bytes")
-    if path.is_file() or (path / "tokenizer.json").exists():
+    if not path.is_dir() or os.path.lexists(path / "tokenizer.json"):  # a link that leads nowhere is no absent file
         return HFTokenizer(path)
     other = next((name for name in _OTHER_VOCABULARIES if (path / name).exists()), None)
     if other is not None:

@@ -114,6 +114,8 @@ def parse_preset(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"cache {name!r} has no option {option!r}; {_nearest(option, known)}")
         if not equals:
             raise ValueError(f"cache option {item!r} lacks its value: write {option}=NUMBER")
+        if option in options:
+            raise ValueError(f"cache {name!r}: {option} is given twice")
         options[option] = _value(name, option, value, known[option])
     return name, options
 

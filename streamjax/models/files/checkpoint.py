@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from streamjax.checkpoints import read_about, restore_pytree, save_pytree, whole
+from streamjax.checkpoints import read_about, restore_pytree, save_pytree, user_path, whole
 from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.checkpoints.pytrees import ABOUT
 from streamjax.models.decoder import Decoder, default_dtype
@@ -50,7 +50,7 @@ def load(
     Raises:
       ValueError: one line that says what is wrong with the folder, or the file.
     """
-    path = whole(path)
+    path = whole(user_path(path))
     if is_gguf(path):
         return load_gguf(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
     if not (path / ABOUT).exists():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from streamjax.data import Tokenizer
+from streamjax.data.text.tokenizers import require_tokenizer
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import load
 from streamjax.models.lora.attaching import add_lora
@@ -43,6 +44,8 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
     model = load(config.init_from, dtype if lora.rank else jnp.float32, mesh, config.scan_layers)
     model.dtype = dtype
     _check_vocabulary(model.config.vocab_size, tokenizer)
+    missing = f"config.init_from={config.init_from}: set config.data.tokenizer to its tokenizer's folder"
+    require_tokenizer(tokenizer, model.config.vocab_size, missing)
     if lora.rank:
         model = add_lora(model, lora.rank, lora.scale, lora.targets, jax.random.key(config.seed))
     return build_sharded(

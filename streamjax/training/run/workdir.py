@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from streamjax.checkpoints import read_json, replace_text
+from streamjax.checkpoints import read_json, replace_text, user_path
 from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.data.text.gguf.reading import write_tokenizer_files
 from streamjax.models.decoder import Decoder
@@ -44,6 +44,7 @@ _FREE_FIELDS = frozenset(
         "data.prefetch",
     )
 )
+_RESULTS = ("model", "adapters")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -98,7 +99,7 @@ def claim(workdir: Path, config: TrainConfig) -> None:
     """Write the configuration into the folder, or check that it is the one that is there.
 
     Raises:
-      ValueError: the folder holds a run that another configuration began.
+      ValueError: the folder holds a run that another configuration began, or a model that no run has made.
     """
     file = workdir / CONFIG_FILE
     values = config.to_json_dict()
@@ -108,6 +109,10 @@ def claim(workdir: Path, config: TrainConfig) -> None:
                 raise ValueError(
                     f"{workdir} holds a run with config.{name}={before!r}, not {after!r}: choose another --workdir"
                 )
+    elif foreign := next((workdir / name for name in _RESULTS if (workdir / name).exists()), None):
+        raise ValueError(
+            f"{foreign} is there, and no run has made it; a run would replace it: choose another --workdir"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         replace_text(file, json.dumps(values, indent=2) + "\n")
@@ -132,10 +137,11 @@ def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
             save_hf(model, folder)
         except ValueError:
             save_safetensors(model, folder)
-    if tokenizer is not None and jax.process_index() == 0 and is_gguf(Path(tokenizer)):
-        write_tokenizer_files(Path(tokenizer), folder)
+    if tokenizer is not None and jax.process_index() == 0 and is_gguf(user_path(tokenizer)):
+        write_tokenizer_files(user_path(tokenizer), folder)
     elif tokenizer is not None and jax.process_index() == 0:
-        source = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        source = user_path(tokenizer)
+        source = source if source.is_dir() else source.parent
         for name in _TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copy2(source / name, folder / name)

@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 
+import jax
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from streamjax.commands import comparison, perplexity, stream
+import streamjax as sj
+from streamjax.commands import chat, comparison, perplexity, stream
+from streamjax.commands.shell import inputs
 from streamjax.data import ByteTokenizer
 from tests.commands.command_helpers import numbers, read_json
 
@@ -49,6 +52,48 @@ def test_no_more_is_read_than_the_limit_takes(monkeypatch):
     assert len(ids) == 1050
     assert bytes_per_token == pytest.approx(1, abs=0.1)
     assert sum(read) < 2000
+
+
+def test_a_folder_is_no_text(command, tmp_path):
+    outcome = command(perplexity, f"--input={tmp_path}", "--json=", "--png=")
+    assert outcome.status == 1
+    assert outcome.err == f"error: {tmp_path} is a folder: --input takes one text file, or - for standard input\n"
+
+
+@pytest.mark.parametrize(("flags", "status"), [([], 1), (["--errors=replace"], 0)])
+def test_bytes_that_are_no_text_end_a_comparison_or_are_replaced(command, flags, status):
+    flags = [*flags, "--input=-", "--max_tokens=9", "--cache=window:window=8", "--json=", "--png="]
+    outcome = command(perplexity, *flags, stdin=b"some\xff text")
+    assert outcome.status == status
+    assert ("error: standard input is not UTF-8 (byte 4)" in outcome.err) == (status == 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"hello\xff\n", "standard input is not UTF-8: convert it"),
+        (b"hello" * 20, "standard input has a line of more than 64 characters, and a line is a turn"),
+    ],
+)
+def test_what_is_no_turn_of_a_conversation_is_one_line(command, monkeypatch, said, message):
+    monkeypatch.setattr(inputs, "_LONGEST_TURN", 64)
+    outcome = command(chat, stdin=said)
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err.splitlines()[-1] == f"error: {message}"
+
+
+def test_a_model_of_other_tokens_is_not_fed_bytes(command, tmp_path):
+    """As where a folder was copied without its tokenizer.json."""
+    config = sj.UniformConfig(
+        vocab_size=2048, d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8
+    )
+    sj.save_hf(sj.Decoder(config, jax.random.key(0)), tmp_path / "m")
+    outcome = command(stream, stdin="some text", model=tmp_path / "m")
+    assert outcome.status == 1
+    assert outcome.err == (
+        f"error: {tmp_path}/m has no tokenizer.json: give --tokenizer=FOLDER (the model has 2,048 ids, which are not "
+        "those of bytes)\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ OUTPUTS = [
     (find_heads, "output", NUMBERS),
     (demo, "out", FOLDER),
 ]
-PLACES = ("below a file", "in a device", "a folder", "something else")
+PLACES = ("below a file", "in a device", "a folder", "something else", "a loop", "where nothing is made")
 FITS = {NUMBERS: "something else", FOLDER: "a folder"}  # a file is replaced, a folder written into
 UNFIT = [(module, flag, where) for module, flag, kind in OUTPUTS for where in PLACES if where != FITS.get(kind)]
 
@@ -41,11 +41,15 @@ def test_a_path_that_cannot_be_written_is_told_before_the_work(command, unloaded
     (tmp_path / "file").write_text("words")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("words")
+    (tmp_path / "loop").symlink_to("loop")
+    kind = next(kind for *names, kind in OUTPUTS if names == [module, flag])
     path = {
         "below a file": tmp_path / "file" / "new" / "x",
         "in a device": "/dev/null/x",
         "a folder": tmp_path / "mine",
         "something else": tmp_path / "file",
+        "a loop": tmp_path / "loop",
+        "where nothing is made": {NUMBERS: "/proc/self/comm", STREAM: "/proc/self/new", FOLDER: "/proc/self"}[kind],
     }[where]
     before = sorted(tmp_path.rglob("*"))
     outcome = command(module, f"--{flag}={path}", stdin="hello\n")
@@ -54,6 +58,36 @@ def test_a_path_that_cannot_be_written_is_told_before_the_work(command, unloaded
     assert str(path) in outcome.err
     assert outcome.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "taken"),
+    [
+        (stream, ["--input={}/text.txt", "--json={}/text.txt"], "input"),
+        (stream, ["--input={}/link", "--json={}/text.txt"], "input"),
+        (stream, ["--input={}/text.txt", "--save_state={}/new", "--json={}/new"], "json"),
+        (perplexity, ["--input={}/text.txt", "--json=", "--png={}/text"], "input"),
+        (perplexity, ["--input=builtin", "--json={}/mine/../p", "--png={}/p"], "json"),
+        (recall, ["--json={}/p", "--png={}/p"], "json"),
+    ],
+)
+def test_no_output_takes_the_place_of_another_file_of_the_command(command, unloaded, tmp_path, module, flags, taken):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "link").symlink_to("text.txt")
+    (tmp_path / "text").symlink_to("text.txt")
+    outcome = command(module, *(flag.format(tmp_path) for flag in flags))
+    assert outcome.status == 1
+    assert f"would replace what --{taken} names: give it another name" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert (tmp_path / "text.txt").read_text() == "words"
+
+
+@pytest.mark.parametrize("module", [perplexity, recall])
+def test_a_picture_of_no_format_is_told_before_the_work(command, unloaded, tmp_path, module):
+    outcome = command(module, "--json=", f"--png={tmp_path}/p.txt")
+    assert outcome.status == 1
+    assert outcome.err.startswith(f"error: --png={tmp_path}/p.txt: no format of pictures is called 'txt'; end the name")
 
 
 def test_looking_at_a_path_leaves_nothing_behind(command, unloaded, tmp_path):

@@ -1,11 +1,17 @@
 """Whatever ends a command is one line on stderr, in words for users, and a status."""
 
+import errno
+import os
+from pathlib import Path
+
 import jax
 import pytest
 
-from streamjax.commands import chat, perplexity, recall, stream
+from streamjax.commands import chat, demo, find_heads, perplexity, recall, stream, train
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import run_command
+
+ROOT = Path(__file__).parents[3]
 
 
 class PanicException(BaseException):
@@ -52,13 +58,80 @@ def test_whatever_goes_wrong_is_one_line(capsys, error, message):
 
 def test_an_error_begins_on_a_line_of_its_own(capsys):
     def body(values):
-        progress_bar(total=3).update(1)
+        bar = progress_bar(total=3)  # held until the error has been told: a bar that is let go of ends its line
+        bar.update(1)
         raise ValueError("the text ends here")
 
     status, _, err = run(capsys, body)
     assert status == 1
     assert "1/3" in err
     assert err.splitlines()[-1] == "error: the text ends here"
+
+
+def test_a_long_line_keeps_both_ends(capsys, tmp_path):
+    """A path comes before what is wrong with it."""
+
+    def body(values):
+        Path(f"{tmp_path}/{'x' * 3000}").read_text()
+
+    status, _, err = run(capsys, body)
+    assert status == 1
+    assert err.startswith(f"error: {tmp_path}/xxx")
+    assert err.endswith(f"xxx: {os.strerror(errno.ENAMETOOLONG)}\n")
+    assert len(err) < 600
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [(chat, "temperature"), (chat, "top_p"), (perplexity, "dense_memory"), (demo, "seconds"), (find_heads, "l1")],
+)
+def test_numbers_are_numbers(command, module, flag):
+    outcome = command(module, f"--{flag}=nan")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: flag --{flag}=nan: it must be a number")
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        *((stream, flag) for flag in ("input", "model", "tokenizer", "load_state", "save_state")),
+        (chat, "load_state"),
+        (chat, "save_state"),
+        (perplexity, "input"),
+        (train, "config"),
+        (train, "workdir"),
+    ],
+)
+def test_a_path_is_not_empty(command, module, flag):
+    """As a variable of the shell that is not set leaves it: what was to be saved would be lost."""
+    outcome = command(module, f"--{flag}=", model=None)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: flag --{flag}=: it is empty: name a path, or leave the flag away")
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        *((stream, flag) for flag in ("input", "model", "tokenizer", "load_state", "save_state", "json")),
+        (stream, "cache=duo_attention:heads"),
+        (perplexity, "png"),
+        (find_heads, "output"),
+        (demo, "out"),
+        (demo, "pretrained"),
+        (train, "config"),
+        (train, "workdir"),
+        (train, "config.data.tokenizer"),
+        (train, "config.data.data_dir"),
+    ],
+)
+def test_a_home_that_nobody_has_is_one_line(command, monkeypatch, tmp_path, module, flag):
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={tmp_path}/run"] if module is train else []
+    outcome = command(module, *flags, f"--{flag}=~nobody-of-this-name/x", model=None)
+    assert outcome.status in (1, 2)
+    assert "~nobody-of-this-name/x: no home folder is known for ~nobody-of-this-name" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamjax.data import render_chat
 from streamjax.data.text import template_process
-from streamjax.data.text.control_characters import escape_controls
+from streamjax.data.text.control_characters import escape_controls, quoted
 
 USER = [{"role": "user", "content": "Hello"}]
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -113,6 +113,10 @@ def test_what_a_template_says_is_not_obeyed_by_a_terminal():
     with pytest.raises(ValueError, match="chat template") as caught:
         render_chat("{{ raise_exception('\x1b[31mred \x9b2J\u202eterminal') }}", USER)
     assert str(caught.value) == r"chat template failed: \x1b[31mred \x9b2J\u202eterminal"
+
+
+def test_a_quotation_is_not_obeyed_by_a_terminal():
+    assert quoted("red: \x1b[31m\n\nbell: \x07") == "    | red: \\x1b[31m\n    | \n    | bell: \\x07"
 
 
 @given(st.text())

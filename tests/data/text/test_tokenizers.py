@@ -318,6 +318,14 @@ def test_ids_that_no_text_has_are_not_asked_of_a_model(tmp_path: Path, tokenizer
     assert load_tokenizer(tokenizer_folders["byte_level"]).text_vocab_size == 302  # BOS and EOS are the model's too
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_that_leads_nowhere_is_no_absent_file(tmp_path: Path, name: str) -> None:
+    """As in a cache of downloads that has lost a file: bytes, or no template, would be wrong and silent."""
+    (tmp_path / name).symlink_to("blobs/1234")
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name}: this file is missing$"):
+        load_tokenizer(tmp_path)
+
+
 def test_missing_and_foreign_vocabularies_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nowhere")

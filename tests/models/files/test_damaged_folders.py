@@ -166,13 +166,15 @@ def replace(folder, name, kind):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
 def test_what_is_no_file_is_refused_at_once(folders, tmp_path, name, kind):
     folder = shutil.copytree(folders / "hf", tmp_path / "m")
     (folder / name).touch()
     (folder / "checksums.json").unlink()
     replace(folder, name, kind)
-    if name == "tokenizer.json":
+    if name in ("tokenizer.json", "chat_template.jinja"):
         with pytest.raises(ValueError, match=rf"{name} is a {kind}: a file is needed"):
             sj.load_tokenizer(folder)
     else:

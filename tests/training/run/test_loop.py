@@ -202,6 +202,22 @@ def test_a_workdir_keeps_its_configuration(run_config, reference, tmp_path):
     train(apply_overrides(run_config, [("log_interval", "5"), ("eval_batches", "1")]), workdir)
 
 
+@pytest.mark.parametrize("name", ["model", "adapters"])
+def test_a_model_that_no_run_has_made_is_not_replaced(run_config, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model.safetensors").write_text("somebody's")
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name} is there, and no run has made it; .*another --workdir$"):
+        train(run_config, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_pretrained_model_of_other_tokens_is_not_trained_on_bytes(run_config, tmp_path):
+    sj.save_hf(sj.Decoder(run_config.model.replace(vocab_size=2048), jax.random.key(0)), tmp_path / "m")
+    config = dataclasses.replace(run_config, model=None, init_from=str(tmp_path / "m"))
+    with pytest.raises(ValueError, match=r"^config\.init_from=.*: set config\.data\.tokenizer .*2,048 ids"):
+        train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"steps": NaN}'])
 def test_a_configuration_that_is_damaged_is_named(run_config, tmp_path, content):
     (tmp_path / "train_config.json").write_text(content)
