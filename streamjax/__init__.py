@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from streamjax.models.files.hugging_face import save_hf
     from streamjax.models.files.native_format import save_safetensors
     from streamjax.models.files.peft import load_lora, save_lora
-    from streamjax.streaming import Sampler, StreamState, generate, generate_blocks, init_state, read, score, step
+    from streamjax.streaming import (
+        Sampler,
+        StreamState,
+        compact,
+        generate,
+        generate_blocks,
+        init_state,
+        read,
+        score,
+        step,
+    )
     from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
 
@@ -44,7 +54,7 @@ _HOMES = {
     "streamjax.models.files.native_format": ("save_safetensors",),
     "streamjax.models.files.peft": ("load_lora", "save_lora"),
     "streamjax.streaming": (
-        "Sampler", "StreamState", "generate", "generate_blocks", "init_state", "read", "score", "step",
+        "Sampler", "StreamState", "compact", "generate", "generate_blocks", "init_state", "read", "score", "step",
     ),
     "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
@@ -66,6 +76,7 @@ __all__ = [
     "StreamState",
     "UniformConfig",
     "add_lora",
+    "compact",
     "data",
     "forward",
     "generate",

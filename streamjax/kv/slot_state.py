@@ -33,8 +33,7 @@ def exchange(state: SlotState, tokens: KVTokens, slots: Int32[Array, "B N C"]) -
     """Write token i of each row to slot `slots[b, n, i]`; return what was there."""
 
     def take(x: Array) -> Array:
-        index = jnp.broadcast_to(slots, (*x.shape[:2], slots.shape[2]))
-        return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=2, mode="clip")
+        return take_slots(x, jnp.broadcast_to(slots, (*x.shape[:2], slots.shape[2])))
 
     held = KVTokens(
         k=take(state.k),
@@ -82,8 +81,6 @@ def _put(slots: Shaped[Array, "S ..."], new: Shaped[Array, "C ..."], at: Int32[A
     return slots.at[at].set(new.astype(slots.dtype), mode="drop")
 
 
-def take_slots(x: Shaped[Array, "B #K S ..."], slots: Int32[Array, "B K M"]) -> Shaped[Array, "B K M ..."]:
-    """What an array with one entry a slot has in these slots, each head's by itself."""
-    x = jnp.broadcast_to(x, (*slots.shape[:2], *x.shape[2:])) if x.shape[1] == 1 else x
-    index = jnp.broadcast_to(slots, (*x.shape[:2], slots.shape[2]))
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=2, mode="clip")
+def take_slots(x: Shaped[Array, "B N S ..."], slots: Int32[Array, "B N M"]) -> Shaped[Array, "B N M ..."]:
+    """What an array with one entry a slot has in these slots."""
+    return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 3)), axis=2, mode="clip")

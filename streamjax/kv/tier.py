@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,16 @@ class KVTokens:
             raise ValueError("this tier stores one list of tokens a row; it cannot follow a tier that evicts per head")
         valid = self.valid[:, 0]
         return jnp.argmax(valid, axis=1).astype(jnp.int32), jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+class Stored(NamedTuple):
+    """Tokens as a tier holds them, in any order, at their true positions; `note` is of their attention, if any is."""
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S V"]
+    position: UInt32[Array, "B #K S"]
+    valid: Bool[Array, "B #K S"]
+    note: Float[Array, "B N S"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -350,6 +360,14 @@ class Tier:
     def init(self, spec: KVSpec) -> State:
         """An empty state."""
         raise NotImplementedError
+
+    def stored(self, state: State, rotary: Rotary | None) -> Stored:
+        """All tokens that it holds, for who lays them out anew. `rotary` is what rotates keys.
+
+        Raises:
+          ValueError: a tier that cannot say.
+        """
+        raise ValueError(f"the tokens of {self!r} cannot be taken out of it")
 
     def absorb(self, state: State, query: Query, tokens: KVTokens) -> tuple[State, KVTokens]:
         """Before the chunk attends: take what this tier keeps for good; return the tokens that are left."""

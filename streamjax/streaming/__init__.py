@@ -1,5 +1,6 @@
 """The streaming loop: state, step, scoring, generation."""
 
+from streamjax.streaming.compact import compact
 from streamjax.streaming.generate import generate, generate_blocks
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read, score
@@ -10,6 +11,7 @@ __all__ = [
     "Sampler",
     "StreamState",
     "advance",
+    "compact",
     "generate",
     "generate_blocks",
     "init_state",

@@ -52,6 +52,7 @@ class Score(Noting):
     """How tokens are ranked. Subclasses are frozen dataclasses."""
 
     needs_attention: ClassVar[bool] = False  # whether `held.note` has the attention that tokens got
+    needs_queries: ClassVar[bool] = False  # whether `held.memory` has what the score keeps of queries
     remembers: ClassVar[bool] = False  # whether `held.note` has what `rank` said last, 0 for a new token
 
     def check(self, every: int) -> None:

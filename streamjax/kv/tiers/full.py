@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +74,10 @@ class Full(Tier):
 
     def init(self, spec: KVSpec) -> LinearState:
         return LinearState.empty(spec, self.capacity)
+
+    def stored(self, state: LinearState, rotary: Rotary | None) -> Stored:
+        valid = jnp.arange(self.capacity) < state.filled[:, None, None]
+        return Stored(state.k, state.v, state.position, valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):

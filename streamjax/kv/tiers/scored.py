@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.noting import Noting
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.slot_state import SlotState, exchange, write
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
+from streamjax.kv.slot_state import SlotState, exchange, take_slots, write
+from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Stored, Tier
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +118,13 @@ class Scored(Tier):
     def _positions(self, slots: SlotState) -> UInt32[Array, "B N S"]:
         return slots.position if self.distance is None else jnp.zeros_like(slots.position)
 
+    def stored(self, state: ScoredState, rotary: Rotary | None) -> Stored:
+        slots, k = state.slots, state.slots.k
+        if self.distance is not None and rotary is not None:
+            k = rotary.moved(k, slots.position)
+        note = slots.note if self.score.needs_attention else None
+        return Stored(k, slots.v, slots.position, slots.valid, note)
+
     def attend(self, state: ScoredState, query: Query, reach: int | None) -> Partial:
         slots = state.slots
         return self._placed(query).attend(slots.k, slots.v, self._positions(slots), slots.valid, filled=slots.filled)
@@ -178,7 +186,7 @@ class Scored(Tier):
         def choose(slots: SlotState) -> tuple[Array, Array, Array | None]:
             # Fused with the write, this read would make the CPU compiler copy the whole buffer.
             slots = jax.lax.optimization_barrier(slots)
-            rank = self.ranked(slots, state.memory, state.now, tokens)
+            rank = self._ranked(slots, state.memory, state.now, tokens.rotary)
             worst = lowest(rank, slots, state.now, self.every)
             here = due[:, None, None]
             note = None if slots.note is None or not self.score.remembers else jnp.where(here, rank, slots.note)
@@ -199,15 +207,66 @@ class Scored(Tier):
             clock=jnp.where(due, none, state.clock),
         )
 
-    def ranked(
-        self, slots: SlotState, memory: State, now: UInt32[Array, " B"], tokens: KVTokens, everything: bool = False
+    def _ranked(
+        self, slots: SlotState, memory: State, now: UInt32[Array, " B"], rotary: Rotary | None, whole: bool = False
     ) -> Float[Array, "B N S"]:
         """The score of each slot's token, one for all heads where they choose together."""
-        held = Held(
-            slots.k, slots.v, slots.position, slots.valid, slots.note, memory, now, tokens.rotary, self.distance
-        )
-        rank = self.score.rank_all(held) if everything else self.score.rank(held)
+        held = Held(slots.k, slots.v, slots.position, slots.valid, slots.note, memory, now, rotary, self.distance)
+        rank = self.score.rank_all(held) if whole else self.score.rank(held)
         return rank if slots.valid.shape[1] > 1 or rank.shape[1] == 1 else jnp.mean(rank, axis=1, keepdims=True)
+
+    def filled(
+        self, state: ScoredState, tokens: KVTokens, memory: State, now: UInt32[Array, " B"]
+    ) -> tuple[ScoredState, KVTokens]:
+        """An empty state with the best of all these tokens, in one choice, and the tokens that it leaves.
+
+        Args:
+          tokens: in the order of the stream, those that are valid first.
+          memory: the score's.
+          now: the position of the stream's next token.
+        """
+        tokens = self._entering(tokens)
+        shape = (*state.slots.valid.shape[:2], tokens.valid.shape[2])
+        position, valid = (jnp.broadcast_to(x, shape) for x in (tokens.position, tokens.valid))
+        _, count = tokens.run()
+        note = tokens.score if state.slots.note is not None else None
+        given = SlotState(tokens.k, tokens.v, position, valid, count, note)
+        rank = self._ranked(given, memory, now, tokens.rotary, whole=True)
+        worst_first = lowest(rank, given, now, rank.shape[2])
+        split = max(rank.shape[2] - self.size, 0)
+        falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))
+
+        def put(buffer: Array, chunk: Array) -> Array:
+            found = take_slots(chunk, jnp.broadcast_to(stays, (*chunk.shape[:2], stays.shape[2])))
+            found = jnp.broadcast_to(found, (*buffer.shape[:2], *found.shape[2:]))
+            return buffer.at[:, :, : found.shape[2]].set(found.astype(buffer.dtype))
+
+        kept = jnp.minimum(count, self.size)
+        slots = SlotState(
+            k=put(state.slots.k, tokens.k),
+            v=put(state.slots.v, tokens.v),
+            position=put(state.slots.position, position),
+            valid=put(state.slots.valid, valid),
+            filled=kept,
+            note=None if state.slots.note is None or note is None else put(state.slots.note, note),
+        )
+        # slots that hold nothing are as many as are needed, and come first
+        free = lowest(jnp.zeros(slots.valid.shape, jnp.float32), slots, now, self.every)
+        new = dataclasses.replace(state, slots=slots, free=free, memory=memory, now=now)
+
+        def left(x: Array) -> Array:
+            return take_slots(x, jnp.broadcast_to(falls, (*x.shape[:2], falls.shape[2])))
+
+        rest = dataclasses.replace(
+            tokens,
+            k=left(tokens.k),
+            v=left(tokens.v),
+            raw_k=left(tokens.raw_k),
+            position=left(position),
+            valid=left(valid)[:, :1],
+            score=None if self.score.remembers or tokens.score is None else left(tokens.score),
+        )
+        return new, rest if self.distance is None else rest.moved(back=False)
 
 
 def lowest(

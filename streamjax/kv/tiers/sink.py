@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 from streamjax.kv.tiers.full import LinearState, append
 
 TRUE_DISTANCE = 2**30  # a reach that no stream gets to
 
 
-def clamped(query: Query, state_position: UInt32[Array, "B 1 S"], reach: int) -> UInt32[Array, "B C"]:
+def clamped(query: Query, state_position: UInt32[Array, "B N S"], reach: int) -> UInt32[Array, "B C"]:
     """Where each query stands for the sinks: at most `reach` positions behind the first one."""
     first = state_position[:, 0, :1]
     return first + jnp.minimum(query.index, reach).astype(jnp.uint32)
@@ -55,6 +56,10 @@ class Sink(Tier):
 
     def absorb(self, state: LinearState, query: Query, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         return append(state, tokens)
+
+    def stored(self, state: LinearState, rotary: Rotary | None) -> Stored:
+        valid = jnp.arange(self.size) < state.filled[:, None, None]
+        return Stored(state.k, state.v, state.position, valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         valid = jnp.arange(self.size) < state.filled[:, None, None]

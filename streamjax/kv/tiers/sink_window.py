@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
+from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_ring
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 from streamjax.kv.tiers.full import LinearState, append
 from streamjax.kv.tiers.sink import clamped
 
@@ -34,7 +35,7 @@ class SinkWindowState:
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S V"]
-    position: UInt32[Array, "B 1 S"]
+    position: UInt32[Array, "B N S"]
     first: LinearState
     cursor: Int32[Array, " B"]
     filled: Int32[Array, " B"]
@@ -89,17 +90,30 @@ class SinkWindow(Tier):
 
             state = dataclasses.replace(
                 state,
-                k=place(state.k, self._rotated(first, query, position)),
+                k=place(state.k, self._rotated(first, query.rotary, position)),
                 v=place(state.v, first.v),
                 position=place(state.position, position),
             )
         return state, dataclasses.replace(rest, k=tokens.k)
 
-    def _rotated(self, first: LinearState, query: Query, position: UInt32[Array, "B 1 N"]) -> Float[Array, "B K N D"]:
+    def _rotated(
+        self, first: LinearState, rotary: Rotary | None, position: UInt32[Array, "B M N"]
+    ) -> Float[Array, "B K N D"]:
         """The sinks' keys as if they had been written at `position`."""
-        if query.rotary is None:
+        if rotary is None:
             return first.k
-        return jnp.swapaxes(query.rotary(jnp.swapaxes(first.k, 1, 2), position[:, 0]), 1, 2)
+        return jnp.swapaxes(rotary(jnp.swapaxes(first.k, 1, 2), position[:, 0]), 1, 2)
+
+    def stored(self, state: SinkWindowState, rotary: Rotary | None) -> Stored:
+        n, first = self.sinks, state.first
+        slot = jnp.arange(self.slots)
+        valid = jnp.where(slot < n, slot < first.filled[:, None, None], slot - n < state.filled[:, None, None])
+
+        def both(sinks: Array, buffer: Array) -> Array:
+            return jnp.concatenate((sinks, buffer[:, :, n:]), axis=2)
+
+        k = both(self._rotated(first, rotary, first.position), state.k)
+        return Stored(k, both(first.v, state.v), both(first.position, state.position), valid)
 
     def attend(self, state: SinkWindowState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):  # the ring fills when the sinks are full: what is held is a prefix
@@ -111,7 +125,7 @@ class SinkWindow(Tier):
             valid = jnp.where(slot < n, slot < kept, slot - n < filled)
             return query.attend(state.k, state.v, state.position, valid)
         placed = query.at(clamped(query, first.position, self.reach))
-        keys = self._rotated(first, query, first.position)
+        keys = self._rotated(first, query.rotary, first.position)
         sinks = placed.attend(keys, first.v, first.position, slot[:n] < kept)
         ring = query.attend(
             state.k[:, :, n:], state.v[:, :, n:], state.position[:, :, n:], slot[n:] - n < filled, reach=reach,

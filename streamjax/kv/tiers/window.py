@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import Partial
+from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.noting import Noting
 from streamjax.kv.ring_state import RingState, push, write
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Window(Tier):
         score = None if self.noting is None else self.noting.init(spec, self.size)
         ids = spec.positions(self.size).astype(jnp.int32) if self.keep_ids else None
         return RingState(*buffers, spec.counter(), spec.counter(), score, ids)
+
+    def stored(self, state: RingState, rotary: Rotary | None) -> Stored:
+        valid = jnp.arange(self.size) < state.filled[:, None, None]
+        return Stored(state.k, state.v, state.position, valid, state.score)
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):

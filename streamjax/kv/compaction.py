@@ -1,0 +1,205 @@
+"""Laying a cache out anew: what one cascade holds passes through the tiers of another one, all at once.
+
+The first tier takes what it keeps, what it leaves goes to the next, as it does token by token. A `Scored` tier makes
+one choice among all that reaches it, which is the literal form of the methods that compress a prompt when it ends. What
+attention decides there comes from queries that read the old cache at that moment and are not stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+from pallas_kernels.partial import add_sinks, merge
+from streamjax.attention.rotary import Rotary
+from streamjax.kv.cache import Cache
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.noting import Noting
+from streamjax.kv.scores.score import Score
+from streamjax.kv.slot_state import take_slots
+from streamjax.kv.tier import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
+from streamjax.kv.tiers.scored import Scored
+from streamjax.kv.tiers.sink import Sink
+from streamjax.kv.tiers.sink_window import SinkWindow
+from streamjax.kv.tiers.window import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Compaction(Cache):
+    """`update` lets queries read the state of `old`, and returns what they read and the state of `new`.
+
+    Args:
+      old, new: how tokens are kept before and after.
+      asked: the queries are to decide; otherwise they stand for nothing, and none of them is valid.
+      stored: the queries' tokens are the newest that `old` holds; otherwise they would come next.
+
+    Raises:
+      ValueError: a cascade whose tokens cannot be taken out, or that cannot take them, or one that wants queries
+        where none are asked.
+    """
+
+    old: Cascade
+    new: Cascade
+    asked: bool
+    stored: bool
+
+    def __post_init__(self) -> None:
+        for cascade in (self.old, self.new):
+            if not isinstance(cascade, Cascade):
+                raise ValueError(f"only cascades of tiers are compacted, not {cascade!r}")
+        for tier in self.new.tiers:
+            if isinstance(tier, Scored) and not self.asked and not self._knows(tier.score):
+                raise ValueError(f"{tier!r} chooses by queries: give query=, such as the newest tokens of the stream")
+        self._require_shared_tokens()
+
+    def _knows(self, score: Score) -> bool:
+        """Whether the old cascade has written down what a score wants to know."""
+        if score.needs_queries and not any(isinstance(t, Scored) and t.score == score for t in self.old.tiers):
+            return False
+        if not score.needs_attention:
+            return True
+        rules = [tier.wants_noted for tier in self.old.tiers]
+        return score in rules and type(score).kept is Score.kept  # others count the queries before a choice alone
+
+    def _require_shared_tokens(self) -> None:
+        """Refuse tiers with one list of tokens for all heads, where heads hold different ones that they would take."""
+        chooser = next((i for i, tier in enumerate(self.old.tiers) if isinstance(tier, Scored) and tier.per_head), None)
+        if chooser is None:
+            return
+        shared = _lists(self.old.tiers[:chooser])
+        following = next((i for i, tier in enumerate(self.new.tiers) if isinstance(tier, Scored)), len(self.new.tiers))
+        for name, size in _lists(self.new.tiers[:following]).items():
+            if size > shared[name]:
+                beyond = f"beyond {name}({shared[name]})"
+                raise ValueError(f"the heads hold different tokens {beyond}: {name}({size}) cannot have them all")
+
+    @property
+    def shares_values(self) -> bool:
+        return self.old.shares_values
+
+    def update(
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        parts = [tier.attend(part, query, self.old.reach) for tier, part in zip(self.old.tiers, state, strict=True)]
+        if not self.stored:
+            parts.append(query.attend_own(tokens, self.old.reach))
+        whole = add_sinks(merge(*parts), query.sink_logits)
+        if self.old == self.new:
+            return whole.out, state
+        assert query.valid is not None
+        # the queries stand at the end of the chunk: the last of them is the newest token, or follows it
+        width = query.q.shape[1]
+        now = query.position[:, -1] + 1 if self.stored else query.position[:, 0] + _leading(query.valid)
+        held = in_stream_order(
+            [tier.stored(part, query.rotary) for tier, part in zip(self.old.tiers, state, strict=True)], now
+        )
+        rule = next(filter(None, (tier.wants_noted for tier in self.new.tiers)), None)
+        if rule is not None and self.asked:
+            block = EvictionBlock(jnp.zeros_like(query.seen), width, self.old.slots)
+            asks = dataclasses.replace(query, block=block)
+            held = held._replace(note=rule.noted(None, asks, held.k, held.position, held.valid, whole.lse))
+        return whole.out, self._laid_out(state, held, query, now, rule)
+
+    def _laid_out(
+        self, state: tuple[State, ...], held: Stored, query: Query, now: UInt32[Array, " B"], rule: Noting | None
+    ) -> tuple[State, ...]:
+        rows, heads, _, width = held.k.shape
+        per_head = held.position.shape[1] > 1
+        values = held.v if held.v.shape[-1] or self.new.shares_values else held.k
+        spec = KVSpec(
+            rows, heads, width, held.k.dtype, query.q.shape[2] // heads, value_dim=values.shape[-1], per_head=per_head
+        )
+        rest = KVTokens(
+            k=held.k,
+            v=values,
+            raw_k=unrotated(query.rotary, held.k, held.position),
+            position=held.position,
+            valid=held.valid[:, :1],  # every head holds as many
+            rotary=query.rotary,
+            score=held.note if rule is not None else None,
+        )
+        new, shared = [], per_head
+        for tier in self.new.tiers:
+            empty = tier.init(dataclasses.replace(spec, per_head=per_head))
+            if isinstance(tier, Scored):
+                filled, rest = tier.filled(empty, rest, self._memory(tier, state, empty.memory, query), now)
+                per_head, shared = per_head or tier.per_head, False
+            else:
+                filled, rest = tier.absorb(empty, query, rest)
+                filled, rest = (tier.store(filled, rest), rest) if tier.last_because else tier.insert(filled, rest)
+            new.append(jax.tree.map(_of_all_heads, filled) if shared else filled)
+        return tuple(new)
+
+    def _memory(self, tier: Scored, state: tuple[State, ...], empty: State, query: Query) -> State:
+        """What the score knows of the stream's queries: what it knew, or what those that are asked say."""
+        if not self.asked:
+            for other, part in zip(self.old.tiers, state, strict=True):
+                if isinstance(other, Scored) and other.score == tier.score:
+                    return part.memory
+        return tier.score.watched(empty, query)
+
+
+def in_stream_order(parts: list[Stored], now: UInt32[Array, " B"]) -> Stored:
+    """All tokens of several tiers, oldest first, and behind them the slots that hold none.
+
+    `now` is the position of the stream's next token. Where all heads hold the same tokens there is one order for all.
+    """
+    heads = max(part.position.shape[1] for part in parts)
+
+    def joined(arrays: list[Array]) -> Array:
+        wide = max(x.shape[1] for x in arrays)
+        return jnp.concatenate([jnp.broadcast_to(x, (x.shape[0], wide, *x.shape[2:])) for x in arrays], axis=2)
+
+    def mask(part: Stored) -> Bool[Array, "B N S"]:
+        return jnp.broadcast_to(part.valid, (part.k.shape[0], heads, part.k.shape[2]))
+
+    position, valid = joined([part.position for part in parts]), joined([mask(part) for part in parts])
+    age = (now[:, None, None] - position).astype(jnp.int32)
+    order = jnp.argsort(jnp.where(valid, -age, jnp.iinfo(jnp.int32).max), axis=2, stable=True).astype(jnp.int32)
+
+    def sort(x: Array) -> Array:
+        return take_slots(x, jnp.broadcast_to(order, (*x.shape[:2], order.shape[2])))
+
+    k, v = (sort(joined([getattr(part, name) for part in parts])) for name in ("k", "v"))
+    note = None
+    if any(part.note is not None for part in parts):
+        wide = next(part.note.shape[1] for part in parts if part.note is not None)
+        zeros = [jnp.zeros((part.k.shape[0], wide, part.k.shape[2]), jnp.float32) for part in parts]
+        note = joined([zero if part.note is None else part.note for zero, part in zip(zeros, parts, strict=True)])
+        note = sort(note) if note.shape[1] % heads == 0 and heads in (1, note.shape[1]) else None
+    return Stored(k, v, sort(position), sort(valid), note)
+
+
+def unrotated(
+    rotary: Rotary | None, k: Float[Array, "B K S D"], position: UInt32[Array, "B #K S"]
+) -> Float[Array, "B K S D"]:
+    """Keys as they were before rotation."""
+    if rotary is None:
+        return k
+    back, turned = rotary.moved(k, -position), 2 * len(rotary.steps)
+    return jnp.concatenate((back[..., :turned] / rotary.scale, back[..., turned:]), axis=-1).astype(k.dtype)
+
+
+def _of_all_heads(x: Array) -> Array:
+    """Positions, which alone are unsigned, once instead of for each head."""
+    return x[:, :1] if x.dtype == jnp.uint32 else x
+
+
+def _lists(tiers: tuple) -> dict[str, int]:
+    """Tokens that are held in one list for all heads: the first and the newest ones."""
+    sizes = {"Sink": 0, "Window": 0}
+    for tier in tiers:
+        match tier:
+            case SinkWindow(sinks=sinks, window=window):
+                sizes = {"Sink": sizes["Sink"] + sinks, "Window": sizes["Window"] + window}
+            case Sink(size=size) | Window(size=size):
+                sizes[type(tier).__name__] += size
+    return sizes
+
+
+def _leading(valid: Bool[Array, "B C"]) -> UInt32[Array, " B"]:
+    """How many queries stand for nothing in front of the others; all of them where none is valid."""
+    return jnp.sum(jnp.cumsum(valid, axis=1) == 0, axis=1).astype(jnp.uint32)

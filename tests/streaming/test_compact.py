@@ -1,0 +1,164 @@
+"""Streams that are laid out anew by another cache: what stays, against plain lists and against streams that kept it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.models.mixers.attention import SequenceContext
+from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
+
+LENGTH, QUERIES, SIZE = 48, 6, 9
+DENSE = sj.kv.preset("dense", capacity=64)
+ONE_LAYER = GQA.replace(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    """A model, two prompts that it has read into a dense cache, and of each layer queries, keys and values."""
+    model, tokens = build(GQA), random_tokens(2, LENGTH)
+    state = sj.read(model, sj.init_state(model, DENSE, batch_size=2), tokens, 16)
+    x, context, found = model.embed(jnp.asarray(tokens)), SequenceContext.from_start(2, LENGTH), []
+    for i in range(model.config.num_layers):
+        found.append([np.asarray(part, np.float64) for part in model.layer(i).project(x, context)])
+        x, _ = model.layer(i).parallel(x, context)
+    return model, tokens, state, found
+
+
+def shares(q, k, scale, count) -> np.ndarray:
+    """The attention [K, G, count, T] of one stream's last `count` queries."""
+    heads, length = k.shape[1], len(k)
+    grouped = q[-count:].reshape(count, heads, -1, q.shape[-1])
+    logits = np.einsum("ckgd,skd->kgcs", grouped, k) * scale
+    seen = np.arange(length) <= np.arange(length - count, length)[:, None]
+    weights = np.where(seen, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def snapkv(q, k, v, scale):
+    """kvpress's and the paper's: summed over the window, pooled with zeros outside, summed over the group."""
+    got = shares(q, k, scale, QUERIES).sum(axis=(1, 2))[:, : LENGTH - QUERIES]
+    padded = np.pad(got, ((0, 0), (1, 1)))
+    return padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+
+
+def tova(q, k, v, scale):
+    got = shares(q, k, scale, 1).sum(axis=(0, 1, 2))
+    return np.broadcast_to(got, (k.shape[1], LENGTH))
+
+
+def knorm(q, k, v, scale):
+    return -np.linalg.norm(k, axis=-1).T
+
+
+def keydiff(q, k, v, scale):
+    unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    mean = unit.mean(axis=0, keepdims=True)
+    return -((unit * mean).sum(-1) / np.linalg.norm(mean, axis=-1)).T
+
+
+CASES = {
+    "snapkv": (sj.kv.Cascade(sj.kv.Window(QUERIES), sj.kv.Scored(SIZE, sj.kv.SnapKV(QUERIES, 3), every=8)), snapkv),
+    "tova": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.TOVA(), per_head=False, every=8)), tova),
+    "knorm": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KNorm(), every=8)), knorm),
+    "keydiff": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KeyDiff(), every=8)), keydiff),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_methods_for_prompts_as_published(prompt, name):
+    """What every head of every layer keeps, and that keys and values are those of the prompt."""
+    model, tokens, state, found = prompt
+    cache, rule = CASES[name]
+    query = tokens[:, -QUERIES:] if name in ("snapkv", "tova") else None
+    new = sj.compact(model, state, cache, query)
+    assert new.caches == (cache,) * 2
+    for (q, k, v), layer in zip(found, new.layers, strict=True):
+        slots = layer[-1].slots
+        position, valid, kept_k, kept_v = map(np.asarray, (slots.position, slots.valid, slots.k, slots.v))
+        for row in range(2):
+            worth = rule(q[row], k[row], v[row], model.config.blocks[0].mixer.softmax_scale)
+            for head in range(2):
+                own = min(head, position.shape[1] - 1)
+                kept = position[row, own][valid[row, own]]
+                assert len(kept) == SIZE
+                left = np.delete(worth[head], kept)  # the same token twice has keys of the same length
+                assert worth[head][kept].min() > left.max() - 1e-5
+                np.testing.assert_allclose(kept_k[row, head, :SIZE], k[row, kept, head], atol=1e-4)
+                np.testing.assert_allclose(kept_v[row, head, :SIZE], v[row, kept, head], atol=1e-4)
+    _, logits = read_stream(model, new, random_tokens(2, 20, seed=1), [1])
+    assert np.isfinite(logits).all()
+
+
+KEPT = [
+    sj.kv.preset("streaming_llm", sinks=2, window=7),
+    sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(7), fuse=False),
+    sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(5), sj.kv.Scored(8, sj.kv.KNorm(), every=6)),
+    sj.kv.Cascade(sj.kv.Window(5), sj.kv.Scored(8, sj.kv.KNorm(), every=6), sj.kv.Full(64)),
+]
+
+
+@pytest.mark.parametrize("cache", KEPT, ids=["fused", "plain", "scored", "scored and the rest"])
+def test_a_layer_goes_on_as_if_it_had_kept_that_all_along(cache):
+    """With one layer keys depend on their tokens alone, and a choice by norms does not on what was chosen before."""
+    model, tokens = build(ONE_LAYER), random_tokens(1, LENGTH + 12)
+    _, expected = read_stream(model, sj.init_state(model, cache), tokens, [LENGTH, 1])
+    larger = sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(9), sj.kv.Scored(20, sj.kv.KNorm(), every=6))
+    for before in (DENSE, sj.kv.preset("streaming_llm", sinks=2, window=LENGTH), larger):
+        if before is larger and isinstance(cache.tiers[-1], sj.kv.Full):
+            continue
+        state = sj.read(model, sj.init_state(model, before), tokens[:, :LENGTH], 16)
+        state = sj.compact(model, state, cache)
+        like = sj.init_state(model, cache)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, like)
+        _, logits = read_stream(model, state, tokens[:, LENGTH:], [1])
+        np.testing.assert_allclose(logits, expected[:, LENGTH:], atol=1e-4)
+
+
+def test_a_question_that_was_not_read_decides(prompt):
+    """Its tokens attend to the prompt and to themselves, and are not kept."""
+    model, tokens, state, _ = prompt
+    question, cache = random_tokens(2, 4, seed=3), CASES["tova"][0]
+    new = sj.compact(model, state, cache, question, stored=False)
+    longer = sj.read(model, sj.init_state(model, DENSE, batch_size=2), np.concatenate((tokens, question), 1), 16)
+    asked = sj.compact(model, longer, sj.kv.Cascade(sj.kv.Window(4), *cache.tiers), question)
+    for mine, theirs in zip(new.layers, asked.layers, strict=True):
+        np.testing.assert_array_equal(mine[-1].slots.position, theirs[-1].slots.position)
+    np.testing.assert_array_equal(new.position, state.position)
+
+
+def test_notes_of_a_cache_need_no_query():
+    """H2O over H2O goes on from what was noted; layers with windows of their own keep them."""
+    model, tokens = build(LOCAL), random_tokens(1, 40)
+    wide, narrow = (sj.kv.preset("h2o", window=4, size=size, every=4) for size in (16, 6))
+    state = sj.read(model, sj.init_state(model, wide), tokens, 8)
+    new = sj.compact(model, state, narrow)
+    assert new.caches == (sj.kv.Cascade(sj.kv.Window(4)), narrow)
+    np.testing.assert_array_equal(new.layers[0][0].k, state.layers[0][0].k)
+    before, after = state.layers[1][1].slots, new.layers[1][1].slots
+    for head in range(2):
+        note = np.where(before.valid[0, head], before.note[0, head], -1)
+        best = np.argsort(-note, kind="stable")[:6]
+        mine = after.position[0, head][after.valid[0, head]]
+        assert sorted(mine.tolist()) == sorted(np.asarray(before.position)[0, head][best].tolist())
+
+
+@pytest.mark.quick
+def test_what_cannot_be_compacted_is_refused(prompt):
+    model, tokens, state, _ = prompt
+    snap = CASES["snapkv"][0]
+    for cache, query, message in (
+        (snap, None, "chooses by queries: give query="),
+        (snap, tokens[:1, -4:], "query has 1 rows for 2 streams"),
+        (snap, tokens[:, :0], "query needs rows of one length, of at least one token"),
+        (snap, np.zeros((2, LENGTH + 1), int), f"query has {LENGTH + 1} tokens, and a stream has read {LENGTH}"),
+        (sj.kv.preset("dense", capacity=LENGTH - 1), None, f"read {LENGTH} tokens, and the new cache ends after"),
+        (sj.kv.HeadGroups(((0, 1), DENSE)), None, "only cascades of tiers are compacted"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            sj.compact(model, state, cache, query)
+        assert "\n" not in str(error.value)
+    kept = sj.compact(model, state, CASES["knorm"][0])
+    with pytest.raises(ValueError, match="the heads hold different tokens beyond Window\\(0\\): Window\\(4\\) cannot"):
+        sj.compact(model, kept, sj.kv.preset("window", window=4))
