@@ -5,10 +5,16 @@ rows that are zero outside of their own group, and a transposed copy of all matr
 tile is some rows of one group. Only the matrices of groups that have rows are read, each once for a few rows, as when a
 single token is decoded. With 32 matrices of 512 x 512 on 2 cores, `ragged_dot` takes 24 ms for 8 rows and 290 ms for
 1,024, the tiles 0.6 ms and 17 ms. Matrices gathered for each row are as fast at 8 rows and 13 times slower at 64.
+
+TPUs take the tiles where there are few rows, as when tokens are decoded. Their `ragged_dot` skips blocks of rows that
+are not a group's, but reads the matrix of every group, rows or none (the compiled schedule walks all groups). And it
+wants `D` and `F` next to each other in memory: gate and up projections, `[X, D, 2, F]`, are copied for it, all experts'
+at each call. A tile's one matrix is read into fast memory and turned there.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -17,6 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
 
+_FEW = 4  # rows a group on the mean: up to here TPUs read matrices one by one
 _LEAST, _MOST = 8, 64  # rows of a tile: fewer cost more steps, more are read for nothing where groups are small
 _ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # w transposed
 _GROUPS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -24,13 +31,13 @@ _GROUPS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 @jax.custom_vjp
 def grouped_product(
-    rows: Float[Array, "N D"], weights: Float[Array, "X D F"], sizes: Int32[Array, " X"]
-) -> Float[Array, "N F"]:
+    rows: Float[Array, "N D"], weights: Float[Array, "X D ..."], sizes: Int32[Array, " X"]
+) -> Float[Array, "N ..."]:
     """`rows[i] @ weights[group of i]`, where the first `sizes[0]` rows are group 0, the next `sizes[1]` group 1, ...
 
     Args:
       rows: sorted by group.
-      weights: a matrix a group; cast to the dtype of the rows.
+      weights: a matrix a group, its columns in one dimension or in several; cast to the dtype of the rows.
       sizes: rows of each group. Rows behind the last group's give 0.
     """
     return _product(rows, weights, sizes, False)
@@ -42,21 +49,24 @@ def _forward(rows: Array, weights: Array, sizes: Array) -> tuple[Array, tuple[Ar
 
 def _backward(saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
     rows, weights, sizes = saved
+    cotangent = cotangent.reshape(len(rows), math.prod(weights.shape[2:]))
     outer = jax.lax.platform_dependent(rows, cotangent, sizes, cpu=_tiled_outer, default=_ragged_outer)
-    return _product(cotangent, weights, sizes, True), outer.astype(weights.dtype), None
+    return _product(cotangent, weights, sizes, True), outer.astype(weights.dtype).reshape(weights.shape), None
 
 
 grouped_product.defvjp(_forward, _backward)
 
 
 def _product(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
-    """The product with each matrix, or with its transpose."""
+    """The product with each matrix, or of rows in one dimension with its transpose."""
     tiled, ragged = (partial(f, transposed=transposed) for f in (_tiled, _ragged))
-    return jax.lax.platform_dependent(rows, weights, sizes, cpu=tiled, default=ragged)
+    few = len(rows) <= _FEW * len(weights)
+    y = jax.lax.platform_dependent(rows, weights, sizes, cpu=tiled, tpu=tiled if few else ragged, default=ragged)
+    return y if transposed else y.reshape(len(rows), *weights.shape[2:])
 
 
 def _ragged(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
-    weights, dtype = weights.astype(rows.dtype), accumulator(rows.dtype)
+    weights, dtype = weights.astype(rows.dtype).reshape(*weights.shape[:2], -1), accumulator(rows.dtype)
     if transposed:
         y = jax.lax.ragged_dot_general(rows, weights, sizes, _ROWS, preferred_element_type=dtype)
     else:
@@ -104,11 +114,12 @@ class _Tiles:
 def _tiled(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
     tiles = _Tiles(len(rows), sizes)
     padded = tiles.pad(rows)
-    width, axis = weights.shape[1 if transposed else 2], 1 if transposed else 0
+    depth, axis = weights.shape[1], 1 if transposed else 0
+    width = depth if transposed else math.prod(weights.shape[2:])
 
     def add(tile: Array, out: Array) -> Array:
         group, start, own = tiles.of(tile)
-        matrix = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False).astype(rows.dtype)
+        matrix = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False).astype(rows.dtype).reshape(depth, -1)
         block = jnp.where(own, tiles.rows(padded, start), 0)
         dims = (((1,), (axis,)), ((), ()))
         y = jax.lax.dot_general(block, matrix, dims, preferred_element_type=accumulator(rows.dtype))

@@ -38,11 +38,10 @@ def sorted_mlp(
       sizes: rows of each expert. Those behind the last one's count for nothing.
       config: how an expert computes.
     """
-    hidden = grouped_product(rows, weights.up.reshape(*weights.up.shape[:2], -1), sizes)
+    hidden = grouped_product(rows, weights.up, sizes)
     if weights.up_bias is not None:
-        hidden = hidden + weights.up_bias.reshape(len(sizes), -1).astype(hidden.dtype)[experts]
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    out = grouped_product(_gated(gate, up, config), weights.down, sizes)
+        hidden = hidden + weights.up_bias.astype(hidden.dtype)[experts]
+    out = grouped_product(_gated(hidden[:, 0], hidden[:, 1], config), weights.down, sizes)
     return out if weights.down_bias is None else out + weights.down_bias.astype(out.dtype)[experts]
 
 

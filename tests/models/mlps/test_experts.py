@@ -69,6 +69,22 @@ def test_the_grouped_product_and_its_gradient(sizes, seed):
             np.testing.assert_allclose(elsewhere, pull(cotangent)[1], atol=1e-12)
 
 
+def test_columns_in_several_dimensions():
+    draw, sizes = np.random.default_rng(0), jnp.asarray([3, 0, 4], jnp.int32)
+    with jax.enable_x64(True):
+        rows, weights = (jnp.asarray(draw.normal(size=s)) for s in ((9, 3), (3, 3, 2, 4)))
+        cotangent = jnp.asarray(draw.normal(size=(9, 2, 4)))
+        flat = (rows, weights.reshape(3, 3, 8))
+        expected, pull = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), *flat)
+        found, pull_found = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), rows, weights)
+        np.testing.assert_array_equal(found.reshape(9, 8), expected)
+        np.testing.assert_array_equal(found[7:], 0)  # rows behind the last group's
+        for mine, theirs in zip(pull_found(cotangent), pull(cotangent.reshape(9, 8)), strict=True):
+            np.testing.assert_array_equal(mine.reshape(theirs.shape), theirs)
+        ragged = grouped_product._ragged(rows, weights, sizes, False)
+        np.testing.assert_allclose(ragged.reshape(9, 8), expected, atol=1e-12)
+
+
 def test_one_token_reads_its_own_experts_alone():
     """No array in the compiled program is as large as all experts, but for the weights that it is given."""
     config = ExpertsConfig(64, 2, 32)
