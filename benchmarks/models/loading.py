@@ -5,8 +5,9 @@
 
 Each load has a process of its own, in turn, with the other ones ended; the table has medians over rounds. The files are
 bfloat16 and in the system's page cache. `peak` is the largest resident memory of the process, `over import` how much
-that is above what `import streamjax` (or torch and `transformers`) alone takes, and `over weights` what of that is not
-the weights in their dtype. `seconds` begin behind the import and end when every weight has been read once.
+that is above what `import streamjax` alone takes, which imports nothing else (or torch and `transformers`), and `over
+weights` what of that is not the weights in their dtype: with streamjax, JAX and all that loading imports. `seconds`
+begin when everything is imported and end when every weight has been read once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +37,37 @@ def resident(name: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
-def load_ours(folder: str, dtype: str) -> int:
-    """Load with streamjax; bytes of the weights."""
+def our_load(folder: str, dtype: str) -> Callable[[], int]:
+    """What loads with streamjax and returns the bytes of the weights; all that it needs is imported."""
     import jax
     import jax.numpy as jnp
 
     import streamjax as sj
 
-    leaves = jax.tree.leaves(sj.load(folder, dtype=dtype))
-    jax.block_until_ready([jnp.max(leaf) for leaf in leaves])
-    return sum(leaf.nbytes for leaf in leaves)
+    load = sj.load
+    jax.devices()
+
+    def run() -> int:
+        leaves = jax.tree.leaves(load(folder, dtype=dtype))
+        jax.block_until_ready([jnp.max(leaf) for leaf in leaves])
+        return sum(leaf.nbytes for leaf in leaves)
+
+    return run
 
 
-def load_torch(folder: str, dtype: str) -> int:
-    """Load with `transformers`; bytes of the weights."""
+def torch_load(folder: str, dtype: str) -> Callable[[], int]:
+    """The same with `transformers`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter.max().item()
-    return sum(parameter.nbytes for parameter in parameters)
+    def run() -> int:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        parameters = list(model.parameters())
+        for parameter in parameters:
+            parameter.max().item()
+        return sum(parameter.nbytes for parameter in parameters)
+
+    return run
 
 
 def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
@@ -67,9 +78,10 @@ def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
         import torch  # noqa: F401
         from transformers import AutoModelForCausalLM  # noqa: F401
     before = resident("VmRSS")
+    run = (our_load if side == "streamjax" else torch_load)(folder, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start, cpu, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
-    weights = (load_ours if side == "streamjax" else load_torch)(folder, dtype)
+    weights = run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "seconds": seconds,

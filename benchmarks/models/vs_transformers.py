@@ -1,13 +1,13 @@
 """Prefill and decode of SmolLM2-135M against `transformers` on torch CPU, each side in a process of its own.
 
-    python -m benchmarks.models.vs_transformers                    # drawn weights; some 6 minutes on 2 quiet cores
+    python -m benchmarks.models.vs_transformers                    # drawn weights; some 8 minutes on 2 quiet cores
     python -m benchmarks.models.vs_transformers --model FOLDER     # any Llama in Hugging Face's layout
 
 Two runtimes in one process disturb each other: their pools of threads wait for work on the same cores. Here a process
-loads the model, measures one runtime and ends; then the next one starts. Both run float32, one stream, all cores:
-prefill of 1,024 tokens, and greedy decoding over 1,024 cached tokens (`transformers`: its dynamic cache and sdpa
-attention; streamjax: `sj.read` and `sj.generate` over a streaming_llm cache of 4 + 1,020). Time does not depend on the
-weights.
+loads the model, measures one runtime and ends; then the next one starts. Both run one stream on all cores, in float32
+and in bfloat16: prefill of 1,024 tokens, and greedy decoding over 1,024 cached tokens (`transformers`: its dynamic
+cache and sdpa attention; streamjax: `sj.read` and `sj.generate` over a streaming_llm cache of 4 + 1,020). Time does not
+depend on the weights.
 
 A process warms up and takes the median of its turns; the table has the medians over processes. The ratio is that of
 wall seconds, the median over pairs of processes that followed each other. `load` is the system's load average when a
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -34,6 +35,7 @@ from benchmarks.reporting import in_own_process, median_ratio, report
 
 MODULE = "benchmarks.models.vs_transformers"
 SIDES = ("transformers", "streamjax")
+DTYPES = ("float32", "bfloat16")
 CACHED, NEW = 1024, 32
 Phases = dict[str, Callable[[], Any]]
 
@@ -43,13 +45,13 @@ def prompt(vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, (1, CACHED)).astype(np.int32)
 
 
-def torch_phases(folder: str) -> Phases:
+def torch_phases(folder: str, dtype: str) -> Phases:
     """`transformers`: a prefill, and decoding from the cache that it filled."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     ).eval()
     tokens = torch.tensor(prompt(model.config.vocab_size), dtype=torch.long)
     filled: dict[str, Any] = {}
@@ -72,20 +74,20 @@ def torch_phases(folder: str) -> Phases:
     return {"prefill": prefill, "decode": decode}
 
 
-def our_phases(folder: str) -> Phases:
+def our_phases(folder: str, dtype: str) -> Phases:
     """streamjax: the same from a full endless cache."""
     import jax
 
     import streamjax as sj
 
-    model = sj.load(folder, dtype="float32")
+    model = sj.load(folder, dtype=dtype)
     tokens, nothing = prompt(model.config.vocab_size), np.zeros((1, 0), np.int32)
     cache, greedy = sj.kv.preset("streaming_llm", sinks=4, window=CACHED - 4), sj.Sampler(temperature=0)
     filled: dict[str, Any] = {}
 
     def prefill() -> None:
         state = sj.init_state(model, cache)
-        filled["state"] = jax.block_until_ready(sj.read(model, state, tokens, chunk_size=CACHED))
+        filled["state"] = jax.block_until_ready(sj.read(model, state, tokens))
 
     def decode() -> None:
         filled["state"], out = sj.generate(model, filled["state"], nothing, max_new_tokens=NEW, sampler=greedy)
@@ -94,9 +96,9 @@ def our_phases(folder: str) -> Phases:
     return {"prefill": prefill, "decode": decode}
 
 
-def measure(side: str, folder: str, turns: int) -> dict[str, list[float]]:
+def measure(side: str, dtype: str, folder: str, turns: int) -> dict[str, list[float]]:
     """Seconds and CPU seconds of each phase, medians over turns behind one that warms up; the load average before."""
-    phases = (torch_phases if side == "transformers" else our_phases)(folder)
+    phases = (torch_phases if side == "transformers" else our_phases)(folder, dtype)
     for run in phases.values():
         run()
     found: dict[str, Any] = {"load": os.getloadavg()[0]}
@@ -114,35 +116,37 @@ def measure(side: str, folder: str, turns: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder in Hugging Face's layout; drawn weights by default")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each side; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side; the median counts")
     parser.add_argument("--turns", type=int, default=5, help="turns of a process, behind one that warms up")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.turns)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or write_drawn(SMOLLM2, temporary)
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for turn in range(arguments.rounds):
-            for side in SIDES:
-                found[side].append(in_own_process(MODULE, "--turns", arguments.turns, "--child", side, folder))
-                print(f"round {turn + 1} of {arguments.rounds}, {side}: {found[side][-1]}", flush=True)
+            for dtype, side in itertools.product(DTYPES, SIDES):
+                one = in_own_process(MODULE, "--turns", arguments.turns, "--child", side, dtype, folder)
+                found.setdefault((dtype, side), []).append(one)
+                print(f"round {turn + 1} of {arguments.rounds}, {side}, {dtype}: {one}", flush=True)
     rows = []
-    for phase, tokens in (("prefill", CACHED), ("decode", NEW)):
-        wall = {side: [one[phase][0] for one in found[side]] for side in SIDES}
+    for (phase, tokens), dtype in itertools.product((("prefill", CACHED), ("decode", NEW)), DTYPES):
+        wall = {side: [one[phase][0] for one in found[dtype, side]] for side in SIDES}
         for side in SIDES:
             seconds = statistics.median(wall[side])
             rows.append(
                 {
                     "phase": phase,
+                    "dtype": dtype,
                     "side": side,
                     "seconds": seconds,
-                    "CPU seconds": statistics.median(one[phase][1] for one in found[side]),
+                    "CPU seconds": statistics.median(one[phase][1] for one in found[dtype, side]),
                     "tokens/s": tokens / seconds,
                     "ms a token": 1000 * seconds / tokens,
                     "transformers' time / this": median_ratio(wall[SIDES[0]], wall[side]),
-                    "load": max(one["load"] for one in found[side]),
+                    "load": max(one["load"] for one in found[dtype, side]),
                 }
             )
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
