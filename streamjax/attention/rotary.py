@@ -17,6 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.partial import accumulator
+from streamjax.barriers import materialized_once
+
+MANY = 32  # tokens from which the tables are computed once, and not in every head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Rotary:
 
     def __call__(self, x: Float[Array, "B T H D"], position: UInt32[Array, "B T"]) -> Float[Array, "B T H D"]:
         """Rotate the first `2 * len(steps)` channels of `x` to `position`; the others pass unchanged."""
-        cos, sin = self.table(position)
+        tables = self.table(position)
+        if position.shape[1] >= MANY:
+            tables = materialized_once(tables, (position >> 1).astype(jnp.int32))
+        cos, sin = tables
         return rotate(x, cos[:, :, None], sin[:, :, None])
 
     def moved(self, k: Float[Array, "B K S D"], by: UInt32[Array, "B #K S"]) -> Float[Array, "B K S D"]:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import add_sinks, merge
+from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
-from streamjax.kv.ring_buffer import ordered_after
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.scored import Scored

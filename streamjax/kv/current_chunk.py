@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import Partial, add_sinks, merge
+from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.decode_kernels import decode, kernel_decodes
-from streamjax.kv.ring_buffer import ordered_after, write_linear
+from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 from streamjax.kv.tiers.full import LinearState
 

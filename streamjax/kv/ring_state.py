@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from streamjax.kv.ring_buffer import materialized_once, ordered_after, read_ring, write_ring
+from streamjax.barriers import materialized_once, ordered_after
+from streamjax.kv.ring_buffer import read_ring, write_ring
 from streamjax.kv.tier import KVTokens
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
-from streamjax.kv.ring_buffer import materialized_once, ordered_after
+from streamjax.barriers import materialized_once, ordered_after
 from streamjax.kv.tier import KVTokens
 
 

@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
+from streamjax.barriers import ordered_after
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
-from streamjax.kv.ring_buffer import ordered_after, write_linear
+from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.full import LinearState, append
 
