@@ -218,6 +218,28 @@ def test_sentencepiece_ids_are_those_of_its_rule(prefix, tmp_path):
     check()
 
 
+def test_ids_of_gemma_4s_kind_are_those_of_its_merges(tmp_path):
+    trained = TRAINED["byte_fallback"]()
+    model = json.loads(trained.to_str())["model"]
+    values = sentencepiece_values(True) | {"ggml.model": "gemma4"}
+    values |= {"ggml.merges": [" ".join(pair) for pair in model["merges"]], "ggml.add_bos_token": True}
+    mine = sj.load_tokenizer(write(tmp_path / "x.gguf", values))
+    assert (mine.adds_bos, mine.decoding) == (True, "byte_fallback")
+
+    @SHORT
+    @given(text=TEXT.filter(lambda text: "<" not in text))
+    def check(text):
+        ids = mine.encode(text)
+        assert ids == trained.encode(text, add_special_tokens=False).ids
+        if "▁" not in text:
+            assert mine.decode(ids) == text
+
+    check()
+    with pytest.raises(ValueError, match="merges") as error:
+        sj.load_tokenizer(write(tmp_path / "y.gguf", {k: v for k, v in values.items() if k != "ggml.merges"}))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,6 +12,7 @@ from tests.gguf_files import write_gguf
 
 NAMES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 NAMES |= {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss", "ministral3": "mistral3"}
+NAMES |= {"llama4_text": "llama4", "gemma4_text": "gemma4"}
 NAMES |= {f"qwen{n}_moe": f"qwen{n}moe" for n in (2, 3)}
 INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
@@ -48,6 +49,9 @@ def convert(
             names = [f"blk.{match[1]}.ffn_{part}_exps.{leaf}" for part in EXPERTS[match[2]]]
             tensors |= {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
             continue
+        if own := _of_new_families(config, name, tensor.float().numpy()):
+            tensors |= own
+            continue
         if name.endswith(".sinks"):
             name = f"{name}.weight"
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
@@ -68,6 +72,21 @@ def convert(
     kinds = {name: experts for name in tensors if experts is not None and name.endswith("_exps.weight")}
     metadata = {key: value for key, value in (_metadata(architecture, config) | more).items() if value is not None}
     return write_gguf(file, architecture, metadata, tensors, kinds)
+
+
+def _of_new_families(config: Any, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """What llama.cpp makes of tensors that Llama 4 and Gemma 4 alone have."""
+    block = "blk." + name.split(".")[2] if name.startswith("model.layers.") else ""
+    if config.model_type == "llama4_text" and name.endswith("experts.gate_up_proj"):
+        halves = zip(("gate", "up"), np.split(values.swapaxes(1, 2), 2, axis=1), strict=True)
+        return {f"{block}.ffn_{half}_exps.weight": np.ascontiguousarray(part) for half, part in halves}
+    if config.model_type == "llama4_text" and name.endswith("experts.down_proj"):
+        return {f"{block}.ffn_down_exps.weight": np.ascontiguousarray(values.swapaxes(1, 2))}
+    ends = {"layer_scalar": "layer_output_scale.weight", "experts.gate_up_proj": "ffn_gate_up_exps.weight"}
+    ends |= {"experts.down_proj": "ffn_down_exps.weight", "router.scale": "ffn_gate_inp.scale"}
+    ends |= {"router.per_expert_scale": "ffn_down_exps.scale"}
+    found = next((theirs for end, theirs in ends.items() if name.endswith(f".{end}")), None)
+    return {f"{block}.{found}": values} if found and config.model_type == "gemma4_text" else {}
 
 
 def _converted(architecture: str, config: Any, name: str, values: np.ndarray) -> np.ndarray:
@@ -110,6 +129,8 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
             "attention.clamp_kqv": config.attn_config.clip_qkv,
         }
     heads, width = config.num_attention_heads, config.hidden_size
+    if architecture == "gemma4":
+        return _gemma4(config)
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
     found = {
@@ -156,6 +177,12 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         own = {"attention.sliding_window": config.sliding_window, "rope.dimension_count": head_dim}
         own |= {"attention.layer_norm_epsilon": config.layer_norm_eps, "logit_scale": config.logit_scale}
         return found | own | {"rope.scaling.type": "none"}
+    if architecture == "llama4":
+        own = {"attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim}
+        own |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "expert_count": config.num_local_experts}
+        own |= {"expert_used_count": config.num_experts_per_tok, "feed_forward_length": config.intermediate_size_mlp}
+        own |= {"expert_feed_forward_length": config.intermediate_size}
+        return found | own | {"interleave_moe_layer_step": config.interleave_moe_layer_step}
     if architecture == "starcoder2":
         return found | {"attention.layer_norm_epsilon": config.norm_epsilon}
     found |= {"attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.dimension_count": head_dim}
@@ -194,3 +221,35 @@ def _metadata(architecture: str, config: Any) -> dict[str, Any]:
         found["attn_logit_softcapping"] = config.attn_logit_softcapping
         found["final_logit_softcapping"] = config.final_logit_softcapping
     return found
+
+
+def _gemma4(config: Any) -> dict[str, Any]:
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    local, far = (config.per_layer_config[kind] for kind in ("sliding_attention", "full_attention"))
+    ropes = config.rope_parameters
+    found = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "embedding_length_per_layer_input": 0,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": [(local if one else far).num_key_value_heads for one in slides],
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": far.head_dim,
+        "attention.value_length": far.head_dim,
+        "attention.key_length_swa": local.head_dim,
+        "attention.value_length_swa": local.head_dim,
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": slides,
+        "attention.shared_kv_layers": 0,
+        "rope.freq_base": float(ropes["full_attention"]["rope_theta"]),
+        "rope.freq_base_swa": float(ropes["sliding_attention"]["rope_theta"]),
+        "rope.dimension_count": far.head_dim,
+        "rope.dimension_count_swa": local.head_dim,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    if not config.enable_moe_block:
+        return found
+    experts = {"expert_count": config.num_experts, "expert_used_count": config.top_k_experts}
+    return found | experts | {"expert_feed_forward_length": config.moe_intermediate_size}

@@ -77,6 +77,13 @@ PARITY = {
         "max_position_embeddings": 64,
         "rope_scaling": DEEPSEEK,
     },
+    "llama4": {
+        **{**GROUPED, "num_hidden_layers": 4, "head_dim": 6, "intermediate_size_mlp": 20, "num_local_experts": 3},
+        **{**TOKENS, "interleave_moe_layer_step": 2, "rms_norm_eps": 1e-4},
+    },
+    "llama4-128": {**GROUPED, **TOKENS, "head_dim": 6, "num_local_experts": 128, "use_qk_norm": False},
+    "gemma4": {**CASES["gemma4"], **TOKENS, "num_global_key_value_heads": 1},
+    "gemma4-experts": {**CASES["gemma4-experts"], **TOKENS},
     "gpt_neox": CASES["gpt_neox"],
     "gpt_neox-sequential": {**SIZES, "rotary_pct": 1.0, "use_parallel_residual": False},
     "falcon-7b": FALCON,
@@ -90,6 +97,8 @@ METADATA = {
     "gpt_oss": YARN_METADATA,
     "deepseek_v3": {**YARN_METADATA, "rope.scaling.yarn_log_multiplier": 0.0707},
     "ministral3": YARN_METADATA,
+    "gemma4": {"rope_freqs.weight": np.float32([1.0, 1e30, 1e30, 1e30])},
+    "gemma4-experts": {"rope_freqs.weight": np.float32([1.0, 1e30, 1e30, 1e30])},
     "llama-heads": {"attention.key_length": 8, "attention.value_length": 8},
 }
 
@@ -103,7 +112,8 @@ def plain(config):
 
 
 def make_peer(case, values):
-    kind = case.split("-")[0].replace("gemma3", "gemma3_text")
+    kind = case.split("-")[0]
+    kind += "_text" if kind in ("gemma3", "llama4", "gemma4") else ""
     return peer(transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"}))
 
 

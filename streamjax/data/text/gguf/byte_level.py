@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from streamjax.checkpoints.json_files import one_line
-from streamjax.data.text.gguf.vocabulary import Vocabulary
+from streamjax.data.text.gguf.vocabulary import Vocabulary, listed_merges
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -143,8 +143,7 @@ def byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
       ValueError: no merges, or a kind that is not known.
     """
     kind = kind_of(vocabulary)
-    merges = vocabulary.header.get("tokenizer.ggml.merges", list)
-    pairs = [(merge[: (at := merge.find(" ", 1))], merge[at + 1 :]) for merge in merges if " " in merge[1:]]
+    pairs = listed_merges(vocabulary)
     return {
         "normalizer": {"type": "NFC"} if kind.composed else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(kind.cuts)},

@@ -13,7 +13,7 @@ from streamjax.data.text.gguf.sentencepiece import sentencepiece
 from streamjax.data.text.gguf.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary, stop_ids
 from streamjax.data.text.tokenizer_files import TokenizerParts, parse_tokenizer
 
-_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
+_BYTE_LEVEL, _SENTENCEPIECE, _MERGED = "gpt2", "llama", "gemma4"
 _ROLES = {"bos": 1, "eos": 2, "padding": None}  # and SentencePiece's ids for them where a file says nothing
 
 
@@ -26,14 +26,14 @@ def read_gguf_tokenizer(file: Path) -> TokenizerParts:
     header = read_header(file)
     vocabulary = read_vocabulary(header)
     kind = header.get("tokenizer.ggml.model", str, "none")
-    if vocabulary is None or kind not in (_BYTE_LEVEL, _SENTENCEPIECE):
-        kinds = f"{_BYTE_LEVEL} (byte-level BPE) and {_SENTENCEPIECE} (SentencePiece's BPE)"
+    if vocabulary is None or kind not in (_BYTE_LEVEL, _SENTENCEPIECE, _MERGED):
+        kinds = f"{_BYTE_LEVEL} (byte-level BPE), {_SENTENCEPIECE} (SentencePiece's BPE) and {_MERGED}"
         raise ValueError(f"{file}: its tokenizer is of the kind {one_line(kind)[:40]!r}; streamjax reads {kinds}")
-    pieces = kind == _SENTENCEPIECE
+    pieces = kind != _BYTE_LEVEL
     roles = {role: vocabulary.special(role, default if pieces else None) for role, default in _ROLES.items()}
     adds_bos = header.get("tokenizer.ggml.add_bos_token", bool, pieces or kind_of(vocabulary).adds_bos)
     content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
-    content |= sentencepiece(vocabulary) if pieces else byte_level(vocabulary)
+    content |= sentencepiece(vocabulary, kind == _MERGED) if pieces else byte_level(vocabulary)
     content["added_tokens"] = _added(vocabulary)
     bos = roles["bos"]
     if adds_bos and bos is not None:

@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from streamjax.data.text.gguf.vocabulary import BYTE, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from streamjax.data.text.gguf.vocabulary import BYTE, NORMAL, UNUSED, USER_DEFINED, Vocabulary, listed_merges
 
 _SPACE = "\u2581"
 _LONGEST = 512  # characters of a piece that is put together of others; SentencePiece's own have 16
 
 
-def sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The parts of a tokenizer.json that are the kind's.
+def sentencepiece(vocabulary: Vocabulary, merged: bool = False) -> dict[str, Any]:
+    """The parts of a tokenizer.json that are the kind's; `merged`: the file has the merges (Gemma 4's kind).
 
     Raises:
-      ValueError: scores that do not fit the tokens.
+      ValueError: scores that do not fit the tokens, or no merges.
     """
     header, ids = vocabulary.header, vocabulary.listed()
-    scores = header.get("tokenizer.ggml.scores", np.ndarray)
+    scores = np.zeros(len(vocabulary.tokens)) if merged else header.get("tokenizer.ggml.scores", np.ndarray)
     if len(scores) != len(vocabulary.tokens) or not np.all(np.isfinite(scores)):
         raise ValueError(
             f"{header.file}: {len(scores)} scores, or some that are no numbers, for {len(vocabulary.tokens)} tokens"
@@ -47,7 +47,7 @@ def sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
             "byte_fallback": bool(np.any(vocabulary.types == BYTE)),
             "ignore_merges": False,
             "vocab": ids,
-            "merges": merges(vocabulary, ids, scores),
+            "merges": listed_merges(vocabulary) if merged else merges(vocabulary, ids, scores),
         },
     }
 

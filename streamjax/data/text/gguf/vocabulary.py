@@ -86,3 +86,13 @@ def stop_ids(header: GGUFHeader) -> list[int]:
         ends = [text for text in ends if text != "<|end|>"]
     found = [*named, *(by_text[text] for text in ends)]
     return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+
+def listed_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """The merges of a file, pairs of pieces with a space between them.
+
+    Raises:
+      ValueError: it has none.
+    """
+    listed = vocabulary.header.get("tokenizer.ggml.merges", list)
+    return [(merge[: (at := merge.find(" ", 1))], merge[at + 1 :]) for merge in listed if " " in merge[1:]]

@@ -115,6 +115,32 @@ _GPT_OSS_PARTS = {
     "down_proj": ("down_proj.weight",),
     "down_proj_bias": ("down_proj.bias",),
 }
+_LLAMA4_PARTS = {
+    "experts.gate_up_proj": ("experts.gate_proj.weight", "experts.up_proj.weight"),
+    "experts.down_proj": ("experts.down_proj.weight",),
+}
+_LLAMA4: Keys = {
+    "feed_forward_length": ("intermediate_size_mlp", md.WHOLE),
+    "expert_feed_forward_length": ("intermediate_size", md.WHOLE),
+    "interleave_moe_layer_step": ("interleave_moe_layer_step", md.WHOLE),
+}
+_GEMMA4_PARTS = {
+    "layer_scalar": ("layer_scalar.weight",),
+    "experts.gate_up_proj": ("experts.gate_up_proj.weight",),
+    "experts.down_proj": ("experts.down_proj.weight",),
+    "router.scale": ("router.proj.scale",),
+    "router.per_expert_scale": ("experts.down_proj.scale",),
+}
+_GEMMA4: Keys = {
+    "attention.key_length_swa": ("head_dim", md.WHOLE),
+    "attention.key_length": ("global_head_dim", md.WHOLE),
+    "final_logit_softcapping": ("final_logit_softcapping", md.NUMBER),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input", md.WHOLE),
+    "attention.shared_kv_layers": ("num_kv_shared_layers", md.WHOLE),
+    "expert_count": ("num_experts", md.WHOLE),
+    "expert_used_count": ("top_k_experts", md.WHOLE),
+    "expert_feed_forward_length": ("moe_intermediate_size", md.WHOLE),
+}
 _GPT_OSS: Keys = {"expert_feed_forward_length": ("intermediate_size", md.WHOLE)}
 _QWEN_EXPERTS: Keys = {
     "expert_count": ("num_experts", md.WHOLE),
@@ -175,6 +201,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm4": Architecture("glm4", _DECODER | md.HEAD, own.glm4),
     "exaone4": Architecture("exaone4", _DECODER | md.HEAD, own.windows),
     "mistral3": Architecture("ministral3", _DECODER | md.HEAD, own.mistral3, _LLAMA_ROWS),
+    "llama4": Architecture(
+        "llama4_text",
+        _DECODER | md.HEAD | md.EXPERTS | _LLAMA4,
+        own.llama4,
+        parts=_LLAMA4_PARTS,
+        join=lambda *parts: TurnedTensor(parts, turns=False),
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        md.SIZES | md.RMS | md.WINDOW | _GEMMA4,
+        own.gemma4,
+        parts=_GEMMA4_PARTS,
+        join=lambda *parts: parts[0],
+    ),
     "deepseek2": Architecture(
         "deepseek_v2", _DECODER | _DEEPSEEK, own.deepseek2, parts=_DEEPSEEK_PARTS, join=_join_deepseek2
     ),

@@ -29,6 +29,7 @@ from streamjax.models.files.safetensors_files import AnyTensor
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ONE_ROW = ".ffn_gate_inp_shexp.weight"  # a matrix of one row, of which llama.cpp makes a vector
+_LEAVES = ("weight", "bias", "scale")
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # in the config, or by it
 
 
@@ -157,8 +158,8 @@ def _place(table: Any, name: str) -> tuple[str, int | None]:
     if expert is not None:
         name = expert[1] + expert[3]
     stem, _, leaf = name.rpartition(".")
-    theirs = table.get_name(stem) if leaf in ("weight", "bias") else table.get_name(name)
-    if theirs is not None and leaf in ("weight", "bias"):
+    theirs = table.get_name(stem) if leaf in _LEAVES else table.get_name(name)
+    if theirs is not None and leaf in _LEAVES:
         theirs = f"{theirs}.{leaf}"
     return theirs or "", None if expert is None else int(expert[2])
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from streamjax.models.files.gguf.metadata import Metadata
 
 Values = dict[str, Any]  # fields of a config.json
@@ -168,6 +170,52 @@ def deepseek2(metadata: Metadata, values: Values) -> Values:
     if gating == _SOFTMAX:
         found["topk_method"] = "group_limited_greedy" if (values | found)["n_group"] > 1 else "greedy"
     return {name: value for name, value in found.items() if value is not None or name == "q_lora_rank"}
+
+
+def llama4(metadata: Metadata, values: Values) -> Values:
+    """Llama 4: llama.cpp has chunks, layers without positions and temperatures as the published models have them, which
+    are the architecture's defaults, and no norm over heads in the model of 128 experts."""
+    window = metadata.get("attention.sliding_window", int)
+    if window not in (None, 0, 8192):
+        raise ValueError(f"{metadata.header.file}: 'llama4.attention.sliding_window' is {window}; expected 8192 or 0")
+    found = {"rope_scaling": metadata.scaling(), "use_qk_norm": values.get("num_local_experts") != 128}
+    found["attention_bias"] = metadata.has("blk.0.attn_q.bias")
+    layers = values.get("num_hidden_layers", 0)
+    # A window of 0 stands for a model without chunks, whose layers all rotate.
+    return found | ({"attention_chunk_size": None, "no_rope_layers": [1] * layers} if window == 0 else {})
+
+
+def gemma4(metadata: Metadata, values: Values) -> Values:
+    """Gemma 4: heads of two kinds, of which the file has one list; keys are values where a layer has no values."""
+    layers, theta = values.get("num_hidden_layers", 0), metadata.get("rope.freq_base", float, 1e6)
+    types: Values = metadata.layer_types(values)
+    full = [i for i, kind in enumerate(types.get("layer_types", ())) if kind == "full_attention"]
+    metadata.seen.update(("attention.head_count_kv", "attention.value_length_swa", "rope.dimension_count_swa"))
+    heads = metadata.header.values.get("gemma4.attention.head_count_kv")
+    counts = np.broadcast_to(np.asarray(heads if heads is not None else values["num_attention_heads"]), layers)
+    if counts.dtype.kind not in "iu" or not full or len(full) == layers:
+        raise ValueError(f"{metadata.header.file}: no Gemma 4 with a number of heads and a kind for each of its layers")
+    local = next(int(count) for i, count in enumerate(counts) if i not in full)
+    sizes = {"head_dim": values.get("global_head_dim", 512), "num_key_value_heads": int(counts[full[0]])}
+    turning: Values = {"rope_type": "proportional", "rope_theta": theta}
+    if metadata.has("rope_freqs.weight"):  # 1 where a pair turns, very large where it does not
+        factors = metadata.numbers("rope_freqs.weight")
+        turning["partial_rotary_factor"] = sum(factor < 1e20 for factor in factors) / len(factors)
+    return types | {
+        "num_key_value_heads": local,
+        "per_layer_config": {str(layer): sizes for layer in full},
+        "attention_k_eq_v": not metadata.has(f"blk.{full[0]}.attn_v.weight"),
+        "attention_bias": metadata.has("blk.0.attn_q.bias"),
+        "hidden_size_per_layer_input": values.get("hidden_size_per_layer_input", 0),
+        "enable_moe_block": bool(values.get("num_experts")),
+        "rope_parameters": {
+            "full_attention": turning,
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": metadata.get("rope.freq_base_swa", float, 10_000.0),
+            },
+        },
+    }
 
 
 def starcoder2(metadata: Metadata, values: Values) -> Values:

@@ -118,12 +118,14 @@ class TurnedTensor(Float32Rows):
 
     Attributes:
       parts: all of one shape.
+      turns: whether columns take turns; else those of the first part come first.
 
     Raises:
       ValueError: they are not.
     """
 
     parts: tuple[DequantisedTensor, ...]
+    turns: bool = True
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -156,7 +158,9 @@ class TurnedTensor(Float32Rows):
         values = [part.rows(start, stop) for part in self.parts]
         if len(self.parts[0].shape) == 3:
             values = [part.swapaxes(1, 2) for part in values]
-        return values[0] if len(values) == 1 else np.stack(values, -1).reshape(stop - start, *self.shape[1:])
+        if len(values) == 1:
+            return values[0]
+        return np.stack(values, -1).reshape(stop - start, *self.shape[1:]) if self.turns else np.concatenate(values, -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
