@@ -1,6 +1,7 @@
 """Kernels for one chunk of a sequence against a buffer of keys, in interpreters, against every logit in float64."""
 
 import math
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 from tests.kernels.tolerances import BACKENDS, TOLERANCE, assert_near
 
 
-def check(
-    backend, pattern, queries, offset, *, slots=384, rows=1, row=0, heads=2, kv_heads=1, width=64, batch=1,
-    softcap=None, alibi=False, packed=False, dtype="float32", sums="float32", seed=0,
+@lru_cache(maxsize=1)  # each case is asked of one interpreter after the other
+def in_float64(
+    pattern, queries, offset, *, slots=384, rows=1, row=0, heads=2, kv_heads=1, width=64, batch=1, softcap=None,
+    alibi=False, packed=False, dtype="float32", sums="float32", seed=0,
 ):  # fmt: skip
-    """The kernels give what the reference and its derivative give; gradients are added to what the buffers hold."""
+    """Arguments of both kernels, what goes with them, and what the reference and its derivative give."""
     random = np.random.default_rng(seed)
 
     def drawn(*shape, dtype=dtype):
@@ -43,7 +45,14 @@ def check(
 
         exact = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k[row], v[row])]
         (_, expected), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*exact)
-        expected, grads = jax.tree.map(np.asarray, (expected, grads))
+        return (q, k, v, d_out, *before), known, *jax.tree.map(np.asarray, (expected, grads))
+
+
+def check(backend, pattern, queries, offset, *, rows=1, row=0, dtype="float32", sums="float32", **drawn):
+    """The kernels give what the reference and its derivative give; gradients are added to what the buffers hold."""
+    (q, k, v, d_out, *before), known, expected, grads = in_float64(
+        pattern, queries, offset, rows=rows, row=row, dtype=dtype, sums=sums, **drawn
+    )
 
     @jax.jit
     def run(q, k, v, d_out, d_k, d_v, offset, row):

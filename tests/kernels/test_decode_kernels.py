@@ -1,5 +1,7 @@
 """Decoding kernels in interpreters against every logit in float64: rings, counts, windows, quantised slots."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,12 @@ from pallas_kernels import api, reference
 from tests.kernels.tolerances import BACKENDS, TOLERANCE, assert_near
 
 
-def check(
-    backend, counts, slots, *, first=None, queries=1, heads=4, kv_heads=2, width=64, window=None, softcap=None,
-    bits=None, splits=None, block=128, dtype="float32", seed=0,
+@lru_cache(maxsize=1)  # each case is asked of one interpreter after the other
+def in_float64(
+    counts, slots, *, first=None, queries=1, heads=4, kv_heads=2, width=64, window=None, softcap=None, bits=None,
+    dtype="float32", seed=0,
 ):  # fmt: skip
-    """The kernel gives what the reference gives in float64.
-
-    Where slots can, those that hold nothing hold 1e4, and NaN where the kernel does not read them at all.
-    """
+    """Queries, what the slots hold, where they start, what goes with them, and what the reference gives."""
     random = np.random.default_rng(seed)
     batch = len(counts)
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
@@ -28,7 +28,7 @@ def check(
     shape = (batch, kv_heads, slots, width)
     if bits is None:
         k, v = (jnp.asarray(random.standard_normal(shape), dtype) for _ in range(2))
-        exact, more, held = (k, v), {}, (k, v)
+        exact, more, held = (k, v), {}, [k, v]
     else:
         top = 2 ** (bits - 1)
         numbers = [jnp.asarray(random.integers(-top, top, shape), jnp.int8) for _ in range(2)]
@@ -41,13 +41,22 @@ def check(
         expected = jax.jit(lambda *arrays: reference.decode_attention(*arrays, **known))(
             *(jnp.asarray(np.asarray(x, np.float64)) for x in (q, *exact)), count
         )
-        expected = jax.tree.map(np.asarray, expected)
+    return q, held, start, known | more, jax.tree.map(np.asarray, expected)
+
+
+def check(backend, counts, slots, *, bits=None, splits=None, block=128, dtype="float32", **drawn):
+    """The kernel gives what the reference gives in float64.
+
+    Where slots can, those that hold nothing hold 1e4, and NaN where the kernel does not read them at all.
+    """
+    q, held, start, known, expected = in_float64(counts, slots, bits=bits, dtype=dtype, **drawn)
+    count = jnp.asarray(counts, jnp.int32)
     if bits is None:
         empty = ((jnp.arange(slots)[None] - start[:, None]) % slots >= count[:, None])[:, None, :, None]
         held = [jnp.where(empty, 1e4 if backend == "tpu" else jnp.nan, x) for x in held]
     found = jax.jit(
         lambda q, k, v, count: api.decode_attention(
-            q, k, v, count, splits=splits, block=block, **BACKENDS[backend], **known, **more
+            q, k, v, count, splits=splits, block=block, **BACKENDS[backend], **known
         )
     )(q, *held, count)
     assert_near(found, expected, dtype)

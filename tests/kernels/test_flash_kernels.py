@@ -1,7 +1,7 @@
 """Attention kernels in interpreters against every logit in float64: outputs, log-sum-exps and all gradients."""
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +36,17 @@ def loss_of(attention, out_weights, lse_weights):
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
 
 
-def check(
-    pattern, queries, keys, *, heads=2, kv_heads=1, width=64, offset=0, traced=False, softcap=None, alibi=False,
-    packed=False, batch=1, dtype="float32", block_q=128, block_k=128, learned=False, seed=0, implementation="tpu",
-    interpret=None,
+@lru_cache(maxsize=1)  # each case is asked of one interpreter after the other
+def in_float64(
+    pattern, queries, keys, *, heads=2, kv_heads=1, width=64, offset=0, softcap=None, alibi=False, packed=False,
+    batch=1, dtype="float32", learned=False, seed=0,
 ):  # fmt: skip
-    """The kernel gives what the reference gives in float64 for the same arguments."""
+    """Inputs, what goes with them, weights of the outputs, and what the reference gives: for every interpreter."""
     inputs, random = arrays(dtype, batch, queries, keys, heads, kv_heads, width, seed)
     out_weights = random.standard_normal((batch, queries, heads, width))
     lse_weights = random.standard_normal((batch, queries, heads))
     ids = np.sort(random.integers(0, 3, (batch, max(queries + offset, keys))), axis=1).astype(np.int32)
-    sink_logits = jnp.asarray(random.standard_normal(heads), jnp.float32) if learned else None
+    inputs.append(jnp.asarray(random.standard_normal(heads), jnp.float32) if learned else None)
     known = {
         "scale": 1.3 / math.sqrt(width),
         "softcap": softcap,
@@ -54,10 +54,20 @@ def check(
         "segment_ids": tuple(map(jnp.asarray, (ids[:, offset : offset + queries], ids[:, :keys]))) if packed else None,
     }
     with jax.enable_x64(True):
-        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
+        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs[:3]]
         attention = partial(reference.flash_attention, pattern=pattern, offset=offset, **known)
-        (_, expected), expected_grads = loss_of(attention, out_weights, lse_weights)(*exact, sink_logits)
-        expected, expected_grads = jax.tree.map(np.asarray, (expected, expected_grads))
+        (_, found), grads = jax.jit(loss_of(attention, out_weights, lse_weights))(*exact, inputs[3])
+        return inputs, known, out_weights, lse_weights, *jax.tree.map(np.asarray, (found, grads))
+
+
+def check(
+    pattern, queries, keys, *, offset=0, traced=False, block_q=128, block_k=128, implementation="tpu", interpret=None,
+    dtype="float32", **drawn,
+):  # fmt: skip
+    """The kernel gives what the reference gives in float64 for the same arguments."""
+    inputs, known, out_weights, lse_weights, expected, expected_grads = in_float64(
+        pattern, queries, keys, offset=offset, dtype=dtype, **drawn
+    )
 
     def run(q, k, v, sink_logits, offset):
         attention = partial(
@@ -67,9 +77,9 @@ def check(
         return loss_of(attention, out_weights.astype(np.float32), lse_weights.astype(np.float32))(q, k, v, sink_logits)
 
     if traced:
-        (_, found), grads = jax.jit(run)(*inputs, sink_logits, jnp.int32(offset))
+        (_, found), grads = jax.jit(run)(*inputs, jnp.int32(offset))
     else:
-        (_, found), grads = jax.jit(partial(run, offset=offset))(*inputs, sink_logits)
+        (_, found), grads = jax.jit(partial(run, offset=offset))(*inputs)
     some = ~np.isneginf(expected.lse)
     np.testing.assert_array_equal(np.isneginf(found.lse), ~some)
     np.testing.assert_array_equal(np.asarray(found.out)[~some], 0.0)
@@ -81,7 +91,7 @@ def check(
     for name, mine, right in pairs:
         scale = np.max(np.abs(right))
         if name == "s":  # a sum over queries, whose parts may cancel: as large as they are
-            weights = np.exp(np.asarray(sink_logits, np.float64) - expected.lse)
+            weights = np.exp(np.asarray(inputs[3], np.float64) - expected.lse)
             parts = np.abs(np.sum(out_weights * expected.out, axis=-1)) + np.abs(lse_weights)
             scale = np.max(np.sum(weights * parts, axis=(0, 1)))
         error = np.max(np.abs(np.asarray(mine, np.float64) - right)) / scale

@@ -1,7 +1,7 @@
 """Attention inside chosen pages: kernels in interpreters against float64, all gradients; the reference; the tiles."""
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,11 @@ def gradients(attention, d_out):
     return run
 
 
-def check(
-    queries, pages, most, *, batch=1, heads=2, kv_heads=1, size=16, width=64, idle=(), dtype="float32", block=None,
-    seed=0, implementation="tpu",
-):  # fmt: skip
-    """The kernel gives what the reference gives; pages that nobody chose are NaN and have a gradient of 0."""
+@lru_cache(maxsize=1)  # each case is asked of one interpreter after the other
+def in_float64(
+    queries, pages, most, *, batch=1, heads=2, kv_heads=1, size=16, width=64, idle=(), dtype="float32", seed=0
+):
+    """Queries, keys, values, choices and weights, a slope of the output, the scale, and what the reference gives."""
     random = np.random.default_rng(seed)
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
     k, v = (jnp.asarray(random.standard_normal((batch, kv_heads, pages, size, width)), dtype) for _ in range(2))
@@ -53,8 +53,14 @@ def check(
     scale = 1.3 / math.sqrt(width)
     with jax.enable_x64(True):
         exact = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, weights)]
-        run = gradients(partial(reference.hsa_attention, scale=scale), d_out)
+        run = jax.jit(gradients(partial(reference.hsa_attention, scale=scale), d_out))
         expected = [np.asarray(x) for x in run(*exact[:3], jnp.asarray(chosen), exact[3])]
+    return (q, k, v, chosen, weights), d_out, scale, expected
+
+
+def check(queries, pages, most, *, dtype="float32", block=None, implementation="tpu", **drawn):
+    """The kernel gives what the reference gives; pages that nobody chose are NaN and have a gradient of 0."""
+    (q, k, v, chosen, weights), d_out, scale, expected = in_float64(queries, pages, most, dtype=dtype, **drawn)
     read = (chosen[:, :, None] == np.arange(pages)[:, None, None]).any(axis=(-1, -2))
     k, v = (jnp.where(read[..., None, None], x, jnp.nan) for x in (k, v))
     kernel = partial(

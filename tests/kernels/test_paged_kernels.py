@@ -1,5 +1,7 @@
 """The paged decoding kernel in the interpreter against every logit in float64: which pages, which of their slots."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,12 @@ from pallas_kernels import api, reference
 from tests.kernels.tolerances import BACKENDS, TOLERANCE, assert_near
 
 
-def check(
-    backend, counts, pages, named, *, size=16, first=None, queries=1, heads=4, kv_heads=2, width=64, softcap=None,
-    block=None, dtype="float32", seed=0,
+@lru_cache(maxsize=1)  # each case is asked of one interpreter after the other
+def in_float64(
+    counts, pages, named, *, size=16, first=None, queries=1, heads=4, kv_heads=2, width=64, softcap=None,
+    dtype="float32", seed=0,
 ):  # fmt: skip
-    """The kernel gives what the reference gives; in pages that no head names every number is NaN."""
+    """Queries, keys, values and tables of pages, what goes with them, and what the reference gives."""
     random = np.random.default_rng(seed)
     batch, slots = len(counts), pages * size
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
@@ -23,14 +26,19 @@ def check(
     # each head names other pages, in any order; some name fewer
     table = np.stack([[random.permutation(pages)[:named] for _ in range(kv_heads)] for _ in range(batch)])
     table[0, 0, named // 2 :] = -1
-    count = jnp.asarray(counts, jnp.int32)
     start = None if first is None else jnp.asarray(first, jnp.int32)
     known = {"page_size": size, "scale": 0.21, "softcap": softcap, "first": start}
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v))
         run = jax.jit(lambda *arrays: reference.paged_attention(*arrays, **known))
-        expected = run(*exact, jnp.asarray(table, jnp.int32), count)
-        expected = jax.tree.map(np.asarray, expected)
+        expected = run(*exact, jnp.asarray(table, jnp.int32), jnp.asarray(counts, jnp.int32))
+    return q, k, v, table, known, jax.tree.map(np.asarray, expected)
+
+
+def check(backend, counts, pages, named, *, size=16, first=None, block=None, dtype="float32", **drawn):
+    """The kernel gives what the reference gives; in pages that no head names every number is NaN."""
+    q, k, v, table, known, expected = in_float64(counts, pages, named, size=size, first=first, dtype=dtype, **drawn)
+    count, slots = jnp.asarray(counts, jnp.int32), pages * size
     unread = (np.arange(pages)[:, None] != table[:, :, None]).all(axis=-1).repeat(size, axis=-1)[..., None]
     if backend == "tpu":
         unread[table[:, :, 0] < 0, :size] = False  # a head that names none has page 0 fetched

@@ -1,6 +1,6 @@
 """Kernels that score pages, in interpreters, against float64; and the indexes of the library, which XLA computes."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from streamjax.kv.pages.indexes import Mean, MinMax
 from tests.kernels.tolerances import BACKENDS, TOLERANCE
 
 
-def check(
-    backend, pages, queries, *, bounds=False, parts=1, batch=1, heads=4, kv_heads=2, width=64, gaps=False, block=None,
-    dtype="float32", seed=0,
+@lru_cache(maxsize=1)  # each case is asked of one interpreter after the other
+def in_float64(
+    pages, queries, *, bounds=False, parts=1, batch=1, heads=4, kv_heads=2, width=64, gaps=False, dtype="float32",
+    seed=0,
 ):  # fmt: skip
-    """The kernel gives what the reference gives, and -inf for pages without anything."""
+    """Queries, summaries and which of them hold something, what goes with them, and what the reference gives."""
     random = np.random.default_rng(seed)
     q = jnp.asarray(random.standard_normal((batch, queries, heads, width)), dtype)
     summary = random.standard_normal((batch, kv_heads, pages, parts, 2 if bounds else 1, width))
@@ -29,9 +30,15 @@ def check(
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, summary))
         expected = np.asarray(jax.jit(partial(reference.page_scores, **known))(*exact, some))
+    return q, summary, some, known, expected
+
+
+def check(backend, pages, queries, *, block=None, dtype="float32", **drawn):
+    """The kernel gives what the reference gives, and -inf for pages without anything."""
+    q, summary, some, known, expected = in_float64(pages, queries, dtype=dtype, **drawn)
     run = jax.jit(lambda *arrays: api.page_scores(*arrays, block=block, **BACKENDS[backend], **known))
     found = np.asarray(run(q, summary, some), np.float64)
-    assert found.shape == (batch, heads, queries, pages)
+    assert found.shape == (q.shape[0], q.shape[2], queries, pages)
     held = ~np.isneginf(expected)
     np.testing.assert_array_equal(np.isneginf(found), ~held)
     if held.any():
