@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -46,13 +47,12 @@ def not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"]) ->
 def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:
     """The first part of the model whose output is not finite, in words and as a module; "" where all are."""
     tokens = jnp.asarray(ids)[None]
-    context = SequenceContext(jnp.arange(len(ids), dtype=jnp.uint32)[None], None, len(ids))
     x, memory = model.embed(tokens), None
     if not _finite(x):
         return "the embedding", {"embedding": model.embedding}
     for i in range(model.config.num_layers):
         block = model.layer(i)
-        x, memory = block.parallel(x, context, memory)
+        x, memory = _through(block, x, memory)
         if not _finite(x):
             return f"layer {i} of {model.config.num_layers} (counted from 0)", block
     x = model.norm(x)
@@ -61,6 +61,14 @@ def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:
     if not _finite(jnp.max(model.logits(x), axis=-1)):
         return "the head", {"embedding": model.embedding, "head": model.head, "head_bias": model.head_bias}
     return "", None
+
+
+@jax.jit
+def _through(block, x, memory):
+    """A layer over a sequence; equal layers are one program."""
+    length = x.shape[1]
+    context = SequenceContext(jnp.arange(length, dtype=jnp.uint32)[None], None, length)
+    return block.parallel(x, context, memory)
 
 
 def _damage(part: object) -> str:
