@@ -48,7 +48,7 @@ def expected(q, retrieval, chunks, visible, top_k, scale):
     return np.stack([hierarchical_attention(*row, top_k, scale) for row in rows])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3),
     st.integers(1, 9), st.integers(1, 5), st.integers(1, 10), st.sampled_from(FORMS),
@@ -56,7 +56,9 @@ def expected(q, retrieval, chunks, visible, top_k, scale):
 def test_both_forms_are_the_published_sum(seed, rows, queries, heads, group, pages, size, top_k, form):
     """Any shape; pages in any order, some empty; queries that see no page at all get nothing."""
     q, retrieval, chunks, visible = draw(seed, rows, queries, heads, group, pages, size)
-    found = chunks.read(q, retrieval, visible, top_k, 0.7, form)
+    found = jax.jit(partial(LandmarkPages.read, top_k=top_k, scale=0.7, implementation=form))(
+        chunks, q, retrieval, visible
+    )
     np.testing.assert_allclose(found, expected(q, retrieval, chunks, visible, top_k, 0.7), atol=2e-5)
 
 
@@ -86,7 +88,8 @@ def test_both_forms_have_the_same_gradients(top_k):
             q, retrieval, chunks = operands
             return jnp.sum(jnp.sin(chunks.read(q, retrieval, visible, top_k, 0.5, form)))
 
-        first, second = (jax.grad(loss)(operands, form) for form in FORMS)
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        first, second = (gradient(operands, form) for form in FORMS)
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
             assert np.isfinite(a).all()
             np.testing.assert_allclose(a, b, atol=1e-12)
@@ -133,7 +136,7 @@ def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
 
     def read(queries, pages, size=8, dtype=jnp.float32, **known):
         q, retrieval, chunks, visible = draw(0, 1, queries, 1, 1, pages, size, dtype)
-        chunks.read(q, retrieval, visible, 1, 1.0, **known)
+        jax.eval_shape(lambda: chunks.read(q, retrieval, visible, 1, 1.0, **known))
         return bool(taken) and bool(taken.pop())
 
     assert not read(12, 9)

@@ -70,8 +70,15 @@ def kill_at(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("save", [sj.save_hf, sj.save_safetensors])
+@pytest.mark.parametrize(
+    ("save", "exchange"),
+    [
+        (sj.save_hf, True),
+        (sj.save_hf, False),
+        (sj.save_safetensors, True),
+        pytest.param(sj.save_safetensors, False, marks=pytest.mark.slow),  # the folder changes places as above
+    ],
+)
 def test_a_save_that_is_killed_at_any_point(save, exchange, old, new, tmp_path, kill_at, monkeypatch):
     path, found = tmp_path / "m", set()
     for n in itertools.count(1):

@@ -13,6 +13,7 @@ from tests.streaming.tiny_models import build, random_tokens, read_stream
 LENGTH = 25
 
 
+@pytest.mark.slow  # tests/models/families/test_streams.py compares the same
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 def test_streams(case):
     model = build(tiny_config(case))

@@ -8,7 +8,8 @@ from tests.architectures import CASES, changes_with_length, tiny_config
 from tests.oracles import streaming_llm as oracle
 from tests.streaming.tiny_models import build, random_tokens, read_stream
 
-LENGTH, SINKS, WINDOW = 23, 2, 6
+LENGTH, SINKS, WINDOW = 24, 2, 6
+WIDTHS = [5, 1]  # chunks, and single tokens in between
 # The layouts of older families are those of the oracle's own tests (tests/streaming/test_oracle.py).
 OLDER = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "falcon", "mpt")
 NAMES = [
@@ -21,11 +22,11 @@ NAMES = [
 @pytest.mark.parametrize("case", NAMES)
 def test_streams_of_a_family(case):
     config = tiny_config(case)
-    model, tokens = build(config), random_tokens(1, LENGTH) % config.vocab_size
-    dense = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH))
-    _, logits = read_stream(model, dense, tokens, [5])
+    model, tokens = build(config), random_tokens(2, LENGTH) % config.vocab_size
+    dense = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=2)
+    _, logits = read_stream(model, dense, tokens, WIDTHS)
     np.testing.assert_allclose(logits, sj.forward(model, tokens), atol=1e-4, rtol=0)
     state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=SINKS, window=WINDOW))
-    _, logits = read_stream(model, state, tokens, [5])
+    _, logits = read_stream(model, state, tokens[:1], WIDTHS)
     expected = oracle.run(model, tokens[0], oracle.Rule(SINKS, WINDOW))
     np.testing.assert_allclose(logits[0], expected, atol=1e-4, rtol=0)
