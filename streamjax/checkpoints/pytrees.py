@@ -6,6 +6,7 @@ on the classes that held them. What is static lies beside them as JSON. A save a
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from streamjax.checkpoints.json_files import one_line, read_json
 from streamjax.checkpoints.manifests import DamagedFile, check_manifest
 from streamjax.checkpoints.orbax_calls import reading, saving
-from streamjax.checkpoints.replacing import begin, commit, discard, place_beside, whole
+from streamjax.checkpoints.replacing import alone, begin, commit, discard, place_beside, whole
 
 Tree = TypeVar("Tree")
 ARRAYS, ABOUT = "arrays", "about"
@@ -38,8 +39,8 @@ def save_pytree(tree: Any, path: str | Path, about: Mapping[str, Any] | None = N
     path = Path(path).resolve()
     check_place(path)
     items = ocp.args.Composite(**orbax_items(tree, about or {}))
-    with saving(path):
-        first = jax.process_index() == 0
+    first = jax.process_index() == 0
+    with saving(path), alone(path) if first else contextlib.nullcontext():
         fresh = begin(path) if first else place_beside(path)
         wait_for_others("save_pytree begins")
         try:

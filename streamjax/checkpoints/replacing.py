@@ -1,8 +1,8 @@
 """Folders that are replaced whole: written beside the old one, flushed to the disk, and put in its place in one step.
 
 Whoever reads the folder finds the old one or the new one, also after the process was killed or the power failed at any
-point. Linux exchanges two folders in one step (`renameat2`). Elsewhere it takes two renames, and a reader who comes
-between them takes the new one from where it lies (`whole`).
+point. Processes that save to the same path wait for each other. Linux exchanges two folders in one step (`renameat2`).
+Elsewhere it takes two renames, and a reader who comes between them takes the new one from where it lies (`whole`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from streamjax.checkpoints.manifests import MANIFEST, DamagedFile, Entry, read_manifest, write_manifest
+from streamjax.checkpoints.save_lock import locked
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -51,18 +52,31 @@ def replaced_folder(path: str | Path, owned: Callable[[str], bool]) -> Iterator[
     """
     path = Path(path).resolve()
     try:
-        fresh = begin(path)
-        try:
-            fresh.mkdir()
-            yield fresh
-            commit(path, fresh, owned)
-        except BaseException:
-            discard(fresh)
-            raise
+        with alone(path):
+            fresh = begin(path)
+            try:
+                fresh.mkdir()
+                yield fresh
+                commit(path, fresh, owned)
+            except BaseException:
+                discard(fresh)
+                raise
     except SaveError:
         raise
     except OSError as error:
         raise not_saved(path, error) from error
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While another process saves to `path`, wait; the last one to come is the one whose save stays.
+
+    Raises:
+      OSError: there is no place for the lock, or the other one does not end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(_beside(path)[0].with_suffix(".lock")):
+        yield
 
 
 def not_saved(path: Path, error: Exception) -> SaveError:
@@ -75,7 +89,6 @@ def not_saved(path: Path, error: Exception) -> SaveError:
 
 def begin(path: Path) -> Path:
     """Clear away what killed saves have left, and return where the new folder is to be made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():
         raise SaveError(f"{path} was not saved: there is a file of that name; choose another path")
     fresh, old = _beside(path)
@@ -88,7 +101,8 @@ def begin(path: Path) -> Path:
 
 def commit(path: Path, fresh: Path, owned: Callable[[str], bool]) -> None:
     """Complete the new folder and put it where the old one is."""
-    entries = [entry for entry in path.iterdir() if entry.name not in (MANIFEST, fresh.name)] if path.exists() else []
+    ours = (MANIFEST, fresh.name, fresh.with_suffix(".lock").name)
+    entries = [entry for entry in path.iterdir() if entry.name not in ours] if path.exists() else []
     kept = [entry for entry in entries if not owned(entry.name) and not os.path.lexists(fresh / entry.name)]
     seal(fresh, _known(path, {entry.name for entry in kept}))
     if fresh.parent == path:

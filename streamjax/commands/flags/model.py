@@ -97,7 +97,9 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
         )
     tokenizer = sj.load_tokenizer(user_path(values.tokenizer) if values.tokenizer else path)
     model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh))
-    require_tokenizer(tokenizer, model.config.vocab_size, f"{path} has no tokenizer.json: give --tokenizer=FOLDER")
+    require_tokenizer(
+        tokenizer, model.config.vocab_size, f"{values.tokenizer or path} has no tokenizer.json: give --tokenizer=FOLDER"
+    )
     return model, tokenizer
 
 
