@@ -7,9 +7,11 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
+from streamjax.kv.scores.expected_attention import ExpectedAttention
 from streamjax.kv.scores.h2o import H2O
 from streamjax.kv.scores.keydiff import KeyDiff
 from streamjax.kv.scores.knorm import KNorm
+from streamjax.kv.scores.lagkv import LagKV
 from streamjax.kv.scores.random_choice import RandomChoice
 from streamjax.kv.scores.scissorhands import Scissorhands
 from streamjax.kv.scores.score import Held, Score
@@ -37,6 +39,7 @@ __all__ = [
     "ContentPages",
     "CurrentChunk",
     "EndTokens",
+    "ExpectedAttention",
     "Full",
     "HeadGroups",
     "Held",
@@ -46,6 +49,7 @@ __all__ = [
     "KVTokens",
     "KeyChange",
     "KeyDiff",
+    "LagKV",
     "Mean",
     "Middle",
     "MinMax",

@@ -164,3 +164,59 @@ def drawn(seed: int) -> Callable:
         return [(mixed(e[2] ^ of_head) >> 8) / 2**24 for e in entries]
 
     return score
+
+
+def lagged(stream: Stream, head: int, entries: list) -> list[float]:
+    """LagKV: at each choice the tokens of the block before the last are ranked by the range of the last block's."""
+    now, noted = len(stream.log), stream.noted.setdefault(head, {})
+    fresh = [e for e in entries if e[2] not in noted]
+    waiting = [e for e in entries if noted.get(e[2]) == math.inf]
+    if fresh:
+        worth = lag_worth(
+            [[np.array([stream.stored(head, e), e[1][head]]) for e in block] for block in (waiting, fresh)]
+        )
+        order = sorted(range(len(waiting)), key=lambda i: worth[i])
+        for place, i in enumerate(order):
+            noted[waiting[i][2]] = (place + 1) / len(waiting)
+        for e in fresh:
+            noted[e[2]] = math.inf
+    assert now % stream.rule.every == 0
+    return [noted[e[2]] for e in entries]
+
+
+def lag_worth(blocks: list) -> np.ndarray:
+    """What tokens of the first block are worth by the second one's range; a token is its key and its value."""
+    mine, following = blocks
+    found = np.zeros(len(mine))
+    for part in range(2):
+        if not mine:
+            break
+        next_ = np.array([t[part] for t in following])
+        low, high = next_.min(axis=0), next_.max(axis=0)
+        scaled = (np.array([t[part] for t in mine]) - low) / np.where(high > low, high - low, 1.0)
+        spread = scaled.std(axis=1, ddof=1)
+        found += np.exp(spread - spread.max()) / np.exp(spread - spread.max()).sum()
+    return found
+
+
+def expected(skip: int, ahead: int) -> Callable:
+    """Expected Attention: by the mean and covariance of the queries so far, turned by the mean of rotations to come."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        if not entries:
+            return []
+        rule, total = stream.rule, np.zeros(len(entries))
+        now, width = len(stream.log), entries[0][0].shape[-1]
+        to_come = [rule.distance] if rule.distance is not None else range(now, now + ahead)
+        turn = np.mean([[rule.turned(axis, place) for axis in np.eye(width)] for place in to_come], axis=0).T
+        keys = np.array([stream.stored(head, e) for e in entries])
+        heads = stream.group(head, len(stream.queries[0]))
+        for h in heads:
+            queries = np.array([q[h] for q in stream.queries[skip:]]) * rule.scale
+            mean, spread = queries.mean(axis=0), np.cov(queries.T, bias=True)
+            logits = keys @ (turn @ mean) + 0.5 * np.einsum("sd,de,se->s", keys, turn @ spread @ turn.T, keys)
+            weights = np.exp(logits - logits.max())
+            total += weights / weights.sum() / len(heads)
+        return list(total * [np.linalg.norm(e[1][head]) for e in entries])
+
+    return score

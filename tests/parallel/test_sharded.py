@@ -68,6 +68,7 @@ def _unsharded(cache):
         ("data2-fsdp2-tensor2", "pages"),
         ("context2-tensor4", "pages"),
         ("data2-fsdp2-tensor2", "content"),
+        ("data2-fsdp2-tensor2", "scored"),
         pytest.param("data2-fsdp2-tensor2", "clusters", marks=pytest.mark.slow),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.models.mixers.attention import SequenceContext
+from tests.oracles.scored import lag_worth
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
 
 LENGTH, QUERIES, SIZE = 48, 6, 9
@@ -58,7 +59,47 @@ def keydiff(q, k, v, scale):
     return -((unit * mean).sum(-1) / np.linalg.norm(mean, axis=-1)).T
 
 
+def lagkv(q, k, v, scale):
+    """Blocks of 8 behind nothing: each measured by the next; the last whole one and what follows it stay."""
+    found = np.full((k.shape[1], len(k)), np.inf)
+    for start in range(0, len(k) - 15, 8):
+        for head in range(k.shape[1]):
+            blocks = [[np.array([k[i, head], v[i, head]]) for i in range(at, at + 8)] for at in (start, start + 8)]
+            worth = lag_worth(blocks)
+            found[head, start : start + 8] = (np.argsort(np.argsort(worth)) + 1) / 8
+    return found
+
+
+def expected_attention(q, k, v, scale):
+    """kvpress's, over all queries of the prompt but the first four."""
+    steps = GQA.rope.theta ** (-np.arange(3) / 3)
+    angles = (LENGTH + np.arange(16))[:, None] * steps
+    cos, sin = np.cos(angles).mean(0), np.sin(angles).mean(0)
+    turn = np.block([[np.diag(cos), -np.diag(sin)], [np.diag(sin), np.diag(cos)]])
+    found = np.zeros((k.shape[1], LENGTH))
+    for h in range(q.shape[1]):
+        head = h * k.shape[1] // q.shape[1]
+        place = np.arange(LENGTH)[:, None] * steps
+        back = np.concatenate(
+            (
+                q[:, h, :3] * np.cos(place) + q[:, h, 3:] * np.sin(place),
+                q[:, h, 3:] * np.cos(place) - q[:, h, :3] * np.sin(place),
+            ),
+            axis=1,
+        )[4:]
+        mean, spread = turn @ back.mean(0), turn @ np.cov(back.T, bias=True) @ turn.T
+        logits = k[:, head] @ mean * scale + 0.5 * scale**2 * np.einsum("sd,de,se->s", k[:, head], spread, k[:, head])
+        weights = np.exp(logits - logits.max())
+        found[head] += weights / weights.sum() * k.shape[1] / q.shape[1]
+    return found * np.linalg.norm(v, axis=-1).T
+
+
 CASES = {
+    "lagkv": (sj.kv.Cascade(sj.kv.Scored(26, sj.kv.LagKV(lag=8), every=8)), lagkv),
+    "expected_attention": (
+        sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.ExpectedAttention(ahead=16), every=8)),
+        expected_attention,
+    ),
     "snapkv": (sj.kv.Cascade(sj.kv.Window(QUERIES), sj.kv.Scored(SIZE, sj.kv.SnapKV(QUERIES, 3), every=8)), snapkv),
     "tova": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.TOVA(), per_head=False, every=8)), tova),
     "knorm": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KNorm(), every=8)), knorm),
@@ -71,7 +112,7 @@ def test_methods_for_prompts_as_published(prompt, name):
     """What every head of every layer keeps, and that keys and values are those of the prompt."""
     model, tokens, state, found = prompt
     cache, rule = CASES[name]
-    query = tokens[:, -QUERIES:] if name in ("snapkv", "tova") else None
+    query = {"snapkv": tokens[:, -QUERIES:], "tova": tokens[:, -QUERIES:], "expected_attention": tokens}.get(name)
     new = sj.compact(model, state, cache, query)
     assert new.caches == (cache,) * 2
     for (q, k, v), layer in zip(found, new.layers, strict=True):
@@ -82,11 +123,12 @@ def test_methods_for_prompts_as_published(prompt, name):
             for head in range(2):
                 own = min(head, position.shape[1] - 1)
                 kept = position[row, own][valid[row, own]]
-                assert len(kept) == SIZE
+                size = cache.tiers[-1].size
+                assert len(kept) == size
                 left = np.delete(worth[head], kept)  # the same token twice has keys of the same length
                 assert worth[head][kept].min() > left.max() - 1e-5
-                np.testing.assert_allclose(kept_k[row, head, :SIZE], k[row, kept, head], atol=1e-4)
-                np.testing.assert_allclose(kept_v[row, head, :SIZE], v[row, kept, head], atol=1e-4)
+                np.testing.assert_allclose(kept_k[row, head, :size], k[row, kept, head], atol=1e-4)
+                np.testing.assert_allclose(kept_v[row, head, :size], v[row, kept, head], atol=1e-4)
     _, logits = read_stream(model, new, random_tokens(2, 20, seed=1), [1])
     assert np.isfinite(logits).all()
 

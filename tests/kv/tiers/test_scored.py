@@ -7,9 +7,11 @@ from streamjax.kv import (
     H2O,
     TOVA,
     Cascade,
+    ExpectedAttention,
     Full,
     KeyDiff,
     KNorm,
+    LagKV,
     RandomChoice,
     Scissorhands,
     Scored,
@@ -29,6 +31,8 @@ SCORES = {
     "scissorhands": (Scissorhands(), oracle.above_mean(SINKS + WINDOW + SIZE + EVERY)),
     "knorm": (KNorm(), oracle.short_keys),
     "keydiff": (KeyDiff(), oracle.unlike_the_mean),
+    "lagkv": (LagKV(), oracle.lagged),
+    "expected attention": (ExpectedAttention(ahead=5, skip=3), oracle.expected(3, 5)),
     "random": (RandomChoice(seed=5), oracle.drawn(5)),
 }
 

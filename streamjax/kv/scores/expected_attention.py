@@ -1,0 +1,88 @@
+"""`ExpectedAttention`: what the queries so far make one expect of those to come (Devoto et al., 2510.00636)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from pallas_kernels.partial import accumulator
+from streamjax.attention.rotary import rotate
+from streamjax.field_checks import NotNegative, Size, check_fields
+from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.tier import KVSpec, Query, State
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedAttention(Score):
+    """The attention that a query drawn like those before would give on average, times the length of the value.
+
+    Queries before rotation are taken for normal with the mean and covariance of all so far, and stand at the mean
+    rotation of the next `ahead` positions. The expected weight of key k is exp(k . mean + k' covariance k / 2), a
+    softmax over the tokens that compete, and its mean over the query heads that share the key head.
+
+    Args:
+      ahead: positions to come.
+      skip: the first queries of a stream, which are like no others, do not count.
+      epsilon: added to the attention before it is multiplied by the value's length.
+    """
+
+    needs_queries: ClassVar[bool] = True
+
+    ahead: Size = 512
+    skip: Size = 4
+    epsilon: NotNegative = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def memory(self, spec: KVSpec) -> State:
+        """Of the scaled queries of each head: how many, their sum, and the sum of their products."""
+        rows, heads, width = spec.batch_size, spec.kv_heads * spec.group, spec.head_dim
+        shapes = (rows, heads, 1), (rows, heads, width), (rows, heads, width, width)
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+
+    def watched(self, memory: State, query: Query) -> State:
+        count, total, products = memory
+        counts = query.index >= self.skip
+        if query.valid is not None:
+            counts &= query.valid
+        q = query.raw_q.astype(jnp.float32) * query.scale * counts[..., None, None]
+        return (
+            count + jnp.sum(counts, axis=1, dtype=jnp.float32)[:, None, None],
+            total + jnp.sum(q, axis=1),
+            products + jnp.einsum("bchd,bche->bhde", q, q, precision="highest"),
+        )
+
+    def rank(self, held: Held) -> Float[Array, "B K S"]:
+        count, total, products = held.memory
+        mean = total / jnp.maximum(count, 1)
+        spread = products / jnp.maximum(count, 1)[..., None] - mean[..., None] * mean[..., None, :]
+        mean, spread = self._turned(mean, held), self._turned(self._turned(spread, held).swapaxes(2, 3), held)
+        heads, dtype = held.k.shape[1], accumulator(held.k.dtype)
+        k = held.k.astype(dtype)
+        mean = rearrange(mean, "b (k g) d -> b k g d", k=heads)
+        spread = rearrange(spread, "b (k g) d e -> b k g d e", k=heads)
+        logits = jnp.einsum("bkgd,bksd->bkgs", mean, k, precision="highest")
+        logits += 0.5 * jnp.einsum("bksd,bkgde,bkse->bkgs", k, spread, k, precision="highest")
+        shares = jax.nn.softmax(jnp.where(held.valid[:, :, None], logits, -jnp.inf), axis=-1)
+        length = jnp.linalg.norm(held.values.astype(dtype), axis=-1)
+        return (jnp.mean(shares, axis=2) + self.epsilon) * length
+
+    def _turned(self, x: Float[Array, "B H ... D"], held: Held) -> Float[Array, "B H ... D"]:
+        """The last axis turned by the mean rotation of the queries to come."""
+        if held.rotary is None:
+            return x
+        if held.distance is None:
+            position = held.now[:, None] + jnp.arange(self.ahead, dtype=jnp.uint32)
+        else:
+            position = jnp.full((held.now.shape[0], 1), held.distance, jnp.uint32)
+        cos, sin = (
+            jnp.mean(part, axis=1).reshape(-1, *[1] * (x.ndim - 2), part.shape[-1])
+            for part in held.rotary.table(position)
+        )
+        return rotate(x, cos, sin)
