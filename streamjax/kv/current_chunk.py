@@ -26,6 +26,8 @@ from streamjax.kv.tiers.full import LinearState
 class CurrentChunk(Cache):
     """Keeps the tokens of the chunk that a stream is in: at most `size - 1`, since the last one ends the chunk.
 
+    There is a slot more, with which the slots of published sizes fill whole tiles of a TPU, as its kernel wants them.
+
     The model's own `attention_chunk_size` is `size`. Layers that have one keep it under every preset.
 
     Raises:
@@ -41,7 +43,7 @@ class CurrentChunk(Cache):
 
     @property
     def slots(self) -> int:
-        return self.size - 1
+        return self.size
 
     @property
     def span(self) -> int:

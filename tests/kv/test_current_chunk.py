@@ -55,10 +55,10 @@ def test_rows_of_a_batch_have_chunks_of_their_own(differentiable):
 
 def test_what_it_holds():
     cache = CurrentChunk(8)
-    assert (cache.slots, cache.span, cache.capacity, cache.reach) == (7, 8, None, 7)
+    assert (cache.slots, cache.span, cache.capacity, cache.reach) == (8, 8, None, 7)
     state = cache.init(KVSpec(2, 3, 4, jnp.dtype(jnp.bfloat16)))
-    assert state.k.shape == state.v.shape == (2, 3, 7, 4)
-    assert cache.sizes(state) == [(7, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))]
+    assert state.k.shape == state.v.shape == (2, 3, 8, 4)
+    assert cache.sizes(state) == [(8, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))]
     assert describe_cache(cache) == "CurrentChunk(8)"
     with pytest.raises(ValueError, match=r"CurrentChunk.size is 1: .* use 2 or more"):
         CurrentChunk(1)

@@ -19,6 +19,7 @@ from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens
 
 CACHES = {
     "full": sj.kv.Cascade(sj.kv.Full(40)),
+    "chunk": sj.kv.CurrentChunk(7),
     "wrapped windows": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Window(5)),
     "wrapped sinks and window": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(6)),
     "pages": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2)),

@@ -24,7 +24,7 @@ CACHES = {
     "fused": sj.kv.preset("streaming_llm", sinks=4, window=SLOTS - 4),
     "plain": sj.kv.Cascade(sj.kv.Sink(4), sj.kv.Window(SLOTS - 4), fuse=False),
     "window": sj.kv.preset("window", window=SLOTS),
-    "chunk": sj.kv.CurrentChunk(SLOTS + 1),
+    "chunk": sj.kv.CurrentChunk(SLOTS),
     "dense": sj.kv.preset("dense", capacity=SLOTS),
     "pages": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Pages(16, SLOTS, 8)),
     "noted": sj.kv.Cascade(sj.kv.Window(SLOTS), sj.kv.Pages(16, SLOTS, 8, sj.kv.Representative(2))),

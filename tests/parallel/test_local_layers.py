@@ -1,0 +1,36 @@
+"""Layers that attend within chunks, and layers of several shapes, on a mesh: the numbers of one device."""
+
+import jax
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.parallel.mesh import make_mesh, shard_model
+from tests.architectures import tiny_config
+from tests.training.gradient_checks import random_batch
+
+ROWS, LENGTH = 4, 24
+
+
+def numbers(model, tokens, batch):
+    """Logits of whole sequences and of a stream, and a gradient by the layer order."""
+    state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), ROWS)
+    logits = []
+    for piece in np.split(tokens, [10, 20, 21], axis=1):
+        state, found = sj.step(model, state, piece)
+        logits.append(np.asarray(found))
+    grads = sj.training.loss_and_grad(model, batch, method="layer", chunk_size=8)
+    return sj.forward(model, tokens), np.concatenate(logits, axis=1), grads
+
+
+@pytest.mark.parametrize("case", ["llama4", "gemma4-experts"])
+def test_a_mesh_changes_nothing(case):
+    config = tiny_config(case)
+    model = sj.Decoder(config, jax.random.key(0))
+    batch = random_batch(config.vocab_size, ROWS, LENGTH)
+    expected = numbers(model, batch["tokens"], batch)
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    with jax.set_mesh(mesh):
+        found = numbers(shard_model(model, mesh), batch["tokens"], batch)
+    for mine, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, right, atol=2e-5 * max(1.0, float(np.max(np.abs(right)))))
