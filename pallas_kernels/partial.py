@@ -39,18 +39,15 @@ def merge(*parts: Partial) -> Partial:
         raise ValueError("merge needs at least one Partial")
     if len(parts) == 1:
         return parts[0]
-    top = parts[0].lse
-    for part in parts[1:]:
-        top = jnp.maximum(top, part.lse)
+    lse = jnp.stack([part.lse for part in parts])  # one array: a smaller program than the parts one by one
+    top = jnp.max(lse, axis=0)
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))  # it cancels out
-    weights = [jnp.exp(part.lse - top) for part in parts]
-    total = sum(weights[1:], weights[0])
+    weights = jnp.exp(lse - top)
+    total = jnp.sum(weights, axis=0)
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
-    out = sum(
-        (part.out * (weight / divisor)[..., None] for part, weight in zip(parts[1:], weights[1:], strict=True)),
-        parts[0].out * (weights[0] / divisor)[..., None],
-    )
+    shares = (weights / divisor)[..., None]
+    out = sum((part.out * share for part, share in zip(parts[1:], shares[1:], strict=True)), parts[0].out * shares[0])
     return Partial(out, jnp.where(some, top + jnp.log(divisor), -jnp.inf))
 
 

@@ -58,6 +58,13 @@ class Cache:
         """
         raise NotImplementedError
 
+    def renumbered(self) -> tuple[Cache, tuple[int, ...] | None]:
+        """A cache that is equal for layers with equal states, and which key heads its heads 0, 1, ... are.
+
+        None: they are the layer's own, and the cache is this one.
+        """
+        return self, None
+
     def sizes(self, state: State) -> Sequence[tuple[int, int]]:
         """Slots and bytes of each part of the state that fills at a pace of its own."""
         return [(self.slots, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))]

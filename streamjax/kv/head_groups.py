@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from streamjax.checkpoints import read_json, require_file, user_path
 from streamjax.kv.cache import Cache
@@ -96,8 +96,37 @@ class HeadGroups(Cache):
         out = jnp.concatenate(outs, axis=2)[:, :, _index(order.tolist())]
         return rearrange(out, "b c k g d -> b c (k g) d"), tuple(states)
 
+    def renumbered(self) -> tuple[HeadGroups, tuple[int, ...]]:
+        order = tuple(head for heads, _ in self.groups for head in heads)
+        groups, first = [], 0
+        for heads, cascade in self.groups:
+            groups.append((range(first, first + len(heads)), cascade))
+            first += len(heads)
+        return HeadGroups(*groups), order
+
     def sizes(self, state: tuple[State, ...]) -> Sequence[tuple[int, int]]:
         return [size for (_, c), part in zip(self.groups, state, strict=True) for size in c.sizes(part)]
+
+
+def update_in_order(
+    cache: Cache, order: Int32[Array, " K"] | None, state: State, query: Query, tokens: KVTokens
+) -> tuple[Float[Array, "B C H D"], State]:
+    """`cache.update` where the cache's key head i is the layer's head `order[i]`, which is data; see `renumbered`."""
+    if order is None:
+        return cache.update(state, query, tokens)
+    heads = order.shape[0]
+
+    def of_groups(x: Array, order: Array, axis: int) -> Array:
+        """Query heads, which follow their key heads, along `axis`."""
+        grouped = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
+        return jnp.take(grouped, order, axis=axis, mode="clip").reshape(x.shape)
+
+    slopes, sinks = (None if x is None else of_groups(x, order, 0) for x in (query.slopes, query.sink_logits))
+    q, raw_q = (of_groups(x, order, 2) for x in (query.q, query.raw_q))
+    mine = dataclasses.replace(query, q=q, raw_q=raw_q, slopes=slopes, sink_logits=sinks)
+    k, v, raw_k = (jnp.take(x, order, axis=1, mode="clip") for x in (tokens.k, tokens.v, tokens.raw_k))
+    out, state = cache.update(state, mine, dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k))
+    return of_groups(out, jnp.argsort(order), 2), state
 
 
 def _index(heads: Sequence[int]) -> slice | np.ndarray:

@@ -4,12 +4,15 @@ A buffer has a slot axis. Each row has a cursor of its own. It takes `count` tok
 and writes them to slots `cursor`, `cursor + 1`, and so on. With `cursor = 3`, `start = 1` and `count = 2`, the chunk's
 tokens 1 and 2 go to slots 3 and 4. A ring wraps at its end; a linear buffer stops there. They take the buffer's dtype.
 
-A donated buffer has to be updated in place. So a write takes a window of the buffer as wide as the chunk, blends the
-new tokens into what was there, and puts the window back; a ring, whose run may wrap, has two windows. One token for
-each of several rows is a scatter of single slots instead. It is in place too, and it partitions over rows and heads.
+A donated buffer has to be updated in place. On a CPU a chunk is scattered, token by token: one small loop to compile.
+Elsewhere a scatter is slow: a write takes a window of the buffer as wide as the chunk, blends the new tokens into what
+was there, and puts the window back; a ring, whose run may wrap, has two windows. One token for each of several rows is
+a scatter of single slots everywhere. It is in place too, and it partitions over rows and heads.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +56,20 @@ def _put(buffer: Array, chunk: Array, slot: Array, axis: int) -> Array:
     return put(buffer, chunk, jnp.broadcast_to(slot.reshape(-1, *[1] * (axis - 1)), lead))
 
 
+def put_tokens(
+    buffer: Shaped[Array, "B ..."], chunk: Shaped[Array, "B ..."], slot: Int32[Array, "B C"], axis: int = 2
+) -> Shaped[Array, "B ..."]:
+    """Row b's token i goes to slot `slot[b, i]` along `axis`, nowhere where that is past the end."""
+
+    def put(slots: Array, new: Array, at: Array) -> Array:
+        return slots.at[at].set(new.astype(slots.dtype), mode="drop")
+
+    for _ in range(axis):  # every dimension before the slots has an index of its own, as in `_put`
+        put = jax.vmap(put)
+    at = slot.reshape(slot.shape[0], *[1] * (axis - 1), slot.shape[1])
+    return put(buffer, chunk, jnp.broadcast_to(at, (*buffer.shape[:axis], slot.shape[1])))
+
+
 def write_linear(
     buffer: Shaped[Array, "B ..."],
     chunk: Shaped[Array, "B ..."],
@@ -65,6 +82,21 @@ def write_linear(
 
     `cursor` is the first free slot of each row. The chunk may be longer than the buffer.
     """
+    slots, width = buffer.shape[axis], chunk.shape[axis]
+    if width == 1:
+        return _linear_window(buffer, chunk, cursor, start, count, axis)
+
+    def scattered(buffer: Array, chunk: Array, cursor: Array, start: Array, count: Array) -> Array:
+        index = jnp.arange(width, dtype=jnp.int32) - start[:, None]
+        writes = (index >= 0) & (index < count[:, None])
+        return put_tokens(buffer, chunk, jnp.where(writes, cursor[:, None] + index, slots), axis)
+
+    windows = partial(_linear_window, axis=axis)
+    return jax.lax.platform_dependent(buffer, chunk, cursor, start, count, cpu=scattered, default=windows)
+
+
+def _linear_window(buffer: Array, chunk: Array, cursor: Array, start: Array, count: Array, axis: int) -> Array:
+    """`write_linear` by a window of the buffer."""
     slots, chunk = buffer.shape[axis], chunk.astype(buffer.dtype)
     if chunk.shape[axis] > slots:  # only a few slots: bring the run's first tokens to the front
         index = (start[:, None] + jnp.arange(slots)) % chunk.shape[axis]
@@ -96,6 +128,24 @@ def write_ring(
 
     The ring is what the buffer has from slot `offset` on. Of a run longer than the ring the newest tokens stay.
     """
+    slots, width = buffer.shape[axis] - offset, chunk.shape[axis]
+    windows = partial(_ring_windows, axis=axis, offset=offset)
+    if width == 1:
+        return windows(buffer, chunk, cursor, start, count)
+
+    def scattered(buffer: Array, chunk: Array, cursor: Array, start: Array, count: Array) -> Array:
+        index, count = jnp.arange(width, dtype=jnp.int32) - start[:, None], count[:, None]
+        writes = (index >= 0) & (index < count) & (index >= count - slots)
+        slot = jnp.where(writes, offset + (cursor[:, None] + index) % slots, offset + slots)
+        return put_tokens(buffer, chunk, slot, axis)
+
+    return jax.lax.platform_dependent(buffer, chunk, cursor, start, count, cpu=scattered, default=windows)
+
+
+def _ring_windows(
+    buffer: Array, chunk: Array, cursor: Array, start: Array, count: Array, axis: int, offset: int
+) -> Array:
+    """`write_ring` by windows of the buffer."""
     slots, width, chunk = buffer.shape[axis] - offset, chunk.shape[axis], chunk.astype(buffer.dtype)
     if width > slots:
         before, buffer = jnp.split(buffer, [offset], axis=axis)
@@ -132,4 +182,4 @@ def read_ring(
     index = (oldest[:, None] + jnp.arange(width, dtype=jnp.int32)) % buffer.shape[axis]
     shape = [buffer.shape[0]] + [1] * (buffer.ndim - 1)
     shape[axis] = width
-    return jnp.take_along_axis(buffer, index.reshape(shape), axis=axis)
+    return jnp.take_along_axis(buffer, index.reshape(shape), axis=axis, mode="promise_in_bounds")

@@ -43,11 +43,14 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
 
     def evict(buffer: Array, chunk: Array) -> Array:
         # The oldest `fallen` of what was stored followed by the run: stored ones first, then the run's own.
+        if width <= (keep or slots):
+            return read_ring(buffer, oldest, width, axis=2)  # none of the run falls
         index = jnp.arange(width, dtype=jnp.int32)[None] - state.filled[:, None]
+        own = jnp.clip(start[:, None] + index, 0, width - 1)
+        index = jnp.where(index < 0, (state.cursor[:, None] + index) % slots, slots + own)
+        both = jnp.concatenate((buffer, chunk.astype(buffer.dtype)), axis=2)
         shape = (chunk.shape[0], 1, width) + (1,) * (chunk.ndim - 3)
-        stored = read_ring(buffer, oldest, width, axis=2)
-        own = jnp.take_along_axis(chunk, jnp.clip(start[:, None] + index, 0, width - 1).reshape(shape), axis=2)
-        return jnp.where((index < 0).reshape(shape), stored, own)
+        return jnp.take_along_axis(both, index.reshape(shape), axis=2, mode="promise_in_bounds")
 
     evicted = KVTokens(
         k=evict(state.k, tokens.k),

@@ -112,8 +112,10 @@ class KVTokens:
         """Start and length of the run of valid tokens in each row, where all heads hold the same tokens."""
         if self.valid.shape[1] != 1:
             raise ValueError("this tier stores one list of tokens a row; it cannot follow a tier that evicts per head")
-        valid = self.valid[:, 0]
-        return jnp.argmax(valid, axis=1).astype(jnp.int32), jnp.sum(valid, axis=1, dtype=jnp.int32)
+        valid, width = self.valid[:, 0], self.valid.shape[2]
+        count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+        first = jnp.min(jnp.where(valid, jnp.arange(width, dtype=jnp.int32), width), axis=1)
+        return jnp.where(count > 0, first, 0), count
 
 
 class Stored(NamedTuple):

@@ -74,14 +74,20 @@ def layer_over(
     cache: Cache,
     span: int,
     implementation: Implementation | None,
+    head_order: Int32[Array, " K"] | None = None,
 ) -> tuple[Float[Array, "N B C E"], State]:
-    """One layer over N chunks: its outputs and its new state. `row`: which layer, where `block` is a stack of them."""
+    """One layer over N chunks: its outputs and its new state.
+
+    `row`: which layer, where `block` is a stack of them. `head_order`: see `ChunkContext`.
+    """
     if row is not None:
         block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
 
     def one(state: State, chunk: tuple) -> tuple[State, Array]:
         x, position, valid, seen, ids = chunk
-        context = ChunkContext(position, valid, seen, span, ids=ids, implementation=implementation)
+        context = ChunkContext(
+            position, valid, seen, span, ids=ids, implementation=implementation, head_order=head_order
+        )
         x, state, _ = block.stream(x, state, cache, context)
         return map_state_axes(lambda leaf, axes: constrain(leaf, *axes), state), x
 
@@ -122,6 +128,8 @@ def read_layerwise(
     x, places = embedded(ends, standing, tokens, count)
     for i, cache in enumerate(state.caches):
         block, row = model.layer_and_row(i)
-        x, layers[i] = layer_over(block, row, x, layers[i], places, cache, state.span, state.implementation)
+        cache, heads = cache.renumbered()  # layers whose groups of heads have equal sizes share a program
+        order = None if heads is None else jnp.array(heads, jnp.int32)
+        x, layers[i] = layer_over(block, row, x, layers[i], places, cache, state.span, state.implementation, order)
     standing, nats = finished(ends, standing, x, tokens, count, scored)
     return dataclasses.replace(standing, layers=tuple(layers)), nats

@@ -46,6 +46,28 @@ def test_equal_layers_are_compiled_once(config, scan_layers, kinds):
     assert programs_for(model, state, 11) == kinds
 
 
+def heads_apart(far: tuple[int, ...], near: tuple[int, ...]) -> sj.kv.HeadGroups:
+    return sj.kv.HeadGroups(
+        (far, sj.kv.Cascade(sj.kv.Full(64))), (near, sj.kv.preset("streaming_llm", sinks=2, window=6))
+    )
+
+
+@pytest.mark.parametrize("config", [GQA, ALIBI.replace(num_kv_heads=2)])
+def test_layers_with_groups_of_equal_sizes_are_compiled_once(config):
+    """Whichever their heads are; and their numbers are those of steps, which have the layers' own heads in them."""
+    model = build(config.replace(num_layers=4))
+    caches = [heads_apart(*pair) for pair in (((0,), (1,)), ((1,), (0,)), ((1,), (0,)), ((0, 1), ()))]
+    assert programs_for(model, sj.init_state(model, caches), 17) == 2
+    tokens = random_tokens(1, 30)
+    state, logits = read_stream(model, sj.init_state(model, caches), tokens, (15,))
+    expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, :-1])), tokens[:, 1:, None], axis=-1)[..., 0]
+    scored, nats = sj.score(model, sj.init_state(model, caches), tokens, 15)
+    np.testing.assert_allclose(nats[:, 1:], expected, atol=2e-5)
+    assert jax.tree.structure(scored) == jax.tree.structure(state)
+    for mine, theirs in zip(jax.tree.leaves(scored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
 def test_more_layers_take_no_longer_to_compile(untyped):
     """CPU seconds of the first chunk: four times the layers, less than twice the time."""
     seconds = {}
@@ -120,6 +142,23 @@ def test_a_layer_keeps_its_donated_cache_in_place(untyped, name):
     assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(state.layers[0]))
     copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
     assert all(4 * np.prod([int(n) for n in shape.split(",")]) < cache / 2 for shape in copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("streaming_llm", 1400), ("quest", 2700), ("inf_llm", 3200), ("sentence_kv", 2500), ("dhsa", 2900)],
+)
+def test_a_program_for_a_chunk_is_small(name, most):
+    """Lines of the program that compilers get of one layer and 512 tokens: their time goes with it."""
+    model = build(GQA)
+    state = sj.init_state(model, sj.kv.preset(name, **({} if name == "streaming_llm" else {"capacity": 4096})))
+    ids = jnp.zeros((1, 1, 512), jnp.int32) if state.caches[0].needs_ids else None
+    places = layerwise.Places(
+        jnp.zeros((1, 1, 512), jnp.uint32), jnp.ones((1, 1, 512), bool), jnp.zeros((1, 1), jnp.int32), ids
+    )
+    x = jnp.zeros((1, 1, 512, GQA.d_model))
+    call = layer_over.lower(model.layers[0], None, x, state.layers[0], places, state.caches[0], state.span, None)
+    assert len(call.as_text().splitlines()) < most
 
 
 def test_a_step_inside_a_program_of_the_caller_is_still_a_step():

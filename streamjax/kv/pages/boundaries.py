@@ -96,12 +96,16 @@ class KeyChange(Boundary):
         keys = rearrange(marks, "b k t d -> b t (k d)").astype(accumulator(marks.dtype))
         width = keys.shape[1] - self.context
         new = keys[:, self.context :]
-        length, total, found = jnp.sum(new * new, axis=-1), jnp.zeros_like(new), []
-        for back in range(1, self.context + 1):  # a sum has the direction of the mean
-            total = total + keys[:, self.context - back : self.context - back + width]
+        length = jnp.sum(new * new, axis=-1)
+
+        def compare(total: Array, back: Array) -> tuple[Array, Array]:
+            """With the sum of so many last keys, which has the direction of their mean."""
+            total = total + jax.lax.dynamic_slice_in_dim(keys, self.context - back, width, axis=1)
             both = jnp.sqrt(jnp.sum(total * total, axis=-1) * length)
-            found.append(jnp.sum(total * new, axis=-1) < self.threshold * both)
-        return jnp.stack(found, axis=-1)
+            return total, jnp.sum(total * new, axis=-1) < self.threshold * both
+
+        found = jax.lax.scan(compare, jnp.zeros_like(new), jnp.arange(1, self.context + 1))[1]
+        return jnp.moveaxis(found, 0, -1)
 
 
 @dataclasses.dataclass(frozen=True)

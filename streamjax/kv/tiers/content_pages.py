@@ -20,7 +20,7 @@ from streamjax.field_checks import Size
 from streamjax.kv.pages.boundaries import Boundary
 from streamjax.kv.pages.indexes import Index, Mean, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
-from streamjax.kv.ring_buffer import read_ring, write_ring
+from streamjax.kv.ring_buffer import put_tokens, read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 from streamjax.kv.tiers.paged import PagedTier
 
@@ -111,14 +111,14 @@ class ContentPages(PagedTier):
         slot = jnp.where(stays, page * self.size + place, self.capacity)
         joins = tokens.valid[:, 0] & ~opens
         newest = stays & ~jnp.pad(joins[:, 1:], ((0, 0), (0, 1)))  # the chunk's last token in its page
-        count = _put(state.count, (place + 1)[:, None], jnp.where(newest, page, self.pages))
+        count = put_tokens(state.count, (place + 1)[:, None], jnp.where(newest, page, self.pages))
 
         stored = self.placed(tokens)
         k, v, position = (
-            _put(old, new, slot)
+            put_tokens(old, new, slot)
             for old, new in ((state.k, stored.k), (state.v, stored.v), (state.position, stored.position))
         )
-        score = None if state.score is None or tokens.score is None else _put(state.score, tokens.score, slot)
+        score = None if state.score is None or tokens.score is None else put_tokens(state.score, tokens.score, slot)
         # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
         k, score = jax.lax.optimization_barrier((k, score))
         _, some = tokens.run()
@@ -132,13 +132,9 @@ class ContentPages(PagedTier):
     def _places(
         self, state: ContentPagesState, tokens: KVTokens
     ) -> tuple[Int32[Array, "B C"], Shaped[Array, "B #K L ..."]]:
-        """The place that each token takes in its page, 0 in a page that it opens, and the marks of the last tokens.
-
-        A token is a function from the tokens in the open page to those in it afterwards, a table of numbers; tables
-        compose in any order, so a chunk takes as many steps as its length has binary digits.
-        """
+        """The place that each token takes in its page, 0 in a page that it opens, and the marks of the last tokens."""
         start, some = tokens.run()
-        look, width = self.boundary.look_back, tokens.k.shape[2]
+        look = self.boundary.look_back
         new = self.boundary.marks(tokens).astype(state.marks.dtype)
         line = jnp.concatenate((jnp.zeros_like(state.marks), new), axis=2)
         # what was stored before stands right before the first token that is real
@@ -147,16 +143,20 @@ class ContentPages(PagedTier):
         )
         last = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, look, axis=1))(line, start + some)
 
-        held = jnp.arange(self.size + 1, dtype=jnp.int32)
-        ends = self.boundary.ends(line)[:, :, jnp.clip(held - 1, 0, look - 1)]
-        joins = (held > 0) & (held < self.size) & ((held < self.boundary.least) | ~ends)
-        table = jnp.where(joins, held + 1, 1)
-        table = jnp.where(tokens.valid[:, 0, :, None], table, held)
-        composed = jax.lax.associative_scan(lambda early, late: jnp.take_along_axis(late, early, axis=2), table, axis=1)
+        ends = self.boundary.ends(line)
+
+        def place(held: Array, token: tuple[Array, Array]) -> tuple[Array, Array]:
+            """How many tokens the open page holds behind a token."""
+            ends, valid = token
+            end = jnp.take_along_axis(ends, jnp.clip(held - 1, 0, look - 1)[:, None], axis=1)[:, 0]
+            joins = (held > 0) & (held < self.size) & ((held < self.boundary.least) | ~end)
+            held = jnp.where(valid, jnp.where(joins, held + 1, 1), held)
+            return held, held
+
         open_page = (state.cursor - 1) % self.pages
-        before = jnp.take_along_axis(state.count[:, 0], open_page[:, None], axis=1)
-        after = jnp.take_along_axis(composed, jnp.broadcast_to(before[:, None], (*before.shape[:1], width, 1)), axis=2)
-        return after[..., 0] - 1, last
+        before = jnp.take_along_axis(state.count[:, 0], open_page[:, None], axis=1)[:, 0]
+        after = jax.lax.scan(place, before, (jnp.swapaxes(ends, 0, 1), jnp.swapaxes(tokens.valid[:, 0], 0, 1)))[1]
+        return jnp.swapaxes(after, 0, 1) - 1, last
 
     def _summarised(
         self,
@@ -215,16 +215,3 @@ class ContentPages(PagedTier):
 def _holds(count: Int32[Array, "B 1 P"], size: int) -> Bool[Array, "B 1 P S"]:
     """Which slots of each page hold tokens."""
     return jnp.arange(size) < count[..., None]
-
-
-def _put(buffer: Array, chunk: Array, slot: Int32[Array, "B C"]) -> Array:
-    """Row b's token i goes to slot `slot[b, i]` of [B, K, S, ...], nowhere where that is past the end.
-
-    Heads have an index of their own, equal as they are, for the sake of the TPU compiler (see `ring.py`).
-    """
-
-    def put(slots: Array, new: Array, at: Array) -> Array:
-        return slots.at[at].set(new.astype(slots.dtype), mode="drop")
-
-    at = jnp.broadcast_to(slot[:, None], (*buffer.shape[:2], slot.shape[1]))
-    return jax.vmap(jax.vmap(put))(buffer, chunk, at)

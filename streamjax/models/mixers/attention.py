@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
+from streamjax.kv.head_groups import update_in_order
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.config import AttentionConfig
 from streamjax.models.mixers.projections import Projections
@@ -50,7 +51,8 @@ class ChunkContext:
 
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
     saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable,
-    implementation: see `Query`. ids: of the tokens; None where no cache asks for them.
+    implementation: see `Query`. ids: of the tokens; None where no cache asks for them. head_order: which key heads the
+    cache's heads are, see `Cache.renumbered`; the layer's own where None.
     """
 
     position: UInt32[Array, "B C"]
@@ -60,6 +62,7 @@ class ChunkContext:
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
     ids: Int32[Array, "B C"] | None = None
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
+    head_order: Int32[Array, " K"] | None = None
 
 
 class Attention(nnx.Module):
@@ -192,7 +195,7 @@ def stream_attention(
         differentiable=context.differentiable,
         implementation=context.implementation,
     )
-    return cache.update(state, query, tokens)
+    return update_in_order(cache, context.head_order, state, query, tokens)
 
 
 def _heads_first(x: Float[Array, "B C K D"]) -> Float[Array, "B K C D"]:
