@@ -24,6 +24,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.config import parse_config
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.compact import compact
 from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
@@ -264,6 +265,29 @@ class Session:
         """Text that was generated but not yielded yet, after an interrupt; it is handed out once."""
         self._output.release()
         return self._output.take()
+
+    def compact(
+        self,
+        cache: Cache | Sequence[Cache],
+        query: str | Sequence[int] | np.ndarray | None = None,
+        *,
+        stored: bool = False,
+    ) -> None:
+        """Go on under another cache, for instance at the end of a prompt or between two turns (`sj.compact`).
+
+        Args:
+          cache: the new cache; the session starts over with it too.
+          query: the text, or its token ids, whose attention decides where the cache chooses by attention.
+          stored: the query is the end of what was read, in the same tokens; otherwise it would come next. It is not
+            read into the stream either way.
+
+        Raises:
+          ValueError: as `sj.compact`; the session is as before then.
+        """
+        ids = None if query is None else np.asarray([self._ids(query, add_bos=False)], np.int32)
+        state = compact(self.model, self.state, cache, ids, stored=stored)
+        with undisturbed():
+            self.state, self.cache, self._turn = state, cache, object()
 
     @property
     def is_finite(self) -> bool:

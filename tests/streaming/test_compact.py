@@ -9,6 +9,7 @@ import streamjax as sj
 from streamjax.models.mixers.attention import SequenceContext
 from tests.oracles.scored import lag_worth
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
+from tests.streaming.tiny_sessions import BYTES, PROMPT, start
 
 LENGTH, QUERIES, SIZE = 48, 6, 9
 DENSE = sj.kv.preset("dense", capacity=64)
@@ -62,11 +63,11 @@ def keydiff(q, k, v, scale):
 def lagkv(q, k, v, scale):
     """Blocks of 8 behind nothing: each measured by the next; the last whole one and what follows it stay."""
     found = np.full((k.shape[1], len(k)), np.inf)
-    for start in range(0, len(k) - 15, 8):
+    for first in range(0, len(k) - 15, 8):
         for head in range(k.shape[1]):
-            blocks = [[np.array([k[i, head], v[i, head]]) for i in range(at, at + 8)] for at in (start, start + 8)]
+            blocks = [[np.array([k[i, head], v[i, head]]) for i in range(at, at + 8)] for at in (first, first + 8)]
             worth = lag_worth(blocks)
-            found[head, start : start + 8] = (np.argsort(np.argsort(worth)) + 1) / 8
+            found[head, first : first + 8] = (np.argsort(np.argsort(worth)) + 1) / 8
     return found
 
 
@@ -204,3 +205,21 @@ def test_what_cannot_be_compacted_is_refused(prompt):
     kept = sj.compact(model, state, CASES["knorm"][0])
     with pytest.raises(ValueError, match="the heads hold different tokens beyond Window\\(0\\): Window\\(4\\) cannot"):
         sj.compact(model, kept, sj.kv.preset("window", window=4))
+
+
+def test_a_session_goes_on_under_another_cache(tmp_path):
+    """A question decides what stays, is not read by that, and what is saved then goes on in a session of that cache."""
+    model, kept = build(BYTES), sj.kv.preset("tova", size=12, every=4)
+    session = start(model, sj.kv.preset("dense", capacity=256))
+    session.read(PROMPT)
+    with pytest.raises(ValueError, match="chooses by queries: give query="):
+        session.compact(kept)
+    seen, size = session.tokens_seen, session.cache_bytes
+    session.compact(kept, "who was there?")
+    assert session.tokens_seen == seen
+    assert session.cache_bytes < size
+    session.save(tmp_path / "session")
+    other = start(model, kept)
+    other.load(tmp_path / "session")
+    assert session.cache == other.cache == kept
+    assert [*session.generate("So ", max_new_tokens=9)] == [*other.generate("So ", max_new_tokens=9)]
