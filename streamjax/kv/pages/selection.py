@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, accumulator
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
@@ -18,6 +18,7 @@ from streamjax.kv.pages.page_scores import score_pages
 from streamjax.kv.tier import Query
 
 GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
+SCORED = 256  # pages that the queries of a chunk score at a time, and those only that hold tokens
 Pool = Literal["max", "mean"]
 
 
@@ -57,6 +58,7 @@ def choose_pages(
     pool: Pool = "max",
     shared: bool = False,
     always: Bool[Array, "B P"] | None = None,
+    held: Int32[Array, " B"] | None = None,
 ) -> Int32[Array, "B K n top_k"]:
     """The pages that each block of queries reads, best first, for each key head.
 
@@ -70,14 +72,52 @@ def choose_pages(
       pool: how several queries or heads agree, see `pooled`.
       shared: one choice for all key heads.
       always: pages that come before all others.
+      held: pages of each row that hold tokens, the first ones, where that is known: a chunk scores no others.
     """
-    heads, width = pages.k.shape[1], query.q.shape[1]
+    heads, total = pages.k.shape[1], pages.k.shape[2]
+    if held is None or total <= SCORED or query.q.shape[1] == 1 or query.differentiable:
+        scores = _scores(heads, summary, pages.position, pages.valid, query, index, block, pool, shared)
+    else:
+
+        def some(turn: Array, scores: Array) -> Array:
+            start = jnp.minimum(turn * SCORED, total - SCORED)  # the last ones are moved back to fit
+
+            def take(x: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, SCORED, 2)
+
+            mine = jax.tree.map(take, summary), take(pages.position), take(pages.valid)
+            found = _scores(heads, *mine, query, index, block, pool, shared)
+            return jax.lax.dynamic_update_slice_in_dim(scores, found.astype(scores.dtype), start, 3)
+
+        groups = -(-query.q.shape[1] // block)
+        shape = (query.q.shape[0], 1 if shared else heads, groups, total)
+        nothing = jnp.full(shape, -jnp.inf, accumulator(query.q.dtype))
+        scores = jax.lax.fori_loop(0, (jnp.max(held) + SCORED - 1) // SCORED, some, nothing)
+    if always is not None:
+        scores = jnp.where(always[:, None, None], jnp.inf, scores)
+    chosen = jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
+    return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
+
+
+def _scores(
+    heads: int,
+    summary: Summary,
+    position: UInt32[Array, "B 1 P S"],
+    valid: Bool[Array, "B 1 P S"],
+    query: Query,
+    index: Index,
+    block: int,
+    pool: Pool,
+    shared: bool,
+) -> Float[Array, "B #K n P"]:
+    """How much each block of queries wants each page; -inf where a page holds nothing."""
+    width = query.q.shape[1]
     q = jax.lax.stop_gradient(rearrange(query.q, "b c (k g) d -> b k (c g) d", k=heads))
     scores = score_pages(index, jax.lax.stop_gradient(summary), query, q)
     scores = rearrange(scores, "b k (c g) p -> b k g c p", c=width) * query.scale
     if query.slopes is not None:  # ALiBi: a page is as near as its newest token
-        ahead = (query.position[:, None, :, None, None] - pages.position[:, :, None]).astype(jnp.int32)
-        near = jnp.min(jnp.where(pages.valid[:, :, None], ahead, jnp.iinfo(jnp.int32).max), axis=-1)
+        ahead = (query.position[:, None, :, None, None] - position[:, :, None]).astype(jnp.int32)
+        near = jnp.min(jnp.where(valid[:, :, None], ahead, jnp.iinfo(jnp.int32).max), axis=-1)
         slopes = rearrange(query.slopes, "(k g) -> 1 k g 1 1", k=heads)
         scores -= slopes * near[:, :, None].astype(scores.dtype)
     if shared:
@@ -88,11 +128,7 @@ def choose_pages(
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, short), (0, 0)))
     asks = rearrange(jnp.pad(asks, ((0, 0), (0, short))), "b (n c) -> b 1 n c 1", c=block)
     scores = pooled(rearrange(scores, "b k (n c) p -> b k n c p", c=block), asks, 3, pool)
-    scores = jnp.where(pages.valid.any(axis=-1)[:, :, None], scores, -jnp.inf)
-    if always is not None:
-        scores = jnp.where(always[:, None, None], jnp.inf, scores)
-    chosen = jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
-    return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
+    return jnp.where(valid.any(axis=-1)[:, :, None], scores, -jnp.inf)
 
 
 def read_first_pages(pages: PageTokens, query: Query, held: Int32[Array, " B"]) -> Partial:

@@ -198,14 +198,16 @@ class ContentPages(PagedTier):
         pages = PageTokens(k, v, position, _holds(state.count, self.size))
         query, pages = at_distance(query, pages, self.distance)
         block = min(self.block, query.q.shape[1])
+        held = jnp.sum(state.count[:, 0] > 0, axis=1, dtype=jnp.int32)
 
         def read_chosen() -> Partial:
             chosen = choose_pages(
-                pages, state.summary, query, self.index, self.top_k, block=block, pool=self.pool, shared=self.shared
-            )
+                pages, state.summary, query, self.index, self.top_k,
+                block=block, pool=self.pool, shared=self.shared, held=held,
+            )  # fmt: skip
             return read_pages(pages, query, chosen, block)
 
-        return self.read(pages, query, jnp.sum(state.count[:, 0] > 0, axis=1, dtype=jnp.int32), read_chosen)
+        return self.read(pages, query, held, read_chosen)
 
     def _cut(self, x: Array) -> Array:
         """The pages of an array with one entry a slot."""

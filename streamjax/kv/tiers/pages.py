@@ -151,23 +151,25 @@ class Pages(PagedTier):
         pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
         query, pages = at_distance(query, pages, self.distance)
         block = min(self.block, query.q.shape[1])
+        # Before the buffer has been full its tokens lie from slot 0 on.
+        held = jnp.where(ring.filled < self.capacity, -(-ring.filled // self.size), self.pages)
 
         def read_chosen() -> Partial:
             some = None
             if self.search == "tree":
                 chosen, some = self._descend(state, query, block)
             else:
-                chosen = self._choose(state, pages, query, block)
+                chosen = self._choose(state, pages, query, block, held)
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
             return read_pages(pages, query, chosen, block, some)
 
-        # Before the buffer has been full its tokens lie from slot 0 on.
-        held = jnp.where(ring.filled < self.capacity, -(-ring.filled // self.size), self.pages)
         return self.read(pages, query, held, read_chosen)
 
-    def _choose(self, state: PagesState, pages: PageTokens, query: Query, block: int) -> Int32[Array, "B K n top_k"]:
+    def _choose(
+        self, state: PagesState, pages: PageTokens, query: Query, block: int, held: Int32[Array, " B"]
+    ) -> Int32[Array, "B K n top_k"]:
         """The pages that each block of queries reads, best first, for each key head."""
         newest = None
         if self.read_newest:
@@ -175,7 +177,7 @@ class Pages(PagedTier):
             newest = (jnp.arange(self.pages) == cursor // self.size) & (cursor % self.size > 0)
         return choose_pages(
             pages, state.summary, query, self.index, self.top_k,
-            block=block, pool=self.pool, shared=self.shared, always=newest,
+            block=block, pool=self.pool, shared=self.shared, always=newest, held=held,
         )  # fmt: skip
 
     def _descend(

@@ -20,7 +20,20 @@ from streamjax.kv import (
     Sink,
     Window,
 )
-from tests.kv.tier_streams import ENDS, FREQUENCIES, SLOPES, Stream, ask, filled, gradients, run, spec, wandering
+from tests.kv.tier_streams import (
+    ENDS,
+    FREQUENCIES,
+    HEADS,
+    SLOPES,
+    WIDTH,
+    Stream,
+    ask,
+    filled,
+    gradients,
+    run,
+    spec,
+    wandering,
+)
 
 ALL_READ = {
     "pages": Pages(3, 60, 21),
@@ -147,3 +160,36 @@ def test_only_slots_that_hold_tokens_are_read_while_they_are_few(monkeypatch, na
     )
     state = spoilt if ring is state else type(state)(spoilt, jax.tree.map(poisoned, state.summary))
     jax.tree.map(np.testing.assert_array_equal, ask(tier, state, stream.q[:, :6]), expected)
+
+
+SCORED_IN_TURN = {
+    "pages": Pages(4, 44, 3),
+    "blocks far away": Pages(4, 44, 3, Representative(2), 2, 9, "mean", shared=True, read_newest=True),
+    "content by keys": ContentPages(4, 44, 3, KeyChange(0.3, 3, 2), block=2),
+}
+
+
+@pytest.mark.parametrize("name", SCORED_IN_TURN)
+def test_pages_that_are_scored_some_at_a_time_are_those_that_all_would_choose(monkeypatch, name):
+    """From empty pages to where they have wrapped, with ALiBi; the way with a reverse mode scores all at once."""
+    monkeypatch.setattr("streamjax.kv.pages.selection.SCORED", 5)
+    stream, ids = wandering(length=61, seed=3)
+    cascade = Cascade(Sink(2, reach=10**6), Window(5), SCORED_IN_TURN[name])
+    counts = [(7, 3), (4, 7), (1, 2)]
+    found, _ = run(cascade, stream, counts, ids=ids, width=7, slopes=SLOPES)
+    expected, _ = run(cascade, stream, counts, ids=ids, width=7, slopes=SLOPES, differentiable=True)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_chunk_scores_no_pages_beyond_those_that_hold_tokens(monkeypatch):
+    """By what the compiler counts, which is one turn of a loop: 2,016 pages more add no products with their bounds."""
+    monkeypatch.setattr("streamjax.kv.pages.selection.SCORED", 16)
+
+    def flops(pages: int) -> float:
+        tier = Pages(2, 2 * pages, 2, block=8)
+        state = jax.eval_shape(lambda: tier.init(spec()))
+        compiled = jax.jit(lambda state: ask(tier, state, np.ones((1, 32, 4, 6)))).lower(state).compile()
+        return compiled.cost_analysis()["flops"]
+
+    products = 2 * (2 * WIDTH) * 32 * HEADS * (2048 - 32)
+    assert flops(2048) - flops(32) < products / 2
