@@ -22,7 +22,7 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """The most memory that this process has had in RAM."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(peak if sys.platform == "darwin" else peak * 1024, resident_bytes())  # the kernel notes its peak late
 
 
 @dataclasses.dataclass(frozen=True)
