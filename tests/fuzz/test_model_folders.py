@@ -1,5 +1,6 @@
 """Model folders with changes that chance has made: they load as before, or are refused in one line."""
 
+import json
 import random
 import shutil
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from tests.architectures import tiny_config
 from tests.commands.conftest import model_folder  # noqa: F401  (a fixture)
-from tests.fuzz.mutations import draws, mutate_bytes, read_or_refused
+from tests.fuzz.mutations import draws, mutate_bytes, mutate_json, read_or_refused
 
 
 @pytest.fixture
@@ -38,3 +40,21 @@ def test_a_changed_file_is_read_or_refused_in_one_line(folder, name, draws):
             for found, value in zip(jax.tree.leaves(model), expected, strict=True):
                 np.testing.assert_array_equal(found, value, err_msg=f"draw {draw}")
     assert refused
+
+
+@pytest.mark.filterwarnings("ignore:config.json has fields that streamjax does not know")
+@draws(40)
+@pytest.mark.parametrize("case", ["mixtral", "deepseek_v3", "llama4"])
+def test_a_changed_config_of_experts_or_latent_attention_is_read_or_refused(tmp_path, case, draws):
+    config = tiny_config(case)
+    sj.save_hf(jax.jit(lambda key: sj.Decoder(config, key))(jax.random.key(0)), tmp_path / "m")
+    (tmp_path / "m" / "checksums.json").unlink()
+    file = tmp_path / "m" / "config.json"
+    whole, rng = json.loads(file.read_text()), random.Random(case)
+    refused = 0
+    for draw in range(draws):
+        changed = json.dumps(mutate_json(whole, rng))
+        file.write_text(changed)
+        model, _ = read_or_refused(lambda: sj.load(tmp_path / "m"), (draw, changed))
+        refused += model is None
+    assert 0 < refused < draws
