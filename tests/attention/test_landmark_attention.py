@@ -48,7 +48,7 @@ def expected(q, retrieval, chunks, visible, top_k, scale):
     return np.stack([hierarchical_attention(*row, top_k, scale) for row in rows])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3),
     st.integers(1, 9), st.integers(1, 5), st.integers(1, 10), st.sampled_from(FORMS),

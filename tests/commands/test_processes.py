@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import streamjax as sj
+from tests.processes import one_device_flags
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device_flags()}
 STREAM = [sys.executable, "-m", "infer.stream", "--chunk_size=64"]
 TRAIN = [sys.executable, "-m", "train", "--config=configs/tiny.py"]
 

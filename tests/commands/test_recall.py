@@ -57,13 +57,13 @@ def test_the_shipped_model_finds_what_a_window_has_forgotten(shipped):
 
 def test_the_command_writes_a_table_numbers_and_a_picture(command, tmp_path):
     done = command(
-        recall, "--lengths=1K,2048", "--depths=2", "--samples=1", "--task=passkey", "--task=multi_key",
+        recall, "--lengths=512,1K", "--depths=2", "--samples=1", "--task=passkey", "--task=multi_key",
         "--cache=hsa:capacity=4096", f"--json={tmp_path / 'r.json'}", f"--png={tmp_path / 'r.png'}",
         model=shipped_model("hsa_recall"),
     )  # fmt: skip
     assert done.status == 0, done.err
     assert "passkey" in done.out
-    assert "2,048" in done.out
+    assert "1,024" in done.out
     runs = read_json(tmp_path / "r.json")["runs"]
     assert len(runs) == 2 * 2 * 2
     assert {r["task"] for r in runs} == {"passkey", "multi_key"}

@@ -151,7 +151,7 @@ def drawn(draw):
     }
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(arguments=drawn())
 def test_drawn(arguments):
     check(*arguments[0], **arguments[1])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +81,19 @@ def assert_same(found, expected, dtype="float64"):
         assert error <= allowed, f"{jax.tree_util.keystr(path)}: {error:.1e} of {largest:.1e}"
 
 
-def check(config, length, *, rows=2, packed=False, stacked=False, dtype="float64", orders=ORDERS, **options):
-    """Chunked backprop with `options` gives the gradient of the whole sequence, for a model with `config`."""
+@lru_cache(maxsize=1)  # what is checked twice in turn is compared with one program
+def whole_sequence(config, length, rows, packed, stacked, dtype):
+    """A model, a batch, and the loss and gradient of the whole sequence at once."""
     with jax.enable_x64(dtype == "float64"):
         model = random_model(config, dtype, stacked=stacked)
         batch = random_batch(config.vocab_size, rows, length, packed=packed)
-        expected = gradient(model, batch, "full")
+        return model, batch, gradient(model, batch, "full")
+
+
+def check(config, length, *, rows=2, packed=False, stacked=False, dtype="float64", orders=ORDERS, **options):
+    """Chunked backprop with `options` gives the gradient of the whole sequence, for a model with `config`."""
+    model, batch, expected = whole_sequence(config, length, rows, packed, stacked, dtype)
+    with jax.enable_x64(dtype == "float64"):
         for order in orders:
             assert_same(gradient(model, batch, order, **options), expected, dtype)
 

@@ -43,8 +43,26 @@ def test_each_token_by_itself(name):
         np.testing.assert_allclose(jax.jit(type(module).__call__)(module, jnp.asarray(x)), expected, atol=1e-12, rtol=0)
 
 
-def one_by_one(rows, weights, sizes):
-    return jnp.einsum("nd,ndf->nf", rows, jnp.repeat(weights, sizes, axis=0))
+def one_by_one(rows, weights, sizes, cotangent):
+    """Each row times its group's matrix, and the gradients of rows and matrices."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    matrices = np.stack([rows[group == g].T @ cotangent[group == g] for g in range(len(sizes))])
+    product = np.einsum("nd,ndf->nf", rows, weights[group])
+    return product, (np.einsum("nf,ndf->nd", cotangent, weights[group]), matrices)
+
+
+@jax.jit
+def by_groups(rows, weights, sizes, cotangent):
+    """The same by CPU's tiles, and by what other devices compute."""
+    found, pull = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), rows, weights)
+    if not len(rows):
+        return found, pull(cotangent), None
+    elsewhere = (
+        grouped_product._ragged(rows, weights, sizes, False),
+        grouped_product._ragged(cotangent, weights, sizes, True),
+        grouped_product._ragged_outer(rows, cotangent, sizes),
+    )
+    return found, pull(cotangent), elsewhere
 
 
 @settings(deadline=None, max_examples=12)
@@ -53,20 +71,14 @@ def test_the_grouped_product_and_its_gradient(sizes, seed):
     """Groups of all sizes, empty ones too, by CPU's tiles and by what other devices compute."""
     draw, count = np.random.default_rng(seed), sum(sizes)
     with jax.enable_x64(True):
-        rows, weights = (jnp.asarray(draw.normal(size=s)) for s in ((count, 3), (len(sizes), 3, 4)))
-        cotangent, numbers = jnp.asarray(draw.normal(size=(count, 4))), jnp.asarray(sizes, jnp.int32)
-        expected, pull = jax.vjp(lambda r, w: one_by_one(r, w, np.asarray(sizes)), rows, weights)
-        product = grouped_product.grouped_product
-        found, pull_found = jax.vjp(lambda r, w: product(r, w, numbers), rows, weights)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
-        for mine, theirs in zip(pull_found(cotangent), pull(cotangent), strict=True):
-            np.testing.assert_allclose(mine, theirs, atol=1e-12)
+        rows, weights, cotangent = (draw.normal(size=s) for s in ((count, 3), (len(sizes), 3, 4), (count, 4)))
+        expected, gradients = one_by_one(rows, weights, sizes, cotangent)
+        found, found_gradients, elsewhere = by_groups(rows, weights, np.asarray(sizes, np.int32), cotangent)
+        pairs = [(found, expected), *zip(found_gradients, gradients, strict=True)]
         if count:
-            np.testing.assert_allclose(grouped_product._ragged(rows, weights, numbers, False), expected, atol=1e-12)
-            elsewhere = grouped_product._ragged(cotangent, weights, numbers, True)
-            np.testing.assert_allclose(elsewhere, pull(cotangent)[0], atol=1e-12)
-            elsewhere = grouped_product._ragged_outer(rows, cotangent, numbers)
-            np.testing.assert_allclose(elsewhere, pull(cotangent)[1], atol=1e-12)
+            pairs += zip(elsewhere, (expected, *gradients), strict=True)
+        for mine, theirs in pairs:
+            np.testing.assert_allclose(mine, theirs, atol=1e-12)
 
 
 def test_columns_in_several_dimensions():
