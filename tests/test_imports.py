@@ -37,7 +37,8 @@ ROOMS = """
     streamjax.kv.compaction
     streamjax.kv.presets
     streamjax.kv
-    streamjax.models.config streamjax.models.rope streamjax.models.parameters streamjax.models.norms
+    streamjax.models.config streamjax.models.rope streamjax.models.quantis* streamjax.models.parameters
+    streamjax.models.norms
     streamjax.models.lora.adapters
     streamjax.models.mlps streamjax.models.mixers
     streamjax.models.block

@@ -26,7 +26,8 @@ from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
 from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.models.norms import Norm
-from streamjax.models.parameters import kernel, zeros
+from streamjax.models.parameters import kernel, product, zeros
+from streamjax.models.quantisation import take_rows
 from streamjax.parallel.rules import constrain
 
 
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
         params = jnp.dtype(param_dtype or self.dtype)
         key_embed, key_head, key_layers = jax.random.split(key, 3)
         d, vocab = config.d_model, config.vocab_size
-        self.embedding = kernel(key_embed, (vocab, d), ("vocab", "embed"), d, params)
+        self.embedding = kernel(key_embed, (vocab, d), ("vocab", "embed"), d, params, inputs=(1,))
         keys = jax.random.split(key_layers, config.num_layers)
         period = config.period
         repeats = config.repeats if scan_layers else 0
@@ -99,8 +100,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings, scaled as the config says."""
-        table = constrain(self.embedding[...], "vocab", "activation_embed")  # rows lie whole where they are looked up
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = take_rows(self.embedding[...], tokens, self.dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         return constrain(x, "batch", "length", "activation_embed")
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
             weight, equation = self.embedding, "bte,ve->btv"
         else:
             weight, equation = self.head, "bte,ev->btv"
-        logits = jnp.einsum(equation, hidden, weight[...].astype(hidden.dtype), preferred_element_type=dtype)
+        logits = product(equation, hidden, weight[...], dtype)
         if self.head_bias is not None:
             logits = logits + self.head_bias[...].astype(dtype)
         if self.config.logit_scale != 1.0:

@@ -59,6 +59,10 @@ def define_model(values: flags.FlagValues) -> None:
         "dtype", None, ["float32", "bfloat16"], "Of the weights; bfloat16 on TPU and GPU, float32 on CPU by default.",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_enum(
+        "weights", None, ["int8", "int4"], "Quantise weights as they are read: int8 with a scale a channel, int4 with "
+        "a scale and an offset for 32 weights. As they are by default.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string(
         "mesh", None, "Devices to split the model over, such as tensor=4 or fsdp=2,tensor=4; -1 means those that are "
         "left. tensor splits heads, MLPs, the vocabulary and the cache; fsdp splits weights, which are gathered where "
@@ -96,7 +100,7 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
             f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors, or a .gguf file"
         )
     tokenizer = sj.load_tokenizer(user_path(values.tokenizer) if values.tokenizer else path)
-    model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh))
+    model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh), weights=values.weights)
     require_tokenizer(
         tokenizer, model.config.vocab_size, f"{values.tokenizer or path} has no tokenizer.json: give --tokenizer=FOLDER"
     )

@@ -18,6 +18,7 @@ from flax import nnx
 from streamjax.models.decoder import Decoder
 from streamjax.models.families import FAMILIES, Source
 from streamjax.models.files.hugging_face import Slot, export_tensor, parameter_slots
+from streamjax.models.quantising import refuse_quantised
 
 Change = Callable[[np.ndarray], np.ndarray]  # a tensor's values, float32, -> its new values
 
@@ -25,7 +26,8 @@ Change = Callable[[np.ndarray], np.ndarray]  # a tensor's values, float32, -> it
 def tensor_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model's checkpoint, by name, and its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for slot in parameter_slots(model, FAMILIES[model.config.family]):
+    plain = jax.eval_shape(partial(Decoder, model.config), jax.random.key(0))  # without adapters, codes or stacks
+    for slot in parameter_slots(plain, FAMILIES[model.config.family]):
         for source in (source for sources in slot.sources for source in sources):
             shape = source.shape(slot.shape)
             before = shapes.get(source.name, (0,))[0] if source.rows else 0
@@ -35,6 +37,7 @@ def tensor_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
 
 def change_tensors(model: Decoder, changes: Mapping[str, Change]) -> Decoder:
     """The model with some of its tensors changed, in their dtype and on their devices; the others are shared."""
+    refuse_quantised(model, f"the adapters' folder changes {next(iter(changes))} itself")
     leaves, structure = jax.tree.flatten(model)
     slots = parameter_slots(model, FAMILIES[model.config.family])
     held: dict[str, list[tuple[int, int, Source]]] = {}  # tensor -> leaf, row of a stack, which part

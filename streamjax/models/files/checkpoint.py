@@ -15,9 +15,17 @@ from streamjax.checkpoints.pytrees import ABOUT
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.files.gguf.loading import load_gguf
 from streamjax.models.files.hugging_face import load_hf
-from streamjax.models.files.native_format import is_native, load_native, parse_config
+from streamjax.models.files.native_format import check_saved, is_native, load_native, parse_config
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import empty_adapters, ranks_of
+from streamjax.models.quantising import (
+    check_weights,
+    packs,
+    quantised_model,
+    quantised_shapes,
+    weights_of,
+    with_codes,
+)
 from streamjax.parallel.mesh import with_placement
 
 
@@ -28,7 +36,7 @@ def save(model: Decoder, path: str | Path) -> None:
       ValueError: `path` holds something that is no checkpoint.
     """
     about = {"kind": "model", "model": model.config.to_json_dict(), "stacked": bool(len(model.stack))}
-    about["lora"] = ranks_of(model)
+    about["lora"], about["weights"] = ranks_of(model), weights_of(model)
     save_pytree(model, path, about)
 
 
@@ -37,6 +45,7 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     scan_layers: bool | None = None,
+    weights: str | None = None,
 ) -> Decoder:
     """Load a model: a Hugging Face folder or streamjax's own, a GGUF file, or a checkpoint that `save` wrote.
 
@@ -46,17 +55,20 @@ def load(
       mesh: place every parameter by `streamjax.parallel.rules`, each device reading its own part; the default device
         where None.
       scan_layers: whether repeating layers lie stacked (see `Decoder`); as it was saved where None.
+      weights: "int8" (a scale a channel) or "int4" (a scale for 32 weights): kernels are quantised as they are read,
+        one after the other; those of a checkpoint of `save` once all have been read. As they were saved where None.
 
     Raises:
       ValueError: one line that says what is wrong with the folder, or the file.
     """
+    kind = check_weights(weights)
     path = whole(user_path(path))
     if is_gguf(path):
-        return load_gguf(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
+        return load_gguf(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers), kind)
     if not (path / ABOUT).exists():
         if (path / "config.json").exists():
             read = load_native if is_native(path) else load_hf
-            return read(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers))
+            return read(path, jnp.dtype(dtype) if dtype else None, mesh, bool(scan_layers), kind)
         if (path / "model").exists():
             raise ValueError(f"{path} holds no model, but {path / 'model'} may: load that")
         raise ValueError(f"no model at {path}: neither config.json with *.safetensors, nor a streamjax checkpoint")
@@ -71,12 +83,17 @@ def load(
     if config.num_layers > rows * len(about["arrays"]):
         raise ValueError(f"{path / ABOUT}: {config.num_layers} layers, in {len(about['arrays'])} arrays")
     dtype = jnp.dtype(dtype or default_dtype())
+    saved = about.get("weights")
+    check_saved(path / ABOUT, saved, kind)
+    packed = any(kind == "uint8" for kind, *_ in about["arrays"].values())
 
     def build(key: jax.Array) -> Decoder:
         model = Decoder(config, key, dtype=dtype, scan_layers=stacked)
         return empty_adapters(model, adapters)
 
-    model: Decoder = restore_pytree(with_placement(jax.eval_shape(build, jax.random.key(0)), mesh), path, cast=True)
+    template = quantised_shapes(jax.eval_shape(build, jax.random.key(0)), saved, packed)
+    model: Decoder = restore_pytree(with_placement(template, mesh), path, cast=True)
+    model = quantised_model(with_codes(model, packs()), kind)
     if scan_layers is None or scan_layers == stacked:
         return model
     return stack_layers(model) if scan_layers else unstack_layers(model)

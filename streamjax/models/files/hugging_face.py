@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,31 @@ from streamjax.models.files.safetensors_files import (
     write_tensors,
 )
 from streamjax.models.lora.attaching import refuse_adapters
+from streamjax.models.quantising import (
+    Weights,
+    aligned_empty,
+    importance_of,
+    input_axes,
+    packs,
+    quantised_parts,
+    quantised_shapes,
+    refuse_quantised,
+)
 from streamjax.parallel.rules import partition_spec
 
 _BUFFERS = (r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)  # recomputed from the config
 _STRIP = 16
-_ALIGNMENT = 64  # bytes
 Index = tuple[slice, ...]
 Tensors = Mapping[str, AnyTensor]
 
 
-def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False) -> Decoder:
+def load_hf(
+    path: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+    weights: Weights | None = None,
+) -> Decoder:
     """Load a Hugging Face checkpoint.
 
     Args:
@@ -55,6 +69,7 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
       mesh: place every parameter by `streamjax.parallel.rules`, each device reading its own part; the default device
         where None.
       scan_layers: stack repeating layers (see `Decoder`).
+      weights: "int8" or "int4": each kernel is quantised as it is read; as they are where None.
 
     Raises:
       ValueError: one line that names the file, and the tensor or field, that is missing, unexpected, mis-shaped,
@@ -67,9 +82,9 @@ def load_hf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_
     model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype=dtype, scan_layers=scan_layers))
     slots = parameter_slots(model, family, tensors)
     check_tensors(folder, family, config, tensors, slots)
+    target = quantised_shapes(model, weights)
     check_manifest(folder)
-    values = [load_parameter(slot, tensors, dtype, mesh) for slot in slots]
-    return jax.tree.unflatten(jax.tree.structure(model), values)
+    return jax.tree.unflatten(jax.tree.structure(target), load_parameters(model, slots, tensors, dtype, mesh, weights))
 
 
 def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_000) -> None:
@@ -88,6 +103,7 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
       SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
     refuse_adapters(model)
+    refuse_quantised(model, "Hugging Face's folders have no such; write them with streamjax.save or save_safetensors")
     values = write_config(model.config)
     values["torch_dtype"] = str(model.embedding[...].dtype)
     pending: dict[str, list[tuple[int, PendingTensor]]] = {}  # and which row each begins at
@@ -230,23 +246,68 @@ def _check_tied(head: AnyTensor, embedding: AnyTensor) -> None:
     )
 
 
-def load_parameter(slot: Slot, tensors: Tensors, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
-    """One parameter on its devices."""
-    axes, shape = slot.parameter.get_metadata("axes"), slot.shape
-    sharding = None if mesh is None else NamedSharding(mesh, partition_spec(axes, shape, mesh))
-    readers = [partial(_read, tensors, sources, shape, dtype) for sources in slot.sources]
+def load_parameters(
+    model: Decoder,
+    slots: Sequence[Slot],
+    tensors: Tensors,
+    dtype: np.dtype,
+    mesh: Mesh | None,
+    weights: Weights | None,
+) -> list[jax.Array]:
+    """All arrays of a model in the order of its leaves, each on its devices; of a quantised kernel its parts."""
+    norm = next(slot for slot in slots if slot.name == "norm.weight")
+
+    def read_norm() -> np.ndarray:
+        return _read(tensors, norm.sources[0], norm.shape, np.dtype(np.float32), (slice(None),))
+
+    found: list[jax.Array] = []
+    for slot in slots:
+        importance = importance_of(slot.name, model, read_norm) if weights else None
+        found += _load_parameter(slot, tensors, dtype, mesh, weights, importance)
+    return found
+
+
+def _load_parameter(
+    slot: Slot,
+    tensors: Tensors,
+    dtype: np.dtype,
+    mesh: Mesh | None,
+    weights: Weights | None,
+    importance: np.ndarray | None,
+) -> list[jax.Array]:
+    axes, inputs = slot.parameter.get_metadata("axes"), input_axes(slot.parameter)
+
+    def placed(sources: Sequence[Source]) -> Iterator[jax.Array]:
+        if weights is None or inputs is None:
+            return iter([_place(partial(_read, tensors, sources, slot.shape, dtype), slot.shape, axes, mesh)])
+        read = partial(_read, tensors, sources, slot.shape, np.dtype(np.float32))
+        return (
+            _place(part.__getitem__, part.shape, axes, mesh)
+            for part in quantised_parts(read, slot.shape, inputs, weights, packs(), importance)
+        )
+
     if not slot.stacked:
-        return _place(readers[0], shape, sharding)
-    stack_sharding = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    stack = jax.jit(partial(jnp.zeros, (len(readers), *shape), dtype), out_shardings=stack_sharding)()
-    for row, reader in enumerate(readers):
-        inserted = _inserter(stack_sharding)(stack, _place(reader, shape, sharding), row)
-        stack = jax.block_until_ready(inserted)  # no more than two layers' memory beside the stack
-    return stack
+        return list(placed(slot.sources[0]))
+    stacks: list[jax.Array] = []
+    for row, sources in enumerate(slot.sources):
+        for i, layer in enumerate(placed(sources)):
+            if len(stacks) == i:
+                stacks.append(_empty_stack(len(slot.sources), layer))
+            inserted = _inserter(stacks[i].sharding)(stacks[i], layer, row)
+            stacks[i] = jax.block_until_ready(inserted)  # no more than two layers' memory beside the stack
+    return stacks
+
+
+def _empty_stack(rows: int, layer: jax.Array) -> jax.Array:
+    """Zeros for so many layers, split as one is."""
+    sharding: Any = layer.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jax.jit(partial(jnp.zeros, (rows, *layer.shape), layer.dtype), out_shardings=sharding)()
 
 
 @lru_cache(maxsize=64)
-def _inserter(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+def _inserter(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
     """Write one layer into a stack, in place."""
 
     def insert(stack: jax.Array, layer: jax.Array, row: jax.Array) -> jax.Array:
@@ -255,13 +316,16 @@ def _inserter(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
-def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    """An array on the default device, or in parts on the devices of a sharding; each part is read once.
+def _place(
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...], axes: Sequence[str], mesh: Mesh | None
+) -> jax.Array:
+    """An array on the default device, or in parts on the devices of a mesh; each part is read once.
 
     It waits for every transfer: those that are under way hold on to their copy on the host.
     """
-    if sharding is None:
+    if mesh is None:
         return jax.block_until_ready(jax.device_put(read((slice(None),) * len(shape))))
+    sharding = NamedSharding(mesh, partition_spec(axes, shape, mesh))
     parts: dict[str, list[jax.Device]] = {}
     indices: dict[str, Index] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -280,7 +344,7 @@ def _read(
 ) -> np.ndarray:
     """The part of a parameter at `index`, put together from its tensors; only that part is read from disk."""
     ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
-    values = _empty([len(r) for r in ranges], dtype)
+    values = aligned_empty([len(r) for r in ranges], dtype)
     for source in sources:
         stored, sizes = tensors[source.name], source.sizes(shape)
         filled, taken = [], []
@@ -307,14 +371,6 @@ def _read(
             into += count
             del view  # before the next rows are read
     return values
-
-
-def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that begins where JAX wants its own to begin: on CPU it takes such a one as it is, without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _copy(into: np.ndarray, view: np.ndarray) -> None:

@@ -6,13 +6,16 @@ decoder ("layers.0.mlp.up"), one module a layer, in the decoder's own layout.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from streamjax.checkpoints import check_manifest, read_json
@@ -21,9 +24,21 @@ from streamjax.models import config as model_config
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
-from streamjax.models.files.safetensors_files import PendingTensor, list_tensors, write_tensors
+from streamjax.models.files.quantised_weights import raw_rows
+from streamjax.models.files.safetensors_files import PendingTensor, StoredTensor, code_of, list_tensors, write_tensors
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import refuse_adapters
+from streamjax.models.quantisation import QuantisedArray
+from streamjax.models.quantising import (
+    Weights,
+    importance_of,
+    input_axes,
+    packs,
+    quantised_parts,
+    quantised_shapes,
+    weights_of,
+    with_codes,
+)
 from streamjax.parallel.mesh import with_placement
 
 MODEL_TYPE = "streamjax"
@@ -44,11 +59,13 @@ def save_safetensors(model: Decoder, path: str | Path, max_shard_size: int = 5_0
       SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
     """
     refuse_adapters(model)
+    weights = weights_of(model)
     tensors = [
         PendingTensor(name, leaf.shape, np.dtype(leaf.dtype), partial(np.asarray, leaf))
-        for name, leaf in named_arrays(unstack_layers(model)).items()
+        for name, leaf in named_arrays(with_codes(unstack_layers(model), packed=True)).items()
     ]
-    with replaced_model(path, {"model_type": MODEL_TYPE, "model": model.config.to_json_dict()}) as folder:
+    values = {"model_type": MODEL_TYPE, "model": model.config.to_json_dict()}
+    with replaced_model(path, values | ({"weights": weights} if weights else {})) as folder:
         write_tensors(folder, tensors, max_shard_size)
 
 
@@ -69,7 +86,13 @@ def is_native(folder: Path) -> bool:
     return read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
 
 
-def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False) -> Decoder:
+def load_native(
+    path: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+    weights: Weights | None = None,
+) -> Decoder:
     """Load what `save_safetensors` wrote; arguments as in `streamjax.load`.
 
     Raises:
@@ -79,9 +102,12 @@ def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, s
     values, stored = read_json(folder / CONFIG), list_tensors(folder)
     check_sizes(folder / CONFIG, values, stored)
     config = parse_config(folder / CONFIG, values.get("model"))
+    saved = values.get("weights")
+    check_saved(folder / CONFIG, saved, weights)
     dtype = jnp.dtype(dtype or default_dtype())
-    model = with_placement(jax.eval_shape(partial(Decoder, config, dtype=dtype), jax.random.key(0)), mesh)
-    wanted = named_arrays(model)
+    model = jax.eval_shape(partial(Decoder, config, dtype=dtype), jax.random.key(0))
+    source = quantised_shapes(model, saved, packed=True)
+    wanted, variables = named_arrays(source), _variables(source)
     for name in sorted({*wanted, *stored}):
         if name not in stored:
             raise ValueError(f"{folder}: tensor {name!r} is missing")
@@ -90,7 +116,48 @@ def load_native(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, s
         if tuple(stored[name].shape) != wanted[name].shape:
             shapes = f"{list(stored[name].shape)}; config.json asks for {list(wanted[name].shape)}"
             raise ValueError(f"{stored[name].file}: tensor {name!r} has shape {shapes}")
+        if isinstance(variables[name], QuantisedArray) and stored[name].code != code_of(wanted[name].dtype):
+            codes = f"{stored[name].code}; of {saved} weights it is {code_of(wanted[name].dtype)}"
+            raise ValueError(f"{stored[name].file}: tensor {name!r} has dtype {codes}")
+    target = with_placement(source if saved else quantised_shapes(model, weights), mesh)
     check_manifest(folder)
-    leaves = [jax.device_put(stored[name].read(dtype), leaf.sharding) for name, leaf in wanted.items()]
-    loaded = jax.tree.unflatten(jax.tree.structure(model), leaves)
+    places = jax.tree.leaves(target)
+    leaves: list[jax.Array] = []
+    for name, variable in variables.items():
+        known = importance_of(name, model, lambda: stored["norm.weight"].read(np.float32)) if weights else None
+        for array in _read(stored[name], variable, dtype, weights, known):
+            leaves.append(jax.device_put(array, places[len(leaves)].sharding))
+    loaded = with_codes(jax.tree.unflatten(jax.tree.structure(target), leaves), packs())
     return stack_layers(loaded) if scan_layers else loaded
+
+
+def check_saved(file: Path, saved: Any, weights: Weights | None) -> None:
+    """Raise ValueError unless a model that was saved with such weights can be loaded with these."""
+    if saved is not None and saved not in get_args(Weights):
+        raise ValueError(f"{file}: field 'weights' is {saved!r}; expected {' or '.join(get_args(Weights))}")
+    if saved is not None and weights not in (None, saved):
+        raise ValueError(f"{file}: the weights are {saved}, and {weights} is asked for: load what they were made of")
+
+
+def _variables(source: Decoder) -> dict[str, nnx.Variable]:
+    """Every parameter, and what holds codes, offsets and scales, by name, in the order of the leaves."""
+    variables = jax.tree.leaves(source, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return dict(zip(named_arrays(source), variables, strict=True))
+
+
+def _read(
+    tensor: StoredTensor, variable: nnx.Variable, dtype: Any, weights: Weights | None, importance: np.ndarray | None
+) -> Sequence[np.ndarray]:
+    """A parameter, or its codes, offsets and scales; those that are stored, as they are."""
+    if isinstance(variable, QuantisedArray):
+        return [raw_rows(tensor, 0, tensor.shape[0], np.dtype(variable.get_value().dtype))]
+    inputs = input_axes(variable)
+    if weights is None or inputs is None:
+        return [tensor.read(dtype)]
+    whole = functools.cache(tensor.read)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(tensor.shape[0])
+        return whole()[index] if stop - start == tensor.shape[0] else tensor.rows(start, stop)
+
+    return quantised_parts(part, tensor.shape, inputs, weights, packs(), importance)

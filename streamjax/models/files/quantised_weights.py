@@ -81,8 +81,8 @@ def _check_scales(blocks: StoredTensor, scales: StoredTensor, shape: tuple[int, 
         raise ValueError(f"{scales.file}: tensor {scales.name!r} is {found}; {blocks.name!r} asks for {wanted}")
 
 
-def _raw(stored: StoredTensor, start: int, stop: int, dtype: Any) -> np.ndarray:
-    """[start, stop) of the first axis, as what the bytes are."""
+def raw_rows(stored: StoredTensor, start: int, stop: int, dtype: Any) -> np.ndarray:
+    """[start, stop) of a tensor's first axis, as what the bytes are."""
     values = np.empty((stop - start, *stored.shape[1:]), dtype)
     offset = stored.offset + start * math.prod(stored.shape[1:]) * values.itemsize
     read_bytes(stored.file, offset, values.reshape(-1).view(np.uint8), stored.name)
@@ -116,8 +116,8 @@ class MXFP4Tensor(Float32Rows):
         Raises:
           ValueError: the file has become shorter.
         """
-        factors = _FACTORS[_raw(self.scales, start, stop, np.uint8)]
-        values = np.take(_PAIRS, _raw(self.stored, start, stop, np.uint8), axis=0).reshape(*factors.shape, -1)
+        factors = _FACTORS[raw_rows(self.scales, start, stop, np.uint8)]
+        values = np.take(_PAIRS, raw_rows(self.stored, start, stop, np.uint8), axis=0).reshape(*factors.shape, -1)
         values *= factors[..., None]
         return np.swapaxes(values.reshape(stop - start, self.shape[2], self.shape[1]), 1, 2)
 
@@ -150,15 +150,15 @@ class FP8Tensor(Float32Rows):
         Raises:
           ValueError: the file has become shorter.
         """
-        values = _raw(self.stored, start, stop, _FP8[self.stored.code]).astype(np.float32)
+        values = raw_rows(self.stored, start, stop, _FP8[self.stored.code]).astype(np.float32)
         dtype = _SCALES[self.scales.code]
         if self.block is None:
             whole = dataclasses.replace(self.scales, shape=(1,))
-            return values * _raw(whole, 0, 1, dtype).astype(np.float32)[0]
+            return values * raw_rows(whole, 0, 1, dtype).astype(np.float32)[0]
         rows, columns = self.block
         flat = len(self.shape) == 2  # blocks lie along the first axis too
         first, last = (start // rows, -(-stop // rows)) if flat else (start, stop)
-        scales = _raw(self.scales, first, last, dtype).astype(np.float32)
+        scales = raw_rows(self.scales, first, last, dtype).astype(np.float32)
         skipped = start - first * rows if flat else 0
         scales = np.repeat(scales, rows, axis=-2)[..., skipped : skipped + values.shape[-2], :]
         return values * np.repeat(scales, columns, axis=-1)[..., : values.shape[-1]]

@@ -26,7 +26,8 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BLOCK = 1 << 22  # bytes that are read at a time
-_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_INTEGERS: dict[str, Any] = {"I8": np.int8, "U8": np.uint8}  # codes of quantised weights
+_CODES = {np.dtype(dtype): code for code, dtype in {**DTYPES, **_INTEGERS}.items()}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 
 
@@ -89,6 +90,11 @@ class StoredTensor:
         for start, stop in whole.blocks(0, count):
             values[start:stop] = whole.rows(start, stop)
         return values.reshape(self.shape)
+
+
+def code_of(dtype: Any) -> str:
+    """What a file calls a dtype."""
+    return _CODES[np.dtype(dtype)]
 
 
 class Float32Rows:

@@ -19,6 +19,8 @@ from streamjax.models.config import BlockConfig, DenseConfig, LatentAttentionCon
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.adapters import TARGETS, Adapter, pad_members
 from streamjax.models.mixers.attention import Attention
+from streamjax.models.quantisation import QuantisedKernel
+from streamjax.models.quantising import refuse_quantised
 from streamjax.parallel.mesh import shard_model
 
 Shape = tuple[int, ...]
@@ -69,7 +71,12 @@ def merge_lora(model: Decoder) -> Decoder:
     """The model with every adapter added to the weights beside it, in their dtype: plain weights, the same logits.
 
     A model without adapters comes back as it is.
+
+    Raises:
+      ValueError: the weights are quantised.
     """
+    if ranks_of(model):
+        refuse_quantised(model, "adapters cannot be merged into them; save_lora writes adapters alone")
     copy = _copy(model)
     for block, _ in _blocks(copy):
         for target, place in places(block.config).items():
@@ -196,7 +203,7 @@ def attach(model: Decoder, ranks: Ranks, factors: Factors) -> Decoder:
 
 def adapter_dtype(model: Decoder) -> jnp.dtype:
     """In which adapters are made for a model."""
-    return accumulator(model.embedding[...].dtype)
+    return accumulator(model.dtype)
 
 
 def _initial(dtype: jnp.dtype, key: Array, target: str, layer: int, a: Shape, b: Shape) -> tuple[Array, Array]:
@@ -218,9 +225,9 @@ def _blocks(model: Decoder) -> Iterator[tuple[Block, range]]:
         yield block, range(index, index + 1)
 
 
-def _beside(kernel: nnx.Param, adapter: Adapter) -> Adapter:
+def _beside(kernel: nnx.Param | QuantisedKernel, adapter: Adapter) -> Adapter:
     """The adapter on the mesh where its projection's weights lie."""
-    value = kernel[...]
+    value = jax.tree.leaves(kernel)[0]
     sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return shard_model(adapter, sharding.mesh)

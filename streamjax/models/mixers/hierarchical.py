@@ -24,7 +24,8 @@ from streamjax.models.config import AttentionConfig, BlockConfig, HSAConfig, Nor
 from streamjax.models.mixers.projections import Projections
 from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
-from streamjax.models.parameters import kernel
+from streamjax.models.parameters import kernel, product
+from streamjax.models.quantisation import merge_axes
 from streamjax.models.rope import make_rotary
 
 
@@ -80,7 +81,7 @@ class PageEncoder(nnx.Module):
         self.hsa = hsa
         key_token, key_out, *keys = jax.random.split(key, 2 + hsa.encoder_layers)
         d, heads, width = d_model, config.mixer.num_kv_heads, config.mixer.head_dim
-        self.token = kernel(key_token, (d,), ("activation_embed",), 1, dtype)
+        self.token = kernel(key_token, (d,), ("activation_embed",), 1, dtype, inputs=())
         self.layers = nnx.List([EncoderLayer(config, d, k, dtype, gain) for k in keys])
         self.norm = Norm(d, config.norm, dtype)
         axes = ("embed", "kv_heads", "group", "head_dim")
@@ -95,9 +96,8 @@ class PageEncoder(nnx.Module):
         for layer in self.layers:
             y = layer(y)
         y = self.norm(y)
-        weight = self.out[...].astype(y.dtype)
-        pairs = jnp.einsum("nse,ekgd->nskgd", y[:, :s], weight[:, :, :2])
-        landmarks = jnp.einsum("ne,ekd->nkd", y[:, s], weight[:, :, 2])
+        pairs = product("nse,ekgd->nskgd", y[:, :s], self.out[:, :, :2])
+        landmarks = product("ne,ekd->nkd", y[:, s], self.out[:, :, 2])
         k, v = (rearrange(pairs[..., i, :], "(b p) s k d -> b k p s d", b=b) for i in range(2))
         return LandmarkPages(self.k_norm(k), v, rearrange(landmarks, "(b p) k d -> b k p d", b=b))
 
@@ -164,17 +164,17 @@ class HierarchicalAttention(nnx.Module):
         self.norm = Norm(d, config.norm, dtype)
         self.query = kernel(key_in, (d, heads, group + 1, width), ("embed", "kv_heads", "group", "head_dim"), d, dtype)
         axes = ("kv_heads", "group", "head_dim", "embed")
-        self.out = kernel(key_out, (heads, group, width, d), axes, mixer.num_heads * width, dtype, gain)
+        self.out = kernel(key_out, (heads, group, width, d), axes, mixer.num_heads * width, dtype, gain, (0, 1, 2))
         self.q_norm = Norm(width, _head_norm(config.norm), dtype, "head_dim")
 
     def __call__(self, x: Float[Array, "B C E"], memory: ReadablePages) -> Float[Array, "B C E"]:
         """What the tokens read; zero where there is no page yet."""
         if not memory.chunks.k.shape[2]:
             return jnp.zeros_like(x)
-        found = jnp.einsum("bce,ekgd->bckgd", self.norm(x), self.query[...].astype(x.dtype))
+        found = product("bce,ekgd->bckgd", self.norm(x), self.query[...])
         q = self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d"))
         heads = memory.chunks.read(
             q, found[..., -1, :], memory.visible, memory.top_k, self.config.softmax_scale, start=memory.start
         )
-        weight = rearrange(self.out[...], "k g d e -> (k g d) e").astype(x.dtype)
-        return jnp.einsum("bcf,fe->bce", rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype), weight)
+        heads = rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype)
+        return product("bcf,fe->bce", heads, merge_axes(self.out[...], 0, 3))

@@ -21,6 +21,7 @@ from streamjax.models.config import LatentAttentionConfig
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext, stream_attention
 from streamjax.models.norms import Norm
 from streamjax.models.parameters import kernel, product
+from streamjax.models.quantisation import merge_axes
 from streamjax.models.rope import make_rotary
 from streamjax.parallel.rules import constrain
 
@@ -44,7 +45,7 @@ class LatentAttention(nnx.Module):
             keys[4], (c.kv_rank, c.num_heads, c.nope_dim + c.value_dim), ("latent", *heads), c.kv_rank, dtype
         )
         out = (c.num_heads, c.value_dim, d)
-        self.out = kernel(keys[5], out, (*heads, "embed"), c.num_heads * c.value_dim, dtype, gain)
+        self.out = kernel(keys[5], out, (*heads, "embed"), c.num_heads * c.value_dim, dtype, gain, (0, 1))
 
     def sinks(self) -> None:
         """No learned logits."""
@@ -127,5 +128,5 @@ class LatentAttention(nnx.Module):
         return rearrange(x, "... (pair two) -> ... (two pair)", two=2) if self.config.interleaved else x
 
     def _out(self, heads: Float[Array, "B T H V"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
-        weight = rearrange(self.out[...], "h v e -> (h v) e")
-        return product("btf,fe->bte", rearrange(heads, "b t h v -> b t (h v)").astype(dtype), weight)
+        x = rearrange(heads, "b t h v -> b t (h v)").astype(dtype)
+        return product("btf,fe->bte", x, merge_axes(self.out[...], 0, 2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -12,6 +11,7 @@ from streamjax.models.config import AttentionConfig
 from streamjax.models.lora.adapters import Adapter, add_adapted
 from streamjax.models.norms import Norm
 from streamjax.models.parameters import kernel, product, zeros
+from streamjax.models.quantisation import merge_axes
 
 
 class Projections(nnx.Module):
@@ -32,7 +32,7 @@ class Projections(nnx.Module):
         self.qkv = kernel(key_in, (d, kv, members, width), axes, d, dtype)
         self.qkv_bias = zeros((kv, members, width), axes[1:], dtype) if config.qkv_bias else None
         axes = ("kv_heads", "group", "head_dim", "embed")
-        self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain)
+        self.out = kernel(key_out, (kv, group, width, d), axes, config.num_heads * width, dtype, gain, (0, 1, 2))
         self.out_bias = zeros((d,), ("activation_embed",), dtype) if config.out_bias else None
         of_norm = "head_dim" if config.qk_norm_over == "head" else "heads"
         norms = [
@@ -79,8 +79,7 @@ class Projections(nnx.Module):
     def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
         """Project the heads' outputs back to `d_model` channels."""
         # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
-        weight = rearrange(self.out[...], "k g d e -> (k g d) e")
-        x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
-        y = product("btf,fe->bte", x, weight)
+        x = heads.reshape(*heads.shape[:2], -1).astype(dtype)
+        y = product("btf,fe->bte", x, merge_axes(self.out[...], 0, 3))
         y = y if self.o_lora is None else y + self.o_lora(x)
         return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)

@@ -121,7 +121,7 @@ class Placement:
     def whole(self, weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
         """The device's own experts, all of their channels but for those that tensor splits, in `dtype`."""
 
-        def gather(x: Array | None, dim: int | None) -> Array | None:
+        def gather(x: Any, dim: int | None) -> Array | None:
             x = None if x is None else x.astype(dtype)
             return (
                 x if x is None or dim is None or not self.fsdp else jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
@@ -136,7 +136,7 @@ class Placement:
         """Gradients of `whole` weights summed over the devices that share them, split as they are."""
         sums = [axis for axis in _axes(self.tokens) if not (axis == "expert" and self.experts)]
 
-        def total(x: Array | None, old: Array | None, dim: int | None) -> Array | None:
+        def total(x: Any, old: Any, dim: int | None) -> Array | None:
             if x is None or old is None:
                 return None
             x, over = x.astype(old.dtype), list(sums)
@@ -210,7 +210,7 @@ def sum_on_mesh(
     if place is None:
         tokens, experts, shares = (a.reshape(-1, a.shape[-1]) for a in (x, experts, shares))
         return sum_of_choices(weights, tokens, experts, shares, config).reshape(x.shape)
-    return _sum(place, config, weights, x, experts, shares)
+    return _sum(place, config, weights.dequantised(x.dtype), x, experts, shares)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -33,10 +33,10 @@ class Experts(nnx.Module):
         key_router, key_in, key_out, key_shared, key_gate = jax.random.split(key, 5)
         self.config = config
         self.routing_total: int | None = None  # tokens that the routing losses are means over; None: those of a call
-        self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype)
+        self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype, inputs=())
         self.selection_bias = zeros((experts,), ("router",), dtype) if config.selection_bias else None
-        self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype)
-        self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain)
+        self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype, inputs=(1,))
+        self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain, (1,))
         scale = jnp.ones((experts,), dtype) if config.expert_scale else None
         self.expert_scale = None if scale is None else nnx.Param(scale, axes=("router",))
         self.router_bias = zeros((experts,), ("router",), dtype) if config.router_bias else None
@@ -44,7 +44,9 @@ class Experts(nnx.Module):
         self.down_bias = zeros((experts, d), ("expert", "activation_embed"), dtype) if config.bias else None
         self.report: RoutingReport | None = nnx.data(None)  # a place for what the router did, while it trains
         self.shared = None if config.shared is None else MLP(config.shared, d, key_shared, dtype, gain)
-        self.shared_gate = kernel(key_gate, (d, 1), ("embed", "gates"), d, dtype) if config.shared_gate else None
+        self.shared_gate = (
+            kernel(key_gate, (d, 1), ("embed", "gates"), d, dtype, inputs=()) if config.shared_gate else None
+        )
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         y = self.chosen(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
+from streamjax.models.quantisation import QuantisedWeight
 
 _FEW = 4  # rows a group on the mean: up to here TPUs read matrices one by one
 _LEAST, _MOST = 8, 64  # rows of a tile: fewer cost more steps, more are read for nothing where groups are small
@@ -31,25 +33,28 @@ _GROUPS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 @jax.custom_vjp
 def grouped_product(
-    rows: Float[Array, "N D"], weights: Float[Array, "X D ..."], sizes: Int32[Array, " X"]
+    rows: Float[Array, "N D"], weights: Float[Array, "X D ..."] | QuantisedWeight, sizes: Int32[Array, " X"]
 ) -> Float[Array, "N ..."]:
     """`rows[i] @ weights[group of i]`, where the first `sizes[0]` rows are group 0, the next `sizes[1]` group 1, ...
 
     Args:
       rows: sorted by group.
       weights: a matrix a group, its columns in one dimension or in several; cast to the dtype of the rows.
+        Quantised ones get no gradient.
       sizes: rows of each group. Rows behind the last group's give 0.
     """
     return _product(rows, weights, sizes, False)
 
 
-def _forward(rows: Array, weights: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _forward(rows: Array, weights: Array | QuantisedWeight, sizes: Array) -> tuple[Array, tuple[Any, ...]]:
     return _product(rows, weights, sizes, False), (rows, weights, sizes)
 
 
-def _backward(saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
+def _backward(saved: tuple[Any, ...], cotangent: Array) -> tuple[Array, Array | None, None]:
     rows, weights, sizes = saved
     cotangent = cotangent.reshape(len(rows), math.prod(weights.shape[2:]))
+    if isinstance(weights, QuantisedWeight):
+        return _product(cotangent, weights, sizes, True), None, None
     outer = jax.lax.platform_dependent(rows, cotangent, sizes, cpu=_tiled_outer, default=_ragged_outer)
     return _product(cotangent, weights, sizes, True), outer.astype(weights.dtype).reshape(weights.shape), None
 
@@ -57,15 +62,15 @@ def _backward(saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Arra
 grouped_product.defvjp(_forward, _backward)
 
 
-def _product(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
+def _product(rows: Array, weights: Array | QuantisedWeight, sizes: Array, transposed: bool) -> Array:
     """The product with each matrix, or of rows in one dimension with its transpose."""
     tiled, ragged = (partial(f, transposed=transposed) for f in (_tiled, _ragged))
-    few = len(rows) <= _FEW * len(weights)
+    few = len(rows) <= _FEW * weights.shape[0]
     y = jax.lax.platform_dependent(rows, weights, sizes, cpu=tiled, tpu=tiled if few else ragged, default=ragged)
     return y if transposed else y.reshape(len(rows), *weights.shape[2:])
 
 
-def _ragged(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
+def _ragged(rows: Array, weights: Array | QuantisedWeight, sizes: Array, transposed: bool) -> Array:
     weights, dtype = weights.astype(rows.dtype).reshape(*weights.shape[:2], -1), accumulator(rows.dtype)
     if transposed:
         y = jax.lax.ragged_dot_general(rows, weights, sizes, _ROWS, preferred_element_type=dtype)
@@ -111,7 +116,7 @@ class _Tiles:
         return jax.lax.dynamic_slice_in_dim(padded, start, self.block)
 
 
-def _tiled(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array:
+def _tiled(rows: Array, weights: Array | QuantisedWeight, sizes: Array, transposed: bool) -> Array:
     tiles = _Tiles(len(rows), sizes)
     padded = tiles.pad(rows)
     depth, axis = weights.shape[1], 1 if transposed else 0
@@ -119,7 +124,8 @@ def _tiled(rows: Array, weights: Array, sizes: Array, transposed: bool) -> Array
 
     def add(tile: Array, out: Array) -> Array:
         group, start, own = tiles.of(tile)
-        matrix = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False).astype(rows.dtype).reshape(depth, -1)
+        matrix = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, group, keepdims=False), weights)
+        matrix = matrix.astype(rows.dtype).reshape(depth, -1)
         block = jnp.where(own, tiles.rows(padded, start), 0)
         dims = (((1,), (axis,)), ((), ()))
         y = jax.lax.dot_general(block, matrix, dims, preferred_element_type=accumulator(rows.dtype))

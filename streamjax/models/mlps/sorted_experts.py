@@ -11,15 +11,20 @@ from jaxtyping import Array, Float, Int32
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.mlps.dense import ACTIVATIONS
 from streamjax.models.mlps.grouped_product import grouped_product
+from streamjax.models.quantisation import QuantisedWeight
 
 
 class ExpertWeights(NamedTuple):
     """The arrays of X experts of width F over E channels, gate and up projection side by side."""
 
-    up: Float[Array, "X E 2 F"]
-    down: Float[Array, "X F E"]
+    up: Float[Array, "X E 2 F"] | QuantisedWeight
+    down: Float[Array, "X F E"] | QuantisedWeight
     up_bias: Float[Array, "X 2 F"] | None = None
     down_bias: Float[Array, "X E"] | None = None
+
+    def dequantised(self, dtype: jnp.dtype) -> ExpertWeights:
+        """With plain weights, of a dtype, in the place of quantised ones."""
+        return ExpertWeights._make(x.astype(dtype) if isinstance(x, QuantisedWeight) else x for x in self)
 
 
 def sorted_mlp(

@@ -15,6 +15,7 @@ from streamjax.kv.presets.registry import Built
 from streamjax.models.config import ModelConfig, UniformConfig
 from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
+from streamjax.models.quantising import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.run.optimizer import OptimizerConfig
@@ -131,6 +132,7 @@ class TrainConfig:
       optimizer: how weights follow gradients.
       backprop: how gradients are made, and what memory that takes.
       lora: adapters to train on the weights of `init_from`, in place of these weights.
+      weights: "int8" or "int4" quantises the weights below the adapters (QLoRA, 2305.14314); as they are where None.
       dtype: of activations; master weights and optimizer state are float32. Weights that adapters leave as they are
         have this dtype, too.
       scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
@@ -151,6 +153,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     backprop: BackpropConfig = dataclasses.field(default_factory=BackpropConfig)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    weights: Weights | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -169,6 +172,11 @@ class TrainConfig:
             raise ValueError(
                 f"lora.rank is {self.lora.rank}, and adapters need a pretrained model: set init_from to its folder "
                 "and model to none"
+            )
+        if self.weights and not self.lora.rank:
+            raise ValueError(
+                f"weights is {self.weights!r}, and quantised weights are not trained: set lora.rank to train adapters "
+                "over them, or weights to none"
             )
         if self.data.batch_size % self.optimizer.accumulation:
             raise ValueError(

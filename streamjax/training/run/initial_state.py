@@ -41,7 +41,7 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
         return build_sharded(build, mesh, jax.random.key(config.seed))
 
     lora = config.lora
-    model = load(config.init_from, dtype if lora.rank else jnp.float32, mesh, config.scan_layers)
+    model = load(config.init_from, dtype if lora.rank else jnp.float32, mesh, config.scan_layers, config.weights)
     model.dtype = dtype
     _check_vocabulary(model.config.vocab_size, tokenizer)
     missing = f"config.init_from={config.init_from}: set config.data.tokenizer to its tokenizer's folder"

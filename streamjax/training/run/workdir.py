@@ -123,14 +123,15 @@ def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
 
     The layout is Hugging Face's where it has a name for the architecture, else `streamjax.save_safetensors`'s; where
     several processes hold the model, that of `streamjax.save`. Adapters are merged into that
-    model, and lie alone in `adapters/`, in PEFT's layout.
+    model, and lie alone in `adapters/`, in PEFT's layout. Over quantised weights they stay beside them, in
+    `streamjax.save`'s layout.
     """
     folder, tokenizer = workdir / "model", config.data.tokenizer
     if config.lora.rank:
         if jax.process_count() == 1:
             save_lora(model, workdir / "adapters", config.init_from)
-        model = merge_lora(model)
-    if jax.process_count() > 1:
+        model = model if config.weights else merge_lora(model)
+    if jax.process_count() > 1 or config.weights:
         save(model, folder)
     else:
         try:

@@ -23,9 +23,10 @@ from streamjax.models.files.gguf import metadata as md
 from streamjax.models.files.gguf.architectures import ARCHITECTURES, Architecture
 from streamjax.models.files.gguf.metadata import Metadata
 from streamjax.models.files.gguf.weights import DequantisedTensor
-from streamjax.models.files.hugging_face import Slot, check_tensors, load_parameter, parameter_slots
+from streamjax.models.files.hugging_face import Slot, check_tensors, load_parameters, parameter_slots
 from streamjax.models.files.model_folders import check_sizes
 from streamjax.models.files.safetensors_files import AnyTensor
+from streamjax.models.quantising import Weights, quantised_shapes
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ONE_ROW = ".ffn_gate_inp_shexp.weight"  # a matrix of one row, of which llama.cpp makes a vector
@@ -33,7 +34,13 @@ _LEAVES = ("weight", "bias", "scale")
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # in the config, or by it
 
 
-def load_gguf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, scan_layers: bool = False) -> Decoder:
+def load_gguf(
+    path: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
+    weights: Weights | None = None,
+) -> Decoder:
     """Load a model from a GGUF file; its weights are dequantised, a few rows at a time.
 
     Args:
@@ -42,6 +49,7 @@ def load_gguf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, sca
       mesh: place every parameter by `streamjax.parallel.rules`, each device reading its own part; the default device
         where None.
       scan_layers: stack repeating layers (see `Decoder`).
+      weights: "int8" or "int4": each kernel is quantised again as it is read; `dtype` where None.
 
     Raises:
       ValueError: one line that names the file, and the tensor or key, that is missing, unexpected, mis-shaped, damaged
@@ -59,8 +67,8 @@ def load_gguf(path: str | Path, dtype: Any = None, mesh: Mesh | None = None, sca
     slots = parameter_slots(model, family)
     tensors = _renamed(header, architecture, values, slots)
     check_tensors(file, family, config, tensors, slots, "its metadata")
-    parameters = [load_parameter(slot, tensors, dtype, mesh) for slot in slots]
-    return jax.tree.unflatten(jax.tree.structure(model), parameters)
+    target = quantised_shapes(model, weights)
+    return jax.tree.unflatten(jax.tree.structure(target), load_parameters(model, slots, tensors, dtype, mesh, weights))
 
 
 def read_values(header: GGUFHeader) -> tuple[Architecture, dict[str, Any]]:

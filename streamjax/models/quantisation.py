@@ -1,0 +1,336 @@
+"""Weights in few bits at run time: codes and scales in the place of a kernel, and their product with activations.
+
+int8: a weight is its code, -127 to 127, times the scale of its output channel. int4: groups of 32 weights along the
+last input axis (the largest power of two that divides the axis, where 32 does not) have a scale and an offset, and a
+weight is its code, -8 to 7, plus the offset, times the scale. So weights of GGUF's types of four bits stay what they
+were. Activations are not quantised.
+
+No dequantised copy of a weight is made where one token is decoded. TPU and GPU compilers fuse the conversion with the
+product, given codes of type int4. XLA's CPU backend does not, so that a product with few rows walks over the codes in a
+loop that keeps its sums in the cache; two codes of four bits share a byte there.
+
+Codes and scales have the axes of the weight, so a mesh splits them as it splits the weight. They are no `nnx.Param`:
+training leaves them alone. A gradient goes through a product to its activations, as it would for the weight that codes
+and scales stand for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.partial import accumulator
+from streamjax.parallel.rules import constrain
+
+_FEW_ROWS = 4  # of activations: more are a matrix product, for which the CPU dequantises the weight
+_CODES_AT_A_TIME = 16  # rows of int8 codes that one step of the loop adds
+_TABLE_ROWS = 64  # of a table whose rows are outputs, dequantised at a time
+
+
+class QuantisedArray(nnx.Variable):
+    """Codes or scales: no parameter that training changes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantisedWeight:
+    """Codes and scales of a weight, or of a part of it; a pytree of the two.
+
+    Attributes:
+      codes: int8 or int4, shaped as the weight; or uint8 with half as many places along `axis`, two codes plus 8 in a
+        byte. The lower halves of a group's bytes are its first codes, the upper halves the others.
+      offsets: of int4, in sixteenths, int8; shaped as the scales. None of int8.
+      scales: of the same axes, with one place for all weights that share a scale.
+      axis: the last input axis, counted from the end.
+    """
+
+    codes: Array
+    offsets: Array | None
+    scales: Array
+    axis: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.codes.dtype == jnp.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        shape = list(self.codes.shape)
+        shape[self.axis] *= 2 if self.packed else 1
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    def __getitem__(self, index: Any) -> QuantisedWeight:
+        """A part along axes that are no input axes."""
+        return jax.tree.map(lambda x: x[index], self)
+
+    def merged(self, start: int, stop: int) -> QuantisedWeight:
+        """With the axes from `start` up to, not including, `stop` as one: input axes, or output axes."""
+        axis = self.axis + (stop - start - 1) * (self.ndim + self.axis < start)
+        return dataclasses.replace(jax.tree.map(lambda x: merge_axes(x, start, stop), self), axis=axis)
+
+    def astype(self, dtype: Any) -> Float[Array, "..."]:
+        """The weight that codes and scales stand for."""
+        if not self.packed:
+            return self._scaled(self.codes.astype(dtype), dtype)
+        halves = [self._grouped(half.astype(dtype)) for half in self.halves(dtype)]
+        return jnp.stack(halves, self.axis % self.ndim + 1).reshape(self.shape)
+
+    def halves(self, dtype: Any) -> list[Float[Array, "..."]]:
+        """The weights of the lower halves of the bytes, and those of the upper ones."""
+        nibbles = self.codes & 15, self.codes >> 4
+        return [self._scaled((nibble.astype(jnp.int8) - 8).astype(dtype), dtype) for nibble in nibbles]
+
+    def _grouped(self, x: Array) -> Array:
+        """With a group's places on an axis of their own, behind the axis of groups."""
+        place, groups = self.axis % self.ndim, self.scales.shape[self.axis]
+        return x.reshape(*x.shape[:place], groups, -1, *x.shape[place + 1 :])
+
+    def _scaled(self, codes: Array, dtype: Any) -> Array:
+        if self.offsets is None:
+            return codes * self.scales.astype(dtype)
+        scales, offsets = (
+            jnp.expand_dims(x, self.axis % self.ndim + 1) for x in (self.scales.astype(dtype), self.shifts(dtype))
+        )
+        return ((self._grouped(codes) + offsets) * scales).reshape(codes.shape)
+
+    def without_offsets(self, dtype: Any) -> Float[Array, "..."]:
+        """Codes that are not packed, times their scales."""
+        scales = jnp.expand_dims(self.scales.astype(dtype), self.axis % self.ndim + 1)
+        return (self._grouped(self.codes.astype(dtype)) * scales).reshape(self.codes.shape)
+
+    def shifts(self, dtype: Any) -> Float[Array, "..."]:
+        """The offsets of int4 as numbers."""
+        assert self.offsets is not None
+        return self.offsets.astype(dtype) / 16
+
+
+class QuantisedKernel(nnx.Module):
+    """A quantised weight in the place of an `nnx.Param`: indexing gives its value, `axes` name its dimensions."""
+
+    def __init__(self, value: QuantisedWeight, axes: Sequence[str]):
+        axes = tuple(axes)
+        self.axis = value.axis
+        self.codes = QuantisedArray(value.codes, axes=axes)
+        self.offsets = None if value.offsets is None else QuantisedArray(value.offsets, axes=axes)
+        self.scales = QuantisedArray(value.scales, axes=axes)
+
+    @property
+    def value(self) -> QuantisedWeight:
+        offsets = None if self.offsets is None else self.offsets.get_value()
+        return QuantisedWeight(self.codes.get_value(), offsets, self.scales.get_value(), self.axis)
+
+    def __getitem__(self, index: Any) -> QuantisedWeight:
+        return self.value if index is Ellipsis else self.value[index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+    def get_metadata(self, name: str) -> Any:
+        """Of its arrays: "axes"."""
+        return self.codes.get_metadata(name)
+
+
+def merge_axes(weight: Any, start: int, stop: int) -> Any:
+    """A weight of either kind with some neighbouring axes as one."""
+    if isinstance(weight, QuantisedWeight):
+        return weight.merged(start, stop)
+    return weight.reshape(*weight.shape[:start], math.prod(weight.shape[start:stop]), *weight.shape[stop:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def quantised_product(equation: str, x: Float[Array, "..."], weight: QuantisedWeight, dtype: Any) -> Array:
+    """`einsum` of activations and a quantised weight, accumulated in float32 (float64 for float64) and rounded once.
+
+    Args:
+      equation: letters of `x` and of the weight, and of the result, which has all letters of `x` that are not summed
+        over in front, in their order.
+      x: activations.
+      weight: codes and scales.
+      dtype: of the result.
+    """
+    on_cpu, on_gpu, fused = (partial(f, equation, dtype) for f in (_on_cpu, _on_gpu, _fused))
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, cuda=on_gpu, default=fused)
+
+
+def _forward(equation: str, x: Array, weight: QuantisedWeight, dtype: Any) -> tuple[Array, tuple[Any, Any]]:
+    return quantised_product(equation, x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+
+
+def _backward(equation: str, dtype: Any, saved: tuple[Any, Any], cotangent: Array) -> tuple[Array, None]:
+    weight, like = saved
+    left, of_weight, out = _letters(equation)
+    return _fused(f"{out},{of_weight}->{left}", like.dtype, cotangent.astype(like.dtype), weight), None
+
+
+quantised_product.defvjp(_forward, _backward)
+
+
+def _letters(equation: str) -> tuple[str, str, str]:
+    inputs, out = equation.split("->")
+    left, right = inputs.split(",")
+    return left, right, out
+
+
+def _fused(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Array:
+    """The product as an einsum of dequantised weights; scales that belong to channels stay out of it."""
+    left, right, out = _letters(equation)
+    sums = accumulator(x.dtype)
+    by_letter = dict(zip(right, weight.scales.shape, strict=True))
+    if weight.offsets is None:
+        kept = [letter for letter in right if by_letter[letter] > 1]
+        flat = weight.scales.reshape([by_letter[letter] for letter in kept])
+        if all(letter in out for letter in kept):
+            y = jnp.einsum(equation, x, weight.codes.astype(x.dtype), preferred_element_type=sums)
+            return (y * _spread(flat, kept, out).astype(sums)).astype(dtype)
+        if all(letter in left for letter in kept):
+            x = (x * _spread(flat, kept, left).astype(sums)).astype(x.dtype)
+            y = jnp.einsum(equation, x, weight.codes.astype(x.dtype), preferred_element_type=sums)
+            return y.astype(dtype)
+    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=sums).astype(dtype)
+
+
+def _on_gpu(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Array:
+    """The same with offsets apart, which meet sums of groups: with them XLA for GPUs would write the operand out."""
+    left, right, out = _letters(equation)
+    letter = right[weight.axis]
+    if weight.packed or weight.offsets is None or letter in out:
+        return _fused(equation, dtype, x, weight)
+    sums, place = accumulator(x.dtype), left.index(letter)
+    y = jnp.einsum(equation, x, weight.without_offsets(x.dtype), preferred_element_type=sums)
+    groups = x.reshape(*x.shape[:place], weight.scales.shape[weight.axis], -1, *x.shape[place + 1 :])
+    x = jnp.sum(groups, axis=place + 1, dtype=sums).astype(x.dtype)
+    offsets = weight.shifts(x.dtype) * weight.scales.astype(x.dtype)
+    return (y + jnp.einsum(equation, x, offsets, preferred_element_type=sums)).astype(dtype)
+
+
+def _spread(scales: Array, letters: Sequence[str], over: str) -> Array:
+    """Scales with the axes `letters`, to be multiplied with an array whose axes are `over`."""
+    order = sorted(range(len(letters)), key=lambda i: over.index(letters[i]))
+    sizes = {letters[i]: scales.shape[i] for i in order}
+    return scales.transpose(order).reshape([sizes.get(letter, 1) for letter in over])
+
+
+def _on_cpu(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Array:
+    """The same, with no dequantised weight larger than a block where there are few rows."""
+    left, right, out = _letters(equation)
+    summed = [letter for letter in right if letter not in out]
+    rows = left.removesuffix("".join(summed))
+    outputs = [letter for letter in right if letter in out]
+    mesh = jax.sharding.get_abstract_mesh()
+    if rows + "".join(summed) != left or rows + "".join(outputs) != out or not (mesh.empty or mesh.size == 1):
+        return _fused(equation, dtype, x, weight)  # each head has a part of the weight, or each device
+    count, width = len(summed), x.ndim - len(summed)
+    flat = x.reshape(math.prod(x.shape[:width]), math.prod(x.shape[width:])).astype(accumulator(x.dtype))
+    if [*summed, *outputs] == list(right):
+        y = _by_inputs(flat, _matrix(weight, count))
+    elif [*outputs, *summed] == list(right) and count == 1:
+        y = _by_outputs(flat, _matrix(weight, weight.ndim - 1))
+    else:
+        return _fused(equation, dtype, x, weight)
+    sizes = dict(zip(right, weight.shape, strict=True))
+    return y.reshape(*x.shape[:width], *(sizes[letter] for letter in outputs)).astype(dtype)
+
+
+def _matrix(weight: QuantisedWeight, split: int) -> QuantisedWeight:
+    """The weight with two axes: those before `split`, and the others."""
+    return weight.merged(split, weight.ndim).merged(0, split)
+
+
+def _pieces(x: Float[Array, "R n"], weight: QuantisedWeight) -> Iterator[tuple[Array, Array]]:
+    """Activations and the dequantised weights that they meet: all, or those of half of every byte."""
+    if not weight.packed:
+        yield x, weight.astype(x.dtype)
+        return
+    halves = x.reshape(len(x), weight.scales.shape[weight.axis], 2, -1)
+    for i, half in enumerate(weight.halves(x.dtype)):
+        yield halves[:, :, i].reshape(len(x), -1), half
+
+
+def _by_inputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, "R m"]:
+    """`x` times a weight [n, m]: a few rows of codes at a time, multiplied and added as they are converted."""
+    if len(x) > _FEW_ROWS or x.shape[1] == 0:
+        return sum((part @ dense for part, dense in _pieces(x, weight)), jnp.zeros((), x.dtype))
+    count, grouped = x.shape[1], weight.offsets is not None
+    step = count // len(weight.scales) if grouped else math.gcd(count, _CODES_AT_A_TIME)
+    bits = _as_bits(weight)
+
+    def add(i: Array, total: Array) -> Array:
+        block = _block(weight.codes, i, step // 2 if weight.packed else step)
+        part = jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)
+        levels = [row.astype(x.dtype) for row in block]
+        if weight.packed:
+            nibbles = [row & 15 for row in block] + [row >> 4 for row in block]
+            levels = [nibble.astype(jnp.int8).astype(x.dtype) for nibble in nibbles]
+        sums = sum(part[:, j, None] * level for j, level in enumerate(levels))
+        if weight.offsets is None:
+            return total + sums
+        group = _from_bits(jax.tree.map(lambda leaf: _block(leaf, i, 1), bits))
+        shift = group.shifts(x.dtype) - (8 if weight.packed else 0)
+        return total + (sums + jnp.sum(part, axis=1, keepdims=True) * shift) * group.scales.astype(x.dtype)
+
+    total = jax.lax.fori_loop(0, count // step, add, jnp.zeros((len(x), weight.codes.shape[1]), x.dtype))
+    return total if grouped else total * weight.scales.astype(x.dtype)
+
+
+def _block(x: Array, index: Array, size: int) -> Array:
+    """One of the blocks of so many rows."""
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size)
+
+
+def _as_bits(weight: QuantisedWeight) -> QuantisedWeight:
+    """With scales of sixteen bits as integers: XLA's CPU backend makes float32 copies of others in front of a loop."""
+    if weight.scales.dtype != jnp.bfloat16:
+        return weight
+    return dataclasses.replace(weight, scales=jax.lax.bitcast_convert_type(weight.scales, jnp.uint16))
+
+
+def _from_bits(weight: QuantisedWeight) -> QuantisedWeight:
+    """The inverse of `_as_bits`."""
+    if weight.scales.dtype != jnp.uint16:
+        return weight
+    return dataclasses.replace(weight, scales=jax.lax.bitcast_convert_type(weight.scales, jnp.bfloat16))
+
+
+def take_rows(table: Any, ids: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B E"]:
+    """Rows of a table of embeddings of either kind."""
+
+    def take(leaf: Array) -> Array:
+        leaf = constrain(leaf, "vocab", "activation_embed")  # rows lie whole where they are looked up
+        return jnp.take(leaf, ids, axis=0)
+
+    if isinstance(table, QuantisedWeight):
+        return _from_bits(jax.tree.map(take, _as_bits(table))).astype(dtype)
+    return take(table).astype(dtype)
+
+
+def _by_outputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, "R m"]:
+    """`x` times a weight [m, n], such as a table of embeddings: some of its rows at a time, where `x` has few."""
+    if len(x) > _FEW_ROWS:
+        return sum((part @ dense.T for part, dense in _pieces(x, weight)), jnp.zeros((), x.dtype))
+    size = math.gcd(weight.shape[0], _TABLE_ROWS)
+
+    def block(bits: QuantisedWeight) -> Array:
+        pieces = _pieces(x, _from_bits(bits))
+        return sum((jnp.einsum("rn,mn->mr", part, dense) for part, dense in pieces), jnp.zeros((), x.dtype))
+
+    cut = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), _as_bits(weight))
+    return jax.lax.map(block, cut).reshape(-1, len(x)).T
