@@ -9,7 +9,8 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def run_command(
     """
     values = _flags(define)
     try:
-        status = _run(about, values, body, list(sys.argv if argv is None else argv), extend_help)
+        with _plain_warnings():
+            status = _run(about, values, body, list(sys.argv if argv is None else argv), extend_help)
     except flags.Error as error:
         status = fail(f"{error} (--help lists all options)", 2)
     except Stopped as stopped:
@@ -175,6 +177,22 @@ def fail(message: str, status: int) -> int:
     """Say in one line on stderr that a command failed, and return its exit status."""
     _tell(f"error: {message}")
     return status
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings for users in a line each, without the places in the program where Python would show them."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+            if issubclass(category, UserWarning):
+                _tell(f"warning: {message}")
+            else:
+                others(message, category, *where, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 def _tell(message: str) -> None:

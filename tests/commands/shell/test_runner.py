@@ -2,6 +2,7 @@
 
 import errno
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -54,6 +55,13 @@ def test_whatever_goes_wrong_is_one_line(capsys, error, message):
     assert err.count("\n") == 1
     assert err.endswith("\n")
     assert err.strip().isprintable()
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_program(capsys):
+    def body(values):
+        warnings.warn("config.json has fields\nthat nobody knows", stacklevel=1)
+
+    assert run(capsys, body) == (0, "", "warning: config.json has fields that nobody knows\n")
 
 
 def test_an_error_begins_on_a_line_of_its_own(capsys):
