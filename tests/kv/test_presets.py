@@ -132,6 +132,14 @@ def test_published_sizes_and_their_shares():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("name", ["h2o", "scissorhands", "snapkv", "random"])
+def test_tokens_kept_by_a_score_may_stand_where_a_full_cache_ends(name):
+    near, far = (sj.kv.preset(name, window=64, size=100, true_distance=true) for true in (False, True))
+    assert [tier.distance for tier in (near.tiers[-1], far.tiers[-1])] == [164, None]
+    assert sj.kv.parse_preset(f"{name}:true_distance=false") == (name, {"true_distance": False})
+
+
+@pytest.mark.quick
 def test_only_caches_that_ask_get_ids():
     asking, other = sj.kv.preset("sentence_kv"), sj.kv.preset("dhsa")
     assert asking.needs_ids

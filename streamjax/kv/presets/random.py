@@ -11,6 +11,7 @@ from streamjax.kv.tiers.window import Window
     paper="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution, "
     "arXiv 2510.00636"
 )
-def random(window: int = 32, size: int = 928, seed: int = 1, every: int = 64) -> Cascade:
+def random(window: int = 32, size: int = 928, seed: int = 1, every: int = 64, true_distance: bool = True) -> Cascade:
     """Keep the newest `window` tokens, and in each head `size` others by chance; a baseline."""
-    return Cascade(Window(window), Scored(size, RandomChoice(seed), every=every))
+    distance = None if true_distance else window + size
+    return Cascade(Window(window), Scored(size, RandomChoice(seed), every=every, distance=distance))

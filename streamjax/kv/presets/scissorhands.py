@@ -18,6 +18,7 @@ from streamjax.kv.tiers.window import Window
     paper="Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression, "
     "arXiv 2305.17118"
 )
-def scissorhands(window: int = 128, size: int = 768, every: int = 128) -> Cascade:
+def scissorhands(window: int = 128, size: int = 768, every: int = 128, true_distance: bool = True) -> Cascade:
     """Keep the newest `window` tokens, and in each head the `size` others that most queries looked at."""
-    return Cascade(Window(window), Scored(size, Scissorhands(), every=every))
+    distance = None if true_distance else window + size
+    return Cascade(Window(window), Scored(size, Scissorhands(), every=every, distance=distance))

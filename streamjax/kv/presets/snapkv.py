@@ -14,6 +14,7 @@ from streamjax.kv.tiers.window import Window
 
 
 @register(paper="SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469")
-def snapkv(window: int = 32, size: int = 928, kernel: int = 5, every: int = 64) -> Cascade:
+def snapkv(window: int = 32, size: int = 928, kernel: int = 5, every: int = 64, true_distance: bool = True) -> Cascade:
     """Keep the newest `window` tokens, and in each head the `size` others that the last queries attend to."""
-    return Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every))
+    distance = None if true_distance else window + size
+    return Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every, distance=distance))
