@@ -75,7 +75,8 @@ def choose_pages(
       held: pages of each row that hold tokens, the first ones, where that is known: a chunk scores no others.
     """
     heads, total = pages.k.shape[1], pages.k.shape[2]
-    if held is None or total <= SCORED or query.q.shape[1] == 1 or query.differentiable:
+    by_turns = total > SCORED and query.q.shape[1] > 1 and not query.differentiable
+    if held is None or not by_turns:
         scores = _scores(heads, summary, pages.position, pages.valid, query, index, block, pool, shared)
     else:
 
@@ -95,7 +96,15 @@ def choose_pages(
         scores = jax.lax.fori_loop(0, (jnp.max(held) + SCORED - 1) // SCORED, some, nothing)
     if always is not None:
         scores = jnp.where(always[:, None, None], jnp.inf, scores)
-    chosen = jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
+    few = max(4 * SCORED, top_k)
+
+    def ranked(scores: Array) -> Array:
+        return jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
+
+    if held is not None and by_turns and few < total:  # ranking a long list takes longer than scoring a short one
+        chosen = jax.lax.cond(jnp.max(held) <= few, lambda x: ranked(x[..., :few]), ranked, scores)
+    else:
+        chosen = ranked(scores)
     return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
 
 

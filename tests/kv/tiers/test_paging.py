@@ -172,7 +172,7 @@ SCORED_IN_TURN = {
 @pytest.mark.parametrize("name", SCORED_IN_TURN)
 def test_pages_that_are_scored_some_at_a_time_are_those_that_all_would_choose(monkeypatch, name):
     """From empty pages to where they have wrapped, with ALiBi; the way with a reverse mode scores all at once."""
-    monkeypatch.setattr("streamjax.kv.pages.selection.SCORED", 5)
+    monkeypatch.setattr("streamjax.kv.pages.selection.SCORED", 2)
     stream, ids = wandering(length=61, seed=3)
     cascade = Cascade(Sink(2, reach=10**6), Window(5), SCORED_IN_TURN[name])
     counts = [(7, 3), (4, 7), (1, 2)]
