@@ -40,6 +40,7 @@ TOPOLOGIES = {
     "v5e:1x1": Target("tpu", 16 * 2**30, "v5litepod-1"),
     "v5e:2x4": Target("tpu", 16 * 2**30, "v5litepod-8"),
     "v5p:2x2x1": Target("tpu", 95 * 2**30, "v5p-8"),
+    "v5p:4x4x4": Target("tpu", 95 * 2**30, "v5p-128"),
     "v6e:1x1": Target("tpu", int(31.24 * 2**30), "v6e-1"),
     "h100": Target("cuda", 84_942_979_072),
 }

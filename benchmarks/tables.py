@@ -24,6 +24,7 @@ ELSEWHERE = (
     "kernels/compile_all",
     "kernels/cross_entropy",
     "kernels/gpu/all_kernels",
+    "models/experts_on_tpu",
 )
 HEAD = """# Benchmarks
 
