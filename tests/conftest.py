@@ -71,7 +71,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Forget compiled programs where they have become too many: the smallest takes 1.5 MB and three maps, and where a
+    """Forget compiled programs where they have become too many: each takes memory and three maps or more, and where a
     process has all the maps that it may have, the compiler aborts it. Later tests of the same file may use them again,
     so there they stay for longer.
     """
