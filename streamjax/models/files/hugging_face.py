@@ -76,7 +76,7 @@ def load_hf(
         damaged or not implemented. Nothing has been loaded then.
     """
     folder = Path(path)
-    family, config, stored = _read_folder(folder)
+    family, config, stored = read_folder(folder)
     tensors = _renamed(family, stored)
     dtype = jnp.dtype(dtype or default_dtype())
     model = jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype=dtype, scan_layers=scan_layers))
@@ -118,7 +118,7 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
         write_tensors(folder, [_join(parts) for parts in pending.values()], max_shard_size)
 
 
-def _read_folder(folder: Path) -> tuple[Family, ModelConfig, Tensors]:
+def read_folder(folder: Path) -> tuple[Family, ModelConfig, Tensors]:
     """The family, the config and the tensors of a checkpoint folder.
 
     Raises:
