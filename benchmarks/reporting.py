@@ -30,13 +30,13 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int
     return seconds
 
 
-def in_own_process(module: str, *arguments: Any) -> dict[str, Any]:
-    """Run a module in a process of its own to its end; the JSON of its last line.
+def in_own_process(module: str, *arguments: Any, python: str = sys.executable) -> dict[str, Any]:
+    """Run a module in a process of its own, by this Python or another one, to its end; the JSON of its last line.
 
     Raises:
       RuntimeError: it failed; its last words.
     """
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    command = [python, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
