@@ -40,6 +40,8 @@ HELP = """\
 /load FOLDER    go on with one that was kept
 /cache          what the model can still see, and what that takes
 /cache NAME...  start over with another cache, such as window:window=512
+/compact NAME... [TEXT]
+                go on under another cache, such as snapkv, which keeps what matters to TEXT, or to what you said last
 /reset          start over
 /help           this list
 /quit           leave (so does Ctrl-D)
@@ -79,8 +81,8 @@ class Chat:
         self._model, self._tokenizer = load_model(values, [values.cache])
         self._start(values.cache)
         self.commands: dict[str, Callable[[str], None]] = {
-            "save": self.save, "load": self.load, "cache": self.cache, "reset": self.reset, "help": self.help,
-            "quit": self.quit,
+            "save": self.save, "load": self.load, "cache": self.cache, "compact": self.compact,
+            "reset": self.reset, "help": self.help, "quit": self.quit,
         }  # fmt: skip
 
     def _start(self, cache: str) -> None:
@@ -154,6 +156,19 @@ class Chat:
         if rest:
             self._start(rest)
             self._say("a new conversation: ")
+        self._tell_cache()
+
+    def compact(self, rest: str) -> None:
+        """/compact NAME:OPTION=VALUE,... [TEXT]"""
+        name, _, text = rest.partition(" ")
+        if not name:
+            raise ValueError("/compact takes a cache: /compact snapkv:window=256,size=256 what matters")
+        cache = parse_cache(name, self._model.config.max_position)
+        self.conversation.compact(cache, text.strip() or None)
+        self._cache = cache
+        self._tell_cache()
+
+    def _tell_cache(self) -> None:
         slots = max(cache.slots for cache in self.session.state.caches)
         seen = self.session.tokens_seen
         in_use = SlotMemory.of(self.session.state).in_use(seen)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamjax.data.text.chat_templates import ChatText, encode_chat, encode_typed, render_typed
+from streamjax.kv.cache import Cache
 from streamjax.streaming.session import Session
 
 _DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user
@@ -74,6 +75,19 @@ class Conversation:
         pieces = self.session.generate(ids, max_new_tokens=max_new_tokens, stop=self.stop)
         self._previous = text
         return pieces
+
+    def compact(self, cache: Cache | Sequence[Cache], text: str | None = None) -> None:
+        """Go on under another cache, which keeps of what was said what the user's turn `text` would look at.
+
+        Args:
+          cache: the new cache.
+          text: what the user might say next, by default what was said last. It is not read into the stream.
+
+        Raises:
+          ValueError: as `sj.compact`; the conversation is as before then.
+        """
+        text = self._previous if text is None else text
+        self.session.compact(cache, None if text is None else self.turn_ids(text))
 
     def turn_ids(self, text: str) -> list[int]:
         """The ids that a turn adds to the stream, up to where the answer begins."""

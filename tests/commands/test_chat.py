@@ -64,9 +64,32 @@ def test_commands(command, tmp_path):
     assert out.endswith(f"saved at token 0 in {tmp_path}/c\n")
 
 
+def test_compact_goes_on_with_what_matters_to_the_next_turn(command, model_folder):
+    """The library's own calls, in the same order, say the same."""
+    compact = "/compact snapkv:window=8,size=8,every=8 who are you"
+    lines = ["hello there, and welcome", compact, "who are you", "/reset", "/cache"]
+    outcome = command(chat, *SMALL, "--temperature=0", "--cache=dense:capacity=256", stdin="\n".join(lines))
+    assert outcome.status == 0, outcome.err
+    dense, greedy = sj.kv.preset("dense", capacity=256), sj.Sampler(temperature=0.0)
+    session = sj.Session(sj.load(model_folder), sj.load_tokenizer(), dense, sampler=greedy, chunk_size=32)
+    conversation = Conversation(session)
+    first = "".join(conversation.reply(lines[0], max_new_tokens=12))
+    seen = session.tokens_seen
+    session.compact(sj.kv.preset("snapkv", window=8, size=8, every=8), conversation.turn_ids("who are you"))
+    second = "".join(conversation.reply("who are you", max_new_tokens=12))
+    told = [line for line in outcome.out.split("\n") if "tokens visible" in line]
+    assert outcome.out.startswith(f"{first}\n")
+    assert f" of {seen:,} tokens visible" in told[0]
+    assert "Scored(8" in told[0]
+    assert f"\n{second}\na new conversation" in outcome.out
+    assert "Scored(8" in told[1]  # what begins anew has the new cache
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("/compact", "error: /compact takes a cache: /compact snapkv:window=256,size=256 what matters"),
+        ("/compact windw", "error: unknown cache 'windw'; did you mean 'window'?"),
         ("/sav x", "error: unknown command /sav; did you mean /save?"),
         ("/save", "error: /save takes one folder: /save FOLDER"),
         ("/load nowhere", "error: no session at nowhere"),
