@@ -7,7 +7,7 @@ were. Activations are not quantised.
 
 No dequantised copy of a weight is made where one token is decoded. TPU and GPU compilers fuse the conversion with the
 product, given codes of type int4. XLA's CPU backend does not, so that a product with few rows walks over the codes in a
-loop that keeps its sums in the cache; two codes of four bits share a byte there.
+loop that dequantises what the cache holds; two codes of four bits share a byte there.
 
 Codes and scales have the axes of the weight, so a mesh splits them as it splits the weight. They are no `nnx.Param`:
 training leaves them alone. A gradient goes through a product to its activations, as it would for the weight that codes
@@ -31,8 +31,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.parallel.rules import constrain
 
 _FEW_ROWS = 4  # of activations: more are a matrix product, for which the CPU dequantises the weight
-_CODES_AT_A_TIME = 16  # rows of int8 codes that one step of the loop adds
-_TABLE_ROWS = 64  # of a table whose rows are outputs, dequantised at a time
+_CODES_AT_A_TIME = 1 << 16  # that one step of a loop dequantises: 256 kB of float32
 
 
 class QuantisedArray(nnx.Variable):
@@ -256,39 +255,40 @@ def _matrix(weight: QuantisedWeight, split: int) -> QuantisedWeight:
 
 
 def _pieces(x: Float[Array, "R n"], weight: QuantisedWeight) -> Iterator[tuple[Array, Array]]:
-    """Activations and the dequantised weights that they meet: all, or those of half of every byte."""
+    """Activations and the dequantised weights that they meet: all, or those of half of every byte, and the offsets."""
     if not weight.packed:
         yield x, weight.astype(x.dtype)
         return
     halves = x.reshape(len(x), weight.scales.shape[weight.axis], 2, -1)
-    for i, half in enumerate(weight.halves(x.dtype)):
-        yield halves[:, :, i].reshape(len(x), -1), half
+    for i, nibbles in enumerate((weight.codes & 15, weight.codes >> 4)):
+        half = dataclasses.replace(weight, codes=nibbles.astype(jnp.int8))
+        yield halves[:, :, i].reshape(len(x), -1), half.without_offsets(x.dtype)
+    yield jnp.sum(halves, axis=(2, 3)), (weight.shifts(x.dtype) - 8) * weight.scales.astype(x.dtype)
 
 
 def _by_inputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, "R m"]:
-    """`x` times a weight [n, m]: a few rows of codes at a time, multiplied and added as they are converted."""
+    """`x` times a weight [n, m]: some rows of codes at a time, where `x` has few."""
     if len(x) > _FEW_ROWS or x.shape[1] == 0:
         return sum((part @ dense for part, dense in _pieces(x, weight)), jnp.zeros((), x.dtype))
-    count, grouped = x.shape[1], weight.offsets is not None
-    step = count // len(weight.scales) if grouped else math.gcd(count, _CODES_AT_A_TIME)
+    (count, width), grouped = weight.shape, weight.offsets is not None
+    group = count // len(weight.scales) if grouped else 1
+    step = group * _at_a_time(count // group, group * width)
     bits = _as_bits(weight)
 
     def add(i: Array, total: Array) -> Array:
-        block = _block(weight.codes, i, step // 2 if weight.packed else step)
         part = jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)
-        levels = [row.astype(x.dtype) for row in block]
-        if weight.packed:
-            nibbles = [row & 15 for row in block] + [row >> 4 for row in block]
-            levels = [nibble.astype(jnp.int8).astype(x.dtype) for nibble in nibbles]
-        sums = sum(part[:, j, None] * level for j, level in enumerate(levels))
-        if weight.offsets is None:
-            return total + sums
-        group = _from_bits(jax.tree.map(lambda leaf: _block(leaf, i, 1), bits))
-        shift = group.shifts(x.dtype) - (8 if weight.packed else 0)
-        return total + (sums + jnp.sum(part, axis=1, keepdims=True) * shift) * group.scales.astype(x.dtype)
+        if not grouped:
+            return total + part @ _block(weight.codes, i, step).astype(x.dtype)
+        block = _from_bits(jax.tree.map(lambda leaf: _block(leaf, i, len(leaf) * step // count), bits))
+        return sum((piece @ dense for piece, dense in _pieces(part, block)), total)
 
-    total = jax.lax.fori_loop(0, count // step, add, jnp.zeros((len(x), weight.codes.shape[1]), x.dtype))
+    total = jax.lax.fori_loop(0, count // step, add, jnp.zeros((len(x), width), x.dtype))
     return total if grouped else total * weight.scales.astype(x.dtype)
+
+
+def _at_a_time(count: int, size: int) -> int:
+    """How many of `count` parts of a weight, of `size` each, one step of a loop dequantises: they stay in the cache."""
+    return max(n for n in range(1, max(1, min(count, _CODES_AT_A_TIME // size)) + 1) if count % n == 0)
 
 
 def _block(x: Array, index: Array, size: int) -> Array:
@@ -326,7 +326,7 @@ def _by_outputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array,
     """`x` times a weight [m, n], such as a table of embeddings: some of its rows at a time, where `x` has few."""
     if len(x) > _FEW_ROWS:
         return sum((part @ dense.T for part, dense in _pieces(x, weight)), jnp.zeros((), x.dtype))
-    size = math.gcd(weight.shape[0], _TABLE_ROWS)
+    size = _at_a_time(*weight.shape)
 
     def block(bits: QuantisedWeight) -> Array:
         pieces = _pieces(x, _from_bits(bits))

@@ -253,11 +253,9 @@ def test_decoding_holds_no_dequantised_weight(weights):
     plain = 2 * (config.expand().parameter_count)  # bytes as bfloat16
     parts = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     moved = {"int8": 0.55, "int4": 0.32}[weights] * plain
-    assert parts < moved  # all of which is read: a loop's body is counted once below
-    assert compiled.cost_analysis()["bytes accessed"] < moved
-    assert (
-        compiled.memory_analysis().temp_size_in_bytes < 256 * 2048
-    )  # the smallest weight, dequantised, has 4 times that
+    assert parts < moved  # all of which is read, and nothing of the size of a weight is written beside it
+    temporaries = compiled.memory_analysis().temp_size_in_bytes  # of int4, both halves of a group's 32 rows
+    assert temporaries < 2 * 256 * 2048  # the smallest weight of the MLP, dequantised, has twice that
 
 
 def test_quantising_twice_is_refused():
