@@ -31,6 +31,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.parallel.rules import constrain
 
 _FEW_ROWS = 4  # of activations: more are a matrix product, for which the CPU dequantises the weight
+_ROWS = 32  # of codes, at least, that a step of a loop adds: with fewer, the sums of a wide output cost more
 _CODES_AT_A_TIME = 1 << 16  # that one step of a loop dequantises: 256 kB of float32
 
 
@@ -271,7 +272,7 @@ def _by_inputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, 
     if len(x) > _FEW_ROWS or x.shape[1] == 0:
         return sum((part @ dense for part, dense in _pieces(x, weight)), jnp.zeros((), x.dtype))
     (count, width), grouped = weight.shape, weight.offsets is not None
-    group = count // len(weight.scales) if grouped else 1
+    group = count // len(weight.scales) if grouped else math.gcd(count, _ROWS)
     step = group * _at_a_time(count // group, group * width)
     bits = _as_bits(weight)
 
