@@ -68,30 +68,28 @@ def quantise(
         return np.clip(np.rint(values / scales), -127, 127).astype(np.int8), scales.astype(np.float32)
     axis = inputs[-1] % values.ndim
     moved = np.moveaxis(values, axis, -1)
-    rows = np.ascontiguousarray(moved).reshape(-1, group_size(values.shape[axis]))
-    known = None if importance is None else np.resize(importance.astype(np.float32), rows.shape)
-    codes, *others = _quantised_groups(rows, known)
-    return tuple(
-        np.moveaxis(x.reshape(*moved.shape[:-1], -1), -1, axis) for x in (codes, *(other[:, 0] for other in others))
-    )
+    rows = moved.reshape(-1, group_size(values.shape[axis]))
+    known = None if importance is None else np.ascontiguousarray(np.resize(importance, rows.shape).T, np.float32)
+    found = _quantised_groups(np.ascontiguousarray(rows.T), known)
+    return tuple(np.moveaxis(x.T.reshape(*moved.shape[:-1], -1), -1, axis) for x in found)
 
 
 def _quantised_groups(rows: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [N, group], offsets [N, 1] and scales [N, 1] of groups of weights."""
-    low = np.minimum(rows.min(axis=1, keepdims=True), 0)
-    width = np.maximum(rows.max(axis=1, keepdims=True), 0) - low
+    """Codes [group, N], offsets [1, N] and scales [1, N] of groups of weights; NumPy adds fastest along axis 0."""
+    low = np.minimum(rows.min(axis=0, keepdims=True), 0)
+    width = np.maximum(rows.max(axis=0, keepdims=True), 0) - low
     best: tuple[np.ndarray, ...] = ()
     for share in _RANGES:
         scales = width * np.float32(share / 15)
         bottom = low + width * np.float32((1 - share) / 2)
         for fit in range(_FITS + 1):
             found = _rounded(rows, bottom, scales, importance)
-            if not best:
-                best = found
-            better = found[-1] < best[-1]
-            best = tuple(np.where(better, new, old) for new, old in zip(found, best, strict=True))
             if fit < _FITS:
                 bottom, scales = _fitted(rows, found[0], importance, bottom, scales)
+            better = found[-1] < best[-1] if best else True
+            best = best or found
+            for new, old in zip(found, best, strict=True):
+                np.copyto(old, new, where=better)
     codes, offsets, scales, _ = best
     return codes.astype(np.int8), offsets.astype(np.int8), scales.astype(ml_dtypes.bfloat16)
 
@@ -100,22 +98,31 @@ def _rounded(rows: np.ndarray, bottom: np.ndarray, scales: np.ndarray, importanc
     """Codes, offsets and scales, as float32, for groups whose lowest code is to stand for `bottom`; their errors."""
     scales = np.maximum(scales, _TINY).astype(ml_dtypes.bfloat16).astype(np.float32)
     offsets = np.clip(np.rint((bottom / scales + 8) * 16), -128, 127)
-    codes = np.clip(np.rint(rows / scales - offsets / 16), -8, 7)
-    errors = np.square((codes + offsets / 16) * scales - rows)
-    errors = errors if importance is None else errors * importance
-    return codes, offsets, scales, errors.sum(axis=1, keepdims=True)
+    codes = rows / scales
+    codes -= offsets / 16
+    np.clip(np.rint(codes, out=codes), -8, 7, out=codes)
+    errors = codes + offsets / 16
+    errors *= scales
+    errors -= rows
+    errors *= errors
+    if importance is not None:
+        errors *= importance
+    return codes, offsets, scales, errors.sum(axis=0, keepdims=True)
 
 
 def _fitted(
     rows: np.ndarray, codes: np.ndarray, importance: Any, bottom: np.ndarray, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bottom and scale of the line through each group's weights over its codes; the old ones where there is none."""
-    share = np.ones_like(rows) if importance is None else importance
-    share = share / np.maximum(share.sum(axis=1, keepdims=True), _TINY)
-    of_codes, of_rows = ((x * share).sum(axis=1, keepdims=True) for x in (codes, rows))
-    weighted = (codes - of_codes) * share
-    spread = (weighted * codes).sum(axis=1, keepdims=True)
-    slope = (weighted * rows).sum(axis=1, keepdims=True) / np.maximum(spread, _TINY)
+    share: Any = np.float32(1 / len(rows))
+    if importance is not None:
+        share = importance / np.maximum(importance.sum(axis=0, keepdims=True), _TINY)
+    of_codes, of_rows = ((x * share).sum(axis=0, keepdims=True) for x in (codes, rows))
+    weighted = codes - of_codes
+    weighted *= share
+    spread = (weighted * codes).sum(axis=0, keepdims=True)
+    weighted *= rows
+    slope = weighted.sum(axis=0, keepdims=True) / np.maximum(spread, _TINY)
     fits = (spread > 0) & (slope > 0)
     return np.where(fits, of_rows - slope * (of_codes + 8), bottom), np.where(fits, slope, scales)
 
