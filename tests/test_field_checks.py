@@ -18,7 +18,8 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv import current_chunk
 from streamjax.kv.pages import boundaries, disk_files, indexes
-from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, sink, sink_window, window
+from streamjax.kv.scores import expected_attention, lagkv, random_choice, snapkv
+from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, scored, sink, sink_window, window
 from streamjax.models.config import (
     DenseAndExpertsConfig,
     DenseConfig,
@@ -87,6 +88,11 @@ EXAMPLES = [
     content_pages.ContentPages(4, 16, 2, boundaries.KeyChange()),
     clusters.Clusters(16, 32, 1),
     landmark_memory.ChunkMemory(64),
+    scored.Scored(8, snapkv.SnapKV(), every=64),
+    snapkv.SnapKV(),
+    lagkv.LagKV(),
+    expected_attention.ExpectedAttention(),
+    random_choice.RandomChoice(),
     boundaries.KeyChange(),
     boundaries.EndTokens((46,)),
     indexes.MinMax(),
@@ -99,7 +105,7 @@ EXAMPLES = [
 NO_CONFIGURATIONS = {
     *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
-    *("Quantisation", "TurnedTensor", "KeyValueTensor"),
+    *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
 NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -74,12 +75,12 @@ class Projections(nnx.Module):
     def _normed(self, x: Float[Array, "B T N D"], norm: Norm | None) -> Float[Array, "B T N D"]:
         if norm is None or self.config.qk_norm_over == "head":
             return x if norm is None else norm(x)
-        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return norm(rearrange(x, "b t n d -> b t (n d)")).reshape(x.shape)
 
     def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
         """Project the heads' outputs back to `d_model` channels."""
         # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
-        x = heads.reshape(*heads.shape[:2], -1).astype(dtype)
+        x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
         y = product("btf,fe->bte", x, merge_axes(self.out[...], 0, 3))
         y = y if self.o_lora is None else y + self.o_lora(x)
         return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)
