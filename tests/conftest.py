@@ -22,6 +22,8 @@ flags.append(
 )  # the workers share the cores already; parts cost a quarter more
 if version("jaxlib") < "0.11":  # newer ones have no such flag
     flags.append("--xla_cpu_use_fusion_emitters=false")
+# XLA ends a process in which one of the eight devices is 40 seconds late for a collective. A busy machine can do that.
+flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 flags += [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
