@@ -45,25 +45,6 @@ def attend(
     return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))
 
 
-def attention_mass(
-    q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"],
-    lse: Float[Array, "B C H"],
-    visible: Bool[Array, "#B #K #C S"],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    slopes: Float[Array, " H"] | None = None,
-    distance: Float[Array, "#B #K #C S"] | None = None,
-) -> Float[Array, "B H S"]:
-    """How much of their attention C queries give to each key, summed over the queries, for each query head.
-
-    `lse` is of all that the queries attend to, these keys among it; the other arguments are those of `attend`.
-    """
-    share = attention_shares(q, k, lse, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance)
-    return rearrange(jnp.sum(share, axis=3), "b k g s -> b (k g) s")
-
-
 def attention_shares(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B K S D"],
@@ -75,10 +56,18 @@ def attention_shares(
     slopes: Float[Array, " H"] | None = None,
     distance: Float[Array, "#B #K #C S"] | None = None,
 ) -> Float[Array, "B K G C S"]:
-    """How much of its attention each query gives to each key; arguments as in `attention_mass`."""
+    """How much of its attention each query gives to each key.
+
+    `lse` is of all that the queries attend to, these keys among it; the other arguments are those of `attend`.
+    """
     logits = _logits(q, k, visible, scale, softcap, slopes, distance)
     whole = rearrange(lse, "b c (k g) -> b k g c 1", k=k.shape[1])
     return jnp.exp(logits - jnp.where(jnp.isneginf(whole), 0.0, whole))
+
+
+def summed_over_queries(shares: Float[Array, "B K G C S"]) -> Float[Array, "B H S"]:
+    """How much attention each key gets from each query head."""
+    return rearrange(jnp.sum(shares, axis=3), "b k g s -> b (k g) s")
 
 
 def _logits(

@@ -15,7 +15,6 @@ from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
 from streamjax.kv.tiers.full import Full
-from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
@@ -86,7 +85,7 @@ class Cascade(Cache):
         states = []
         for tier in self.tiers:
             states.append(tier.init(spec))
-            if isinstance(tier, Scored) and tier.per_head:
+            if tier.evicts_per_head:
                 spec = dataclasses.replace(spec, per_head=True)
         return tuple(states)
 

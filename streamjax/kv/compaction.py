@@ -66,7 +66,7 @@ class Compaction(Cache):
 
     def _require_shared_tokens(self) -> None:
         """Refuse tiers with one list of tokens for all heads, where heads hold different ones that they would take."""
-        chooser = next((i for i, tier in enumerate(self.old.tiers) if isinstance(tier, Scored) and tier.per_head), None)
+        chooser = next((i for i, tier in enumerate(self.old.tiers) if tier.evicts_per_head), None)
         if chooser is None:
             return
         shared = _lists(self.old.tiers[:chooser])

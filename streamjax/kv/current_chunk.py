@@ -72,8 +72,7 @@ class CurrentChunk(Cache):
         """To what is stored of the chunk, which queries of later chunks do not see."""
         if kernel_decodes(query, state.k):
             return decode(query, state.k, state.v, state.filled)
-        valid = jnp.arange(self.slots) < state.filled[:, None, None]
-        return query.attend(state.k, state.v, state.position, valid, filled=state.filled)
+        return query.attend(state.k, state.v, state.position, state.valid, filled=state.filled)
 
     def _store(self, state: LinearState, tokens: KVTokens) -> LinearState:
         """The newest tokens, as many as there are since the last chunk ended, behind those of the same chunk."""

@@ -11,9 +11,9 @@ import dataclasses
 from functools import partial
 
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from streamjax.attention.dense import summed_over_queries
 from streamjax.kv.tier import KVSpec, Query
 
 
@@ -27,7 +27,7 @@ class Noting:
 
     def fold(self, shares: Float[Array, "B K G C S"], query: Query) -> Float[Array, "B N S"]:
         """What C queries add to the notes of S tokens: `shares` of their attention; 0 where a query does not see."""
-        return rearrange(jnp.sum(shares, axis=3), "b k g s -> b (k g) s")
+        return summed_over_queries(shares)
 
     def kept(self, note: Float[Array, "B N S"], query: Query) -> Float[Array, "B N S"]:
         """What is left of notes when the queries of a chunk come: all of it."""

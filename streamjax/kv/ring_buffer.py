@@ -57,17 +57,20 @@ def _put(buffer: Array, chunk: Array, slot: Array, axis: int) -> Array:
 
 
 def put_tokens(
-    buffer: Shaped[Array, "B ..."], chunk: Shaped[Array, "B ..."], slot: Int32[Array, "B C"], axis: int = 2
+    buffer: Shaped[Array, "B ..."], chunk: Shaped[Array, "B ..."], slot: Int32[Array, "B ... C"], axis: int = 2
 ) -> Shaped[Array, "B ..."]:
-    """Row b's token i goes to slot `slot[b, i]` along `axis`, nowhere where that is past the end."""
+    """Row b's token i goes to slot `slot[b, i]` along `axis`, nowhere where that is past the end.
+
+    With a dimension for heads, [B, N, C], each head has slots of its own, or N is 1.
+    """
 
     def put(slots: Array, new: Array, at: Array) -> Array:
         return slots.at[at].set(new.astype(slots.dtype), mode="drop")
 
     for _ in range(axis):  # every dimension before the slots has an index of its own, as in `_put`
         put = jax.vmap(put)
-    at = slot.reshape(slot.shape[0], *[1] * (axis - 1), slot.shape[1])
-    return put(buffer, chunk, jnp.broadcast_to(at, (*buffer.shape[:axis], slot.shape[1])))
+    at = slot.reshape(slot.shape[0], *[1] * (axis + 1 - slot.ndim), *slot.shape[1:])
+    return put(buffer, chunk, jnp.broadcast_to(at, (*buffer.shape[:axis], slot.shape[-1])))
 
 
 def write_linear(

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.barriers import materialized_once, ordered_after
 from streamjax.kv.ring_buffer import read_ring, write_ring
@@ -29,6 +29,11 @@ class RingState:
     filled: Int32[Array, " B"]
     score: Float[Array, "B M S"] | None = None
     ids: Int32[Array, "B 1 S"] | None = None
+
+    @property
+    def valid(self) -> Bool[Array, "B 1 S"]:
+        """Which slots hold tokens, in a ring that fills from slot 0 on."""
+        return jnp.arange(self.k.shape[2]) < self.filled[:, None, None]
 
 
 def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[RingState, KVTokens]:

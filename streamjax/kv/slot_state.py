@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from streamjax.barriers import materialized_once, ordered_after
+from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.tier import KVTokens
 
 
@@ -63,8 +64,7 @@ def write(
 
     def put(buffer: Array, chunk: Array) -> Array:
         chunk = jnp.broadcast_to(chunk, (*buffer.shape[:2], *chunk.shape[2:]))
-        at = jnp.broadcast_to(slots, (*buffer.shape[:2], slots.shape[2]))
-        return jax.vmap(jax.vmap(_put))(buffer, chunk, at)
+        return put_tokens(buffer, chunk, slots)
 
     newest = jnp.max(jnp.where(slots < size, slots + 1, 0), axis=(1, 2))
     return SlotState(
@@ -75,10 +75,6 @@ def write(
         filled=jnp.maximum(state.filled, newest),
         note=None if state.note is None or tokens.score is None else put(state.note, tokens.score),
     )
-
-
-def _put(slots: Shaped[Array, "S ..."], new: Shaped[Array, "C ..."], at: Int32[Array, " C"]) -> Shaped[Array, "S ..."]:
-    return slots.at[at].set(new.astype(slots.dtype), mode="drop")
 
 
 def take_slots(x: Shaped[Array, "B N S ..."], slots: Int32[Array, "B N M"]) -> Shaped[Array, "B N M ..."]:

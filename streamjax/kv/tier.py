@@ -15,11 +15,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
-from streamjax.attention.dense import attend, attention_shares
+from streamjax.attention.dense import attend, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
 
 State = Any  # a pytree of arrays
@@ -31,11 +30,6 @@ STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions o
 
 
 Fold = Callable[[Float[Array, "B K G C S"]], Float[Array, "B N S"]]
-
-
-def _summed(shares: Float[Array, "B K G C S"]) -> Float[Array, "B H S"]:
-    """Over queries, for each query head."""
-    return rearrange(jnp.sum(shares, axis=3), "b k g s -> b (k g) s")
 
 
 def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State) -> State:
@@ -250,7 +244,7 @@ class Query:
         lse: Float[Array, "B C H"],
         reach: int | None = None,
         filled: Int32[Array, " B"] | None = None,
-        fold: Fold = _summed,
+        fold: Fold = summed_over_queries,
     ) -> Float[Array, "B N S"]:
         """The attention that these queries give to keys, as in `attend`, of which `lse` is the whole.
 
@@ -335,6 +329,11 @@ class Tier:
     @property
     def keeps_notes(self) -> bool:
         """Whether it notes by itself the attention that its tokens get (`observe`), where it wants it noted."""
+        return False
+
+    @property
+    def evicts_per_head(self) -> bool:
+        """Whether each key head keeps tokens of its own, so that the tiers behind it get other ones from each."""
         return False
 
     @property

@@ -193,8 +193,7 @@ class Clusters(Tier):
 
     def attend(self, state: ClustersState, query: Query, reach: int | None) -> Partial:
         opened, closed, width = state.open, state.closed, query.q.shape[1]
-        valid = jnp.arange(self.segment) < opened.filled[:, None, None]
-        exact = query.attend(opened.k, opened.v, opened.position, valid, filled=opened.filled)
+        exact = query.attend(opened.k, opened.v, opened.position, opened.valid, filled=opened.filled)
         if width == 1 or query.differentiable:
             return merge(exact, self._attend_by_blocks(closed, query))
         some = jnp.any(closed.count > 0)  # for many tokens a stream has no cluster to choose

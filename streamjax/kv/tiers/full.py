@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
@@ -26,6 +26,11 @@ class LinearState:
     v: Float[Array, "B K S V"]
     position: UInt32[Array, "B N S"]
     filled: Int32[Array, " B"]
+
+    @property
+    def valid(self) -> Bool[Array, "B 1 S"]:
+        """Which slots hold tokens."""
+        return jnp.arange(self.k.shape[2]) < self.filled[:, None, None]
 
     @classmethod
     def empty(cls, spec: KVSpec, slots: int) -> LinearState:
@@ -76,14 +81,12 @@ class Full(Tier):
         return LinearState.empty(spec, self.capacity)
 
     def stored(self, state: LinearState, rotary: Rotary | None) -> Stored:
-        valid = jnp.arange(self.capacity) < state.filled[:, None, None]
-        return Stored(state.k, state.v, state.position, valid)
+        return Stored(state.k, state.v, state.position, state.valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):
             return decode(query, state.k, state.v, state.filled)
-        valid = jnp.arange(self.capacity) < state.filled[:, None, None]
-        return query.attend(state.k, state.v, state.position, valid, filled=state.filled)
+        return query.attend(state.k, state.v, state.position, state.valid, filled=state.filled)
 
     def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         return append(state, tokens)

@@ -84,6 +84,10 @@ class Scored(Tier):
         return self.every
 
     @property
+    def evicts_per_head(self) -> bool:
+        return self.per_head
+
+    @property
     def wants_noted(self) -> Noting | None:
         return self.score if self.score.needs_attention else None
 

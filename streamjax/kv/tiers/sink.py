@@ -58,11 +58,9 @@ class Sink(Tier):
         return append(state, tokens)
 
     def stored(self, state: LinearState, rotary: Rotary | None) -> Stored:
-        valid = jnp.arange(self.size) < state.filled[:, None, None]
-        return Stored(state.k, state.v, state.position, valid)
+        return Stored(state.k, state.v, state.position, state.valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
-        valid = jnp.arange(self.size) < state.filled[:, None, None]
         if self.reach is not None:
             query = query.at(clamped(query, state.position, self.reach))
-        return query.attend(state.k, state.v, state.position, valid)
+        return query.attend(state.k, state.v, state.position, state.valid)

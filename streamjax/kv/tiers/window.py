@@ -60,20 +60,17 @@ class Window(Tier):
         return RingState(*buffers, spec.counter(), spec.counter(), score, ids)
 
     def stored(self, state: RingState, rotary: Rotary | None) -> Stored:
-        valid = jnp.arange(self.size) < state.filled[:, None, None]
-        return Stored(state.k, state.v, state.position, valid, state.score)
+        return Stored(state.k, state.v, state.position, state.valid, state.score)
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):
             return decode(query, state.k, state.v, state.filled, (state.cursor - state.filled) % self.size)
-        valid = jnp.arange(self.size) < state.filled[:, None, None]
-        return query.attend(state.k, state.v, state.position, valid, reach=reach, filled=state.filled)
+        return query.attend(state.k, state.v, state.position, state.valid, reach=reach, filled=state.filled)
 
     def observe(self, state: RingState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> RingState:
         if self.noting is None:
             return state
-        valid = jnp.arange(self.size) < state.filled[:, None, None]
-        score = self.noting.noted(state.score, query, state.k, state.position, valid, lse, reach, state.filled)
+        score = self.noting.noted(state.score, query, state.k, state.position, state.valid, lse, reach, state.filled)
         return dataclasses.replace(state, score=score)
 
     def store(self, state: RingState, tokens: KVTokens) -> RingState:

@@ -131,10 +131,6 @@ GEMMA3 = Family(
     _read3,
     of_uniform(_write3),
     _tensors3,
-    renames=(
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.model\.", "model."),
-        (r"^model\.language_model\.", "model."),
-    ),
+    renames=tensor_tables.MULTIMODAL_RENAMES,
     ignored=(r"^(model\.)?(vision_tower|multi_modal_projector)\.",),
 )

@@ -240,10 +240,6 @@ GEMMA4 = Family(
     _read,
     _write,
     _tensors,
-    renames=(
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.model\.", "model."),
-        (r"^model\.language_model\.", "model."),
-    ),
+    renames=tensor_tables.MULTIMODAL_RENAMES,
     ignored=(r"^(model\.)?(vision_tower|vision_embedder|audio_tower|embed_vision|embed_audio)\.",),
 )

@@ -161,10 +161,6 @@ LLAMA4 = Family(
     _read,
     _write,
     _tensors,
-    renames=(
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.model\.", "model."),
-        (r"^model\.language_model\.", "model."),
-    ),
+    renames=tensor_tables.MULTIMODAL_RENAMES,
     ignored=(r"^(model\.)?(vision_model|multi_modal_projector)\.",),
 )

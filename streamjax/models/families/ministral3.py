@@ -73,10 +73,6 @@ MINISTRAL3 = Family(
     _read,
     _write,
     tensor_tables.llama,
-    renames=(
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.model\.", "model."),
-        (r"^model\.language_model\.", "model."),
-    ),
+    renames=tensor_tables.MULTIMODAL_RENAMES,
     ignored=(r"^(model\.)?(vision_tower|multi_modal_projector)\.",),
 )

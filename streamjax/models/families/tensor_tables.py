@@ -7,6 +7,12 @@ from streamjax.models.families.family import Source
 
 Entries = dict[str, tuple[Source, ...]]
 BLOCK = "model.layers.{layer}"
+# `Family.renames` of models whose text part lies in a multimodal model, in older and newer checkpoints.
+MULTIMODAL_RENAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model."),
+    (r"^model\.language_model\.", "model."),
+)
 
 
 def norm(path: str, name: str) -> Entries:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Full
-from streamjax.attention.dense import attention_mass
+from streamjax.attention.dense import attention_shares, summed_over_queries
 from streamjax.attention.flash import flash_attention
 from streamjax.models.config import MixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
@@ -118,11 +118,11 @@ def _scores(
         for other in (tokens, before):
             chosen = past & (token[:, :, None] == other[:, None, :])
             distance = (index[:, None] - keys).astype(jnp.float32)[None, None]
-            given = attention_mass(
+            shares = attention_shares(
                 mine, k, whole, chosen[:, None],
                 scale=config.softmax_scale, softcap=config.softcap, slopes=slopes, distance=distance,
             )  # fmt: skip
-            mass.append(jnp.sum(given, axis=(0, 2)))
+            mass.append(jnp.sum(summed_over_queries(shares), axis=(0, 2)))
             count.append(jnp.sum(jnp.any(chosen, axis=2), dtype=jnp.int32))
         return (sums[0] + jnp.stack(mass), sums[1] + jnp.stack(count)), None
 
