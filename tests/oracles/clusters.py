@@ -10,9 +10,11 @@ import math
 
 import numpy as np
 
+from tests.oracles.rotation import Turning
+
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(Turning):
     """Sizes, and how positions enter."""
 
     heads: int
@@ -29,16 +31,6 @@ class Rule:
     slopes: tuple[float, ...] | None = None
     frequencies: tuple[float, ...] | None = None
     softcap: float | None = None
-
-    def turned(self, x: np.ndarray, place: int) -> np.ndarray:
-        """RoPE on the pairs (d, d + half)."""
-        if self.frequencies is None:
-            return x
-        half, out = len(self.frequencies), x.copy()
-        for d, frequency in enumerate(self.frequencies):
-            c, s = math.cos(place * frequency), math.sin(place * frequency)
-            out[d], out[d + half] = x[d] * c - x[d + half] * s, x[d + half] * c + x[d] * s
-        return out
 
     def logit(self, h: int, q: np.ndarray, query: int, key: np.ndarray, place: float) -> float:
         """Of a query that is turned and of a key that is turned, or the mean of such keys and of their places."""

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.oracles.rotation import Turning
+
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(Turning):
     """Sizes, how a page is scored, `score(keys [n, D], q [D])`, and how positions enter."""
 
     heads: int
@@ -32,16 +34,6 @@ class Rule:
         None  # InfLLM: most attended keys, one choice for all heads by the mean of their scores
     )
     newest: bool = False  # the page that is not full is always read
-
-    def turned(self, x: np.ndarray, place: int) -> np.ndarray:
-        """RoPE on the pairs (d, d + half)."""
-        if self.frequencies is None:
-            return x
-        half, out = len(self.frequencies), x.copy()
-        for d, frequency in enumerate(self.frequencies):
-            c, s = math.cos(place * frequency), math.sin(place * frequency)
-            out[d], out[d + half] = x[d] * c - x[d + half] * s, x[d + half] * c + x[d] * s
-        return out
 
     def places(self, query: int, token: int, paged: bool) -> tuple[int, int]:
         """Where query and token stand towards each other."""

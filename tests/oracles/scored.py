@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.oracles.rotation import Turning
+
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(Turning):
     """Sizes, how tokens are ranked, `score(stream, head, entries) -> numbers`, and how positions enter."""
 
     heads: int
@@ -27,16 +29,6 @@ class Rule:
     frequencies: tuple[float, ...] | None = None
     distance: int | None = None
     together: bool = False
-
-    def turned(self, x: np.ndarray, place: int) -> np.ndarray:
-        """RoPE on the pairs (d, d + half)."""
-        if self.frequencies is None:
-            return x
-        half, out = len(self.frequencies), x.copy()
-        for d, frequency in enumerate(self.frequencies):
-            c, s = math.cos(place * frequency), math.sin(place * frequency)
-            out[d], out[d + half] = x[d] * c - x[d + half] * s, x[d + half] * c + x[d] * s
-        return out
 
 
 class Stream:
