@@ -19,21 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import aot
+from benchmarks.models.vs_transformers import NEW, our_phases, timed
 from benchmarks.reporting import in_own_process, report
 
 MODULE = "benchmarks.models.quantised_weights"
 KINDS = ("float32", "bfloat16", "int8", "int4")
 TOPOLOGIES = ("cpu", "v5e:1x1", "h100")
-NEW = 16
 
 
 def load(folder: str, kind: str) -> Any:
@@ -70,24 +68,8 @@ def perplexity(folder: str, kind: str, count: int) -> dict[str, float]:
 
 def seconds(folder: str, kind: str, turns: int) -> dict[str, float]:
     """CPU seconds of a prefill and of a decoded token, medians over turns."""
-    import jax
-    import numpy as np
-
-    import streamjax as sj
-
-    model = load(folder, kind)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 1024)).astype(np.int32)
-    cache, nothing = sj.kv.preset("streaming_llm", sinks=4, window=1020), np.zeros((1, 0), np.int32)
-    found: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for _ in range(turns + 1):
-        start = time.process_time()
-        state = jax.block_until_ready(sj.read(model, sj.init_state(model, cache), tokens, chunk_size=1024))
-        middle = time.process_time()
-        sampler = sj.Sampler(temperature=0)
-        jax.block_until_ready(sj.generate(model, state, nothing, max_new_tokens=NEW, sampler=sampler))
-        found["prefill"].append(middle - start)
-        found["decode"].append((time.process_time() - middle) / NEW)
-    return {name: statistics.median(values[1:]) for name, values in found.items()}
+    found = timed(our_phases(folder, "float32", None if kind == "float32" else kind), turns)
+    return {"prefill": found["prefill"][1], "decode": found["decode"][1] / NEW}
 
 
 def accessed(topology: str, kind: str, folder: str) -> dict[str, float]:

@@ -15,26 +15,15 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from benchmarks.reporting import in_own_process, median_ratio, report
+from benchmarks.models.vs_transformers import CACHED, NEW, Phases, comparison, our_phases, prompt, timed
+from benchmarks.reporting import in_own_process, report
 
 MODULE = "benchmarks.models.vs_llama_cpp"
 PEER = "llama.cpp"
 SIDES = (PEER, "streamjax, int4", "streamjax, int8", "streamjax, float32")
-CACHED, NEW = 1024, 32
-Phases = dict[str, Callable[[], Any]]
-
-
-def prompt(vocab_size: int) -> np.ndarray:
-    """[1, CACHED] token ids."""
-    return np.random.default_rng(0).integers(0, vocab_size, (1, CACHED)).astype(np.int32)
 
 
 def llama_phases(file: str) -> Phases:
@@ -57,43 +46,12 @@ def llama_phases(file: str) -> Phases:
     return {"prefill": prefill, "decode": decode}
 
 
-def our_phases(file: str, kind: str) -> Phases:
-    """streamjax, from a full endless cache."""
-    import jax
-
-    import streamjax as sj
-
-    model = sj.load(file, dtype="float32", weights=None if kind == "float32" else kind)
-    tokens, nothing = prompt(model.config.vocab_size), np.zeros((1, 0), np.int32)
-    cache, greedy = sj.kv.preset("streaming_llm", sinks=4, window=CACHED - 4), sj.Sampler(temperature=0)
-    filled: dict[str, Any] = {}
-
-    def prefill() -> None:
-        state = sj.init_state(model, cache)
-        filled["state"] = jax.block_until_ready(sj.read(model, state, tokens))
-
-    def decode() -> None:
-        filled["state"], out = sj.generate(model, filled["state"], nothing, max_new_tokens=NEW, sampler=greedy)
-        jax.block_until_ready(out)
-
-    return {"prefill": prefill, "decode": decode}
-
-
-def measure(side: str, file: str, turns: int) -> dict[str, Any]:
-    """Seconds and CPU seconds of each phase, medians over turns behind one that warms up; the load average before."""
-    phases = llama_phases(file) if side == PEER else our_phases(file, side.rpartition(" ")[2])
-    for run in phases.values():
-        run()
-    found: dict[str, Any] = {"load": os.getloadavg()[0]}
-    for phase, run in phases.items():
-        wall, cpu = [], []
-        for _ in range(turns):
-            start, start_cpu = time.perf_counter(), time.process_time()
-            run()
-            wall.append(time.perf_counter() - start)
-            cpu.append(time.process_time() - start_cpu)
-        found[phase] = [statistics.median(wall), statistics.median(cpu)]
-    return found
+def phases_of(side: str, file: str) -> Phases:
+    """What a side does."""
+    if side == PEER:
+        return llama_phases(file)
+    kind = side.rpartition(" ")[2]
+    return our_phases(file, "float32", None if kind == "float32" else kind)
 
 
 def main() -> None:
@@ -105,7 +63,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.model, arguments.turns)))
+        print(json.dumps(timed(phases_of(arguments.child, arguments.model), arguments.turns)))
         return
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     options = ("--model", arguments.model, "--turns", arguments.turns)
@@ -113,21 +71,7 @@ def main() -> None:
         python = arguments.python if side == PEER else sys.executable
         found[side].append(in_own_process(MODULE, *options, "--child", side, python=python))
         print(f"round {turn + 1} of {arguments.rounds}, {side}: {found[side][-1]}", flush=True)
-    rows = []
-    for (phase, tokens), side in itertools.product((("prefill", CACHED), ("decode", NEW)), SIDES):
-        wall = {name: [one[phase][0] for one in runs] for name, runs in found.items()}
-        seconds = statistics.median(wall[side])
-        rows.append(
-            {
-                "phase": phase,
-                "side": side,
-                "seconds": seconds,
-                "CPU seconds": statistics.median(one[phase][1] for one in found[side]),
-                "tokens/s": tokens / seconds,
-                "llama.cpp's time / this": median_ratio(wall[PEER], wall[side]),
-                "load": max(one["load"] for one in found[side]),
-            }
-        )
+    rows = comparison(found, [({"side": side}, side, PEER) for side in SIDES], "llama.cpp's time / this")
     report("models/vs_llama_cpp", rows, rounds=arguments.rounds, turns=arguments.turns)
 
 

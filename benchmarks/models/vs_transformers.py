@@ -25,7 +25,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,13 +74,13 @@ def torch_phases(folder: str, dtype: str) -> Phases:
     return {"prefill": prefill, "decode": decode}
 
 
-def our_phases(folder: str, dtype: str) -> Phases:
-    """streamjax: the same from a full endless cache."""
+def our_phases(path: str, dtype: str, weights: str | None = None) -> Phases:
+    """streamjax: the same from a full endless cache; `weights` as in `sj.load`."""
     import jax
 
     import streamjax as sj
 
-    model = sj.load(folder, dtype=dtype)
+    model = sj.load(path, dtype=dtype, weights=weights)
     tokens, nothing = prompt(model.config.vocab_size), np.zeros((1, 0), np.int32)
     cache, greedy = sj.kv.preset("streaming_llm", sinks=4, window=CACHED - 4), sj.Sampler(temperature=0)
     filled: dict[str, Any] = {}
@@ -96,9 +96,8 @@ def our_phases(folder: str, dtype: str) -> Phases:
     return {"prefill": prefill, "decode": decode}
 
 
-def measure(side: str, dtype: str, folder: str, turns: int) -> dict[str, list[float]]:
+def timed(phases: Phases, turns: int) -> dict[str, Any]:
     """Seconds and CPU seconds of each phase, medians over turns behind one that warms up; the load average before."""
-    phases = (torch_phases if side == "transformers" else our_phases)(folder, dtype)
     for run in phases.values():
         run()
     found: dict[str, Any] = {"load": os.getloadavg()[0]}
@@ -113,6 +112,36 @@ def measure(side: str, dtype: str, folder: str, turns: int) -> dict[str, list[fl
     return found
 
 
+def comparison(
+    found: Mapping[Any, Sequence[Mapping[str, Any]]], sides: Sequence[tuple[dict[str, str], Any, Any]], ratio: str
+) -> list[dict[str, Any]]:
+    """Rows of a table, by phase.
+
+    Args:
+      found: what `timed` found in each process, by side.
+      sides: of each its name in columns, itself, and the one whose time is divided by its own.
+      ratio: the name of that column.
+    """
+    rows = []
+    for phase, tokens in (("prefill", CACHED), ("decode", NEW)):
+        for name, side, peer in sides:
+            wall, other = ([one[phase][0] for one in found[each]] for each in (side, peer))
+            seconds = statistics.median(wall)
+            rows.append(
+                {
+                    "phase": phase,
+                    **name,
+                    "seconds": seconds,
+                    "CPU seconds": statistics.median(one[phase][1] for one in found[side]),
+                    "tokens/s": tokens / seconds,
+                    "ms a token": 1000 * seconds / tokens,
+                    ratio: median_ratio(other, wall),
+                    "load": max(one["load"] for one in found[side]),
+                }
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder in Hugging Face's layout; drawn weights by default")
@@ -121,7 +150,9 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(*arguments.child, arguments.turns)))
+        side, dtype, folder = arguments.child
+        phases = (torch_phases if side == "transformers" else our_phases)(folder, dtype)
+        print(json.dumps(timed(phases, arguments.turns)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or write_drawn(SMOLLM2, temporary)
@@ -131,24 +162,9 @@ def main() -> None:
                 one = in_own_process(MODULE, "--turns", arguments.turns, "--child", side, dtype, folder)
                 found.setdefault((dtype, side), []).append(one)
                 print(f"round {turn + 1} of {arguments.rounds}, {side}, {dtype}: {one}", flush=True)
-    rows = []
-    for (phase, tokens), dtype in itertools.product((("prefill", CACHED), ("decode", NEW)), DTYPES):
-        wall = {side: [one[phase][0] for one in found[dtype, side]] for side in SIDES}
-        for side in SIDES:
-            seconds = statistics.median(wall[side])
-            rows.append(
-                {
-                    "phase": phase,
-                    "dtype": dtype,
-                    "side": side,
-                    "seconds": seconds,
-                    "CPU seconds": statistics.median(one[phase][1] for one in found[dtype, side]),
-                    "tokens/s": tokens / seconds,
-                    "ms a token": 1000 * seconds / tokens,
-                    "transformers' time / this": median_ratio(wall[SIDES[0]], wall[side]),
-                    "load": max(one["load"] for one in found[dtype, side]),
-                }
-            )
+    kinds = itertools.product(DTYPES, SIDES)
+    sides = [({"dtype": dtype, "side": side}, (dtype, side), (dtype, SIDES[0])) for dtype, side in kinds]
+    rows = comparison(found, sides, "transformers' time / this")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     report("models/vs_transformers", rows, rounds=arguments.rounds, turns=arguments.turns, **versions)
 
