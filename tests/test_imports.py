@@ -26,6 +26,7 @@ ROOMS = """
     streamjax.checkpoints
     streamjax.data.text
     streamjax.data.recall
+    streamjax.data.ruler
     streamjax.data
     streamjax.attention
     streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks streamjax.kv.decode_kernels
