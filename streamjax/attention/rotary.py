@@ -57,6 +57,11 @@ class Rotary:
         """Cached keys, heads first, turned on by so many positions (modulo 2^32); `scale` is in them already."""
         return rotate(k, *dataclasses.replace(self, scale=1.0).table(by))
 
+    def back(self, k: Float[Array, "B K S D"], position: UInt32[Array, "B #K S"]) -> Float[Array, "B K S D"]:
+        """Cached keys at these positions as they were before rotation, `scale` taken out."""
+        back, turned = self.moved(k, -position), 2 * len(self.steps)
+        return jnp.concatenate((back[..., :turned] / self.scale, back[..., turned:]), axis=-1).astype(k.dtype)
+
 
 def rotate(x: Float[Array, "... D"], cos: Float[Array, "... R"], sin: Float[Array, "... R"]) -> Float[Array, "... D"]:
     """Rotate channel pairs (d, d + R) for d < R by a cosine and sine table, in float32; dtype of `x` is kept."""

@@ -7,16 +7,23 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
+from streamjax.kv.scores.chunkkv import ChunkKV
+from streamjax.kv.scores.cur import CUR
 from streamjax.kv.scores.expected_attention import ExpectedAttention
+from streamjax.kv.scores.finch import Finch
 from streamjax.kv.scores.h2o import H2O
 from streamjax.kv.scores.keydiff import KeyDiff
 from streamjax.kv.scores.knorm import KNorm
+from streamjax.kv.scores.kvzip import KVzip
 from streamjax.kv.scores.lagkv import LagKV
+from streamjax.kv.scores.leverage import Leverage
+from streamjax.kv.scores.query_filters import QFilters
 from streamjax.kv.scores.random_choice import RandomChoice
 from streamjax.kv.scores.scissorhands import Scissorhands
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.scores.snapkv import SnapKV
 from streamjax.kv.scores.tova import TOVA
+from streamjax.kv.scores.windowkv import WindowKV
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.compensation import Compensation
@@ -29,10 +36,12 @@ from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.window import Window
 
 __all__ = [
+    "CUR",
     "H2O",
     "TOVA",
     "Cache",
     "Cascade",
+    "ChunkKV",
     "ChunkMemory",
     "Clusters",
     "Compensation",
@@ -40,6 +49,7 @@ __all__ = [
     "CurrentChunk",
     "EndTokens",
     "ExpectedAttention",
+    "Finch",
     "Full",
     "HeadGroups",
     "Held",
@@ -47,14 +57,17 @@ __all__ = [
     "KNorm",
     "KVSpec",
     "KVTokens",
+    "KVzip",
     "KeyChange",
     "KeyDiff",
     "LagKV",
+    "Leverage",
     "Mean",
     "Middle",
     "MinMax",
     "Pages",
     "Preset",
+    "QFilters",
     "Query",
     "RandomChoice",
     "Representative",
@@ -65,6 +78,7 @@ __all__ = [
     "SnapKV",
     "Tier",
     "Window",
+    "WindowKV",
     "parse_preset",
     "preset",
     "presets",

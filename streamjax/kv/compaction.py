@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from pallas_kernels.partial import add_sinks, merge
-from streamjax.attention.rotary import Rotary
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.noting import Noting
@@ -62,7 +61,7 @@ class Compaction(Cache):
         if not score.needs_attention:
             return True
         rules = [tier.wants_noted for tier in self.old.tiers]
-        return score in rules and type(score).kept is Score.kept  # others count the queries before a choice alone
+        return score in rules and score.counts_all_queries  # others count the queries before a choice alone
 
     def _require_shared_tokens(self) -> None:
         """Refuse tiers with one list of tokens for all heads, where heads hold different ones that they would take."""
@@ -115,7 +114,7 @@ class Compaction(Cache):
         rest = KVTokens(
             k=held.k,
             v=values,
-            raw_k=unrotated(query.rotary, held.k, held.position),
+            raw_k=held.k if query.rotary is None else query.rotary.back(held.k, held.position),
             position=held.position,
             valid=held.valid[:, :1],  # every head holds as many
             rotary=query.rotary,
@@ -171,16 +170,6 @@ def in_stream_order(parts: list[Stored], now: UInt32[Array, " B"]) -> Stored:
         note = joined([zero if part.note is None else part.note for zero, part in zip(zeros, parts, strict=True)])
         note = sort(note) if note.shape[1] % heads == 0 and heads in (1, note.shape[1]) else None
     return Stored(k, v, sort(position), sort(valid), note)
-
-
-def unrotated(
-    rotary: Rotary | None, k: Float[Array, "B K S D"], position: UInt32[Array, "B #K S"]
-) -> Float[Array, "B K S D"]:
-    """Keys as they were before rotation."""
-    if rotary is None:
-        return k
-    back, turned = rotary.moved(k, -position), 2 * len(rotary.steps)
-    return jnp.concatenate((back[..., :turned] / rotary.scale, back[..., turned:]), axis=-1).astype(k.dtype)
 
 
 def _of_all_heads(x: Array) -> Array:

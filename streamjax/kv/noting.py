@@ -33,6 +33,10 @@ class Noting:
         """What is left of notes when the queries of a chunk come: all of it."""
         return note
 
+    def joined(self, note: Float[Array, "B N S"], more: Float[Array, "B N S"]) -> Float[Array, "B N S"]:
+        """A note, and what the queries of a chunk say: their sum."""
+        return note + more
+
     def noted(
         self,
         note: Float[Array, "B N S"] | None,
@@ -49,7 +53,7 @@ class Noting:
         Rows without queries keep theirs bit for bit.
         """
         more = query.mass(k, position, valid, lse, reach, filled, fold=partial(self.fold, query=query))
-        return more if note is None else self.kept(note, query) + more
+        return more if note is None else self.joined(self.kept(note, query), more)
 
 
 def kept_within_block(note: Float[Array, "B N S"], query: Query) -> Float[Array, "B N S"]:

@@ -212,3 +212,72 @@ def expected(skip: int, ahead: int) -> Callable:
         return list(total * [np.linalg.norm(e[1][head]) for e in entries])
 
     return score
+
+
+def in_stretches(inner: Callable, size: int, best: int | None = None) -> Callable:
+    """ChunkKV and WindowKV: the mean of the best that `inner` says of a stretch of positions."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        each, found = inner(stream, head, entries), {}
+        for value, e in zip(each, entries, strict=True):
+            found.setdefault(e[2] // size, []).append(value)
+        return [float(np.mean(sorted(found[e[2] // size])[::-1][:best])) for e in entries]
+
+    return score
+
+
+def long_beside_neighbours(local: int) -> Callable:
+    """CUR: squared lengths by the mean of the neighbours that came with a token since the last choice."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        noted = stream.noted.setdefault(head, {})
+        fresh, shares = [e for e in entries if e[2] not in noted], {e[2]: 1.0 for e in entries}
+        for part in range(2):
+            squares = {e[2]: float(e[part][head] @ e[part][head]) for e in fresh}
+            for place, square in squares.items():
+                shares[place] *= square / np.mean([x for i, x in squares.items() if i // local == place // local])
+        noted |= {e[2]: shares[e[2]] for e in fresh}
+        return [noted[e[2]] for e in entries]
+
+    return score
+
+
+def leverage(ridge: float) -> Callable:
+    """Leverage: the diagonal of the hat matrix of centred keys, not rotated."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        if not entries:
+            return []
+        x = np.array([e[0][head] for e in entries])
+        x = x - x.mean(axis=0)
+        gram = x.T @ x
+        level = np.trace(gram) / len(gram)
+        return list(np.diag(x @ np.linalg.inv(gram + (ridge * level if level else 1.0) * np.eye(len(gram))) @ x.T))
+
+    return score
+
+
+def weighted(window: int, most: int) -> Callable:
+    """Finch: what the last queries gave, each times the tokens that it saw."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        last = range(len(stream.log) - window, len(stream.log))
+        return [sum(min(i + 1, most) * stream.share(head, e[2], [i]) for i in last) for e in entries]
+
+    return score
+
+
+def largest(stream: Stream, head: int, entries: list) -> list[float]:
+    """KVzip: the largest share that one query of one head gave."""
+    heads = stream.group(head, len(stream.queries[0]))
+    return [max(given.get((h, e[2]), 0.0) for given in stream.log for h in heads) for e in entries]
+
+
+def along_queries(stream: Stream, head: int, entries: list) -> list[float]:
+    """QFilters: by a singular value decomposition of all queries so far, rotated."""
+    units = []
+    for h in stream.group(head, len(stream.queries[0])):
+        queries = np.array([stream.rule.turned(q[h], i) for i, q in enumerate(stream.queries)])
+        first = np.linalg.svd(queries)[2][0]
+        units.append(first * np.sign(first @ queries.mean(axis=0)))
+    return [float(np.mean(units, axis=0) @ stream.stored(head, e)) for e in entries]

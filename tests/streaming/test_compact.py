@@ -95,6 +95,61 @@ def expected_attention(q, k, v, scale):
     return found * np.linalg.norm(v, axis=-1).T
 
 
+def in_chunks(got, size, best=None):
+    """The mean of the best of each chunk of neighbours, for all heads together."""
+    together, found = got.mean(axis=0), np.zeros(got.shape[1])
+    for first in range(0, len(found), size):
+        found[first : first + size] = np.mean(np.sort(together[first : first + size])[::-1][:best])
+    return np.broadcast_to(found, got.shape)
+
+
+def chunkkv(q, k, v, scale):
+    return in_chunks(shares(q, k, scale, QUERIES).sum(axis=(1, 2))[:, : LENGTH - QUERIES], 4)
+
+
+def windowkv(q, k, v, scale):
+    return in_chunks(shares(q, k, scale, QUERIES).sum(axis=(1, 2))[:, : LENGTH - QUERIES], 8, 4)
+
+
+def finch(q, k, v, scale):
+    seen = np.arange(LENGTH - QUERIES, LENGTH) + 1
+    return (shares(q, k, scale, QUERIES) * seen[:, None]).sum(axis=(1, 2))
+
+
+def kvzip(q, k, v, scale):
+    return shares(q, k, scale, QUERIES).max(axis=(1, 2))
+
+
+def curdkv(q, k, v, scale):
+    """kvpress's, in windows of 8."""
+    found = 1.0
+    for part in (k, v):
+        squares = (part**2).sum(-1).T.reshape(-1, LENGTH // 8, 8)
+        found = found * (squares / squares.sum(-1, keepdims=True)).reshape(-1, LENGTH)
+    return found
+
+
+def leverage(q, k, v, scale):
+    """Of keys before rotation, centred."""
+    angle = np.arange(LENGTH)[:, None, None] * GQA.rope.theta ** (-np.arange(3) / 3)
+    first, second = k[..., :3], k[..., 3:]
+    raw = np.concatenate(
+        (first * np.cos(angle) + second * np.sin(angle), second * np.cos(angle) - first * np.sin(angle)), axis=-1
+    )
+    x = (raw - raw.mean(axis=0)).swapaxes(0, 1)
+    gram = x.swapaxes(1, 2) @ x
+    ridge = 1e-4 * np.trace(gram, axis1=1, axis2=2)[:, None, None] / 6 * np.eye(6)
+    return np.einsum("ksd,kde,kse->ks", x, np.linalg.inv(gram + ridge), x)
+
+
+def qfilters(q, k, v, scale):
+    found = np.zeros((k.shape[1], LENGTH))
+    for h in range(q.shape[1]):
+        head, first = h * k.shape[1] // q.shape[1], np.linalg.svd(q[:, h])[2][0]
+        found[head] += k[:, head] @ first * np.sign(first @ q[:, h].mean(axis=0)) * k.shape[1] / q.shape[1]
+    return found
+
+
 CASES = {
     "lagkv": (sj.kv.Cascade(sj.kv.Scored(26, sj.kv.LagKV(lag=8), every=8)), lagkv),
     "expected_attention": (
@@ -105,16 +160,26 @@ CASES = {
     "tova": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.TOVA(), per_head=False, every=8)), tova),
     "knorm": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KNorm(), every=8)), knorm),
     "keydiff": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KeyDiff(), every=8)), keydiff),
+    "chunkkv": (sj.kv.preset("chunkkv", window=QUERIES, size=12, chunk=4, every=8), chunkkv),
+    "windowkv": (sj.kv.preset("windowkv", suffix=QUERIES, size=16, every=8), windowkv),
+    "finch": (sj.kv.preset("finch", size=SIZE, window=8, every=8), finch),
+    "kvzip": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KVzip(), every=8)), kvzip),
+    "curdkv": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.CUR(8), every=8)), curdkv),
+    "leverage": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.Leverage(), every=8)), leverage),
+    "qfilters": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.QFilters(), every=8)), qfilters),
 }
+ASKED = dict.fromkeys(("snapkv", "tova", "chunkkv", "windowkv", "finch", "kvzip"), slice(-QUERIES, None))
+ASKED |= dict.fromkeys(("expected_attention", "qfilters"), slice(None))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "windowkv" else name for name in CASES]
+)
 def test_methods_for_prompts_as_published(prompt, name):
     """What every head of every layer keeps, and that keys and values are those of the prompt."""
     model, tokens, state, found = prompt
     cache, rule = CASES[name]
-    query = {"snapkv": tokens[:, -QUERIES:], "tova": tokens[:, -QUERIES:], "expected_attention": tokens}.get(name)
-    new = sj.compact(model, state, cache, query)
+    new = sj.compact(model, state, cache, tokens[:, ASKED[name]] if name in ASKED else None)
     assert new.caches == (cache,) * 2
     for (q, k, v), layer in zip(found, new.layers, strict=True):
         slots = layer[-1].slots

@@ -46,6 +46,12 @@ class Held(NamedTuple):
         """Values; keys where they are one and the same."""
         return self.v if self.v.shape[-1] else self.k
 
+    @property
+    def raw_k(self) -> Float[Array, "B K S D"]:
+        """Keys before rotation."""
+        position = self.position if self.distance is None else jnp.zeros_like(self.position)
+        return self.k if self.rotary is None else self.rotary.back(self.k, position)
+
 
 @dataclasses.dataclass(frozen=True)
 class Score(Noting):
@@ -54,6 +60,11 @@ class Score(Noting):
     needs_attention: ClassVar[bool] = False  # whether `held.note` has the attention that tokens got
     needs_queries: ClassVar[bool] = False  # whether `held.memory` has what the score keeps of queries
     remembers: ClassVar[bool] = False  # whether `held.note` has what `rank` said last, 0 for a new token
+
+    @property
+    def counts_all_queries(self) -> bool:
+        """Whether notes are of all queries that ever came, and not only of those since the last choice."""
+        return type(self).kept is Score.kept
 
     def check(self, every: int) -> None:
         """Refuse a number of tokens after which the tier makes room.

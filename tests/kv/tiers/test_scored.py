@@ -4,20 +4,27 @@ import numpy as np
 import pytest
 
 from streamjax.kv import (
+    CUR,
     H2O,
     TOVA,
     Cascade,
+    ChunkKV,
     ExpectedAttention,
+    Finch,
     Full,
     KeyDiff,
     KNorm,
+    KVzip,
     LagKV,
+    Leverage,
+    QFilters,
     RandomChoice,
     Scissorhands,
     Scored,
     Sink,
     SnapKV,
     Window,
+    WindowKV,
 )
 from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, SLOPES, Stream, gradients, run
 from tests.oracles import scored as oracle
@@ -34,6 +41,13 @@ SCORES = {
     "lagkv": (LagKV(), oracle.lagged),
     "expected attention": (ExpectedAttention(ahead=5, skip=3), oracle.expected(3, 5)),
     "random": (RandomChoice(seed=5), oracle.drawn(5)),
+    "chunkkv": (ChunkKV(SnapKV(3, kernel=1), chunk=2), oracle.in_stretches(oracle.newest(3), 2)),
+    "windowkv": (WindowKV(H2O(), length=4, best=2), oracle.in_stretches(oracle.mass, 4, 2)),
+    "cur": (CUR(local=2), oracle.long_beside_neighbours(2)),
+    "leverage": (Leverage(), oracle.leverage(1e-4)),
+    "finch": (Finch(window=3), oracle.weighted(3, SINKS + WINDOW + SIZE + EVERY)),
+    "kvzip": (KVzip(), oracle.largest),
+    "qfilters": (QFilters(), oracle.along_queries),
 }
 
 
@@ -78,6 +92,9 @@ def test_a_stream_token_by_token(name, positions, distance, together):
     score, rank = SCORES[name]
     slopes, frequencies = SLOPES if positions == "alibi" else None, FREQUENCIES if positions == "rope" else None
     stream = Stream.drawn(2, LENGTH)
+    if name == "qfilters":  # queries have a direction that spreads most
+        stream.q[..., 0] *= 4
+        stream.q[..., 5] += 3
     rule = oracle.Rule(
         KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, rank, SCALE, slopes, frequencies, distance, together
     )  # fmt: skip
@@ -140,6 +157,12 @@ def test_gradients_flow_through_what_is_kept():
         (lambda: Scored(4, "h2o"), "Scored.score is 'h2o': it must be Score"),
         (lambda: Scored(4, SnapKV(window=8), every=4), "SnapKV.window is 8, but the tier makes room after every 4"),
         (lambda: SnapKV(kernel=4), "SnapKV.kernel is 4: it must be odd"),
+        (lambda: ChunkKV(LagKV()), "ChunkKV.score is LagKV.*: it cannot be one that remembers"),
+        (lambda: Scored(4, ChunkKV(H2O(), 3), every=4), "ChunkKV.chunk is 3, but the tier makes room after every 4"),
+        (lambda: Scored(4, WindowKV(H2O(), 8), every=4), "WindowKV.length is 8, but the tier makes room after every 4"),
+        (lambda: WindowKV(H2O(), 4, best=5), "WindowKV.best is 5, but a window has 4 tokens"),
+        (lambda: Scored(4, CUR(3), every=4), "CUR.local is 3, but the tier makes room after every 4"),
+        (lambda: Scored(4, Finch(8), every=4), "Finch.window is 8, but the tier makes room after every 4"),
         (
             lambda: Cascade(Scored(4, H2O(), every=4), Scored(4, H2O(), every=8)),
             "the tiers of a Cascade choose at the same tokens; every is \\[4, 8\\]",

@@ -1,0 +1,63 @@
+"""`QFilters`: keys that point where queries do (Godey et al., 2503.02812)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from pallas_kernels.partial import accumulator
+from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.tier import KVSpec, Query, State
+
+SQUARINGS = 10  # the products' matrix to the power 1,024: directions with 0.99 of the first one's spread are gone
+
+
+@dataclasses.dataclass(frozen=True)
+class QFilters(Score):
+    """The key along the direction in which the rotated queries spread most, towards where their mean points.
+
+    A head's filter is the first right singular vector of its queries; heads that share a key head have the mean of
+    theirs. The queries are all that the stream has had so far.
+    """
+
+    needs_queries: ClassVar[bool] = True
+
+    def memory(self, spec: KVSpec) -> State:
+        """The sum of each head's queries, and the sum of their products."""
+        rows, heads, width = spec.batch_size, spec.kv_heads * spec.group, spec.head_dim
+        return jnp.zeros((rows, heads, width), jnp.float32), jnp.zeros((rows, heads, width, width), jnp.float32)
+
+    def watched(self, memory: State, query: Query) -> State:
+        total, products = memory
+        q = query.q.astype(jnp.float32)
+        if query.valid is not None:
+            q = q * query.valid[..., None, None]
+        return total + jnp.sum(q, axis=1), products + jnp.einsum("bchd,bche->bhde", q, q, precision="highest")
+
+    def rank(self, held: Held) -> Float[Array, "B K S"]:
+        if held.distance is not None:
+            raise ValueError("QFilters() judges keys at their true places: leave Scored.distance None")
+        total, products = held.memory
+        k = held.k.astype(accumulator(held.k.dtype))
+        return jnp.einsum("bkd,bksd->bks", filters(total, products, k.shape[1]), k, precision="highest")
+
+
+def filters(total: Float[Array, "B H D"], products: Float[Array, "B H D D"], key_heads: int) -> Float[Array, "B K D"]:
+    """The filter of each key head, from the sum of its queries and of their products."""
+
+    def squared(_: Array | int, x: Array) -> Array:
+        x = x / jnp.maximum(jnp.trace(x, axis1=2, axis2=3)[..., None, None], jnp.finfo(x.dtype).tiny)
+        return jnp.einsum("bhde,bhef->bhdf", x, x, precision="highest")
+
+    # of this power only the first direction is left, and the mean on its side of it: no decomposition is needed
+    power = jax.lax.fori_loop(0, SQUARINGS, squared, products)
+    power = power / jnp.maximum(jnp.trace(power, axis1=2, axis2=3)[..., None, None], jnp.finfo(power.dtype).tiny)
+    first = jnp.einsum("bhde,bhe->bhd", power, total, precision="highest")
+    length = jnp.linalg.norm(first, axis=-1, keepdims=True)
+    unit = first / jnp.where(length > 0, length, 1.0)
+    return jnp.mean(rearrange(unit, "b (k g) d -> b k g d", k=key_heads), axis=2)
