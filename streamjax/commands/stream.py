@@ -5,6 +5,7 @@
     tail -f server.log | python -m infer.stream --save_state=log.stream        # Ctrl-C ends it, and saves
     python -m infer.stream --input=more.txt --load_state=log.stream --json=curve.json
     python -m infer.stream --input=builtin --cache=window --max_tokens=100000
+    python -m infer.stream --cache=snapkv --show_cache                         # what it holds, and its bytes
 
 Perplexity is a token's, bits are a byte's; both are of everything read so far. Memory is the cache's, which does not
 grow, and the process's. A text must be UTF-8.
@@ -46,6 +47,8 @@ def define(values: flags.FlagValues) -> None:
     define_model(values)
     define_text(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
+    flags.DEFINE_bool("show_cache", False, "Print what each layer caches and how many bytes that is, and end.",
+                      flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("json", None, "File for the result and the curve of perplexity.", flag_values=values)
     flags.DEFINE_string("load_state", None, "Go on with the stream in this folder.", flag_values=values)
@@ -200,6 +203,9 @@ def body(values: flags.FlagValues) -> None:
     data, total_bytes = open_input(values.input)
     model, tokenizer = load_model(values, [values.cache])
     cache = parse_cache(values.cache, model.config.max_position)
+    if values.show_cache:
+        print(sj.kv.describe(cache, model))
+        return
     session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
     if values.load_state:
         session.load(user_path(values.load_state))

@@ -1,5 +1,9 @@
 """KV caches: tiers, cascades of tiers, and published systems as presets."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
@@ -34,6 +38,13 @@ from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.window import Window
+from streamjax.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from streamjax.evaluation.cache_sizes import describe
+
+# What a cache takes depends on a model: it stands above models, and has its name among caches, where one looks for it.
+__getattr__, __dir__ = lazy_names(__name__, {"streamjax.evaluation.cache_sizes": ("describe",)})
 
 __all__ = [
     "CUR",
@@ -79,6 +90,7 @@ __all__ = [
     "Tier",
     "Window",
     "WindowKV",
+    "describe",
     "parse_preset",
     "preset",
     "presets",

@@ -9,6 +9,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.presets.registry import Built
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.pages import Pages
@@ -31,17 +32,18 @@ def describe_cache(cache: Built | Sequence[Cache]) -> str:
         return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
     if not isinstance(cache, Cascade):
         return repr(cache)
-    parts = []
-    for tier in cache.tiers:
-        match tier:
-            case SinkWindow(sinks=sinks, window=window):
-                parts += [f"Sink({sinks})", f"Window({window})"]
-            case Sink(size=size) | Window(size=size) | Full(capacity=size):
-                parts.append(f"{type(tier).__name__}({size:,})")
-            case Pages(size=size, capacity=capacity, top_k=top_k):
-                parts.append(f"Pages({capacity:,} in {size}s, top {top_k})")
-            case Scored(size=size, score=score, every=every):
-                parts.append(f"Scored({size:,} by {score!r}, every {every})")
-            case _:
-                parts.append(repr(tier))
-    return " > ".join(parts)
+    return " > ".join(map(describe_tier, cache.tiers))
+
+
+def describe_tier(tier: Tier) -> str:
+    """A tier in short, such as "Window(508)"."""
+    match tier:
+        case SinkWindow(sinks=sinks, window=window):
+            return f"Sink({sinks}) > Window({window})"
+        case Sink(size=size) | Window(size=size) | Full(capacity=size):
+            return f"{type(tier).__name__}({size:,})"
+        case Pages(size=size, capacity=capacity, top_k=top_k):
+            return f"Pages({capacity:,} in {size}s, top {top_k})"
+        case Scored(size=size, score=score, every=every):
+            return f"Scored({size:,} by {score!r}, every {every})"
+    return repr(tier)

@@ -44,6 +44,14 @@ def test_a_file_costs_what_the_library_says(command, model_folder, text_file, tm
     assert "603/603" in outcome.err
 
 
+@pytest.mark.quick
+def test_what_a_cache_holds_is_shown_and_nothing_is_read(command):
+    outcome = command(stream, "--cache=knorm", "--show_cache", stdin=b"")
+    assert outcome.status == 0
+    assert "Scored(960 by KNorm(), every 64)" in outcome.out
+    assert "bytes a stream in all" in outcome.out
+
+
 def test_a_saved_stream_goes_on_where_it_was(command, model_folder, text_file, tmp_path):
     data = text_file.read_bytes()
     first = command(stream, FIT, SMALL, f"--save_state={tmp_path}/s", stdin=data[:320])
