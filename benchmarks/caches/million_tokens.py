@@ -1,13 +1,15 @@
 """One million tokens through one process: does its memory stay what it is?
 
     python -m benchmarks.caches.million_tokens                          # some minutes a cache on 2 cores
-    python -m benchmarks.caches.million_tokens --caches window --tokens 200000
+    python -m benchmarks.caches.million_tokens --caches window h2o:window=64,size=384 --tokens 200000
+    python -m benchmarks.caches.million_tokens --caches NAME --tiny    # any preset, a random model of one layer
 
 The model of the repository reads held-out text, over and over, in stretches of 8,192 tokens that are scored, and after
-each of them goes on by 32 tokens of its own. Both caches hold 512 tokens; `streaming_llm` has 4 of them as sinks. Each
-has a fresh process, which notes after every stretch how much memory it has in RAM (`resident`), what of it the C
-library has given out and not got back (`heap`; Linux with glibc), and how many JAX arrays live (`arrays`). Figures are
-MB, medians over the four quarters of the stream; `state` is the stream's own.
+each of them goes on by 32 tokens of its own. Both caches hold 512 tokens; `streaming_llm` has 4 of them as sinks. Any
+other preset can be named, as in every command, if it has no end before the last token. Each has a fresh process, which
+notes after every stretch how much memory it has in RAM (`resident`), what of it the C library has given out and not got
+back (`heap`; Linux with glibc), and how many JAX arrays live (`arrays`). Figures are MB, medians over the four quarters
+of the stream; `state` is the stream's own.
 
 The process has one heap for all its threads (MALLOC_ARENA_MAX=1). With glibc's usual one for each thread, resident
 memory moves up and down by the scan's scratch block of 19 MB, as now one thread and now another keeps it in reserve;
@@ -40,10 +42,7 @@ from streamjax.evaluation import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "stdlib_byte"
-CACHES = {
-    "streaming_llm": sj.kv.preset("streaming_llm", sinks=4, window=508),
-    "window": sj.kv.preset("window", window=512),
-}
+CACHES = {"streaming_llm": "streaming_llm:sinks=4,window=508", "window": "window:window=512"}
 STRETCH, NEW = 8192, 32  # tokens scored, and tokens generated after them
 
 
@@ -66,12 +65,22 @@ def heap_bytes() -> int | None:
     return info.uordblks + info.hblkhd
 
 
-def stream(cache: str, tokens: int) -> dict[str, Any]:
+def tiny_model() -> sj.Decoder:
+    """One layer, as wide as it must be to have heads that share keys; random."""
+    config = sj.UniformConfig(
+        vocab_size=256, d_model=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=16,
+        rope=sj.RopeConfig(),
+    )  # fmt: skip
+    return sj.Decoder(config, jax.random.key(0), dtype=np.float32)
+
+
+def stream(cache: str, tokens: int, tiny: bool = False) -> dict[str, Any]:
     """Read at least `tokens` tokens in this process: what came out, and bytes of memory after every stretch."""
-    model, tokenizer = sj.load(MODEL), sj.load_tokenizer(MODEL)
-    ids = np.asarray(tokenizer.encode(corpus_text("test")), np.int32)
+    model, tokenizer = tiny_model() if tiny else sj.load(MODEL), sj.load_tokenizer(MODEL)
+    ids = np.asarray(tokenizer.encode(corpus_text("test")), np.int32) % model.config.vocab_size
     count = max(-(-tokens // (STRETCH + NEW)), 4)
-    state = sj.init_state(model, CACHES[cache])
+    name, options = sj.kv.parse_preset(CACHES.get(cache, cache))
+    state = sj.init_state(model, sj.kv.preset(name, **options))
     noted: dict[str, list[int | None]] = {"resident": [], "heap": [], "arrays": []}
     greedy, nothing, nats = sj.Sampler(temperature=0), np.zeros((1, 0), np.int32), 0.0
     started = time.perf_counter()
@@ -102,13 +111,14 @@ def quarters(values: Sequence[int]) -> list[float]:
     return [statistics.median(values[start:end]) for start, end in itertools.pairwise(edges)]
 
 
-def run(cache: str, tokens: int) -> dict[str, Any]:
+def run(cache: str, tokens: int, tiny: bool = False) -> dict[str, Any]:
     """`stream` in a fresh process.
 
     Raises:
       RuntimeError: it failed; the message is its last line.
     """
     command = [sys.executable, "-m", "benchmarks.caches.million_tokens", "--child", cache, "--tokens", str(tokens)]
+    command += ["--tiny"] * tiny
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if child.returncode:
@@ -136,17 +146,18 @@ def row(cache: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--caches", nargs="+", default=list(CACHES), help="window, streaming_llm, or any other preset")
+    parser.add_argument("--tiny", action="store_true", help="a random model of one layer")
     parser.add_argument("--tokens", type=int, default=10**6, help="rounded up to whole stretches; 4 at least")
     parser.add_argument(
         "--output", type=Path, help="JSON file; benchmarks/results/caches/million_tokens.json by default"
     )
-    parser.add_argument("--child", choices=CACHES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(stream(arguments.child, arguments.tokens)))
+        print(json.dumps(stream(arguments.child, arguments.tokens, arguments.tiny)))
         return
-    figures = {cache: run(cache, arguments.tokens) for cache in arguments.caches}
+    figures = {cache: run(cache, arguments.tokens, arguments.tiny) for cache in arguments.caches}
     report(
         "caches/million_tokens",
         [row(*item) for item in figures.items()],

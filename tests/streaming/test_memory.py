@@ -16,7 +16,7 @@ import pytest
 
 import streamjax as sj
 from benchmarks.caches.million_tokens import CACHES as CACHES_OF_A_MILLION
-from benchmarks.caches.million_tokens import quarters
+from benchmarks.caches.million_tokens import quarters, tiny_model
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
 SLOTS = 1024
@@ -120,12 +120,13 @@ def test_a_stream_of_any_lengths_compiles_a_handful_of_programs():
     assert int(state.seen[0]) == sum(range(1, 33))
 
 
-def memory_of_a_stream(tmp_path: pathlib.Path, cache: str, tokens: int) -> dict:
+def memory_of_a_stream(tmp_path: pathlib.Path, cache: str, tokens: int, *options: str) -> dict:
     """What `benchmarks.caches.million_tokens` notes after every stretch of one stream, in a process of its own."""
     root, file = pathlib.Path(__file__).parents[2], tmp_path / "million_tokens.json"
     command = [sys.executable, "-m", "benchmarks.caches.million_tokens", "--caches", cache, "--tokens", str(tokens)]
+    command += [*options, "--output", str(file)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # optimised: it runs long
-    subprocess.run([*command, "--output", str(file)], cwd=root, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
     figures = json.loads(file.read_text())["bytes_after_stretches"][cache]
     assert figures["tokens_seen"] == figures["tokens"] >= tokens
     assert np.isfinite(figures["nats_per_token"])
@@ -159,3 +160,23 @@ def test_a_million_tokens_leave_resident_memory_flat(tmp_path, cache):
     assert drift(figures["resident"]) < 500_000
     if None not in figures["heap"]:
         assert drift(figures["heap"]) < 100_000
+
+
+def endless_presets() -> list[str]:
+    """Those that need no file of heads, no model of their own, and that no token fills."""
+    return [
+        name
+        for name, entry in sj.kv.presets().items()
+        if "heads" not in entry.options and name != "hsa" and getattr(sj.kv.preset(name), "capacity", None) is None
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", endless_presets())
+def test_a_million_tokens_under_every_endless_preset(tmp_path, cache):
+    """Of a model of one layer: no array is left behind, and the process does not grow."""
+    figures = memory_of_a_stream(tmp_path, cache, 10**6, "--tiny")
+    assert len(set(figures["arrays"])) == 1
+    assert drift(figures["resident"]) < 500_000
+    name, options = sj.kv.parse_preset(CACHES_OF_A_MILLION.get(cache, cache))
+    assert figures["cache_bytes"] == sj.kv.describe(sj.kv.preset(name, **options), tiny_model()).total
