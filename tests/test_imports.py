@@ -32,6 +32,7 @@ ROOMS = """
     streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks streamjax.kv.decode_kernels
     streamjax.kv.ring_buffer streamjax.kv.ring_state streamjax.kv.slot_state
     streamjax.kv.scores
+    streamjax.kv.merging
     streamjax.kv.pages
     streamjax.kv.tiers
     streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk

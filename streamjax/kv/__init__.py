@@ -8,6 +8,12 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.merging.cam import IntoFollowing
+from streamjax.kv.merging.d2o import NearestAbove
+from streamjax.kv.merging.elastic_cache import Anchors
+from streamjax.kv.merging.ems import ZeroClass
+from streamjax.kv.merging.kvmerger import Gaussian
+from streamjax.kv.merging.merge import Joining, Merge, Side
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
@@ -50,6 +56,7 @@ __all__ = [
     "CUR",
     "H2O",
     "TOVA",
+    "Anchors",
     "Cache",
     "Cascade",
     "ChunkKV",
@@ -62,9 +69,12 @@ __all__ = [
     "ExpectedAttention",
     "Finch",
     "Full",
+    "Gaussian",
     "HeadGroups",
     "Held",
     "Index",
+    "IntoFollowing",
+    "Joining",
     "KNorm",
     "KVSpec",
     "KVTokens",
@@ -74,8 +84,10 @@ __all__ = [
     "LagKV",
     "Leverage",
     "Mean",
+    "Merge",
     "Middle",
     "MinMax",
+    "NearestAbove",
     "Pages",
     "Preset",
     "QFilters",
@@ -85,11 +97,13 @@ __all__ = [
     "Scissorhands",
     "Score",
     "Scored",
+    "Side",
     "Sink",
     "SnapKV",
     "Tier",
     "Window",
     "WindowKV",
+    "ZeroClass",
     "describe",
     "parse_preset",
     "preset",

@@ -7,6 +7,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.models.mixers.attention import SequenceContext
+from tests.oracles import merging, scored
 from tests.oracles.scored import lag_worth
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
 from tests.streaming.tiny_sessions import BYTES, PROMPT, start
@@ -197,6 +198,37 @@ def test_methods_for_prompts_as_published(prompt, name):
                 np.testing.assert_allclose(kept_v[row, head, :size], v[row, kept, head], atol=1e-4)
     _, logits = read_stream(model, new, random_tokens(2, 20, seed=1), [1])
     assert np.isfinite(logits).all()
+
+
+MERGES = {
+    "kvmerger": (sj.kv.Gaussian(threshold=-0.1), merging.gaussian(-0.1)),
+    "elastic_cache": (sj.kv.Anchors(), merging.anchors),
+    "ems": (sj.kv.ZeroClass(threshold=0.2), merging.zero_class(0.2)),
+    "d2o": (sj.kv.NearestAbove(), merging.nearest_above(0.7)),
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_what_does_not_stay_is_merged(prompt, name):
+    """One choice of a whole prompt: keys and values of every head, against the rule on plain lists."""
+    model, tokens, state, found = prompt
+    merge, join = MERGES[name]
+    cache = sj.kv.Cascade(sj.kv.Window(QUERIES), sj.kv.Scored(SIZE, sj.kv.SnapKV(QUERIES, 3), every=8, merge=merge))
+    new = sj.compact(model, state, cache, tokens[:, -QUERIES:])
+    for (q, k, v), layer in zip(found, new.layers, strict=True):
+        slots = layer[-1].slots
+        for row in range(2):
+            worth = snapkv(q[row], k[row], v[row], model.config.blocks[0].mixer.softmax_scale)
+            for head in range(2):
+                kept = np.asarray(slots.position)[row, head, :SIZE].tolist()
+                rest = [i for i in range(LENGTH - QUERIES) if i not in kept]
+                stays, leaves = ([[k[row, i, head], v[row, i, head], i] for i in some] for some in (kept, rest))
+                lists = merging.Stream(scored.Rule(2, 0, 0, SIZE, 8, scored.mass, 1.0), join)
+                join(lists, head, stays, leaves, dict(enumerate(worth[head])))
+                for mine, theirs in ((slots.k, 0), (slots.v, 1)):
+                    expected = np.array([entry[theirs] for entry in stays])
+                    np.testing.assert_allclose(np.asarray(mine)[row, head, :SIZE], expected, atol=1e-4)
+                assert max(np.abs(e[0] - k[row, e[2], head]).max() for e in stays) > 1e-2
 
 
 KEPT = [

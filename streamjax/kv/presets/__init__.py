@@ -1,11 +1,15 @@
 """Published systems as cascades, one file each; importing a file registers its preset."""
 
 from streamjax.kv.presets import (
+    cam,
     chunkkv,
     curdkv,
+    d2o,
     dense,
     dhsa,
     duo_attention,
+    elastic_cache,
+    ems,
     expected_attention,
     finch,
     h2o,
@@ -14,6 +18,7 @@ from streamjax.kv.presets import (
     inf_llm,
     keydiff,
     knorm,
+    kvmerger,
     kvzip,
     lagkv,
     leverage,
@@ -36,11 +41,15 @@ from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 
 __all__ = [
     "Preset",
+    "cam",
     "chunkkv",
     "curdkv",
+    "d2o",
     "dense",
     "dhsa",
     "duo_attention",
+    "elastic_cache",
+    "ems",
     "expected_attention",
     "finch",
     "h2o",
@@ -49,6 +58,7 @@ __all__ = [
     "inf_llm",
     "keydiff",
     "knorm",
+    "kvmerger",
     "kvzip",
     "lagkv",
     "leverage",

@@ -21,9 +21,14 @@ class RandomChoice(Score):
         check_fields(self)
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        head = jnp.arange(held.k.shape[1], dtype=jnp.uint32)[:, None]
-        mixed = _mixed(held.position ^ _mixed(head + jnp.uint32(self.seed * 0x9E3779B9 % 2**32)))
-        return (mixed >> 8).astype(jnp.float32) * 2.0**-24
+        return hashed(jnp.broadcast_to(held.position, held.k.shape[:3]), self.seed)
+
+
+def hashed(position: UInt32[Array, "B K S"], seed: int) -> Float[Array, "B K S"]:
+    """A number in [0, 1) for each position and key head."""
+    head = jnp.arange(position.shape[1], dtype=jnp.uint32)[:, None]
+    mixed = _mixed(position ^ _mixed(head + jnp.uint32(seed * 0x9E3779B9 % 2**32)))
+    return (mixed >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -12,19 +12,23 @@ when it is chosen: the slots of the worst tokens are those that the next tokens 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
+from streamjax.kv.merging.merge import Merge, side
 from streamjax.kv.noting import Noting
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.slot_state import SlotState, exchange, take_slots, write
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Stored, Tier
+
+_LATER = ("merge",)  # fields that came after the first streams with such a tier were saved
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +37,7 @@ class ScoredState:
     """free: the slots that the next tokens take, in this order, and `taken` how many of them have been taken.
 
     clock: tokens of the stream since room was made, in [0, every). memory: the score's. now: the next token's position.
+    joining: the merge rule's memory.
     """
 
     slots: SlotState
@@ -41,9 +46,10 @@ class ScoredState:
     clock: Int32[Array, " B"]
     now: UInt32[Array, " B"]
     memory: State
+    joining: State = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Scored(Tier):
     """Keeps the `size` tokens with the highest score, and up to `every` that have come since it last chose.
 
@@ -54,6 +60,8 @@ class Scored(Tier):
       every: tokens of the stream after which it chooses. 1 is the published rule of most scores, and reads a prompt
         token by token; a prefill is the faster the more there are.
       distance: all stored tokens stand this far behind every query, see `Pages`. At their true distance where None.
+      merge: what becomes of tokens that lose, in those that stay, `Gaussian()` or another `Merge`; the tier is then the
+        last of its cascade. They fall to the next tier, or are gone, where None.
 
     Raises:
       ValueError: sizes that make no sense, or that the score refuses.
@@ -66,10 +74,19 @@ class Scored(Tier):
     per_head: bool = True
     every: Size = 64
     distance: Size | None = None
+    merge: Merge | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         self.score.check(self.every)
+        if self.merge is not None:  # of this one, where the class says of all
+            object.__setattr__(self, "last_because", f"{type(self.merge).__name__} merges what would fall")
+
+    def __repr__(self) -> str:
+        """Without what was added to the class since streams were saved, and is not used."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shown = (f"{name}={value!r}" for name, value in fields.items() if name not in _LATER or value is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def slots(self) -> int:
@@ -113,6 +130,7 @@ class Scored(Tier):
             clock=spec.counter(),
             now=spec.counter().astype(jnp.uint32),
             memory=self.score.memory(spec),
+            joining=() if self.merge is None else self.merge.memory(spec),
         )
 
     def _placed(self, query: Query) -> Query:
@@ -187,28 +205,38 @@ class Scored(Tier):
         """Where a block of `every` tokens is over: choose the slots that the next block's tokens take."""
         due = state.clock >= self.every
 
-        def choose(slots: SlotState) -> tuple[Array, Array, Array | None]:
+        def choose(slots: SlotState) -> tuple[Array, Array, Array | None, tuple]:
             # Fused with the write, this read would make the CPU compiler copy the whole buffer.
             slots = jax.lax.optimization_barrier(slots)
-            rank = self._ranked(slots, state.memory, state.now, tokens.rotary)
+            rank = self._ranked(jax.lax.stop_gradient(slots), state.memory, state.now, tokens.rotary)
             worst = lowest(rank, slots, state.now, self.every)
             here = due[:, None, None]
             note = None if slots.note is None or not self.score.remembers else jnp.where(here, rank, slots.note)
             left = jax.vmap(jax.vmap(lambda valid, at: valid.at[at].set(False)))(slots.valid, worst)
-            return jnp.where(here, worst, state.free), jnp.where(here & gone, left, slots.valid), note
+            merged: tuple = ()
+            if self.merge is not None:
+                every = jnp.broadcast_to(jnp.arange(rank.shape[2], dtype=jnp.int32), rank.shape)
+                stays = side(dataclasses.replace(slots, valid=left), rank, every)
+                merged = self.merge.merged(stays, side(slots, rank, worst), state.joining, tokens.rotary)
+                merged = jax.tree.map(partial(_of_rows, due), merged, (slots.k, slots.v, state.joining))
+            return jnp.where(here, worst, state.free), jnp.where(here & gone, left, slots.valid), note, merged
 
-        def wait(slots: SlotState) -> tuple[Array, Array, Array | None]:
-            return state.free, slots.valid, slots.note if self.score.remembers else None
+        def wait(slots: SlotState) -> tuple[Array, Array, Array | None, tuple]:
+            merged = () if self.merge is None else (slots.k, slots.v, state.joining)
+            return state.free, slots.valid, slots.note if self.score.remembers else None, merged
 
-        free, valid, note = jax.lax.cond(due.any(), choose, wait, jax.lax.stop_gradient(state.slots))
-        slots = dataclasses.replace(state.slots, valid=valid, note=note if self.score.remembers else state.slots.note)
+        slots = state.slots if self.merge is not None else jax.lax.stop_gradient(state.slots)
+        free, valid, note, merged = jax.lax.cond(due.any(), choose, wait, slots)
+        k, v, joining = merged or (state.slots.k, state.slots.v, state.joining)
+        note = note if self.score.remembers else state.slots.note
         none = jnp.zeros_like(state.clock)
         return dataclasses.replace(
             state,
-            slots=slots,
+            slots=dataclasses.replace(state.slots, k=k, v=v, valid=valid, note=note),
             free=free,
             taken=jnp.where(due, none, state.taken),
             clock=jnp.where(due, none, state.clock),
+            joining=joining,
         )
 
     def _ranked(
@@ -240,37 +268,41 @@ class Scored(Tier):
         split = max(rank.shape[2] - self.size, 0)
         falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))
 
-        def put(buffer: Array, chunk: Array) -> Array:
-            found = take_slots(chunk, jnp.broadcast_to(stays, (*chunk.shape[:2], stays.shape[2])))
+        k, v, joining = _taken(given.k, stays), _taken(given.v, stays), state.joining
+        if self.merge is not None:
+            both = side(given, rank, stays), side(given, rank, falls)
+            k, v, joining = self.merge.merged(*both, joining, tokens.rotary)
+
+        def put(buffer: Array, found: Array) -> Array:
             found = jnp.broadcast_to(found, (*buffer.shape[:2], *found.shape[2:]))
             return buffer.at[:, :, : found.shape[2]].set(found.astype(buffer.dtype))
 
-        kept = jnp.minimum(count, self.size)
         slots = SlotState(
-            k=put(state.slots.k, tokens.k),
-            v=put(state.slots.v, tokens.v),
-            position=put(state.slots.position, position),
-            valid=put(state.slots.valid, valid),
-            filled=kept,
-            note=None if state.slots.note is None or note is None else put(state.slots.note, note),
+            k=put(state.slots.k, k),
+            v=put(state.slots.v, v),
+            position=put(state.slots.position, _taken(position, stays)),
+            valid=put(state.slots.valid, _taken(valid, stays)),
+            filled=jnp.minimum(count, self.size),
+            note=None if state.slots.note is None or note is None else put(state.slots.note, _taken(note, stays)),
         )
         # slots that hold nothing are as many as are needed, and come first
         free = lowest(jnp.zeros(slots.valid.shape, jnp.float32), slots, now, self.every)
-        new = dataclasses.replace(state, slots=slots, free=free, memory=memory, now=now)
+        new = dataclasses.replace(state, slots=slots, free=free, memory=memory, now=now, joining=joining)
 
-        def left(x: Array) -> Array:
-            return take_slots(x, jnp.broadcast_to(falls, (*x.shape[:2], falls.shape[2])))
-
-        rest = dataclasses.replace(
-            tokens,
-            k=left(tokens.k),
-            v=left(tokens.v),
-            raw_k=left(tokens.raw_k),
-            position=left(position),
-            valid=left(valid)[:, :1],
-            score=None if self.score.remembers or tokens.score is None else left(tokens.score),
-        )
+        k, v, raw_k = (_taken(x, falls) for x in (tokens.k, tokens.v, tokens.raw_k))
+        score = None if self.score.remembers or tokens.score is None else _taken(tokens.score, falls)
+        places, there = _taken(position, falls), _taken(valid, falls)[:, :1]
+        rest = dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, position=places, valid=there, score=score)
         return new, rest if self.distance is None else rest.moved(back=False)
+
+
+def _taken(x: Array, at: Int32[Array, "B N M"]) -> Array:
+    return take_slots(x, jnp.broadcast_to(at, (*x.shape[:2], at.shape[2])))
+
+
+def _of_rows(due: Bool[Array, " B"], new: Array, old: Array) -> Array:
+    """The new values in the rows that are due."""
+    return jnp.where(due.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def lowest(

@@ -1,0 +1,111 @@
+"""What becomes of tokens that lose, against plain lists, for every merge rule; what does not depend on cuts."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from streamjax.kv import (
+    H2O,
+    Anchors,
+    Cascade,
+    Full,
+    Gaussian,
+    IntoFollowing,
+    KNorm,
+    NearestAbove,
+    Scored,
+    Sink,
+    Window,
+    ZeroClass,
+)
+from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, gradients, run
+from tests.oracles import merging as oracle
+from tests.oracles import scored
+
+SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 7, 4, 37
+RULES = {
+    "d2o": (NearestAbove(momentum=0.3), oracle.nearest_above(0.3)),
+    "kvmerger": (Gaussian(threshold=-0.2), oracle.gaussian(-0.2)),
+    "elastic cache": (Anchors(), oracle.anchors),
+    "ems": (ZeroClass(threshold=0.1), oracle.zero_class(0.1)),
+    "cam": (IntoFollowing(count=3, seed=4), oracle.into_following(3, 4)),
+    "d2o, turned": (NearestAbove(turned=True), oracle.nearest_above(0.7)),
+}
+
+
+def cascade(merge, **options):
+    return Cascade(Sink(SINKS, reach=10**6), Window(WINDOW), Scored(SIZE, H2O(), every=EVERY, merge=merge, **options))
+
+
+def by_lists(rule, join, stream, turned=False):
+    rows = []
+    for q, k, v in zip(stream.q, stream.k, stream.v, strict=True):
+        lists = oracle.Stream(rule, join, turned)
+        rows.append([lists.read(q[i], (k[i], v[i], i)) for i in range(len(q))])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "distance", "together"),
+    [*((name, None, False) for name in RULES), ("kvmerger", 9, False), ("elastic cache", None, True)],
+)
+def test_a_stream_token_by_token(name, distance, together):
+    merge, join = RULES[name]
+    stream = Stream.drawn(2, LENGTH)
+    rule = scored.Rule(
+        KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, scored.mass, SCALE, None, FREQUENCIES, distance, together
+    )  # fmt: skip
+    out = by_lists(rule, join, stream, merge.turned)
+    mine = cascade(merge, per_head=not together, distance=distance)
+    for counts, width in (([1], None), ([(3, 1), (1, 6)], 6))[: 1 if distance else 2]:
+        found, _ = run(mine, stream, counts, width=width, frequencies=FREQUENCIES)
+        np.testing.assert_allclose(found, out, atol=2e-4)
+    dropped, _ = run(cascade(None, per_head=not together, distance=distance), stream, [1], frequencies=FREQUENCIES)
+    assert np.abs(dropped - out).max() > 1e-2
+
+
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(st.sampled_from(list(RULES)), st.lists(st.integers(1, 6), min_size=1, max_size=8))
+def test_a_stream_is_the_same_however_it_is_cut(name, counts):
+    stream, mine = Stream.drawn(2, LENGTH), cascade(RULES[name][0])
+    start = 2**32 - 20  # the counter of positions wraps on the way
+    (found, state), (expected, like) = (
+        run(mine, stream, cut, width=6, start=start, frequencies=FREQUENCIES) for cut in (counts, [1])
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=1e-4)
+
+
+def test_gradients_flow_through_what_was_merged():
+    stream = Stream.drawn(1, 24)
+    for name, x in zip("qkv", gradients(cascade(Anchors()), stream, 24), strict=True):
+        assert np.isfinite(x).all(), name
+        assert np.abs(x).max() > 1e-3, name
+
+
+@pytest.mark.quick
+def test_what_does_not_fit_is_refused():
+    merging = Scored(4, KNorm(), merge=Gaussian())
+    for make, message in (
+        (
+            lambda: Cascade(merging, Full(9)),
+            "Scored must be the last tier of a Cascade: Gaussian merges",
+        ),
+        (lambda: Scored(4, KNorm(), merge="d2o"), "Scored.merge is 'd2o': it must be Merge or None"),
+        (lambda: NearestAbove(momentum=1.5), "NearestAbove.momentum is 1.5: it must be a number from 0 to 1"),
+        (lambda: IntoFollowing(count=0), "IntoFollowing.count is 0: it must be a whole number of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            make()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.quick
+def test_streams_saved_before_there_were_merge_rules_still_fit():
+    """Saved streams name their caches in words."""
+    plain = "Scored(size=4, score=KNorm(), per_head=True, every=64, distance=None)"
+    assert repr(Scored(4, KNorm())) == plain
+    assert repr(Scored(4, KNorm(), merge=Anchors())) == plain[:-1] + ", merge=Anchors(turned=False))"
