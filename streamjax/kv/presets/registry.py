@@ -21,6 +21,7 @@ class Preset:
     """A named cache: what it does in one line, the paper it is from, and the function that builds it.
 
     `fitted` has, for options whose default does not fit every capacity, the value of the default from all options.
+    `grows` names the options by which it grows, where `scales` would name others.
     """
 
     name: str
@@ -28,11 +29,27 @@ class Preset:
     paper: str
     build: Callable[..., Built]
     fitted: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
+    grows: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
         """Option names and their defaults, at the default capacity."""
         return {name: p.default for name, p in inspect.signature(self.build).parameters.items()}
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Options by which it is made larger or smaller, in proportion to their defaults; what it keeps comes first.
+
+        What it has room for, or else the window; and with `size` also a window that is a good part of the cache.
+        """
+        if self.grows:
+            return self.grows
+        usual = self.options
+        main = next((option for option in ("capacity", "size", "recent", "window") if option in usual), None)
+        if main is None:
+            return ()
+        shared = main == "size" and usual.get("window", 0) > usual["size"] // 4
+        return (main, "window") if shared else (main,)
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options: those that are given, and of the others the defaults that fit them."""
@@ -46,17 +63,20 @@ class Preset:
 _PRESETS: dict[str, Preset] = {}
 
 
-def register(paper: str, **fitted: Rule) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
+def register(
+    paper: str, grows: tuple[str, ...] = (), **fitted: Rule
+) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
     """Decorator: register a builder under its own name; the first line of its docstring is the summary.
 
     Args:
       paper: its title and where it is.
+      grows: options by which it grows, where they are others than `Preset.scales` finds.
       **fitted: options whose default depends on others, in the order in which they do; see `Preset`.
     """
 
     def add(build: Callable[..., Built]) -> Callable[..., Built]:
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build, fitted)
+        _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build, fitted, grows)
         return build
 
     return add
