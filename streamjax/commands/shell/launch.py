@@ -114,6 +114,11 @@ def find_heads() -> int:
     return launch("find_heads")
 
 
+def leaderboard() -> int:
+    """`streamjax-leaderboard`."""
+    return launch("leaderboard")
+
+
 def perplexity() -> int:
     """`streamjax-perplexity`."""
     return launch("perplexity")
