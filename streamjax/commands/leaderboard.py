@@ -43,7 +43,8 @@ from streamjax.commands.shell.runner import give, run_command
 from streamjax.data.recall.chat_frames import ChatFrame, chat_frame
 from streamjax.data.ruler import make_example, task_names
 from streamjax.data.text.tokenizers import Tokenizer
-from streamjax.evaluation.equal_bytes import sized, state_bytes
+from streamjax.evaluation.cache_sizes import describe
+from streamjax.evaluation.equal_bytes import sized
 from streamjax.evaluation.leaderboard import MOMENTS, Encoded, answer, perplexity_behind
 from streamjax.evaluation.leaderboard_rows import mean_and_error, read_rows, summarise, table
 from streamjax.kv.description import describe_cache
@@ -194,8 +195,8 @@ def make_caches(
     """A dense cache, each cache by each budget, and those that are as they are; and what there is none of, and why."""
     whole = preset("dense", capacity=length + room)
     caches: list[Labelled] = [("dense", "dense", 1.0, whole)]
-    dense = state_bytes(model, preset("dense", capacity=length))
-    beside = state_bytes(model, whole) - dense
+    dense = describe(preset("dense", capacity=length), model).total
+    beside = describe(whole, model).total - dense
     refused = {}
     for spec in dict.fromkeys(specs):
         name, options = parse_preset(spec)
@@ -210,7 +211,7 @@ def make_caches(
         for budget in budgets:
             label = f"{spec} {budget:g}"
             try:
-                caches.append((label, spec, budget, sized(name, model, budget * dense + free, options)[0]))
+                caches.append((label, spec, budget, sized(name, model, budget * dense + free, **options)))
             except ValueError as error:
                 refused[label] = str(error)
     for spec in dict.fromkeys(fixed):
@@ -233,7 +234,7 @@ def run(
                 return
             bar.set_description(f"{label} {task}")
             if label not in rows:
-                size = state_bytes(model, cache)
+                size = describe(cache, model).total
                 rows[label] = {"label": label, "method": method, "budget": budget, "cache": describe_cache(cache),
                                "state_bytes": size, "bytes_per_token": size / length, "tasks": {},
                                "timing": {}}  # fmt: skip

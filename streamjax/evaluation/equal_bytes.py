@@ -1,77 +1,56 @@
-"""Caches of one size in bytes: what a state takes, and a preset that is as large as a number of bytes allows."""
+"""A preset that is as large as a number of bytes allows, to compare caches that cost the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-
+from streamjax.evaluation.cache_sizes import describe
 from streamjax.evaluation.memory import human_bytes
 from streamjax.kv.presets.registry import Built, preset, presets
 from streamjax.models.decoder import Decoder
-from streamjax.streaming import init_state
 
 _LEAST = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # where the smallest cache of a preset is looked for
 
 
-def state_bytes(model: Decoder, cache: Built) -> int:
-    """Bytes of one stream's state under a cache, by its shapes: nothing is allocated."""
-    shapes = jax.eval_shape(lambda: init_state(model, cache))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-
-def sized(
-    name: str, model: Decoder, budget: float, options: Mapping[str, Any] | None = None
-) -> tuple[Built, dict[str, Any]]:
+def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
     """The largest cache of a preset whose state for one stream takes at most `budget` bytes.
+
+    >>> sj.kv.sized("snapkv", model, sj.kv.describe(sj.kv.preset("dense", capacity=4096), model).total / 8)
 
     Args:
       name: one of `sj.kv.presets()`.
       model: whose keys and values it holds.
       budget: bytes, of everything in the state: keys and values, and what a method notes beside them.
-      options: the preset's other options; those by which it grows, `Preset.scales`, are found here.
-
-    Returns:
-      The cache, and all options that were given to the preset.
+      **options: the preset's other options; those by which it grows, `Preset.scales`, are found here.
 
     Raises:
-      ValueError: a preset that does not grow, an option in `options` by which it does, or a budget below the smallest
-        cache that there is.
-
-    Example:
-      >>> cache, options = sized("streaming_llm", model, 2e6)  # doctest: +SKIP
-      >>> options  # doctest: +SKIP
-      {'window': 356}
+      ValueError: a preset that there is not or that does not grow, an option by which it does, or a budget below the
+        smallest cache that there is.
     """
-    given = dict(options or {})
+    if name not in presets():
+        preset(name)  # raises, and says what there is
     entry = presets()[name]
-    scales = tuple(option for option in entry.scales if option not in given)
+    scales, usual = tuple(option for option in entry.scales if option not in options), entry.options
     if not scales:
-        raise ValueError(f"cache {name!r} has no size left to find: leave {', '.join(entry.scales) or 'it'} open")
-    usual = entry.options
-    step = given.get("page", usual.get("page", 1)) if "capacity" in scales else 1
+        raise ValueError(f"cache {name!r} has no size left to find: do not give {', '.join(entry.scales) or 'one'}")
+    step = options.get("page", usual.get("page", 1)) if "capacity" in scales else 1
 
     def at(count: int) -> dict[str, Any]:
         """Options where the first one is `count` steps, and the others keep their proportion to it."""
         main = count * step
-        return {**given, **{option: max(1, round(main * usual[option] / usual[scales[0]])) for option in scales}}
-
-    def build(count: int) -> Built | None:
-        try:
-            return preset(name, **at(count))
-        except ValueError:  # too small for its other options, or of a size that it does not take
-            return None
+        return {**options, **{option: max(1, round(main * usual[option] / usual[scales[0]])) for option in scales}}
 
     def takes(count: int) -> float:
-        cache = build(count)
-        return math.inf if cache is None else state_bytes(model, cache)
+        try:
+            return describe(preset(name, **at(count)), model).total
+        except ValueError:  # too small for its other options, or of a size that it does not take
+            return math.nan
 
-    least = next((count for count in _LEAST if build(count) is not None), None)
+    least = next((count for count in _LEAST if not math.isnan(takes(count))), None)
     if least is None:
-        preset(name, **at(_LEAST[-1]))  # raises, and says why
-        raise AssertionError("a preset that could not be built was built")
+        describe(preset(name, **at(_LEAST[-1])), model)  # raises, and says why
+        raise AssertionError("a cache that could not be made was made")
     if (smallest := takes(least)) > budget:
         raise ValueError(
             f"cache {name!r} takes {human_bytes(smallest)} at least with this model, and the budget is "
@@ -83,4 +62,4 @@ def sized(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if takes(middle) <= budget else (low, middle)
-    return preset(name, **at(low)), {option: at(low)[option] for option in (*given, *scales)}
+    return preset(name, **at(low))

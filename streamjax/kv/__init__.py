@@ -48,9 +48,11 @@ from streamjax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from streamjax.evaluation.cache_sizes import describe
+    from streamjax.evaluation.equal_bytes import sized
 
 # What a cache takes depends on a model: it stands above models, and has its name among caches, where one looks for it.
-__getattr__, __dir__ = lazy_names(__name__, {"streamjax.evaluation.cache_sizes": ("describe",)})
+_HOMES = {"streamjax.evaluation.cache_sizes": ("describe",), "streamjax.evaluation.equal_bytes": ("sized",)}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 __all__ = [
     "CUR",
@@ -108,4 +110,5 @@ __all__ = [
     "parse_preset",
     "preset",
     "presets",
+    "sized",
 ]

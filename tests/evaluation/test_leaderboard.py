@@ -1,0 +1,98 @@
+"""Caches on tasks: what is answered is what the steps give one by one, at either moment."""
+
+import jax
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.data import ByteTokenizer
+from streamjax.data.ruler import make_example
+from streamjax.evaluation.leaderboard import Encoded, answer, perplexity_behind
+from streamjax.evaluation.leaderboard_rows import mean_and_error, summarise
+
+BYTES = ByteTokenizer()
+CHUNK = 128
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = sj.UniformConfig(
+        vocab_size=259, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16,
+        tie_embeddings=True,
+    )  # fmt: skip
+    return sj.Decoder(config, jax.random.key(2))
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return [Encoded.of(BYTES, make_example("passkey", 500, BYTES, seed)) for seed in range(2)]
+
+
+def by_hand(model, cache, examples, compacted=lambda state: state):
+    """What the library's own steps give."""
+    state = sj.read(model, sj.init_state(model, cache, len(examples)), [e.context for e in examples], CHUNK)
+    sampler = sj.Sampler(temperature=0)
+    prompts = [e.prompts[0] for e in examples]
+    options = {"max_new_tokens": 6, "sampler": sampler, "stop_tokens": (257,), "chunk_size": CHUNK}
+    _, tokens = sj.generate(model, compacted(state), prompts, **options)
+    return [[BYTES.decode([int(t) for t in row if t >= 0 and t != 257])] for row in tokens]
+
+
+CACHES = {
+    "snapkv": sj.kv.preset("snapkv", window=32, size=60, every=192),
+    "h2o": sj.kv.preset("h2o", window=32, size=60, every=192),
+    "kvzip": sj.kv.preset("kvzip", size=90, every=192),
+    "streaming_llm": sj.kv.preset("streaming_llm", sinks=4, window=90),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["h2o", *(pytest.param(name, marks=pytest.mark.slow) for name in CACHES if name != "h2o")]
+)
+def test_a_prompt_is_compacted_as_its_paper_says(model, examples, name):
+    cache, contexts = CACHES[name], [encoded.context for encoded in examples]
+
+    def compacted(state):
+        if name == "streaming_llm":
+            return sj.compact(model, state, cache)
+        shortest = min(map(len, contexts))
+        if name == "kvzip":
+            asked = BYTES.encode("\n\nRepeat the text above, word for word.\n\n")
+            return sj.compact(model, state, cache, [asked + ids[-shortest:] for ids in contexts], stored=False)
+        width = shortest if name == "h2o" else 32  # H2O: the whole prompt's queries, which are equally many here
+        assert name != "h2o" or len(set(map(len, contexts))) == 1
+        return sj.compact(model, state, cache, [ids[-width:] for ids in contexts])
+
+    found = answer(model, BYTES, cache, examples, moment="prompt", batch_size=2, chunk_size=CHUNK)
+    assert found.said == by_hand(model, sj.kv.preset("dense", capacity=max(map(len, contexts))), examples, compacted)
+
+
+def test_batches_are_filled_and_say_what_the_steps_say(model, examples):
+    cache = CACHES["streaming_llm"]
+    told = []
+    found = answer(model, BYTES, cache, [*examples, examples[1]], batch_size=2, chunk_size=CHUNK, progress=told.append)
+    assert told == [2, 1]
+    first, second = by_hand(model, cache, examples)
+    assert found.said == [first, second, second]
+    assert found.read_per_second > 0
+    assert found.written_per_second > 0
+
+
+def test_perplexity_is_that_of_the_tokens_behind_the_context(model):
+    ids = np.random.default_rng(0).integers(0, 255, 1000).tolist()
+    cache = CACHES["streaming_llm"]
+    found = perplexity_behind(model, BYTES, cache, ids, length=300, scored=100, rows=2, chunk_size=CHUNK)
+    rows = [[256, *ids[start : start + 399]] for start in (0, 400)]  # BOS, and 399 tokens
+    _, nats = sj.score(model, sj.init_state(model, cache, 2), np.array(rows), CHUNK)
+    assert found == pytest.approx(float(np.exp(np.asarray(nats)[:, 300:].mean(dtype=np.float64))), rel=1e-4)
+    with pytest.raises(ValueError, match="the text has 1,000 tokens: perplexity behind 2,000 needs 2,100"):
+        perplexity_behind(model, BYTES, cache, ids, length=2000, scored=100)
+
+
+def test_means_and_their_errors():
+    mean, error = mean_and_error([1.0, 0.0, 1.0, 1.0])
+    assert mean == 0.75
+    assert error == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
+    row = {"tasks": {"a": {"mean": 0.5, "standard_error": 0.3}, "b": {"mean": 1.0, "standard_error": 0.4}}}
+    summarise(row)
+    assert (row["mean"], row["standard_error"]) == (0.75, 0.25)
