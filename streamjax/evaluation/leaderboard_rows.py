@@ -72,8 +72,7 @@ def table(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
 
 
 def _percent(found: Mapping[str, Any] | None) -> str:
-    if found is None or found.get("mean") is None:
+    mean, error = (None, None) if found is None else (found.get("mean"), found.get("standard_error"))
+    if mean is None:
         return "-"
-    error = found.get("standard_error")
-    known = error is not None and error == error  # NaN where there is one example alone
-    return f"{100 * found['mean']:.0f}" + (f"±{100 * error:.0f}" if known else "")
+    return f"{100 * mean:.0f}" + (f"±{100 * error:.0f}" if error is not None and not math.isnan(error) else "")
