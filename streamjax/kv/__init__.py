@@ -18,6 +18,7 @@ from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.scores.chunkkv import ChunkKV
+from streamjax.kv.scores.criticalkv import CriticalKV
 from streamjax.kv.scores.cur import CUR
 from streamjax.kv.scores.expected_attention import ExpectedAttention
 from streamjax.kv.scores.finch import Finch
@@ -66,6 +67,7 @@ __all__ = [
     "Clusters",
     "Compensation",
     "ContentPages",
+    "CriticalKV",
     "CurrentChunk",
     "EndTokens",
     "ExpectedAttention",

@@ -39,6 +39,11 @@ class Cache:
         return False
 
     @property
+    def needs_outputs(self) -> bool:
+        """Whether tokens have to come with what takes values to the layer's output (`KVTokens.outputs`)."""
+        return False
+
+    @property
     def shares_values(self) -> bool:
         """Whether values without channels are understood: each token's key is its value (latent attention)."""
         return False

@@ -78,6 +78,10 @@ class Cascade(Cache):
         return any(tier.needs_ids for tier in self.tiers)
 
     @property
+    def needs_outputs(self) -> bool:
+        return any(tier.needs_outputs for tier in self.tiers)
+
+    @property
     def shares_values(self) -> bool:
         return all(tier.shares_values for tier in self.tiers)
 

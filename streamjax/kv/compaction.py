@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
-from pallas_kernels.partial import add_sinks, merge
+from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.noting import Noting
 from streamjax.kv.scores.score import Score
 from streamjax.kv.slot_state import take_slots
 from streamjax.kv.tier import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
@@ -30,10 +29,13 @@ from streamjax.kv.tiers.window import Window
 class Compaction(Cache):
     """`update` lets queries read the state of `old`, and returns what they read and the state of `new`.
 
+    Its state is that of `old`, and what earlier queries said: `Asked`, or None where there were none.
+
     Args:
       old, new: how tokens are kept before and after.
       asked: the queries are to decide; otherwise they stand for nothing, and none of them is valid.
       stored: the queries' tokens are the newest that `old` holds; otherwise they would come next.
+      more: other queries follow; instead of a new state, `update` returns what all so far said.
 
     Raises:
       ValueError: a cascade whose tokens cannot be taken out, or that cannot take them, or one that wants queries
@@ -44,6 +46,7 @@ class Compaction(Cache):
     new: Cascade
     asked: bool
     stored: bool
+    more: bool = False
 
     def __post_init__(self) -> None:
         for cascade in (self.old, self.new):
@@ -76,41 +79,44 @@ class Compaction(Cache):
                 raise ValueError(f"the heads hold different tokens {beyond}: {name}({size}) cannot have them all")
 
     @property
+    def needs_outputs(self) -> bool:
+        return self.new.needs_outputs
+
+    @property
     def shares_values(self) -> bool:
         return self.old.shares_values
 
     def update(
-        self, state: tuple[State, ...], query: Query, tokens: KVTokens
-    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
-        parts = [tier.attend(part, query, self.old.reach) for tier, part in zip(self.old.tiers, state, strict=True)]
-        if not self.stored:
-            parts.append(query.attend_own(tokens, self.old.reach))
-        whole = add_sinks(merge(*parts), query.sink_logits)
+        self, state: tuple[tuple[State, ...], Asked | None], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...] | Asked]:
+        state, before = state
+        whole = attended(self.old, state, query, tokens, self.stored)
         if self.old == self.new:
-            return whole.out, state
-        assert query.valid is not None
-        # the queries stand at the end of the chunk: the last of them is the newest token, or follows it
-        width = query.q.shape[1]
-        now = query.position[:, -1] + 1 if self.stored else query.position[:, 0] + _leading(query.valid)
-        held = in_stream_order(
-            [tier.stored(part, query.rotary) for tier, part in zip(self.old.tiers, state, strict=True)], now
-        )
+            return whole.out, Asked(None, ()) if self.more else state
+        held, now = all_held(self.old, state, query, self.stored)
         rule = next(filter(None, (tier.wants_noted for tier in self.new.tiers)), None)
+        note = held.note if before is None else before.note
         if rule is not None and self.asked:
+            width = query.q.shape[1]
             block = EvictionBlock(jnp.zeros_like(query.seen), width, self.old.slots)
             asks = dataclasses.replace(query, block=block)
-            held = held._replace(note=rule.noted(None, asks, held.k, held.position, held.valid, whole.lse))
-        return whole.out, self._laid_out(state, held, query, now, rule)
-
-    def _laid_out(
-        self, state: tuple[State, ...], held: Stored, query: Query, now: UInt32[Array, " B"], rule: Noting | None
-    ) -> tuple[State, ...]:
-        rows, heads, _, width = held.k.shape
-        per_head = held.position.shape[1] > 1
-        values = held.v if held.v.shape[-1] or self.new.shares_values else held.k
-        spec = KVSpec(
-            rows, heads, width, held.k.dtype, query.q.shape[2] // heads, value_dim=values.shape[-1], per_head=per_head
+            note = None if before is None else before.note
+            note = rule.noted(note, asks, held.k, held.position, held.valid, whole.lse)
+        held = held._replace(note=note if rule is not None else None)
+        rest, spec = self._tokens(held, query, tokens)
+        memories = tuple(
+            self._memory(tier, state, tier.score.memory(spec) if before is None else before.memories[i], query)
+            for i, tier in enumerate(tier for tier in self.new.tiers if isinstance(tier, Scored))
         )
+        asked = Asked(held.note, memories)
+        return whole.out, asked if self.more else self._laid_out(rest, spec, asked, query, now)
+
+    def _tokens(self, held: Stored, query: Query, tokens: KVTokens) -> tuple[KVTokens, KVSpec]:
+        """All that is held as tokens that fall into the new cascade, and the shapes of what it caches."""
+        rows, heads, _, width = held.k.shape
+        values = held.v if held.v.shape[-1] or self.new.shares_values else held.k
+        group, per_head = query.q.shape[2] // heads, held.position.shape[1] > 1
+        spec = KVSpec(rows, heads, width, held.k.dtype, group, value_dim=values.shape[-1], per_head=per_head)
         rest = KVTokens(
             k=held.k,
             v=values,
@@ -118,13 +124,20 @@ class Compaction(Cache):
             position=held.position,
             valid=held.valid[:, :1],  # every head holds as many
             rotary=query.rotary,
-            score=held.note if rule is not None else None,
+            score=held.note,
+            outputs=tokens.outputs,
         )
+        return rest, spec
+
+    def _laid_out(
+        self, rest: KVTokens, spec: KVSpec, asked: Asked, query: Query, now: UInt32[Array, " B"]
+    ) -> tuple[State, ...]:
+        memories, per_head = iter(asked.memories), spec.per_head
         new, shared = [], per_head
         for tier in self.new.tiers:
             empty = tier.init(dataclasses.replace(spec, per_head=per_head))
             if isinstance(tier, Scored):
-                filled, rest = tier.filled(empty, rest, self._memory(tier, state, empty.memory, query), now)
+                filled, rest = tier.filled(empty, rest, next(memories), now)
                 per_head, shared = per_head or tier.per_head, False
             else:
                 filled, rest = tier.absorb(empty, query, rest)
@@ -132,13 +145,41 @@ class Compaction(Cache):
             new.append(jax.tree.map(_of_all_heads, filled) if shared else filled)
         return tuple(new)
 
-    def _memory(self, tier: Scored, state: tuple[State, ...], empty: State, query: Query) -> State:
+    def _memory(self, tier: Scored, state: tuple[State, ...], so_far: State, query: Query) -> State:
         """What the score knows of the stream's queries: what it knew, or what those that are asked say."""
         if not self.asked:
             for other, part in zip(self.old.tiers, state, strict=True):
                 if isinstance(other, Scored) and other.score == tier.score:
                     return part.memory
-        return tier.score.watched(empty, query)
+        return tier.score.watched(so_far, query)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What queries said: the note of each token that is held, and the memory of each score."""
+
+    note: Float[Array, "B N S"] | None
+    memories: tuple[State, ...]
+
+
+def attended(old: Cascade, state: tuple[State, ...], query: Query, tokens: KVTokens, stored: bool) -> Partial:
+    """What queries read of a cascade and of their own chunk, whose tokens may be stored in it already."""
+    parts = [tier.attend(part, query, old.reach) for tier, part in zip(old.tiers, state, strict=True)]
+    if not stored:
+        parts.append(query.attend_own(tokens, old.reach))
+    return add_sinks(merge(*parts), query.sink_logits)
+
+
+def all_held(old: Cascade, state: tuple[State, ...], query: Query, stored: bool) -> tuple[Stored, UInt32[Array, " B"]]:
+    """All tokens that a cascade holds, oldest first, and the position of the stream's next one.
+
+    The queries stand at the end of their chunk: the last of them is the newest token if it is stored, or follows it.
+    """
+    assert query.valid is not None
+    now = query.position[:, -1] + 1 if stored else query.position[:, 0] + _leading(query.valid)
+    parts = [tier.stored(part, query.rotary) for tier, part in zip(old.tiers, state, strict=True)]
+    return in_stream_order(parts, now), now
 
 
 def in_stream_order(parts: list[Stored], now: UInt32[Array, " B"]) -> Stored:

@@ -66,6 +66,10 @@ class HeadGroups(Cache):
     def needs_ids(self) -> bool:
         return any(cascade.needs_ids for _, cascade in self.groups)
 
+    @property
+    def needs_outputs(self) -> bool:
+        return any(cascade.needs_outputs for _, cascade in self.groups)
+
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         if spec.kv_heads != self.heads:
             raise ValueError(f"HeadGroups places {self.heads} key heads, the model's layers have {spec.kv_heads}")
@@ -88,7 +92,9 @@ class HeadGroups(Cache):
             mine = dataclasses.replace(
                 query, q=queries(query.q), raw_q=queries(query.raw_q), slopes=slopes, sink_logits=sinks
             )
-            own = dataclasses.replace(tokens, **{name: getattr(tokens, name)[:, index] for name in ("k", "v", "raw_k")})
+            by_head = {name: getattr(tokens, name)[:, index] for name in ("k", "v", "raw_k")}
+            outputs = None if tokens.outputs is None else tokens.outputs[index]
+            own = dataclasses.replace(tokens, **by_head, outputs=outputs)
             out, new = cascade.update(part, mine, own)
             outs.append(rearrange(out, "b c (k g) d -> b c k g d", k=len(heads)))
             states.append(new)
@@ -125,7 +131,8 @@ def update_in_order(
     q, raw_q = (of_groups(x, order, 2) for x in (query.q, query.raw_q))
     mine = dataclasses.replace(query, q=q, raw_q=raw_q, slopes=slopes, sink_logits=sinks)
     k, v, raw_k = (jnp.take(x, order, axis=1, mode="clip") for x in (tokens.k, tokens.v, tokens.raw_k))
-    out, state = cache.update(state, mine, dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k))
+    outputs = None if tokens.outputs is None else jnp.take(tokens.outputs, order, axis=0, mode="clip")
+    out, state = cache.update(state, mine, dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, outputs=outputs))
     return of_groups(out, jnp.argsort(order), 2), state
 
 

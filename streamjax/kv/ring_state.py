@@ -70,6 +70,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
     # In place, though what is overwritten goes on to other tiers: read once, and before anything is written.
     evicted = materialized_once(evicted, count)
     read = (evicted.k, evicted.v) if evicted.score is None else (evicted.k, evicted.v, evicted.score)
+    evicted = dataclasses.replace(evicted, outputs=tokens.outputs)
     return write(state, tokens, keep, ordered_after(count, *read)), evicted
 
 

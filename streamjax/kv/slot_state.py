@@ -49,6 +49,7 @@ def exchange(state: SlotState, tokens: KVTokens, slots: Int32[Array, "B N C"]) -
     _, count = tokens.run()
     held = materialized_once(held, count)
     read = (held.k, held.v) if held.score is None else (held.k, held.v, held.score)
+    held = dataclasses.replace(held, outputs=tokens.outputs)
     return write(state, tokens, slots, ordered_after(count, *read)), held
 
 

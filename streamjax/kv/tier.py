@@ -83,7 +83,8 @@ class KVTokens:
     rotation. position: stream position, uint32, valid: bool, both [B, 1 or K, C]: 1 while all heads of a row hold the
     same tokens. rotary: what rotated the keys.
     score: what was noted of the attention that each token has got so far (`Noting`), float32, for each of N heads; None
-    where no tier asks for it. ids: what the tokens are, in the vocabulary; the same.
+    where no tier asks for it. ids: what the tokens are, in the vocabulary; the same. outputs: of the layer and not of
+    the tokens, what takes values to the layer's output, for each query head of a key head; the same.
     """
 
     k: Float[Array, "B K C D"]
@@ -94,6 +95,7 @@ class KVTokens:
     rotary: Rotary | None = dataclasses.field(default=None, metadata={"static": True})
     score: Float[Array, "B N C"] | None = None
     ids: Int32[Array, "B 1 C"] | None = None
+    outputs: Float[Array, "K G V E"] | None = None
 
     def moved(self, back: bool) -> KVTokens:
         """These tokens with their keys turned from their positions to position 0, or from there to their positions."""
@@ -347,6 +349,11 @@ class Tier:
     @property
     def needs_ids(self) -> bool:
         """Whether tokens have to come with their ids."""
+        return False
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether tokens have to come with what takes values to the layer's output."""
         return False
 
     def observe(self, state: State, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> State:

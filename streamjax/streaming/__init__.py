@@ -1,6 +1,6 @@
 """The streaming loop: state, step, scoring, generation."""
 
-from streamjax.streaming.compact import compact
+from streamjax.streaming.compact import compact, lazy_layers, reconstruction
 from streamjax.streaming.generate import generate, generate_blocks
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read, score
@@ -16,7 +16,9 @@ __all__ = [
     "generate_blocks",
     "init_state",
     "layer_caches",
+    "lazy_layers",
     "read",
+    "reconstruction",
     "score",
     "step",
 ]

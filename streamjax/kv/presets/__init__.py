@@ -3,6 +3,7 @@
 from streamjax.kv.presets import (
     cam,
     chunkkv,
+    criticalkv,
     curdkv,
     d2o,
     dense,
@@ -43,6 +44,7 @@ __all__ = [
     "Preset",
     "cam",
     "chunkkv",
+    "criticalkv",
     "curdkv",
     "d2o",
     "dense",

@@ -1,9 +1,11 @@
 """KVzip (Kim et al., arXiv 2505.23416): what a model looks at when it repeats its context stays.
 
 The published rule: the model reads its context a second time, chunk by chunk behind a request to repeat it, and a token
-is worth the largest share of attention that any of these queries gives it. What stays then serves every question. In a
-stream nothing is read twice: there it is the largest share that any query so far gave. The first tokens stay. The paper
-lets all heads and layers compete for one budget; here each head keeps `size`.
+is worth the largest share of attention that any of these queries gives it. What stays then serves every question.
+`sj.compact(..., queries=sj.reconstruction(prompt))` with this cache is that rule. Here a share is of all that a query
+sees, where the paper counts the first tokens, the chunk that is repeated and the queries' own; each head keeps `size`,
+where there all compete for one budget. In a stream nothing is read twice: there it is the largest share that any query
+so far gave. The first tokens stay.
 """
 
 from streamjax.kv.cascade import Cascade

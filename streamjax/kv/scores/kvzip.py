@@ -16,8 +16,8 @@ from streamjax.kv.tier import Query
 class KVzip(Score):
     """The largest share that one query of one head gave a token, over the query heads that share a key head.
 
-    The paper asks by letting the model repeat its context. In a stream the queries are those that come, a token's own
-    included.
+    The paper asks by letting the model repeat its context: `sj.compact` with the queries of `sj.reconstruction`. In a
+    stream the queries are those that come, a token's own included.
     """
 
     needs_attention: ClassVar[bool] = True

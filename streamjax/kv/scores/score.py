@@ -28,7 +28,8 @@ class Held(NamedTuple):
 
     k, v: as they are stored, keys rotated. position: of each token in its stream. note: of its attention, or what the
     score itself said last time (`remembers`). memory: the score's. now: the position of the stream's next token.
-    rotary: what rotated the keys. distance: how far behind every query they stand, where that is one number.
+    rotary: what rotated the keys. distance: how far behind every query they stand, where that is one number. size: how
+    many stay. outputs: what takes values to the layer's output, where the score asks (`needs_outputs`).
     """
 
     k: Float[Array, "B K S D"]
@@ -40,6 +41,8 @@ class Held(NamedTuple):
     now: UInt32[Array, " B"]
     rotary: Rotary | None = None
     distance: int | None = None
+    size: int = 1
+    outputs: Float[Array, "K G V E"] | None = None
 
     @property
     def values(self) -> Float[Array, "B K S V"]:
@@ -60,6 +63,7 @@ class Score(Noting):
     needs_attention: ClassVar[bool] = False  # whether `held.note` has the attention that tokens got
     needs_queries: ClassVar[bool] = False  # whether `held.memory` has what the score keeps of queries
     remembers: ClassVar[bool] = False  # whether `held.note` has what `rank` said last, 0 for a new token
+    needs_outputs: ClassVar[bool] = False  # whether `held.outputs` has what takes values to the layer's output
 
     @property
     def counts_all_queries(self) -> bool:

@@ -35,6 +35,10 @@ class Wrapped(Score):
         return self.score.needs_queries
 
     @property
+    def needs_outputs(self) -> bool:  # type: ignore[override]
+        return self.score.needs_outputs
+
+    @property
     def counts_all_queries(self) -> bool:
         return self.score.counts_all_queries
 

@@ -109,6 +109,10 @@ class Scored(Tier):
         return self.score if self.score.needs_attention else None
 
     @property
+    def needs_outputs(self) -> bool:
+        return self.score.needs_outputs
+
+    @property
     def keeps_notes(self) -> bool:
         return True
 
@@ -208,7 +212,7 @@ class Scored(Tier):
         def choose(slots: SlotState) -> tuple[Array, Array, Array | None, tuple]:
             # Fused with the write, this read would make the CPU compiler copy the whole buffer.
             slots = jax.lax.optimization_barrier(slots)
-            rank = self._ranked(jax.lax.stop_gradient(slots), state.memory, state.now, tokens.rotary)
+            rank = self._ranked(jax.lax.stop_gradient(slots), state.memory, state.now, tokens)
             worst = lowest(rank, slots, state.now, self.every)
             here = due[:, None, None]
             note = None if slots.note is None or not self.score.remembers else jnp.where(here, rank, slots.note)
@@ -240,10 +244,13 @@ class Scored(Tier):
         )
 
     def _ranked(
-        self, slots: SlotState, memory: State, now: UInt32[Array, " B"], rotary: Rotary | None, whole: bool = False
+        self, slots: SlotState, memory: State, now: UInt32[Array, " B"], tokens: KVTokens, whole: bool = False
     ) -> Float[Array, "B N S"]:
-        """The score of each slot's token, one for all heads where they choose together."""
-        held = Held(slots.k, slots.v, slots.position, slots.valid, slots.note, memory, now, rotary, self.distance)
+        """The score of each slot's token, one for all heads where they choose together; `tokens` are of the layer."""
+        held = Held(
+            slots.k, slots.v, slots.position, slots.valid, slots.note, memory, now, tokens.rotary, self.distance,
+            self.size, tokens.outputs,
+        )  # fmt: skip
         rank = self.score.rank_all(held) if whole else self.score.rank(held)
         return rank if slots.valid.shape[1] > 1 or rank.shape[1] == 1 else jnp.mean(rank, axis=1, keepdims=True)
 
@@ -263,7 +270,7 @@ class Scored(Tier):
         _, count = tokens.run()
         note = tokens.score if state.slots.note is not None else None
         given = SlotState(tokens.k, tokens.v, position, valid, count, note)
-        rank = self._ranked(given, memory, now, tokens.rotary, whole=True)
+        rank = self._ranked(given, memory, now, tokens, whole=True)
         worst_first = lowest(rank, given, now, rank.shape[2])
         split = max(rank.shape[2] - self.size, 0)
         falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))

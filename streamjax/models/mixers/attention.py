@@ -82,6 +82,12 @@ class Attention(nnx.Module):
         slopes = self.config.alibi_slopes
         return jnp.asarray(np.array(slopes, np.float32)) if slopes else None
 
+    def value_outputs(self) -> Float[Array, "K G D E"]:
+        """What takes each head's output to `d_model` channels, adapters included."""
+        weight = self.projections.out[...].astype(jnp.float32)
+        adapter = self.projections.o_lora
+        return weight if adapter is None else weight + adapter.product().reshape(weight.shape).astype(weight.dtype)
+
     def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
         """Attention of a whole sequence to itself."""
         out = sequence_attention(
@@ -154,6 +160,8 @@ class AttentionMixer(Protocol):
 
     def sinks(self) -> Float[Array, " H"] | None: ...
 
+    def value_outputs(self) -> Float[Array, "K G V E"]: ...
+
 
 def stream_attention(
     mixer: AttentionMixer,
@@ -180,6 +188,7 @@ def stream_attention(
         valid=context.valid[:, None],
         rotary=rotary,
         ids=None if context.ids is None else context.ids[:, None],
+        outputs=mixer.value_outputs() if cache.needs_outputs else None,
     )
     query = Query(
         q=q,

@@ -55,6 +55,14 @@ class LatentAttention(nnx.Module):
         """No ALiBi."""
         return
 
+    def value_outputs(self) -> Array:
+        """Values are latents of all heads at once, which the output does not take one by one.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError("a score that weighs values by the layer's output cannot be used with latent attention")
+
     def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
         """Attention of a whole sequence to itself, each head with keys and values of its own."""
         c, (nope, turning), (fixed, latent) = self.config, self._queries(x), self._latents(x)
