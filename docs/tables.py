@@ -51,6 +51,8 @@ def tiers(cache: sj.kv.Cache) -> str:
     if isinstance(cache, sj.kv.HeadGroups):
         (_, far), (_, near) = cache.groups
         return f"{tiers(far)} in some heads, {tiers(near)} in the others"
+    if isinstance(cache, sj.kv.Budgeted):
+        return f"{tiers(cache.cascade)}, sizes by layer"
     if isinstance(cache, sj.kv.Cascade):
         names = [type(tier).__name__.replace("SinkWindow", "Sink > Window") for tier in cache.tiers]
         return f"`{' > '.join(names)}`"

@@ -36,7 +36,8 @@ ROOMS = """
     streamjax.kv.pages
     streamjax.kv.tiers
     streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk
-    streamjax.kv.compaction streamjax.kv.lazy_layers
+    streamjax.kv.budgets
+    streamjax.kv.compaction streamjax.kv.lazy_layers streamjax.kv.budgets.measuring
     streamjax.kv.presets
     streamjax.kv
     streamjax.models.config streamjax.models.rope streamjax.models.quantis* streamjax.models.parameters

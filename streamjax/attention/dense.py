@@ -16,7 +16,7 @@ def attend(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
-    visible: Bool[Array, "#B #K #C S"],
+    visible: Bool[Array, "#B #K #C S"] | Bool[Array, "#B #K #G #C S"],
     *,
     scale: float,
     softcap: float | None = None,
@@ -27,7 +27,7 @@ def attend(
 
     Args:
       q, k, v: already rotated, any float dtype; dot products accumulate in float32.
-      visible: which keys count, for each row, key head and query, broadcast where a size is 1.
+      visible: which keys count, for each row, key head and query, broadcast where a size is 1; or for each query head.
       scale: factor on the logits.
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), before masking.
       slopes, distance: ALiBi (2108.12409): `-slope * distance` is added to the scaled logits of each head.
@@ -49,7 +49,7 @@ def attention_shares(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B K S D"],
     lse: Float[Array, "B C H"],
-    visible: Bool[Array, "#B #K #C S"],
+    visible: Bool[Array, "#B #K #C S"] | Bool[Array, "#B #K #G #C S"],
     *,
     scale: float,
     softcap: float | None = None,
@@ -94,4 +94,4 @@ def _logits(
     if slopes is not None:
         assert distance is not None, "ALiBi needs distances"
         logits -= rearrange(slopes, "(k g) -> k g 1 1", k=k.shape[1]) * distance[:, :, None]
-    return jnp.where(visible[:, :, None], logits, -jnp.inf)
+    return jnp.where(visible if visible.ndim == 5 else visible[:, :, None], logits, -jnp.inf)

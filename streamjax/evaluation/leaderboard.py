@@ -20,6 +20,7 @@ import numpy as np
 from streamjax.data.recall.chat_frames import ChatFrame
 from streamjax.data.ruler import Example, Turn, encode_example, score
 from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets.registry import Built
@@ -137,6 +138,7 @@ def _whole(cache: Built, capacity: int, chunk_size: int) -> Built:
 def _whole_of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
     if not any(map(_needs_history, _scored(cache))):
         return Cascade(Full(capacity))
+    cache = cache.cascade if isinstance(cache, Budgeted) else cache
     assert isinstance(cache, Cascade)
 
     # Attention must be noted as the context is read: a tier that never has to choose notes it.
@@ -150,7 +152,7 @@ def _whole_of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
 
 
 def _scored(cache: Built) -> list[Scored]:
-    caches = cache if isinstance(cache, tuple) else (cache,)
+    caches = cache if isinstance(cache, tuple) else (cache.cascade if isinstance(cache, Budgeted) else cache,)
     return [tier for each in caches if isinstance(each, Cascade) for tier in each.tiers if isinstance(tier, Scored)]
 
 
@@ -179,6 +181,9 @@ def _compacted(
         return compact(model, state, cache, _cut(contexts, tokenizer.encode(_REPEAT, continues=True)), stored=False)
     if any(isinstance(rule, Finch) for rule in rules):
         return compact(model, state, cache, _cut(prompts), stored=False)
+    if isinstance(cache, Budgeted) and cache.unmeasured:
+        window = max(32, *map(observed, rules))
+        return compact(model, state, cache, _cut([context[-window:] for context in contexts]))
     if not any(rule.needs_attention for rule in rules) or any(map(_needs_history, _scored(cache))):
         return compact(model, state, cache)
     window = max(observed(rule) for rule in rules)

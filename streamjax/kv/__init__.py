@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from streamjax.kv.budgets.ada_kv import OverHeads
+from streamjax.kv.budgets.budget import Budget
+from streamjax.kv.budgets.budgeted import Budgeted
+from streamjax.kv.budgets.cake import Preferences
+from streamjax.kv.budgets.calibration import Calibration
+from streamjax.kv.budgets.d2o import Density
+from streamjax.kv.budgets.prefix_kv import Prefixes
+from streamjax.kv.budgets.pyramid import Pyramid
+from streamjax.kv.budgets.uniform import Uniform
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
@@ -42,6 +51,7 @@ from streamjax.kv.tiers.content_pages import ContentPages
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.pooled import Pooled
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.window import Window
@@ -60,7 +70,10 @@ __all__ = [
     "H2O",
     "TOVA",
     "Anchors",
+    "Budget",
+    "Budgeted",
     "Cache",
+    "Calibration",
     "Cascade",
     "ChunkKV",
     "ChunkMemory",
@@ -69,6 +82,7 @@ __all__ = [
     "ContentPages",
     "CriticalKV",
     "CurrentChunk",
+    "Density",
     "EndTokens",
     "ExpectedAttention",
     "Finch",
@@ -92,8 +106,13 @@ __all__ = [
     "Middle",
     "MinMax",
     "NearestAbove",
+    "OverHeads",
     "Pages",
+    "Pooled",
+    "Preferences",
+    "Prefixes",
     "Preset",
+    "Pyramid",
     "QFilters",
     "Query",
     "RandomChoice",
@@ -105,6 +124,7 @@ __all__ = [
     "Sink",
     "SnapKV",
     "Tier",
+    "Uniform",
     "Window",
     "WindowKV",
     "ZeroClass",

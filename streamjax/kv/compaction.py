@@ -177,7 +177,7 @@ def all_held(old: Cascade, state: tuple[State, ...], query: Query, stored: bool)
     The queries stand at the end of their chunk: the last of them is the newest token if it is stored, or follows it.
     """
     assert query.valid is not None
-    now = query.position[:, -1] + 1 if stored else query.position[:, 0] + _leading(query.valid)
+    now = query.position[:, -1] + 1 if stored else query.position[:, 0] + leading(query.valid)
     parts = [tier.stored(part, query.rotary) for tier, part in zip(old.tiers, state, strict=True)]
     return in_stream_order(parts, now), now
 
@@ -230,6 +230,6 @@ def _lists(tiers: tuple) -> dict[str, int]:
     return sizes
 
 
-def _leading(valid: Bool[Array, "B C"]) -> UInt32[Array, " B"]:
+def leading(valid: Bool[Array, "B C"]) -> UInt32[Array, " B"]:
     """How many queries stand for nothing in front of the others; all of them where none is valid."""
     return jnp.sum(jnp.cumsum(valid, axis=1) == 0, axis=1).astype(jnp.uint32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
@@ -30,6 +31,8 @@ def describe_cache(cache: Built | Sequence[Cache]) -> str:
         return f"CurrentChunk({cache.size:,})"
     if isinstance(cache, HeadGroups):
         return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
+    if isinstance(cache, Budgeted):
+        return f"{describe_cache(cache.cascade)} on the mean over layers, by {cache.budget!r}"
     if not isinstance(cache, Cascade):
         return repr(cache)
     return " > ".join(map(describe_tier, cache.tiers))
@@ -44,6 +47,7 @@ def describe_tier(tier: Tier) -> str:
             return f"{type(tier).__name__}({size:,})"
         case Pages(size=size, capacity=capacity, top_k=top_k):
             return f"Pages({capacity:,} in {size}s, top {top_k})"
-        case Scored(size=size, score=score, every=every):
-            return f"Scored({size:,} by {score!r}, every {every})"
+        case Scored(size=size, score=score, every=every, merge=merge):
+            merged = "" if merge is None else f", merged by {merge!r}"
+            return f"{type(tier).__name__}({size:,} by {score!r}, every {every}{merged})"
     return repr(tier)

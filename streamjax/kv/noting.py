@@ -41,7 +41,7 @@ class Noting:
         self,
         note: Float[Array, "B N S"] | None,
         query: Query,
-        k: Float[Array, "B K S D"],
+        k: Float[Array, "B P S D"],
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"],
         lse: Float[Array, "B C H"],

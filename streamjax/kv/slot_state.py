@@ -16,7 +16,8 @@ from streamjax.kv.tier import KVTokens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """S slots; N is the key heads where each has tokens of its own, 1 where all have the same.
+    """S slots; N is the key heads where each has tokens of its own, 1 where all have the same. In a pool of all heads
+    K and P are 1, and N says whose a slot is.
 
     valid: which slots hold tokens. filled: slots that ever held any, the first ones. note: what is noted of each token;
     None where nothing is.
@@ -24,7 +25,7 @@ class SlotState:
 
     k: Float[Array, "B K S D"]
     v: Float[Array, "B K S V"]
-    position: UInt32[Array, "B N S"]
+    position: UInt32[Array, "B P S"]
     valid: Bool[Array, "B N S"]
     filled: Int32[Array, " B"]
     note: Float[Array, "B M S"] | None = None

@@ -183,8 +183,8 @@ class Query:
 
     def attend(
         self,
-        k: Float[Array, "B K S D"],
-        v: Float[Array, "B K S V"],
+        k: Float[Array, "B P S D"],
+        v: Float[Array, "B P S V"],
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"],
         reach: int | None = None,
@@ -194,7 +194,8 @@ class Query:
 
         Distances are differences of uint32 positions read as int32: right across the wrap of the counter. Slots are
         taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited, unless
-        the query is differentiable: a loop without a fixed end has no reverse mode.
+        the query is differentiable: a loop without a fixed end has no reverse mode. P is K, or 1 where one list has the
+        keys of all heads, and `valid` says whose each is.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
         size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
@@ -240,7 +241,7 @@ class Query:
 
     def mass(
         self,
-        k: Float[Array, "B K S D"],
+        k: Float[Array, "B P S D"],
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"],
         lse: Float[Array, "B C H"],
@@ -257,10 +258,7 @@ class Query:
         size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
 
         def folded(k: Array, position: Array, valid: Array) -> Array:
-            visible, distance = self._visible(position, valid, reach)
-            if self.valid is not None:
-                visible &= self.valid[:, None, :, None]
-            return fold(attention_shares(self.q, k, lse, visible, distance=distance, **self._logit_options()))
+            return fold(self.shares(k, position, valid, lse, reach))
 
         if slots == size and (filled is None or single):  # as in `attend`, whose logits the compiler finds again
             return folded(k, position, valid)
@@ -275,6 +273,23 @@ class Query:
         used = slots if filled is None or self.differentiable else jnp.max(filled)
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
+    def shares(
+        self,
+        k: Float[Array, "B P S D"],
+        position: UInt32[Array, "B #K S"],
+        valid: Bool[Array, "B #K S"],
+        lse: Float[Array, "B C H"],
+        reach: int | None = None,
+    ) -> Float[Array, "B K G C S"]:
+        """How much of its attention, of which `lse` is the whole, each query gives to each key; padding gives none."""
+        visible, distance = self._visible(position, valid, reach)
+        if self.valid is not None:
+            visible &= self.valid[:, None, :, None]
+        heads = max(k.shape[1], visible.shape[1])
+        visible = self._by_query_head(visible, k)
+        found = attention_shares(self.q, k, lse, visible, distance=distance, **self._logit_options())
+        return found.reshape(found.shape[0], heads, -1, *found.shape[3:])
+
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         attend_all = Query._attend_all
         if self.differentiable:
@@ -284,7 +299,14 @@ class Query:
     def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         v = v if v.shape[-1] else k
         visible, distance = self._visible(position, valid, reach)
+        visible = self._by_query_head(visible, k)
         return attend(self.q, k, v, visible, distance=distance, **self._logit_options())
+
+    def _by_query_head(self, visible: Array, k: Array) -> Array:
+        """What each query head sees of one list of keys, of which some are each key head's; `visible` otherwise."""
+        if k.shape[1] > 1 or visible.shape[1] == 1:
+            return visible
+        return jnp.repeat(visible, self.q.shape[2] // visible.shape[1], axis=1)[:, None]
 
     def _visible(self, position: Array, valid: Array, reach: int | None) -> tuple[Array, Array | None]:
         """Which keys each query sees, and with ALiBi how far away they are."""

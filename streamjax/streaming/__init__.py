@@ -1,6 +1,7 @@
 """The streaming loop: state, step, scoring, generation."""
 
-from streamjax.streaming.compact import compact, lazy_layers, reconstruction
+from streamjax.streaming.compacting.compact import compact, lazy_layers, reconstruction
+from streamjax.streaming.compacting.measure_budget import measure_budget
 from streamjax.streaming.generate import generate, generate_blocks
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read, score
@@ -17,6 +18,7 @@ __all__ = [
     "init_state",
     "layer_caches",
     "lazy_layers",
+    "measure_budget",
     "read",
     "reconstruction",
     "score",

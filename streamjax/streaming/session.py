@@ -6,7 +6,6 @@ Whatever happens between two calls, Ctrl-C included, its state has read exactly 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,13 @@ from jaxtyping import Array, Float
 from streamjax.checkpoints import read_about, save_pytree
 from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.config import parse_config
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.compact import compact
+from streamjax.streaming.compacting.compact import compact
+from streamjax.streaming.fingerprints import fingerprint
 from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
@@ -287,7 +288,8 @@ class Session:
         ids = None if query is None else np.asarray([self._ids(query, add_bos=False)], np.int32)
         state = compact(self.model, self.state, cache, ids, stored=stored)
         with undisturbed():
-            self.state, self.cache, self._turn = state, cache, object()
+            self.state, self._turn = state, object()
+            self.cache = state.caches if isinstance(cache, Budgeted) else cache
 
     @property
     def is_finite(self) -> bool:
@@ -399,16 +401,6 @@ class Session:
                 f"the cache holds {self.state.capacity} tokens: {self.tokens_seen} are used and {tokens} more do not "
                 "fit; use one of more capacity, or one without end such as streaming_llm"
             )
-
-
-def fingerprint(model: Decoder) -> str:
-    """A hash over a few numbers of the first and the last weights: tells models of one shape apart at no cost."""
-    parts = (model.embedding, model.layer(0), model.layer(model.config.num_layers - 1), model.norm)
-    digest = hashlib.sha256(str(model.dtype).encode())
-    for leaf in jax.tree.leaves(parts):
-        corner = leaf[(0,) * (leaf.ndim - 1)][:16]
-        digest.update(np.asarray(corner, np.float32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _shape(config: Any) -> str:

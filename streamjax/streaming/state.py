@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
@@ -23,6 +24,7 @@ from streamjax.kv.tiers.window import Window
 from streamjax.models.config import LatentAttentionConfig, MixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import constrain
+from streamjax.streaming.fingerprints import fingerprint
 
 SEEN_LIMIT = 2**30  # where the count of seen tokens saturates; every use of it compares with a cache's size
 
@@ -96,7 +98,13 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
       ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
     """
     layers = range(config.num_layers)
-    if isinstance(cache, Cache):
+    caches: tuple[Cache, ...]
+    if isinstance(cache, Budgeted):
+        free = budgeted_layers(config)
+        sized = dict(zip(free, cache.for_layers(len(free)), strict=True))
+        caches = tuple(sized.get(i, cache.cascade) for i in layers)
+        keeps = [True] * config.num_layers
+    elif isinstance(cache, Cache):
         caches, keeps = (cache,) * config.num_layers, [True] * config.num_layers
         full = next((i for i in layers if config.blocks[i].mixer.reach is None), None)
         if isinstance(cache, ChunkMemory) and config.hsa is None:
@@ -117,6 +125,20 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
         caches, keeps = tuple(cache), [isinstance(entry, HeadGroups) for entry in cache]
     own = [_pretrained(config, i, caches[i]) if keeps[i] else caches[i] for i in layers]
     return tuple(_remembering(config, i, caches[i], own[i]) for i in layers)
+
+
+def budgeted_layers(config: ModelConfig) -> list[int]:
+    """The layers whose caches are a user's choice: those without a window or chunks of their own."""
+    mixers = [block.mixer for block in config.blocks]
+    return [i for i, mixer in enumerate(mixers) if mixer.window is None and mixer.chunk is None]
+
+
+def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> None:
+    """Raise a ValueError where a budget was measured with another model."""
+    calibration = cache.calibration if isinstance(cache, Budgeted) else None
+    if calibration is not None and calibration.model != (own := fingerprint(model)):
+        made = f"this calibration is of model {calibration.model}"
+        raise ValueError(f"{made}, and this one is {own}: measure it, sj.measure_budget(...)")
 
 
 def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
@@ -176,6 +198,7 @@ def init_state(
         raise ValueError(f"unknown implementation {implementation!r}: use 'xla', 'pallas' or None")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    require_own_calibration(model, cache)
     caches = layer_caches(model.config, cache)
     start = np.uint32(position % 2**32)
     state = _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)

@@ -15,7 +15,10 @@ def model():
     return build(GQA)
 
 
-@pytest.mark.parametrize("name", [name for name in sj.kv.presets() if name != "hsa"])
+UNMEASURED = ("cake", "prefix_kv")  # whose sizes a calibration says
+
+
+@pytest.mark.parametrize("name", [name for name in sj.kv.presets() if name not in ("hsa", *UNMEASURED)])
 def test_every_presets_bytes_are_those_that_live(model, name, tmp_path):
     gates = tmp_path / "gates.json"
     gates.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')

@@ -42,6 +42,7 @@ CACHES = {
     "snapkv": sj.kv.preset("snapkv", window=32, size=60, every=192),
     "h2o": sj.kv.preset("h2o", window=32, size=60, every=192),
     "kvzip": sj.kv.preset("kvzip", size=90, every=192),
+    "cake": sj.kv.preset("cake", window=32, size=60, every=192),
     "streaming_llm": sj.kv.preset("streaming_llm", sinks=4, window=90),
 }
 

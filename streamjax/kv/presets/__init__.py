@@ -1,6 +1,8 @@
 """Published systems as cascades, one file each; importing a file registers its preset."""
 
 from streamjax.kv.presets import (
+    ada_kv,
+    cake,
     cam,
     chunkkv,
     criticalkv,
@@ -24,6 +26,8 @@ from streamjax.kv.presets import (
     lagkv,
     leverage,
     lserve,
+    prefix_kv,
+    pyramid_kv,
     qfilters,
     quest,
     random,
@@ -42,6 +46,8 @@ from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 
 __all__ = [
     "Preset",
+    "ada_kv",
+    "cake",
     "cam",
     "chunkkv",
     "criticalkv",
@@ -66,8 +72,10 @@ __all__ = [
     "leverage",
     "lserve",
     "parse_preset",
+    "prefix_kv",
     "preset",
     "presets",
+    "pyramid_kv",
     "qfilters",
     "quest",
     "random",

@@ -213,10 +213,11 @@ class Scored(Tier):
             # Fused with the write, this read would make the CPU compiler copy the whole buffer.
             slots = jax.lax.optimization_barrier(slots)
             rank = self._ranked(jax.lax.stop_gradient(slots), state.memory, state.now, tokens)
-            worst = lowest(rank, slots, state.now, self.every)
+            worst = self._worst(rank, slots, state.now)
             here = due[:, None, None]
             note = None if slots.note is None or not self.score.remembers else jnp.where(here, rank, slots.note)
-            left = jax.vmap(jax.vmap(lambda valid, at: valid.at[at].set(False)))(slots.valid, worst)
+            gone_from = jnp.broadcast_to(worst, (*slots.valid.shape[:2], worst.shape[2]))
+            left = jax.vmap(jax.vmap(lambda valid, at: valid.at[at].set(False)))(slots.valid, gone_from)
             merged: tuple = ()
             if self.merge is not None:
                 every = jnp.broadcast_to(jnp.arange(rank.shape[2], dtype=jnp.int32), rank.shape)
@@ -242,6 +243,10 @@ class Scored(Tier):
             clock=jnp.where(due, none, state.clock),
             joining=joining,
         )
+
+    def _worst(self, rank: Float[Array, "B N S"], slots: SlotState, now: UInt32[Array, " B"]) -> Int32[Array, "B N F"]:
+        """The slots that the next block's tokens take."""
+        return lowest(rank, slots.position, slots.valid, now, self.every)
 
     def _ranked(
         self, slots: SlotState, memory: State, now: UInt32[Array, " B"], tokens: KVTokens, whole: bool = False
@@ -271,7 +276,7 @@ class Scored(Tier):
         note = tokens.score if state.slots.note is not None else None
         given = SlotState(tokens.k, tokens.v, position, valid, count, note)
         rank = self._ranked(given, memory, now, tokens, whole=True)
-        worst_first = lowest(rank, given, now, rank.shape[2])
+        worst_first = lowest(rank, position, valid, now, rank.shape[2])
         split = max(rank.shape[2] - self.size, 0)
         falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))
 
@@ -293,7 +298,7 @@ class Scored(Tier):
             note=None if state.slots.note is None or note is None else put(state.slots.note, _taken(note, stays)),
         )
         # slots that hold nothing are as many as are needed, and come first
-        free = lowest(jnp.zeros(slots.valid.shape, jnp.float32), slots, now, self.every)
+        free = lowest(jnp.zeros(slots.valid.shape, jnp.float32), slots.position, slots.valid, now, self.every)
         new = dataclasses.replace(state, slots=slots, free=free, memory=memory, now=now, joining=joining)
 
         k, v, raw_k = (_taken(x, falls) for x in (tokens.k, tokens.v, tokens.raw_k))
@@ -313,11 +318,15 @@ def _of_rows(due: Bool[Array, " B"], new: Array, old: Array) -> Array:
 
 
 def lowest(
-    rank: Float[Array, "B N S"], slots: SlotState, now: UInt32[Array, " B"], count: int
+    rank: Float[Array, "B N S"],
+    position: UInt32[Array, "B N S"],
+    valid: Bool[Array, "B N S"],
+    now: UInt32[Array, " B"],
+    count: int,
 ) -> Int32[Array, "B N count"]:
     """The `count` slots that are worth least, in order: first those that hold nothing, then by rank and by age."""
-    age = (now[:, None, None] - slots.position).astype(jnp.int32)
-    rank = jnp.where(slots.valid & ~jnp.isnan(rank), rank, -jnp.inf)
-    newness = jnp.where(slots.valid, -age, jnp.iinfo(jnp.int32).min)
+    age = (now[:, None, None] - position).astype(jnp.int32)
+    rank = jnp.where(valid & ~jnp.isnan(rank), rank, -jnp.inf)
+    newness = jnp.where(valid, -age, jnp.iinfo(jnp.int32).min)
     slot = jnp.broadcast_to(jnp.arange(rank.shape[2], dtype=jnp.int32), rank.shape)
     return jax.lax.sort((rank, newness, slot), num_keys=2, is_stable=True)[2][..., :count]

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
 
+from streamjax.kv.budgets.budget import Budget, scored_tier
+from streamjax.kv.budgets.budgeted import Budgeted
+from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction
 from streamjax.kv.lazy_layers import NearShare
-from streamjax.kv.tier import State
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
-from streamjax.models.decoder import Block, Decoder
-from streamjax.models.mixers.attention import ChunkContext
+from streamjax.models.decoder import Decoder
 from streamjax.models.rope import make_rotary
-from streamjax.streaming.rows import Rows, as_rows, require_ids
-from streamjax.streaming.state import StreamState, layer_caches
+from streamjax.streaming.compacting.measure_budget import measured
+from streamjax.streaming.compacting.reading_layers import through_layers
+from streamjax.streaming.rows import Rows, as_rows
+from streamjax.streaming.state import StreamState, budgeted_layers, layer_caches, require_own_calibration
 
 
 def compact(
@@ -34,6 +35,7 @@ def compact(
     *,
     stored: bool = True,
     queries: Sequence[Rows] = (),
+    budget: Budget | None = None,
 ) -> StreamState:
     """The same streams under another cache, for instance at the end of a prompt or between two turns.
 
@@ -54,6 +56,8 @@ def compact(
         as a question about what was read.
       queries: several such questions instead of `query`, each asked by itself; what they say counts together.
         `reconstruction` makes those of KVzip.
+      budget: divides the size of the cache's `Scored` tier, times the number of layers, over the layers or the heads;
+        one that measures does so of the attention of the queries. New sizes are new programs to compile.
 
     Raises:
       ValueError: a cache whose tokens cannot be taken out, or into which they do not fit; a score that wants a query;
@@ -63,8 +67,15 @@ def compact(
         raise ValueError("a model with a chunk memory keeps it as it is: compact does not know it")
     if query is not None and queries:
         raise ValueError("give compact a query or several queries, not both")
-    caches = layer_caches(model.config, cache)
     asked, stored = query is not None or bool(queries), stored and not queries
+    if budget is not None:
+        if not isinstance(cache, Cascade):
+            raise ValueError(f"a budget divides one cascade over all layers, not {cache!r}")
+        cache = Budgeted(cache, budget)
+    if isinstance(cache, Budgeted):
+        require_own_calibration(model, cache)
+        cache = _for_these_streams(model, state, cache, queries if query is None else (query,), stored)
+    caches = layer_caches(model.config, cache)
     works = [_compaction(old, new, asked, stored) for old, new in zip(state.caches, caches, strict=True)]
     span = max(new.span for new in caches)
     for i, layer in enumerate(model.config.blocks):
@@ -78,12 +89,31 @@ def compact(
     said: list[Any] = [None] * len(works)
     for other in queries[:-1]:
         asking = [dataclasses.replace(work, more=True) for work in works]
-        said = _through_layers(model, state, other, stored, asking, said)
-    layers = _through_layers(model, state, queries[-1] if queries else query, stored, works, said)
+        said = through_layers(model, state, other, stored, asking, said)
+    layers = through_layers(model, state, queries[-1] if queries else query, stored, works, said)
     # What is as it was is copied: both states can be read on, and reading consumes a state.
     kept = jax.tree.map(jnp.copy, dataclasses.replace(state, layers=()))
     layers = [jax.tree.map(jnp.copy, x) if work.old == work.new else x for work, x in zip(works, layers, strict=True)]
     return dataclasses.replace(kept, layers=tuple(layers), caches=caches, span=span).placed()
+
+
+def _for_these_streams(
+    model: Decoder, state: StreamState, cache: Budgeted, queries: Sequence[Rows], stored: bool
+) -> Budgeted:
+    """The cache with what its budget measures of these streams, on the mean over queries, and what there is to keep.
+
+    Raises:
+      ValueError: a budget that measures, and no query.
+    """
+    if cache.unmeasured:
+        if not queries:
+            raise ValueError(f"{cache.budget!r} measures attention: give query=, such as the newest tokens of streams")
+        found = [measured(model, state, cache.budget, query, stored) for query in queries]
+        table = np.mean([one.numbers for one in found], axis=0)
+        cache = dataclasses.replace(cache, calibration=Calibration.of(table, cache.budget, found[0].model))
+    held = [min(int(np.asarray(state.seen).max()), state.caches[i].slots) for i in budgeted_layers(model.config)]
+    beside = cache.cascade.slots - scored_tier(cache.cascade).slots
+    return dataclasses.replace(cache, most=max(min(held, default=1) - beside, 1))
 
 
 def _compaction(old: Cache, new: Cache, asked: bool, stored: bool) -> Compaction:
@@ -160,72 +190,6 @@ def lazy_layers(
         if not isinstance(kept, Cascade):
             raise ValueError(f"only cascades of tiers can be asked what their layer looks at, not {kept!r}")
         works.append(NearShare(kept, sinks, window, stored))
-    shares = _through_layers(model, state, query, stored, works, [None] * len(works))
+    shares = through_layers(model, state, query, stored, works, [None] * len(works))
     lazy = [float(jnp.mean(share)) > threshold for share in shares]
     return tuple(near if is_lazy else kept for is_lazy, kept in zip(lazy, state.caches, strict=True))
-
-
-def _through_layers(
-    model: Decoder, state: StreamState, query: Rows | None, stored: bool, works: Sequence[Cache], said: Sequence[Any]
-) -> list[Any]:
-    """What each layer's work makes of its state, and of what was said before, when these queries read it."""
-    tokens, context = _standing(model, state, query, stored)
-    x, made = _embedded(model, tokens), []
-    for i, (work, part, before) in enumerate(zip(works, state.layers, said, strict=True)):
-        block, row = model.layer_and_row(i)
-        x, new = _layer(block, row, x, (part, before), context, work)
-        made.append(new)
-    return made
-
-
-def _standing(
-    model: Decoder, state: StreamState, query: Rows | None, stored: bool
-) -> tuple[Int32[Array, "B C"], ChunkContext]:
-    """The queries, at least two and padded in front, and where they stand.
-
-    Raises:
-      ValueError: rows that are no queries of these streams.
-    """
-    rows = state.batch_size
-    ids, lengths = (np.zeros((rows, 0), np.int64), None) if query is None else as_rows(query)
-    if len(ids) != rows:
-        raise ValueError(f"query has {len(ids)} rows for {rows} streams")
-    count = ids.shape[1]
-    if lengths is not None:
-        if not count or (lengths != count).any():
-            raise ValueError(f"query needs rows of one length, of at least one token; they have {lengths.tolist()}")
-        require_ids(ids, lengths, model.config.vocab_size)
-        if stored and np.asarray(state.seen).min() < count:
-            raise ValueError(f"query has {count} tokens, and a stream has read {np.asarray(state.seen).min()}")
-    width = max(count, 2)
-    behind = count if stored or query is None else 0  # tokens of the query that the streams have read
-    offset = np.arange(width) - (width - count) - behind
-    context = ChunkContext(
-        position=state.position[:, None] + jnp.asarray((offset % 2**32).astype(np.uint32)),
-        valid=jnp.broadcast_to(jnp.arange(width) >= width - count, (rows, width)),
-        seen=state.seen + int(offset[0]),
-        span=state.span,
-        implementation="xla",
-    )
-    return jnp.asarray(np.pad(ids, ((0, 0), (width - count, 0))), jnp.int32), context
-
-
-@jax.jit
-def _embedded(model: Decoder, tokens: Int[Array, "B C"]) -> Float[Array, "B C E"]:
-    return model.embed(tokens)
-
-
-@partial(jax.jit, static_argnames="work")
-def _layer(
-    block: Block,
-    row: int | Array | None,
-    x: Float[Array, "B C E"],
-    state: State,
-    context: ChunkContext,
-    work: Cache,
-) -> tuple[Float[Array, "B C E"], State]:
-    """One layer: what its queries read, and what the work makes of its state. `row`: which, in a stack of layers."""
-    if row is not None:
-        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
-    x, state, _ = block.stream(x, state, work, context)
-    return x, state

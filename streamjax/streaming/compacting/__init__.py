@@ -1,0 +1,1 @@
+"""Streams laid out anew at a caller's word, and what budgets measure of a model for that."""

@@ -1,0 +1,85 @@
+"""Queries that read what streams hold, layer by layer, without being stored: what compaction and budgets decide by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from streamjax.kv.cache import Cache
+from streamjax.kv.tier import State
+from streamjax.models.decoder import Block, Decoder
+from streamjax.models.mixers.attention import ChunkContext
+from streamjax.streaming.rows import Rows, as_rows, require_ids
+from streamjax.streaming.state import StreamState
+
+
+def through_layers(
+    model: Decoder, state: StreamState, query: Rows | None, stored: bool, works: Sequence[Cache], said: Sequence[Any]
+) -> list[Any]:
+    """What each layer's work makes of its state, and of what was said before, when these queries read it."""
+    tokens, context = standing(model, state, query, stored)
+    x, made = embedded(model, tokens), []
+    for i, (work, part, before) in enumerate(zip(works, state.layers, said, strict=True)):
+        block, row = model.layer_and_row(i)
+        x, new = layer_read(block, row, x, (part, before), context, work)
+        made.append(new)
+    return made
+
+
+def standing(
+    model: Decoder, state: StreamState, query: Rows | None, stored: bool
+) -> tuple[Int32[Array, "B C"], ChunkContext]:
+    """The queries, at least two and padded in front, and where they stand.
+
+    Raises:
+      ValueError: rows that are no queries of these streams.
+    """
+    rows = state.batch_size
+    ids, lengths = (np.zeros((rows, 0), np.int64), None) if query is None else as_rows(query)
+    if len(ids) != rows:
+        raise ValueError(f"query has {len(ids)} rows for {rows} streams")
+    count = ids.shape[1]
+    if lengths is not None:
+        if not count or (lengths != count).any():
+            raise ValueError(f"query needs rows of one length, of at least one token; they have {lengths.tolist()}")
+        require_ids(ids, lengths, model.config.vocab_size)
+        if stored and np.asarray(state.seen).min() < count:
+            raise ValueError(f"query has {count} tokens, and a stream has read {np.asarray(state.seen).min()}")
+    width = max(count, 2)
+    behind = count if stored or query is None else 0  # tokens of the query that the streams have read
+    offset = np.arange(width) - (width - count) - behind
+    context = ChunkContext(
+        position=state.position[:, None] + jnp.asarray((offset % 2**32).astype(np.uint32)),
+        valid=jnp.broadcast_to(jnp.arange(width) >= width - count, (rows, width)),
+        seen=state.seen + int(offset[0]),
+        span=state.span,
+        implementation="xla",
+    )
+    return jnp.asarray(np.pad(ids, ((0, 0), (width - count, 0))), jnp.int32), context
+
+
+@jax.jit
+def embedded(model: Decoder, tokens: Int[Array, "B C"]) -> Float[Array, "B C E"]:
+    return model.embed(tokens)
+
+
+@partial(jax.jit, static_argnames="work")
+def layer_read(
+    block: Block,
+    row: int | Array | None,
+    x: Float[Array, "B C E"],
+    state: State,
+    context: ChunkContext,
+    work: Cache,
+) -> tuple[Float[Array, "B C E"], State]:
+    """One layer: what its queries read, and what the work makes of its state. `row`: which, in a stack of layers."""
+    if row is not None:
+        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+    x, state, _ = block.stream(x, state, work, context)
+    return x, state

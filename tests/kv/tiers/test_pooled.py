@@ -1,0 +1,105 @@
+"""Heads that share one pool of slots, against plain lists; the same however a stream is cut; bytes are the total's."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from streamjax.kv import H2O, Anchors, Cascade, Full, KNorm, LagKV, Pooled, Scored, Sink, SnapKV, Window
+from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, SLOPES, Stream, gradients, run, spec
+from tests.oracles import pooled as oracle
+from tests.oracles import scored
+
+SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 6, 4, 41
+CASES = {
+    "h2o": (H2O(), scored.mass, 0.2, None, "rope"),
+    "snapkv": (SnapKV(window=3, kernel=3), scored.newest(3, 3), 0.0, None, "rope"),
+    "knorm": (KNorm(), scored.short_keys, 0.5, 9, "rope"),
+    "lagkv": (LagKV(), scored.lagged, 0.25, None, "alibi"),
+}
+
+
+def drawn(rows: int = 2) -> Stream:
+    """One head's keys are longer than the other's, and its attention less even."""
+    stream = Stream.drawn(rows, LENGTH)
+    stream.k[:, :, 0] *= 1.6
+    return stream
+
+
+def cascade(score, floor, **options):
+    pool = Pooled(SIZE, score, every=EVERY, floor=floor, **options)
+    return Cascade(Sink(SINKS, reach=10**6), Window(WINDOW), pool)
+
+
+def kept(state) -> list:
+    slots = state[-1].slots
+    position, valid = np.asarray(slots.position), np.asarray(slots.valid)
+    return [[sorted(position[b, 0][head].tolist()) for head in valid[b]] for b in range(len(valid))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stream_token_by_token(name):
+    score, rank, floor, distance, positions = CASES[name]
+    slopes, frequencies = SLOPES if positions == "alibi" else None, FREQUENCIES if positions == "rope" else None
+    stream, out, places = drawn(), [], []
+    rule = scored.Rule(KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, rank, SCALE, slopes, frequencies, distance)
+    for q, k, v in zip(stream.q, stream.k, stream.v, strict=True):
+        lists = oracle.Stream(rule, round(1000 * floor))
+        out.append([lists.read(q[i], (k[i], v[i], i)) for i in range(len(q))])
+        places.append([[e[2] for e in head] for head in lists.kept])
+    for counts, width in (([1], None), ([(3, 1), (1, 6)], 6))[: 1 if distance else 2]:
+        found, state = run(
+            cascade(score, floor, distance=distance), stream, counts, width=width, slopes=slopes,
+            frequencies=frequencies,
+        )  # fmt: skip
+        np.testing.assert_allclose(found, np.array(out), atol=1e-4)
+        assert kept(state) == places
+    assert any(len(first) != len(second) for first, second in places) or name == "lagkv"
+
+
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(st.sampled_from(["h2o", "snapkv"]), st.lists(st.integers(1, 6), min_size=1, max_size=8))
+def test_a_stream_is_the_same_however_it_is_cut(name, counts):
+    mine = cascade(CASES[name][0], CASES[name][2])
+    (found, state), (expected, like) = (
+        run(mine, drawn(), cut, width=6, start=2**32 - 20, frequencies=FREQUENCIES) for cut in (counts, [1])
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert kept(state) == kept(like)
+
+
+def test_a_pool_without_a_choice_is_what_every_head_keeps_by_itself():
+    stream = drawn()
+    own, _ = run(Cascade(Scored(SIZE, KNorm(), every=EVERY)), stream, [6], width=6)
+    pooled, _ = run(Cascade(Pooled(SIZE, KNorm(), every=EVERY, floor=1.0)), stream, [6], width=6)
+    np.testing.assert_allclose(pooled, own, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_flow_through_the_pool():
+    for name, x in zip("qkv", gradients(cascade(KNorm(), 0.2), Stream.drawn(1, 24), 24), strict=True):
+        assert np.isfinite(x).all(), name
+        assert np.abs(x).max() > 1e-3, name
+
+
+@pytest.mark.quick
+def test_bytes_are_those_of_the_total():
+    """Keys, values and positions of K (size + every) slots, a mask and a note for each head and slot."""
+    shapes = jax.eval_shape(lambda: Pooled(SIZE, H2O(), every=EVERY).init(spec())).slots
+    pool, width = KEY_HEADS * (SIZE + EVERY), spec().head_dim
+    assert shapes.k.shape == shapes.v.shape == (1, 1, pool, width)
+    assert shapes.position.shape == (1, 1, pool)
+    assert shapes.valid.shape == shapes.note.shape == (1, KEY_HEADS, pool)
+
+
+@pytest.mark.quick
+def test_what_does_not_fit_is_refused():
+    for make, message in (
+        (lambda: Cascade(Pooled(4, KNorm()), Full(9)), "Pooled must be the last tier of a Cascade: its heads lose"),
+        (lambda: Pooled(4, KNorm(), floor=1.2), "Pooled.floor is 1.2: it must be a number from 0 to 1"),
+        (lambda: Pooled(4, KNorm(), merge=Anchors()), "Pooled chooses over all heads: it takes no merge rule"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            make()
+        assert "\n" not in str(error.value)
