@@ -186,11 +186,13 @@ class Query:
         k: Float[Array, "B P S D"],
         v: Float[Array, "B P S V"],
         position: UInt32[Array, "B #K S"],
-        valid: Bool[Array, "B #K S"],
+        valid: Bool[Array, "B #K S"] | Bool[Array, "B #K C S"],
         reach: int | None = None,
         filled: Int32[Array, " B"] | None = None,
     ) -> Partial:
         """Attend causally to keys at these stream positions, at most `reach` positions back.
+
+        `valid`: which slots hold tokens, or which of them each query may read.
 
         Distances are differences of uint32 positions read as int32: right across the wrap of the counter. Slots are
         taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited, unless
@@ -212,7 +214,7 @@ class Query:
                 return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
             fresh = start + jnp.arange(size) >= index * size
-            some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, 2) & fresh, reach)
+            some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, -1) & fresh, reach)
             return merge(part, some)
 
         b, c, h, d = self.q.shape
@@ -311,7 +313,7 @@ class Query:
     def _visible(self, position: Array, valid: Array, reach: int | None) -> tuple[Array, Array | None]:
         """Which keys each query sees, and with ALiBi how far away they are."""
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
-        visible = valid[:, :, None, :] & (distance >= 0)
+        visible = (valid if valid.ndim == 4 else valid[:, :, None, :]) & (distance >= 0)
         if reach is not None:
             visible &= distance <= reach
         if self.back is not None:

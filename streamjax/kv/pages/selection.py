@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -47,6 +48,22 @@ def pooled(scores: Array, asks: Bool[Array, "..."], axis: int, pool: Pool) -> Ar
     return jnp.sum(jnp.where(asks, scores, 0), axis=axis) / jnp.maximum(jnp.sum(asks, axis=axis), 1)
 
 
+class Choice(NamedTuple):
+    """The best of P pages for each of n blocks of queries: those above `least`, or as good and no later than `last`.
+
+    Of equal scores the first come first, as `jax.lax.top_k` takes them. A page of score -inf is none.
+    """
+
+    scores: Float[Array, "B #K n P"]
+    least: Float[Array, "B #K n 1"]
+    last: Int32[Array, "B #K n 1"]
+
+    def has(self, page: Int32[Array, "*#n N"], scores: Float[Array, "B #K n N"]) -> Bool[Array, "B #K n N"]:
+        """Whether these pages, whose scores are given, are among the best."""
+        best = (scores > self.least) | ((scores == self.least) & (page <= self.last))
+        return best & (scores > -jnp.inf)
+
+
 def choose_pages(
     pages: PageTokens,
     summary: Summary,
@@ -59,8 +76,8 @@ def choose_pages(
     shared: bool = False,
     always: Bool[Array, "B P"] | None = None,
     held: Int32[Array, " B"] | None = None,
-) -> Int32[Array, "B K n top_k"]:
-    """The pages that each block of queries reads, best first, for each key head.
+) -> tuple[Int32[Array, "B K n top_k"], Choice]:
+    """The pages that each block of queries reads, best first, for each key head; and the same as a rule.
 
     Args:
       pages: the tokens; pages without any come last.
@@ -96,16 +113,20 @@ def choose_pages(
         scores = jax.lax.fori_loop(0, (jnp.max(held) + SCORED - 1) // SCORED, some, nothing)
     if always is not None:
         scores = jnp.where(always[:, None, None], jnp.inf, scores)
-    few = max(4 * SCORED, top_k)
 
-    def ranked(scores: Array) -> Array:
-        return jax.lax.top_k(scores, top_k)[1].astype(jnp.int32)
+    def ranked(scores: Array, first: int = total) -> tuple[Array, Array]:
+        best, chosen = jax.lax.top_k(scores[..., :first], top_k)
+        return best, chosen.astype(jnp.int32)
 
-    if held is not None and by_turns and few < total:  # ranking a long list takes longer than scoring a short one
-        chosen = jax.lax.cond(jnp.max(held) <= few, lambda x: ranked(x[..., :few]), ranked, scores)
+    if held is not None and by_turns:  # ranking a long list takes longer than scoring a short one
+        sizes = [size for size in (SCORED // 2, SCORED, 4 * SCORED) if top_k < size < total]
+        enough = sum(jnp.max(held) > size for size in sizes)
+        ways = [partial(ranked, first=size) for size in (*sizes, total)]
+        best, chosen = jax.lax.switch(jnp.asarray(enough, jnp.int32), ways, scores)
     else:
-        chosen = ranked(scores)
-    return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:]))
+        best, chosen = ranked(scores)
+    rule = Choice(scores, best[..., -1:], chosen[..., -1:])
+    return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:])), rule
 
 
 def _scores(
@@ -146,6 +167,21 @@ def read_first_pages(pages: PageTokens, query: Query, held: Int32[Array, " B"]) 
     return query.attend(k, v, position, valid, filled=held * pages.k.shape[3])
 
 
+def gather_pages(pages: PageTokens, chosen: Int32[Array, "B K N"]) -> tuple[Array, Array, Array, Array]:
+    """The slots of N pages of each key head in a row: keys, values, positions, and which of them hold tokens."""
+
+    def take(x: Array) -> Array:
+        if in_host_memory(x):
+            return rearrange(take_pages(x, chosen), "b k n s d -> b k (n s) d")
+        # What is one list for all heads is taken for all heads at once.
+        index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
+        index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
+        found = jnp.take_along_axis(x, index, axis=2, mode="clip")
+        return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
+
+    return take(pages.k), take(pages.v), take(pages.position), take(pages.valid)
+
+
 def read_pages(
     pages: PageTokens,
     query: Query,
@@ -157,16 +193,7 @@ def read_pages(
     width, groups, size = query.q.shape[1], chosen.shape[2], pages.k.shape[3]
 
     def read(query: Query, chosen: Int32[Array, "B K top_k"], some: Bool[Array, "B K top_k"] | None) -> Partial:
-        def take(x: Array) -> Array:
-            if in_host_memory(x):
-                return rearrange(take_pages(x, chosen), "b k n s d -> b k (n s) d")
-            # What is one list for all heads is taken for all heads at once.
-            index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
-            index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
-            found = jnp.take_along_axis(x, index, axis=2, mode="clip")
-            return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
-
-        k, v, position, valid = map(take, pages)
+        k, v, position, valid = gather_pages(pages, chosen)
         if some is not None:
             valid &= jnp.repeat(some, size, axis=2)
         return query.attend(k, v, position, valid)

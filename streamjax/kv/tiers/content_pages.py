@@ -20,6 +20,7 @@ from streamjax.field_checks import Size
 from streamjax.kv.pages.boundaries import Boundary
 from streamjax.kv.pages.indexes import Index, Mean, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
+from streamjax.kv.pages.union_reading import read_union
 from streamjax.kv.ring_buffer import put_tokens, read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 from streamjax.kv.tiers.paged import PagedTier
@@ -201,10 +202,12 @@ class ContentPages(PagedTier):
         held = jnp.sum(state.count[:, 0] > 0, axis=1, dtype=jnp.int32)
 
         def read_chosen() -> Partial:
-            chosen = choose_pages(
+            chosen, rule = choose_pages(
                 pages, state.summary, query, self.index, self.top_k,
                 block=block, pool=self.pool, shared=self.shared, held=held,
             )  # fmt: skip
+            if block == 1 < query.q.shape[1] and not query.differentiable:
+                return read_union(pages, query, rule)
             return read_pages(pages, query, chosen, block)
 
         return self.read(pages, query, held, read_chosen)

@@ -20,8 +20,9 @@ from streamjax.field_checks import Size
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
-from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
+from streamjax.kv.pages.selection import Choice, PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
 from streamjax.kv.pages.tree_search import tree_search
+from streamjax.kv.pages.union_reading import read_union
 from streamjax.kv.ring_buffer import read_ring, write_ring
 from streamjax.kv.ring_state import RingState, push, write
 from streamjax.kv.tier import KVSpec, KVTokens, Query
@@ -159,7 +160,9 @@ class Pages(PagedTier):
             if self.search == "tree":
                 chosen, some = self._descend(state, query, block)
             else:
-                chosen = self._choose(state, pages, query, block, held)
+                chosen, rule = self._choose(state, pages, query, block, held)
+                if block == 1 < query.q.shape[1] and not query.differentiable and self.placement == "device":
+                    return read_union(pages, query, rule)
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
@@ -169,8 +172,8 @@ class Pages(PagedTier):
 
     def _choose(
         self, state: PagesState, pages: PageTokens, query: Query, block: int, held: Int32[Array, " B"]
-    ) -> Int32[Array, "B K n top_k"]:
-        """The pages that each block of queries reads, best first, for each key head."""
+    ) -> tuple[Int32[Array, "B K n top_k"], Choice]:
+        """The pages that each block of queries reads, best first, for each key head; and the same as a rule."""
         newest = None
         if self.read_newest:
             cursor = state.tokens.cursor[:, None]

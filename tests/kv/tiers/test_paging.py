@@ -20,10 +20,12 @@ from streamjax.kv import (
     Sink,
     Window,
 )
+from streamjax.kv.pages.selection import gather_pages
 from tests.kv.tier_streams import (
     ENDS,
     FREQUENCIES,
     HEADS,
+    KEY_HEADS,
     SLOPES,
     WIDTH,
     Stream,
@@ -129,6 +131,48 @@ def test_what_is_read_at_once_is_what_would_be_chosen(name, positions):
     np.testing.assert_allclose(found, expected, atol=2e-6)
     for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(chosen), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+READ_TOGETHER = {
+    "pages": Pages(3, 45, 4),
+    "one head list": Pages(3, 45, 4, pool="mean", shared=True, read_newest=True, distance=9),
+    "content by ids": ContentPages(4, 48, 3, EndTokens(ENDS)),
+}
+
+
+@pytest.mark.parametrize("name", READ_TOGETHER)
+def test_neighbours_that_read_together_read_what_each_would_read_alone(monkeypatch, name):
+    """Unions of few queries in tiles of two pages, the last of which is moved back to fit; padding wants nothing."""
+    monkeypatch.setattr("streamjax.kv.pages.union_reading.QUERIES", 3)
+    monkeypatch.setattr("streamjax.kv.pages.union_reading.SLOTS", 8)
+    stream, ids = wandering(length=61, seed=4)
+    cascade, counts = Cascade(Window(5), READ_TOGETHER[name]), [(7, 3), (4, 7), (1, 2)]
+    found, _ = run(cascade, stream, counts, ids=ids, width=7, slopes=SLOPES)
+    expected, _ = run(cascade, stream, counts, ids=ids, width=7, slopes=SLOPES, differentiable=True)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_chunk_gathers_each_page_once_for_its_neighbours(monkeypatch):
+    """Slots gathered for 64 queries, counted as they run: few where queries are alike, never more than there are.
+
+    Each query for itself would gather 8 pages of 4 tokens: 64 times 32 slots.
+    """
+    gathered = []
+
+    def counted(pages, page):
+        jax.debug.callback(lambda: gathered.append(page.shape[2] * pages.k.shape[3]))
+        return gather_pages(pages, page)
+
+    monkeypatch.setattr("streamjax.kv.pages.union_reading.gather_pages", counted)
+    monkeypatch.setattr("streamjax.kv.pages.union_reading.SLOTS", 32)
+    random, tier = np.random.default_rng(0), Pages(4, 512, 8)
+    keys = random.standard_normal((1, 512, KEY_HEADS, WIDTH))
+    state, one = filled(tier, keys, keys), random.standard_normal((1, 1, HEADS, WIDTH))
+    for spread, share in ((0.02, 0.3), (9.0, 1.0)):
+        gathered.clear()
+        jax.block_until_ready(ask(tier, state, one + spread * random.standard_normal((1, 64, HEADS, WIDTH))))
+        jax.effects_barrier()
+        assert 32 <= sum(gathered) <= share * 512 + 32
 
 
 def poisoned(x):
