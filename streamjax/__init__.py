@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         score,
         step,
     )
+    from streamjax.streaming.reuse import EncodedChunk, edit, encode_chunk, join
     from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
 
@@ -60,6 +61,7 @@ _HOMES = {
         "Sampler", "StreamState", "compact", "generate", "generate_blocks", "init_state", "lazy_layers",
         "measure_budget", "read", "reconstruction", "score", "step",
     ),
+    "streamjax.streaming.reuse": ("EncodedChunk", "edit", "encode_chunk", "join"),
     "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
 }  # fmt: skip
@@ -70,6 +72,7 @@ __all__ = [
     "BlockConfig",
     "Decoder",
     "DenseConfig",
+    "EncodedChunk",
     "HSAConfig",
     "LoRAParam",
     "ModelConfig",
@@ -82,10 +85,13 @@ __all__ = [
     "add_lora",
     "compact",
     "data",
+    "edit",
+    "encode_chunk",
     "forward",
     "generate",
     "generate_blocks",
     "init_state",
+    "join",
     "kv",
     "lazy_layers",
     "load",

@@ -37,7 +37,8 @@ ROOMS = """
     streamjax.kv.tiers
     streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk
     streamjax.kv.budgets
-    streamjax.kv.compaction streamjax.kv.lazy_layers streamjax.kv.budgets.measuring
+    streamjax.kv.compaction streamjax.kv.budgets.measuring
+    streamjax.kv.layouts
     streamjax.kv.presets
     streamjax.kv
     streamjax.models.config streamjax.models.rope streamjax.models.quantis* streamjax.models.parameters

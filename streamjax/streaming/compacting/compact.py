@@ -16,7 +16,7 @@ from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction
-from streamjax.kv.lazy_layers import NearShare
+from streamjax.kv.layouts.lazy_layers import NearShare
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder

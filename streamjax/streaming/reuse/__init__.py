@@ -1,0 +1,6 @@
+"""What was read once, read again in another place: edits in the middle of a stream, chunks encoded apart and joined."""
+
+from streamjax.streaming.reuse.editing import edit
+from streamjax.streaming.reuse.joining import EncodedChunk, encode_chunk, join
+
+__all__ = ["EncodedChunk", "edit", "encode_chunk", "join"]
