@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Int
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.layouts.rearrangement import Rearrangement, Source
-from streamjax.kv.tier import State
 from streamjax.kv.tiers.full import Full
-from streamjax.models.decoder import Block, Decoder
+from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.rope import make_rotary
+from streamjax.streaming.compacting.reading_layers import layer_read
 from streamjax.streaming.state import StreamState
 
 
@@ -92,7 +90,7 @@ def rearranged(
         block, row = model.layer_and_row(i)
         own = tuple(Source(s.state.layers[i][0], *table) for s, table in zip(sources, tables, strict=True))
         work = Rearrangement(tuple(_full(s.state.caches[i]) for s in sources), full)
-        x, new = _layer(block, row, x, (first, own), context, work)
+        x, new = layer_read(block, row, x, (first, own), context, work)
         layers.append((new,))
     newest = bool(count) and int(places[-1]) == total - 1
     return StreamState(
@@ -119,19 +117,3 @@ def _of_slots(source: Taken, values: np.ndarray, dtype: type) -> Array:
     assert capacity is not None
     padded: np.ndarray = np.pad(values.astype(dtype), (0, capacity - len(values)))
     return jnp.broadcast_to(jnp.asarray(padded), (source.state.batch_size, capacity))
-
-
-@partial(jax.jit, static_argnames="work")
-def _layer(
-    block: Block,
-    row: int | Array | None,
-    x: Float[Array, "B C E"],
-    state: tuple[UInt32[Array, " B"], tuple[Source, ...]],
-    context: ChunkContext,
-    work: Rearrangement,
-) -> tuple[Float[Array, "B C E"], State]:
-    """One layer's new tokens through it, and its state with all of them. `row`: which one, in a stack of layers."""
-    if row is not None:
-        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
-    x, new, _ = block.stream(x, state, work, context)
-    return x, new
