@@ -24,7 +24,7 @@ from streamjax.kv.tiers.window import Window
 from streamjax.models.config import LatentAttentionConfig, MixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import constrain
-from streamjax.streaming.fingerprints import fingerprint
+from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
 
 SEEN_LIMIT = 2**30  # where the count of seen tokens saturates; every use of it compares with a cache's size
 
@@ -136,7 +136,7 @@ def budgeted_layers(config: ModelConfig) -> list[int]:
 def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> None:
     """Raise a ValueError where a budget was measured with another model."""
     calibration = cache.calibration if isinstance(cache, Budgeted) else None
-    if calibration is not None and calibration.model != (own := fingerprint(model)):
+    if calibration is not None and calibration.model != (own := fingerprint_in_any_dtype(model)):
         made = f"this calibration is of model {calibration.model}"
         raise ValueError(f"{made}, and this one is {own}: measure it, sj.measure_budget(...)")
 

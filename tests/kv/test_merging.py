@@ -1,5 +1,7 @@
 """What becomes of tokens that lose, against plain lists, for every merge rule; what does not depend on cuts."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from streamjax.kv import (
     Window,
     ZeroClass,
 )
-from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, gradients, run
+from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, gradients, run, spec, update
 from tests.oracles import merging as oracle
 from tests.oracles import scored
 
@@ -84,6 +86,21 @@ def test_gradients_flow_through_what_was_merged():
     for name, x in zip("qkv", gradients(cascade(Anchors()), stream, 24), strict=True):
         assert np.isfinite(x).all(), name
         assert np.abs(x).max() > 1e-3, name
+
+
+def test_a_decode_step_copies_no_buffer():
+    """Keys and values pass a branch at every token, and are copied inside of it alone, where tokens are merged."""
+    mine, one = Cascade(Window(8), Scored(448, H2O(), merge=Gaussian())), spec()
+    state = jax.eval_shape(lambda: mine.init(one))
+    q = jax.ShapeDtypeStruct((1, 1, one.kv_heads * one.group, one.head_dim), np.float32)
+    k = jax.ShapeDtypeStruct((1, 1, one.kv_heads, one.head_dim), np.float32)
+    position, valid = jax.ShapeDtypeStruct((1, 1), np.uint32), jax.ShapeDtypeStruct((1, 1), bool)
+    seen = jax.ShapeDtypeStruct((1,), np.int32)
+    text = update.lower(mine, state, q, k, k, None, position, seen, valid).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    buffer = rf"= f32\[1,{KEY_HEADS},512,{one.head_dim}\]\S* "
+    assert re.search(buffer, entry)
+    assert not re.search(buffer + r"copy\(", entry)
 
 
 @pytest.mark.quick

@@ -119,6 +119,11 @@ def leaderboard() -> int:
     return launch("leaderboard")
 
 
+def measure_budget() -> int:
+    """`streamjax-measure-budget`."""
+    return launch("measure_budget")
+
+
 def perplexity() -> int:
     """`streamjax-perplexity`."""
     return launch("perplexity")

@@ -12,7 +12,7 @@ from streamjax.kv.compaction import Compaction
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.reading_layers import through_layers
-from streamjax.streaming.fingerprints import fingerprint
+from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
 from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState, budgeted_layers, init_state
@@ -62,4 +62,4 @@ def measured(model: Decoder, state: StreamState, budget: Budget, query: Rows, st
     tables = [np.asarray(found[i], np.float32) for i in own]
     width = max(table.shape[1] for table in tables)
     rows = [np.pad(table.mean(axis=0), (0, width - table.shape[1]), mode="edge") for table in tables]
-    return Calibration.of(np.stack(rows), budget, fingerprint(model))
+    return Calibration.of(np.stack(rows), budget, fingerprint_in_any_dtype(model))

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 import streamjax as sj
-from streamjax.commands import chat, comparison, demo, find_heads, perplexity, recall, stream
+from streamjax.commands import chat, comparison, demo, find_heads, measure_budget, perplexity, recall, stream
 from tests.commands.command_helpers import read_json
 
 NUMBERS, STREAM, FOLDER = "file of numbers", "saved stream", "folder"
@@ -18,6 +18,7 @@ OUTPUTS = [
     (recall, "json", NUMBERS),
     (recall, "png", NUMBERS),
     (find_heads, "output", NUMBERS),
+    (measure_budget, "output", NUMBERS),
     (demo, "out", FOLDER),
 ]
 PLACES = ("below a file", "in a device", "a folder", "something else", "a loop", "where nothing is made")
