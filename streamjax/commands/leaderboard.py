@@ -44,7 +44,7 @@ from streamjax.data.recall.chat_frames import ChatFrame, chat_frame
 from streamjax.data.ruler import make_example, task_names
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation.cache_sizes import describe
-from streamjax.evaluation.equal_bytes import sized
+from streamjax.evaluation.equal_bytes import sized, total_bytes
 from streamjax.evaluation.leaderboard import MOMENTS, Encoded, answer, perplexity_behind
 from streamjax.evaluation.leaderboard_rows import mean_and_error, read_rows, summarise, table
 from streamjax.kv.description import describe_cache
@@ -211,7 +211,10 @@ def make_caches(
         for budget in budgets:
             label = f"{spec} {budget:g}"
             try:
-                caches.append((label, spec, budget, sized(name, model, budget * dense + free, **options)))
+                cache = sized(name, model, budget * dense + free, **options)
+                if moment == "stream":
+                    describe(cache, model)  # a budget that has not measured the model is for prompts alone
+                caches.append((label, spec, budget, cache))
             except ValueError as error:
                 refused[label] = str(error)
     for spec in dict.fromkeys(fixed):
@@ -234,7 +237,7 @@ def run(
                 return
             bar.set_description(f"{label} {task}")
             if label not in rows:
-                size = describe(cache, model).total
+                size = total_bytes(cache, model)
                 rows[label] = {"label": label, "method": method, "budget": budget, "cache": describe_cache(cache),
                                "state_bytes": size, "bytes_per_token": size / length, "tasks": {},
                                "timing": {}}  # fmt: skip

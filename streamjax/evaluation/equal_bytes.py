@@ -7,10 +7,17 @@ from typing import Any
 
 from streamjax.evaluation.cache_sizes import describe
 from streamjax.evaluation.memory import human_bytes
+from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.presets.registry import Built, preset, presets
 from streamjax.models.decoder import Decoder
 
 _LEAST = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # where the smallest cache of a preset is looked for
+
+
+def total_bytes(cache: Built, model: Decoder) -> int:
+    """Bytes of one stream's state; a budget that will measure a prompt has the same total whatever it finds there."""
+    evenly = cache.cascade if isinstance(cache, Budgeted) and cache.unmeasured else cache
+    return describe(evenly, model).total
 
 
 def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
@@ -43,13 +50,13 @@ def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
 
     def takes(count: int) -> float:
         try:
-            return describe(preset(name, **at(count)), model).total
+            return total_bytes(preset(name, **at(count)), model)
         except ValueError:  # too small for its other options, or of a size that it does not take
             return math.nan
 
     least = next((count for count in _LEAST if not math.isnan(takes(count))), None)
     if least is None:
-        describe(preset(name, **at(_LEAST[-1])), model)  # raises, and says why
+        total_bytes(preset(name, **at(_LEAST[-1])), model)  # raises, and says why
         raise AssertionError("a cache that could not be made was made")
     if (smallest := takes(least)) > budget:
         raise ValueError(

@@ -29,7 +29,7 @@ from streamjax.kv.scores.kvzip import KVzip
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.scored import Scored
 from streamjax.models.decoder import Decoder
-from streamjax.streaming import Sampler, StreamState, compact, generate_blocks, init_state, read
+from streamjax.streaming import Sampler, StreamState, compact, generate_blocks, init_state, read, reconstruction
 from streamjax.streaming.scan import score as score_stream
 
 Moment = Literal["stream", "prompt"]
@@ -123,37 +123,43 @@ def read_contexts(
     contexts = [row.context for row in rows]
     if moment == "stream":
         return read(model, init_state(model, cache, len(rows)), contexts, chunk_size)
-    state = init_state(model, _whole(cache, max(map(len, contexts)), chunk_size), len(rows))
+    state = init_state(model, wholly(cache, max(map(len, contexts)), chunk_size), len(rows))
     state = read(model, state, contexts, chunk_size)
-    return _compacted(model, tokenizer, state, cache, contexts, [row.prompts[0] for row in rows])
+    return compacted(model, tokenizer, state, cache, contexts, [row.prompts[0] for row in rows])
 
 
-def _whole(cache: Built, capacity: int, chunk_size: int) -> Built:
+def wholly(cache: Built, capacity: int, chunk_size: int) -> Built:
     """A cache that keeps everything until it is compacted into `cache`, with what that wants to know of it by then."""
     if isinstance(cache, tuple):
-        return tuple(_whole_of_layer(each, capacity, chunk_size) for each in cache)
-    return _whole_of_layer(cache, capacity, chunk_size)
+        return tuple(_of_layer(each, capacity, chunk_size) for each in cache)
+    return _of_layer(cache, capacity, chunk_size)
 
 
-def _whole_of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
-    if not any(map(_needs_history, _scored(cache))):
+def _of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
+    if not any(map(_needs_history, _scored(cache))) or _measures(cache):
         return Cascade(Full(capacity))
-    cache = cache.cascade if isinstance(cache, Budgeted) else cache
-    assert isinstance(cache, Cascade)
+    cascade = cache.cascade if isinstance(cache, Budgeted) else cache
+    assert isinstance(cascade, Cascade)
 
     # Attention must be noted as the context is read: a tier that never has to choose notes it.
     def larger(tier: Any) -> Any:
         if not isinstance(tier, Scored):
             return tier
         every = max(tier.every, chunk_size // tier.every * tier.every)
-        return dataclasses.replace(tier, size=capacity, every=every)
+        return Scored(capacity, tier.score, tier.per_head, every, tier.distance)
 
-    return Cascade(*map(larger, cache.tiers))
+    return Cascade(*map(larger, cascade.tiers))
 
 
 def _scored(cache: Built) -> list[Scored]:
-    caches = cache if isinstance(cache, tuple) else (cache.cascade if isinstance(cache, Budgeted) else cache,)
-    return [tier for each in caches if isinstance(each, Cascade) for tier in each.tiers if isinstance(tier, Scored)]
+    caches = cache if isinstance(cache, tuple) else (cache,)
+    cascades = [each.cascade if isinstance(each, Budgeted) else each for each in caches]
+    return [tier for each in cascades if isinstance(each, Cascade) for tier in each.tiers if isinstance(tier, Scored)]
+
+
+def _measures(cache: Built) -> bool:
+    """Whether the prompt's own attention is to say how large a layer is."""
+    return isinstance(cache, Budgeted) and cache.unmeasured
 
 
 def _needs_history(tier: Scored) -> bool:
@@ -164,7 +170,7 @@ def _needs_history(tier: Scored) -> bool:
     return rule.needs_queries or (rule.needs_attention and rule.counts_all_queries)
 
 
-def _compacted(
+def compacted(
     model: Decoder,
     tokenizer: Tokenizer,
     state: StreamState,
@@ -172,19 +178,26 @@ def _compacted(
     contexts: Sequence[list[int]],
     prompts: Sequence[list[int]],
 ) -> StreamState:
-    """By the queries that the method's paper takes: the context's last, its repetition (KVzip), the question (Finch).
+    """The states under `cache`, by the queries that a method's paper takes.
 
-    Rows of a repetition or a question are cut to the shortest in the batch, at their beginnings.
+    They are the context's last, all of it, its repetition (KVzip), or the question (Finch). Rows of several lengths are
+    cut to the shortest of them, at their beginnings, where the query is more than the context's end.
+
+    Args:
+      model, tokenizer: that read the streams.
+      state: behind the contexts, under `wholly(cache, ...)`.
+      cache: the new one.
+      contexts, prompts: what was read, and the questions that come next, in ids.
     """
     rules = [tier.score for tier in _scored(cache)]
     if any(isinstance(rule, KVzip) for rule in rules):
-        return compact(model, state, cache, _cut(contexts, tokenizer.encode(_REPEAT, continues=True)), stored=False)
+        asks = reconstruction(_cut(contexts), request=tokenizer.encode(_REPEAT, continues=True))
+        return compact(model, state, cache, queries=asks)
     if any(isinstance(rule, Finch) for rule in rules):
         return compact(model, state, cache, _cut(prompts), stored=False)
-    if isinstance(cache, Budgeted) and cache.unmeasured:
-        window = max(32, *map(observed, rules))
-        return compact(model, state, cache, _cut([context[-window:] for context in contexts]))
-    if not any(rule.needs_attention for rule in rules) or any(map(_needs_history, _scored(cache))):
+    if any(map(_needs_history, _scored(cache))):
+        return compact(model, state, cache, _cut(contexts) if _measures(cache) else None)
+    if not any(rule.needs_attention for rule in rules):
         return compact(model, state, cache)
     window = max(observed(rule) for rule in rules)
     return compact(model, state, cache, _cut([context[-window:] for context in contexts]))
@@ -196,9 +209,9 @@ def observed(rule: Any) -> int:
     return getattr(rule, "window", 1) if inner is None else observed(inner)
 
 
-def _cut(rows: Sequence[list[int]], before: Sequence[int] = ()) -> np.ndarray:
+def _cut(rows: Sequence[list[int]]) -> np.ndarray:
     width = min(map(len, rows))
-    return np.array([[*before, *row[len(row) - width :]] for row in rows], np.int32)
+    return np.array([row[len(row) - width :] for row in rows], np.int32)
 
 
 def _ask(

@@ -43,6 +43,7 @@ CACHES = {
     "h2o": sj.kv.preset("h2o", window=32, size=60, every=192),
     "kvzip": sj.kv.preset("kvzip", size=90, every=192),
     "cake": sj.kv.preset("cake", window=32, size=60, every=192),
+    "ada_kv": sj.kv.preset("ada_kv", window=32, size=60, every=192),
     "streaming_llm": sj.kv.preset("streaming_llm", sinks=4, window=90),
 }
 
@@ -59,7 +60,8 @@ def test_a_prompt_is_compacted_as_its_paper_says(model, examples, name):
         shortest = min(map(len, contexts))
         if name == "kvzip":
             asked = BYTES.encode("\n\nRepeat the text above, word for word.\n\n")
-            return sj.compact(model, state, cache, [asked + ids[-shortest:] for ids in contexts], stored=False)
+            queries = sj.reconstruction([ids[-shortest:] for ids in contexts], request=asked)
+            return sj.compact(model, state, cache, queries=queries)
         width = shortest if name == "h2o" else 32  # H2O: the whole prompt's queries, which are equally many here
         assert name != "h2o" or len(set(map(len, contexts))) == 1
         return sj.compact(model, state, cache, [ids[-width:] for ids in contexts])

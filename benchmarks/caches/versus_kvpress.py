@@ -1,0 +1,295 @@
+"""Beside kvpress: the same weights, prompts and shares of tokens, each side in processes of its own.
+
+    python -m benchmarks.caches.versus_kvpress --model=FOLDER --python=VENV/bin/python
+
+SmolLM2-135M-Instruct in float32 answers tasks of RULER. A context is read, then compacted to a share of its tokens,
+then the question is asked and answered greedily, and nothing more goes: kvpress's form; here `sj.compact` on a dense
+cache. `same tokens` is the share of what kvpress keeps of one context, at the first share, that is kept here too, over
+layers and heads. Scores are per cent with standard errors, over the tasks together. `CPU s` is one context read,
+compacted to the first share, and an answer of 16 tokens: medians after a first run, which compiles. The environment of
+--python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes on from --work.
+
+Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
+takes the mean over the queries that see a token and keeps no recent ones. `chunkkv` keeps the window beside whole
+chunks here, as the paper does; there chunks alone decide. `leverage` is exact here, with the first and newest tokens
+kept; there keys are sketched. `random` draws other numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import streamjax as sj
+from benchmarks.reporting import report
+from streamjax.data.recall.chat_frames import chat_frame
+from streamjax.data.ruler import Turn, make_example, score
+from streamjax.evaluation.leaderboard import Encoded, compacted, wholly
+from streamjax.evaluation.leaderboard_rows import mean_and_error
+from streamjax.kv.presets.registry import Built
+from streamjax.kv.tiers.sink import TRUE_DISTANCE
+
+SIDE = Path(__file__).parent / "kvpress_side.py"
+FIRST = sj.kv.Sink(4, reach=TRUE_DISTANCE)
+# (tokens that are kept, tokens of question and answer) -> a cache that keeps so many until the answer is there
+METHODS: dict[str, Callable[[int, int], Built]] = {
+    "streaming_llm": lambda kept, room: sj.kv.Cascade(FIRST, sj.kv.Window(kept - 4)),
+    "snapkv": lambda kept, room: sj.kv.preset("snapkv", window=32, size=kept - 32, kernel=5, every=room),
+    "h2o": lambda kept, room: sj.kv.preset("h2o", window=kept // 2, size=kept - kept // 2, every=room),
+    "tova": lambda kept, room: sj.kv.preset("tova", size=kept, every=room),
+    "knorm": lambda kept, room: sj.kv.preset("knorm", size=kept, every=room),
+    "keydiff": lambda kept, room: sj.kv.preset("keydiff", size=kept, every=room),
+    "lagkv": lambda kept, room: sj.kv.preset("lagkv", sinks=4, size=kept - 4, lag=128),
+    "expected_attention": lambda kept, room: sj.kv.preset("expected_attention", sinks=4, size=kept - 4, every=room),
+    "chunkkv": lambda kept, room: sj.kv.preset("chunkkv", window=30, size=kept - 30, every=-(-room // 10) * 10),
+    "curdkv": lambda kept, room: sj.kv.preset("curdkv", sinks=4, size=kept - 4, every=room),
+    "leverage": lambda kept, room: sj.kv.preset("leverage", sinks=8, window=4, size=kept - 12, every=room),
+    "pyramidkv": lambda kept, room: sj.kv.preset("pyramid_kv", window=32, size=kept - 32, kernel=5, every=room),
+    "adakv": lambda kept, room: sj.kv.preset("ada_kv", window=32, size=kept - 32, kernel=5, every=room),
+    "criticalkv": lambda kept, room: sj.kv.preset("criticalkv", window=32, size=kept - 32, kernel=5, every=room),
+    "random": lambda kept, room: sj.kv.Cascade(sj.kv.Scored(kept, sj.kv.RandomChoice(1), every=room)),
+}
+GREEDY = sj.Sampler(temperature=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
+    parser.add_argument("--python", required=True, help="the Python of kvpress's environment")
+    parser.add_argument("--tasks", nargs="+", default=["niah_single_1", "niah_single_2", "niah_multikey_1", "passkey"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5], help="shares of the tokens that stay")
+    parser.add_argument("--answer_tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("out/versus_kvpress"), help="where what is done stands")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--side", choices=["scores", "choices", "times"], help="for the script itself: one half of the work"
+    )
+    arguments = parser.parse_args()
+    request = make_request(arguments)
+    if arguments.side:
+        {"scores": our_scores, "choices": our_choices, "times": our_times}[arguments.side](arguments, request)
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    path = arguments.work / "request.json"
+    text = json.dumps(request)
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"{arguments.work} holds a run with other settings: name another folder by --work")
+    path.write_text(text)
+    for what in ("choices", "scores", "times"):
+        ours = [sys.executable, "-m", "benchmarks.caches.versus_kvpress", *sys.argv[1:], f"--side={what}"]
+        theirs = [arguments.python, str(SIDE), what, str(path), str(arguments.work / f"kvpress_{what}.json")]
+        for command in (ours, theirs):
+            subprocess.run(command, check=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    give(arguments, request)
+
+
+def make_request(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that both sides need, in ids."""
+    tokenizer = sj.load_tokenizer(arguments.model)
+    frame = chat_frame(tokenizer)
+    examples = []
+    for task in arguments.tasks:
+        for seed in range(arguments.examples):
+            encoded = Encoded.of(tokenizer, make_example(task, arguments.length, tokenizer, seed, frame), frame)
+            turn = encoded.example.turns[0]
+            examples.append(
+                {
+                    "task": task,
+                    "context": encoded.context,
+                    "prompt": encoded.prompts[0],
+                    "answers": turn.answers,
+                    "answer_tokens": min(turn.answer_tokens, arguments.answer_tokens),
+                }
+            )
+    room = max(len(row["prompt"]) + row["answer_tokens"] for row in examples)
+    return {
+        "room": max(room, 64),
+        "shortest": min(len(row["context"]) for row in examples),  # one size for all, so that there is one program
+        "longest": max(len(row["context"]) for row in examples) + room,
+        "model": arguments.model,
+        "methods": arguments.methods,
+        "ratios": arguments.ratios,
+        "examples": examples,
+        "repeats": arguments.repeats,
+        "timed_tokens": 16,
+    }
+
+
+def our_cache(request: dict[str, Any], name: str, ratio: float) -> Built:
+    return METHODS[name](int(request["shortest"] * ratio), request["room"])
+
+
+def laid_out(
+    model: sj.Decoder, tokenizer: Any, state: Any, cache: Built, rows: list[dict[str, Any]], longest: int
+) -> Any:
+    """The state after compaction; what has a window goes on where nothing is pushed out."""
+    contexts, prompts = [row["context"] for row in rows], [row["prompt"] for row in rows]
+    state = compacted(model, tokenizer, state, cache, contexts, prompts)
+    if isinstance(cache, sj.kv.Cascade) and not any(isinstance(tier, sj.kv.Scored) for tier in cache.tiers):
+        state = sj.compact(model, state, sj.kv.preset("dense", capacity=longest))
+    return state
+
+
+def our_scores(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
+    path = arguments.work / "streamjax_scores.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
+    jobs = [("dense", 1.0), *((name, ratio) for name in request["methods"] for ratio in request["ratios"])]
+    for task in arguments.tasks:
+        numbers = [i for i, row in enumerate(request["examples"]) if row["task"] == task]
+        rows = [request["examples"][i] for i in numbers]
+        longest = request["longest"]
+        read: dict[Any, Any] = {}  # states behind the contexts, by the cache that keeps everything
+        for name, ratio in jobs:
+            key = name if name == "dense" else f"{name} {ratio}"
+            if all(key in done.get(str(i), {}) for i in numbers):
+                continue
+            cache = sj.kv.preset("dense", capacity=longest) if name == "dense" else our_cache(request, name, ratio)
+            whole = wholly(cache, longest, 512)
+            if whole not in read:
+                contexts = [row["context"] for row in rows]
+                read[whole] = sj.read(model, sj.init_state(model, whole, len(rows)), contexts)
+            if name == "dense":
+                state = jax.tree.map(jnp.copy, read[whole])  # compact leaves what it is given, generate does not
+            else:
+                state = laid_out(model, tokenizer, read[whole], cache, rows, longest)
+            tokens = max(row["answer_tokens"] for row in rows)
+            prompts = [row["prompt"] for row in rows]
+            options = {"max_new_tokens": tokens, "sampler": GREEDY, "stop_tokens": tokenizer.eos_ids}
+            _, said = sj.generate(model, state, prompts, **options)
+            for i, ids in zip(numbers, said, strict=True):
+                text = tokenizer.decode([int(t) for t in ids if t >= 0 and t not in tokenizer.eos_ids])
+                done.setdefault(str(i), {})[key] = text
+            path.write_text(json.dumps(done))
+            print(task, key, file=sys.stderr, flush=True)
+
+
+def our_choices(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
+    """Which places of the first context stay, by layer and head, at the first share."""
+    path = arguments.work / "streamjax_choices.json"
+    if path.exists():
+        return
+    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
+    row = request["examples"][0]
+    found: dict[str, Any] = {}
+    states: dict[Any, Any] = {}
+    for name in request["methods"]:
+        cache = METHODS[name](int(len(row["context"]) * request["ratios"][0]), request["room"])
+        whole = wholly(cache, request["longest"], 512)
+        if whole not in states:
+            states[whole] = sj.read(model, sj.init_state(model, whole), [row["context"]])
+        state = compacted(model, tokenizer, states[whole], cache, [row["context"]], [row["prompt"]])
+        heads = [block.mixer.num_kv_heads for block in model.config.blocks]
+        layers = zip(state.caches, state.layers, heads, strict=True)
+        try:
+            found[name] = [places(kept, part, count) for kept, part, count in layers]
+        except ValueError:  # heads of one pool hold different numbers of tokens, which cannot be taken out
+            found[name] = None
+        print(name, file=sys.stderr, flush=True)
+    path.write_text(json.dumps(found))
+
+
+def places(cache: Any, layer: Any, heads: int) -> list[list[int]]:
+    """What the tiers of a layer hold, by head."""
+    held: list[list[int]] = [[] for _ in range(heads)]
+    for tier, part in zip(cache.tiers, layer, strict=True):
+        stored = tier.stored(part, None)
+        for head, kept in enumerate(held):
+            one = [np.asarray(x)[0] for x in (stored.position, stored.valid)]
+            position, valid = (x[head if len(x) > 1 else 0] for x in one)
+            kept += position[valid].tolist()
+    return [sorted(kept) for kept in held]
+
+
+def agreement(ours: list[list[list[int]]], theirs: list[list[list[int]]]) -> float:
+    """The share of what kvpress keeps that is kept here too, over layers and heads."""
+    pairs = [(set(a), set(b)) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    return statistics.fmean(len(a & b) / len(b) for a, b in pairs)
+
+
+def our_times(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
+    path = arguments.work / "streamjax_times.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
+    row = request["examples"][0]
+    longest = request["longest"]
+    for name in request["methods"]:
+        if name in done:
+            continue
+        cache = our_cache(request, name, request["ratios"][0])
+        spent = []
+        for _ in range(request["repeats"] + 1):
+            began = time.process_time()
+            state = sj.read(model, sj.init_state(model, wholly(cache, longest, 512)), [row["context"]])
+            state = laid_out(model, tokenizer, state, cache, [row], longest)
+            _, said = sj.generate(model, state, [row["prompt"]], max_new_tokens=request["timed_tokens"], sampler=GREEDY)
+            jax.block_until_ready(said)
+            spent.append(time.process_time() - began)
+        done[name] = statistics.median(spent[1:])
+        path.write_text(json.dumps(done))
+        print(name, done[name], file=sys.stderr, flush=True)
+
+
+def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
+    """The table, from what both sides left."""
+    said = {side: json.loads((arguments.work / f"{side}_scores.json").read_text()) for side in ("streamjax", "kvpress")}
+    spent = {side: json.loads((arguments.work / f"{side}_times.json").read_text()) for side in ("streamjax", "kvpress")}
+
+    kept = {side: json.loads((arguments.work / f"{side}_choices.json").read_text()) for side in said}
+
+    def scores(side: str, key: str) -> list[float]:
+        return [
+            score(Turn("", "", tuple(row["answers"]), row["answer_tokens"]), said[side][str(i)][key])
+            for i, row in enumerate(request["examples"])
+        ]
+
+    def cell(side: str, key: str) -> str:
+        mean, error = mean_and_error(scores(side, key))
+        return f"{100 * mean:.0f} ± {100 * error:.0f}"
+
+    def row(name: str, keys: list[str]) -> dict[str, Any]:
+        shares = zip(keys, request["ratios"], strict=True)
+        cells = {f"{label} at {share:g}": cell(side, key) for key, share in shares
+                 for side, label in (("streamjax", "ours"), ("kvpress", "kvpress"))}  # fmt: skip
+        times = {side: spent[side].get(name) for side in spent}
+        known = None not in times.values()
+        chosen = [kept[side].get(name) for side in ("streamjax", "kvpress")]
+        return {
+            "method": name,
+            "same tokens, %": 100 * agreement(*chosen) if all(chosen) else "-",
+            **cells,
+            "our CPU s": times["streamjax"] if known else "-",
+            "kvpress CPU s": times["kvpress"] if known else "-",
+            "ratio": times["kvpress"] / times["streamjax"] if known else "-",
+        }
+
+    rows = [row("dense", ["dense"] * len(request["ratios"]))]
+    rows += [row(name, [f"{name} {ratio}" for ratio in request["ratios"]]) for name in request["methods"]]
+    same = sum(said["streamjax"][str(i)]["dense"] == said["kvpress"][str(i)]["dense"]
+               for i in range(len(request["examples"])))  # fmt: skip
+    report(
+        "caches/versus_kvpress", rows, arguments.output, tasks=arguments.tasks, length=arguments.length,
+        examples=arguments.examples, torch="2.13.0", transformers="5.2.0",
+        note=f"{', '.join(arguments.tasks)}; {arguments.examples} examples each, {arguments.length:,} tokens. Without "
+        f"compaction {same} of {len(request['examples'])} answers are the same, to the letter.",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
