@@ -1,0 +1,211 @@
+"""Recurrences over a matrix state, `S_t = decay_t * S_{t-1} + update_t`, read by queries: one core for all of them.
+
+A head keeps a matrix S of K x V numbers, in place of keys and values. The update of a token is `k_t v_t^T`: gated linear
+attention (2312.06635) and, with one decay a head, the state space duality of Mamba-2 (2405.21060); or, with a `beta`,
+the delta rule (2406.06484), `beta_t k_t (v_t - S_t'^T k_t)^T` with S' the decayed state: Gated DeltaNet (2412.06464),
+and with a decay for each channel of a key Kimi Delta Attention (2510.26692). Its output is `S_t^T q_t`.
+
+Tokens are read in blocks. Inside a block all pairs of tokens are scored at once, as attention does it; between blocks
+the state is handed on. All decays are kept as logarithms at most 0, and only differences that are at most 0 become
+exponentials, so nothing overflows however strong a decay is. With a delta rule what tokens of a block write depends on
+what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), solved for all blocks
+at once. A single token reads and writes its state once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.partial import accumulator
+
+BLOCK = 64  # tokens of a block with one decay a head,
+CHANNEL_BLOCK = 16  # and with one a channel, whose pairs of tokens have K decays each
+
+
+def recurrence(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G R V"],
+    log_decay: Float[Array, "B T G R"] | Float[Array, "B T G R K"],
+    state: Float[Array, "B H K V"],
+    *,
+    beta: Float[Array, "B T G R"] | None = None,
+    valid: Bool[Array, "B T"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    block: int | None = None,
+) -> tuple[Float[Array, "B T G R V"], Float[Array, "B H K V"]]:
+    """Read T tokens: what each reads from the state that it has written to, and the state behind them.
+
+    Args:
+      q, k: queries and keys of G groups of heads.
+      v: values; R heads share the queries and keys of a group, H = G R.
+      log_decay: logarithm of a token's decay, at most 0; for a head, or for each channel of its key.
+      state: in front of the tokens, in the dtype of sums (float32; float64 for float64).
+      beta: how much of its value a token writes by the delta rule; None: the update adds to the state.
+      valid: the tokens that count; the others change no state, and their outputs mean nothing. All where None.
+      resets: the tokens that begin with an empty state, such as the first one of each document in a packed row.
+      block: tokens of a block; by default what is fast.
+
+    Returns:
+      Outputs in the dtype of sums, and the new state. A row without valid tokens keeps its state bit for bit.
+    """
+    dtype, length = accumulator(v.dtype), v.shape[1]
+    q, k, v, log_decay = (x.astype(dtype) for x in (q, k, v, log_decay))
+    beta = None if beta is None else beta.astype(dtype)
+    if valid is not None:
+        log_decay = jnp.where(_beside(valid, log_decay), log_decay, 0.0)
+        v = jnp.where(_beside(valid, v), v, 0.0)
+        beta = None if beta is None else jnp.where(_beside(valid, beta), beta, 0.0)
+    heads = rearrange(state, "b (g r) k v -> b g r k v", g=v.shape[2])
+    if length == 1:
+        first = None if resets is None else resets[:, 0]
+        out, heads = _one_token(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], heads, beta, first)
+    else:
+        channels = log_decay.ndim == 5
+        size = min(block or (CHANNEL_BLOCK if channels else BLOCK), length)
+        blocks = _cut(q, k, v, log_decay, beta, resets, size)
+        out, heads = _read_blocks(blocks, heads)
+        out = rearrange(out, "n b g r c v -> b (n c) g r v")[:, :length]
+    new = rearrange(heads, "b g r k v -> b (g r) k v").astype(state.dtype)
+    return out, new if valid is None else jnp.where(jnp.any(valid, axis=1)[:, None, None, None], new, state)
+
+
+def _beside(mask: Bool[Array, "B T"], x: Array) -> Array:
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+
+
+def _one_token(
+    q: Float[Array, "B G K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B G R V"],
+    log_decay: Array,
+    state: Float[Array, "B G R K V"],
+    beta: Float[Array, "B 1 G R"] | None,
+    reset: Bool[Array, " B"] | None,
+) -> tuple[Float[Array, "B 1 G R V"], Float[Array, "B G R K V"]]:
+    """The recurrence itself. What the old state gives to query and key is read together, before it is written."""
+    decay = jnp.exp(log_decay)
+    decay = decay[..., None] if decay.ndim == 3 else decay  # of each channel of the key, or of all
+    if reset is not None:
+        decay = jnp.where(reset[:, None, None, None], 0.0, decay)
+    pair = jnp.stack((q, k), axis=2)[:, :, None] * decay[:, :, :, None]  # [B, G, R, 2, K]
+    read = jnp.einsum("bgrmk,bgrkv->bgrmv", pair, state)
+    if beta is not None:
+        v = beta[:, 0, ..., None] * (v - read[:, :, :, 1])
+    out = read[:, :, :, 0] + jnp.sum(q * k, axis=-1)[:, :, None, None] * v
+    return out[:, None], decay[..., None] * state + k[:, :, None, :, None] * v[:, :, :, None]
+
+
+class _Blocks(NamedTuple):
+    """Tokens in N blocks of C, padded with such as change no state."""
+
+    q: Float[Array, "N B G C K"]
+    k: Float[Array, "N B G C K"]
+    v: Float[Array, "N B G R C V"]
+    log_decay: Float[Array, "N B G R C D"]  # D is 1 or K
+    beta: Float[Array, "N B G R C"] | None
+    segment: Int32[Array, "N B C"] | None  # resets from the block's start
+
+
+def _cut(
+    q: Array, k: Array, v: Array, log_decay: Array, beta: Array | None, resets: Array | None, size: int
+) -> _Blocks:
+    def cut(x: Array, pattern: str) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
+        return rearrange(x, pattern, c=size)
+
+    decay = log_decay if log_decay.ndim == 5 else log_decay[..., None]
+    return _Blocks(
+        cut(q, "b (n c) g k -> n b g c k"),
+        cut(k, "b (n c) g k -> n b g c k"),
+        cut(v, "b (n c) g r v -> n b g r c v"),
+        cut(decay, "b (n c) g r d -> n b g r c d"),
+        None if beta is None else cut(beta, "b (n c) g r -> n b g r c"),
+        None if resets is None else jnp.cumsum(cut(resets, "b (n c) -> n b c"), axis=-1, dtype=jnp.int32),
+    )
+
+
+class _Weights(NamedTuple):
+    """What a block's tokens and its first state weigh.
+
+    pairs: of an earlier token for a later one or itself, by decay alone. start: of the first state for a token. end: of
+    a token in the last state. whole: of the first state in the last.
+    """
+
+    pairs: Float[Array, "N B G R C C D"]
+    start: Float[Array, "N B G R C D"]
+    end: Float[Array, "N B G R C D"]
+    whole: Float[Array, "N B G R D"]
+
+
+def _weights(blocks: _Blocks) -> _Weights:
+    decay, segment = blocks.log_decay, blocks.segment
+    size, start = decay.shape[-2], jnp.cumsum(decay, axis=-2)
+    seen = jnp.tril(jnp.ones((size, size), bool))
+    if decay.shape[-1] == 1:
+        # Summed from each token on: a difference of sums would be rounded as the sum of all decays of the block is.
+        after = jnp.tril(seen, -1)[..., None]
+        pairs = jnp.cumsum(jnp.where(after, decay[..., :, None, :], 0.0), axis=-3)
+    else:
+        pairs = start[..., :, None, :] - start[..., None, :, :]
+    end, whole = pairs[..., -1, :, :], start[..., -1, :]
+    if segment is not None:
+        seen = seen & (segment[..., :, None] == segment[..., None, :])
+        seen = seen[:, :, None, None]
+        at, last = segment[:, :, None, None, :, None], segment[:, :, None, None, -1:]
+        start = jnp.where(at == 0, start, -jnp.inf)
+        end = jnp.where(at == last[..., None], end, -jnp.inf)
+        whole = jnp.where(last == 0, whole, -jnp.inf)
+    return _Weights(*(jnp.exp(x) for x in (jnp.where(seen[..., None], pairs, -jnp.inf), start, end, whole)))
+
+
+def _scores(a: Float[Array, "N B G C K"], k: Float[Array, "N B G C K"], pairs: Array) -> Float[Array, "N B G R C C"]:
+    """Products of every `a` with the keys that it sees, each decayed on its way."""
+    if pairs.shape[-1] == 1:
+        return jnp.einsum("nbgik,nbgjk->nbgij", a, k)[:, :, :, None] * pairs[..., 0]
+    # A sum and no product of matrices: the compiler fuses it, and the decays of all pairs and channels are never there.
+    return jnp.sum((a[..., :, None, :] * k[..., None, :, :])[:, :, :, None] * pairs, axis=-1)
+
+
+def _read_blocks(
+    blocks: _Blocks, state: Float[Array, "B G R K V"]
+) -> tuple[Float[Array, "N B G R C V"], Float[Array, "B G R K V"]]:
+    weights = _weights(blocks)
+    scores = _scores(blocks.q, blocks.k, weights.pairs)
+    channels, delta = weights.pairs.shape[-1] > 1, blocks.beta is not None
+    values, erased = blocks.v, None
+    if blocks.beta is not None:
+        beta = blocks.beta[..., None]
+        size, width = values.shape[-2:]
+        below = jnp.tril(jnp.ones((size, size), bool), -1)
+        system = jnp.where(below, beta * _scores(blocks.k, blocks.k, weights.pairs), 0.0)
+        right = jnp.concatenate((beta * values, beta * weights.start * blocks.k[:, :, :, None]), axis=-1)
+        solved = jax.lax.linalg.triangular_solve(
+            system + jnp.eye(size, dtype=system.dtype), right, left_side=True, lower=True, unit_diagonal=True
+        )
+        values, erased = solved[..., :width], solved[..., width:]
+    q, k = blocks.q, blocks.k
+    if channels:
+        q, k = (x[:, :, :, None] * weight for x, weight in ((q, weights.start), (k, weights.end)))
+    by_head = "bgrck" if channels else "bgck"
+
+    def step(state: Array, block: tuple) -> tuple[Array, Array]:
+        q, k, values, erased, scores, start, end, whole = block
+        if delta:
+            values = values - jnp.einsum("bgrck,bgrkv->bgrcv", erased, state)
+        old = jnp.einsum(f"{by_head},bgrkv->bgrcv", q, state)
+        out = jnp.einsum("bgrij,bgrjv->bgriv", scores, values) + (old if channels else old * start)
+        written = jnp.einsum(f"{by_head},bgrcv->bgrkv", k, values if channels else values * end)
+        return whole[..., None] * state + written, out
+
+    xs = (q, k, values, erased, scores, weights.start, weights.end, weights.whole)
+    if q.shape[0] == 1:
+        state, out = step(state, jax.tree.map(lambda x: x[0], xs))
+        return out[None], state
+    state, out = jax.lax.scan(step, state, xs)
+    return out, state
