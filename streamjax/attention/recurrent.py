@@ -1,9 +1,9 @@
 """Recurrences over a matrix state, `S_t = decay_t * S_{t-1} + update_t`, read by queries: one core for all of them.
 
-A head keeps a matrix S of K x V numbers, in place of keys and values. The update of a token is `k_t v_t^T`: gated linear
-attention (2312.06635) and, with one decay a head, the state space duality of Mamba-2 (2405.21060); or, with a `beta`,
-the delta rule (2406.06484), `beta_t k_t (v_t - S_t'^T k_t)^T` with S' the decayed state: Gated DeltaNet (2412.06464),
-and with a decay for each channel of a key Kimi Delta Attention (2510.26692). Its output is `S_t^T q_t`.
+A head keeps a matrix S of K x V numbers, in place of keys and values. The update of a token is `k_t v_t^T`: gated
+linear attention (2312.06635) and, with one decay a head, Mamba-2 (2405.21060). With a `beta` it is the delta rule
+(2406.06484), `beta_t k_t (v_t - S_t'^T k_t)^T` with S' the decayed state: Gated DeltaNet (2412.06464), and with a decay
+for each channel of a key Kimi Delta Attention (2510.26692). Its output is `S_t^T q_t`.
 
 Tokens are read in blocks. Inside a block all pairs of tokens are scored at once, as attention does it; between blocks
 the state is handed on. All decays are kept as logarithms at most 0, and only differences that are at most 0 become

@@ -10,6 +10,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.presets.registry import Built
+from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
@@ -29,6 +30,8 @@ def describe_cache(cache: Built | Sequence[Cache]) -> str:
         return f"ChunkMemory({cache.capacity_tokens:,})"
     if isinstance(cache, CurrentChunk):
         return f"CurrentChunk({cache.size:,})"
+    if isinstance(cache, Recurrence):
+        return f"Recurrence({'x'.join(map(str, cache.memory or cache.conv))})"
     if isinstance(cache, HeadGroups):
         return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
     if isinstance(cache, Budgeted):

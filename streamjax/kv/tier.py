@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.dense import attend, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
+from streamjax.parallel.rules import NamedState
 
 State = Any  # a pytree of arrays
 Implementation = Literal["xla", "pallas"]
@@ -33,8 +34,20 @@ Fold = Callable[[Float[Array, "B K G C S"]], Float[Array, "B N S"]]
 
 
 def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State) -> State:
-    """`fn(array, logical names of its dimensions)` in the place of every array of tier states."""
-    return jax.tree.map(lambda x: fn(x, (STATE_AXES + (None,) * len(x.shape))[: len(x.shape)]), state)
+    """`fn(array, logical names of its dimensions)` in the place of every array of layers' states.
+
+    Those of tiers have `STATE_AXES`; a state that knows its own (`NamedState`) is asked.
+    """
+
+    def named(node: Any) -> bool:
+        return isinstance(node, NamedState)
+
+    def place(node: Any) -> Any:
+        if named(node):
+            return node.map_axes(fn)
+        return fn(node, (STATE_AXES + (None,) * len(node.shape))[: len(node.shape)])
+
+    return jax.tree.map(place, state, is_leaf=named)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.kv.cache import Cache
+from streamjax.kv.recurrence import RecurrentState
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig
-from streamjax.models.mixers.attention import ChunkContext, SequenceContext
+from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
 from streamjax.models.mixers.build import build_mixer
 from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
+from streamjax.models.mixers.latent import LatentAttention
+from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
 from streamjax.parallel.rules import constrain
@@ -53,12 +56,19 @@ class Block(nnx.Module):
         self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
         self.mixer_norm = Norm(d_model, config.norm, dtype) if config.pre_norms else None
         self.mixer = build_mixer(config.mixer, d_model, key_mixer, dtype, gain)
-        own = config.pre_norms and not config.shared_norm and not config.mlp.own_norms
+        own = config.pre_norms and not config.shared_norm and config.mlp is not None and not config.own_norms
         self.mlp_norm = Norm(d_model, config.norm, dtype) if own else None
-        self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
+        self.mlp = None if config.mlp is None else build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
-        self.mlp_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
+        behind = config.post_norms and config.mlp is not None
+        self.mlp_post_norm = Norm(d_model, config.norm, dtype) if behind else None
         self.scale = nnx.Param(jnp.ones((1,), dtype), axes=("gates",)) if config.layer_scale else None
+
+    @property
+    def attention(self) -> Attention | LatentAttention:
+        """The token mixer of a layer that attends."""
+        assert not isinstance(self.mixer, RecurrentMixer)
+        return self.mixer
 
     def parallel(
         self, x: Float[Array, "B T E"], context: SequenceContext, memory: ReadablePages | None = None
@@ -78,19 +88,28 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """The layer up to attention, token by token: rotated queries and keys, and values."""
-        return self.mixer.project(self.mixer_input(x), context)
+        return self.attention.project(self.mixer_input(x), context)
 
     def keys(
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Keys and values of `project` alone."""
-        return self.mixer.keys(self.mixer_input(x), context)
+        return self.attention.keys(self.mixer_input(x), context)
 
     def combine(
         self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: ReadablePages | None = None
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
-        return self._residual(x, self.mixer_input(x), self.mixer.join(heads, x.dtype), memory)
+        return self._residual(x, self.mixer_input(x), self.attention.join(heads, x.dtype), memory)
+
+    def recur(
+        self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext
+    ) -> tuple[Float[Array, "B C E"], RecurrentState]:
+        """A recurrent layer over a stretch of a sequence, behind the state that those before it left."""
+        assert isinstance(self.mixer, RecurrentMixer)
+        normed = self.mixer_input(x)
+        mixed, state = self.mixer.recur(normed, state, resets=context.resets())
+        return self._residual(x, normed, mixed, None), state
 
     def stream(
         self,
@@ -125,9 +144,10 @@ class Block(nnx.Module):
             mixed = mixed + self._branch(self.reader(x if parallel else x + mixed, memory))
         if not parallel:
             x = normed = x + mixed
-        y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
-        y = self._branch(y, self.mlp_post_norm)
-        x = x + mixed + y if parallel else x + y
+        if self.mlp is not None:
+            y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+            y = self._branch(y, self.mlp_post_norm)
+            x = x + mixed + y if parallel else x + y
         if self.scale is not None:
             x = x * jax.lax.stop_gradient(self.scale[...]).astype(x.dtype)
         return constrain(x, "batch", "length", "activation_embed")

@@ -26,10 +26,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "kv_heads": ("tensor",),
     "heads": ("tensor",),
-    # never split: a head's channels, the query heads of a group, gate and up halves, scores of a router, latents,
-    # ranks of adapters, stacked layers
+    # never split: a head's channels, taps of a convolution, the query heads of a group, gate and up halves, scores of a
+    # router, latents, ranks of adapters, stacked layers
     "activation_embed": (),
     "head_dim": (),
+    "conv": (),
     "group": (),
     "gates": (),
     "router": (),

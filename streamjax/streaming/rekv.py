@@ -97,16 +97,19 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
     """The layout of a model's pages.
 
     Raises:
-      ValueError: a model with sliding windows or a chunk memory, or whose layers differ in their heads.
+      ValueError: a model with sliding windows, a chunk memory or recurrent layers, or whose layers differ in their
+        heads.
     """
     config = model.config
     if config.hsa is not None or any(block.mixer.reach is not None for block in config.blocks):
         raise ValueError(
             "pages on disk are for models with full attention in every layer: this one has windows or chunks"
         )
+    if any(block.mixer.recurrent for block in config.blocks):
+        raise ValueError("pages on disk are for models with attention in every layer: this one has recurrent layers")
     if any(isinstance(block.mixer, LatentAttentionConfig) for block in config.blocks):
         raise ValueError("pages on disk are for models with keys and values in each head: this one has latents")
-    shapes = {(block.mixer.num_kv_heads, block.mixer.head_dim) for block in config.blocks}
+    shapes = {(block.attention.num_kv_heads, block.attention.head_dim) for block in config.blocks}
     if len(shapes) > 1:
         raise ValueError("pages on disk are for models whose layers have equal heads: this one's differ")
     return PageLayout(config.num_layers, *shapes.pop(), page, dtype, fingerprint(model))
@@ -138,7 +141,7 @@ def _newest(
         assert isinstance(ring, RingState)
         oldest = (ring.cursor - count) % ring.k.shape[2]
         k, v, position = (read_ring(x, oldest, slots, axis=2) for x in (ring.k, ring.v, ring.position))
-        mixer = config.blocks[i].mixer
+        mixer = config.blocks[i].attention
         if mixer.rope is not None:
             k = make_rotary(mixer.rope, mixer.head_dim, state.span).moved(k, -position)
         there = (jnp.arange(slots) < count)[:, None]
@@ -226,7 +229,7 @@ def _read_layer(
     count, width = k.shape[0] * k.shape[2], x.shape[1]
     keys, values = (rearrange(jnp.asarray(y), "n k s d -> 1 k (n s) d") for y in (k, v))
     place = jnp.arange(count + width, dtype=jnp.uint32)[None]
-    mixer = block.mixer.config
+    mixer = block.attention.config
     if mixer.rope is not None:
         keys = make_rotary(mixer.rope, mixer.head_dim, cache.span).moved(keys, place[:, None, :count])
     loaded = LinearState(

@@ -18,10 +18,12 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.config import LatentAttentionConfig, MixerConfig, ModelConfig
+from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import constrain
 from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
@@ -34,9 +36,9 @@ SEEN_LIMIT = 2**30  # where the count of seen tokens saturates; every use of it 
 class StreamState:
     """A pytree; its size does not depend on how far the streams are.
 
-    layers: one cascade state a layer. position: of the next token, uint32 [B], modulo 2^32. seen: tokens so far, int32
-    [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one. caches:
-    the cascade of each layer (static). span: positions in use at once (static). implementation: see `init_state`
+    layers: the state of each layer's cache. position: of the next token, uint32 [B], modulo 2^32. seen: tokens so far,
+    int32 [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one.
+    caches: the cache of each layer (static). span: positions in use at once (static). implementation: see `init_state`
     (static). used: which ids each stream has read, bool [B, V], for the repetition penalty; None where nobody asked.
     """
 
@@ -90,7 +92,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     """The cascade of each layer.
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, and
-    those that attend within chunks their `CurrentChunk`, as pretrained. A sequence gives every layer its own. With
+    those that attend within chunks their `CurrentChunk`, as pretrained. A sequence gives every layer its own. Recurrent
+    layers keep their state (`Recurrence`), whatever is given. With
     hierarchical sparse attention the cache says how much of the stream is remembered: the newest tokens in whole
     chunks, as many as it has slots.
 
@@ -106,7 +109,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
         keeps = [True] * config.num_layers
     elif isinstance(cache, Cache):
         caches, keeps = (cache,) * config.num_layers, [True] * config.num_layers
-        full = next((i for i in layers if config.blocks[i].mixer.reach is None), None)
+        mixers = [block.mixer for block in config.blocks]
+        full = next((i for i in layers if mixers[i].reach is None and not mixers[i].recurrent), None)
         if isinstance(cache, ChunkMemory) and config.hsa is None:
             raise ValueError(
                 "this cache is the memory of hierarchical sparse attention (hsa), which the model does not have: take "
@@ -123,7 +127,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
             raise ValueError(f"{len(cache)} caches for {config.num_layers} layers; give one for all, or one a layer")
         # Presets by heads have one cache a layer, and they too leave layers with windows of their own as they are.
         caches, keeps = tuple(cache), [isinstance(entry, HeadGroups) for entry in cache]
-    own = [_pretrained(config, i, caches[i]) if keeps[i] else caches[i] for i in layers]
+    recurrent = [block.mixer.recurrent for block in config.blocks]
+    own = [_pretrained(config, i, caches[i]) if keeps[i] or recurrent[i] else caches[i] for i in layers]
     return tuple(_remembering(config, i, caches[i], own[i]) for i in layers)
 
 
@@ -142,8 +147,10 @@ def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> N
 
 
 def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
-    """`cache`, or the window or chunk that the layer was trained with."""
+    """`cache`, or the window, the chunk or the recurrent state that the layer was trained with."""
     mixer = config.blocks[index].mixer
+    if isinstance(mixer, RecurrentConfig):
+        return Recurrence(mixer.state_shape, mixer.conv_shape)
     if mixer.reach == 1:
         kind = "a sliding window" if mixer.chunk is None else "attention chunks"
         raise ValueError(f"layer {index} has {kind} of 1: it sees itself alone and has no cache")
@@ -216,6 +223,8 @@ def _init(
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
     def spec(mixer: MixerConfig, cache: Cache) -> KVSpec:
+        if isinstance(mixer, RecurrentConfig):  # which has no keys and values to be kept in a dtype of their own
+            return KVSpec(batch_size, mixer.num_groups, 0, hidden_dtype)
         shared = isinstance(mixer, LatentAttentionConfig) and cache.shares_values
         shape = batch_size, mixer.num_kv_heads, mixer.head_dim
         return KVSpec(*shape, dtype, mixer.group_size, config.d_model, 0 if shared else None)

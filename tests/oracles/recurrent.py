@@ -8,7 +8,7 @@ def recurrence(q, k, v, log_decay, state, beta=None, resets=None):
     S' = decay S; each token reads `S^T q`. Shapes are those of `streamjax.attention.recurrent.recurrence`."""
     q, k, v, log_decay = (np.asarray(x, np.float64) for x in (q, k, v, log_decay))
     state = np.array(state, np.float64)
-    rows, length, groups, shared, width = v.shape
+    rows, length, groups, shared = v.shape[:4]
     out = np.zeros(v.shape)
     for b in range(rows):
         for head in range(groups * shared):

@@ -1,30 +1,34 @@
 """What a decoder is: frozen, hashable descriptions that hold shapes and choices, never arrays.
 
-`ModelConfig` (`model.py`) is a list of `BlockConfig`s (`block.py`); a block has a token mixer (`attention.py`) and an
-MLP (`dense.py`, `experts.py`). `UniformConfig` (`uniform.py`) is the flat form of a model with equal layers. `families`
-makes one from a Hugging Face `config.json`; `decoder.py` builds the model that it describes.
+`ModelConfig` (`model.py`) is a list of `BlockConfig`s (`block.py`); a block has a token mixer (`attention.py`,
+`latent.py`, `recurrent.py`) and an MLP (`dense.py`, `experts.py`). `UniformConfig` (`uniform.py`) is the flat form of a
+model with equal layers. `families` makes one from a Hugging Face `config.json`; `decoder.py` builds the model that it
+describes.
 """
 
 from typing import Any
 
 from streamjax.field_checks import from_plain
 from streamjax.models.config.attention import AttentionConfig, TemperatureConfig
-from streamjax.models.config.block import BlockConfig, MixerConfig, MLPConfig
+from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
+from streamjax.models.config.recurrent import GatedDeltaConfig, SSDConfig
 from streamjax.models.config.rope import RopeConfig, RopeKind
 from streamjax.models.config.uniform import UniformConfig
 
 __all__ = [
     "AttentionConfig",
+    "AttentionMixerConfig",
     "BlockConfig",
     "DenseAndExpertsConfig",
     "DenseConfig",
     "ExpertsConfig",
+    "GatedDeltaConfig",
     "HSAConfig",
     "LatentAttentionConfig",
     "MLPConfig",
@@ -33,6 +37,7 @@ __all__ = [
     "NormConfig",
     "RopeConfig",
     "RopeKind",
+    "SSDConfig",
     "TemperatureConfig",
     "UniformConfig",
     "expanded",

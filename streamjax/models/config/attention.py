@@ -48,6 +48,7 @@ class AttentionConfig:
     """
 
     type_name: ClassVar[str] = "attention"
+    recurrent: ClassVar[bool] = False
 
     num_heads: Size
     num_kv_heads: Size

@@ -11,8 +11,10 @@ from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
+from streamjax.models.config.recurrent import GatedDeltaConfig, RecurrentConfig, SSDConfig
 
-MixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
+AttentionMixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
+MixerConfig: TypeAlias = AttentionMixerConfig | GatedDeltaConfig | SSDConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 
 
@@ -21,6 +23,7 @@ MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 class BlockConfig:
     """One layer of a decoder.
 
+    mlp: None: the layer is its token mixer alone (Mamba).
     norm: of what a branch (mixer or MLP) reads, with `pre_norms`, and of what it returns, with `post_norms`, before the
       residual sum.
     residual: "sequential": the MLP reads what the mixer has added to; "parallel": both read the layer's input.
@@ -30,7 +33,7 @@ class BlockConfig:
     """
 
     mixer: MixerConfig
-    mlp: MLPConfig
+    mlp: MLPConfig | None
     norm: NormConfig = NormConfig()
     pre_norms: bool = True
     post_norms: bool = False
@@ -43,7 +46,9 @@ class BlockConfig:
         check_fields(self)
         if self.shared_norm and self.residual != "parallel":
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
-        if self.mlp.own_norms and self.residual == "parallel":
+        if self.mlp is None and self.residual == "parallel":
+            raise ValueError("BlockConfig.mlp is None: residual='parallel' is for layers with an MLP beside the mixer")
+        if self.own_norms and self.residual == "parallel":
             raise ValueError("BlockConfig.mlp has norms of its own: it needs residual='sequential'")
         if not self.pre_norms and (self.shared_norm or not self.post_norms):
             raise ValueError("BlockConfig.pre_norms=False needs post_norms=True and shared_norm=False")
@@ -53,12 +58,29 @@ class BlockConfig:
         return dataclasses.replace(self, mixer=dataclasses.replace(self.mixer, **changes))
 
     @property
+    def attention(self) -> AttentionMixerConfig:
+        """The token mixer, for what is about attention alone.
+
+        Raises:
+          ValueError: the layer is a recurrent one.
+        """
+        if isinstance(self.mixer, RecurrentConfig):
+            raise ValueError("a recurrent layer has no attention")
+        return self.mixer
+
+    @property
+    def own_norms(self) -> bool:
+        """Whether the MLP norms what it reads by itself."""
+        return self.mlp is not None and self.mlp.own_norms
+
+    @property
     def norm_count(self) -> int:
         """How many norms of `d_model` channels the layer has."""
-        before = 1 if self.shared_norm or self.mlp.own_norms else 2
-        return before * self.pre_norms + 2 * self.post_norms
+        branches = 1 if self.mlp is None else 2
+        before = 1 if self.shared_norm or self.own_norms else branches
+        return before * self.pre_norms + branches * self.post_norms
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
-        parts = self.mixer.parameter_count(d_model) + self.mlp.parameter_count(d_model)
+        parts = self.mixer.parameter_count(d_model) + (0 if self.mlp is None else self.mlp.parameter_count(d_model))
         return parts + self.norm_count * self.norm.parameter_count(d_model) + self.layer_scale

@@ -28,6 +28,7 @@ class LatentAttentionConfig:
     """
 
     type_name: ClassVar[str] = "latent_attention"
+    recurrent: ClassVar[bool] = False
 
     num_heads: Size
     kv_rank: Size

@@ -54,6 +54,10 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}"
             )
+        memories = () if self.hsa is None else self.hsa.layers + self.hsa.memory_layers
+        wrong = next((i for i in memories if self.blocks[i].mixer.recurrent or self.blocks[i].mlp is None), None)
+        if wrong is not None:
+            raise ValueError(f"ModelConfig.hsa names layer {wrong}, which has no attention with an MLP behind it")
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
@@ -99,7 +103,9 @@ class ModelConfig:
             return 0
         d, count = self.d_model, 0
         for i, block in enumerate(self.blocks):
-            mixer, norm = block.mixer, block.norm.parameter_count(self.d_model)
+            if block.mlp is None or not (self.remembers(i) or self.reads(i)):
+                continue
+            mixer, norm = block.attention, block.norm.parameter_count(self.d_model)
             heads, keys, width = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
             layer = mixer.parameter_count(d) + block.mlp.parameter_count(d) + 2 * norm
             if self.remembers(i):

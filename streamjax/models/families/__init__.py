@@ -198,7 +198,9 @@ def _plain(config: ModelConfig) -> ModelConfig:
 
 
 def _plain_block(block: BlockConfig) -> BlockConfig:
-    mixer = block.mixer
+    if block.mixer.recurrent:
+        return block
+    mixer = block.attention
     changes: dict[str, Any] = {"scale": mixer.softmax_scale}
     if mixer.rope is not None:
         changes["rope"] = plain_rope(mixer.rope, mixer.head_dim)

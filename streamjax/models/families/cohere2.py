@@ -69,7 +69,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(block: BlockConfig) -> Table:
-    attention, pairs = f"{tensor_tables.BLOCK}.self_attn", block.mixer.head_dim  # in layers without a position too
+    attention, pairs = f"{tensor_tables.BLOCK}.self_attn", block.attention.head_dim  # in layers without a position too
     return {**tensor_tables.llama(block), **tensor_tables.qkv(block, attention, pairs)}
 
 

@@ -51,7 +51,7 @@ def _write_common(config: UniformConfig) -> dict[str, Any]:
         **shapes,
         **write_layer_types(config, unused=4096),
         "attention_bias": config.qkv_bias,
-        "query_pre_attn_scalar": round(config.expand().blocks[0].mixer.softmax_scale ** -2),
+        "query_pre_attn_scalar": round(config.expand().blocks[0].attention.softmax_scale ** -2),
         "final_logit_softcapping": config.logit_softcap,
     }
 

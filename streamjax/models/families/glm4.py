@@ -31,7 +31,7 @@ def _write(config: UniformConfig) -> dict[str, Any]:
 
 
 def _tensors(block: BlockConfig) -> Table:
-    mixer = block.mixer
+    mixer = block.attention
     width = mixer.head_dim if mixer.rope is None else mixer.rope.rotary_dim or mixer.head_dim
     return {
         **tensor_tables.llama(block),

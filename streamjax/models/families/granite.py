@@ -38,7 +38,7 @@ def _write(config: UniformConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "embedding_multiplier": config.embedding_scale,
-        "attention_multiplier": config.expand().blocks[0].mixer.softmax_scale,
+        "attention_multiplier": config.expand().blocks[0].attention.softmax_scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": short if short and 1.0 / short == config.logit_scale else divisor,
     }

@@ -137,7 +137,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(block: BlockConfig) -> Table:
-    pairs = block.mixer.head_dim  # in layers without a position too
+    pairs = block.attention.head_dim  # in layers without a position too
     attention = {
         **tensor_tables.without_mlp(block),
         **tensor_tables.qkv(block, f"{tensor_tables.BLOCK}.self_attn", pairs),

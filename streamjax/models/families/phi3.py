@@ -56,7 +56,7 @@ def _write(config: UniformConfig) -> dict[str, Any]:
 
 
 def _tensors(block: BlockConfig) -> Table:
-    attention, mixer = f"{tensor_tables.BLOCK}.self_attn", block.mixer
+    attention, mixer = f"{tensor_tables.BLOCK}.self_attn", block.attention
     group, queries, keys = mixer.group_size, mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     parts = (
         ((0, group), (0, queries)),

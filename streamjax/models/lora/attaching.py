@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels.partial import accumulator
 from streamjax.models.block import Block
-from streamjax.models.config import BlockConfig, DenseConfig, LatentAttentionConfig
+from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.adapters import TARGETS, Adapter, pad_members
 from streamjax.models.mixers.attention import Attention
@@ -115,6 +115,7 @@ class Place:
     def module_of(self, block: Block) -> nnx.Module:
         """The module in a layer, or in a stack of layers."""
         if self.module == "mlp":
+            assert block.mlp is not None
             return block.mlp
         assert isinstance(block.mixer, Attention)
         return block.mixer.projections
@@ -132,7 +133,7 @@ def places(config: BlockConfig) -> dict[str, Place]:
     group = config.mixer.group_size
     found = (
         {}
-        if isinstance(config.mixer, LatentAttentionConfig)
+        if not isinstance(config.mixer, AttentionConfig)
         else {
             "q": Place("projections", "qkv", 1, (0, group)),
             "k": Place("projections", "qkv", 1, (group, group + 1)),

@@ -31,12 +31,20 @@ class SequenceContext:
     """Where the tokens of a sequence, or of a stretch of one, stand.
 
     position: stream positions. segment_ids: tokens see only their own segment. length: tokens of the whole sequence,
-    which `dynamic` and `longrope` depend on.
+    which `dynamic` and `longrope` depend on. before: segment of the token in front of the stretch; None: there is none.
     """
 
     position: UInt32[Array, "B T"]
     segment_ids: Int32[Array, "B T"] | None
     length: int = dataclasses.field(metadata={"static": True})
+    before: Int32[Array, " B"] | None = None
+
+    def resets(self) -> Bool[Array, "B T"] | None:
+        """The tokens at which another segment begins than that of the token before; None: there is one segment."""
+        if self.segment_ids is None:
+            return None
+        first = self.segment_ids[:, :1] if self.before is None else self.before[:, None]
+        return self.segment_ids != jnp.concatenate((first, self.segment_ids[:, :-1]), axis=1)
 
     @classmethod
     def from_start(cls, rows: int, length: int) -> SequenceContext:

@@ -50,6 +50,7 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: BlockConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         key_mixer, key_mlp = jax.random.split(key)
         assert isinstance(config.mixer, AttentionConfig)
+        assert config.mlp is not None
         self.config = config.mixer
         self.mixer_norm = Norm(d_model, config.norm, dtype)
         self.projections = Projections(config.mixer, d_model, key_mixer, dtype, gain)
@@ -80,7 +81,7 @@ class PageEncoder(nnx.Module):
     ):
         self.hsa = hsa
         key_token, key_out, *keys = jax.random.split(key, 2 + hsa.encoder_layers)
-        d, heads, width = d_model, config.mixer.num_kv_heads, config.mixer.head_dim
+        d, heads, width = d_model, config.attention.num_kv_heads, config.attention.head_dim
         self.token = kernel(key_token, (d,), ("activation_embed",), 1, dtype, inputs=())
         self.layers = nnx.List([EncoderLayer(config, d, k, dtype, gain) for k in keys])
         self.norm = Norm(d, config.norm, dtype)
@@ -157,7 +158,7 @@ class HierarchicalAttention(nnx.Module):
     """
 
     def __init__(self, config: BlockConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
-        mixer = config.mixer
+        mixer = config.attention
         d, heads, group, width = d_model, mixer.num_kv_heads, mixer.group_size, mixer.head_dim
         key_in, key_out = jax.random.split(key)
         self.config = mixer

@@ -32,7 +32,7 @@ _PART = names_of_partial(_QUERY)
 
 def attention_blocks(block: Block, batch_size: int, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
     """What is static in a chunk's attention."""
-    config = block.mixer.config
+    config = block.attention.config
     block_q = min(block_sizes(batch_size * config.num_heads)[0], chunk_size)
     return Blocks(config.pattern, config.softmax_scale, config.softcap, block_q, block_k, leading)
 
@@ -86,7 +86,7 @@ def gradients(
         return d_q, KVBuffer(*d_keys)
     queries = _queries(block, blocks, q, segments, view.offset)
     whole = [
-        _grouped(x, block.mixer.config.num_kv_heads, blocks.block_q) for x in (d_out, part.out, part.lse[..., None])
+        _grouped(x, block.attention.config.num_kv_heads, blocks.block_q) for x in (d_out, part.out, part.lse[..., None])
     ]
     shift, lse = -jnp.sum(whole[0] * whole[1], axis=-1), whole[2][..., 0]
     d_q, *d_keys = blockwise.backward(blocks, queries, _keys(buffer, view), lse, whole[0], shift, *grads)
@@ -101,7 +101,7 @@ def _kernels_take(block: Block, blocks: Blocks, q: Array, buffer: KVBuffer, view
         and q.shape[1] >= KERNEL_TOKENS
         and q.dtype == buffer.k.dtype
         and platforms.takes_buffer(blocks.pattern, buffer.k.shape[3], buffer.k.shape[4], q.dtype.name)
-        and not whole_on_each_device("kv_heads", block.mixer.config.num_kv_heads)
+        and not whole_on_each_device("kv_heads", block.attention.config.num_kv_heads)
     )
     if takes:
         logged("pallas")
@@ -112,7 +112,7 @@ def _read(block: Block, q: Array, buffer: KVBuffer, view: KVView, segments: Arra
     """What the kernels read, as `_READS` names it."""
     key_segments = None if segments is None else view.segments
     place = (jnp.asarray(x, jnp.int32) for x in (view.offset, view.row))
-    return (q, *buffer, segments, key_segments, block.mixer.slopes(), *place)
+    return (q, *buffer, segments, key_segments, block.attention.slopes(), *place)
 
 
 def _known(blocks: Blocks, ids: Any, key_ids: Any, slopes: Any, offset: Any, row: Any) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _known(blocks: Blocks, ids: Any, key_ids: Any, slopes: Any, offset: Any, row
 
 
 def _queries(block: Block, blocks: Blocks, q: Float[Array, "B C H D"], segments: Array | None, offset: Any) -> Queries:
-    slopes, heads = block.mixer.slopes(), block.mixer.config.num_kv_heads
+    slopes, heads = block.attention.slopes(), block.attention.config.num_kv_heads
     return Queries(
         q=_grouped(q, heads, blocks.block_q),
         segments=None if segments is None else padded(segments, 1, blocks.block_q),

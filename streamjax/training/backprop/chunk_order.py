@@ -1,12 +1,13 @@
-"""Chunked backprop with the chunks outside and the layers inside: the KV state forwards, its cotangent backwards.
+"""Chunked backprop with the chunks outside and the layers inside: the state forwards, its cotangent backwards.
 
 The forward pass reads the sequence chunk by chunk, as a stream is read, and keeps the keys and values of every layer
 (of one with a window, those that the next chunk sees).
 The backward pass walks the chunks from the last to the first: it computes all layers of one chunk again from its tokens
 and the kept keys and values, takes the loss and pulls its gradient back through the layers, while the gradient of keys
 and values is carried from chunk to chunk. Per token and layer that is 2 K D numbers kept and as many carried; of a
-layer with a window W, W / C of these kept, and only the window's carried. It wins where windows are shorter than
-chunks, or K D is small against the model's width.
+layer with a window W, W / C of these kept, and only the window's carried. Of a recurrent layer its state in front of
+each chunk is kept, and the cotangent of one is carried. It wins where windows are shorter than chunks, layers are
+recurrent, or K D is small against the model's width.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator, add_sinks
+from streamjax.kv.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend
@@ -39,36 +41,37 @@ from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, add, chunk_at
 from streamjax.training.backprop.storage import landmark_memory
-from streamjax.training.backprop.storage.kv_store import KeyStore
 from streamjax.training.backprop.storage.landmark_memory import Memories
 from streamjax.training.backprop.storage.layer_stack import LayerStack, layer_stacks
+from streamjax.training.backprop.storage.state_store import StateStore, Store, make_store
 from streamjax.training.backprop.trainable_parameters import combine
 from streamjax.training.objectives.objective import Objective, TokenStats
 
 Chunk = Float[Array, "B C E"]
-Buffers = list[KVBuffer]  # of stacked rows one a position, all rows in it; of single layers one a layer
+# Of stacked rows one a position, all rows in it; of single layers one a layer.
+Buffers = list[KVBuffer | RecurrentState]
 
 
 class LayerGroup(NamedTuple):
-    """Some rows of layers, and the stores of their keys, one a buffer."""
+    """Some rows of layers, and the stores of their keys or states, one a buffer."""
 
     rows: LayerStack
-    stores: list[KeyStore]
+    stores: list[Store]
 
     @classmethod
     def make(cls, rows: LayerStack, sequence: ChunkedSequence) -> LayerGroup:
         places = range(rows.period) if rows.stacked else range(rows.count)
         specs = [rows.block_config(0, place) if rows.stacked else rows.block_config(place, 0) for place in places]
-        return cls(rows, [KeyStore.make(spec.mixer, sequence.chunk_size, sequence.count) for spec in specs])
+        return cls(rows, [make_store(spec.mixer, sequence.chunk_size, sequence.count) for spec in specs])
 
     def place(self, row: Any, position: int) -> tuple[int, Any]:
-        """Which buffer a layer's keys are in, and in which row of it."""
+        """Which buffer a layer's keys or states are in, and in which row of it."""
         return (position, row) if self.rows.stacked else (row, 0)
 
     def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
-        """Zeros for the keys of all tokens, or (`local`) for the gradients of those that a chunk may see."""
+        """Zeros for the keys of all tokens and states, or (`local`) for the gradients of those that a chunk may see."""
         rows = self.rows.count if self.rows.stacked else 1
-        return [KVBuffer.zeros(s.attention, rows, batch, s.local if local else s.slots, dtype) for s in self.stores]
+        return [store.empty(rows, batch, dtype, local) for store in self.stores]
 
     def forward(
         self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: ChunkedSequence, write: bool
@@ -82,15 +85,22 @@ class LayerGroup(NamedTuple):
             for position in range(rows.period):
                 index, place = self.place(row, position)
                 block, store = combine(*rows.layer(row, position)), self.stores[index]
+                if not write:
+                    inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
+                held = keys[index]
+                if isinstance(store, StateStore):
+                    assert isinstance(held, RecurrentState)
+                    x, states = store.forward(block, x, held, place, i, sequence)
+                    keys[index] = states if write else held
+                    continue
+                assert isinstance(held, KVBuffer)
                 q, k, v = block.project(x, context)
                 if write:
-                    keys[index] = store.write(keys[index], k, v, place, i)
-                else:
-                    inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
-                buffer, view = store.view(keys[index], k, v, place, i, sequence)
+                    keys[index] = held = store.write(held, k, v, place, i)
+                buffer, view = store.view(held, k, v, place, i, sequence)
                 blocks = store.blocks(block, sequence.batch_size)
                 part = attend(block, blocks, q, buffer, view, context.segment_ids)
-                heads = add_sinks(part, block.mixer.sinks()).out
+                heads = add_sinks(part, block.attention.sinks()).out
                 source = rows.source(row)
                 if write and block.encoder is not None and source is not None:
                     # Models with memories are not stacked: this is Python's loop over layers.
@@ -126,8 +136,18 @@ class LayerGroup(NamedTuple):
                 params, rest = rows.layer(row, position)
                 store = self.stores[index]
                 x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
-                see = partial(store.view, keys[index], row=place, i=i, sequence=sequence)
-                opened = store.open(d_keys[index], place)
+                held, d_held = keys[index], d_keys[index]
+                if isinstance(store, StateStore):
+                    assert isinstance(held, RecurrentState)
+                    assert isinstance(d_held, RecurrentState)
+                    back = store.backward(params, rest, x, d_x, held, d_held, place, i, sequence)
+                    new, d_x, d_keys[index] = back
+                    grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
+                    continue
+                assert isinstance(held, KVBuffer)
+                assert isinstance(d_held, KVBuffer)
+                see = partial(store.view, held, row=place, i=i, sequence=sequence)
+                opened = store.open(d_held, place)
                 blocks = store.blocks(combine(params, rest), sequence.batch_size)
                 source = rows.source(row)
                 memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
@@ -136,7 +156,7 @@ class LayerGroup(NamedTuple):
                 )
                 if source is not None and d_memory is not None:
                     d_remembered[source] = d_memory
-                d_keys[index] = store.close(d_keys[index], opened, place)
+                d_keys[index] = store.close(d_held, opened, place)
                 grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
             return d_x, grads, d_keys
 

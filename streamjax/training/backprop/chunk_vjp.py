@@ -53,7 +53,7 @@ def chunk_vjp(
     buffer, view = visible_kv(k, v)
     seen = combine(params, rest), blocks, q, buffer, view, context.segment_ids
     tokens = chunk_attention.attend(*seen)
-    part = add_sinks(tokens, seen[0].mixer.sinks())
+    part = add_sinks(tokens, seen[0].attention.sinks())
 
     def after_attention(params: Block, x: Array, heads: Array, memory: LandmarkPages | None) -> Array:
         block = combine(params, rest)
@@ -68,7 +68,7 @@ def chunk_vjp(
         made, encode_vjp = jax.vjp(lambda p, x: landmark_memory.encode(combine(p, rest), x), params, x)
         from_pages, d_x_pages = encode_vjp(landmark_memory.own_pages(d_memory, i, made))
         d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages
-    if params.mixer.sink_logits is not None:
+    if params.attention.sink_logits is not None:
         _, sinks_vjp = jax.vjp(lambda p: add_sinks(tokens, combine(p, rest).mixer.sinks()).out, params)
         d_params = jax.tree.map(jnp.add, d_params, sinks_vjp(d_heads)[0])
     d_q, grads = chunk_attention.gradients(*seen, part, d_heads, grads)

@@ -17,8 +17,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import add_sinks
 from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.kv.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
+from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.training.backprop.chunk_attention import attend, attention_blocks
 from streamjax.training.backprop.chunk_vjp import chunk_vjp
 from streamjax.training.backprop.embedding_and_head import (
@@ -35,6 +37,7 @@ from streamjax.training.backprop.storage import landmark_memory
 from streamjax.training.backprop.storage.activation_store import ActivationReader, ActivationStore, StoredActivations
 from streamjax.training.backprop.storage.landmark_memory import Memories
 from streamjax.training.backprop.storage.layer_stack import LayerStack, layer_stacks
+from streamjax.training.backprop.storage.state_store import StateStore
 from streamjax.training.backprop.trainable_parameters import combine
 from streamjax.training.objectives.objective import Objective
 
@@ -52,6 +55,8 @@ def layer_forward(
 
     `memory`: the pages that the layer reads. A layer that makes them fills them in, unless they are `known`.
     """
+    if isinstance(block.mixer, RecurrentMixer):
+        return recurrent_forward(block, x, sequence), memory
     blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
     def chunk(
@@ -64,7 +69,7 @@ def layer_forward(
         if block.encoder is not None and memory is not None and not known:
             memory = landmark_memory.write(memory, landmark_memory.encode(block, own), i)
         read = landmark_memory.view(memory, block, sequence, i)
-        part = add_sinks(attend(block, blocks, q, buffer, view, context.segment_ids), block.mixer.sinks())
+        part = add_sinks(attend(block, blocks, q, buffer, view, context.segment_ids), block.attention.sinks())
         y = block.combine(own, part.out, read)
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
 
@@ -89,6 +94,8 @@ def layer_backward(
     gradients from the layers above, to which the layer's are added.
     """
     block = combine(params, rest)
+    if isinstance(block.mixer, RecurrentMixer):
+        return *recurrent_backward(params, rest, inputs, d_y, sequence, options), d_memory
     blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
@@ -123,6 +130,41 @@ def layer_backward(
     sums = zeros_like(params, options.grad_dtype)
     total, d_x, _, d_memory = inputs.each_back(chunk, (sums, d_y, grads, d_memory))
     return total, d_x, d_memory
+
+
+def recurrent_forward(block: Block, x: Chunks, sequence: ChunkedSequence) -> Chunks:
+    """A recurrent layer over all chunks; each output takes its input's place."""
+    assert isinstance(block.mixer, RecurrentMixer)
+
+    def chunk(i: Any, carry: tuple[Chunks, RecurrentState]) -> tuple[Chunks, RecurrentState]:
+        x, state = carry
+        y, state = block.recur(chunk_at(x, i), state, sequence.context(i))
+        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), state
+
+    return jax.lax.fori_loop(0, sequence.count, chunk, (x, block.mixer.empty(x.shape[1], x.dtype)))[0]
+
+
+def recurrent_backward(
+    params: Block,
+    rest: Block,
+    inputs: ActivationReader,
+    d_y: Chunks,
+    sequence: ChunkedSequence,
+    options: GradientOptions,
+) -> tuple[Block, Chunks]:
+    """`layer_backward` of a recurrent layer: the states at all chunks' borders first, then the chunks backwards."""
+    block = combine(params, rest)
+    assert isinstance(block.mixer, RecurrentMixer)
+    store = StateStore(block.mixer.config, sequence.count)
+    states, d_states = (store.empty(1, d_y.shape[1], d_y.dtype, local) for local in (False, True))
+    states = inputs.each(lambda i, x, states: store.forward(block, x, states, 0, i, sequence)[1], states)
+
+    def chunk(i: Any, x: Array, carry: tuple[Block, Chunks, RecurrentState]) -> tuple[Block, Chunks, RecurrentState]:
+        total, d_y, d_states = carry
+        part, d_x, d_states = store.backward(params, rest, x, chunk_at(d_y, i), states, d_states, 0, i, sequence)
+        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), d_states
+
+    return inputs.each_back(chunk, (zeros_like(params, options.grad_dtype), d_y, d_states))[:2]
 
 
 def rows_forward(

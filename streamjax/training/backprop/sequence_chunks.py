@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks
 from streamjax.attention.blockwise import block_sizes
-from streamjax.models.config import MixerConfig
+from streamjax.models.config import AttentionMixerConfig
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.models.mlps.routing_report import RoutingReport
 from streamjax.parallel.rules import constrain
@@ -92,7 +92,11 @@ class ChunkedSequence:
 
     def context(self, i: Any) -> SequenceContext:
         """Where the tokens of chunk i stand."""
-        return SequenceContext(chunk_at(self.position, i), self.chunk_segments(i), self.length)
+        before = None
+        if self.segments is not None:
+            last = jnp.maximum(jnp.asarray(i * self.chunk_size - 1, jnp.int32), 0)
+            before = jax.lax.dynamic_index_in_dim(self.segments, last, 1, keepdims=False)
+        return SequenceContext(chunk_at(self.position, i), self.chunk_segments(i), self.length, before)
 
     def chunk_segments(self, i: Any) -> Int32[Array, "B C"] | None:
         if self.segments is None:
@@ -123,7 +127,7 @@ class KVBuffer(NamedTuple):
     v: Float[Array, "R B K S D"]
 
     @classmethod
-    def zeros(cls, config: MixerConfig, rows: int, batch: int, slots: int, dtype: Any) -> KVBuffer:
+    def zeros(cls, config: AttentionMixerConfig, rows: int, batch: int, slots: int, dtype: Any) -> KVBuffer:
         shape = (rows, batch, config.num_kv_heads, slots, config.head_dim)
         axes = (None, "batch", "kv_heads", None, "head_dim")
         return cls(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))

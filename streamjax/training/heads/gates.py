@@ -83,9 +83,11 @@ def far_layers(config: ModelConfig) -> Bool[np.ndarray, " L"]:
 
     Raises:
       ValueError: a model without such layers; one with a chunk memory, whose other layers have windows by design; one
-        whose layers differ in their heads.
+        whose layers differ in their heads, or that has recurrent layers.
     """
-    if len({(block.mixer.num_heads, block.mixer.num_kv_heads) for block in config.blocks}) > 1:
+    if any(block.mixer.recurrent for block in config.blocks):
+        raise ValueError("the model has recurrent layers: scores of heads are for models with attention in every layer")
+    if len({(block.attention.num_heads, block.attention.num_kv_heads) for block in config.blocks}) > 1:
         raise ValueError("the model's layers have different numbers of heads: scores are one table of layers and heads")
     if config.hsa is not None:
         raise ValueError("the model reads a chunk memory (HSA): its layers have no heads to choose among")
@@ -114,9 +116,9 @@ def gated_hidden(
         q, k, v = block.project(x, context)
 
         def heads(pattern: Pattern) -> Float[Array, "B T H D"]:
-            config, slopes = block.mixer.config, block.mixer.slopes()
+            config, slopes = block.attention.config, block.attention.slopes()
             scale, softcap = config.softmax_scale, config.softcap
-            sinks = block.mixer.sinks()
+            sinks = block.attention.sinks()
             return sequence_attention(q, k, v, pattern, scale=scale, softcap=softcap, slopes=slopes, sink_logits=sinks)
 
         share = jnp.repeat(gate, block.mixer.config.group_size)[:, None]
@@ -174,7 +176,7 @@ def optimise_gates(
       ValueError: as `far_layers`; rows that are no longer than sinks and recent tokens together.
     """
     gates = jnp.asarray(
-        np.repeat(far_layers(model.config)[:, None], model.config.blocks[0].mixer.num_kv_heads, 1), jnp.float32
+        np.repeat(far_layers(model.config)[:, None], model.config.blocks[0].attention.num_kv_heads, 1), jnp.float32
     )
     optimizer = optax.adam(config.schedule)
 

@@ -20,7 +20,7 @@ from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Full
 from streamjax.attention.dense import attention_shares, summed_over_queries
 from streamjax.attention.flash import flash_attention
-from streamjax.models.config import MixerConfig, ModelConfig
+from streamjax.models.config import AttentionMixerConfig, ModelConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.heads.gates import far_layers
@@ -82,9 +82,9 @@ def head_scores(model: Decoder, tokens: Int[Array, "B T"]) -> HeadScores:
             found.append(jnp.zeros((2, block.mixer.config.num_heads)))
             continue
         q, k, v = block.project(x, context)
-        mixer, slopes = block.mixer.config, block.mixer.slopes()
+        mixer, slopes = block.attention.config, block.attention.slopes()
         part = flash_attention(q, k, v, Full(), scale=mixer.softmax_scale, softcap=mixer.softcap, slopes=slopes)
-        out, lse = add_sinks(part, block.mixer.sinks())
+        out, lse = add_sinks(part, block.attention.sinks())
         found.append(_scores(q, jnp.swapaxes(k, 1, 2), lse, tokens, mixer, slopes))
         x = block.combine(x, out)
     echo, induction = jnp.stack(found, axis=1)
@@ -96,7 +96,7 @@ def _scores(
     k: Float[Array, "B K T D"],
     lse: Float[Array, "B T H"],
     tokens: Int[Array, "B T"],
-    config: MixerConfig,
+    config: AttentionMixerConfig,
     slopes: Float[Array, " H"] | None,
 ) -> Float[Array, "2 H"]:
     """Echo and induction scores of one layer's heads, some queries at a time."""
@@ -161,6 +161,6 @@ def protected_heads(
     gates = np.where(far, (chosen + best) / 2.0, 0.0)
 
     def of_group(x: np.ndarray) -> np.ndarray:
-        return rearrange(x, "l (k g) -> l k g", k=config.blocks[0].mixer.num_kv_heads).max(axis=2)
+        return rearrange(x, "l (k g) -> l k g", k=config.blocks[0].attention.num_kv_heads).max(axis=2)
 
     return of_group(gates), of_group(chosen)

@@ -2,7 +2,7 @@
 
 A step has phases: the loss, the layers backwards, the embedding. The formula adds up what is alive at once in each and
 takes the phase that needs most; `Memory.parts` has its terms. What lies between operations inside a layer is up to the
-compiler, so `working_bytes` is fitted to compiled programs, as are the copies of logits and of weights. It describes
+compiler, so `layer_bytes.py` is fitted to compiled programs, as are the copies of logits and of weights. It describes
 stacked layers, of which a loop holds one at a time; for others a CPU's compiler takes up to 2.2 times as much.
 `benchmarks/backprop/memory_model.py` holds the formula against the compilers' own figures.
 """
@@ -17,18 +17,12 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import (
-    BlockConfig,
-    DenseAndExpertsConfig,
-    ExpertsConfig,
-    MLPConfig,
-    ModelConfig,
-    UniformConfig,
-    expanded,
-)
+from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
+from streamjax.training.backprop.planning.layer_bytes import saved_bytes, state_bytes, working_bytes
 from streamjax.training.backprop.sequence_chunks import key_block
-from streamjax.training.backprop.storage.kv_store import KeyStore
+from streamjax.training.backprop.storage.state_store import StateStore, Store, make_store
 
 DEFAULT_CHUNK = 2048  # tokens
 KEY_BLOCK = 512  # slots: buffers of keys end in whole blocks of attention, which have no more keys than this
@@ -108,61 +102,6 @@ def estimate(
     return Memory(sum(parts.values()), host_bytes, {name: size for name, size in parts.items() if size})
 
 
-def working_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: int) -> int:
-    """What the backward pass of one layer holds at its worst for `tokens` tokens, beyond its input, KV and weights.
-
-    Four arrays as wide as the MLP (three where it is not gated); the heads' outputs twice, once in the accumulator's
-    dtype; two arrays as wide as the model; and what the norms of queries and keys save. Experts: as many arrays of an
-    expert's width for each that a token has, two as wide as the model for its copies sorted by expert and their
-    outputs, and three of the router's scores.
-    """
-    mixer = block.mixer
-    heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-    mlp = _mlp_working(block.mlp, d_model, item, wide)
-    norms = 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
-    return tokens * (mlp + heads * (item + wide) + 2 * keys * item + norms + 2 * d_model * item)
-
-
-def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: int) -> int:
-    """What `jax.grad` saves of one layer for `tokens` tokens: the operands that its derivative reads.
-
-    Of a norm three arrays in the accumulator's dtype; the operands of each product; of the activation's formula one
-    array an operation. Of experts the same for each that a token has, with two arrays as wide as the model, and three
-    of the router's scores.
-    """
-    mixer = block.mixer
-    heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-    norms = 3 * wide * (d_model * block.norm_count)
-    norms += 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
-    attention = heads * (item + wide) + 2 * keys * item
-    operands = item * (2 * d_model + heads)
-    return tokens * (norms + attention + operands + _mlp_saved(block.mlp, d_model, item, wide))
-
-
-def _mlp_working(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
-    """`working_bytes` of an MLP, for one token."""
-    if isinstance(mlp, DenseAndExpertsConfig):
-        return sum(_mlp_working(part, d_model, item, wide) for part in (mlp.dense, mlp.experts)) + 5 * d_model * wide
-    if isinstance(mlp, ExpertsConfig):
-        each = (4 * mlp.mlp_dim + 2 * d_model) * item
-        shared = 0 if mlp.shared is None else _mlp_working(mlp.shared, d_model, item, wide)
-        return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
-    return (4 if mlp.gated else 3) * mlp.mlp_dim * item
-
-
-def _mlp_saved(mlp: MLPConfig, d_model: int, item: int, wide: int) -> int:
-    """`saved_bytes` of an MLP, for one token."""
-    if isinstance(mlp, DenseAndExpertsConfig):
-        return sum(_mlp_saved(part, d_model, item, wide) for part in (mlp.dense, mlp.experts)) + 15 * d_model * wide
-    steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
-    if isinstance(mlp, ExpertsConfig):
-        steps += 3 * (mlp.swiglu_limit is not None)
-        each = item * (mlp.mlp_dim * (steps + 2) + 2 * d_model)
-        shared = 0 if mlp.shared is None else _mlp_saved(mlp.shared, d_model, item, wide)
-        return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
-    return item * mlp.mlp_dim * (steps + (2 if mlp.gated else 0))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Terms:
     """The terms of the formula.
@@ -222,8 +161,16 @@ class _Terms:
         return max(self.layer_key_values(block, slots, size) for block in self.kinds)
 
     def layer_key_values(self, block: BlockConfig, slots: int, size: int) -> int:
-        """The same of one layer."""
+        """The same of one layer; of a recurrent one its states at the borders of chunks."""
+        if isinstance(block.mixer, RecurrentConfig):
+            return (self.count + 1) * self.batch * state_bytes(block.mixer, self.item, self.wide)
         return 2 * self.batch * slots * block.mixer.num_kv_heads * block.mixer.head_dim * size
+
+    def stored(self, block: BlockConfig, store: Store, local: bool, size: int) -> int:
+        """What the chunk order keeps of one layer, or (`local`) of its gradients."""
+        if isinstance(store, StateStore):
+            return store.places(local) * self.batch * state_bytes(store.mixer, self.item, self.wide)
+        return self.layer_key_values(block, store.local if local else store.slots, size)
 
     def whole_slots(self) -> int:
         block = min(key_block(), self.padded)
@@ -245,6 +192,8 @@ class _Terms:
         members of a group and their channels padded to its tiles of 8 x 128."""
         nested, tiles = self.stacked and self.fused, 0
         for mixer in (block.mixer for block in self.config.blocks):
+            if isinstance(mixer, RecurrentConfig):
+                continue
             tile = math.ceil(mixer.members / 8) * 8 * math.ceil(mixer.head_dim / 128) * 128
             tiles += mixer.num_kv_heads * tile
         size = 2 * self.config.d_model * tiles * self.param
@@ -329,15 +278,15 @@ class _Terms:
         return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], away * self.states(moved)
 
     def chunks(self) -> Order:
-        stores = [(block, KeyStore.make(block.mixer, self.chunk, self.count)) for block in self.config.blocks]
+        stores = [(block, make_store(block.mixer, self.chunk, self.count)) for block in self.config.blocks]
         apart = self.grad != self.param or self.shards > 1  # else the sums are the result
         sums = self.sums("all", self.config.parameter_count, self.grad)
         both = {
             **self.always(),
             **(sums if apart else {}),
             **self.copied_weights(),
-            "keys and values": sum(self.layer_key_values(block, store.slots, self.item) for block, store in stores),
-            "keys' gradients": sum(self.layer_key_values(block, store.local, self.kv_grad) for block, store in stores),
+            "keys and values": sum(self.stored(*pair, False, self.item) for pair in stores),
+            "keys' gradients": sum(self.stored(*pair, True, self.kv_grad) for pair in stores),
             "chunk's inputs": self.config.num_layers * self.states(self.chunk),
         }
         layers = {**self.part("layer", self.layer_parameters), **self.work(self.chunk)}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from streamjax.attention.blockwise import Blocks
 from streamjax.models.block import Block
-from streamjax.models.config import MixerConfig
+from streamjax.models.config import AttentionMixerConfig
 from streamjax.training.backprop.chunk_attention import attention_blocks
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, KVView, key_block, whole_view
 
@@ -32,7 +32,7 @@ class KeyStore:
     all tokens lie in order, behind `behind` empty slots, so that what a chunk sees is always a slice.
     """
 
-    attention: MixerConfig
+    attention: AttentionMixerConfig
     block_k: int
     slots: int  # of a buffer of keys
     chunk_size: int
@@ -40,7 +40,7 @@ class KeyStore:
     tails: bool = False
 
     @classmethod
-    def make(cls, attention: MixerConfig, size: int, count: int) -> KeyStore:
+    def make(cls, attention: AttentionMixerConfig, size: int, count: int) -> KeyStore:
         """The store of layers with this attention, for `count` chunks of `size` tokens."""
         total = count * size
         reach = attention.reach
@@ -59,6 +59,10 @@ class KeyStore:
     def local(self) -> int:
         """Slots of the keys that one chunk may see, its own included."""
         return self.slots if self.behind is None else self.attention.sinks + self.behind + self.chunk_size
+
+    def empty(self, rows: int, batch: int, dtype: Any, local: bool) -> KVBuffer:
+        """Zeros for the keys of `rows` layers, or (`local`) for the gradients of those that a chunk may see."""
+        return KVBuffer.zeros(self.attention, rows, batch, self.local if local else self.slots, dtype)
 
     def blocks(self, block: Block, batch_size: int) -> Blocks:
         """What is static in a chunk's attention."""

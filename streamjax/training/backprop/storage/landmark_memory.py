@@ -43,7 +43,7 @@ def empty_memories(config: ModelConfig, sequence: ChunkedSequence, dtype: Any) -
     size = config.hsa.chunk_size
 
     def zeros(layer: int) -> LandmarkPages:
-        mixer = config.blocks[layer].mixer
+        mixer = config.blocks[layer].attention
         shape = (sequence.batch_size, mixer.num_kv_heads, sequence.count * sequence.chunk_size // size)
         width = mixer.head_dim
         pages = jnp.zeros((*shape, size, width), dtype)

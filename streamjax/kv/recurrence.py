@@ -1,0 +1,73 @@
+"""What a recurrent layer keeps of a stream: arrays of a fixed size, however far the stream is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.partial import accumulator
+from streamjax.field_checks import Count, Size, check_fields
+from streamjax.kv.cache import Cache
+from streamjax.kv.tier import KVSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentState:
+    """A layer's state; what the layer does not have is None.
+
+    memory: a matrix of each head, in the dtype of sums. conv: the newest inputs of a short convolution, oldest first,
+    in G groups of D channels.
+    """
+
+    memory: Float[Array, "B H K V"] | None = None
+    conv: Float[Array, "B W G D"] | None = None
+
+    def map_axes(self, fn: Callable[[Any, Sequence[str | None]], Any]) -> RecurrentState:
+        """A copy with `fn(array, logical names of its dimensions)` in the place of every array."""
+        memory = None if self.memory is None else fn(self.memory, ("batch", "heads", None, None))
+        return RecurrentState(memory, None if self.conv is None else fn(self.conv, ("batch", None, "kv_heads", None)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence(Cache):
+    """The state of a recurrent layer, which has no other cache: it stays whatever preset a stream is given.
+
+    memory: heads, channels of a key, channels of a value. conv: tokens behind the newest one that a short convolution
+    reads, groups of channels, channels of a group. Empty: the layer has none.
+    """
+
+    memory: tuple[Size, ...] = ()
+    conv: tuple[Count, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def slots(self) -> int:
+        return 0
+
+    @property
+    def span(self) -> int:
+        return 1
+
+    @property
+    def capacity(self) -> None:
+        return None
+
+    @property
+    def reach(self) -> None:
+        return None
+
+    def init(self, spec: KVSpec) -> RecurrentState:
+        return self.empty(spec.batch_size, spec.dtype)
+
+    def empty(self, batch_size: int, dtype: Any) -> RecurrentState:
+        """The state of streams that have seen nothing, of a model whose activations are of `dtype`."""
+        memory = jnp.zeros((batch_size, *self.memory), accumulator(dtype)) if self.memory else None
+        return RecurrentState(memory, jnp.zeros((batch_size, *self.conv), dtype) if self.conv else None)

@@ -1,0 +1,163 @@
+"""Token mixers that keep a state of fixed size, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from streamjax.field_checks import NotNegative, Positive, Size, check_fields
+from streamjax.models.config.norm import NormConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig:
+    """What recurrent mixers have in common: a state for each of `num_heads` heads, and nothing that attention has.
+
+    Heads come in `num_groups` groups that share queries and keys.
+    """
+
+    recurrent: ClassVar[bool] = True
+
+    num_heads: Size
+    num_groups: Size
+
+    # What attention has and these mixers do not.
+    rope: ClassVar[None] = None
+    window: ClassVar[None] = None
+    chunk: ClassVar[None] = None
+    reach: ClassVar[None] = None
+    sinks: ClassVar[int] = 0
+    softcap: ClassVar[None] = None
+    alibi_slopes: ClassVar[tuple[float, ...]] = ()
+    qk_norm: ClassVar[None] = None
+    sink_logits: ClassVar[bool] = False
+    temperature: ClassVar[None] = None
+    value_is_key: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.num_heads % self.num_groups:
+            raise ValueError(
+                f"{type(self).__name__}.num_heads {self.num_heads} must be a multiple of num_groups {self.num_groups}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Heads of a group (R)."""
+        return self.num_heads // self.num_groups
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Heads, and the rows and columns of a head's state."""
+        raise NotImplementedError
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        """What a short convolution keeps: tokens, groups, channels of a group; empty without one."""
+        raise NotImplementedError
+
+    @property
+    def projected(self) -> int:
+        """Channels that a token's input becomes, of all groups together."""
+        raise NotImplementedError
+
+    def parameter_count(self, d_model: int) -> int:
+        """Number of parameters in a model of `d_model` channels."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaConfig(RecurrentConfig):
+    """Gated DeltaNet (2412.06464) as Qwen3-Next has it: the delta rule with one decay a head.
+
+    num_heads: heads of values, each with a state of `key_dim` x `value_dim`; `num_groups` heads of queries and keys.
+    conv_width: tokens that the convolution over queries, keys and values reads.
+    norm: of a head's output, before it is gated.
+    """
+
+    type_name: ClassVar[str] = "gated_delta"
+
+    key_dim: Size
+    value_dim: Size
+    conv_width: Size = 4
+    norm: NormConfig = NormConfig(eps=1e-6)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.key_dim, self.value_dim
+
+    @property
+    def group_channels(self) -> tuple[int, int, int, int]:
+        """Of a group: the query, as many of the key, values, as many gates, and what writes and decays."""
+        return 2 * self.key_dim, self.group_size * self.value_dim, self.group_size * self.value_dim, 2 * self.group_size
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return self.conv_width - 1, self.num_groups, sum(self.group_channels[:2])
+
+    @property
+    def projected(self) -> int:
+        return self.num_groups * sum(self.group_channels)
+
+    def parameter_count(self, d_model: int) -> int:
+        conv = self.conv_width * self.num_groups * self.conv_shape[-1]
+        ends = d_model * (self.projected + self.num_heads * self.value_dim)
+        return ends + conv + 2 * self.num_heads + self.norm.parameter_count(self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class SSDConfig(RecurrentConfig):
+    """Mamba-2's state space duality (2405.21060): an update that adds, one decay a head, steps that tokens choose.
+
+    num_heads: heads of `head_dim` channels, each with a state of `state_dim` x `head_dim`; `num_groups` of B and C.
+    conv_width, conv_bias: of the convolution over inputs, B and C: how many tokens it reads, and whether it has a bias.
+    bias: whether the projections have biases.
+    norm: of the gated output, over the channels of a group of heads, or of all with `norm_groups` 1; None: there is
+      none.
+    norm_before_gate: the output is normed first, and then gated.
+    step_min, step_max: bounds on a token's step; None: no upper one.
+    """
+
+    type_name: ClassVar[str] = "ssd"
+
+    head_dim: Size
+    state_dim: Size
+    conv_width: Size = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm: NormConfig | None = NormConfig()
+    norm_groups: Size | None = None
+    norm_before_gate: bool = False
+    step_min: NotNegative = 0.0
+    step_max: Positive | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm_groups not in (None, 1, self.num_groups):
+            raise ValueError(
+                f"SSDConfig.norm_groups is {self.norm_groups}: use 1 or num_groups, which is {self.num_groups}"
+            )
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.state_dim, self.head_dim
+
+    @property
+    def group_channels(self) -> tuple[int, int, int, int]:
+        """Of a group: inputs of its heads, B and C, as many gates as inputs, and a step for each head."""
+        inputs = self.group_size * self.head_dim
+        return inputs, 2 * self.state_dim, inputs, self.group_size
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return self.conv_width - 1, self.num_groups, sum(self.group_channels[:2])
+
+    @property
+    def projected(self) -> int:
+        return self.num_groups * sum(self.group_channels)
+
+    def parameter_count(self, d_model: int) -> int:
+        inner, channels = self.num_heads * self.head_dim, self.num_groups * self.conv_shape[-1]
+        ends = d_model * (self.projected + inner) + self.bias * (self.projected + d_model)
+        conv = channels * (self.conv_width + self.conv_bias)
+        return ends + conv + 3 * self.num_heads + (0 if self.norm is None else self.norm.parameter_count(inner))
