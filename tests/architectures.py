@@ -67,6 +67,15 @@ CASES = {
         "topk_group": 2,
     },
     "deepseek_v3": {**LATENT, "q_lora_rank": 7, "n_group": 2, "topk_group": 1},
+    "qwen3_next": {
+        **{**QWEN_MOE, "head_dim": 8, "shared_expert_intermediate_size": 10, "mlp_only_layers": [1]},
+        **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
+        **{"linear_num_key_heads": 2, "linear_key_head_dim": 5, "linear_value_head_dim": 6},
+    },
+    "mamba2": {
+        **{"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8, "n_groups": 2},
+        "state_size": 6,
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,17 +15,15 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.tier import KVSpec
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RecurrentState:
+class RecurrentState(NamedTuple):
     """A layer's state; what the layer does not have is None.
 
     memory: a matrix of each head, in the dtype of sums. conv: the newest inputs of a short convolution, oldest first,
-    in G groups of D channels.
+    in G groups of D channels. Chunked backprop keeps several states of several layers in one.
     """
 
-    memory: Float[Array, "B H K V"] | None = None
-    conv: Float[Array, "B W G D"] | None = None
+    memory: Float[Array, "*S B H K V"] | None = None
+    conv: Float[Array, "*S B W G D"] | None = None
 
     def map_axes(self, fn: Callable[[Any, Sequence[str | None]], Any]) -> RecurrentState:
         """A copy with `fn(array, logical names of its dimensions)` in the place of every array."""

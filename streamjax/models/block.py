@@ -100,7 +100,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: ReadablePages | None = None
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
-        return self._residual(x, self.mixer_input(x), self.attention.join(heads, x.dtype), memory)
+        normed = self.mixer_input(x)
+        return self._residual(x, normed, self.attention.join(heads, normed), memory)
 
     def recur(
         self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext

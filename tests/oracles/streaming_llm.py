@@ -12,6 +12,8 @@ import math
 
 import numpy as np
 
+from tests.oracles.recurrent_mixers import gated_delta, ssd
+
 _erf = np.vectorize(math.erf)
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -90,7 +92,10 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     if config.clip_qkv is not None:
         qkv = np.clip(qkv, -config.clip_qkv, config.clip_qkv)
     group = config.num_heads // config.num_kv_heads
-    q, k, v = qkv[:, :group].reshape(config.num_heads, -1), qkv[:, group], qkv[:, -1]
+    q, gate, key = qkv[:, :group], None, group
+    if config.output_gate:
+        q, gate, key = qkv[:, 0 : 2 * group : 2], qkv[:, 1 : 2 * group : 2], 2 * group
+    q, k, v = q.reshape(config.num_heads, -1), qkv[:, key], qkv[:, -1]
     if p.v_norm is not None:
         v = norm(v, p.v_norm)
     if p.q_norm is not None:
@@ -129,7 +134,9 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
         top = max(logits.max(), sink)
         weights = np.exp(logits - top)
         out[head] = weights @ values[:, head // group] / (weights.sum() + np.exp(sink - top))
-    y = np.tensordot(out.reshape(config.num_kv_heads, group, -1), _value(p.out), axes=3)
+    out = out.reshape(config.num_kv_heads, group, -1)
+    out = out if gate is None else out / (1 + np.exp(-gate))
+    y = np.tensordot(out, _value(p.out), axes=3)
     return y if p.out_bias is None else y + _value(p.out_bias)
 
 
@@ -229,12 +236,15 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     def behind(y: np.ndarray, module) -> np.ndarray:
         return config.residual_scale * (norm(y, module) if config.post_norms else y)
 
-    mix = latent_attention if hasattr(config.mixer, "kv_rank") else attention
+    mixers = {"latent_attention": latent_attention, "gated_delta": gated_delta, "ssd": ssd}
+    mix = mixers.get(config.mixer.type_name, attention)
     normed = before(x, layer.mixer_norm)
     mixed = behind(mix(layer, normed, cache, rule), layer.mixer_post_norm)
     if config.residual == "sequential":
         x = x + mixed
         mixed = 0.0
+    if config.mlp is None:
+        return x
     own = hasattr(config.mlp, "experts")
     y = mlp(layer.mlp, config.mlp, normed if config.shared_norm else x if own else before(x, layer.mlp_norm))
     y = x + mixed + behind(y, layer.mlp_post_norm)
@@ -243,6 +253,8 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
 
 def _own_rule(mixer) -> Rule | None:
     """What a layer keeps as pretrained, where that is not everything."""
+    if mixer.recurrent:
+        return DENSE
     if mixer.chunk is not None:
         return Chunks(size=mixer.chunk)
     return None if mixer.window is None else Rule(0, mixer.window - 1)

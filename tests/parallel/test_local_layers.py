@@ -1,4 +1,4 @@
-"""Layers that attend within chunks, and layers of several shapes, on a mesh: the numbers of one device."""
+"""Layers that attend within chunks, of several shapes, and recurrent ones, on a mesh: the numbers of one device."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def numbers(model, tokens, batch):
     return sj.forward(model, tokens), np.concatenate(logits, axis=1), grads
 
 
-@pytest.mark.parametrize("case", ["llama4", "gemma4-experts"])
+@pytest.mark.parametrize("case", ["llama4", "gemma4-experts", "qwen3_next"])
 def test_a_mesh_changes_nothing(case):
     config = tiny_config(case)
     model = sj.Decoder(config, jax.random.key(0))

@@ -45,6 +45,8 @@ class AttentionConfig:
     value_is_key: values are keys before their norm and rotation: one projection makes both (Gemma 4).
     clip_qkv: bound on the values of queries, keys and values.
     sink_logits: each head has a learned logit in its softmax that stands for no token and has no value (gpt-oss).
+    output_gate: what a head reads is multiplied by a sigmoid of as many channels, which the token's input makes as it
+      makes the query (Qwen3-Next; 2505.06708).
     """
 
     type_name: ClassVar[str] = "attention"
@@ -69,6 +71,7 @@ class AttentionConfig:
     out_bias: bool = False
     clip_qkv: Positive | None = None
     sink_logits: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,9 +98,14 @@ class AttentionConfig:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def query_members(self) -> int:
+        """Projections of a group that stand before its key: its query heads, each with its gate behind it if it has."""
+        return self.group_size * (1 + self.output_gate)
+
+    @property
     def members(self) -> int:
-        """Projections of a key/value head's group: its query heads, its key and, if that is another one, its value."""
-        return self.group_size + 2 - self.value_is_key
+        """Projections of a key/value head's group: those of queries, its key and, if that is another one, its value."""
+        return self.query_members + 2 - self.value_is_key
 
     @property
     def softmax_scale(self) -> float:

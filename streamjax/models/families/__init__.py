@@ -28,6 +28,7 @@ from streamjax.models.families.gpt_oss import GPT_OSS
 from streamjax.models.families.granite import GRANITE
 from streamjax.models.families.llama import LLAMA
 from streamjax.models.families.llama4 import LLAMA4
+from streamjax.models.families.mamba2 import MAMBA2
 from streamjax.models.families.ministral3 import MINISTRAL3
 from streamjax.models.families.mistral import MISTRAL
 from streamjax.models.families.mixtral import MIXTRAL
@@ -35,6 +36,7 @@ from streamjax.models.families.mpt import MPT
 from streamjax.models.families.olmo import OLMO2, OLMO3
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
+from streamjax.models.families.qwen3_next import QWEN3_NEXT
 from streamjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from streamjax.models.families.rope_fields import plain_rope
 from streamjax.models.families.smollm3 import SMOLLM3
@@ -46,7 +48,7 @@ _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
-    *(LLAMA4, GEMMA4),
+    *(LLAMA4, GEMMA4, QWEN3_NEXT, MAMBA2),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

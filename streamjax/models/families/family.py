@@ -99,7 +99,8 @@ class Source:
         """Shape that the checkpoint tensor (or its rows) must have, for a parameter of this shape."""
         sizes = self.sizes(shape)
         groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.split("->")[0])
-        return tuple(math.prod(sizes[letter] for letter in (group or single).split()) for group, single in groups)
+        known = {**sizes, "1": 1}
+        return tuple(math.prod(known[letter] for letter in (group or single).split()) for group, single in groups)
 
     def outermost(self, sizes: Mapping[str, int]) -> tuple[str, int]:
         """The letter that runs slowest along the tensor's rows, but for letters of size 1, and its parameter axis."""

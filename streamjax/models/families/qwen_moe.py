@@ -17,26 +17,32 @@ from streamjax.models.families.window_fields import read_layer_types, read_unifo
 _MLP = f"{tensor_tables.BLOCK}.mlp"
 
 
-def _experts(fields: Fields, count: int, each: int, width: int, activation: Activation) -> ExpertsConfig:
+def read_qwen_experts(
+    fields: Fields, count: int, each: int, width: int, activation: Activation, normalize: bool = False
+) -> ExpertsConfig:
+    """The experts; the numbers are what a silent config means, and so is whether weights are normalised."""
     fields.defaults = {"moe_intermediate_size": width}
     return read_experts(
         fields,
         count=count,
         each=each,
         width="moe_intermediate_size",
-        normalize=fields.flag("norm_topk_prob", False),
+        normalize=fields.flag("norm_topk_prob", normalize),
         activation=activation,
     )
 
 
-def _with_experts(fields: Fields, config: UniformConfig, experts: ExpertsConfig) -> ModelConfig:
-    """The model with experts in the layers that the config does not name as dense."""
+def sparse_layers(fields: Fields, num_layers: int) -> list[bool]:
+    """Which layers have experts: those that the config does not name as dense."""
     step, dense = fields.integer("decoder_sparse_step", 1), fields.get("mlp_only_layers", list, None) or []
     if not all(type(layer) is int and layer >= 0 for layer in dense):
         raise ValueError(f"field 'mlp_only_layers' is {dense!r:.80}; expected indices of layers")
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)]
+
+
+def _with_experts(fields: Fields, config: UniformConfig, experts: ExpertsConfig) -> ModelConfig:
     mlp = DenseConfig(config.mlp_dim, activation=config.activation)
-    sparse = (layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_layers))
-    return with_mlps(config, [experts if one else mlp for one in sparse])
+    return with_mlps(config, [experts if one else mlp for one in sparse_layers(fields, config.num_layers)])
 
 
 def _write(flat: UniformConfig, experts: ExpertsConfig, sparse: list[bool]) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def _read2(fields: Fields) -> ModelConfig:
         qkv_bias=fields.flag("qkv_bias", True),
         windows=read_layer_types(fields, layers, window, default),
     )
-    experts = _experts(fields, 60, 4, 1408, activation)
+    experts = read_qwen_experts(fields, 60, 4, 1408, activation)
     shared = DenseConfig(fields.integer("shared_expert_intermediate_size", 5632), activation=activation)
     return _with_experts(fields, config, dataclasses.replace(experts, shared=shared, shared_gate=True))
 
@@ -94,7 +100,7 @@ def _read3(fields: Fields) -> ModelConfig:
         out_bias=bias,
         windows=windows if fields.flag("use_sliding_window", False) else (),
     )
-    return _with_experts(fields, config, _experts(fields, 128, 8, 768, shapes["activation"]))
+    return _with_experts(fields, config, read_qwen_experts(fields, 128, 8, 768, shapes["activation"]))
 
 
 def _write3(config: ModelConfig) -> dict[str, Any]:
@@ -103,8 +109,15 @@ def _write3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors2(block: BlockConfig) -> Table:
+    return {**_tensors(block), **mlp_tensors(block)}
+
+
+def mlp_tensors(block: BlockConfig) -> Table:
+    """A dense MLP, or experts with a shared one that has a gate."""
+    if not isinstance(block.mlp, ExpertsConfig):
+        return {**tensor_tables.gate_up(_MLP), **tensor_tables.down(f"{_MLP}.down_proj")}
     return {
-        **_tensors(block),
+        **_routed(),
         **tensor_tables.gate_up(f"{_MLP}.shared_expert", "layers.mlp.shared"),
         **tensor_tables.down(f"{_MLP}.shared_expert.down_proj", "layers.mlp.shared"),
         "layers.mlp.shared_gate": (Source(f"{_MLP}.shared_expert_gate.weight", "g e -> e g"),),
@@ -118,10 +131,18 @@ def _tensors3(block: BlockConfig) -> Table:
 def _tensors(block: BlockConfig) -> Table:
     if not isinstance(block.mlp, ExpertsConfig):
         return tensor_tables.llama(block)
-    names = ("gate_proj", "up_proj", "down_proj")
-    return {**tensor_tables.without_mlp(block), **tensor_tables.experts(f"{_MLP}.gate", f"{_MLP}.experts", names)}
+    return {**tensor_tables.without_mlp(block), **_routed()}
 
 
-_PACKED = tensor_tables.packed_experts(f"{_MLP}.experts")
+def _routed() -> Table:
+    return tensor_tables.experts(f"{_MLP}.gate", f"{_MLP}.experts", ("gate_proj", "up_proj", "down_proj"))
+
+
+def packed_experts() -> Table:
+    """The experts as transformers 5 holds them."""
+    return tensor_tables.packed_experts(f"{_MLP}.experts")
+
+
+_PACKED = packed_experts()
 QWEN2_MOE = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), ("qwen2_moe",), _read2, _write2, _tensors2, packed=_PACKED)
 QWEN3_MOE = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), ("qwen3_moe",), _read3, _write3, _tensors3, packed=_PACKED)

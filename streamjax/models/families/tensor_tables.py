@@ -26,9 +26,11 @@ def fused(path: str, name: str, weight: str, bias: str) -> Entries:
 
 
 def qkv(block: BlockConfig, prefix: str, pairs: int = 0) -> Entries:
-    """Queries, keys and values as three projections; `pairs`: see `Source`."""
-    group = block.mixer.group_size
-    parts = {"q_proj": (0, group), "k_proj": (group, group + 1), "v_proj": (group + 1, group + 2)}
+    """Queries, keys and values as three projections, each query's gate behind it; `pairs`: see `Source`."""
+    if block.mixer.recurrent:
+        return {}
+    key = block.attention.members - 2 + block.mixer.value_is_key
+    parts = {"q_proj": (0, key), "k_proj": (key, key + 1), "v_proj": (key + 1, key + 2)}
     if block.mixer.value_is_key:
         del parts["v_proj"]
 

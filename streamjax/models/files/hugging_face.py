@@ -128,7 +128,7 @@ def read_folder(folder: Path) -> tuple[Family, ModelConfig, Tensors]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with config.json and *.safetensors")
     file = folder / CONFIG
-    values = read_json(file)
+    values = read_json(file, finite=False)  # Mamba-2 has steps up to Infinity; `Fields` refuses it elsewhere
     generation = folder / "generation_config.json"
     extra = read_json(generation) if generation.exists() else None
     stored = list_tensors(folder)

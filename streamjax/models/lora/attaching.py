@@ -130,17 +130,15 @@ class Place:
 
 def places(config: BlockConfig) -> dict[str, Place]:
     """Every target that a layer has."""
-    group = config.mixer.group_size
-    found = (
-        {}
-        if not isinstance(config.mixer, AttentionConfig)
-        else {
-            "q": Place("projections", "qkv", 1, (0, group)),
-            "k": Place("projections", "qkv", 1, (group, group + 1)),
-            **({} if config.mixer.value_is_key else {"v": Place("projections", "qkv", 1, (group + 1, group + 2))}),
+    found: dict[str, Place] = {}
+    if isinstance(config.mixer, AttentionConfig):
+        key = config.mixer.query_members
+        found = {
+            "q": Place("projections", "qkv", 1, (0, key)),
+            "k": Place("projections", "qkv", 1, (key, key + 1)),
+            **({} if config.mixer.value_is_key else {"v": Place("projections", "qkv", 1, (key + 1, key + 2))}),
             "o": Place("projections", "out", 3, None),
         }
-    )
     if not isinstance(config.mlp, DenseConfig):
         return found
     if config.mlp.gated:

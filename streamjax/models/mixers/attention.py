@@ -98,8 +98,9 @@ class Attention(nnx.Module):
 
     def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
         """Attention of a whole sequence to itself."""
+        q, k, v, gate = self.projections.split_gated(x)
         out = sequence_attention(
-            *self.project(x, context),
+            *self._turned(q, k, v, context),
             self.config.pattern,
             segment_ids=context.segment_ids,
             scale=self.config.softmax_scale,
@@ -107,13 +108,15 @@ class Attention(nnx.Module):
             slopes=self.slopes(),
             sink_logits=self.sinks(),
         )
-        return self.projections.join(out, x.dtype)
+        return self.projections.join(out, x.dtype, gate)
 
     def project(
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries and keys, and values: what attention needs of each token by itself."""
-        q, k, v = self.projections.split(x)
+        return self._turned(*self.projections.split(x), context)
+
+    def _turned(self, q: Array, k: Array, v: Array, context: SequenceContext) -> tuple[Array, Array, Array]:
         q = self._tempered(q, context.position)
         return constrain(self._rotated(q, context), "batch", "length", "heads", "head_dim"), *self._placed(
             k, v, context
@@ -146,16 +149,17 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
     ) -> tuple[Float[Array, "B C E"], State]:
         """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
-        raw_q, raw_k, v = self.projections.split(x)
+        raw_q, raw_k, v, gate = self.projections.split_gated(x)
         if self.config.temperature is not None:
             index = context.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
             raw_q = self._tempered(raw_q, jnp.minimum(index, cache.span - 1))
         out, state = stream_attention(self, raw_q, raw_k, v, state, cache, context)
-        return self.join(out, x.dtype), state
+        return self.projections.join(out, x.dtype, gate), state
 
-    def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
-        """Project the heads' outputs back to `d_model` channels."""
-        return self.projections.join(heads, dtype)
+    def join(self, heads: Float[Array, "B T H D"], x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Project the heads' outputs back to `d_model` channels; `x` is the mixer's input."""
+        gate = self.projections.split_gated(x)[3] if self.config.output_gate else None
+        return self.projections.join(heads, x.dtype, gate)
 
 
 @runtime_checkable

@@ -58,7 +58,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
 
     def __call__(self, x: Float[Array, "N S E"]) -> Float[Array, "N S E"]:
-        q, k, v = self.projections.split(self.mixer_norm(x))
+        q, k, v, gate = self.projections.split_gated(self.mixer_norm(x))
         if self.config.rope is not None:
             rotary = make_rotary(self.config.rope, self.config.head_dim, x.shape[1])
             position = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32), x.shape[:2])
@@ -66,7 +66,7 @@ class EncoderLayer(nnx.Module):
         k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
         everything = jnp.ones((1, 1, 1, x.shape[1]), bool)
         heads = attend(q, k, v, everything, scale=self.config.softmax_scale, softcap=self.config.softcap).out
-        x = x + self.projections.join(heads, x.dtype)
+        x = x + self.projections.join(heads, x.dtype, gate)
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -106,12 +106,12 @@ class LatentAttention(nnx.Module):
         """
         q, k = self._absorbed(x)
         out, state = stream_attention(self, q, k, k[..., :0] if cache.shares_values else k, state, cache, context)
-        return self.join(out, x.dtype), state
+        return self.join(out, x), state
 
-    def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
-        """From what the heads read, in the absorbed form, back to `d_model` channels."""
-        read = heads[..., self.config.rope_dim :].astype(dtype)
-        return self._out(product("bthr,rhd->bthd", read, self.kv_up[..., self.config.nope_dim :]), dtype)
+    def join(self, heads: Float[Array, "B T H D"], x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """From what the heads read, in the absorbed form, back to `d_model` channels; `x` is the mixer's input."""
+        read = heads[..., self.config.rope_dim :].astype(x.dtype)
+        return self._out(product("bthr,rhd->bthd", read, self.kv_up[..., self.config.nope_dim :]), x.dtype)
 
     def _absorbed(self, x: Array) -> tuple[Float[Array, "B T H D"], Float[Array, "B T 1 D"]]:
         """Queries and keys before rotation: rotary channels first, then what meets the latent."""

@@ -18,10 +18,10 @@ from streamjax.models.quantisation import merge_axes
 class Projections(nnx.Module):
     """Queries, keys and values from one fused product, and the product back to the residual stream.
 
-    `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads, then its key, then its value (which is
-    left out where values are keys), so that one product reads the input once and tensor parallelism splits over
-    key/value heads. Adapters (`lora.py`) change members of it: all queries of a group, its key, or its value. `gain`
-    scales the initial weights of `out`.
+    `qkv` is `[d_model, K, G + 2, D]`: for each key/value head its G query heads (each with its output gate behind it,
+    where there are such), then its key, then its value (which is left out where values are keys), so that one product
+    reads the input once and tensor parallelism splits over key/value heads. Adapters (`lora.py`) change members of it:
+    all queries of a group, its key, or its value. `gain` scales the initial weights of `out`.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
@@ -50,19 +50,28 @@ class Projections(nnx.Module):
         self, x: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Queries, keys and values, normalised and clipped as the config says, not rotated."""
-        group = self.config.group_size
-        qkv = self._product(x, 0)
-        q = qkv[..., :group, :].reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
-        return self._normed(q, self.q_norm), *self._keys(qkv[..., group:, :])
+        return self.split_gated(x)[:3]
+
+    def split_gated(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[
+        Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"], Float[Array, "B T H D"] | None
+    ]:
+        """The same, and what gates the heads' outputs, before its sigmoid; None where nothing does."""
+        qkv, before, gate = self._product(x, 0), self.config.query_members, None
+        q, shape = qkv[..., :before, :], (*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        if self.config.output_gate:
+            q, gate = q[..., 0::2, :], q[..., 1::2, :].reshape(shape)
+        return self._normed(q.reshape(shape), self.q_norm), *self._keys(qkv[..., before:, :]), gate
 
     def keys(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Keys and values of `split`, without the work for the queries."""
-        return self._keys(self._product(x, self.config.group_size))
+        return self._keys(self._product(x, self.config.query_members))
 
     def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
         """The fused product, from member `first` of each group on."""
         qkv = product("bte,ekgd->btkgd", x, self.qkv[:, :, first:])
-        key = self.config.group_size - first
+        key = self.config.query_members - first
         qkv = add_adapted(qkv, x, (self.q_lora, -first), (self.k_lora, key), (self.v_lora, key + 1))
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[:, first:].astype(x.dtype)
@@ -77,8 +86,11 @@ class Projections(nnx.Module):
             return x if norm is None else norm(x)
         return norm(rearrange(x, "b t n d -> b t (n d)")).reshape(x.shape)
 
-    def join(self, heads: Float[Array, "B T H D"], dtype: jnp.dtype) -> Float[Array, "B T E"]:
-        """Project the heads' outputs back to `d_model` channels."""
+    def join(
+        self, heads: Float[Array, "B T H D"], dtype: jnp.dtype, gate: Float[Array, "B T H D"] | None = None
+    ) -> Float[Array, "B T E"]:
+        """Project the heads' outputs, times the sigmoid of `gate`, back to `d_model` channels."""
+        heads = heads if gate is None else heads * jax.nn.sigmoid(gate.astype(heads.dtype))
         # One matrix: contracted over its three head axes apart, XLA would transpose the weight at every call.
         x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
         y = product("btf,fe->bte", x, merge_axes(self.out[...], 0, 3))

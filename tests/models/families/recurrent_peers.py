@@ -1,0 +1,37 @@
+"""Tiny configs of recurrent and hybrid architectures, over the shapes and switches that they have."""
+
+import transformers as hf
+
+SIZES = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "pad_token_id": None}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10}
+TOLERANCE = 2e-4  # a norm of what a head reads enlarges rounding: theirs lies further from float64 than ours
+MIXED = ["linear_attention", "full_attention"]
+
+
+def mamba2(**options):
+    sizes = {"num_heads": 6, "head_dim": 16, "state_size": 10, "n_groups": 3, "chunk_size": 16}
+    return hf.Mamba2Config(**{**SIZES, **sizes, "bos_token_id": 1, "eos_token_id": 2, **options})
+
+
+def qwen3_next(**options):
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    experts |= {"shared_expert_intermediate_size": 20, "intermediate_size": 56}
+    return hf.Qwen3NextConfig(
+        **{**SIZES, **ATTENTION, **LINEAR, **experts, "head_dim": 16, "layer_types": MIXED, **options}
+    )
+
+
+CASES = {
+    "mamba2": mamba2,
+    "mamba2-one-group-biases-tied": lambda: mamba2(
+        n_groups=1, use_bias=True, use_conv_bias=False, tie_word_embeddings=True, time_step_limit=[0.3, 0.9]
+    ),
+    "qwen3_next": qwen3_next,
+    "qwen3_next-dense-whole-rope": lambda: qwen3_next(
+        mlp_only_layers=[0], attention_bias=True, norm_topk_prob=False,
+        linear_num_key_heads=4, linear_conv_kernel_dim=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip

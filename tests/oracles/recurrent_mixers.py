@@ -1,0 +1,86 @@
+"""Recurrent token mixers token by token in float64 numpy, as their papers and reference models write them.
+
+A layer keeps the last inputs of its convolution and a matrix for each head. Nothing here comes from the library but the
+weights, whose channels lie in groups.
+"""
+
+import numpy as np
+
+
+def _value(parameter) -> np.ndarray:
+    return np.asarray(parameter[...], np.float64)
+
+
+def _silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def _softplus(x):
+    return np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0)
+
+
+def _convolved(module, x: np.ndarray, seen: list) -> np.ndarray:
+    """The newest token's output; `seen` are inputs, to which it is added."""
+    weight = _value(module.weight)  # [width, G, D]
+    seen.append(x)
+    y = sum(weight[-1 - back] * seen[-1 - back] for back in range(min(len(weight), len(seen))))
+    return y if module.bias is None else y + _value(module.bias)
+
+
+def _norm(x: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x) + eps)
+
+
+def gated_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of Gated DeltaNet; `cache` has the inputs of the convolution and the states."""
+    p, c = layer.mixer, layer.mixer.config
+    shared, k_dim, v_dim = c.num_heads // c.num_groups, c.key_dim, c.value_dim
+    if not cache:
+        cache += [[], np.zeros((c.num_heads, k_dim, v_dim))]
+    inside = np.tensordot(x, _value(p.inside), axes=1)  # [G, channels]
+    first, last = 2 * k_dim + shared * v_dim, 2 * k_dim + 2 * shared * v_dim
+    mixed = _silu(_convolved(p.conv, inside[:, :first], cache[0]))
+    out = np.zeros((c.num_heads, v_dim))
+    for head in range(c.num_heads):
+        g, r = divmod(head, shared)
+        q, k = mixed[g, :k_dim], mixed[g, k_dim : 2 * k_dim]
+        q, k = (y / np.sqrt(y @ y + 1e-6) for y in (q, k))
+        v = mixed[g, 2 * k_dim + r * v_dim :][:v_dim]
+        write = 1 / (1 + np.exp(-inside[g, last + r]))
+        step = _softplus(inside[g, last + shared + r] + _value(p.step_bias)[head])
+        state = np.exp(-np.exp(_value(p.rate_log)[head]) * step) * cache[1][head]
+        cache[1][head] = state + np.outer(k, write * (v - state.T @ k))
+        read = cache[1][head].T @ (q / np.sqrt(k_dim))
+        read = _norm(read, c.norm.eps) * (_value(p.norm.weight) + c.norm.offset)
+        out[head] = read * _silu(inside[g, first + r * v_dim :][:v_dim])
+    return np.tensordot(out.reshape(c.num_groups, shared, v_dim), _value(p.out), axes=3)
+
+
+def ssd(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of Mamba-2; `cache` has the inputs of the convolution and the states."""
+    p, c = layer.mixer, layer.mixer.config
+    shared, width, size = c.num_heads // c.num_groups, c.head_dim, c.state_dim
+    if not cache:
+        cache += [[], np.zeros((c.num_heads, size, width))]
+    inside = np.tensordot(x, _value(p.inside), axes=1)
+    inside = inside if p.inside_bias is None else inside + _value(p.inside_bias)
+    inner = shared * width
+    mixed = _silu(_convolved(p.conv, inside[:, : inner + 2 * size], cache[0]))
+    gate, steps = inside[:, inner + 2 * size : 2 * inner + 2 * size], inside[:, 2 * inner + 2 * size :]
+    out = np.zeros((c.num_groups, inner))
+    for head in range(c.num_heads):
+        g, r = divmod(head, shared)
+        own = slice(r * width, (r + 1) * width)
+        b, read = mixed[g, inner : inner + size], mixed[g, inner + size :]
+        step = np.clip(_softplus(steps[g, r] + _value(p.step_bias)[head]), c.step_min, c.step_max)
+        decay = np.exp(-np.exp(_value(p.rate_log)[head]) * step)
+        cache[1][head] = decay * cache[1][head] + np.outer(b, step * mixed[g, own])
+        out[g, own] = cache[1][head].T @ read + _value(p.skip)[head] * mixed[g, own]
+    if c.norm is None:
+        out = out * _silu(gate)
+    else:
+        y = out if c.norm_before_gate else out * _silu(gate)
+        normed = _norm(y, c.norm.eps) if c.norm_groups == 1 else np.stack([_norm(row, c.norm.eps) for row in y])
+        out = normed * _value(p.norm) * (_silu(gate) if c.norm_before_gate else 1.0)
+    y = np.tensordot(out.reshape(c.num_groups, shared, width), _value(p.out), axes=3)
+    return y if p.out_bias is None else y + _value(p.out_bias)
