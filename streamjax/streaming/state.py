@@ -133,9 +133,10 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
 
 
 def budgeted_layers(config: ModelConfig) -> list[int]:
-    """The layers whose caches are a user's choice: those without a window or chunks of their own."""
+    """The layers whose caches are a user's choice: those without a window, chunks or a state of their own."""
     mixers = [block.mixer for block in config.blocks]
-    return [i for i, mixer in enumerate(mixers) if mixer.window is None and mixer.chunk is None]
+    own = [mixer.recurrent or mixer.window is not None or mixer.chunk is not None for mixer in mixers]
+    return [i for i, has_own in enumerate(own) if not has_own]
 
 
 def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> None:

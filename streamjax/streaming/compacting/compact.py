@@ -17,6 +17,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction
 from streamjax.kv.layouts.lazy_layers import NearShare
+from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
@@ -50,7 +51,8 @@ def compact(
     Args:
       model: the model that read the streams.
       state: where they stand.
-      cache: the new cache, for all layers or one a layer; layers with windows of their own keep those.
+      cache: the new cache, for all layers or one a layer; layers with windows of their own keep those, and recurrent
+        ones their states.
       query: ids of the tokens whose attention decides, one row a stream, all of one length.
       stored: the queries are the newest tokens that the streams have read; otherwise tokens that would come next, such
         as a question about what was read.
@@ -61,7 +63,8 @@ def compact(
 
     Raises:
       ValueError: a cache whose tokens cannot be taken out, or into which they do not fit; a score that wants a query;
-        rows that are not as described; a model with a chunk memory, or with a rotation that changes with the cache.
+        rows that are not as described; a model with a chunk memory, or with a rotation that changes with the cache;
+        tokens to read again, by a model with recurrent layers.
     """
     if model.config.hsa is not None:
         raise ValueError("a model with a chunk memory keeps it as it is: compact does not know it")
@@ -79,7 +82,9 @@ def compact(
     works = [_compaction(old, new, asked, stored) for old, new in zip(state.caches, caches, strict=True)]
     span = max(new.span for new in caches)
     for i, layer in enumerate(model.config.blocks):
-        rope, width = layer.mixer.rope, layer.mixer.head_dim
+        if layer.mixer.recurrent:
+            continue
+        rope, width = layer.attention.rope, layer.attention.head_dim
         if rope is not None and make_rotary(rope, width, span) != make_rotary(rope, width, state.span):
             raise ValueError(f"layer {i} rotates keys by what fits the cache: they cannot go to one of another span")
     seen = np.asarray(state.seen)
@@ -88,12 +93,13 @@ def compact(
         raise ValueError(f"a stream has read {seen.max():,} tokens, and the new cache ends after {end:,}")
     said: list[Any] = [None] * len(works)
     for other in queries[:-1]:
-        asking = [dataclasses.replace(work, more=True) for work in works]
+        asking = [work if isinstance(work, Recurrence) else dataclasses.replace(work, more=True) for work in works]
         said = through_layers(model, state, other, stored, asking, said)
     layers = through_layers(model, state, queries[-1] if queries else query, stored, works, said)
     # What is as it was is copied: both states can be read on, and reading consumes a state.
     kept = jax.tree.map(jnp.copy, dataclasses.replace(state, layers=()))
-    layers = [jax.tree.map(jnp.copy, x) if work.old == work.new else x for work, x in zip(works, layers, strict=True)]
+    same = [isinstance(work, Recurrence) or work.old == work.new for work in works]
+    layers = [jax.tree.map(jnp.copy, x) if is_same else x for is_same, x in zip(same, layers, strict=True)]
     return dataclasses.replace(kept, layers=tuple(layers), caches=caches, span=span).placed()
 
 
@@ -116,7 +122,9 @@ def _for_these_streams(
     return dataclasses.replace(cache, most=max(min(held, default=1) - beside, 1))
 
 
-def _compaction(old: Cache, new: Cache, asked: bool, stored: bool) -> Compaction:
+def _compaction(old: Cache, new: Cache, asked: bool, stored: bool) -> Compaction | Recurrence:
+    if isinstance(old, Recurrence):
+        return old
     for cascade in (old, new):
         if not isinstance(cascade, Cascade):
             raise ValueError(f"only cascades of tiers are compacted, not {cascade!r}")
@@ -185,11 +193,15 @@ def lazy_layers(
     if not 0 <= threshold <= 1:
         raise ValueError(f"lazy_layers: threshold is {threshold}: it must be from 0 to 1, a share of attention")
     near = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window))
-    works = []
+    works: list[NearShare | Recurrence] = []
     for kept in state.caches:
+        if isinstance(kept, Recurrence):
+            works.append(kept)
+            continue
         if not isinstance(kept, Cascade):
             raise ValueError(f"only cascades of tiers can be asked what their layer looks at, not {kept!r}")
         works.append(NearShare(kept, sinks, window, stored))
     shares = through_layers(model, state, query, stored, works, [None] * len(works))
-    lazy = [float(jnp.mean(share)) > threshold for share in shares]
+    pairs = zip(works, shares, strict=True)
+    lazy = [not isinstance(work, Recurrence) and float(jnp.mean(share)) > threshold for work, share in pairs]
     return tuple(near if is_lazy else kept for is_lazy, kept in zip(lazy, state.caches, strict=True))

@@ -7,8 +7,10 @@ import numpy as np
 from streamjax.kv.budgets.budget import Budget
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.budgets.measuring import Measuring
+from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction
+from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.reading_layers import through_layers
@@ -53,8 +55,12 @@ def measured(model: Decoder, state: StreamState, budget: Budget, query: Rows, st
     Raises:
       ValueError: queries that are not as `compact` describes, a cache whose tokens cannot be taken out.
     """
-    own, works = budgeted_layers(model.config), []
+    own = budgeted_layers(model.config)
+    works: list[Cache] = []
     for i, cache in enumerate(state.caches):
+        if isinstance(cache, Recurrence):
+            works.append(cache)
+            continue
         if not isinstance(cache, Cascade):
             raise ValueError(f"a budget measures cascades of tiers, not {cache!r}")
         works.append(Measuring(cache, budget, stored) if i in own else Compaction(cache, cache, True, stored))

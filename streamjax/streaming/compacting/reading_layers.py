@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.kv.cache import Cache
+from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tier import State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.mixers.attention import ChunkContext
@@ -22,12 +24,25 @@ from streamjax.streaming.state import StreamState
 def through_layers(
     model: Decoder, state: StreamState, query: Rows | None, stored: bool, works: Sequence[Cache], said: Sequence[Any]
 ) -> list[Any]:
-    """What each layer's work makes of its state, and of what was said before, when these queries read it."""
+    """What each layer's work makes of its state, and of what was said before, when these queries read it.
+
+    A recurrent layer keeps its state, and queries go through it as tokens that come next.
+
+    Raises:
+      ValueError: rows that are no queries of these streams; recurrent layers, which cannot read tokens again.
+    """
+    if query is not None and stored and any(isinstance(work, Recurrence) for work in works):
+        raise ValueError(
+            "a model with recurrent layers cannot read tokens again: give a query that comes next, with stored=False"
+        )
     tokens, context = standing(model, state, query, stored)
     x, made = embedded(model, tokens), []
     for i, (work, part, before) in enumerate(zip(works, state.layers, said, strict=True)):
         block, row = model.layer_and_row(i)
-        x, new = layer_read(block, row, x, (part, before), context, work)
+        if isinstance(work, Recurrence):
+            x, new = x if query is None else passed(block, row, x, part, context, work), part
+        else:
+            x, new = layer_read(block, row, x, (part, before), context, work)
         made.append(new)
     return made
 
@@ -83,3 +98,21 @@ def layer_read(
         block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
     x, state, _ = block.stream(x, state, work, context)
     return x, state
+
+
+@partial(jax.jit, static_argnames="cache")
+def passed(
+    block: Block,
+    row: int | Array | None,
+    x: Float[Array, "B C E"],
+    state: State,
+    context: ChunkContext,
+    cache: Recurrence,
+) -> Float[Array, "B C E"]:
+    """What a recurrent layer makes of tokens that come next; padding in front of a single one is not read."""
+    if row is not None:
+        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+    padding = jnp.sum(~context.valid[0])
+    moved = dataclasses.replace(context, valid=jnp.roll(context.valid, -padding, 1))
+    y = block.stream(jnp.roll(x, -padding, 1), state, cache, moved)[0]
+    return jnp.roll(y, padding, 1)

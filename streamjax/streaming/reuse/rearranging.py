@@ -67,7 +67,7 @@ def rearranged(
     full = Full(capacity)
     cache = Cascade(full)
     for layer in model.config.blocks:
-        rope, width = layer.mixer.rope, layer.mixer.head_dim
+        rope, width = layer.attention.rope, layer.attention.head_dim
         for source in sources:
             spans = source.state.span, cache.span
             if rope is not None and make_rotary(rope, width, spans[0]) != make_rotary(rope, width, spans[1]):
