@@ -1,0 +1,33 @@
+"""The comparison with kvpress: both sides know the same methods, and agreement is counted over heads."""
+
+import ast
+
+import pytest
+
+import streamjax as sj
+from benchmarks.caches import versus_kvpress as versus
+
+
+def test_both_sides_have_the_same_methods():
+    """kvpress is not installed here: its side is read, not run."""
+    tree = ast.parse(versus.SIDE.read_text())
+    (presses,) = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PRESSES"
+    ]
+    assert [key.value for key in presses.keys] == list(versus.METHODS)
+
+
+@pytest.mark.parametrize("name", versus.METHODS)
+def test_as_many_tokens_stay_as_are_asked_for(name):
+    cache = versus.METHODS[name](200, 80)
+    cascade = cache.cascade if isinstance(cache, sj.kv.Budgeted) else cache
+    scored = [tier for tier in cascade.tiers if isinstance(tier, sj.kv.Scored)]
+    assert cascade.slots - sum(tier.every for tier in scored) == 200
+    assert all(tier.every >= 80 for tier in scored)  # none of the question's and the answer's tokens has to go
+
+
+def test_agreement_is_a_mean_over_layers_and_heads():
+    ours, theirs = [[[1, 2, 3], [4, 5]], [[1], [2]]], [[[1, 2, 9], [4, 5]], [[3], [2]]]
+    assert versus.agreement(ours, theirs) == pytest.approx((2 / 3 + 1 + 0 + 1) / 4)
