@@ -129,16 +129,17 @@ def scores(request, answer):
 
 def choices(request, answer):
     """Which places of the first context stay, by layer and head, at the first share; a key is found where it was."""
-    if answer.exists():
+    found = json.loads(answer.read_text()) if answer.exists() else {}
+    presses = {name: made(name, request["ratios"][0]) for name in request["methods"] if name not in found}
+    if not presses:
         return
     model, _ = load(request, "eager")
     ids = torch.tensor([request["examples"][0]["context"]])
-    presses = {name: made(name, request["ratios"][0]) for name in request["methods"]}
     for press in presses.values():
         press.post_init_from_model(model)
     kept = compressed(model, ids, presses)
     whole = kept.pop("dense")
-    found = {
+    found |= {
         name: [[places(keys[0, head], before[0, head]) for head in range(keys.shape[1])]
                for (keys, _, _), (before, _, _) in zip(layers, whole, strict=True)]
         for name, layers in kept.items()

@@ -7,7 +7,8 @@ then the question is asked and answered greedily, and nothing more goes: kvpress
 cache. `same tokens` is the share of what kvpress keeps of one context, at the first share, that is kept here too, over
 layers and heads. Scores are per cent with standard errors, over the tasks together. `CPU s` is one context read,
 compacted to the first share, and an answer of 16 tokens: medians after a first run, which compiles. The environment of
---python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes on from --work.
+--python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes on from --work, and
+`kvpress_rows.json` there is for `infer.leaderboard --beside`.
 
 Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
 takes the mean over the queries that see a token and keeps no recent ones. `chunkkv` keeps the window beside whole
@@ -34,6 +35,7 @@ import numpy as np
 
 import streamjax as sj
 from benchmarks.reporting import report
+from streamjax.checkpoints.plain_json import to_json
 from streamjax.data.recall.chat_frames import chat_frame
 from streamjax.data.ruler import Turn, make_example, score
 from streamjax.evaluation.leaderboard import Encoded, compacted, wholly
@@ -88,7 +90,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     path = arguments.work / "request.json"
     text = json.dumps(request)
-    if path.exists() and path.read_text() != text:
+    # other methods may join a run; what is asked stays
+    same = ("examples", "ratios", "model")
+    before = json.loads(path.read_text()) if path.exists() else request
+    if any(before[key] != json.loads(text)[key] for key in same):
         raise SystemExit(f"{arguments.work} holds a run with other settings: name another folder by --work")
     path.write_text(text)
     for what in arguments.parts:
@@ -183,13 +188,13 @@ def our_scores(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
 def our_choices(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
     """Which places of the first context stay, by layer and head, at the first share."""
     path = arguments.work / "streamjax_choices.json"
-    if path.exists():
-        return
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
     row = request["examples"][0]
-    found: dict[str, Any] = {}
     states: dict[Any, Any] = {}
     for name in request["methods"]:
+        if name in found:
+            continue
         cache = METHODS[name](int(len(row["context"]) * request["ratios"][0]), request["room"])
         whole = wholly(cache, request["longest"], 512)
         if whole not in states:
@@ -201,8 +206,8 @@ def our_choices(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
             found[name] = [places(kept, part, count) for kept, part, count in layers]
         except ValueError:  # heads of one pool hold different numbers of tokens, which cannot be taken out
             found[name] = None
+        path.write_text(json.dumps(found))
         print(name, file=sys.stderr, flush=True)
-    path.write_text(json.dumps(found))
 
 
 def places(cache: Any, layer: Any, heads: int) -> list[list[int]]:
@@ -278,6 +283,9 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
             "ratio": theirs / ours if ours and theirs else "-",
         }
 
+    beside = [entry for name in request["methods"] for ratio in request["ratios"]
+              if (entry := leaderboard_row(request, said["kvpress"], name, ratio))]  # fmt: skip
+    (arguments.work / "kvpress_rows.json").write_text(to_json({"rows": beside}))
     rows = [row("dense", ["dense"] * len(request["ratios"]))]
     rows += [row(name, [f"{name} {ratio}" for ratio in request["ratios"]]) for name in request["methods"]]
     report(
@@ -285,6 +293,22 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
         examples=arguments.examples, torch="2.13.0", transformers="5.2.0",
         note=f"{', '.join(arguments.tasks)}; {arguments.examples} examples each, {arguments.length:,} tokens.",
     )  # fmt: skip
+
+
+def leaderboard_row(
+    request: dict[str, Any], said: dict[str, dict[str, str]], name: str, ratio: float
+) -> dict[str, Any] | None:
+    """kvpress's scores as `infer.leaderboard --beside` reads them; None where they are not all there."""
+    scores: dict[str, list[float]] = {}
+    for i, example in enumerate(request["examples"]):
+        text = said.get(str(i), {}).get(f"{name} {ratio}")
+        if text is None:
+            return None
+        turn = Turn("", "", tuple(example["answers"]), example["answer_tokens"])
+        scores.setdefault(example["task"], []).append(score(turn, text))
+    pairs = {task: mean_and_error(found) for task, found in scores.items()}
+    tasks = {task: {"mean": mean, "standard_error": error} for task, (mean, error) in pairs.items()}
+    return {"method": name, "budget": ratio, "source": "kvpress 0.5.5", "tasks": tasks}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def summarise(row: dict[str, Any]) -> None:
     """The mean over a row's tasks, each task counting alike, and its standard error."""
     found = row["tasks"].values()
     row["mean"] = statistics.fmean(task["mean"] for task in found)
-    errors = [task["standard_error"] for task in found]
+    errors = [
+        math.nan if task["standard_error"] is None else task["standard_error"] for task in found
+    ]  # of one example
     row["standard_error"] = sum(error**2 for error in errors) ** 0.5 / len(errors)
 
 

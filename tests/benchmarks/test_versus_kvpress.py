@@ -1,11 +1,13 @@
 """The comparison with kvpress: both sides know the same methods, and agreement is counted over heads."""
 
 import ast
+import json
 
 import pytest
 
 import streamjax as sj
 from benchmarks.caches import versus_kvpress as versus
+from streamjax.evaluation.leaderboard_rows import read_rows
 
 
 def test_both_sides_have_the_same_methods():
@@ -31,3 +33,14 @@ def test_as_many_tokens_stay_as_are_asked_for(name):
 def test_agreement_is_a_mean_over_layers_and_heads():
     ours, theirs = [[[1, 2, 3], [4, 5]], [[1], [2]]], [[[1, 2, 9], [4, 5]], [[3], [2]]]
     assert versus.agreement(ours, theirs) == pytest.approx((2 / 3 + 1 + 0 + 1) / 4)
+
+
+def test_rows_of_kvpress_stand_beside_those_of_the_leaderboard(tmp_path):
+    examples = [{"task": task, "answers": ["12"], "answer_tokens": 4} for task in ("a", "a", "b")]
+    said = {str(i): {"knorm 0.5": text} for i, text in enumerate(("12", "no", "is 12"))}
+    row = versus.leaderboard_row({"examples": examples}, said, "knorm", 0.5)
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": [row]}))
+    (found,) = read_rows(str(tmp_path / "rows.json"))
+    assert found["label"] == "knorm kvpress 0.5.5"
+    assert found["mean"] == (0.5 + 1.0) / 2
+    assert versus.leaderboard_row({"examples": examples}, said, "knorm", 0.25) is None

@@ -99,3 +99,7 @@ def test_means_and_their_errors():
     row = {"tasks": {"a": {"mean": 0.5, "standard_error": 0.3}, "b": {"mean": 1.0, "standard_error": 0.4}}}
     summarise(row)
     assert (row["mean"], row["standard_error"]) == (0.75, 0.25)
+    alone = {"tasks": {"a": {"mean": 0.5, "standard_error": None}}}  # as a file has what is not a number
+    summarise(alone)
+    assert alone["mean"] == 0.5
+    assert np.isnan(alone["standard_error"])
