@@ -39,6 +39,11 @@ class Cache:
         return False
 
     @property
+    def made_for(self) -> str | None:
+        """A fingerprint of the model that it was measured with; None where it serves every model."""
+        return None
+
+    @property
     def needs_outputs(self) -> bool:
         """Whether tokens have to come with what takes values to the layer's output (`KVTokens.outputs`)."""
         return False

@@ -78,6 +78,10 @@ class Cascade(Cache):
         return any(tier.needs_ids for tier in self.tiers)
 
     @property
+    def made_for(self) -> str | None:
+        return next(filter(None, (tier.made_for for tier in self.tiers)), None)
+
+    @property
     def needs_outputs(self) -> bool:
         return any(tier.needs_outputs for tier in self.tiers)
 

@@ -67,6 +67,10 @@ class HeadGroups(Cache):
         return any(cascade.needs_ids for _, cascade in self.groups)
 
     @property
+    def made_for(self) -> str | None:
+        return next(filter(None, (cascade.made_for for _, cascade in self.groups)), None)
+
+    @property
     def needs_outputs(self) -> bool:
         return any(cascade.needs_outputs for _, cascade in self.groups)
 

@@ -389,6 +389,11 @@ class Tier:
         return False
 
     @property
+    def made_for(self) -> str | None:
+        """A fingerprint of the model that it was measured with; None where it serves every model."""
+        return None
+
+    @property
     def needs_outputs(self) -> bool:
         """Whether tokens have to come with what takes values to the layer's output."""
         return False

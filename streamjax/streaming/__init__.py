@@ -2,6 +2,7 @@
 
 from streamjax.streaming.compacting.compact import compact, lazy_layers, reconstruction
 from streamjax.streaming.compacting.measure_budget import measure_budget
+from streamjax.streaming.compacting.measure_filters import measure_filters
 from streamjax.streaming.generate import generate, generate_blocks
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read, score
@@ -19,6 +20,7 @@ __all__ = [
     "layer_caches",
     "lazy_layers",
     "measure_budget",
+    "measure_filters",
     "read",
     "reconstruction",
     "score",

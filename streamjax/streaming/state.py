@@ -140,7 +140,12 @@ def budgeted_layers(config: ModelConfig) -> list[int]:
 
 
 def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> None:
-    """Raise a ValueError where a budget was measured with another model."""
+    """Raise a ValueError where a budget, or what a cache ranks by, was measured with another model."""
+    each = cache if isinstance(cache, Sequence) else [cache]
+    made_for = next(filter(None, (one.made_for for one in each if isinstance(one, Cache))), None)
+    if made_for is not None and made_for != (own := fingerprint_in_any_dtype(model)):
+        made = f"what this cache ranks by was measured with model {made_for}"
+        raise ValueError(f"{made}, and this one is {own}: measure it, sj.measure_filters(...)")
     calibration = cache.calibration if isinstance(cache, Budgeted) else None
     if calibration is not None and calibration.model != (own := fingerprint_in_any_dtype(model)):
         made = f"this calibration is of model {calibration.model}"

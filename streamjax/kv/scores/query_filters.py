@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.tier import KVSpec, Query, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """The filter of each key head of a layer, float32 [K, D] as bytes, which hash once; and whose: a fingerprint."""
+
+    data: bytes
+    heads: int
+    model: str
+
+    def __repr__(self) -> str:
+        return f"Filters({self.heads} heads of model {self.model})"
+
+    @property
+    def array(self) -> Float[np.ndarray, "K D"]:
+        return np.frombuffer(self.data, np.float32).reshape(self.heads, -1)
+
 
 SQUARINGS = 10  # the products' matrix to the power 1,024: directions with 0.99 of the first one's spread are gone
 
@@ -22,17 +39,29 @@ class QFilters(Score):
     """The key along the direction in which the rotated queries spread most, towards where their mean points.
 
     A head's filter is the first right singular vector of its queries; heads that share a key head have the mean of
-    theirs. The queries are all that the stream has had so far.
+    theirs. The queries are all that the stream has had so far, or with `filters` those of a calibration text.
     """
 
-    needs_queries: ClassVar[bool] = True
+    filters: Filters | None = None
+
+    @property
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.filters is None
+
+    @property
+    def made_for(self) -> str | None:
+        return None if self.filters is None else self.filters.model
 
     def memory(self, spec: KVSpec) -> State:
         """The sum of each head's queries, and the sum of their products."""
+        if self.filters is not None:
+            return ()
         rows, heads, width = spec.batch_size, spec.kv_heads * spec.group, spec.head_dim
         return jnp.zeros((rows, heads, width), jnp.float32), jnp.zeros((rows, heads, width, width), jnp.float32)
 
     def watched(self, memory: State, query: Query) -> State:
+        if self.filters is not None:
+            return memory
         total, products = memory
         q = query.q.astype(jnp.float32)
         if query.valid is not None:
@@ -42,8 +71,13 @@ class QFilters(Score):
     def rank(self, held: Held) -> Float[Array, "B K S"]:
         if held.distance is not None:
             raise ValueError("QFilters() judges keys at their true places: leave Scored.distance None")
-        total, products = held.memory
         k = held.k.astype(accumulator(held.k.dtype))
+        if self.filters is not None:
+            own = self.filters.array
+            if own.shape != (k.shape[1], k.shape[3]):
+                raise ValueError(f"the filters are of {own.shape[0]} heads, and the layer caches {k.shape[1]}")
+            return jnp.einsum("kd,bksd->bks", own.astype(k.dtype), k, precision="highest")
+        total, products = held.memory
         return jnp.einsum("bkd,bksd->bks", filters(total, products, k.shape[1]), k, precision="highest")
 
 

@@ -66,6 +66,11 @@ class Score(Noting):
     needs_outputs: ClassVar[bool] = False  # whether `held.outputs` has what takes values to the layer's output
 
     @property
+    def made_for(self) -> str | None:
+        """A fingerprint of the model that it was measured with; None where it serves every model."""
+        return None
+
+    @property
     def counts_all_queries(self) -> bool:
         """Whether notes are of all queries that ever came, and not only of those since the last choice."""
         return type(self).kept is Score.kept

@@ -39,6 +39,10 @@ class Wrapped(Score):
         return self.score.needs_outputs
 
     @property
+    def made_for(self) -> str | None:
+        return self.score.made_for
+
+    @property
     def counts_all_queries(self) -> bool:
         return self.score.counts_all_queries
 

@@ -109,6 +109,10 @@ class Scored(Tier):
         return self.score if self.score.needs_attention else None
 
     @property
+    def made_for(self) -> str | None:
+        return self.score.made_for
+
+    @property
     def needs_outputs(self) -> bool:
         return self.score.needs_outputs
 

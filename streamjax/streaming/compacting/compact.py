@@ -75,8 +75,8 @@ def compact(
         if not isinstance(cache, Cascade):
             raise ValueError(f"a budget divides one cascade over all layers, not {cache!r}")
         cache = Budgeted(cache, budget)
+    require_own_calibration(model, cache)
     if isinstance(cache, Budgeted):
-        require_own_calibration(model, cache)
         cache = _for_these_streams(model, state, cache, queries if query is None else (query,), stored)
     caches = layer_caches(model.config, cache)
     works = [_compaction(old, new, asked, stored) for old, new in zip(state.caches, caches, strict=True)]
