@@ -8,14 +8,17 @@ attention decides there comes from queries that read the old cache at that momen
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.head_groups import HeadGroups, in_layer_order, of_heads
 from streamjax.kv.scores.score import Score
 from streamjax.kv.slot_state import take_slots
 from streamjax.kv.tier import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
@@ -152,6 +155,62 @@ class Compaction(Cache):
                 if isinstance(other, Scored) and other.score == tier.score:
                     return part.memory
         return tier.score.watched(so_far, query)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedCompaction(Cache):
+    """`Compaction` into heads with rules of their own: each group of `new` takes what the same heads held in `old`.
+
+    Raises:
+      ValueError: as `Compaction`; or a group whose heads are in several groups of `old`, where each has other tokens.
+    """
+
+    old: Cascade | HeadGroups
+    new: HeadGroups
+    asked: bool
+    stored: bool
+    more: bool = False
+
+    def __post_init__(self) -> None:
+        for heads, _ in self.new.groups:
+            self._before(heads)
+
+    def _before(self, heads: tuple[int, ...]) -> tuple[int | None, list[int], Cascade]:
+        """Which part of the old state has these heads, where if there are several, and how it kept tokens."""
+        if isinstance(self.old, Cascade):
+            return None, list(heads), self.old
+        for i, (theirs, cascade) in enumerate(self.old.groups):
+            if set(heads) <= set(theirs):
+                return i, [theirs.index(head) for head in heads], cascade
+        raise ValueError(f"heads {list(heads)} lie in several groups of the old cache, and hold different tokens")
+
+    @property
+    def needs_outputs(self) -> bool:
+        return any(cascade.needs_outputs for _, cascade in self.new.groups)
+
+    def update(
+        self, state: tuple[State, tuple[Asked | None, ...] | None], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple]:
+        held, before = state
+        outs, made = [], []
+        for i, (heads, cascade) in enumerate(self.new.groups):
+            at, own, old = self._before(heads)
+            count = self.new.heads if isinstance(self.old, Cascade) else len(self.old.groups[at or 0][0])
+            part = jax.tree.map(partial(_of_some_heads, own, count), held if at is None else held[at])
+            work = Compaction(old, cascade, self.asked, self.stored, self.more)
+            said = None if before is None else before[i]
+            out, new = work.update((part, said), *of_heads(heads, self.new.heads, query, tokens))
+            outs.append(out)
+            made.append(new)
+        return in_layer_order([heads for heads, _ in self.new.groups], outs), tuple(made)
+
+
+def _of_some_heads(heads: list[int], count: int, x: Array) -> Array:
+    """An array of a state, [B, K or 1 or a multiple of K, ...] or [B], of some of its K key heads."""
+    if x.ndim < 2 or x.shape[1] == 1:
+        return x
+    grouped = x.reshape(x.shape[0], count, -1, *x.shape[2:])
+    return grouped[:, np.array(heads)].reshape(x.shape[0], -1, *x.shape[2:])
 
 
 @jax.tree_util.register_dataclass

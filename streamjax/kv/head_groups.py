@@ -84,27 +84,10 @@ class HeadGroups(Cache):
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
         outs, states = [], []
         for (heads, cascade), part in zip(self.groups, state, strict=True):
-            index = _index(heads)
-
-            def queries(x: Array, index: slice | np.ndarray = index) -> Array:
-                grouped = rearrange(x, "... (k g) d -> ... k g d", k=self.heads)[..., index, :, :]
-                return rearrange(grouped, "... k g d -> ... (k g) d")
-
-            slopes, sinks = (
-                None if x is None else queries(x[:, None])[:, 0] for x in (query.slopes, query.sink_logits)
-            )
-            mine = dataclasses.replace(
-                query, q=queries(query.q), raw_q=queries(query.raw_q), slopes=slopes, sink_logits=sinks
-            )
-            by_head = {name: getattr(tokens, name)[:, index] for name in ("k", "v", "raw_k")}
-            outputs = None if tokens.outputs is None else tokens.outputs[index]
-            own = dataclasses.replace(tokens, **by_head, outputs=outputs)
-            out, new = cascade.update(part, mine, own)
-            outs.append(rearrange(out, "b c (k g) d -> b c k g d", k=len(heads)))
+            out, new = cascade.update(part, *of_heads(heads, self.heads, query, tokens))
+            outs.append(out)
             states.append(new)
-        order = np.argsort([head for heads, _ in self.groups for head in heads])
-        out = jnp.concatenate(outs, axis=2)[:, :, _index(order.tolist())]
-        return rearrange(out, "b c k g d -> b c (k g) d"), tuple(states)
+        return in_layer_order([heads for heads, _ in self.groups], outs), tuple(states)
 
     def renumbered(self) -> tuple[HeadGroups, tuple[int, ...]]:
         order = tuple(head for heads, _ in self.groups for head in heads)
@@ -116,6 +99,28 @@ class HeadGroups(Cache):
 
     def sizes(self, state: tuple[State, ...]) -> Sequence[tuple[int, int]]:
         return [size for (_, c), part in zip(self.groups, state, strict=True) for size in c.sizes(part)]
+
+
+def of_heads(heads: Sequence[int], count: int, query: Query, tokens: KVTokens) -> tuple[Query, KVTokens]:
+    """Queries and tokens of some of a layer's `count` key heads."""
+    index = _index(heads)
+
+    def queries(x: Array) -> Array:
+        grouped = rearrange(x, "... (k g) d -> ... k g d", k=count)[..., index, :, :]
+        return rearrange(grouped, "... k g d -> ... (k g) d")
+
+    slopes, sinks = (None if x is None else queries(x[:, None])[:, 0] for x in (query.slopes, query.sink_logits))
+    mine = dataclasses.replace(query, q=queries(query.q), raw_q=queries(query.raw_q), slopes=slopes, sink_logits=sinks)
+    own = {name: getattr(tokens, name)[:, index] for name in ("k", "v", "raw_k")}
+    outputs = None if tokens.outputs is None else tokens.outputs[index]
+    return mine, dataclasses.replace(tokens, **own, outputs=outputs)
+
+
+def in_layer_order(groups: Sequence[Sequence[int]], outs: Sequence[Float[Array, "B C _ D"]]) -> Float[Array, "B C H D"]:
+    """What groups of key heads gave, each for its query heads, as the layer has them."""
+    parts = [rearrange(out, "b c (k g) d -> b c k g d", k=len(heads)) for heads, out in zip(groups, outs, strict=True)]
+    order = np.argsort([head for heads in groups for head in heads])
+    return rearrange(jnp.concatenate(parts, axis=2)[:, :, _index(order.tolist())], "b c k g d -> b c (k g) d")
 
 
 def update_in_order(

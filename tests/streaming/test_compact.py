@@ -294,7 +294,11 @@ def test_what_cannot_be_compacted_is_refused(prompt):
         (snap, tokens[:, :0], "query needs rows of one length, of at least one token"),
         (snap, np.zeros((2, LENGTH + 1), int), f"query has {LENGTH + 1} tokens, and a stream has read {LENGTH}"),
         (sj.kv.preset("dense", capacity=LENGTH - 1), None, f"read {LENGTH} tokens, and the new cache ends after"),
-        (sj.kv.HeadGroups(((0, 1), DENSE)), None, "only cascades of tiers are compacted"),
+        (
+            sj.kv.CurrentChunk(8),
+            None,
+            "only cascades of tiers and groups of heads with them are compacted",
+        ),
     ):
         with pytest.raises(ValueError, match=message) as error:
             sj.compact(model, state, cache, query)

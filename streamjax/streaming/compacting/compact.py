@@ -15,7 +15,8 @@ from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.compaction import Compaction
+from streamjax.kv.compaction import Compaction, GroupedCompaction
+from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.layouts.lazy_layers import NearShare
 from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
@@ -122,15 +123,19 @@ def _for_these_streams(
     return dataclasses.replace(cache, most=max(min(held, default=1) - beside, 1))
 
 
-def _compaction(old: Cache, new: Cache, asked: bool, stored: bool) -> Compaction | Recurrence:
-    if isinstance(old, Recurrence):
-        return old
-    for cascade in (old, new):
-        if not isinstance(cascade, Cascade):
-            raise ValueError(f"only cascades of tiers are compacted, not {cascade!r}")
-    assert isinstance(old, Cascade)
-    assert isinstance(new, Cascade)
-    return Compaction(old, new, asked, stored or not asked)
+def _compaction(old: Cache, new: Cache, asked: bool, stored: bool) -> Compaction | GroupedCompaction | Recurrence:
+    stored = stored or not asked
+    match old, new:
+        case Recurrence(), _:
+            return old
+        case Cascade(), Cascade():
+            return Compaction(old, new, asked, stored)
+        case ((Cascade() | HeadGroups()), HeadGroups()):
+            return GroupedCompaction(old, new, asked, stored)
+        case HeadGroups(), Cascade():
+            raise ValueError(f"groups of heads hold different tokens: give each a cascade in HeadGroups, not {new!r}")
+    other = new if isinstance(old, Cascade | HeadGroups) else old
+    raise ValueError(f"only cascades of tiers and groups of heads with them are compacted, not {other!r}")
 
 
 def reconstruction(
