@@ -7,8 +7,8 @@ same slots on the mean over layers and heads, those that wait for a choice and t
 and `h2o` are what the others build on, with the same windows. `stream` is the nats of a token where the text is one
 stream, on average over the tokens behind the first 1,024. `prompt` is that of the last 512 where all before them
 are read by `dense` first and then compacted at once, by the last 32. In streams `cake`, `prefix_kv` and the layers of
-`d2o` are calibrated on another part of the text; at a prompt they measure it. Sizes are multiples of 64, so that
-layers share their programs. `MB` are of the stream's state.
+`d2o` are calibrated on another part of the text; at a prompt they measure it. Sizes are multiples of a quarter of the
+mean, so that layers share their programs. `MB` are of the stream's state.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import streamjax as sj
 from benchmarks.reporting import report
 from streamjax.kv.presets.registry import Built
 
-SKIPPED, PROMPT_END, ASKED, MULTIPLE = 1024, 512, 32, 64
+SKIPPED, PROMPT_END, ASKED = 1024, 512, 32
 
 
 def caches(slots: int, every: int) -> dict[str, Built]:
     """Every cache of so many slots on the mean."""
     kept = slots - every
-    snap = {"window": ASKED, "size": kept - ASKED, "every": every}
+    snap: dict[str, int] = {"window": ASKED, "size": kept - ASKED, "every": every}
     heavy = {"window": kept // 2, "size": kept - kept // 2, "every": every}
     sunk = {**heavy, "sinks": 4, "size": kept - kept // 2 - 4}
     named = {"snapkv": snap, "pyramid_kv": snap, "cake": snap, "ada_kv": snap}
@@ -40,7 +40,7 @@ def caches(slots: int, every: int) -> dict[str, Built]:
     found = {name: sj.kv.preset(name, **options) for name, options in named.items()}
     found["d2o, layers by density"] = sj.kv.Budgeted(found["d2o"], sj.kv.Density())
     return {
-        name: dataclasses.replace(cache, multiple=MULTIPLE) if isinstance(cache, sj.kv.Budgeted) else cache
+        name: dataclasses.replace(cache, multiple=snap["size"] // 4) if isinstance(cache, sj.kv.Budgeted) else cache
         for name, cache in found.items()
     }
 
@@ -48,7 +48,7 @@ def caches(slots: int, every: int) -> dict[str, Built]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
-    parser.add_argument("--tokens", type=int, default=2560)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--every", type=int, default=64)
     parser.add_argument("--caches", nargs="+", help="some of them, by name")
