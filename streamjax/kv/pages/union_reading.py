@@ -8,11 +8,12 @@ says which query reads which of them: the result is that of the choices, whateve
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
@@ -22,44 +23,24 @@ from streamjax.kv.tier import Query
 QUERIES = 64  # neighbours that read together
 SLOTS = 512  # slots that are gathered at a time, whole pages
 
+Gather = Callable[[Int32[Array, "B K N"]], tuple[Array, Array, Array, Array]]
+
 
 def read_union(pages: PageTokens, query: Query, choice: Choice) -> Partial:
     """Attention of each query to the pages of its choice."""
-    width, total, size = query.q.shape[1], pages.k.shape[2], pages.k.shape[3]
-    together = min(QUERIES, width)
-    tile = min(max(SLOTS // size, 1), total)
+    heads, size = pages.k.shape[1], pages.k.shape[3]
 
     def cut(x: Array) -> Array:
         return jnp.swapaxes(cut_blocks(jnp.swapaxes(x, 1, 2), together), 2, 3)
 
     def read(piece: tuple[dict[str, Any], Choice]) -> Partial:
-        mine, choice = dataclasses.replace(query, **piece[0]), piece[1]
-        everywhere = jnp.arange(total, dtype=jnp.int32)
-        wants = choice.has(everywhere, choice.scores)
-        if mine.valid is not None:  # padding wants nothing
-            wants &= mine.valid[:, None, :, None]
-        wanted = wants.any(axis=2)
-        order = jnp.argsort(~wanted, axis=-1, stable=True).astype(jnp.int32)
-        heads = pages.k.shape[1]
-        order = jnp.broadcast_to(order, (order.shape[0], heads, total))
-        count = jnp.sum(wanted, axis=-1, dtype=jnp.int32)
+        mine = dataclasses.replace(query, **piece[0])
+        return read_union_of_neighbours(lambda page: gather_pages(pages, page), mine, piece[1], heads, size)
 
-        def some(turn: Array, part: Partial) -> Partial:
-            start = jnp.minimum(turn * tile, total - tile)
-            fresh = start + jnp.arange(tile) >= turn * tile
-            page = jax.lax.dynamic_slice_in_dim(order, start, tile, 2)
-            k, v, position, valid = gather_pages(pages, page)
-            scores = jnp.take_along_axis(choice.scores, page[:, :, None], axis=3, mode="clip")
-            reads = choice.has(page[:, :, None], scores) & fresh
-            reads = jnp.repeat(reads, size, axis=3) & valid[:, :, None]
-            return merge(part, mine.attend(k, v, position, reads))
-
-        b, c, h, _ = mine.q.shape
-        nothing = Partial(
-            jnp.zeros((b, c, h, pages.v.shape[4]), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32)
-        )
-        return jax.lax.fori_loop(0, (jnp.max(count) + tile - 1) // tile, some, nothing)
-
+    width = query.q.shape[1]
+    together = min(QUERIES, width)
+    if together == width:
+        return read_union_of_neighbours(lambda page: gather_pages(pages, page), query, choice, heads, size)
     asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
     own = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks, "back": query.back}
     pieces = (
@@ -67,3 +48,37 @@ def read_union(pages: PageTokens, query: Query, choice: Choice) -> Partial:
         Choice(*map(cut, choice)),
     )
     return Partial(*(join_blocks(x, width) for x in jax.lax.map(read, pieces)))
+
+
+def read_union_of_neighbours(gather: Gather, query: Query, choice: Choice, heads: int, size: int) -> Partial:
+    """`read_union` for queries that all read together.
+
+    Args:
+      gather: the slots of N pages of each key head in a row: keys, values, positions, and which hold tokens.
+      query, choice: C queries, and what each has chosen.
+      heads: key heads.
+      size: slots of a page.
+    """
+    total = choice.scores.shape[3]
+    tile = min(max(SLOTS // size, 1), total)
+    wants = choice.has(jnp.arange(total, dtype=jnp.int32), choice.scores)
+    if query.valid is not None:  # padding wants nothing
+        wants &= query.valid[:, None, :, None]
+    wanted = wants.any(axis=2)
+    order = jnp.argsort(~wanted, axis=-1, stable=True).astype(jnp.int32)
+    order = jnp.broadcast_to(order, (order.shape[0], heads, total))
+
+    def some(turn: Array, part: Partial) -> Partial:
+        start = jnp.minimum(turn * tile, total - tile)  # the last tile is moved back to fit
+        fresh = start + jnp.arange(tile) >= turn * tile
+        page = jax.lax.dynamic_slice_in_dim(order, start, tile, 2)
+        k, v, position, valid = gather(page)
+        scores = jnp.take_along_axis(choice.scores, page[:, :, None], axis=3, mode="clip")
+        reads = choice.has(page[:, :, None], scores) & fresh
+        reads = jnp.repeat(reads, size, axis=3) & valid[:, :, None]
+        return merge(part, query.attend(k, v, position, reads))
+
+    b, c, h, d = query.q.shape
+    nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
+    most = jnp.max(jnp.sum(wanted, axis=-1, dtype=jnp.int32))
+    return jax.lax.fori_loop(0, (most + tile - 1) // tile, some, nothing)

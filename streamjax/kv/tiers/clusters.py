@@ -21,7 +21,9 @@ from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Count, Size, check_fields
+from streamjax.kv.pages.selection import Choice
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
+from streamjax.kv.pages.union_reading import QUERIES, read_union_of_neighbours
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.full import LinearState, append
@@ -202,43 +204,71 @@ class Clusters(Tier):
     def _attend_by_blocks(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention to the clusters of queries of which `block` choose together."""
         width = query.q.shape[1]
-        block = min(self.block, width)
+        each = self.block == 1 < width and not query.differentiable
+        attend = self._attend_each if each else self._attend_clusters
+        block = min(QUERIES if each else self.block, width)
         groups = -(-width // block)
         if groups == 1:
-            return self._attend_clusters(closed, query)
+            return attend(closed, query)
 
         asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
         pieces = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks}
         rows, heads, _, channels = closed.k.shape
         read = rows * (heads * self.retrieve * self.most * channels + query.q.shape[2] * block * self.clusters)
         parts = jax.lax.map(
-            lambda piece: self._attend_clusters(closed, dataclasses.replace(query, **piece)),
+            lambda piece: attend(closed, dataclasses.replace(query, **piece)),
             {name: cut_blocks(x, block) for name, x in pieces.items()},
-            batch_size=even_batch(groups, GATHERED // read),
+            batch_size=None if each else even_batch(groups, GATHERED // read),
         )
         return Partial(*(join_blocks(x, width) for x in parts))
 
     def _attend_clusters(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of queries that choose together to the clusters."""
         logits = _logits(closed, query)
-        scores = jax.lax.stop_gradient(_scores(logits, query.valid))
+        shares = _shares(logits)
+        if query.valid is not None:  # padding must not choose for others
+            shares = jnp.where(query.valid[:, None, None, :, None], shares, -jnp.inf)
+        first, both, ranked = self._ranked(jax.nn.logsumexp(shares, axis=(2, 3))[:, :, None])
+        retrieved = query.attend(*self._gather(closed, ranked[:, :, 0, : self.retrieve]))
+        return self._with_estimate(closed, logits, retrieved, first, both)
+
+    def _attend_each(self, closed: ClosedSegments, query: Query) -> Partial:
+        """Attention of neighbouring queries, each of which chooses by itself; they read what any has chosen."""
+        logits = _logits(closed, query)
+        first, both, _ = self._ranked(jax.nn.logsumexp(_shares(logits), axis=2))
+        heads = closed.k.shape[1]
+        retrieved = read_union_of_neighbours(lambda m: self._gather(closed, m), query, first, heads, self.most)
+        return self._with_estimate(closed, logits, retrieved, first, both)
+
+    def _ranked(self, scores: Float[Array, "B K N M"]) -> tuple[Choice, Choice, Int32[Array, "B K N R"]]:
+        """The clusters that are retrieved, those with the ones that are estimated, and all of these, best first."""
+        scores = jax.lax.stop_gradient(scores)
         best, ranked = jax.lax.top_k(scores, self.retrieve + self.estimate)
-        chosen = ranked[..., : self.retrieve]
+        first, both = (
+            Choice(scores, best[..., n - 1 : n], ranked[..., n - 1 : n].astype(jnp.int32))
+            for n in (self.retrieve, self.retrieve + self.estimate)
+        )
+        return first, both, ranked
+
+    def _gather(self, closed: ClosedSegments, chosen: Int32[Array, "B K N"]) -> tuple[Array, Array, Array, Array]:
+        """The slots of these clusters in a row, `most` each: keys, values, positions, and which are their tokens."""
         start, count = (jnp.take_along_axis(x, chosen, axis=2) for x in (closed.start, closed.count))
         slots, held = self._slots(start, count)
         k, v, position = (
             rearrange(_take(x, slots), "b k m s ... -> b k (m s) ...") for x in (closed.k, closed.v, closed.position)
         )
-        retrieved = query.attend(k, v, position, rearrange(held, "b k m s -> b k (m s)"))
+        return k, v, position, rearrange(held, "b k m s -> b k (m s)")
+
+    def _with_estimate(
+        self, closed: ClosedSegments, logits: Float[Array, "B K G C M"], retrieved: Partial, first: Choice, both: Choice
+    ) -> Partial:
+        """What was retrieved with the estimate of the clusters that follow."""
         if not self.estimate:
             return retrieved
-
-        def among(n: int) -> Array:
-            # of equals the first come first, as `top_k` takes them
-            least, last = best[..., n - 1 : n], ranked[..., n - 1 : n]
-            return (scores > least) | ((scores == least) & (jnp.arange(self.clusters) <= last))
-
-        return merge(retrieved, _estimate(closed, logits, among(self.retrieve + self.estimate) & ~among(self.retrieve)))
+        every = jnp.arange(self.clusters, dtype=jnp.int32)
+        return merge(
+            retrieved, _estimate(closed, logits, both.has(every, both.scores) & ~first.has(every, first.scores))
+        )
 
     def _slots(
         self, start: Int32[Array, "B K M"], count: Int32[Array, "B K M"]
@@ -272,19 +302,16 @@ def _logits(closed: ClosedSegments, query: Query) -> Float[Array, "B K G C M"]:
     return jnp.where(closed.count[:, :, None, None] > 0, logits, -jnp.inf)
 
 
-def _scores(logits: Float[Array, "B K G C M"], asks: Bool[Array, "B C"] | None) -> Float[Array, "B K M"]:
-    """What queries that choose together want most: the logarithm of the sum of their softmax shares."""
+def _shares(logits: Float[Array, "B K G C M"]) -> Float[Array, "B K G C M"]:
+    """The logarithm of the share that each cluster has in a query's softmax over all."""
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    shares = logits - jnp.where(jnp.isneginf(whole), 0.0, whole)
-    if asks is not None:  # padding must not choose for others
-        shares = jnp.where(asks[:, None, None, :, None], shares, -jnp.inf)
-    return jax.nn.logsumexp(shares, axis=(2, 3))
+    return logits - jnp.where(jnp.isneginf(whole), 0.0, whole)
 
 
-def _estimate(closed: ClosedSegments, logits: Float[Array, "B K G C M"], zone: Bool[Array, "B K M"]) -> Partial:
+def _estimate(closed: ClosedSegments, logits: Float[Array, "B K G C M"], zone: Bool[Array, "B K #C M"]) -> Partial:
     """One entry for each cluster of the zone: its mean value, with the weight count * exp(logit)."""
     often = jnp.log(jnp.maximum(closed.count, 1).astype(logits.dtype))
-    logits = jnp.where(zone[:, :, None, None], logits + often[:, :, None, None], -jnp.inf)
+    logits = jnp.where(zone[:, :, None], logits + often[:, :, None, None], -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0.0, lse)).astype(closed.value.dtype)
     out = jnp.einsum("bkgcm,bkmd->bkgcd", weights, closed.value, preferred_element_type=logits.dtype)

@@ -137,6 +137,7 @@ READ_TOGETHER = {
     "pages": Pages(3, 45, 4),
     "one head list": Pages(3, 45, 4, pool="mean", shared=True, read_newest=True, distance=9),
     "content by ids": ContentPages(4, 48, 3, EndTokens(ENDS)),
+    "clusters": Clusters(20, 40, 3, 4, size=4, most=4),
 }
 
 
@@ -144,6 +145,7 @@ READ_TOGETHER = {
 def test_neighbours_that_read_together_read_what_each_would_read_alone(monkeypatch, name):
     """Unions of few queries in tiles of two pages, the last of which is moved back to fit; padding wants nothing."""
     monkeypatch.setattr("streamjax.kv.pages.union_reading.QUERIES", 3)
+    monkeypatch.setattr("streamjax.kv.tiers.clusters.QUERIES", 3)
     monkeypatch.setattr("streamjax.kv.pages.union_reading.SLOTS", 8)
     stream, ids = wandering(length=61, seed=4)
     cascade, counts = Cascade(Window(5), READ_TOGETHER[name]), [(7, 3), (4, 7), (1, 2)]
