@@ -1,12 +1,12 @@
 """The comparison with kvpress: both sides know the same methods, and agreement is counted over heads."""
 
 import ast
-import json
 
 import pytest
 
 import streamjax as sj
 from benchmarks.caches import versus_kvpress as versus
+from streamjax.checkpoints.plain_json import to_json
 from streamjax.evaluation.leaderboard_rows import read_rows
 
 
@@ -39,7 +39,7 @@ def test_rows_of_kvpress_stand_beside_those_of_the_leaderboard(tmp_path):
     examples = [{"task": task, "answers": ["12"], "answer_tokens": 4} for task in ("a", "a", "b")]
     said = {str(i): {"knorm 0.5": text} for i, text in enumerate(("12", "no", "is 12"))}
     row = versus.leaderboard_row({"examples": examples}, said, "knorm", 0.5)
-    (tmp_path / "rows.json").write_text(json.dumps({"rows": [row]}))
+    (tmp_path / "rows.json").write_text(to_json({"rows": [row]}))
     (found,) = read_rows(str(tmp_path / "rows.json"))
     assert found["label"] == "knorm kvpress 0.5.5"
     assert found["mean"] == (0.5 + 1.0) / 2
