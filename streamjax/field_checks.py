@@ -30,6 +30,7 @@ T = TypeVar("T")
 _INT32 = 2**31 - 1  # sizes, positions and ids are int32 on a device
 _FLOAT32 = float(np.finfo(np.float32).max)
 _SHOWN = 60  # characters of a value in a message
+LATER = types.MappingProxyType({"later": True})  # of fields that came after descriptions were saved; see `described`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,24 @@ Positive = Annotated[float, Interval(0, _FLOAT32, above=True)]
 NotNegative = Annotated[float, Interval(0, _FLOAT32)]
 Fraction = Annotated[float, Interval(0, 1)]
 BelowOne = Annotated[float, Interval(0, 1, below=True)]
+
+
+def described(value: Any) -> str:
+    """`repr`, without the fields of dataclasses that came later and have their default.
+
+    So what was saved before there was such a field is described as it was then.
+    """
+    if isinstance(value, tuple):
+        inside = ", ".join(map(described, value))
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    shown = [
+        f"{field.name}={described(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if field.repr and not (field.metadata.get("later") and getattr(value, field.name) == field.default)
+    ]
+    return f"{type(value).__qualname__}({', '.join(shown)})"
 
 
 def check_fields(config: Any) -> None:

@@ -15,6 +15,9 @@ from streamjax.kv.budgets.pyramid import Pyramid
 from streamjax.kv.budgets.uniform import Uniform
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.codecs.codec import Codec, bytes_per_token
+from streamjax.kv.codecs.fp8 import FP8
+from streamjax.kv.codecs.integers import Int
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.merging.cam import IntoFollowing
@@ -67,6 +70,7 @@ __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 __all__ = [
     "CUR",
+    "FP8",
     "H2O",
     "TOVA",
     "Anchors",
@@ -78,6 +82,7 @@ __all__ = [
     "ChunkKV",
     "ChunkMemory",
     "Clusters",
+    "Codec",
     "Compensation",
     "ContentPages",
     "CriticalKV",
@@ -91,6 +96,7 @@ __all__ = [
     "HeadGroups",
     "Held",
     "Index",
+    "Int",
     "IntoFollowing",
     "Joining",
     "KNorm",
@@ -128,6 +134,7 @@ __all__ = [
     "Window",
     "WindowKV",
     "ZeroClass",
+    "bytes_per_token",
     "describe",
     "parse_preset",
     "preset",

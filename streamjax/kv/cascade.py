@@ -44,7 +44,7 @@ class Cascade(Cache):
         reach = sum(tier.slots for tier in tiers)
         placed = [dataclasses.replace(t, reach=reach) if isinstance(t, Sink) and t.reach is None else t for t in tiers]
         match placed:
-            case [Sink() as sink, Window() as window] if fuse:
+            case [Sink() as sink, Window(codec=None) as window] if fuse:
                 placed = [SinkWindow(sink.size, window.size, reach if sink.reach is None else sink.reach)]
         if any(tier.wants_noted for tier in placed):
             placed = _noting(placed)

@@ -17,6 +17,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.partial import Partial
 from streamjax.attention.sharded import names_of_partial, per_device_call, splits
+from streamjax.kv.codecs.slots import CodedSlots, Slots
 from streamjax.kv.tier import Query
 
 KERNEL_SLOTS = 1024  # below, a kernel would be called for little
@@ -24,7 +25,7 @@ _NAMES = (("batch", None, "heads", None), *(("batch", "kv_heads", None, None),) 
 _OUT = names_of_partial(_NAMES[0])
 
 
-def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | None = None) -> bool:
+def kernel_decodes(query: Query, k: Slots, top_k: int | None = None) -> bool:
     """Whether a kernel reads the slots [S] of these keys for a query, or `top_k` of the pages that they lie in, [P, S].
 
     The query's `implementation` says so; where it is None, the platform has to have a kernel that takes the cache as it
@@ -34,6 +35,10 @@ def kernel_decodes(query: Query, k: Float[Array, "B K *slots D"], top_k: int | N
       ValueError: implementation "pallas" for what the kernels do not take.
     """
     if query.implementation == "xla" or query.differentiable or query.q.shape[1] > 1:
+        return False
+    if isinstance(k, CodedSlots):
+        if query.implementation == "pallas":
+            raise ValueError("the kernels for decoding do not take codes: use implementation None or 'xla'")
         return False
     page = None if top_k is None else k.shape[3]
     refused = _refused(query, k, page)

@@ -47,10 +47,15 @@ def describe_tier(tier: Tier) -> str:
         case SinkWindow(sinks=sinks, window=window):
             return f"Sink({sinks}) > Window({window})"
         case Sink(size=size) | Window(size=size) | Full(capacity=size):
-            return f"{type(tier).__name__}({size:,})"
+            return f"{type(tier).__name__}({size:,}{_codec(tier)})"
         case Pages(size=size, capacity=capacity, top_k=top_k):
-            return f"Pages({capacity:,} in {size}s, top {top_k})"
+            return f"Pages({capacity:,} in {size}s, top {top_k}{_codec(tier)})"
         case Scored(size=size, score=score, every=every, merge=merge):
             merged = "" if merge is None else f", merged by {merge!r}"
-            return f"{type(tier).__name__}({size:,} by {score!r}, every {every}{merged})"
+            return f"{type(tier).__name__}({size:,} by {score!r}, every {every}{merged}{_codec(tier)})"
     return repr(tier)
+
+
+def _codec(tier: Tier) -> str:
+    codec = getattr(tier, "codec", None)
+    return "" if codec is None else f" as {codec!r}"

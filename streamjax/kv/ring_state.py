@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.barriers import materialized_once, ordered_after
+from streamjax.kv.codecs.slots import CodedSlots, Slots
 from streamjax.kv.ring_buffer import read_ring, write_ring
 from streamjax.kv.tier import KVTokens
 
@@ -22,8 +24,8 @@ class RingState:
     where no tier asks for them. N is 1, or the key heads where each has tokens of its own.
     """
 
-    k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S V"]
+    k: Slots
+    v: Slots
     position: UInt32[Array, "B N S"]
     cursor: Int32[Array, " B"]
     filled: Int32[Array, " B"]
@@ -35,6 +37,13 @@ class RingState:
         """Which slots hold tokens, in a ring that fills from slot 0 on."""
         return jnp.arange(self.k.shape[2]) < self.filled[:, None, None]
 
+    @property
+    def held(self) -> Bool[Array, "B 1 S"]:
+        """The same in a ring with more slots than tokens stay."""
+        slots = self.k.shape[2]
+        oldest = (self.cursor - self.filled) % slots
+        return ((jnp.arange(slots) - oldest[:, None]) % slots < self.filled[:, None])[:, None]
+
 
 def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[RingState, KVTokens]:
     """Write tokens over the oldest ones; return the tokens that fell out, oldest first, left-aligned.
@@ -43,10 +52,17 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
     """
     start, count = tokens.run()
     slots, width = state.k.shape[2], tokens.k.shape[2]
+    if isinstance(state.k, CodedSlots):
+        codec = state.k.codec
+        most = (keep or slots) - codec.tokens - codec.waiting + 1
+        if width > most:
+            return _push_in_pieces(state, tokens, keep, most)
     fallen = jnp.maximum(state.filled + count - (keep or slots), 0)
     oldest = (state.cursor - state.filled) % slots
 
-    def evict(buffer: Array, chunk: Array) -> Array:
+    def evict(buffer: Any, chunk: Array) -> Array:
+        if isinstance(buffer, CodedSlots):
+            return buffer.read_run(oldest, width)
         # The oldest `fallen` of what was stored followed by the run: stored ones first, then the run's own.
         if width <= (keep or slots):
             return read_ring(buffer, oldest, width, axis=2)  # none of the run falls
@@ -74,6 +90,35 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
     return write(state, tokens, keep, ordered_after(count, *read)), evicted
 
 
+def _push_in_pieces(state: RingState, tokens: KVTokens, keep: int | None, size: int) -> tuple[RingState, KVTokens]:
+    """`push` of a few tokens at a time, so few that whatever falls out has been coded when the next ones come."""
+    width = tokens.k.shape[2]
+    pieces = -(-width // size)
+    arrays = {f.name: getattr(tokens, f.name) for f in dataclasses.fields(tokens) if f.name != "rotary"}
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, pieces * size - width if axis == 2 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(padded.reshape(*x.shape[:2], pieces, size, *x.shape[3:]), 2, 0)
+
+    def one(state: RingState, some: dict[str, Array]) -> tuple[RingState, KVTokens]:
+        piece: KVTokens = dataclasses.replace(tokens, **some)  # type: ignore[arg-type]
+        return push(state, piece, keep)
+
+    state, fallen = jax.lax.scan(one, state, {name: cut(x) for name, x in arrays.items()})
+    # Each piece has what it lost in front: all of it to the front, in order.
+    line = jnp.moveaxis(fallen.valid, 0, 2).reshape(*fallen.valid.shape[1:3], -1)
+    order = jnp.argsort(~line, axis=2, stable=True)[:, :, :width]
+
+    def joined(x: Array) -> Array:
+        whole = jnp.moveaxis(x, 0, 2)
+        whole = whole.reshape(*whole.shape[:2], pieces * size, *whole.shape[4:])
+        index = jnp.broadcast_to(order, (*whole.shape[:2], width))
+        return jnp.take_along_axis(whole, index.reshape(*index.shape, *[1] * (whole.ndim - 3)), axis=2)
+
+    return state, jax.tree.map(joined, fallen)
+
+
 def write(
     state: RingState, tokens: KVTokens, keep: int | None = None, count: Int32[Array, " B"] | None = None
 ) -> RingState:
@@ -81,7 +126,9 @@ def write(
     start, known = tokens.run()
     count, slots = known if count is None else count, state.k.shape[2]
 
-    def put(buffer: Array, chunk: Array) -> Array:
+    def put(buffer: Any, chunk: Array) -> Any:
+        if isinstance(buffer, CodedSlots):
+            return buffer.write(chunk, start, count)
         return write_ring(buffer, chunk, state.cursor, start, count, axis=2)
 
     return RingState(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from streamjax.barriers import materialized_once, ordered_after
+from streamjax.kv.codecs.slots import Slots
+from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.tier import KVTokens
 
@@ -23,8 +26,8 @@ class SlotState:
     None where nothing is.
     """
 
-    k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S V"]
+    k: Slots
+    v: Slots
     position: UInt32[Array, "B P S"]
     valid: Bool[Array, "B N S"]
     filled: Int32[Array, " B"]
@@ -34,7 +37,9 @@ class SlotState:
 def exchange(state: SlotState, tokens: KVTokens, slots: Int32[Array, "B N C"]) -> tuple[SlotState, KVTokens]:
     """Write token i of each row to slot `slots[b, n, i]`; return what was there."""
 
-    def take(x: Array) -> Array:
+    def take(x: Any) -> Array:
+        if isinstance(x, SlotwiseSlots):
+            return x.take(slots)
         return take_slots(x, jnp.broadcast_to(slots, (*x.shape[:2], slots.shape[2])))
 
     held = KVTokens(
@@ -64,7 +69,9 @@ def write(
     taken = ((index >= 0) & (index < count[:, None]))[:, None]
     slots = jnp.where(taken, slots, size)  # past the end: written nowhere
 
-    def put(buffer: Array, chunk: Array) -> Array:
+    def put(buffer: Any, chunk: Array) -> Any:
+        if isinstance(buffer, SlotwiseSlots):
+            return buffer.put(chunk, slots)
         chunk = jnp.broadcast_to(chunk, (*buffer.shape[:2], *chunk.shape[2:]))
         return put_tokens(buffer, chunk, slots)
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.dense import attend, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
+from streamjax.kv.codecs.slots import CodedSlots, Slots, attend_coded, mass_coded
 from streamjax.parallel.rules import NamedState
 
 State = Any  # a pytree of arrays
@@ -196,8 +197,8 @@ class Query:
 
     def attend(
         self,
-        k: Float[Array, "B P S D"],
-        v: Float[Array, "B P S V"],
+        k: Slots,
+        v: Slots,
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"] | Bool[Array, "B #K C S"],
         reach: int | None = None,
@@ -216,6 +217,15 @@ class Query:
         size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
         if self.differentiable:
             filled = None
+        b, c, h, d = self.q.shape
+        nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
+        used = slots if filled is None else jnp.max(filled)
+        if isinstance(k, CodedSlots):
+
+            def part(k: Array, v: Array, position: Array, valid: Array) -> Partial:
+                return self._attend(k, v, position, valid, reach)
+
+            return attend_coded(part, k, v, position, valid, nothing, used)
         if slots == size and (filled is None or single):
             return self._attend(k, v, position, valid, reach)
 
@@ -230,9 +240,6 @@ class Query:
             some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, -1) & fresh, reach)
             return merge(part, some)
 
-        b, c, h, d = self.q.shape
-        nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
-        used = slots if filled is None else jnp.max(filled)
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
     def attend_own(self, tokens: KVTokens, reach: int | None) -> Partial:
@@ -256,7 +263,7 @@ class Query:
 
     def mass(
         self,
-        k: Float[Array, "B P S D"],
+        k: Slots,
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"],
         lse: Float[Array, "B C H"],
@@ -275,6 +282,9 @@ class Query:
         def folded(k: Array, position: Array, valid: Array) -> Array:
             return fold(self.shares(k, position, valid, lse, reach))
 
+        if isinstance(k, CodedSlots):
+            used = slots if filled is None or self.differentiable else jnp.max(filled)
+            return mass_coded(folded, k, position, valid, used)
         if slots == size and (filled is None or single):  # as in `attend`, whose logits the compiler finds again
             return folded(k, position, valid)
 

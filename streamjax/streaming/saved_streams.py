@@ -15,6 +15,7 @@ from jaxtyping import Array
 from streamjax.checkpoints import read_about, restore_pytree, save_pytree
 from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.field_checks import described
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 from streamjax.streaming.text_output import TextOutput
@@ -36,7 +37,7 @@ def save_stream(state: StreamState, path: str | Path) -> None:
     Raises:
       ValueError: `path` holds something that is no checkpoint.
     """
-    save_pytree(state, path, {"kind": "stream", "caches": [repr(cache) for cache in state.caches]})
+    save_pytree(state, path, {"kind": "stream", "caches": [described(cache) for cache in state.caches]})
 
 
 def load_stream(path: str | Path, like: StreamState) -> StreamState:
@@ -53,7 +54,7 @@ def load_stream(path: str | Path, like: StreamState) -> StreamState:
     if not isinstance(about.get("caches"), list):
         raise ValueError(f"{path} is damaged: it does not say with which caches it was saved")
     for layer, (saved, cache) in enumerate(zip(about["caches"], like.caches, strict=False)):
-        if saved != repr(cache):
+        if saved != described(cache):
             here = f"{cache!r} here: use that cache"
             raise ValueError(f"{path}: saved with {one_line(saved)} in layer {layer}, which is {here}")
     return restore_stream(like, path, about["arrays"])

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from streamjax.checkpoints import read_about, save_pytree
 from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.field_checks import described
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
@@ -322,7 +323,7 @@ class Session:
             "kind": _KIND,
             "model": self.model.config.to_json_dict(),
             "weights": fingerprint(self.model),
-            "caches": [repr(cache) for cache in self.state.caches],
+            "caches": [described(cache) for cache in self.state.caches],
             **saved.to_json_dict(),
         }
         save_pytree(self.state, path, about)
@@ -367,7 +368,7 @@ class Session:
         if weights != fingerprint(self.model):
             raise ValueError(f"{path}: saved with a model of the same shape but other weights or another dtype")
         for saved, cache in itertools.zip_longest(caches, self.state.caches):
-            if saved != repr(cache):
+            if saved != described(cache):
                 raise ValueError(f"{path}: saved with the cache {one_line(saved)}; this session has {cache!r}")
 
     def _begins(self, add_bos: bool | None) -> bool:

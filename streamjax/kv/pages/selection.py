@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from pallas_kernels.partial import Partial, accumulator
+from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
+from streamjax.kv.codecs.slots import CodedSlots, Slots, at_slots
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
 from streamjax.kv.pages.page_scores import score_pages
@@ -26,8 +27,8 @@ Pool = Literal["max", "mean"]
 class PageTokens(NamedTuple):
     """P pages of S slots; `valid` says which of them hold tokens."""
 
-    k: Float[Array, "B K P S D"]
-    v: Float[Array, "B K P S V"]
+    k: Slots
+    v: Slots
     position: UInt32[Array, "B 1 P S"]
     valid: Bool[Array, "B 1 P S"]
 
@@ -91,7 +92,7 @@ def choose_pages(
       always: pages that come before all others.
       held: pages of each row that hold tokens, the first ones, where that is known: a chunk scores no others.
     """
-    heads, total = pages.k.shape[1], pages.k.shape[2]
+    heads, total = pages.k.shape[1], pages.position.shape[2]
     by_turns = total > SCORED and query.q.shape[1] > 1 and not query.differentiable
     if held is None or not by_turns:
         scores = _scores(heads, summary, pages.position, pages.valid, query, index, block, pool, shared)
@@ -163,14 +164,48 @@ def _scores(
 
 def read_first_pages(pages: PageTokens, query: Query, held: Int32[Array, " B"]) -> Partial:
     """Attention of all queries to all tokens of the first `held` pages of each row."""
-    k, v, position, valid = (rearrange(x, "b k p s ... -> b k (p s) ...") for x in pages)
-    return query.attend(k, v, position, valid, filled=held * pages.k.shape[3])
+    k, v, position, valid = map(_in_a_row, pages)
+    return query.attend(k, v, position, valid, filled=held * pages.position.shape[3])
 
 
-def gather_pages(pages: PageTokens, chosen: Int32[Array, "B K N"]) -> tuple[Array, Array, Array, Array]:
+def _in_a_row(x: Any) -> Any:
+    """The slots of all pages; codes lie like that."""
+    return x if isinstance(x, CodedSlots) else rearrange(x, "b k p s ... -> b k (p s) ...")
+
+
+class Waiting(NamedTuple):
+    """Tokens that are not coded yet, and the pages in which they will lie."""
+
+    k: Float[Array, "B K T D"]
+    v: Float[Array, "B K T V"]
+    position: UInt32[Array, "B 1 T"]
+    valid: Bool[Array, "B 1 T"]
+    page: Int32[Array, "B T"]
+
+    def read(self, query: Query, mine: Bool[Array, "B #K *#C T"]) -> Partial:
+        """Attention of queries to those of them that are theirs."""
+        valid = self.valid if mine.ndim == 3 else self.valid[:, :, None]
+        return query.attend(self.k, self.v, self.position, valid & mine)
+
+
+def parted(pages: PageTokens) -> tuple[PageTokens, Waiting | None]:
+    """Pages with what lies in them, and what waits to be coded; None where nothing ever does."""
+    keys, values = (x.waiting() if isinstance(x, CodedSlots) else None for x in (pages.k, pages.v))
+    if keys is None or values is None:
+        return pages, None
+    (k, slots, there), v = keys, values[0]
+    position, valid = (at_slots(_in_a_row(x), slots) for x in (pages.position, pages.valid))
+    settled = pages.k.settled_only(_in_a_row(pages.valid)).reshape(pages.valid.shape)
+    waiting = Waiting(k, v, position, valid & there[:, None], slots // pages.position.shape[3])
+    return pages._replace(valid=settled), waiting
+
+
+def gather_pages(pages: PageTokens, chosen: Int32[Array, "B K N"]) -> tuple[Slots, Slots, Array, Array]:
     """The slots of N pages of each key head in a row: keys, values, positions, and which of them hold tokens."""
 
-    def take(x: Array) -> Array:
+    def take(x: Any) -> Any:
+        if isinstance(x, CodedSlots):
+            return x.gathered(chosen, pages.position.shape[3])
         if in_host_memory(x):
             return rearrange(take_pages(x, chosen), "b k n s d -> b k (n s) d")
         # What is one list for all heads is taken for all heads at once.
@@ -190,13 +225,19 @@ def read_pages(
     some: Bool[Array, "B K n top_k"] | None = None,
 ) -> Partial:
     """Attention of each block of queries to the pages chosen for it; `some` says which of them are pages at all."""
-    width, groups, size = query.q.shape[1], chosen.shape[2], pages.k.shape[3]
+    width, groups, size = query.q.shape[1], chosen.shape[2], pages.position.shape[3]
+    settled, waiting = parted(pages)
+    in_host = not isinstance(pages.k, CodedSlots) and in_host_memory(pages.k)
 
     def read(query: Query, chosen: Int32[Array, "B K top_k"], some: Bool[Array, "B K top_k"] | None) -> Partial:
-        k, v, position, valid = gather_pages(pages, chosen)
+        k, v, position, valid = gather_pages(settled, chosen)
         if some is not None:
             valid &= jnp.repeat(some, size, axis=2)
-        return query.attend(k, v, position, valid)
+        part = query.attend(k, v, position, valid)
+        if waiting is None:
+            return part
+        mine = chosen[:, :, None] == waiting.page[:, None, :, None]
+        return merge(part, waiting.read(query, (mine if some is None else mine & some[:, :, None]).any(axis=3)))
 
     if groups == 1:
         return read(query, chosen[:, :, 0], None if some is None else some[:, :, 0])
@@ -209,10 +250,10 @@ def read_pages(
         None if some is None else rearrange(some, first),
     )
     rows, heads, _, top_k = chosen.shape
-    together = even_batch(groups, GATHERED // (rows * heads * top_k * size * pages.k.shape[4]))
+    together = even_batch(groups, GATHERED // (rows * heads * top_k * size * pages.k.shape[-1]))
     parts = jax.lax.map(
         lambda piece: read(dataclasses.replace(query, valid=None, **piece[0]), *piece[1:]),
         pieces,
-        batch_size=None if in_host_memory(pages.k) else together,  # from there pages come by slices, never gathered
+        batch_size=None if in_host else together,  # from there pages come by slices, never gathered
     )
     return Partial(*(join_blocks(x, width) for x in parts))

@@ -17,30 +17,39 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.kv.pages.selection import Choice, PageTokens, gather_pages
+from streamjax.kv.codecs.slots import Slots
+from streamjax.kv.pages.selection import Choice, PageTokens, gather_pages, parted
 from streamjax.kv.tier import Query
 
 QUERIES = 64  # neighbours that read together
 SLOTS = 512  # slots that are gathered at a time, whole pages
 
-Gather = Callable[[Int32[Array, "B K N"]], tuple[Array, Array, Array, Array]]
+Gather = Callable[[Int32[Array, "B K N"]], tuple[Slots, Slots, Array, Array]]
 
 
 def read_union(pages: PageTokens, query: Query, choice: Choice) -> Partial:
     """Attention of each query to the pages of its choice."""
-    heads, size = pages.k.shape[1], pages.k.shape[3]
+    heads, size = pages.k.shape[1], pages.position.shape[3]
+    settled, waiting = parted(pages)
+
+    def read_together(query: Query, choice: Choice) -> Partial:
+        part = read_union_of_neighbours(lambda page: gather_pages(settled, page), query, choice, heads, size)
+        if waiting is None:
+            return part
+        page = waiting.page[:, None, None]
+        theirs = choice.has(page, jnp.take_along_axis(choice.scores, page, axis=3, mode="clip"))
+        return merge(part, waiting.read(query, theirs))
 
     def cut(x: Array) -> Array:
         return jnp.swapaxes(cut_blocks(jnp.swapaxes(x, 1, 2), together), 2, 3)
 
     def read(piece: tuple[dict[str, Any], Choice]) -> Partial:
-        mine = dataclasses.replace(query, **piece[0])
-        return read_union_of_neighbours(lambda page: gather_pages(pages, page), mine, piece[1], heads, size)
+        return read_together(dataclasses.replace(query, **piece[0]), piece[1])
 
     width = query.q.shape[1]
     together = min(QUERIES, width)
     if together == width:
-        return read_union_of_neighbours(lambda page: gather_pages(pages, page), query, choice, heads, size)
+        return read_together(query, choice)
     asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
     own = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks, "back": query.back}
     pieces = (

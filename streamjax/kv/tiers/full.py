@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import LATER, Size, check_fields
+from streamjax.kv.codecs.codec import Codec
+from streamjax.kv.codecs.slots import CodedSlots, Slots, dense
+from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
@@ -22,8 +25,8 @@ from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 class LinearState:
     """Slots 0 .. filled - 1 of each row hold tokens, in order; N is 1, or the key heads where each has its own."""
 
-    k: Float[Array, "B K S D"]
-    v: Float[Array, "B K S V"]
+    k: Slots
+    v: Slots
     position: UInt32[Array, "B N S"]
     filled: Int32[Array, " B"]
 
@@ -33,8 +36,9 @@ class LinearState:
         return jnp.arange(self.k.shape[2]) < self.filled[:, None, None]
 
     @classmethod
-    def empty(cls, spec: KVSpec, slots: int) -> LinearState:
-        return cls(spec.buffer(slots), spec.values(slots), spec.positions(slots), spec.counter())
+    def empty(cls, spec: KVSpec, slots: int, codec: Codec | None = None) -> LinearState:
+        k, v = stores(spec.buffer(slots), spec.values(slots), codec)
+        return cls(k, v, spec.positions(k.shape[2]), spec.counter())
 
 
 def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
@@ -43,7 +47,9 @@ def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]
     slots = state.k.shape[2]
     taken = jnp.minimum(count, slots - state.filled)
 
-    def write(buffer: Array, chunk: Array) -> Array:
+    def write(buffer: Any, chunk: Array) -> Any:
+        if isinstance(buffer, CodedSlots):
+            return buffer.write(chunk, start, taken)
         return write_linear(buffer, chunk, state.filled, start, taken, axis=2)
 
     index = jnp.arange(tokens.valid.shape[2], dtype=jnp.int32)[None, None]
@@ -62,13 +68,14 @@ class Full(Tier):
     """Keeps every token that reaches it, up to `capacity`, at its true distance. The last tier of its cascade.
 
     Tokens beyond the capacity are not stored; a stream's outputs are NaN from the first of them on (`advance`), never
-    those of a silently truncated context.
+    those of a silently truncated context. With a `codec` they are stored as codes.
     """
 
     shares_values: ClassVar[bool] = True
     last_because: ClassVar[str] = "nothing falls out of it"
 
     capacity: Size
+    codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,10 +85,10 @@ class Full(Tier):
         return self.capacity
 
     def init(self, spec: KVSpec) -> LinearState:
-        return LinearState.empty(spec, self.capacity)
+        return LinearState.empty(spec, self.capacity, self.codec)
 
     def stored(self, state: LinearState, rotary: Rotary | None) -> Stored:
-        return Stored(state.k, state.v, state.position, state.valid)
+        return Stored(dense(state.k), dense(state.v), state.position, state.valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):

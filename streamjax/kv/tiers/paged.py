@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.partial import Partial
 from streamjax.field_checks import Size, check_fields
+from streamjax.kv.codecs.slots import CodedSlots
 from streamjax.kv.noting import Noting
 from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.pages.indexes import Index
@@ -70,7 +71,8 @@ class PagedTier(Tier):
           held: pages of each row that hold tokens: the first ones, or all where the buffer has been full.
           read_chosen: what is right whatever there is.
         """
-        if query.q.shape[1] == 1 or query.differentiable or in_host_memory(pages.k):
+        in_host = not isinstance(pages.k, CodedSlots) and in_host_memory(pages.k)
+        if query.q.shape[1] == 1 or query.differentiable or in_host:
             return read_chosen()
         if self.top_k >= self.pages:
             return read_first_pages(pages, query, held)

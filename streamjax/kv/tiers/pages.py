@@ -8,7 +8,7 @@ head whose summaries score best. What a page is good for is the index's business
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial
-from streamjax.field_checks import Size
+from streamjax.field_checks import LATER, Size
+from streamjax.kv.codecs.codec import Codec
+from streamjax.kv.codecs.slots import CodedSlots
+from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
@@ -59,6 +62,7 @@ class Pages(PagedTier):
       shared: all key heads read the same pages.
       read_newest: the page that is being filled is always among those that are read.
       search: "all" scores every page; "tree" finds good pages in the logarithm of their number (`tree.py`).
+      codec: how tokens are stored; as they are where None. A page has whole groups of a codec, and none always waits.
       placement: where keys and values lie: in the device's memory or in the "host"'s, from which the pages that are
         read are copied in each time. For one device; a chunk of a stream may not be longer than `capacity` then.
 
@@ -77,11 +81,22 @@ class Pages(PagedTier):
     read_newest: bool = False
     search: Literal["all", "tree"] = "all"
     placement: Placement = "device"
+    codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.search == "tree" and (self.shared or self.read_newest):
             raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
+        if self.codec is not None:
+            if self.codec.waiting or self.size % self.codec.tokens:
+                raise ValueError(
+                    f"Pages(size={self.size}) holds whole groups of a codec that has no residual, not {self.codec!r}"
+                )
+            if self.placement == "host":
+                raise ValueError('Pages.codec is for placement "device": in the host\'s memory tokens lie as they are')
+
+    def _in_host(self, state: PagesState) -> bool:
+        return self.placement == "host" and in_host_memory(state.tokens.k)
 
     @property
     def pages(self) -> int:
@@ -91,22 +106,25 @@ class Pages(PagedTier):
     def init(self, spec: KVSpec) -> PagesState:
         slots = self.pages * self.size
         score = spec.scores(slots) if self.index.needs_scores else None
-        k, v = (host_buffer(spec, slots) if self.placement == "host" else spec.buffer(slots) for _ in "kv")
+        if self.placement == "host":
+            k, v = (host_buffer(spec, slots) for _ in "kv")
+        else:
+            k, v = stores(spec.buffer(slots), spec.values(slots), self.codec)
         tokens = RingState(k, v, spec.positions(slots), spec.counter(), spec.counter(), score)
-        one = self._cut(spec.buffer(self.size)), self._cut(_holds(tokens)[:, :, : self.size])
+        one = self._cut(spec.buffer(self.size)), self._cut(tokens.held[:, :, : self.size])
         empty = self.index.summarise(*one, None if score is None else self._cut(score[:, :, : self.size]))
         return PagesState(tokens, jax.tree.map(lambda x: jnp.repeat(x, self.pages, axis=2), empty))
 
     def store(self, state: PagesState, tokens: KVTokens) -> PagesState:
         tokens = self.placed(tokens)
-        if in_host_memory(state.tokens.k):
+        if self._in_host(state):
             ring, keys = write_pages(state.tokens, tokens, self.size, self.capacity)
             return self._summarised(state, ring, tokens, keys)
         return self._summarised(state, write(state.tokens, tokens, keep=self.capacity), tokens)
 
     def insert(self, state: PagesState, tokens: KVTokens) -> tuple[PagesState, KVTokens]:
         tokens, keys = self.placed(tokens), None
-        if in_host_memory(state.tokens.k):
+        if self._in_host(state):
             ring, keys, evicted = push_pages(state.tokens, tokens, self.size, self.capacity)
         else:
             ring, evicted = push(state.tokens, tokens, keep=self.capacity)
@@ -129,9 +147,13 @@ class Pages(PagedTier):
         if touched is None:
             # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.
             keys, score = jax.lax.optimization_barrier((ring.k, ring.score))
-            ring, touched = dataclasses.replace(ring, k=keys, score=score), self._run_of(keys, first, most)
+            ring = dataclasses.replace(ring, k=keys, score=score)
+            if isinstance(keys, CodedSlots):
+                touched = self._cut(keys.settled(first * self.size, most * self.size))
+            else:
+                touched = self._run_of(keys, first, most)
         score = None if ring.score is None else self._run_of(ring.score, first, most)
-        fresh = self.index.summarise(touched, self._run_of(_holds(ring), first, most), score)
+        fresh = self.index.summarise(touched, self._run_of(ring.held, first, most), score)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
             lambda stored, new: write_ring(stored, new, first, nothing, jnp.minimum(changed, most), axis=2),
@@ -149,7 +171,7 @@ class Pages(PagedTier):
         if self.search == "tree" and query.slopes is not None:
             raise ValueError('Pages.search "tree" does not know distances: models with ALiBi need search="all"')
         ring = state.tokens
-        pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, _holds(ring))))
+        pages = PageTokens(*(self._cut(x) for x in (ring.k, ring.v, ring.position, ring.held)))
         query, pages = at_distance(query, pages, self.distance)
         block = min(self.block, query.q.shape[1])
         # Before the buffer has been full its tokens lie from slot 0 on.
@@ -207,7 +229,7 @@ class Pages(PagedTier):
         def score(pages: Array) -> Array:
             return jnp.moveaxis(jax.vmap(score_one)(q, asks, jnp.moveaxis(pages, 2, 0)), 0, 2)
 
-        held = self._cut(_holds(state.tokens)).any(axis=-1)[:, :, None]
+        held = self._cut(state.tokens.held).any(axis=-1)[:, :, None]
         held = jnp.broadcast_to(held, (held.shape[0], heads, q.shape[0], held.shape[-1]))
         return tree_search(score, held, self.top_k)
 
@@ -215,13 +237,8 @@ class Pages(PagedTier):
         """So many pages in a row of an array with one entry a slot."""
         return read_ring(self._cut(x), first, count, axis=2)
 
-    def _cut(self, x: Array) -> Array:
-        """The pages of an array with one entry a slot."""
+    def _cut(self, x: Any) -> Any:
+        """The pages of an array with one entry a slot; codes lie in them as they are."""
+        if isinstance(x, CodedSlots):
+            return x
         return rearrange(x, "b k (p s) ... -> b k p s ...", s=self.size)
-
-
-def _holds(ring: RingState) -> Bool[Array, "B 1 S"]:
-    """Which slots hold tokens."""
-    slots = ring.k.shape[2]
-    oldest = (ring.cursor - ring.filled) % slots
-    return ((jnp.arange(slots) - oldest[:, None]) % slots < ring.filled[:, None])[:, None]

@@ -45,6 +45,8 @@ class Pooled(Scored):
         super().__post_init__()
         if self.merge is not None or not self.per_head:
             raise ValueError("Pooled chooses over all heads: it takes no merge rule, and per_head stays True")
+        if self.codec is not None:
+            raise ValueError("Pooled.codec: a pool of all heads has none, use Scored")
 
     def init(self, spec: KVSpec) -> ScoredState:
         pooled = self.slots * spec.kv_heads

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,16 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import LATER, Size, check_fields, described
+from streamjax.kv.codecs.codec import Codec
+from streamjax.kv.codecs.slots import dense
+from streamjax.kv.codecs.slotwise import SlotwiseSlots
+from streamjax.kv.codecs.stores import stores
 from streamjax.kv.merging.merge import Merge, side
 from streamjax.kv.noting import Noting
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.slot_state import SlotState, exchange, take_slots, write
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Stored, Tier
-
-_LATER = ("merge",)  # fields that came after the first streams with such a tier were saved
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +64,7 @@ class Scored(Tier):
       distance: all stored tokens stand this far behind every query, see `Pages`. At their true distance where None.
       merge: what becomes of tokens that lose, in those that stay, `Gaussian()` or another `Merge`; the tier is then the
         last of its cascade. They fall to the next tier, or are gone, where None.
+      codec: how tokens are stored, each by itself (`Codec.one_by_one`); as they are where None.
 
     Raises:
       ValueError: sizes that make no sense, or that the score refuses.
@@ -74,19 +77,21 @@ class Scored(Tier):
     per_head: bool = True
     every: Size = 64
     distance: Size | None = None
-    merge: Merge | None = None
+    merge: Merge | None = dataclasses.field(default=None, metadata=LATER)
+    codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_fields(self)
         self.score.check(self.every)
         if self.merge is not None:  # of this one, where the class says of all
             object.__setattr__(self, "last_because", f"{type(self.merge).__name__} merges what would fall")
+        if self.codec is not None:
+            self.codec.one_by_one()
+            if self.merge is not None:
+                raise ValueError(f"{type(self).__name__}.merge changes what is stored, which has no codec then")
 
     def __repr__(self) -> str:
-        """Without what was added to the class since streams were saved, and is not used."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        shown = (f"{name}={value!r}" for name, value in fields.items() if name not in _LATER or value is not None)
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return described(self)
 
     @property
     def slots(self) -> int:
@@ -124,10 +129,13 @@ class Scored(Tier):
         heads = spec.kv_heads if self.per_head or spec.per_head else 1
         position = jnp.zeros((spec.batch_size, heads, self.slots), jnp.uint32)
         noted = self.score.needs_attention or self.score.remembers
+        k, v = stores(
+            spec.buffer(self.slots), spec.values(self.slots), None if self.codec is None else self.codec.one_by_one()
+        )
         return ScoredState(
             slots=SlotState(
-                k=spec.buffer(self.slots),
-                v=spec.values(self.slots),
+                k=k,
+                v=v,
                 position=position,
                 valid=jnp.zeros(position.shape, bool),
                 filled=spec.counter(),
@@ -149,11 +157,11 @@ class Scored(Tier):
         return slots.position if self.distance is None else jnp.zeros_like(slots.position)
 
     def stored(self, state: ScoredState, rotary: Rotary | None) -> Stored:
-        slots, k = state.slots, state.slots.k
+        slots, k = state.slots, dense(state.slots.k)
         if self.distance is not None and rotary is not None:
             k = rotary.moved(k, slots.position)
         note = slots.note if self.score.needs_attention else None
-        return Stored(k, slots.v, slots.position, slots.valid, note)
+        return Stored(k, dense(slots.v), slots.position, slots.valid, note)
 
     def attend(self, state: ScoredState, query: Query, reach: int | None) -> Partial:
         slots = state.slots
@@ -257,8 +265,8 @@ class Scored(Tier):
     ) -> Float[Array, "B N S"]:
         """The score of each slot's token, one for all heads where they choose together; `tokens` are of the layer."""
         held = Held(
-            slots.k, slots.v, slots.position, slots.valid, slots.note, memory, now, tokens.rotary, self.distance,
-            self.size, tokens.outputs,
+            dense(slots.k), dense(slots.v), slots.position, slots.valid, slots.note, memory, now, tokens.rotary,
+            self.distance, self.size, tokens.outputs,
         )  # fmt: skip
         rank = self.score.rank_all(held) if whole else self.score.rank(held)
         return rank if slots.valid.shape[1] > 1 or rank.shape[1] == 1 else jnp.mean(rank, axis=1, keepdims=True)
@@ -289,8 +297,10 @@ class Scored(Tier):
             both = side(given, rank, stays), side(given, rank, falls)
             k, v, joining = self.merge.merged(*both, joining, tokens.rotary)
 
-        def put(buffer: Array, found: Array) -> Array:
+        def put(buffer: Any, found: Array) -> Any:
             found = jnp.broadcast_to(found, (*buffer.shape[:2], *found.shape[2:]))
+            if isinstance(buffer, SlotwiseSlots):
+                return buffer.put(found, jnp.arange(found.shape[2], dtype=jnp.int32)[None, None].repeat(len(found), 0))
             return buffer.at[:, :, : found.shape[2]].set(found.astype(buffer.dtype))
 
         slots = SlotState(

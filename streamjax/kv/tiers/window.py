@@ -6,11 +6,14 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import LATER, Size, check_fields
+from streamjax.kv.codecs.codec import Codec
+from streamjax.kv.codecs.slots import dense
+from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.noting import Noting
 from streamjax.kv.ring_state import RingState, push, write
@@ -26,7 +29,11 @@ class Window(Tier):
 
     With `observe_attention` it notes how much attention each of its tokens gets, for the tiers behind it: summed for
     each query head, or by the `Noting` that is given. A cascade asks for that by itself where a tier needs it. With
-    `keep_ids` it keeps the ids of its tokens for them, likewise.
+    `keep_ids` it keeps the ids of its tokens for them, likewise. With a `codec` tokens are stored as codes; what falls
+    has been through it.
+
+    Raises:
+      ValueError: a window of fewer tokens than a codec leaves in full precision until a group is full.
     """
 
     shares_values: ClassVar[bool] = True
@@ -34,9 +41,12 @@ class Window(Tier):
     size: Size
     observe_attention: bool | Noting = False
     keep_ids: bool = False
+    codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.codec is not None and self.size < (least := self.codec.tokens + self.codec.waiting):
+            raise ValueError(f"Window.size is {self.size}, but {self.codec!r} codes no token before there are {least}")
 
     @property
     def slots(self) -> int:
@@ -54,27 +64,38 @@ class Window(Tier):
         return Noting() if self.observe_attention else None
 
     def init(self, spec: KVSpec) -> RingState:
-        buffers = spec.buffer(self.size), spec.values(self.size), spec.positions(self.size)
-        score = None if self.noting is None else self.noting.init(spec, self.size)
-        ids = spec.positions(self.size).astype(jnp.int32) if self.keep_ids else None
-        return RingState(*buffers, spec.counter(), spec.counter(), score, ids)
+        k, v = stores(spec.buffer(self.size), spec.values(self.size), self.codec)
+        slots = k.shape[2]  # whole groups of a codec
+        score = None if self.noting is None else self.noting.init(spec, slots)
+        ids = spec.positions(slots).astype(jnp.int32) if self.keep_ids else None
+        return RingState(k, v, spec.positions(slots), spec.counter(), spec.counter(), score, ids)
 
     def stored(self, state: RingState, rotary: Rotary | None) -> Stored:
-        return Stored(state.k, state.v, state.position, state.valid, state.score)
+        return Stored(dense(state.k), dense(state.v), state.position, self._held(state), state.score)
+
+    def _held(self, state: RingState) -> Bool[Array, "B 1 S"]:
+        return state.valid if self.codec is None else state.held
+
+    def _used(self, state: RingState) -> Int32[Array, " B"]:
+        """Slots from the first on that may hold tokens."""
+        if self.codec is None:
+            return state.filled
+        return jnp.where(state.filled < self.size, state.filled, state.k.shape[2])
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):
             return decode(query, state.k, state.v, state.filled, (state.cursor - state.filled) % self.size)
-        return query.attend(state.k, state.v, state.position, state.valid, reach=reach, filled=state.filled)
+        return query.attend(state.k, state.v, state.position, self._held(state), reach=reach, filled=self._used(state))
 
     def observe(self, state: RingState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> RingState:
         if self.noting is None:
             return state
-        score = self.noting.noted(state.score, query, state.k, state.position, state.valid, lse, reach, state.filled)
+        held, used = self._held(state), self._used(state)
+        score = self.noting.noted(state.score, query, state.k, state.position, held, lse, reach, used)
         return dataclasses.replace(state, score=score)
 
     def store(self, state: RingState, tokens: KVTokens) -> RingState:
-        return write(state, tokens)
+        return write(state, tokens, None if self.codec is None else self.size)
 
     def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
-        return push(state, tokens)
+        return push(state, tokens, None if self.codec is None else self.size)

@@ -1,0 +1,88 @@
+"""What a codec is: tokens in groups become codes and a few numbers that say what the codes mean, and come back.
+
+A codec is a frozen dataclass, static and hashable. It knows no slots: what waits until a group is full, what is packed
+into bytes and where it lies is the business of what stores by it (`grouped.py`, `slotwise.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from streamjax.field_checks import check_fields
+
+Role = Literal["k", "v"]
+Codes = tuple[Shaped[Array, "..."], tuple[Shaped[Array, "..."], ...]]  # [B, K, N, G, c], each [B, K, N, 1 or G, e]
+
+
+class Codec:
+    """How groups of `group` tokens are stored. Subclasses are frozen dataclasses whose fields `check_fields` can check.
+
+    `encode` gives codes, one place a token, and further numbers, of which there is one place a token or one a group.
+    `decode` gets the same of some of a group's tokens. Whatever a code says has to be exact in float32 before the last
+    rounding, so that no compiler's choice of instructions changes a bit of it.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code: 8, or 4, 2 or 1, of which several share a byte."""
+        return 8
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are coded together."""
+        return 1
+
+    @property
+    def waiting(self) -> int:
+        """Newest tokens that stay in full precision, beside those whose group is not full yet."""
+        return 0
+
+    def check(self, head_dim: int) -> None:
+        """Raise a ValueError where heads are not of a width that this codec can store."""
+
+    def one_by_one(self) -> Codec:
+        """The codec for tiers that overwrite single tokens, whose codes depend on no other token.
+
+        Raises:
+          ValueError: there is none.
+        """
+        raise ValueError(f"{self!r} codes tokens in groups: a tier that chooses tokens cannot store by it")
+
+    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+        """N groups of keys or of values as codes."""
+        raise NotImplementedError
+
+    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+        """What codes say, in float32."""
+        raise NotImplementedError
+
+
+def bytes_per_token(codec: Codec, head_dim: int, value_dim: int | None = None) -> float:
+    """Bytes of a stored token's key and value in one head, as they are allocated.
+
+    >>> from streamjax.kv.codecs.integers import Int
+    >>> bytes_per_token(Int(bits=4, group=64), head_dim=64)
+    72.0
+    """
+    total = 0.0
+    for role, width in (("k", head_dim), ("v", head_dim if value_dim is None else value_dim)):
+        if width:
+            codes, numbers = shapes(codec, role, width)  # type: ignore[arg-type]
+            total += math.prod(codes.shape) * codes.dtype.itemsize * codec.bits / 8
+            total += sum(math.prod(x.shape) * x.dtype.itemsize for x in numbers)
+    return total / codec.tokens
+
+
+def shapes(codec: Codec, role: Role, width: int, dtype: DTypeLike = jnp.float32) -> Any:
+    """The shapes of one group's codes and numbers, in one head."""
+    group = jax.ShapeDtypeStruct((1, 1, 1, codec.tokens, width), dtype)
+    return jax.eval_shape(lambda x: codec.encode(x, role), group)

@@ -1,0 +1,123 @@
+"""`Int`: whole numbers of 8, 4 or 2 bits between the least and the greatest of a group (KIVI, arXiv 2402.02750)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from streamjax.field_checks import Count, Size, check_fields
+from streamjax.kv.codecs.codec import Codec, Codes, Role
+
+Along = Literal["channel", "token"]
+_HIGH_HALF = 0xFFFF0000  # of a float32: what bfloat16 keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Int(Codec):
+    """A number is `least + step * code`, with a least and a step for each group, both bfloat16.
+
+    Keys have channels that are large in every token, so they are coded by channel, over `group` tokens; values are
+    coded by token, over `group` channels or the largest smaller part of a head that divides it. A group of tokens waits
+    in full precision until it is full, and the newest `residual` tokens always do.
+
+    Args:
+      bits: of a code.
+      keys, values: "channel": each channel of `group` tokens has a least and a step; "token": each token.
+      group: numbers that share them.
+      residual: newest tokens in full precision, a multiple of `group`.
+
+    Raises:
+      ValueError: a residual that is no multiple of the group.
+    """
+
+    bits: Literal[8, 4, 2] = 8  # type: ignore[assignment]
+    keys: Along = "channel"
+    values: Along = "token"
+    group: Size = 64
+    residual: Count = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.residual % self.group:
+            raise ValueError(f"Int.residual must be a multiple of the group of {self.group}, got {self.residual}")
+        if self.tokens % (8 // self.bits):
+            raise ValueError(f"Int.group of {self.group} tokens does not fill bytes with codes of {self.bits} bits")
+
+    @property
+    def tokens(self) -> int:
+        return self.group
+
+    @property
+    def waiting(self) -> int:
+        return self.residual
+
+    def one_by_one(self) -> Codec:
+        return IntByToken(self.bits, self.group)
+
+    def along(self, role: Role) -> Along:
+        return self.keys if role == "k" else self.values
+
+    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+        if self.along(role) == "channel":
+            return quantised(x, self.bits, axis=3)
+        return by_token(x, self.bits, self.group)
+
+    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+        return dequantised(codes)
+
+
+@dataclasses.dataclass(frozen=True)
+class IntByToken(Codec):
+    """`Int` where every token has its own least and step for keys and values alike, `group` channels at a time."""
+
+    bits: Literal[8, 4, 2] = 8  # type: ignore[assignment]
+    group: Size = 64
+
+    def one_by_one(self) -> Codec:
+        return self
+
+    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+        return by_token(x, self.bits, self.group)
+
+    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+        return dequantised(codes)
+
+
+def by_token(x: Float[Array, "B K N G D"], bits: int, group: int) -> Codes:
+    """Codes of each token by itself, `group` channels at a time."""
+    width = next(size for size in range(min(group, x.shape[-1]), 0, -1) if x.shape[-1] % size == 0)
+    parts = x.reshape(*x.shape[:-1], -1, width)
+    codes, numbers = quantised(parts, bits, axis=-1)
+    return codes.reshape(x.shape), tuple(y[..., 0] for y in numbers)
+
+
+def quantised(x: Float[Array, "..."], bits: int, axis: int) -> tuple[Array, tuple[Array, Array]]:
+    """Codes, and the least and the step of all numbers along an axis.
+
+    Both are rounded so that least and least + step * (2^bits - 1) still lie around all of the numbers.
+    """
+    most, x = 2**bits - 1, x.astype(jnp.float32)
+    least = _rounded_down(jnp.min(x, axis=axis, keepdims=True))
+    step = -_rounded_down(-(jnp.max(x, axis=axis, keepdims=True) - least) / most)
+    codes = jnp.clip(jnp.round((x - least) / jnp.where(step > 0, step, 1)), 0, most)
+    return codes.astype(jnp.uint8), (least.astype(jnp.bfloat16), step.astype(jnp.bfloat16))
+
+
+def dequantised(codes: Codes) -> Float[Array, "B K N G D"]:
+    """The numbers that codes stand for. A step times a code is exact in float32."""
+    whole, (least, step) = codes
+    width = whole.shape[-1] // least.shape[-1]  # channels that share a least and a step
+    parts = whole if width == 1 else whole.reshape(*whole.shape[:-1], -1, width)
+    least, step = (y.astype(jnp.float32) if width == 1 else y.astype(jnp.float32)[..., None] for y in (least, step))
+    return (least + step * parts.astype(jnp.float32)).reshape(whole.shape)
+
+
+def _rounded_down(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The greatest bfloat16 numbers that are not above these float32 numbers, as float32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    away = jnp.where(x < 0, jnp.uint32(0xFFFF), jnp.uint32(0))
+    return jax.lax.bitcast_convert_type((bits + away) & jnp.uint32(_HIGH_HALF), jnp.float32)

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import streamjax as sj
+from streamjax.kv.codecs.codec import bytes_per_token
+from streamjax.kv.codecs.packing import packed, plane_of, with_plane
+from streamjax.kv.codecs.stores import stores
+from tests.oracles.codecs import by_channel, by_token
+
+Int, FP8 = sj.kv.Int, sj.kv.FP8
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("role", ["k", "v"])
+def test_codes_come_back_as_a_plain_loop_says(bits, role):
+    rng = np.random.default_rng(bits)
+    x = rng.normal(size=(8, 16)).astype(np.float32) * rng.uniform(0.01, 30, 16).astype(np.float32) + 3
+    x[:, 3], x[2] = 0.7, -1.3  # a channel that never changes, and a token
+    codec = Int(bits=bits, group=8)
+    found = codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
+    np.testing.assert_array_equal(found, by_channel(x, bits) if role == "k" else by_token(x, bits, 8))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([8, 4, 2]), st.floats(1e-3, 1e4), st.floats(-1e4, 1e4))
+def test_no_number_moves_by_more_than_half_a_step(seed, bits, spread, middle):
+    x = (np.random.default_rng(seed).normal(size=(1, 1, 1, 8, 16)) * spread + middle).astype(np.float32)
+    codec = Int(bits=bits, group=8)
+    codes, numbers = codec.encode(jnp.asarray(x), "k")
+    step = numbers[1].astype(jnp.float32)
+    assert (jnp.abs(codec.decode((codes, numbers), "k") - x) <= step * 0.5001 + 1e-6 * np.abs(x).max()).all()
+
+
+def test_codes_share_bytes():
+    codes = jnp.arange(32, dtype=jnp.uint8).reshape(1, 8, 4) % 4
+    whole = packed(codes, 2)
+    assert whole.shape == (1, 2, 4)
+    for plane in range(4):
+        np.testing.assert_array_equal(plane_of(whole, 2, plane), codes[:, 2 * plane : 2 * plane + 2])
+    other = with_plane(whole, jnp.full((1, 2, 4), 3, jnp.uint8), 2, 1)
+    assert (plane_of(other, 2, 1) == 3).all()
+    np.testing.assert_array_equal(plane_of(other, 2, 2), plane_of(whole, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("codec", "channels", "a_token"),
+    [(Int(8), 64, 2 * 64 + 8), (Int(4), 64, 64 + 8), (Int(2, group=32), 64, 32 + 8 + 8), (FP8(), 64, 128)],
+)
+def test_bytes_a_token_are_those_of_the_arrays(codec, channels, a_token):
+    assert bytes_per_token(codec, channels) == a_token
+    k, v = stores(
+        jnp.zeros((1, 1, 1024, channels), jnp.bfloat16), jnp.zeros((1, 1, 1024, channels), jnp.bfloat16), codec
+    )
+    assert sum(x.nbytes for y in (k, v) for x in jax.tree.leaves((y.codes, y.numbers))) == 1024 * a_token
+
+
+def test_int4_with_groups_of_64_is_less_than_0_3_of_bfloat16():
+    assert bytes_per_token(Int(4, group=64), 64) <= 0.30 * 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Int(bits=3), r"Int\.bits is 3: it must be 8 or 4 or 2"),
+        (lambda: Int(group=64, residual=100), r"Int\.residual must be a multiple of the group of 64, got 100"),
+        (lambda: Int(bits=4, group=7), r"Int\.group of 7 tokens does not fill bytes with codes of 4 bits"),
+        (lambda: Int(keys="row"), r"Int\.keys is 'row': it must be 'channel' or 'token'"),
+        (lambda: FP8(kind="e3m4"), r"FP8\.kind is 'e3m4'"),
+        (lambda: sj.kv.Window(63, codec=Int(4)), r"Window\.size is 63, but Int.* codes no token before there are 64"),
+        (lambda: sj.kv.Full(8, codec=4), r"Full\.codec is 4: it must be Codec or None"),
+        (lambda: sj.kv.Pages(32, 64, 1, codec=Int(4)), r"Pages\(size=32\) holds whole groups of a codec"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_descriptions_from_before_codecs_still_fit():
+    from streamjax.field_checks import described
+
+    old = "Cascade(tiers=(Window(size=7, observe_attention=False, keep_ids=False), Full(capacity=9)))"
+    assert described(sj.kv.Cascade(sj.kv.Window(7), sj.kv.Full(9))) == old
+    assert "codec=Int(bits=4" in described(sj.kv.Cascade(sj.kv.Full(64, codec=Int(4))))

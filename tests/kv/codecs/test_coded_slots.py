@@ -1,0 +1,93 @@
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import streamjax as sj
+from streamjax.kv.codecs.slotwise import SlotwiseSlots
+from streamjax.kv.codecs.stores import stores
+from tests.oracles.codecs import by_token, kivi
+
+Int, FP8 = sj.kv.Int, sj.kv.FP8
+GROUP, WIDTH, SLOTS = 8, 11, 48
+CODECS = {"int8": Int(8, group=GROUP), "int2": Int(2, group=GROUP, residual=2 * GROUP), "fp8": FP8()}
+
+
+@partial(jax.jit, static_argnames="width")
+def write(both, tokens, start, count, width):
+    return tuple(slots.write(tokens[:, :, :width], start, count) for slots in both)
+
+
+dense = jax.jit(lambda slots: slots.dense())
+
+
+@lru_cache
+def empty(codec):
+    return jax.jit(lambda: stores(jnp.zeros((2, 1, SLOTS, 8)), jnp.zeros((2, 1, SLOTS, 8)), codec))()
+
+
+def streamed(codec, x, cuts):
+    """Keys and values of two rows [2, n, D], in chunks of 0 to WIDTH tokens of each; one at a time where all are 1."""
+    k, v = empty(codec)
+    at = np.zeros(2, int)
+    for sizes in cuts:
+        sizes = np.minimum(sizes, x.shape[1] - at)
+        width = 1 if max(sizes) <= 1 else WIDTH
+        offset = np.minimum(1, width - sizes)  # a run may begin anywhere in its chunk
+        chunk = np.full((2, 1, WIDTH, 8), 99, np.float32)
+        for row in range(2):
+            chunk[row, 0, offset[row] : offset[row] + sizes[row]] = x[row, at[row] : at[row] + sizes[row]]
+        k, v = write((k, v), chunk, offset.astype(np.int32), sizes.astype(np.int32), width)
+        at += sizes
+    assert (at == x.shape[1]).all()
+    return k, v
+
+
+def whole(length):
+    return [(WIDTH - 1,) * 2] * (length // (WIDTH - 1) + 1)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])
+@given(data=st.data(), length=st.integers(0, 100))
+def test_what_is_stored_does_not_depend_on_the_cut(name, data, length):
+    x = np.random.default_rng(length).normal(size=(2, length, 8)).astype(np.float32)
+    sizes = st.integers(0, WIDTH)
+    cuts = data.draw(st.lists(st.tuples(sizes, sizes), max_size=12)) + [(1, 1)] * 3 + whole(length)
+    one, other = streamed(CODECS[name], x, cuts), streamed(CODECS[name], x, whole(length))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["int8", "int2"])
+@pytest.mark.parametrize("length", [5, 8, 47, 48, 91])
+def test_slots_hold_what_a_plain_loop_says(name, length):
+    codec = CODECS[name]
+    x = np.random.default_rng(1).normal(size=(2, length, 8)).astype(np.float32)
+    for role, slots in zip("kv", streamed(codec, x, whole(length)), strict=True):
+        found = np.asarray(dense(slots))
+        for row in range(2):
+            held = kivi(x[row], codec.bits, GROUP, codec.residual, role == "k")
+            for token in range(max(0, length - SLOTS + GROUP), length):
+                np.testing.assert_array_equal(found[row, 0, token % SLOTS], held[token], err_msg=f"{role} {token}")
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_single_slots_are_written_over(bits):
+    rng = np.random.default_rng(bits)
+    slots = SlotwiseSlots.empty(Int(bits, group=8).one_by_one(), "k", jnp.zeros((1, 2, 13, 8)))
+    plain = np.zeros((1, 2, 13, 8), np.float32)
+    put = jax.jit(lambda slots, x, at: slots.put(x, at))
+    for _ in range(6):
+        x = rng.normal(size=(1, 2, 5, 8)).astype(np.float32)
+        at = np.stack([rng.permutation(14)[:5] for _ in range(2)])[None].astype(np.int32)  # 13 is past the end
+        slots = put(slots, x, at)
+        for head, place in np.ndindex(2, 5):
+            if at[0, head, place] < 13:
+                plain[0, head, at[0, head, place]] = by_token(x[0, head, place : place + 1], bits, 8)[0]
+    np.testing.assert_array_equal(dense(slots), plain)
+    np.testing.assert_array_equal(slots.take(jnp.asarray([[[12, 0, 7]]])), plain[:, :, [12, 0, 7]])

@@ -1,0 +1,44 @@
+"""KIVI's rule (2402.02750) in loops over plain arrays: a stream's tokens after they have been stored in codes."""
+
+import ml_dtypes
+import numpy as np
+
+
+def bfloat16_below(x: float) -> float:
+    """The greatest bfloat16 that is not above a float32."""
+    x = float(np.float32(x))
+    near = np.array(x, np.float32).astype(ml_dtypes.bfloat16)
+    while float(near) > x:
+        near = np.nextafter(near, np.array(-np.inf, ml_dtypes.bfloat16))
+    return float(near)
+
+
+def stored(x: np.ndarray, bits: int) -> np.ndarray:
+    """A row of numbers after it has been coded between its least and its greatest."""
+    x, most = x.astype(np.float32), 2**bits - 1
+    least = np.float32(bfloat16_below(x.min()))
+    step = np.float32(-bfloat16_below(-np.float32((x.max() - least) * np.float32(1 / most))))
+    if step == 0:
+        return np.full_like(x, least)
+    codes = np.clip(np.round((x - least) / step), 0, most)
+    return (least.astype(np.float64) + step.astype(np.float64) * codes).astype(np.float32)
+
+
+def by_channel(x: np.ndarray, bits: int) -> np.ndarray:
+    """A group of tokens [G, D], each channel by itself."""
+    return np.stack([stored(column, bits) for column in x.T], axis=1)
+
+
+def by_token(x: np.ndarray, bits: int, group: int) -> np.ndarray:
+    """Tokens [G, D], `group` channels at a time."""
+    width = min(group, x.shape[1])
+    return np.stack([np.concatenate([stored(part, bits) for part in row.reshape(-1, width)]) for row in x])
+
+
+def kivi(x: np.ndarray, bits: int, group: int, residual: int, channels: bool) -> np.ndarray:
+    """A row's tokens [n, D] as they are held: all groups but what waits have been coded."""
+    held = x.copy()
+    for start in range(0, len(x) - residual - group + 1, group):
+        some = x[start : start + group]
+        held[start : start + group] = by_channel(some, bits) if channels else by_token(some, bits, group)
+    return held
