@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         score,
         step,
     )
-    from streamjax.streaming.reuse import EncodedChunk, edit, encode_chunk, join
+    from streamjax.streaming.reuse import EncodedChunk, edit, encode_chunk, join, side_by_side
     from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
 
@@ -62,7 +62,7 @@ _HOMES = {
         "Sampler", "StreamState", "compact", "generate", "generate_blocks", "init_state", "lazy_layers",
         "measure_budget", "measure_filters", "read", "reconstruction", "score", "step",
     ),
-    "streamjax.streaming.reuse": ("EncodedChunk", "edit", "encode_chunk", "join"),
+    "streamjax.streaming.reuse": ("EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
     "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
 }  # fmt: skip
@@ -110,6 +110,7 @@ __all__ = [
     "save_safetensors",
     "save_stream",
     "score",
+    "side_by_side",
     "step",
     "training",
 ]

@@ -36,6 +36,13 @@ def caches(slots: int, every: int) -> dict[str, sj.kv.Cache]:
         "tova": {"size": kept, "every": every},
         "knorm": {"size": kept, "every": every},
         "keydiff": {"size": kept, "every": every},
+        "qfilters": {"window": 64, "size": kept - 64, "every": every},
+        "leverage": {"size": kept - 12, "every": every},
+        "curdkv": {"size": kept - 4, "every": every},
+        "kvzip": {"size": kept - 4, "every": every},
+        "chunkkv": {"window": 32, "size": kept - 32, "chunk": 16, "every": every},
+        "windowkv": {"suffix": 32, "size": kept - 32, "every": every},
+        "criticalkv": {"window": 32, "size": kept - 32, "every": every},
         "random": {"window": 32, "size": kept - 32, "every": every},
     }
     return {name: sj.kv.preset(name, **options) for name, options in sizes.items()}

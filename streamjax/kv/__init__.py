@@ -54,6 +54,7 @@ from streamjax.kv.tiers.content_pages import ContentPages
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.parallel import Parallel
 from streamjax.kv.tiers.pooled import Pooled
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
@@ -114,6 +115,7 @@ __all__ = [
     "NearestAbove",
     "OverHeads",
     "Pages",
+    "Parallel",
     "Pooled",
     "Preferences",
     "Prefixes",

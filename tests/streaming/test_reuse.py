@@ -1,6 +1,9 @@
 """Edits in the middle of a stream, and chunks that are joined: exact where they are, and what they leave as it was."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -94,6 +97,48 @@ def test_chunks_that_are_read_again_see_those_in_front(model):
         assert set(np.flatnonzero(changed[first:last])) == set(np.argsort(-difference[first:last])[:count])
 
 
+def test_one_chunk_side_by_side_with_nothing_is_a_stream(model):
+    """Its attention as it is; a second chunk, a temperature and a scale change what comes."""
+    prefix, part, question = (random_tokens(1, n, seed=n) for n in (3, 9, 6))
+    chunk, other = (sj.encode_chunk(model, ids, prefix) for ids in (part, random_tokens(1, 9, seed=30)))
+    exact = dense(model, np.concatenate((prefix, part), axis=1))
+    plain = sj.side_by_side(model, [chunk], room=20, temperature=1.0, scale=1.0)
+    np.testing.assert_array_equal(plain.position, exact.position)
+    assert plain.capacity == 3 + 9 + 20
+    (_, mine), (_, theirs) = (read_stream(model, state, question, [6]) for state in (plain, exact))
+    np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    _, both = read_stream(model, sj.side_by_side(model, [chunk, other], room=20), question, [6])
+    _, turned = read_stream(model, sj.side_by_side(model, [other, chunk], room=20), question, [6])
+    np.testing.assert_allclose(both, turned, atol=1e-4)
+    assert np.abs(both - theirs).max() > 1e-2
+
+
+def test_side_by_side_against_plain_numbers():
+    """Two softmaxes, of what stands side by side and of the rest, merged by weighted logarithms (APE's code)."""
+    draw, temperature, scale = np.random.default_rng(0), 0.8, 0.7
+    k, v, q = draw.normal(size=(9, 6)), draw.normal(size=(9, 6)), draw.normal(size=(1, 6))
+    tier, spec = sj.kv.Parallel(6, temperature, scale), sj.kv.KVSpec(1, 1, 6, np.dtype(np.float32))
+
+    def tokens(part):
+        some = [jnp.asarray(x[part][None, None], jnp.float32) for x in (k, v, k)]
+        place = jnp.arange(some[0].shape[2], dtype=jnp.uint32)[None, None]
+        return sj.kv.KVTokens(*some, place, jnp.ones(place.shape, bool))
+
+    cascade = sj.kv.Cascade(tier, sj.kv.Full(8))
+    full = cascade.tiers[1].store(cascade.tiers[1].init(spec), tokens(slice(6, 8)))
+    raw = jnp.asarray(q[None, :, None], jnp.float32)
+    one = sj.kv.Query(raw, raw, jnp.full((1, 1), 20, jnp.uint32), jnp.full((1,), 8), None, None, 0.5, None)
+    own = dataclasses.replace(tokens(slice(8, 9)), position=jnp.full((1, 1, 1), 20, jnp.uint32))
+    out, (after, _) = jax.jit(cascade.update)((tier.given(spec, tokens(slice(0, 6))), full), one, own)
+    logits, parts = 0.5 * k @ q[0], []
+    for part, sharp, weight in ((slice(0, 6), temperature, temperature * scale), (slice(6, 9), 1.0, 1.0)):
+        mine = np.exp(logits[part] / sharp)
+        parts.append((mine @ v[part] / mine.sum(), weight * np.log(mine.sum())))
+    share = np.exp([lse for _, lse in parts]) / np.exp([lse for _, lse in parts]).sum()
+    np.testing.assert_allclose(out[0, 0, 0], share @ np.array([found for found, _ in parts]), atol=1e-5)
+    assert int(after.filled[0]) == 6
+
+
 @pytest.mark.quick
 def test_what_cannot_be_reused_is_refused(model):
     state = dense(model, random_tokens(1, 8))
@@ -107,8 +152,11 @@ def test_what_cannot_be_reused_is_refused(model):
         (lambda: sj.edit(model, state, 2, 3, [[1], [2]]), "needs 1 rows of one length"),
         (lambda: sj.edit(model, state, 2, 3, [[1000]]), "token id 1000"),
         (lambda: sj.edit(model, state, 2, 2, [[1] * 41]), "there would be 49 tokens, and the cache ends after 48"),
-        (lambda: sj.join(model, []), "needs at least one chunk"),
+        (lambda: sj.join(model, []), "must be at least one chunk"),
         (lambda: sj.join(model, [chunk, other]), "behind different prefixes"),
+        (lambda: sj.side_by_side(model, [chunk, other]), "behind different prefixes"),
+        (lambda: sj.side_by_side(model, [chunk], temperature=0.0), "Parallel.temperature is 0.0"),
+        (lambda: sj.side_by_side(model, [chunk], room=0), "room is 0"),
         (lambda: sj.join(model, [chunk], recompute=1.5), "recompute is 1.5: it must be from 0 to 1"),
         (lambda: sj.encode_chunk(model, [[]]), "at least one token of the chunk"),
         (lambda: sj.encode_chunk(local, [[1, 2]]), "needs (every token|full attention) in every layer"),

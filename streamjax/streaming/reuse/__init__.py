@@ -2,5 +2,6 @@
 
 from streamjax.streaming.reuse.editing import edit
 from streamjax.streaming.reuse.joining import EncodedChunk, encode_chunk, join
+from streamjax.streaming.reuse.side_by_side import side_by_side
 
-__all__ = ["EncodedChunk", "edit", "encode_chunk", "join"]
+__all__ = ["EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"]

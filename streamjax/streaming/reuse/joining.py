@@ -86,13 +86,9 @@ def join(
     Raises:
       ValueError: no chunks, or of different prefixes or rows; a share outside 0..1; too little room.
     """
-    if not chunks:
-        raise ValueError("join needs at least one chunk: sj.encode_chunk(model, ids) makes them")
+    prefix = require_one_prefix(chunks)
     if not 0 <= recompute <= 1:
         raise ValueError(f"join: recompute is {recompute}: it must be from 0 to 1, a share of tokens")
-    prefix = chunks[0].prefix
-    if not all(np.array_equal(chunk.prefix, prefix) for chunk in chunks):
-        raise ValueError("the chunks were read behind different prefixes: their tokens do not stand at equal places")
     front, offset, sources = prefix.shape[1], 0, []
     ids = np.concatenate((prefix, *(chunk.tokens for chunk in chunks)), axis=1)
     again = [] if recompute == 0 else _to_read_again(model, chunks, ids, recompute)
@@ -103,6 +99,20 @@ def join(
         offset += chunk.tokens.shape[1]
     places = np.asarray(again, np.int64)
     return rearranged(model, sources, capacity or ids.shape[1], ids[:, places], places)
+
+
+def require_one_prefix(chunks: Sequence[EncodedChunk]) -> np.ndarray:
+    """The prefix of all chunks.
+
+    Raises:
+      ValueError: there are no chunks, or they have different prefixes or numbers of rows.
+    """
+    if not chunks:
+        raise ValueError("there must be at least one chunk: sj.encode_chunk(model, ids) makes them")
+    prefix = chunks[0].prefix
+    if not all(np.array_equal(chunk.prefix, prefix) for chunk in chunks):
+        raise ValueError("the chunks were read behind different prefixes: their tokens do not stand at equal places")
+    return prefix
 
 
 def _to_read_again(model: Decoder, chunks: Sequence[EncodedChunk], ids: np.ndarray, share: float) -> list[int]:
