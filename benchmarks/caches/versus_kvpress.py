@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("out/versus_kvpress"), help="where what is done stands")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="of the table; what is done stays")
     parser.add_argument("--side", choices=PARTS, help="for the script itself: one half of the work")
     arguments = parser.parse_args()
     request = make_request(arguments)

@@ -72,6 +72,12 @@ def lagkv(q, k, v, scale):
     return found
 
 
+def lagkv_behind_sinks(q, k, v, scale):
+    """The same behind three tokens that stay whatever they are: blocks begin with the fourth."""
+    rest = lagkv(q, k[3:], v[3:], scale)
+    return np.concatenate((np.full((k.shape[1], 3), -np.inf), rest), axis=1)
+
+
 def expected_attention(q, k, v, scale):
     """kvpress's, over all queries of the prompt but the first four."""
     steps = GQA.rope.theta ** (-np.arange(3) / 3)
@@ -153,6 +159,7 @@ def qfilters(q, k, v, scale):
 
 CASES = {
     "lagkv": (sj.kv.Cascade(sj.kv.Scored(26, sj.kv.LagKV(lag=8), every=8)), lagkv),
+    "lagkv_behind_sinks": (sj.kv.preset("lagkv", sinks=3, size=24, lag=8), lagkv_behind_sinks),
     "expected_attention": (
         sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.ExpectedAttention(ahead=16), every=8)),
         expected_attention,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Size, check_fields
@@ -41,6 +41,15 @@ class LagKV(Score):
         return jnp.where(waiting & ~fresh.any(axis=2, keepdims=True), jnp.inf, ranked)
 
     def rank_all(self, held: Held) -> Float[Array, "B K S"]:
+        # Blocks begin with the first token that competes: what stays in front, such as sinks, is in none of them.
+        slots, first = held.k.shape[2], jnp.argmax(held.valid, axis=2, keepdims=True)
+        index = jnp.arange(slots)
+        turned = held._replace(
+            k=_turned(held.k, index + first), v=_turned(held.v, index + first), valid=_turned(held.valid, index + first)
+        )
+        return _turned(self._rank_from_start(turned), index - first)
+
+    def _rank_from_start(self, held: Held) -> Float[Array, "B K S"]:
         slots = held.k.shape[2]
         blocks = -(-slots // self.lag)
 
@@ -62,6 +71,12 @@ class LagKV(Score):
         # a block is measured where the next one is whole; those behind it stay
         index, count = jnp.arange(slots), jnp.sum(held.valid, axis=2, keepdims=True)
         return jnp.where((index // self.lag + 2) * self.lag <= count, ranked, jnp.inf)
+
+
+def _turned(x: Array, index: Int32[Array, "B #K S"]) -> Array:
+    """`x` [B, K, S, ...] with its places along S taken from `index`, modulo S."""
+    index = jnp.broadcast_to(index % index.shape[2], (*x.shape[:2], index.shape[2]))
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=2)
 
 
 def _range(x: Float[Array, "B K S D"], some: Bool[Array, "B K S"]) -> tuple[Array, Array]:
