@@ -49,9 +49,17 @@ def by_lists(rule, join, stream, turned=False):
     return np.array(rows)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("name", "distance", "together"),
-    [*((name, None, False) for name in RULES), ("kvmerger", 9, False), ("elastic cache", None, True)],
+    [
+        *((name, None, False) for name in list(RULES)[:5]),
+        pytest.param("d2o, turned", None, False, marks=SLOW),
+        pytest.param("kvmerger", 9, False, marks=SLOW),
+        pytest.param("elastic cache", None, True, marks=SLOW),
+    ],
 )
 def test_a_stream_token_by_token(name, distance, together):
     merge, join = RULES[name]
@@ -61,15 +69,19 @@ def test_a_stream_token_by_token(name, distance, together):
     )  # fmt: skip
     out = by_lists(rule, join, stream, merge.turned)
     mine = cascade(merge, per_head=not together, distance=distance)
-    for counts, width in (([1], None), ([(3, 1), (1, 6)], 6))[: 1 if distance else 2]:
-        found, _ = run(mine, stream, counts, width=width, frequencies=FREQUENCIES)
-        np.testing.assert_allclose(found, out, atol=2e-4)
-    dropped, _ = run(cascade(None, per_head=not together, distance=distance), stream, [1], frequencies=FREQUENCIES)
+    # at a fixed distance what leaves the window is seen at its true one until its chunk is stored
+    counts = [1] if distance else [(3, 1), (1, 6)]
+    found, _ = run(mine, stream, counts, width=6, frequencies=FREQUENCIES)
+    np.testing.assert_allclose(found, out, atol=2e-4)
+    dropped = by_lists(rule, lambda *_: None, stream)
     assert np.abs(dropped - out).max() > 1e-2
 
 
 @settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
-@given(st.sampled_from(list(RULES)), st.lists(st.integers(1, 6), min_size=1, max_size=8))
+@given(
+    st.sampled_from([name for name in RULES if name != "d2o, turned"]),
+    st.lists(st.integers(1, 6), min_size=1, max_size=8),
+)
 def test_a_stream_is_the_same_however_it_is_cut(name, counts):
     stream, mine = Stream.drawn(2, LENGTH), cascade(RULES[name][0])
     start = 2**32 - 20  # the counter of positions wraps on the way
@@ -81,6 +93,7 @@ def test_a_stream_is_the_same_however_it_is_cut(name, counts):
         np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=1e-4)
 
 
+@SLOW
 def test_gradients_flow_through_what_was_merged():
     stream = Stream.drawn(1, 24)
     for name, x in zip("qkv", gradients(cascade(Anchors()), stream, 24), strict=True):

@@ -12,7 +12,7 @@ from tests.streaming.tiny_sessions import BYTES, PROMPT, start
 
 SIZE = 9
 SNAP = sj.kv.Cascade(sj.kv.Window(QUERIES), sj.kv.Scored(SIZE, sj.kv.SnapKV(QUERIES, 3), every=8))
-BUDGETS = [sj.kv.Preferences(tau1=2.0), sj.kv.Prefixes(), sj.kv.Density()]
+BUDGETS = [sj.kv.Preferences(tau1=2.0), sj.kv.Prefixes(), pytest.param(sj.kv.Density(), marks=pytest.mark.slow)]
 
 
 def by_hand(budget, attention) -> list[float]:
@@ -50,8 +50,6 @@ def test_layers_share_what_the_prompt_says(prompt, budget):  # noqa: F811
                 kept = np.asarray(slots.position)[row, head][np.asarray(slots.valid)[row, head]]
                 assert len(kept) == size
                 assert worth[head][kept].min() > np.delete(worth[head], kept).max() - 1e-5
-    _, logits = read_stream(model, new, random_tokens(2, 4, seed=1), [1])
-    assert np.isfinite(logits).all()
 
 
 def test_heads_share_a_layer(prompt):  # noqa: F811
@@ -77,7 +75,7 @@ def test_heads_share_a_layer(prompt):  # noqa: F811
                 sizes.append(mine.sum())
     assert sum(sizes) == 2 * 2 * 2 * SIZE
     assert len(set(sizes)) > 1
-    _, logits = read_stream(model, new, random_tokens(2, 12, seed=1), [5, 1])
+    _, logits = read_stream(model, new, random_tokens(2, 12, seed=1), [1])
     assert np.isfinite(logits).all()
 
 
@@ -100,6 +98,7 @@ def test_a_stream_has_the_sizes_that_were_measured(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_stream_under_a_budget_is_the_same_however_it_is_cut():
     """Heads compete in layers of sizes that fall."""
     model, tokens = build(GQA), random_tokens(2, 40)
@@ -112,6 +111,7 @@ def test_a_stream_under_a_budget_is_the_same_however_it_is_cut():
     assert (sum(sizes), sizes[0] > sizes[1]) == (12, True)
 
 
+@pytest.mark.slow
 def test_a_session_is_compacted_by_a_budget(tmp_path):
     model = build(BYTES)
     session = start(model, sj.kv.preset("dense", capacity=256))
