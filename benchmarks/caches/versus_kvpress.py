@@ -93,7 +93,7 @@ def main() -> None:
     text = json.dumps(request)
     # other methods may join a run; what is asked stays
     same = ("examples", "ratios", "model")
-    before = json.loads(path.read_text()) if path.exists() else request
+    before = json.loads(path.read_text() if path.exists() else text)
     if any(before[key] != json.loads(text)[key] for key in same):
         raise SystemExit(f"{arguments.work} holds a run with other settings: name another folder by --work")
     path.write_text(text)
