@@ -46,9 +46,8 @@ def test_with_everything_read_a_stream_is_dense(tmp_path, name, case):
     config = tiny_config(case)
     options = dict(SIZES[name])
     if name not in ("hip", "inf_llm"):
-        gates = np.linspace(0, 1, config.num_layers * config.blocks[0].mixer.num_kv_heads).reshape(
-            config.num_layers, -1
-        )
+        heads = max(0 if block.mixer.recurrent else block.mixer.num_kv_heads for block in config.blocks)
+        gates = np.linspace(0, 1, config.num_layers * max(heads, 1)).reshape(config.num_layers, -1)
         np.savetxt(tmp_path / "gates.tsv", gates, delimiter="\t")
         options["heads"] = str(tmp_path / "gates.tsv")
     model, tokens = build(config), random_tokens(1, LENGTH) % config.vocab_size

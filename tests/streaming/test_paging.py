@@ -42,7 +42,7 @@ def test_with_everything_read_a_stream_is_dense(case, name):
     config, cache = tiny_config(case), ALL_READ[name]
     model, tokens = build(config), random_tokens(1, 28) % config.vocab_size
     state, found = read_stream(model, sj.init_state(model, cache), tokens, [7])
-    if name == "retro_infer":
+    if name == "retro_infer" and any(len(layer) == 3 for layer in state.layers):
         assert cache.tiers[-1].clusters == 16
         assert {int(layer[-1].closed.cursor[0]) for layer in state.layers if len(layer) == 3} == {3}
     if changes_with_length(config):  # which depends on the length of a sequence, and on the span of a cache
