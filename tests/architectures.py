@@ -72,6 +72,24 @@ CASES = {
         **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
         **{"linear_num_key_heads": 2, "linear_key_head_dim": 5, "linear_value_head_dim": 6},
     },
+    "qwen3_5": {
+        **{
+            **GROUPED,
+            "head_dim": 8,
+            "layer_types": ["full_attention", "linear_attention"],
+            "linear_num_value_heads": 2,
+        },
+        **{"linear_num_key_heads": 2, "linear_key_head_dim": 5, "linear_value_head_dim": 6},
+    },
+    "granitemoehybrid": {
+        **{**GROUPED, "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_state": 6},
+        **{
+            "num_local_experts": 4,
+            "shared_intermediate_size": 10,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+        },
+    },
     "mamba2": {
         **{"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8, "n_groups": 2},
         "state_size": 6,
@@ -83,7 +101,7 @@ CASES = {
 def tiny_config(case: str) -> ModelConfig:
     """The model of a case; its name starts with the family's."""
     kind = case.split("-")[0]
-    kind += "_text" if kind in ("gemma3", "llama4", "gemma4") else ""
+    kind += "_text" if kind in ("gemma3", "llama4", "gemma4", "qwen3_5") else ""
     return read_config({**CASES[case], "model_type": kind})
 
 

@@ -26,6 +26,7 @@ from streamjax.models.families.glm4 import GLM4
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.gpt_oss import GPT_OSS
 from streamjax.models.families.granite import GRANITE
+from streamjax.models.families.granite_hybrid import GRANITE_HYBRID
 from streamjax.models.families.llama import LLAMA
 from streamjax.models.families.llama4 import LLAMA4
 from streamjax.models.families.mamba2 import MAMBA2
@@ -36,6 +37,7 @@ from streamjax.models.families.mpt import MPT
 from streamjax.models.families.olmo import OLMO2, OLMO3
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
+from streamjax.models.families.qwen3_5 import QWEN3_5
 from streamjax.models.families.qwen3_next import QWEN3_NEXT
 from streamjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from streamjax.models.families.rope_fields import plain_rope
@@ -48,7 +50,7 @@ _ALL = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX, FALCON, MPT),
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
-    *(LLAMA4, GEMMA4, QWEN3_NEXT, MAMBA2),
+    *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

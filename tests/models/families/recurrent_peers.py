@@ -22,7 +22,26 @@ def qwen3_next(**options):
     )
 
 
+def granite(**options):
+    sizes = {"intermediate_size": 16, "shared_intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2}
+    sizes |= {"mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 10, "layer_types": ["mamba", "attention"]}
+    factors = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}
+    factors |= {"logits_scaling": 2.0}
+    return hf.GraniteMoeHybridConfig(**{**SIZES, **ATTENTION, **sizes, **factors, **options})
+
+
+def qwen3_5(**options):
+    sizes = {**SIZES, **ATTENTION, **LINEAR, "intermediate_size": 56, "head_dim": 16, "layer_types": MIXED}
+    return hf.models.qwen3_5.Qwen3_5TextConfig(**{**sizes, **options})
+
+
 CASES = {
+    "granitemoehybrid": granite,
+    "granitemoehybrid-dense-rope": lambda: granite(
+        num_local_experts=0, num_experts_per_tok=0, position_embedding_type="rope", mamba_n_groups=1,
+        tie_word_embeddings=True, mamba_proj_bias=True,
+    ),
+    "qwen3_5": lambda: qwen3_5(tie_word_embeddings=True),
     "mamba2": mamba2,
     "mamba2-one-group-biases-tied": lambda: mamba2(
         n_groups=1, use_bias=True, use_conv_bias=False, tie_word_embeddings=True, time_step_limit=[0.3, 0.9]

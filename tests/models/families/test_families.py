@@ -357,7 +357,7 @@ def test_peer_shards(tmp_path):
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "mixtral" in case or "moe" in case])
+@pytest.mark.parametrize("case", [case for case in CASES if "mixtral" in case or "_moe" in case])
 def test_packed_experts_are_read_too(case, tmp_path):
     """transformers holds all experts' projections in one tensor, and some files on the hub do."""
     theirs = transformers_peers.peer(CASES[case]())
