@@ -27,7 +27,7 @@ from streamjax.kv.merging.ems import ZeroClass
 from streamjax.kv.merging.kvmerger import Gaussian
 from streamjax.kv.merging.merge import Joining, Merge, Side
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
-from streamjax.kv.pages.indexes import Index, Mean, Middle, MinMax, Representative
+from streamjax.kv.pages.indexes import BestKey, Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.scores.chunkkv import ChunkKV
 from streamjax.kv.scores.criticalkv import CriticalKV
@@ -75,6 +75,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "Anchors",
+    "BestKey",
     "Budget",
     "Budgeted",
     "Cache",

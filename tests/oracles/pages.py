@@ -34,6 +34,7 @@ class Rule(Turning):
         None  # InfLLM: most attended keys, one choice for all heads by the mean of their scores
     )
     newest: bool = False  # the page that is not full is always read
+    forgets: bool = False  # a page is scored by the tokens that it still has
 
     def places(self, query: int, token: int, paged: bool) -> tuple[int, int]:
         """Where query and token stand towards each other."""
@@ -78,12 +79,15 @@ class Stream:
 
     def best(self, q: np.ndarray, group: range, head: int, place: int) -> list[int]:
         newest = {self.page_of[e[2]]: e[2] for e in self.paged}
+        held = {e[2] for e in self.paged}
 
         def value(page: int) -> float:
-            found = []
+            found, summarised = [], self.summarised[page]
+            if self.rule.forgets:
+                summarised = [entry for entry in summarised if entry[1] in held]
             for h in group:
                 here, nearest = self.rule.places(place, newest[page], True)
-                stored = [(key[head], self.rule.places(place, i, True)[1]) for key, i in self.summarised[page]]
+                stored = [(key[head], self.rule.places(place, i, True)[1]) for key, i in summarised]
                 keys = [self.rule.turned(key, there) for key, there in stored]
                 bias = 0.0 if self.rule.slopes is None else self.rule.slopes[h] * (here - nearest)
                 found.append(self.rule.scale * self.rule.score(np.array(keys), self.rule.turned(q[h], here)) - bias)

@@ -35,6 +35,11 @@ class Index:
         """Whether `summarise` wants the attention that tokens got before they came into a page."""
         return False
 
+    @property
+    def reads_keys(self) -> bool:
+        """Whether `scores` takes the pages themselves, (keys, valid) as `summarise` does, in place of a summary."""
+        return False
+
     def summarise(
         self,
         keys: Float[Array, "B K P S D"],
@@ -191,3 +196,29 @@ class Middle(Index):
 
     def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
         return _products(summary, q)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestKey(Index):
+    """The largest product that a query has with a key of the page: exact, and all keys are read for it.
+
+    Pages of one token with it are top-k attention (2106.06899). Nothing is kept beside the keys.
+    """
+
+    @property
+    def reads_keys(self) -> bool:
+        return True
+
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
+        return ()
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        keys, valid = summary
+        found = _products(rearrange(keys, "b k p s d -> b k (p s) d"), q)
+        found = rearrange(found, "b k n (p s) -> b k n p s", s=keys.shape[3])
+        return jnp.max(jnp.where(valid[:, :, None], found, -jnp.inf), axis=-1)

@@ -202,8 +202,9 @@ class ContentPages(PagedTier):
         held = jnp.sum(state.count[:, 0] > 0, axis=1, dtype=jnp.int32)
 
         def read_chosen() -> Partial:
+            summary = (pages.k, pages.valid) if self.index.reads_keys else state.summary
             chosen, rule = choose_pages(
-                pages, state.summary, query, self.index, self.top_k,
+                pages, summary, query, self.index, self.top_k,
                 block=block, pool=self.pool, shared=self.shared, held=held,
             )  # fmt: skip
             if block == 1 < query.q.shape[1] and not query.differentiable:

@@ -87,6 +87,9 @@ class Pages(PagedTier):
         super().__post_init__()
         if self.search == "tree" and (self.shared or self.read_newest):
             raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
+        if self.index.reads_keys and (self.search == "tree" or self.placement == "host" or self.codec is not None):
+            needs = 'search="all", placement="device" and no codec'
+            raise ValueError(f"Pages with {type(self.index).__name__}() reads all keys as they are: it needs {needs}")
         if self.codec is not None:
             if self.codec.waiting or self.size % self.codec.tokens:
                 raise ValueError(
@@ -200,8 +203,9 @@ class Pages(PagedTier):
         if self.read_newest:
             cursor = state.tokens.cursor[:, None]
             newest = (jnp.arange(self.pages) == cursor // self.size) & (cursor % self.size > 0)
+        summary = (pages.k, pages.valid) if self.index.reads_keys else state.summary
         return choose_pages(
-            pages, state.summary, query, self.index, self.top_k,
+            pages, summary, query, self.index, self.top_k,
             block=block, pool=self.pool, shared=self.shared, always=newest, held=held,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamjax.attention.rotary import Rotary
-from streamjax.kv import Cascade, Full, KVTokens, Mean, MinMax, Pages, Representative, Sink, Window
+from streamjax.kv import BestKey, Cascade, Full, KVTokens, Mean, MinMax, Pages, Representative, Sink, Window
 from tests.kv.tier_streams import (
     FREQUENCIES,
     HEADS,
@@ -33,6 +33,7 @@ INDEXES = {
     "logical pages": (MinMax(parts=2), bounds(2, 4)),
     "means": (Mean(), means(0.0)),
     "normalised means": (Mean(power=0.5), means(0.5)),
+    "best keys": (BestKey(), bounds(4, 4)),
 }
 
 
@@ -55,7 +56,7 @@ def test_a_stream_token_by_token(name, positions, distance):
     stream = Stream.drawn(2, 61)
     cascade = Cascade(Sink(2, reach=10**6), Window(5), Pages(4, 20, 2, index, distance=distance))
     found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
-    rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, score, SCALE, slopes, frequencies, distance)
+    rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, score, SCALE, slopes, frequencies, distance, forgets=index.reads_keys)
     np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
 
 
@@ -144,6 +145,7 @@ def test_what_falls_out_stands_where_it_stood():
         (lambda: Pages(4, 18, 2), "Pages.capacity must be a multiple of the page size 4, got 18"),
         (lambda: Pages(4, 16, 6), "Pages.top_k is 6, but 16 tokens lie in at most 5 pages of 4"),
         (lambda: Pages(0, 16, 5), "Pages.size is 0: it must be a whole number of at least 1"),
+        (lambda: Pages(4, 16, 2, BestKey(), search="tree"), r"Pages with BestKey\(\) reads all keys as they are: it needs search"),
         (lambda: Pages(4, 16, 1, MinMax(parts=3)), "MinMax.parts must divide the page size 4, got 3"),
     ],
 )

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamjax.kv import (
+    BestKey,
     Cascade,
     Clusters,
     ContentPages,
@@ -135,6 +136,7 @@ def test_what_is_read_at_once_is_what_would_be_chosen(name, positions):
 
 READ_TOGETHER = {
     "pages": Pages(3, 45, 4),
+    "best keys": Pages(3, 45, 4, BestKey()),
     "one head list": Pages(3, 45, 4, pool="mean", shared=True, read_newest=True, distance=9),
     "content by ids": ContentPages(4, 48, 3, EndTokens(ENDS)),
     "clusters": Clusters(20, 40, 3, 4, size=4, most=4),
