@@ -145,7 +145,10 @@ def test_what_falls_out_stands_where_it_stood():
         (lambda: Pages(4, 18, 2), "Pages.capacity must be a multiple of the page size 4, got 18"),
         (lambda: Pages(4, 16, 6), "Pages.top_k is 6, but 16 tokens lie in at most 5 pages of 4"),
         (lambda: Pages(0, 16, 5), "Pages.size is 0: it must be a whole number of at least 1"),
-        (lambda: Pages(4, 16, 2, BestKey(), search="tree"), r"Pages with BestKey\(\) reads all keys as they are: it needs search"),
+        (
+            lambda: Pages(4, 16, 2, BestKey(), search="tree"),
+            r"Pages with BestKey\(\) reads all keys as they are: it needs search",
+        ),
         (lambda: Pages(4, 16, 1, MinMax(parts=3)), "MinMax.parts must divide the page size 4, got 3"),
     ],
 )
