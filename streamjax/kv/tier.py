@@ -27,6 +27,7 @@ State = Any  # a pytree of arrays
 Implementation = Literal["xla", "pallas"]
 SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at a time
 DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
+CODED_SLOT_BLOCK = 2048  # the same where slots are codes: what is decoded stays in the cache
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
 STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
 
@@ -225,7 +226,7 @@ class Query:
             def part(k: Array, v: Array, position: Array, valid: Array) -> Partial:
                 return self._attend(k, v, position, valid, reach)
 
-            return attend_coded(part, k, v, position, valid, nothing, used)
+            return attend_coded(part, k, v, position, valid, nothing, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
         if slots == size and (filled is None or single):
             return self._attend(k, v, position, valid, reach)
 
@@ -284,7 +285,7 @@ class Query:
 
         if isinstance(k, CodedSlots):
             used = slots if filled is None or self.differentiable else jnp.max(filled)
-            return mass_coded(folded, k, position, valid, used)
+            return mass_coded(folded, k, position, valid, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
         if slots == size and (filled is None or single):  # as in `attend`, whose logits the compiler finds again
             return folded(k, position, valid)
 

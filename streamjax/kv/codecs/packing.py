@@ -21,7 +21,8 @@ def plane_of(codes: Shaped[Array, "..."], bits: int, plane: int) -> Shaped[Array
     """The codes of one plane."""
     if bits == 8:
         return codes
-    return (codes >> jnp.uint8(plane * bits)) & jnp.uint8(2**bits - 1)
+    shifted = codes >> jnp.uint8(plane * bits) if plane else codes
+    return shifted if plane == 8 // bits - 1 else shifted & jnp.uint8(2**bits - 1)
 
 
 def with_plane(codes: Shaped[Array, "..."], new: Shaped[Array, "..."], bits: int, plane: int) -> Shaped[Array, "..."]:

@@ -18,7 +18,6 @@ from pallas_kernels.partial import Partial, merge
 from streamjax.kv.codecs.codec import Codec, Codes, Role, shapes
 from streamjax.kv.codecs.packing import plane_of
 
-READ_SLOTS = 1024  # that are decoded at a time
 Slots = Any  # an array of keys or values [B, K, S, D], or `CodedSlots`
 AttendPart = Callable[[Array, Array, Array, Array], Partial]
 
@@ -140,8 +139,9 @@ def attend_coded(
     valid: Bool[Array, "B N *C S"],
     nothing: Partial,
     used: Array | int,
+    together: int,
 ) -> Partial:
-    """Attention to coded slots, of which the first `used` hold tokens: `attend` of their parts, merged."""
+    """Attention to coded slots, of which the first `used` hold tokens: `attend` of `together` at a time, merged."""
     waits = k.waiting()
     if waits is not None:
         keys, slots, there = waits
@@ -159,7 +159,7 @@ def attend_coded(
             part = merge(part, attend(keys, values, where, some & fresh))
         return part
 
-    return over_blocks(k, block, nothing, used)
+    return over_blocks(k, block, nothing, used, together)
 
 
 def mass_coded(
@@ -168,6 +168,7 @@ def mass_coded(
     position: UInt32[Array, "B N S"],
     valid: Bool[Array, "B N S"],
     used: Array | int,
+    together: int,
 ) -> Float[Array, "B M S"]:
     """What `fold` makes of keys, positions and which of them count, for each coded slot."""
     size = k.shape[2]
@@ -187,7 +188,7 @@ def mass_coded(
             k.part(jnp.int32(0), k.units, 0), *(k.side(x, jnp.int32(0), k.units, 0) for x in (position, valid))
         )
     )
-    masses = over_blocks(k, block, jnp.zeros((*one.shape[:2], size), jnp.float32), used)
+    masses = over_blocks(k, block, jnp.zeros((*one.shape[:2], size), jnp.float32), used, together)
     if waits is None:
         return masses
     keys, slots, there = waits
@@ -196,9 +197,11 @@ def mass_coded(
     return jax.vmap(lambda row, at, new: row.at[:, at].set(new, mode="drop"))(masses, slots, found.astype(masses.dtype))
 
 
-def over_blocks(k: CodedSlots, block: Callable[[Any, Array, int, Array], Any], carry: Any, used: Array | int) -> Any:
+def over_blocks(
+    k: CodedSlots, block: Callable[[Any, Array, int, Array], Any], carry: Any, used: Array | int, together: int
+) -> Any:
     """`carry = block(carry, first unit, units, which slots are new)` over all units that hold tokens."""
-    units = min(k.units, max(1, READ_SLOTS // (k.width * k.planes)))
+    units = min(k.units, max(1, together // (k.width * k.planes)))
     held = jnp.minimum(_units(k, used), k.units)
 
     def turn(index: Array, carry: Any) -> Any:

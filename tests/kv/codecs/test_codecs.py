@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import streamjax as sj
 from streamjax.kv.codecs.codec import bytes_per_token
+from streamjax.kv.codecs.fp8 import widened
 from streamjax.kv.codecs.packing import packed, plane_of, with_plane
 from streamjax.kv.codecs.stores import stores
 from tests.oracles.codecs import by_channel, by_token
@@ -33,6 +34,13 @@ def test_no_number_moves_by_more_than_half_a_step(seed, bits, spread, middle):
     codes, numbers = codec.encode(jnp.asarray(x), "k")
     step = numbers[1].astype(jnp.float32)
     assert (jnp.abs(codec.decode((codes, numbers), "k") - x) <= step * 0.5001 + 1e-6 * np.abs(x).max()).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_floats_of_eight_bits_are_widened_exactly(dtype):
+    every = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), dtype)
+    expected = np.asarray(every.astype(jnp.float32))
+    np.testing.assert_array_equal(widened(every), np.where(np.isinf(expected), np.nan, expected))
 
 
 def test_codes_share_bytes():
