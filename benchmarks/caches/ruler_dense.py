@@ -4,7 +4,8 @@
 
 SmolLM2-135M-Instruct in float32, through its own chat template, greedily, as `infer.leaderboard` asks. Each cell is the
 mean score in per cent and its standard error over the examples in the last row; answers are cut after 48 tokens. A `-`
-is a task that does not fit. Caches are compared where these numbers leave something to lose.
+is a task that does not fit, or that the run had not come to. Caches are compared where these numbers leave something
+to lose.
 """
 
 from __future__ import annotations

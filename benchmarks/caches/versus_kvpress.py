@@ -11,9 +11,9 @@ compacted to the first share, and an answer of 16 tokens: medians after a first 
 `kvpress_rows.json` there is for `infer.leaderboard --beside`.
 
 Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
-takes the mean over the queries that see a token and keeps no recent ones. `chunkkv` keeps the window beside whole
-chunks here, as the paper does; there chunks alone decide. `leverage` is exact here, with the first and newest tokens
-kept; there keys are sketched. `random` draws other numbers.
+takes the mean over the queries that see a token and keeps no recent ones. `leverage` is exact here, with the first and
+newest tokens kept; there keys are sketched. `random` draws other numbers. docs/leaderboard.md has the others. torch has
+one thread: with more, their waiting for each other counts as CPU seconds.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def our_times(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
     done = json.loads(path.read_text()) if path.exists() else {}
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
     row = request["examples"][0]
-    longest = request["longest"]
+    longest = request["longest"] + request["timed_tokens"]
     for name in request["methods"]:
         if name in done:
             continue
