@@ -23,7 +23,7 @@ def numbers(model, tokens, batch):
     return sj.forward(model, tokens), np.concatenate(logits, axis=1), grads
 
 
-@pytest.mark.parametrize("case", ["llama4", "gemma4-experts", "qwen3_next"])
+@pytest.mark.parametrize("case", ["llama4", "gemma4-experts", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_a_mesh_changes_nothing(case):
     config = tiny_config(case)
     model = sj.Decoder(config, jax.random.key(0))

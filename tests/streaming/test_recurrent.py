@@ -37,15 +37,30 @@ def model():
     return scaled(HYBRID)
 
 
-def test_any_cut_gives_the_same(model):
-    """In chunks of 1, 7, 64 and 512 tokens, the nats of each token are those of the whole sequence at once."""
+@pytest.mark.parametrize("sizes", [(64,), pytest.param((1, 7, 512), marks=pytest.mark.slow)])
+def test_any_cut_gives_the_same(model, sizes):
+    """The nats of each token are those of the whole sequence at once."""
     tokens = random_tokens(2, LENGTH) % VOCAB
     logits = jax.nn.log_softmax(sj.forward(model, tokens[:, :-1]))
     expected = -np.take_along_axis(np.asarray(logits), tokens[:, 1:, None], 2)[..., 0]
-    for size in (1, 7, 64, 512):
+    for size in sizes:
         state = sj.init_state(model, CACHE, 2)
         _, nats = sj.score(model, state, tokens, size)
         np.testing.assert_allclose(nats[:, 1:], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_million_tokens_stay_finite_and_flat(model):
+    """The state is as large at the end as at the start, and what a token costs is no more than at first."""
+    state, piece = sj.init_state(model, CACHE), 2**16
+    size, nats = state.cache_bytes, []
+    for part in range(16):
+        state, found = sj.score(model, state, random_tokens(1, piece, seed=part) % VOCAB)
+        nats.append(float(np.mean(found)))
+        assert state.cache_bytes == size
+        assert all(bool(jax.numpy.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.layers))
+    assert int(state.position[0]) == 2**20
+    np.testing.assert_allclose(nats, nats[0], rtol=0.02)
 
 
 def test_rows_of_different_lengths(model):
@@ -83,7 +98,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(model, tmp_path):
         np.testing.assert_array_equal(mine, other)
 
 
-@pytest.mark.parametrize("count", [None, 1, 5])
+@pytest.mark.parametrize("count", [None, 1, pytest.param(5, marks=pytest.mark.slow)])
 def test_compact_leaves_the_state_as_it_is(count):
     """With a question that comes next: attention above a recurrent layer sees what reading it would have made."""
     mixers = DELTA, AttentionConfig(4, 2, 6)
