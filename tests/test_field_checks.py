@@ -16,10 +16,37 @@ import pytest
 import streamjax
 from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
-from streamjax.kv import current_chunk
+from streamjax.kv import current_chunk, recurrence
+from streamjax.kv.budgets import ada_kv, cake, pyramid
+from streamjax.kv.codecs import fp8, integers
+from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
 from streamjax.kv.pages import boundaries, disk_files, indexes
-from streamjax.kv.scores import expected_attention, lagkv, random_choice, snapkv
-from streamjax.kv.tiers import clusters, content_pages, full, landmark_memory, pages, scored, sink, sink_window, window
+from streamjax.kv.scores import (
+    chunkkv,
+    criticalkv,
+    cur,
+    expected_attention,
+    finch,
+    lagkv,
+    leverage,
+    query_filters,
+    random_choice,
+    snapkv,
+    windowkv,
+)
+from streamjax.kv.tiers import (
+    clusters,
+    content_pages,
+    full,
+    landmark_memory,
+    pages,
+    parallel,
+    pooled,
+    scored,
+    sink,
+    sink_window,
+    window,
+)
 from streamjax.models.config import (
     DenseAndExpertsConfig,
     DenseConfig,
@@ -31,6 +58,7 @@ from streamjax.models.config import (
     TemperatureConfig,
     UniformConfig,
     parse_config,
+    recurrent,
 )
 from streamjax.streaming import Sampler
 from streamjax.training import (
@@ -99,6 +127,29 @@ EXAMPLES = [
     indexes.Mean(),
     indexes.Representative(),
     disk_files.PageLayout(1, 1, 8, 4, "float32", "abc"),
+    recurrence.Recurrence((2, 4, 4), (3, 8)),
+    recurrent.GatedDeltaConfig(2, 1, 4, 4),
+    recurrent.SSDConfig(2, 1, 4, 4),
+    cur.CUR(),
+    chunkkv.ChunkKV(snapkv.SnapKV()),
+    criticalkv.CriticalKV(snapkv.SnapKV()),
+    finch.Finch(),
+    leverage.Leverage(),
+    query_filters.QFilters(),
+    windowkv.WindowKV(snapkv.SnapKV()),
+    elastic_cache.Anchors(),
+    kvmerger.Gaussian(),
+    cam.IntoFollowing(),
+    d2o.NearestAbove(),
+    ems.ZeroClass(),
+    fp8.FP8(),
+    integers.Int(),
+    integers.IntByToken(),
+    ada_kv.OverHeads(0.2, pyramid.Pyramid()),
+    cake.Preferences(),
+    pyramid.Pyramid(),
+    parallel.Parallel(8),
+    pooled.Pooled(8, snapkv.SnapKV(), every=64),
 ]
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
@@ -106,6 +157,9 @@ NO_CONFIGURATIONS = {
     *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
+    *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
+    *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "Budgeted"),
+    *("Merge", "Wrapped", "RecurrentConfig"),  # what others of them are made from
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
 NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]

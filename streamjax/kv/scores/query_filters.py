@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.field_checks import check_fields
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.tier import KVSpec, Query, State
 
@@ -43,6 +44,9 @@ class QFilters(Score):
     """
 
     filters: Filters | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def needs_queries(self) -> bool:  # type: ignore[override]
