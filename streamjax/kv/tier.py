@@ -27,7 +27,7 @@ State = Any  # a pytree of arrays
 Implementation = Literal["xla", "pallas"]
 SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at a time
 DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
-CODED_SLOT_BLOCK = 2048  # the same where slots are codes: what is decoded stays in the cache
+CODED_SLOT_BLOCK = 1024  # the same where slots are codes: what is decoded stays in the cache
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
 STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
 

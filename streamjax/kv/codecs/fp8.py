@@ -7,9 +7,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
 
 from streamjax.kv.codecs.codec import Codec, Codes, Role
+
+Kind = Literal["e4m3", "e5m2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,30 +23,35 @@ class FP8(Codec):
       kind: "e4m3", three bits behind the point and numbers up to 448, or "e5m2", two bits and up to 57,344.
     """
 
-    kind: Literal["e4m3", "e5m2"] = "e4m3"
+    kind: Kind = "e4m3"
 
     def one_by_one(self) -> Codec:
         return self
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
-        dtype = jnp.float8_e4m3fn if self.kind == "e4m3" else jnp.float8_e5m2
+        dtype = _dtype(self.kind)
         most = float(jnp.finfo(dtype).max)
-        return jnp.clip(x.astype(jnp.float32), -most, most).astype(dtype), ()
+        rounded = jnp.clip(x.astype(jnp.float32), -most, most).astype(dtype)
+        return jax.lax.bitcast_convert_type(rounded, jnp.uint8), ()
 
     def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
-        return widened(codes[0])
+        return widened(codes[0], self.kind)
 
 
-def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Floats of eight bits as float32, by their bits: XLA's CPU backend converts them one by one, many times slower.
+def widened(bits: UInt8[Array, "..."], kind: Kind) -> Float[Array, "..."]:
+    """The floats that have these eight bits, as float32. Infinities, which are never stored, become NaN.
 
-    Infinities, which are never stored, become NaN.
+    XLA's CPU backend has no floats of eight bits: it would convert a whole buffer for every read or write of a few.
     """
-    behind, bias, special = (3, 7, 0x7F) if x.dtype == jnp.float8_e4m3fn else (2, 15, 0x7C)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint32)
-    size = bits & 0x7F
+    behind, bias, special = (3, 7, 0x7F) if kind == "e4m3" else (2, 15, 0x7C)
+    wide = bits.astype(jnp.uint32)
+    size = wide & 0x7F
     normal = jax.lax.bitcast_convert_type((size << (23 - behind)) + ((127 - bias) << 23), jnp.float32)
     small = size.astype(jnp.float32) * 2.0 ** (1 - bias - behind)
     found = jnp.where(size >> behind == 0, small, normal)
     found = jnp.where(size >= special, jnp.nan, found)
-    return jnp.where(bits > size, -found, found)
+    return jnp.where(wide > size, -found, found)
+
+
+def _dtype(kind: Kind) -> DTypeLike:
+    return jnp.float8_e4m3fn if kind == "e4m3" else jnp.float8_e5m2

@@ -36,11 +36,11 @@ def test_no_number_moves_by_more_than_half_a_step(seed, bits, spread, middle):
     assert (jnp.abs(codec.decode((codes, numbers), "k") - x) <= step * 0.5001 + 1e-6 * np.abs(x).max()).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
-def test_floats_of_eight_bits_are_widened_exactly(dtype):
-    every = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), dtype)
-    expected = np.asarray(every.astype(jnp.float32))
-    np.testing.assert_array_equal(widened(every), np.where(np.isinf(expected), np.nan, expected))
+@pytest.mark.parametrize(("kind", "dtype"), [("e4m3", jnp.float8_e4m3fn), ("e5m2", jnp.float8_e5m2)])
+def test_floats_of_eight_bits_are_widened_exactly(kind, dtype):
+    bits = jnp.arange(256, dtype=jnp.uint8)
+    expected = np.asarray(jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32))
+    np.testing.assert_array_equal(widened(bits, kind), np.where(np.isinf(expected), np.nan, expected))
 
 
 def test_codes_share_bytes():
