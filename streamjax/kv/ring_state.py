@@ -41,8 +41,9 @@ class RingState:
     def held(self) -> Bool[Array, "B 1 S"]:
         """The same in a ring with more slots than tokens stay."""
         slots = self.k.shape[2]
-        oldest = (self.cursor - self.filled) % slots
-        return ((jnp.arange(slots) - oldest[:, None]) % slots < self.filled[:, None])[:, None]
+        back = self.cursor[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)  # slots behind the newest token, or ahead
+        age = jnp.where(back < 0, back + slots, back)
+        return (age < self.filled[:, None])[:, None]
 
 
 def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[RingState, KVTokens]:

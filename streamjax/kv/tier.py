@@ -196,6 +196,10 @@ class Query:
         q = self.raw_q if self.rotary is None else self.rotary(self.raw_q, position)
         return dataclasses.replace(self, q=q, position=position)
 
+    def nothing(self) -> Partial:
+        """Attention to no key at all."""
+        return Partial(jnp.zeros(self.q.shape, jnp.float32), jnp.full(self.q.shape[:3], -jnp.inf, jnp.float32))
+
     def attend(
         self,
         k: Slots,
@@ -207,28 +211,26 @@ class Query:
     ) -> Partial:
         """Attend causally to keys at these stream positions, at most `reach` positions back.
 
-        `valid`: which slots hold tokens, or which of them each query may read.
-
-        Distances are differences of uint32 positions read as int32: right across the wrap of the counter. Slots are
-        taken `SLOT_BLOCK` at a time; with `filled`, blocks of which no row has filled any slot are not visited, unless
-        the query is differentiable: a loop without a fixed end has no reverse mode. P is K, or 1 where one list has the
-        keys of all heads, and `valid` says whose each is.
+        `valid`: which slots hold tokens, or which of them each query may read. Distances are differences of uint32
+        positions read as int32: right across the wrap of the counter. Slots are taken `SLOT_BLOCK` at a time; with
+        `filled`, blocks of which no row has filled any slot are not visited, unless the query is differentiable: a loop
+        without a fixed end has no reverse mode. P is K, or 1 where one list has the keys of all heads, and `valid` says
+        whose each is.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
-        size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
+        size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
         if self.differentiable:
             filled = None
-        b, c, h, d = self.q.shape
-        nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
+        if not coded and slots == size and (filled is None or single):
+            return self._attend(k, v, position, valid, reach)
+        nothing = self.nothing()
         used = slots if filled is None else jnp.max(filled)
-        if isinstance(k, CodedSlots):
+        if coded:
 
             def part(k: Array, v: Array, position: Array, valid: Array) -> Partial:
                 return self._attend(k, v, position, valid, reach)
 
             return attend_coded(part, k, v, position, valid, nothing, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
-        if slots == size and (filled is None or single):
-            return self._attend(k, v, position, valid, reach)
 
         def block(index: Array, part: Partial) -> Partial:
             # The last block is moved back to fit; slots that the block before it had are masked.
@@ -278,16 +280,16 @@ class Query:
         makes a number for each key of N heads out of the shares that queries give; their sum for each query head.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
-        size = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK)
+        size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
 
         def folded(k: Array, position: Array, valid: Array) -> Array:
             return fold(self.shares(k, position, valid, lse, reach))
 
-        if isinstance(k, CodedSlots):
-            used = slots if filled is None or self.differentiable else jnp.max(filled)
-            return mass_coded(folded, k, position, valid, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
-        if slots == size and (filled is None or single):  # as in `attend`, whose logits the compiler finds again
+        if not coded and slots == size and (filled is None or single):  # as `attend`: the compiler finds its logits
             return folded(k, position, valid)
+        used = slots if filled is None or self.differentiable else jnp.max(filled)
+        if coded:
+            return mass_coded(folded, k, position, valid, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
 
         def block(index: Array, masses: Array) -> Array:
             start = jnp.minimum(index * size, slots - size)  # the last block is moved back to fit
@@ -296,7 +298,6 @@ class Query:
 
         one = jax.eval_shape(folded, *(jax.lax.slice_in_dim(x, 0, size, axis=2) for x in (k, position, valid)))
         nothing = jnp.zeros((*one.shape[:2], slots), jnp.float32)
-        used = slots if filled is None or self.differentiable else jnp.max(filled)
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
     def shares(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int32
 
-from streamjax.models.decoder import Decoder
+from streamjax.models.decoder import Block, Decoder
 
 
 def unstack_layers(model: Decoder) -> Decoder:
@@ -25,6 +26,14 @@ def stack_layers(model: Decoder) -> Decoder:
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i : repeats * period : period]) for i in range(period)
     ]
     return with_layers(model, stack, layers[repeats * period :])
+
+
+def layer_of(block: Block, row: int | Int32[Array, ""] | None) -> Block:
+    """The layer that `Decoder.layer_and_row` has found, inside a program: `row` of a stack, or the block itself."""
+    if row is None:
+        return block
+    found: Block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+    return found
 
 
 def without_layers(model: Decoder) -> Decoder:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation, State, map_state_axes
 from streamjax.models.decoder import Block, Decoder
-from streamjax.models.layer_stacking import without_layers
+from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.parallel.rules import constrain
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
@@ -80,8 +80,7 @@ def layer_over(
 
     `row`: which layer, where `block` is a stack of them. `head_order`: see `ChunkContext`.
     """
-    if row is not None:
-        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+    block = layer_of(block, row)
 
     def one(state: State, chunk: tuple) -> tuple[State, Array]:
         x, position, valid, seen, ids = chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Array, Int, Int64
@@ -53,6 +54,14 @@ def require_ids(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> Non
             f"token id {tokens[row, place]} at place {place} of row {row} is outside the model's vocabulary of "
             f"{vocab_size}; where rows end in padding, give their lengths"
         )
+
+
+def require_one_length(lengths: np.ndarray, what: str, least: Literal[1, 2] = 1) -> int:
+    """The length that all rows have; a ValueError that begins with `what` unless they have one, of `least` or more."""
+    if not lengths.size or lengths.min() != lengths.max() or lengths.min() < least:
+        tokens = "one token" if least == 1 else "two tokens"
+        raise ValueError(f"{what} rows of one length, of at least {tokens}; they have {lengths.tolist()}")
+    return int(lengths[0])
 
 
 def _count(tokens: Rows) -> int:

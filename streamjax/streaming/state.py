@@ -25,6 +25,7 @@ from streamjax.kv.tiers.window import Window
 from streamjax.models.config import LatentAttentionConfig, MixerConfig, ModelConfig
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.decoder import Decoder
+from streamjax.models.rope import make_rotary
 from streamjax.parallel.rules import constrain
 from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
 
@@ -137,6 +138,16 @@ def budgeted_layers(config: ModelConfig) -> list[int]:
     mixers = [block.mixer for block in config.blocks]
     own = [mixer.recurrent or mixer.window is not None or mixer.chunk is not None for mixer in mixers]
     return [i for i, has_own in enumerate(own) if not has_own]
+
+
+def rotated_otherwise(config: ModelConfig, *spans: int) -> int | None:
+    """The first layer that rotates keys in another way for caches of one of these spans than of others, if any does."""
+    for i, block in enumerate(config.blocks):
+        if not block.mixer.recurrent and block.attention.rope is not None:
+            rope, width = block.attention.rope, block.attention.head_dim
+            if len({make_rotary(rope, width, span) for span in spans}) > 1:
+                return i
+    return None
 
 
 def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> None:

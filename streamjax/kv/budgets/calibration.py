@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from streamjax.checkpoints import require_file, user_path
+from streamjax.checkpoints import user_path
+from streamjax.checkpoints.measured_files import measured_file
 from streamjax.kv.budgets.budget import Budget
 
 
@@ -46,14 +46,9 @@ class Calibration:
         Raises:
           ValueError: no such file, or another one; one line that names it.
         """
-        path = user_path(path)
-        try:
-            require_file(path)
-            with safe_open(path, "numpy") as file:
-                about, table = file.metadata() or {}, file.get_tensor("table")
-            if about.get("kind") != "budget" or table.ndim != 2 or not table.size or not np.isfinite(table).all():
-                raise ValueError("it is no table of numbers with a budget's name")
+        otherwise = "it is no table of numbers with a budget's name"
+        with measured_file(path, "budget", "calibration of a budget", otherwise) as (file, about):
+            table = file.get_tensor("table")
+            if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+                raise ValueError(otherwise)
             return cls(tuple(tuple(map(float, row)) for row in table), about["budget"], about["model"])
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: no calibration of a budget could be read: {reason}") from None

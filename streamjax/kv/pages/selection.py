@@ -111,7 +111,8 @@ def choose_pages(
         groups = -(-query.q.shape[1] // block)
         shape = (query.q.shape[0], 1 if shared else heads, groups, total)
         nothing = jnp.full(shape, -jnp.inf, accumulator(query.q.dtype))
-        scores = jax.lax.fori_loop(0, (jnp.max(held) + SCORED - 1) // SCORED, some, nothing)
+        most = jnp.max(held)
+        scores = jax.lax.fori_loop(0, (most + SCORED - 1) // SCORED, some, nothing)
     if always is not None:
         scores = jnp.where(always[:, None, None], jnp.inf, scores)
 
@@ -121,7 +122,7 @@ def choose_pages(
 
     if held is not None and by_turns:  # ranking a long list takes longer than scoring a short one
         sizes = [size for size in (SCORED // 2, SCORED, 4 * SCORED) if top_k < size < total]
-        enough = sum(jnp.max(held) > size for size in sizes)
+        enough = sum(most > size for size in sizes)
         ways = [partial(ranked, first=size) for size in (*sizes, total)]
         best, chosen = jax.lax.switch(jnp.asarray(enough, jnp.int32), ways, scores)
     else:

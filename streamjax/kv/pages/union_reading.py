@@ -82,12 +82,9 @@ def read_union_of_neighbours(gather: Gather, query: Query, choice: Choice, heads
         fresh = start + jnp.arange(tile) >= turn * tile
         page = jax.lax.dynamic_slice_in_dim(order, start, tile, 2)
         k, v, position, valid = gather(page)
-        scores = jnp.take_along_axis(choice.scores, page[:, :, None], axis=3, mode="clip")
-        reads = choice.has(page[:, :, None], scores) & fresh
+        reads = jnp.take_along_axis(wants, page[:, :, None], axis=3, mode="clip") & fresh
         reads = jnp.repeat(reads, size, axis=3) & valid[:, :, None]
         return merge(part, query.attend(k, v, position, reads))
 
-    b, c, h, d = query.q.shape
-    nothing = Partial(jnp.zeros((b, c, h, d), jnp.float32), jnp.full((b, c, h), -jnp.inf, jnp.float32))
     most = jnp.max(jnp.sum(wanted, axis=-1, dtype=jnp.int32))
-    return jax.lax.fori_loop(0, (most + tile - 1) // tile, some, nothing)
+    return jax.lax.fori_loop(0, (most + tile - 1) // tile, some, query.nothing())

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from streamjax.checkpoints import require_file, user_path
+from streamjax.checkpoints import user_path
+from streamjax.checkpoints.measured_files import measured_file
 from streamjax.kv.scores.query_filters import Filters
 
 
@@ -47,24 +47,18 @@ class QueryFilters:
         Raises:
           ValueError: no such file, or another one; one line that names it.
         """
-        path = user_path(path)
-        try:
-            require_file(path)
-            with safe_open(path, "numpy") as file:
-                about = file.metadata() or {}
-                if about.get("kind") != "query filters":
-                    raise ValueError("it has no filters of queries")
-                model, tokens, own = about["model"], int(about["tokens"]), json.loads(about["layers"])
-                layers: list[Filters | tuple[str, int]] = []
-                for i, layer in enumerate(own):
-                    if layer is not None:
-                        layers.append((str(layer[0]), int(layer[1])))
-                        continue
-                    array = np.ascontiguousarray(file.get_tensor(str(i)), np.float32)
-                    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
-                        raise ValueError(f"the filters of layer {i} are no table of numbers")
-                    layers.append(Filters(array.tobytes(), len(array), model))
+        with measured_file(path, "query filters", "filters of queries", "it has no filters of queries") as (
+            file,
+            about,
+        ):
+            model, tokens, own = about["model"], int(about["tokens"]), json.loads(about["layers"])
+            layers: list[Filters | tuple[str, int]] = []
+            for i, layer in enumerate(own):
+                if layer is not None:
+                    layers.append((str(layer[0]), int(layer[1])))
+                    continue
+                array = np.ascontiguousarray(file.get_tensor(str(i)), np.float32)
+                if array.ndim != 2 or not array.size or not np.isfinite(array).all():
+                    raise ValueError(f"the filters of layer {i} are no table of numbers")
+                layers.append(Filters(array.tobytes(), len(array), model))
             return cls(tuple(layers), model, tokens)
-        except (OSError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: no filters of queries could be read: {reason}") from None

@@ -145,7 +145,7 @@ class Pages(PagedTier):
         _, count = tokens.run()
         start = old.tokens.cursor
         first = start // self.size
-        changed = jnp.where(count > 0, (start % self.size + count + self.size - 1) // self.size, 0)
+        changed = jnp.where(count > 0, (start + count + self.size - 1) // self.size - first, 0)
         most = min(touched_pages(tokens.k.shape[2], self.size), self.pages)
         if touched is None:
             # Fused with the write, this read would make the CPU compiler copy the whole buffer at every token.

@@ -51,23 +51,9 @@ class Pooled(Scored):
     def init(self, spec: KVSpec) -> ScoredState:
         pooled = self.slots * spec.kv_heads
         one = dataclasses.replace(spec, kv_heads=1, group=spec.kv_heads * spec.group)
-        noted = self.score.needs_attention or self.score.remembers
-        free = jnp.arange(self.every * spec.kv_heads, dtype=jnp.int32)
-        return ScoredState(
-            slots=SlotState(
-                k=one.buffer(pooled),
-                v=one.values(pooled),
-                position=jnp.zeros((spec.batch_size, 1, pooled), jnp.uint32),
-                valid=jnp.zeros((spec.batch_size, spec.kv_heads, pooled), bool),
-                filled=spec.counter(),
-                note=self.score.init(spec, pooled) if noted else None,
-            ),
-            free=jnp.broadcast_to(free, (spec.batch_size, 1, free.shape[0])),
-            taken=spec.counter(),
-            clock=spec.counter(),
-            now=spec.counter().astype(jnp.uint32),
-            memory=self.score.memory(spec),
-        )
+        position = jnp.zeros((spec.batch_size, 1, pooled), jnp.uint32)
+        valid = jnp.zeros((spec.batch_size, spec.kv_heads, pooled), bool)
+        return self._empty(spec, one.buffer(pooled), one.values(pooled), position, valid, self.every * spec.kv_heads)
 
     def stored(self, state: ScoredState, rotary: Rotary | None) -> Stored:
         return Tier.stored(self, state, rotary)

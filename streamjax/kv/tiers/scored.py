@@ -23,7 +23,7 @@ from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import LATER, Size, check_fields, described
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import dense
+from streamjax.kv.codecs.slots import Slots, dense
 from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.merging.merge import Merge, side
@@ -128,20 +128,32 @@ class Scored(Tier):
     def init(self, spec: KVSpec) -> ScoredState:
         heads = spec.kv_heads if self.per_head or spec.per_head else 1
         position = jnp.zeros((spec.batch_size, heads, self.slots), jnp.uint32)
-        noted = self.score.needs_attention or self.score.remembers
         k, v = stores(
             spec.buffer(self.slots), spec.values(self.slots), None if self.codec is None else self.codec.one_by_one()
         )
+        return self._empty(spec, k, v, position, jnp.zeros(position.shape, bool), self.every)
+
+    def _empty(
+        self,
+        spec: KVSpec,
+        k: Slots,
+        v: Slots,
+        position: UInt32[Array, "B N S"],
+        valid: Bool[Array, "B _ S"],
+        free: int,
+    ) -> ScoredState:
+        """A state in which nothing is held, and the first `free` slots are those that tokens take."""
+        noted = self.score.needs_attention or self.score.remembers
         return ScoredState(
             slots=SlotState(
                 k=k,
                 v=v,
                 position=position,
-                valid=jnp.zeros(position.shape, bool),
+                valid=valid,
                 filled=spec.counter(),
-                note=self.score.init(spec, self.slots) if noted else None,
+                note=self.score.init(spec, position.shape[2]) if noted else None,
             ),
-            free=jnp.broadcast_to(jnp.arange(self.every, dtype=jnp.int32), (*position.shape[:2], self.every)),
+            free=jnp.broadcast_to(jnp.arange(free, dtype=jnp.int32), (*position.shape[:2], free)),
             taken=spec.counter(),
             clock=spec.counter(),
             now=spec.counter().astype(jnp.uint32),

@@ -52,6 +52,11 @@ class RecurrentConfig:
         raise NotImplementedError
 
     @property
+    def group_channels(self) -> tuple[int, ...]:
+        """Channels that a token's input becomes, of each kind, for one group."""
+        raise NotImplementedError
+
+    @property
     def conv_shape(self) -> tuple[int, ...]:
         """What a short convolution keeps: tokens, groups, channels of a group; empty without one."""
         raise NotImplementedError
@@ -59,7 +64,7 @@ class RecurrentConfig:
     @property
     def projected(self) -> int:
         """Channels that a token's input becomes, of all groups together."""
-        raise NotImplementedError
+        return self.num_groups * sum(self.group_channels)
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
@@ -94,10 +99,6 @@ class GatedDeltaConfig(RecurrentConfig):
     @property
     def conv_shape(self) -> tuple[int, ...]:
         return self.conv_width - 1, self.num_groups, sum(self.group_channels[:2])
-
-    @property
-    def projected(self) -> int:
-        return self.num_groups * sum(self.group_channels)
 
     def parameter_count(self, d_model: int) -> int:
         conv = self.conv_width * self.num_groups * self.conv_shape[-1]
@@ -151,10 +152,6 @@ class SSDConfig(RecurrentConfig):
     @property
     def conv_shape(self) -> tuple[int, ...]:
         return self.conv_width - 1, self.num_groups, sum(self.group_channels[:2])
-
-    @property
-    def projected(self) -> int:
-        return self.num_groups * sum(self.group_channels)
 
     def parameter_count(self, d_model: int) -> int:
         inner, channels = self.num_heads * self.head_dim, self.num_groups * self.conv_shape[-1]

@@ -7,7 +7,7 @@ not change what a decoder computes at inference); anything else is reported, so 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 ACTIVATIONS = {
@@ -156,6 +156,20 @@ class Fields:
         ]
         nested = [f"{section}.{name}" for section, fields in self.sections.items() for name in fields.unread()]
         return sorted(own + nested)
+
+
+def by_layer(types: Sequence[Any], known: Mapping[str, bool], num_layers: int, who: str = "streamjax") -> list[bool]:
+    """What `known` says of each entry of the field `layer_types`; `who` knows no others, as an error says.
+
+    Raises:
+      ValueError: an entry that is not known, or not one for each layer.
+    """
+    unknown = [kind for kind in types if not isinstance(kind, str) or kind not in known]
+    if unknown:
+        raise ValueError(f"field 'layer_types' has {unknown[0]!r}; {who} has {', '.join(known)}")
+    if len(types) != num_layers:
+        raise ValueError(f"field 'layer_types' has {len(types)} entries for {num_layers} layers")
+    return [known[kind] for kind in types]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from streamjax.models.config import (
     SSDConfig,
 )
 from streamjax.models.families import recurrent_tables, tensor_tables
-from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
+from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields, by_layer
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.llama import read_shapes
 from streamjax.models.families.mamba2 import read_step_limits, whole, write_step_limits
@@ -29,12 +29,7 @@ def read_layer_kinds(fields: Fields, num_layers: int) -> list[bool]:
     types = (
         fields.get("layer_types", list, None) or fields.get("layers_block_type", list, None) or ["mamba"] * num_layers
     )
-    unknown = [kind for kind in types if not isinstance(kind, str) or kind not in _TYPES]
-    if unknown:
-        raise ValueError(f"field 'layer_types' has {unknown[0]!r}; streamjax has {', '.join(_TYPES)}")
-    if len(types) != num_layers:
-        raise ValueError(f"field 'layer_types' has {len(types)} entries for {num_layers} layers")
-    return [_TYPES[kind] for kind in types]
+    return by_layer(types, _TYPES, num_layers)
 
 
 def _read(fields: Fields) -> ModelConfig:

@@ -22,7 +22,7 @@ from streamjax.models.config import (
     UniformConfig,
 )
 from streamjax.models.families import tensor_tables
-from streamjax.models.families.config_fields import Fields
+from streamjax.models.families.config_fields import Fields, by_layer
 from streamjax.models.families.experts_fields import read_experts, the_experts, with_mlps
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.llama import read_positions, read_shapes, write_positions, write_shapes
@@ -75,14 +75,10 @@ def _read_chunks(fields: Fields, still: list[bool]) -> list[int | None]:
     types = fields.get("layer_types", list, None)
     if types is None:
         return [None if marked else size for marked in still]
-    unknown = [t for t in types if not isinstance(t, str) or t not in _TYPES]
-    if unknown:
-        raise ValueError(f"field 'layer_types' has {unknown[0]!r}; this architecture has {', '.join(_TYPES)}")
-    if len(types) != len(still):
-        raise ValueError(f"field 'layer_types' has {len(types)} entries for {len(still)} layers")
-    if size is None and any(_TYPES[t] for t in types):
+    chunked = by_layer(types, _TYPES, len(still), "this architecture")
+    if size is None and any(chunked):
         raise ValueError("field 'layer_types' has chunked layers, but 'attention_chunk_size' is null")
-    return [size if _TYPES[t] else None for t in types]
+    return [size if one else None for one in chunked]
 
 
 def _read_mlps(fields: Fields, config: UniformConfig) -> list[MLPConfig]:

@@ -18,7 +18,7 @@ from streamjax.models.config import (
     NormConfig,
 )
 from streamjax.models.families import recurrent_tables, tensor_tables
-from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields
+from streamjax.models.families.config_fields import ACTIVATION_NAMES, Fields, by_layer
 from streamjax.models.families.experts_fields import the_experts
 from streamjax.models.families.family import Family, Table
 from streamjax.models.families.llama import read_shapes
@@ -34,12 +34,7 @@ def read_recurrent_layers(fields: Fields, num_layers: int) -> list[bool]:
     interval = fields.integer("full_attention_interval", 4)
     if types is None:
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
-    unknown = [kind for kind in types if not isinstance(kind, str) or kind not in LAYER_TYPES]
-    if unknown:
-        raise ValueError(f"field 'layer_types' has {unknown[0]!r}; streamjax has {', '.join(LAYER_TYPES)}")
-    if len(types) != num_layers:
-        raise ValueError(f"field 'layer_types' has {len(types)} entries for {num_layers} layers")
-    return [LAYER_TYPES[kind] for kind in types]
+    return by_layer(types, LAYER_TYPES, num_layers)
 
 
 def read_gated_delta(fields: Fields, eps: float) -> GatedDeltaConfig:

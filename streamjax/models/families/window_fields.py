@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamjax.models.config import UniformConfig
-from streamjax.models.families.config_fields import Fields
+from streamjax.models.families.config_fields import Fields, by_layer
 
 _TYPES = {"sliding_attention": True, "full_attention": False}
 
@@ -16,15 +16,7 @@ def read_layer_types(
 ) -> tuple[int | None, ...]:
     """One window a layer: `layer_types` says which layers slide; `default` does where it is absent or null."""
     types = fields.get("layer_types", list, None)
-    if types is None:
-        sliding = list(default)
-    else:
-        unknown = [t for t in types if not isinstance(t, str) or t not in _TYPES]
-        if unknown:
-            raise ValueError(f"field 'layer_types' has {unknown[0]!r}; streamjax has {', '.join(_TYPES)}")
-        sliding = [_TYPES[t] for t in types]
-    if len(sliding) != num_layers:
-        raise ValueError(f"field 'layer_types' has {len(sliding)} entries for {num_layers} layers")
+    sliding = list(default) if types is None else by_layer(types, _TYPES, num_layers)
     if any(sliding) and window is None:
         raise ValueError("field 'layer_types' has sliding layers, but 'sliding_window' is null or switched off")
     return tuple(window if s else None for s in sliding) if any(sliding) else ()

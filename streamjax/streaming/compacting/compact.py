@@ -22,11 +22,16 @@ from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
-from streamjax.models.rope import make_rotary
 from streamjax.streaming.compacting.measure_budget import measured
 from streamjax.streaming.compacting.reading_layers import through_layers
-from streamjax.streaming.rows import Rows, as_rows
-from streamjax.streaming.state import StreamState, budgeted_layers, layer_caches, require_own_calibration
+from streamjax.streaming.rows import Rows, as_rows, require_one_length
+from streamjax.streaming.state import (
+    StreamState,
+    budgeted_layers,
+    layer_caches,
+    require_own_calibration,
+    rotated_otherwise,
+)
 
 
 def compact(
@@ -82,12 +87,8 @@ def compact(
     caches = layer_caches(model.config, cache)
     works = [_compaction(old, new, asked, stored) for old, new in zip(state.caches, caches, strict=True)]
     span = max(new.span for new in caches)
-    for i, layer in enumerate(model.config.blocks):
-        if layer.mixer.recurrent:
-            continue
-        rope, width = layer.attention.rope, layer.attention.head_dim
-        if rope is not None and make_rotary(rope, width, span) != make_rotary(rope, width, state.span):
-            raise ValueError(f"layer {i} rotates keys by what fits the cache: they cannot go to one of another span")
+    if (layer := rotated_otherwise(model.config, state.span, span)) is not None:
+        raise ValueError(f"layer {layer} rotates keys by what fits the cache: they cannot go to one of another span")
     seen = np.asarray(state.seen)
     end = min((new.capacity for new in caches if new.capacity is not None), default=None)
     if end is not None and seen.max() > end:
@@ -157,8 +158,7 @@ def reconstruction(
       ValueError: rows of several lengths or of none; a chunk of no tokens.
     """
     ids, lengths = as_rows(tokens)
-    if not ids.shape[1] or (lengths != ids.shape[1]).any():
-        raise ValueError(f"what is to be repeated needs rows of one length; they have {lengths.tolist()}")
+    require_one_length(lengths, "what is to be repeated needs")
     if chunk < 1 or lead < 0:
         raise ValueError(f"reconstruction: chunk is {chunk} and lead is {lead}: at least 1, and 0")
     found = []

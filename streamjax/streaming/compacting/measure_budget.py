@@ -15,7 +15,7 @@ from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.reading_layers import through_layers
 from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
-from streamjax.streaming.rows import Rows, as_rows
+from streamjax.streaming.rows import Rows, as_rows, require_one_length
 from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState, budgeted_layers, init_state
 
@@ -39,11 +39,7 @@ def measure_budget(model: Decoder, text: Rows, budget: Budget, *, queries: int |
     if not budget.measures:
         raise ValueError(f"{budget!r} measures nothing: it needs no calibration")
     ids, lengths = as_rows(text)
-    if not lengths.size or lengths.min() != lengths.max() or lengths.min() < 2:
-        raise ValueError(
-            f"a calibration needs rows of one length, of at least two tokens; they have {lengths.tolist()}"
-        )
-    length = int(lengths.max())
+    length = require_one_length(lengths, "a calibration needs", least=2)
     state = read(model, init_state(model, Cascade(Full(length)), batch_size=len(ids)), ids)
     asked = ids[:, -min(queries or length, length) :]
     return measured(model, state, budget, asked, stored=True)

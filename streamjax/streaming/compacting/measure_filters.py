@@ -12,7 +12,7 @@ from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
-from streamjax.streaming.rows import Rows, as_rows, require_ids
+from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
 
 
 def measure_filters(model: Decoder, text: Rows) -> QueryFilters:
@@ -30,8 +30,7 @@ def measure_filters(model: Decoder, text: Rows) -> QueryFilters:
       ValueError: rows that are not as described, or a layer that is no attention with heads of its own.
     """
     ids, lengths = as_rows(text)
-    if not lengths.size or lengths.min() != lengths.max() or lengths.min() < 2:
-        raise ValueError(f"filters need rows of one length, of at least two tokens; they have {lengths.tolist()}")
+    require_one_length(lengths, "filters need", least=2)
     require_ids(ids, lengths, model.config.vocab_size)
     x, context = model.embed(jnp.asarray(ids, jnp.int32)), SequenceContext.from_start(*ids.shape)
     own = fingerprint_in_any_dtype(model)

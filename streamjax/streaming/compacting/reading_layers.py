@@ -16,8 +16,9 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tier import State
 from streamjax.models.decoder import Block, Decoder
+from streamjax.models.layer_stacking import layer_of
 from streamjax.models.mixers.attention import ChunkContext
-from streamjax.streaming.rows import Rows, as_rows, require_ids
+from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
 from streamjax.streaming.state import StreamState
 
 
@@ -61,8 +62,7 @@ def standing(
         raise ValueError(f"query has {len(ids)} rows for {rows} streams")
     count = ids.shape[1]
     if lengths is not None:
-        if not count or (lengths != count).any():
-            raise ValueError(f"query needs rows of one length, of at least one token; they have {lengths.tolist()}")
+        require_one_length(lengths, "query needs")
         require_ids(ids, lengths, model.config.vocab_size)
         if stored and np.asarray(state.seen).min() < count:
             raise ValueError(f"query has {count} tokens, and a stream has read {np.asarray(state.seen).min()}")
@@ -94,8 +94,7 @@ def layer_read(
     work: Cache,
 ) -> tuple[Float[Array, "B C E"], State]:
     """One layer: what its queries read, and what the work makes of its state. `row`: which, in a stack of layers."""
-    if row is not None:
-        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+    block = layer_of(block, row)
     x, state, _ = block.stream(x, state, work, context)
     return x, state
 
@@ -110,8 +109,7 @@ def passed(
     cache: Recurrence,
 ) -> Float[Array, "B C E"]:
     """What a recurrent layer makes of tokens that come next; padding in front of a single one is not read."""
-    if row is not None:
-        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), block)
+    block = layer_of(block, row)
     padding = jnp.sum(~context.valid[0])
     moved = dataclasses.replace(context, valid=jnp.roll(context.valid, -padding, 1))
     y = block.stream(jnp.roll(x, -padding, 1), state, cache, moved)[0]

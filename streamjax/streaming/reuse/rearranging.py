@@ -15,9 +15,8 @@ from streamjax.kv.layouts.rearrangement import Rearrangement, Source
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import ChunkContext
-from streamjax.models.rope import make_rotary
 from streamjax.streaming.compacting.reading_layers import layer_read
-from streamjax.streaming.state import StreamState
+from streamjax.streaming.state import StreamState, rotated_otherwise
 
 
 class Taken(NamedTuple):
@@ -66,12 +65,8 @@ def rearranged(
         raise ValueError(f"there would be {total:,} tokens, and the cache ends after {capacity:,}")
     full = Full(capacity)
     cache = Cascade(full)
-    for layer in model.config.blocks:
-        rope, width = layer.attention.rope, layer.attention.head_dim
-        for source in sources:
-            spans = source.state.span, cache.span
-            if rope is not None and make_rotary(rope, width, spans[0]) != make_rotary(rope, width, spans[1]):
-                raise ValueError("keys are rotated by what fits the cache: give a capacity of the same size")
+    if rotated_otherwise(model.config, cache.span, *(source.state.span for source in sources)) is not None:
+        raise ValueError("keys are rotated by what fits the cache: give a capacity of the same size")
     rows, count = start.batch_size, len(places)
     first = start.position - start.seen.astype(jnp.uint32)
     width = max(count, 2)

@@ -12,9 +12,8 @@ from streamjax.kv.tier import KVSpec, KVTokens, State, Stored
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.parallel import Parallel
 from streamjax.models.decoder import Decoder
-from streamjax.models.rope import make_rotary
 from streamjax.streaming.reuse.joining import EncodedChunk, require_one_prefix
-from streamjax.streaming.state import StreamState
+from streamjax.streaming.state import StreamState, rotated_otherwise
 
 
 def side_by_side(
@@ -49,11 +48,8 @@ def side_by_side(
     lengths = [chunk.tokens.shape[1] for chunk in chunks]
     tier, full = Parallel(sum(lengths), temperature, scale), Full(front + room)
     cache = Cascade(tier, full)
-    spans = {cache.span, *(chunk.state.span for chunk in chunks)}
-    for layer in model.config.blocks:
-        rope, width = layer.attention.rope, layer.attention.head_dim
-        if rope is not None and len({make_rotary(rope, width, span) for span in spans}) > 1:
-            raise ValueError("keys are rotated by what fits the cache: chunks of this model cannot stand side by side")
+    if rotated_otherwise(model.config, cache.span, *(chunk.state.span for chunk in chunks)) is not None:
+        raise ValueError("keys are rotated by what fits the cache: chunks of this model cannot stand side by side")
     layers = []
     for i in range(model.config.num_layers):
         held = [_stored(chunk.state, i) for chunk in chunks]
