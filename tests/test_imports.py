@@ -66,6 +66,7 @@ ROOMS = """
     streamjax.training.run
     streamjax.training
     streamjax.evaluation
+    streamjax.serving
     streamjax
     streamjax.commands
 """
