@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Annotated, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool
@@ -54,12 +54,14 @@ class Sampling:
 class Request:
     """One generation.
 
-    prompt: ids that are read first; may be empty where a conversation goes on. max_new_tokens: at most so many.
+    prompt: ids that are read first; may be empty where a conversation goes on. max_new_tokens: at most so many; 0 only
+    reads, so that a conversation's turn may come in pieces.
     stop_ids: ids that end it; the stream has read them. stop: strings that end the text; they do not appear in it.
     logprobs: so many alternatives a token are reported; None reports none, 0 the drawn token's alone. constraint: the
     form of the output. conversation: the name of a stream that the server keeps: the request goes on where it stands,
     and it stands behind the request's last token afterwards; None starts anew (a prefix that the engine knows is not
-    read again) and keeps nothing. adapter: the name of a LoRA adapter; None is the model as it is.
+    read again) and keeps nothing. adapter: the name of a LoRA adapter; None is the model as it is. extra: plain data
+    that is kept, and saved, with the conversation from this request's first token on.
     """
 
     prompt: tuple[int, ...]
@@ -71,6 +73,7 @@ class Request:
     constraint: Constraint | None = None
     conversation: str | None = None
     adapter: str | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,84 @@ class Ticket(Protocol):
     """A request under way."""
 
     def events(self) -> Iterator[Event]:
-        """Pieces as they come, the last with a finish reason; waits between them. For one consumer."""
+        """Pieces as they come, the last with a finish reason; waits between them. For one consumer.
+
+        Of a request that was submitted with `on_event` there are none here.
+        """
         ...
 
     def cancel(self) -> None:
         """The client has gone: the request's row is free within a step. No effect on a finished one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptConversation:
+    """A stream that the server keeps, between two requests.
+
+    tokens_seen: read and generated ones. stopped_by: the stop string or the id that ended its newest answer; None where
+    that was cut short. extra: that of its newest request. A request that is cancelled before its prompt has been read
+    leaves all of it as it was. busy: a request is under way on it; the other fields are those before it then.
+    """
+
+    name: str
+    tokens_seen: int
+    stopped_by: str | int | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    busy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What an engine does now, and the sums since it began.
+
+    rows: that it has. running: rows in use. waiting: requests in the queue. cache_bytes: of all rows' states together,
+    constant. The sums: prompt tokens that were read, prompt tokens that a known prefix or a conversation spared,
+    generated tokens, and requests by finish reason.
+    """
+
+    rows: int
+    running: int
+    waiting: int
+    cache_bytes: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+class RequestEngine(Protocol):
+    """What a server in front asks of an engine; `streamjax.serving.engine.Engine` is one."""
+
+    def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Ticket:
+        """Take a request; returns at once.
+
+        Args:
+          request: what is wanted.
+          on_event: is called with each event, in order, from the engine's thread, and must not block; the ticket's
+            `events` then yields nothing.
+
+        Raises:
+          Overloaded: the queue is full.
+          ValueError: it can never be served: ids outside of the vocabulary, more tokens than the cache has room for, a
+            conversation that another request is under way on, an unknown adapter.
+        """
+        ...
+
+    def conversations(self) -> Sequence[KeptConversation]:
+        """All that are kept, the newest last."""
+        ...
+
+    def delete_conversation(self, name: str) -> bool:
+        """Forget one, in memory and on disk; whether there was one. A request that is under way on it is cancelled."""
+        ...
+
+    def stats(self) -> Stats: ...
+
+    def start(self) -> None: ...
+
+    def close(self) -> None:
+        """Cancel what is under way, save every conversation, end the thread."""
         ...
 
 
