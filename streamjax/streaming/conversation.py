@@ -1,20 +1,15 @@
-"""An endless conversation over a session: a turn reads what the turn adds, and nothing again.
-
-A chat template renders whole conversations. What a turn adds is what the rendering of the turn before and this one has
-behind the assistant's answer: one exchange is rendered, however long the conversation is. The answer itself is in the
-stream already, as the model wrote it; its place is held by a mark.
-"""
+"""An endless conversation over a session: a turn reads what the turn adds (`chat_turns.py`), and nothing again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamjax.data.text.chat_templates import ChatText, encode_chat, encode_typed, render_typed
+from streamjax.data.text.chat_turns import turn_ids
 from streamjax.kv.cache import Cache
 from streamjax.streaming.session import Session
 
-_DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user
+DEFAULT_STOP = "\nUser:"  # where a model without a template of its own begins to speak for the user
 _TAKEN = (
     "template",
     "messages",
@@ -23,7 +18,6 @@ _TAKEN = (
     "eos_token",
     "parse_special",
 )  # of encode_chat's arguments
-_NEAR = 4  # tokens at the start of a turn among which the end of the answer before is looked for
 
 
 class Conversation:
@@ -55,7 +49,7 @@ class Conversation:
         taken = next((name for name in self.template_values if name in _TAKEN), None)
         if taken is not None:
             raise ValueError(f"template value {taken!r}: this name is filled in by the conversation itself")
-        self.stop = tuple(stop) + ((_DEFAULT_STOP,) if session.tokenizer.chat_template is None else ())
+        self.stop = tuple(stop) + ((DEFAULT_STOP,) if session.tokenizer.chat_template is None else ())
         self._previous: str | None = None  # what the user said last
 
     def reply(self, text: str, *, max_new_tokens: int = 512) -> Iterator[str]:
@@ -91,32 +85,16 @@ class Conversation:
 
     def turn_ids(self, text: str) -> list[int]:
         """The ids that a turn adds to the stream, up to where the answer begins."""
-        tokenizer, session = self.session.tokenizer, self.session
-        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
-        turn = {"role": "user", "content": text}
-        if self._previous is None:
-            if session.tokens_seen == 0:
-                messages = [*opening, turn]
-                return encode_chat(tokenizer, messages, parse_special=self.parse_special, **self.template_values)
-            return encode_typed(tokenizer, self._render([*opening, turn]), continues=True)
-        mark = "[answer]"
-        while mark in text or mark in self._previous or mark in (self.system or ""):
-            mark = f"[{mark}]"
-        before = [{"role": "user", "content": self._previous}, {"role": "assistant", "content": mark}]
-        rendered, typed = self._render([*opening, *before, turn])
-        if mark not in rendered:
-            raise ValueError("the chat template does not write the assistant's messages: it cannot go on with one")
-        added = rendered.rpartition(mark)[2]
-        stopped_by = session.stopped_by
-        if isinstance(stopped_by, str):
-            return encode_typed(tokenizer, ChatText(added.removeprefix(stopped_by), typed), continues=True)
-        ids = encode_typed(tokenizer, ChatText(added, typed), continues=True)
-        if stopped_by in ids[:_NEAR]:  # the stream has read the token that ended the answer
-            return ids[ids.index(stopped_by) + 1 :]
-        return ids
-
-    def _render(self, messages: Sequence[dict[str, str]]) -> ChatText:
-        return render_typed(self.session.tokenizer, messages, parse_special=self.parse_special, **self.template_values)
+        return turn_ids(
+            self.session.tokenizer,
+            [{"role": "user", "content": text}],
+            opening=[] if self.system is None else [{"role": "system", "content": self.system}],
+            previous=None if self._previous is None else [{"role": "user", "content": self._previous}],
+            stopped_by=self.session.stopped_by,
+            begins=self.session.tokens_seen == 0,
+            parse_special=self.parse_special,
+            template_values=self.template_values,
+        )
 
     def to_json_dict(self) -> dict[str, Any]:
         """What a save of the session must hold for the conversation to go on."""
