@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_CONVERSATIONS = (".jsonl", ".ndjson")
+_JSON_LINES = (".jsonl", ".ndjson")
 _RECORDS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".avro", ".tfrecord", ".array_record", ".xlsx")
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4")
 _SEEN = 1 << 16  # bytes from the start of a file in which zero bytes are looked for
 
 
+def is_json_lines(file: Path) -> bool:
+    """Whether a file holds one record a line, by its name."""
+    return file.suffix.lower() in _JSON_LINES
+
+
 def is_text(file: Path) -> bool:
     """Whether a file is plain text by its name and its first bytes."""
-    if file.suffix.lower() in (*_CONVERSATIONS, *_RECORDS, *_PACKED):
+    if file.suffix.lower() in (*_JSON_LINES, *_RECORDS, *_PACKED):
         return False
     with file.open("rb") as stream:
         return b"\0" not in stream.read(_SEEN)
@@ -21,10 +26,10 @@ def is_text(file: Path) -> bool:
 def refusal(file: Path) -> str:
     """One line: why a file that is no plain text is not trained on, and what would be."""
     kind, text = file.suffix.lower(), "give a file of plain text (.txt), or a prepared TFDS dataset as tfds:NAME"
-    if kind in _CONVERSATIONS:
+    if kind in _JSON_LINES:
         return (
-            f"{file} is JSON lines, of which every bracket would be trained on: conversations come with chat training "
-            f"later; for now write their text into files, and {text}"
+            f"{file} is JSON lines, of which every bracket would be trained on as text: set data.format to "
+            '"conversations", "preferences" or "prompts", by what its records hold, or ' + text
         )
     if kind in _RECORDS:
         return f"{file} holds records ({kind}) and no plain text: write their text into files, and {text}"

@@ -11,6 +11,8 @@ import numpy as np
 from absl import flags
 
 from streamjax.data.config import DataConfig
+from streamjax.data.conversations.batches import example_batches, held_out_batches
+from streamjax.data.conversations.prepared import PreparedExamples, prepare_examples
 from streamjax.data.packing import concat_rows, pack_rows
 from streamjax.data.recall.training_rows import RecallRows, open_recall
 from streamjax.data.sources import DocumentSource, open_source
@@ -47,6 +49,8 @@ def make_train_iterator(
     """
     index, count = _shard(shard)
     share = _share(config.batch_size, count)
+    if config.format != "text":
+        return train_on_examples(config, prepare_examples(config, split), config.batch_size, shard=shard)
     tokenizer, source = _open(config, split)
     if config.packing == "streams":
         _require_documents(config, source, split, config.batch_size, "streams")
@@ -63,6 +67,55 @@ def make_train_iterator(
         if config.shuffle_seed is not None and window > 1:
             rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=config.shuffle_seed)
         batches = rows.batch(share, drop_remainder=True)
+    return _prefetched(config, batches)
+
+
+def train_on_examples(
+    config: DataConfig,
+    examples: PreparedExamples,
+    rows: int,
+    *,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> grain.DatasetIterator:
+    """Batches of examples that are prepared: `rows` rows over all processes, of pairs half as many, else as
+    `make_train_iterator`.
+    """
+    index, count = _shard(shard)
+    share = _share(rows, count) // (2 if config.format == "preferences" else 1)
+    return _prefetched(config, example_batches(config, examples, share, index=index, shards=count))
+
+
+def evaluate_on_examples(
+    config: DataConfig,
+    examples: PreparedExamples,
+    num_batches: int,
+    *,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> Iterable[Batch]:
+    """The first batches of one pass over examples that are prepared, else as `make_eval_batches`."""
+    index, count = _shard(shard)
+    share = _share(config.batch_size, count)
+    pairs = 2 if config.format == "preferences" else 1
+    batches = held_out_batches(config, examples, config.batch_size // pairs)
+    batches = grain.experimental.LimitIterDataset(batches, num_batches)
+    return _Shares(batches, index * share, share, pairs)
+
+
+class _Shares:
+    """One process's rows of batches."""
+
+    def __init__(self, batches: Iterable[Batch], first: int, rows: int, pairs: int):
+        self._batches = batches
+        self._mine = {
+            name: slice(first // size, (first + rows) // size) for name, size in (("example", pairs), ("", 1))
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            yield {name: value[self._mine.get(name, self._mine[""])] for name, value in batch.items()}
+
+
+def _prefetched(config: DataConfig, batches: Any) -> grain.DatasetIterator:
     if config.num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which only absl programs parse
@@ -102,6 +155,8 @@ def make_eval_batches(
         raise ValueError(f"num_batches is {num_batches}: at least 1 is needed")
     index, count = _shard(shard)
     share = _share(config.batch_size, count)
+    if config.format != "text":
+        return evaluate_on_examples(config, prepare_examples(config, split), num_batches, shard=shard)
     tokenizer, source = _open(config, split)
     mine = slice(index * share, (index + 1) * share)
     if config.packing == "streams":

@@ -6,7 +6,7 @@ A source is what `grain.MapDataset.source` takes: a length and documents (str) b
 import glob
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -196,6 +196,29 @@ def _line_end(file: Path, offset: int, stop: int) -> int:
 
 
 def _open_tfds(name: str, split: str, text_key: str, data_dir: str | Path | None) -> DocumentSource:
+    def text_feature(features: Sequence[str]) -> Sequence[str]:
+        if text_key not in features:
+            raise ValueError(f"has no feature {text_key!r}: set text_key to one of {', '.join(features)}")
+        return (text_key,)
+
+    return FeatureSource(open_tfds(name, split, data_dir, text_feature), text_key)
+
+
+def open_tfds(
+    name: str, split: str, data_dir: str | Path | None, choose: Callable[[Sequence[str]], Sequence[str]]
+) -> PreparedExamples:
+    """The examples of one split of a TFDS dataset that was prepared as ArrayRecord.
+
+    Args:
+      name: the dataset's.
+      split: one of its splits, or a slice of one.
+      data_dir: where it is kept; TFDS's usual place by default.
+      choose: from the names of its features those that are wanted; raises a ValueError, which goes on from the
+        dataset's name, where they are not there.
+
+    Raises:
+      ValueError: no such dataset, split or feature, or files that are damaged.
+    """
     data_dir = None if data_dir is None else user_path(data_dir)
     where = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
     repair = "prepare it again"
@@ -210,13 +233,14 @@ def _open_tfds(name: str, split: str, text_key: str, data_dir: str | Path | None
         for info in sorted((Path(where) / name).glob("**/dataset_info.json")):
             check_metadata(info.parent, repair)  # says which file it is
         raise
-    if text_key not in builder.info.features:
-        features = ", ".join(sorted(builder.info.features))
-        raise ValueError(f"TFDS dataset {name!r} has no feature {text_key!r}: set text_key to one of {features}")
+    try:
+        features = choose(sorted(builder.info.features))
+    except ValueError as error:
+        raise ValueError(f"TFDS dataset {name!r} {error}") from error
     if split.partition("[")[0] not in builder.info.splits:
         raise ValueError(f"TFDS dataset {name!r} has no split {split!r}: it has {', '.join(builder.info.splits)}")
     try:
-        return FeatureSource(PreparedExamples(builder, split, (text_key,), repair), text_key)
+        return PreparedExamples(builder, split, features, repair)
     except NotImplementedError as error:
         raise ValueError(
             f"TFDS dataset {name!r} is prepared without random access: prepare it with file_format='array_record'"

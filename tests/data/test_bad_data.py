@@ -92,8 +92,8 @@ def test_a_stream_of_evaluation_may_be_empty(tmp_path, words):
 
 
 NO_TEXT = {
-    "talk.jsonl": (b'{"messages": []}\n' * 9, "JSON lines", "chat training later"),
-    "talk.ndjson": (b"{}\n", "JSON lines", "chat training later"),
+    "talk.jsonl": (b'{"messages": []}\n' * 9, "JSON lines", "set data.format to"),
+    "talk.ndjson": (b"{}\n", "JSON lines", '"conversations"'),
     "rows.json": (b"[1, 2]", "records (.json)", "plain text"),
     "rows.csv": (b"a,b\n1,2\n", "records (.csv)", "plain text"),
     "rows.parquet": (b"PAR1", "records (.parquet)", "plain text"),

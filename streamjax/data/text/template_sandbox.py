@@ -84,13 +84,21 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks what the assistant says; here it is just its content."""
+    """{% generation %} ... {% endgeneration %} marks what the assistant says.
+
+    The content stands between the values `generation_start_mark` and `generation_end_mark`, where there are such.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        first, last = (
+            jinja2.nodes.Output([jinja2.nodes.Name(f"generation_{end}_mark", "load")], lineno=line)
+            for end in ("start", "end")
+        )
+        return jinja2.nodes.Scope([first, *body, last], lineno=line)
 
 
 @functools.lru_cache(maxsize=16)
