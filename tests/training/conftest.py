@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from streamjax.commands.shell.runner import keep_compiled
 from streamjax.data import DataConfig
 from streamjax.models import Decoder, UniformConfig
 from streamjax.training import OptimizerConfig, TrainConfig
@@ -22,13 +23,8 @@ def compilation_cache(tmp_path_factory):
 
     Not for all: writing an executable to the cache has been seen to abort the process (JAX 0.10.2, eight devices).
     """
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.1)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+    with keep_compiled(str(tmp_path_factory.mktemp("compiled")), seconds=0.1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from absl import flags, logging
+from jax.experimental.compilation_cache import compilation_cache
 
 from streamjax.checkpoints import user_path
 from streamjax.commands.flags.model import parse_mesh
@@ -98,7 +99,7 @@ def _run(
     _start(values)
     if "distributed" not in values:  # processes find each other before they look for devices
         require_device()
-    with _mesh(values):
+    with keep_compiled(values.compilation_cache), _mesh(values):
         body(values)
     return 0
 
@@ -248,9 +249,35 @@ def _start(values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if values.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(user_path(values.compilation_cache)))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@contextlib.contextmanager
+def keep_compiled(folder: str, seconds: float = 0.3) -> Iterator[None]:
+    """Keep compiled programs in a folder for the next start, and take them from there; then all is as it was before.
+
+    JAX opens its folder once, and goes on writing there whatever its configuration says later, until it is told to
+    forget it: so without that, all that a process compiles after a command would be written too.
+
+    Args:
+      folder: "" for none, also where the environment names one.
+      seconds: what compiles in less is not kept.
+    """
+    wanted = {
+        "jax_compilation_cache_dir": str(user_path(folder)) if folder else None,
+        "jax_persistent_cache_min_compile_time_secs": seconds,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        _configure(wanted)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def require_device() -> None:

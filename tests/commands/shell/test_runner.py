@@ -2,15 +2,17 @@
 
 import errno
 import os
+import random
 import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from streamjax.commands import chat, demo, find_heads, perplexity, recall, stream, train
 from streamjax.commands.shell.progress import progress_bar
-from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.runner import keep_compiled, run_command
 
 ROOT = Path(__file__).parents[3]
 
@@ -152,3 +154,36 @@ def test_whole_numbers_fit_in_64_bits(command, module, flag, value):
     assert (outcome.status, outcome.out) == (2, "")
     assert outcome.err.startswith(f"error: flag --{flag}={value}: it must fit in 64 bits")
     assert outcome.err.count("\n") == 1
+
+
+def compile_something(_=None):
+    """A program that no cache holds yet, and that is kept however fast it compiles."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    constant = random.SystemRandom().random()
+    jax.jit(lambda x: x * constant)(np.ones(3, np.float32))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+def test_programs_are_kept_in_a_commands_own_folder_while_it_runs_and_no_longer(tmp_path):
+    """JAX writes to the first folder that it was told for ever, which has ended later tests of eight devices."""
+
+    def kept():
+        return [len(list((tmp_path / name).glob("*-cache"))) for name in ("first", "second")]
+
+    before = jax.config.jax_compilation_cache_dir
+    compile_something()
+    for folder, expected in [("first", [1, 0]), ("second", [1, 1])]:
+        run_command("About.", [], compile_something, ["command", f"--compilation_cache={tmp_path / folder}"])
+        assert kept() == expected
+        compile_something()
+        assert kept() == expected
+        assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_an_empty_folder_keeps_no_programs_whatever_the_environment_says(tmp_path):
+    with keep_compiled(str(tmp_path)):  # as JAX_COMPILATION_CACHE_DIR does
+        assert run_command("About.", [], compile_something, ["command", "--compilation_cache="]) == 0
+        assert list(tmp_path.iterdir()) == []
+        compile_something()
+        assert len(list(tmp_path.glob("*-cache"))) == 1
