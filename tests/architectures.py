@@ -12,6 +12,7 @@ LATENT = {
     **SIZES, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "n_routed_experts": 6,
     "num_experts_per_tok": 2, "moe_intermediate_size": 6, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
 }  # fmt: skip
+LINEAR_FIRST = ["linear_attention", "full_attention"]
 MIXED = ["sliding_attention", "full_attention"]
 
 CASES = {
@@ -69,7 +70,7 @@ CASES = {
     "deepseek_v3": {**LATENT, "q_lora_rank": 7, "n_group": 2, "topk_group": 1},
     "qwen3_next": {
         **{**QWEN_MOE, "head_dim": 8, "shared_expert_intermediate_size": 10, "mlp_only_layers": [1]},
-        **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
+        **{"layer_types": LINEAR_FIRST, "linear_num_value_heads": 4},
         **{"linear_num_key_heads": 2, "linear_key_head_dim": 5, "linear_value_head_dim": 6},
     },
     "qwen3_5": {
@@ -94,6 +95,20 @@ CASES = {
         **{"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8, "n_groups": 2},
         "state_size": 6,
     },
+    "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "lfm2_moe": {
+        **{**GROUPED, "layer_types": ["full_attention", "conv"], "num_experts": 5, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 6, "num_dense_layers": 1},
+    },
+    "qwen3_5_moe": {
+        **{**QWEN_MOE, "head_dim": 8, "shared_expert_intermediate_size": 10, "layer_types": LINEAR_FIRST},
+        **{
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 5,
+            "linear_value_head_dim": 6,
+        },
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 
@@ -101,7 +116,7 @@ CASES = {
 def tiny_config(case: str) -> ModelConfig:
     """The model of a case; its name starts with the family's."""
     kind = case.split("-")[0]
-    kind += "_text" if kind in ("gemma3", "llama4", "gemma4", "qwen3_5") else ""
+    kind += "_text" if kind in ("gemma3", "llama4", "gemma4", "qwen3_5", "qwen3_5_moe") else ""
     return read_config({**CASES[case], "model_type": kind})
 
 

@@ -31,7 +31,7 @@ def peer(config: transformers.PreTrainedConfig, seed: int = 0) -> torch.nn.Modul
             if config.model_type in ("gemma4_text", "gemma4_unified_text") and name.endswith("q_norm.weight"):
                 parameter.mul_(len(parameter) ** -0.5)  # its logits have no factor; without, all attention is sharp
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+            if name.endswith(("e_score_correction_bias", "layer_scalar", "expert_bias")):
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 

@@ -84,3 +84,13 @@ def ssd(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
         out = normed * _value(p.norm) * (_silu(gate) if c.norm_before_gate else 1.0)
     y = np.tensordot(out.reshape(c.num_groups, shared, width), _value(p.out), axes=3)
     return y if p.out_bias is None else y + _value(p.out_bias)
+
+
+def gated_conv(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of LFM2's convolution between gates; `cache` has its inputs."""
+    p = layer.mixer
+    inside = np.tensordot(x, _value(p.inside), axes=1)
+    inside = inside if p.inside_bias is None else inside + _value(p.inside_bias)
+    into, out, values = np.split(inside, 3, axis=-1)
+    y = np.tensordot((out * _convolved(p.conv, into * values, cache))[:, None], _value(p.out), axes=3)
+    return y if p.out_bias is None else y + _value(p.out_bias)

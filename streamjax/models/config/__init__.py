@@ -17,7 +17,7 @@ from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import GatedDeltaConfig, SSDConfig
+from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, SSDConfig
 from streamjax.models.config.rope import RopeConfig, RopeKind
 from streamjax.models.config.uniform import UniformConfig
 
@@ -28,6 +28,7 @@ __all__ = [
     "DenseAndExpertsConfig",
     "DenseConfig",
     "ExpertsConfig",
+    "GatedConvConfig",
     "GatedDeltaConfig",
     "HSAConfig",
     "LatentAttentionConfig",

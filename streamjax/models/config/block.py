@@ -11,10 +11,10 @@ from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import GatedDeltaConfig, RecurrentConfig, SSDConfig
+from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, RecurrentConfig, SSDConfig
 
 AttentionMixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
-MixerConfig: TypeAlias = AttentionMixerConfig | GatedDeltaConfig | SSDConfig
+MixerConfig: TypeAlias = AttentionMixerConfig | GatedDeltaConfig | SSDConfig | GatedConvConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 
 

@@ -11,9 +11,9 @@ from streamjax.models.config.norm import NormConfig
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentConfig:
-    """What recurrent mixers have in common: a state for each of `num_heads` heads, and nothing that attention has.
+    """What recurrent mixers have in common: a state of a fixed size, and nothing that attention has.
 
-    Heads come in `num_groups` groups that share queries and keys.
+    Heads come in `num_groups` groups, which a mesh divides; where states are matrices a group shares queries and keys.
     """
 
     recurrent: ClassVar[bool] = True
@@ -47,8 +47,8 @@ class RecurrentConfig:
         return self.num_heads // self.num_groups
 
     @property
-    def state_shape(self) -> tuple[int, int, int]:
-        """Heads, and the rows and columns of a head's state."""
+    def state_shape(self) -> tuple[int, ...]:
+        """Heads, and the rows and columns of a head's state; empty where a convolution keeps all that there is."""
         raise NotImplementedError
 
     @property
@@ -158,3 +158,44 @@ class SSDConfig(RecurrentConfig):
         ends = d_model * (self.projected + inner) + self.bias * (self.projected + d_model)
         conv = channels * (self.conv_width + self.conv_bias)
         return ends + conv + 3 * self.num_heads + (0 if self.norm is None else self.norm.parameter_count(inner))
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConvConfig(RecurrentConfig):
+    """A short convolution between two gates (LFM2, 2511.23404), whose newest inputs are all of its state.
+
+    num_heads: as many as `num_groups`: parts of `channels` channels each, which together are the mixer's width.
+    conv_width: tokens that the convolution reads.
+    bias: whether projections and convolution have biases.
+    """
+
+    type_name: ClassVar[str] = "gated_conv"
+
+    channels: Size
+    conv_width: Size = 3
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size != 1:
+            raise ValueError(
+                f"GatedConvConfig.num_heads {self.num_heads} must be num_groups {self.num_groups}: its channels share "
+                "no queries"
+            )
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def group_channels(self) -> tuple[int, int, int]:
+        """Of a group: the gate of what goes in, the gate of what comes out, and what goes in."""
+        return self.channels, self.channels, self.channels
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return self.conv_width - 1, self.num_groups, self.channels
+
+    def parameter_count(self, d_model: int) -> int:
+        inner = self.num_groups * self.channels
+        return 4 * d_model * inner + self.conv_width * inner + self.bias * (4 * inner + d_model)

@@ -27,6 +27,7 @@ from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.gpt_oss import GPT_OSS
 from streamjax.models.families.granite import GRANITE
 from streamjax.models.families.granite_hybrid import GRANITE_HYBRID
+from streamjax.models.families.lfm2 import LFM2, LFM2_MOE
 from streamjax.models.families.llama import LLAMA
 from streamjax.models.families.llama4 import LLAMA4
 from streamjax.models.families.mamba2 import MAMBA2
@@ -37,7 +38,7 @@ from streamjax.models.families.mpt import MPT
 from streamjax.models.families.olmo import OLMO2, OLMO3
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
-from streamjax.models.families.qwen3_5 import QWEN3_5
+from streamjax.models.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from streamjax.models.families.qwen3_next import QWEN3_NEXT
 from streamjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from streamjax.models.families.rope_fields import plain_rope
@@ -51,6 +52,7 @@ _ALL = (
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
     *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
+    *(LFM2, LFM2_MOE, QWEN3_5_MOE),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

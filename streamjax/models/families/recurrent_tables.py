@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamjax.models.config import GatedDeltaConfig, SSDConfig
+from streamjax.models.config import GatedConvConfig, GatedDeltaConfig, SSDConfig
 from streamjax.models.families.family import Source
 from streamjax.models.families.tensor_tables import Entries
 
@@ -59,6 +59,19 @@ def gated_delta(mixer: GatedDeltaConfig, prefix: str, apart: bool) -> Entries:
     }
 
 
+def gated_conv(mixer: GatedConvConfig, prefix: str) -> Entries:
+    """A short convolution between two gates: both and what they gate in one projection."""
+    width = mixer.channels
+    inside = [(part * width, (part + 1) * width) for part in range(3)]
+    return {
+        "layers.mixer.inside": _groups(mixer.num_groups, f"{prefix}.in_proj.weight", "(k g) e -> e k g", inside),
+        "layers.mixer.inside_bias": _groups(mixer.num_groups, f"{prefix}.in_proj.bias", "(k g) -> k g", inside),
+        **_conv(mixer.num_groups, prefix, [(0, width)], "conv"),
+        "layers.mixer.out": (Source(f"{prefix}.out_proj.weight", "e (k g d) -> k g d e"),),
+        "layers.mixer.out_bias": (Source(f"{prefix}.out_proj.bias", "e -> e"),),
+    }
+
+
 def _rates(prefix: str) -> Entries:
     """What decays and steps are made of."""
     return {
@@ -67,11 +80,11 @@ def _rates(prefix: str) -> Entries:
     }
 
 
-def _conv(groups: int, prefix: str, parts: Sequence[Part]) -> Entries:
+def _conv(groups: int, prefix: str, parts: Sequence[Part], name: str = "conv1d") -> Entries:
     """The short convolution."""
     return {
-        "layers.mixer.conv.weight": _groups(groups, f"{prefix}.conv1d.weight", "(k g) 1 w -> w k g", parts),
-        "layers.mixer.conv.bias": _groups(groups, f"{prefix}.conv1d.bias", "(k g) -> k g", parts),
+        "layers.mixer.conv.weight": _groups(groups, f"{prefix}.{name}.weight", "(k g) 1 w -> w k g", parts),
+        "layers.mixer.conv.bias": _groups(groups, f"{prefix}.{name}.bias", "(k g) -> k g", parts),
     }
 
 

@@ -47,9 +47,9 @@ def out(name: str) -> Entries:
     return fused("layers.mixer.projections.out", name, "e (k g d) -> k g d e", "e -> e")
 
 
-def gate_up(prefix: str, path: str = "layers.mlp") -> Entries:
+def gate_up(prefix: str, path: str = "layers.mlp", names: tuple[str, str] = ("gate_proj", "up_proj")) -> Entries:
     """The gate and up projections of a gated MLP, as two tensors."""
-    parts = {"gate_proj": (0, 1), "up_proj": (1, 2)}
+    parts = {names[0]: (0, 1), names[1]: (1, 2)}
     weights = [Source(f"{prefix}.{name}.weight", "(g f) e -> e g f", part) for name, part in parts.items()]
     biases = [Source(f"{prefix}.{name}.bias", "(g f) -> g f", part) for name, part in parts.items()]
     return {f"{path}.up": tuple(weights), f"{path}.up_bias": tuple(biases)}
@@ -94,10 +94,10 @@ def ends(embedding: str, final_norm: str, head: str = "lm_head") -> Entries:
     }
 
 
-def qk_norms(prefix: str) -> Entries:
+def qk_norms(prefix: str, name: str = "norm") -> Entries:
     """Norms over each head's queries and keys."""
     return {
-        f"layers.mixer.projections.{letter}_norm.weight": (Source(f"{prefix}.{letter}_norm.weight", "d -> d"),)
+        f"layers.mixer.projections.{letter}_norm.weight": (Source(f"{prefix}.{letter}_{name}.weight", "d -> d"),)
         for letter in ("q", "k")
     }
 

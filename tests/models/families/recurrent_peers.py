@@ -35,7 +35,32 @@ def qwen3_5(**options):
     return hf.models.qwen3_5.Qwen3_5TextConfig(**{**sizes, **options})
 
 
+def lfm2(kind=hf.Lfm2Config, **options):
+    sizes = {"intermediate_size": 56, "layer_types": ["conv", "full_attention"], "bos_token_id": 1, "eos_token_id": 2}
+    return kind(**{**SIZES, **ATTENTION, **sizes, **options})
+
+
+def lfm2_moe(**options):
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "num_dense_layers": 1}
+    return lfm2(hf.Lfm2MoeConfig, **{**experts, "layer_types": ["full_attention", "conv"], **options})
+
+
+def qwen3_5_moe(**options):
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    experts |= {"shared_expert_intermediate_size": 20}
+    sizes = {**SIZES, **ATTENTION, **LINEAR, **experts, "head_dim": 16, "layer_types": MIXED}
+    return hf.models.qwen3_5_moe.Qwen3_5MoeTextConfig(**{**sizes, **options})
+
+
 CASES = {
+    "qwen3_5_moe": qwen3_5_moe,
+    "lfm2": lambda: lfm2(block_multiple_of=16),
+    "lfm2-biases-untied": lambda: lfm2(
+        conv_bias=True, conv_L_cache=4, tie_word_embeddings=False, block_auto_adjust_ff_dim=False, layer_types=None,
+        full_attn_idxs=[0],
+    ),
+    "lfm2_moe": lfm2_moe,
+    "lfm2_moe-no-bias": lambda: lfm2_moe(use_expert_bias=False, norm_topk_prob=False, routed_scaling_factor=1.5),
     "granitemoehybrid": granite,
     "granitemoehybrid-dense-rope": lambda: granite(
         num_local_experts=0, num_experts_per_tok=0, position_embedding_type="rope", mamba_n_groups=1,

@@ -8,7 +8,13 @@ from tests.training.gradient_checks import ORDERS, check
 
 # Layers of the kinds that another case has too: a window and grouped heads, norms behind, experts.
 REPEATED = {"mistral": "qwen2", "phi3": "qwen2", "falcon-7b": "falcon-40b", "olmo3": "olmo2", "qwen3_moe": "qwen2_moe"}
-REPEATED |= {"qwen3_5": "qwen3_next", "granitemoehybrid": "mamba2", "mamba2": "qwen3_next"}
+REPEATED |= {
+    "qwen3_5": "qwen3_next",
+    "granitemoehybrid": "mamba2",
+    "mamba2": "qwen3_next",
+    "lfm2_moe": "lfm2",
+    "qwen3_5_moe": "qwen3_next",
+}
 
 
 def test_every_family_has_a_case():

@@ -48,7 +48,8 @@ def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: 
 
 def state_bytes(mixer: RecurrentConfig, item: int, wide: int) -> int:
     """A recurrent layer's state, of one row."""
-    return math.prod(mixer.state_shape) * wide + math.prod(mixer.conv_shape) * item
+    memory = math.prod(mixer.state_shape) * wide if mixer.state_shape else 0
+    return memory + math.prod(mixer.conv_shape) * item
 
 
 def _recurrent_working(mixer: RecurrentConfig, item: int, wide: int) -> int:
@@ -57,15 +58,18 @@ def _recurrent_working(mixer: RecurrentConfig, item: int, wide: int) -> int:
     What its input becomes, before and behind the convolution and in the accumulator's dtype; of each head a row of the
     block's pairs a few times; and its share of the states at the borders of blocks.
     """
+    projected = mixer.projected * (2 * item + 2 * wide)
+    if not mixer.state_shape:
+        return projected
     heads, rows, columns = mixer.state_shape
-    pairs = 3 * heads * BLOCK * wide
-    return mixer.projected * (2 * item + 2 * wide) + pairs + 2 * heads * rows * columns * wide // BLOCK
+    return projected + 3 * heads * BLOCK * wide + 2 * heads * rows * columns * wide // BLOCK
 
 
 def _recurrent_saved(mixer: RecurrentConfig, item: int, wide: int) -> int:
     """`saved_bytes` of a recurrent mixer, for one token: of the delta rule the triangular systems too."""
-    heads, rows, columns = mixer.state_shape
-    systems = 6 * heads * (rows + columns) * wide * isinstance(mixer, GatedDeltaConfig)
+    systems = 0
+    if isinstance(mixer, GatedDeltaConfig):
+        systems = 6 * mixer.num_heads * (mixer.key_dim + mixer.value_dim) * wide
     return _recurrent_working(mixer, item, wide) + mixer.projected * (2 * item + 2 * wide) + systems
 
 
