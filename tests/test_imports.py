@@ -63,6 +63,7 @@ ROOMS = """
     streamjax.training.backprop.planning
     streamjax.training.backprop
     streamjax.training.heads
+    streamjax.training.post_training
     streamjax.training.run
     streamjax.training
     streamjax.evaluation

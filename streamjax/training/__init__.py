@@ -8,8 +8,11 @@ from streamjax.training.backprop.streaming_loss import streaming_loss, streaming
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO, group_advantages
 from streamjax.training.objectives.objective import CrossEntropy, Objective
+from streamjax.training.post_training.rewards import Answer
+from streamjax.training.post_training.rollouts import RolloutConfig
 from streamjax.training.run.config import BackpropConfig, LoRAConfig, MeshConfig, TrainConfig
-from streamjax.training.run.loop import RunStopped, evaluate, train
+from streamjax.training.run.evaluation import evaluate
+from streamjax.training.run.loop import RunStopped, train
 from streamjax.training.run.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from streamjax.training.run.overrides import apply_overrides, describe
 from streamjax.training.run.state import TrainState, new_state, shard_batch
@@ -19,6 +22,7 @@ __all__ = [
     "DPO",
     "GRPO",
     "METHODS",
+    "Answer",
     "BackpropConfig",
     "Choice",
     "CrossEntropy",
@@ -27,6 +31,7 @@ __all__ = [
     "MeshConfig",
     "Objective",
     "OptimizerConfig",
+    "RolloutConfig",
     "RunStopped",
     "TrainConfig",
     "TrainState",

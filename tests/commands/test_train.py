@@ -78,7 +78,7 @@ def test_a_process_that_is_killed_and_started_again(run_config, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "from streamjax.data import DataConfig\nfrom streamjax.models import UniformConfig, RopeConfig\n"
-        "from streamjax.training import BackpropConfig, LoRAConfig, MeshConfig, OptimizerConfig, TrainConfig\n"
+        "from streamjax.training import *\n"
         f"def get_config():\n    return {run_config!r}\n"
     )
     command = [sys.executable, "-m", "train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]

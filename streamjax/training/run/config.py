@@ -18,6 +18,10 @@ from streamjax.models.lora.attaching import check_lora
 from streamjax.models.quantising import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free
 from streamjax.training.backprop.trainable_parameters import Trainable
+from streamjax.training.objectives.dpo import DPO
+from streamjax.training.objectives.grpo import GRPO
+from streamjax.training.objectives.objective import CrossEntropy
+from streamjax.training.post_training.rollouts import RolloutConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
 Axis = Annotated[int, Interval(-1, 2**31 - 1)]
@@ -129,6 +133,11 @@ class TrainConfig:
       data: what is read.
       steps: optimizer steps.
       init_from: a Hugging Face folder, a .gguf file or a streamjax checkpoint to start from; None: random weights.
+      objective: what is minimised: `CrossEntropy()` on text and conversations, `DPO()` on preferences, `GRPO()` on
+        answers that the model writes to prompts.
+      reference: where DPO's log-probabilities under the model of `init_from` come from: "stored" computes them once for
+        all pairs and keeps them on disk, "base" at every step, from the weights below the adapters.
+      rollouts: how GRPO gets answers and their rewards.
       optimizer: how weights follow gradients.
       backprop: how gradients are made, and what memory that takes.
       lora: adapters to train on the weights of `init_from`, in place of these weights.
@@ -150,6 +159,9 @@ class TrainConfig:
     data: DataConfig
     steps: Size
     init_from: str | None = None
+    objective: CrossEntropy | DPO | GRPO = dataclasses.field(default_factory=CrossEntropy)
+    reference: Literal["stored", "base"] = "stored"
+    rollouts: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     backprop: BackpropConfig = dataclasses.field(default_factory=BackpropConfig)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
@@ -188,6 +200,31 @@ class TrainConfig:
             raise ValueError(f"backprop.chunk_size {chunk_size} is more than data.seq_len {self.data.seq_len}")
         if self.backprop.carry_state:
             self._check_streams()
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Whether the data and the rows of a batch fit the objective."""
+        name = type(self.objective).__name__
+        formats = {"CrossEntropy": ("text", "conversations"), "DPO": ("preferences",), "GRPO": ("prompts",)}[name]
+        if self.data.format not in formats:
+            raise ValueError(
+                f"objective {name} needs data.format {' or '.join(map(repr, formats))}, not {self.data.format!r}"
+            )
+        rows, parts = self.data.batch_size, self.optimizer.accumulation * self.objective.rows
+        if rows % parts:
+            raise ValueError(f"data.batch_size {rows} is no multiple of {parts}: {name} has pairs in each microbatch")
+        if self.reference == "base" and not self.lora.rank:
+            raise ValueError('reference is "base", the weights below adapters: set lora.rank, or reference to "stored"')
+        if isinstance(self.objective, GRPO):
+            if rows % self.rollouts.group_size:
+                raise ValueError(
+                    f"data.batch_size {rows} is no multiple of rollouts.group_size {self.rollouts.group_size}"
+                )
+            if self.rollouts.max_new_tokens >= self.data.seq_len:
+                raise ValueError(
+                    f"rollouts.max_new_tokens {self.rollouts.max_new_tokens} leaves no room for a prompt in "
+                    f"data.seq_len {self.data.seq_len}"
+                )
 
     def _check_streams(self) -> None:
         if self.data.packing != "streams":
@@ -212,4 +249,6 @@ class TrainConfig:
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain values, as they come back from JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["objective"]["type"] = type(self.objective).__name__
+        return values

@@ -9,36 +9,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import signal
 import sys
 import time
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import tqdm
 
 from streamjax.checkpoints import RunCheckpoints
-from streamjax.data import Tokenizer, load_tokenizer, make_eval_batches, make_train_iterator
-from streamjax.models.decoder import Decoder
-from streamjax.parallel.mesh import build_sharded, make_mesh
+from streamjax.data import load_tokenizer
+from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.multiprocess import gather_json, max_over_processes
-from streamjax.streaming.state import StreamState
 from streamjax.training.backprop.loss_and_grad import choice_for
 from streamjax.training.backprop.planning.method_choice import device_memory_bytes
 from streamjax.training.backprop.trainable_parameters import partition
 from streamjax.training.run.config import MeshConfig, TrainConfig
-from streamjax.training.run.initial_state import initial_state, new_stream
+from streamjax.training.run.feeds import make_feed
+from streamjax.training.run.initial_state import initial_state
 from streamjax.training.run.metrics import MetricsWriter
 from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
 from streamjax.training.run.signals import StopSignals
-from streamjax.training.run.state import TrainState, shard_batch
-from streamjax.training.run.step import Metrics, eval_step, make_train_step, streaming_eval_step
+from streamjax.training.run.state import TrainState
+from streamjax.training.run.step import make_train_step
 from streamjax.training.run.workdir import claim, export, one_run_in
 
 _log = logging.getLogger(__name__)
@@ -50,36 +45,6 @@ class RunStopped(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def evaluate(
-    model: Decoder,
-    batches: Iterable[Any],
-    tokenizer: Tokenizer | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    *,
-    stream: StreamState | None = None,
-    chunk_size: int | None = None,
-) -> dict[str, float]:
-    """Loss in nats per token and perplexity over `batches`; bits per byte too if the tokenizer's tokens are bytes.
-
-    With `stream`, a state of streams that have seen nothing (it is donated), each row of a batch continues that row of
-    the batch before it, read in chunks of at most `chunk_size` tokens.
-    """
-    sums = []
-    for batch in batches:
-        batch = shard_batch(batch, mesh)
-        if stream is None:
-            found = eval_step(model, batch)
-        else:
-            stream, *found = streaming_eval_step(model, stream, batch, chunk_size)
-        sums.append(tuple(found))
-    total, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-    loss = float(total / weight) if weight > 0 else 0.0
-    values = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-    if tokenizer is not None and tokenizer.name == "bytes":
-        values["eval_bits_per_byte"] = loss / math.log(2.0)
-    return values
 
 
 def train(
@@ -121,7 +86,7 @@ def _check_processes(config: TrainConfig) -> None:
 def _train(run: _Run) -> TrainState:
     config = run.config
     try:
-        with StopSignals() as stop, contextlib.nullcontext() if run.mesh is None else jax.set_mesh(run.mesh):
+        with StopSignals() as stop, run.on_mesh():
             while run.step < config.steps:
                 run.advance()
                 last = run.step == config.steps
@@ -151,23 +116,23 @@ class _Run:
         self.config, self.workdir = config, workdir
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
-        shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
-        self.data = make_train_iterator(config.data, shard=shard)
-        self.eval_batches = make_eval_batches(config.data, config.eval_batches, shard=shard)
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.state = initial_state(config, self.tokenizer, self.mesh)
+        with self.on_mesh():
+            self.feed = make_feed(config, self.tokenizer, self.state.model, self.mesh, workdir)
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.step = (self.checkpoints.latest_step or 0) if resume_from is None else resume_from
         if self.step:
             self.state, about = self.checkpoints.restore(self.step, self.state)
-            self.data.set_state(about["data"][jax.process_index()])
+            self.feed.set_state(about["data"][jax.process_index()])
         if resume_from is not None:
             self.checkpoints.set_aside_after(self.step)
         self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         quiet = jax.process_index() > 0 or (None if progress is None else not progress)
         self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
-        self.pending: list[Metrics] = []
+        self.pending: list[dict[str, Any]] = []
+        self.measured: tuple[str, ...] = ()  # what the feed measured, besides the step
         self.since = time.monotonic()
         if self.step:
             self._say(f"resumed at step {self.step} of {config.steps}")
@@ -175,8 +140,12 @@ class _Run:
             make_optimizer(config.optimizer, config.steps),
             accumulation=config.optimizer.accumulation,
             trainable=config.lora.trainable,
+            objective=config.objective,
             **self._backprop_options(),
         )
+
+    def on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _backprop_options(self) -> dict[str, Any]:
         """How gradients are made: for "auto" what the memory beside the optimizer's state allows, told in a line."""
@@ -189,7 +158,7 @@ class _Run:
         held = [self.state.opt_state] + [trained] * (accumulation > 1)  # gradients of earlier microbatches
         shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(held)]
         memory = min(gather_json(device_memory_bytes() - sum(shard.data.nbytes for shard in shards)))
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        with self.on_mesh():
             found = choice_for(
                 self.state.model,
                 config.data.batch_size // accumulation,
@@ -204,13 +173,14 @@ class _Run:
     def advance(self) -> None:
         """One step; what it measured stays on the device until the next report."""
         try:
-            batch = next(self.data)
+            batch, measured = self.feed.next(self.state.model, self.step)
         except StopIteration:
             raise ValueError(
                 f"the data ends after {self.step} steps: set config.data.epochs=none, or config.steps={self.step}"
             ) from None
-        self.state, found = self.train_step(self.state, shard_batch(batch, self.mesh))
-        self.pending.append(found)
+        self.state, found = self.train_step(self.state, batch)
+        self.pending.append({**found, **measured})
+        self.measured = tuple(measured)
         self.step += 1
         self.bar.update()
 
@@ -234,17 +204,20 @@ class _Run:
         speed = len(values) * self.config.data.batch_size * self.config.data.seq_len / (now - self.since)
         self.since = now
         loss = float(np.mean([found["loss"] for found in values]))
+        measured = {name: float(np.mean([found[name] for found in values])) for name in self.measured}
         self._write(
             {
                 "loss": loss,
                 "grad_norm": float(values[-1]["grad_norm"]),
                 "param_norm": float(values[-1]["param_norm"]),
                 **{name: float(x) for name, x in values[-1].items() if name.startswith(("expert_", "router_"))},
+                **measured,
                 "learning_rate": float(self.schedule(self.step - 1)),
                 "tokens_per_second": round(speed, 1),
             }
         )
-        summary = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+        reward = f"reward {measured['reward']:.3f}, " if "reward" in measured else ""
+        summary = f"{reward}loss {loss:.3f}, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(summary)
         if self.bar.disable:
             self._say(f"step {self.step} of {self.config.steps}: {summary}")
@@ -263,14 +236,7 @@ class _Run:
     def evaluate(self) -> None:
         """Measure the model on the validation split."""
         self.report()
-        values = evaluate(
-            self.state.model,
-            self.eval_batches,
-            self.tokenizer,
-            self.mesh,
-            stream=build_sharded(partial(new_stream, self.config), self.mesh, self.state.model),
-            chunk_size=self.config.backprop.chunk_size,
-        )
+        values = self.feed.evaluate(self.state.model)
         self._write(values)
         self._say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.since = time.monotonic()
@@ -278,7 +244,7 @@ class _Run:
     def save(self) -> None:
         """Save a checkpoint; never of a state that a step which was not finite has touched."""
         self.report()
-        places = gather_json(self.data.get_state())
+        places = gather_json(self.feed.get_state())
         self.checkpoints.save(self.step, self.state, {"tokenizer": self.tokenizer.name, "data": places})
 
     def close(self) -> None:

@@ -1,10 +1,11 @@
-"""Where the numbers of a training run go: a JSONL file and TensorBoard."""
+"""Where the numbers of a training run go: JSONL files and TensorBoard."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorboardX
 
@@ -19,11 +20,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path, step: int):
-        self._path = Path(workdir) / "metrics.jsonl"
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
-            replace_text(self._path, "".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
+        path = Path(workdir) / "metrics.jsonl"
+        _forget(path, lambda found: found <= step)
+        self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -37,6 +36,29 @@ class MetricsWriter:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+
+
+class SampleWriter:
+    """Appends what a model wrote to `samples.jsonl` in `workdir`; lines of a step that is done again are replaced."""
+
+    def __init__(self, workdir: str | Path):
+        self._path = Path(workdir) / "samples.jsonl"
+        self._newest: int | None = None
+
+    def write(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """One line a sample: how many steps were done before it, and its values."""
+        if self._newest is None:
+            _forget(self._path, lambda found: found < step)
+        self._newest = step
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(to_json({"step": step, **sample}) + "\n" for sample in samples)
+
+
+def _forget(path: Path, keep: Callable[[float], bool]) -> None:
+    """Take the lines out of a file whose steps are not kept."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if keep(_step(line))]
+        replace_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> float:

@@ -25,6 +25,7 @@ from streamjax.training.objectives.objective import CrossEntropy
 from streamjax.training.run.state import TrainState
 
 Metrics = dict[str, Array]
+_STREAMED = ("objective", "chunk_size", "logits_chunk", "trainable")
 
 
 def accumulate_gradients(
@@ -91,15 +92,15 @@ def make_train_step(
       optimizer: turns gradients into updates.
       accumulation: microbatches a step; 1 for streams.
       trainable: the type of parameters that are trained; all others stay as they are, bit for bit.
-      options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `chunk_size` and
-        `logits_chunk` count.
+      options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `objective`,
+        `chunk_size` and `logits_chunk` count.
 
     Raises:
       ValueError: an unknown method.
     """
     check_method(options.get("method", "full"))
     options = {**options, "trainable": trainable_and_reports(trainable)}
-    reading = {name: options[name] for name in ("chunk_size", "logits_chunk", "trainable") if name in options}
+    reading = {name: options[name] for name in _STREAMED if name in options}
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

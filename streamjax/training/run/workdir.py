@@ -42,6 +42,8 @@ _FREE_FIELDS = frozenset(
         "checkpoint_interval",
         "keep_checkpoints",
         "data.prefetch",
+        "reference",
+        "rollouts.samples",
     )
 )
 _RESULTS = ("model", "adapters")

@@ -377,7 +377,7 @@ def test_a_signal_while_a_run_starts_leaves_nothing(run_config, tmp_path, monkey
     def interrupted(*args, **options):
         raise KeyboardInterrupt(number)
 
-    monkeypatch.setattr("streamjax.training.run.loop.make_train_iterator", interrupted)
+    monkeypatch.setattr("streamjax.training.run.feeds.make_train_iterator", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(run_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

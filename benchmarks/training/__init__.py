@@ -1,0 +1,1 @@
+"""Training's figures: post-training of a pretrained model, on data that is made here."""
