@@ -89,7 +89,7 @@ def accessed(topology: str, kind: str, folder: str) -> dict[str, float]:
     model = jax.eval_shape(lambda: sj.Decoder(config, jax.random.key(0), dtype=dtype))
     plain = 2 * sum(leaf.size for leaf in jax.tree.leaves(model if model.head is None else (model.layers, model.head)))
     if kind in ("int8", "int4"):
-        model = quantised_shapes(model, kind, packed=topology == "cpu")
+        model = quantised_shapes(model, kind, packed=topology in ("cpu", "h100"))
     state = jax.eval_shape(lambda model: sj.init_state(model, sj.kv.preset("window", window=64)), model)
     placement = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(

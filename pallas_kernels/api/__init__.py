@@ -12,6 +12,7 @@ from pallas_kernels.api.caches import decode_attention, pack_int4, page_scores, 
 from pallas_kernels.api.losses import LogitStats, token_stats, token_stats_gradients
 from pallas_kernels.api.platforms import Implementation
 from pallas_kernels.api.sequences import chunk_attention, chunk_gradients, flash_attention, hsa_attention
+from pallas_kernels.api.weights import grouped_product
 
 __all__ = [
     "Implementation",
@@ -20,6 +21,7 @@ __all__ = [
     "chunk_gradients",
     "decode_attention",
     "flash_attention",
+    "grouped_product",
     "hsa_attention",
     "pack_int4",
     "page_scores",

@@ -5,9 +5,10 @@ last input axis (the largest power of two that divides the axis, where 32 does n
 weight is its code, -8 to 7, plus the offset, times the scale. So weights of GGUF's types of four bits stay what they
 were. Activations are not quantised.
 
-No dequantised copy of a weight is made where one token is decoded. TPU and GPU compilers fuse the conversion with the
-product, given codes of type int4. XLA's CPU backend does not, so that a product with few rows walks over the codes in a
-loop that dequantises what the cache holds; two codes of four bits share a byte there.
+No dequantised copy of a weight is made where one token is decoded. XLA for TPUs fuses the conversion with the product,
+given codes of type int4, and for GPUs that of int8. On GPUs two codes of four bits share a byte, and a kernel takes a
+product with few rows. On CPUs they do too, and such a product walks over the codes in a loop that dequantises what the
+cache holds.
 
 Codes and scales have the axes of the weight, so a mesh splits them as it splits the weight. They are no `nnx.Param`:
 training leaves them alone. A gradient goes through a product to its activations, as it would for the weight that codes
@@ -20,17 +21,20 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import api
+from pallas_kernels.gpu import grouped_product
 from pallas_kernels.partial import accumulator
 from streamjax.parallel.rules import constrain
 
 _FEW_ROWS = 4  # of activations: more are a matrix product, for which the CPU dequantises the weight
+_MORE_ROWS = 2  # with which XLA for GPUs takes a matrix product
 _ROWS = 32  # of codes, at least, that a step of a loop adds: with fewer, the sums of a wide output cost more
 _CODES_AT_A_TIME = 1 << 16  # that one step of a loop dequantises: 256 kB of float32
 
@@ -209,17 +213,21 @@ def _fused(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Arra
 
 
 def _on_gpu(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Array:
-    """The same with offsets apart, which meet sums of groups: with them XLA for GPUs would write the operand out."""
-    left, right, out = _letters(equation)
-    letter = right[weight.axis]
-    if weight.packed or weight.offsets is None or letter in out:
+    """The same, with a kernel for few rows times codes of four bits: XLA would write the operand out.
+
+    With one row times a small matrix of int8, it would write out float32 products of both: there are more rows then.
+    """
+    found = _as_matrix(equation, x, weight)
+    if found is None or len(found.rows) > (grouped_product.ROWS if weight.packed else 1):
         return _fused(equation, dtype, x, weight)
-    sums, place = accumulator(x.dtype), left.index(letter)
-    y = jnp.einsum(equation, x, weight.without_offsets(x.dtype), preferred_element_type=sums)
-    groups = x.reshape(*x.shape[:place], weight.scales.shape[weight.axis], -1, *x.shape[place + 1 :])
-    x = jnp.sum(groups, axis=place + 1, dtype=sums).astype(x.dtype)
-    offsets = weight.shifts(x.dtype) * weight.scales.astype(x.dtype)
-    return (y + jnp.einsum(equation, x, offsets, preferred_element_type=sums)).astype(dtype)
+    if not weight.packed:
+        more = jnp.pad(found.rows, ((0, _MORE_ROWS - 1), (0, 0)))
+        y = _fused("ab,cb->ac" if found.outputs_first else "ab,bc->ac", dtype, more, found.weight)
+        return y[:1].reshape(found.shape)
+    codes, offsets, scales = found.weight.codes, found.weight.offsets, found.weight.scales
+    known = {"outputs_first": found.outputs_first, "implementation": "triton"}
+    y = api.grouped_product(found.rows.astype(x.dtype), codes, offsets, scales, **known)
+    return y.reshape(found.shape).astype(dtype)
 
 
 def _spread(scales: Array, letters: Sequence[str], over: str) -> Array:
@@ -231,23 +239,41 @@ def _spread(scales: Array, letters: Sequence[str], over: str) -> Array:
 
 def _on_cpu(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Array:
     """The same, with no dequantised weight larger than a block where there are few rows."""
+    found = _as_matrix(equation, x, weight)
+    if found is None:
+        return _fused(equation, dtype, x, weight)
+    rows = found.rows.astype(accumulator(x.dtype))
+    y = _by_outputs(rows, found.weight) if found.outputs_first else _by_inputs(rows, found.weight)
+    return y.reshape(found.shape).astype(dtype)
+
+
+class _Product(NamedTuple):
+    """A product as one of two matrices, on one device."""
+
+    rows: Float[Array, "R n"]
+    weight: QuantisedWeight
+    outputs_first: bool
+    shape: tuple[int, ...]  # of the result
+
+
+def _as_matrix(equation: str, x: Array, weight: QuantisedWeight) -> _Product | None:
+    """None where each head has a part of the weight, or each device."""
     left, right, out = _letters(equation)
     summed = [letter for letter in right if letter not in out]
     rows = left.removesuffix("".join(summed))
     outputs = [letter for letter in right if letter in out]
     mesh = jax.sharding.get_abstract_mesh()
     if rows + "".join(summed) != left or rows + "".join(outputs) != out or not (mesh.empty or mesh.size == 1):
-        return _fused(equation, dtype, x, weight)  # each head has a part of the weight, or each device
+        return None
     count, width = len(summed), x.ndim - len(summed)
-    flat = x.reshape(math.prod(x.shape[:width]), math.prod(x.shape[width:])).astype(accumulator(x.dtype))
-    if [*summed, *outputs] == list(right):
-        y = _by_inputs(flat, _matrix(weight, count))
-    elif [*outputs, *summed] == list(right) and count == 1:
-        y = _by_outputs(flat, _matrix(weight, weight.ndim - 1))
-    else:
-        return _fused(equation, dtype, x, weight)
+    flat = x.reshape(math.prod(x.shape[:width]), math.prod(x.shape[width:]))
     sizes = dict(zip(right, weight.shape, strict=True))
-    return y.reshape(*x.shape[:width], *(sizes[letter] for letter in outputs)).astype(dtype)
+    shape = (*x.shape[:width], *(sizes[letter] for letter in outputs))
+    if [*summed, *outputs] == list(right):
+        return _Product(flat, _matrix(weight, count), False, shape)
+    if [*outputs, *summed] == list(right) and count == 1:
+        return _Product(flat, _matrix(weight, weight.ndim - 1), True, shape)
+    return None
 
 
 def _matrix(weight: QuantisedWeight, split: int) -> QuantisedWeight:

@@ -240,8 +240,8 @@ def importance_of(name: str, model: Any, norm: Callable[[], np.ndarray]) -> np.n
 
 
 def packs() -> bool:
-    """Whether codes of int4 lie two in a byte: on CPUs; other compilers have a type of four bits."""
-    return jax.default_backend() == "cpu"
+    """Whether codes of int4 lie two in a byte: but on TPUs, whose compiler has a type of four bits."""
+    return jax.default_backend() != "tpu"
 
 
 def weights_of(model: nnx.Module) -> Weights | None:

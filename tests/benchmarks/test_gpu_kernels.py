@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.kernels.gpu import all_kernels, chunks, decoding, flash, hsa, parts, torch_flash
+from benchmarks.kernels.gpu import all_kernels, chunks, decoding, flash, hsa, parts, torch_flash, weights
 from benchmarks.kernels.gpu.all_kernels import DTYPES, PARTS
 from benchmarks.kernels.gpu.parts import TOLERANCE, Device
 from benchmarks.model_shapes import SHAPES
@@ -18,7 +18,7 @@ from pallas_kernels import api
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 
 MODEL = "small"
-LENGTHS = {flash: 96, chunks: 128, hsa: 192, decoding: 64 * 8}
+LENGTHS = {flash: 96, chunks: 128, hsa: 192, decoding: 64 * 8, weights: 200}
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def small(monkeypatch):
     """A model of few heads by the name `MODEL`, and few pages of few streams."""
     monkeypatch.setattr(decoding, "BATCH", 2)
     monkeypatch.setattr(decoding, "PAGES", 5)
-    config = SHAPES["qwen2.5-0.5b"].replace(num_heads=4, num_kv_heads=2, head_dim=64)
+    config = SHAPES["qwen2.5-0.5b"].replace(
+        num_heads=4, num_kv_heads=2, head_dim=64, d_model=256, vocab_size=500, mlp_dim=512
+    )
     monkeypatch.setitem(SHAPES, MODEL, config)
 
 
@@ -56,7 +58,7 @@ def test_the_kernels_are_right(name):
     [
         ("sinks", "flash_attention"), ("chunk-sinks", "chunk_attention"), ("chunk", "chunk_gradients"),
         ("hsa", "hsa_attention"), ("decode-int4", "decode_attention"), ("paged", "paged_attention"),
-        ("scores", "page_scores"),
+        ("scores", "page_scores"), ("int4-up", "grouped_product"), ("int4-table", "grouped_product"),
     ],
 )  # fmt: skip
 def test_a_wrong_kernel_is_noticed(name, kernel, monkeypatch):
@@ -93,6 +95,8 @@ def test_the_sides_of_a_chunk_and_of_scores_are_the_same(monkeypatch):
     bounds = decoding.bounds(MODEL, 64 * 40, 0, jnp.float32)
     scores = decoding.ours("scores", bounds, interpret=True)
     assert parts.worst(scores, decoding.by_index(bounds).reshape(scores.shape)) < 1e-5
+    codes = weights.inputs(MODEL, "int4-up", 200, 0, jnp.float32)
+    assert parts.worst(weights.by_xla("int4-up", codes), weights.exactly("int4-up", codes)) < 1e-5
 
 
 @pytest.mark.usefixtures("small")

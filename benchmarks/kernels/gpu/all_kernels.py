@@ -9,8 +9,9 @@ first held against float64 on the device: one that is wrong, or does not compile
 are of calls that are queued behind each other between two synchronisations, over inputs that take turns so that no call
 finds its own in the cache, after warming up; medians, all sides in turn. Ceilings are measured too: the largest TFLOP/s
 of a bfloat16 matrix product, and the GB/s of a copy, which is what the kernels of decoding are held against.
-`gpu_flash.py` has what is done with whole sequences, `gpu_chunks.py` chunked backprop, `gpu_hsa.py` hierarchical sparse
-attention, `gpu_decoding.py` caches. Results are written line by line; without a GPU it says so and writes nothing.
+`flash.py` has what is done with whole sequences, `chunks.py` chunked backprop, `hsa.py` hierarchical sparse attention,
+`decoding.py` caches, `weights.py` weights in four bits. Results are written line by line; without a GPU it says so and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.gpu import chunks, decoding, flash, hsa
+from benchmarks.kernels.gpu import chunks, decoding, flash, hsa, weights
 from benchmarks.kernels.gpu.parts import TOLERANCE, Device, Part, first_line
 from benchmarks.model_shapes import SHAPES
 from benchmarks.reporting import RESULTS, machine, table
 from pallas_kernels.gpu import hopper_attention
 
-_PARTS: Sequence[Part] = (flash, chunks, hsa, decoding)
+_PARTS: Sequence[Part] = (flash, chunks, hsa, decoding, weights)
 PARTS: Mapping[str, Part] = {name: part for part in _PARTS for name in part.NAMES}
 DTYPES: Mapping[str, Sequence[Any]] = {"triton": (jnp.bfloat16, jnp.float32), "mosaic_gpu": (jnp.bfloat16,)}
 OUTPUT = RESULTS / "kernels/gpu/all_kernels.json"
