@@ -3,6 +3,7 @@
 import json
 import logging
 
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -205,6 +206,25 @@ def test_batches_go_on_from_a_saved_place(write_lines, kind):
                 assert batch["weights"][row].sum() == text.learnt[1:].sum()
     elif kind == "prompts":
         assert shapes == {"example": (4,)}
+
+
+def test_processes_share_batches_out(write_lines):
+    """Each has its own rows of an evaluation's batches, and its own examples of training."""
+    records = [{"prompt": f"{n}", "chosen": "b", "rejected": "c"} for n in range(20)]
+    settings = config(write_lines("train.jsonl", records), "preferences", batch_size=8, shuffle_seed=None, epochs=1)
+    examples = prepare_examples(settings, "train")
+    shards = [grain.sharding.ShardOptions(shard_index=i, shard_count=2) for i in range(2)]
+    whole = list(evaluate_on_examples(settings, examples, 9))
+    parts = zip(*(evaluate_on_examples(settings, examples, 9, shard=shard) for shard in shards), strict=True)
+    for batch, mine in zip(whole, parts, strict=True):
+        for name, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in mine]), value)
+    seen = [
+        [n for batch in train_on_examples(settings, examples, 8, shard=shard) for n in batch["example"].tolist()]
+        for shard in shards
+    ]
+    assert [len(numbers) for numbers in seen] == [len(examples) // 4 * 2] * 2
+    assert len({*seen[0], *seen[1]}) == len(seen[0]) * 2
 
 
 def test_held_out_rows_are_all_seen_once(write_lines):

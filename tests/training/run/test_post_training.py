@@ -24,6 +24,7 @@ from streamjax.training import (
     RunStopped,
     TrainConfig,
     apply_overrides,
+    loss_and_grad,
     token_log_probs,
     train,
 )
@@ -221,6 +222,20 @@ def test_a_run_keeps_its_objective(runs, tmp_path):
     other = dataclasses.replace(runs["dpo"], steps=1, objective=DPO(beta=0.7))
     with pytest.raises(ValueError, match=r"config.objective.beta=0.5, not 0.7: choose another --workdir"):
         train(other, tmp_path)
+
+
+def test_packed_conversations_cost_what_they_cost_apart(runs, base):
+    """Neither attention nor positions reach from one conversation to the next."""
+    packed = dataclasses.replace(runs["sft"].data, batch_size=8, seq_len=48)
+    model = sj.load(base, jnp.float32)
+    losses, counts = [], []
+    for data in (packed, dataclasses.replace(packed, packing="rows")):
+        [batch] = sj.data.make_eval_batches(data, 9)
+        assert ("segment_ids" in batch) == (data.packing == "pack")
+        losses.append(float(loss_and_grad(model, batch)[0]))
+        counts.append(batch["weights"].sum())
+    assert counts[0] == counts[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow
