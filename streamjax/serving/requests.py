@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
@@ -14,6 +14,7 @@ from streamjax.field_checks import Count, Fraction, Interval, NotNegative, Posit
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+@runtime_checkable
 class Constraint(Protocol):
     """Which tokens may come next, for output in a given form (a JSON schema, a tool's arguments). One per request."""
 
@@ -106,6 +107,7 @@ class Event:
     error: str | None = None  # one line, where the finish reason is "error"
 
 
+@runtime_checkable
 class Ticket(Protocol):
     """A request under way."""
 
@@ -156,6 +158,7 @@ class Stats:
     finished: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
+@runtime_checkable
 class RequestEngine(Protocol):
     """What a server in front asks of an engine; `streamjax.serving.engine.Engine` is one."""
 

@@ -189,6 +189,10 @@ class HFTokenizer:
             if stop > skip:
                 yield token, (max(start - skip, 0) + shift, stop - skip + shift)
 
+    def to_json(self) -> str:
+        """The tokenizer as `tokenizer.json` has it, added tokens included, for other libraries."""
+        return self._tokenizer.to_str()
+
     @functools.cached_property
     def _unparsing(self) -> tokenizers.Tokenizer:
         """A second tokenizer that takes special tokens for text: switching one to and fro is no thread's business."""
