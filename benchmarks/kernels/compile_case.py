@@ -58,7 +58,7 @@ class Case(NamedTuple):
 def source(chip: str) -> str:
     """A hash of all that a chip's figures come from: the kernels, this file, the versions of the compilers."""
     other = "tpu" if chip == "h100" else "gpu"
-    files = [path for path in (aot.ROOT / "pallas_kernels").rglob("*.py") if path.parent.name != other]
+    files = [path for path in (aot.ROOT / "pallas_kernels").rglob("*.py") if other not in path.parts]
     digest = hashlib.sha256()
     for path in [*sorted(files), Path(__file__), Path(model_shapes.__file__), aot.H100]:
         digest.update(path.read_bytes())

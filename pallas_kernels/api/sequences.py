@@ -11,8 +11,8 @@ from pallas_kernels import argument_checks
 from pallas_kernels.api.platforms import Implementation, find
 from pallas_kernels.gpu import chunk_attention as gpu_chunk
 from pallas_kernels.gpu import flash_attention as gpu_flash
-from pallas_kernels.gpu import hopper_attention
 from pallas_kernels.gpu import hsa_attention as gpu_hsa
+from pallas_kernels.gpu.hopper import attention as hopper_attention
 from pallas_kernels.partial import Partial, add_sinks
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import chunk_attention as tpu_chunk

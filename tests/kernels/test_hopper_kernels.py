@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
-from pallas_kernels.gpu import hopper_attention
+from pallas_kernels.gpu.hopper import attention as hopper_attention
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
 from tests.kernels.test_flash_kernels import check
 

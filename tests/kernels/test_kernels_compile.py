@@ -6,7 +6,7 @@ from benchmarks import aot
 from benchmarks.kernels.compile_all import cells, grouped, loops, temporaries
 from benchmarks.kernels.compile_case import HOPPER, Case, compile_case
 from benchmarks.kernels.gpu import machine_code
-from pallas_kernels.gpu import hopper_attention
+from pallas_kernels.gpu.hopper import attention as hopper_attention
 
 
 def calls(*case):

@@ -31,7 +31,7 @@ from benchmarks.kernels.gpu import chunks, decoding, flash, hsa, weights
 from benchmarks.kernels.gpu.parts import TOLERANCE, Device, Part, first_line
 from benchmarks.model_shapes import SHAPES
 from benchmarks.reporting import RESULTS, machine, table
-from pallas_kernels.gpu import hopper_attention
+from pallas_kernels.gpu.hopper import attention as hopper_attention
 
 _PARTS: Sequence[Part] = (flash, chunks, hsa, decoding, weights)
 PARTS: Mapping[str, Part] = {name: part for part in _PARTS for name in part.NAMES}

@@ -57,7 +57,7 @@ def flash_attention(
         raise ValueError(f"heads of width {width}: 'mosaic_gpu' takes {', '.join(map(str, WIDTHS))}; use 'triton'")
     if segment_ids is not None or slopes is not None:
         raise ValueError("'mosaic_gpu' takes neither segment ids nor ALiBi's slopes; use 'triton'")
-    from pallas_kernels.gpu import hopper_forward
+    from pallas_kernels.gpu.hopper import forward as hopper_forward
 
     block_q = block_q or BLOCK_Q
     block_k = block_k or (BLOCK_K if width <= 128 else BLOCK_K // 2)
@@ -84,7 +84,7 @@ def flash_attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(call: Call, pulled: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
-    from pallas_kernels.gpu.hopper_forward import forward
+    from pallas_kernels.gpu.hopper.forward import forward
 
     return forward(call.settings, call.ranges(), extra["offset"], q, k, v, call.interpret)
 

@@ -1,0 +1,1 @@
+"""Kernels for Hopper in Mosaic GPU: asynchronous products, and copies ahead of them."""
