@@ -13,6 +13,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.attention import sharded
+from streamjax.attention.context.sequence import Exchange, context_attention, context_shards
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
@@ -34,6 +35,7 @@ def sequence_attention(
     slopes: Float[Array, " H"] | None = None,
     sink_logits: Float[Array, " H"] | None = None,
     implementation: Implementation | None = None,
+    exchange: Exchange = "auto",
 ) -> Float[Array, "B T H D"]:
     """Self-attention of a sequence under a causal pattern; float32 output.
 
@@ -45,10 +47,18 @@ def sequence_attention(
       sink_logits: one more logit a head in every softmax, without a value; see `pallas_kernels.partial.add_sinks`.
       implementation: `"dense"` (all logits at once), `"xla"` (blockwise, memory linear in T), `"pallas"` (the kernel of
         the platform); None chooses, and logs the choice once.
+      exchange: how devices that have a stretch of the sequence each come to each other's keys, where the mesh axis
+        `context` splits it; see `context.sequence.context_attention`.
 
     Raises:
       ValueError: an unknown implementation, or no kernel for the platform or for these arguments.
     """
+    if implementation != "dense" and context_shards(q.shape[1]) > 1:
+        return context_attention(
+            q, k, v, pattern, scale=scale, segment_ids=segment_ids, softcap=softcap, slopes=slopes,
+            sink_logits=sink_logits, exchange=exchange, local=sequence_attention,
+            kernels=None if implementation is None else implementation == "pallas",
+        )  # fmt: skip
     if isinstance(pattern, Chunked):
         return _by_chunks(
             (q, k, v, segment_ids), pattern.size, scale=scale, softcap=softcap, slopes=slopes,

@@ -40,7 +40,7 @@ def flash_attention(
       q, k, v, pattern, segment_ids, slopes: as there.
       settings: its other arguments, but for the offset.
     """
-    k, v = (_one_for_each_device(x, q.shape[2]) for x in (k, v))
+    k, v = (a_key_head_for_each_device(x, q.shape[2]) for x in (k, v))
 
     def own(q: Array, k: Array, v: Array, ids: Any, key_ids: Any, slopes: Any, index: Int[Array, " T"]) -> Partial:
         known = None if ids is None else (ids, key_ids)
@@ -109,7 +109,7 @@ def whole_on_each_device(name: str, size: int) -> bool:
     return splits(name) and free_spec((name,), (size,), jax.sharding.get_abstract_mesh())[0] is None
 
 
-def _one_for_each_device(x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T R D"]:
+def a_key_head_for_each_device(x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T R D"]:
     """Keys whose heads can be split as `heads` query heads are: where there are fewer than devices, repeated."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

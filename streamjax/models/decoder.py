@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.context.sequence import Exchange
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import State
 from streamjax.models.block import Block
@@ -112,15 +113,17 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         remat: bool = False,
+        exchange: Exchange = "auto",
     ) -> Float[Array, "B T E"]:
         """Hidden states after the last norm, over a whole sequence.
 
         `positions` defaults to 0, 1, ...; tokens of different `segment_ids` do not see each other. `remat` keeps only
-        each layer's input for the backward pass.
+        each layer's input for the backward pass. `exchange`: between devices that share a sequence, see
+        `attention.context.sequence`.
         """
         position = jnp.arange(tokens.shape[1]) if positions is None else positions
         positions = jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32)
-        context = SequenceContext(positions, segment_ids, tokens.shape[1])
+        context = SequenceContext(positions, segment_ids, tokens.shape[1], exchange=exchange)
 
         def apply(
             block: Block, x: Array, memory: ReadablePages | None = None

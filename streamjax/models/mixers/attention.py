@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from streamjax.attention.context.sequence import Exchange
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
 from streamjax.kv.head_groups import update_in_order
@@ -32,12 +33,14 @@ class SequenceContext:
 
     position: stream positions. segment_ids: tokens see only their own segment. length: tokens of the whole sequence,
     which `dynamic` and `longrope` depend on. before: segment of the token in front of the stretch; None: there is none.
+    exchange: how devices that share a sequence come to each other's keys, see `attention.context.sequence`.
     """
 
     position: UInt32[Array, "B T"]
     segment_ids: Int32[Array, "B T"] | None
     length: int = dataclasses.field(metadata={"static": True})
     before: Int32[Array, " B"] | None = None
+    exchange: Exchange = dataclasses.field(default="auto", metadata={"static": True})
 
     def resets(self) -> Bool[Array, "B T"] | None:
         """The tokens at which another segment begins than that of the token before; None: there is one segment."""
@@ -107,6 +110,7 @@ class Attention(nnx.Module):
             softcap=self.config.softcap,
             slopes=self.slopes(),
             sink_logits=self.sinks(),
+            exchange=context.exchange,
         )
         return self.projections.join(out, x.dtype, gate)
 

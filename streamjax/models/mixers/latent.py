@@ -76,7 +76,13 @@ class LatentAttention(nnx.Module):
         )
         v = jnp.pad(both[..., c.nope_dim :], ((0, 0),) * 3 + ((0, c.query_dim - c.value_dim),))
         out = sequence_attention(
-            q, k, constrain(v, *axes), c.pattern, segment_ids=context.segment_ids, scale=c.softmax_scale
+            q,
+            k,
+            constrain(v, *axes),
+            c.pattern,
+            segment_ids=context.segment_ids,
+            scale=c.softmax_scale,
+            exchange=context.exchange,
         )
         return self._out(out[..., : c.value_dim], x.dtype)
 

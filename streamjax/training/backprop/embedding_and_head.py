@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.attention.context.sequence import context_shards
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers, without_layers
+from streamjax.parallel.rules import constrain
 from streamjax.training.backprop import loss_kernels
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction, keep_like
@@ -219,20 +221,24 @@ def whole_sequence_stats(
 ) -> TokenStats:
     """Statistics of all tokens from hidden states behind the last norm, differentiable by `jax.grad`.
 
-    Logits are made for `logits_chunk` tokens at a time and made again in the backward pass.
+    Logits are made for `logits_chunk` tokens at a time and made again in the backward pass. Devices that share a
+    sequence make those of as many of their own tokens at a time.
     """
     if loss_kernels.applicable(model, hidden):
         return loss_kernels.token_stats(model, hidden, targets)
-    size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
+    length = hidden.shape[1]
+    shards = context_shards(length)
+    size = min(logits_chunk, length // shards)
 
     def one(hidden: Array, targets: Array) -> TokenStats:
+        hidden = constrain(hidden, "batch", "length", "activation_embed")
         return token_stats(model.logits(hidden), targets)
 
-    if size == length:
+    if size == length // shards:
         return one(hidden, targets)
     _, cut = jax.lax.scan(
         lambda carry, piece: (carry, jax.checkpoint(one)(*piece)),
         None,
-        (cut_blocks(hidden, size), cut_blocks(targets, size)),
+        (cut_blocks(hidden, size, shards), cut_blocks(targets, size, shards)),
     )
-    return TokenStats(*(join_blocks(x, length) for x in cut))
+    return TokenStats(*(join_blocks(x, length, shards) for x in cut))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
+from streamjax.attention.context.sequence import Exchange
 from streamjax.training.backprop.trainable_parameters import Trainable
 
 
@@ -21,3 +22,4 @@ class GradientOptions:
     segment: int = 1
     offload: Literal["host"] | None = None
     offload_fraction: float = 1.0
+    context_exchange: Exchange = "auto"

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.context.sequence import Exchange, context_shards
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop import chunk_order, layer_order
@@ -59,6 +60,7 @@ def loss_and_grad(
     logits_chunk: int | None = None,
     memory_bytes: int | None = None,
     trainable: Trainable = nnx.Param,
+    context_exchange: Exchange = "auto",
 ) -> tuple[Float[Array, ""], Decoder]:
     """Loss of a batch, and its gradient: the same with every method, but for rounding.
 
@@ -83,6 +85,8 @@ def loss_and_grad(
       memory_bytes: what "auto" may use of a device's memory, parameters and gradients included; all that the device has
         where None, or the free memory of a CPU's machine.
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
+      context_exchange: how devices that share a sequence, along the mesh axis `context`, come to each other's keys
+        with "full" and "remat": "ring", "gather", or "auto", which gathers up to 256 MiB (docs/sharding.md).
 
     Returns:
       The loss, float32 (float64 for a float64 model), and the gradient, shaped as the model. The gradient has that of
@@ -138,6 +142,7 @@ def loss_and_grad(
             offload_fraction=offload_fraction,
             grad_dtype=None if grad_dtype is None else jnp.dtype(grad_dtype),
             kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
+            context_exchange=context_exchange,
         ),
     )
     return loss, with_routing_total(grads, None)
@@ -163,10 +168,12 @@ def choice_for(
     split = () if mesh.empty else batch_axes(mesh, rows)
     leaves = jax.tree.leaves(partition(model, trainable)[0])
     experts = any(isinstance(block.mlp, ExpertsConfig) for block in model.config.blocks)  # most of the parameters
+    shards = context_shards(length)
     return choose(
         model.config,
         batch_size=rows // math.prod(axes[name] for name in split),
-        length=length,
+        length=length // shards,
+        whole_sequences=shards > 1,
         memory_bytes=memory_bytes,
         platform=jax.default_backend(),
         stacked=len(model.stack) > 0,
@@ -194,18 +201,24 @@ def _loss_and_grad(
         return over_rows(compute, model, batch, prepared, params, objective.rows)
 
     def loss(params: Decoder) -> Array:
-        return whole_loss(combine(params, rest), batch, prepared, objective, options.logits_chunk, method == "remat")
+        whole = combine(params, rest), batch, prepared, objective, options.logits_chunk
+        return whole_loss(*whole, method == "remat", options.context_exchange)
 
     return jax.value_and_grad(loss)(params)
 
 
 def whole_loss(
-    model: Decoder, batch: Batch, prepared: Batch, objective: Objective, logits_chunk: int, remat: bool = False
+    model: Decoder,
+    batch: Batch,
+    prepared: Batch,
+    objective: Objective,
+    logits_chunk: int,
+    remat: bool = False,
+    exchange: Exchange = "auto",
 ) -> Float[Array, ""]:
     """The loss by one pass over the whole sequence, for `jax.grad`."""
-    hidden = model.hidden(
-        batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), remat=remat
-    )
+    known = {name: batch.get(name) for name in ("positions", "segment_ids")}
+    hidden = model.hidden(batch["tokens"], **known, remat=remat, exchange=exchange)
     return objective.loss(whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk), prepared)
 
 

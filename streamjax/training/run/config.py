@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from flax import nnx
 
+from streamjax.attention.context.sequence import Exchange
 from streamjax.data import DataConfig
 from streamjax.field_checks import Count, Fraction, Interval, Positive, Seed, Size, check_fields
 from streamjax.kv.presets import parse_preset, preset
@@ -17,6 +18,7 @@ from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
 from streamjax.models.quantising import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free
+from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO
@@ -29,11 +31,15 @@ Axis = Annotated[int, Interval(-1, 2**31 - 1)]
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device."""
+    """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device.
+
+    `data` and `fsdp` split the rows of a batch, `context` each row's tokens; see `streamjax.parallel.make_mesh`.
+    """
 
     data: Axis = 1
     fsdp: Axis = 1
     tensor: Axis = 1
+    context: Axis = 1
     expert: Axis = 1
 
     def __post_init__(self) -> None:
@@ -47,7 +53,7 @@ class MeshConfig:
 class BackpropConfig:
     """How the gradient of a step is made; see `streamjax.training.loss_and_grad`.
 
-    All but the last two fields choose between memory and time; the gradient is the same.
+    All but `carry_state` and `cache` choose between memory and time; the gradient is the same.
 
     Attributes:
       method: what is kept for the backward pass, and in which order it runs; one of `streamjax.training.METHODS`.
@@ -57,6 +63,8 @@ class BackpropConfig:
         computed again.
       offload: "host" moves what is kept a layer to the host's memory; None leaves it on the device.
       offload_fraction: the share of it that is moved, 0 to 1.
+      context_exchange: how devices along the mesh axis `context` come to each other's keys in full attention: "ring",
+        "gather", or "auto", which gathers while that takes no more than 256 MiB.
       carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
         `streamjax.training.streaming_loss_and_grad`, which has an order of its own; only `chunk_size` counts there.
       cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".
@@ -67,6 +75,7 @@ class BackpropConfig:
     segment: Size = 1
     offload: Literal["host"] | None = None
     offload_fraction: Fraction = 1.0
+    context_exchange: Exchange = "auto"
     carry_state: bool = False
     cache: str = "streaming_llm"
 
@@ -89,7 +98,7 @@ class BackpropConfig:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `loss_and_grad`."""
-        names = ("method", "chunk_size", "segment", "offload", "offload_fraction")
+        names = ("method", "chunk_size", "segment", "offload", "offload_fraction", "context_exchange")
         return {name: getattr(self, name) for name in names}
 
 
@@ -201,6 +210,7 @@ class TrainConfig:
         if self.backprop.carry_state:
             self._check_streams()
         self._check_objective()
+        self.check_context(self.mesh.context)
 
     def _check_objective(self) -> None:
         """Whether the data and the rows of a batch fit the objective."""
@@ -225,6 +235,27 @@ class TrainConfig:
                     f"rollouts.max_new_tokens {self.rollouts.max_new_tokens} leaves no room for a prompt in "
                     f"data.seq_len {self.data.seq_len}"
                 )
+
+    def check_context(self, devices: int) -> None:
+        """Raise ValueError for what cannot be trained with sequences over so many devices along `mesh.context`."""
+        if devices <= 1:
+            return
+        if self.data.seq_len % devices:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is not a multiple of mesh.context {devices}: each device along it "
+                "has an equal part of every sequence"
+            )
+        method = self.backprop.method
+        if method not in (*WHOLE_METHODS, "auto"):
+            raise ValueError(
+                f"backprop.method {method!r} cuts sequences, which mesh.context {devices} spreads over devices: use "
+                '"remat" or "full", whose memory a device grows with its own tokens only'
+            )
+        if self.backprop.carry_state:
+            raise ValueError(
+                f"backprop.carry_state reads streams in chunks, and mesh.context {devices} splits whole sequences: "
+                "use the other mesh axes"
+            )
 
     def _check_streams(self) -> None:
         if self.data.packing != "streams":

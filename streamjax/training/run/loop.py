@@ -116,6 +116,7 @@ class _Run:
         self.config, self.workdir = config, workdir
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
+        config.check_context(1 if self.mesh is None else self.mesh.shape["context"])  # -1 is a number now
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.state = initial_state(config, self.tokenizer, self.mesh)
         with self.on_mesh():

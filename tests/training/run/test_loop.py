@@ -184,7 +184,7 @@ def test_a_finished_run_has_nothing_to_do(run_config, reference):
 
 def test_a_run_may_move_to_other_devices(run_config, reference, at_step, tmp_path):
     expected, _ = reference(run_config)
-    sharded = dataclasses.replace(run_config, mesh=MeshConfig(data=2, fsdp=-1))
+    sharded = dataclasses.replace(run_config, mesh=MeshConfig(data=2, context=2, fsdp=-1))
     at_step(5, kill)
     with pytest.raises(Killed):
         train(sharded, tmp_path)

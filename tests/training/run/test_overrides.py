@@ -91,12 +91,27 @@ def test_checks_see_all_changes_together():
         ("data.batch_size=0", r"DataConfig.batch_size is 0"),
         ("steps=0", r"TrainConfig.steps is 0: it must be a whole number of at least 1"),
         ("optimizer.accumulation=3", r"data.batch_size 8 is not a multiple of optimizer.accumulation 3"),
+        ("mesh.context=3", r"data.seq_len 1024 is not a multiple of mesh.context 3: each device along it has"),
         ("init_from=folder", r"either model \(a new one\) or init_from \(a path\), and not both"),
     ],
 )
 def test_errors_are_one_line_that_says_what_to_do(argument, message):
     with pytest.raises(ValueError, match=message) as error:
         override(argument)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["backprop.method=layer"], r"backprop.method 'layer' cuts sequences, which mesh.context 4 .*: use \"remat\""),
+        (["data.packing=streams", "backprop.carry_state=true"], r"backprop.carry_state reads .* mesh.context 4 splits"),
+    ],
+)
+def test_what_sequences_over_devices_do_not_go_with(arguments, message):
+    assert override("mesh.context=4", "backprop.method=remat").mesh.context == 4
+    with pytest.raises(ValueError, match=message) as error:
+        override("mesh.context=4", *arguments)
     assert "\n" not in str(error.value)
 
 

@@ -18,6 +18,8 @@ UNSTACKED_HEADROOM = (
     0.4  # the same for layers that are not stacked, of which a CPU's compiler makes up to 2.2 times as much
 )
 
+WHOLE_METHODS = ("full", "remat")  # that do not cut the sequence
+
 
 class Choice(NamedTuple):
     """Arguments of `loss_and_grad`, and what they need by the memory model."""
@@ -44,6 +46,7 @@ def choose(
     chunk_size: int | None = None,
     platform: str = "tpu",
     stacked: bool = True,
+    whole_sequences: bool = False,
     **known: Any,
 ) -> Choice:
     """The fastest way to take the gradient of a batch that fits in the memory.
@@ -56,6 +59,7 @@ def choose(
       config, batch_size, length, platform, stacked, known: as for `estimate`; rows and tokens on one device.
       memory_bytes: of one device, all that the step may use: parameters and gradients are part of it.
       chunk_size: tokens of a chunk where a method cuts the sequence; as in `loss_and_grad` where None.
+      whole_sequences: only methods that do not cut the sequence, because several devices share one.
 
     Raises:
       ValueError: nothing fits; the message has what comes closest.
@@ -64,6 +68,8 @@ def choose(
     size = min(chunk_size or DEFAULT_CHUNK, length)
     closest: Choice | None = None
     for arguments in _candidates(config, size, math.ceil(length / size), platform, stacked):
+        if whole_sequences and arguments["method"] not in WHOLE_METHODS:
+            continue
         memory = estimate(
             config, batch_size=batch_size, length=length, platform=platform, stacked=stacked, **arguments, **known
         )

@@ -1,0 +1,70 @@
+"""Training with sequences over the `context` axis: the loss and gradient of one device, for every kind of attention."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+
+from streamjax.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    DenseConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+)
+from streamjax.models.config.attention import TemperatureConfig
+from streamjax.parallel.mesh import make_mesh, shard_model
+from streamjax.training import shard_batch
+from tests.training.gradient_checks import assert_same, gradient, random_batch, random_model
+
+ROWS, LENGTH = 2, 48
+DYNAMIC = RopeConfig(kind="dynamic", factor=3.0, original_max_position=16)
+HEADS = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4)
+MIXERS = {
+    "full": dataclasses.replace(HEADS, qk_norm=NormConfig(), softcap=2.0, output_gate=True),
+    "window": dataclasses.replace(HEADS, window=9, sink_logits=True),
+    "sinks": dataclasses.replace(HEADS, window=7, sinks=3),
+    "chunk": dataclasses.replace(
+        HEADS, chunk=10, rope=RopeConfig(kind="dynamic", factor=3.0, original_max_position=16)
+    ),
+    "alibi": dataclasses.replace(HEADS, rope=None, alibi_slopes=(0.5, 0.25, 0.125, 0.0)),
+    "nope": dataclasses.replace(HEADS, rope=None, temperature=TemperatureConfig(0.3, 4), value_is_key=True),
+    "latent": LatentAttentionConfig(4, 6, 4, 2, 3, rope=RopeConfig(rotary_dim=2)),
+}
+
+
+def config_of(*names):
+    blocks = tuple(BlockConfig(mixer=MIXERS[name], mlp=DenseConfig(24)) for name in names)
+    return ModelConfig(vocab_size=32, d_model=16, blocks=blocks)
+
+
+@functools.cache
+def expected(names, packed):
+    """A model, a batch, and the loss and gradient on one device."""
+    with jax.enable_x64(True):
+        config = config_of(*names)
+        model, batch = random_model(config), random_batch(config.vocab_size, ROWS, LENGTH, packed=packed)
+        return model, batch, gradient(model, batch, "full")
+
+
+ALL = tuple(MIXERS)
+
+
+@pytest.mark.parametrize(
+    ("axes", "names", "packed", "method", "options"),
+    [
+        ({"data": 2, "context": 2, "tensor": 2}, ALL, True, "full", {"context_exchange": "ring"}),
+        ({"fsdp": 2, "context": 4}, ("full", "latent"), False, "remat", {"logits_chunk": 5}),
+        pytest.param({"context": 8}, ALL, True, "full", {"context_exchange": "gather"}, marks=pytest.mark.slow),
+        pytest.param({"context": 8}, ALL, False, "remat", {"context_exchange": "ring"}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_gradient_is_that_of_one_device(axes, names, packed, method, options):
+    model, batch, right = expected(names, packed)
+    mesh = make_mesh(**axes)
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        found = gradient(shard_model(model, mesh), shard_batch(batch, mesh), method, **options)
+    assert_same(found, right)
