@@ -159,6 +159,7 @@ NO_CONFIGURATIONS = {
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "Budgeted"),
+    *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Merge", "Wrapped", "RecurrentConfig"),  # what others of them are made from
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]

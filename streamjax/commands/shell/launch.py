@@ -22,7 +22,8 @@ def launch(command: str) -> int:
     try:
         status = importlib.import_module(f"streamjax.commands.{command}").main()
     except ImportError as error:
-        print(f"error: this installation is incomplete: {error} (pip install streamjax)", file=sys.stderr)
+        name = "'streamjax[serve]'" if command == "serve" else "streamjax"
+        print(f"error: this installation is incomplete: {error} (pip install {name})", file=sys.stderr)
         status = 1
     if signal.getsignal(signal.SIGINT) in (leave, signal.default_int_handler):
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(status))  # the work is done
@@ -132,6 +133,11 @@ def perplexity() -> int:
 def recall() -> int:
     """`streamjax-recall`."""
     return launch("recall")
+
+
+def serve() -> int:
+    """`streamjax-serve`."""
+    return launch("serve")
 
 
 def stream() -> int:
