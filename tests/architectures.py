@@ -109,6 +109,14 @@ CASES = {
             "linear_value_head_dim": 6,
         },
     },
+    "olmo_hybrid": {
+        **{**GROUPED, "layer_types": LINEAR_FIRST, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
+        **{"linear_key_head_dim": 5, "linear_value_head_dim": 6},
+    },
+    "kimi_linear": {
+        **{name: size for name, size in LATENT.items() if name not in ("n_routed_experts", "first_k_dense_replace")},
+        **{"layer_types": LINEAR_FIRST, "num_experts": 4, "linear_num_heads": 2, "linear_head_dim": 5},
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

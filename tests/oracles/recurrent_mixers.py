@@ -11,6 +11,10 @@ def _value(parameter) -> np.ndarray:
     return np.asarray(parameter[...], np.float64)
 
 
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
 def _silu(x):
     return x / (1 + np.exp(-x))
 
@@ -46,7 +50,7 @@ def gated_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
         q, k = mixed[g, :k_dim], mixed[g, k_dim : 2 * k_dim]
         q, k = (y / np.sqrt(y @ y + 1e-6) for y in (q, k))
         v = mixed[g, 2 * k_dim + r * v_dim :][:v_dim]
-        write = 1 / (1 + np.exp(-inside[g, last + r]))
+        write = (1 + c.negative_eigenvalues) * _sigmoid(inside[g, last + r])
         step = _softplus(inside[g, last + shared + r] + _value(p.step_bias)[head])
         state = np.exp(-np.exp(_value(p.rate_log)[head]) * step) * cache[1][head]
         cache[1][head] = state + np.outer(k, write * (v - state.T @ k))
@@ -54,6 +58,28 @@ def gated_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
         read = _norm(read, c.norm.eps) * (_value(p.norm.weight) + c.norm.offset)
         out[head] = read * _silu(inside[g, first + r * v_dim :][:v_dim])
     return np.tensordot(out.reshape(c.num_groups, shared, v_dim), _value(p.out), axes=3)
+
+
+def kimi_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of Kimi Delta Attention; `cache` has the inputs of the convolution and the states."""
+    p, c = layer.mixer, layer.mixer.config
+    if not cache:
+        cache += [[], np.zeros((c.num_heads, c.key_dim, c.value_dim))]
+    inside = np.tensordot(x, _value(p.inside), axes=1)
+    mixed = _silu(_convolved(p.conv, inside[:, :-1], cache[0]))
+    low = np.tensordot(x, _value(p.down), axes=1)
+    steps, gates = np.tensordot(low[0], _value(p.step_up), axes=1), np.tensordot(low[1], _value(p.gate_up), axes=1)
+    out = np.zeros((c.num_heads, 1, c.value_dim))
+    for head in range(c.num_heads):
+        q, k = mixed[head, : c.key_dim], mixed[head, c.key_dim : 2 * c.key_dim]
+        q, k = (y / np.sqrt(y @ y + 1e-6) for y in (q, k))
+        decay = np.exp(-np.exp(_value(p.rate_log)[head]) * _softplus(steps[head] + _value(p.step_bias)[head]))
+        state = decay[:, None] * cache[1][head]
+        written = _sigmoid(inside[head, -1]) * (mixed[head, 2 * c.key_dim :] - state.T @ k)
+        cache[1][head] = state + np.outer(k, written)
+        read = _norm(cache[1][head].T @ (q / np.sqrt(c.key_dim)), c.norm.eps)
+        out[head, 0] = read * (_value(p.norm.weight) + c.norm.offset) * _sigmoid(gates[head])
+    return np.tensordot(out, _value(p.out), axes=3)
 
 
 def ssd(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from tests.oracles.recurrent_mixers import gated_conv, gated_delta, ssd
+from tests.oracles.recurrent_mixers import gated_conv, gated_delta, kimi_delta, ssd
 
 _erf = np.vectorize(math.erf)
 ACTIVATIONS = {
@@ -157,12 +157,14 @@ def latent_attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarra
         (apart(x @ _value(p.k_rope)), norm(x @ _value(p.kv_down), p.kv_norm), cache[-1][2] + 1 if cache else 0)
     )
     places = rule.places(cache)
-    assert config.rope.kind == "default", "the oracle knows plain RoPE only"
-    query = rope(apart(q[:, nope:]), places[-1], config.rope.theta, turning)
+    assert config.rope is None or config.rope.kind == "default", "the oracle knows plain RoPE only"
+
+    def turned(channels: np.ndarray, at: int) -> np.ndarray:
+        return channels if config.rope is None else rope(channels, at, config.rope.theta, turning)
+
+    query = turned(apart(q[:, nope:]), places[-1])
     heads = np.stack([np.tensordot(entry[1], _value(p.kv_up), axes=1) for entry in cache])  # [n, H, N + V]
-    shared = np.stack(
-        [rope(entry[0][None], at, config.rope.theta, turning)[0] for at, entry in zip(places, cache, strict=True)]
-    )
+    shared = np.stack([turned(entry[0][None], at)[0] for at, entry in zip(places, cache, strict=True)])
     scale = (nope + turning) ** -0.5 if config.scale is None else config.scale
     out = np.zeros((config.num_heads, config.value_dim))
     for head in range(config.num_heads):
@@ -237,7 +239,7 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
         return config.residual_scale * (norm(y, module) if config.post_norms else y)
 
     mixers = {"latent_attention": latent_attention, "gated_delta": gated_delta, "ssd": ssd}
-    mixers["gated_conv"] = gated_conv
+    mixers |= {"gated_conv": gated_conv, "kimi_delta": kimi_delta}
     mix = mixers.get(config.mixer.type_name, attention)
     normed = before(x, layer.mixer_norm)
     mixed = behind(mix(layer, normed, cache, rule), layer.mixer_post_norm)

@@ -17,7 +17,7 @@ from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, SSDConfig
+from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, KimiDeltaConfig, SSDConfig
 from streamjax.models.config.rope import RopeConfig, RopeKind
 from streamjax.models.config.uniform import UniformConfig
 
@@ -31,6 +31,7 @@ __all__ = [
     "GatedConvConfig",
     "GatedDeltaConfig",
     "HSAConfig",
+    "KimiDeltaConfig",
     "LatentAttentionConfig",
     "MLPConfig",
     "MixerConfig",

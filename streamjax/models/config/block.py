@@ -11,10 +11,17 @@ from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, RecurrentConfig, SSDConfig
+from streamjax.models.config.recurrent import (
+    GatedConvConfig,
+    GatedDeltaConfig,
+    KimiDeltaConfig,
+    RecurrentConfig,
+    SSDConfig,
+)
 
 AttentionMixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
-MixerConfig: TypeAlias = AttentionMixerConfig | GatedDeltaConfig | SSDConfig | GatedConvConfig
+RecurrentMixerConfig: TypeAlias = GatedDeltaConfig | KimiDeltaConfig | SSDConfig | GatedConvConfig
+MixerConfig: TypeAlias = AttentionMixerConfig | RecurrentMixerConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 
 

@@ -21,7 +21,7 @@ class LatentAttentionConfig:
     num_heads: query heads, each of `nope_dim` channels that do not rotate and `rope_dim` that do.
     value_dim: channels of a head's value.
     q_rank: queries are made from a latent of so many channels; None: from the layer's input.
-    rope: how the rotary channels rotate; its `rotary_dim` is `rope_dim`.
+    rope: how the rotary channels rotate; its `rotary_dim` is `rope_dim`. None: nothing rotates (Kimi-Linear).
     interleaved: rotary channels come in neighbouring pairs (x0, x1), (x2, x3), ... in the weights.
     norm: of the latents.
     scale: factor on query-key products; None: 1 / sqrt(nope_dim + rope_dim).
@@ -36,7 +36,7 @@ class LatentAttentionConfig:
     rope_dim: Size
     value_dim: Size
     q_rank: Size | None = None
-    rope: RopeConfig = RopeConfig(rotary_dim=64)
+    rope: RopeConfig | None = RopeConfig(rotary_dim=64)
     interleaved: bool = True
     norm: NormConfig = NormConfig(eps=1e-6)
     scale: Positive | None = None
@@ -55,7 +55,7 @@ class LatentAttentionConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.rope.rotary_dim != self.rope_dim:
+        if self.rope is not None and self.rope.rotary_dim != self.rope_dim:
             raise ValueError(
                 f"LatentAttentionConfig.rope.rotary_dim is {self.rope.rotary_dim}: it must be rope_dim, {self.rope_dim}"
             )
@@ -63,7 +63,8 @@ class LatentAttentionConfig:
             raise ValueError(
                 f"LatentAttentionConfig.value_dim is {self.value_dim}: at most nope_dim + rope_dim, {self.query_dim}"
             )
-        self.rope.check_width(self.query_dim)
+        if self.rope is not None:
+            self.rope.check_width(self.query_dim)
 
     @property
     def query_dim(self) -> int:

@@ -71,6 +71,15 @@ class RecurrentConfig:
         raise NotImplementedError
 
 
+def check_single_heads(config: RecurrentConfig) -> None:
+    """Refuse heads that share a group."""
+    if config.group_size != 1:
+        raise ValueError(
+            f"{type(config).__name__}.num_heads {config.num_heads} must be num_groups, {config.num_groups}: a head has "
+            "a group of its own"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig(RecurrentConfig):
     """Gated DeltaNet (2412.06464) as Qwen3-Next has it: the delta rule with one decay a head.
@@ -78,6 +87,8 @@ class GatedDeltaConfig(RecurrentConfig):
     num_heads: heads of values, each with a state of `key_dim` x `value_dim`; `num_groups` heads of queries and keys.
     conv_width: tokens that the convolution over queries, keys and values reads.
     norm: of a head's output, before it is gated.
+    negative_eigenvalues: a token writes up to twice its value in place of all of it, so that what its key holds can
+      change its sign (2411.12537).
     """
 
     type_name: ClassVar[str] = "gated_delta"
@@ -86,6 +97,7 @@ class GatedDeltaConfig(RecurrentConfig):
     value_dim: Size
     conv_width: Size = 4
     norm: NormConfig = NormConfig(eps=1e-6)
+    negative_eigenvalues: bool = False
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -104,6 +116,48 @@ class GatedDeltaConfig(RecurrentConfig):
         conv = self.conv_width * self.num_groups * self.conv_shape[-1]
         ends = d_model * (self.projected + self.num_heads * self.value_dim)
         return ends + conv + 2 * self.num_heads + self.norm.parameter_count(self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class KimiDeltaConfig(RecurrentConfig):
+    """Kimi Delta Attention (2510.26692): the delta rule with a decay for each channel of a key.
+
+    num_heads: as many as `num_groups`: every head has queries and keys of its own.
+    rank: channels from which a token's decays are made, and as many from which its output gates are.
+    conv_width: tokens that the convolution over queries, keys and values reads.
+    norm: of a head's output, before it is gated.
+    """
+
+    type_name: ClassVar[str] = "kimi_delta"
+
+    key_dim: Size
+    value_dim: Size
+    rank: Size
+    conv_width: Size = 4
+    norm: NormConfig = NormConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_single_heads(self)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.key_dim, self.value_dim
+
+    @property
+    def group_channels(self) -> tuple[int, int, int]:
+        """Of a group: the query and as many of the key, its value, and what writes."""
+        return 2 * self.key_dim, self.value_dim, 1
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return self.conv_width - 1, self.num_groups, sum(self.group_channels[:2])
+
+    def parameter_count(self, d_model: int) -> int:
+        conv = self.conv_width * self.num_groups * self.conv_shape[-1]
+        ends = d_model * (self.projected + self.num_heads * self.value_dim + 2 * self.rank)
+        ups = self.num_heads * ((self.rank + 1) * self.key_dim + self.rank * self.value_dim)
+        return ends + conv + ups + self.num_heads + self.norm.parameter_count(self.value_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +231,7 @@ class GatedConvConfig(RecurrentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size != 1:
-            raise ValueError(
-                f"GatedConvConfig.num_heads {self.num_heads} must be num_groups {self.num_groups}: its channels share "
-                "no queries"
-            )
+        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.gpt_oss import GPT_OSS
 from streamjax.models.families.granite import GRANITE
 from streamjax.models.families.granite_hybrid import GRANITE_HYBRID
+from streamjax.models.families.kimi_linear import KIMI_LINEAR
 from streamjax.models.families.lfm2 import LFM2, LFM2_MOE
 from streamjax.models.families.llama import LLAMA
 from streamjax.models.families.llama4 import LLAMA4
@@ -36,6 +37,7 @@ from streamjax.models.families.mistral import MISTRAL
 from streamjax.models.families.mixtral import MIXTRAL
 from streamjax.models.families.mpt import MPT
 from streamjax.models.families.olmo import OLMO2, OLMO3
+from streamjax.models.families.olmo_hybrid import OLMO_HYBRID
 from streamjax.models.families.phi3 import PHI3
 from streamjax.models.families.qwen import QWEN2, QWEN3
 from streamjax.models.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
@@ -52,7 +54,7 @@ _ALL = (
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
     *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
-    *(LFM2, LFM2_MOE, QWEN3_5_MOE),
+    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

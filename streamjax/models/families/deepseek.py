@@ -25,7 +25,7 @@ from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.rope_fields import read_rope, write_scaling
 
 _ATTENTION, _MLP = f"{tensor_tables.BLOCK}.self_attn", f"{tensor_tables.BLOCK}.mlp"
-_LATENT_EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` says
+LATENT_EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` says
 
 
 def _read(fields: Fields, family: str, max_position: int, dense_layers: int, experts: ExpertsConfig) -> ModelConfig:
@@ -64,7 +64,7 @@ def _read_mixer(fields: Fields, max_position: int) -> LatentAttentionConfig:
         q_rank=q_rank,
         rope=dataclasses.replace(rope, rotary_dim=rope_dim),
         interleaved=fields.flag("rope_interleave", True),
-        norm=NormConfig(eps=_LATENT_EPS),
+        norm=NormConfig(eps=LATENT_EPS),
         scale=(nope_dim + rope_dim) ** -0.5 * _longer(rope),
     )
 
@@ -128,6 +128,8 @@ def _write(config: ModelConfig) -> tuple[dict[str, Any], LatentAttentionConfig, 
     mixer, experts = config.blocks[0].mixer, the_experts(config)
     if not isinstance(mixer, LatentAttentionConfig):
         raise ValueError("its layers have no latent attention")
+    if mixer.rope is None:
+        raise ValueError("its latent attention does not rotate")
     dense = [block.mlp.mlp_dim for block in config.blocks if isinstance(block.mlp, DenseConfig)]
     shared = 0 if experts.shared is None else experts.shared.mlp_dim
     values = {
@@ -172,15 +174,11 @@ def _write3(config: ModelConfig) -> dict[str, Any]:
     return {**values, "rope_interleave": mixer.interleaved}
 
 
-def _tensors(block: BlockConfig) -> Table:
-    mixer = block.mixer
-    assert isinstance(mixer, LatentAttentionConfig)
+def latent_tensors(mixer: LatentAttentionConfig) -> Table:
+    """Latent attention."""
     queries = "q_proj" if mixer.q_rank is None else "q_b_proj"
     down, per_head = f"{_ATTENTION}.kv_a_proj_with_mqa.weight", "(h d) r -> r h d"
-    table = {
-        **tensor_tables.ends("model.embed_tokens", "model.norm"),
-        **tensor_tables.norm("layers.mixer_norm", f"{tensor_tables.BLOCK}.input_layernorm"),
-        **tensor_tables.norm("layers.mlp_norm", f"{tensor_tables.BLOCK}.post_attention_layernorm"),
+    return {
         **tensor_tables.norm("layers.mixer.q_norm", f"{_ATTENTION}.q_a_layernorm"),
         **tensor_tables.norm("layers.mixer.kv_norm", f"{_ATTENTION}.kv_a_layernorm"),
         "layers.mixer.q_down": (Source(f"{_ATTENTION}.q_a_proj.weight", "r e -> e r"),),
@@ -189,6 +187,17 @@ def _tensors(block: BlockConfig) -> Table:
         "layers.mixer.k_rope": (Source(down, "r e -> e r", rows=(mixer.kv_rank, mixer.head_dim)),),
         "layers.mixer.kv_up": (Source(f"{_ATTENTION}.kv_b_proj.weight", per_head),),
         "layers.mixer.out": (Source(f"{_ATTENTION}.o_proj.weight", "e (h d) -> h d e"),),
+    }
+
+
+def _tensors(block: BlockConfig) -> Table:
+    mixer = block.mixer
+    assert isinstance(mixer, LatentAttentionConfig)
+    table = {
+        **tensor_tables.ends("model.embed_tokens", "model.norm"),
+        **tensor_tables.norm("layers.mixer_norm", f"{tensor_tables.BLOCK}.input_layernorm"),
+        **tensor_tables.norm("layers.mlp_norm", f"{tensor_tables.BLOCK}.post_attention_layernorm"),
+        **latent_tensors(mixer),
     }
     if not isinstance(block.mlp, ExpertsConfig):
         return {**table, **tensor_tables.gate_up(_MLP), **tensor_tables.down(f"{_MLP}.down_proj")}

@@ -110,6 +110,11 @@ class Source:
         letter = next((letter for letter in rows if sizes[letter] > 1), rows[-1])
         return letter, right.split().index(letter)
 
+    @property
+    def one_row(self) -> bool:
+        """Whether the tensor's first axis has one place, so that it is read as a whole."""
+        return self.pattern.startswith("1 ")
+
     def index(self) -> tuple[slice, ...]:
         """Where the parameter takes what the tensor holds."""
         letters = self.pattern.split("->")[1].split()

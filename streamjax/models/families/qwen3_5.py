@@ -99,7 +99,7 @@ def _write_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(block: BlockConfig) -> Table:
-    return {**hybrid_tensors(block, apart=True), **mlp_tensors(block)}
+    return {**hybrid_tensors(block, "apart"), **mlp_tensors(block)}
 
 
 _IGNORED = (r"^mtp\.", r"^model\.visual\.")

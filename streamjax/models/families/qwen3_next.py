@@ -142,19 +142,19 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def hybrid_tensors(block: BlockConfig, apart: bool) -> Table:
-    """All but the MLP; `apart`: see `recurrent_tables.gated_delta`."""
+def hybrid_tensors(block: BlockConfig, layout: recurrent_tables.Layout) -> Table:
+    """All but the MLP; `layout`: see `recurrent_tables.gated_delta`."""
     table = {
         **tensor_tables.without_mlp(block),
         **tensor_tables.qk_norms(f"{tensor_tables.BLOCK}.self_attn"),
     }
     if isinstance(block.mixer, GatedDeltaConfig):
-        table |= recurrent_tables.gated_delta(block.mixer, f"{tensor_tables.BLOCK}.linear_attn", apart)
+        table |= recurrent_tables.gated_delta(block.mixer, f"{tensor_tables.BLOCK}.linear_attn", layout)
     return table
 
 
 def _tensors(block: BlockConfig) -> Table:
-    return {**hybrid_tensors(block, apart=False), **mlp_tensors(block)}
+    return {**hybrid_tensors(block, "grouped"), **mlp_tensors(block)}
 
 
 QWEN3_NEXT = Family(

@@ -5,9 +5,10 @@ A checkpoint has the parts of all groups behind each other, a parameter those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from streamjax.models.config import GatedConvConfig, GatedDeltaConfig, SSDConfig
+from streamjax.models.config import GatedConvConfig, GatedDeltaConfig, KimiDeltaConfig, SSDConfig
 from streamjax.models.families.family import Source
 from streamjax.models.families.tensor_tables import Entries
 
@@ -32,30 +33,57 @@ def ssd(mixer: SSDConfig, prefix: str) -> Entries:
     }
 
 
-def gated_delta(mixer: GatedDeltaConfig, prefix: str, apart: bool) -> Entries:
+Layout = Literal["grouped", "apart", "single"]
+# Tensors of Gated DeltaNet's projections, and which parts each has: query, key, value, gate, write, step.
+_PROJECTIONS: Mapping[Layout, Mapping[str, Sequence[int]]] = {
+    "apart": {"in_proj_qkv": (0, 1, 2), "in_proj_z": (3,), "in_proj_b": (4,), "in_proj_a": (5,)},
+    "single": {f"{letter}_proj": (part,) for part, letter in enumerate("qkvgba")},
+}
+
+
+def gated_delta(mixer: GatedDeltaConfig, prefix: str, layout: Layout) -> Entries:
     """Gated DeltaNet: queries, keys, values and gates, and what writes and decays, in two projections by groups
-    (Qwen3-Next), or in four with the parts of all groups `apart` (Qwen3.5)."""
+    (Qwen3-Next), in four with the parts of all groups `apart` (Qwen3.5), or each in a `single` one (OLMo-hybrid)."""
     keys, values, gates, rest = mixer.group_channels
     query, key, value = (0, keys // 2), (keys // 2, keys), (keys, keys + values)
     gate, last = (value[1], value[1] + gates), value[1] + gates
     write, step = (last, last + rest // 2), (last + rest // 2, last + rest)
-    into, groups = "(k g) e -> e k g", mixer.num_groups
-    if apart:
-        tensors = {"qkv": [query, key, value], "z": [gate], "b": [write], "a": [step]}
-        inside = [
-            source
-            for name, parts in tensors.items()
-            for source in _groups(groups, f"{prefix}.in_proj_{name}.weight", into, parts)
-        ]
+    into, groups, parts = "(k g) e -> e k g", mixer.num_groups, (query, key, value, gate, write, step)
+    if layout == "grouped":
+        tensors = {"qkvz": (0, last), "ba": (last, last + rest)}
+        inside = tuple(Source(f"{prefix}.in_proj_{name}.weight", into, part) for name, part in tensors.items())
     else:
-        tensors = {"qkvz": [(0, last)], "ba": [(last, last + rest)]}
-        inside = [Source(f"{prefix}.in_proj_{name}.weight", into, parts[0]) for name, parts in tensors.items()]
+        named = {name: [parts[i] for i in which] for name, which in _PROJECTIONS[layout].items()}
+        inside = _several(groups, prefix, into, named)
+    single = layout == "single"
+    norm, out = ("o_norm", "o_proj") if single else ("norm", "out_proj")
+    conv = _convs(groups, prefix, parts[:3]) if single else _conv(groups, prefix, parts[:3])
     return {
-        "layers.mixer.inside": tuple(inside),
-        **_conv(groups, prefix, [query, key, value]),
+        "layers.mixer.inside": inside,
+        **conv,
         **_rates(prefix),
-        "layers.mixer.norm.weight": (Source(f"{prefix}.norm.weight", "d -> d"),),
-        "layers.mixer.out": (Source(f"{prefix}.out_proj.weight", "e (k g d) -> k g d e"),),
+        "layers.mixer.norm.weight": (Source(f"{prefix}.{norm}.weight", "d -> d"),),
+        "layers.mixer.out": (Source(f"{prefix}.{out}.weight", "e (k g d) -> k g d e"),),
+    }
+
+
+def kimi_delta(mixer: KimiDeltaConfig, prefix: str) -> Entries:
+    """Kimi Delta Attention: a projection for each part, and two of a few channels that steps and gates are made of."""
+    keys, values, _ = mixer.group_channels
+    parts = [(0, keys // 2), (keys // 2, keys), (keys, keys + values), (keys + values, keys + values + 1)]
+    into, groups = "(k g) e -> e k g", mixer.num_groups
+    named = {f"{letter}_proj": [part] for letter, part in zip("qkvb", parts, strict=True)}
+    low = (Source(f"{prefix}.{name}_a_proj.weight", "(g r) e -> e g r", (i, i + 1)) for i, name in enumerate("fg"))
+    return {
+        "layers.mixer.inside": _several(groups, prefix, into, named),
+        **_convs(groups, prefix, parts[:3]),
+        "layers.mixer.down": tuple(low),
+        "layers.mixer.step_up": (Source(f"{prefix}.f_b_proj.weight", "(k d) r -> r k d"),),
+        "layers.mixer.gate_up": (Source(f"{prefix}.g_b_proj.weight", "(k d) r -> r k d"),),
+        "layers.mixer.rate_log": (Source(f"{prefix}.A_log", "1 1 h 1 -> h"),),
+        "layers.mixer.step_bias": (Source(f"{prefix}.dt_bias", "(k d) -> k d"),),
+        "layers.mixer.norm.weight": (Source(f"{prefix}.o_norm.weight", "d -> d"),),
+        "layers.mixer.out": (Source(f"{prefix}.o_proj.weight", "e (k g d) -> k g d e"),),
     }
 
 
@@ -86,6 +114,21 @@ def _conv(groups: int, prefix: str, parts: Sequence[Part], name: str = "conv1d")
         "layers.mixer.conv.weight": _groups(groups, f"{prefix}.{name}.weight", "(k g) 1 w -> w k g", parts),
         "layers.mixer.conv.bias": _groups(groups, f"{prefix}.{name}.bias", "(k g) -> k g", parts),
     }
+
+
+def _convs(groups: int, prefix: str, parts: Sequence[Part]) -> Entries:
+    """The short convolution with a tensor each for queries, keys and values."""
+    named = {f"{letter}_conv1d": [part] for letter, part in zip("qkv", parts, strict=True)}
+    return {"layers.mixer.conv.weight": _several(groups, prefix, "(k g) 1 w -> w k g", named)}
+
+
+def _several(groups: int, prefix: str, pattern: str, tensors: Mapping[str, Sequence[Part]]) -> tuple[Source, ...]:
+    """Tensors, each with the rows of its parts as `_groups` has them."""
+    return tuple(
+        source
+        for name, parts in tensors.items()
+        for source in _groups(groups, f"{prefix}.{name}.weight", pattern, parts)
+    )
 
 
 def _groups(groups: int, name: str, pattern: str, parts: Sequence[Part]) -> tuple[Source, ...]:

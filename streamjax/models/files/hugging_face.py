@@ -355,6 +355,9 @@ def _read(
             taken.append(slice(low - start, max(low, high) - start))
         if any(part.start == part.stop for part in filled):
             continue
+        if source.one_row:
+            _copy(values[tuple(filled)], source.load(stored.rows(0, 1), sizes)[tuple(taken)])
+            continue
         letter, axis = source.outermost(sizes)
         unit = source.shape(shape)[0] // sizes[letter]  # rows of the tensor for one place on the parameter's axis
         above = source.rows[0] if source.rows else 0

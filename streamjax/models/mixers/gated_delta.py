@@ -48,12 +48,13 @@ class GatedDelta(RecurrentMixer):
         assert state.conv is not None
         mixed, conv = self.conv(inside[..., : keys + values], state.conv, valid, resets)
         mixed = jax.nn.silu(mixed)
-        q, k = (_unit(part.astype(wide)) for part in jnp.split(mixed[..., :keys], 2, axis=-1))
+        q, k = (unit(part.astype(wide)) for part in jnp.split(mixed[..., :keys], 2, axis=-1))
         v, gate = (
             rearrange(part, "b t g (r v) -> b t g r v", r=c.group_size)
             for part in (mixed[..., keys:], inside[..., keys + values : keys + values + gates])
         )
         write, step = jnp.split(inside[..., keys + values + gates :].astype(wide), 2, axis=-1)
+        beta = jax.nn.sigmoid(write) * (2.0 if c.negative_eigenvalues else 1.0)
         rate, bias = (x[...].astype(wide).reshape(c.num_groups, -1) for x in (self.rate_log, self.step_bias))
         heads, memory = recurrence(
             q * c.key_dim**-0.5,
@@ -61,7 +62,7 @@ class GatedDelta(RecurrentMixer):
             v,
             -jnp.exp(rate) * jax.nn.softplus(step + bias),
             state.memory,
-            beta=jax.nn.sigmoid(write),
+            beta=beta,
             valid=valid,
             resets=resets,
         )
@@ -69,6 +70,6 @@ class GatedDelta(RecurrentMixer):
         return self.leave(heads, x.dtype), RecurrentState(memory, conv)
 
 
-def _unit(x: Float[Array, "B T G K"]) -> Float[Array, "B T G K"]:
+def unit(x: Float[Array, "B T G K"]) -> Float[Array, "B T G K"]:
     """Vectors of length 1."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS)

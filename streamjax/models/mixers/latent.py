@@ -68,10 +68,9 @@ class LatentAttention(nnx.Module):
         c, (nope, turning), (fixed, latent) = self.config, self._queries(x), self._latents(x)
         both = product("btr,rhd->bthd", latent, self.kv_up[...])
         shared = jnp.broadcast_to(fixed[:, :, None], (*both.shape[:3], c.rope_dim))
-        rotary = make_rotary(c.rope, c.query_dim, context.length)
         axes = ("batch", "length", "heads", "head_dim")
         q, k = (
-            constrain(rotary(jnp.concatenate(pair, axis=-1), context.position), *axes)
+            constrain(self._rotated(jnp.concatenate(pair, axis=-1), context), *axes)
             for pair in ((turning, nope), (shared, both[..., : c.nope_dim]))
         )
         v = jnp.pad(both[..., c.nope_dim :], ((0, 0),) * 3 + ((0, c.query_dim - c.value_dim),))
@@ -91,17 +90,20 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]:
         """Rotated queries and keys in the absorbed form, and values, which are the keys."""
         q, k = self._absorbed(x)
-        rotary = make_rotary(self.config.rope, self.config.head_dim, context.length)
-        k = rotary(k, context.position)
-        return constrain(rotary(q, context.position), "batch", "length", "heads", "head_dim"), k, k
+        q, k = self._rotated(q, context), self._rotated(k, context)
+        return constrain(q, "batch", "length", "heads", "head_dim"), k, k
 
     def keys(
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]:
         """Keys and values of `project` alone."""
-        k = jnp.concatenate(self._latents(x), axis=-1)[:, :, None]
-        k = make_rotary(self.config.rope, self.config.head_dim, context.length)(k, context.position)
+        k = self._rotated(jnp.concatenate(self._latents(x), axis=-1)[:, :, None], context)
         return k, k
+
+    def _rotated(self, x: Array, context: SequenceContext) -> Array:
+        if self.config.rope is None:
+            return x
+        return make_rotary(self.config.rope, x.shape[-1], context.length)(x, context.position)
 
     def stream(
         self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext

@@ -52,7 +52,30 @@ def qwen3_5_moe(**options):
     return hf.models.qwen3_5_moe.Qwen3_5MoeTextConfig(**{**sizes, **options})
 
 
+def olmo_hybrid(**options):
+    return hf.OlmoHybridConfig(**{**SIZES, **ATTENTION, "intermediate_size": 56, "eos_token_id": 2, **options})
+
+
+def kimi_linear(**options):
+    sizes = {"linear_num_heads": 3, "linear_head_dim": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+    sizes |= {"qk_nope_head_dim": 12, "v_head_dim": 10, "num_key_value_heads": 4, "intermediate_size": 56}
+    experts = {"num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 2}
+    return hf.models.kimi_linear.KimiLinearConfig(
+        **{**SIZES, **ATTENTION, **sizes, **experts, "bos_token_id": 1, "eos_token_id": 2, **options}
+    )
+
+
 CASES = {
+    "olmo_hybrid": lambda: olmo_hybrid(linear_num_key_heads=2, linear_key_head_dim=12, linear_value_head_dim=6),
+    "olmo_hybrid-unturned": lambda: olmo_hybrid(
+        layer_types=MIXED[::-1], linear_value_head_dim=9, linear_allow_neg_eigval=False, attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": None},
+    ),
+    "kimi_linear": lambda: kimi_linear(layer_types=MIXED),
+    "kimi_linear-older-fields": lambda: kimi_linear(
+        q_lora_rank=14, n_group=1, n_shared_experts=2, norm_topk_prob=False,
+        linear_attn_config={"full_attn_layers": [1], "kda_layers": [2], "num_heads": 2, "head_dim": 10},
+    ),
     "qwen3_5_moe": qwen3_5_moe,
     "lfm2": lambda: lfm2(block_multiple_of=16),
     "lfm2-biases-untied": lambda: lfm2(

@@ -12,7 +12,7 @@ LENGTH, SINKS, WINDOW = 24, 2, 6
 WIDTHS = [5, 1]  # chunks, and single tokens in between
 # The layouts of older families are those of the oracle's own tests (tests/streaming/test_oracle.py).
 OLDER = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "falcon", "mpt")
-REPEATED = ("qwen3_5", "granitemoehybrid", "lfm2_moe", "qwen3_5_moe")  # layers of others
+REPEATED = ("qwen3_5", "granitemoehybrid", "lfm2_moe", "qwen3_5_moe", "olmo_hybrid")  # layers of others
 NAMES = [
     pytest.param(case, marks=pytest.mark.slow if case.split("-")[0] in OLDER + REPEATED else ())
     for case in CASES

@@ -14,6 +14,7 @@ REPEATED |= {
     "mamba2": "qwen3_next",
     "lfm2_moe": "lfm2",
     "qwen3_5_moe": "qwen3_next",
+    "olmo_hybrid": "qwen3_next",
 }
 
 

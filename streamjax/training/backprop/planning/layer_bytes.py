@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 from streamjax.attention.recurrent import BLOCK
-from streamjax.models.config import BlockConfig, DenseAndExpertsConfig, ExpertsConfig, GatedDeltaConfig, MLPConfig
+from streamjax.models.config import (
+    BlockConfig,
+    DenseAndExpertsConfig,
+    ExpertsConfig,
+    GatedDeltaConfig,
+    KimiDeltaConfig,
+    MLPConfig,
+)
 from streamjax.models.config.recurrent import RecurrentConfig
 
 
@@ -68,7 +75,7 @@ def _recurrent_working(mixer: RecurrentConfig, item: int, wide: int) -> int:
 def _recurrent_saved(mixer: RecurrentConfig, item: int, wide: int) -> int:
     """`saved_bytes` of a recurrent mixer, for one token: of the delta rule the triangular systems too."""
     systems = 0
-    if isinstance(mixer, GatedDeltaConfig):
+    if isinstance(mixer, GatedDeltaConfig | KimiDeltaConfig):
         systems = 6 * mixer.num_heads * (mixer.key_dim + mixer.value_dim) * wide
     return _recurrent_working(mixer, item, wide) + mixer.projected * (2 * item + 2 * wide) + systems
 
