@@ -117,6 +117,12 @@ CASES = {
         **{name: size for name, size in LATENT.items() if name not in ("n_routed_experts", "first_k_dense_replace")},
         **{"layer_types": LINEAR_FIRST, "num_experts": 4, "linear_num_heads": 2, "linear_head_dim": 5},
     },
+    "recurrent_gemma": {
+        **GROUPED,
+        "block_types": ["recurrent", "attention"],
+        "attention_window_size": 6,
+        "lru_width": 8,
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

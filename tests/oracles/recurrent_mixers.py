@@ -120,3 +120,23 @@ def gated_conv(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     into, out, values = np.split(inside, 3, axis=-1)
     y = np.tensordot((out * _convolved(p.conv, into * values, cache))[:, None], _value(p.out), axes=3)
     return y if p.out_bias is None else y + _value(p.out_bias)
+
+
+def rg_lru(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of Griffin's recurrent block; `cache` has the inputs of the convolution and the state."""
+    p, c = layer.mixer, layer.mixer.config
+    first = not cache
+    if first:
+        cache += [[], np.zeros((c.num_groups, c.channels))]
+    inside = np.tensordot(x, _value(p.inside), axes=1) + _value(p.inside_bias)
+    branch, out = _convolved(p.conv, inside[:, : c.channels], cache[0]), inside[:, c.channels :]
+
+    def gate(weight, bias):
+        return _sigmoid(np.einsum("gc,gcd->gd", branch, _value(weight)) + _value(bias))
+
+    decay = np.exp(-8 * gate(p.decay_gate, p.decay_gate_bias) * _softplus(_value(p.rate)))
+    added = branch * gate(p.input_gate, p.input_gate_bias)
+    cache[1] = decay * cache[1] + added * (1.0 if first else np.sqrt(1 - decay**2))
+    assert c.activation == "gelu_tanh"
+    open_ = 0.5 * out * (1 + np.tanh(np.sqrt(2 / np.pi) * (out + 0.044715 * out**3)))
+    return np.tensordot((cache[1] * open_)[:, None], _value(p.out), axes=3) + _value(p.out_bias)

@@ -12,6 +12,7 @@ from streamjax.field_checks import from_plain
 from streamjax.models.config.attention import AttentionConfig, TemperatureConfig
 from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.elementwise import RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
@@ -37,6 +38,7 @@ __all__ = [
     "MixerConfig",
     "ModelConfig",
     "NormConfig",
+    "RGLRUConfig",
     "RopeConfig",
     "RopeKind",
     "SSDConfig",

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from streamjax.field_checks import Positive, check_fields, hashed_once
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.elementwise import RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
@@ -20,7 +21,7 @@ from streamjax.models.config.recurrent import (
 )
 
 AttentionMixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
-RecurrentMixerConfig: TypeAlias = GatedDeltaConfig | KimiDeltaConfig | SSDConfig | GatedConvConfig
+RecurrentMixerConfig: TypeAlias = GatedDeltaConfig | KimiDeltaConfig | SSDConfig | GatedConvConfig | RGLRUConfig
 MixerConfig: TypeAlias = AttentionMixerConfig | RecurrentMixerConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 

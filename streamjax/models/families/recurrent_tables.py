@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from streamjax.models.config import GatedConvConfig, GatedDeltaConfig, KimiDeltaConfig, SSDConfig
+from streamjax.models.config import GatedConvConfig, GatedDeltaConfig, KimiDeltaConfig, RGLRUConfig, SSDConfig
 from streamjax.models.families.family import Source
 from streamjax.models.families.tensor_tables import Entries
 
@@ -97,6 +97,29 @@ def gated_conv(mixer: GatedConvConfig, prefix: str) -> Entries:
         **_conv(mixer.num_groups, prefix, [(0, width)], "conv"),
         "layers.mixer.out": (Source(f"{prefix}.out_proj.weight", "e (k g d) -> k g d e"),),
         "layers.mixer.out_bias": (Source(f"{prefix}.out_proj.bias", "e -> e"),),
+    }
+
+
+def rg_lru(mixer: RGLRUConfig, prefix: str) -> Entries:
+    """Griffin's recurrent block: a projection for what is convolved and one for what gates, and gates by block."""
+    width, groups, unit = mixer.channels, mixer.num_groups, f"{prefix}.rg_lru"
+    named = {"linear_x": (0, width), "linear_y": (width, 2 * width)}
+    weights, biases = (
+        tuple(Source(f"{prefix}.{name}.{leaf}", pattern, part) for name, part in named.items())
+        for leaf, pattern in (("weight", "(k g) e -> e k g"), ("bias", "(k g) -> k g"))
+    )
+    gates = {"input_gate": "input_gate", "decay_gate": "recurrent_gate"}
+    return {
+        "layers.mixer.inside": weights,
+        "layers.mixer.inside_bias": biases,
+        **_conv(groups, prefix, [(0, width)], "conv_1d"),
+        **{
+            f"layers.mixer.{ours}": (Source(f"{unit}.{name}_weight", "k c d -> k c d"),) for ours, name in gates.items()
+        },
+        **{f"layers.mixer.{ours}_bias": (Source(f"{unit}.{name}_bias", "k d -> k d"),) for ours, name in gates.items()},
+        "layers.mixer.rate": (Source(f"{unit}.recurrent_param", "(k d) -> k d"),),
+        "layers.mixer.out": (Source(f"{prefix}.linear_out.weight", "e (k g d) -> k g d e"),),
+        "layers.mixer.out_bias": (Source(f"{prefix}.linear_out.bias", "e -> e"),),
     }
 
 

@@ -14,6 +14,7 @@ from streamjax.models.config import (
     KimiDeltaConfig,
     LatentAttentionConfig,
     MixerConfig,
+    RGLRUConfig,
     SSDConfig,
 )
 from streamjax.models.mixers.attention import Attention
@@ -21,9 +22,10 @@ from streamjax.models.mixers.gated_conv import GatedConv
 from streamjax.models.mixers.gated_delta import GatedDelta
 from streamjax.models.mixers.kimi_delta import KimiDelta
 from streamjax.models.mixers.latent import LatentAttention
+from streamjax.models.mixers.rg_lru import RGLRU
 from streamjax.models.mixers.ssd import SSD
 
-Mixer: TypeAlias = Attention | LatentAttention | GatedDelta | KimiDelta | SSD | GatedConv
+Mixer: TypeAlias = Attention | LatentAttention | GatedDelta | KimiDelta | SSD | GatedConv | RGLRU
 
 _MODULES: dict[type, Any] = {
     AttentionConfig: Attention,
@@ -32,6 +34,7 @@ _MODULES: dict[type, Any] = {
     KimiDeltaConfig: KimiDelta,
     SSDConfig: SSD,
     GatedConvConfig: GatedConv,
+    RGLRUConfig: RGLRU,
 }
 
 

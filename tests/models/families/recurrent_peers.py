@@ -65,7 +65,16 @@ def kimi_linear(**options):
     )
 
 
+def recurrent_gemma(**options):
+    sizes = {"lru_width": 40, "attention_window_size": 6, "intermediate_size": 56, "num_hidden_layers": 3}
+    return hf.RecurrentGemmaConfig(**{**SIZES, **ATTENTION, **sizes, **options})
+
+
 CASES = {
+    "recurrent_gemma": lambda: recurrent_gemma(num_key_value_heads=1),
+    "recurrent_gemma-biases-untied": lambda: recurrent_gemma(
+        attention_bias=True, block_types=["attention", "recurrent"], logits_soft_cap=2.0, conv1d_width=3,
+    ),
     "olmo_hybrid": lambda: olmo_hybrid(linear_num_key_heads=2, linear_key_head_dim=12, linear_value_head_dim=6),
     "olmo_hybrid-unturned": lambda: olmo_hybrid(
         layer_types=MIXED[::-1], linear_value_head_dim=9, linear_allow_neg_eigval=False, attention_bias=True,

@@ -1,0 +1,49 @@
+"""Token mixers that keep one number a channel, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from streamjax.field_checks import Size
+from streamjax.models.config.dense import Activation
+from streamjax.models.config.recurrent import RecurrentConfig, check_single_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class RGLRUConfig(RecurrentConfig):
+    """Griffin's recurrent block (2402.19427): a convolution, the real-gated linear recurrent unit, and a gate.
+
+    num_heads: as many as `num_groups`: blocks of `channels` channels, whose gates see the block's channels alone.
+    conv_width: tokens that the convolution reads.
+    activation: of the branch that gates the output.
+    """
+
+    type_name: ClassVar[str] = "rg_lru"
+
+    channels: Size
+    conv_width: Size = 4
+    activation: Activation = "gelu_tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_single_heads(self)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Of each block one row: its channels, and behind them whether a token has been read."""
+        return self.num_heads, 1, self.channels + 1
+
+    @property
+    def group_channels(self) -> tuple[int, int]:
+        """Of a group: what is convolved, and what gates."""
+        return self.channels, self.channels
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return self.conv_width - 1, self.num_groups, self.channels
+
+    def parameter_count(self, d_model: int) -> int:
+        inner = self.num_groups * self.channels
+        ends = 3 * d_model * inner + 2 * inner + d_model
+        return ends + (self.conv_width + 1) * inner + 2 * inner * (self.channels + 1) + inner
