@@ -13,7 +13,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.partial import add_sinks
 from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.attention import sharded
-from streamjax.attention.context.sequence import Exchange, context_attention, context_shards
+from streamjax.attention.context.sequence import Exchange, context_attention
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
@@ -53,7 +53,7 @@ def sequence_attention(
     Raises:
       ValueError: an unknown implementation, or no kernel for the platform or for these arguments.
     """
-    if implementation != "dense" and context_shards(q.shape[1]) > 1:
+    if implementation != "dense" and sharded.context_shards(q.shape[1]) > 1:
         return context_attention(
             q, k, v, pattern, scale=scale, segment_ids=segment_ids, softcap=softcap, slopes=slopes,
             sink_logits=sink_logits, exchange=exchange, local=sequence_attention,

@@ -22,6 +22,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.context.recurrence import context_recurrence
+from streamjax.attention.sharded import context_shards
 
 BLOCK = 64  # tokens of a block with one decay a head,
 CHANNEL_BLOCK = 16  # and with one a channel, whose pairs of tokens have K decays each
@@ -51,12 +53,16 @@ def recurrence(
       resets: the tokens that begin with an empty state, such as the first one of each document in a packed row.
       block: tokens of a block; by default what is fast.
 
+    Whole sequences (no `valid`) may lie over the mesh axis `context`; see `context.recurrence`.
+
     Returns:
       Outputs in the dtype of sums, and the new state. A row without valid tokens keeps its state bit for bit.
     """
     dtype, length = accumulator(v.dtype), v.shape[1]
     q, k, v, log_decay = (x.astype(dtype) for x in (q, k, v, log_decay))
     beta = None if beta is None else beta.astype(dtype)
+    if valid is None and context_shards(length) > 1:
+        return context_recurrence(recurrence, q, k, v, log_decay, state, beta, resets)
     if valid is not None:
         log_decay = jnp.where(_beside(valid, log_decay), log_decay, 0.0)
         v = jnp.where(_beside(valid, v), v, 0.0)

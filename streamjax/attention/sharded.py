@@ -21,6 +21,7 @@ from pallas_kernels.patterns import Pattern
 from streamjax.parallel.rules import free_spec
 
 Names = tuple[str | None, ...]  # of dimensions, as in `streamjax.parallel.rules`
+CONTEXT = "context"  # the mesh axis along which devices share sequences
 HEADS = {"heads", "kv_heads"}  # split together or not at all: a key head stays with its query heads
 
 
@@ -87,6 +88,15 @@ def per_device_call(
     return jax.shard_map(
         call, mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*arrays)  # fmt: skip
+
+
+def context_shards(length: int) -> int:
+    """Over how many devices the mesh splits sequences of `length` tokens; 1 within `jax.shard_map` over the axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or CONTEXT in mesh.manual_axes:
+        return 1
+    size: int = mesh.shape.get(CONTEXT, 1)
+    return size if length % size == 0 else 1
 
 
 def names_of_partial(query: Names) -> Any:

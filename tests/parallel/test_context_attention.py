@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.patterns import Chunked, Full, SinkWindow, SlidingWindow
-from streamjax.attention.context.sequence import context_shards
 from streamjax.attention.dispatch import sequence_attention
+from streamjax.attention.sharded import context_shards
 from streamjax.parallel.mesh import make_mesh
 
 ROWS, LENGTH, HEADS, KEY_HEADS, WIDTH = 2, 48, 4, 2, 6

@@ -10,10 +10,12 @@ from streamjax.models.config import (
     AttentionConfig,
     BlockConfig,
     DenseConfig,
+    GatedDeltaConfig,
     LatentAttentionConfig,
     ModelConfig,
     NormConfig,
     RopeConfig,
+    SSDConfig,
 )
 from streamjax.models.config.attention import TemperatureConfig
 from streamjax.parallel.mesh import make_mesh, shard_model
@@ -33,6 +35,8 @@ MIXERS = {
     "alibi": dataclasses.replace(HEADS, rope=None, alibi_slopes=(0.5, 0.25, 0.125, 0.0)),
     "nope": dataclasses.replace(HEADS, rope=None, temperature=TemperatureConfig(0.3, 4), value_is_key=True),
     "latent": LatentAttentionConfig(4, 6, 4, 2, 3, rope=RopeConfig(rotary_dim=2)),
+    "delta": GatedDeltaConfig(4, 2, key_dim=5, value_dim=6),
+    "ssd": SSDConfig(4, 2, head_dim=6, state_dim=5),
 }
 
 
@@ -50,7 +54,7 @@ def expected(names, packed):
         return model, batch, gradient(model, batch, "full")
 
 
-ALL = tuple(MIXERS)
+ALL, RECURRENT = tuple(MIXERS)[:7], ("delta", "ssd")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,8 @@ ALL = tuple(MIXERS)
     [
         ({"data": 2, "context": 2, "tensor": 2}, ALL, True, "full", {"context_exchange": "ring"}),
         ({"fsdp": 2, "context": 4}, ("full", "latent"), False, "remat", {"logits_chunk": 5}),
+        ({"data": 2, "context": 2, "tensor": 2}, RECURRENT, True, "full", {}),
+        pytest.param({"context": 8}, RECURRENT, False, "remat", {}, marks=pytest.mark.slow),
         pytest.param({"context": 8}, ALL, True, "full", {"context_exchange": "gather"}, marks=pytest.mark.slow),
         pytest.param({"context": 8}, ALL, False, "remat", {"context_exchange": "ring"}, marks=pytest.mark.slow),
     ],

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-AXIS = "context"
+from streamjax.attention.sharded import CONTEXT
+
+AXIS = CONTEXT
 
 
 def place() -> tuple[Int[Array, ""], int]:
@@ -62,6 +64,6 @@ def before(x: Shaped[Array, "B T ..."], count: int) -> Shaped[Array, "B count ..
     return jnp.concatenate(pieces, axis=1) if pieces else x[:, :0]
 
 
-def of_first(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """What the first device has, on all of them."""
-    return jax.lax.psum(jnp.where(jax.lax.axis_index(AXIS) == 0, x, jnp.zeros_like(x)), AXIS)
+def of_device(number: int, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """What the first device has, or that with another number, on all of them."""
+    return jax.lax.psum(jnp.where(jax.lax.axis_index(AXIS) == number, x, jnp.zeros_like(x)), AXIS)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator, add_sinks
 from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.attention.context.blocks import Rule
-from streamjax.attention.context.exchange import AXIS, from_zigzag, place, to_zigzag
+from streamjax.attention.context.exchange import from_zigzag, place, to_zigzag
 from streamjax.attention.context.gathered import Own as Gathered
 from streamjax.attention.context.gathered import gathered_attention
 from streamjax.attention.context.ring import Own as Ring
@@ -27,15 +26,6 @@ from streamjax.attention.sharded import a_key_head_for_each_device, per_device_c
 
 Exchange = Literal["auto", "ring", "gather"]
 GATHERED_BYTES = 256 << 20  # of gathered keys and values on a device, up to which "auto" gathers
-
-
-def context_shards(length: int) -> int:
-    """Over how many devices the mesh splits sequences of `length` tokens; 1 within `jax.shard_map` over the axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AXIS in mesh.manual_axes:
-        return 1
-    size: int = mesh.shape.get(AXIS, 1)
-    return size if length % size == 0 else 1
 
 
 def context_attention(

@@ -12,7 +12,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.patterns import SinkWindow, SlidingWindow
 from streamjax.attention.context.blocks import KERNEL_TOKENS
-from streamjax.attention.context.exchange import before, of_first, place
+from streamjax.attention.context.exchange import before, of_device, place
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
@@ -46,9 +46,9 @@ def window_attention(
     )
     if not pattern.sinks:
         return part
-    keys, values = (jnp.swapaxes(of_first(x[:, : pattern.sinks]), 1, 2) for x in (k, v))
+    keys, values = (jnp.swapaxes(of_device(0, x[:, : pattern.sinks]), 1, 2) for x in (k, v))
     query, key = index * length + jnp.arange(length)[:, None], jnp.arange(pattern.sinks)[None]
-    same = own[:, :, None] == of_first(own[:, : pattern.sinks])[:, None]
+    same = own[:, :, None] == of_device(0, own[:, : pattern.sinks])[:, None]
     visible = ((key <= query - pattern.window)[None] & same)[:, None]  # those in the window are read already
     distance = (query - key).astype(jnp.float32)[None, None]
     return merge(part, attend(q, keys, values, visible, distance=distance, **known))

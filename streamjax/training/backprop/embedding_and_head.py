@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.attention.context.sequence import context_shards
+from streamjax.attention.sharded import context_shards
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers, without_layers
 from streamjax.parallel.rules import constrain

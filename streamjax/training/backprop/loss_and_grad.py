@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.attention.context.sequence import Exchange, context_shards
+from streamjax.attention.context.sequence import Exchange
+from streamjax.attention.sharded import context_shards
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop import chunk_order, layer_order
