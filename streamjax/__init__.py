@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from streamjax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from streamjax import data, kv, training
+    from streamjax import data, kv, serving, training
     from streamjax.data import load_tokenizer
     from streamjax.models import (
         AttentionConfig,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streamjax.models.files.hugging_face import save_hf
     from streamjax.models.files.native_format import save_safetensors
     from streamjax.models.files.peft import load_lora, save_lora
+    from streamjax.serving.engine import Engine
     from streamjax.streaming import (
         Sampler,
         StreamState,
@@ -58,6 +59,7 @@ _HOMES = {
     "streamjax.models.files.hugging_face": ("save_hf",),
     "streamjax.models.files.native_format": ("save_safetensors",),
     "streamjax.models.files.peft": ("load_lora", "save_lora"),
+    "streamjax.serving.engine": ("Engine",),
     "streamjax.streaming": (
         "Sampler", "StreamState", "compact", "generate", "generate_blocks", "init_state", "lazy_layers",
         "measure_budget", "measure_filters", "read", "reconstruction", "score", "step",
@@ -66,7 +68,7 @@ _HOMES = {
     "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
 }  # fmt: skip
-__getattr__, __dir__ = lazy_names(__name__, _HOMES, ("data", "kv", "training"))
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, ("data", "kv", "serving", "training"))
 
 __all__ = [
     "AttentionConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "Decoder",
     "DenseConfig",
     "EncodedChunk",
+    "Engine",
     "HSAConfig",
     "LoRAParam",
     "ModelConfig",
@@ -110,6 +113,7 @@ __all__ = [
     "save_safetensors",
     "save_stream",
     "score",
+    "serving",
     "side_by_side",
     "step",
     "training",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from streamjax.checkpoints import read_about, restore_pytree, save_pytree
 from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.field_checks import described
+from streamjax.kv.cache import Cache
+from streamjax.models.config import parse_config
+from streamjax.models.decoder import Decoder
+from streamjax.streaming.fingerprints import fingerprint
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 from streamjax.streaming.text_output import TextOutput
 
+_SESSION = "session"
 _KINDS: dict[str, tuple[type, ...]] = {
     "tokens_seen": (int,),
     "stopped_by": (type(None), str, int),
@@ -125,3 +131,47 @@ class SavedSession:
         if self.tokens_seen % 2**32 != position or min(self.tokens_seen, SEEN_LIMIT) != seen:
             says = f"it says that {self.tokens_seen} tokens were read, its state has read {seen}"
             raise ValueError(f"{path}: the saved session is damaged: {says}")
+
+
+def save_session(model: Decoder, state: StreamState, saved: SavedSession, path: str | Path) -> None:
+    """Save a session's stream, of one row, with all that the session is besides; an earlier save is replaced.
+
+    Raises:
+      ValueError: `path` holds something that is no checkpoint.
+    """
+    about = {
+        "kind": _SESSION,
+        "model": model.config.to_json_dict(),
+        "weights": fingerprint(model),
+        "caches": [described(cache) for cache in state.caches],
+        **saved.to_json_dict(),
+    }
+    save_pytree(state, path, about)
+
+
+def read_saved_session(
+    model: Decoder, caches: Sequence[Cache], tokenizer: Tokenizer, path: str | Path
+) -> tuple[SavedSession, Mapping[str, Any]]:
+    """What `save_session` wrote besides the stream, and what `restore_stream` is told of the stream's arrays.
+
+    Raises:
+      ValueError: nothing there, it is damaged, or saved with another model or with other caches.
+    """
+    about = read_about(Path(path), _SESSION)
+    try:
+        config = parse_config(about["model"])
+        weights, saved_caches = about["weights"], list(about["caches"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the saved session is damaged: {error!r}") from error
+    if config.replace(eos_token_ids=()) != model.config.replace(eos_token_ids=()):
+        raise ValueError(f"{path}: saved with another model ({_shape(config)}); this is {_shape(model.config)}")
+    if weights != fingerprint(model):
+        raise ValueError(f"{path}: saved with a model of the same shape but other weights or another dtype")
+    for saved, cache in itertools.zip_longest(saved_caches, caches):
+        if saved != described(cache):
+            raise ValueError(f"{path}: saved with the cache {one_line(saved)}; this session has {cache!r}")
+    return SavedSession.from_json_dict(about, tokenizer, path), about["arrays"]
+
+
+def _shape(config: Any) -> str:
+    return f"{config.family}, {config.num_layers} layers of width {config.d_model}, vocabulary {config.vocab_size}"

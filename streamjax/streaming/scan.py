@@ -99,6 +99,28 @@ def _score_chunks(
     return in_turn(body, state, (tokens, count))
 
 
+def read_chunk(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int32[Array, "B C"],
+    count: Int32[Array, " B"],
+    *,
+    scored: bool = False,
+) -> tuple[StreamState, Float[Array, "B C"] | None]:
+    """Read one chunk of tokens that were checked before; the state is donated. Nats a token if `scored`.
+
+    `read` in chunks of this width does the same, to the bit: by the same programs.
+    """
+    piece = tokens[None], count[None]
+    if model.config.hsa is None:
+        state, nats = read_layerwise(model, state, *piece, scored=scored)
+        return state, None if nats is None else nats[0]
+    if scored:
+        state, nats = _score_chunks(model, state, *piece)
+        return state, nats[0]
+    return _read_chunks(model, state, *piece), None
+
+
 def _group(model: Decoder, state: StreamState, chunk_size: int) -> int:
     """How many full chunks are read by one call of each program."""
     a_chunk = state.batch_size * chunk_size * model.config.d_model * model.dtype.itemsize

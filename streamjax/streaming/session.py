@@ -6,7 +6,6 @@ Whatever happens between two calls, Ctrl-C included, its state has read exactly 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from streamjax.checkpoints import read_about, save_pytree
-from streamjax.checkpoints.json_files import one_line
 from streamjax.data.text.tokenizers import Tokenizer
-from streamjax.field_checks import described
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
-from streamjax.models.config import parse_config
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.compact import compact
-from streamjax.streaming.fingerprints import fingerprint
 from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
-from streamjax.streaming.saved_streams import SavedSession, restore_stream
+from streamjax.streaming.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
 from streamjax.streaming.scan import read, require_finite, score_unwaited
 from streamjax.streaming.state import init_state
 from streamjax.streaming.text_output import TextOutput
-
-_KIND = "session"
 
 
 class Session:
@@ -319,14 +311,7 @@ class Session:
             output=self._output,
             extra=dict(extra or {}),
         )
-        about = {
-            "kind": _KIND,
-            "model": self.model.config.to_json_dict(),
-            "weights": fingerprint(self.model),
-            "caches": [described(cache) for cache in self.state.caches],
-            **saved.to_json_dict(),
-        }
-        save_pytree(self.state, path, about)
+        save_session(self.model, self.state, saved, path)
 
     def load(self, path: str | Path, accept: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
         """Go on where `save` was called: same tokens, same key, same sampler. Returns what was saved as `extra`.
@@ -340,12 +325,10 @@ class Session:
         Raises:
           ValueError: nothing there, it is damaged, or saved with another model or cache; the session is as before then.
         """
-        about = read_about(Path(path), _KIND)
-        self._require_same_model(path, about)
-        saved = SavedSession.from_json_dict(about, self.tokenizer, path)
+        saved, arrays = read_saved_session(self.model, self.state.caches, self.tokenizer, path)
         if accept is not None:
             accept(saved.extra)
-        state = restore_stream(self.state, path, about["arrays"]).noting_used(self.model.config.vocab_size)
+        state = restore_stream(self.state, path, arrays).noting_used(self.model.config.vocab_size)
         saved.require_agreement(path, state)
         with undisturbed():
             self.state = state
@@ -354,22 +337,6 @@ class Session:
             self._turn = object()
             self._output = saved.output
         return saved.extra
-
-    def _require_same_model(self, path: str | Path, about: Mapping[str, Any]) -> None:
-        try:
-            config = parse_config(about["model"])
-            weights, caches = about["weights"], list(about["caches"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: the saved session is damaged: {error!r}") from error
-        if config.replace(eos_token_ids=()) != self.model.config.replace(eos_token_ids=()):
-            raise ValueError(
-                f"{path}: saved with another model ({_shape(config)}); this is {_shape(self.model.config)}"
-            )
-        if weights != fingerprint(self.model):
-            raise ValueError(f"{path}: saved with a model of the same shape but other weights or another dtype")
-        for saved, cache in itertools.zip_longest(caches, self.state.caches):
-            if saved != described(cache):
-                raise ValueError(f"{path}: saved with the cache {one_line(saved)}; this session has {cache!r}")
 
     def _begins(self, add_bos: bool | None) -> bool:
         """Whether BOS goes before the next text."""
@@ -402,7 +369,3 @@ class Session:
                 f"the cache holds {self.state.capacity} tokens: {self.tokens_seen} are used and {tokens} more do not "
                 "fit; use one of more capacity, or one without end such as streaming_llm"
             )
-
-
-def _shape(config: Any) -> str:
-    return f"{config.family}, {config.num_layers} layers of width {config.d_model}, vocabulary {config.vocab_size}"

@@ -1,0 +1,271 @@
+"""The engine: requests in, tokens out, many streams through one batch of fixed shape.
+
+An iteration decodes a token of every row and reads one chunk of the waiting prompts beside it, so that no prompt,
+however long, holds up those who are being answered (SARATHI). A request that has read its prompt enters a row as soon
+as one is free, and leaves it with its last token.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jax.typing import DTypeLike
+
+from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
+from streamjax.kv.cache import Cache
+from streamjax.kv.tier import Implementation
+from streamjax.models.decoder import Decoder
+from streamjax.serving.admission import require_memory, require_possible, require_room_for
+from streamjax.serving.batch import Batch
+from streamjax.serving.conversations import Conversations
+from streamjax.serving.jobs import Job
+from streamjax.serving.loop import EngineLoop
+from streamjax.serving.requests import Event, KeptConversation, Overloaded, Request, Stats
+from streamjax.serving.row_states import ParkedState
+from streamjax.serving.scheduling import POLICIES
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests with one model and one cache.
+
+    It works in a thread of its own between `start` and `close`; without one, each call of `step` is an iteration.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      cache: a cascade for all layers, or one a layer.
+      rows: requests that decode at a time.
+      chunk_size: tokens of prompts that are read in an iteration: more read faster, and keep the rows waiting longer.
+      queue: requests that may wait.
+      memory_bytes: what all states together may take; None does not ask.
+      prefix_bytes: what states at the beginnings of prompts may take, in the host's memory; 0 keeps none.
+      conversation_bytes: the same of idle conversations. Beyond it they stay on disk alone, with a `state_dir`; without
+        one a new conversation is refused.
+      policy: which requests run: "fcfs", in the order in which they came, or "mlfq", short answers before long ones.
+      state_dir: where conversations are saved, each after every request and before its last event, as sessions that
+        `Session.load` reads too. Those that are there are taken up.
+      block: tokens a row that are decoded between two looks at the host, while nobody waits. A cancelled request holds
+        its row for so many. None: 1 on CPU, 8 elsewhere.
+      measure: whether what reading costs is measured (`costs`), which computes logits of every prompt token.
+      dtype, implementation: as in `init_state`.
+
+    Raises:
+      ValueError: sizes that are none, an unknown policy, more than `memory_bytes`, or a `state_dir` that is none.
+
+    Example:
+      >>> engine = Engine(model, tokenizer, sj.kv.preset("streaming_llm"))
+      >>> engine.start()
+      >>> ticket = engine.submit(Request(prompt=tuple(tokenizer.encode("Once")), max_new_tokens=16))
+      >>> text = "".join(event.text for event in ticket.events())
+      >>> engine.close()
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        cache: Cache | Sequence[Cache],
+        *,
+        rows: int = 8,
+        chunk_size: int = 64,
+        queue: int = 1024,
+        memory_bytes: int | None = None,
+        prefix_bytes: int = 1 << 28,
+        conversation_bytes: int = 1 << 30,
+        policy: str = "fcfs",
+        state_dir: str | Path | None = None,
+        block: int | None = None,
+        measure: bool = False,
+        dtype: DTypeLike | None = None,
+        implementation: Implementation | None = None,
+    ):
+        for name, value in (("rows", rows), ("chunk_size", chunk_size), ("queue", queue), ("block", block)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}: use one of {', '.join(POLICIES)}")
+        require_tokenizer(tokenizer, model.config.vocab_size, "they do not belong together")
+        if block is None:
+            block = 1 if jax.default_backend() == "cpu" else 8
+        require_memory(model, cache, rows, prefix_bytes, conversation_bytes, memory_bytes, dtype)
+        self.model, self.tokenizer = model, tokenizer
+        self._batch = Batch(model, cache, rows, chunk_size, block, dtype, implementation)
+        self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
+        self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted
+        self._loop = EngineLoop(
+            self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed
+        )
+        self._queue, self._measure = queue, measure
+        self._inbox: collections.deque[Job] = collections.deque()
+        self._loading: dict[Job, concurrent.futures.Future[ParkedState | None]] = {}
+        self._stepping = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # -- what clients call, from any thread
+
+    def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Job:
+        """Take a request; returns at once. See `RequestEngine.submit`.
+
+        Raises:
+          Overloaded: the queue is full.
+          ValueError: it can never be served.
+        """
+        require_possible(request, self.model.config.vocab_size)
+        job = Job(request, self.tokenizer, self._batch.chunk_size, on_event, self._cancel)
+        with self._changed:
+            if self._closed:
+                raise ValueError("the engine is closed")
+            if self._waiting() >= self._queue:
+                raise Overloaded(max(self._loop.seconds * self._waiting() / self._batch.rows, 1.0))
+            if request.conversation is None:
+                require_room_for(request, 0, self._batch.capacity)
+            else:
+                job.conversation = self._conversations.claim(
+                    request.conversation,
+                    job,
+                    lambda kept: require_room_for(request, kept.tokens_seen, self._batch.capacity),
+                )
+            self._inbox.append(job)
+            self._changed.notify_all()
+        return job
+
+    def conversations(self) -> Sequence[KeptConversation]:
+        """All that are kept, the newest last."""
+        return self._conversations.infos()
+
+    def costs(self) -> dict[str, tuple[float, int]]:
+        """Of each conversation the nats that its prompts cost, and of how many tokens; with `measure`."""
+        return self._conversations.costs()
+
+    def delete_conversation(self, name: str) -> bool:
+        """Forget one, in memory and on disk; whether there was one. A request that is under way on it is cancelled."""
+        found = self._conversations.delete(name)
+        if found is not None and found.busy is not None:
+            self._cancel(found.busy)
+        return found is not None
+
+    def save(self, name: str) -> None:
+        """Save a conversation now.
+
+        Raises:
+          ValueError: there is none of this name, a request is under way on it, or the engine has no `state_dir`.
+        """
+        self._conversations.save(name)
+
+    def stats(self) -> Stats:
+        """What the engine does now, and the sums since it began."""
+        with self._changed:
+            loop = self._loop
+            return Stats(
+                rows=self._batch.rows,
+                running=sum(job is not None for job in loop.rows),
+                waiting=self._waiting(),
+                cache_bytes=self._batch.cache_bytes,
+                prompt_tokens=loop.read,
+                cached_tokens=loop.cached,
+                generated_tokens=loop.generated,
+                finished=dict(loop.finished),
+            )
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the states that are kept at the beginnings of prompts."""
+        return self._loop.prefixes.nbytes
+
+    def warm_up(self) -> None:
+        """Compile every program, so that no request waits for that. To be called before `start`."""
+        with self._stepping:
+            self._batch.warm_up(self._measure)
+
+    def start(self) -> None:
+        """Begin to serve, in a thread of its own."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Cancel what is under way, save every conversation, end the thread."""
+        with self._changed:
+            self._closed = True
+            for job in (*self._inbox, *self._loop.jobs, *self._loading):
+                job.cancelled = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        while self.step():
+            pass
+        self._conversations.close()
+
+    # -- the loop
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._inbox or self._loop.jobs or self._loading)
+                if self._closed:
+                    return
+            self.step()
+
+    def step(self) -> bool:
+        """One iteration; whether any request is under way. Not to be called between `start` and `close`."""
+        with self._stepping:
+            try:
+                self._admit()
+                self._loop.iterate(bool(self._inbox or self._loading))
+            except Exception as error:
+                # Whatever went wrong, the batch may have been donated to it: its requests end, and the engine goes on.
+                log.exception("an iteration failed")
+                self._loop.fail_all(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            with self._changed:
+                return bool(self._inbox or self._loop.jobs or self._loading)
+
+    def _admit(self) -> None:
+        """Take what has come, and end what was cancelled."""
+        with self._changed:
+            arrived = list(self._inbox)
+            self._inbox.clear()
+            for job in arrived:
+                self._loading[job] = (
+                    _nothing() if job.conversation is None else self._conversations.begin(job.conversation)
+                )
+        if not self._loop.jobs and self._loading:
+            concurrent.futures.wait(self._loading.values(), return_when=concurrent.futures.FIRST_COMPLETED, timeout=1)
+        for job in [job for job, found in self._loading.items() if found.done() or job.cancelled]:
+            self._take(job, self._loading[job])
+        for job in [job for job in self._loop.jobs if job.cancelled]:
+            self._loop.end(job, "cancelled")
+
+    def _take(self, job: Job, found: concurrent.futures.Future[ParkedState | None]) -> None:
+        """What a request goes on from is in memory: it is the loop's from now on."""
+        kept = job.conversation
+        if kept is not None and kept.tokens_seen and not job.cancelled and found.exception() is None:
+            job.parked = found.result()
+            job.begin(0, kept.output["tail"])
+        with self._changed:
+            del self._loading[job]
+            self._loop.add(job)
+        if not job.cancelled and (error := found.exception()) is not None:
+            self._loop.end(job, "error", " ".join(str(error).split()))
+
+    def _cancel(self, job: Job) -> None:
+        with self._changed:
+            job.cancelled = True
+            self._changed.notify_all()
+
+    def _waiting(self) -> int:
+        return len(self._inbox) + len(self._loading) + sum(job.row is None for job in self._loop.jobs)
+
+
+def _nothing() -> concurrent.futures.Future[ParkedState | None]:
+    found: concurrent.futures.Future[ParkedState | None] = concurrent.futures.Future()
+    found.set_result(None)
+    return found

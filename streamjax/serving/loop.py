@@ -1,0 +1,245 @@
+"""The iterations of an engine: which requests have rows, what of prompts is read, what is drawn and who gets it."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from streamjax.serving.batch import Batch
+from streamjax.serving.conversations import Conversation, Conversations
+from streamjax.serving.decoding import Drawn
+from streamjax.serving.jobs import Job
+from streamjax.serving.prefix_tree import PrefixTree
+from streamjax.serving.requests import Constraint, FinishReason, TokenLogprob
+from streamjax.serving.row_sampling import one_row
+from streamjax.serving.row_states import ParkedState
+from streamjax.serving.scheduling import Policy
+from streamjax.streaming.state import StreamState
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """The requests that an engine has admitted, and the batch that they run in. For one thread; `lock` guards counts.
+
+    Attributes:
+      jobs: the requests that are not over. rows: which of them has each row. read, cached, generated, finished: sums,
+      as in `Stats`. seconds: that a request takes, a running mean.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        policy: Policy,
+        prefix_bytes: int,
+        conversations: Conversations,
+        measure: bool,
+        lock: threading.Condition,
+    ):
+        self.batch, self.lock = batch, lock
+        self.prefixes = PrefixTree(batch.chunk_size, prefix_bytes, self._work)
+        self.jobs: dict[Job, None] = {}
+        self.rows: list[Job | None] = [None] * batch.rows
+        self.read = self.cached = self.generated = 0
+        self.finished: collections.Counter[str] = collections.Counter()
+        self.seconds = 1.0
+        self._policy, self._conversations, self._measure = policy, conversations, measure
+        self._vocab = batch.model.config.vocab_size
+
+    def add(self, job: Job) -> None:
+        """A request is under the policy's rule from now on."""
+        with self.lock:
+            self.jobs[job] = None
+        self._policy.add(job)
+        if job.starts_anew:
+            self.prefixes.add(job.prompt)
+
+    def iterate(self, others: bool) -> None:
+        """Decode all rows once, and read a chunk's worth of prompts; `others`: whether more requests are coming."""
+        chosen = self._policy.choose(self.batch.rows + 1)  # one reads ahead, for the next row that is free
+        self._seat(chosen)
+        running = [job for job in self.rows if job is not None]
+        drawn = self._decode(running, alone=len(running) == len(self.jobs) and not others)
+        budget = self.batch.chunk_size
+        for job in chosen:
+            while budget > 0 and job.row is None and job.reads and not job.finished:
+                budget -= self._read_chunk(job)
+        if drawn is not None:
+            self._hand_out(running, drawn)
+        for job in chosen:
+            if job.request.max_new_tokens == 0 and job.row is None and not job.reads and not job.finished:
+                self.end(job, "length")
+
+    def _seat(self, chosen: Sequence[Job]) -> None:
+        """Give rows to requests that have read their prompts; those that are not chosen make room for the chosen."""
+        chosen = chosen[: self.batch.rows]
+        for job in chosen:
+            if job.row is not None or job.reads or not job.request.max_new_tokens:
+                continue
+            if None not in self.rows:
+                out = next(other for other in self.rows if other not in chosen)
+                assert out is not None
+                self._preempt(out)
+            row = self.rows.index(None)
+            state = job.state if job.parked is None else self.batch.parking.resume(job.parked)
+            assert state is not None
+            self.batch.enter(row, state, one_row(job.request, job.generated, self._vocab))
+            job.state = job.parked = None
+            self.rows[row], job.row = job, row
+
+    def _preempt(self, job: Job) -> None:
+        """Take a request's stream out of its row, to the host's memory."""
+        assert job.row is not None
+        job.parked = self.batch.parking.park(self.batch.leave(job.row))
+        self.rows[job.row], job.row = None, None
+
+    def _read_chunk(self, job: Job) -> int:
+        """Read the next chunk of a prompt; how much of the iteration's budget that took."""
+        if job.state is None:
+            self._open(job)
+        size = self.batch.chunk_size
+        tokens = job.prompt[job.read : job.read + size]
+        if not len(tokens):
+            return 0
+        assert job.state is not None
+        job.state, nats = self.batch.read(job.state, tokens, self._measure)
+        if nats is not None:
+            job.nats.append(nats)
+        job.read += len(tokens)
+        self.read += len(tokens)
+        self._policy.ran(job)
+        if job.starts_anew and self.prefixes.wants(job.prompt, job.read):
+            self.prefixes.keep(job.prompt, job.read, self.batch.parking.park(job.state))
+        return self.batch.width(len(tokens))
+
+    def _open(self, job: Job) -> None:
+        """A stream to read a prompt with: the request's own, one that has read the prompt's beginning, or a new one."""
+        if job.parked is not None:
+            job.state, job.parked = self.batch.parking.resume(job.parked), None
+            return
+        depth, parked = self.prefixes.match(job.prompt)
+        job.state = self.batch.parking.empty if parked is None else self.batch.parking.resume(parked)
+        job.begin(depth, ())
+        self.cached += depth
+
+    def _decode(self, running: Sequence[Job], alone: bool) -> Drawn | None:
+        """Let rows draw; several tokens where nobody waits and no text, form or stop string has to be looked at."""
+        for job in running:
+            if job.request.constraint is not None:
+                self._constrain(job, job.request.constraint)
+        active = np.array([job is not None for job in self.rows])
+        if not active.any():
+            return None
+        looked_at = any(job.request.stop or job.request.constraint is not None for job in running)
+        return self.batch.decode(active, self.batch.block if alone and not looked_at else 1)
+
+    def _constrain(self, job: Job, constraint: Constraint) -> None:
+        """Let a row draw only what its form allows."""
+        assert job.row is not None
+        try:
+            allowed = np.asarray(constraint.allowed(), bool)
+        except Exception as error:  # of a library that others chose: it is this request's fault alone
+            self.end(job, "error", f"the form that was asked for failed: {' '.join(str(error).split())}")
+            return
+        if not allowed.any():
+            self.end(job, "error", "no token may come next: the form that was asked for cannot be completed")
+            return
+        bias = np.asarray(one_row(job.request, [], self._vocab).bias)
+        self.batch.set_bias(job.row, np.where(allowed, bias, -np.inf).astype(np.float32))
+
+    def _hand_out(self, running: Sequence[Job], drawn: Drawn) -> None:
+        """Give what was drawn to the requests, and end those that are over."""
+        found = jax.device_get(drawn)
+        for job in running:
+            row = job.row
+            if row is None or job.finished:
+                continue
+            tokens = [int(token) for token in found.token[row] if token >= 0]
+            self.generated += len(tokens)
+            self._policy.ran(job)
+            job.push(
+                tokens, [] if job.request.logprobs is None else _logprobs(found, row, tokens, job.request.logprobs)
+            )
+            if job.failed is not None:
+                self.end(job, "error", job.failed)
+            elif job.stopped_by is not None:
+                self.end(job, "stop")
+            elif found.bad[row]:
+                self.end(job, "error", "the model computed values that are not finite (NaN or infinity)")
+            elif len(job.generated) >= job.request.max_new_tokens:
+                self.end(job, "length")
+
+    def end(self, job: Job, reason: FinishReason, error: str | None = None) -> None:
+        """A request is over; a conversation stands behind its last token, or where it stood if nothing came of it."""
+        row, kept = job.row, job.conversation
+        over = job.begun and not job.reads
+        state: StreamState | None = None
+        if kept is not None and over and reason != "error":
+            state = job.state if row is None else self.batch.leave(row)
+        parked = job.parked if state is None else self.batch.parking.park(state)
+        with self.lock:
+            if row is not None:
+                self.rows[row] = None
+            self.jobs.pop(job, None)
+            job.finished, job.row = True, None
+            self.finished[reason] += 1
+            self.seconds += 0.1 * (time.monotonic() - job.came - self.seconds)
+        self._policy.remove(job)
+        last = job.last_event(reason, error)
+        if kept is None:
+            job.emit(last)
+        elif not over or reason == "error" or parked is None:
+            self._conversations.release(kept)
+            job.emit(last)
+        else:
+            self._conversations.finish(kept, lambda: job.emit(last), **self._changes(job, kept, parked))
+        job.state = job.parked = None
+
+    def _changes(self, job: Job, kept: Conversation, parked: ParkedState) -> dict[str, object]:
+        """What a request has made of its conversation."""
+        nats = [float(np.asarray(x)[0].sum()) for x in job.nats]
+        tokens = len(job.prompt) - job.cached if nats else 0
+        return {
+            "state": parked,
+            "tokens_seen": kept.tokens_seen + len(job.prompt) + len(job.generated),
+            "stopped_by": job.stopped_by,
+            "extra": dict(job.request.extra),
+            "output": job.output.to_json_dict(),
+            "sampling": job.request.sampling,
+            "drawn": len(job.generated),
+            "nats": (kept.nats[0] + sum(nats), kept.nats[1] + tokens),
+        }
+
+    def fail_all(self, error: str) -> None:
+        for job in list(self.jobs):
+            self.end(job, "error", error)
+        self.rows = [None] * self.batch.rows
+        self.batch.reset()
+
+    def _work(self, start: int, stop: int) -> float:
+        """What reading tokens [start, stop) of a stream costs, in multiplications."""
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.batch.model))
+        slots = [cache.slots for cache in self.batch.caches]
+        seen = sum(min((start + stop) / 2, n) for n in slots)
+        return (stop - start) * (weights + 2 * seen * self.batch.model.config.d_model)
+
+
+def _logprobs(drawn: Drawn, row: int, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
+    """Log-probabilities of a row's tokens, and of `most` alternatives each."""
+    return [
+        TokenLogprob(
+            token,
+            float(drawn.logprob[row, i]),
+            tuple(
+                (int(drawn.top_token[row, i, j]), float(drawn.top_logprob[row, i, j]))
+                for j in range(min(most, drawn.top_token.shape[2]))
+            ),
+        )
+        for i, token in enumerate(tokens)
+    ]

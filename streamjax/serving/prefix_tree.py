@@ -1,0 +1,195 @@
+"""A radix tree over token ids whose nodes hold states: what many requests begin with is read once.
+
+A node is where a prompt ended or where two of them part, so its state is one that another request can go on from; those
+are the states that are worth keeping (Marconi, 2411.19379). States are of streams and not of tokens: a window or a
+recurrent layer cannot be cut back, so a request goes on from a node at or before the place where it parts.
+
+All places are multiples of the chunk in which prompts are read. A request that goes on from a node then reads the same
+chunks as one that reads everything, and computes the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from streamjax.serving.row_states import ParkedState
+
+Ids = Sequence[int] | Int32[np.ndarray, " _"]
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """A place in the tree: `edge` are the ids from the parent's place to this one; `depth` ids lie before it."""
+
+    edge: Int32[np.ndarray, " T"]
+    depth: int
+    parent: Node | None
+    children: dict[bytes, Node] = dataclasses.field(default_factory=dict)
+    state: ParkedState | None = None
+    used: int = 0  # the tree's clock, when it was last read or kept
+
+    def chain(self) -> Iterator[Node]:
+        """This node and those before it, up to the root."""
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+
+class PrefixTree:
+    """States at the beginnings of prompts, within a budget of bytes.
+
+    Beyond the budget the state goes whose utility is least: how recently it was used, in [0, 1], plus `alpha` times the
+    work that it saves per byte, in [0, 1] of the best. The work is that of reading from the nearest state before it.
+
+    Args:
+      chunk_size: of the chunks in which prompts are read.
+      budget: bytes of states that are kept.
+      work: what reading tokens [start, stop) of a prompt costs, in any unit.
+      alpha: how much work counts beside recency.
+      most_tokens: ids that are remembered; beyond them the paths go whose last use is longest ago.
+    """
+
+    def __init__(
+        self,
+        chunk_size: int,
+        budget: int,
+        work: Callable[[int, int], float] = lambda start, stop: stop - start,
+        alpha: float = 1.0,
+        most_tokens: int = 1 << 22,
+    ):
+        self.chunk_size, self.budget, self.alpha = chunk_size, budget, alpha
+        self._work, self._most_tokens = work, most_tokens
+        self._root = Node(np.zeros(0, np.int32), 0, None)
+        self._clock = 0
+        self.nbytes = 0
+        self.tokens = 0
+
+    def add(self, prompt: Ids) -> None:
+        """Note a prompt that will be read: its end, and where it parts from others, become places for states."""
+        ids = self._whole_chunks(prompt)
+        self._clock += 1
+        node = self._root
+        while node.depth < len(ids):
+            rest = ids[node.depth :]
+            child = node.children.get(self._key(rest))
+            if child is None:
+                child = Node(rest, len(ids), node, used=self._clock)
+                node.children[self._key(rest)] = child
+                self.tokens += len(rest)
+            elif (same := self._common(child.edge, rest)) < len(child.edge):
+                child = self._split(child, same)
+            child.used = self._clock
+            node = child
+        self._forget_paths()
+
+    def match(self, prompt: Ids) -> tuple[int, ParkedState | None]:
+        """The deepest state that stands in a prompt: how many ids it has read, and itself; 0 and None without one."""
+        self._clock += 1
+        best = None
+        for node in self._path(self._whole_chunks(prompt)):
+            if node.state is not None:
+                best = node
+        if best is None:
+            return 0, None
+        best.used = self._clock
+        return best.depth, best.state
+
+    def wants(self, prompt: Ids, depth: int) -> bool:
+        """Whether a state behind the first `depth` ids of a prompt has a place, and none is there."""
+        if depth == 0 or depth % self.chunk_size:
+            return False
+        ids = self._whole_chunks(prompt[:depth])
+        node = next((node for node in self._path(ids) if node.depth == depth), None)
+        return node is not None and node.state is None
+
+    def keep(self, prompt: Ids, depth: int, state: ParkedState) -> None:
+        """Give a state behind the first `depth` ids of a prompt its place; others go where the budget is exceeded."""
+        ids = self._whole_chunks(prompt[:depth])
+        node = next((node for node in self._path(ids) if node.depth == depth), None)
+        if node is None or node.state is not None or state.nbytes > self.budget:
+            return
+        self._clock += 1
+        node.state, node.used = state, self._clock
+        self.nbytes += state.nbytes
+        while self.nbytes > self.budget:
+            self._drop(min(self.holding(), key=self.utilities().__getitem__))
+
+    def holding(self) -> list[Node]:
+        """The nodes that hold states, those longest unused first."""
+        return sorted((node for node in self._nodes() if node.state is not None), key=lambda node: node.used)
+
+    def utilities(self) -> dict[Node, float]:
+        """What each state is worth: recency plus work saved per byte."""
+        holding = self.holding()
+        recency = {node: (i + 1) / len(holding) for i, node in enumerate(holding)}
+        saved = {node: self._saved(node) / max(node.state.nbytes, 1) for node in holding if node.state is not None}
+        most = max(saved.values(), default=0.0) or 1.0
+        return {node: recency[node] + self.alpha * saved[node] / most for node in holding}
+
+    def _saved(self, node: Node) -> float:
+        before = next((n.depth for n in list(node.chain())[1:] if n.state is not None), 0)
+        return self._work(before, node.depth)
+
+    def _drop(self, node: Node) -> None:
+        assert node.state is not None
+        self.nbytes -= node.state.nbytes
+        node.state = None
+
+    def _split(self, child: Node, length: int) -> Node:
+        """A new node `length` ids along a child's edge."""
+        parent = child.parent
+        assert parent is not None
+        middle = Node(child.edge[:length], parent.depth + length, parent)
+        parent.children[self._key(middle.edge)] = middle
+        child.edge, child.parent = child.edge[length:], middle
+        middle.children[self._key(child.edge)] = child
+        return middle
+
+    def _forget_paths(self) -> None:
+        while self.tokens > self._most_tokens:
+            leaves = [node for node in self._nodes() if not node.children and node.used != self._clock]
+            if not leaves:
+                return
+            oldest = min(leaves, key=lambda node: node.used)
+            if oldest.state is not None:
+                self._drop(oldest)
+            assert oldest.parent is not None
+            del oldest.parent.children[self._key(oldest.edge)]
+            self.tokens -= len(oldest.edge)
+
+    def _path(self, ids: Int32[np.ndarray, " T"]) -> Iterator[Node]:
+        """The nodes along these ids, the root left out."""
+        node = self._root
+        while node.depth < len(ids):
+            rest = ids[node.depth :]
+            child = node.children.get(self._key(rest))
+            if child is None or len(child.edge) > len(rest) or not np.array_equal(child.edge, rest[: len(child.edge)]):
+                return
+            yield child
+            node = child
+
+    def _nodes(self) -> Iterator[Node]:
+        """All nodes but the root."""
+        waiting = list(self._root.children.values())
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += node.children.values()
+
+    def _common(self, a: Int32[np.ndarray, " T"], b: Int32[np.ndarray, " U"]) -> int:
+        """How many ids two runs begin with together, in whole chunks."""
+        length = min(len(a), len(b))
+        differ = np.flatnonzero(a[:length] != b[:length])
+        same = int(differ[0]) if differ.size else length
+        return same - same % self.chunk_size
+
+    def _key(self, ids: Int32[np.ndarray, " T"]) -> bytes:
+        return ids[: self.chunk_size].tobytes()
+
+    def _whole_chunks(self, prompt: Ids) -> Int32[np.ndarray, " T"]:
+        return np.asarray(prompt[: len(prompt) - len(prompt) % self.chunk_size], np.int32)
