@@ -123,6 +123,10 @@ CASES = {
         "attention_window_size": 6,
         "lru_width": 8,
     },
+    "nemotron_h": {
+        **{**GROUPED, "hybrid_override_pattern": "M*-", "head_dim": 6, "mamba_num_heads": 4, "mamba_head_dim": 6},
+        **{"n_groups": 2, "ssm_state_size": 5},
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from streamjax.field_checks import Size, check_fields
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ from streamjax.models.families.ministral3 import MINISTRAL3
 from streamjax.models.families.mistral import MISTRAL
 from streamjax.models.families.mixtral import MIXTRAL
 from streamjax.models.families.mpt import MPT
+from streamjax.models.families.nemotron_h import NEMOTRON_H
 from streamjax.models.families.olmo import OLMO2, OLMO3
 from streamjax.models.families.olmo_hybrid import OLMO_HYBRID
 from streamjax.models.families.phi3 import PHI3
@@ -55,7 +56,7 @@ _ALL = (
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
     *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
-    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA),
+    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

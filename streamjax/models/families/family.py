@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class Source:
     """One checkpoint tensor, or some of its rows, that holds a parameter or a part of one.
 
     Attributes:
-      name: tensor name; `{layer}` stands for the layer's index, `{expert}` for an expert's: one tensor each.
+      name: tensor name; `{layer}` stands for the layer's index, `{expert}` for an expert's: one tensor each. A family
+        with `Family.numbers` may have further names in braces.
       pattern: einops pattern, checkpoint axes on the left, parameter axes on the right.
       part: half-open range on the parameter's `g` axis that the tensor holds; None: all of it.
       rows: half-open range on the tensor's first axis that is meant; None: all of it.
@@ -87,12 +88,12 @@ class Source:
             sizes["x"] = 1
         return sizes
 
-    def of_layer(self, layer: int, shape: tuple[int, ...]) -> list[Source]:
+    def of_layer(self, numbers: Mapping[str, int], shape: tuple[int, ...]) -> list[Source]:
         """The tensors of one layer, whose parameter has this shape: one an expert where the name says so."""
         if "{expert}" not in self.name:
-            return [dataclasses.replace(self, name=self.name.format(layer=layer))]
+            return [dataclasses.replace(self, name=self.name.format(**numbers))]
         experts = self.sizes(shape)["x"]
-        names = [self.name.format(layer=layer, expert=expert) for expert in range(experts)]
+        names = [self.name.format(**numbers, expert=expert) for expert in range(experts)]
         return [dataclasses.replace(self, name=name, expert=expert) for expert, name in enumerate(names)]
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,6 +144,8 @@ class Family:
       renames: regular expressions and replacements applied to the names in a checkpoint.
       ignored: regular expressions of tensors (after renaming) that are left alone on purpose.
       packed: other tensors that hold some parameters in some checkpoints; read where they are there, never written.
+      numbers: where a block is read from several layers of a file: for each block, what stands for the names in braces.
+        None: `{layer}` is the block's index.
     """
 
     name: str
@@ -154,6 +157,13 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     packed: Table = dataclasses.field(default_factory=dict)
+    numbers: Callable[[ModelConfig], Sequence[Mapping[str, int]]] | None = None
+
+    def layer_numbers(self, config: ModelConfig) -> Sequence[Mapping[str, int]]:
+        """For each block, what stands for the names in braces of a tensor's name."""
+        if self.numbers is not None:
+            return self.numbers(config)
+        return [{"layer": layer} for layer in range(config.num_layers)]
 
 
 def of_uniform(write: Callable[[UniformConfig], dict[str, Any]]) -> Callable[[ModelConfig], dict[str, Any]]:

@@ -158,7 +158,7 @@ class Slot:
 
 def parameter_slots(model: Decoder, family: Family, stored: Collection[str] = ()) -> list[Slot]:
     """Every parameter of the model, in the order of its leaves; where it is packed in `stored`, as it is there."""
-    blocks = model.config.blocks
+    blocks, numbers = model.config.blocks, family.layer_numbers(model.config)
     tables = {block: family.tensors(block) for block in dict.fromkeys(blocks)}
     leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
     slots = []
@@ -176,8 +176,8 @@ def parameter_slots(model: Decoder, family: Family, stored: Collection[str] = ()
         sources = tuple(
             tuple(
                 source
-                for entry in _stored_entries(family, tables[blocks[layer]], key, layer, stored)
-                for source in entry.of_layer(layer, shape)
+                for entry in _stored_entries(family, tables[blocks[layer]], key, numbers[layer], stored)
+                for source in entry.of_layer(numbers[layer], shape)
             )
             for layer in layers
         )
@@ -185,10 +185,12 @@ def parameter_slots(model: Decoder, family: Family, stored: Collection[str] = ()
     return slots
 
 
-def _stored_entries(family: Family, table: Table, key: str, layer: int, stored: Collection[str]) -> tuple[Source, ...]:
+def _stored_entries(
+    family: Family, table: Table, key: str, numbers: Mapping[str, int], stored: Collection[str]
+) -> tuple[Source, ...]:
     """The entries of a table for a parameter of a layer, or those of its packed form where that is stored."""
     packed = family.packed.get(key, ())
-    return packed if packed and all(entry.name.format(layer=layer) in stored for entry in packed) else table[key]
+    return packed if packed and all(entry.name.format(**numbers) in stored for entry in packed) else table[key]
 
 
 def _renamed(family: Family, tensors: Tensors) -> Tensors:

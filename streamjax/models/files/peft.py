@@ -81,6 +81,7 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
     split: dict[str, list[tuple[str, int]]] = {}
     tensors: list[PendingTensor] = []
     dtype = np.dtype(adapter_dtype(model))
+    numbers = FAMILIES[model.config.family].layer_numbers(model.config)
     for template, layers in modules(model).items():
         module = template.rpartition(".")[2]
         everywhere = len(layers) == model.config.num_layers
@@ -91,10 +92,10 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
             rank, alpha = ranks[used[0].target]
             scale, rank, rows = alpha / rank, sum(ranks[part.target][0] for part in used), rows_of(parts)
             # to PEFT a module's last name means all that are called so, such as those of a shared expert
-            about[module if everywhere else template.format(layer=layer)] = rank, scale * rank
+            about[module if everywhere else template.format(**numbers[layer])] = rank, scale * rank
             if len(parts) > 1:
                 split[module] = [(part.target, ranks[part.target][0]) for part in used]
-            name, factors = f"base_model.model.{template.format(layer=layer)}", _Factors(model, layer, used)
+            name, factors = f"base_model.model.{template.format(**numbers[layer])}", _Factors(model, layer, used)
             b = partial(factors.b, rows, scale)
             tensors.append(PendingTensor(f"{name}.lora_A.weight", (rank, used[0].width), dtype, factors.a))
             tensors.append(PendingTensor(f"{name}.lora_B.weight", (rows, rank), dtype, b))
@@ -142,10 +143,10 @@ def _beside_projections(
     model: Decoder, config: AdapterConfig, file: Path, tensors: Tensors, changes: dict[str, Change]
 ) -> dict[str, dict[int, _Stored]]:
     """The adapters on projections, by target and layer; those with magnitudes become changes of the weights."""
-    split = _read_split(file)
+    split, numbers = _read_split(file), FAMILIES[model.config.family].layer_numbers(model.config)
     found: dict[str, dict[int, _Stored]] = {}
     for template, layers in modules(model).items():
-        names = {layer: template.format(layer=layer) for layer in layers}
+        names = {layer: template.format(**numbers[layer]) for layer in layers}
         if not any((name, factor) in tensors for name in names.values() for factor in "AB"):
             continue
         for layer, name in names.items():

@@ -70,7 +70,18 @@ def recurrent_gemma(**options):
     return hf.RecurrentGemmaConfig(**{**SIZES, **ATTENTION, **sizes, **options})
 
 
+def nemotron_h(pattern, **options):
+    sizes = {"mamba_num_heads": 6, "mamba_head_dim": 16, "n_groups": 3, "ssm_state_size": 10, "head_dim": 12}
+    given = {**SIZES, **ATTENTION, **sizes, "intermediate_size": 56, "hybrid_override_pattern": pattern, **options}
+    return hf.NemotronHConfig(**{**given, "num_hidden_layers": len(pattern)})
+
+
 CASES = {
+    "nemotron_h": lambda: nemotron_h("MM-*-M"),
+    "nemotron_h-biases": lambda: nemotron_h(
+        "*-M-", use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="gelu",
+        time_step_min=0.5,
+    ),
     "recurrent_gemma": lambda: recurrent_gemma(num_key_value_heads=1),
     "recurrent_gemma-biases-untied": lambda: recurrent_gemma(
         attention_bias=True, block_types=["attention", "recurrent"], logits_soft_cap=2.0, conv1d_width=3,

@@ -36,6 +36,7 @@ FAMILIES = (
     "falcon-rw",
     "olmo2",
     "cohere2-mqa-biases-untied",
+    "nemotron_h-biases",
     *FUSED,
 )
 

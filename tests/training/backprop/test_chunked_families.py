@@ -15,6 +15,7 @@ REPEATED |= {
     "lfm2_moe": "lfm2",
     "qwen3_5_moe": "qwen3_next",
     "olmo_hybrid": "qwen3_next",
+    "nemotron_h": "mamba2",
 }
 
 

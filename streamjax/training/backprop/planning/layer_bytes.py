@@ -99,7 +99,7 @@ def _mlp_saved(mlp: MLPConfig | None, d_model: int, item: int, wide: int) -> int
         return 0
     if isinstance(mlp, DenseAndExpertsConfig):
         return sum(_mlp_saved(part, d_model, item, wide) for part in (mlp.dense, mlp.experts)) + 15 * d_model * wide
-    steps = {"relu": 2, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
+    steps = {"relu": 2, "relu2": 3, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
     if isinstance(mlp, ExpertsConfig):
         steps += 3 * (mlp.swiglu_limit is not None)
         each = item * (mlp.mlp_dim * (steps + 2) + 2 * d_model)
