@@ -38,6 +38,8 @@ import pytest
 from hypothesis import settings
 from jax._src.interpreters import mlir
 
+from tests.covering import mark_the_rest_slow
+
 settings.register_profile("suite", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("suite")
 
@@ -62,6 +64,11 @@ MEMORY_MAPS = Path("/proc/self/maps")
 MANY_MAPS = 20_000  # Linux lets a process have 65,530, and every compiled program takes some
 RESIDENT_PAGES = Path("/proc/self/statm")
 BETWEEN_FILES, BETWEEN_TESTS = 1.2e9, 2.0e9  # bytes; what the suite imports takes 0.7e9 of them
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_slow(items)
 
 
 def pytest_collection_finish() -> None:

@@ -93,6 +93,7 @@ def weighed(attention, weights):
     return jax.value_and_grad(lambda *x: jnp.sum(attention(*x) * weights), argnums=(0, 1, 2))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("length", [7, 16, 48, 53])
 @pytest.mark.parametrize("implementation", [None, "dense", "xla"])
 def test_attention_within_chunks(length, implementation):
@@ -110,6 +111,7 @@ def test_attention_within_chunks(length, implementation):
         np.testing.assert_allclose(found, right, atol=2e-5 * float(jnp.max(jnp.abs(right))) + 1e-7)
 
 
+@pytest.mark.slow
 def test_attention_within_chunks_by_a_kernel(on_tpu):
     """The kernels take chunks as rows with full attention, and refuse the pattern itself."""
     arrays, options, weights = chunked(2 * 256 + 30, rows=1)

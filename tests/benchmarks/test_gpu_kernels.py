@@ -16,6 +16,7 @@ from benchmarks.kernels.gpu.parts import TOLERANCE, Device
 from benchmarks.model_shapes import SHAPES
 from pallas_kernels import api
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
+from tests.covering import rest_slow
 
 MODEL = "small"
 LENGTHS = {flash: 96, chunks: 128, hsa: 192, decoding: 64 * 8, weights: 200}
@@ -46,7 +47,7 @@ def error(name, dtype=jnp.float32):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", rest_slow(PARTS, "sinks", "local", "decode-int8", "decode-int4", "paged", "scores"))
 def test_the_kernels_are_right(name):
     for dtype in DTYPES["triton"]:
         assert 0 < error(name, dtype) < TOLERANCE[jnp.dtype(dtype).name]
@@ -68,7 +69,7 @@ def test_a_wrong_kernel_is_noticed(name, kernel, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", ["local", "sinks", "chunk-sinks"])
+@pytest.mark.parametrize("name", rest_slow(["local", "sinks", "chunk-sinks"], "sinks"))
 def test_the_windows_that_are_checked_are_short(name, monkeypatch):
     """A kernel without the window is wrong where it is checked."""
     kernel = "chunk_attention" if name.startswith("chunk") else "flash_attention"
@@ -145,7 +146,7 @@ def test_calls_take_turns_over_the_inputs():
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "chunk", "decode", "decode-int4", "paged", "scores"))
 def test_measures_every_part(name, monkeypatch):
     """Every side is called, with the shapes of the last chunk, of whole sequences, of caches; no clock needed."""
     called = []

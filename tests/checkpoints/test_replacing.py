@@ -74,9 +74,9 @@ def kill_at(monkeypatch):
     ("save", "exchange"),
     [
         (sj.save_hf, True),
-        (sj.save_hf, False),
-        (sj.save_safetensors, True),
-        pytest.param(sj.save_safetensors, False, marks=pytest.mark.slow),  # the folder changes places as above
+        (sj.save_safetensors, False),
+        pytest.param(sj.save_hf, False, marks=pytest.mark.slow),  # the folder changes places as above
+        pytest.param(sj.save_safetensors, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_save_that_is_killed_at_any_point(save, exchange, old, new, tmp_path, kill_at, monkeypatch):

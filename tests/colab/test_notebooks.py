@@ -59,6 +59,7 @@ def test_begins_by_installing_and_says_what_it_computes_with(name):
     assert "jax.devices()[0].device_kind" in first.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_train_long(monkeypatch, text_file):
     printed = run("train_long", monkeypatch, text_file)
     assert re.search(r"^JAX [\d.]+\S* on cpu: 1 x cpu$", printed, re.MULTILINE)
@@ -68,12 +69,14 @@ def test_train_long(monkeypatch, text_file):
     assert re.search(r"^trained on 1,024 tokens at once: \d+\.\d+ \d+\.\d+ nats a byte$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_recall(monkeypatch, text_file):
     printed = run("recall", monkeypatch, text_file)
     assert re.search(r"^hsa +1,024 tokens: 2 of 2, [\d,]+ tokens/s, a stream's state is \S+ MB$", printed, re.MULTILINE)
     assert re.search(r"^sinks \+ window +1,024 tokens: \d of 2", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_new_cache(monkeypatch, text_file):
     printed = run("new_cache", monkeypatch, text_file)
     assert "the same tokens are stored however the stream is cut" in printed

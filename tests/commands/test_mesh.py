@@ -76,6 +76,7 @@ def test_a_split_model_answers_what_the_whole_one_answers(command, two_heads, se
     assert is_split(sessions[0].model)
 
 
+@pytest.mark.slow
 def test_caches_are_compared_on_a_split_model(command, two_heads, text_file, tmp_path, sessions):
     found = []
     for mesh in ([MESH], []):

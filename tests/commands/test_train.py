@@ -72,6 +72,7 @@ def test_help_lists_the_fields_of_the_configuration(run):
     assert "--config.optimizer.learning_rate = 0.01  (a number)" in out
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_and_started_again(run_config, tmp_path):
     """SIGKILL between checkpoints, then SIGTERM, then to the end: the model file is that of an undisturbed run."""
     train(run_config, tmp_path / "undisturbed")

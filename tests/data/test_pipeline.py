@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamjax.data import DataConfig, make_eval_batches, make_train_iterator, open_source
+from tests.covering import rest_slow
 
 pytestmark = pytest.mark.quick
 
@@ -99,7 +100,7 @@ RESUMED: list[dict[str, Any]] = [
 TOTAL = 20  # batches of the endless ones: several epochs
 
 
-@pytest.mark.parametrize("values", RESUMED, ids=str)
+@pytest.mark.parametrize("values", rest_slow(RESUMED, *RESUMED[::2], RESUMED[3]), ids=str)
 def test_resuming_gives_the_batches_of_an_uninterrupted_run(values: dict[str, Any], folder: Path) -> None:
     config = _config(folder, **values)
     whole = list(itertools.islice(make_train_iterator(config), None if config.epochs else TOTAL))

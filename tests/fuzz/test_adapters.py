@@ -30,7 +30,7 @@ def folder(base, tmp_path):
     return folder
 
 
-@draws(150)
+@draws(60)
 def test_a_changed_configuration_is_read_or_refused_in_one_line(base, folder, draws):
     file, rng = folder / CONFIG, random.Random(0)
     whole = json.loads(file.read_text())
@@ -42,7 +42,7 @@ def test_a_changed_configuration_is_read_or_refused_in_one_line(base, folder, dr
     assert 0 < loaded < draws
 
 
-@draws(150)
+@draws(60)
 def test_hostile_patterns_are_read_or_refused_in_one_line(base, folder, draws):
     file, rng = folder / CONFIG, random.Random(1)
     whole = json.loads(file.read_text())
@@ -57,7 +57,7 @@ def test_hostile_patterns_are_read_or_refused_in_one_line(base, folder, draws):
     assert refused
 
 
-@draws(150)
+@draws(60)
 def test_changed_weights_are_those_that_were_saved_or_refused_in_one_line(base, folder, draws):
     """Changes of the header alone: the numbers behind it have no checksums of their own."""
     file, rng = folder / WEIGHTS, random.Random(2)

@@ -82,7 +82,7 @@ def run(command, module, arguments, **options):  # noqa: F811
     return outcome
 
 
-@draws(40)
+@draws(16)
 @pytest.mark.parametrize("module", FLAGS)
 def test_drawn_flags_end_in_one_line(command, module, tmp_path, monkeypatch, draws):  # noqa: F811
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def test_drawn_flags_end_in_one_line(command, module, tmp_path, monkeypatch, dra
     assert failed > draws / 4
 
 
-@draws(40)
+@draws(16)
 @pytest.mark.parametrize("module", FLAGS)
 def test_drawn_words_end_in_one_line(command, module, tmp_path, monkeypatch, draws):  # noqa: F811
     """No flags at all, flags of no command, models that are none, and files of flags."""
@@ -111,7 +111,7 @@ def test_drawn_words_end_in_one_line(command, module, tmp_path, monkeypatch, dra
         assert outcome.status or word in ("--help", "-h")
 
 
-@draws(60)
+@draws(30)
 def test_drawn_configurations_of_training_end_in_one_line(command, tmp_path, monkeypatch, draws):  # noqa: F811
     """There is no text to train on, so that what is accepted ends there."""
     config = Path(__file__).parents[2] / "configs" / "tiny.py"

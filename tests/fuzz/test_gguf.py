@@ -45,7 +45,7 @@ def mutate_number(data, places, rng):
     return data[:at] + struct.pack("<I", value & 0xFFFFFFFF) + data[at + 4 :]
 
 
-@draws(120)
+@draws(60)
 @pytest.mark.parametrize("what", ["model", "tokenizer"])
 def test_a_changed_file_is_read_or_refused_in_one_line(whole, tmp_path, what, draws, capfd):
     data, head = whole

@@ -22,7 +22,7 @@ def folder(model_folder, tmp_path):  # noqa: F811
     return folder
 
 
-@draws(500)
+@draws(200)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_changed_file_is_read_or_refused_in_one_line(folder, name, draws):
     file = folder / name
@@ -43,7 +43,7 @@ def test_a_changed_file_is_read_or_refused_in_one_line(folder, name, draws):
 
 
 @pytest.mark.filterwarnings("ignore:config.json has fields that streamjax does not know")
-@draws(40)
+@draws(16)
 @pytest.mark.parametrize("case", ["mixtral", "deepseek_v3", "llama4"])
 def test_a_changed_config_of_experts_or_latent_attention_is_read_or_refused(tmp_path, case, draws):
     config = tiny_config(case)

@@ -89,7 +89,7 @@ def ignored(monkeypatch):
     return ignored
 
 
-@draws(50)
+@draws(25)
 def test_with_checksums_every_change_is_refused(saved, draws):
     folder, read, expected = saved
     (folder / "notes.txt").write_text("nobody's business")
@@ -105,7 +105,7 @@ def test_with_checksums_every_change_is_refused(saved, draws):
     assert_saved(read(), expected, "as it was")
 
 
-@draws(40)
+@draws(20)
 def test_without_checksums_a_changed_file_is_read_or_refused_in_one_line(saved, draws, ignored, capfd):
     """What is read may have other numbers then: the arrays' bytes have no checksums of their own."""
     folder, read, expected = saved
@@ -123,7 +123,7 @@ def test_without_checksums_a_changed_file_is_read_or_refused_in_one_line(saved, 
     assert "Traceback" not in capfd.readouterr().err
 
 
-@draws(40)
+@draws(20)
 def test_without_checksums_changed_metadata_change_no_number(saved, draws, ignored):
     folder, read, expected = saved
     (folder / MANIFEST).unlink()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import api, reference
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
+from tests.covering import rest_slow
 from tests.kernels.tolerances import BACKENDS, TOLERANCE, assert_near
 
 
@@ -91,7 +92,7 @@ def test_matches_float64(backend, pattern, queries, offset, options):
     check(backend, pattern, queries, offset, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", rest_slow(BACKENDS, "triton"))
 @settings(max_examples=3)
 @given(data=st.data())
 def test_drawn(backend, data):

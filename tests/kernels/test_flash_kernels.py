@@ -111,8 +111,15 @@ def check(
         ),
         pytest.param(SinkWindow(130, 60), 500, 500, {"packed": True, "softcap": 2.0}, id="many-sinks-packed"),
         pytest.param(SlidingWindow(40), 200, 100, {"offset": 80, "heads": 3, "kv_heads": 3}, id="some-see-nothing"),
-        pytest.param(Full(), 700, 700, {"dtype": "bfloat16", "heads": 4, "width": 128}, id="bf16"),
-        pytest.param(SinkWindow(4, 200), 600, 600, {"dtype": "bfloat16", "width": 96, "block_k": 256}, id="bf16-sinks"),
+        pytest.param(Full(), 700, 700, {"dtype": "bfloat16", "width": 128}, id="bf16"),
+        pytest.param(
+            SinkWindow(4, 200),
+            600,
+            600,
+            {"dtype": "bfloat16", "width": 96, "block_k": 256},
+            id="bf16-sinks",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_matches_float64(pattern, queries, keys, options, implementation):

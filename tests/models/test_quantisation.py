@@ -30,6 +30,7 @@ from streamjax.models.quantising import (
 )
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.architectures import CASES
+from tests.covering import rest_slow
 from tests.models.random_decoders import random_decoder
 
 pytestmark = pytest.mark.quick
@@ -161,6 +162,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -210,6 +212,7 @@ def config_of(name):
     return read_config({**CASES[name], **changes, "model_type": name.replace("gemma3", "gemma3_text")})
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3"])
 def test_a_quantised_model_is_its_dequantised_one_whole_and_streamed(name, weights):
@@ -229,7 +232,7 @@ def test_a_quantised_model_is_its_dequantised_one_whole_and_streamed(name, weigh
     jax.tree.map(np.testing.assert_array_equal, with_codes(native, packed=True), packed)
 
 
-@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("weights", rest_slow(KINDS, "int4"))
 def test_codes_and_scales_lie_on_a_mesh_as_the_weight_does(weights):
     model = quantised_model(sj.Decoder(CONFIG, jax.random.key(0)), weights)
     mesh = make_mesh(fsdp=2, tensor=2, data=2)

@@ -107,6 +107,7 @@ def test_prefill_needs_little_beside_its_weights(tmp_path):
     assert prefill["temp"] < 64 * MB  # logits of a chunk against a block of slots, MLP channels; no copy of weights
 
 
+@pytest.mark.slow
 def test_decoding_by_kernels_on_a_mesh_says_no_more_between_chips(tmp_path):
     """Each of 8 chips calls the kernels on its own streams and key heads; the caches stay as they lie."""
     decode = _bytes_on_one_chip("decode-8-kernels-mesh", tmp_path)

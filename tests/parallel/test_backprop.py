@@ -43,6 +43,7 @@ def compiled(mesh, model, batch, order):
         return jax.jit(step).lower(*args).compile(), args
 
 
+@pytest.mark.covering("mesh", "order")
 @pytest.mark.parametrize("stacked", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("mesh", "order"), [("data8", "chunk"), ("fsdp8", "layer"), *[("data2-fsdp2-tensor2", name) for name in ORDERS]]

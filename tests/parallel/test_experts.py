@@ -15,6 +15,7 @@ from streamjax.models.mlps import expert_parallel
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
 from streamjax.training.backprop.routing import trainable_and_reports, with_reports
+from tests.covering import rest_slow
 
 ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4)
 MLPS = {
@@ -40,12 +41,12 @@ ORDERS = {
     "chunk": {"method": "chunk", "chunk_size": 4},
 }
 CASES = [
-    ("expert4", "biased", "full"),
+    pytest.param("expert4", "biased", "full", marks=pytest.mark.slow),
     ("context2-expert4", "inputs", "full"),
-    ("fsdp2-tensor2", "plain", "chunk"),
+    pytest.param("fsdp2-tensor2", "plain", "chunk", marks=pytest.mark.slow),
     ("data2-expert2-tensor2", "biased", "remat"),
     ("data2-expert2-tensor2", "plain", "chunk"),
-    ("fsdp2-expert2-tensor2", "plain", "full"),
+    pytest.param("fsdp2-expert2-tensor2", "plain", "full", marks=pytest.mark.slow),
     ("fsdp2-expert2-tensor2", "biased", "layer"),
 ]
 
@@ -95,7 +96,7 @@ def test_the_gradient_is_that_of_one_device(axes, name, order):
             assert mine.sharding.is_equivalent_to(param.sharding, param.ndim)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", rest_slow([1, 4], 4))
 def test_streams(rows):
     """Rows that the expert axis splits, and one that it does not: decoding gathers tokens, and no weights."""
     model, mesh = unstack_layers(model_of("biased")), mesh_of("data2-expert2-tensor2")

@@ -47,7 +47,7 @@ def drawn(*shape, seed=0):
 @pytest.mark.parametrize(
     ("axes", "heads", "kv_heads", "share"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 4, 2, (1, 64, 2)),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 4, 2, (1, 64, 2), marks=pytest.mark.slow),
         ({"data": 2, "tensor": 4}, 4, 1, (2, 64, 1)),
         ({"data": 2, "tensor": 4}, 6, 3, (2, 64, 6)),
         ({"context": 4, "tensor": 2}, 4, 2, (4, 16, 2)),
@@ -72,8 +72,8 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
-        ("data2-fsdp2-tensor2", "streaming_llm"),
-        ("data2-tensor4", "dense"),
+        pytest.param("data2-fsdp2-tensor2", "streaming_llm", marks=pytest.mark.slow),
+        pytest.param("data2-tensor4", "dense", marks=pytest.mark.slow),
         ("data2-fsdp2-tensor2", "quest"),
         pytest.param("data2-tensor4", "streaming_llm", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "dense", marks=pytest.mark.slow),

@@ -7,6 +7,7 @@ import pytest
 import streamjax as sj
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.architectures import tiny_config
+from tests.covering import rest_slow
 from tests.training.gradient_checks import random_batch
 
 ROWS, LENGTH = 4, 24
@@ -23,7 +24,7 @@ def numbers(model, tokens, batch):
     return sj.forward(model, tokens), np.concatenate(logits, axis=1), grads
 
 
-@pytest.mark.parametrize("case", ["llama4", "gemma4-experts", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", rest_slow(["llama4", "gemma4-experts", "qwen3_next"], "llama4"))
 def test_a_mesh_changes_nothing(case):
     config = tiny_config(case)
     model = sj.Decoder(config, jax.random.key(0))

@@ -246,7 +246,11 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("cache", KEPT, ids=["fused", "plain", "scored", "scored and the rest"])
+@pytest.mark.parametrize(
+    "cache",
+    [*KEPT[:3], pytest.param(KEPT[3], marks=pytest.mark.slow)],
+    ids=["fused", "plain", "scored", "scored and the rest"],
+)
 def test_a_layer_goes_on_as_if_it_had_kept_that_all_along(cache):
     """With one layer keys depend on their tokens alone, and a choice by norms does not on what was chosen before."""
     model, tokens = build(ONE_LAYER), random_tokens(1, LENGTH + 12)

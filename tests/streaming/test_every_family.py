@@ -13,7 +13,7 @@ from tests.streaming.tiny_models import build, random_tokens
 
 LENGTH = 28
 ALIBI = ("falcon-alibi", "mpt")
-QUICK = {("hip", "gemma2"), ("hip", "mpt"), ("lserve", "falcon-7b"), ("duo_attention", "gpt_neox")}
+QUICK = {("hip", "mpt"), ("lserve", "falcon-7b"), ("duo_attention", "gpt_neox")}
 QUICK |= {("razor_attention", "phi3"), ("inf_llm", "gemma3")}
 SIZES = {
     "hip": {"sinks": 2, "window": 3, "capacity": 32, "page": 4, "top_k": 9, "block": 3},

@@ -68,7 +68,7 @@ def logits(config, cache, implementation, rows=2, length=27):
     [
         *[("triton", name, ONE_LAYER) for name in CACHES if name not in ("full", "pages")],
         ("tpu", "full", LOCAL),  # a layer with a window of its own, and soft caps
-        ("tpu", "pages", ONE_LAYER),
+        pytest.param("tpu", "pages", ONE_LAYER, marks=pytest.mark.slow),
     ],
     indirect=["kernels"],
 )

@@ -52,7 +52,7 @@ def heads_apart(far: tuple[int, ...], near: tuple[int, ...]) -> sj.kv.HeadGroups
     )
 
 
-@pytest.mark.parametrize("config", [GQA, ALIBI.replace(num_kv_heads=2)])
+@pytest.mark.parametrize("config", [GQA, pytest.param(ALIBI.replace(num_kv_heads=2), marks=pytest.mark.slow)])
 def test_layers_with_groups_of_equal_sizes_are_compiled_once(config):
     """Whichever their heads are; and their numbers are those of steps, which have the layers' own heads in them."""
     model = build(config.replace(num_layers=4))
@@ -82,7 +82,7 @@ def test_more_layers_take_no_longer_to_compile(untyped):
 
 @pytest.mark.parametrize(
     ("config", "scan_layers", "name"),
-    [(ALIBI, False, "dense"), (LOCAL, True, "pages"), (GQA, False, "sentences")],
+    [(ALIBI, False, "dense"), (LOCAL, True, "pages"), pytest.param(GQA, False, "sentences", marks=pytest.mark.slow)],
 )
 def test_layer_by_layer_is_what_steps_are(config, scan_layers, name):
     """Scores and states of two streams of unequal length, over a group of chunks, single ones and a padded end."""

@@ -139,6 +139,7 @@ def drift(series: list[int]) -> float:
     return medians[3] - medians[1]
 
 
+@pytest.mark.slow
 def test_stretches_of_a_stream_leave_nothing_behind(tmp_path):
     """No array, and next to nothing on the C library's heap."""
     figures = memory_of_a_stream(tmp_path, "streaming_llm", tokens=1)

@@ -25,7 +25,12 @@ def write(folder, model, tokens, window=64, **options):
 
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(GQA, 40), (GQA, 42), (ALIBI, 40), (PARTIAL, 40)],
+    [
+        pytest.param(GQA, 40, marks=pytest.mark.slow),
+        (GQA, 42),
+        (ALIBI, 40),
+        pytest.param(PARTIAL, 40, marks=pytest.mark.slow),
+    ],
     ids=["gqa", "gqa-room-in-the-last-page", "alibi", "partial"],
 )
 def test_with_every_page_a_question_is_answered_as_by_dense_attention(tmp_path, config, length):

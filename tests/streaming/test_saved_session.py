@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from tests.covering import rest_slow
 from tests.streaming.tiny_models import build
 from tests.streaming.tiny_sessions import BYTES, PROMPT, start
 
@@ -40,6 +41,7 @@ sys.stdout.buffer.write((extra["word"] + text).encode())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 def test_a_saved_session_goes_on_in_another_process(model, tmp_path):
     """Saved in the middle of a character, with a sampler that the other process is not told of."""
@@ -103,7 +105,7 @@ def test_what_is_saved_is_plain_data(model, tmp_path):
     assert about["sampler"]["temperature"] == 1.0
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("temperature", rest_slow([0.0, 1.2], 1.2))
 def test_four_calls_with_a_penalty_draw_what_one_draws(model, tmp_path, temperature):
     """The penalty meets all that the stream has read: in earlier calls, by `read`, and before it was saved."""
     sampler = sj.Sampler(temperature=temperature, repetition_penalty=1.7)

@@ -27,7 +27,7 @@ READS_ALL = {
     "razor_attention": HEADS,
     "lserve": {**HEADS, "capacity": 32, "page": 4, "logical": 2, "top_k": 9},
 }
-QUICK = ("dense", "inf_llm", "retro_infer", "duo_attention")
+QUICK = ("dense", "inf_llm", "duo_attention")
 DROPS = {
     "streaming_llm": (sj.kv.preset("streaming_llm", sinks=SINKS, window=WINDOW), oracle.Rule(SINKS, WINDOW)),
     "unfused": (

@@ -15,6 +15,7 @@ from streamjax.kv.pages import host_memory
 from streamjax.kv.pages.host_memory import put_pages, take_pages
 from streamjax.parallel.mesh import make_mesh
 from streamjax.streaming.saved_streams import load_stream, save_stream
+from tests.covering import rest_slow
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
 
@@ -68,7 +69,7 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", rest_slow(CACHES, "middle", "tree"))
 def test_streams_are_the_same(apart, name):
     """Rows stop where they like; all pages are written over twice."""
     model, tokens = build(GQA.replace(num_layers=1)), random_tokens(2, 48)

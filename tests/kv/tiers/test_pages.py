@@ -37,6 +37,7 @@ INDEXES = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "positions", "distance"),
     [

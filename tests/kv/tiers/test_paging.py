@@ -22,6 +22,7 @@ from streamjax.kv import (
     Window,
 )
 from streamjax.kv.pages.selection import gather_pages
+from tests.covering import rest_slow
 from tests.kv.tier_streams import (
     ENDS,
     FREQUENCIES,
@@ -114,6 +115,7 @@ FEW_OR_MANY = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", FEW_OR_MANY)
 @pytest.mark.parametrize("positions", ["none", "rope", "alibi"])
 def test_what_is_read_at_once_is_what_would_be_chosen(name, positions):
@@ -143,7 +145,7 @@ READ_TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("name", READ_TOGETHER)
+@pytest.mark.parametrize("name", rest_slow(READ_TOGETHER, "clusters", "one head list", "best keys"))
 def test_neighbours_that_read_together_read_what_each_would_read_alone(monkeypatch, name):
     """Unions of few queries in tiles of two pages, the last of which is moved back to fit; padding wants nothing."""
     monkeypatch.setattr("streamjax.kv.pages.union_reading.QUERIES", 3)
@@ -217,7 +219,7 @@ SCORED_IN_TURN = {
 }
 
 
-@pytest.mark.parametrize("name", SCORED_IN_TURN)
+@pytest.mark.parametrize("name", rest_slow(SCORED_IN_TURN, "pages", "content by keys"))
 def test_pages_that_are_scored_some_at_a_time_are_those_that_all_would_choose(monkeypatch, name):
     """From empty pages to where they have wrapped, with ALiBi; the way with a reverse mode scores all at once."""
     monkeypatch.setattr("streamjax.kv.pages.selection.SCORED", 2)

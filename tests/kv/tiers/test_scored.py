@@ -74,6 +74,7 @@ def expected(rule, stream):
     return np.array(rows), places
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "positions", "distance", "together"),
     [

@@ -10,6 +10,7 @@ import transformers as hf
 from streamjax.models import RopeConfig, UniformConfig
 from streamjax.models.families import FAMILIES, find_family, gemma, read_config, write_config
 from streamjax.models.families.config_fields import HARMLESS, Fields
+from tests.covering import rest_slow
 from tests.models.families.published_configs import GEMMA_3_4B, PUBLISHED
 
 
@@ -243,6 +244,9 @@ def test_refused(case):
     assert len(str(error.value).splitlines()) == 1
 
 
+ONE_OF_EACH_FAMILY = {values["model_type"]: name for name, values in PUBLISHED.items()}
+
+
 def mutations(values, path=()):
     """Copies of a config with one field, at any depth, replaced by something odd."""
     for name, value in values.items():
@@ -253,7 +257,7 @@ def mutations(values, path=()):
 
 
 @pytest.mark.filterwarnings("ignore:config.json has fields")
-@pytest.mark.parametrize("name", [*PUBLISHED, "gemma-3-4b"])
+@pytest.mark.parametrize("name", rest_slow([*PUBLISHED, "gemma-3-4b"], *ONE_OF_EACH_FAMILY.values()))
 def test_odd_values_are_read_or_refused_in_one_line(name):
     values = GEMMA_3_4B if name == "gemma-3-4b" else {**PUBLISHED[name], "num_hidden_layers": 4, "n_layers": 4}
     refusals = []

@@ -10,6 +10,7 @@ from transformers.models.mpt import modeling_mpt
 from streamjax.models import forward
 from streamjax.models.families import FAMILIES
 from streamjax.models.files.hugging_face import load_hf, save_hf
+from tests.covering import rest_slow
 from tests.models import transformers_peers
 from tests.models.families import recurrent_peers
 
@@ -296,10 +297,16 @@ CASES = {
     "mpt-six-heads-untied": lambda: mpt(n_heads=6, tie_word_embeddings=False),
 }
 CASES |= recurrent_peers.CASES
+PACKED = [case for case in CASES if "mixtral" in case or "_moe" in case]
+BASE_AND_TWO_LAYOUTS = [
+    case
+    for family in {case.split("-")[0]: None for case in CASES}
+    for case in [case for case in CASES if case.split("-")[0] == family][:3]
+]
 LENGTH = 40  # beyond every window and every original_max_position_embeddings above
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, *BASE_AND_TWO_LAYOUTS))
 def test_logits_and_round_trip(case, tmp_path):
     model = transformers_peers.peer(CASES[case]())
     tokens = transformers_peers.tokens_for(model, LENGTH)
@@ -357,7 +364,15 @@ def test_peer_shards(tmp_path):
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "mixtral" in case or "_moe" in case])
+@pytest.mark.parametrize(
+    "case",
+    rest_slow(
+        [case for case in CASES if "mixtral" in case or "_moe" in case],
+        "mixtral",
+        "qwen2_moe-window",
+        "qwen3_moe-dense-biases",
+    ),
+)
 def test_packed_experts_are_read_too(case, tmp_path):
     """transformers holds all experts' projections in one tensor, and some files on the hub do."""
     theirs = transformers_peers.peer(CASES[case]())

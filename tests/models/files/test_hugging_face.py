@@ -17,6 +17,7 @@ from streamjax.models.files.hugging_face import load_hf, save_hf
 from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.rules import partition_spec
 from tests.architectures import tiny_config
+from tests.covering import rest_slow
 from tests.models.random_decoders import random_decoder
 
 pytestmark = pytest.mark.quick
@@ -130,7 +131,7 @@ def test_dtypes(tmp_path, model, stored):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", rest_slow([False, True], True))
 def test_host_memory_is_about_one_tensor(tmp_path, scan_layers):
     config = UniformConfig(
         vocab_size=256, d_model=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1536

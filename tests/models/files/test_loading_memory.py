@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import streamjax as sj
+from tests.covering import rest_slow
 
 WIDE = {
     "vocab_size": 200_000,
@@ -42,7 +43,7 @@ print(json.dumps({"over": peak - before, "weights": sum(leaf.nbytes for leaf in 
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of resident memory to be set back here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", rest_slow(["float32", "bfloat16"], "bfloat16"))
 def test_a_large_tensor_is_held_once(tmp_path, dtype):
     for name, vocabulary in (("small", 300), ("large", WIDE["vocab_size"])):
         config = sj.UniformConfig(**{**WIDE, "vocab_size": vocabulary})

@@ -18,6 +18,7 @@ import streamjax as sj
 from streamjax.models import UniformConfig, stack_layers
 from streamjax.models.files.hugging_face import load_hf
 from streamjax.models.lora.attaching import empty_adapters, places, ranks_of
+from tests.covering import rest_slow
 from tests.models import transformers_peers
 from tests.models.families.test_families import CASES
 
@@ -78,7 +79,7 @@ def change_weights(model, folder):
     return model
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", rest_slow(FAMILIES, "llama-gqa-biases", "qwen2_moe-dense-no-biases", "gemma3", *FUSED))
 def test_the_folder_means_the_same_to_transformers(case, tmp_path):
     torch_model = transformers_peers.peer(CASES[case]())
     tokens = transformers_peers.tokens_for(torch_model, 20)

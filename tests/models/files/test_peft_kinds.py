@@ -152,6 +152,7 @@ def test_dora(base, tmp_path, rslora, caplog):
     assert "merged into the weights: lm_head.weight, model.layers.*.mlp.down_proj.weight, " in caplog.text
 
 
+@pytest.mark.covering("tied+modules", "along")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("along", [False, True])
 @pytest.mark.parametrize("modules", [[HEAD], [EMBEDDING], [HEAD, EMBEDDING]])
@@ -171,6 +172,7 @@ def test_adapters_on_embedding_and_head(bases, tmp_path, tied, modules, along):
     assert ranks_of(loaded) == {"q": (4, 8.0)}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("infix", ["", ".modules_to_save", ".modules_to_save.default"])
 def test_modules_that_were_trained_whole(bases, tmp_path, tied, infix):

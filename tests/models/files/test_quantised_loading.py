@@ -35,6 +35,7 @@ def model(request):
     return random_decoder(CONFIG.replace(tie_embeddings=request.param))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("save", [sj.save_hf, sj.save_safetensors, sj.save])
 @pytest.mark.parametrize("weights", KINDS)
@@ -48,6 +49,7 @@ def test_kernels_are_quantised_as_they_are_read(model, weights, save, scan_layer
     assert_same(found, sj.models.stack_layers(expected) if scan_layers else expected)
 
 
+@pytest.mark.covering("save")
 @pytest.mark.parametrize("save", [sj.save_hf, sj.save_safetensors, sj.save])
 def test_a_mesh_has_parts_of_codes_and_scales(model, save, tmp_path):
     save(model, tmp_path)
@@ -58,6 +60,7 @@ def test_a_mesh_has_parts_of_codes_and_scales(model, save, tmp_path):
     assert_same(found, quantised_model(model, "int4"))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("save", [sj.save_safetensors, sj.save])
 @pytest.mark.parametrize("weights", KINDS)

@@ -188,7 +188,11 @@ def test_adapters_are_float32_and_merge_in_the_dtype_of_the_weights(dtype):
 
 @pytest.mark.parametrize(
     ("name", "stacked"),
-    [("data2-fsdp2-tensor2", False), ("fsdp8", True), pytest.param("data2-tensor4", True, marks=pytest.mark.slow)],
+    [
+        ("data2-fsdp2-tensor2", False),
+        pytest.param("fsdp8", True, marks=pytest.mark.slow),
+        pytest.param("data2-tensor4", True, marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_lie_on_the_mesh_of_their_model(name, stacked):
     """Made for a model that is split, split as their projection's axes are; the same numbers, and so is the merge."""

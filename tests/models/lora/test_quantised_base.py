@@ -40,6 +40,7 @@ def batch():
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones((2, 24))}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(("method", "scan_layers"), [("remat", False), ("layer", True), ("chunk", False)])
 def test_gradients_are_those_of_the_whole_sequence(weights, method, scan_layers):

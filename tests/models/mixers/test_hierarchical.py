@@ -16,6 +16,7 @@ import streamjax as sj
 from streamjax.models import Decoder, HSAConfig, UniformConfig
 from streamjax.models.config import RopeConfig, parse_config
 from streamjax.streaming import scan
+from tests.covering import rest_slow
 
 BASE = UniformConfig(
     vocab_size=31,
@@ -54,7 +55,7 @@ def tokens_of(rows, length, seed=0):
     return np.random.default_rng(seed).integers(0, 31, (rows, length)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", rest_slow(CONFIGS, "mixed"))
 @settings(max_examples=5, deadline=None)
 @given(cuts=st.lists(st.sampled_from([1, 7, 16]), min_size=3, max_size=12))
 def test_streaming_is_the_parallel_form(name, cuts):

@@ -21,7 +21,9 @@ def always_small_blocks(small_blocks):
     [
         pytest.param(WINDOWS, 24, 8, False, id="windows", marks=pytest.mark.slow),
         pytest.param(WINDOWS, 19, 4, True, id="windows-packed", marks=pytest.mark.slow),
-        pytest.param(WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, id="sinks-capped"),
+        pytest.param(
+            WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, id="sinks-capped", marks=pytest.mark.slow
+        ),
         pytest.param(WINDOWS.replace(sinks=2), 23, 5, True, id="sinks-packed"),
         pytest.param(SINKS, 45, 4, False, id="many-sinks-mqa"),
     ],
@@ -49,6 +51,7 @@ def test_float32():
     check(config, 40, chunk_size=9, packed=True, dtype="float32")
 
 
+@pytest.mark.slow
 def test_blocks_of_the_usual_size(monkeypatch):
     """A sequence longer than a block, in chunks longer than a block."""
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from tests.training.gradient_checks import CONFIG, ORDERS, gradient, random_batc
 PASSES = {"layer": 3, "chunk": 4}  # over the one layer: forwards, once or twice again, backwards
 
 
+@pytest.mark.covering
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, ORDERS, assert_same, check, gradient, random_batch, random_model
 
 
@@ -37,7 +38,7 @@ def same_when_cut(order, **options):
         pytest.param("layer", 16, marks=pytest.mark.slow),
         ("chunk", 16),
         ("layer", None),
-        ("chunk", None),
+        pytest.param("chunk", None, marks=pytest.mark.slow),
     ],
 )
 def test_chunk_sizes(order, chunk_size):
@@ -45,23 +46,26 @@ def test_chunk_sizes(order, chunk_size):
     same_when_cut(order, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", rest_slow(ORDERS, "layer"))
 def test_logits_of_a_part_of_a_chunk(order):
     same_when_cut(order, chunk_size=9, logits_chunk=4)
 
 
-@pytest.mark.parametrize("segment", [2, 4])
+@pytest.mark.parametrize("segment", rest_slow([2, 4], 2))
 def test_segments(segment):
     """Segments of one row and of all rows of layers of two kinds."""
     same_when_cut("layer", chunk_size=9, segment=segment)
 
 
-@pytest.mark.parametrize(("layers", "stacked", "segment"), [(7, True, 3), (7, True, 50), (3, False, 2)])
+@pytest.mark.parametrize(
+    ("layers", "stacked", "segment"), [(7, True, 3), pytest.param(7, True, 50, marks=pytest.mark.slow), (3, False, 2)]
+)
 def test_segments_of_layers_of_one_kind(layers, stacked, segment):
     """Segments that do not divide the layers, and one of more layers than there are."""
     check(CONFIG.replace(num_layers=layers), 7, chunk_size=4, orders=("layer",), segment=segment, stacked=stacked)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("option", "part"), [("kv_grad_dtype", "mixer_norm"), ("grad_dtype", "norm")])
 def test_sums_over_chunks_have_the_dtype_that_was_asked_for(order, option, part):

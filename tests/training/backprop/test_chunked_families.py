@@ -8,7 +8,12 @@ from tests.training.gradient_checks import ORDERS, check
 
 # Layers of the kinds that another case has too: a window and grouped heads, norms behind, experts.
 REPEATED = {"mistral": "qwen2", "phi3": "qwen2", "falcon-7b": "falcon-40b", "olmo3": "olmo2", "qwen3_moe": "qwen2_moe"}
+REPEATED |= {"mixtral": "qwen2_moe", "deepseek_v2": "deepseek_v3", "gemma4": "gemma4-experts", "gemma3": "gemma2"}
+REPEATED |= {"starcoder2": "qwen2", "exaone4": "olmo2", "cohere2": "falcon-40b", "glm4": "llama", "granite": "llama"}
 REPEATED |= {
+    "smollm3": "llama",
+    "ministral3": "llama4",
+    "falcon-alibi": "mpt",
     "qwen3_5": "qwen3_next",
     "granitemoehybrid": "mamba2",
     "mamba2": "qwen3_next",

@@ -66,7 +66,11 @@ def take(model, batch, method, **options):
 
 @pytest.mark.parametrize(
     ("kernels", "method", "rows", "packed"),
-    [("triton", "layer", 2, True), ("tpu", "layer", 1, False), ("triton", "chunk", 2, False)],
+    [
+        ("tpu", "layer", 1, False),
+        ("triton", "chunk", 2, True),
+        pytest.param("triton", "layer", 2, True, marks=pytest.mark.slow),
+    ],
     indirect=["kernels"],
 )
 def test_gradients_are_those_of_the_loops(kernels, method, rows, packed, monkeypatch):
@@ -83,7 +87,7 @@ def test_gradients_are_those_of_the_loops(kernels, method, rows, packed, monkeyp
     [
         {"fsdp": 2, "tensor": 2, "data": 2},
         pytest.param({"tensor": 8}, marks=pytest.mark.slow),
-        {"context": 2, "data": 4},
+        pytest.param({"context": 2, "data": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_on_a_mesh(kernels, axes, monkeypatch):

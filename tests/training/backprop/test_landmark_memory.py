@@ -35,7 +35,7 @@ def whole_sequence(config, packed):
     [
         pytest.param(SHARED, "remat", None, False, marks=pytest.mark.slow),
         pytest.param(SHARED, "layer", 8, False, marks=pytest.mark.slow),
-        (SHARED, "chunk", 8, False),
+        pytest.param(SHARED, "chunk", 8, False, marks=pytest.mark.slow),
         (SHARED, "layer", 11, True),
         pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
         pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),

@@ -114,6 +114,7 @@ def pairs(*axes):
     ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("case", "method", "stacked"), pairs(tuple(CASES), METHODS, (False, True)))
 def test_gradients_of_all_targets(case, method, stacked):
     model, batch, (loss, grads) = expected(case)
@@ -135,6 +136,7 @@ def products(jaxpr, found=None):
     return found
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("method", "stacked"), pairs(METHODS, (False, True)))
 def test_frozen_weights_cost_no_gradient(method, stacked):
     """No product of the program makes an array of a weight's shape, as there is one for each in full training."""
@@ -181,7 +183,9 @@ def without_adapters(tree):
     return partition(tree, sj.LoRAParam)[1]
 
 
-@pytest.mark.parametrize(("method", "accumulation"), [("full", 2), ("layer", 1), ("chunk", 2)])
+@pytest.mark.parametrize(
+    ("method", "accumulation"), [("full", 2), ("layer", 1), pytest.param("chunk", 2, marks=pytest.mark.slow)]
+)
 def test_training_changes_adapters_alone(method, accumulation):
     base, batch = sj.Decoder(SMALL, jax.random.key(0)), random_batch(48, 4, 9)
     model = sj.add_lora(base, 4, 8.0, ("q", "v", "down"), jax.random.key(1))
@@ -221,6 +225,7 @@ def test_streams_train_adapters_alone():
     jax.tree.map(np.testing.assert_array_equal, without_adapters(state.model), frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["layer", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "layer")]
 )

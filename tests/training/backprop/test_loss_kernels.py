@@ -63,9 +63,9 @@ def by_xla(monkeypatch, model, batch, **options):
     ("config", "method", "objective"),
     [
         pytest.param(CONFIG, "layer", SMOOTH, id="layer"),
-        pytest.param(UNTIED, "chunk", CrossEntropy(), id="chunk-head-capped"),
+        pytest.param(UNTIED, "chunk", CrossEntropy(), id="chunk-head-capped", marks=pytest.mark.slow),
         pytest.param(UNTIED, "full", SMOOTH, id="full-head-capped"),
-        pytest.param(CONFIG, "remat", CrossEntropy(), id="remat"),
+        pytest.param(CONFIG, "remat", CrossEntropy(), id="remat", marks=pytest.mark.slow),
     ],
 )
 def test_same_gradients(kernels, monkeypatch, config, method, objective):
@@ -103,12 +103,12 @@ def test_of_an_objective_of_pairs(kernels, monkeypatch):
 @pytest.mark.parametrize(
     ("axes", "method", "taken"),
     [
-        ({"data": 2, "fsdp": 2}, "layer", True),
+        pytest.param({"data": 2, "fsdp": 2}, "layer", True, marks=pytest.mark.slow),
         ({"data": 2, "tensor": 2}, "layer", True),
         ({"tensor": 4}, "full", True),
-        ({"data": 2, "tensor": 2}, "full", False),
+        pytest.param({"data": 2, "tensor": 2}, "full", False, marks=pytest.mark.slow),
         ({"context": 2, "tensor": 2}, "layer", False),
-        ({"tensor": 8}, "layer", False),
+        pytest.param({"tensor": 8}, "layer", False, marks=pytest.mark.slow),
     ],
     ids=str,
 )

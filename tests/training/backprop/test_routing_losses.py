@@ -9,6 +9,7 @@ import pytest
 
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, ModelConfig
 from streamjax.models.mixers.attention import SequenceContext
+from tests.covering import rest_slow
 from tests.training import gradient_checks
 
 PLAIN = ExpertsConfig(4, 2, 6)
@@ -34,7 +35,7 @@ def written_out(model, tokens, z_loss=0.0, balance_loss=0.0):
     return z_loss * jnp.mean(jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) ** 2) + balance_loss * balance
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", rest_slow(LOSSES, "both"))
 def test_the_gradient_is_that_of_the_loss_and_the_routers_losses(name):
     with jax.enable_x64(True):
         model = gradient_checks.random_model(model_config(**LOSSES[name]))
@@ -56,7 +57,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_routers_losses(name):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", rest_slow([False, True], True))
 def test_the_z_loss_is_the_same_in_every_order(stacked):
     """Padding of the last chunk does not count, nor do tokens on which the loss does not depend."""
     config = model_config(z_loss=0.3)

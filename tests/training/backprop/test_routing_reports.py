@@ -58,8 +58,8 @@ def reports_of(model, batch, **options):
 @pytest.mark.parametrize(
     ("options", "stacked"),
     [
-        ({"method": "full"}, False),
-        ({"method": "remat"}, True),
+        pytest.param({"method": "full"}, False, marks=pytest.mark.slow),
+        pytest.param({"method": "remat"}, True, marks=pytest.mark.slow),
         ({"method": "layer", "chunk_size": 3, "grad_dtype": "bfloat16"}, True),
         ({"method": "chunk", "chunk_size": 3}, False),
     ],

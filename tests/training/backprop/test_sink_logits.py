@@ -8,6 +8,7 @@ import pytest
 import streamjax as sj
 from pallas_kernels.patterns import SinkWindow
 from streamjax.attention.dispatch import sequence_attention
+from tests.covering import rest_slow
 from tests.streaming.tiny_models import with_sink_logits
 from tests.training.gradient_checks import CONFIG, ORDERS, assert_same, check, gradient, random_batch, random_model
 
@@ -47,7 +48,7 @@ def test_the_gradient_of_the_sinks_by_differences():
             assert np.abs(found).min() > 1e-2
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", rest_slow(ORDERS, "layer"))
 def test_adapters_beside_sinks_that_are_constants(order):
     with jax.enable_x64(True):
         model = sj.add_lora(random_model(with_sink_logits(CONFIG)), 2, 4.0, ("q", "o"), jax.random.key(0))

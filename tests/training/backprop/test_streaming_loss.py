@@ -55,11 +55,11 @@ ARCHITECTURES = {
 @pytest.mark.parametrize(
     ("name", "scan_layers", "chunk_size", "capacity"),
     [
-        ("global", False, 4, LENGTH),
-        ("global", True, 1, LENGTH),
+        pytest.param("global", False, 4, LENGTH, marks=pytest.mark.slow),
+        pytest.param("global", True, 1, LENGTH, marks=pytest.mark.slow),
         ("windows", False, 6, 1200),
         pytest.param("alibi", False, 4, 1200, marks=pytest.mark.slow),
-        ("softcap", True, None, LENGTH),
+        pytest.param("softcap", True, None, LENGTH, marks=pytest.mark.slow),
     ],
 )
 def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
@@ -83,7 +83,7 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
     ("cache", "chunk_size"),
     [
         pytest.param(CACHE, 1, marks=pytest.mark.slow),
-        (CACHE, 4),
+        pytest.param(CACHE, 4, marks=pytest.mark.slow),
         (sj.kv.preset("window", window=5), 11),
         pytest.param(sj.kv.preset("dense", capacity=40), 4, marks=pytest.mark.slow),
     ],

@@ -19,6 +19,7 @@ from streamjax.training import (
     streaming_loss_and_grad,
 )
 from streamjax.training.objectives.objective import Linear
+from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, assert_same, random_model
 
 ROWS, LENGTH = 8, 6
@@ -60,6 +61,7 @@ def test_no_objective_is_left_out():
     assert {type(objective) for objective in OBJECTIVES.values()} == inside - {Linear}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("microbatches", "options"), [(4, {}), (2, {"method": "layer", "chunk_size": 4})])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_microbatches_are_the_batch(name, microbatches, options):
@@ -78,7 +80,12 @@ def test_rows_that_cannot_be_dealt_out_are_refused():
         accumulate_gradients(random_model(CONFIG, "float32"), uneven_batch(CrossEntropy()), 3)
 
 
-@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.separable])
+@pytest.mark.parametrize(
+    "name",
+    rest_slow(
+        [name for name, objective in OBJECTIVES.items() if objective.separable], "sequence", "another ignore_index"
+    ),
+)
 def test_a_stream_in_chunks_is_the_batch(name):
     objective = OBJECTIVES[name]
     with jax.enable_x64(True):
@@ -91,7 +98,12 @@ def test_a_stream_in_chunks_is_the_batch(name):
 
 @pytest.mark.parametrize(
     ("name", "method", "microbatches"),
-    [("pairs", "layer", 1), ("pairs", "chunk", 1), ("pairs", "full", 2), ("another ignore_index", "layer", 2)],
+    [
+        pytest.param("pairs", "layer", 1, marks=pytest.mark.slow),
+        pytest.param("pairs", "chunk", 1, marks=pytest.mark.slow),
+        ("pairs", "full", 2),
+        ("another ignore_index", "layer", 2),
+    ],
 )
 def test_devices_that_split_the_rows_are_one(name, method, microbatches):
     """Eight devices with a row each would part DPO's pairs."""

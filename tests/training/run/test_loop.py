@@ -25,6 +25,7 @@ from streamjax.training import (
     train,
 )
 from streamjax.training.run.loop import _Run
+from tests.covering import rest_slow
 
 
 class Killed(BaseException):
@@ -136,7 +137,9 @@ def test_streams_go_on_where_a_killed_run_left_them(run_config, reference, at_st
         train(apply_overrides(config, [("backprop.cache", "streaming_llm:sinks=2,window=45")]), tmp_path)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_first(run_config, reference, at_step, tmp_path, number, code):
     expected, _ = reference(run_config)
     before = signal.getsignal(number)
@@ -312,7 +315,7 @@ def test_adapters_that_make_no_sense(run_config):
     assert (found.targets, found.scale) == (("o", "up"), 3.0)
 
 
-@pytest.mark.parametrize("rate", ["1e38", "1e30"])
+@pytest.mark.parametrize("rate", rest_slow(["1e38", "1e30"], "1e38"))
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(run_config, tmp_path, rate):
     """The last update is the one that spoils them: no step comes behind it whose loss would tell."""
     wild = apply_overrides(

@@ -75,7 +75,10 @@ def test_bfloat16_activations_leave_the_master_weights_float32(model, batch):
 
 @pytest.mark.parametrize(
     ("axes", "scan_layers", "accumulation"),
-    [({"data": 2, "fsdp": 2, "tensor": 2}, False, 1), ({"data": 2, "fsdp": 4}, True, 2)],
+    [
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, False, 1, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 4}, True, 2),
+    ],
 )
 def test_eight_devices_do_what_one_does(batch, model, axes, scan_layers, accumulation):
     config = model.config.replace(vocab_size=64)

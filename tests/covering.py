@@ -1,0 +1,55 @@
+"""What the ordinary run takes of a test whose parameters multiply: each of their values at least once."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+
+def covering_cases(cases: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> list[int]:
+    """Indices of few cases in which each parameter takes all the values that it has, and each "a+b" all of its pairs.
+
+    Always the same: as long as something is missing, the case that brings most of it, and the first of several.
+
+    Args:
+      cases: by parameter, the value that it has in each case.
+      names: which parameters count, and "a+b" for the pairs of two; all parameters, each by itself, where empty.
+    """
+    values = [{(name, *(_key(case[part]) for part in name.split("+"))) for name in names or case} for case in cases]
+    missing = set().union(*values)
+    chosen = []
+    while missing:
+        best = max(range(len(cases)), key=lambda index: (len(values[index] & missing), -index))
+        missing -= values[best]
+        chosen.append(best)
+    return sorted(chosen)
+
+
+def _key(value: Any) -> Hashable:
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
+    """Of every test with `@pytest.mark.covering`, leave the cases that its parameters' values need to the ordinary run.
+
+    The others are slow; cases that were slow already do not count.
+    """
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in by_function.values():
+        names = cases[0].get_closest_marker("covering").args
+        kept = covering_cases([item.callspec.params for item in cases], names)
+        for index, item in enumerate(cases):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def rest_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Values of a parameter, for `parametrize`: of these the ordinary run takes those that are named, each needed."""
+    values = list(values)
+    unknown = [value for value in kept if value not in values]
+    if unknown or not kept:
+        raise ValueError(f"{unknown or 'nothing'} to be kept of {values}")
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]

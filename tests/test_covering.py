@@ -1,0 +1,32 @@
+"""The ordinary run meets every value of every parameter."""
+
+import itertools
+
+from tests.covering import covering_cases
+
+CASES = [
+    {"order": order, "stacked": stacked, "bits": bits}
+    for order, stacked, bits in itertools.product(["layer", "chunk", "full"], [False, True], [4, 8])
+]
+
+
+def test_every_value_is_met_in_as_few_cases_as_the_longest_list_has():
+    chosen = [CASES[index] for index in covering_cases(CASES)]
+    assert len(chosen) == 3
+    for name in CASES[0]:
+        assert {case[name] for case in chosen} == {case[name] for case in CASES}
+
+
+def test_pairs_are_met_where_they_are_asked_for():
+    chosen = [CASES[index] for index in covering_cases(CASES, ["order+stacked", "bits"])]
+    assert len(chosen) == 6
+    assert len({(case["order"], case["stacked"]) for case in chosen}) == 6
+    assert {case["bits"] for case in chosen} == {4, 8}
+
+
+def test_what_is_not_named_does_not_count():
+    assert covering_cases(CASES, ["stacked"]) == [0, 2]
+
+
+def test_values_are_compared_by_what_they_say():
+    assert covering_cases([{"options": {"a": [1]}}, {"options": {"a": [1]}}, {"options": {"a": [2]}}]) == [0, 2]
