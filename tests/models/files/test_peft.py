@@ -18,6 +18,7 @@ import streamjax as sj
 from streamjax.models import UniformConfig, stack_layers
 from streamjax.models.files.hugging_face import load_hf
 from streamjax.models.lora.attaching import empty_adapters, places, ranks_of
+from tests.architectures import tiny_config
 from tests.covering import rest_slow
 from tests.models import transformers_peers
 from tests.models.families.test_families import CASES
@@ -37,7 +38,6 @@ FAMILIES = (
     "falcon-rw",
     "olmo2",
     "cohere2-mqa-biases-untied",
-    "nemotron_h-biases",
     *FUSED,
 )
 
@@ -105,6 +105,16 @@ def test_the_folder_means_the_same_to_transformers(case, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, sj.load_lora(stack_layers(base), tmp_path / "adapter"), stack_layers(model)
     )
+
+
+def test_adapters_of_a_block_that_is_two_layers_of_a_file(tmp_path):
+    base = sj.Decoder(tiny_config("nemotron_h"), jax.random.key(0))
+    model = adapted(base, ("q", "up", "down"))
+    sj.save_lora(model, tmp_path)
+    modules = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in load_file(tmp_path / WEIGHTS)}
+    places = "layers.1.mixer.q_proj", "layers.2.mixer.up_proj", "layers.2.mixer.down_proj"
+    assert modules == {f"backbone.{place}" for place in places}
+    jax.tree.map(np.testing.assert_array_equal, sj.load_lora(base, tmp_path), model)
 
 
 @pytest.mark.parametrize("case", FUSED)
