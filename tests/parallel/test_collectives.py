@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import streamjax as sj
+from streamjax.kv import tier
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.parallel.small_models import BATCH, CONFIG, MESHES, small_model
 
@@ -53,6 +54,18 @@ def test_fsdp_gathers_weights_and_nothing_else():
     assert gathers == sorted(layer * CONFIG.num_layers + [vocab * d, d * vocab])
     others = {(operation, shape) for operation, shape in found if operation != "all-gather"}
     assert others == {("all-reduce", (2, 1, d))}
+
+
+@pytest.mark.parametrize("width", [1, 8], ids=["decode", "prefill"])
+def test_slots_over_devices_exchange_one_sum_a_layer(width, monkeypatch):
+    """Caches larger than what is read at once, too: no block of slots crosses. Maxima are too small to be listed."""
+    for name in ("SLOT_BLOCK", "DECODE_SLOT_BLOCK"):
+        monkeypatch.setattr(tier, name, 16)
+    jax.clear_caches()
+    partial = BATCH, width, CONFIG.num_heads // 4, CONFIG.head_dim + 1
+    found = [shape for _, shape in _collectives("context2-tensor4", "dense", width)]
+    assert found.count(partial) == CONFIG.num_layers
+    assert max(map(math.prod, found)) <= BATCH * width * CONFIG.d_model
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -75,6 +75,7 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
         pytest.param("data2-fsdp2-tensor2", "streaming_llm", marks=pytest.mark.slow),
         pytest.param("data2-tensor4", "dense", marks=pytest.mark.slow),
         ("data2-fsdp2-tensor2", "quest"),
+        ("context2-tensor4", "dense"),
         pytest.param("data2-tensor4", "streaming_llm", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "dense", marks=pytest.mark.slow),
         pytest.param("data2-tensor4", "quest", marks=pytest.mark.slow),
@@ -102,11 +103,11 @@ def test_decoding(interpreted, name, cache):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_slots_on_several_devices_are_not_for_kernels(interpreted):
+def test_rings_on_several_devices_are_not_for_kernels(interpreted):
     mesh = make_mesh(**MESHES["context2-tensor4"])
     with jax.set_mesh(mesh):
         model = shard_model(small_model(), mesh)
-        state = sj.init_state(model, CACHES["dense"], BATCH, implementation="pallas")
+        state = sj.init_state(model, CACHES["streaming_llm"], BATCH, implementation="pallas")
         with pytest.raises(ValueError, match="do not take slots on several devices"):
             sj.step(model, state, np.zeros((BATCH, 1), np.int32))
 

@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
+from streamjax.attention.context.exchange import AXIS
+from streamjax.attention.context.merging import merge_over_devices
 from streamjax.attention.rotary import Rotary
+from streamjax.attention.sharded import Names, context_shards, names_of_partial, per_device_call
 from streamjax.field_checks import LATER, Size, check_fields
 from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.slots import CodedSlots, Slots, dense
@@ -18,6 +21,9 @@ from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+
+_QUERY: Names = ("batch", None, "heads", None)
+_KEYS: Names = ("batch", "kv_heads", "slots", None)
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +97,55 @@ class Full(Tier):
         return Stored(dense(state.k), dense(state.v), state.position, state.valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
+        if _on_several_devices(state.k):
+            return _attend_over_devices(query, state.k, state.v, state.position, state.filled)
         if kernel_decodes(query, state.k):
             return decode(query, state.k, state.v, state.filled)
         return query.attend(state.k, state.v, state.position, state.valid, filled=state.filled)
 
     def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         return append(state, tokens)
+
+
+def _on_several_devices(slots: Slots) -> bool:
+    """Whether the mesh splits these slots, which are no codes."""
+    return not isinstance(slots, CodedSlots) and context_shards(slots.shape[2]) > 1
+
+
+def _attend_over_devices(
+    query: Query,
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S V"],
+    position: UInt32[Array, "B N S"],
+    filled: Int32[Array, " B"],
+) -> Partial:
+    """Attention to the first `filled` slots, of which each device reads its own: nobody has all of them.
+
+    What devices exchange is as large as the queries.
+    """
+
+    def own(
+        q: Array, at: Array, seen: Array, slopes: Any, back: Any, k: Array, v: Array, position: Array, filled: Any
+    ) -> Partial:
+        size = k.shape[2]
+        mine = jnp.clip(filled - jax.lax.axis_index(AXIS) * size, 0, size)
+        here = dataclasses.replace(
+            query,
+            q=q,
+            raw_q=q,
+            position=at,
+            seen=seen,
+            slopes=slopes,
+            back=back,
+            valid=None,
+            sink_logits=None,
+            block=None,
+        )
+        if kernel_decodes(here, k):
+            return merge_over_devices(decode(here, k, v, mine))
+        return merge_over_devices(here.attend(k, v, position, jnp.arange(size) < mine[:, None, None], filled=mine))
+
+    rows, heads = ("batch", None), None if position.shape[1] == 1 else "kv_heads"
+    names = (_QUERY, rows, rows[:1], ("heads",), rows, _KEYS, _KEYS, ("batch", heads, "slots"), rows[:1])
+    arrays = (query.q, query.position, query.seen, query.slopes, query.back, k, v, position, filled)
+    return per_device_call(own, names, names_of_partial(_QUERY), arrays)
