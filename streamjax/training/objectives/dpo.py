@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from streamjax.field_checks import Interval, Positive, check_fields
-from streamjax.training.objectives.objective import Batch, Objective, TokenStats, require_targets, shares
+from streamjax.training.objectives.objective import Batch, Objective, TokenStats, is_known, require_targets, shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DPO(Objective):
     def check(self, batch: Mapping[str, np.ndarray | Array], vocab_size: int) -> None:
         super().check(batch, vocab_size)
         require_targets(batch, vocab_size)
-        if not isinstance(batch["weights"], jax.core.Tracer) and not np.any(_complete(np.asarray(batch["weights"]))):
+        if is_known(batch["weights"]) and not np.any(_complete(np.asarray(batch["weights"]))):
             raise ValueError("no pair of the batch counts: in each of them a row has no token of weight above 0")
 
     def count(self, batch: Batch) -> Float[Array, ""]:

@@ -156,9 +156,14 @@ def require_arrays(
             raise ValueError(f"{name} is {list(found)}, tokens {list(shape)}: {name} must be {list(wanted)}")
 
 
+def is_known(x: np.ndarray | Array) -> bool:
+    """Whether an array's values can be looked at: not under `jax.jit`, nor where other processes hold parts of it."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
 def require_targets(batch: Mapping[str, np.ndarray | Array], vocab_size: int, ignore_index: int | None = None) -> None:
     """Raise a ValueError if no token counts, or one whose target is not in the vocabulary. Unknown values pass."""
-    if any(isinstance(batch[name], jax.core.Tracer) for name in ("targets", "weights")):
+    if not all(is_known(batch[name]) for name in ("targets", "weights")):
         return
     targets, weights = np.asarray(batch["targets"]), np.asarray(batch["weights"])
     counted = weights != 0 if ignore_index is None else (weights != 0) & (targets != ignore_index)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32
 from streamjax.checkpoints import user_path
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.adapters import LoRAParam
+from streamjax.parallel.multiprocess import gather_json
 from streamjax.training.backprop.log_probs import token_log_probs
 from streamjax.training.backprop.trainable_parameters import combine, partition
 
@@ -59,16 +60,11 @@ def stored_log_probs(
       compute: what computes them.
     """
     file = folder / f"{key}.npy"
-    try:
-        found = np.load(file, allow_pickle=False)
-        if found.shape == (pairs, 2) and found.dtype == np.float32 and np.isfinite(found).all():
-            _log.info("reference log-probabilities of %d pairs from %s", pairs, file)
-            return found
-        _log.warning("%s is damaged: it is computed again", file)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError):
-        _log.warning("%s cannot be read: it is computed again", file)
+    found = _read(file, pairs)
+    if all(gather_json(found is not None)):  # processes on other machines may see another disk
+        assert found is not None
+        _log.info("reference log-probabilities of %d pairs from %s", pairs, file)
+        return found
     values = compute()
     if jax.process_index() == 0:
         _write(file, values)
@@ -106,6 +102,21 @@ def _sha256(file: Path) -> bytes:
             return digest.digest()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _read(file: Path, pairs: int) -> Float32[np.ndarray, "N 2"] | None:
+    """What is in a file; None where it is not there, or damaged."""
+    try:
+        found = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        _log.warning("%s cannot be read: it is computed again", file)
+        return None
+    if found.shape == (pairs, 2) and found.dtype == np.float32 and np.isfinite(found).all():
+        return found
+    _log.warning("%s is damaged: it is computed again", file)
+    return None
 
 
 def _write(file: Path, values: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from streamjax.data import Tokenizer, default_data_dir, make_eval_batches, make_train_iterator
 from streamjax.data.conversations.prepared import PreparedExamples, prepare_examples
@@ -125,13 +127,10 @@ class PairFeed:
         rewards, losses = [], []
         for host in self._held_out:
             batch = self._with_reference(model, host, self._held_out_logp)
-            logp = token_log_probs(model, batch, chunk_size=self._chunk)
-            total = jnp.sum(batch["weights"] * logp, axis=1)
-            rewards.append(on_host(self._objective.beta * (total - batch["reference_logp"])).reshape(-1, 2))
-            counted = on_host(jnp.any(batch["weights"] > 0, axis=1)).reshape(-1, 2).all(axis=1)
-            rewards[-1] = rewards[-1][counted]
-            loss = self._objective.loss(TokenStats(logp, logp, logp), self._objective.prepare(batch))
-            losses.append((float(loss), int(counted.sum())))
+            loss, gained, counted = _compare(model, batch, self._objective, self._chunk)
+            counts = on_host(counted).reshape(-1, 2).all(axis=1)
+            rewards.append(on_host(gained).reshape(-1, 2)[counts])
+            losses.append((float(loss), int(counts.sum())))
         chosen, rejected = np.concatenate(rewards).T
         return {
             "eval_loss": sum(loss * count for loss, count in losses) / sum(count for _, count in losses),
@@ -178,6 +177,15 @@ class PairFeed:
 
         folder = default_data_dir() / "reference_logp"
         return stored_log_probs(reference_key(config.init_from, about), len(examples), folder, compute)
+
+
+@partial(jax.jit, static_argnames=("objective", "chunk_size"))
+def _compare(model: Decoder, batch: Batch, objective: DPO, chunk_size: int | None) -> tuple[Array, Array, Array]:
+    """The loss of pairs, how much each row gained on the reference in units of 1 / beta, and which rows count."""
+    logp = token_log_probs(model, batch, chunk_size=chunk_size)
+    gained = jnp.sum(batch["weights"] * logp, axis=1) - batch["reference_logp"]
+    loss = objective.loss(TokenStats(logp, logp, logp), objective.prepare(batch))
+    return loss, objective.beta * gained, jnp.any(batch["weights"] > 0, axis=1)
 
 
 class RolloutFeed:
