@@ -140,3 +140,58 @@ def rg_lru(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     assert c.activation == "gelu_tanh"
     open_ = 0.5 * out * (1 + np.tanh(np.sqrt(2 / np.pi) * (out + 0.044715 * out**3)))
     return np.tensordot((cache[1] * open_)[:, None], _value(p.out), axes=3) + _value(p.out_bias)
+
+
+def gated_linear(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of gated linear attention; `cache` has the states."""
+    p, c = layer.mixer, layer.mixer.config
+    if not cache:
+        cache += [np.zeros((c.num_heads, c.key_dim, c.value_dim))]
+    inside = np.tensordot(x, _value(p.inside), axes=1)
+    decay = _sigmoid(np.tensordot(x @ _value(p.down), _value(p.up), axes=1) + _value(p.up_bias))
+    out = np.zeros((c.num_heads, 1, c.value_dim))
+    for head in range(c.num_heads):
+        q, k, v, gate = np.split(inside[head], np.cumsum([c.key_dim, c.key_dim, c.value_dim]))
+        cache[0][head] = (decay[head] ** (1 / c.decay_power))[:, None] * cache[0][head] + np.outer(k, v)
+        read = _norm(cache[0][head].T @ (q / np.sqrt(c.key_dim)), c.norm.eps)
+        out[head, 0] = read * _value(p.norm.weight) * _silu(gate)
+    return np.tensordot(out, _value(p.out), axes=3)
+
+
+def hgrn2(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of HGRN2; `cache` has the states."""
+    p, c = layer.mixer, layer.mixer.config
+    if not cache:
+        cache += [np.zeros((c.num_heads, c.key_dim, c.value_dim))]
+    inside = np.tensordot(x, _value(p.inside), axes=1)
+    out = np.zeros((c.num_heads, c.value_dim))
+    for head in range(c.num_heads):
+        q, raw, v = np.split(inside[head], [c.key_dim, 2 * c.key_dim])
+        decay = c.lower_bound + (1 - c.lower_bound) * _sigmoid(raw)
+        cache[0][head] = decay[:, None] * cache[0][head] + np.outer(1 - decay, v)
+        out[head] = cache[0][head].T @ (_silu(q) / np.sqrt(c.key_dim))
+    return np.tensordot((_norm(out, c.norm.eps) * _value(p.norm))[:, None], _value(p.out), axes=3)
+
+
+def hgrn(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+    """One token of HGRN; `cache` has the state."""
+    p, c = layer.mixer, layer.mixer.config
+    if not cache:
+        cache += [np.zeros((c.num_heads, c.channels))]
+    values, raw, gate = np.split(np.tensordot(x, _value(p.inside), axes=1), 3, axis=-1)
+    decay = c.lower_bound + (1 - c.lower_bound) * _sigmoid(raw)
+    cache[0] = decay * cache[0] + (1 - decay) * _silu(values)
+    out = _norm(cache[0], c.norm.eps) * _value(p.norm) * _silu(gate)
+    return np.tensordot(out[:, None], _value(p.out), axes=3)
+
+
+MIXERS = {
+    "gated_delta": gated_delta,
+    "kimi_delta": kimi_delta,
+    "ssd": ssd,
+    "gated_conv": gated_conv,
+    "rg_lru": rg_lru,
+    "gated_linear": gated_linear,
+    "hgrn2": hgrn2,
+    "hgrn": hgrn,
+}

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from tests.oracles.recurrent_mixers import gated_conv, gated_delta, kimi_delta, rg_lru, ssd
+from tests.oracles.recurrent_mixers import MIXERS
 
 _erf = np.vectorize(math.erf)
 ACTIVATIONS = {
@@ -239,8 +239,7 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     def behind(y: np.ndarray, module) -> np.ndarray:
         return config.residual_scale * (norm(y, module) if config.post_norms else y)
 
-    mixers = {"latent_attention": latent_attention, "gated_delta": gated_delta, "ssd": ssd}
-    mixers |= {"gated_conv": gated_conv, "kimi_delta": kimi_delta, "rg_lru": rg_lru}
+    mixers = {**MIXERS, "latent_attention": latent_attention}
     mix = mixers.get(config.mixer.type_name, attention)
     normed = before(x, layer.mixer_norm)
     mixed = behind(mix(layer, normed, cache, rule), layer.mixer_post_norm)

@@ -12,8 +12,9 @@ from streamjax.field_checks import from_plain
 from streamjax.models.config.attention import AttentionConfig, TemperatureConfig
 from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
-from streamjax.models.config.elementwise import RGLRUConfig
+from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
+from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.model import ModelConfig
@@ -31,6 +32,9 @@ __all__ = [
     "ExpertsConfig",
     "GatedConvConfig",
     "GatedDeltaConfig",
+    "GatedLinearConfig",
+    "HGRN2Config",
+    "HGRNConfig",
     "HSAConfig",
     "KimiDeltaConfig",
     "LatentAttentionConfig",

@@ -8,8 +8,9 @@ from typing import Any, Literal, TypeAlias
 from streamjax.field_checks import Positive, check_fields, hashed_once
 from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
-from streamjax.models.config.elementwise import RGLRUConfig
+from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
+from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
@@ -21,7 +22,16 @@ from streamjax.models.config.recurrent import (
 )
 
 AttentionMixerConfig: TypeAlias = AttentionConfig | LatentAttentionConfig
-RecurrentMixerConfig: TypeAlias = GatedDeltaConfig | KimiDeltaConfig | SSDConfig | GatedConvConfig | RGLRUConfig
+RecurrentMixerConfig: TypeAlias = (
+    GatedDeltaConfig
+    | KimiDeltaConfig
+    | SSDConfig
+    | GatedLinearConfig
+    | HGRN2Config
+    | HGRNConfig
+    | GatedConvConfig
+    | RGLRUConfig
+)
 MixerConfig: TypeAlias = AttentionMixerConfig | RecurrentMixerConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from streamjax.field_checks import Size
 from streamjax.models.config.dense import Activation
-from streamjax.models.config.recurrent import RecurrentConfig, check_single_heads
+from streamjax.models.config.norm import NormConfig
+from streamjax.models.config.recurrent import RecurrentConfig, check_bound, check_single_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +48,41 @@ class RGLRUConfig(RecurrentConfig):
         inner = self.num_groups * self.channels
         ends = 3 * d_model * inner + 2 * inner + d_model
         return ends + (self.conv_width + 1) * inner + 2 * inner * (self.channels + 1) + inner
+
+
+@dataclasses.dataclass(frozen=True)
+class HGRNConfig(RecurrentConfig):
+    """HGRN (2311.04823): each channel forgets as much as it writes, at least `lower_bound` of it staying.
+
+    num_heads: as many as `num_groups`: parts of `channels` channels, which together are the mixer's width.
+    lower_bound: the least decay, from 0 to below 1; see `rising_bounds`.
+    norm: of all channels together, before they are gated.
+    """
+
+    type_name: ClassVar[str] = "hgrn"
+
+    channels: Size
+    lower_bound: float = 0.0
+    norm: NormConfig = NormConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_single_heads(self)
+        check_bound(self, self.lower_bound)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, 1, self.channels
+
+    @property
+    def group_channels(self) -> tuple[int, int, int]:
+        """Of a group: inputs, what decays are made of, and output gates."""
+        return self.channels, self.channels, self.channels
+
+    @property
+    def conv_shape(self) -> tuple[int, ...]:
+        return ()
+
+    def parameter_count(self, d_model: int) -> int:
+        inner = self.num_heads * self.channels
+        return 4 * d_model * inner + self.norm.parameter_count(inner)

@@ -11,6 +11,9 @@ from streamjax.models.config import (
     AttentionConfig,
     GatedConvConfig,
     GatedDeltaConfig,
+    GatedLinearConfig,
+    HGRN2Config,
+    HGRNConfig,
     KimiDeltaConfig,
     LatentAttentionConfig,
     MixerConfig,
@@ -20,12 +23,16 @@ from streamjax.models.config import (
 from streamjax.models.mixers.attention import Attention
 from streamjax.models.mixers.gated_conv import GatedConv
 from streamjax.models.mixers.gated_delta import GatedDelta
+from streamjax.models.mixers.gated_linear import GatedLinear
+from streamjax.models.mixers.hgrn import HGRN, HGRN2
 from streamjax.models.mixers.kimi_delta import KimiDelta
 from streamjax.models.mixers.latent import LatentAttention
 from streamjax.models.mixers.rg_lru import RGLRU
 from streamjax.models.mixers.ssd import SSD
 
-Mixer: TypeAlias = Attention | LatentAttention | GatedDelta | KimiDelta | SSD | GatedConv | RGLRU
+Mixer: TypeAlias = (
+    Attention | LatentAttention | GatedDelta | KimiDelta | SSD | GatedConv | RGLRU | GatedLinear | HGRN | HGRN2
+)
 
 _MODULES: dict[type, Any] = {
     AttentionConfig: Attention,
@@ -35,6 +42,9 @@ _MODULES: dict[type, Any] = {
     SSDConfig: SSD,
     GatedConvConfig: GatedConv,
     RGLRUConfig: RGLRU,
+    GatedLinearConfig: GatedLinear,
+    HGRNConfig: HGRN,
+    HGRN2Config: HGRN2,
 }
 
 

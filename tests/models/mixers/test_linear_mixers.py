@@ -1,0 +1,51 @@
+"""Gated linear attention, HGRN2 and HGRN: token by token in float64, streamed, trained in chunks, and refused."""
+
+import jax
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.models import ModelConfig
+from streamjax.models.config import BlockConfig, GatedLinearConfig, HGRN2Config, HGRNConfig, parse_config
+from streamjax.models.mixers.hgrn import rising_bounds
+from tests.oracles import streaming_llm as oracle
+from tests.streaming.tiny_models import build, random_tokens, read_stream
+from tests.training.gradient_checks import check
+
+VOCAB, LENGTH = 31, 24
+LAYERS = (
+    HGRNConfig(2, 2, channels=5, lower_bound=rising_bounds(3)[0]),
+    HGRN2Config(2, 2, key_dim=4, value_dim=5, lower_bound=rising_bounds(3)[1]),
+    GatedLinearConfig(2, 2, key_dim=4, value_dim=5, rank=3, decay_power=2.0),
+    HGRNConfig(2, 2, channels=5, lower_bound=rising_bounds(3)[2]),
+)
+CONFIG = ModelConfig(VOCAB, 16, tuple(BlockConfig(mixer, None) for mixer in LAYERS))
+
+
+def test_whole_and_in_pieces_it_is_the_published_recurrence():
+    """A stream keeps states alone: under a preset that evicts it is the whole sequence."""
+    model, tokens = build(CONFIG), random_tokens(2, LENGTH) % VOCAB
+    expected = oracle.run(model, tokens[0], oracle.DENSE)
+    whole = sj.forward(model, tokens)
+    np.testing.assert_allclose(whole[0], expected, atol=1e-4)
+    state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=2, window=6), batch_size=2)
+    _, logits = read_stream(model, state, tokens, [5, 1])
+    np.testing.assert_allclose(logits, whole, atol=1e-4)
+    assert state.capacity is None
+
+
+@pytest.mark.parametrize("order", ["chunk", pytest.param("layer", marks=pytest.mark.slow)])
+def test_gives_the_gradient(order):
+    """Of two layers, one with each core."""
+    check(CONFIG.replace(blocks=CONFIG.blocks[2:]), 13, chunk_size=6, packed=True, orders=(order,))
+
+
+def test_configs():
+    model = build(CONFIG)
+    assert parse_config(CONFIG.to_json_dict()) == CONFIG
+    assert CONFIG.parameter_count == sum(leaf.size for leaf in jax.tree.leaves(model))
+    assert rising_bounds(4) == (0.0, 0.25, 0.5, 0.75)
+    with pytest.raises(ValueError, match=r"HGRN2Config\.lower_bound is 1\.0: it must be at least 0 and below 1"):
+        HGRN2Config(2, 2, key_dim=4, value_dim=5, lower_bound=1.0)
+    with pytest.raises(ValueError, match=r"HGRNConfig\.num_heads 4 must be num_groups, 2"):
+        HGRNConfig(4, 2, channels=5)
