@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from streamjax.streaming.reuse import EncodedChunk, edit, encode_chunk, join, side_by_side
     from streamjax.streaming.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
+    from streamjax.streaming.speculative import NGrams, SmallModel
 
 # Everything loads on first use. `import streamjax` then takes no time, and a command can answer Ctrl-C while JAX loads.
 _HOMES = {
@@ -67,6 +68,7 @@ _HOMES = {
     "streamjax.streaming.reuse": ("EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
     "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
+    "streamjax.streaming.speculative": ("NGrams", "SmallModel"),
 }  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, ("data", "kv", "serving", "training"))
 
@@ -80,10 +82,12 @@ __all__ = [
     "HSAConfig",
     "LoRAParam",
     "ModelConfig",
+    "NGrams",
     "NormConfig",
     "RopeConfig",
     "Sampler",
     "Session",
+    "SmallModel",
     "StreamState",
     "UniformConfig",
     "add_lora",

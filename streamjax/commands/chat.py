@@ -2,6 +2,7 @@
 
     python -m infer.chat --model=Qwen3-0.6B --cache=streaming_llm:sinks=4,window=4092
     python -m infer.chat --model=Llama-3.2-1B-Instruct --system="You are brief." --temperature=0
+    python -m infer.chat --model=Qwen3-0.6B --draft=ngram              # the same words, sooner where they were said
     python -m infer.chat --model=Qwen3-0.6B --load_state=yesterday.chat
     echo "What is a heap?" | python -m infer.chat --model=Qwen3-0.6B --max_new_tokens=100
 
@@ -23,6 +24,7 @@ import streamjax as sj
 from streamjax.checkpoints import parse_json, user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.draft import define_draft, parse_draft
 from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
 from streamjax.commands.shell.inputs import read_turn
@@ -65,6 +67,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("save_state", None, "Folder where the conversation is kept at the end.", flag_values=values)
     refuse_empty(values, "load_state", "save_state")
     define_sampling(values)
+    define_draft(values)
 
 
 class Chat:
@@ -79,6 +82,7 @@ class Chat:
         self._values = values
         self._say = say
         self._model, self._tokenizer = load_model(values, [values.cache])
+        self._draft = parse_draft(values.draft, self._model, self._tokenizer)
         self._start(values.cache)
         self.commands: dict[str, Callable[[str], None]] = {
             "save": self.save, "load": self.load, "cache": self.cache, "compact": self.compact,
@@ -95,6 +99,7 @@ class Chat:
             sampler=sampler_of(values),
             seed=values.seed,
             chunk_size=values.chunk_size,
+            draft=self._draft,
         )
         self.conversation = self._new_conversation()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
@@ -78,3 +80,74 @@ class Cache:
     def sizes(self, state: State) -> Sequence[tuple[int, int]]:
         """Slots and bytes of each part of the state that fills at a pace of its own."""
         return [(self.slots, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))]
+
+
+class Waiting(NamedTuple):
+    """A chunk that has attended and is not stored: what its cache is given when it is known how much of it counts."""
+
+    query: Query
+    tokens: KVTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred(Cache):
+    """`cache` as a chunk sees it that is not stored yet; what `update` gives for a state is the chunk itself.
+
+    Tokens that were guessed have to be seen by the model before anyone knows how many of them are right, and what a
+    ring has overwritten or a recurrent state has taken in cannot be taken back. So the chunk attends, and the caches
+    stay as they are. What they would have been given is kept: a chunk's queries, keys and values are few.
+
+    Example:
+      >>> out, waiting = Deferred(cache).update(state, query, tokens)  # `state` is as before
+      >>> state = take_in(cache, state, waiting, valid)  # as if only the valid tokens had come
+    """
+
+    cache: Cache
+
+    @property
+    def slots(self) -> int:
+        return self.cache.slots
+
+    @property
+    def span(self) -> int:
+        return self.cache.span
+
+    @property
+    def capacity(self) -> int | None:
+        return self.cache.capacity
+
+    @property
+    def reach(self) -> int | None:
+        return self.cache.reach
+
+    @property
+    def needs_ids(self) -> bool:
+        return self.cache.needs_ids
+
+    @property
+    def made_for(self) -> str | None:
+        return self.cache.made_for
+
+    @property
+    def needs_outputs(self) -> bool:
+        return self.cache.needs_outputs
+
+    @property
+    def shares_values(self) -> bool:
+        return self.cache.shares_values
+
+    def init(self, spec: KVSpec) -> State:
+        return self.cache.init(spec)
+
+    def update(self, state: State, query: Query, tokens: KVTokens) -> tuple[Float[Array, "B C H D"], Waiting]:
+        return self.cache.update(state, query, tokens)[0], Waiting(query, tokens)
+
+
+def take_in(cache: Cache, state: State, waiting: Waiting, valid: Bool[Array, "B C"]) -> State:
+    """The state of a cache that takes in a chunk which waited, of which the `valid` tokens count, a prefix of each row.
+
+    Equal to `cache.update` of a chunk that had no other tokens: what a token was computed from lies before it.
+    """
+    query = dataclasses.replace(waiting.query, valid=valid)
+    tokens = dataclasses.replace(waiting.tokens, valid=valid[:, None])
+    return cache.update(state, query, tokens)[1]

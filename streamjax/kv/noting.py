@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.dense import summed_over_queries
+from streamjax.kv.codecs.slots import Slots
 from streamjax.kv.tier import KVSpec, Query
 
 
@@ -41,7 +42,7 @@ class Noting:
         self,
         note: Float[Array, "B N S"] | None,
         query: Query,
-        k: Float[Array, "B P S D"],
+        k: Slots,
         position: UInt32[Array, "B #K S"],
         valid: Bool[Array, "B #K S"],
         lse: Float[Array, "B C H"],

@@ -18,6 +18,9 @@ from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read
+from streamjax.streaming.speculative.decoding import Limit, Rounds, speculate
+from streamjax.streaming.speculative.drafter import Drafter
+from streamjax.streaming.speculative.history import History
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room
 
@@ -96,12 +99,18 @@ def generate_blocks(
     block: int = BLOCK,
     first_index: int = 0,
     penalised: Bool[Array, "B V"] | np.ndarray | None = None,
+    draft: Drafter | None = None,
+    histories: Sequence[History] | None = None,
+    limit: Limit | None = None,
 ) -> Iterator[tuple[StreamState, np.ndarray]]:
     """Generate, yielding `(state, tokens [B, n])` every `block` tokens: what a program that shows text consumes.
 
-    Arguments as in `generate`. The state is donated to the next block: keep only the newest, or copy it. To continue an
-    earlier call as if it had not ended, pass its key and, as `first_index`, how many tokens it drew. `penalised` marks
-    ids that the repetition penalty meets besides those that the state has noted (`StreamState.used`); it notes them.
+    Arguments as in `generate`. With a `draft` a yield has `block` tokens or more of the fastest stream, and -1 behind
+    those of the others; `histories` are what the drafter knows of each stream, the prompt alone where None, and `limit`
+    says where a single stream's text ends (`speculative.decoding.Limit`). The state is donated to the next block: keep
+    only the newest, or copy it. To continue an earlier call as if it had not ended, pass its key and, as `first_index`,
+    how many tokens it drew. `penalised` marks ids that the repetition penalty meets besides those that the state has
+    noted (`StreamState.used`); it notes them.
     """
     sampler = sampler or Sampler()
     if max_new_tokens < 0:
@@ -123,6 +132,14 @@ def generate_blocks(
         if penalised is not None and state.used is not None:
             state = dataclasses.replace(state, used=state.used | jnp.asarray(penalised)).placed()
     state = read(model, state, prompt, chunk_size, lengths=lengths)
+    if draft is not None and max_new_tokens:
+        streams = [History() for _ in prompt] if histories is None else histories
+        for stream, row, length in zip(streams, prompt, lengths, strict=True):
+            stream.extend(row[:length])
+        index = np.full(len(prompt), first_index)
+        rounds = Rounds(model, state, draft, streams, sampler=sampler, key=key, index=index, stop=stop, limit=limit)
+        yield from speculate(rounds, max_new_tokens, stop, block)
+        return
     done = jnp.zeros((prompt.shape[0],), bool)
     newest: collections.deque[np.ndarray] = collections.deque(maxlen=BLOCK)  # tokens of all streams, one after another
     if max_new_tokens == 0:
@@ -156,6 +173,7 @@ def generate(
     prompt_lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     chunk_size: int = 512,
+    draft: Drafter | None = None,
 ) -> tuple[StreamState, Int32[Array, "B N"]]:
     """Read a prompt and continue it.
 
@@ -174,6 +192,8 @@ def generate(
       stop_tokens: token ids after which a stream ends; it reads that token and then stands still. The model's own are
         `model.config.eos_token_ids`, the tokenizer's `eos_ids`.
       chunk_size: tokens a prefill step.
+      draft: who guesses tokens that the model then reads several at a time, such as `sj.NGrams()`. What is generated is
+        the same, up to the rounding of logits; only the speed depends on it.
 
     Returns:
       The new state and int32 tokens [B, max_new_tokens]; -1 after a stream has ended.
@@ -186,19 +206,27 @@ def generate(
       >>> state = init_state(model, preset("streaming_llm"), batch_size=2)
       >>> state, tokens = generate(model, state, [[1, 5, 9], [1]], max_new_tokens=8, sampler=Sampler(temperature=0))
     """
-    blocks = list(
-        generate_blocks(
-            model,
-            state,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampler=sampler,
-            key=key,
-            prompt_lengths=prompt_lengths,
-            stop_tokens=stop_tokens,
-            chunk_size=chunk_size,
-        )
+    blocks = generate_blocks(
+        model,
+        state,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        key=key,
+        prompt_lengths=prompt_lengths,
+        stop_tokens=stop_tokens,
+        chunk_size=chunk_size,
+        draft=draft,
     )
-    out = np.concatenate([tokens for _, tokens in blocks], axis=1)
-    missing = max_new_tokens - out.shape[1]
-    return blocks[-1][0], jnp.asarray(np.pad(out, ((0, 0), (0, missing)), constant_values=-1))
+    pieces = []
+    for new_state, new_tokens in blocks:
+        state = new_state
+        pieces.append(new_tokens)
+    tokens = np.concatenate(pieces, axis=1)
+    out = np.full((len(tokens), max_new_tokens), -1, np.int32)
+    for row, drawn in zip(out, tokens, strict=True):
+        drawn = drawn[drawn >= 0]
+        row[: len(drawn)] = drawn
+        if draft is not None:
+            draft.learn(drawn)
+    return state, jnp.asarray(out)

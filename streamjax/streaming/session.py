@@ -7,6 +7,7 @@ Whatever happens between two calls, Ctrl-C included, its state has read exactly 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
 from streamjax.streaming.scan import read, require_finite, score_unwaited
+from streamjax.streaming.speculative.drafter import Drafter
+from streamjax.streaming.speculative.history import History
 from streamjax.streaming.state import init_state
 from streamjax.streaming.text_output import TextOutput
 
@@ -50,6 +53,8 @@ class Session:
       implementation: what reads the cache, as in `init_state`.
       parse_special: whether special tokens that are written out in a text, such as "<|im_end|>", are those tokens. They
         are text by default, since users may type anything; ids are always read as they are.
+      draft: who guesses tokens that the model then reads several at a time, such as `sj.NGrams()`; what is generated is
+        the same, only faster. It may be replaced between calls.
 
     Raises:
       ValueError: the tokenizer has ids that the model lacks, a stop id among them, or an unknown implementation.
@@ -66,6 +71,7 @@ class Session:
         chunk_size: int = 512,
         implementation: Implementation | None = None,
         parse_special: bool = False,
+        draft: Drafter | None = None,
     ):
         if tokenizer.text_vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -82,13 +88,18 @@ class Session:
         self.chunk_size = chunk_size
         self.implementation = implementation
         self.parse_special = parse_special
+        self.draft = draft
+        self._history = History()
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
         """Start over, as if nothing had been read."""
         state = init_state(self.model, self.cache, implementation=self.implementation, note_used=True)
+        if self.draft is not None:
+            self.draft.learn(self._history.tokens)
         with undisturbed():
             self.state = state
+            self._history = History()
             self.tokens_seen = 0
             self.stopped_by: str | int | None = None
             self._key = jax.random.key(seed)
@@ -133,6 +144,7 @@ class Session:
             with undisturbed():
                 self.state = read(self.model, self.state, piece[None], self.chunk_size)
                 self.tokens_seen += len(piece)
+                self._history.extend(piece)
         return len(ids)
 
     def score(
@@ -162,6 +174,7 @@ class Session:
                 lengths = np.array([len(piece)])
                 self.state, nats = score_unwaited(self.model, self.state, piece[None], self.chunk_size, lengths=lengths)
                 self.tokens_seen += len(piece)
+                self._history.extend(piece)
             if wait:  # for the piece before: the device has work meanwhile
                 self.require_finite(parts[-1], before)
             parts.append(nats[0])
@@ -231,7 +244,11 @@ class Session:
             stop_tokens=ends,
             block=block,
             first_index=self._drawn,
+            draft=self.draft,
+            histories=[self._history],
+            limit=partial(self._until_end, stop, ends) if stop else None,
         )
+        drafted = self.draft is not None
         ended = False
         while not ended:
             if self._turn is not turn:
@@ -246,6 +263,8 @@ class Session:
                     new = [int(token) for token in tokens[0] if token >= 0]
                     self._drawn = (self._drawn + len(new)) % 2**31
                     self.tokens_seen += len(new)
+                    if not drafted:  # otherwise the loop has noted them
+                        self._history.extend(new)
                     over = new[-1] if new and new[-1] in ends else None
                     self.stopped_by = self._output.push(new if over is None else new[:-1], stop)
                     if over is not None and self.stopped_by is None:
@@ -336,6 +355,7 @@ class Session:
             self.sampler, self._key, self._drawn = saved.sampler, saved.key, saved.drawn
             self._turn = object()
             self._output = saved.output
+            self._history = History(saved.output.tail)
         return saved.extra
 
     def _begins(self, add_bos: bool | None) -> bool:
@@ -362,6 +382,14 @@ class Session:
         tokens = np.asarray(ids, np.int32)
         for start in range(0, len(ids), self.chunk_size):
             yield tokens[start : start + self.chunk_size]
+
+    def _until_end(self, stop: tuple[str, ...], ends: tuple[int, ...], tokens: Sequence[int]) -> int:
+        """How many of the tokens that may come next are read at most: none behind the end of the text."""
+        output = TextOutput(self.tokenizer, **self._output.to_json_dict())
+        for i, token in enumerate(tokens):
+            if token in ends or output.push([token], stop) is not None:
+                return i + 1
+        return len(tokens)
 
     def _require_room(self, tokens: int) -> None:
         if self.room is not None and tokens > self.room:

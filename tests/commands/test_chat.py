@@ -52,6 +52,30 @@ def test_save_and_load_take_a_conversation_back(command, answers, tmp_path):
     assert again.out.partition("\n")[2] == answers("hello", "another way", temperature=0.7)[1] + "\n"
 
 
+def test_a_draft_changes_no_word(command, answers, tmp_path):
+    (tmp_path / "text").write_text("and then there was one")
+    outcome = command(chat, *SMALL, "--temperature=0.7", f"--draft=ngram:{tmp_path}/text", stdin="hello\nand then?\n")
+    assert outcome.status == 0
+    assert outcome.out == "".join(answer + "\n" for answer in answers("hello", "and then?", temperature=0.7))
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ("ngrams", "--draft=ngrams: nobody of that kind guesses; use ngram, ngram:FILE, small_cache"),
+        ("ngram:nowhere", "--draft=ngram:nowhere: no text could be read: No such file"),
+        ("model:nowhere", "--draft=model:nowhere: no model folder nowhere"),
+        ("model", "--draft=model: nobody of that kind guesses"),
+        ("small_cache:windw", "unknown cache 'windw'; did you mean 'window'"),
+    ],
+)
+def test_wrong_drafts(command, draft, message):
+    outcome = command(chat, *SMALL, f"--draft={draft}")
+    assert outcome.status != 0
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 def test_commands(command, tmp_path):
     lines = ["/cache", "hello", "/cache", "/cache window:window=20", "/reset", "/help", "/quit", "never read"]
     outcome = command(chat, *SMALL, f"--save_state={tmp_path}/c", stdin="\n".join(lines))

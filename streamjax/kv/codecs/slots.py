@@ -136,7 +136,7 @@ def attend_coded(
     k: CodedSlots,
     v: CodedSlots | Array,
     position: UInt32[Array, "B N S"],
-    valid: Bool[Array, "B N *C S"],
+    valid: Bool[Array, "B #N *C S"],
     nothing: Partial,
     used: Array | int,
     together: int,

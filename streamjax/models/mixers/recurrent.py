@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from streamjax.kv.cache import Cache
+from streamjax.kv.cache import Cache, Deferred
 from streamjax.kv.recurrence import Recurrence, RecurrentState
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
@@ -80,9 +80,10 @@ class RecurrentMixer(nnx.Module):
 
     def stream(
         self, x: Float[Array, "B C E"], state: RecurrentState, cache: Cache, context: ChunkContext
-    ) -> tuple[Float[Array, "B C E"], RecurrentState]:
-        """A chunk of a stream, and the stream's new state."""
-        return self.recur(x, state, context.valid)
+    ) -> tuple[Float[Array, "B C E"], RecurrentState | Float[Array, "B C E"]]:
+        """A chunk of a stream, and the stream's new state; the chunk itself where its state is to be made later."""
+        y, new = self.recur(x, state, context.valid)
+        return y, x if isinstance(cache, Deferred) else new
 
     def enter(self, x: Float[Array, "B T E"]) -> Float[Array, "B T G D"]:
         """What each group has of the tokens."""

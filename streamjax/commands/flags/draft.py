@@ -1,0 +1,65 @@
+"""The flag that says who guesses the tokens that a model then reads several at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+import streamjax as sj
+from streamjax.checkpoints import user_path
+from streamjax.commands.flags.cache import parse_cache
+from streamjax.commands.flags.checks import refuse_empty
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.streaming.speculative import Drafter, NGrams, SmallModel
+
+DRAFT_HELP = (
+    "Guess tokens, so that the model reads several in one pass; what it says is the same. ngram: from what was said "
+    "before, for nothing; ngram:FILE asks a text too. model:FOLDER: by a smaller model of the same vocabulary. "
+    "small_cache, or small_cache:NAME:OPTION=VALUE: by the model itself under a small cache, for long contexts in a "
+    "cache that keeps them. Guessing pauses where it fails. Nobody guesses by default."
+)
+_KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE or model:FOLDER"
+_SMALL = "streaming_llm:sinks=4,window=508"
+
+
+def define_draft(values: flags.FlagValues) -> None:
+    """The flag `--draft`."""
+    flags.DEFINE_string("draft", None, DRAFT_HELP, flag_values=values)
+    refuse_empty(values, "draft")
+
+
+def parse_draft(text: str | None, model: sj.Decoder, tokenizer: Tokenizer) -> Drafter | None:
+    """The drafter that `--draft` describes; None where there is no text.
+
+    Raises:
+      ValueError: an unknown kind, a file or a model that is not there, or a model of another vocabulary.
+    """
+    if text is None:
+        return None
+    kind, _, rest = text.partition(":")
+    if kind == "ngram":
+        return NGrams(text=tokenizer.encode(_text(rest)) if rest else ())
+    if kind == "small_cache":
+        return SmallModel(model=model, cache=parse_cache(rest or _SMALL, model.config.max_position), drafter=NGrams())
+    if kind == "model" and rest:
+        path = user_path(rest)
+        if not path.is_dir():
+            raise ValueError(f"--draft={text}: no model folder {path}")
+        small = sj.load(path, dtype=str(model.dtype))
+        theirs, own = small.config.vocab_size, model.config.vocab_size
+        if theirs != own:
+            raise ValueError(
+                f"--draft={text}: its vocabulary has {theirs} ids and the model's {own}; they must be equal"
+            )
+        return SmallModel(model=small, cache=parse_cache(_SMALL, small.config.max_position), drafter=NGrams())
+    raise ValueError(f"--draft={text}: nobody of that kind guesses; {_KINDS}")
+
+
+def _text(name: str) -> str:
+    path: Path = user_path(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"--draft=ngram:{name}: no text could be read: {reason}") from None

@@ -1,0 +1,141 @@
+"""The loop of speculative decoding: guess, verify, go on; each stream of a batch at its own pace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from streamjax.models.decoder import Decoder
+from streamjax.models.nonfinite import not_finite
+from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
+from streamjax.streaming.speculative.history import History
+from streamjax.streaming.speculative.pace import Pace
+from streamjax.streaming.speculative.verification import choose_first, verify_pass
+from streamjax.streaming.state import StreamState
+
+# Of tokens that a stream may read next, how many it is to read at most: where its text ends, nothing behind that.
+Limit = Callable[[Sequence[int]], int]
+
+
+class Rounds:
+    """Streams that are continued round by round.
+
+    Attributes:
+      state: where the streams stand: they have read what `go` has returned. certain: the token that each reads next.
+      passes, guessed, right: passes of the model, tokens that were guessed, and those of them that were right.
+
+    Args:
+      model, state: the model and its streams. The state is donated.
+      drafter: who guesses; None: nobody.
+      streams: what each stream has read, as far as it is known; it goes on with them.
+      sampler, key: how tokens are chosen.
+      index: the number of each stream's next draw.
+      stop: ids behind which a stream reads nothing more.
+      limit: see `Limit`; for a single stream.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        state: StreamState,
+        drafter: Drafter | None,
+        streams: Sequence[History],
+        *,
+        sampler: Sampler,
+        key: Array | None,
+        index: Int[np.ndarray, " B"],
+        stop: tuple[int, ...] = (),
+        limit: Limit | None = None,
+    ):
+        self.state = state
+        self.passes = self.guessed = self.right = 0
+        self._model, self._drafter, self._streams = model, drafter, streams
+        self._sampler, self._key, self._stop, self._limit = sampler, key, stop, limit
+        self._index = np.asarray(index, np.int64)
+        certain, failed = choose_first(model, state, key, self._draws().index, sampler)
+        self.certain, self._failed = (np.array(x) for x in jax.device_get((certain, failed)))
+        self._pace = Pace(len(streams), worth=2 if jax.default_backend() == "cpu" else 1)
+
+    def _draws(self) -> Draws:
+        return Draws(self._sampler, self._key, (self._index % 2**32).astype(np.uint32).astype(np.int32))
+
+    def go(self, most: Int[np.ndarray, " B"]) -> list[list[int]]:
+        """One pass; returns what each stream has read. A stream reads at most `most` tokens; with 0 it stands still.
+
+        Raises:
+          ValueError: the logits of one that is to go on are not finite (`NotFiniteError`); nothing has been read then.
+        """
+        goes = most > 0
+        if (goes & self._failed).any():
+            row = int(np.argmax(goes & self._failed))
+            raise not_finite(self._model, self._streams[row].tokens)
+        for row in np.flatnonzero(goes).tolist():
+            self._streams[row].extend([int(self.certain[row])])
+        self._index += 1  # the draw behind the certain token
+        drafts = self._drafts(goes & (most > 1) & self._pace.wants)
+        given = np.where(goes, 1 + np.minimum(drafts.count, np.maximum(most - 1, 0)), 0)
+        tokens = np.concatenate((self.certain[:, None], drafts.tokens), axis=1).astype(np.int32)
+        if self._limit is not None and goes[0]:
+            given[0] = self._limit(tokens[0, : given[0]].tolist())
+        if given.max() <= 1:
+            tokens = tokens[:, :1]
+        done = verify_pass(
+            self._model, self.state, jnp.asarray(tokens), jnp.asarray(given, jnp.int32), self._key,
+            jnp.asarray(self._draws().index), self._sampler, self._stop,
+        )  # fmt: skip
+        self.state = done.state
+        count, following, failed = jax.device_get((done.count, done.following, done.failed))
+        self._index += np.where(goes, count - 1, -1)
+        self.certain = np.where(goes, following, self.certain)
+        self._failed = np.where(goes, failed, self._failed)
+        self._pace.note(np.maximum(given - 1, 0), np.maximum(count - 1, 0))
+        self.passes += 1
+        self.guessed += int(np.maximum(given - 1, 0).sum())
+        self.right += int(np.maximum(count - 1, 0).sum())
+        read = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
+        for stream, new in zip(self._streams, read, strict=True):
+            stream.extend(new[1:])
+        return read
+
+    def _drafts(self, wanted: np.ndarray) -> Drafts:
+        if self._drafter is None or not wanted.any():
+            width = 0 if self._drafter is None else self._drafter.length
+            rows = len(self._streams)
+            return Drafts(np.zeros((rows, width), np.int32), np.zeros(rows, np.int32))
+        return self._drafter.propose(self._streams, wanted.tolist(), self._draws())
+
+
+def speculate(
+    rounds: Rounds, max_new_tokens: int, stop: tuple[int, ...], block: int
+) -> Iterator[tuple[StreamState, np.ndarray]]:
+    """Go on until every stream has read `max_new_tokens`, or has ended with one of `stop`.
+
+    Yields the state, and the new tokens [B, n] in front of -1, whenever a stream has `block` of them.
+    """
+    left = np.full(rounds.state.batch_size, max_new_tokens, np.int64)
+    waiting: list[list[int]] = [[] for _ in left]
+
+    def take() -> np.ndarray:
+        out = np.full((len(waiting), max(map(len, waiting))), -1, np.int32)
+        for row, tokens in enumerate(waiting):
+            out[row, : len(tokens)] = tokens
+            tokens.clear()
+        return out
+
+    while left.any():
+        try:
+            read = rounds.go(left)
+        except ValueError:
+            if any(waiting):
+                yield rounds.state, take()
+            raise
+        for row, new in enumerate(read):
+            waiting[row].extend(new)
+            left[row] = 0 if new and new[-1] in stop else left[row] - len(new)
+        if max(map(len, waiting)) >= block or not left.any():
+            yield rounds.state, take()

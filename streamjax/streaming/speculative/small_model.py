@@ -1,0 +1,91 @@
+"""Guesses from a model that is cheaper to run: a smaller one, or the same one under a small cache.
+
+It reads what the streams have read, so far as its cache holds it, and goes on by itself. It may have a drafter of its
+own, which guesses what it would guess: staged and cascaded drafting (2308.04623, 2312.11462), the n-grams at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from streamjax.field_checks import Size
+from streamjax.kv.cache import Cache
+from streamjax.models.decoder import Decoder
+from streamjax.streaming.scan import read
+from streamjax.streaming.speculative.decoding import Rounds
+from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
+from streamjax.streaming.speculative.history import History
+from streamjax.streaming.state import StreamState, init_state
+
+
+@dataclasses.dataclass(kw_only=True)
+class SmallModel(Drafter):
+    """A model that drafts.
+
+    With the model itself and a small cache it is a draft of the same weights, cheaper where the cache of the stream is
+    what a token costs: `dense` or pages of a long context (a shortened context, 2502.20330).
+
+    Args:
+      length: tokens guessed at most.
+      model: who guesses; it has the vocabulary of the model that it guesses for.
+      cache: what it keeps of the streams, as `init_state` takes it.
+      context: newest tokens that it reads of a stream of which it knows nothing yet, or has missed more.
+      drafter: who guesses for it; nobody where None.
+
+    Example:
+      >>> draft = SmallModel(model=small, cache=sj.kv.preset("streaming_llm", window=508), drafter=NGrams())
+      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=draft)
+    """
+
+    model: Decoder
+    cache: Cache | Sequence[Cache]
+    context: Size = 512
+    drafter: Drafter | None = None
+    length: Size = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._state: StreamState | None = None
+        self._read: list[int] = []  # of each stream, how much of its history has been read
+        self._streams: list[History] = []
+
+    def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
+        self._catch_up(streams)
+        assert self._state is not None
+        own = jax.tree.map(jnp.copy, self._state)  # what is guessed may be wrong: the state does not keep it
+        rounds = Rounds(
+            self.model, own, self.drafter, [stream.copy() for stream in streams],
+            sampler=draws.sampler, key=draws.key, index=draws.index,
+        )  # fmt: skip
+        found: list[list[int]] = [[] for _ in streams]
+        left = np.where(wanted, self.length - 1, 0)  # the last one is chosen and need not be read
+        while left.any():
+            for row, new in enumerate(rounds.go(left)):
+                found[row].extend(new)
+                left[row] -= len(new)
+        tokens = np.zeros((len(streams), self.length), np.int32)
+        for row, new in enumerate(found):
+            tokens[row] = [*new, *[rounds.certain[row]] * (self.length - len(new))]
+        return Drafts(tokens, np.where(wanted, self.length, 0).astype(np.int32))
+
+    def _catch_up(self, streams: Sequence[History]) -> None:
+        """Read what the streams have read since, their newest tokens included."""
+        known = len(streams) == len(self._streams) and all(a is b for a, b in zip(streams, self._streams, strict=True))
+        missed = max((s.total - n for s, n in zip(streams, self._read, strict=True)), default=0) if known else 0
+        if not known or missed > self.context:
+            self._state = init_state(self.model, self.cache, len(streams), note_used=True)
+            self._streams, self._read = list(streams), [max(s.total - self.context, 0) for s in streams]
+        assert self._state is not None
+        new = [stream.since(n).copy() for stream, n in zip(streams, self._read, strict=True)]
+        if any(map(len, new)):
+            self._state = read(self.model, self._state, new)
+            self._read = [stream.total for stream in streams]
+
+    def learn(self, tokens: np.ndarray) -> None:
+        if self.drafter is not None:
+            self.drafter.learn(tokens)

@@ -1,0 +1,70 @@
+"""A chunk of a stream in two phases: its hidden states first, and the state behind it once it is known how much counts.
+
+`advance` does both at once. Here the caches answer the chunk and stay as they are (`Deferred`), so that what turns out
+wrong leaves no trace in any of them. The second phase stores what the first has computed; no weight is read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from streamjax.kv.cache import Deferred, take_in
+from streamjax.kv.tiers.landmark_memory import ChunkMemory
+from streamjax.models.decoder import Decoder
+from streamjax.models.mixers.recurrent import RecurrentMixer
+from streamjax.streaming.state import StreamState
+from streamjax.streaming.step import advance, check_rows, enter, leave
+
+
+def look_ahead(
+    model: Decoder, state: StreamState, tokens: Int[Array, "B C"], count: Int32[Array, " B"]
+) -> tuple[Float[Array, "B C E"], tuple[Any, ...]]:
+    """Hidden states of a chunk, as `advance` gives them, and what each layer has waiting for `take_in_first`."""
+    check_rows(state, tokens.shape[0])
+    if model.config.hsa is not None:  # an encoder makes a memory of whole pages: it reads the chunk again
+        return advance(model, state, tokens, count)[1], ()
+    context, tokens = enter(state, tokens, count)
+    caches = [Deferred(cache) for cache in state.caches]
+    hidden, waiting = model.stream(tokens, state.layers, caches, context)
+    return leave(state, hidden, tokens, count)[1], waiting
+
+
+def take_in_first(
+    model: Decoder,
+    state: StreamState,
+    waiting: tuple[Any, ...],
+    hidden: Float[Array, "B C E"],
+    tokens: Int[Array, "B C"],
+    count: Int32[Array, " B"],
+) -> StreamState:
+    """The state behind the first `count` tokens of each row of a chunk that `look_ahead` was given, at least as many.
+
+    It is the state that `advance` would have made of these tokens alone.
+    """
+    if model.config.hsa is not None:
+        return advance(model, state, tokens, count)[0]
+    context, tokens = enter(state, tokens, count)
+    layers = []
+    for i, (cache, own, chunk) in enumerate(zip(state.caches, state.layers, waiting, strict=True)):
+        mixer = model.layer(i).mixer
+        if isinstance(mixer, RecurrentMixer):
+            layers.append(mixer.recur(chunk, own, context.valid)[1])
+        else:
+            layers.append(take_in(cache, own, chunk, context.valid))
+    return leave(dataclasses.replace(state, layers=tuple(layers)), hidden, tokens, count)[0]
+
+
+def harmless(model: Decoder, state: StreamState, given: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    """How many of the tokens that each row is given may be read ahead: guesses must not change what others see.
+
+    They do in one place. A token does not see a page of a chunk memory that later tokens of its chunk push out, so a
+    chunk that holds guesses completes no page.
+    """
+    for cache, own in zip(state.caches, state.layers, strict=True):
+        if isinstance(cache, ChunkMemory):
+            given = jnp.minimum(given, jnp.maximum(cache.size - own[1].filled - 1, 1))
+    return given

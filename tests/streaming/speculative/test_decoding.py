@@ -1,0 +1,119 @@
+"""What is generated with guesses is what is generated without them: greedy or sampled, guessed right or wrong."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.streaming.speculative import Drafter, Drafts, NGrams, SmallModel
+from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
+
+SLOW = pytest.mark.slow
+LENGTH, NEW = 4, 40
+PROMPT, LENGTHS = random_tokens(2, 9, seed=5), [9, 5]
+CACHE = sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(9), fuse=False)
+SAMPLERS = {
+    "greedy": sj.Sampler(temperature=0),
+    "greedy, penalised": sj.Sampler(temperature=0, repetition_penalty=1.3),
+    "sampled": sj.Sampler(),
+    "filtered": sj.Sampler(temperature=1.4, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+}
+
+
+@dataclasses.dataclass
+class Prompter(Drafter):
+    """Knows how the streams go on, and is right about so many tokens in turn: 0, 1, ..., all of them."""
+
+    expected: np.ndarray | None = None
+    length: int = LENGTH
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.calls = 0
+
+    def propose(self, streams, wanted, draws):
+        assert self.expected is not None
+        tokens, count = np.zeros((len(streams), self.length), np.int32), np.zeros(len(streams), np.int32)
+        for row, (stream, length) in enumerate(zip(streams, LENGTHS, strict=True)):
+            rest = self.expected[row, stream.total - length :][: self.length]
+            count[row] = len(rest) if wanted[row] else 0
+            tokens[row, : len(rest)] = rest
+            right = (self.calls + 2 * row) % (self.length + 1)
+            tokens[row, right:] = (tokens[row, right:] + 1) % VOCAB
+        self.calls += 1
+        return Drafts(tokens, count)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(GQA)
+
+
+def run(model, sampler, draft=None, stop=(), cache=CACHE):
+    state = sj.init_state(model, cache, 2)
+    return sj.generate(
+        model, state, PROMPT, max_new_tokens=NEW, sampler=sampler, key=jax.random.key(3), prompt_lengths=LENGTHS,
+        stop_tokens=stop, draft=draft,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return {name: run(model, sampler) for name, sampler in SAMPLERS.items()}
+
+
+@pytest.mark.parametrize("name", ["greedy", *(pytest.param(n, marks=SLOW) for n in list(SAMPLERS)[1:3]), "filtered"])
+def test_guesses_change_nothing(model, plain, name):
+    """Rows at their own paces, each right about another number of tokens; the state is as it would have been."""
+    state, expected = plain[name]
+    drafter = Prompter(expected=np.asarray(expected))
+    found, tokens = run(model, SAMPLERS[name], drafter)
+    np.testing.assert_array_equal(tokens, expected)
+    assert 3 < drafter.calls < NEW
+    assert found.seen.tolist() == state.seen.tolist() == [49, 45]
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        if leaf.dtype == np.float32:
+            np.testing.assert_allclose(leaf, other, atol=1e-4, rtol=0)
+        else:
+            np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_stream_ends_with_its_stop_token_and_not_behind_it(model, plain):
+    _, expected = plain["greedy"]
+    expected = np.asarray(expected)
+    stop = int(expected[0, 13])
+    state, wanted = run(model, SAMPLERS["greedy"], stop=(stop,))
+    found, tokens = run(model, SAMPLERS["greedy"], Prompter(expected=expected), stop=(stop,))
+    np.testing.assert_array_equal(tokens, wanted)
+    assert (np.asarray(tokens) == -1).any()
+    assert found.seen.tolist() == state.seen.tolist()
+
+
+def test_guesses_do_not_overflow_a_cache_with_an_end(model, plain):
+    """The last guesses would find no room; what is right fits."""
+    cache = sj.kv.preset("dense", capacity=49)
+    _, wanted = run(model, SAMPLERS["greedy"], cache=cache)
+    found, tokens = run(model, SAMPLERS["greedy"], Prompter(expected=np.asarray(wanted)), cache=cache)
+    np.testing.assert_array_equal(tokens, wanted)
+    assert np.isfinite(found.hidden).all()
+
+
+DRAFTERS = {
+    "ngrams": lambda model: NGrams(length=LENGTH, shortest=1),
+    "text": lambda model: NGrams(length=LENGTH, shortest=1, text=random_tokens(500)),
+    "itself": lambda model: SmallModel(length=LENGTH, model=model, cache=CACHE),
+    "small cache": lambda model: SmallModel(length=LENGTH, model=model, cache=sj.kv.preset("window", window=3)),
+    "staged": lambda model: SmallModel(
+        length=LENGTH, model=model, cache=CACHE, context=6, drafter=NGrams(length=2, shortest=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["greedy", pytest.param("filtered", marks=SLOW)])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_drafters_change_nothing(model, plain, drafter, name):
+    _, tokens = run(model, SAMPLERS[name], DRAFTERS[drafter](model))
+    np.testing.assert_array_equal(tokens, plain[name][1])

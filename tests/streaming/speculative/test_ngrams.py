@@ -1,0 +1,88 @@
+"""What n-grams find, in which database, and when guessing pauses."""
+
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.streaming.speculative.drafter import Draws
+from streamjax.streaming.speculative.history import History
+from streamjax.streaming.speculative.pace import LONGEST_PAUSE, Pace
+
+DRAWS = Draws(sj.Sampler(temperature=0), None, np.zeros(1, np.int32))
+
+
+def guess(drafter: sj.NGrams, stream) -> list[int]:
+    drafts = drafter.propose([History(stream)], [True], DRAWS)
+    return drafts.tokens[0, : drafts.count[0]].tolist()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        ([1, 2, 3, 9, 8, 7, 5, 2, 3], [9, 8, 7, 5]),  # what followed the same two tokens
+        ([1, 2, 3, 4, 0, 7, 2, 3, 5, 0, 1, 2, 3], [4, 0, 7, 2]),  # three that agree are better than two, though older
+        ([2, 3, 4, 0, 2, 3, 5, 0, 2, 3], [5, 0, 2, 3]),  # the newest of equally long ones
+        ([6, 1, 2, 1, 2], [1, 2, 1, 2]),  # it goes round: so will what follows
+        ([4, 4, 4], [4, 4, 4, 4]),
+        ([1, 2, 3, 4], []),
+        ([1, 3, 2, 3], []),  # one token is not enough
+        ([5], []),
+        ([], []),
+    ],
+)
+def test_the_newest_of_the_longest_matches(stream, expected):
+    assert guess(sj.NGrams(length=4), stream) == expected
+
+
+@pytest.mark.quick
+def test_databases_are_asked_by_how_near_they_are():
+    drafter = sj.NGrams(length=2, text=[1, 2, 30, 31, 32, 5, 6, 40, 41])
+    assert guess(drafter, [1, 2]) == [30, 31]
+    drafter.learn(np.array([1, 2, 20, 21], np.int32))
+    assert guess(drafter, [1, 2]) == [20, 21]
+    assert guess(drafter, [1, 2, 10, 11, 1, 2]) == [10, 11]
+    assert guess(drafter, [9, 5, 6]) == [40, 41]
+
+
+@pytest.mark.quick
+def test_a_history_forgets_the_oldest_and_counts_all():
+    history, total = History(kept=10), 0
+    for size in (3, 0, 9, 25, 1, 7):
+        history.extend(list(range(total, total + size)))
+        total += size
+        assert history.total == total
+        assert history.tokens.tolist() == list(range(total - len(history.tokens), total))
+        assert min(total, 10) <= len(history.tokens) <= 20
+    assert history.since(total - 3).tolist() == [42, 43, 44]
+    other = history.copy()
+    other.extend([0])
+    assert history.total == other.total - 1 == total
+
+
+@pytest.mark.quick
+def test_guessing_pauses_where_it_fails():
+    """Hardly one pass in 17 guesses in vain; one success, and every pass guesses."""
+    pace, tried = Pace(1, worth=2), 0
+    for _ in range(400):
+        tries = bool(pace.wants[0])
+        tried += tries
+        pace.note(np.array([7 * tries]), np.array([1 * tries]))
+    assert tried <= 400 / (LONGEST_PAUSE + 1) + 6
+    while not pace.wants[0]:
+        pace.note(np.array([0]), np.array([0]))
+    pace.note(np.array([7]), np.array([5]))
+    assert pace.wants[0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 0}, "NGrams.length is 0: it must be a whole number of at least 1"),
+        ({"shortest": 4, "longest": 3}, "NGrams.longest is 3: it must be at least shortest, 4"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        sj.NGrams(**options)
