@@ -74,6 +74,7 @@ class Conversations:
         self._folder = None if state_dir is None else Path(state_dir)
         self._budget = budget
         self._kept: dict[str, Conversation] = {}  # in the order of their newest requests
+        self._refused: dict[str, str] = {}  # on disk, and not to be read by this engine: why
         self._lock = threading.RLock()
         self._disk = threading.Lock()  # one save, load or deletion at a time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "conversations")
@@ -92,6 +93,7 @@ class Conversations:
                 self._take_over(conversation, self._read_about(path)[0])
             except ValueError as error:
                 log.warning("a conversation is not taken up: %s", error)
+                self._refused[conversation.name] = str(error)
                 continue
             self._kept[conversation.name] = conversation
 
@@ -118,6 +120,8 @@ class Conversations:
         if not name or len(_folder_name(name)) > _LONGEST_NAME:
             raise ValueError(f"conversation {name[:40]!r}: a name has 1 to {_LONGEST_NAME} letters")
         with self._lock:
+            if name in self._refused:
+                raise ValueError(f"conversation {name!r} cannot go on, and is not replaced: {self._refused[name]}")
             conversation = self._kept.get(name) or self._new(name)
             if conversation.busy is not None:
                 raise ValueError(f"conversation {name!r}: another request is under way on it; wait for its end")
@@ -165,14 +169,15 @@ class Conversations:
         else:
             self._thread.submit(self._save, conversation, snapshot).add_done_callback(lambda _: done())
 
-    def delete(self, name: str) -> Conversation | None:
-        """Forget one, on disk too."""
+    def delete(self, name: str) -> tuple[bool, Any]:
+        """Forget one, on disk too; whether there was one, and the request that is under way on it."""
         with self._disk:
             with self._lock:
                 found = self._kept.pop(name, None)
-            if found is not None and self._folder is not None:
+                known = found is not None or self._refused.pop(name, None) is not None
+            if known and self._folder is not None:
                 shutil.rmtree(self._folder / _folder_name(name), ignore_errors=True)
-        return found
+        return known, None if found is None else found.busy
 
     def save(self, name: str) -> None:
         """Save one now.

@@ -148,10 +148,10 @@ class Engine:
 
     def delete_conversation(self, name: str) -> bool:
         """Forget one, in memory and on disk; whether there was one. A request that is under way on it is cancelled."""
-        found = self._conversations.delete(name)
-        if found is not None and found.busy is not None:
-            self._cancel(found.busy)
-        return found is not None
+        known, job = self._conversations.delete(name)
+        if job is not None:
+            self._cancel(job)
+        return known
 
     def save(self, name: str) -> None:
         """Save a conversation now.

@@ -51,6 +51,7 @@ class EngineLoop:
         self.seconds = 1.0
         self._policy, self._conversations, self._measure = policy, conversations, measure
         self._vocab = batch.model.config.vocab_size
+        self._weights = sum(leaf.size for leaf in jax.tree.leaves(batch.model))
 
     def add(self, job: Job) -> None:
         """A request is under the policy's rule from now on."""
@@ -224,10 +225,9 @@ class EngineLoop:
 
     def _work(self, start: int, stop: int) -> float:
         """What reading tokens [start, stop) of a stream costs, in multiplications."""
-        weights = sum(leaf.size for leaf in jax.tree.leaves(self.batch.model))
         slots = [cache.slots for cache in self.batch.caches]
         seen = sum(min((start + stop) / 2, n) for n in slots)
-        return (stop - start) * (weights + 2 * seen * self.batch.model.config.d_model)
+        return (stop - start) * (self._weights + 2 * seen * self.batch.model.config.d_model)
 
 
 def _logprobs(drawn: Drawn, row: int, tokens: Sequence[int], most: int) -> list[TokenLogprob]:

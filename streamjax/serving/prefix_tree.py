@@ -101,7 +101,7 @@ class PrefixTree:
 
     def wants(self, prompt: Ids, depth: int) -> bool:
         """Whether a state behind the first `depth` ids of a prompt has a place, and none is there."""
-        if depth == 0 or depth % self.chunk_size:
+        if not self.budget or depth == 0 or depth % self.chunk_size:
             return False
         ids = self._whole_chunks(prompt[:depth])
         node = next((node for node in self._path(ids) if node.depth == depth), None)

@@ -163,7 +163,23 @@ def test_a_damaged_one_ends_its_request_alone(tmp_path):
     assert bad[-1].finish_reason == "error"
     assert "\n" not in bad[-1].error
     assert good[-1].finish_reason == "length"
-    assert not engine(state_dir=tmp_path).conversations()
+    third = engine(state_dir=tmp_path)
+    assert not third.conversations()
+    with pytest.raises(ValueError, match="not replaced") as caught:
+        third.submit(turn("again"))
+    assert "\n" not in str(caught.value)
+    assert third.delete_conversation("ann")
+    assert served(third, turn("again"))[0][-1].finish_reason == "length"
+
+
+def test_those_of_another_cache_are_left_alone(tmp_path):
+    one = engine(state_dir=tmp_path)
+    served(one, turn("hello"))
+    one.close()
+    other = engine(state_dir=tmp_path, cache=sj.kv.preset("dense", capacity=20))
+    with pytest.raises(ValueError, match="saved with the cache"):
+        other.submit(turn("more"))
+    assert engine(state_dir=tmp_path).conversations() == one.conversations()
 
 
 def test_a_cache_with_an_end_refuses_what_does_not_fit():
