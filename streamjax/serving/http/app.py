@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +29,7 @@ from streamjax.serving.http.errors import ApiError
 from streamjax.serving.http.reading.fields import parse_body
 from streamjax.serving.http.sending import read_body
 from streamjax.serving.http.service import Service
+from streamjax.serving.http.text_input import serve_input
 
 PAGE = Path(__file__).parent / "page"
 _OPEN = ("/", "/health", "/page/")  # without a key
@@ -66,6 +67,7 @@ def make_app(
         Route("/v1/conversations/{name}", conversations.get),
         Route("/v1/conversations/{name}", conversations.delete, methods=["DELETE"]),
         Route("/v1/streamjax", endpoints.about),
+        WebSocketRoute("/v1/streamjax/input", lambda socket: serve_input(service, socket)),
         Route("/metrics", endpoints.metrics),
         Route("/health", endpoints.health),
         Route("/", endpoints.page),

@@ -143,7 +143,9 @@ class _Choice:
             return event.text, []
         found: list[str | Call] = self._parser.push(event.text)
         if event.finish_reason is not None:
-            found.append(self._parser.finish())
+            rest = self._parser.finish()
+            if not (self.calls and self._parser.is_call(rest)):  # one more that was cut short
+                found.append(rest)
         text, calls = "", []
         for piece in found:
             if isinstance(piece, str):
@@ -217,7 +219,7 @@ class ChatWriter:
             choices.append(
                 {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reasons.get(index, "stop")}
             )
-        usage = usage_json(self._usages.values(), shared_prompt=True)
+        usage = self.usage()
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage, **self._tail}
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
@@ -241,8 +243,11 @@ class ChatWriter:
             if event.finish_reason is not None:
                 yield self._chunk(index, {}, reason=choice.finish_reason(event))
         if self._call.options.include_usage and not self._generation.overrun:
-            usage = usage_json(self._usages.values(), shared_prompt=True)
-            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage, **self._tail}
+            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage(), **self._tail}
+
+    def usage(self) -> dict[str, Any]:
+        """What it took, at the end."""
+        return usage_json(self._usages.values(), shared_prompt=True)
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = (), reason: str | None = None

@@ -91,6 +91,16 @@ def test_a_tool_that_must_be_called_is_called(server, engine, choice):
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_several_calls_have_to_be_asked_for(server, engine):
+    engine.answer = lambda request: "\n".join([CALL] * 9)
+    options = {"model": "tiny", "messages": HI, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+    found = server.client().chat.completions.create(**options).choices[0]
+    assert (len(found.message.tool_calls), found.finish_reason) == (1, "tool_calls")
+    found = server.client().chat.completions.create(**options, parallel_tool_calls=True).choices[0]
+    assert len(found.message.tool_calls) == 200 // (len(CALL) + 1)
+    assert (found.message.content, found.finish_reason) == (None, "length")  # what was cut short is no text
+
+
 def test_results_of_tools_come_back(server, engine):
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
     messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]},

@@ -36,13 +36,13 @@ For each call, write its name and arguments as JSON between tags:
 class Tools:
     """The tools of a request.
 
-    offered: as they came. choice: none, auto, required, or the name of the one that must be called. parallel: whether
-    there may be several calls.
+    offered: as they came. choice: none, auto, required, or the name of the one that must be called. several: whether
+    there may be several calls where there must be one; it has to be asked for, since small models find no end.
     """
 
     offered: tuple[dict[str, Any], ...] = ()
     choice: str = "none"
-    parallel: bool = True
+    several: bool = False
 
     @property
     def are_called(self) -> bool:
@@ -64,7 +64,7 @@ class Tools:
 
     def _forced(self) -> str:
         tools = [tool for tool in self.offered if self.choice in ("required", tool["function"]["name"])]
-        several = ' ("\\n" call)*' if self.parallel and self.choice == "required" else ""
+        several = ' ("\\n" call)*' if self.several and self.choice == "required" else ""
         bodies = " | ".join(f"body_{i}" for i in range(len(tools)))
         lines = ["%llguidance {}", f"start: call{several}", f"call: {_quoted(_BEGIN)} {_NEWLINE} ({bodies}) {_CLOSE}"]
         lines += [f"body_{i}: {_quoted(_head(tool))} %json {json.dumps(_schema(tool))}" for i, tool in enumerate(tools)]
@@ -99,7 +99,7 @@ def read_tools(fields: Fields) -> Tools:
     names = [tool["function"]["name"] for tool in offered]
     if len(set(names)) < len(names):
         raise wrong_value("tools", "must have a name for each tool that no other has")
-    parallel = fields.take("parallel_tool_calls", bool, default=True)
+    several = fields.take("parallel_tool_calls", bool, default=False)
     choice = fields.take("tool_choice", str, dict, default="auto" if offered else "none")
     if isinstance(choice, dict):
         about = Fields(choice, "tool_choice.")
@@ -111,7 +111,7 @@ def read_tools(fields: Fields) -> Tools:
         raise wrong_value("tool_choice", f"must be none, auto, required or a function, and is {choice[:64]!r}")
     if choice != "none" and not offered:
         raise wrong_value("tool_choice", "is only allowed with tools")
-    return Tools(offered, choice, parallel)
+    return Tools(offered, choice, several)
 
 
 def _tool(tool: Fields) -> dict[str, Any]:
@@ -195,6 +195,11 @@ class CallParser:
         """What was held back: a call that was cut short, as text."""
         held, self._held = self._held, ""
         return held
+
+    @staticmethod
+    def is_call(rest: str) -> bool:
+        """Whether what `finish` gave is a call that was cut short."""
+        return rest.startswith(_BEGIN)
 
 
 def _overlap(text: str) -> int:
