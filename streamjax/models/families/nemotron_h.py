@@ -51,8 +51,10 @@ def _read_kinds(fields: Fields) -> list[str]:
     letters = [_KINDS[kind] for kind in given]
     if "E" in letters:
         raise ValueError(f"field {name!r} has layers of experts, which streamjax does not implement for this family")
+    if not letters:
+        raise ValueError(f"field {name!r} has no layers")
     before = ["-", *letters]
-    if not letters or any(one == other == "-" for one, other in zip(before, letters, strict=False)):
+    if any(one == other == "-" for one, other in zip(before, letters, strict=False)):
         raise ValueError(
             f"field {name!r} has an MLP without a mixer in front of it, which streamjax does not implement"
         )
