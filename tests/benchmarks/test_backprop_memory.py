@@ -42,6 +42,7 @@ def test_a_refused_program_says_what_it_needs():
     assert refused["peak"] > 4 * length * CONFIG.vocab_size
 
 
+@pytest.mark.slow
 @compiled
 def test_an_error_is_not_taken_for_a_lack_of_memory():
     with pytest.raises(RuntimeError, match="unknown backprop method"):

@@ -84,6 +84,7 @@ def test_infinities_have_to_be_where_they_are():
         assert parts.worst([np.array(wrong)], [np.array([2.0, -np.inf])]) == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_sides_of_a_chunk_and_of_scores_are_the_same(monkeypatch):
     """What XLA is timed with computes what the kernels do."""

@@ -198,6 +198,7 @@ def test_one_document_is_enough(tmp_path: Path) -> None:
     assert (batch["tokens"][:, 0] == BOS).all()
 
 
+@pytest.mark.slow
 def test_a_worker_process_gives_the_same_batches(folder: Path) -> None:
     config = _config(folder, shuffle_tokens=32 * 7)
     iterator = make_train_iterator(dataclasses.replace(config, num_workers=1))

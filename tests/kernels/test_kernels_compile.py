@@ -37,6 +37,7 @@ def test_a_tpu_takes_the_decoding_kernel():
     assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v5p", marks=pytest.mark.slow)])
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
 def test_tpus_take_the_kernels_of_losses(chip):
@@ -75,6 +76,7 @@ def test_an_h100_takes_the_decoding_kernels():
     assert calls("h100", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chip", "names"),
     [

@@ -38,6 +38,7 @@ def _collectives(mesh: str, cache: str, width: int) -> list[tuple[str, tuple[int
     return found
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("width", [1, 8], ids=["decode", "prefill"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_tensor_parallel_steps_only_sum_activations(cache, width):

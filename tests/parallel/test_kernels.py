@@ -49,7 +49,7 @@ def drawn(*shape, seed=0):
     [
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 4, 2, (1, 64, 2), marks=pytest.mark.slow),
         ({"data": 2, "tensor": 4}, 4, 1, (2, 64, 1)),
-        ({"data": 2, "tensor": 4}, 6, 3, (2, 64, 6)),
+        pytest.param({"data": 2, "tensor": 4}, 6, 3, (2, 64, 6), marks=pytest.mark.slow),
         ({"context": 4, "tensor": 2}, 4, 2, (4, 16, 2)),
     ],
 )

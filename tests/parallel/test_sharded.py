@@ -68,7 +68,7 @@ def _unsharded(cache):
         ("data2-fsdp2-tensor2", "pages"),
         pytest.param("context2-tensor4", "pages", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "content", marks=pytest.mark.slow),
-        ("data2-fsdp2-tensor2", "scored"),
+        pytest.param("data2-fsdp2-tensor2", "scored", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "clusters", marks=pytest.mark.slow),
     ],
 )

@@ -55,6 +55,7 @@ def at(state: sj.StreamState, token: int) -> sj.StreamState:
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "batch"),
     [

@@ -77,6 +77,7 @@ def test_keys_in_the_files_do_not_depend_on_where_they_stood(tmp_path):
     np.testing.assert_allclose(first, later, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_process_asks(tmp_path):
     """With nothing but the model and the folder."""
     model, tokens = build(GQA), random_tokens(1, 24)

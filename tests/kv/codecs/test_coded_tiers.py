@@ -25,7 +25,10 @@ def plain(cache):
     return sj.kv.Cascade(*tiers)
 
 
-@pytest.mark.parametrize(("name", "most"), [("staircase", 0.3), ("pages", 0.05), ("scored", 0.05), ("fp8", 0.3)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("staircase", 0.3), ("pages", 0.05), pytest.param("scored", 0.05, marks=pytest.mark.slow), ("fp8", 0.3)],
+)
 def test_a_stream_in_codes_is_near_one_without_and_its_state_is_the_same_however_it_is_cut(name, most):
     out, state = run(CACHES[name], STREAM, [(3, 12), (12, 1)], width=12)
     _, other = run(CACHES[name], STREAM, [1], width=1)

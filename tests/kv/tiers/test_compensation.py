@@ -33,6 +33,7 @@ def by_means(stream, sinks, window, slopes, frequencies, cut):
     return out
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("cut", [1, 5])
 @pytest.mark.parametrize("positions", ["none", "alibi", "rope"])
 def test_dropped_tokens_are_one(cut, positions):

@@ -127,7 +127,7 @@ def test_a_tier_of_its_own_needs_no_window():
     assert kept(state) == places
 
 
-@pytest.mark.parametrize(("positions", "distance"), [("rope", None), ("rope", 6)])
+@pytest.mark.parametrize(("positions", "distance"), [pytest.param("rope", None, marks=pytest.mark.slow), ("rope", 6)])
 def test_what_loses_falls_on(positions, distance):
     """In front of a tier that keeps everything nothing is lost: at true distances that is dense attention."""
     slopes, frequencies = SLOPES if positions == "alibi" else None, FREQUENCIES if positions == "rope" else None

@@ -42,6 +42,7 @@ print(json.dumps({"over": peak - before, "weights": sum(leaf.nbytes for leaf in 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of resident memory to be set back here")
 @pytest.mark.parametrize("dtype", rest_slow(["float32", "bfloat16"], "bfloat16"))
 def test_a_large_tensor_is_held_once(tmp_path, dtype):

@@ -106,6 +106,7 @@ def combinations(draw):
 drawn = settings(phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @settings(drawn, max_examples=2)
 @given(arguments=combinations())
 def test_drawn(arguments):

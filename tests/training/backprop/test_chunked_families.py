@@ -12,6 +12,8 @@ REPEATED |= {"mixtral": "qwen2_moe", "deepseek_v2": "deepseek_v3", "gemma4": "ge
 REPEATED |= {"starcoder2": "qwen2", "exaone4": "olmo2", "cohere2": "falcon-40b", "glm4": "llama", "granite": "llama"}
 REPEATED |= {
     "smollm3": "llama",
+    "llama": "qwen2",
+    "gemma4-experts": "gpt_oss",
     "ministral3": "llama4",
     "falcon-alibi": "mpt",
     "qwen3_5": "qwen3_next",

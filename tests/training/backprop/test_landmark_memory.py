@@ -35,11 +35,11 @@ def whole_sequence(config, packed):
     [
         pytest.param(SHARED, "remat", None, False, marks=pytest.mark.slow),
         pytest.param(SHARED, "layer", 8, False, marks=pytest.mark.slow),
-        pytest.param(SHARED, "chunk", 8, False, marks=pytest.mark.slow),
+        (SHARED, "chunk", 8, False),
         (SHARED, "layer", 11, True),
         pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
         pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),
-        (OWN, "chunk", 6, True),
+        pytest.param(OWN, "chunk", 6, True, marks=pytest.mark.slow),
     ],
 )
 def test_every_method_gives_the_gradient(config, method, chunk_size, packed):

@@ -208,6 +208,7 @@ def test_training_changes_adapters_alone(method, accumulation):
         assert np.array_equal(new, old) != ("_lora" in jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_streams_train_adapters_alone():
     base = sj.Decoder(SMALL.replace(num_layers=1), jax.random.key(0))
     model = adapted(base, TARGETS)

@@ -105,7 +105,7 @@ def test_of_an_objective_of_pairs(kernels, monkeypatch):
     [
         pytest.param({"data": 2, "fsdp": 2}, "layer", True, marks=pytest.mark.slow),
         ({"data": 2, "tensor": 2}, "layer", True),
-        ({"tensor": 4}, "full", True),
+        pytest.param({"tensor": 4}, "full", True, marks=pytest.mark.slow),
         pytest.param({"data": 2, "tensor": 2}, "full", False, marks=pytest.mark.slow),
         ({"context": 2, "tensor": 2}, "layer", False),
         pytest.param({"tensor": 8}, "layer", False, marks=pytest.mark.slow),

@@ -5,7 +5,6 @@ import pytest
 
 import streamjax as sj
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, ExpertsConfig, ModelConfig
-from tests.covering import rest_slow
 from tests.training import gradient_checks
 
 DENSE, SPARSE = DenseConfig(12), ExpertsConfig(4, 2, 6, shared=DenseConfig(5), shared_gate=True)
@@ -17,8 +16,9 @@ MIXED = ModelConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("stacked", rest_slow([False, True], True))
+@pytest.mark.parametrize("stacked", [False, True])
 def test_layers_of_both_kinds_in_one_model(stacked):
     config = MIXED if stacked else MIXED.replace(blocks=MIXED.blocks[:2])
     assert config.period == 2

@@ -64,6 +64,7 @@ def test_the_z_loss_is_the_same_in_every_order(stacked):
     gradient_checks.check(config, 13, packed=True, stacked=stacked, chunk_size=5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_the_balancing_loss_is_the_same_where_a_chunk_is_the_sequence():
     config = model_config(z_loss=0.3, balance_loss=0.2)

@@ -20,7 +20,7 @@ MIXED = CONFIG.replace(windows=(5, None), sinks=2, attention_softcap=3.0)
     ("config", "packed", "stacked"),
     [
         pytest.param(MIXED, True, False, id="windows-packed"),
-        pytest.param(CONFIG, False, True, id="full-stacked"),
+        pytest.param(CONFIG, False, True, id="full-stacked", marks=pytest.mark.slow),
     ],
 )
 def test_both_orders_give_the_gradient(config, packed, stacked):

@@ -96,6 +96,7 @@ def test_ratios_of_the_cases_above_are_clipped_on_both_sides_and_not_at_all():
     assert np.any((ratio > 0.8) & (ratio < 1.2))
 
 
+@pytest.mark.slow
 def test_every_method_is_exact_and_never_has_all_logits():
     def plain(logits, batch):
         return plain_grpo(logits, answers(logits.shape[-1]))

@@ -82,9 +82,7 @@ def test_rows_that_cannot_be_dealt_out_are_refused():
 
 @pytest.mark.parametrize(
     "name",
-    rest_slow(
-        [name for name, objective in OBJECTIVES.items() if objective.separable], "sequence", "another ignore_index"
-    ),
+    rest_slow([name for name, objective in OBJECTIVES.items() if objective.separable], "another ignore_index"),
 )
 def test_a_stream_in_chunks_is_the_batch(name):
     objective = OBJECTIVES[name]

@@ -31,6 +31,7 @@ def build(config, scan_layers=False):
     return state
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("options", [{}, BackpropConfig(method="remat", chunk_size=5).options()])
 def test_microbatches_add_up_to_the_batch(model, batch, microbatches, options):
