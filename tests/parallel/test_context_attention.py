@@ -1,10 +1,13 @@
 """Attention of sequences over the `context` axis: the numbers and gradients of one device, by every exchange."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import api
 from pallas_kernels.patterns import Chunked, Full, SinkWindow, SlidingWindow
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.attention.sharded import context_shards
@@ -88,3 +91,43 @@ def test_full_attention(axes, exchange, kind, extras):
 )
 def test_windows_and_chunks(pattern, kind, extras):
     compare(CONTEXT4, pattern, kind, extras)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "exchange"),
+    [
+        (SinkWindow(3, 70), "auto"),
+        pytest.param(Full(), "ring", marks=pytest.mark.slow),
+        pytest.param(Full(), "gather", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_on_stretches(monkeypatch, pattern, exchange):
+    """Those of GPUs, in their interpreter: the numbers of XLA's loops on one device."""
+    called = set()
+
+    def instead(name):
+        kernel = getattr(api, name)
+
+        def call(*args, **known):
+            called.add(name)
+            return kernel(*args, **known, implementation="triton", interpret=True)
+
+        monkeypatch.setattr(api, name, call)
+
+    for name in ("flash_attention", "chunk_attention", "chunk_gradients"):
+        instead(name)
+    q, k, v, d_out = (drawn(2, 256, n, 16, seed=i) for i, n in enumerate((2, 2, 2, 2)))
+    ids = jnp.asarray(np.sort(np.random.default_rng(4).integers(0, 3, (2, 256))), jnp.int32)
+
+    def loss(q, k, v, implementation):
+        known = {"scale": 0.3, "segment_ids": ids, "exchange": exchange, "implementation": implementation}
+        out = sequence_attention(q, k, v, pattern, **known)
+        return jnp.sum(out * d_out), out
+
+    gradient = jax.grad(loss, (0, 1, 2), has_aux=True)
+    expected = jax.jit(partial(gradient, implementation="xla"))(q, k, v)
+    with jax.set_mesh(make_mesh(data=2, context=2, tensor=2)):
+        found = jax.jit(partial(gradient, implementation="pallas"))(q, k, v)
+    assert called == ({"flash_attention"} if pattern.sinks else {"chunk_attention", "chunk_gradients"})
+    for mine, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, right, atol=1e-5 * max(1.0, float(np.max(np.abs(right)))))
