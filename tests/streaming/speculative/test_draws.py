@@ -1,0 +1,72 @@
+"""Sampled tokens: each place's own random numbers, and draws that are counted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.streaming.speculative import Drafter, Drafts
+from streamjax.streaming.speculative.choosing import choose, seen_at
+from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
+
+ROWS = 512
+
+
+@pytest.mark.quick
+def test_places_are_chosen_as_one_after_another():
+    """Rows whose next draws have numbers of their own, after what each place has seen."""
+    sampler, key = sj.Sampler(temperature=1.3, top_k=11, repetition_penalty=1.7), jax.random.key(8)
+    logits = jax.random.normal(jax.random.key(0), (3, 4, VOCAB)) * 3
+    used, tokens = jnp.arange(VOCAB) < jnp.array([[5], [0], [9]]), jnp.asarray(random_tokens(3, 4))
+    index = jnp.array([7, 0, 30], jnp.int32)
+    found = choose(sampler, logits, key, index, seen_at(used, tokens))
+    for row in range(3):
+        seen = used
+        for place in range(4):
+            seen = seen.at[row, tokens[row, place]].set(True)
+            drawn = sampler.sample(logits[:, place], jax.random.fold_in(key, index[row] + place), seen)
+            assert int(found[row, place]) == int(drawn[row])
+
+
+@dataclasses.dataclass
+class Stubborn(Drafter):
+    """Always guesses the same."""
+
+    length: int = 2
+    token: int = 0
+
+    def propose(self, streams, wanted, draws):
+        tokens = np.full((len(streams), self.length), self.token, np.int32)
+        return Drafts(tokens, np.where(wanted, self.length, 0).astype(np.int32))
+
+
+def test_counted_draws_have_the_models_distribution():
+    """Three tokens of 512 streams, of which a guess is often right and often wrong: chi-square of pairs."""
+    model, sampler = build(GQA), sj.Sampler(temperature=1.5, top_k=4)
+    prompt = random_tokens(1, 6)
+    probable = np.zeros((VOCAB, VOCAB))
+    first = jax.nn.softmax(sampler.filter(sj.forward(model, prompt)[:, -1]))[0]
+    longer = np.concatenate((np.repeat(prompt, VOCAB, axis=0), np.arange(VOCAB, dtype=np.int32)[:, None]), axis=1)
+    second = jax.nn.softmax(sampler.filter(sj.forward(model, longer)[:, -1]))
+    probable = np.asarray(first)[:, None] * np.asarray(second)
+    guess = int(np.argmax(probable.sum(axis=0)))
+    state = sj.init_state(model, sj.kv.preset("dense", capacity=9), ROWS)
+    _, tokens = sj.generate(
+        model, state, np.repeat(prompt, ROWS, axis=0), max_new_tokens=3, sampler=sampler, key=jax.random.key(1),
+        draft=Stubborn(token=guess),
+    )  # fmt: skip
+    counts = np.zeros((VOCAB, VOCAB))
+    np.add.at(counts, tuple(np.asarray(tokens)[:, :2].T), 1)
+    assert not counts[probable == 0].any()
+    expected, counts = ROWS * probable[probable > 0], counts[probable > 0]
+    often = expected > 4
+    expected, counts = (
+        np.append(expected[often], expected[~often].sum()),
+        np.append(counts[often], counts[~often].sum()),
+    )
+    worst = len(expected) + 4 * np.sqrt(2 * len(expected))
+    assert np.sum((counts - expected) ** 2 / np.maximum(expected, 1e-9)) < worst
+    assert 0 < np.mean(np.asarray(tokens)[:, 1] == guess) < 1
