@@ -12,6 +12,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.context.recurrence import context_elementwise
+from streamjax.attention.sharded import context_shards
 
 BLOCK = 256  # tokens that are scanned at once
 
@@ -35,10 +37,14 @@ def elementwise_recurrence(
       resets: the tokens that begin with an empty state.
       block: tokens that are scanned at once.
 
+    Whole sequences (no `valid`) may lie over the mesh axis `context`; see `context.recurrence`.
+
     Returns:
       Outputs in the dtype of sums, and the new state. A row without valid tokens keeps its state bit for bit.
     """
     dtype, length = accumulator(x.dtype), x.shape[1]
+    if valid is None and context_shards(length) > 1:
+        return context_elementwise(elementwise_recurrence, x, log_decay, state, resets)
     decay, x = jnp.exp(log_decay.astype(dtype)), x.astype(dtype)
     if resets is not None:
         decay = jnp.where(resets[:, :, None, None], 0.0, decay)

@@ -11,9 +11,9 @@ ROWS, LENGTH, GROUPS, CHANNELS = 2, 23, 2, 3
 read = jax.jit(elementwise_recurrence, static_argnames="block")
 
 
-def inputs(strength=0.3, seed=0):
+def inputs(strength=0.3, seed=0, length=LENGTH):
     random = np.random.default_rng(seed)
-    x, decay = random.standard_normal((2, ROWS, LENGTH, GROUPS, CHANNELS)).astype(np.float32)
+    x, decay = random.standard_normal((2, ROWS, length, GROUPS, CHANNELS)).astype(np.float32)
     state = random.standard_normal((ROWS, GROUPS, CHANNELS)).astype(np.float32)
     return x, -strength * np.abs(decay), state
 

@@ -59,6 +59,30 @@ def context_recurrence(
     return per_device_call(own, names, ((*_TOKEN, None), _STATE), arrays)
 
 
+def context_elementwise(
+    local: Recurrence,
+    x: Float[Array, "B T G D"],
+    log_decay: Float[Array, "B T G D"],
+    state: Float[Array, "B G D"],
+    resets: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T G D"], Float[Array, "B G D"]]:
+    """`attention.elementwise_recurrence.elementwise_recurrence`, which is `local`, in the same way."""
+
+    def own(x: Array, decay: Array, state: Array, resets: Any) -> tuple[Array, Array]:
+        added = local(x, decay, jnp.zeros_like(state), resets=resets)[1]
+        kept = jnp.exp(jnp.sum(decay.astype(state.dtype), axis=1))
+        kept = kept if resets is None else jnp.where(jnp.any(resets, axis=1)[:, None, None], 0.0, kept)
+
+        def through(state: Array, stretch: tuple[Array, Array]) -> tuple[Array, Array]:
+            return stretch[0] * state + stretch[1], state
+
+        behind, fronts = jax.lax.scan(through, state, jax.lax.all_gather((kept, added), AXIS))
+        return local(x, decay, fronts[place()[0]], resets=resets)[0], behind
+
+    few: Names = ("batch", "kv_heads", None)
+    return per_device_call(own, (_TOKEN, _TOKEN, few, _TOKEN[:2]), (_TOKEN, few), (x, log_decay, state, resets))
+
+
 def _decay(log_decay: Array, resets: Any, state: Float[Array, "B H K V"]) -> Float[Array, "B H D 1"]:
     """What is left of a state behind the stretch, for a head or for each channel of its key."""
     total = jnp.sum(log_decay.astype(state.dtype), axis=1)  # [B, G, R] or [B, G, R, K]
