@@ -35,6 +35,10 @@ class Connection(H11Protocol):
                 if hasattr(socket, name):
                     own.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._silent.cancel()  # the transport is another protocol's from here on, which sends pings
+        super().handle_websocket_upgrade(event)
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._silent.cancel()

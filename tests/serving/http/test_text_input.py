@@ -1,6 +1,7 @@
 """Text in pieces over a websocket: read while it comes, and the same stream as text that comes at once."""
 
 import json
+import time
 
 import httpx2 as httpx
 import pytest
@@ -9,7 +10,8 @@ from websockets.sync.client import connect
 
 from streamjax.data.text.chat_turns import turn_around, turn_ids
 from streamjax.data.text.tokenizers import ByteTokenizer
-from tests.serving.http.conftest import TEMPLATE
+from streamjax.serving.http.connections import Connection
+from tests.serving.http.conftest import TEMPLATE, fake_service, serving
 from tests.serving.http.test_chat import decoded
 from tests.serving.http.test_conversations import say
 from tests.serving.http.test_robustness import until
@@ -69,6 +71,14 @@ def test_a_client_that_goes_in_the_middle_leaves_a_whole_turn(server, engine):
     engine.requests.clear()
     say(server, "left", "hi")
     assert decoded(engine.requests[0]) == "\x1e\n<user>hi\x1e\n<assistant>"
+
+
+def test_a_client_that_thinks_for_long_stays(monkeypatch):
+    monkeypatch.setattr(Connection, "request_seconds", 0.2)
+    engine, service = fake_service()
+    with serving(engine, service) as running, connect(url(running)) as socket:
+        time.sleep(0.5)
+        assert turn(socket, "a")[0] == "hello"
 
 
 @pytest.mark.parametrize(
