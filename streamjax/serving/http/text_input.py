@@ -37,14 +37,13 @@ async def serve_input(service: Service, socket: WebSocket) -> None:
             fields = Fields(parse_body((await socket.receive_text()).encode()))
             body = fields.required("begin", dict)
             fields.finish()
-            with service.admission():
-                name = read_conversation(Fields(body)) or unnamed
-                used |= name == unnamed
-                release = hold(service, name)
-                try:
-                    await _Turn(service, socket, body, name, name != unnamed).run()
-                finally:
-                    release()
+            name = read_conversation(Fields(body)) or unnamed
+            used |= name == unnamed
+            release = hold(service, name)
+            try:
+                await _Turn(service, socket, body, name, name != unnamed).run()
+            finally:
+                release()
     except ApiError as error:
         await socket.send_json(error.body())
         await socket.close(1008)
@@ -80,15 +79,16 @@ class _Turn:
             call.requests[0], prompt=tuple(self._waiting), conversation=self._name, extra=self._after(extra)
         )
         call = dataclasses.replace(call, requests=(request,))
-        generation = service.generations.submit(call.requests)
-        writer = ChatWriter(service, call, generation)
-        try:
-            async for piece in writer.pieces():
-                await self._socket.send_json(piece)
-        finally:
-            generation.cancel()
-            async for _ in generation.events():  # the conversation is held until its request has ended
-                pass
+        with service.admission():
+            generation = service.generations.submit(call.requests)
+            writer = ChatWriter(service, call, generation)
+            try:
+                async for piece in writer.pieces():
+                    await self._socket.send_json(piece)
+            finally:
+                generation.cancel()
+                async for _ in generation.events():  # the conversation is held until its request has ended
+                    pass
         await self._socket.send_json({"done": True, "usage": writer.usage()})
 
     def _begin(self, extra: dict[str, Any], kept: Any) -> tuple[ChatCall, list[int], list[int]]:
@@ -132,9 +132,10 @@ class _Turn:
             return
         request = Request(tuple(self._waiting), 0, conversation=self._name, extra=extra)
         self._waiting = []
-        async for _, event in self._service.generations.submit([request]).events():
-            if event.finish_reason == "error":
-                raise ApiError(500, event.error or "the engine failed", code="engine_error")
+        with self._service.admission():  # a client that is slow to write takes no room meanwhile
+            async for _, event in self._service.generations.submit([request]).events():
+                if event.finish_reason == "error":
+                    raise ApiError(500, event.error or "the engine failed", code="engine_error")
 
     def _after(self, extra: dict[str, Any]) -> dict[str, Any]:
         return {"system": [], "tools": [], **extra, "previous": [{"role": "user", "content": self._said}]}
