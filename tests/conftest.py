@@ -40,7 +40,8 @@ from jax._src.interpreters import mlir
 
 from tests.covering import mark_the_rest_slow
 
-settings.register_profile("suite", deadline=None, max_examples=15, derandomize=True)
+settings.register_profile("suite", deadline=None, max_examples=10, derandomize=True)
+settings.register_profile("weekly", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("suite")
 
 
