@@ -25,6 +25,7 @@ ELSEWHERE = (
     "kernels/cross_entropy",
     "kernels/gpu/all_kernels",
     "models/experts_on_tpu",
+    "training/post_training",
 )
 HEAD = """# Benchmarks
 
