@@ -107,7 +107,10 @@ class Rounds:
             width = 0 if self._drafter is None else self._drafter.length
             rows = len(self._streams)
             return Drafts(np.zeros((rows, width), np.int32), np.zeros(rows, np.int32))
-        return self._drafter.propose(self._streams, wanted.tolist(), self._draws())
+        drafts = self._drafter.propose(self._streams, wanted.tolist(), self._draws())
+        known = (drafts.tokens >= 0) & (drafts.tokens < self._model.config.vocab_size)  # others would make NaN
+        count = np.minimum(drafts.count, np.cumprod(known, axis=1).sum(axis=1))
+        return Drafts(drafts.tokens, count.astype(np.int32))
 
 
 def speculate(

@@ -24,7 +24,10 @@ SAMPLERS = {
 
 @dataclasses.dataclass
 class Prompter(Drafter):
-    """Knows how the streams go on, and is right about so many tokens in turn: 0, 1, ..., all of them."""
+    """Knows how the streams go on, and is right about so many tokens in turn: 0, 1, ..., all of them.
+
+    Every other time, what is wrong are no tokens of the model.
+    """
 
     expected: np.ndarray | None = None
     length: int = LENGTH
@@ -41,7 +44,7 @@ class Prompter(Drafter):
             count[row] = len(rest) if wanted[row] else 0
             tokens[row, : len(rest)] = rest
             right = (self.calls + 2 * row) % (self.length + 1)
-            tokens[row, right:] = (tokens[row, right:] + 1) % VOCAB
+            tokens[row, right:] = VOCAB + 3 if self.calls % 2 else (tokens[row, right:] + 1) % VOCAB
         self.calls += 1
         return Drafts(tokens, count)
 
