@@ -1,0 +1,131 @@
+"""Speculative decoding against plain decoding: tokens a pass and CPU seconds a token, by who guesses.
+
+    python -m benchmarks.serving.speculative --model=FOLDER    # 2 idle cores: some 5 minutes
+
+SmolLM2-135M-Instruct in float32 under 4 sinks and a window of 1,020 tokens answers greedily through its own chat
+template: a question (`chat`), a function that is to be copied with other names (`code`), a text that is to be said
+again (`repeated`). `a pass`: tokens that it reads in a pass of the model. `right`: of the tokens that were guessed.
+`CPU ms`: of all threads, a token, the median of the turns; `over plain`: plain decoding's CPU seconds by these, the
+median of turns in one process. `same`: whether all tokens are those of plain decoding. The prompt is read before. The
+note says what a pass costs by its width: where a pass over 8 tokens takes twice as long as one over a single token, 2
+tokens a pass gain nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import streamjax as sj
+from benchmarks.reporting import median_ratio, report
+from streamjax.data.text.chat_templates import encode_chat
+from streamjax.streaming.speculative import Drafter
+from streamjax.streaming.speculative.decoding import Rounds, speculate
+from streamjax.streaming.speculative.history import History
+
+CACHE = sj.kv.preset("streaming_llm", sinks=4, window=1020)
+GREEDY = sj.Sampler(temperature=0)
+PASSES = 6  # of each width, for the note
+TEXT = (
+    "The harbour was quiet that morning. Two fishing boats came in with the tide, and their crews carried the crates "
+    "to the market hall, where the buyers were waiting. By noon the hall was empty again, and the gulls had the quay."
+)
+CODE = """def total(prices, taxes):
+    result = 0
+    for price, tax in zip(prices, taxes):
+        result = result + price
+        result = result + price * tax
+    return result"""
+ASKED = {
+    "chat": "Why is the sky blue? Explain it to a child.",
+    "code": f"Write this Python function again, with the name `result` changed to `amount`:\n\n{CODE}",
+    "repeated": f"Repeat this text three times, word for word:\n\n{TEXT}",
+}
+
+
+def drafters(model: sj.Decoder) -> dict[str, Callable[[], Drafter]]:
+    """Who guesses, by name."""
+    small = sj.kv.preset("streaming_llm", sinks=4, window=252)
+    return {
+        "ngrams": sj.NGrams,
+        "ngrams, 15 at most": partial(sj.NGrams, length=15),
+        "small cache": partial(sj.SmallModel, model=model, cache=small, context=128),
+        "small cache, ngrams": partial(sj.SmallModel, model=model, cache=small, context=128, drafter=sj.NGrams()),
+    }
+
+
+def pass_costs(model: sj.Decoder, widths: list[int]) -> str:
+    """CPU milliseconds of a pass over so many tokens, logits and the choice included."""
+    costs = []
+    for width in widths:
+        state, spent = sj.init_state(model, CACHE), []
+        chunk = np.full((1, width), 5, np.int32)
+        for _ in range(PASSES + 1):
+            start = time.process_time()
+            state, logits = sj.step(model, state, chunk)
+            jax.block_until_ready(logits)
+            spent.append(time.process_time() - start)
+        costs.append(f"{width} token{'s' * (width > 1)} {1e3 * min(spent[1:]):.0f}")
+    return f"CPU milliseconds of a pass, the least of {PASSES}: {', '.join(costs)}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--drafters", nargs="+", help="some of them, by name", default=["ngrams", "ngrams, 15 at most"])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = sj.load(arguments.model, dtype="float32"), sj.load_tokenizer(arguments.model)
+    known, rows = drafters(model), []
+    for kind, question in ASKED.items():
+        prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
+        begun = sj.read(model, sj.init_state(model, CACHE), [prompt])
+        spent: dict[str, list[float]] = {name: [] for name in ("plain", *arguments.drafters)}
+        wall: dict[str, list[float]] = {name: [] for name in spent}
+        figures = {}
+        for turn in range(arguments.turns + 1):  # the first one compiles
+            for name in spent:
+                start = time.process_time(), time.perf_counter()
+                if name == "plain":
+                    state = jax.tree.map(jnp.copy, begun)
+                    found = sj.generate(model, state, [[]], max_new_tokens=arguments.tokens, sampler=GREEDY)[1]
+                    expected = np.asarray(found)[0]
+                else:
+                    drafter = known[name]()
+                    rounds = Rounds(
+                        model, jax.tree.map(jnp.copy, begun), drafter, [History(prompt)],
+                        sampler=GREEDY, key=None, index=np.zeros(1, np.int64),
+                    )  # fmt: skip
+                    pieces = [tokens[0] for _, tokens in speculate(rounds, arguments.tokens, (), 1)]
+                    figures[name] = (rounds, bool((np.concatenate(pieces) == expected).all()))
+                if turn:
+                    spent[name].append(time.process_time() - start[0])
+                    wall[name].append(time.perf_counter() - start[1])
+        for name, seconds in spent.items():
+            row = {"text": kind, "who guesses": name, "a pass": 1.0, "right": "", "same": ""}
+            if name != "plain":
+                rounds, same = figures[name]
+                row["a pass"] = round(arguments.tokens / rounds.passes, 2)
+                row["right"] = f"{rounds.right} of {rounds.guessed}"
+                row["same"] = "yes" if same else "no"
+            row["CPU ms"] = round(1e3 * statistics.median(seconds) / arguments.tokens, 1)
+            row["ms"] = round(1e3 * statistics.median(wall[name]) / arguments.tokens, 1)
+            row["over plain"] = round(median_ratio(spent["plain"], seconds), 2)
+            rows.append(row)
+            print(row, flush=True)
+    note = pass_costs(model, [1, 2, 8, 16])
+    report("serving/speculative", rows, arguments.output, note=note, tokens=arguments.tokens, turns=arguments.turns)
+
+
+if __name__ == "__main__":
+    main()
