@@ -24,7 +24,7 @@ def turn(socket, *pieces, **fields):
         socket.send(json.dumps({"text": piece}))
     socket.send(json.dumps({"answer": True}))
     text = ""
-    while not (message := json.loads(socket.recv(timeout=20))).get("done"):
+    while not (message := json.loads(socket.recv(timeout=60))).get("done"):
         assert "error" not in message, message
         text += message["choices"][0]["delta"].get("content") or ""
     return text, message
@@ -96,9 +96,9 @@ def test_what_is_wrong_is_said(server, engine, messages, code):
     with connect(url(server)) as socket:
         for message in messages:
             socket.send(message)
-        assert json.loads(socket.recv(timeout=20))["error"]["code"] == code
+        assert json.loads(socket.recv(timeout=60))["error"]["code"] == code
         with pytest.raises(ConnectionClosed):
-            socket.recv(timeout=20)
+            socket.recv(timeout=60)
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 

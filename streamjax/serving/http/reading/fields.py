@@ -23,6 +23,8 @@ def parse_body(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         too_deep = _deeper_than(value, _DEEPEST)
+        if b"\\u" in data and not too_deep:  # half of a pair that stands for one character
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         too_deep = True
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
