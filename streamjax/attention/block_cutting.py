@@ -7,20 +7,15 @@ from einops import rearrange
 from jaxtyping import Array
 
 
-def cut_blocks(x: Array, size: int, stretches: int = 1) -> Array:
-    """[B, T, ...] as [N, B, C, ...], C = `size`, padded with zeros.
-
-    With several equal `stretches` in a row, such as devices have of a sequence, a block has `size` tokens of each.
-    """
-    rows = rearrange(x, "b (p t) ... -> b p t ...", p=stretches)
-    padded = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % size)) + ((0, 0),) * (rows.ndim - 3))
-    return rearrange(padded, "b p (n c) ... -> n b (p c) ...", c=size)
+def cut_blocks(x: Array, size: int) -> Array:
+    """[B, T, ...] as [N, B, C, ...], C = `size`, padded with zeros."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+    return rearrange(padded, "b (n c) ... -> n b c ...", c=size)
 
 
-def join_blocks(x: Array, length: int, stretches: int = 1) -> Array:
-    """[N, B, C, ...] as [B, T, ...], T = `length`, without the padding; the inverse of `cut_blocks`."""
-    rows = rearrange(x, "n b (p c) ... -> b p (n c) ...", p=stretches)[:, :, : length // stretches]
-    return rearrange(rows, "b p t ... -> b (p t) ...")
+def join_blocks(x: Array, length: int) -> Array:
+    """[N, B, C, ...] as [B, T, ...], T = `length`, without the padding."""
+    return rearrange(x, "n b c ... -> b (n c) ...")[:, :length]
 
 
 def even_batch(blocks: int, most: int) -> int:

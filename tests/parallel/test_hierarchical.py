@@ -21,11 +21,11 @@ def build():
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, 25)).astype(np.int32)
 
 
-def on_a_mesh(run):
+def on_a_mesh(run, **axes):
     """What `run(model)` gives on one device and on a mesh of eight."""
     model = build()
     alone = run(model)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(**(axes or {"data": 2, "fsdp": 2, "tensor": 2}))
     with jax.set_mesh(mesh):
         return alone, run(shard_model(model, mesh))
 
@@ -42,10 +42,12 @@ def test_a_stream():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["layer", "chunk"])
-def test_gradients(method):
+@pytest.mark.parametrize(
+    ("method", "axes"), [("layer", {}), ("chunk", {}), ("remat", {"data": 2, "context": 2, "tensor": 2})]
+)
+def test_gradients(method, axes):
     batch = {"tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:], "weights": np.ones((BATCH, 24), np.float32)}
-    alone, split = on_a_mesh(lambda model: sj.training.loss_and_grad(model, batch, method, chunk_size=8))
+    alone, split = on_a_mesh(lambda model: sj.training.loss_and_grad(model, batch, method, chunk_size=8), **axes)
     np.testing.assert_allclose(split[0], alone[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(split[1]), jax.tree.leaves(alone[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(float(np.abs(b).max()), 1e-3))

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.attention.sharded import context_shards
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers, without_layers
-from streamjax.parallel.rules import constrain
+from streamjax.parallel.rules import axes_of, free_spec
 from streamjax.training.backprop import loss_kernels
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction, keep_like
@@ -221,24 +221,33 @@ def whole_sequence_stats(
 ) -> TokenStats:
     """Statistics of all tokens from hidden states behind the last norm, differentiable by `jax.grad`.
 
-    Logits are made for `logits_chunk` tokens at a time and made again in the backward pass. Devices that share a
-    sequence make those of as many of their own tokens at a time.
+    Logits are made for `logits_chunk` tokens at a time and made again in the backward pass. On a mesh each device does
+    so with its own tokens: the output matrix is gathered once, and its gradient is reduced once.
     """
+    mesh, names = jax.sharding.get_abstract_mesh(), ("batch", "length")
+    split = PartitionSpec() if mesh.empty else free_spec(names, targets.shape, mesh)
+    if axes := {axis for entry in split for axis in axes_of(entry)}:
+        own = jax.shard_map(
+            lambda ends, hidden, targets: whole_sequence_stats(ends, hidden, targets, logits_chunk),
+            mesh=mesh,
+            axis_names=axes,
+            in_specs=(PartitionSpec(), split, split),
+            out_specs=split,
+            check_vma=False,
+        )
+        return own(without_layers(model), hidden, targets)
     if loss_kernels.applicable(model, hidden):
         return loss_kernels.token_stats(model, hidden, targets)
-    length = hidden.shape[1]
-    shards = context_shards(length)
-    size = min(logits_chunk, length // shards)
+    size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
 
     def one(hidden: Array, targets: Array) -> TokenStats:
-        hidden = constrain(hidden, "batch", "length", "activation_embed")
         return token_stats(model.logits(hidden), targets)
 
-    if size == length // shards:
+    if size == length:
         return one(hidden, targets)
     _, cut = jax.lax.scan(
         lambda carry, piece: (carry, jax.checkpoint(one)(*piece)),
         None,
-        (cut_blocks(hidden, size, shards), cut_blocks(targets, size, shards)),
+        (cut_blocks(hidden, size), cut_blocks(targets, size)),
     )
-    return TokenStats(*(join_blocks(x, length, shards) for x in cut))
+    return TokenStats(*(join_blocks(x, length) for x in cut))

@@ -106,14 +106,14 @@ def test_of_an_objective_of_pairs(kernels, monkeypatch):
         pytest.param({"data": 2, "fsdp": 2}, "layer", True, marks=pytest.mark.slow),
         ({"data": 2, "tensor": 2}, "layer", True),
         pytest.param({"tensor": 4}, "full", True, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "tensor": 2}, "full", False, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "tensor": 2}, "full", True, marks=pytest.mark.slow),
         ({"context": 2, "tensor": 2}, "layer", False),
         pytest.param({"tensor": 8}, "layer", False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_on_a_mesh(kernels, monkeypatch, axes, method, taken):
-    """Each device has rows of its own by chunked backprop, or a part of the vocabulary, where they divide it."""
+    """Each device has rows of its own, and a part of the vocabulary, where they divide it."""
     model = random_model(UNTIED, "float32", stacked=True)
     batch = random_batch(CONFIG.vocab_size, 4, 40)
     mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
