@@ -148,6 +148,6 @@ def take_in(cache: Cache, state: State, waiting: Waiting, valid: Bool[Array, "B 
 
     Equal to `cache.update` of a chunk that had no other tokens: what a token was computed from lies before it.
     """
-    query = dataclasses.replace(waiting.query, valid=valid)
+    query = dataclasses.replace(waiting.query, valid=valid, answered=True)
     tokens = dataclasses.replace(waiting.tokens, valid=valid[:, None])
     return cache.update(state, query, tokens)[1]

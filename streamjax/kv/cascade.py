@@ -131,7 +131,8 @@ class Cascade(Cache):
             new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
             pairs = zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True)
             noted = [b for a, b in pairs if a is not b and jnp.issubdtype(b.dtype, jnp.floating)]
-        rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, out, *noted))
+        if not query.answered or noting is not None or query.block is not None:
+            rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, out, *noted))
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
         new[-1] = self.tiers[-1].store(new[-1], rest)

@@ -66,7 +66,8 @@ class CurrentChunk(Cache):
         query = dataclasses.replace(query, back=place % self.size)
         parts = self._attend(state, query), query.attend_own(tokens, self.reach)
         out = add_sinks(merge(*parts), query.sink_logits).out
-        return out, self._store(state, dataclasses.replace(tokens, valid=ordered_after(tokens.valid, out)))
+        valid = tokens.valid if query.answered else ordered_after(tokens.valid, out)
+        return out, self._store(state, dataclasses.replace(tokens, valid=valid))
 
     def _attend(self, state: LinearState, query: Query) -> Partial:
         """To what is stored of the chunk, which queries of later chunks do not see."""

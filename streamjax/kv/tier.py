@@ -30,8 +30,6 @@ DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
 CODED_SLOT_BLOCK = 1024  # the same where slots are codes: what is decoded stays in the cache
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
 STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
-
-
 Fold = Callable[[Float[Array, "B K G C S"]], Float[Array, "B N S"]]
 
 
@@ -169,6 +167,7 @@ class Query:
     sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
     back: how many positions back each query sees at most, int32 [B, C]; None: no bound of its own.
     block: where the chunk stands between two moments at which tiers choose what goes; None where none chooses.
+    answered: the chunk has attended before, and the mask by which it is now stored was made from what it got.
     """
 
     q: Float[Array, "B C H D"]
@@ -185,6 +184,7 @@ class Query:
     sink_logits: Float[Array, " H"] | None = None
     back: Int32[Array, "B C"] | None = None
     block: EvictionBlock | None = None
+    answered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def index(self) -> Int32[Array, "B C"]:
