@@ -24,6 +24,7 @@ ELSEWHERE = (
     "kernels/compile_all",
     "kernels/cross_entropy",
     "kernels/gpu/all_kernels",
+    "models/context_on_tpu",
     "models/experts_on_tpu",
     "training/post_training",
 )

@@ -1,0 +1,212 @@
+"""Llama-3.1-8B trained on a million tokens by 64 chips, compiled ahead of time: memory of one, and what they exchange.
+
+    python -m benchmarks.models.context_on_tpu                    # all cases
+    python -m benchmarks.models.context_on_tpu --cases fsdp4-context16
+    python -m benchmarks.models.context_on_tpu --page             # compile nothing, write docs/sharding.md
+
+No weight is ever made: a training step with AdamW (float32 weights and moments, bfloat16 activations, layers stacked
+and computed again) is compiled from shapes, for chips that exist for the compiler only. Each case is compiled in a
+process of its own.
+
+`sent` is what a chip receives in a step: results of collectives, those in loops as often as the loops turn, as the
+compiler writes it down. `ring floor` is what full attention must move by a ring: keys and values of each layer once
+round forwards, once for the recomputation and once backwards, where their float32 gradients follow them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+import streamjax as sj
+from benchmarks import aot, tables
+from benchmarks.model_shapes import SHAPES
+from benchmarks.reporting import RESULTS, machine, table
+from pallas_kernels.api import platforms
+from streamjax.parallel.mesh import with_placement
+from streamjax.parallel.rules import partition_spec
+from streamjax.training import OptimizerConfig, make_optimizer, make_train_step, new_state
+
+PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
+OUTPUT = RESULTS / "models" / "context_on_tpu.json"
+TOPOLOGY = "v5p:4x4x4"
+LENGTH = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step on `rows` sequences of a million tokens."""
+
+    mesh: tuple[tuple[str, int], ...]
+    rows: int
+    exchange: str = "ring"
+
+
+CASES = {
+    "fsdp8-context8": Case((("fsdp", 8), ("context", 8)), 8),
+    "fsdp4-context16": Case((("fsdp", 4), ("context", 16)), 4),
+    "context16-tensor4": Case((("context", 16), ("tensor", 4)), 1),
+    "context16-tensor4-gather": Case((("context", 16), ("tensor", 4)), 1, "gather"),
+}
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Compile one case, in a process of `aot.child_environment`; bytes on one chip."""
+    platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
+    mesh, config = aot.tpu_mesh(TOPOLOGY, **dict(case.mesh)), SHAPES["llama-3.1-8b"]
+    optimizer = make_optimizer(OptimizerConfig(), 1000)
+
+    def build() -> Any:
+        model = sj.Decoder(config, jax.random.key(0), dtype=jnp.bfloat16, param_dtype=jnp.float32, scan_layers=True)
+        return new_state(model, optimizer)
+
+    with jax.set_mesh(mesh):
+        state = with_placement(jax.eval_shape(build), mesh)
+        shape = case.rows, LENGTH
+        placement = NamedSharding(mesh, partition_spec(("batch", "length"), shape, mesh))
+        dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement) for name, dtype in dtypes.items()}
+        start = time.process_time()
+        step = make_train_step(optimizer, method="remat", context_exchange=case.exchange)
+        compiled = step.trace(state, batch).lower().compile()  # type: ignore[attr-defined]
+    memory = compiled.memory_analysis()
+    folder = Path(os.environ["LIBTPU_INIT_ARGS"].split()[0].partition("=")[2])
+    text = max(folder.glob("*-TLP-hlo.txt"), key=lambda path: path.stat().st_size).read_text()
+    if keep := os.environ.get("KEEP_HLO"):
+        Path(keep).write_text(text)
+    kinds = ("argument", "output", "alias", "temp")
+    return {
+        "state": aot.bytes_per_device(state),
+        **{kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds},
+        "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
+        "collectives": received(text),
+        "compile_cpu_s": time.process_time() - start,
+    }
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", flags=re.M | re.S)
+_LOOP = re.compile(r" while\(.*?condition=%?([\w.\-]+).*?body=%?([\w.\-]+)")
+_TURNS = re.compile(r"constant\((\d+)\)")  # in a loop's condition: loops count from 0
+_CALL = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_OPERATION = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_RESULT = re.compile(r"(\w+)\[([\d,]*)\]")
+_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+
+
+def received(text: str) -> dict[str, dict[str, Any]]:
+    """Of each kind of collective: how often a step runs one, bytes of the results, and the largest result."""
+    bodies = dict(_COMPUTATION.findall(text))
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, flags=re.M)
+    assert entry is not None
+    runs: Counter[str] = Counter()
+
+    def walk(name: str, times: int) -> None:
+        runs[name] += times
+        for line in bodies.get(name, "").splitlines():
+            if loop := _LOOP.search(line):
+                walk(loop[2], times * int(_TURNS.findall(bodies[loop[1]])[-1]))
+            elif (called := _CALL.search(line)) and called[1] in bodies:
+                walk(called[1], times)
+
+    walk(entry[1], 1)
+    number, size, largest = Counter(), Counter(), {}
+    for name, times in runs.items():
+        for result, kind, begun in _OPERATION.findall(bodies.get(name, "")):
+            parts = [part for part in _RESULT.findall(result) if part[1]]
+            if begun and kind in ("all-gather", "collective-permute"):
+                parts = parts[len(parts) // 2 :]  # behind the operands
+            each = {f"{t}[{dims}]": _BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",")) for t, dims in parts}
+            if not each:
+                continue
+            number[kind] += times
+            size[kind] += times * sum(each.values())
+            top = max(each, key=lambda name: each[name])
+            if each[top] > largest.get(kind, ("", -1))[1]:
+                largest[kind] = (top, each[top])
+    return {kind: {"count": number[kind], "bytes": size[kind], "largest": largest[kind][0]} for kind in sorted(number)}
+
+
+def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
+    """A line of the table, in GB."""
+    case, config = CASES[name], SHAPES["llama-3.1-8b"]
+    axes = dict(case.mesh)
+    turns = axes["context"] - 1
+    keys = 2 * LENGTH // axes["context"] * config.num_kv_heads // axes.get("tensor", 1) * config.head_dim
+    floor = config.num_layers * keys * (turns * 3 * 2 + (turns + 1) * 4)
+    sent = "; ".join(
+        f"{found['count']:,} {kind}, {found['bytes'] / 1e9:,.1f} GB, most `{found['largest']}`"
+        for kind, found in figures["collectives"].items()
+    )
+    peak = figures["argument"] + figures["output"] - figures["alias"] + figures["temp"]
+    return {
+        "mesh": " ".join(f"{axis}={size}" for axis, size in case.mesh),
+        "keys by": case.exchange,
+        "rows": str(case.rows),
+        "tokens a chip": f"{case.rows * LENGTH // 64 * axes.get('tensor', 1):,}",
+        "weights, moments": f"{figures['state'] / 1e9:.1f}",
+        "temp": f"{figures['temp'] / 1e9:.1f}",
+        "peak": f"{peak / 1e9:.1f}",
+        "sent": sent,
+        "ring floor": f"{floor / 1e9:,.1f}",
+    }
+
+
+def write_page(found: dict[str, dict[str, Any]]) -> None:
+    """The table of docs/sharding.md."""
+    tables.put(PAGE, "models/context_on_tpu", table([row(name, found[name]) for name in CASES if name in found]))
+
+
+def run_case(name: str) -> dict[str, Any]:
+    """Compile one case in a fresh process and return its figures.
+
+    Raises:
+      RuntimeError: the compile failed; the message is the process's last line.
+    """
+    command = [sys.executable, "-m", "benchmarks.models.context_on_tpu", "--child", name]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = aot.child_environment(TOPOLOGY)
+        environment["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
+        )
+        child = subprocess.run(command, cwd=aot.ROOT, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{name}: {child.stderr.strip().splitlines()[-1]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--page", action="store_true", help="write the table of docs/sharding.md")
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(compile_case(CASES[arguments.child])))
+        return
+    if arguments.page:
+        write_page(json.loads(OUTPUT.read_text())["cases"])
+        return
+    found = json.loads(OUTPUT.read_text())["cases"] if OUTPUT.exists() else {}
+    for name in arguments.cases:
+        found[name] = run_case(name)
+        print(name, json.dumps(found[name]), flush=True)
+        OUTPUT.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
