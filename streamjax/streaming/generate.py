@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
+from streamjax.streaming.decode_block import decode_block
 from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read
@@ -22,50 +22,9 @@ from streamjax.streaming.speculative.decoding import Limit, Rounds, speculate
 from streamjax.streaming.speculative.drafter import Drafter
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.state import StreamState
-from streamjax.streaming.step import advance, require_room
+from streamjax.streaming.step import require_room
 
 BLOCK = 32  # tokens between two looks at the host
-
-
-@partial(jax.jit, static_argnames=("sampler", "stop", "block"), donate_argnames="state")
-def _decode_block(
-    model: Decoder,
-    state: StreamState,
-    done: Bool[Array, " B"],
-    key: Array | None,
-    index: Int32[Array, ""],
-    count: Int32[Array, ""],
-    sampler: Sampler,
-    stop: tuple[int, ...],
-    block: int,
-) -> tuple[StreamState, Bool[Array, " B"], Int32[Array, "B N"], Bool[Array, " B"]]:
-    """Sample and read `count` <= `block` tokens of each stream, in a loop on the device.
-
-    Token i of the block is drawn with the key folded with `index + i`. Streams that are done keep their state and yield
-    -1; when all are done the loop ends. It ends too, with all streams as they were, where the logits of one are NaN or
-    infinite; the last result says of which.
-    """
-
-    def alive(carry: tuple) -> Array:
-        _, done, _, bad, i = carry
-        return (i < count) & ~jnp.all(done) & ~jnp.any(bad)
-
-    def one(carry: tuple) -> tuple:
-        state, done, out, _, i = carry
-        logits = model.logits(state.hidden[:, None])[:, 0]
-        bad = ~done & ~jnp.isfinite(jnp.max(logits, axis=-1))  # a single -inf is a model's way to forbid a token
-        still = done | jnp.any(bad)
-        token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index + i), state.used)
-        state, _ = advance(model, state, token[:, None], jnp.where(still, 0, 1))
-        out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(still, -1, token)[:, None], i, axis=1)
-        if stop:
-            done = done | (~still & (token[:, None] == jnp.array(stop)).any(axis=1))
-        return state, done, out, bad, i + 1
-
-    out = jnp.full((done.shape[0], block), -1, jnp.int32)
-    carry = (state, done, out, jnp.zeros_like(done), jnp.int32(0))
-    state, done, out, bad, _ = jax.lax.while_loop(alive, one, carry)
-    return state, done, out, bad
 
 
 def stop_ids(tokens: Iterable[int], vocab_size: int) -> tuple[int, ...]:
@@ -137,7 +96,9 @@ def generate_blocks(
         for stream, row, length in zip(streams, prompt, lengths, strict=True):
             stream.extend(row[:length])
         index = np.full(len(prompt), first_index)
-        rounds = Rounds(model, state, draft, streams, sampler=sampler, key=key, index=index, stop=stop, limit=limit)
+        rounds = Rounds(
+            model, state, draft, streams, sampler=sampler, key=key, index=index, stop=stop, limit=limit, block=block,
+        )  # fmt: skip
         yield from speculate(rounds, max_new_tokens, stop, block)
         return
     done = jnp.zeros((prompt.shape[0],), bool)
@@ -147,7 +108,7 @@ def generate_blocks(
     for first in range(0, max_new_tokens, block):
         count = min(block, max_new_tokens - first)
         index = jnp.int32(first_index + first)
-        state, done, out, bad = _decode_block(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
+        state, done, out, bad = decode_block(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
         tokens, failed = jax.device_get((out, bad))
         tokens = tokens[:, :count]
         if failed.any():

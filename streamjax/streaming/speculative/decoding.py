@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
+from streamjax.streaming.decode_block import decode_block
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
 from streamjax.streaming.speculative.history import History
@@ -20,6 +21,7 @@ from streamjax.streaming.state import StreamState
 
 # Of tokens that a stream may read next, how many it is to read at most: where its text ends, nothing behind that.
 Limit = Callable[[Sequence[int]], int]
+WORTH_A_LOOP = 4  # tokens
 
 
 class Rounds:
@@ -37,6 +39,7 @@ class Rounds:
       index: the number of each stream's next draw.
       stop: ids behind which a stream reads nothing more.
       limit: see `Limit`; for a single stream.
+      block: tokens that may be read without a look at the host, while nobody guesses.
     """
 
     def __init__(
@@ -51,15 +54,16 @@ class Rounds:
         index: Int[np.ndarray, " B"],
         stop: tuple[int, ...] = (),
         limit: Limit | None = None,
+        block: int = 1,
     ):
         self.state = state
         self.passes = self.guessed = self.right = 0
         self._model, self._drafter, self._streams = model, drafter, streams
-        self._sampler, self._key, self._stop, self._limit = sampler, key, stop, limit
+        self._sampler, self._key, self._stop, self._limit, self._block = sampler, key, stop, limit, block
         self._index = np.asarray(index, np.int64)
         certain, failed = choose_first(model, state, key, self._draws().index, sampler)
         self.certain, self._failed = (np.array(x) for x in jax.device_get((certain, failed)))
-        self._pace = Pace(len(streams), worth=2 if jax.default_backend() == "cpu" else 1)
+        self._pace = Pace(len(streams), 1 if drafter is None else 1 + drafter.length)
 
     def _draws(self) -> Draws:
         return Draws(self._sampler, self._key, (self._index % 2**32).astype(np.uint32).astype(np.int32))
@@ -74,6 +78,8 @@ class Rounds:
         if (goes & self._failed).any():
             row = int(np.argmax(goes & self._failed))
             raise not_finite(self._model, self._streams[row].tokens)
+        if (ahead := self._single_tokens_ahead(goes, most)) >= WORTH_A_LOOP:
+            return self._go_without_guesses(goes, ahead)
         for row in np.flatnonzero(goes).tolist():
             self._streams[row].extend([int(self.certain[row])])
         self._index += 1  # the draw behind the certain token
@@ -100,6 +106,31 @@ class Rounds:
         read = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
         for stream, new in zip(self._streams, read, strict=True):
             stream.extend(new[1:])
+        return read
+
+    def _single_tokens_ahead(self, goes: np.ndarray, most: Int[np.ndarray, " B"]) -> int:
+        """How many tokens all streams that go on read one by one before anybody guesses."""
+        if self._limit is not None or not goes.any() or np.unique(self._index[goes]).size > 1:
+            return 0
+        return int(min(self._block, self._pace.pause[goes].min(), most[goes].min()))
+
+    def _go_without_guesses(self, goes: np.ndarray, count: int) -> list[list[int]]:
+        """So many tokens in the loop of plain decoding, which draws the certain token first, once more."""
+        first = jnp.asarray(self._draws().index)[int(np.argmax(goes))]
+        self.state, _, out, _ = decode_block(
+            self._model, self.state, jnp.asarray(~goes), self._key, first, jnp.int32(count), self._sampler, self._stop,
+            self._block,
+        )  # fmt: skip
+        read = [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
+        counts = np.array([len(new) for new in read])
+        self._index += counts
+        following, failed = choose_first(self._model, self.state, self._key, self._draws().index, self._sampler)
+        self.certain = np.where(goes, following, self.certain)
+        self._failed = np.where(goes, failed, self._failed)
+        self._pace.note(np.zeros_like(counts), np.maximum(counts - 1, 0))
+        self.passes += int(counts.max())
+        for stream, new in zip(self._streams, read, strict=True):
+            stream.extend(new)
         return read
 
     def _drafts(self, wanted: np.ndarray) -> Drafts:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.streaming.speculative import Drafter, Drafts, NGrams, SmallModel
+from streamjax.streaming.decode_block import decode_block
+from streamjax.streaming.speculative import Drafter, Drafts, NGrams, SmallModel, decoding
 from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 
 SLOW = pytest.mark.slow
@@ -82,6 +83,24 @@ def test_guesses_change_nothing(model, plain, name):
             np.testing.assert_allclose(leaf, other, atol=1e-4, rtol=0)
         else:
             np.testing.assert_array_equal(leaf, other)
+
+
+def test_streams_that_nobody_can_guess_take_the_plain_loop(model, plain, monkeypatch):
+    """While guessing pauses, what is read one by one is read without a look at the host between two tokens."""
+    counts = []
+
+    def counted(*args):
+        counts.append(int(args[5]))
+        return decode_block(*args)
+
+    monkeypatch.setattr(decoding, "decode_block", counted)
+    state, expected = plain["filtered"]
+    wrong = Prompter(expected=(np.asarray(expected) + 1) % VOCAB)
+    found, tokens = run(model, SAMPLERS["filtered"], wrong)
+    np.testing.assert_array_equal(tokens, expected)
+    assert found.seen.tolist() == state.seen.tolist()
+    assert wrong.calls <= 4
+    assert sum(counts) > NEW // 2
 
 
 def test_a_stream_ends_with_its_stop_token_and_not_behind_it(model, plain):

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import streamjax as sj
 from streamjax.streaming.speculative.drafter import Draws
 from streamjax.streaming.speculative.history import History
-from streamjax.streaming.speculative.pace import LONGEST_PAUSE, Pace
+from streamjax.streaming.speculative.pace import SHARE, START, Pace
 
 DRAWS = Draws(sj.Sampler(temperature=0), None, np.zeros(1, np.int32))
 
@@ -61,18 +63,27 @@ def test_a_history_forgets_the_oldest_and_counts_all():
 
 
 @pytest.mark.quick
-def test_guessing_pauses_where_it_fails():
-    """Hardly one pass in 17 guesses in vain; one success, and every pass guesses."""
-    pace, tried = Pace(1, worth=2), 0
+@given(rights=st.lists(st.integers(0, 7), min_size=1, max_size=300), cost=st.floats(1, 4))
+def test_guessing_costs_little_whatever_is_right(rights, cost):
+    """The time of all passes, in passes over a single token, against what the tokens would have taken one by one."""
+    pace, time, tokens = Pace(1, 8, cost), 0.0, 0
+    for right in rights:
+        guesses = bool(pace.wants[0])
+        pace.note(np.array([7 * guesses]), np.array([right * guesses]))
+        time += cost if guesses else 1
+        tokens += 1 + right * guesses
+    assert time <= tokens * (1 + SHARE) + START + cost - 1 + 1e-6
+
+
+@pytest.mark.quick
+def test_guessing_pauses_where_it_fails_and_goes_on_where_it_pays():
+    pace, tried = Pace(2, 8, cost=2.5), np.zeros(2, int)
     for _ in range(400):
-        tries = bool(pace.wants[0])
+        tries = pace.wants
         tried += tries
-        pace.note(np.array([7 * tries]), np.array([1 * tries]))
-    assert tried <= 400 / (LONGEST_PAUSE + 1) + 6
-    while not pace.wants[0]:
-        pace.note(np.array([0]), np.array([0]))
-    pace.note(np.array([7]), np.array([5]))
-    assert pace.wants[0]
+        pace.note(7 * tries, np.array([0, 2]) * tries)
+    assert 5 < tried[0] < 400 / 32 + 6
+    assert tried[1] == 400
 
 
 @pytest.mark.quick
