@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         step,
     )
     from streamjax.streaming.reuse import EncodedChunk, edit, encode_chunk, join, side_by_side
-    from streamjax.streaming.saved_streams import load_stream, save_stream
+    from streamjax.streaming.saving.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
     from streamjax.streaming.speculative import NGrams, SmallModel
 
@@ -66,7 +66,7 @@ _HOMES = {
         "measure_budget", "measure_filters", "read", "reconstruction", "score", "step",
     ),
     "streamjax.streaming.reuse": ("EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
-    "streamjax.streaming.saved_streams": ("load_stream", "save_stream"),
+    "streamjax.streaming.saving.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
     "streamjax.streaming.speculative": ("NGrams", "SmallModel"),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from streamjax.models.decoder import Decoder
 from streamjax.serving.requests import KeptConversation, Sampling
 from streamjax.serving.row_states import ParkedState, Parking
 from streamjax.streaming.sampling import Sampler
-from streamjax.streaming.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
+from streamjax.streaming.saving.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
 from streamjax.streaming.text_output import TextOutput
 
 _LONGEST_NAME = 200  # characters of a folder's name

@@ -25,7 +25,7 @@ from streamjax.streaming.compacting.compact import compact
 from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
-from streamjax.streaming.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
+from streamjax.streaming.saving.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
 from streamjax.streaming.scan import read, require_finite, score_unwaited
 from streamjax.streaming.speculative.drafter import Drafter
 from streamjax.streaming.speculative.history import History

@@ -27,7 +27,7 @@ from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.rope import make_rotary
 from streamjax.parallel.rules import constrain
-from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
+from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 
 SEEN_LIMIT = 2**30  # where the count of seen tokens saturates; every use of it compares with a cache's size
 

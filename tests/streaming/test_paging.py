@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.streaming.saved_streams import load_stream, save_stream
+from streamjax.streaming.saving.saved_streams import load_stream, save_stream
 from tests.architectures import CASES, changes_with_length, tiny_config
 from tests.covering import rest_slow
 from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream

@@ -14,7 +14,7 @@ import streamjax as sj
 from streamjax.kv.recurrence import Recurrence
 from streamjax.models import ModelConfig
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, GatedDeltaConfig, HSAConfig, SSDConfig
-from streamjax.streaming.saved_streams import load_stream, save_stream
+from streamjax.streaming.saving.saved_streams import load_stream, save_stream
 from tests.models.random_decoders import random_decoder
 from tests.streaming.tiny_models import random_tokens
 

@@ -6,7 +6,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv.description import describe_cache
-from streamjax.streaming.saved_streams import load_stream, save_stream
+from streamjax.streaming.saving.saved_streams import load_stream, save_stream
 from tests.streaming.tiny_models import ALIBI, GQA, build, random_tokens, read_stream
 
 CACHE = sj.kv.preset("h2o", window=4, size=6, every=4)

@@ -7,7 +7,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.evaluation import resident_bytes
-from streamjax.streaming.saved_streams import load_stream, save_stream
+from streamjax.streaming.saving.saved_streams import load_stream, save_stream
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
 

@@ -11,8 +11,8 @@ from streamjax.kv.scores.query_filters import Filters
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
-from streamjax.streaming.fingerprints import fingerprint_in_any_dtype
 from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
+from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 
 
 def measure_filters(model: Decoder, text: Rows) -> QueryFilters:

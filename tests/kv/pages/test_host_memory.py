@@ -14,7 +14,7 @@ import streamjax as sj
 from streamjax.kv.pages import host_memory
 from streamjax.kv.pages.host_memory import put_pages, take_pages
 from streamjax.parallel.mesh import make_mesh
-from streamjax.streaming.saved_streams import load_stream, save_stream
+from streamjax.streaming.saving.saved_streams import load_stream, save_stream
 from tests.covering import rest_slow
 from tests.streaming.tiny_models import GQA, build, random_tokens
 

@@ -20,8 +20,8 @@ from streamjax.field_checks import described
 from streamjax.kv.cache import Cache
 from streamjax.models.config import parse_config
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.fingerprints import fingerprint
 from streamjax.streaming.sampling import Sampler
+from streamjax.streaming.saving.fingerprints import fingerprint
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 from streamjax.streaming.text_output import TextOutput
 

@@ -1,0 +1,1 @@
+"""Saved streams: what a file holds of one, and of which model it is."""
