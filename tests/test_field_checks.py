@@ -57,6 +57,8 @@ from streamjax.models.config import (
     RopeConfig,
     TemperatureConfig,
     UniformConfig,
+    elementwise,
+    gated_linear,
     parse_config,
     recurrent,
 )
@@ -72,6 +74,7 @@ from streamjax.training import (
     TrainConfig,
 )
 from streamjax.training.heads.gates import GateConfig
+from streamjax.training.post_training.rollouts import RolloutConfig
 
 MODEL = UniformConfig(
     vocab_size=61,
@@ -103,6 +106,7 @@ EXAMPLES = [
     MeshConfig(),
     OptimizerConfig(),
     GateConfig(),
+    RolloutConfig(),
     CrossEntropy(),
     DPO(),
     GRPO(),
@@ -130,6 +134,12 @@ EXAMPLES = [
     recurrence.Recurrence((2, 4, 4), (3, 8)),
     recurrent.GatedDeltaConfig(2, 1, 4, 4),
     recurrent.SSDConfig(2, 1, 4, 4),
+    recurrent.GatedConvConfig(1, 1, 4),
+    recurrent.KimiDeltaConfig(2, 2, 4, 4, 4),
+    gated_linear.GatedLinearConfig(2, 2, 4, 4),
+    gated_linear.HGRN2Config(2, 2, 4, 4),
+    elementwise.HGRNConfig(2, 2, 4),
+    elementwise.RGLRUConfig(2, 2, 4),
     cur.CUR(),
     chunkkv.ChunkKV(snapkv.SnapKV()),
     criticalkv.CriticalKV(snapkv.SnapKV()),
@@ -160,7 +170,7 @@ NO_CONFIGURATIONS = {
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "Budgeted"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
-    *("Merge", "Wrapped", "RecurrentConfig"),  # what others of them are made from
+    *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
 NAMES = [f"{type(example).__name__}.{name}" for example, name in FIELDS]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from streamjax.field_checks import Size
+from streamjax.field_checks import BelowOne, Size
 from streamjax.models.config.dense import Activation
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import RecurrentConfig, check_bound, check_single_heads
+from streamjax.models.config.recurrent import RecurrentConfig, check_single_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,12 @@ class HGRNConfig(RecurrentConfig):
     type_name: ClassVar[str] = "hgrn"
 
     channels: Size
-    lower_bound: float = 0.0
+    lower_bound: BelowOne = 0.0
     norm: NormConfig = NormConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_single_heads(self)
-        check_bound(self, self.lower_bound)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

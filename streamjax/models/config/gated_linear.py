@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from streamjax.field_checks import Positive, Size
+from streamjax.field_checks import BelowOne, Positive, Size
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import RecurrentConfig, check_bound, check_single_heads
+from streamjax.models.config.recurrent import RecurrentConfig, check_single_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,12 @@ class HGRN2Config(RecurrentConfig):
 
     key_dim: Size
     value_dim: Size
-    lower_bound: float = 0.0
+    lower_bound: BelowOne = 0.0
     norm: NormConfig = NormConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_single_heads(self)
-        check_bound(self, self.lower_bound)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -80,12 +80,6 @@ def check_single_heads(config: RecurrentConfig) -> None:
         )
 
 
-def check_bound(config: RecurrentConfig, bound: float) -> None:
-    """Refuse a least decay that is no part of 1."""
-    if not 0 <= bound < 1:
-        raise ValueError(f"{type(config).__name__}.lower_bound is {bound}: it must be at least 0 and below 1")
-
-
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaConfig(RecurrentConfig):
     """Gated DeltaNet (2412.06464) as Qwen3-Next has it: the delta rule with one decay a head.

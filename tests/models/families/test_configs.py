@@ -355,7 +355,7 @@ def test_what_a_family_cannot_express():
     cases = {
         "qk_norm": (
             {"qk_norm": True},
-            "family 'llama' cannot express qk_norm = True .*; family qwen3 can",
+            "family 'llama' cannot express qk_norm = True .*; family qwen3 or lfm2 can",
         ),
         "windows": (
             {"windows": (8,) * 4},
