@@ -1,4 +1,5 @@
-"""Guesses that were wrong leave no trace: in every kind of cache, bit for bit."""
+"""Guesses that were wrong leave no trace in any cache: bit for bit, or to the last bits where a chunk's tokens share
+what they gather."""
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ MODELS["chunk memory"] = GQA.replace(
     num_layers=3, windows=(5,) * 3, hsa=sj.HSAConfig(layers=(1, 2), memory_layers=(0,), chunk_size=4, top_k=2)
 )
 
+GATHERED = {
+    "noted pages",
+    "content",
+    "clusters",
+}  # a wrong guess changes what a chunk gathers: the order of sums
 RARE = ("mamba2", "gemma3", "deepseek_v3")  # for the slow suite: others have their kinds of state
 
 
@@ -60,10 +66,10 @@ def in_two(model, state, tokens, given, count):
     return take_in_first(model, state, waiting, hidden, tokens, count), hidden
 
 
-def check(model, caches, seed=3):
+def check(model, caches, seed=3, exact=True):
     """Chunks with wrong guesses behind what counts, against chunks without: from the same states, all of them.
 
-    By the same program bit for bit; `advance`, which is another one, may round in another order.
+    By the same program bit for bit where `exact`; `advance`, which is another one, may round in another order.
     """
     draw, vocab = np.random.default_rng(seed), model.config.vocab_size
     state = sj.init_state(model, caches, batch_size=2, note_used=True)
@@ -80,8 +86,10 @@ def check(model, caches, seed=3):
         leaves = (jax.tree_util.tree_leaves_with_path(x) for x in (state, expected, near))
         for (path, leaf), (_, same), (_, other) in zip(*leaves, strict=True):
             where = f"round {i}: {jax.tree_util.keystr(path)}"
-            np.testing.assert_array_equal(leaf, same, err_msg=where)
+            if exact or leaf.dtype != np.float32:
+                np.testing.assert_array_equal(leaf, same, err_msg=where)
             if leaf.dtype == np.float32:
+                np.testing.assert_allclose(leaf, same, atol=1e-5, rtol=1e-5, err_msg=where)
                 np.testing.assert_allclose(leaf, other, atol=1e-4, rtol=1e-4, err_msg=where)
             elif leaf.dtype in (np.int32, np.uint32, bool):
                 np.testing.assert_array_equal(leaf, other, err_msg=where)
@@ -96,7 +104,7 @@ RARER = tuple(name for name in CACHES if name not in USUAL)
 def test_every_cache_is_as_if_nothing_wrong_had_been_read(names):
     """One cache a layer."""
     model = build(GQA.replace(num_layers=len(names), head_dim=8))
-    check(model, [CACHES[name] for name in names])
+    check(model, [CACHES[name] for name in names], exact=GATHERED.isdisjoint(names))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in MODELS])
