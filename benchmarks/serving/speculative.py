@@ -27,6 +27,7 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import median_ratio, report
 from streamjax.data.text.chat_templates import encode_chat
+from streamjax.streaming.generate import BLOCK
 from streamjax.streaming.speculative import Drafter
 from streamjax.streaming.speculative.decoding import Rounds, speculate
 from streamjax.streaming.speculative.history import History
@@ -104,9 +105,9 @@ def main() -> None:
                     drafter = known[name]()
                     rounds = Rounds(
                         model, jax.tree.map(jnp.copy, begun), drafter, [History(prompt)],
-                        sampler=GREEDY, key=None, index=np.zeros(1, np.int64),
+                        sampler=GREEDY, key=None, index=np.zeros(1, np.int64), block=BLOCK,
                     )  # fmt: skip
-                    pieces = [tokens[0] for _, tokens in speculate(rounds, arguments.tokens, (), 1)]
+                    pieces = [tokens[0] for _, tokens in speculate(rounds, arguments.tokens, (), BLOCK)]
                     figures[name] = (rounds, bool((np.concatenate(pieces) == expected).all()))
                 if turn:
                     spent[name].append(time.process_time() - start[0])
