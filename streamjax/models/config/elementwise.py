@@ -8,7 +8,7 @@ from typing import ClassVar
 from streamjax.field_checks import BelowOne, Size
 from streamjax.models.config.dense import Activation
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import RecurrentConfig, check_single_heads
+from streamjax.models.config.recurrent import RecurrentConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,11 @@ class RGLRUConfig(RecurrentConfig):
     """
 
     type_name: ClassVar[str] = "rg_lru"
+    single_heads: ClassVar[bool] = True
 
     channels: Size
     conv_width: Size = 4
     activation: Activation = "gelu_tanh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -60,14 +57,11 @@ class HGRNConfig(RecurrentConfig):
     """
 
     type_name: ClassVar[str] = "hgrn"
+    single_heads: ClassVar[bool] = True
 
     channels: Size
     lower_bound: BelowOne = 0.0
     norm: NormConfig = NormConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -77,10 +71,6 @@ class HGRNConfig(RecurrentConfig):
     def group_channels(self) -> tuple[int, int, int]:
         """Of a group: inputs, what decays are made of, and output gates."""
         return self.channels, self.channels, self.channels
-
-    @property
-    def conv_shape(self) -> tuple[int, ...]:
-        return ()
 
     def parameter_count(self, d_model: int) -> int:
         inner = self.num_heads * self.channels

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from streamjax.field_checks import BelowOne, Positive, Size
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import RecurrentConfig, check_single_heads
+from streamjax.models.config.recurrent import RecurrentConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +21,13 @@ class GatedLinearConfig(RecurrentConfig):
     """
 
     type_name: ClassVar[str] = "gated_linear"
+    single_heads: ClassVar[bool] = True
 
     key_dim: Size
     value_dim: Size
     rank: Size = 16
     decay_power: Positive = 16.0
     norm: NormConfig = NormConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -40,10 +37,6 @@ class GatedLinearConfig(RecurrentConfig):
     def group_channels(self) -> tuple[int, int, int]:
         """Of a group: the query and as many of the key, its value, and as many gates."""
         return 2 * self.key_dim, self.value_dim, self.value_dim
-
-    @property
-    def conv_shape(self) -> tuple[int, ...]:
-        return ()
 
     def parameter_count(self, d_model: int) -> int:
         ends = d_model * (self.projected + self.num_heads * self.value_dim + self.rank)
@@ -61,15 +54,12 @@ class HGRN2Config(RecurrentConfig):
     """
 
     type_name: ClassVar[str] = "hgrn2"
+    single_heads: ClassVar[bool] = True
 
     key_dim: Size
     value_dim: Size
     lower_bound: BelowOne = 0.0
     norm: NormConfig = NormConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -79,10 +69,6 @@ class HGRN2Config(RecurrentConfig):
     def group_channels(self) -> tuple[int, int, int]:
         """Of a group: the query, what decays are made of, and the value."""
         return self.key_dim, self.key_dim, self.value_dim
-
-    @property
-    def conv_shape(self) -> tuple[int, ...]:
-        return ()
 
     def parameter_count(self, d_model: int) -> int:
         inner = self.num_heads * self.value_dim

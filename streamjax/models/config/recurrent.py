@@ -17,6 +17,7 @@ class RecurrentConfig:
     """
 
     recurrent: ClassVar[bool] = True
+    single_heads: ClassVar[bool] = False  # whether every head is a group of its own
 
     num_heads: Size
     num_groups: Size
@@ -40,6 +41,11 @@ class RecurrentConfig:
             raise ValueError(
                 f"{type(self).__name__}.num_heads {self.num_heads} must be a multiple of num_groups {self.num_groups}"
             )
+        if self.single_heads and self.group_size != 1:
+            raise ValueError(
+                f"{type(self).__name__}.num_heads {self.num_heads} must be num_groups, {self.num_groups}: a head has a "
+                "group of its own"
+            )
 
     @property
     def group_size(self) -> int:
@@ -59,7 +65,7 @@ class RecurrentConfig:
     @property
     def conv_shape(self) -> tuple[int, ...]:
         """What a short convolution keeps: tokens, groups, channels of a group; empty without one."""
-        raise NotImplementedError
+        return ()
 
     @property
     def projected(self) -> int:
@@ -69,15 +75,6 @@ class RecurrentConfig:
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
         raise NotImplementedError
-
-
-def check_single_heads(config: RecurrentConfig) -> None:
-    """Refuse heads that share a group."""
-    if config.group_size != 1:
-        raise ValueError(
-            f"{type(config).__name__}.num_heads {config.num_heads} must be num_groups, {config.num_groups}: a head has "
-            "a group of its own"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +126,13 @@ class KimiDeltaConfig(RecurrentConfig):
     """
 
     type_name: ClassVar[str] = "kimi_delta"
+    single_heads: ClassVar[bool] = True
 
     key_dim: Size
     value_dim: Size
     rank: Size
     conv_width: Size = 4
     norm: NormConfig = NormConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -224,14 +218,11 @@ class GatedConvConfig(RecurrentConfig):
     """
 
     type_name: ClassVar[str] = "gated_conv"
+    single_heads: ClassVar[bool] = True
 
     channels: Size
     conv_width: Size = 3
     bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_single_heads(self)
 
     @property
     def state_shape(self) -> tuple[int, ...]:
