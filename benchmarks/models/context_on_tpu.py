@@ -15,15 +15,10 @@ round forwards, once for the recomputation and once backwards, where their float
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 import os
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -36,7 +31,8 @@ from jax.sharding import NamedSharding
 import streamjax as sj
 from benchmarks import aot, tables
 from benchmarks.model_shapes import SHAPES
-from benchmarks.reporting import RESULTS, machine, table
+from benchmarks.models import aot_cases
+from benchmarks.reporting import RESULTS, table
 from pallas_kernels.api import platforms
 from streamjax.parallel.mesh import with_placement
 from streamjax.parallel.rules import partition_spec
@@ -171,41 +167,23 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/context_on_tpu", table([row(name, found[name]) for name in CASES if name in found]))
 
 
-def run_case(name: str) -> dict[str, Any]:
-    """Compile one case in a fresh process and return its figures.
-
-    Raises:
-      RuntimeError: the compile failed; the message is the process's last line.
-    """
-    command = [sys.executable, "-m", "benchmarks.models.context_on_tpu", "--child", name]
-    with tempfile.TemporaryDirectory() as folder:
-        environment = aot.child_environment(TOPOLOGY)
-        environment["LIBTPU_INIT_ARGS"] = (
-            f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
-        )
-        child = subprocess.run(command, cwd=aot.ROOT, env=environment, capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"{name}: {child.stderr.strip().splitlines()[-1]}")
-    return json.loads(child.stdout.splitlines()[-1])
+def environment(_: str, folder: str) -> dict[str, str]:
+    """Of a case's process: the compiler writes the scheduled program into the folder."""
+    found = aot.child_environment(TOPOLOGY)
+    found["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--page", action="store_true", help="write the table of docs/sharding.md")
-    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(compile_case(CASES[arguments.child])))
-        return
-    if arguments.page:
-        write_page(json.loads(OUTPUT.read_text())["cases"])
-        return
-    found = json.loads(OUTPUT.read_text())["cases"] if OUTPUT.exists() else {}
-    for name in arguments.cases:
-        found[name] = run_case(name)
-        print(name, json.dumps(found[name]), flush=True)
-        OUTPUT.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n")
+    aot_cases.run(
+        "benchmarks.models.context_on_tpu",
+        __doc__,
+        CASES,
+        OUTPUT,
+        compile_case=compile_case,
+        write_page=write_page,
+        environment=environment,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""The command line of scripts that compile cases ahead of time, one in a process, and keep what they find."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import aot
+from benchmarks.reporting import machine
+
+# The environment of a case's process, by the case's name and a folder that is there while it runs.
+Environment = Callable[[str, str], dict[str, str]]
+
+
+def run_case(module: str, name: str, environment: Environment) -> dict[str, Any]:
+    """Compile one case in a fresh process and return its figures.
+
+    Raises:
+      RuntimeError: the compile failed; the message is the process's last line.
+    """
+    command = [sys.executable, "-m", module, "--child", name]
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.run(command, cwd=aot.ROOT, env=environment(name, folder), capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{name}: {child.stderr.strip().splitlines()[-1]}")
+    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return found
+
+
+def run(
+    module: str,
+    description: str | None,
+    cases: Mapping[str, Any],
+    output: Path,
+    *,
+    compile_case: Callable[[Any], dict[str, Any]],
+    write_page: Callable[[dict[str, Any]], None],
+    environment: Environment,
+) -> None:
+    """Compile the cases that the command line names, or write the page of those that were compiled.
+
+    Args:
+      module: the script's, by which its processes start.
+      description: its docstring.
+      cases: what there is to compile, by name.
+      output: the file of figures; those of other cases stay.
+      compile_case: compiles one, in this process.
+      write_page: writes the tables of docs/sharding.md from the figures.
+      environment: of a case's process.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=cases, default=list(cases))
+    parser.add_argument("--page", action="store_true", help="write the tables of docs/sharding.md")
+    parser.add_argument("--child", choices=cases, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(compile_case(cases[arguments.child])))
+        return
+    found = json.loads(output.read_text())["cases"] if arguments.page or output.exists() else {}
+    if arguments.page:
+        write_page(found)
+        return
+    for name in arguments.cases:
+        found[name] = run_case(module, name, environment)
+        print(name, json.dumps(found[name]), flush=True)
+        output.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n")
