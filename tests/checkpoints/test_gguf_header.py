@@ -104,13 +104,13 @@ def test_a_file_that_cannot_be_is_one_line(case, tmp_path):
     data, message = DAMAGED[case]
     file = tmp_path / "x.gguf"
     file.write_bytes(data)
-    before, since = peak_resident_bytes(), time.monotonic()
+    before, since = peak_resident_bytes(), time.process_time()
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is looked at
         read_header(file)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert time.monotonic() - since < 5
+    assert time.process_time() - since < 5
     assert peak_resident_bytes() - before < 1e8
 
 

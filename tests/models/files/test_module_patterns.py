@@ -54,9 +54,9 @@ def test_the_same_names_match_as_in_re(pattern, name):
     ["(.*.*)" * 60 + "X", ".?" * 240 + "X", "(a|a|.)" * 70 + "X", ".*" * 240, "(.|.){1000}X", "(((.*))).*.*.*.*X"],
 )  # fmt: skip
 def test_no_pattern_takes_long(pattern):
-    start = time.monotonic()
+    start = time.process_time()
     matches(pattern, "model." + "a" * 60)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

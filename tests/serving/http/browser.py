@@ -37,7 +37,7 @@ class Page:
             "value"
         )
 
-    def until(self, script: str, seconds: float = 30) -> Any:
+    def until(self, script: str, seconds: float = 120) -> Any:
         """Wait until a script gives what is true."""
         deadline = time.monotonic() + seconds
         while not (found := self.value(script)):

@@ -12,18 +12,11 @@ import httpx2 as httpx
 import pytest
 
 from streamjax.serving.http.connections import Connection
-from tests.serving.http.conftest import fake_service, serving
+from tests.serving.http.conftest import fake_service, serving, until
 from tests.serving.http.test_chat import HI
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 CHAT = {"model": "tiny", "messages": HI}
-
-
-def until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def post_raw(server, body: bytes) -> bytes:
@@ -198,6 +191,6 @@ def test_the_end_cancels_what_does_not_end_and_closes_the_engine():
         asking = threading.Thread(target=ask)
         asking.start()
         until(lambda: engine.tickets)
-    asking.join(10)
+    asking.join(60)
     assert engine.closed
     assert engine.tickets[0].cancelled.is_set()
