@@ -21,7 +21,7 @@ from streamjax.models.lora.attaching import empty_adapters, places, ranks_of
 from tests.architectures import tiny_config
 from tests.covering import rest_slow
 from tests.models import transformers_peers
-from tests.models.families.test_families import CASES
+from tests.models.families.peer_cases import CASES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt_neox": ("query_key_value",), "falcon-40b": ("query_key_value",)}
