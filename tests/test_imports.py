@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 # A name stands for a module, or for a package with all that is in it and has no line of its own.
 ROOMS = """
     pallas_kernels.partial pallas_kernels.patterns pallas_kernels.padding pallas_kernels.block_ranges
-    pallas_kernels.tile_logits pallas_kernels.choice_tiles pallas_kernels.flash_call pallas_kernels.argument_checks
+    pallas_kernels.tile_logits pallas_kernels.choice_tiles pallas_kernels.flash_call pallas_kernels.coded
+    pallas_kernels.argument_checks
     pallas_kernels.tpu pallas_kernels.gpu pallas_kernels.reference
     pallas_kernels.api
     pallas_kernels

@@ -33,7 +33,7 @@ from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "chunk", "hsa")
-CACHES = ("decode", "decode-int8", "decode-int4", "paged", "scores")
+CACHES = ("decode", "decode-int8", "decode-int4", "decode-codes", "paged", "paged-codes", "scores")
 TPU_ONLY = ("tokens",)  # the loss of a chunk
 HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.11.2 or later
 WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
@@ -177,7 +177,8 @@ def _flash(case: Case, array: Any, implementation: Any) -> Any:
 
 
 def _decode(case: Case, array: Any, implementation: Any) -> Any:
-    """One token for 8 streams, whose caches are rings; `paged` reads 32 pages of 64 tokens."""
+    """One token for 8 streams, whose caches are rings; `paged` reads 32 pages of 64 tokens. `codes` are of four bits,
+    with a least and a step for 64 numbers."""
     config, batch = SHAPES[case.model], 8
     stored: Any = {"decode-int8": jnp.int8, "decode-int4": jnp.uint8}.get(case.pattern, jnp.bfloat16)
     width = config.head_dim // (2 if case.pattern == "decode-int4" else 1)
@@ -188,15 +189,22 @@ def _decode(case: Case, array: Any, implementation: Any) -> Any:
     def paged(q: Any, k: Any, v: Any, pages: Any, count: Any, first: Any) -> Any:
         return api.paged_attention(q, k, v, pages, count, page_size=64, first=first, implementation=implementation)
 
-    cache = array(batch, config.num_kv_heads, case.length, width, dtype=stored)
+    def codes(along: Any, slots: int, runs: int) -> Any:
+        whole = array(batch, config.num_kv_heads, case.length // 2, width, dtype=jnp.uint8)
+        numbers = array(batch, config.num_kv_heads, case.length // slots, runs)
+        return api.Coded(whole, numbers, numbers, bits=4, group=64, along=along)
+
+    cache: Any = (array(batch, config.num_kv_heads, case.length, width, dtype=stored),) * 2
+    if case.pattern.endswith("codes"):
+        cache = codes("channel", 64, width), codes("token", 1, width // 64)
     number = array(batch, dtype=jnp.int32)
     q = array(batch, 1, config.num_heads, config.head_dim)
-    if case.pattern == "paged":
+    if case.pattern.startswith("paged"):
         pages = array(batch, config.num_kv_heads, 32, dtype=jnp.int32)
-        return jax.jit(paged).trace(q, cache, cache, pages, number, number)
+        return jax.jit(paged).trace(q, *cache, pages, number, number)
     scale = array(batch, config.num_kv_heads, case.length, dtype=jnp.float32)
     scales = {} if stored == jnp.bfloat16 else {"k_scale": scale, "v_scale": scale}
-    return jax.jit(step).trace(q, cache, cache, number, number, scales)
+    return jax.jit(step).trace(q, *cache, number, number, scales)
 
 
 def _scores(case: Case, array: Any, implementation: Any) -> Any:

@@ -13,8 +13,10 @@ from pallas_kernels.api.losses import LogitStats, token_stats, token_stats_gradi
 from pallas_kernels.api.platforms import Implementation
 from pallas_kernels.api.sequences import chunk_attention, chunk_gradients, flash_attention, hsa_attention
 from pallas_kernels.api.weights import grouped_product
+from pallas_kernels.coded import Coded
 
 __all__ = [
+    "Coded",
     "Implementation",
     "LogitStats",
     "chunk_attention",

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int8, Int32, UInt8
 
 from pallas_kernels import argument_checks
 from pallas_kernels.api.platforms import Implementation, find
+from pallas_kernels.coded import Coded
 from pallas_kernels.gpu import decode_attention as gpu_decode
 from pallas_kernels.gpu import page_scores as gpu_scores
 from pallas_kernels.gpu import paged_attention as gpu_paged
@@ -25,8 +26,8 @@ _SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
 
 def decode_attention(
     q: Float[Array, "B C H D"],
-    k: Array,
-    v: Array,
+    k: Array | Coded,
+    v: Array | Coded,
     count: Int32[Array, " B"],
     *,
     scale: float | None = None,
@@ -48,7 +49,8 @@ def decode_attention(
     Args:
       q: queries of the tokens that follow the cached ones.
       k, v: [B, K, S, D] of q's dtype or int8, or uint8 [B, K, S, D / 2] with two numbers of four bits in a byte
-        (`pack_int4`), as which they come with scales.
+        (`pack_int4`), as which they come with scales; or both `Coded`, in 8 to 1 bits with a least and a step for each
+        group, and what they stand for is made in registers. TPUs take keys along channels.
       count: tokens in the cache, at most S.
       first: slot of the oldest token; 0 where None.
       scale, softcap: of the logits, as in `flash_attention`.
@@ -73,8 +75,8 @@ def decode_attention(
 
 def paged_attention(
     q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
+    k: Float[Array, "B K S D"] | Coded,
+    v: Float[Array, "B K S D"] | Coded,
     pages: Int32[Array, "B K N"],
     count: Int32[Array, " B"],
     *,
@@ -93,10 +95,10 @@ def paged_attention(
 
     Args:
       q: queries of the tokens that follow the cached ones.
-      k, v: the cache, of q's dtype.
+      k, v: the cache, of q's dtype, or both `Coded`, as in `decode_attention`.
       pages: numbers of pages, none twice; -1 for none, behind those that are named.
       count: tokens in the cache; slots of a page that hold none are not seen.
-      page_size: tokens a page, a multiple of 8 (16 for bfloat16).
+      page_size: tokens a page, a multiple of 8 (16 for bfloat16), or of the groups of codes.
       first, scale, softcap: as in `decode_attention`.
       block: slots that are worked on at once.
       implementation, interpret: as in `flash_attention`.

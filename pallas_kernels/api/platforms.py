@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.argument_checks import DTYPES
+from pallas_kernels.coded import Coded
 from pallas_kernels.gpu import flash_attention as gpu_flash
 from pallas_kernels.gpu.slot_attention import MAX_WIDTH
 from pallas_kernels.patterns import Chunked, Pattern
 from pallas_kernels.tpu.flash_attention import MAX_SINKS
-from pallas_kernels.tpu.tiles import LANES
+from pallas_kernels.tpu.tiles import LANES, SUBLANES
 from pallas_kernels.tpu.token_stats import MAX_BYTES
 
 Implementation = Literal["tpu", "triton", "mosaic_gpu"]
@@ -45,6 +46,18 @@ def takes_cache(width: int, slots: int, dtype: str) -> bool:
     if chosen == "triton":
         return width <= MAX_WIDTH
     return width % LANES == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
+
+
+def takes_codes(k: Coded | None, page: int | None = None) -> bool:
+    """Whether `decode_attention`, or `paged_attention` of pages, takes these keys on the platform that JAX runs on."""
+    chosen = platform_implementation()
+    if chosen is None or k is None:
+        return False
+    if chosen == "triton":
+        return k.shape[3] <= MAX_WIDTH
+    if k.along != "channel" or k.shape[3] % LANES or k.rows % SUBLANES:
+        return False
+    return page is None or page // k.planes % (4 * SUBLANES) == 0  # whole tiles of bytes
 
 
 def takes_buffer(pattern: Pattern, slots: int, width: int, dtype: str) -> bool:

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.coded import Coded
 from pallas_kernels.gpu import slot_attention
 from pallas_kernels.partial import Partial
 
 
 def decode_attention(
     q: Float[Array, "B C H D"],
-    k: Array,
-    v: Array,
+    k: Array | Coded,
+    v: Array | Coded,
     count: Int32[Array, " B"],
     *,
     scale: float,
@@ -34,8 +35,8 @@ def decode_attention(
     Slots are taken by age from the oldest that a query sees to the newest: no other is read.
     """
     slots, queries = k.shape[2], q.shape[1]
-    operands = {"k": k, "v": v, "count": count.astype(jnp.int32)}
-    operands["first"] = jnp.zeros_like(operands["count"]) if first is None else first.astype(jnp.int32)
+    operands: dict[str, Array | Coded] = {"k": k, "v": v, "count": count.astype(jnp.int32)}
+    operands["first"] = jnp.zeros_like(count, jnp.int32) if first is None else first.astype(jnp.int32)
     if k_scale is not None and v_scale is not None:
         operands |= {"k_scale": k_scale, "v_scale": v_scale}
 

@@ -12,14 +12,15 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.block_ranges import divide
+from pallas_kernels.coded import Coded
 from pallas_kernels.gpu import slot_attention
 from pallas_kernels.partial import Partial
 
 
 def paged_attention(
     q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
+    k: Float[Array, "B K S D"] | Coded,
+    v: Float[Array, "B K S D"] | Coded,
     pages: Int32[Array, "B K N"],
     count: Int32[Array, " B"],
     *,
@@ -35,8 +36,13 @@ def paged_attention(
     Slots of a page that hold nothing are not read either.
     """
     slots, entries = k.shape[2], pages.shape[2]
-    operands = {"k": k, "v": v, "count": count.astype(jnp.int32), "pages": pages.astype(jnp.int32)}
-    operands["first"] = jnp.zeros_like(operands["count"]) if first is None else first.astype(jnp.int32)
+    operands: dict[str, Array | Coded] = {
+        "k": k,
+        "v": v,
+        "count": count.astype(jnp.int32),
+        "pages": pages.astype(jnp.int32),
+    }
+    operands["first"] = jnp.zeros_like(count, jnp.int32) if first is None else first.astype(jnp.int32)
 
     def find(read: slot_attention.Reads, row: jax.Array) -> tuple[Any, Any, slot_attention.Place]:
         count, first = read["count"][0], read["first"][0]

@@ -7,7 +7,8 @@ any order cost the same, and what is not there is not loaded.
 
 The rows of a product are all queries of a key head together, sixteen at least. Quantised slots are widened in
 registers; scales multiply logits and weights. Two numbers in a byte make two parts of the channels, each with products
-of its own. Triton's blocks are powers of two: channels beyond the width read as 0.
+of its own; of `Coded` slots, of which several share a byte, each reads its byte. Triton's blocks are powers of two:
+channels beyond the width read as 0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_ranges import divide
+from pallas_kernels.coded import Along, Coded
 from pallas_kernels.gpu.exponentials import MASKED, exp2
 from pallas_kernels.gpu.flash_operands import dot
 from pallas_kernels.partial import Partial, merge_stacked
@@ -48,9 +50,20 @@ Find = Callable[[Reads, jax.Array], tuple[Any, Any, Place]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Coding:
+    """bits, group, along: of `Coded` slots. channels: that share a least and a step."""
+
+    bits: int
+    group: int
+    along: Along
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Few:
     """scale, softcap: of the logits. block: slots at once. shares: programs for the slots of a key head.
-    width: channels of a part. rows: of queries of a key head. interpreted: whether an interpreter runs it."""
+    width: channels of a part. rows: of queries of a key head. interpreted: whether an interpreter runs it. coded: of k
+    and v, how they lie where they are codes."""
 
     scale: float
     softcap: float | None
@@ -59,6 +72,7 @@ class Few:
     width: int
     rows: int
     interpreted: bool
+    coded: Mapping[str, Coding]
 
     @property
     def exponent(self) -> float:
@@ -70,7 +84,7 @@ def attend(
     name: str,
     find: Find,
     q: Float[Array, "B C H D"],
-    operands: Mapping[str, Array],
+    operands: Mapping[str, Array | Coded],
     *,
     scale: float,
     softcap: float | None,
@@ -85,7 +99,7 @@ def attend(
     Args:
       name: of the kernel.
       find: see `Find`.
-      operands: k, v [B, K, S, D or D / 2]; k_scale, v_scale [B, K, S]; others [B] or [B, K, N].
+      operands: k, v [B, K, S, D or D / 2], or `Coded`; k_scale, v_scale [B, K, S]; others [B] or [B, K, N].
       splits: shares; as many as fill the GPU where None. most: entries that a key head can have.
       block: slots that are read at once, a power of two from 16.
       listed: whether slots follow from a list in memory, which has to be read before they can be.
@@ -93,24 +107,29 @@ def attend(
     Raises:
       ValueError: heads wider than the kernel takes, blocks of another size, or a cache beyond 32-bit offsets.
     """
+    coded = {
+        name: Coding(x.bits, x.group, x.along, 1 if x.along == "channel" else x.shape[3] // x.step.shape[3])
+        for name, x in operands.items() if isinstance(x, Coded)
+    }  # fmt: skip
+    operands = _flat(operands)
     cache = operands["k"]
     if q.shape[3] > MAX_WIDTH:
         raise ValueError(f"heads of width {q.shape[3]}: the Triton kernel takes {MAX_WIDTH} at most")
     if cache.dtype.itemsize == 1 and INDEXED < cache.size <= 2 * INDEXED:  # above, Pallas takes 64-bit offsets
         raise ValueError(f"{cache.size} bytes of quantised keys: the Triton kernel takes up to 2^31, or over 2^32")
-    parts = 2 if cache.dtype == jnp.uint8 else 1
+    parts = 2 if cache.dtype == jnp.uint8 and not coded else 1
     grouped = rearrange(q, "b c (k g) (n d) -> n b k (g c) d", k=cache.shape[1], n=parts)
     _, batch, heads, count, width = grouped.shape
     padded = max(pl.next_power_of_2(width), LEAST)
     if block is None:
         block = BLOCK_BYTES // (2 * parts * padded * cache.dtype.itemsize)
-        block = min(max(block, LEAST), BLOCK // 2 if listed else BLOCK, max(pl.next_power_of_2(most), LEAST))
+        block = min(max(block, LEAST), BLOCK // 2 if listed or coded else BLOCK, max(pl.next_power_of_2(most), LEAST))
     if block < LEAST or block & (block - 1):
         raise ValueError(f"blocks of {block} slots: use a power of two from {LEAST}")
     rows = min(max(pl.next_power_of_2(count), LEAST), ROWS, ROW_BYTES // (parts * padded * q.dtype.itemsize))
     if splits is None:
         splits = max(min(PROGRAMS // (batch * heads * pl.cdiv(count, rows)), most // SHARE), 1)
-    few = Few(scale, softcap, block, splits, width, count, interpret)
+    few = Few(scale, softcap, block, splits, width, count, interpret, coded)
 
     arrays = {**{f"q{n}": part for n, part in enumerate(grouped)}, **operands}
     specs = {
@@ -133,7 +152,7 @@ def attend(
             *[jax.ShapeDtypeStruct((batch, heads, splits, count, width), jnp.float32)] * parts,
             jax.ShapeDtypeStruct((batch, heads, splits, count), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=5 if listed else 3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2 if coded else 5 if listed else 3),
         interpret=few.interpreted,
         name=name,
     )(*arrays.values())
@@ -187,6 +206,8 @@ def _add(
     mask = there[:, None] & (channel < few.width)[None]
 
     def load(name: str) -> list[jax.Array]:
+        if name in few.coded:
+            return [_decoded(few.coded[name], read, name, slot, channel, mask).astype(q[0].dtype)]
         block = plgpu.load(read[name].at[slot[:, None], channel[None]], mask=mask, other=0)
         return _widened(block, q[0].dtype)
 
@@ -208,6 +229,35 @@ def _add(
     weights = weights.astype(q[0].dtype)
     sums = tuple(part * shrink[:, None] + dot(weights, v) for part, v in zip(sums, load("v"), strict=True))
     return now, total, sums
+
+
+def _flat(operands: Mapping[str, Array | Coded]) -> dict[str, Array]:
+    """Codes, least and step of what is `Coded` as operands of their own."""
+    found: dict[str, Array] = {}
+    for name, x in operands.items():
+        if isinstance(x, Coded):
+            found |= {name: x.codes, f"{name}_least": x.least, f"{name}_step": x.step}
+        else:
+            found[name] = x
+    return found
+
+
+def _decoded(coding: Coding, read: Reads, name: str, slot: jax.Array, channel: jax.Array, mask: jax.Array) -> jax.Array:
+    """What the codes of slots stand for, in float32."""
+    planes = 8 // coding.bits
+    rows, unit = coding.group // planes, divide(slot, coding.group)
+    inside = slot - unit * coding.group
+    plane = divide(inside, rows)
+    row = unit * rows + inside - plane * rows
+    whole = plgpu.load(read[name].at[row[:, None], channel[None]], mask=mask, other=0).astype(jnp.int32)
+    if planes > 1:
+        whole = lax.shift_right_logical(whole, jnp.broadcast_to((plane * coding.bits)[:, None], whole.shape))
+        whole = whole & (2**coding.bits - 1)
+    place = (unit if coding.along == "channel" else slot)[:, None], divide(channel, coding.channels)[None]
+    least, step = (
+        plgpu.load(read[f"{name}_{of}"].at[place], mask=mask, other=0.0).astype(jnp.float32) for of in ("least", "step")
+    )
+    return least + step * whole.astype(jnp.float32)
 
 
 def _widened(x: jax.Array, dtype: Any) -> list[jax.Array]:

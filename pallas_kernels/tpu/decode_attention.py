@@ -8,6 +8,7 @@ different cores work on; their partials are merged (Lean Attention, 2405.10480).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,18 +20,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.tpu import online_softmax
 from pallas_kernels.tpu.tiles import LANES
 
 BLOCK = 1024  # slots
-READS = ("q", "k", "v", "k_scale", "v_scale")
+READS = ("q", "k", "v", "k_scale", "v_scale", *online_softmax.NUMBERS)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """scale, softcap: of the logits. window: tokens before a query that it sees, None for all. slots: of the ring; the
-    last block may reach beyond. queries: of one row and head. blocks: of slots in a share."""
+    last block may reach beyond. queries: of one row and head. blocks: of slots in a share. k, v: how codes lie; None
+    where keys and values are none."""
 
     scale: float
     softcap: float | None
@@ -39,6 +42,8 @@ class _Static:
     queries: int
     block: int
     blocks: int
+    k: online_softmax.Lying | None = None
+    v: online_softmax.Lying | None = None
 
     def filled(self, count: Any, first: Any) -> Any:
         """How many slots from the first on may hold something."""
@@ -47,8 +52,8 @@ class _Static:
 
 def decode_attention(
     q: Float[Array, "B C H D"],
-    k: Array,
-    v: Array,
+    k: Array | Coded,
+    v: Array | Coded,
     count: Int32[Array, " B"],
     *,
     scale: float,
@@ -68,11 +73,16 @@ def decode_attention(
     splits = splits or 1
     queries, key_heads, slots = q.shape[1], k.shape[1], k.shape[2]
     block = min(block or BLOCK, slots if slots < LANES else slots // LANES * LANES)
-    blocks = -(-slots // (block * splits))
-    static = _Static(scale, softcap, window, slots, queries, block, blocks)
-    cache = {"k": k, "v": v}
-    if k_scale is not None and v_scale is not None:
+    lying: tuple[Any, Any] = (None, None)
+    cache: dict[str, Any] = {"k": k, "v": v}
+    if isinstance(k, Coded) and isinstance(v, Coded):
+        lying, cache = online_softmax.lying(k, v), online_softmax.operands(k, v)
+        whole = online_softmax.TILE * math.lcm(k.group, v.group)  # slots whose leasts and steps fill tiles
+        block = slots if slots <= whole else -(-block // whole) * whole
+    elif k_scale is not None and v_scale is not None:
         cache |= {"k_scale": k_scale[:, :, None], "v_scale": v_scale[:, :, None]}
+    blocks = -(-slots // (block * splits))
+    static = _Static(scale, softcap, window, slots, queries, block, blocks, *lying)
     grouped = online_softmax.grouped(q, key_heads)
     held = jnp.stack([count, jnp.zeros_like(count) if first is None else first])
     out, lse = _call(static, splits, interpret, held.astype(jnp.int32), {"q": grouped, **cache})
@@ -93,18 +103,28 @@ def _call(
         last = jnp.maximum(lax.div(filled + static.block - 1, jnp.int32(static.block)) - 1, 0)
         return jnp.minimum(share * static.blocks + n, last)
 
-    def cache(columns: int) -> Any:
-        shape = (None, None, static.block, columns)
+    def cache(name: str, each: int = 1) -> Any:
+        """The rows of a block, each of which is of `each` slots."""
+        if name not in arrays:
+            return None
+        shape = (None, None, static.block // each, arrays[name].shape[-1])
         return pl.BlockSpec(shape, lambda b, h, share, n, held: (b, h, at(b, share, n, held), 0))
 
-    scales = pl.BlockSpec((None, None, 1, static.block), lambda b, h, share, n, held: (b, h, 0, at(b, share, n, held)))
-    specs = {
-        "q": pl.BlockSpec((None, None, rows, width), lambda b, h, share, n, held: (b, h, 0, 0)),
-        "k": cache(arrays["k"].shape[-1]),
-        "v": cache(arrays["v"].shape[-1]),
-        "k_scale": scales,
-        "v_scale": scales,
-    }
+    def columns_of(name: str) -> Any:
+        """The columns of a block, one a slot."""
+        if name not in arrays:
+            return None
+        shape = (None, None, arrays[name].shape[2], static.block)
+        return pl.BlockSpec(shape, lambda b, h, share, n, held: (b, h, 0, at(b, share, n, held)))
+
+    each = {name: (x.planes, x.group, x.along) for name, x in (("k", static.k), ("v", static.v)) if x}
+    specs = {"q": pl.BlockSpec((None, None, rows, width), lambda b, h, share, n, held: (b, h, 0, 0))}
+    for name in ("k", "v"):
+        planes, group, along = each.get(name, (1, 1, "token"))
+        specs[name] = cache(name, planes)
+        specs[f"{name}_scale"] = columns_of(f"{name}_scale")
+        for of in (f"{name}_least", f"{name}_step"):
+            specs[of] = cache(of, group) if along == "channel" else columns_of(of)
 
     def result(columns: int) -> Any:
         return pl.BlockSpec((None, None, None, rows, columns), lambda b, h, share, n, held: (b, h, share, 0, 0))
@@ -142,9 +162,15 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
     def _() -> None:
         block = {name: ref[...] for name, ref in read.items()}
         if static.slots % static.block:  # what lies beyond the ring has weights of 0, but might be NaN
-            name, axis = ("v_scale", 1) if "v_scale" in block else ("v", 0)
-            inside = slot + lax.broadcasted_iota(jnp.int32, block[name].shape, axis) < static.slots
-            block[name] = jnp.where(inside, block[name], 0)
+            scaled: list[str] = [name for name in ("v_scale", "v_least", "v_step") if name in block]
+            by_group = static.v is not None and static.v.along == "channel"
+            for name in scaled or ["v"]:
+                x = block[name].astype(jnp.float32) if scaled else block[name]
+                index = lax.broadcasted_iota(jnp.int32, x.shape, 0 if by_group or not scaled else 1)
+                inside = slot + (index * static.v.group if static.v and by_group else index) < static.slots
+                block[name] = jnp.where(inside, x, 0)
+        if static.k is not None and static.v is not None:
+            online_softmax.widen(static.k, static.v, block)
         shape = block["q"].shape[0], static.block
         index = slot + lax.broadcasted_iota(jnp.int32, shape, 1)
         age = online_softmax.age(index, first, static.slots)

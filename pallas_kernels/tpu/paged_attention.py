@@ -4,6 +4,9 @@ Which pages is data: their numbers are prefetched as scalars. A page is small (6
 several are fetched for one step and worked on as one, by copies that the kernel starts itself: a grid's own pipeline
 spends more on each page's bookkeeping than the arithmetic takes. While a step is worked on, the next one's pages are on
 their way, those of the next head behind a head's last step.
+
+Of pages in codes the kernel fetches the codes. What these stand for is little, less than a tile for a page: XLA gathers
+it for the pages that are named, and a head's lies in fast memory.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial
 from pallas_kernels.tpu import online_softmax
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
@@ -30,7 +34,7 @@ NOWHERE = -(2**30)  # slots before a ring
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """scale, softcap: of the logits. slots: of the ring. size: of a page. together: pages of a step. steps: of a head.
-    key_heads: of a row. chain: heads that one core works on in turns."""
+    key_heads: of a row. chain: heads that one core works on in turns. k, v: how codes lie; None where none do."""
 
     scale: float
     softcap: float | None
@@ -40,12 +44,14 @@ class _Static:
     steps: int
     key_heads: int
     chain: int
+    k: online_softmax.Lying | None = None
+    v: online_softmax.Lying | None = None
 
 
 def paged_attention(
     q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
+    k: Float[Array, "B K S D"] | Coded,
+    v: Float[Array, "B K S D"] | Coded,
     pages: Int32[Array, "B K N"],
     count: Int32[Array, " B"],
     *,
@@ -62,7 +68,10 @@ def paged_attention(
     steps = -(-pages.shape[2] // together)
     heads = batch * key_heads
     chain = key_heads if batch % 2 == 0 or key_heads % 2 else key_heads // 2  # shares for a chip's two cores
-    static = _Static(scale, softcap, slots, page_size, together, steps, key_heads, chain)
+    lying: tuple[Any, Any] = (
+        online_softmax.lying(k, v) if isinstance(k, Coded) and isinstance(v, Coded) else (None, None)
+    )
+    static = _Static(scale, softcap, slots, page_size, together, steps, key_heads, chain, *lying)
     # In the place of none the head's first page: what lies anywhere else might not be numbers.
     table = jnp.pad(pages, [(0, 0), (0, 0), (0, steps * together - pages.shape[2])], constant_values=-1)
     table = jnp.where(table < 0, jnp.maximum(pages[..., :1], 0), jnp.minimum(table, last)).astype(jnp.int32)
@@ -74,14 +83,23 @@ def paged_attention(
     def whole(columns: int) -> Any:
         return pl.BlockSpec((None, rows, columns), lambda i, j, *_: (i * chain + j, 0, 0))
 
-    pool = pltpu.VMEM((2, together, page_size, width), k.dtype)
-    copies = [pool, pool, pltpu.SemaphoreType.DMA((2, 2)), pltpu.SMEM((1,), jnp.int32)]
+    numbers: dict[str, Array] = {}
+    if isinstance(k, Coded) and isinstance(v, Coded):
+        numbers = _gathered(k, v, table, page_size, steps)
+    held_as = [x.codes if isinstance(x, Coded) else x for x in (k, v)]
+    cache = [x.reshape(heads, last + 1, -1, width) for x in held_as]
+    own = [
+        pl.BlockSpec((None, *x.shape[1:]), lambda i, j, *_, n=x.ndim: (i * chain + j, *[0] * (n - 1)))
+        for x in numbers.values()
+    ]
+    pools = [pltpu.VMEM((2, together, *x.shape[2:]), x.dtype) for x in cache]
+    copies = [*pools, pltpu.SemaphoreType.DMA((2, 2)), pltpu.SMEM((1,), jnp.int32)]
     out, lse = pl.pallas_call(
-        partial(_kernel, static),
+        partial(_kernel, static, list(numbers)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(heads // chain, chain),
-            in_specs=[whole(width), pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[whole(width), pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY), *own],
             out_specs=[whole(width), whole(LANES)],
             scratch_shapes=[*online_softmax.scratch(rows, width), *copies],
         ),
@@ -93,17 +111,33 @@ def paged_attention(
         interpret=interpret,
         name="paged_attention",
     )(
-        held, table.reshape(-1), named.reshape(-1), grouped.reshape(heads, rows, width),
-        *(x.reshape(heads, last + 1, page_size, width) for x in (k, v)),
+        held, table.reshape(-1), named.reshape(-1), grouped.reshape(heads, rows, width), *cache, *numbers.values(),
     )  # fmt: skip
     out, lse = (x.reshape(batch, key_heads, rows, -1) for x in (out, lse))
     return online_softmax.ungrouped(out, lse, q)
 
 
-def _kernel(
-    static: _Static, held_ref: Any, table_ref: Any, named_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out: Any,
-    lse: Any, top: Any, total: Any, sums: Any, k_pool: Any, v_pool: Any, signals: Any, turn: Any,
-) -> None:  # fmt: skip
+def _gathered(
+    k: Coded, v: Coded, table: Int32[Array, "B K N"], size: int, steps: int
+) -> dict[str, Float[Array, "heads steps _ _"]]:
+    """Leasts and steps of the pages in a table, in float32; numbers along tokens with slots behind."""
+
+    def of_pages(x: Array) -> Array:
+        pages = x.reshape(*x.shape[:2], k.shape[2] // size, -1, x.shape[3])
+        some = jnp.take_along_axis(pages, table[..., None, None], axis=2, mode="clip").astype(jnp.float32)
+        return some.reshape(table.shape[0] * table.shape[1], steps, -1, x.shape[3])
+
+    found = {"k_least": of_pages(k.least), "k_step": of_pages(k.step)}
+    of_values = {"v_least": of_pages(v.least), "v_step": of_pages(v.step)}
+    if v.along == "token":
+        of_values = {name: jnp.swapaxes(x, 2, 3) for name, x in of_values.items()}
+    return found | of_values
+
+
+def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
+    held_ref, table_ref, named_ref, q_ref, k_ref, v_ref = refs[:6]
+    numbers = dict(zip(names, refs[6:], strict=False))
+    out, lse, top, total, sums, k_pool, v_pool, signals, turn = refs[6 + len(names) :]
     j = pl.program_id(1)
     head = pl.program_id(0) * static.chain + j
     state, each = (top, total, sums), static.steps * static.together
@@ -144,11 +178,14 @@ def _kernel(
 
         @pl.when(named > 0)
         def work() -> None:
-            k, v = (pool[now].reshape(static.together * static.size, -1) for _, pool in both)
+            k, v = (pool[now].reshape(-1, pool.shape[-1]) for _, pool in both)
+            block = {"q": q_ref[...], "k": k, "v": v, **{name: ref[n] for name, ref in numbers.items()}}
+            if static.k is not None and static.v is not None:
+                online_softmax.widen(static.k, static.v, block)
             here = _index(static, table_ref, head * each + n * static.together, named - n * static.together)
             age = jnp.where(here < 0, static.slots, online_softmax.age(here, held_ref[1, row], static.slots))
             seen = jnp.broadcast_to(age[:1], (q_ref.shape[0], age.shape[1])) < held_ref[0, row]
-            online_softmax.add(static.scale, static.softcap, {"q": q_ref[...], "k": k, "v": v}, seen, state)
+            online_softmax.add(static.scale, static.softcap, block, seen, state)
 
     lax.fori_loop(0, steps, step, None)
     online_softmax.finish(static.scale, static.softcap, state, out, lse)

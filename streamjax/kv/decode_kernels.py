@@ -7,26 +7,33 @@ successive tokens holds lies before it and within its reach. Chunks of several t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
-from pallas_kernels.partial import Partial
-from streamjax.attention.sharded import names_of_partial, per_device_call, splits
+from pallas_kernels.coded import Coded
+from pallas_kernels.partial import Partial, merge
+from streamjax.attention.dense import attend
+from streamjax.attention.sharded import Names, names_of_partial, per_device_call, splits
 from streamjax.kv.codecs.slots import CodedSlots, Slots
 from streamjax.kv.tier import Query
 
 KERNEL_SLOTS = 1024  # below, a kernel would be called for little
-_NAMES = (("batch", None, "heads", None), *(("batch", "kv_heads", None, None),) * 2)  # of queries, keys and values
-_OUT = names_of_partial(_NAMES[0])
+_QUERY: Names = ("batch", None, "heads", None)
+_SLOTS: Names = ("batch", "kv_heads", None, None)  # of keys, values, codes and what these stand for
+_OUT = names_of_partial(_QUERY)
 
 
-def kernel_decodes(query: Query, k: Slots, top_k: int | None = None) -> bool:
+def kernel_decodes(query: Query, k: Slots, top_k: int | None = None, page: int | None = None) -> bool:
     """Whether a kernel reads the slots [S] of these keys for a query, or `top_k` of the pages that they lie in, [P, S].
+
+    Codes are [S] in any case; `page` is how many of them are a page.
 
     The query's `implementation` says so; where it is None, the platform has to have a kernel that takes the cache as it
     lies, there must be one device and slots enough, and the choice is logged once.
@@ -36,11 +43,8 @@ def kernel_decodes(query: Query, k: Slots, top_k: int | None = None) -> bool:
     """
     if query.implementation == "xla" or query.differentiable or query.q.shape[1] > 1:
         return False
-    if isinstance(k, CodedSlots):
-        if query.implementation == "pallas":
-            raise ValueError("the kernels for decoding do not take codes: use implementation None or 'xla'")
-        return False
-    page = None if top_k is None else k.shape[3]
+    if top_k is not None and not isinstance(k, CodedSlots):
+        page = k.shape[3]
     refused = _refused(query, k, page)
     if query.implementation == "pallas":
         if refused is not None:
@@ -49,52 +53,98 @@ def kernel_decodes(query: Query, k: Slots, top_k: int | None = None) -> bool:
     read = k.shape[2] if top_k is None or page is None else top_k * page
     if refused is not None or read < KERNEL_SLOTS:
         return False
-    taken = platforms.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
+    if isinstance(k, CodedSlots):
+        taken = platforms.takes_codes(k.for_kernels(), page)
+    else:
+        taken = platforms.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
     platforms.log_choice(f"decoding over long {'paged' if page else 'contiguous'} caches", "pallas" if taken else "xla")
     return taken
 
 
 def decode(
     query: Query,
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S V"],
+    k: Slots,
+    v: Slots,
     count: Int32[Array, " B"],
     first: Int32[Array, " B"] | None = None,
 ) -> Partial:
     """Attention of one token to all `count` tokens of a ring, the oldest of which is in slot `first`."""
     v = v if v.shape[-1] else k
+    waits, count = _waiting(query, k, v, count)
+    slots, lying = jax.tree.flatten(tuple(map(_read, (k, v))))
 
-    def own(q: Array, k: Array, v: Array, count: Array, first: Array | None) -> Partial:
+    def own(q: Array, count: Array, first: Array | None, *slots: Array) -> Partial:
+        k, v = jax.tree.unflatten(lying, slots)
         return api.decode_attention(q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
 
-    return per_device_call(own, (*_NAMES, ("batch",), ("batch",)), _OUT, (query.q, k, v, count, first))
+    names = (_QUERY, ("batch",), ("batch",), *[_SLOTS] * len(slots))
+    part = per_device_call(own, names, _OUT, (query.q, count, first, *slots))
+    return part if waits is None else merge(part, waits)
 
 
 def decode_pages(
     query: Query,
-    k: Float[Array, "B K P S D"],
-    v: Float[Array, "B K P S V"],
+    k: Slots,
+    v: Slots,
     chosen: Int32[Array, "B K 1 N"],
     some: Bool[Array, "B K 1 N"] | None,
     count: Int32[Array, " B"],
     first: Int32[Array, " B"],
+    size: int,
 ) -> Partial:
-    """Attention of one token to the chosen pages of a ring; `some` says which of them are pages at all."""
+    """Attention of one token to the chosen pages of a ring; `some` says which of them are pages at all.
+
+    k, v: [B, K, P, S, D], or codes, of which `size` slots are a page.
+    """
     if some is not None:
         chosen = -jnp.sort(-jnp.where(some, chosen, -1), axis=3)  # the kernel wants those that are none behind
-    slots = "b k p s d -> b k (p s) d"
-    arrays = query.q, rearrange(k, slots), rearrange(v, slots), chosen[:, :, 0], count, first
+    waits, count = _waiting(query, k, v, count, lambda slot: (slot[:, None] // size)[..., None] == chosen)
+    slots, lying = jax.tree.flatten(tuple(map(_read, (k, v))))
 
-    def own(q: Array, k: Array, v: Array, pages: Array, count: Array, first: Array) -> Partial:
+    def own(q: Array, pages: Array, count: Array, first: Array, *slots: Array) -> Partial:
+        k, v = jax.tree.unflatten(lying, slots)
         return api.paged_attention(
             q, k, v, pages, count, page_size=size, first=first, scale=query.scale, softcap=query.softcap
         )
 
-    size = k.shape[3]
-    return per_device_call(own, (*_NAMES, ("batch", "kv_heads", None), ("batch",), ("batch",)), _OUT, arrays)
+    names = (_QUERY, ("batch", "kv_heads", None), ("batch",), ("batch",), *[_SLOTS] * len(slots))
+    part = per_device_call(own, names, _OUT, (query.q, chosen[:, :, 0], count, first, *slots))
+    return part if waits is None else merge(part, waits)
 
 
-def _refused(query: Query, k: Array, page: int | None) -> str | None:
+def _read(x: Slots) -> Array | Coded:
+    """Keys or values as a kernel reads them, [B, K, S, D]."""
+    if isinstance(x, CodedSlots):
+        coded = x.for_kernels()
+        assert coded is not None  # `_refused`
+        return coded
+    return x if x.ndim == 4 else rearrange(x, "b k p s d -> b k (p s) d")
+
+
+def _waiting(
+    query: Query,
+    k: Slots,
+    v: Slots,
+    count: Int32[Array, " B"],
+    chosen: Callable[[Int32[Array, "B T"]], Bool[Array, "B K T N"]] | None = None,
+) -> tuple[Partial | None, Int32[Array, " B"]]:
+    """Attention to the newest tokens, which are not coded yet, and the number of the others.
+
+    Args:
+      chosen: which of the pages that a head reads hold these slots; all do where None.
+    """
+    waits = k.waiting() if isinstance(k, CodedSlots) else None
+    if waits is None:
+        return None, count
+    (keys, slots, there), (values, *_) = waits, v.waiting()
+    seen = there[:, None, None]
+    if chosen is not None:
+        seen = seen & chosen(slots).any(axis=3)[:, :, None]
+    part = attend(query.q, keys, values, seen, scale=query.scale, softcap=query.softcap)
+    return part, count - jnp.sum(there, axis=1, dtype=jnp.int32)
+
+
+def _refused(query: Query, k: Slots, page: int | None) -> str | None:
     """What the kernels do not take; None where they take it."""
     if query.slopes is not None:
         return "ALiBi"
@@ -102,6 +152,8 @@ def _refused(query: Query, k: Array, page: int | None) -> str | None:
         return "slots on several devices"
     if k.dtype != query.q.dtype or k.dtype.name not in DTYPES:
         return f"queries in {query.q.dtype} and keys in {k.dtype}"
+    if isinstance(k, CodedSlots):
+        return None if k.for_kernels() is not None else f"codes of {k.codec!r}"
     if page is not None and page % (32 // k.dtype.itemsize):
         return f"pages of {page} tokens in {k.dtype}"
     return None

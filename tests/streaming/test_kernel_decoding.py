@@ -24,6 +24,8 @@ CACHES = {
     "wrapped sinks and window": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(6)),
     "pages": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2)),
     "pages at a distance": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=1, distance=9, search="tree")),
+    "wrapped window in codes": sj.kv.Cascade(sj.kv.Window(14, codec=sj.kv.Int(2, group=4, residual=4))),
+    "pages in codes": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2, codec=sj.kv.Int(8, group=8))),
 }
 ONE_LAYER = GQA.replace(num_layers=1)
 
@@ -66,8 +68,9 @@ def logits(config, cache, implementation, rows=2, length=27):
 @pytest.mark.parametrize(
     ("kernels", "name", "config"),
     [
-        *[("triton", name, ONE_LAYER) for name in CACHES if name not in ("full", "pages")],
+        *[("triton", name, ONE_LAYER) for name in CACHES if name not in ("full", "pages", "pages in codes")],
         ("tpu", "full", LOCAL),  # a layer with a window of its own, and soft caps
+        ("tpu", "pages in codes", ONE_LAYER),
         pytest.param("tpu", "pages", ONE_LAYER, marks=pytest.mark.slow),
     ],
     indirect=["kernels"],

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.coded import Coded
 from streamjax.field_checks import check_fields
 
 Role = Literal["k", "v"]
@@ -56,6 +57,10 @@ class Codec:
           ValueError: there is none.
         """
         raise ValueError(f"{self!r} codes tokens in groups: a tier that chooses tokens cannot store by it")
+
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        """All slots of groups as the decoding kernels read them; None where they do not."""
+        return None
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
         """N groups of keys or of values as codes."""

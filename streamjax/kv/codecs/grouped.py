@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
+from pallas_kernels.coded import Coded
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.packing import packed
 from streamjax.kv.codecs.slots import CodedSlots, empty_arrays, page_rows
@@ -108,6 +109,9 @@ class GroupedSlots(CodedSlots):
             place=place,
             count=waits - closed * size,
         )
+
+    def for_kernels(self) -> Coded | None:
+        return self.codec.for_kernels(self.codes, self.numbers, self.role)
 
     def _packed(self, groups: Float[Array, "B K N G D"]) -> Codes:
         codes, numbers = self.codec.encode(groups, self.role)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.coded import Along, Coded
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 
-Along = Literal["channel", "token"]
 _HIGH_HALF = 0xFFFF0000  # of a float32: what bfloat16 keeps
 
 
@@ -60,6 +60,10 @@ class Int(Codec):
 
     def along(self, role: Role) -> Along:
         return self.keys if role == "k" else self.values
+
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        least, step = numbers
+        return Coded(codes, least, step, self.bits, self.group, self.along(role))
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
         if self.along(role) == "channel":

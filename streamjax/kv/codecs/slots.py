@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
+from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
 from streamjax.kv.codecs.codec import Codec, Codes, Role, shapes
 from streamjax.kv.codecs.packing import plane_of
@@ -81,6 +82,10 @@ class CodedSlots:
 
     def waiting(self) -> tuple[Float[Array, "B K T D"], Int32[Array, "B T"], Bool[Array, "B T"]] | None:
         """What waits: keys or values, the slots that they will have, and which of them are there."""
+        return None
+
+    def for_kernels(self) -> Coded | None:
+        """All slots as the decoding kernels read them, waiting ones unlike what they hold; None where they do not."""
         return None
 
     def gathered(self, pages: Int32[Array, "B K N"], size: int) -> CodedSlots:

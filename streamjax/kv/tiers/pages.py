@@ -188,9 +188,9 @@ class Pages(PagedTier):
                 chosen, rule = self._choose(state, pages, query, block, held)
                 if block == 1 < query.q.shape[1] and not query.differentiable and self.placement == "device":
                     return read_union(pages, query, rule)
-            if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k):
+            if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k, self.size):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
-                return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest)
+                return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest, self.size)
             return read_pages(pages, query, chosen, block, some)
 
         return self.read(pages, query, held, read_chosen)

@@ -84,7 +84,7 @@ class Window(Tier):
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
         if kernel_decodes(query, state.k):
-            return decode(query, state.k, state.v, state.filled, (state.cursor - state.filled) % self.size)
+            return decode(query, state.k, state.v, state.filled, (state.cursor - state.filled) % state.k.shape[2])
         return query.attend(state.k, state.v, state.position, self._held(state), reach=reach, filled=self._used(state))
 
     def observe(self, state: RingState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> RingState:
