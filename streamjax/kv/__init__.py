@@ -15,6 +15,7 @@ from streamjax.kv.budgets.pyramid import Pyramid
 from streamjax.kv.budgets.uniform import Uniform
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.codecs.codec import Codec, bytes_per_token
 from streamjax.kv.codecs.fp8 import FP8
 from streamjax.kv.codecs.integers import Int
@@ -121,6 +122,7 @@ __all__ = [
     "Preferences",
     "Prefixes",
     "Preset",
+    "PrunedKeys",
     "Pyramid",
     "QFilters",
     "Query",

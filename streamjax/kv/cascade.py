@@ -14,7 +14,6 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
-from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
@@ -65,7 +64,7 @@ class Cascade(Cache):
 
     @property
     def capacity(self) -> int | None:
-        return self.slots if isinstance(self.tiers[-1], Full) else None
+        return self.slots if self.tiers[-1].keeps_all else None
 
     @property
     def reach(self) -> int | None:

@@ -276,8 +276,8 @@ class Query:
     ) -> Float[Array, "B N S"]:
         """The attention that these queries give to keys, as in `attend`, of which `lse` is the whole.
 
-        Padding gives none. Keys are taken `SLOT_BLOCK` at a time, with `filled` only those blocks that hold any. `fold`
-        makes a number for each key of N heads out of the shares that queries give; their sum for each query head.
+        Padding gives none. With `filled` only blocks of keys that hold any are read. `fold` makes a number for each key
+        of N heads out of the shares that queries give; their sum for each query head.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
         size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
@@ -318,10 +318,8 @@ class Query:
         return found.reshape(found.shape[0], heads, -1, *found.shape[3:])
 
     def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
-        attend_all = Query._attend_all
-        if self.differentiable:
-            attend_all = jax.checkpoint(attend_all, static_argnums=5)
-        return attend_all(self, k, v, position, valid, reach)
+        again = jax.checkpoint(Query._attend_all, static_argnums=5) if self.differentiable else Query._attend_all
+        return again(self, k, v, position, valid, reach)
 
     def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         v = v if v.shape[-1] else k
@@ -360,6 +358,7 @@ class Tier:
     """
 
     shares_values: ClassVar[bool] = False  # whether values without channels are understood, see `Cache.shares_values`
+    keeps_all: ClassVar[bool] = False  # whether streams end when it is full
     last_because: ClassVar[str] = ""  # why no tier may stand behind it in a cascade; empty where one may
 
     @property

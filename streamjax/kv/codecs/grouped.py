@@ -8,7 +8,7 @@ were cut into chunks. With groups of 4, a row that has read 10 tokens has coded 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,10 @@ class GroupedSlots(CodedSlots):
     waits: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
-    def empty(cls, codec: Codec, role: Role, zeros: Float[Array, "B K S D"]) -> GroupedSlots:
+    def empty(cls, codec: Codec, role: Role, zeros: Float[Array, "B K S D"]) -> Self:
         """Slots like those of this buffer, rounded up to whole groups."""
         rows, heads, slots, channels = zeros.shape
-        arrays = empty_arrays(codec, role, rows, heads, -(-slots // codec.tokens), channels)
+        arrays = empty_arrays(codec, role, rows, heads, -(-slots // codec.tokens), channels, zeros.dtype)
         tail = jnp.zeros((rows, heads, codec.tokens + codec.waiting, channels), zeros.dtype)
         counter = jnp.zeros((rows,), jnp.int32)
         return cls(*arrays, tail, counter, counter, counter, codec, role)

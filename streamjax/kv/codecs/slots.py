@@ -127,10 +127,10 @@ def page_rows(x: Shaped[Array, "B K R c"], pages: Int32[Array, "B K N"], count: 
 
 
 def empty_arrays(
-    codec: Codec, role: Role, rows: int, heads: int, groups: int, channels: int
+    codec: Codec, role: Role, rows: int, heads: int, groups: int, channels: int, dtype: DTypeLike = jnp.float32
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Codes and numbers of so many groups, all zero."""
-    one, numbers = shapes(codec, role, channels)
+    """Codes and numbers of so many groups of tokens of this dtype, all zero."""
+    one, numbers = shapes(codec, role, channels, dtype)
     places = -(-groups * one.shape[3] * codec.bits // 8)
     codes = jnp.zeros((rows, heads, places, one.shape[4]), one.dtype)
     return codes, tuple(jnp.zeros((rows, heads, groups * x.shape[3], x.shape[4]), x.dtype) for x in numbers)

@@ -78,6 +78,7 @@ class Full(Tier):
     """
 
     shares_values: ClassVar[bool] = True
+    keeps_all: ClassVar[bool] = True
     last_because: ClassVar[str] = "nothing falls out of it"
 
     capacity: Size
