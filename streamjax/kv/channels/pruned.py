@@ -137,6 +137,7 @@ class PrunedKeys(Tier):
         codec = Channels(math.ceil(round(self.keep * spec.head_dim, 6)), self.group)
         k = PrunedSlots.empty(codec, "k", spec.buffer(self.capacity))
         v = WholeSlots.empty(codec, "v", spec.values(self.capacity))
+        assert isinstance(k, PrunedSlots)
         energy = jnp.zeros((spec.batch_size, spec.kv_heads, spec.head_dim), jnp.float32)
         k = dataclasses.replace(k, queries=jnp.ones_like(energy))
         return PrunedState(LinearState(k, v, spec.positions(k.shape[2]), spec.counter()), energy, spec.counter())

@@ -8,7 +8,7 @@ were cut into chunks. With groups of 4, a row that has read 10 tokens has coded 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class GroupedSlots(CodedSlots):
     waits: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
-    def empty(cls, codec: Codec, role: Role, zeros: Float[Array, "B K S D"]) -> Self:
+    def empty(cls, codec: Codec, role: Role, zeros: Float[Array, "B K S D"]) -> GroupedSlots:
         """Slots like those of this buffer, rounded up to whole groups."""
         rows, heads, slots, channels = zeros.shape
         arrays = empty_arrays(codec, role, rows, heads, -(-slots // codec.tokens), channels, zeros.dtype)
