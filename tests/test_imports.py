@@ -66,7 +66,7 @@ ROOMS = """
     streamjax.training.backprop
     streamjax.training.heads
     streamjax.training.post_training
-    streamjax.training.run
+    streamjax.training.run streamjax.training.diloco
     streamjax.training
     streamjax.evaluation
     streamjax.serving

@@ -7,18 +7,19 @@ of whose devices reads the keys of all. No device talks to another but to gather
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import api
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
-from streamjax.parallel.rules import free_spec
+from streamjax.parallel.rules import axes_of, free_spec
 
 Names = tuple[str | None, ...]  # of dimensions, as in `streamjax.parallel.rules`
 CONTEXT = "context"  # the mesh axis along which devices share sequences
@@ -124,5 +125,5 @@ def a_key_head_for_each_device(x: Float[Array, "B T K D"], heads: int) -> Float[
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    width: int = heads // NamedSharding(mesh, free_spec(("heads",), (heads,), mesh)).shard_shape((heads,))[0]
+    width = math.prod(mesh.shape[axis] for axis in axes_of(free_spec(("heads",), (heads,), mesh)[0]))
     return jnp.repeat(x, width // x.shape[2], axis=2) if width % x.shape[2] == 0 else x

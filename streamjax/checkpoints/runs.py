@@ -94,6 +94,13 @@ class RunCheckpoints:
             raise DamagedFile(f"the checkpoint of step {step} is damaged: {error}; {way}") from error
         return rebuild(template, found), about
 
+    def about(self, step: int) -> dict[str, Any]:
+        """The dictionary of `step`; empty where it is not there or damaged, which `restore` then tells."""
+        try:
+            return read_about(self._folder / str(step))
+        except ValueError:
+            return {}
+
     def set_aside_after(self, step: int) -> None:
         """Move the checkpoints of later steps into a folder beside this one, so that the run can save them anew."""
         self._manager.wait_until_finished()

@@ -25,9 +25,10 @@ def make_mesh(
     tensor: int = 1,
     context: int = 1,
     expert: int = 1,
+    replica: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of devices with the axes data, fsdp, context and tensor, and expert where it is asked for.
+    """A mesh of devices with the axes data, fsdp, context and tensor, and expert and replica where they are asked for.
 
     Args:
       data: rows of a batch are split; parameters are repeated.
@@ -35,6 +36,7 @@ def make_mesh(
       tensor: heads, MLP channels and the vocabulary are split.
       context: the sequence, and the slots of a KV cache, are split.
       expert: rows are split, and so are the experts of a mixture; other parameters are repeated.
+      replica: whole models that are trained apart (`TrainConfig.diloco`); rows are split.
       devices: the devices of the mesh; all of this run's where None.
 
     One size may be -1: the devices that the other axes leave.
@@ -46,6 +48,8 @@ def make_mesh(
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     if expert != 1:
         sizes = {**sizes, "expert": expert}
+    if replica != 1:
+        sizes = {"replica": replica, **sizes}  # outermost: the devices of a replica lie together
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(f"mesh axis {name} is {size}: use a positive size, or -1 for the devices that are left")

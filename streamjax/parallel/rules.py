@@ -16,7 +16,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations and state
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("replica", "data", "fsdp", "expert"),
+    "replica": ("replica",),
     "length": ("context",),
     "slots": ("context",),
     # parameters
@@ -95,5 +96,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def free_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AbstractMesh) -> PartitionSpec:
     """`partition_spec` without the mesh axes that `jax.shard_map` took by hand: the compiler does not place those."""
-    free = tuple(None if name is None or set(RULES[name]) & set(mesh.manual_axes) else name for name in axes)
-    return partition_spec(free, shape, mesh)
+    manual = set(mesh.manual_axes)
+    rules = {name: tuple(axis for axis in found if axis not in manual) for name, found in RULES.items()}
+    return partition_spec(axes, shape, mesh, rules)

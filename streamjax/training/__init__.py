@@ -5,6 +5,7 @@ from streamjax.training.backprop.loss_and_grad import METHODS, loss_and_grad
 from streamjax.training.backprop.planning.memory_model import Memory, estimate
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
+from streamjax.training.diloco.config import DiLoCoConfig
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO, group_advantages
 from streamjax.training.objectives.objective import CrossEntropy, Objective
@@ -26,6 +27,7 @@ __all__ = [
     "BackpropConfig",
     "Choice",
     "CrossEntropy",
+    "DiLoCoConfig",
     "LoRAConfig",
     "Memory",
     "MeshConfig",

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
-from streamjax.parallel.rules import axes_of, partition_spec
+from streamjax.parallel.rules import axes_of, free_spec, partition_spec
 from streamjax.training.backprop.trainable_parameters import is_parameter
 from streamjax.training.objectives.objective import Batch
 
@@ -116,8 +116,8 @@ def over_rows(
 
 
 def batch_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
-    """The mesh axes that split a batch of `rows` rows."""
-    return axes_of(partition_spec(("batch",), (rows,), mesh)[0])
+    """The mesh axes that split a batch of `rows` rows, without those that `jax.shard_map` took by hand."""
+    return axes_of(free_spec(("batch",), (rows,), mesh)[0])
 
 
 def split_dimensions(model: Decoder, mesh: AbstractMesh, axes: tuple[str, ...]) -> Decoder:

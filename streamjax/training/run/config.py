@@ -20,6 +20,7 @@ from streamjax.models.quantising import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
 from streamjax.training.backprop.trainable_parameters import Trainable
+from streamjax.training.diloco.config import DiLoCoConfig
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO
 from streamjax.training.objectives.objective import CrossEntropy
@@ -34,6 +35,7 @@ class MeshConfig:
     """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device.
 
     `data` and `fsdp` split the rows of a batch, `context` each row's tokens; see `streamjax.parallel.make_mesh`.
+    `replica` is for `diloco`.
     """
 
     data: Axis = 1
@@ -41,6 +43,7 @@ class MeshConfig:
     tensor: Axis = 1
     context: Axis = 1
     expert: Axis = 1
+    replica: Axis = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -155,6 +158,7 @@ class TrainConfig:
         have this dtype, too.
       scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
       mesh: how the run is spread over devices.
+      diloco: replicas that train apart and exchange little; ordinary training with 0 replicas.
       seed: of the initial weights.
       log_interval: steps from one line of metrics to the next.
       eval_interval: steps from one evaluation to the next; there is one at the end in any case.
@@ -178,6 +182,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    diloco: DiLoCoConfig = dataclasses.field(default_factory=DiLoCoConfig)
     seed: Seed = 0
     log_interval: Size = 10
     eval_interval: Size = 500
@@ -210,6 +215,7 @@ class TrainConfig:
         if self.backprop.carry_state:
             self._check_streams()
         self._check_objective()
+        self._check_replicas()
         self.check_context(self.mesh.context)
 
     def _check_objective(self) -> None:
@@ -235,6 +241,26 @@ class TrainConfig:
                     f"rollouts.max_new_tokens {self.rollouts.max_new_tokens} leaves no room for a prompt in "
                     f"data.seq_len {self.data.seq_len}"
                 )
+
+    def _check_replicas(self) -> None:
+        """Whether replicas can train as this run says."""
+        replicas = self.diloco.replicas
+        if not replicas:
+            if self.mesh.replica != 1:
+                raise ValueError(f"mesh.replica is {self.mesh.replica}: it is for replicas, set diloco.replicas, too")
+            return
+        rows, parts = self.data.batch_size, replicas * self.optimizer.accumulation
+        if rows % parts:
+            raise ValueError(
+                f"data.batch_size {rows} is not a multiple of {parts}: diloco.replicas times optimizer.accumulation"
+            )
+        if not isinstance(self.objective, CrossEntropy):
+            name = type(self.objective).__name__
+            raise ValueError(f"diloco.replicas is {replicas}, and objective {name} trains one model: set it to 0")
+        if self.backprop.carry_state:
+            raise ValueError(
+                f"diloco.replicas is {replicas}, and backprop.carry_state trains one model: set either off"
+            )
 
     def check_context(self, devices: int) -> None:
         """Raise ValueError for what cannot be trained with sequences over so many devices along `mesh.context`."""

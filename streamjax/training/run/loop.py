@@ -26,6 +26,8 @@ from streamjax.parallel.multiprocess import gather_json, max_over_processes
 from streamjax.training.backprop.loss_and_grad import choice_for
 from streamjax.training.backprop.planning.method_choice import device_memory_bytes
 from streamjax.training.backprop.trainable_parameters import partition
+from streamjax.training.diloco.replicas import count_replicas, one_model, replicate, resized, shapes_with
+from streamjax.training.diloco.steps import Replicas
 from streamjax.training.run.config import MeshConfig, TrainConfig
 from streamjax.training.run.feeds import make_feed
 from streamjax.training.run.initial_state import initial_state
@@ -33,7 +35,7 @@ from streamjax.training.run.metrics import MetricsWriter
 from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
 from streamjax.training.run.signals import StopSignals
 from streamjax.training.run.state import TrainState
-from streamjax.training.run.step import make_train_step
+from streamjax.training.run.step import make_train_step, step_function
 from streamjax.training.run.workdir import claim, export, one_run_in
 
 _log = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def _train(run: _Run) -> TrainState:
                     name = "Ctrl-C" if stop_signal == signal.SIGINT else signal.Signals(stop_signal).name
                     message = f"{name}: saved step {run.step} of {config.steps}; the same command continues from there"
                     raise RunStopped(message, 128 + stop_signal)
-            export(run.state.model, run.workdir, config)
+            export(one_model(run.state), run.workdir, config)
     finally:
         run.close()
     return run.state
@@ -121,11 +123,13 @@ class _Run:
         self.state = initial_state(config, self.tokenizer, self.mesh)
         with self.on_mesh():
             self.feed = make_feed(config, self.tokenizer, self.state.model, self.mesh, workdir)
+        if config.diloco.replicas:
+            self.state = replicate(self.state, config.diloco, config.lora.trainable, self.mesh)
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.step = (self.checkpoints.latest_step or 0) if resume_from is None else resume_from
         if self.step:
-            self.state, about = self.checkpoints.restore(self.step, self.state)
+            self.state, about = self._restored()
             self.feed.set_state(about["data"][jax.process_index()])
         if resume_from is not None:
             self.checkpoints.set_aside_after(self.step)
@@ -137,16 +141,39 @@ class _Run:
         self.since = time.monotonic()
         if self.step:
             self._say(f"resumed at step {self.step} of {config.steps}")
-        self.train_step = make_train_step(
-            make_optimizer(config.optimizer, config.steps),
-            accumulation=config.optimizer.accumulation,
-            trainable=config.lora.trainable,
-            objective=config.objective,
+        optimizer, trainable = make_optimizer(config.optimizer, config.steps), config.lora.trainable
+        options = {
+            "accumulation": config.optimizer.accumulation,
+            "trainable": trainable,
+            "objective": config.objective,
             **self._backprop_options(),
-        )
+        }
+        self.replicas: Replicas | None = None
+        if config.diloco.replicas:
+            step = step_function(optimizer, **options)
+            self.replicas = Replicas(config.diloco, step, self.state, trainable, self.mesh)
+        else:
+            self.train_step = make_train_step(optimizer, **options)
 
     def on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _restored(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state of a checkpoint, which may be of another number of replicas, and what was saved beside it.
+
+        Raises:
+          ValueError: as `RunCheckpoints.restore`; a run of replicas goes on without any, or the other way round.
+        """
+        before, now = self.checkpoints.about(self.step).get("replicas", 0), self.config.diloco.replicas
+        if not before or not now or before == now:
+            if bool(before) != bool(now) and self.step in self.checkpoints.steps:
+                raise ValueError(
+                    f"{self.workdir} holds a run with config.diloco.replicas={before}, not {now}: a run may go on with "
+                    "more or fewer replicas, but not with and without; choose another --workdir"
+                )
+            return self.checkpoints.restore(self.step, self.state)
+        state, about = self.checkpoints.restore(self.step, shapes_with(self.state, before, self.mesh))
+        return resized(state, now, self.mesh), about
 
     def _backprop_options(self) -> dict[str, Any]:
         """How gradients are made: for "auto" what the memory beside the optimizer's state allows, told in a line."""
@@ -162,7 +189,7 @@ class _Run:
         with self.on_mesh():
             found = choice_for(
                 self.state.model,
-                config.data.batch_size // accumulation,
+                config.data.batch_size // accumulation // self._in_turn(),
                 config.data.seq_len,
                 memory_bytes=memory,
                 chunk_size=config.backprop.chunk_size,
@@ -170,6 +197,11 @@ class _Run:
             )
         self._say(f"backprop: {found.describe(memory)}")
         return {**options, **found.arguments}
+
+    def _in_turn(self) -> int:
+        """How many replicas the same devices train, one after the other."""
+        along = 1 if self.mesh is None else self.mesh.shape.get("replica", 1)
+        return max(1, self.config.diloco.replicas // along)
 
     def advance(self) -> None:
         """One step; what it measured stays on the device until the next report."""
@@ -179,7 +211,10 @@ class _Run:
             raise ValueError(
                 f"the data ends after {self.step} steps: set config.data.epochs=none, or config.steps={self.step}"
             ) from None
-        self.state, found = self.train_step(self.state, batch)
+        if self.replicas is None:
+            self.state, found = self.train_step(self.state, batch)
+        else:
+            self.state, found = self.replicas(self.state, batch, self.step)
         self.pending.append({**found, **measured})
         self.measured = tuple(measured)
         self.step += 1
@@ -213,6 +248,7 @@ class _Run:
                 "param_norm": float(values[-1]["param_norm"]),
                 **{name: float(x) for name, x in values[-1].items() if name.startswith(("expert_", "router_"))},
                 **measured,
+                **({} if self.replicas is None else {"sent_bytes": self.replicas.sent_bytes(self.step)}),
                 "learning_rate": float(self.schedule(self.step - 1)),
                 "tokens_per_second": round(speed, 1),
             }
@@ -237,7 +273,7 @@ class _Run:
     def evaluate(self) -> None:
         """Measure the model on the validation split."""
         self.report()
-        values = self.feed.evaluate(self.state.model)
+        values = self.feed.evaluate(one_model(self.state))
         self._write(values)
         self._say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.since = time.monotonic()
@@ -246,7 +282,10 @@ class _Run:
         """Save a checkpoint; never of a state that a step which was not finite has touched."""
         self.report()
         places = gather_json(self.feed.get_state())
-        self.checkpoints.save(self.step, self.state, {"tokenizer": self.tokenizer.name, "data": places})
+        about: dict[str, Any] = {"tokenizer": self.tokenizer.name, "data": places}
+        if replicas := count_replicas(self.state):
+            about["replicas"] = replicas
+        self.checkpoints.save(self.step, self.state, about)
 
     def close(self) -> None:
         """Let go of files, after a save that is under way."""

@@ -24,12 +24,15 @@ class TrainState:
     """Model with its master weights, optimizer state, and the number of steps done (int32 scalar).
 
     stream: what is cached of the streams that the model trains on, one a row of a batch; None in ordinary training.
+    outer: with Streaming DiLoCo what its replicas have agreed on of each fragment (`training.diloco.replicas`); model
+      and optimizer state are then those of all replicas, [R, ...].
     """
 
     model: Decoder
     opt_state: Any
     step: Int32[Array, ""]
     stream: StreamState | None = None
+    outer: Any = None
 
 
 def new_state(

@@ -74,6 +74,37 @@ def accumulate_gradients(
     return jax.lax.scan(add, zeros, cut)[0]
 
 
+def step_function(
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    trainable: Trainable = nnx.Param,
+    **options: Any,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """What `make_train_step` compiles, for a caller who calls it inside of a program."""
+    check_method(options.get("method", "full"))
+    options = {**options, "trainable": trainable_and_reports(trainable)}
+    reading = {name: options[name] for name in _STREAMED if name in options}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        stream, reporting = state.stream, with_reports(state.model)
+        if stream is None:
+            loss, grads = accumulate_gradients(reporting, batch, accumulation, **options)
+        elif accumulation == 1:
+            loss, grads, stream = streaming_loss_and_grad(reporting, stream, batch, **reading)
+        else:
+            raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
+        grads, reports = take_reports(grads)
+        params, rest = partition(state.model, trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        model = combine(params, rest)
+        return TrainState(model, opt_state, state.step + 1, stream), metrics | routing_metrics(reports)
+
+    return train_step
+
+
 def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
@@ -98,28 +129,8 @@ def make_train_step(
     Raises:
       ValueError: an unknown method.
     """
-    check_method(options.get("method", "full"))
-    options = {**options, "trainable": trainable_and_reports(trainable)}
-    reading = {name: options[name] for name in _STREAMED if name in options}
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        stream, reporting = state.stream, with_reports(state.model)
-        if stream is None:
-            loss, grads = accumulate_gradients(reporting, batch, accumulation, **options)
-        elif accumulation == 1:
-            loss, grads, stream = streaming_loss_and_grad(reporting, stream, batch, **reading)
-        else:
-            raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
-        grads, reports = take_reports(grads)
-        params, rest = partition(state.model, trainable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        model = combine(params, rest)
-        return TrainState(model, opt_state, state.step + 1, stream), metrics | routing_metrics(reports)
-
-    return train_step
+    step = step_function(optimizer, accumulation=accumulation, trainable=trainable, **options)
+    return jax.jit(step, donate_argnums=0)
 
 
 @jax.jit

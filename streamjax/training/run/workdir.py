@@ -44,6 +44,7 @@ _FREE_FIELDS = frozenset(
         "data.prefetch",
         "reference",
         "rollouts.samples",
+        "diloco.replicas",  # they may become more or fewer, but not none
     )
 )
 _RESULTS = ("model", "adapters")
