@@ -43,7 +43,8 @@ def train(start, inner, fragments, scaled, config, steps):
             for name, values in moved.items():
                 gradient = sum(values) / len(values)
                 momentum[name] = config.outer_momentum * momentum[name] + gradient
-                agreed[name] = agreed[name] - config.outer_learning_rate * (gradient + config.outer_momentum * momentum[name])
+                ahead = gradient + config.outer_momentum * momentum[name]
+                agreed[name] = agreed[name] - config.outer_learning_rate * ahead
                 for params in replicas:
                     params[name] = config.mixing * params[name] + (1 - config.mixing) * agreed[name]
         on_the_way = [message for message in on_the_way if message[0] > done]
