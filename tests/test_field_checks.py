@@ -18,6 +18,7 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv import current_chunk, recurrence
 from streamjax.kv.budgets import ada_kv, cake, pyramid
+from streamjax.kv.channels import bases, low_rank, pruned
 from streamjax.kv.codecs import fp8, integers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
 from streamjax.kv.pages import boundaries, disk_files, indexes
@@ -162,6 +163,10 @@ EXAMPLES = [
     pyramid.Pyramid(),
     parallel.Parallel(8),
     pooled.Pooled(8, snapkv.SnapKV(), every=64),
+    bases.Coordinates(2),
+    low_rank.LowRank(64),
+    pruned.Channels(2, 8),
+    pruned.PrunedKeys(64),
 ]
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
@@ -170,7 +175,7 @@ NO_CONFIGURATIONS = {
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
-    *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "Budgeted"),
+    *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Budgeted"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from
 }

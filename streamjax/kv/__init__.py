@@ -15,6 +15,7 @@ from streamjax.kv.budgets.pyramid import Pyramid
 from streamjax.kv.budgets.uniform import Uniform
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.low_rank import Factors, LowRank
 from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.codecs.codec import Codec, bytes_per_token
 from streamjax.kv.codecs.fp8 import FP8
@@ -93,6 +94,7 @@ __all__ = [
     "Density",
     "EndTokens",
     "ExpectedAttention",
+    "Factors",
     "Finch",
     "Full",
     "Gaussian",
@@ -110,6 +112,7 @@ __all__ = [
     "KeyDiff",
     "LagKV",
     "Leverage",
+    "LowRank",
     "Mean",
     "Merge",
     "Middle",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.partial import add_sinks, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
+from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
@@ -87,6 +88,13 @@ class Cascade(Cache):
     @property
     def shares_values(self) -> bool:
         return all(tier.shares_values for tier in self.tiers)
+
+    def renumbered(self) -> tuple[Cascade, None]:
+        if not any(isinstance(tier, LowRank) for tier in self.tiers):
+            return self, None
+        # factors are data: they lie in the state
+        tiers = [dataclasses.replace(t, factors=None) if isinstance(t, LowRank) else t for t in self.tiers]
+        return Cascade(*tiers, fuse=False), None
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         states = []

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.head_groups import HeadGroups, in_layer_order, of_heads
 from streamjax.kv.scores.score import Score
 from streamjax.kv.slot_state import take_slots
@@ -143,6 +144,7 @@ class Compaction(Cache):
                 filled, rest = tier.filled(empty, rest, next(memories), now)
                 per_head, shared = per_head or tier.per_head, False
             else:
+                empty = tier.fitted(empty, rest) if isinstance(tier, LowRank) else empty
                 filled, rest = tier.absorb(empty, query, rest)
                 filled, rest = (tier.store(filled, rest), rest) if tier.last_because else tier.insert(filled, rest)
             new.append(jax.tree.map(_of_all_heads, filled) if shared else filled)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
@@ -51,6 +52,8 @@ def describe_tier(tier: Tier) -> str:
             return f"{type(tier).__name__}({size:,}{_codec(tier)})"
         case PrunedKeys(capacity=size, keep=keep):
             return f"PrunedKeys({size:,} with {keep:g} of their channels)"
+        case LowRank(capacity=size, keys=keys, values=values):
+            return f"LowRank({size:,} with {keys:g} of their keys' channels, {values:g} of their values')"
         case Pages(size=size, capacity=capacity, top_k=top_k):
             return f"Pages({capacity:,} in {size}s, top {top_k}{_codec(tier)})"
         case Scored(size=size, score=score, every=every, merge=merge):

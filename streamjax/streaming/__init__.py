@@ -2,6 +2,7 @@
 
 from streamjax.streaming.compacting.compact import compact, lazy_layers, reconstruction
 from streamjax.streaming.compacting.measure_budget import measure_budget
+from streamjax.streaming.compacting.measure_factors import measure_factors
 from streamjax.streaming.compacting.measure_filters import measure_filters
 from streamjax.streaming.generate import generate, generate_blocks
 from streamjax.streaming.sampling import Sampler
@@ -20,6 +21,7 @@ __all__ = [
     "layer_caches",
     "lazy_layers",
     "measure_budget",
+    "measure_factors",
     "measure_filters",
     "read",
     "reconstruction",

@@ -38,3 +38,19 @@ def attend(q, k, v, scale):
         weights = np.exp(logits - logits.max())
         out[i, h] = weights @ v[:, h // group] / weights.sum()
     return out
+
+
+def best_basis(x, rank):
+    """The first right singular vectors of tokens [T, K, D], whose heads' channels stand side by side: [K D, R]."""
+    if rank == x[0].size:
+        return np.eye(rank)
+    return np.linalg.svd(x.reshape(len(x), -1), full_matrices=False)[2][:rank].T
+
+
+def low_rank(x, window, group, basis):
+    """Keys before rotation, or values, [T, K, D] as they are held at a stream's end: whole groups in coordinates."""
+    held = x.copy()
+    for start in range(0, len(x) - window - group + 1, group):
+        line = x[start : start + group].reshape(group, -1)
+        held[start : start + group] = (line @ basis @ basis.T).reshape(held[start : start + group].shape)
+    return held

@@ -6,6 +6,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.rope import make_rotary
 from tests.oracles import channels
 from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
@@ -34,5 +35,24 @@ def test_a_prompt_loses_channels_by_its_last_queries(prompt):
             expected = channels.pruned(k[row, : LENGTH - QUERIES], q[row, -QUERIES:], 3, 16)
             kept = np.asarray(layer.slots.k.dense())[row, :, : LENGTH - QUERIES].swapaxes(0, 1)
             np.testing.assert_allclose(kept, expected, atol=1e-5)
+    _, logits = read_stream(model, new, random_tokens(2, 16, seed=1), [1])
+    assert np.isfinite(logits).all()
+
+
+def test_a_prompt_takes_the_directions_that_fit_all_of_it(prompt):
+    """Keys before rotation and values of every layer, over all heads, against numpy's singular values."""
+    model, _, state, found = prompt
+    cache = sj.kv.preset("cskv", keys=0.5, values=0.5, window=QUERIES, group=14, capacity=64)
+    new = sj.compact(model, state, cache)
+    for i, (_, layer) in enumerate(new.layers):
+        rotary = make_rotary(model.config.blocks[i].mixer.rope, 6, state.span)
+        for row in range(2):
+            _, k, v = (x[row, : LENGTH - QUERIES] for x in found[i])
+            place = jnp.arange(LENGTH - QUERIES, dtype=jnp.uint32)[None, None]
+            raw = rotary.moved(jnp.asarray(k.swapaxes(0, 1)[None], jnp.float32), -place)[0].swapaxes(0, 1)
+            for slots, x in ((layer.k, np.asarray(raw, np.float64)), (layer.v, v)):
+                expected = channels.low_rank(x, 0, LENGTH - QUERIES, channels.best_basis(x, 6))
+                held = np.asarray(slots.dense())[row, :, : LENGTH - QUERIES].swapaxes(0, 1)
+                np.testing.assert_allclose(held, expected, atol=1e-4)
     _, logits = read_stream(model, new, random_tokens(2, 16, seed=1), [1])
     assert np.isfinite(logits).all()

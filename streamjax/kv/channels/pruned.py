@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Fraction, Size, check_fields
+from streamjax.kv.channels.bases import WholeSlots
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.grouped import GroupedSlots
 from streamjax.kv.codecs.slots import dense
@@ -70,15 +71,6 @@ class PrunedSlots(GroupedSlots):
         places = channels[..., None] == jnp.arange(self.shape[3], dtype=channels.dtype)  # [B, K, N, 1, c, D]
         exact = "highest" if left.dtype == jnp.float32 else None
         return jnp.einsum("bkngc,bkncd->bkngd", left, places[:, :, :, 0].astype(left.dtype), precision=exact)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WholeSlots(GroupedSlots):
-    """Values as they are, which become visible where their keys do."""
-
-    def decoded(self, codes: Codes, dtype: object = None) -> Float[Array, "B K N G D"]:
-        return codes[0]
 
 
 @jax.tree_util.register_dataclass
