@@ -48,6 +48,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "rows", 16, "Streams that are computed at once; more requests wait.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_integer("pool_tokens", None, "Tokens that all streams together may hold, of caches that keep every "
+                         "token (dense): they lie in pages of one pool. By default as many as --rows streams of full "
+                         "length.", lower_bound=1, flag_values=values)  # fmt: skip
     flags.DEFINE_enum("policy", "fcfs", ["fcfs", "mlfq"], "Which requests run: those that came first, or short answers "
                       "before long ones.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's.",
@@ -97,7 +100,7 @@ def body(values: flags.FlagValues) -> None:
         engine = Engine(
             model, tokenizer, cache,
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
-            state_dir=state_dir,
+            state_dir=state_dir, pool_tokens=values.pool_tokens,
         )  # fmt: skip
         about = f"{values.rows} rows, cache {describe_cache(cache)}, {human_bytes(engine.stats().cache_bytes)}"
         print(f"{Path(values.model).name}: {about}; compiling", file=sys.stderr, flush=True)

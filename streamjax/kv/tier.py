@@ -161,7 +161,7 @@ class Query:
 
     q: rotated to the true position, [B, C, H, D]. raw_q: not rotated. position: uint32 [B, C], modulo 2^32. seen:
     tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
-    valid: which queries are tokens and not padding, bool [B, C]; all where None.
+    valid: which queries are no padding, bool [B, C]; all where None. tables: `PageTables`, where streams have pages.
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
     sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
@@ -184,6 +184,7 @@ class Query:
     sink_logits: Float[Array, " H"] | None = None
     back: Int32[Array, "B C"] | None = None
     block: EvictionBlock | None = None
+    tables: Any = None
     answered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.typing import DTypeLike
 
-from streamjax.kv.cache import Cache
-from streamjax.models.decoder import Decoder
 from streamjax.serving.requests import Request
 from streamjax.serving.row_sampling import MOST_ALTERNATIVES
-from streamjax.streaming.state import init_state
 
 
 def require_possible(request: Request, vocab_size: int) -> None:
@@ -51,26 +46,30 @@ def require_room_for(request: Request, used: int, capacity: int | None) -> None:
 
 
 def require_memory(
-    model: Decoder,
-    cache: Cache | Sequence[Cache],
-    rows: int,
-    prefix_bytes: int,
-    conversation_bytes: int,
-    memory_bytes: int | None,
-    dtype: DTypeLike | None,
+    rows: int, row: int, pool: int, prefix_bytes: int, conversation_bytes: int, memory_bytes: int | None
 ) -> None:
-    """Raise a ValueError where the states of an engine would take more than `memory_bytes`; nothing is allocated."""
+    """Raise a ValueError where the states of an engine would take more than `memory_bytes`; nothing is allocated.
+
+    Args:
+      rows: streams at a time, beside which one is read.
+      row, pool: bytes of a stream by itself, and of the pages that all share.
+      prefix_bytes, conversation_bytes, memory_bytes: of the engine.
+    """
     for name, value in (("prefix_bytes", prefix_bytes), ("conversation_bytes", conversation_bytes)):
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    if memory_bytes is None:
+    fixed = prefix_bytes + conversation_bytes + pool + row
+    if memory_bytes is None or rows * row + fixed <= memory_bytes:
         return
-    one: Any = jax.eval_shape(lambda: init_state(model, cache, 1, dtype=dtype, note_used=True))
-    row = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
-    fixed = prefix_bytes + conversation_bytes + row  # one stream is read beside the rows
-    if rows * row + fixed > memory_bytes:
-        fit = max((memory_bytes - fixed) // row, 0)
-        raise ValueError(
-            f"{rows} rows of {row:,} bytes, {prefix_bytes:,} for prefixes and {conversation_bytes:,} for conversations "
-            f"are more than memory_bytes={memory_bytes:,}: {fit} rows would fit"
-        )
+    pages = f" and {pool:,} of pages" if pool else ""
+    fit = max((memory_bytes - fixed) // row, 0)
+    raise ValueError(
+        f"{rows} rows of {row:,} bytes{pages}, {prefix_bytes:,} for prefixes and {conversation_bytes:,} for "
+        f"conversations are more than memory_bytes={memory_bytes:,}: {fit} rows would fit"
+        + ("; pool_tokens sets how many pages there are" if pool else "")
+    )
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

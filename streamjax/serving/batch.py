@@ -16,10 +16,12 @@ from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.serving.decoding import Drawn, decode_rows, enter_row, set_bias
 from streamjax.serving.row_sampling import RowSampling, no_rows
-from streamjax.serving.row_states import Parking, put_row, take_row
+from streamjax.serving.row_states import ParkedState, Parking, put_row, take_row
 from streamjax.streaming.scan import padded_width, read_chunk
 from streamjax.streaming.state import StreamState, init_state
 
+Stream = Any  # a stream of one row: a `StreamState`, or what another batch has in its place
+Beginning = Any  # what streams go on from: a `ParkedState`, or what another batch has in its place
 _LEAST_WIDTH = 16  # tokens; narrower chunks take as long, and would be programs of their own
 
 
@@ -47,43 +49,83 @@ class Batch:
         implementation: Implementation | None = None,
     ):
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
-
-        def start(batch: int) -> StreamState:
-            options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}
-            return init_state(model, cache, batch, **options)
-
-        self._start = start
-        empty = start(1)
+        self._cache = cache
+        self._options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}
+        empty = init_state(model, cache, 1, **self._options)
         self.parking = Parking(empty)
-        self.caches, self.capacity, self.row_bytes = empty.caches, empty.capacity, empty.cache_bytes
-        self.cache_bytes = rows * self.row_bytes
+        self.caches, self.capacity = empty.caches, empty.capacity
+        self.cache_bytes = rows * empty.cache_bytes
         self.reset()
 
     def reset(self) -> None:
         """Empty rows."""
-        self.state = self._start(self.rows)
+        self.state = init_state(self.model, self._cache, self.rows, **self._options)
         self.sampling = no_rows(self.rows, self.model.config.vocab_size)
+
+    # -- streams that are in no row
+
+    def fresh(self) -> Stream:
+        """A stream that has read nothing."""
+        return self.parking.empty
+
+    def park(self, stream: Stream) -> ParkedState:
+        """A copy in the host's memory; the stream itself is of no use after it. Waits for it."""
+        return self.parking.park(stream)
+
+    def resume(self, parked: ParkedState) -> Stream | None:
+        """The stream that was parked; None where there is no room for it now."""
+        return self.parking.resume(parked)
+
+    def keep(self, stream: Stream) -> Beginning:
+        """What other streams can go on from, when this one stands between two chunks."""
+        return self.parking.park(stream)
+
+    def fork(self, beginning: Beginning) -> Stream:
+        """A stream that goes on from what was kept."""
+        return self.parking.resume(beginning)
+
+    def drop(self, stream: Stream | Beginning) -> None:
+        """Nobody needs it any more."""
+
+    def gives_room(self, beginning: Beginning) -> bool:
+        """Whether there may be more room when it is dropped."""
+        return False
+
+    def reserve(self, stream: Stream | int, tokens: int) -> bool:
+        """Make sure that a stream, or that in a row, can take so many tokens more; False where there is no room now."""
+        return True
 
     def width(self, tokens: int) -> int:
         """Of the chunk in which so many tokens are read, at most `chunk_size`."""
         return padded_width(max(tokens, min(_LEAST_WIDTH, self.chunk_size)), self.chunk_size)
 
     def read(
-        self, state: StreamState, tokens: Int32[np.ndarray, " T"], scored: bool = False
+        self, stream: Stream, tokens: Int32[np.ndarray, " T"], scored: bool = False
+    ) -> tuple[Stream, Float[Array, "1 W"] | None]:
+        """Read at most `chunk_size` tokens of one stream; its state is donated. With `scored`, nats a token."""
+        return self._read(stream, tokens, scored)
+
+    def _read(
+        self, state: StreamState, tokens: Int32[np.ndarray, " T"], scored: bool
     ) -> tuple[StreamState, Float[Array, "1 W"] | None]:
-        """Read at most `chunk_size` tokens of one stream; the state is donated. With `scored`, nats a token."""
         chunk = np.zeros((1, self.width(len(tokens))), np.int32)
         chunk[0, : len(tokens)] = tokens
         return read_chunk(self.model, state, jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32), scored=scored)
 
-    def enter(self, row: int, state: StreamState, sampling: RowSampling) -> None:
+    def enter(self, row: int, stream: Stream, sampling: RowSampling) -> None:
         """A stream and its request take a row."""
-        self.state = put_row(self.state, np.int32(row), state)
+        self.state = put_row(self.state, np.int32(row), stream)
         self.sampling = enter_row(self.sampling, np.int32(row), sampling)
 
-    def leave(self, row: int) -> StreamState:
-        """A copy of a row's stream."""
+    def leave(self, row: int) -> Stream:
+        """A row's stream, which leaves it."""
         return take_row(self.state, np.int32(row))
+
+    def clear(self, row: int) -> None:
+        """Nobody needs a row's stream any more."""
+
+    def grew(self, row: int, tokens: int) -> None:
+        """A row has read so many tokens, it turned out."""
 
     def set_bias(self, row: int, bias: Float[np.ndarray, " V"]) -> None:
         """What is added to a row's logits from now on."""
@@ -99,16 +141,19 @@ class Batch:
     def warm_up(self, scored: bool = False) -> None:
         """Compile and run every program once; rows are empty then."""
         width = min(_LEAST_WIDTH, self.chunk_size)
-        one = self.parking.empty
+        one = self.fresh()
         while True:
-            one, _ = self.read(one, np.zeros(min(width, self.chunk_size), np.int32), scored)
+            tokens = np.zeros(min(width, self.chunk_size), np.int32)
+            self.reserve(one, len(tokens))
+            one, _ = self.read(one, tokens, scored)
             if width >= self.chunk_size:
                 break
             width *= 2
-        one = self.parking.resume(self.parking.park(one))
+        one = self.resume(self.park(one))
+        assert one is not None
         bias = np.zeros(self.model.config.vocab_size, np.float32)
         self.enter(0, one, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), no_rows(1, len(bias))))
         self.set_bias(0, bias)
         self.decode(np.zeros(self.rows, bool), 1)
-        jax.block_until_ready(self.leave(0))
+        self.drop(self.fork(self.keep(self.leave(0))))
         self.reset()

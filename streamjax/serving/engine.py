@@ -21,11 +21,11 @@ from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
-from streamjax.serving.admission import require_memory, require_possible, require_room_for
-from streamjax.serving.batch import Batch
+from streamjax.serving.admission import require_possible, require_room_for
 from streamjax.serving.conversations import Conversations
 from streamjax.serving.jobs import Job
 from streamjax.serving.loop import EngineLoop
+from streamjax.serving.paging.choosing import make_batch
 from streamjax.serving.requests import Event, KeptConversation, Overloaded, Request, Stats
 from streamjax.serving.row_states import ParkedState
 from streamjax.serving.scheduling import POLICIES
@@ -49,6 +49,8 @@ class Engine:
       prefix_bytes: what states at the beginnings of prompts may take, in the host's memory; 0 keeps none.
       conversation_bytes: the same of idle conversations. Beyond it they stay on disk alone, with a `state_dir`; without
         one a new conversation is refused.
+      pool_tokens: for caches that keep every token (`dense`): how many all streams may hold together, in pages of one
+        pool. None: as many as `rows` streams of full length; 0: no pool, each row has room for its full length.
       policy: which requests run: "fcfs", in the order in which they came, or "mlfq", short answers before long ones.
       state_dir: where conversations are saved, each after every request and before its last event, as sessions that
         `Session.load` reads too. Those that are there are taken up.
@@ -80,6 +82,7 @@ class Engine:
         memory_bytes: int | None = None,
         prefix_bytes: int = 1 << 28,
         conversation_bytes: int = 1 << 30,
+        pool_tokens: int | None = None,
         policy: str = "fcfs",
         state_dir: str | Path | None = None,
         block: int | None = None,
@@ -95,9 +98,12 @@ class Engine:
         require_tokenizer(tokenizer, model.config.vocab_size, "they do not belong together")
         if block is None:
             block = 1 if jax.default_backend() == "cpu" else 8
-        require_memory(model, cache, rows, prefix_bytes, conversation_bytes, memory_bytes, dtype)
+        self._batch = make_batch(
+            model, cache, rows, chunk_size, block, dtype, implementation,
+            pool_tokens=pool_tokens, prefix_bytes=prefix_bytes, conversation_bytes=conversation_bytes,
+            memory_bytes=memory_bytes,
+        )  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
-        self._batch = Batch(model, cache, rows, chunk_size, block, dtype, implementation)
         self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted
         self._loop = EngineLoop(

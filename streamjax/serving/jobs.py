@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array
 
 from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.serving.batch import Stream
 from streamjax.serving.conversations import Conversation
 from streamjax.serving.requests import Event, FinishReason, Request, TokenLogprob, Usage
 from streamjax.serving.row_states import ParkedState
-from streamjax.streaming.state import StreamState
 from streamjax.streaming.text_output import TextOutput
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Job:
         self.request = request
         self.prompt = np.asarray(request.prompt, np.int32)
         self.read = self.cached = 0
-        self.state: StreamState | None = None
+        self.state: Stream | None = None
         self.parked: ParkedState | None = None
         self.row: int | None = None
         self.generated: list[int] = []

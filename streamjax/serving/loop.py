@@ -6,7 +6,8 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,6 @@ from streamjax.serving.requests import Constraint, FinishReason, TokenLogprob
 from streamjax.serving.row_sampling import one_row
 from streamjax.serving.row_states import ParkedState
 from streamjax.serving.scheduling import Policy
-from streamjax.streaming.state import StreamState
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,13 @@ class EngineLoop:
         lock: threading.Condition,
     ):
         self.batch, self.lock = batch, lock
-        self.prefixes = PrefixTree(batch.chunk_size, prefix_bytes, self._work)
+        self.prefixes = PrefixTree(batch.chunk_size, prefix_bytes, self._work, dropped=batch.drop)
         self.jobs: dict[Job, None] = {}
         self.rows: list[Job | None] = [None] * batch.rows
         self.read = self.cached = self.generated = 0
         self.finished: collections.Counter[str] = collections.Counter()
         self.seconds = 1.0
+        self._drawing = False  # whether rows wait for what they draw, and must stay where they are
         self._policy, self._conversations, self._measure = policy, conversations, measure
         self._vocab = batch.model.config.vocab_size
         self._weights = sum(leaf.size for leaf in jax.tree.leaves(batch.model))
@@ -65,12 +66,18 @@ class EngineLoop:
         """Decode all rows once, and read a chunk's worth of prompts; `others`: whether more requests are coming."""
         chosen = self._policy.choose(self.batch.rows + 1)  # one reads ahead, for the next row that is free
         self._seat(chosen)
+        self._drawing = False
+        reader = next((job for job in chosen if job.row is None and job.reads), None)
+        if reader is not None:
+            self._prepare(reader, chosen)  # while rows may still give way: what they draw is not under way yet
         running = [job for job in self.rows if job is not None]
-        drawn = self._decode(running, alone=len(running) == len(self.jobs) and not others)
-        budget = self.batch.chunk_size
+        drawn = self._decode(running, alone=len(running) == len(self.jobs) and not others, chosen=chosen)
+        budget, room, self._drawing = self.batch.chunk_size, True, drawn is not None
         for job in chosen:
-            while budget > 0 and job.row is None and job.reads and not job.finished:
-                budget -= self._read_chunk(job)
+            while room and budget > 0 and job.row is None and job.reads and not job.finished:
+                room = self._prepare(job, chosen)  # those behind it do not take what it waits for
+                budget -= self._read_chunk(job) if room else 0
+        self._drawing = False
         if drawn is not None:
             self._hand_out(running, drawn)
         for job in chosen:
@@ -79,31 +86,73 @@ class EngineLoop:
 
     def _seat(self, chosen: Sequence[Job]) -> None:
         """Give rows to requests that have read their prompts; those that are not chosen make room for the chosen."""
-        chosen = chosen[: self.batch.rows]
+        order, chosen = chosen, chosen[: self.batch.rows]
         for job in chosen:
-            if job.row is not None or job.reads or not job.request.max_new_tokens:
+            if job.row is not None or job.reads or not job.request.max_new_tokens or not self._resume(job, order):
                 continue
             if None not in self.rows:
                 out = next(other for other in self.rows if other not in chosen)
                 assert out is not None
-                self._preempt(out)
+                self._set_aside(out)
             row = self.rows.index(None)
-            state = job.state if job.parked is None else self.batch.parking.resume(job.parked)
-            assert state is not None
-            self.batch.enter(row, state, one_row(job.request, job.generated, self._vocab))
-            job.state = job.parked = None
+            self.batch.enter(row, job.state, one_row(job.request, job.generated, self._vocab))
+            job.state = None
             self.rows[row], job.row = job, row
 
-    def _preempt(self, job: Job) -> None:
-        """Take a request's stream out of its row, to the host's memory."""
-        assert job.row is not None
-        job.parked = self.batch.parking.park(self.batch.leave(job.row))
-        self.rows[job.row], job.row = None, None
+    def _set_aside(self, job: Job) -> None:
+        """Take a request's stream off the device, to the host's memory; its row is free."""
+        if job.row is None:
+            assert job.state is not None
+            stream, job.state = job.state, None
+        else:
+            stream = self.batch.leave(job.row)
+            self.rows[job.row], job.row = None, None
+        job.parked = self.batch.park(stream)
+
+    def _resume(self, job: Job, chosen: Sequence[Job]) -> bool:
+        """See to it that a request's stream is on the device; whether there is room for it."""
+        if job.parked is not None:
+            parked = job.parked
+            job.state = self._with_room(job, chosen, lambda: self.batch.resume(parked))
+            if job.state is None:
+                return False
+            job.parked = None
+        return True
+
+    def _with_room(self, job: Job, chosen: Sequence[Job], attempt: Callable[[], Any]) -> Any:
+        """What an attempt gives; where there is no room for it, beginnings of prompts and then requests that are less
+        urgent give up theirs, until there is or until nothing is left that may be taken."""
+        while (found := attempt()) is None:
+            if self.prefixes.drop_least(self.batch.gives_room):
+                continue
+            last = max(
+                (one for one in self.jobs if one.state is not None or (one.row is not None and not self._drawing)),
+                key=lambda one: self._rank(one, chosen),
+                default=job,
+            )
+            if self._rank(last, chosen) <= self._rank(job, chosen):
+                return None
+            self._set_aside(last)
+        return found
+
+    def _rank(self, job: Job, chosen: Sequence[Job]) -> tuple[int, float]:
+        """Requests with a higher one give way: those that the policy has not chosen, the newest first."""
+        return (chosen.index(job) if job in chosen else len(chosen)), job.came
+
+    def _prepare(self, job: Job, chosen: Sequence[Job]) -> bool:
+        """A stream to read the next chunk of a prompt with, and room for that: whether there is."""
+        if not self._resume(job, chosen):
+            return False
+        if job.state is None:
+            depth, beginning = self.prefixes.match(job.prompt)
+            job.state = self.batch.fresh() if beginning is None else self.batch.fork(beginning)
+            job.begin(depth, ())
+            self.cached += depth
+        stream, more = job.state, len(job.prompt[job.read : job.read + self.batch.chunk_size])
+        return self._with_room(job, chosen, lambda: self.batch.reserve(stream, more) or None) is not None
 
     def _read_chunk(self, job: Job) -> int:
         """Read the next chunk of a prompt; how much of the iteration's budget that took."""
-        if job.state is None:
-            self._open(job)
         size = self.batch.chunk_size
         tokens = job.prompt[job.read : job.read + size]
         if not len(tokens):
@@ -116,29 +165,29 @@ class EngineLoop:
         self.read += len(tokens)
         self._policy.ran(job)
         if job.starts_anew and self.prefixes.wants(job.prompt, job.read):
-            self.prefixes.keep(job.prompt, job.read, self.batch.parking.park(job.state))
+            self.prefixes.keep(job.prompt, job.read, self.batch.keep(job.state))
         return self.batch.width(len(tokens))
 
-    def _open(self, job: Job) -> None:
-        """A stream to read a prompt with: the request's own, one that has read the prompt's beginning, or a new one."""
-        if job.parked is not None:
-            job.state, job.parked = self.batch.parking.resume(job.parked), None
-            return
-        depth, parked = self.prefixes.match(job.prompt)
-        job.state = self.batch.parking.empty if parked is None else self.batch.parking.resume(parked)
-        job.begin(depth, ())
-        self.cached += depth
-
-    def _decode(self, running: Sequence[Job], alone: bool) -> Drawn | None:
+    def _decode(self, running: Sequence[Job], alone: bool, chosen: Sequence[Job]) -> Drawn | None:
         """Let rows draw; several tokens where nobody waits and no text, form or stop string has to be looked at."""
+        looked_at = any(job.request.stop or job.request.constraint is not None for job in running)
+        count = self.batch.block if alone and not looked_at else 1
+        for job in sorted(running, key=lambda job: self._rank(job, chosen)):
+            if job.row is not None and not self._room_in_row(job, count, chosen):
+                self._set_aside(job)
         for job in running:
-            if job.request.constraint is not None:
+            if job.row is not None and job.request.constraint is not None:
                 self._constrain(job, job.request.constraint)
         active = np.array([job is not None for job in self.rows])
         if not active.any():
             return None
-        looked_at = any(job.request.stop or job.request.constraint is not None for job in running)
-        return self.batch.decode(active, self.batch.block if alone and not looked_at else 1)
+        return self.batch.decode(active, count)
+
+    def _room_in_row(self, job: Job, count: int, chosen: Sequence[Job]) -> bool:
+        """Whether a row has room for the tokens that it may draw now."""
+        row, more = job.row, min(count, job.request.max_new_tokens - len(job.generated))
+        assert row is not None
+        return self._with_room(job, chosen, lambda: self.batch.reserve(row, more) or None) is not None
 
     def _constrain(self, job: Job, constraint: Constraint) -> None:
         """Let a row draw only what its form allows."""
@@ -162,6 +211,7 @@ class EngineLoop:
             if row is None or job.finished:
                 continue
             tokens = [int(token) for token in found.token[row] if token >= 0]
+            self.batch.grew(row, len(tokens))
             self.generated += len(tokens)
             self._policy.ran(job)
             job.push(
@@ -180,10 +230,14 @@ class EngineLoop:
         """A request is over; a conversation stands behind its last token, or where it stood if nothing came of it."""
         row, kept = job.row, job.conversation
         over = job.begun and not job.reads
-        state: StreamState | None = None
+        parked = job.parked
         if kept is not None and over and reason != "error":
-            state = job.state if row is None else self.batch.leave(row)
-        parked = job.parked if state is None else self.batch.parking.park(state)
+            stream = job.state if row is None else self.batch.leave(row)
+            parked = parked if stream is None else self.batch.park(stream)
+        elif row is not None:
+            self.batch.clear(row)
+        elif job.state is not None:
+            self.batch.drop(job.state)
         with self.lock:
             if row is not None:
                 self.rows[row] = None
@@ -221,6 +275,7 @@ class EngineLoop:
         for job in list(self.jobs):
             self.end(job, "error", error)
         self.rows = [None] * self.batch.rows
+        self.prefixes.clear()  # its states may be in what is reset
         self.batch.reset()
 
     def _work(self, start: int, stop: int) -> float:

@@ -12,13 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
-from streamjax.serving.row_states import ParkedState
-
 Ids = Sequence[int] | Int32[np.ndarray, " _"]
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """A state that streams can go on from."""
+
+    @property
+    def nbytes(self) -> int:
+        """What counts of it against the budget."""
+        ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +38,7 @@ class Node:
     depth: int
     parent: Node | None
     children: dict[bytes, Node] = dataclasses.field(default_factory=dict)
-    state: ParkedState | None = None
+    state: Kept | None = None
     used: int = 0  # the tree's clock, when it was last read or kept
 
     def chain(self) -> Iterator[Node]:
@@ -52,6 +61,7 @@ class PrefixTree:
       work: what reading tokens [start, stop) of a prompt costs, in any unit.
       alpha: how much work counts beside recency.
       most_tokens: ids that are remembered; beyond them the paths go whose last use is longest ago.
+      dropped: is called with each state that goes, or that finds no place.
     """
 
     def __init__(
@@ -61,8 +71,10 @@ class PrefixTree:
         work: Callable[[int, int], float] = lambda start, stop: stop - start,
         alpha: float = 1.0,
         most_tokens: int = 1 << 22,
+        dropped: Callable[[Any], None] = lambda state: None,
     ):
         self.chunk_size, self.budget, self.alpha = chunk_size, budget, alpha
+        self._dropped = dropped
         self._work, self._most_tokens = work, most_tokens
         self._root = Node(np.zeros(0, np.int32), 0, None)
         self._clock = 0
@@ -87,7 +99,7 @@ class PrefixTree:
             node = child
         self._forget_paths()
 
-    def match(self, prompt: Ids) -> tuple[int, ParkedState | None]:
+    def match(self, prompt: Ids) -> tuple[int, Kept | None]:
         """The deepest state that stands in a prompt: how many ids it has read, and itself; 0 and None without one."""
         self._clock += 1
         best = None
@@ -107,17 +119,30 @@ class PrefixTree:
         node = next((node for node in self._path(ids) if node.depth == depth), None)
         return node is not None and node.state is None
 
-    def keep(self, prompt: Ids, depth: int, state: ParkedState) -> None:
+    def keep(self, prompt: Ids, depth: int, state: Kept) -> None:
         """Give a state behind the first `depth` ids of a prompt its place; others go where the budget is exceeded."""
         ids = self._whole_chunks(prompt[:depth])
         node = next((node for node in self._path(ids) if node.depth == depth), None)
         if node is None or node.state is not None or state.nbytes > self.budget:
+            self._dropped(state)
             return
         self._clock += 1
         node.state, node.used = state, self._clock
         self.nbytes += state.nbytes
         while self.nbytes > self.budget:
             self._drop(min(self.holding(), key=self.utilities().__getitem__))
+
+    def drop_least(self, useful: Callable[[Any], bool]) -> bool:
+        """Give up the state whose utility is least among those that are `useful` to give up; whether there was one."""
+        found = [node for node in self.holding() if useful(node.state)]
+        if found:
+            self._drop(min(found, key=self.utilities().__getitem__))
+        return bool(found)
+
+    def clear(self) -> None:
+        """Give up all states."""
+        for node in self.holding():
+            self._drop(node)
 
     def holding(self) -> list[Node]:
         """The nodes that hold states, those longest unused first."""
@@ -136,9 +161,10 @@ class PrefixTree:
         return self._work(before, node.depth)
 
     def _drop(self, node: Node) -> None:
-        assert node.state is not None
-        self.nbytes -= node.state.nbytes
-        node.state = None
+        state, node.state = node.state, None
+        assert state is not None
+        self.nbytes -= state.nbytes
+        self._dropped(state)
 
     def _split(self, child: Node, length: int) -> Node:
         """A new node `length` ids along a child's edge."""

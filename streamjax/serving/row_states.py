@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -75,8 +76,12 @@ class Parking:
 
     def park(self, state: StreamState) -> ParkedState:
         """A copy in the host's memory; waits for the state."""
+        return self.park_arrays(jax.tree.leaves(state))
+
+    def park_arrays(self, leaves: Sequence[Array | np.ndarray]) -> ParkedState:
+        """`park` of a state's arrays, some of which may lack the empty slots at their ends."""
         kept = []
-        for leaf, empty, axis in zip(jax.tree.leaves(state), self._empty, self._axes, strict=True):
+        for leaf, empty, axis in zip(leaves, self._empty, self._axes, strict=True):
             array = np.asarray(leaf)
             if axis >= 0:
                 array = array[_first(_filled(array, empty, axis), axis)]

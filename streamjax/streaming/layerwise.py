@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.kv.cache import Cache
+from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.tier import Implementation, State, map_state_axes
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of, without_layers
@@ -75,17 +76,25 @@ def layer_over(
     span: int,
     implementation: Implementation | None,
     head_order: Int32[Array, " K"] | None = None,
+    tables: PageTables | None = None,
 ) -> tuple[Float[Array, "N B C E"], State]:
     """One layer over N chunks: its outputs and its new state.
 
-    `row`: which layer, where `block` is a stack of them. `head_order`: see `ChunkContext`.
+    `row`: which layer, where `block` is a stack of them. `head_order`, `tables`: see `ChunkContext`.
     """
     block = layer_of(block, row)
 
     def one(state: State, chunk: tuple) -> tuple[State, Array]:
         x, position, valid, seen, ids = chunk
         context = ChunkContext(
-            position, valid, seen, span, ids=ids, implementation=implementation, head_order=head_order
+            position,
+            valid,
+            seen,
+            span,
+            ids=ids,
+            implementation=implementation,
+            head_order=head_order,
+            tables=tables,
         )
         x, state, _ = block.stream(x, state, cache, context)
         return map_state_axes(lambda leaf, axes: constrain(leaf, *axes), state), x
@@ -129,6 +138,7 @@ def read_layerwise(
         block, row = model.layer_and_row(i)
         cache, heads = cache.renumbered()  # layers whose groups of heads have equal sizes share a program
         order = None if heads is None else jnp.array(heads, jnp.int32)
-        x, layers[i] = layer_over(block, row, x, layers[i], places, cache, state.span, state.implementation, order)
+        options = cache, state.span, state.implementation, order, state.tables
+        x, layers[i] = layer_over(block, row, x, layers[i], places, *options)
     standing, nats = finished(ends, standing, x, tokens, count, scored)
     return dataclasses.replace(standing, layers=tuple(layers)), nats

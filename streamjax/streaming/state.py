@@ -18,6 +18,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
@@ -41,6 +42,7 @@ class StreamState:
     int32 [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one.
     caches: the cache of each layer (static). span: positions in use at once (static). implementation: see `init_state`
     (static). used: which ids each stream has read, bool [B, V], for the repetition penalty; None where nobody asked.
+    tables: where streams in a `PagePool` have their pages; None where no layer has one.
     """
 
     layers: tuple[State, ...]
@@ -51,6 +53,7 @@ class StreamState:
     span: int = dataclasses.field(metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     used: Bool[Array, "B V"] | None = None
+    tables: PageTables | None = None
 
     @property
     def batch_size(self) -> int:
@@ -76,6 +79,7 @@ class StreamState:
             seen=fn(self.seen, ("batch",)),
             hidden=fn(self.hidden, ("batch", "activation_embed")),
             used=None if self.used is None else fn(self.used, ("batch", "vocab")),
+            tables=None if self.tables is None else self.tables.map_axes(fn),
         )
 
     def noting_used(self, vocab_size: int) -> StreamState:

@@ -57,6 +57,7 @@ def enter(
         differentiable=differentiable,
         ids=tokens.astype(jnp.int32) if any(cache.needs_ids for cache in state.caches) else None,
         implementation=state.implementation,
+        tables=state.tables,
     )
     return context, tokens
 

@@ -65,4 +65,4 @@ def test_streams_of_presets(name):
 def test_a_short_stream_takes_little():
     batch = Batch(bytes_model(), sj.kv.preset("dense", capacity=2048), rows=1, chunk_size=CHUNK, block=1)
     state, _ = batch.read(batch.parking.empty, np.arange(8, dtype=np.int32))
-    assert batch.parking.park(state).nbytes < batch.row_bytes / 50
+    assert batch.parking.park(state).nbytes < batch.cache_bytes / 50

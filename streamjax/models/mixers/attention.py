@@ -18,6 +18,7 @@ from streamjax.attention.context.sequence import Exchange
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
 from streamjax.kv.head_groups import update_in_order
+from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.config import AttentionConfig
 from streamjax.models.mixers.projections import Projections
@@ -62,8 +63,8 @@ class ChunkContext:
 
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
     saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable,
-    implementation: see `Query`. ids: of the tokens; None where no cache asks for them. head_order: which key heads the
-    cache's heads are, see `Cache.renumbered`; the layer's own where None.
+    implementation, tables: see `Query`. ids: of the tokens; None where no cache asks for them. head_order: which key
+    heads the cache's heads are, see `Cache.renumbered`; the layer's own where None.
     """
 
     position: UInt32[Array, "B C"]
@@ -74,6 +75,7 @@ class ChunkContext:
     ids: Int32[Array, "B C"] | None = None
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     head_order: Int32[Array, " K"] | None = None
+    tables: PageTables | None = None
 
 
 class Attention(nnx.Module):
@@ -219,6 +221,7 @@ def stream_attention(
         valid=context.valid,
         differentiable=context.differentiable,
         implementation=context.implementation,
+        tables=context.tables,
     )
     return update_in_order(cache, context.head_order, state, query, tokens)
 

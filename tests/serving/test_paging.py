@@ -1,0 +1,170 @@
+"""Streams in a pool of pages: the tokens of streams alone, in memory for what they hold."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import streamjax as sj
+from streamjax.serving.paging.page_book import PageBook, tables_of
+from streamjax.serving.paging.paged_batch import page_size_for
+from tests.serving import engines
+from tests.serving.engines import bytes_model, engine, finish, request, served, tokens
+
+DENSE = sj.kv.preset("dense", capacity=128)
+SHARED = "Once upon a time, there was one. "  # 34 ids with BOS: four chunks of 8 and two
+MIXED = [
+    request(SHARED + "a", 9),
+    request(SHARED + "bcdefghijkl", 12),
+    request("something else", 20),
+    request(SHARED + "bcdefghijklmnop", 7),
+    request("x" * 60, 11),
+]
+
+
+def paged(**options):
+    return engine(cache=DENSE, **{"prefix_bytes": 1 << 20, **options})
+
+
+@functools.cache
+def alone(index: int) -> list[int]:
+    one = MIXED[index]
+    _, found = sj.generate(
+        bytes_model(), sj.init_state(bytes_model(), DENSE), [one.prompt], max_new_tokens=one.max_new_tokens,
+        sampler=sj.Sampler(temperature=0), chunk_size=8,
+    )  # fmt: skip
+    return found[0].tolist()
+
+
+def book(one) -> PageBook:
+    return one._batch.book
+
+
+@given(
+    st.permutations(range(len(MIXED))),
+    st.lists(st.integers(0, 9), min_size=len(MIXED), max_size=len(MIXED)),
+    st.sampled_from(["fcfs", "mlfq"]),
+    st.sampled_from([0, 1 << 20]),
+)
+def test_tokens_are_those_of_a_stream_alone(order, pauses, policy, prefix_bytes):
+    one = paged(policy=policy, prefix_bytes=prefix_bytes, pool_tokens=128)  # room for two or three of the five
+    tickets = {}
+    for i, pause in zip(order, pauses, strict=True):
+        tickets[i] = one.submit(MIXED[i])
+        for _ in range(pause):
+            one.step()
+    finish(one)
+    for i, ticket in tickets.items():
+        assert tokens(list(ticket.events())) == alone(i)
+    one._loop.prefixes.clear()
+    assert book(one).free == book(one).pages == 16
+
+
+def test_a_fork_copies_no_page():
+    one = paged()
+    first = one.submit(MIXED[1])
+    finish(one)
+    list(first.events())
+    used = book(one).pages - book(one).free
+    assert used == 5  # the prompt's 40 first tokens, for who comes next
+    second = one.submit(MIXED[3])
+    while second.row is None:
+        one.step()
+    assert second.cached == 40
+    assert book(one).pages - book(one).free == used + 2  # for the 16 tokens behind them
+    finish(one)
+
+
+def test_a_stream_takes_what_it_holds():
+    one = paged(prefix_bytes=0)
+    assert one.stats().cache_bytes < engine(cache=DENSE, pool_tokens=0).stats().cache_bytes * 1.05
+    ticket = one.submit(request("a", 20))  # 2 ids and 20
+    while ticket.row is None:
+        one.step()
+    assert book(one).pages - book(one).free == 1
+    finish(one)
+    assert book(one).pages == book(one).free
+
+
+def test_conversations_and_saved_streams_do_not_know_about_pages(tmp_path):
+    with_pages = paged(state_dir=tmp_path, prefix_bytes=0)
+    first = tokens(served(with_pages, request("tell me", 11, conversation="ann"))[0])
+    with_pages.close()
+    assert book(with_pages).pages - book(with_pages).free == 0
+    again, whole = paged(state_dir=tmp_path), engine(cache=DENSE, pool_tokens=0)
+    assert tokens(served(whole, request("tell me", 11, conversation="ann"))[0]) == first
+    more = request([5, 6], 9, conversation="ann")
+    assert tokens(served(again, more)[0]) == tokens(served(whole, more)[0])
+    again.close()
+    session = sj.Session(bytes_model(), engines.Endless(), DENSE)
+    session.load(tmp_path / "ann")
+    assert session.tokens_seen == 8 + 11 + 2 + 9
+
+
+def test_a_stream_that_the_pool_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="the cache holds 32 tokens: 0 are used and 41 more do not fit"):
+        paged(pool_tokens=32).submit(request("x" * 30, 10))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool_tokens": -1}, "pool_tokens must not be negative, got -1"),
+        ({"pool_tokens": 64, "cache": engines.CACHE}, "pool_tokens is 64, and no layer keeps every token"),
+        ({"pool_tokens": 64, "memory_bytes": 1000, "conversation_bytes": 0}, "of pages, .*pool_tokens sets how many"),
+    ],
+)
+def test_pools_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        engine(**{"cache": DENSE, **options})
+
+
+def test_after_a_failure_the_pool_is_whole(monkeypatch):
+    one = paged()
+    ticket = one.submit(MIXED[0])
+    one.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(one._batch, "decode", lambda *_: 1 / 0)
+        finish(one)
+    assert list(ticket.events())[-1].finish_reason == "error"
+    assert book(one).free == book(one).pages
+    assert tokens(served(one, MIXED[0])[0]) == alone(0)
+
+
+def test_cancelled_requests_leave_no_page():
+    one = paged(prefix_bytes=0)
+    tickets = [one.submit(wanted) for wanted in MIXED]
+    for step, ticket in enumerate(tickets):
+        for _ in range(step):
+            one.step()
+        ticket.cancel()
+    finish(one)
+    assert book(one).free == book(one).pages
+
+
+ROWS = st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=2, max_size=5)
+
+
+@given(ROWS, st.integers(4, 6))
+def test_pages_that_rows_share_are_listed_once(choices, width):
+    # pages as a tree has them: a page is shared by rows that have all pages before it in common
+    rows, numbers = [], {}
+    for choice in choices:
+        rows.append([numbers.setdefault(tuple(choice[: i + 1]), len(numbers)) for i in range(len(choice))])
+    found = tables_of(rows, width)
+    listed = [page for page in found.shared.tolist() if page >= 0]
+    assert len(set(listed)) == len(listed)
+    for row, pages in enumerate(rows):
+        assert [page for page in found.own[row].tolist() if page >= 0] == pages
+        mine = {int(found.place[i]): int(found.shared[i]) for i in np.flatnonzero(found.sharers[:, row])}
+        assert mine == dict(enumerate(pages[: found.begins[row]]))
+        others = {page for other, some in enumerate(rows) if other != row for page in some}
+        if len(listed) < width:
+            assert all(page not in others for page in pages[found.begins[row] :])
+
+
+@pytest.mark.parametrize(("chunk", "size"), [(8, 8), (64, 64), (100, 50), (512, 64), (67, 1)])
+def test_pages_divide_chunks(chunk, size):
+    assert page_size_for(chunk) == size
