@@ -57,8 +57,8 @@ def replicate(state: TrainState, config: DiLoCoConfig, trainable: Trainable, mes
     optimizer = outer_optimizer(config)
 
     def build(state: TrainState) -> TrainState:
-        model, inner = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (config.replicas, *x.shape)), (state.model, state.opt_state)
+        model, inner, skips = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (config.replicas, *x.shape)), (state.model, state.opt_state, state.skips)
         )
         agreed = []
         for fragment in fragments:
@@ -70,7 +70,7 @@ def replicate(state: TrainState, config: DiLoCoConfig, trainable: Trainable, mes
                 for piece in fragment
             }
             agreed.append(Agreed(params, optimizer.init(params), nothing))
-        return TrainState(model, inner, state.step, outer=tuple(agreed))
+        return TrainState(model, inner, state.step, outer=tuple(agreed), skips=skips)
 
     return jax.jit(build, out_shardings=placement(jax.eval_shape(build, state), mesh))(state)
 
@@ -118,7 +118,8 @@ def placement(state: TrainState, mesh: Mesh | None) -> Any:
         return Agreed(params, momentum, sent)
 
     agreed = tuple(map(of_fragment, state.outer))
-    return dataclasses.replace(state, model=model, opt_state=opt_state, step=whole, outer=agreed)  # type: ignore
+    skips = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(along)), state.skips)
+    return TrainState(model, opt_state, whole, outer=agreed, skips=skips)  # type: ignore
 
 
 def count_replicas(state: TrainState) -> int:
@@ -148,7 +149,8 @@ def _with_rows(state: TrainState, rows: np.ndarray) -> TrainState:
         return jax.tree.map(lambda x: x[rows], tree)
 
     agreed = tuple(dataclasses.replace(held, sent=pick(held.sent)) for held in state.outer)
-    return dataclasses.replace(state, model=pick(state.model), opt_state=pick(state.opt_state), outer=agreed)
+    of_replicas = pick({"model": state.model, "opt_state": state.opt_state, "skips": state.skips})
+    return dataclasses.replace(state, outer=agreed, **of_replicas)
 
 
 @jax.jit

@@ -5,6 +5,7 @@ What is sent is gathered over replicas by the program of the next step, whose wo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.loss_and_grad import Batch
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.diloco.config import DiLoCoConfig
@@ -46,7 +46,7 @@ class Replicas:
         self._config = config
         fragments = fragments_of(state.model, config.fragments, trainable)
         places = placement(state, mesh)
-        stays = None if places is None else ((places.model, places.opt_state, places.step), None, None)
+        stays = None if places is None else (dataclasses.replace(places, outer=None), None, None)
         self._inner = jax.jit(partial(_inner, step=step, mesh=mesh), donate_argnums=0, out_shardings=stays)
         self._send = [
             jax.jit(partial(_send, number=number, fragment=fragment, config=config, trainable=trainable),
@@ -66,9 +66,8 @@ class Replicas:
         """The state behind step `step` (from 0), which is donated, and the means of what replicas measured."""
         outer, number = state.outer, self._to_gather
         waiting = None if number is None else outer[number].sent
-        held = state.model, state.opt_state, state.step
-        (model, opt_state, count), metrics, gathered = self._inner(held, batch, waiting)
-        state = TrainState(model, opt_state, count, outer=outer)
+        state, metrics, gathered = self._inner(dataclasses.replace(state, outer=None), batch, waiting)
+        state = dataclasses.replace(state, outer=outer)
         if number is not None:
             self._gathered[number] = gathered
         return self._exchange(state, step + 1), metrics
@@ -89,18 +88,18 @@ class Replicas:
 
 
 def _inner(
-    held: tuple[Decoder, Any, Array], batch: Batch, waiting: Sent | None, *, step: Step, mesh: Mesh | None
-) -> tuple[tuple[Decoder, Any, Array], dict[str, Array], Sent | None]:
+    state: TrainState, batch: Batch, waiting: Sent | None, *, step: Step, mesh: Mesh | None
+) -> tuple[TrainState, dict[str, Array], Sent | None]:
     """A step of each replica on its rows, by itself; and what waits to be gathered."""
-    model, opt_state, number = held
-    replicas = jax.tree.leaves(model)[0].shape[0]
+    replicas = jax.tree.leaves(state.model)[0].shape[0]
     rows = jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), batch)
+    held = {"model": state.model, "opt_state": state.opt_state, "skips": state.skips}
 
-    def one(own: tuple[Decoder, Any, Batch]) -> tuple[Decoder, Any, dict[str, Array]]:
-        state, metrics = step(TrainState(own[0], own[1], number), own[2])
-        return state.model, state.opt_state, metrics
+    def one(own: tuple[dict[str, Any], Batch]) -> tuple[dict[str, Any], dict[str, Array]]:
+        found, metrics = step(dataclasses.replace(state, **own[0]), own[1])
+        return {name: getattr(found, name) for name in own[0]}, metrics
 
-    def some(own: tuple[Decoder, Any, Batch]) -> tuple[Decoder, Any, dict[str, Array]]:
+    def some(own: tuple[dict[str, Any], Batch]) -> tuple[dict[str, Any], dict[str, Array]]:
         if jax.tree.leaves(own)[0].shape[0] > 1:
             return jax.lax.map(one, own)
         return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], own)))
@@ -111,9 +110,15 @@ def _inner(
             some, mesh=jax.sharding.get_abstract_mesh(), axis_names={"replica"}, in_specs=(along,), out_specs=along,
             check_vma=False,
         )  # fmt: skip
-    model, opt_state, metrics = some((model, opt_state, rows))
-    means = jax.tree.map(partial(jnp.mean, axis=0), metrics)
-    return (model, opt_state, number + 1), means, None if waiting is None else _gather(waiting, mesh)
+    held, metrics = some((held, rows))
+    means = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
+    if "skipped_steps" in metrics:
+        means |= {
+            "skipped_steps": jnp.sum(metrics["skipped_steps"]),
+            "skipped_in_a_row": jnp.max(metrics["skipped_in_a_row"]),
+        }
+    state = dataclasses.replace(state, step=state.step + 1, **held)
+    return state, means, None if waiting is None else _gather(waiting, mesh)
 
 
 def _gather(sent: Sent, mesh: Mesh | None) -> Sent:
@@ -169,10 +174,9 @@ def _receive(
         state.model, fragment, trainable,
         lambda name, own: config.mixing * own + (1 - config.mixing) * params[name],
     )  # fmt: skip
-    state = TrainState(mixed, state.opt_state, state.step, outer=state.outer)
-    return _with_agreed(state, number, Agreed(params, momentum, held.sent))
+    return _with_agreed(dataclasses.replace(state, model=mixed), number, Agreed(params, momentum, held.sent))
 
 
 def _with_agreed(state: TrainState, number: int, agreed: Agreed) -> TrainState:
     outer = (*state.outer[:number], agreed, *state.outer[number + 1 :])
-    return TrainState(state.model, state.opt_state, state.step, outer=outer)
+    return dataclasses.replace(state, outer=outer)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -64,6 +65,10 @@ class Feed(Protocol):
 
     def set_state(self, state: Any) -> None: ...
 
+    def skip(self, steps: int) -> None:
+        """Read so many batches, from the first on, and leave them out."""
+        ...
+
 
 def make_feed(config: TrainConfig, tokenizer: Tokenizer, model: Decoder, mesh: Mesh | None, workdir: Path) -> Feed:
     """The feed of a run that starts from `model`; `make_feed` is called before a checkpoint is restored.
@@ -77,6 +82,11 @@ def make_feed(config: TrainConfig, tokenizer: Tokenizer, model: Decoder, mesh: M
     if isinstance(config.objective, GRPO):
         return RolloutFeed(config, config.objective, tokenizer, model, mesh, workdir)
     return TextFeed(config, tokenizer, mesh, shard)
+
+
+def _skip(batches: Iterator[Any], count: int) -> None:
+    for _ in itertools.islice(batches, count):
+        pass
 
 
 class TextFeed:
@@ -100,6 +110,9 @@ class TextFeed:
 
     def set_state(self, state: Any) -> None:
         self._batches.set_state(state)
+
+    def skip(self, steps: int) -> None:
+        _skip(self._batches, steps)
 
 
 class PairFeed:
@@ -145,6 +158,9 @@ class PairFeed:
 
     def set_state(self, state: Any) -> None:
         self._batches.set_state(state)
+
+    def skip(self, steps: int) -> None:
+        _skip(self._batches, steps)
 
     def _with_reference(self, model: Decoder, host: Batch, stored: np.ndarray | None) -> Batch:
         numbers = host["example"]
@@ -253,6 +269,9 @@ class RolloutFeed:
             with np.load(io.BytesIO(base64.b64decode(state["batch"]))) as arrays:
                 self._batch = dict(arrays)
             self._found = state["found"]
+
+    def skip(self, steps: int) -> None:
+        _skip(self._batches, -(-steps // self._settings.updates))
 
     def _write(self, model: Decoder, step: int) -> tuple[dict[str, np.ndarray], Found]:
         """New answers, their rewards and log-probabilities."""

@@ -26,7 +26,7 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
         place for the adapters.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    dtype = jnp.dtype(config.dtype)
+    dtype, skipping = jnp.dtype(config.dtype), config.optimizer.skip_nonfinite > 0
     if config.init_from is None:
         model_config = config.model
         assert model_config is not None
@@ -36,7 +36,7 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
             model = Decoder(
                 model_config, key, dtype=dtype, param_dtype=jnp.dtype(jnp.float32), scan_layers=config.scan_layers
             )
-            return new_state(model, optimizer, new_stream(config, model))
+            return new_state(model, optimizer, new_stream(config, model), skipping=skipping)
 
         return build_sharded(build, mesh, jax.random.key(config.seed))
 
@@ -49,7 +49,7 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
     if lora.rank:
         model = add_lora(model, lora.rank, lora.scale, lora.targets, jax.random.key(config.seed))
     return build_sharded(
-        lambda model: new_state(model, optimizer, new_stream(config, model), lora.trainable), mesh, model
+        lambda model: new_state(model, optimizer, new_stream(config, model), lora.trainable, skipping), mesh, model
     )
 
 

@@ -26,13 +26,15 @@ from streamjax.parallel.multiprocess import gather_json, max_over_processes
 from streamjax.training.backprop.loss_and_grad import choice_for
 from streamjax.training.backprop.planning.method_choice import device_memory_bytes
 from streamjax.training.backprop.trainable_parameters import partition
-from streamjax.training.diloco.replicas import count_replicas, one_model, replicate, resized, shapes_with
+from streamjax.training.diloco.replicas import count_replicas, one_model, replicate
 from streamjax.training.diloco.steps import Replicas
 from streamjax.training.run.config import MeshConfig, TrainConfig
 from streamjax.training.run.feeds import make_feed
+from streamjax.training.run.goodput import Goodput
 from streamjax.training.run.initial_state import initial_state
 from streamjax.training.run.metrics import MetricsWriter
 from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
+from streamjax.training.run.restoring import restored
 from streamjax.training.run.signals import StopSignals
 from streamjax.training.run.state import TrainState
 from streamjax.training.run.step import make_train_step, step_function
@@ -115,7 +117,7 @@ class _Run:
     """What the loop holds, and the things that it does at intervals."""
 
     def __init__(self, config: TrainConfig, workdir: Path, progress: bool | None, resume_from: int | None = None):
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.clock = config, workdir, Goodput()
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
         config.check_context(1 if self.mesh is None else self.mesh.shape["context"])  # -1 is a number now
@@ -129,8 +131,9 @@ class _Run:
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.step = (self.checkpoints.latest_step or 0) if resume_from is None else resume_from
         if self.step:
-            self.state, about = self._restored()
-            self.feed.set_state(about["data"][jax.process_index()])
+            self.state, about = restored(self.checkpoints, self.step, self.state, config, self.mesh)
+            self.clock.set_state(about.get("goodput", self.clock.get_state()))
+            self._find_place(about["data"])
         if resume_from is not None:
             self.checkpoints.set_aside_after(self.step)
         self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
@@ -146,6 +149,7 @@ class _Run:
             "accumulation": config.optimizer.accumulation,
             "trainable": trainable,
             "objective": config.objective,
+            "spike_factor": config.optimizer.spike_factor,
             **self._backprop_options(),
         }
         self.replicas: Replicas | None = None
@@ -158,22 +162,15 @@ class _Run:
     def on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _restored(self) -> tuple[TrainState, dict[str, Any]]:
-        """The state of a checkpoint, which may be of another number of replicas, and what was saved beside it.
-
-        Raises:
-          ValueError: as `RunCheckpoints.restore`; a run of replicas goes on without any, or the other way round.
-        """
-        before, now = self.checkpoints.about(self.step).get("replicas", 0), self.config.diloco.replicas
-        if not before or not now or before == now:
-            if bool(before) != bool(now) and self.step in self.checkpoints.steps:
-                raise ValueError(
-                    f"{self.workdir} holds a run with config.diloco.replicas={before}, not {now}: a run may go on with "
-                    "more or fewer replicas, but not with and without; choose another --workdir"
-                )
-            return self.checkpoints.restore(self.step, self.state)
-        state, about = self.checkpoints.restore(self.step, shapes_with(self.state, before, self.mesh))
-        return resized(state, now, self.mesh), about
+    def _find_place(self, places: list[Any]) -> None:
+        """Go to the place in the input that a checkpoint has of each of its processes, or of as many others."""
+        if len(places) == jax.process_count():
+            self.feed.set_state(places[jax.process_index()])
+            return
+        if jax.process_index() == 0:
+            here = f"{len(places)} processes saved step {self.step}, and there are {jax.process_count()} now"
+            _log.info("%s: reading the input up to there, as it is dealt out now", here)
+        self.feed.skip(self.step)
 
     def _backprop_options(self) -> dict[str, Any]:
         """How gradients are made: for "auto" what the memory beside the optimizer's state allows, told in a line."""
@@ -206,7 +203,8 @@ class _Run:
     def advance(self) -> None:
         """One step; what it measured stays on the device until the next report."""
         try:
-            batch, measured = self.feed.next(self.state.model, self.step)
+            with self.clock.spending("data"):
+                batch, measured = self.feed.next(self.state.model, self.step)
         except StopIteration:
             raise ValueError(
                 f"the data ends after {self.step} steps: set config.data.epochs=none, or config.steps={self.step}"
@@ -215,6 +213,7 @@ class _Run:
             self.state, found = self.train_step(self.state, batch)
         else:
             self.state, found = self.replicas(self.state, batch, self.step)
+        self.clock.switch("steps")  # the first one has compiled the program
         self.pending.append({**found, **measured})
         self.measured = tuple(measured)
         self.step += 1
@@ -230,7 +229,16 @@ class _Run:
             return
         values: list[dict[str, Any]] = jax.device_get(self.pending)
         self.pending.clear()
+        limit = self.config.optimizer.skip_nonfinite
         for step, found in enumerate(values, self.step - len(values) + 1):
+            if (skipped := int(found.get("skipped_in_a_row", 0))) > limit:
+                raise RunStopped(
+                    f"{skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite or spikes "
+                    f"(optimizer.skip_nonfinite={limit}); {self._kept(step - skipped + 1)}",
+                    1,
+                )
+            if skipped:
+                continue
             if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
                 raise RunStopped(f"the loss or its gradient is not finite at step {step}; {self._kept(step)}", 1)
             if not np.isfinite(found["param_norm"]):
@@ -239,7 +247,8 @@ class _Run:
         now = time.monotonic()
         speed = len(values) * self.config.data.batch_size * self.config.data.seq_len / (now - self.since)
         self.since = now
-        loss = float(np.mean([found["loss"] for found in values]))
+        taken = [found["loss"] for found in values if not found.get("skipped_in_a_row", 0)]
+        loss = float(np.mean(taken)) if taken else float("nan")
         measured = {name: float(np.mean([found[name] for found in values])) for name in self.measured}
         self._write(
             {
@@ -248,9 +257,11 @@ class _Run:
                 "param_norm": float(values[-1]["param_norm"]),
                 **{name: float(x) for name, x in values[-1].items() if name.startswith(("expert_", "router_"))},
                 **measured,
+                **{name: int(values[-1][name]) for name in ("skipped_steps",) if name in values[-1]},
                 **({} if self.replicas is None else {"sent_bytes": self.replicas.sent_bytes(self.step)}),
                 "learning_rate": float(self.schedule(self.step - 1)),
                 "tokens_per_second": round(speed, 1),
+                **self.clock.metrics(),
             }
         )
         reward = f"reward {measured['reward']:.3f}, " if "reward" in measured else ""
@@ -273,7 +284,8 @@ class _Run:
     def evaluate(self) -> None:
         """Measure the model on the validation split."""
         self.report()
-        values = self.feed.evaluate(one_model(self.state))
+        with self.clock.spending("evaluation"):
+            values = self.feed.evaluate(one_model(self.state))
         self._write(values)
         self._say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.since = time.monotonic()
@@ -282,10 +294,14 @@ class _Run:
         """Save a checkpoint; never of a state that a step which was not finite has touched."""
         self.report()
         places = gather_json(self.feed.get_state())
-        about: dict[str, Any] = {"tokenizer": self.tokenizer.name, "data": places}
-        if replicas := count_replicas(self.state):
-            about["replicas"] = replicas
-        self.checkpoints.save(self.step, self.state, about)
+        about: dict[str, Any] = {
+            "tokenizer": self.tokenizer.name,
+            "data": places,
+            "goodput": self.clock.get_state(),
+            "replicas": count_replicas(self.state),
+        }
+        with self.clock.spending("checkpoints"):
+            self.checkpoints.save(self.step, self.state, about)
 
     def close(self) -> None:
         """Let go of files, after a save that is under way."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import optax
 from flax import nnx
 
-from streamjax.field_checks import BelowOne, Count, Fraction, NotNegative, Positive, Size, check_fields
+from streamjax.field_checks import BelowOne, Count, Fraction, Interval, NotNegative, Positive, Size, check_fields
 from streamjax.models.decoder import Decoder
 
 
@@ -24,6 +25,10 @@ class OptimizerConfig:
       b1, b2, eps: Adam's.
       clip_norm: largest global norm of a gradient; None does not clip.
       accumulation: microbatches that a batch is cut into, one after the other in memory.
+      skip_nonfinite: so many steps in a row may have a loss or a gradient that is not finite, or a spike. They leave
+        the weights as they are; one more ends the run. With 0 the first that is not finite ends it.
+      spike_factor: a gradient whose norm is more than so many times the running mean of earlier ones is a spike; None:
+        no gradient is.
     """
 
     learning_rate: Positive = 1e-3
@@ -35,9 +40,16 @@ class OptimizerConfig:
     eps: Positive = 1e-8
     clip_norm: Positive | None = 1.0
     accumulation: Size = 1
+    skip_nonfinite: Count = 0
+    spike_factor: Annotated[float, Interval(1, above=True)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.spike_factor is not None and not self.skip_nonfinite:
+            raise ValueError(
+                f"optimizer.spike_factor is {self.spike_factor}, and no step may be skipped: set "
+                "optimizer.skip_nonfinite to how many in a row may be"
+            )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -10,12 +10,45 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.state import StreamState
 from streamjax.training.backprop.trainable_parameters import Trainable, partition
+
+_DECAY = 0.95  # of the running mean of norms, which reaches back some twenty steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Skips:
+    """What a run knows of steps that left the weights as they were: not finite, or with a gradient that spikes.
+
+    total: steps that were skipped. in_a_row: those at the end, up to the last step. norm: the running mean of the norms
+    of gradients that were taken; 0 before the first.
+    """
+
+    total: Int32[Array, "*R"]
+    in_a_row: Int32[Array, "*R"]
+    norm: Float[Array, "*R"]
+
+    def judge(
+        self, loss: Float[Array, ""], norm: Float[Array, ""], spike_factor: float | None
+    ) -> tuple[Bool[Array, ""], Skips]:
+        """Whether a step is to be taken, and what is known with it."""
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if spike_factor is not None:
+            good &= (self.norm == 0) | (norm <= spike_factor * self.norm)
+        mean = jnp.where(self.norm == 0, norm, _DECAY * self.norm + (1 - _DECAY) * norm)
+        bad = jnp.where(good, 0, 1)
+        mean = jnp.where(good, mean, self.norm).astype(self.norm.dtype)
+        return good, Skips(self.total + bad, jnp.where(good, 0, self.in_a_row + 1), mean)
+
+
+def no_skips() -> Skips:
+    """Before the first step."""
+    return Skips(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +59,7 @@ class TrainState:
     stream: what is cached of the streams that the model trains on, one a row of a batch; None in ordinary training.
     outer: with Streaming DiLoCo what its replicas have agreed on of each fragment (`training.diloco.replicas`); model
       and optimizer state are then those of all replicas, [R, ...].
+    skips: what is known of steps that were skipped; None where none may be.
     """
 
     model: Decoder
@@ -33,6 +67,7 @@ class TrainState:
     step: Int32[Array, ""]
     stream: StreamState | None = None
     outer: Any = None
+    skips: Skips | None = None
 
 
 def new_state(
@@ -40,13 +75,18 @@ def new_state(
     optimizer: optax.GradientTransformation,
     stream: StreamState | None = None,
     trainable: Trainable = nnx.Param,
+    skipping: bool = False,
 ) -> TrainState:
     """The state before the first step; the optimizer has a state for parameters of the type `trainable` alone.
+
+    skipping: steps whose loss or gradient is not finite are to be skipped.
 
     Pure: under `streamjax.parallel.mesh.build_sharded` the optimizer's arrays are made in their places.
     """
     params, _ = partition(model, trainable)
-    return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32), stream)
+    return TrainState(
+        model, optimizer.init(params), jnp.zeros((), jnp.int32), stream, skips=no_skips() if skipping else None
+    )
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:

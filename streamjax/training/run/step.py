@@ -79,6 +79,7 @@ def step_function(
     *,
     accumulation: int = 1,
     trainable: Trainable = nnx.Param,
+    spike_factor: float | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """What `make_train_step` compiles, for a caller who calls it inside of a program."""
@@ -95,12 +96,18 @@ def step_function(
         else:
             raise ValueError(f"accumulation is {accumulation}: streams are read in one piece, set it to 1")
         grads, reports = take_reports(grads)
-        params, rest = partition(state.model, trainable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        model = combine(params, rest)
-        return TrainState(model, opt_state, state.step + 1, stream), metrics | routing_metrics(reports)
+        before, rest = partition(state.model, trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
+        params, norm, skips = optax.apply_updates(before, updates), optax.tree.norm(grads), state.skips
+        metrics = {"loss": loss, "grad_norm": norm}
+        if skips is not None:
+            good, skips = skips.judge(loss, norm, spike_factor)
+            old, new = (before, state.opt_state), (params, opt_state)
+            params, opt_state = jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
+            metrics |= {"skipped_steps": skips.total, "skipped_in_a_row": skips.in_a_row}
+        metrics["param_norm"] = optax.tree.norm(params)
+        new_state = TrainState(combine(params, rest), opt_state, state.step + 1, stream, skips=skips)
+        return new_state, metrics | routing_metrics(reports)
 
     return train_step
 
@@ -110,6 +117,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     trainable: Trainable = nnx.Param,
+    spike_factor: float | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
@@ -117,19 +125,24 @@ def make_train_step(
     Metrics are the loss in nats per token, the global norm of the gradient before clipping, and that of the trained
     parameters after the step, float32 scalars: a norm that is not finite tells of any value that is not. For models
     with experts also what their routers did (`routing_metrics`). With a stream in the state the batch is read as its
-    continuation (`streaming_loss_and_grad`).
+    continuation (`streaming_loss_and_grad`). Where the state has `skips`, a step whose loss or gradient is not finite
+    leaves weights and optimizer state as they are, and is counted.
 
     Args:
       optimizer: turns gradients into updates.
       accumulation: microbatches a step; 1 for streams.
       trainable: the type of parameters that are trained; all others stay as they are, bit for bit.
+      spike_factor: where the state has `skips`, a gradient whose norm is above so many times the running mean is
+        skipped, too.
       options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `objective`,
         `chunk_size` and `logits_chunk` count.
 
     Raises:
       ValueError: an unknown method.
     """
-    step = step_function(optimizer, accumulation=accumulation, trainable=trainable, **options)
+    step = step_function(
+        optimizer, accumulation=accumulation, trainable=trainable, spike_factor=spike_factor, **options
+    )
     return jax.jit(step, donate_argnums=0)
 
 

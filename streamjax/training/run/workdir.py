@@ -44,6 +44,8 @@ _FREE_FIELDS = frozenset(
         "data.prefetch",
         "reference",
         "rollouts.samples",
+        "optimizer.skip_nonfinite",  # a run that stopped may go on with it
+        "optimizer.spike_factor",
         "diloco.replicas",  # they may become more or fewer, but not none
     )
 )

@@ -1,5 +1,6 @@
 """Streaming DiLoCo against a plain loop of the paper's algorithm, on one device and on meshes."""
 
+import dataclasses
 import re
 from functools import partial
 from itertools import pairwise
@@ -175,7 +176,7 @@ def test_what_crosses_between_replicas_are_the_messages():
         replicas = Replicas(config, step_function(OPTIMIZER), state, nnx.Param, mesh)
         batch = shard_batch({name: np.asarray(x, x.dtype if x.dtype == np.int32 else np.float32)
                              for name, x in next(batches()).items()}, mesh)  # fmt: skip
-        held, sent = (state.model, state.opt_state, state.step), state.outer[0].sent
+        held, sent = dataclasses.replace(state, outer=None), state.outer[0].sent
         text = replicas._inner.lower(held, batch, sent).compile().as_text()
         plain = replicas._inner.lower(held, batch, None).compile().as_text()
     assert not re.findall(r" all-gather| all-to-all| collective-permute", plain)

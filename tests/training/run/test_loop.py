@@ -24,8 +24,11 @@ from streamjax.training import (
     evaluate,
     train,
 )
+from streamjax.training.run.goodput import Goodput
 from streamjax.training.run.loop import _Run
 from tests.covering import rest_slow
+
+CLOCKS = {"tokens_per_second", *Goodput().metrics()}
 
 
 class Killed(BaseException):
@@ -61,7 +64,7 @@ def same_bits(a, b):
 
 def read_metrics(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +198,18 @@ def test_a_run_may_move_to_other_devices(run_config, reference, at_step, tmp_pat
     assert int(state.step) == 12
     for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(expected.model), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-3)
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(run_config, reference, at_step, tmp_path, monkeypatch):
+    """As if two processes had saved it: their places in the input are of no use to one, which reads up to there."""
+    expected, workdir = reference(run_config)
+    at_step(9, kill)
+    with monkeypatch.context() as patch:
+        patch.setattr("streamjax.training.run.loop.gather_json", lambda value: [value, value])
+        with pytest.raises(Killed):
+            train(run_config, tmp_path)
+    assert same_bits(train(run_config, tmp_path), expected)
+    assert read_metrics(tmp_path) == read_metrics(workdir)
 
 
 def test_a_workdir_keeps_its_configuration(run_config, reference, tmp_path):
