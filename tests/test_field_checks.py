@@ -18,7 +18,7 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv import current_chunk, recurrence
 from streamjax.kv.budgets import ada_kv, cake, pyramid
-from streamjax.kv.channels import bases, low_rank, pruned
+from streamjax.kv.channels import bases, low_rank, pruned, shadow
 from streamjax.kv.codecs import fp8, integers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
 from streamjax.kv.pages import boundaries, disk_files, indexes
@@ -167,6 +167,7 @@ EXAMPLES = [
     low_rank.LowRank(64),
     pruned.Channels(2, 8),
     pruned.PrunedKeys(64),
+    shadow.Shadow(64),
 ]
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.

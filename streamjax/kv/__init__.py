@@ -17,6 +17,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import Factors, LowRank
 from streamjax.kv.channels.pruned import PrunedKeys
+from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.codecs.codec import Codec, bytes_per_token
 from streamjax.kv.codecs.fp8 import FP8
 from streamjax.kv.codecs.integers import Int
@@ -134,6 +135,7 @@ __all__ = [
     "Scissorhands",
     "Score",
     "Scored",
+    "Shadow",
     "Side",
     "Sink",
     "SnapKV",

@@ -9,6 +9,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.channels.pruned import PrunedKeys
+from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.presets.registry import Built
@@ -52,6 +53,8 @@ def describe_tier(tier: Tier) -> str:
             return f"{type(tier).__name__}({size:,}{_codec(tier)})"
         case PrunedKeys(capacity=size, keep=keep):
             return f"PrunedKeys({size:,} with {keep:g} of their channels)"
+        case Shadow(capacity=size, keys=keys, page=page, top_k=top_k):
+            return f"Shadow({size:,} in {page}s, top {top_k}, with {keys:g} of their keys' channels)"
         case LowRank(capacity=size, keys=keys, values=values):
             return f"LowRank({size:,} with {keys:g} of their keys' channels, {values:g} of their values')"
         case Pages(size=size, capacity=capacity, top_k=top_k):

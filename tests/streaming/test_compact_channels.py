@@ -56,3 +56,24 @@ def test_a_prompt_takes_the_directions_that_fit_all_of_it(prompt):
                 np.testing.assert_allclose(held, expected, atol=1e-4)
     _, logits = read_stream(model, new, random_tokens(2, 16, seed=1), [1])
     assert np.isfinite(logits).all()
+
+
+def test_shadows_of_a_prompt(prompt):
+    """ShadowKV at a prompt's end: landmarks, and as outliers the pages with a key that is least like its own."""
+    model, _, state, found = prompt
+    cache = sj.kv.preset("shadow_kv", keys=0.5, window=8, page=4, top_k=3, outliers=2, group=20, capacity=80)
+    new = sj.compact(model, state, cache)
+    for (_, k, _), (_, layer) in zip(found, new.layers, strict=True):
+        pages = k[:, : LENGTH - 8].reshape(2, 10, 4, 2, 6)
+        marks = pages.mean(axis=2)
+        np.testing.assert_allclose(layer.landmarks[:, :, :10], marks.swapaxes(1, 2), atol=1e-5)
+        cosine = np.einsum("bpskd,bpkd->bkps", pages, marks)
+        lengths = np.linalg.norm(marks, axis=-1).swapaxes(1, 2)[..., None]
+        cosine /= np.linalg.norm(pages, axis=-1).transpose(0, 3, 1, 2) * lengths
+        expected = np.argsort(cosine.min(axis=-1), axis=-1)[:, :, :2]
+        assert layer.outliers.page.tolist() == expected.tolist()
+        for row, head, i in np.ndindex(2, 2, 2):
+            own = pages[row, expected[row, head, i], :, head]
+            np.testing.assert_allclose(layer.outliers.k[row, head, i], own, atol=1e-4)
+    _, logits = read_stream(model, new, random_tokens(2, 16, seed=1), [1])
+    assert np.isfinite(logits).all()

@@ -1,0 +1,30 @@
+"""ShadowKV (Sun et al., arXiv 2410.21465): keys of low rank, and the pages of them that a query wants.
+
+The published rule: at the end of a prompt its keys before rotation, of all heads together, are decomposed to rank 160,
+and values go to the host's memory. Pages of 8 tokens have their mean rotated key as a landmark; the 48 with a key that
+is least like it, by cosine, stay on the device as they are, and so do the newest tokens and all that are generated. A
+token reads those, and the 256 pages whose landmarks it weighs most: their keys are rebuilt and rotated, their values
+fetched. `sj.compact(model, state, sj.kv.preset("shadow_kv"))` does so with a prompt. Here streams do too: the basis is
+of the first `group` tokens, tokens wait in full until their group is full, and queries of a chunk choose as single
+tokens do, where the paper's prompt reads everything. Landmarks of all pages are kept, and values lie on the device.
+"""
+
+from streamjax.field_checks import Count, Fraction, Size
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.shadow import Shadow
+from streamjax.kv.presets.registry import register
+from streamjax.kv.tiers.window import Window
+
+
+@register(paper="ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference, arXiv 2410.21465")
+def shadow_kv(
+    keys: Fraction = 0.15625,
+    window: Size = 32,
+    page: Size = 8,
+    top_k: Size = 256,
+    outliers: Count = 48,
+    group: Size = 512,
+    capacity: Size = 65536,
+) -> Cascade:
+    """Keep every token up to `capacity`, keys in a basis; read the `top_k` pages that fit best, and odd ones whole."""
+    return Cascade(Window(window), Shadow(capacity, keys, group=group, page=page, top_k=top_k, outliers=outliers))
