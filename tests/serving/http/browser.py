@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from websockets.sync.client import connect
+from tests.serving.http.conftest import PATIENCE, patient
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -24,7 +24,7 @@ class Page:
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = json.loads(self._socket.recv(timeout=PATIENCE))
             if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.problems.append(json.dumps(message["params"])[:500])
             if message.get("id") == self._number:
@@ -37,7 +37,7 @@ class Page:
             "value"
         )
 
-    def until(self, script: str, seconds: float = 120) -> Any:
+    def until(self, script: str, seconds: float = PATIENCE) -> Any:
         """Wait until a script gives what is true."""
         deadline = time.monotonic() + seconds
         while not (found := self.value(script)):
@@ -75,16 +75,16 @@ def chromium(folder: Path) -> Iterator[Page]:
                "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
     with subprocess.Popen([CHROMIUM, *options], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
-            told, deadline = folder / "DevToolsActivePort", time.monotonic() + 60
+            told, deadline = folder / "DevToolsActivePort", time.monotonic() + PATIENCE
             while not (told.exists() and told.read_text().count("\n")):
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.05)
             port, path = told.read_text().split()
-            with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as browser:
+            with patient.socket(f"ws://127.0.0.1:{port}{path}") as browser:
                 targets = Page(browser).call("Target.getTargets")["targetInfos"]
                 target = next(each["targetId"] for each in targets if each["type"] == "page")
-                with connect(f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None) as socket:
+                with patient.socket(f"ws://127.0.0.1:{port}/devtools/page/{target}") as socket:
                     page = Page(socket)
                     for domain in ("Page", "Runtime", "Log"):
                         page.call(f"{domain}.enable")

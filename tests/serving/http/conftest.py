@@ -4,9 +4,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 
+import httpx2 as httpx
 import openai
 import pytest
+from websockets.sync.client import connect
 
 from streamjax.data.text.tokenizers import ByteTokenizer
 from streamjax.serving.http.app import make_app
@@ -17,6 +21,15 @@ from tests.serving.http.fake_engine import FakeEngine
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\x1e\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+PATIENCE = 600.0  # seconds; what a machine that has much else to do may take, and what no test waits for otherwise
+patient = SimpleNamespace(
+    get=partial(httpx.get, timeout=PATIENCE),
+    post=partial(httpx.post, timeout=PATIENCE),
+    delete=partial(httpx.delete, timeout=PATIENCE),
+    stream=partial(httpx.stream, timeout=PATIENCE),
+    socket=partial(connect, open_timeout=PATIENCE, ping_interval=None, max_size=None),
 )
 
 
@@ -30,11 +43,11 @@ class Running:
 
     def client(self, key: str = "none") -> openai.OpenAI:
         if key not in self._clients:
-            self._clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+            self._clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
         return self._clients[key]
 
 
-def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Wait for what another thread brings about: a machine may be busy."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -49,14 +62,14 @@ def serving(engine, service, **options) -> Iterator[Running]:
         server = make_server(make_app(service, **options), shutdown_seconds=2)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
         thread.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         try:
             yield Running(engine, service, own.getsockname()[1])
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(PATIENCE)
 
 
 def fake_service(template: str | None = TEMPLATE, **options) -> tuple[FakeEngine, Service]:

@@ -1,10 +1,10 @@
 """Chats and completions by the real client, over a real socket."""
 
-import httpx2 as httpx
 import openai
 import pytest
 
 from streamjax.data.text.tokenizers import ByteTokenizer
+from tests.serving.http.conftest import patient
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -133,7 +133,7 @@ def test_models(server):
 )  # fmt: skip
 def test_errors_name_what_is_wrong(server, engine, change, status, code, param):
     body = {"model": "tiny", "messages": HI, **change}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    answer = patient.post(f"{server.url}/v1/chat/completions", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
     assert error["type"] == "invalid_request_error"

@@ -2,10 +2,10 @@
 
 import threading
 
-import httpx2 as httpx
 import openai
 import pytest
 
+from tests.serving.http.conftest import patient
 from tests.serving.http.test_chat import decoded
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -48,19 +48,19 @@ def test_results_of_tools_go_on_behind_the_call(server, engine):
 
 def test_they_are_listed_created_and_deleted(server, engine):
     url = f"{server.url}/v1/conversations"
-    made = httpx.post(url).json()
+    made = patient.post(url).json()
     assert made["id"].startswith("conv_")
-    assert httpx.post(url, json={"id": "mine"}).json()["tokens_seen"] == 0
-    assert httpx.post(url, json={"id": "mine"}).status_code == 409
-    assert httpx.post(url, json={"id": "../mine"}).status_code == 400
+    assert patient.post(url, json={"id": "mine"}).json()["tokens_seen"] == 0
+    assert patient.post(url, json={"id": "mine"}).status_code == 409
+    assert patient.post(url, json={"id": "../mine"}).status_code == 400
     say(server, "mine", "hello")
-    listed = {each["id"]: each["tokens_seen"] for each in httpx.get(url).json()["data"]}
+    listed = {each["id"]: each["tokens_seen"] for each in patient.get(url).json()["data"]}
     assert listed["mine"] > 0
     assert listed[made["id"]] == 0
-    assert httpx.get(f"{url}/mine").json()["tokens_seen"] == listed["mine"]
-    assert httpx.delete(f"{url}/mine").json() == {"id": "mine", "object": "conversation.deleted", "deleted": True}
-    assert httpx.delete(f"{url}/{made['id']}").status_code == 200
-    for answer in (httpx.get(f"{url}/mine"), httpx.delete(f"{url}/mine")):
+    assert patient.get(f"{url}/mine").json()["tokens_seen"] == listed["mine"]
+    assert patient.delete(f"{url}/mine").json() == {"id": "mine", "object": "conversation.deleted", "deleted": True}
+    assert patient.delete(f"{url}/{made['id']}").status_code == 200
+    for answer in (patient.get(f"{url}/mine"), patient.delete(f"{url}/mine")):
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "conversation_not_found")
 
 

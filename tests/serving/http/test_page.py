@@ -4,12 +4,11 @@ import os
 import re
 from pathlib import Path
 
-import httpx2 as httpx
 import pytest
 
 from streamjax.evaluation.cache_sizes import CacheSizes, PartSize
 from tests.serving.http.browser import CHROMIUM, chromium
-from tests.serving.http.conftest import fake_service, serving, until
+from tests.serving.http.conftest import fake_service, patient, serving, until
 
 SIZES = CacheSizes((
     PartSize((0, 1, 2, 3), "Sink(4)", 4, 4096, 40),
@@ -27,22 +26,22 @@ def page_server():
 
 
 def test_its_files_are_served_and_nothing_comes_from_elsewhere(server):
-    answer = httpx.get(server.url)
+    answer = patient.get(server.url)
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
     names = re.findall(r'(?:src|href)="(/[^"]+)"', answer.text)
     assert len(names) == 3
     texts = [answer.text]
     for name in [*names, "/page/plots.js"]:
-        part = httpx.get(server.url + name)
+        part = patient.get(server.url + name)
         assert part.status_code == 200
         texts.append(part.text)
     assert not [text for text in texts if re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)]
-    assert httpx.get(f"{server.url}/page/../app.py").status_code == 404
-    assert httpx.get(f"{server.url}/page/%2e%2e/app.py").status_code == 404
+    assert patient.get(f"{server.url}/page/../app.py").status_code == 404
+    assert patient.get(f"{server.url}/page/%2e%2e/app.py").status_code == 404
 
 
 def test_what_it_shows(page_server):
-    about = httpx.get(f"{page_server.url}/v1/streamjax").json()
+    about = patient.get(f"{page_server.url}/v1/streamjax").json()
     assert about["cache"]["bytes"] == SIZES.total
     assert [part["part"] for part in about["cache"]["parts"]] == ["Sink(4)", "Window(28)", "the stream itself"]
     assert about["engine"]["rows"] == 4

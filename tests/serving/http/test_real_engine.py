@@ -17,7 +17,7 @@ import streamjax as sj
 from streamjax.data.text.tokenizers import ByteTokenizer
 from streamjax.serving.engine import Engine
 from streamjax.serving.http.service import Service
-from tests.serving.http.conftest import TEMPLATE, serving
+from tests.serving.http.conftest import PATIENCE, TEMPLATE, serving
 from tests.serving.http.test_chat import HI
 from tests.streaming.tiny_models import build
 from tests.streaming.tiny_sessions import BYTES, CACHE
@@ -124,14 +124,16 @@ class Process:
         for line in self.process.stderr:
             self.words += line
             if found := re.search(r"serving at (http://127\.0\.0\.1:\d+)", line):
-                self.client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="secret", max_retries=0, timeout=60)
+                self.client = openai.OpenAI(
+                    base_url=f"{found[1]}/v1", api_key="secret", max_retries=0, timeout=PATIENCE
+                )
                 return
         raise AssertionError(self.words)
 
     def end(self, number):
         self.process.send_signal(number)
         self.words += self.process.stderr.read()
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE)
 
 
 def test_a_conversation_goes_on_behind_kill_9_and_behind_sigterm(tmp_path):

@@ -12,7 +12,7 @@ import httpx2 as httpx
 import pytest
 
 from streamjax.serving.http.connections import Connection
-from tests.serving.http.conftest import fake_service, serving, until
+from tests.serving.http.conftest import PATIENCE, fake_service, patient, serving, until
 from tests.serving.http.test_chat import HI
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
@@ -20,7 +20,7 @@ CHAT = {"model": "tiny", "messages": HI}
 
 
 def post_raw(server, body: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", server.port), 10) as own:
+    with socket.create_connection(("127.0.0.1", server.port)) as own:
         own.sendall(HEAD.replace(b"\r\nContent", b"\r\nConnection: close\r\nContent") % len(body) + body)
         answer = b""
         while part := own.recv(1 << 16):
@@ -54,9 +54,9 @@ def test_bodies_are_bounded():
         for chunked in (False, True):
             body = b'{"x": "' + b"a" * 5000
             content = (body[i : i + 100] for i in range(0, len(body), 100)) if chunked else body
-            answer = httpx.post(f"{running.url}/v1/chat/completions", content=content)
+            answer = patient.post(f"{running.url}/v1/chat/completions", content=content)
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
+        assert patient.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -69,11 +69,11 @@ def test_a_client_that_goes_frees_its_row(server, engine, stream):
         until(lambda: engine.tickets)
     until(lambda: engine.tickets[0].cancelled.is_set())
     engine.pause, engine.answer = 0.0, lambda request: "hello"
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
+    assert patient.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
 
 
 def test_a_client_that_never_reads_is_cancelled_and_stops_nobody(monkeypatch):
-    monkeypatch.setattr(Connection, "read_seconds", 0.5)
+    monkeypatch.setattr(Connection, "read_seconds", 2.0)
     engine, service = fake_service()
     engine.answer = lambda request: "x" * 200_000 if request.max_new_tokens > 1000 else "hello"
     with serving(engine, service) as running:
@@ -84,13 +84,13 @@ def test_a_client_that_never_reads_is_cancelled_and_stops_nobody(monkeypatch):
             own.sendall(HEAD % len(body))
             own.sendall(body)
             until(lambda: engine.tickets and engine.tickets[0].cancelled.is_set())
-            assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT, timeout=60).status_code == 200
+            assert patient.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
             until(lambda: service._requests == 0)
 
 
 def test_a_slow_reader_gets_all_of_it(server, engine):
     engine.answer = lambda request: "x" * 500
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+    with patient.stream("POST", f"{server.url}/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
         lines = []
         for line in answer.iter_lines():
             if len(lines) % 200 == 0:
@@ -101,15 +101,15 @@ def test_a_slow_reader_gets_all_of_it(server, engine):
 
 
 def test_half_open_connections_end(monkeypatch):
-    monkeypatch.setattr(Connection, "request_seconds", 0.3)
+    monkeypatch.setattr(Connection, "request_seconds", 2.0)
     engine, service = fake_service()
     with serving(engine, service) as running:
-        silent = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(20)]
+        silent = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(20)]
         for own in silent[::2]:
             own.sendall(b"POST /v1/chat/comp")
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
+        assert patient.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
         for own in silent:
-            own.settimeout(10)
+            own.settimeout(PATIENCE)
             with contextlib.suppress(ConnectionResetError):
                 assert own.recv(10) == b""
             own.close()
@@ -125,7 +125,7 @@ def test_a_burst_is_shed_and_what_was_taken_is_answered(server, engine):
             assert answer.json()["error"]["type"] == "rate_limit_error"
         return answer.status_code
 
-    client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=60))
+    client = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_connections=60))
     with client, ThreadPoolExecutor(60) as pool:
         found = pool.map(ask, range(100))
         until(lambda: len(engine.requests) == 40)  # the server's `most_requests`
@@ -133,14 +133,14 @@ def test_a_burst_is_shed_and_what_was_taken_is_answered(server, engine):
         statuses = list(found)
     assert set(statuses) == {200, 429}
     assert statuses.count(200) == len(engine.requests) >= 40
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
+    assert patient.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
 
 
 def test_the_engines_own_queue_sheds(server, engine):
     engine.held.clear()
     engine.most_waiting = 0
     try:
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT)
+        answer = patient.post(f"{server.url}/v1/chat/completions", json=CHAT)
     finally:
         engine.most_waiting = 64
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
@@ -150,23 +150,23 @@ def test_keys_hosts_and_origins():
     engine, service = fake_service()
     with serving(engine, service, keys=["one", "zwei-ü"]) as running:
         url = f"{running.url}/v1/models"
-        assert httpx.get(url).status_code == 401
-        assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).json()["error"]["code"] == "invalid_api_key"
-        assert httpx.get(f"{running.url}/metrics").status_code == 401
-        assert httpx.get(url, headers={"Authorization": "Bearer one"}).status_code == 200
+        assert patient.get(url).status_code == 401
+        assert patient.get(url, headers={"Authorization": "Bearer wrong"}).json()["error"]["code"] == "invalid_api_key"
+        assert patient.get(f"{running.url}/metrics").status_code == 401
+        assert patient.get(url, headers={"Authorization": "Bearer one"}).status_code == 200
         assert [model.id for model in running.client("one").models.list()] == ["tiny"]
-        assert httpx.get(f"{running.url}/health").json()["status"] == "ok"
-        assert httpx.get(running.url).status_code == 200
+        assert patient.get(f"{running.url}/health").json()["status"] == "ok"
+        assert patient.get(running.url).status_code == 200
         bad = {"Authorization": "Bearer one", "Origin": "http://elsewhere.example"}
-        assert httpx.get(url, headers=bad).status_code == 403
-        assert httpx.get(url, headers={"Authorization": "Bearer one", "Host": "elsewhere.example"}).status_code == 403
-        assert httpx.get(url, headers={"Authorization": "Bearer one", "Origin": running.url}).status_code == 200
+        assert patient.get(url, headers=bad).status_code == 403
+        assert patient.get(url, headers={"Authorization": "Bearer one", "Host": "elsewhere.example"}).status_code == 403
+        assert patient.get(url, headers={"Authorization": "Bearer one", "Origin": running.url}).status_code == 200
 
 
 def test_figures_for_prometheus(server, engine):
-    httpx.post(f"{server.url}/v1/chat/completions", json=CHAT)
-    httpx.get(f"{server.url}/v1/nothing/{'x' * 50}")
-    text = httpx.get(f"{server.url}/metrics").text
+    patient.post(f"{server.url}/v1/chat/completions", json=CHAT)
+    patient.get(f"{server.url}/v1/nothing/{'x' * 50}")
+    text = patient.get(f"{server.url}/metrics").text
     assert "streamjax_cache_bytes 1.048576e+06" in text
     assert 'streamjax_requests_total{finish_reason="stop"} 3.0' in text
     assert re.search(r'streamjax_http_responses_total{path="/v1/chat/completions",status="200"} [1-9]', text)
@@ -184,13 +184,13 @@ def test_the_end_cancels_what_does_not_end_and_closes_the_engine():
         def ask():
             with (
                 pytest.raises(httpx.HTTPError),
-                httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer,
+                patient.stream("POST", f"{running.url}/v1/chat/completions", json=body) as answer,
             ):
                 list(answer.iter_lines())
 
         asking = threading.Thread(target=ask)
         asking.start()
         until(lambda: engine.tickets)
-    asking.join(60)
+    asking.join(PATIENCE)
     assert engine.closed
     assert engine.tickets[0].cancelled.is_set()

@@ -3,15 +3,13 @@
 import json
 import time
 
-import httpx2 as httpx
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
 
 from streamjax.data.text.chat_turns import turn_around, turn_ids
 from streamjax.data.text.tokenizers import ByteTokenizer
 from streamjax.serving.http.connections import Connection
-from tests.serving.http.conftest import TEMPLATE, fake_service, serving
+from tests.serving.http.conftest import PATIENCE, TEMPLATE, fake_service, patient, serving
 from tests.serving.http.test_chat import decoded
 from tests.serving.http.test_conversations import say
 from tests.serving.http.test_robustness import until
@@ -24,7 +22,7 @@ def turn(socket, *pieces, **fields):
         socket.send(json.dumps({"text": piece}))
     socket.send(json.dumps({"answer": True}))
     text = ""
-    while not (message := json.loads(socket.recv(timeout=60))).get("done"):
+    while not (message := json.loads(socket.recv(timeout=PATIENCE))).get("done"):
         assert "error" not in message, message
         text += message["choices"][0]["delta"].get("content") or ""
     return text, message
@@ -35,7 +33,7 @@ def url(server):
 
 
 def test_it_is_read_while_it_comes_and_is_one_turn(server, engine):
-    with connect(url(server)) as socket:
+    with patient.socket(url(server)) as socket:
         text, end = turn(socket, "hel", "lo <eo", "s>", conversation="pieces", temperature=0)
         assert (text, end["usage"]["completion_tokens"]) == ("hello", 6)
         reads = engine.requests[:-1]
@@ -53,7 +51,7 @@ def test_it_is_read_while_it_comes_and_is_one_turn(server, engine):
 
 
 def test_a_connection_without_a_name_leaves_nothing(server, engine):
-    with connect(url(server)) as socket:
+    with patient.socket(url(server)) as socket:
         turn(socket, "a")
         turn(socket, "b")
         names = {request.conversation for request in engine.requests}
@@ -62,7 +60,7 @@ def test_a_connection_without_a_name_leaves_nothing(server, engine):
 
 
 def test_a_client_that_goes_in_the_middle_leaves_a_whole_turn(server, engine):
-    with connect(url(server)) as socket:
+    with patient.socket(url(server)) as socket:
         socket.send(json.dumps({"begin": {"model": "tiny", "conversation": "left"}}))
         socket.send(json.dumps({"text": "I was going to"}))
         until(lambda: len(engine.requests) > 0)
@@ -74,10 +72,10 @@ def test_a_client_that_goes_in_the_middle_leaves_a_whole_turn(server, engine):
 
 
 def test_a_client_that_thinks_for_long_stays(monkeypatch):
-    monkeypatch.setattr(Connection, "request_seconds", 0.2)
+    monkeypatch.setattr(Connection, "request_seconds", 2.0)
     engine, service = fake_service()
-    with serving(engine, service) as running, connect(url(running)) as socket:
-        time.sleep(0.5)
+    with serving(engine, service) as running, patient.socket(url(running)) as socket:
+        time.sleep(2.5)
         assert turn(socket, "a")[0] == "hello"
 
 
@@ -93,17 +91,17 @@ def test_a_client_that_thinks_for_long_stays(monkeypatch):
     ],
 )
 def test_what_is_wrong_is_said(server, engine, messages, code):
-    with connect(url(server)) as socket:
+    with patient.socket(url(server)) as socket:
         for message in messages:
             socket.send(message)
-        assert json.loads(socket.recv(timeout=60))["error"]["code"] == code
+        assert json.loads(socket.recv(timeout=PATIENCE))["error"]["code"] == code
         with pytest.raises(ConnectionClosed):
-            socket.recv(timeout=60)
-    assert httpx.get(f"{server.url}/health").status_code == 200
+            socket.recv(timeout=PATIENCE)
+    assert patient.get(f"{server.url}/health").status_code == 200
 
 
 def test_pages_of_other_sites_are_kept_out(server):
-    with pytest.raises(InvalidStatus), connect(url(server), origin="http://elsewhere.example"):
+    with pytest.raises(InvalidStatus), patient.socket(url(server), origin="http://elsewhere.example"):
         pass
 
 
