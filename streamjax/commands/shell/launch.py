@@ -22,7 +22,7 @@ def launch(command: str) -> int:
     try:
         status = importlib.import_module(f"streamjax.commands.{command}").main()
     except ImportError as error:
-        name = "'streamjax[serve]'" if command == "serve" else "streamjax"
+        name = "'streamjax[serve]'" if command in ("batch", "serve") else "streamjax"
         print(f"error: this installation is incomplete: {error} (pip install {name})", file=sys.stderr)
         status = 1
     if signal.getsignal(signal.SIGINT) in (leave, signal.default_int_handler):
@@ -98,6 +98,11 @@ def redirect_to_nowhere(stream: Any) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def batch() -> int:
+    """`streamjax-batch`."""
+    return launch("batch")
 
 
 def chat() -> int:

@@ -1,0 +1,114 @@
+"""Answer a file of requests that nobody waits for: OpenAI's batch files, JSON lines in and out, in the best order.
+
+    python -m infer.batch --model=Qwen3-0.6B --input=requests.jsonl --output=answers.jsonl
+    python -m infer.batch --model=Qwen3-0.6B --input=requests.jsonl --output=answers.jsonl --cache=dense --rows=32
+
+A line of the input is {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model":
+"Qwen3-0.6B", "messages": [...]}}, or is for /v1/completions. Answers are appended as they come, in any order. A job
+that was stopped goes on: the same command answers what is not answered yet. Requests with a common beginning stand
+together, so that it is read once, and long prompts beside long answers; --order=file keeps the file's order. It takes
+pip install 'streamjax[serve]'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from streamjax.checkpoints import user_path
+from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.shell.progress import progress_bar
+from streamjax.commands.shell.runner import run_command
+from streamjax.serving.engine import Engine
+from streamjax.serving.http.service import Service
+from streamjax.serving.offline.answering import answer_all, prepare, size_of
+from streamjax.serving.offline.batch_files import answer_line, answered, read_requests
+from streamjax.serving.offline.ordering import order_requests
+from streamjax.streaming.generate import stop_ids
+
+_AHEAD = 4  # requests in the engine for each row: it looks ahead for prompts that begin alike
+
+
+def define(values: flags.FlagValues) -> None:
+    define_model(values)
+    values.set_default("chunk_size", 64)
+    flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
+    flags.DEFINE_string("input", None, "File of requests.", required=True, flag_values=values)
+    flags.DEFINE_string("output", None, "File that answers are appended to.", required=True, flag_values=values)
+    flags.DEFINE_integer("rows", 16, "Streams that are computed at once.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("pool_tokens", None, "Tokens that all streams together may hold, of caches that keep every "
+                         "token (dense).", lower_bound=1, flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("prefix_mib", 1024, "Memory for what requests begin with.", lower_bound=0, flag_values=values)
+    flags.DEFINE_enum("order", "prefix", ["prefix", "file"], "Which request comes next.", flag_values=values)
+    flags.DEFINE_string("name", None, "What requests call the model; the name of its folder by default.",
+                        flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("max_new_tokens", 512, "Of an answer, where a request does not say.", lower_bound=1,
+                         flag_values=values)  # fmt: skip
+    refuse_empty(values, "input", "output", "name")
+
+
+def body(values: flags.FlagValues) -> None:
+    if values.mesh:
+        raise ValueError(f"--mesh={values.mesh}: the engine serves on one device; leave --mesh away")
+    source, target = user_path(values.input), user_path(values.output)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"--output={values.output} is the file of requests: name another one")
+    lines = read_requests(source)
+    done = answered(target)
+    left = [line for line in lines if line.custom_id not in done]
+    print(f"{len(lines) - len(left)} of {len(lines)} requests are answered already", file=sys.stderr)
+    if not left:
+        return
+    try:
+        file = target.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{target}: it cannot be written ({error.strerror})") from error
+    with file:
+        model, tokenizer = load_model(values, [values.cache])
+        engine = Engine(
+            model, tokenizer, parse_cache(values.cache, model.config.max_position),
+            rows=values.rows, chunk_size=values.chunk_size, queue=1 << 30, pool_tokens=values.pool_tokens,
+            prefix_bytes=values.prefix_mib << 20,
+        )  # fmt: skip
+        service = Service(
+            engine, values.name or Path(os.path.abspath(values.model)).name, tokenizer, model.config.vocab_size,
+            stop_ids((*tokenizer.eos_ids, *model.config.eos_token_ids), model.config.vocab_size),
+            default_tokens=values.max_new_tokens, most_requests=1 << 30,
+        )  # fmt: skip
+        try:
+            calls = [(line.custom_id, prepare(service, line)) for line in left]
+            if values.order == "prefix":
+                prompts, tokens = zip(*(size_of(call) for _, call in calls), strict=True)
+                calls = [calls[i] for i in order_requests(prompts, tokens, values.chunk_size, values.rows)]
+            engine.warm_up()
+            engine.start()
+            began, failed = time.monotonic(), 0
+            with progress_bar(total=len(lines), initial=len(lines) - len(left), unit=" requests") as bar:
+
+                def write(name: str, status: int, answer: dict[str, Any]) -> None:
+                    nonlocal failed
+                    failed += status != 200
+                    file.write(answer_line(name, status, answer))
+                    file.flush()
+                    bar.update()
+
+                asyncio.run(answer_all(service, calls, _AHEAD * values.rows, write))
+        finally:
+            service.close()
+    stats, seconds = engine.stats(), time.monotonic() - began
+    print(
+        f"{len(left)} requests in {seconds:.1f} s, {len(left) / seconds:.2f} a second, {failed} refused or failed; "
+        f"read {stats.prompt_tokens} tokens, spared {stats.cached_tokens}, wrote {stats.generated_tokens}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(__doc__, [define], body, argv)
