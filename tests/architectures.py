@@ -127,6 +127,11 @@ CASES = {
         **{**GROUPED, "hybrid_override_pattern": "M*-", "head_dim": 6, "mamba_num_heads": 4, "mamba_head_dim": 6},
         **{"n_groups": 2, "ssm_state_size": 5},
     },
+    "falcon_h1": {
+        **{**GROUPED, "mamba_d_ssm": 20, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 5},
+        **{"ssm_multipliers": [0.5, 1.2, 0.9, 1.1, 0.8], "ssm_out_multiplier": 0.7, "mlp_multipliers": [0.7, 1.3]},
+        **{"attention_in_multiplier": 1.4, "attention_out_multiplier": 0.8, "key_multiplier": 0.6},
+    },
     "mpt": {"vocab_size": 31, "d_model": 16, "n_layers": 2, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}},
 }
 

@@ -135,6 +135,7 @@ EXAMPLES = [
     indexes.Representative(),
     disk_files.PageLayout(1, 1, 8, 4, "float32", "abc"),
     recurrence.Recurrence((2, 4, 4), (3, 8)),
+    recurrence.BesideRecurrence(current_chunk.CurrentChunk(8), recurrence.Recurrence((2, 4, 4), (3, 8))),
     recurrent.GatedDeltaConfig(2, 1, 4, 4),
     recurrent.SSDConfig(2, 1, 4, 4),
     recurrent.GatedConvConfig(1, 1, 4),

@@ -15,6 +15,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.description import describe_cache, describe_tier
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.recurrence import BesideRecurrence
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.state import init_state
 
@@ -96,6 +97,9 @@ def _parts(cache: Cache, state: Any) -> Iterator[PartSize]:
         for (heads, cascade), own in zip(cache.groups, state, strict=True):
             for part in _parts(cascade, own):
                 yield dataclasses.replace(part, part=f"{part.part} in {len(heads)} heads")
+    elif isinstance(cache, BesideRecurrence):
+        yield from _parts(cache.attention, state[0])
+        yield from _parts(cache.recurrence, state[1])
     elif isinstance(cache, Cascade):
         for tier, own in zip(cache.tiers, state, strict=True):
             yield _part(describe_tier(tier), tier.slots, own)

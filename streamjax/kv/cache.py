@@ -70,6 +70,10 @@ class Cache:
         """
         raise NotImplementedError
 
+    def deferred(self) -> Cache:
+        """This cache as a chunk sees it that is not stored yet; see `Deferred`."""
+        return Deferred(self)
+
     def renumbered(self) -> tuple[Cache, tuple[int, ...] | None]:
         """A cache that is equal for layers with equal states, and which key heads its heads 0, 1, ... are.
 

@@ -13,7 +13,7 @@ from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.presets.registry import Built
-from streamjax.kv.recurrence import Recurrence
+from streamjax.kv.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
@@ -35,6 +35,8 @@ def describe_cache(cache: Built | Sequence[Cache]) -> str:
         return f"CurrentChunk({cache.size:,})"
     if isinstance(cache, Recurrence):
         return f"Recurrence({'x'.join(map(str, cache.memory or cache.conv))})"
+    if isinstance(cache, BesideRecurrence):
+        return f"{describe_cache(cache.attention)} beside {describe_cache(cache.recurrence)}"
     if isinstance(cache, HeadGroups):
         return " | ".join(f"{describe_cache(cascade)} in {len(heads)} heads" for heads, cascade in cache.groups)
     if isinstance(cache, Budgeted):

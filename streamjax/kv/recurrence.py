@@ -1,4 +1,4 @@
-"""What a recurrent layer keeps of a stream: arrays of a fixed size, however far the stream is."""
+"""What a recurrent mixer keeps of a stream: arrays of a fixed size, however far the stream is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import KVSpec
+from streamjax.kv.tier import KVSpec, State
 
 
 class RecurrentState(NamedTuple):
@@ -68,3 +68,62 @@ class Recurrence(Cache):
         """The state of streams that have seen nothing, of a model whose activations are of `dtype`."""
         memory = jnp.zeros((batch_size, *self.memory), accumulator(dtype)) if self.memory else None
         return RecurrentState(memory, jnp.zeros((batch_size, *self.conv), dtype) if self.conv else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class BesideRecurrence(Cache):
+    """What a layer keeps that has a recurrent mixer beside its attention: attention's cache, and the mixer's state.
+
+    Its state is the pair of theirs.
+    """
+
+    attention: Cache
+    recurrence: Cache
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def slots(self) -> int:
+        return self.attention.slots
+
+    @property
+    def span(self) -> int:
+        return self.attention.span
+
+    @property
+    def capacity(self) -> int | None:
+        return self.attention.capacity
+
+    @property
+    def reach(self) -> int | None:
+        return self.attention.reach
+
+    @property
+    def needs_ids(self) -> bool:
+        return self.attention.needs_ids
+
+    @property
+    def made_for(self) -> str | None:
+        return self.attention.made_for
+
+    @property
+    def needs_outputs(self) -> bool:
+        return self.attention.needs_outputs
+
+    @property
+    def shares_values(self) -> bool:
+        return self.attention.shares_values
+
+    def init(self, spec: KVSpec) -> tuple[State, RecurrentState]:
+        return self.attention.init(spec), self.recurrence.init(spec)
+
+    def deferred(self) -> BesideRecurrence:
+        return BesideRecurrence(self.attention.deferred(), self.recurrence.deferred())
+
+    def renumbered(self) -> tuple[Cache, tuple[int, ...] | None]:
+        attention, heads = self.attention.renumbered()
+        return BesideRecurrence(attention, self.recurrence), heads
+
+    def sizes(self, state: tuple[State, RecurrentState]) -> Sequence[tuple[int, int]]:
+        return [*self.attention.sizes(state[0]), *self.recurrence.sizes(state[1])]

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.kv.cache import Cache
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.recurrence import BesideRecurrence, RecurrentState
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig
@@ -56,6 +56,10 @@ class Block(nnx.Module):
         self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
         self.mixer_norm = Norm(d_model, config.norm, dtype) if config.pre_norms else None
         self.mixer = build_mixer(config.mixer, d_model, key_mixer, dtype, gain)
+        key_beside = jax.random.fold_in(key, 2)
+        beside = None if config.beside is None else build_mixer(config.beside, d_model, key_beside, dtype, gain)
+        assert beside is None or isinstance(beside, RecurrentMixer)
+        self.beside: RecurrentMixer | None = beside
         own = config.pre_norms and not config.shared_norm and config.mlp is not None and not config.own_norms
         self.mlp_norm = Norm(d_model, config.norm, dtype) if own else None
         self.mlp = None if config.mlp is None else build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
@@ -78,7 +82,9 @@ class Block(nnx.Module):
             made = self.encoder.parallel(x, context.segment_ids)
             memory = whole_view(*made, context.segment_ids, self.encoder.hsa, 0, x.shape[1])
         normed = self.mixer_input(x)
-        return self._residual(x, normed, self.mixer.parallel(normed, context), memory), memory
+        mixed = self.mixer.parallel(normed, context)
+        mixed = mixed if self.beside is None else mixed + self.beside.parallel(normed, context)
+        return self._residual(x, normed, mixed, memory), memory
 
     def mixer_input(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """What the token mixer reads of the layer's input."""
@@ -97,11 +103,19 @@ class Block(nnx.Module):
         return self.attention.keys(self.mixer_input(x), context)
 
     def combine(
-        self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], memory: ReadablePages | None = None
+        self,
+        x: Float[Array, "B T E"],
+        heads: Float[Array, "B T H D"],
+        memory: ReadablePages | None = None,
+        beside: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """The layer behind attention, token by token: from its input and the heads' outputs to its output."""
+        """The layer behind attention, token by token: from its input and the heads' outputs to its output.
+
+        beside: what `recur_beside` gives, where the layer has a recurrent mixer beside its attention.
+        """
         normed = self.mixer_input(x)
-        return self._residual(x, normed, self.attention.join(heads, normed), memory)
+        mixed = self.attention.join(heads, normed)
+        return self._residual(x, normed, mixed if beside is None else mixed + beside, memory)
 
     def recur(
         self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext
@@ -111,6 +125,13 @@ class Block(nnx.Module):
         normed = self.mixer_input(x)
         mixed, state = self.mixer.recur(normed, state, resets=context.resets())
         return self._residual(x, normed, mixed, None), state
+
+    def recur_beside(
+        self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext
+    ) -> tuple[Float[Array, "B C E"], RecurrentState]:
+        """What the recurrent mixer beside attention makes of a stretch of a sequence, and the state behind it."""
+        assert self.beside is not None
+        return self.beside.recur(self.mixer_input(x), state, resets=context.resets())
 
     def stream(
         self,
@@ -124,7 +145,14 @@ class Block(nnx.Module):
         if self.encoder is not None:
             state, memory = self.memorise(x, state, cache, context)
         normed = self.mixer_input(x)
-        mixed, state = self.mixer.stream(normed, state, cache, context)
+        if self.beside is None:
+            mixed, state = self.mixer.stream(normed, state, cache, context)
+        else:
+            assert isinstance(cache, BesideRecurrence)
+            own, beside = state
+            mixed, own = self.mixer.stream(normed, own, cache.attention, context)
+            more, beside = self.beside.stream(normed, beside, cache.recurrence, context)
+            mixed, state = mixed + more, (own, beside)
         return self._residual(x, normed, mixed, memory), state, memory
 
     def memorise(

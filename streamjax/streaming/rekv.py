@@ -105,7 +105,7 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
         raise ValueError(
             "pages on disk are for models with full attention in every layer: this one has windows or chunks"
         )
-    if any(block.mixer.recurrent for block in config.blocks):
+    if any(block.recurrent for block in config.blocks):
         raise ValueError("pages on disk are for models with attention in every layer: this one has recurrent layers")
     if any(isinstance(block.mixer, LatentAttentionConfig) for block in config.blocks):
         raise ValueError("pages on disk are for models with keys and values in each head: this one has latents")

@@ -19,11 +19,11 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.page_pool import PageTables
-from streamjax.kv.recurrence import Recurrence
+from streamjax.kv.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
-from streamjax.models.config import LatentAttentionConfig, MixerConfig, ModelConfig
+from streamjax.models.config import BlockConfig, LatentAttentionConfig, MixerConfig, ModelConfig
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.rope import make_rotary
@@ -98,7 +98,7 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, and
     those that attend within chunks their `CurrentChunk`, as pretrained. A sequence gives every layer its own. Recurrent
-    layers keep their state (`Recurrence`), whatever is given. With
+    layers keep their state (`Recurrence`), whatever is given, and so do recurrent mixers beside attention. With
     hierarchical sparse attention the cache says how much of the stream is remembered: the newest tokens in whole
     chunks, as many as it has slots.
 
@@ -124,6 +124,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
         if isinstance(cache, ChunkMemory) and full is not None:
             raise ValueError(f"layer {full} has full attention: give it a cache of its own, one a layer")
     else:
+        if isinstance(cache, Sequence):
+            cache = [entry.attention if isinstance(entry, BesideRecurrence) else entry for entry in cache]
         if not isinstance(cache, Sequence) or not all(isinstance(entry, Cache) for entry in cache):
             raise ValueError(
                 f"a cache is a Cascade, such as sj.kv.preset('dense'), or one for each layer; got {cache!r}"
@@ -134,7 +136,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
         caches, keeps = tuple(cache), [isinstance(entry, HeadGroups) for entry in cache]
     recurrent = [block.mixer.recurrent for block in config.blocks]
     own = [_pretrained(config, i, caches[i]) if keeps[i] or recurrent[i] else caches[i] for i in layers]
-    return tuple(_remembering(config, i, caches[i], own[i]) for i in layers)
+    whole = [_remembering(config, i, caches[i], own[i]) for i in layers]
+    return tuple(_with_state_beside(block, cache) for block, cache in zip(config.blocks, whole, strict=True))
 
 
 def budgeted_layers(config: ModelConfig) -> list[int]:
@@ -172,13 +175,22 @@ def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
     """`cache`, or the window, the chunk or the recurrent state that the layer was trained with."""
     mixer = config.blocks[index].mixer
     if isinstance(mixer, RecurrentConfig):
-        return Recurrence(mixer.state_shape, mixer.conv_shape)
+        return _own_state(mixer)
     if mixer.reach == 1:
         kind = "a sliding window" if mixer.chunk is None else "attention chunks"
         raise ValueError(f"layer {index} has {kind} of 1: it sees itself alone and has no cache")
     if mixer.chunk is not None:
         return CurrentChunk(mixer.chunk)
     return cache if mixer.window is None else Cascade(Window(mixer.window - 1))
+
+
+def _own_state(mixer: RecurrentConfig) -> Recurrence:
+    return Recurrence(mixer.state_shape, mixer.conv_shape)
+
+
+def _with_state_beside(block: BlockConfig, cache: Cache) -> Cache:
+    """`cache`, beside the state of a recurrent mixer where the layer has one beside its attention."""
+    return cache if block.beside is None else BesideRecurrence(cache, _own_state(block.beside))
 
 
 def _remembering(config: ModelConfig, index: int, cache: Cache, own: Cache) -> Cache:
@@ -244,6 +256,13 @@ def _init(
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
+    def init(block: BlockConfig, cache: Cache) -> State:
+        if isinstance(cache, BesideRecurrence):
+            assert block.beside is not None
+            beside = cache.recurrence.init(spec(block.beside, cache.recurrence))
+            return cache.attention.init(spec(block.mixer, cache.attention)), beside
+        return cache.init(spec(block.mixer, cache))
+
     def spec(mixer: MixerConfig, cache: Cache) -> KVSpec:
         if isinstance(mixer, RecurrentConfig):  # which has no keys and values to be kept in a dtype of their own
             return KVSpec(batch_size, mixer.num_groups, 0, hidden_dtype)
@@ -252,7 +271,7 @@ def _init(
         return KVSpec(*shape, dtype, mixer.group_size, config.d_model, 0 if shared else None)
 
     return StreamState(
-        layers=tuple(cache.init(spec(block.mixer, cache)) for cache, block in zip(caches, config.blocks, strict=True)),
+        layers=tuple(init(block, cache) for block, cache in zip(config.blocks, caches, strict=True)),
         position=jnp.broadcast_to(position, (batch_size,)),
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),

@@ -1,7 +1,7 @@
 """Recurrent token mixers token by token in float64 numpy, as their papers and reference models write them.
 
 A layer keeps the last inputs of its convolution and a matrix for each head. Nothing here comes from the library but the
-weights, whose channels lie in groups.
+weights, whose channels lie in groups. The first argument is the mixer's module.
 """
 
 import numpy as np
@@ -35,9 +35,9 @@ def _norm(x: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x) + eps)
 
 
-def gated_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def gated_delta(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of Gated DeltaNet; `cache` has the inputs of the convolution and the states."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     shared, k_dim, v_dim = c.num_heads // c.num_groups, c.key_dim, c.value_dim
     if not cache:
         cache += [[], np.zeros((c.num_heads, k_dim, v_dim))]
@@ -60,9 +60,9 @@ def gated_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     return np.tensordot(out.reshape(c.num_groups, shared, v_dim), _value(p.out), axes=3)
 
 
-def kimi_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def kimi_delta(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of Kimi Delta Attention; `cache` has the inputs of the convolution and the states."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     if not cache:
         cache += [[], np.zeros((c.num_heads, c.key_dim, c.value_dim))]
     inside = np.tensordot(x, _value(p.inside), axes=1)
@@ -82,15 +82,17 @@ def kimi_delta(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     return np.tensordot(out, _value(p.out), axes=3)
 
 
-def ssd(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def ssd(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of Mamba-2; `cache` has the inputs of the convolution and the states."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     shared, width, size = c.num_heads // c.num_groups, c.head_dim, c.state_dim
     if not cache:
         cache += [[], np.zeros((c.num_heads, size, width))]
     inside = np.tensordot(x, _value(p.inside), axes=1)
     inside = inside if p.inside_bias is None else inside + _value(p.inside_bias)
     inner = shared * width
+    if c.scales:
+        inside = inside * np.repeat(c.scales, (inner, size, size, inner, shared))
     mixed = _silu(_convolved(p.conv, inside[:, : inner + 2 * size], cache[0]))
     gate, steps = inside[:, inner + 2 * size : 2 * inner + 2 * size], inside[:, 2 * inner + 2 * size :]
     out = np.zeros((c.num_groups, inner))
@@ -109,12 +111,12 @@ def ssd(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
         normed = _norm(y, c.norm.eps) if c.norm_groups == 1 else np.stack([_norm(row, c.norm.eps) for row in y])
         out = normed * _value(p.norm) * (_silu(gate) if c.norm_before_gate else 1.0)
     y = np.tensordot(out.reshape(c.num_groups, shared, width), _value(p.out), axes=3)
-    return y if p.out_bias is None else y + _value(p.out_bias)
+    return c.out_scale * (y if p.out_bias is None else y + _value(p.out_bias))
 
 
-def gated_conv(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def gated_conv(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of LFM2's convolution between gates; `cache` has its inputs."""
-    p = layer.mixer
+    p = mixer
     inside = np.tensordot(x, _value(p.inside), axes=1)
     inside = inside if p.inside_bias is None else inside + _value(p.inside_bias)
     into, out, values = np.split(inside, 3, axis=-1)
@@ -122,9 +124,9 @@ def gated_conv(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     return y if p.out_bias is None else y + _value(p.out_bias)
 
 
-def rg_lru(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def rg_lru(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of Griffin's recurrent block; `cache` has the inputs of the convolution and the state."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     first = not cache
     if first:
         cache += [[], np.zeros((c.num_groups, c.channels))]
@@ -142,9 +144,9 @@ def rg_lru(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     return np.tensordot((cache[1] * open_)[:, None], _value(p.out), axes=3) + _value(p.out_bias)
 
 
-def gated_linear(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def gated_linear(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of gated linear attention; `cache` has the states."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     if not cache:
         cache += [np.zeros((c.num_heads, c.key_dim, c.value_dim))]
     inside = np.tensordot(x, _value(p.inside), axes=1)
@@ -158,9 +160,9 @@ def gated_linear(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     return np.tensordot(out, _value(p.out), axes=3)
 
 
-def hgrn2(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def hgrn2(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of HGRN2; `cache` has the states."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     if not cache:
         cache += [np.zeros((c.num_heads, c.key_dim, c.value_dim))]
     inside = np.tensordot(x, _value(p.inside), axes=1)
@@ -173,9 +175,9 @@ def hgrn2(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
     return np.tensordot((_norm(out, c.norm.eps) * _value(p.norm))[:, None], _value(p.out), axes=3)
 
 
-def hgrn(layer, x: np.ndarray, cache: list, rule) -> np.ndarray:
+def hgrn(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of HGRN; `cache` has the state."""
-    p, c = layer.mixer, layer.mixer.config
+    p, c = mixer, mixer.config
     if not cache:
         cache += [np.zeros((c.num_heads, c.channels))]
     values, raw, gate = np.split(np.tensordot(x, _value(p.inside), axes=1), 3, axis=-1)

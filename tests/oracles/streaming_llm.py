@@ -138,7 +138,7 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     out = out.reshape(config.num_kv_heads, group, -1)
     out = out if gate is None else out / (1 + np.exp(-gate))
     y = np.tensordot(out, _value(p.out), axes=3)
-    return y if p.out_bias is None else y + _value(p.out_bias)
+    return config.out_scale * (y if p.out_bias is None else y + _value(p.out_bias))
 
 
 def latent_attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
@@ -224,13 +224,14 @@ def mlp(module, config, x: np.ndarray) -> np.ndarray:
     hidden = np.tensordot(x, _value(module.up), axes=1)  # [gates, width]
     if module.up_bias is not None:
         hidden = hidden + _value(module.up_bias)
-    active = ACTIVATIONS[config.activation](hidden[0])
+    active = ACTIVATIONS[config.activation](config.gate_scale * hidden[0])
     active = active * hidden[1] if config.gated else active
     y = active @ _value(module.down)
-    return y if module.down_bias is None else y + _value(module.down_bias)
+    return config.out_scale * (y if module.down_bias is None else y + _value(module.down_bias))
 
 
-def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
+def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list) -> np.ndarray:
+    """`cache` has keys and values; `state` is a recurrent mixer's, in their place or beside them."""
     config = layer.config
 
     def before(x: np.ndarray, module) -> np.ndarray:
@@ -239,10 +240,15 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     def behind(y: np.ndarray, module) -> np.ndarray:
         return config.residual_scale * (norm(y, module) if config.post_norms else y)
 
-    mixers = {**MIXERS, "latent_attention": latent_attention}
-    mix = mixers.get(config.mixer.type_name, attention)
     normed = before(x, layer.mixer_norm)
-    mixed = behind(mix(layer, normed, cache, rule), layer.mixer_post_norm)
+    if config.mixer.recurrent:
+        mixed = MIXERS[config.mixer.type_name](layer.mixer, normed, state)
+    else:
+        attend = latent_attention if config.mixer.type_name == "latent_attention" else attention
+        mixed = attend(layer, normed, cache, rule)
+    if config.beside is not None:
+        mixed = mixed + MIXERS[config.beside.type_name](layer.beside, normed, state)
+    mixed = behind(mixed, layer.mixer_post_norm)
     if config.residual == "sequential":
         x = x + mixed
         mixed = 0.0
@@ -273,13 +279,14 @@ def run(model, tokens, rule: Rule) -> np.ndarray:
     layers = [model.layer(i) for i in range(config.num_layers)]
     rules = [_own_rule(block.mixer) or rule for block in config.blocks]
     caches: list[list] = [[] for _ in layers]
+    states: list[list] = [[] for _ in layers]
     embedding = _value(model.embedding)
     head = embedding.T if model.head is None else _value(model.head)
     rows = []
     for token in tokens:
         x = embedding[int(token)] * config.embedding_scale
         for i, layer in enumerate(layers):
-            x = block(layer, x, caches[i], rules[i])
+            x = block(layer, x, caches[i], rules[i], states[i])
             caches[i] = rules[i].keep(caches[i])
         logits = norm(x, model.norm) @ head
         if model.head_bias is not None:

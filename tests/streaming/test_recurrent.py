@@ -1,4 +1,4 @@
-"""Streams of recurrent layers beside attention with a window: any cut, ragged rows, saved and compacted.
+"""Streams of recurrent layers, and of one beside attention with a window: any cut, ragged rows, saved and compacted.
 
 The rule itself is held against token-by-token float64 in tests/attention/test_recurrent.py, and whole layers in
 tests/models/families/test_streams.py.
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.kv.recurrence import Recurrence
+from streamjax.kv import Cascade, Window
+from streamjax.kv.recurrence import BesideRecurrence, Recurrence
 from streamjax.models import ModelConfig
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, GatedDeltaConfig, HSAConfig, SSDConfig
 from streamjax.streaming.saving.saved_streams import load_stream, save_stream
@@ -22,7 +23,11 @@ VOCAB, LENGTH = 40, 513
 MLP = DenseConfig(24)
 DELTA = GatedDeltaConfig(num_heads=4, num_groups=2, key_dim=6, value_dim=5)
 SPACE = SSDConfig(num_heads=4, num_groups=2, head_dim=6, state_dim=5)
-LAYERS = BlockConfig(DELTA, MLP), BlockConfig(SPACE, None), BlockConfig(AttentionConfig(4, 2, 6, window=9), MLP)
+LAYERS = (
+    BlockConfig(DELTA, MLP),
+    BlockConfig(SPACE, None),
+    BlockConfig(AttentionConfig(4, 2, 6, window=9), MLP, beside=SPACE),
+)
 HYBRID = ModelConfig(VOCAB, 16, LAYERS)
 CACHE = sj.kv.preset("streaming_llm", sinks=2, window=8)
 
@@ -77,12 +82,20 @@ def test_rows_of_different_lengths(model):
 
 
 def test_the_layers_keep_their_state_under_every_cache(model):
-    recurrent = [block.mixer.recurrent for block in model.config.blocks]
-    for cache in (CACHE, sj.kv.preset("dense", capacity=8), [CACHE] * model.config.num_layers):
+    kinds, window = [Recurrence, Recurrence, BesideRecurrence], Cascade(Window(8))
+    for cache in (CACHE, sj.kv.preset("dense", capacity=8), [CACHE] * 3, sj.init_state(model, CACHE).caches):
         state = sj.init_state(model, cache)
-        assert [isinstance(kept, Recurrence) for kept in state.caches] == recurrent
+        assert [type(kept) for kept in state.caches] == kinds
+        assert state.caches[2].attention == (CACHE if cache == [CACHE] * 3 else window)
     assert sj.init_state(model, CACHE).capacity is None
-    assert "Recurrence(4x" in str(sj.kv.describe(CACHE, model))
+    words = str(sj.kv.describe(CACHE, model))
+    assert "Recurrence(4x" in words
+    assert "Window(8)" in words
+    with pytest.raises(
+        ValueError, match="only cascades of tiers and groups of heads with them are compacted"
+    ) as caught:
+        sj.compact(model, state, CACHE)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_saved_stream_goes_on_bit_for_bit(model, tmp_path):
@@ -125,7 +138,15 @@ def test_compact_leaves_the_state_as_it_is(count):
 def test_bad_configs_are_refused():
     with pytest.raises(ValueError, match=r"GatedDeltaConfig\.num_heads 3 must be a multiple of num_groups 2"):
         dataclasses.replace(DELTA, num_heads=3)
-    with pytest.raises(ValueError, match=r"ModelConfig\.hsa names layer 0, which has no attention"):
-        HYBRID.replace(hsa=HSAConfig(layers=(2,), memory_layers=(0,)))
+    with pytest.raises(ValueError, match=r"ModelConfig\.hsa names layer 1, which has no attention"):
+        HYBRID.replace(hsa=HSAConfig(layers=(1,), memory_layers=(0,)))
+    with pytest.raises(ValueError, match=r"ModelConfig\.hsa names layer 2, .* and nothing beside it"):
+        HYBRID.replace(hsa=HSAConfig(layers=(2,), memory_layers=(2,)))
     with pytest.raises(ValueError, match="residual='parallel' is for layers with an MLP"):
         BlockConfig(SPACE, None, residual="parallel")
+    with pytest.raises(ValueError, match=r"BlockConfig\.beside is for layers that attend"):
+        BlockConfig(SPACE, MLP, beside=SPACE)
+    with pytest.raises(ValueError, match=r"SSDConfig\.scales has 2 factors: give five"):
+        dataclasses.replace(SPACE, scales=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"DenseConfig\.gate_scale is 2\.0 without a gate"):
+        DenseConfig(24, gated=False, gate_scale=2.0)

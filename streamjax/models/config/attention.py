@@ -47,6 +47,7 @@ class AttentionConfig:
     sink_logits: each head has a learned logit in its softmax that stands for no token and has no value (gpt-oss).
     output_gate: what a head reads is multiplied by a sigmoid of as many channels, which the token's input makes as it
       makes the query (Qwen3-Next; 2505.06708).
+    out_scale: factor on the output (Falcon-H1).
     """
 
     type_name: ClassVar[str] = "attention"
@@ -72,6 +73,7 @@ class AttentionConfig:
     clip_qkv: Positive | None = None
     sink_logits: bool = False
     output_gate: bool = False
+    out_scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -42,6 +42,7 @@ class BlockConfig:
     """One layer of a decoder.
 
     mlp: None: the layer is its token mixer alone (Mamba).
+    beside: a recurrent mixer that reads what attention reads; what both return is added (Falcon-H1).
     norm: of what a branch (mixer or MLP) reads, with `pre_norms`, and of what it returns, with `post_norms`, before the
       residual sum.
     residual: "sequential": the MLP reads what the mixer has added to; "parallel": both read the layer's input.
@@ -59,11 +60,14 @@ class BlockConfig:
     shared_norm: bool = False
     residual_scale: Positive = 1.0
     layer_scale: bool = False
+    beside: RecurrentMixerConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.shared_norm and self.residual != "parallel":
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
+        if self.beside is not None and isinstance(self.mixer, RecurrentConfig):
+            raise ValueError("BlockConfig.beside is for layers that attend: the token mixer is a recurrent one itself")
         if self.mlp is None and self.residual == "parallel":
             raise ValueError("BlockConfig.mlp is None: residual='parallel' is for layers with an MLP beside the mixer")
         if self.own_norms and self.residual == "parallel":
@@ -87,6 +91,11 @@ class BlockConfig:
         return self.mixer
 
     @property
+    def recurrent(self) -> bool:
+        """Whether the layer has a recurrent state, in place of keys and values or beside them."""
+        return self.mixer.recurrent or self.beside is not None
+
+    @property
     def own_norms(self) -> bool:
         """Whether the MLP norms what it reads by itself."""
         return self.mlp is not None and self.mlp.own_norms
@@ -100,5 +109,5 @@ class BlockConfig:
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
-        parts = self.mixer.parameter_count(d_model) + (0 if self.mlp is None else self.mlp.parameter_count(d_model))
+        parts = sum(part.parameter_count(d_model) for part in (self.mixer, self.mlp, self.beside) if part is not None)
         return parts + self.norm_count * self.norm.parameter_count(d_model) + self.layer_scale

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Positive, Size, check_fields
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """An MLP of width `mlp_dim`: gated (SwiGLU, 2002.05202) or plain."""
+    """An MLP of width `mlp_dim`: gated (SwiGLU, 2002.05202) or plain.
+
+    gate_scale, out_scale: factors on the gate before its activation, and on the output (Falcon-H1).
+    """
 
     type_name: ClassVar[str] = "dense"
     own_norms: ClassVar[bool] = False  # whether it norms what it reads by itself
@@ -21,9 +24,13 @@ class DenseConfig:
     gated: bool = True
     activation: Activation = "silu"
     bias: bool = False
+    gate_scale: Positive = 1.0
+    out_scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.gate_scale != 1.0 and not self.gated:
+            raise ValueError(f"DenseConfig.gate_scale is {self.gate_scale} without a gate: it needs gated=True")
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""

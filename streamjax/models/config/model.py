@@ -55,9 +55,11 @@ class ModelConfig:
                 f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}"
             )
         memories = () if self.hsa is None else self.hsa.layers + self.hsa.memory_layers
-        wrong = next((i for i in memories if self.blocks[i].mixer.recurrent or self.blocks[i].mlp is None), None)
+        wrong = next((i for i in memories if self.blocks[i].recurrent or self.blocks[i].mlp is None), None)
         if wrong is not None:
-            raise ValueError(f"ModelConfig.hsa names layer {wrong}, which has no attention with an MLP behind it")
+            raise ValueError(
+                f"ModelConfig.hsa names layer {wrong}, which has no attention with an MLP behind and nothing beside it"
+            )
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(

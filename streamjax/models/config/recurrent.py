@@ -165,6 +165,9 @@ class SSDConfig(RecurrentConfig):
       none.
     norm_before_gate: the output is normed first, and then gated.
     step_min, step_max: bounds on a token's step; None: no upper one.
+    scales: factors on what a token's input becomes: inputs of heads, B, C, gates, and steps before their bias; empty:
+      none (Falcon-H1).
+    out_scale: factor on the output.
     """
 
     type_name: ClassVar[str] = "ssd"
@@ -179,12 +182,18 @@ class SSDConfig(RecurrentConfig):
     norm_before_gate: bool = False
     step_min: NotNegative = 0.0
     step_max: Positive | None = None
+    scales: tuple[Positive, ...] = ()
+    out_scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm_groups not in (None, 1, self.num_groups):
             raise ValueError(
                 f"SSDConfig.norm_groups is {self.norm_groups}: use 1 or num_groups, which is {self.num_groups}"
+            )
+        if len(self.scales) not in (0, 5):
+            raise ValueError(
+                f"SSDConfig.scales has {len(self.scales)} factors: give five, of inputs, B, C, gates and steps, or none"
             )
 
     @property

@@ -19,6 +19,7 @@ from streamjax.models.families.config_fields import Fields, read_quantisation
 from streamjax.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from streamjax.models.families.exaone4 import EXAONE4
 from streamjax.models.families.falcon import FALCON
+from streamjax.models.families.falcon_h1 import FALCON_H1
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
 from streamjax.models.families.gemma4 import GEMMA4
@@ -56,7 +57,7 @@ _ALL = (
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
     *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
-    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H),
+    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H, FALCON_H1),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

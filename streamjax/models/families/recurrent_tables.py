@@ -15,21 +15,21 @@ from streamjax.models.families.tensor_tables import Entries
 Part = tuple[int, int]  # a range of a group's channels
 
 
-def ssd(mixer: SSDConfig, prefix: str) -> Entries:
+def ssd(mixer: SSDConfig, prefix: str, path: str = "layers.mixer") -> Entries:
     """Mamba-2: gates, inputs, B, C and steps in one projection, and a convolution over inputs, B and C."""
     inputs, both, gates, steps = mixer.group_channels
     b, c = (inputs, inputs + both // 2), (inputs + both // 2, inputs + both)
     gate = inputs + both, inputs + both + gates
     inside = [gate, (0, inputs), b, c, (gate[1], gate[1] + steps)]
     return {
-        "layers.mixer.inside": _groups(mixer.num_groups, f"{prefix}.in_proj.weight", "(k g) e -> e k g", inside),
-        "layers.mixer.inside_bias": _groups(mixer.num_groups, f"{prefix}.in_proj.bias", "(k g) -> k g", inside),
-        **_conv(mixer.num_groups, prefix, [(0, inputs), b, c]),
-        **_rates(prefix),
-        "layers.mixer.skip": (Source(f"{prefix}.D", "h -> h"),),
-        "layers.mixer.norm": (Source(f"{prefix}.norm.weight", "(k g) -> k g"),),
-        "layers.mixer.out": (Source(f"{prefix}.out_proj.weight", "e (k g d) -> k g d e"),),
-        "layers.mixer.out_bias": (Source(f"{prefix}.out_proj.bias", "e -> e"),),
+        f"{path}.inside": _groups(mixer.num_groups, f"{prefix}.in_proj.weight", "(k g) e -> e k g", inside),
+        f"{path}.inside_bias": _groups(mixer.num_groups, f"{prefix}.in_proj.bias", "(k g) -> k g", inside),
+        **_conv(mixer.num_groups, prefix, [(0, inputs), b, c], path=path),
+        **_rates(prefix, path),
+        f"{path}.skip": (Source(f"{prefix}.D", "h -> h"),),
+        f"{path}.norm": (Source(f"{prefix}.norm.weight", "(k g) -> k g"),),
+        f"{path}.out": (Source(f"{prefix}.out_proj.weight", "e (k g d) -> k g d e"),),
+        f"{path}.out_bias": (Source(f"{prefix}.out_proj.bias", "e -> e"),),
     }
 
 
@@ -123,19 +123,19 @@ def rg_lru(mixer: RGLRUConfig, prefix: str) -> Entries:
     }
 
 
-def _rates(prefix: str) -> Entries:
+def _rates(prefix: str, path: str = "layers.mixer") -> Entries:
     """What decays and steps are made of."""
     return {
-        "layers.mixer.rate_log": (Source(f"{prefix}.A_log", "h -> h"),),
-        "layers.mixer.step_bias": (Source(f"{prefix}.dt_bias", "h -> h"),),
+        f"{path}.rate_log": (Source(f"{prefix}.A_log", "h -> h"),),
+        f"{path}.step_bias": (Source(f"{prefix}.dt_bias", "h -> h"),),
     }
 
 
-def _conv(groups: int, prefix: str, parts: Sequence[Part], name: str = "conv1d") -> Entries:
+def _conv(groups: int, prefix: str, parts: Sequence[Part], name: str = "conv1d", path: str = "layers.mixer") -> Entries:
     """The short convolution."""
     return {
-        "layers.mixer.conv.weight": _groups(groups, f"{prefix}.{name}.weight", "(k g) 1 w -> w k g", parts),
-        "layers.mixer.conv.bias": _groups(groups, f"{prefix}.{name}.bias", "(k g) -> k g", parts),
+        f"{path}.conv.weight": _groups(groups, f"{prefix}.{name}.weight", "(k g) 1 w -> w k g", parts),
+        f"{path}.conv.bias": _groups(groups, f"{prefix}.{name}.bias", "(k g) -> k g", parts),
     }
 
 

@@ -97,9 +97,11 @@ class Attention(nnx.Module):
 
     def value_outputs(self) -> Float[Array, "K G D E"]:
         """What takes each head's output to `d_model` channels, adapters included."""
-        weight = self.projections.out[...].astype(jnp.float32)
+        weight = self.projections.out[...].astype(jnp.float32) * self.config.out_scale
         adapter = self.projections.o_lora
-        return weight if adapter is None else weight + adapter.product().reshape(weight.shape).astype(weight.dtype)
+        if adapter is None:
+            return weight
+        return weight + adapter.product().reshape(weight.shape).astype(weight.dtype) * self.config.out_scale
 
     def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
         """Attention of a whole sequence to itself."""

@@ -95,4 +95,5 @@ class Projections(nnx.Module):
         x = rearrange(heads, "b t h d -> b t (h d)").astype(dtype)
         y = product("btf,fe->bte", x, merge_axes(self.out[...], 0, 3))
         y = y if self.o_lora is None else y + self.o_lora(x)
-        return y if self.out_bias is None else y + self.out_bias[...].astype(dtype)
+        y = y if self.out_bias is None else y + self.out_bias[...].astype(dtype)
+        return y if self.config.out_scale == 1.0 else y * self.config.out_scale

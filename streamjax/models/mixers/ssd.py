@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -44,7 +45,7 @@ class SSD(RecurrentMixer):
     ) -> tuple[Float[Array, "B T E"], RecurrentState]:
         c, wide = self.config, accumulator(x.dtype)
         inputs, keys, gates, _ = c.group_channels
-        projected = self.enter(x)
+        projected = self._scaled(self.enter(x))
         assert state.memory is not None
         assert state.conv is not None
         mixed, conv = self.conv(projected[..., : inputs + keys], state.conv, valid, resets)
@@ -63,7 +64,18 @@ class SSD(RecurrentMixer):
         heads = heads + skip[..., None] * v
         heads = self._gated(rearrange(heads, "b t g r v -> b t g (r v)"), gate.astype(wide))
         heads = rearrange(heads, "b t g (r v) -> b t g r v", r=c.group_size)
-        return self.leave(heads, x.dtype), RecurrentState(memory, conv)
+        y = self.leave(heads, x.dtype)
+        return y if c.out_scale == 1.0 else y * c.out_scale, RecurrentState(memory, conv)
+
+    def _scaled(self, projected: Float[Array, "B T G D"]) -> Float[Array, "B T G D"]:
+        """What the input becomes, each part times its factor."""
+        c = self.config
+        if not c.scales:
+            return projected
+        inputs, both, gates, steps = c.group_channels
+        widths = inputs, both // 2, both // 2, gates, steps
+        factors = [np.full(width, scale) for width, scale in zip(widths, c.scales, strict=True)]
+        return projected * jnp.asarray(np.concatenate(factors), projected.dtype)
 
     def _gated(self, y: Float[Array, "B T G D"], gate: Float[Array, "B T G D"]) -> Float[Array, "B T G D"]:
         """The heads' outputs with their norm and their gates."""

@@ -30,6 +30,7 @@ class MLP(nnx.Module):
         d, width, gates = d_model, config.mlp_dim, 2 if config.gated else 1
         key_in, key_out = jax.random.split(key)
         self.activation = config.activation
+        self.gate_scale, self.out_scale = config.gate_scale, config.out_scale
         self.up = kernel(key_in, (d, gates, width), ("embed", "gates", "mlp"), d, dtype)
         self.up_bias = zeros((gates, width), ("gates", "mlp"), dtype) if config.bias else None
         self.down = kernel(key_out, (width, d), ("mlp", "embed"), width, dtype, gain)
@@ -43,8 +44,10 @@ class MLP(nnx.Module):
         hidden = add_adapted(hidden, x, (self.gate_lora, 0), (self.up_lora, hidden.shape[-2] - 1))
         if self.up_bias is not None:
             hidden = hidden + self.up_bias[...].astype(x.dtype)
-        active = ACTIVATIONS[self.activation](hidden[..., 0, :])
+        first = hidden[..., 0, :]
+        active = ACTIVATIONS[self.activation](first if self.gate_scale == 1.0 else first * self.gate_scale)
         active = active * hidden[..., 1, :] if hidden.shape[-2] == 2 else active
         y = product("btf,fe->bte", active, self.down[...])
         y = y if self.down_lora is None else y + self.down_lora(active)
-        return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
+        y = y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
+        return y if self.out_scale == 1.0 else y * self.out_scale

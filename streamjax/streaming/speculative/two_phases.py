@@ -1,6 +1,6 @@
 """A chunk of a stream in two phases: its hidden states first, and the state behind it once it is known how much counts.
 
-`advance` does both at once. Here the caches answer the chunk and stay as they are (`Deferred`), so that what turns out
+`advance` does both at once. Here the caches answer the chunk and stay as they are (`Cache.deferred`), so that what is
 wrong leaves no trace in any of them. The second phase stores what the first has computed; no weight is read again.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from streamjax.kv.cache import Deferred, take_in
+from streamjax.kv.cache import take_in
+from streamjax.kv.recurrence import BesideRecurrence
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.recurrent import RecurrentMixer
@@ -28,7 +29,7 @@ def look_ahead(
     if model.config.hsa is not None:  # an encoder makes a memory of whole pages: it reads the chunk again
         return advance(model, state, tokens, count)[1], ()
     context, tokens = enter(state, tokens, count)
-    caches = [Deferred(cache) for cache in state.caches]
+    caches = [cache.deferred() for cache in state.caches]
     hidden, waiting = model.stream(tokens, state.layers, caches, context)
     return leave(state, hidden, tokens, count)[1], waiting
 
@@ -48,11 +49,15 @@ def take_in_first(
     if model.config.hsa is not None:
         return advance(model, state, tokens, count)[0]
     context, tokens = enter(state, tokens, count)
-    layers = []
+    layers: list[Any] = []
     for i, (cache, own, chunk) in enumerate(zip(state.caches, state.layers, waiting, strict=True)):
-        mixer = model.layer(i).mixer
-        if isinstance(mixer, RecurrentMixer):
-            layers.append(mixer.recur(chunk, own, context.valid)[1])
+        block = model.layer(i)
+        if isinstance(block.mixer, RecurrentMixer):
+            layers.append(block.mixer.recur(chunk, own, context.valid)[1])
+        elif isinstance(cache, BesideRecurrence):
+            assert block.beside is not None
+            beside = block.beside.recur(chunk[1], own[1], context.valid)[1]
+            layers.append((take_in(cache.attention, own[0], chunk[0], context.valid), beside))
         else:
             layers.append(take_in(cache, own, chunk, context.valid))
     return leave(dataclasses.replace(state, layers=tuple(layers)), hidden, tokens, count)[0]

@@ -48,21 +48,35 @@ from streamjax.training.backprop.trainable_parameters import combine
 from streamjax.training.objectives.objective import Objective, TokenStats
 
 Chunk = Float[Array, "B C E"]
+
+
+class Held(NamedTuple):
+    """Keys of layers or their states, and the states of recurrent mixers beside attention."""
+
+    own: KVBuffer | RecurrentState
+    beside: RecurrentState | None = None
+
+
 # Of stacked rows one a position, all rows in it; of single layers one a layer.
-Buffers = list[KVBuffer | RecurrentState]
+Buffers = list[Held]
 
 
 class LayerGroup(NamedTuple):
-    """Some rows of layers, and the stores of their keys or states, one a buffer."""
+    """Some rows of layers, and the stores of their keys or states, one a buffer, and of the states beside keys."""
 
     rows: LayerStack
     stores: list[Store]
+    beside: list[StateStore | None]
 
     @classmethod
     def make(cls, rows: LayerStack, sequence: ChunkedSequence) -> LayerGroup:
         places = range(rows.period) if rows.stacked else range(rows.count)
         specs = [rows.block_config(0, place) if rows.stacked else rows.block_config(place, 0) for place in places]
-        return cls(rows, [make_store(spec.mixer, sequence.chunk_size, sequence.count) for spec in specs])
+        return cls(
+            rows,
+            [make_store(spec.mixer, sequence.chunk_size, sequence.count) for spec in specs],
+            [None if spec.beside is None else StateStore(spec.beside, sequence.count, True) for spec in specs],
+        )
 
     def place(self, row: Any, position: int) -> tuple[int, Any]:
         """Which buffer a layer's keys or states are in, and in which row of it."""
@@ -71,7 +85,12 @@ class LayerGroup(NamedTuple):
     def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
         """Zeros for the keys of all tokens and states, or (`local`) for the gradients of those that a chunk may see."""
         rows = self.rows.count if self.rows.stacked else 1
-        return [store.empty(rows, batch, dtype, local) for store in self.stores]
+
+        def empty(own: Store, beside: StateStore | None) -> Held:
+            states = None if beside is None else beside.empty(rows, batch, dtype, local)
+            return Held(own.empty(rows, batch, dtype, local), states)
+
+        return list(map(empty, self.stores, self.beside))
 
     def forward(
         self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: ChunkedSequence, write: bool
@@ -87,16 +106,20 @@ class LayerGroup(NamedTuple):
                 block, store = combine(*rows.layer(row, position)), self.stores[index]
                 if not write:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
-                held = keys[index]
+                held, states = keys[index]
                 if isinstance(store, StateStore):
                     assert isinstance(held, RecurrentState)
-                    x, states = store.forward(block, x, held, place, i, sequence)
-                    keys[index] = states if write else held
+                    x, new = store.forward(block, x, held, place, i, sequence)
+                    keys[index] = Held(new) if write else keys[index]
                     continue
                 assert isinstance(held, KVBuffer)
                 q, k, v = block.project(x, context)
-                if write:
-                    keys[index] = held = store.write(held, k, v, place, i)
+                held = store.write(held, k, v, place, i) if write else held
+                mixed, beside = None, self.beside[index]
+                if beside is not None and states is not None:
+                    mixed, new = beside.forward(block, x, states, place, i, sequence)
+                    states = new if write else states
+                keys[index] = Held(held, states)
                 buffer, view = store.view(held, k, v, place, i, sequence)
                 blocks = store.blocks(block, sequence.batch_size)
                 part = attend(block, blocks, q, buffer, view, context.segment_ids)
@@ -106,7 +129,7 @@ class LayerGroup(NamedTuple):
                     # Models with memories are not stacked: this is Python's loop over layers.
                     remembered[source] = landmark_memory.write(remembered[source], landmark_memory.encode(block, x), i)
                 memory = None if source is None else remembered[source]
-                x = block.combine(x, heads, landmark_memory.view(memory, block, sequence, i))
+                x = block.combine(x, heads, landmark_memory.view(memory, block, sequence, i), mixed)
             return x, keys, inputs
 
         shape = (0, 0) if write else (rows.count, rows.period)
@@ -136,12 +159,12 @@ class LayerGroup(NamedTuple):
                 params, rest = rows.layer(row, position)
                 store = self.stores[index]
                 x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
-                held, d_held = keys[index], d_keys[index]
+                (held, states), (d_held, d_states) = keys[index], d_keys[index]
                 if isinstance(store, StateStore):
                     assert isinstance(held, RecurrentState)
                     assert isinstance(d_held, RecurrentState)
-                    back = store.backward(params, rest, x, d_x, held, d_held, place, i, sequence)
-                    new, d_x, d_keys[index] = back
+                    new, d_x, d_held = store.backward(params, rest, x, d_x, held, d_held, place, i, sequence)
+                    d_keys[index] = Held(d_held)
                     grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
                     continue
                 assert isinstance(held, KVBuffer)
@@ -151,12 +174,18 @@ class LayerGroup(NamedTuple):
                 blocks = store.blocks(combine(params, rest), sequence.batch_size)
                 source = rows.source(row)
                 memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
-                new, d_x, opened, d_memory = chunk_vjp(
-                    params, rest, blocks, x, d_x, sequence, i, see, opened, memory, d_memory
+                mixed, back, beside = None, None, self.beside[index]
+                if beside is not None and states is not None:
+                    mixed, back = beside.output_and_vjp(params, rest, x, states, place, i, sequence)
+                new, d_x, opened, d_memory, d_mixed = chunk_vjp(
+                    params, rest, blocks, x, d_x, sequence, i, see, opened, memory, d_memory, mixed
                 )
+                if back is not None and d_mixed is not None and d_states is not None:
+                    more, d_x_too, d_states = back(d_mixed, d_states)
+                    new, d_x = jax.tree.map(jnp.add, new, more), d_x + d_x_too
                 if source is not None and d_memory is not None:
                     d_remembered[source] = d_memory
-                d_keys[index] = store.close(d_held, opened, place)
+                d_keys[index] = Held(store.close(d_held, opened, place), d_states)
                 grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
             return d_x, grads, d_keys
 

@@ -31,7 +31,8 @@ def chunk_vjp(
     grads: KVBuffer,
     memory: LandmarkPages | None = None,
     d_memory: LandmarkPages | None = None,
-) -> tuple[Block, Float[Array, "B C E"], KVBuffer, LandmarkPages | None]:
+    beside: Float[Array, "B C E"] | None = None,
+) -> tuple[Block, Float[Array, "B C E"], KVBuffer, LandmarkPages | None, Float[Array, "B C E"] | None]:
     """Pull a chunk's cotangent back through a layer.
 
     Args:
@@ -43,10 +44,11 @@ def chunk_vjp(
       grads: gradients of these, complete but for this chunk and those before it.
       memory, d_memory: the chunk memory that the layer reads or makes, and its gradients, complete but for this layer's
         from this chunk and those before it, and for the layers below.
+      beside: what a recurrent mixer beside attention makes of the chunk, where the layer has one.
 
     Returns:
-      The gradient of `params` from this chunk, the cotangent of `x`, and `grads` and `d_memory` with what this chunk
-      adds.
+      The gradient of `params` from this chunk, the cotangent of `x`, `grads` and `d_memory` with what this chunk adds,
+      and the cotangent of `beside`; what comes through that is in neither of the first two.
     """
     length, context = x.shape[1], sequence.context(i)
     (q, k, v), project_vjp = jax.vjp(lambda p, x: combine(p, rest).project(x, context), params, x)
@@ -55,13 +57,16 @@ def chunk_vjp(
     tokens = chunk_attention.attend(*seen)
     part = add_sinks(tokens, seen[0].attention.sinks())
 
-    def after_attention(params: Block, x: Array, heads: Array, memory: LandmarkPages | None) -> Array:
+    def after_attention(
+        params: Block, x: Array, heads: Array, memory: LandmarkPages | None, beside: Array | None
+    ) -> Array:
         block = combine(params, rest)
-        return block.combine(x, heads, landmark_memory.view(memory, block, sequence, i))
+        return block.combine(x, heads, landmark_memory.view(memory, block, sequence, i), beside)
 
     block = seen[0]
-    _, combine_vjp = jax.vjp(after_attention, params, x, part.out, None if block.reader is None else memory)
-    d_params, d_x, d_heads, d_pages = combine_vjp(d_y)
+    memory = None if block.reader is None else memory
+    _, combine_vjp = jax.vjp(after_attention, params, x, part.out, memory, beside)
+    d_params, d_x, d_heads, d_pages, d_beside = combine_vjp(d_y)
     if d_pages is not None and d_memory is not None:
         d_memory = add(d_memory, d_pages)
     if block.encoder is not None and d_memory is not None:
@@ -74,4 +79,4 @@ def chunk_vjp(
     d_q, grads = chunk_attention.gradients(*seen, part, d_heads, grads)
     d_k, d_v = grads.own(view, length, blocks.leading).tokens(k.dtype)
     more, d_x_too = project_vjp((d_q.astype(q.dtype), d_k, d_v))
-    return jax.tree.map(jnp.add, d_params, more), d_x + d_x_too, grads, d_memory
+    return jax.tree.map(jnp.add, d_params, more), d_x + d_x_too, grads, d_memory, d_beside

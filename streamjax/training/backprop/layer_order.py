@@ -60,9 +60,9 @@ def layer_forward(
     blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
     def chunk(
-        i: Any, carry: tuple[Chunks, KVBuffer, LandmarkPages | None]
-    ) -> tuple[Chunks, KVBuffer, LandmarkPages | None]:
-        x, buffer, memory = carry
+        i: Any, carry: tuple[Chunks, KVBuffer, LandmarkPages | None, RecurrentState | None]
+    ) -> tuple[Chunks, KVBuffer, LandmarkPages | None, RecurrentState | None]:
+        x, buffer, memory, state = carry
         own, context, view = chunk_at(x, i), sequence.context(i), whole_view(sequence, i)
         q, k, v = block.project(own, context)
         buffer = buffer.write(k, v, 0, view.own)
@@ -70,11 +70,15 @@ def layer_forward(
             memory = landmark_memory.write(memory, landmark_memory.encode(block, own), i)
         read = landmark_memory.view(memory, block, sequence, i)
         part = add_sinks(attend(block, blocks, q, buffer, view, context.segment_ids), block.attention.sinks())
-        y = block.combine(own, part.out, read)
-        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory
+        mixed = None
+        if state is not None:
+            mixed, state = block.recur_beside(own, state, context)
+        y = block.combine(own, part.out, read, mixed)
+        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), buffer, memory, state
 
     buffer = KVBuffer.zeros(block.mixer.config, 1, x.shape[1], sequence.slots, x.dtype)
-    x, _, memory = jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer, memory))
+    state = None if block.beside is None else block.beside.empty(x.shape[1], x.dtype)
+    x, _, memory, _ = jax.lax.fori_loop(0, sequence.count, chunk, (x, buffer, memory, state))
     return x, memory
 
 
@@ -99,19 +103,25 @@ def layer_backward(
     blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
-    def keys(i: Any, x: Array, buffer: KVBuffer) -> KVBuffer:
-        k, v = block.keys(x, sequence.context(i))
-        return buffer.write(k, v, 0, i * sequence.chunk_size)
+    store = None if block.beside is None else StateStore(block.beside.config, sequence.count, True)
+
+    def keys(i: Any, x: Array, made: tuple[KVBuffer, Any]) -> tuple[KVBuffer, Any]:
+        (buffer, states), (k, v) = made, block.keys(x, sequence.context(i))
+        states = None if store is None else store.forward(block, x, states, 0, i, sequence)[1]
+        return buffer.write(k, v, 0, i * sequence.chunk_size), states
 
     empty = KVBuffer.zeros(block.mixer.config, 1, batch, sequence.slots, d_y.dtype)
-    buffer = inputs.each(keys, empty)
+    none = [None if store is None else store.empty(1, batch, d_y.dtype, local) for local in (False, True)]
+    buffer, states = inputs.each(keys, (empty, none[0]))
 
     def chunk(
-        i: Any, x: Array, carry: tuple[Any, Chunks, KVBuffer, LandmarkPages | None]
-    ) -> tuple[Any, Chunks, KVBuffer, LandmarkPages | None]:
-        total, d_y, grads, d_memory = carry
-        view = whole_view(sequence, i)
-        part, d_x, grads, d_memory = chunk_vjp(
+        i: Any, x: Array, carry: tuple[Any, Chunks, KVBuffer, LandmarkPages | None, Any]
+    ) -> tuple[Any, Chunks, KVBuffer, LandmarkPages | None, Any]:
+        total, d_y, grads, d_memory, d_states = carry
+        view, mixed, back = whole_view(sequence, i), None, None
+        if store is not None and states is not None:
+            mixed, back = store.output_and_vjp(params, rest, x, states, 0, i, sequence)
+        part, d_x, grads, d_memory, d_mixed = chunk_vjp(
             params,
             rest,
             blocks,
@@ -123,12 +133,16 @@ def layer_backward(
             grads,
             memory,
             d_memory,
+            mixed,
         )
-        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads, d_memory
+        if back is not None and d_mixed is not None:
+            more, d_x_too, d_states = back(d_mixed, d_states)
+            part, d_x = jax.tree.map(jnp.add, part, more), d_x + d_x_too
+        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads, d_memory, d_states
 
     grads = KVBuffer.zeros(block.mixer.config, 1, batch, sequence.slots, options.kv_grad_dtype)
     sums = zeros_like(params, options.grad_dtype)
-    total, d_x, _, d_memory = inputs.each_back(chunk, (sums, d_y, grads, d_memory))
+    total, d_x, _, d_memory, _ = inputs.each_back(chunk, (sums, d_y, grads, d_memory, none[1]))
     return total, d_x, d_memory
 
 

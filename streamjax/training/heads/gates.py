@@ -85,7 +85,7 @@ def far_layers(config: ModelConfig) -> Bool[np.ndarray, " L"]:
       ValueError: a model without such layers; one with a chunk memory, whose other layers have windows by design; one
         whose layers differ in their heads, or that has recurrent layers.
     """
-    if any(block.mixer.recurrent for block in config.blocks):
+    if any(block.recurrent for block in config.blocks):
         raise ValueError("the model has recurrent layers: scores of heads are for models with attention in every layer")
     if len({(block.attention.num_heads, block.attention.num_kv_heads) for block in config.blocks}) > 1:
         raise ValueError("the model's layers have different numbers of heads: scores are one table of layers and heads")

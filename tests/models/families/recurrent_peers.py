@@ -76,7 +76,22 @@ def nemotron_h(pattern, **options):
     return hf.NemotronHConfig(**{**given, "num_hidden_layers": len(pattern)})
 
 
+def falcon_h1(**options):
+    sizes = {"intermediate_size": 56, "mamba_d_ssm": 60, "mamba_n_heads": 6, "mamba_d_head": 10, "mamba_n_groups": 3}
+    sizes |= {"mamba_d_state": 10, "mamba_chunk_size": 16}
+    factors = {"embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "mlp_multipliers": [0.7, 1.3]}
+    factors |= {"key_multiplier": 0.6, "attention_in_multiplier": 1.4, "attention_out_multiplier": 0.8}
+    factors |= {"ssm_multipliers": [0.5, 1.2, 0.9, 1.1, 0.8], "ssm_in_multiplier": 1.5, "ssm_out_multiplier": 0.7}
+    return hf.FalconH1Config(**{**SIZES, **ATTENTION, **sizes, **factors, **options})
+
+
 CASES = {
+    "falcon_h1": falcon_h1,
+    "falcon_h1-normed-biases-tied": lambda: falcon_h1(
+        mamba_rms_norm=True, mamba_norm_before_gate=False, mlp_bias=True, mamba_conv_bias=False,
+        tie_word_embeddings=True, mamba_d_ssm=None, mamba_d_head=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    ),
     "nemotron_h": lambda: nemotron_h("MM-*-M"),
     "nemotron_h-biases": lambda: nemotron_h(
         "*-M-", use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="gelu",

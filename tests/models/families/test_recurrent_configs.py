@@ -45,6 +45,9 @@ KIMI = {"head_dim": 5, "num_heads": 2, "kda_layers": [1], "full_attn_layers": [1
         ("kimi_linear", {"mla_use_nope": False}, "field 'mla_use_nope' is False, which streamjax does not implement"),
         ("kimi_linear", {"mlp_layer_types": ["dense"]}, "field 'mlp_layer_types' is .*; expected 'dense' or 'sparse'"),
         ("kimi_linear", {"layer_types": None, "linear_attn_config": KIMI}, "'linear_attn_config' must name each of 2"),
+        ("falcon_h1", {"mamba_n_heads": 3}, "mamba_n_heads 3 x mamba_d_head 6 is not mamba_d_ssm, 20"),
+        ("falcon_h1", {"ssm_multipliers": [1.0]}, "field 'ssm_multipliers' is .*; expected 5 positive numbers"),
+        ("falcon_h1", {"attention_bias": True}, "field 'attention_bias' is True, which streamjax does not implement"),
         ("recurrent_gemma", {"block_types": ["lstm"]}, "field 'block_types' has 'lstm'; streamjax has recurrent, att"),
         (
             "recurrent_gemma",

@@ -42,7 +42,7 @@ CACHES = {
         ((0,), sj.kv.preset("dense", capacity=80)), ((1,), Cascade(Sink(1, reach=FAR), Window(4), sj.kv.Compensation()))
     ),
 }
-MODELS = {name: tiny_config(name) for name in ("qwen3_next", "mamba2", "llama4", "deepseek_v3", "gemma3")}
+MODELS = {name: tiny_config(name) for name in ("qwen3_next", "mamba2", "llama4", "deepseek_v3", "gemma3", "falcon_h1")}
 MODELS["chunk memory"] = GQA.replace(
     num_layers=3, windows=(5,) * 3, hsa=sj.HSAConfig(layers=(1, 2), memory_layers=(0,), chunk_size=4, top_k=2)
 )

@@ -28,10 +28,11 @@ def working_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide
     if isinstance(mixer, RecurrentConfig):
         inside = _recurrent_working(mixer, item, wide) + 2 * d_model * item
         return tokens * (inside + _mlp_working(block.mlp, d_model, item, wide))
+    beside = 0 if block.beside is None else _recurrent_working(block.beside, item, wide) + d_model * item
     heads, keys = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     mlp = _mlp_working(block.mlp, d_model, item, wide)
     norms = 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
-    return tokens * (mlp + heads * (item + wide) + 2 * keys * item + norms + 2 * d_model * item)
+    return tokens * (mlp + beside + heads * (item + wide) + 2 * keys * item + norms + 2 * d_model * item)
 
 
 def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: int) -> int:
@@ -50,6 +51,7 @@ def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: 
     norms += 3 * wide * (heads + keys) * (mixer.qk_norm is not None)
     attention = heads * (item + wide) + 2 * keys * item
     operands = item * (2 * d_model + heads)
+    operands += 0 if block.beside is None else _recurrent_saved(block.beside, item, wide) + d_model * item
     return tokens * (norms + attention + operands + _mlp_saved(block.mlp, d_model, item, wide))
 
 

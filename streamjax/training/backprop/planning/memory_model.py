@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import BlockConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.config import AttentionMixerConfig, BlockConfig, ModelConfig, UniformConfig, expanded
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
 from streamjax.training.backprop.planning.layer_bytes import saved_bytes, state_bytes, working_bytes
@@ -161,16 +161,26 @@ class _Terms:
         return max(self.layer_key_values(block, slots, size) for block in self.kinds)
 
     def layer_key_values(self, block: BlockConfig, slots: int, size: int) -> int:
-        """The same of one layer; of a recurrent one its states at the borders of chunks."""
-        if isinstance(block.mixer, RecurrentConfig):
-            return (self.count + 1) * self.batch * state_bytes(block.mixer, self.item, self.wide)
-        return 2 * self.batch * slots * block.mixer.num_kv_heads * block.mixer.head_dim * size
+        """The same of one layer; of a recurrent one its states at the borders of chunks, of one with both all."""
+        mixer = block.mixer
+        if isinstance(mixer, RecurrentConfig):
+            return self.layer_states(mixer, self.count + 1)
+        return self.layer_states(block.beside, self.count + 1) + self.layer_keys(mixer, slots, size)
+
+    def layer_keys(self, mixer: AttentionMixerConfig, slots: int, size: int) -> int:
+        """Keys and values of one layer."""
+        return 2 * self.batch * slots * mixer.num_kv_heads * mixer.head_dim * size
+
+    def layer_states(self, mixer: RecurrentConfig | None, places: int) -> int:
+        """So many states of one recurrent mixer."""
+        return 0 if mixer is None else places * self.batch * state_bytes(mixer, self.item, self.wide)
 
     def stored(self, block: BlockConfig, store: Store, local: bool, size: int) -> int:
         """What the chunk order keeps of one layer, or (`local`) of its gradients."""
         if isinstance(store, StateStore):
-            return store.places(local) * self.batch * state_bytes(store.mixer, self.item, self.wide)
-        return self.layer_key_values(block, store.local if local else store.slots, size)
+            return self.layer_states(store.mixer, store.places(local))
+        beside = self.layer_states(block.beside, 1 if local else self.count + 1)
+        return beside + self.layer_keys(block.attention, store.local if local else store.slots, size)
 
     def whole_slots(self) -> int:
         block = min(key_block(), self.padded)

@@ -8,6 +8,7 @@ comes from the chunk behind it alone: there is one for each layer, and every chu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from streamjax.kv.recurrence import Recurrence, RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.config import MixerConfig
 from streamjax.models.config.recurrent import RecurrentConfig
+from streamjax.models.mixers.attention import SequenceContext
 from streamjax.parallel.rules import constrain
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.kv_store import KeyStore
@@ -26,13 +28,15 @@ from streamjax.training.backprop.trainable_parameters import combine
 
 @dataclasses.dataclass(frozen=True)
 class StateStore:
-    """Buffers for the states of layers with one kind of mixer: [R, S, B, ...] for S places of R layers.
+    """Buffers for the states of layers with one kind of recurrent mixer: [R, S, B, ...] for S places of R layers.
 
     Of states S is `count + 1`, one in front of each of `count` chunks and one behind the last; of cotangents 1.
+    `beside`: the mixer stands beside attention, and what is computed is its part of the layer alone.
     """
 
     mixer: RecurrentConfig
     count: int
+    beside: bool = False
 
     def places(self, local: bool) -> int:
         """States of a layer that there is room for, or (`local`) cotangents."""
@@ -58,8 +62,13 @@ class StateStore:
         sequence: ChunkedSequence,
     ) -> tuple[Float[Array, "B C E"], RecurrentState]:
         """The layer's output for chunk i, and `states` with the one behind it."""
-        y, new = block.recur(x, _read(states, row, i), sequence.context(i))
+        y, new = self._recur(block, x, _read(states, row, i), sequence.context(i))
         return y, _write(states, new, row, i + 1)
+
+    def _recur(
+        self, block: Block, x: Array, state: RecurrentState, context: SequenceContext
+    ) -> tuple[Array, RecurrentState]:
+        return (block.recur_beside if self.beside else block.recur)(x, state, context)
 
     def backward(
         self,
@@ -74,14 +83,31 @@ class StateStore:
         sequence: ChunkedSequence,
     ) -> tuple[Block, Float[Array, "B C E"], RecurrentState]:
         """Chunk i back through the layer: gradient of `params`, cotangents of `x` and of the state in front of it."""
+        return self.output_and_vjp(params, rest, x, states, row, i, sequence)[1](d_y, d_states)
+
+    def output_and_vjp(
+        self,
+        params: Block,
+        rest: Block,
+        x: Float[Array, "B C E"],
+        states: RecurrentState,
+        row: Any,
+        i: Any,
+        sequence: ChunkedSequence,
+    ) -> tuple[Float[Array, "B C E"], Callable[[Array, RecurrentState], tuple[Block, Array, RecurrentState]]]:
+        """The output for chunk i, and `backward` as a function of `d_y` and `d_states`."""
 
         def recur(params: Block, x: Array, state: RecurrentState) -> tuple[Array, RecurrentState]:
-            return combine(params, rest).recur(x, state, sequence.context(i))
+            return self._recur(combine(params, rest), x, state, sequence.context(i))
 
-        (_, new), vjp = jax.vjp(recur, params, x, _read(states, row, i))
-        behind = jax.tree.map(lambda d, like: d.astype(like.dtype), _read(d_states, row, 0), new)
-        d_params, d_x, d_state = vjp((d_y, behind))
-        return d_params, d_x, _write(d_states, d_state, row, 0)
+        (y, new), vjp = jax.vjp(recur, params, x, _read(states, row, i))
+
+        def back(d_y: Array, d_states: RecurrentState) -> tuple[Block, Array, RecurrentState]:
+            behind = jax.tree.map(lambda d, like: d.astype(like.dtype), _read(d_states, row, 0), new)
+            d_params, d_x, d_state = vjp((d_y, behind))
+            return d_params, d_x, _write(d_states, d_state, row, 0)
+
+        return y, back
 
 
 Store = KeyStore | StateStore
