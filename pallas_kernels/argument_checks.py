@@ -146,3 +146,20 @@ def token_stats(x: Array, w: Array, targets: Array, vocab_axis: int, block: int 
         raise ValueError(f"dtypes x {x.dtype}, w {w.dtype}: use bfloat16 or float32 for both")
     if block is not None and (block < 128 or block % 128):
         raise ValueError(f"blocks of {block} entries: use a multiple of 128, or None")
+
+
+def delta_update(q: Array, k: Array, v: Array, decay: Array, beta: Array, state: Array) -> None:
+    """Refuse arguments of `delta_update` that do not fit together."""
+    given = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
+    if state.ndim == 5:
+        batch, groups, shared, keys, width = state.shape
+        pair, heads = (batch, groups, keys), (batch, groups, shared)
+        wanted = {"q": pair, "k": pair, "v": (*heads, width), "decay": (*heads, keys), "beta": heads}
+    if state.ndim != 5 or any(x.shape != wanted[name] for name, x in given.items()):
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in (*given.items(), ("state", state)))
+        raise ValueError(
+            f"shapes {shapes}: use twice [B, G, K], then [B, G, R, V], [B, G, R, K], [B, G, R] and [B, G, R, K, V]"
+        )
+    wrong = next((x.dtype for x in (*given.values(), state) if x.dtype != jnp.float32), None)
+    if wrong is not None:
+        raise ValueError(f"dtype {wrong}: delta_update takes float32")

@@ -137,6 +137,21 @@ def token_stats(
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=1), lse, jnp.mean(logits, axis=1)
 
 
+def delta_update(
+    q: Float[Array, "B G K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B G R V"],
+    decay: Float[Array, "B G R K"],
+    beta: Float[Array, "B G R"],
+    state: Float[Array, "B G R K V"],
+) -> tuple[Float[Array, "B G R V"], Float[Array, "B G R K V"]]:
+    """See `pallas_kernels.api.delta_update`."""
+    state, key = decay[..., None] * state, k[:, :, None, :, None]
+    value = beta[..., None] * (v - jnp.sum(state * key, axis=-2))
+    state = state + key * value[..., None, :]
+    return jnp.sum(state * q[:, :, None, :, None], axis=-2), state
+
+
 def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
     """Of the token in each slot of a ring: how many came before it."""
     start = jnp.zeros_like(count) if first is None else first

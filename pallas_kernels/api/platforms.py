@@ -74,6 +74,20 @@ def takes_tokens(width: int, dtype: str) -> bool:
     return width * jnp.dtype(dtype).itemsize <= MAX_BYTES
 
 
+def takes_states(keys: int, width: int, dtype: str) -> bool:
+    """Whether `delta_update` takes states of `keys` x `width` on the platform that JAX runs on, and as they lie.
+
+    A TPU's compiler lays states whose columns do not fill its lanes out the other way round, and turns whole tiles of
+    queries and keys. Triton's blocks are powers of two.
+    """
+    chosen = platform_implementation()
+    if chosen is None or dtype != "float32":
+        return False
+    if chosen == "triton":
+        return all(size >= 16 and size & (size - 1) == 0 for size in (keys, width)) and keys <= 256
+    return keys % LANES == 0 and width % LANES == 0
+
+
 @cache
 def log_choice(what: str, choice: str) -> None:
     """Tell the log, once, what something is computed by on the platform that JAX runs on."""

@@ -9,7 +9,7 @@ Tokens are read in blocks. Inside a block all pairs of tokens are scored at once
 the state is handed on. All decays are kept as logarithms at most 0, and only differences that are at most 0 become
 exponentials, so nothing overflows however strong a decay is. With a delta rule what tokens of a block write depends on
 what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), solved for all blocks
-at once. A single token reads and writes its state once.
+at once. A single token reads and writes its state once, on TPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels import api
+from pallas_kernels.api import platforms
 from pallas_kernels.partial import accumulator
 from streamjax.attention.context.recurrence import context_recurrence
-from streamjax.attention.sharded import context_shards
+from streamjax.attention.sharded import context_shards, per_device_call
 
 BLOCK = 64  # tokens of a block with one decay a head,
 CHANNEL_BLOCK = 16  # and with one a channel, whose pairs of tokens have K decays each
@@ -94,17 +96,38 @@ def _one_token(
     beta: Float[Array, "B 1 G R"] | None,
     reset: Bool[Array, " B"] | None,
 ) -> tuple[Float[Array, "B 1 G R V"], Float[Array, "B G R K V"]]:
-    """The recurrence itself. What the old state gives to query and key is read together, before it is written."""
+    """The recurrence itself, and on TPUs and GPUs each state read once and written once.
+
+    With the delta rule that takes a kernel. Without, the output is the new state's sum over its rows: compilers there
+    make one pass of it and the update. Elsewhere what the old state gives to query and key is read together, as a
+    product, before it is written.
+    """
     decay = jnp.exp(log_decay)
     decay = decay[..., None] if decay.ndim == 3 else decay  # of each channel of the key, or of all
     if reset is not None:
         decay = jnp.where(reset[:, None, None, None], 0.0, decay)
+    if beta is not None and platforms.takes_states(state.shape[-2], state.shape[-1], state.dtype.name):
+        return _by_kernel(q, k, v, decay, beta[:, 0], state)
+    if beta is None and platforms.platform_implementation() is not None:
+        state = decay[..., None] * state + k[:, :, None, :, None] * v[:, :, :, None]
+        return jnp.sum(state * q[:, :, None, :, None], axis=-2)[:, None], state
     pair = jnp.stack((q, k), axis=2)[:, :, None] * decay[:, :, :, None]  # [B, G, R, 2, K]
     read = jnp.einsum("bgrmk,bgrkv->bgrmv", pair, state)
     if beta is not None:
         v = beta[:, 0, ..., None] * (v - read[:, :, :, 1])
     out = read[:, :, :, 0] + jnp.sum(q * k, axis=-1)[:, :, None, None] * v
     return out[:, None], decay[..., None] * state + k[:, :, None, :, None] * v[:, :, :, None]
+
+
+def _by_kernel(
+    q: Array, k: Array, v: Array, decay: Array, beta: Array, state: Array
+) -> tuple[Float[Array, "B 1 G R V"], Float[Array, "B G R K V"]]:
+    """A token of the delta rule by `api.delta_update`, each device's own rows and groups of heads."""
+    pair, heads = ("batch", "kv_heads", None), ("batch", "kv_heads", None, None)
+    names = pair, pair, heads, heads, pair, (*heads, None)
+    decay = jnp.broadcast_to(decay, (*v.shape[:-1], q.shape[-1]))
+    out, state = per_device_call(api.delta_update, names, (heads, names[-1]), (q, k, v, decay, beta, state))
+    return out[:, None], state
 
 
 class _Blocks(NamedTuple):
