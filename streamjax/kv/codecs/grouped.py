@@ -75,15 +75,24 @@ class GroupedSlots(CodedSlots):
         place, waits = (self.place + count) % length, self.count + count
         oldest = (self.cursor - self.count) % self.shape[2] // size
         closed = jnp.maximum(waits - self.codec.waiting, 0) // size
+        coded: Codes = (self.codes, self.numbers)
         if chunk.shape[2] == 1:
 
-            def code(tail: Array) -> Codes:
+            def encode(tail: Array) -> Codes:
                 return self._packed(read_ring(tail, place, size, axis=2)[:, :, None])
 
-            shapes = jax.eval_shape(code, tail)
-            fresh = jax.lax.cond(
-                (closed > 0).any(), code, lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), tail
-            )
+            def in_branch(coded: Codes, tail: Array) -> Codes:
+                full = (closed > 0).any()
+                return jax.lax.cond(full, lambda: self._put(coded, encode(tail), oldest, closed), lambda: coded)
+
+            def behind_branch(coded: Codes, tail: Array) -> Codes:
+                shapes = jax.eval_shape(encode, tail)
+                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                fresh = jax.lax.cond((closed > 0).any(), lambda: encode(tail), lambda: nothing)
+                return self._put(coded, fresh, oldest, closed)
+
+            # A CPU copies all codes at every token if they are written behind the branch, a GPU if within.
+            coded = jax.lax.platform_dependent(coded, tail, cpu=in_branch, default=behind_branch)
         else:
             groups = (length - 1 + chunk.shape[2] - self.codec.waiting) // size
             # What waited, and the run behind it.
@@ -92,30 +101,35 @@ class GroupedSlots(CodedSlots):
             own = jnp.clip(start[:, None] + index - before, 0, chunk.shape[2] - 1)
             old = (self.place[:, None] - before + index) % length
             line = jnp.where(waited[:, None, :, None], _at(self.tail, old), _at(chunk.astype(self.dtype), own))
-            fresh = self._packed(line.reshape(*line.shape[:2], groups, size, -1))
-        nothing = jnp.zeros_like(closed)
-
-        def put(whole: Array, new: Array) -> Array:
-            cut = whole.reshape(*whole.shape[:2], self.units, -1, whole.shape[3])
-            return write_ring(cut, new, oldest, nothing, closed, axis=2).reshape(whole.shape)
-
-        codes, numbers = fresh
+            line = line.reshape(*line.shape[:2], groups, size, -1)
+            coded = self._put(coded, self._packed(line), oldest, closed)
+        codes, numbers = coded
         return dataclasses.replace(
             self,
-            codes=put(self.codes, codes),
-            numbers=tuple(put(whole, new) for whole, new in zip(self.numbers, numbers, strict=True)),
+            codes=codes,
+            numbers=numbers,
             tail=tail,
             cursor=(self.cursor + count) % self.shape[2],
             place=place,
             count=waits - closed * size,
         )
 
-    def for_kernels(self) -> Coded | None:
-        return self.codec.for_kernels(self.codes, self.numbers, self.role)
-
     def _packed(self, groups: Float[Array, "B K N G D"]) -> Codes:
         codes, numbers = self.codec.encode(groups, self.role)
         return packed(codes, self.codec.bits), numbers
+
+    def _put(self, coded: Codes, fresh: Codes, unit: Int32[Array, " B"], count: Int32[Array, " B"]) -> Codes:
+        """All codes and numbers, with those of the first `count` of some groups from `unit` on."""
+        nothing = jnp.zeros_like(count)
+
+        def put(whole: Array, new: Array) -> Array:
+            cut = whole.reshape(*whole.shape[:2], self.units, -1, whole.shape[3])
+            return write_ring(cut, new, unit, nothing, count, axis=2).reshape(whole.shape)
+
+        return jax.tree.map(put, coded, fresh)
+
+    def for_kernels(self) -> Coded | None:
+        return self.codec.for_kernels(self.codes, self.numbers, self.role)
 
     def side(self, x: Shaped[Array, "*B S"], start: Array, units: int, plane: int) -> Shaped[Array, "*B m"]:
         run = jax.lax.dynamic_slice_in_dim(x, start * self.codec.tokens, units * self.codec.tokens, axis=-1)

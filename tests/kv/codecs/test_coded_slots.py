@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
+from benchmarks.aot import copied_bytes
 from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.codecs.stores import stores
 from tests.oracles.codecs import by_token, kivi
@@ -91,3 +92,18 @@ def test_single_slots_are_written_over(bits):
                 plain[0, head, at[0, head, place]] = by_token(x[0, head, place : place + 1], bits, 8)[0]
     np.testing.assert_array_equal(dense(slots), plain)
     np.testing.assert_array_equal(slots.take(jnp.asarray([[[12, 0, 7]]])), plain[:, :, [12, 0, 7]])
+
+
+@pytest.mark.parametrize("tier", [sj.kv.Full(8192, codec=Int(8)), sj.kv.Window(8100, codec=Int(4, residual=64))])
+def test_a_token_is_stored_in_place(tier):
+    """A CPU copies no codes while no group is full; other compilers are asked by `benchmarks.caches.coded_traffic`."""
+    spec = sj.kv.KVSpec(1, 2, 64, jnp.dtype(jnp.float32))
+    state = jax.eval_shape(lambda: tier.init(spec))
+    x, number = jax.ShapeDtypeStruct((1, 2, 1, 64), jnp.float32), jax.ShapeDtypeStruct((1, 1, 1), jnp.uint32)
+
+    def store(state, x, position):
+        return tier.store(state, sj.kv.KVTokens(x, x, x, position, jnp.ones(position.shape, bool)))
+
+    compiled = jax.jit(store, donate_argnums=0).lower(state, x, number).compile()
+    always = compiled.as_text().partition("\nENTRY")[2]  # and not what stands in a branch
+    assert copied_bytes("ENTRY" + always, at_least=state.k.codes.size // 2) == 0
