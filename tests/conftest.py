@@ -27,11 +27,12 @@ flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 flags += [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
-import tests.typecheck  # noqa: F401  the hook names it, and does not import it
+import tests.typecheck
 
-install_import_hook(["streamjax", "pallas_kernels"], "tests.typecheck.checked")
+jaxtyping.jaxtyped = tests.typecheck.jaxtyped
+jaxtyping.install_import_hook(["streamjax", "pallas_kernels"], "tests.typecheck.checked")
 
 import jax
 import pytest

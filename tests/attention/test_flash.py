@@ -54,7 +54,7 @@ PATTERNS = st.one_of(
 
 
 @pytest.mark.quick
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     pattern=PATTERNS,
     kv_heads=st.sampled_from([1, 2]),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import api
@@ -44,11 +44,10 @@ def draw(seed, rows, queries, heads, group, pages, size, dtype=jnp.float32):
 
 def expected(q, retrieval, chunks, visible, top_k, scale):
     seen = np.asarray(visible.mask())[:, 0]
-    rows = zip(q, retrieval, chunks.k, chunks.v, chunks.landmarks, seen, strict=True)
+    rows = zip(*map(np.asarray, (q, retrieval, chunks.k, chunks.v, chunks.landmarks)), seen, strict=True)
     return np.stack([hierarchical_attention(*row, top_k, scale) for row in rows])
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3),
     st.integers(1, 9), st.integers(1, 5), st.integers(1, 10), st.sampled_from(FORMS),
@@ -158,8 +157,7 @@ def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
         getattr(LandmarkPages.read, "__wrapped__", LandmarkPages.read)(*draw(0, 1, 2, 1, 1, 3, 8), 1, 1.0, "sparse")
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 3000), st.integers(1, 6))
+@given(st.integers(0, 10**6), st.sampled_from([3, 64, 700, 3000]), st.sampled_from([1, 5]))
 def test_the_largest_are_found_through_their_groups(seed, total, count):
     """As a sort finds them, with many scores of -inf."""
     random = np.random.default_rng(seed)

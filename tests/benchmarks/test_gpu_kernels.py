@@ -47,7 +47,7 @@ def error(name, dtype=jnp.float32):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", rest_slow(PARTS, "sinks", "local", "decode-int8", "decode-int4", "paged", "scores"))
+@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "decode-int8", "decode-int4", "paged", "scores"))
 def test_the_kernels_are_right(name):
     for dtype in DTYPES["triton"]:
         assert 0 < error(name, dtype) < TOLERANCE[jnp.dtype(dtype).name]
@@ -57,11 +57,17 @@ def test_the_kernels_are_right(name):
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
-        ("sinks", "flash_attention"), ("chunk-sinks", "chunk_attention"), ("chunk", "chunk_gradients"),
-        ("hsa", "hsa_attention"), ("decode-int4", "decode_attention"), ("paged", "paged_attention"),
-        ("scores", "page_scores"), ("int4-up", "grouped_product"), ("int4-table", "grouped_product"),
+        ("sinks", "flash_attention"),
+        ("chunk", "chunk_gradients"),
+        ("paged", "paged_attention"),
+        pytest.param("chunk-sinks", "chunk_attention", marks=pytest.mark.slow),
+        pytest.param("hsa", "hsa_attention", marks=pytest.mark.slow),
+        pytest.param("decode-int4", "decode_attention", marks=pytest.mark.slow),
+        pytest.param("scores", "page_scores", marks=pytest.mark.slow),
+        pytest.param("int4-up", "grouped_product", marks=pytest.mark.slow),
+        pytest.param("int4-table", "grouped_product", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_kernel_is_noticed(name, kernel, monkeypatch):
     right = getattr(api, kernel)
     monkeypatch.setattr(api, kernel, lambda *args, **more: jax.tree.map(lambda x: 1.03 * x, right(*args, **more)))
@@ -147,7 +153,7 @@ def test_calls_take_turns_over_the_inputs():
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "chunk", "decode", "decode-int4", "paged", "scores"))
+@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "decode", "paged", "scores"))
 def test_measures_every_part(name, monkeypatch):
     """Every side is called, with the shapes of the last chunk, of whole sequences, of caches; no clock needed."""
     called = []

@@ -87,7 +87,7 @@ import numpy as np
 import streamjax as sj
 folder = sys.argv[1]
 model = sj.load(folder + "/model")
-caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6), "dense": sj.kv.preset("dense", capacity=64)}
+caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6)}
 tokens = np.arange(24, dtype=np.int32).reshape(2, 12)[:, ::-1].copy()
 for name, cache in caches.items():
     state = sj.load_stream(f"{folder}/{name}", sj.init_state(model, cache, batch_size=2))
@@ -98,7 +98,7 @@ for name, cache in caches.items():
 
 def test_a_stream_goes_on_bit_for_bit_in_a_new_process(saved, tmp_path):
     model = sj.load(saved)
-    caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6), "dense": sj.kv.preset("dense", capacity=64)}
+    caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6)}
     expected = {}
     for name, cache in caches.items():
         state = sj.init_state(model, cache, batch_size=2, position=2**32 - 5)

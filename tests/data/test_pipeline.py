@@ -106,7 +106,7 @@ def test_resuming_gives_the_batches_of_an_uninterrupted_run(values: dict[str, An
     whole = list(itertools.islice(make_train_iterator(config), None if config.epochs else TOTAL))
     assert len(whole) > 5
 
-    @settings(max_examples=8)
+    @settings(max_examples=4)
     @given(st.lists(st.integers(0, len(whole)), min_size=1, max_size=3))
     def resume(cuts: list[int]) -> None:
         state, batches = None, []

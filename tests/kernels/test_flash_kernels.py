@@ -103,15 +103,15 @@ def check(
     ("pattern", "queries", "keys", "options"),
     [
         pytest.param(Full(), 300, 300, {"learned": True}, id="full"),
-        pytest.param(SinkWindow(5, 100), 400, 400, {"heads": 4, "kv_heads": 2, "width": 80}, id="sinks"),
+        pytest.param(SinkWindow(5, 100), 270, 270, {"heads": 4, "kv_heads": 2, "width": 80}, id="sinks"),
         pytest.param(SlidingWindow(1), 140, 140, {"width": 256}, id="itself-only"),
         pytest.param(Full(), 200, 700, {"offset": 390, "traced": True, "block_q": 256}, id="traced-offset"),
         pytest.param(
             SinkWindow(3, 150), 200, 700, {"offset": 390, "traced": True, "alibi": True}, id="sinks-traced-alibi"
         ),
-        pytest.param(SinkWindow(130, 60), 500, 500, {"packed": True, "softcap": 2.0}, id="many-sinks-packed"),
+        pytest.param(SinkWindow(130, 60), 300, 300, {"packed": True, "softcap": 2.0}, id="many-sinks-packed"),
         pytest.param(SlidingWindow(40), 200, 100, {"offset": 80, "heads": 3, "kv_heads": 3}, id="some-see-nothing"),
-        pytest.param(Full(), 700, 700, {"dtype": "bfloat16", "width": 128}, id="bf16"),
+        pytest.param(Full(), 300, 300, {"dtype": "bfloat16", "width": 128}, id="bf16"),
         pytest.param(
             SinkWindow(4, 200),
             600,

@@ -82,7 +82,7 @@ def check(queries, pages, most, *, dtype="float32", block=None, implementation="
     ("queries", "pages", "most", "options"),
     [
         pytest.param(11, 5, 3, {"idle": (0, 3)}, id="unread-pages"),
-        pytest.param(5, 4, 2, {"batch": 2, "heads": 6, "kv_heads": 2, "size": 8}, id="three-heads-a-key-head"),
+        pytest.param(5, 4, 2, {"heads": 6, "kv_heads": 2, "size": 8}, id="three-heads-a-key-head"),
         pytest.param(1, 6, 3, {"heads": 4, "kv_heads": 2, "seed": 3}, id="decode"),
         pytest.param(7, 4, 3, {"dtype": "bfloat16", "heads": 9, "width": 128}, id="bf16-mqa"),
         pytest.param(5, 3, 3, {"dtype": "bfloat16", "width": 96, "size": 64}, id="bf16-all-pages"),

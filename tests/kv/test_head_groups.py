@@ -55,7 +55,7 @@ def test_what_ends_first_ends_the_layer():
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        pytest.param("duo_attention", LOCAL, id="duo_attention-windows"),
+        pytest.param("duo_attention", LOCAL, id="duo_attention-windows", marks=pytest.mark.slow),
         pytest.param("lserve", ALIBI, id="lserve-alibi"),
         pytest.param("duo_attention", PARTIAL, id="duo_attention-partial", marks=pytest.mark.slow),
         pytest.param("lserve", GQA, id="lserve-gqa", marks=pytest.mark.slow),

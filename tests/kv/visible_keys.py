@@ -48,14 +48,14 @@ def distances(cascade: Cascade, total: int, counts, width: int | None = None, st
         wide = count if width is None else width
         index = seen + np.arange(wide)
         value = np.where(np.arange(wide)[:, None] < count, np.eye(total)[index % total], 1e6)
-        position = jnp.asarray((index + start) % 2**32, jnp.uint32)[None]
+        position = ((index + start) % 2**32).astype(np.uint32)[None]
         out, state = update(
             cascade,
             state,
-            jnp.asarray(value, jnp.float32)[None, :, None],
+            value.astype(np.float32)[None, :, None],
             position,
-            jnp.asarray(np.arange(wide) < count)[None],
-            jnp.array([seen], jnp.int32),
+            (np.arange(wide) < count)[None],
+            np.array([seen], np.int32),
         )
         rows.append(np.asarray(out)[0, :count, 0])
         seen += count

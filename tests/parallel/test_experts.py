@@ -47,7 +47,7 @@ CASES = [
     ("data2-expert2-tensor2", "biased", "remat"),
     ("data2-expert2-tensor2", "plain", "chunk"),
     pytest.param("fsdp2-expert2-tensor2", "plain", "full", marks=pytest.mark.slow),
-    ("fsdp2-expert2-tensor2", "biased", "layer"),
+    pytest.param("fsdp2-expert2-tensor2", "biased", "layer", marks=pytest.mark.slow),
 ]
 
 

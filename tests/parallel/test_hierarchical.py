@@ -32,8 +32,8 @@ def on_a_mesh(run, **axes):
 
 def test_a_stream():
     def run(model):
-        state = sj.read(model, sj.init_state(model, sj.kv.preset("hsa", capacity=24), BATCH), TOKENS[:, :18], 8)
-        return sj.step(model, state, TOKENS[:, 18:20])
+        state = sj.read(model, sj.init_state(model, sj.kv.preset("hsa", capacity=24), BATCH), TOKENS[:, :16], 8)
+        return sj.step(model, state, TOKENS[:, 16:24])
 
     (_, logits), (state, found) = on_a_mesh(run)
     np.testing.assert_allclose(found, logits, atol=2e-5)

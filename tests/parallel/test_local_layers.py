@@ -17,7 +17,7 @@ def numbers(model, tokens, batch):
     """Logits of whole sequences and of a stream, and a gradient by the layer order."""
     state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), ROWS)
     logits = []
-    for piece in np.split(tokens, [10, 20, 21], axis=1):
+    for piece in np.split(tokens, [8, 16], axis=1):
         state, found = sj.step(model, state, piece)
         logits.append(np.asarray(found))
     grads = sj.training.loss_and_grad(model, batch, method="layer", chunk_size=8)

@@ -65,7 +65,7 @@ def _unsharded(cache):
         pytest.param("fsdp8", "window", marks=pytest.mark.slow),
         ("context2-tensor4", "streaming_llm"),
         ("context2-tensor4", "dense"),
-        ("data2-fsdp2-tensor2", "pages"),
+        pytest.param("data2-fsdp2-tensor2", "pages", marks=pytest.mark.slow),
         pytest.param("context2-tensor4", "pages", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "content", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "scored", marks=pytest.mark.slow),

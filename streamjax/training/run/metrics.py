@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
-
 from streamjax.checkpoints import replace_text
 from streamjax.checkpoints.plain_json import to_json
 
@@ -23,6 +21,8 @@ class MetricsWriter:
         path = Path(workdir) / "metrics.jsonl"
         _forget(path, lambda found: found <= step)
         self._file = path.open("a")
+        import tensorboardX  # which imports torch, where there is one: a second and a half
+
         self._board = tensorboardX.SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -12,12 +12,13 @@ LENGTH, SINKS, WINDOW = 24, 2, 6
 WIDTHS = [5, 1]  # chunks, and single tokens in between
 # The layouts of older families are those of the oracle's own tests (tests/streaming/test_oracle.py).
 OLDER = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "falcon", "mpt")
-# The layers of qwen3_next, mamba2, qwen2_moe, deepseek_v3, gemma4-experts and olmo2.
+# The layers of qwen3_next, mamba2, gpt_oss, deepseek_v3, gemma4 and olmo2.
 REPEATED = ("qwen3_5", "granitemoehybrid", "mixtral", "qwen3_moe", "deepseek_v2", "olmo3", "exaone4", "cohere2")
 REPEATED += ("granite", "ministral3", "glm4", "starcoder2", "smollm3", "lfm2_moe", "qwen3_5_moe", "olmo_hybrid")
-REPEATED += ("nemotron_h",)
+REPEATED += ("nemotron_h", "qwen2_moe")
+SLOW = {"gemma4-experts", *(case for case in CASES if case.split("-")[0] in OLDER + REPEATED)}
 NAMES = [
-    pytest.param(case, marks=pytest.mark.slow if case == "gemma4" or case.split("-")[0] in OLDER + REPEATED else ())
+    pytest.param(case, marks=pytest.mark.slow if case in SLOW else ())
     for case in CASES
     if not changes_with_length(tiny_config(case))
 ]

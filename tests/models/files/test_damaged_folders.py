@@ -59,7 +59,7 @@ def refused(folder, message, seconds=20.0):
 
 
 @pytest.mark.parametrize("kind", [*SAVES, "shards", "adapters"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_is_never_another_model(folders, model, kind, data):
     file = data.draw(st.sampled_from(sorted(file for file in (folders / kind).rglob("*") if file.is_file())))

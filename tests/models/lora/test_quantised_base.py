@@ -42,7 +42,10 @@ def batch():
 
 @pytest.mark.covering
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize(("method", "scan_layers"), [("remat", False), ("layer", True), ("chunk", False)])
+@pytest.mark.parametrize(
+    ("method", "scan_layers"),
+    [pytest.param("remat", False, marks=pytest.mark.slow), ("layer", True), ("chunk", False)],
+)
 def test_gradients_are_those_of_the_whole_sequence(weights, method, scan_layers):
     loss_and_grad, model = adapted(weights, scan_layers)
     whole, expected = loss_and_grad(model, batch(), method="full", trainable=LoRAParam)

@@ -57,7 +57,7 @@ def tokens_of(rows, length, seed=0):
 
 @pytest.mark.parametrize("name", rest_slow(CONFIGS, "mixed"))
 @settings(max_examples=5, deadline=None)
-@given(cuts=st.lists(st.sampled_from([1, 7, 16]), min_size=3, max_size=12))
+@given(cuts=st.lists(st.sampled_from([1, 9]), min_size=3, max_size=12))
 def test_streaming_is_the_parallel_form(name, cuts):
     """However the stream is cut: pages that fill within a chunk of the stream, over its edge, several at once."""
     model, tokens = model_of(name), tokens_of(2, 48)
@@ -143,9 +143,9 @@ def test_the_oldest_chunks_make_room():
     tokens = tokens_of(1, 121)
     cache = sj.kv.preset("hsa", capacity=12)
     old = sj.read(model, sj.init_state(model, cache), tokens[:, :-1], 8)
-    new = sj.read(model, sj.init_state(model, cache, position=100), tokens[:, 100:-1], 4)
+    new = sj.read(model, sj.init_state(model, cache, position=96), tokens[:, 96:-1], 8)
     assert old.cache_bytes == sj.init_state(model, cache).cache_bytes
-    for state, first in ((old, 27), (new, 2)):
+    for state, first in ((old, 27), (new, 3)):
         assert sorted(np.asarray(state.layers[0][1].number).ravel().tolist()) == [first, first + 1, first + 2]
     _, a = sj.step(model, old, tokens[:, -1:])
     _, b = sj.step(model, new, tokens[:, -1:])

@@ -17,6 +17,7 @@ import streamjax as sj
 from streamjax.data.text.tokenizers import ByteTokenizer
 from streamjax.serving.engine import Engine
 from streamjax.serving.http.service import Service
+from tests.processes import one_device_flags
 from tests.serving.http.conftest import PATIENCE, TEMPLATE, serving
 from tests.serving.http.test_chat import HI
 from tests.streaming.tiny_models import build
@@ -115,10 +116,9 @@ class Process:
             "infer.serve",
             "--port=0",
             "--rows=2",
-            "--compilation_cache=",
             *map(str, options),
         ]
-        environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "STREAMJAX_API_KEYS": "secret"}
+        environment = {**os.environ, "XLA_FLAGS": one_device_flags(), "STREAMJAX_API_KEYS": "secret"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.words = ""
         for line in self.process.stderr:
@@ -142,6 +142,7 @@ def test_a_conversation_goes_on_behind_kill_9_and_behind_sigterm(tmp_path):
     options = (
         f"--model={tmp_path / 'tiny'}",
         f"--state_dir={tmp_path / 'state'}",
+        f"--compilation_cache={tmp_path / 'compiled'}",
         "--cache=streaming_llm:sinks=2,window=30",
     )
 

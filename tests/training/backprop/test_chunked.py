@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, ORDERS, TOLERANCE, check
 
 WINDOWS = CONFIG.replace(num_layers=3, windows=(3, 11, 50))  # less than a chunk, more, and more than the sequence
@@ -33,22 +34,24 @@ def test_patterns(config, length, chunk_size, packed):
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk_size", "packed"), [(24, 8, False), pytest.param(19, 4, True, marks=pytest.mark.slow)]
+    ("length", "chunk_size", "packed", "orders"),
+    [(24, 8, False, ("chunk",)), pytest.param(19, 4, True, ORDERS, marks=pytest.mark.slow)],
 )
-def test_attention_within_chunks(length, chunk_size, packed):
+def test_attention_within_chunks(length, chunk_size, packed, orders):
     """Attention chunks shorter than those of backprop, longer, and longer than the sequence."""
     config = WINDOWS.replace(windows=()).expand()
     blocks = [block.with_mixer(chunk=size) for block, size in zip(config.blocks, (3, 11, 50), strict=True)]
-    check(config.replace(blocks=tuple(blocks)), length, chunk_size=chunk_size, packed=packed)
+    check(config.replace(blocks=tuple(blocks)), length, chunk_size=chunk_size, packed=packed, orders=orders)
 
 
 def test_one_token():
     check(CONFIG.replace(windows=(5, None)), 1, rows=1, chunk_size=1)
 
 
-def test_float32():
+@pytest.mark.parametrize("order", rest_slow(ORDERS, "layer"))
+def test_float32(order):
     config = CONFIG.replace(windows=(5, None), sinks=1, logit_softcap=4.0)
-    check(config, 40, chunk_size=9, packed=True, dtype="float32")
+    check(config, 40, chunk_size=9, packed=True, dtype="float32", orders=(order,))
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def same_when_cut(order, **options):
         pytest.param("chunk", 1, marks=pytest.mark.slow),
         pytest.param("layer", 16, marks=pytest.mark.slow),
         ("chunk", 16),
-        ("layer", None),
+        pytest.param("layer", None, marks=pytest.mark.slow),
         pytest.param("chunk", None, marks=pytest.mark.slow),
     ],
 )
@@ -46,19 +46,25 @@ def test_chunk_sizes(order, chunk_size):
     same_when_cut(order, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("order", rest_slow(ORDERS, "layer"))
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
 def test_logits_of_a_part_of_a_chunk(order):
     same_when_cut(order, chunk_size=9, logits_chunk=4)
 
 
 @pytest.mark.parametrize("segment", rest_slow([2, 4], 2))
 def test_segments(segment):
-    """Segments of one row and of all rows of layers of two kinds."""
-    same_when_cut("layer", chunk_size=9, segment=segment)
+    """Segments of one row and of all rows of layers of two kinds; logits of a part of a chunk at a time."""
+    same_when_cut("layer", chunk_size=9, segment=segment, logits_chunk=4)
 
 
 @pytest.mark.parametrize(
-    ("layers", "stacked", "segment"), [(7, True, 3), pytest.param(7, True, 50, marks=pytest.mark.slow), (3, False, 2)]
+    ("layers", "stacked", "segment"),
+    [
+        pytest.param(7, True, 3, marks=pytest.mark.slow),
+        pytest.param(7, True, 50, marks=pytest.mark.slow),
+        (3, False, 2),
+    ],
 )
 def test_segments_of_layers_of_one_kind(layers, stacked, segment):
     """Segments that do not divide the layers, and one of more layers than there are."""

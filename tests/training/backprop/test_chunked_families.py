@@ -23,6 +23,9 @@ REPEATED |= {
     "qwen3_5_moe": "qwen3_next",
     "olmo_hybrid": "qwen3_next",
     "nemotron_h": "mamba2",
+    "qwen2_moe": "qwen3_next",
+    "qwen2": "gemma2",
+    "gpt_neox": "falcon-40b",
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import streamjax as sj
 from streamjax.models import HSAConfig
 from streamjax.training.backprop.log_probs import token_log_probs
+from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, assert_same, gradient, random_batch, random_model
 
 SHARED = CONFIG.replace(
@@ -35,7 +36,8 @@ def whole_sequence(config, packed):
     [
         pytest.param(SHARED, "remat", None, False, marks=pytest.mark.slow),
         pytest.param(SHARED, "layer", 8, False, marks=pytest.mark.slow),
-        (SHARED, "chunk", 8, False),
+        pytest.param(SHARED, "chunk", 8, False, marks=pytest.mark.slow),
+        (SHARED, "chunk", 8, True),
         (SHARED, "layer", 11, True),
         pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
         pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),
@@ -59,14 +61,14 @@ def test_segments_and_offload_keep_the_gradient(options):
 
 def test_the_gradient_reaches_every_part_of_the_memory():
     """No array of the encoder and of the readers is left out."""
-    _, _, (_, grads) = whole_sequence(SHARED, packed=False)
+    _, _, (_, grads) = whole_sequence(SHARED, packed=True)
     for block in grads.layers:
         for part in (block.encoder, block.reader):
             for path, leaf in jax.tree_util.tree_leaves_with_path(part):
                 assert np.abs(leaf).max() > 1e-8, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 6])
+@pytest.mark.parametrize("chunk_size", rest_slow([None, 6], 6))
 def test_log_probabilities_are_those_of_the_whole_sequence(chunk_size):
     """What DPO and GRPO compare with."""
     with jax.enable_x64(True):

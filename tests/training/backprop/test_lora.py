@@ -158,6 +158,7 @@ def test_frozen_weights_cost_no_gradient(method, stacked):
     assert {(2, 44), (2, 52), (2, 3, 14), (2, 2, 52)} & adapters  # those of adapters are there
 
 
+@pytest.mark.slow
 def test_floating_point_operations():
     """Two thirds of full training's: forward and back to the input, but not to the weights."""
     config = CONFIG.replace(d_model=64, head_dim=16, mlp_dim=192, vocab_size=300)
@@ -184,7 +185,8 @@ def without_adapters(tree):
 
 
 @pytest.mark.parametrize(
-    ("method", "accumulation"), [("full", 2), ("layer", 1), pytest.param("chunk", 2, marks=pytest.mark.slow)]
+    ("method", "accumulation"),
+    [("full", 2), pytest.param("layer", 1, marks=pytest.mark.slow), pytest.param("chunk", 2, marks=pytest.mark.slow)],
 )
 def test_training_changes_adapters_alone(method, accumulation):
     base, batch = sj.Decoder(SMALL, jax.random.key(0)), random_batch(48, 4, 9)

@@ -12,6 +12,7 @@ from benchmarks.backprop.compile_case import Case, compile_case
 from benchmarks.backprop.memory_model import POINTS, load
 from benchmarks.model_shapes import SHAPES
 from streamjax.training.backprop.planning.memory_model import estimate
+from tests.covering import rest_slow
 
 CONFIG = sj.UniformConfig(
     vocab_size=512, d_model=256, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=768,
@@ -35,13 +36,17 @@ def test_the_model_is_near_a_tpu_compiler(point):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {"method": "layer", "chunk_size": 1024},
+    rest_slow(
+        [
+            {"method": "layer", "chunk_size": 1024},
+            {"method": "layer", "chunk_size": 1024, "segment": 4},
+            {"method": "chunk", "chunk_size": 1024},
+            {"method": "remat"},
+            {"method": "full"},
+        ],
         {"method": "layer", "chunk_size": 1024, "segment": 4},
         {"method": "chunk", "chunk_size": 1024},
-        {"method": "remat"},
-        {"method": "full"},
-    ],
+    ),
     ids=lambda arguments: "-".join(map(str, arguments.values())),
 )
 def test_the_model_is_near_the_cpu_compiler(arguments):

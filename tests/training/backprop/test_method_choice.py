@@ -59,7 +59,7 @@ def test_segments_are_whole_periods():
     config, length = SHAPES["gemma-3-4b"], 2**19
     segments = {
         choose(config, batch_size=1, length=length, memory_bytes=size * 10**9).arguments.get("segment", 0)
-        for size in range(60, 200, 10)
+        for size in (60, 90, 120, 150)
     }
     assert segments - {0}
     assert all(segment % 6 == 0 for segment in segments)

@@ -13,6 +13,7 @@ from streamjax.models.mixers.attention import SequenceContext
 from streamjax.models.mlps.routing_report import Report
 from streamjax.training import OptimizerConfig, make_optimizer, make_train_step, new_state
 from streamjax.training.backprop.routing import routing_metrics, take_reports, trainable_and_reports, with_reports
+from tests.covering import rest_slow
 from tests.training import gradient_checks
 
 ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
@@ -77,7 +78,8 @@ def test_choices_are_counted_once(options, stacked):
         assert float(report.tokens) == ROWS * LENGTH
 
 
-def test_a_step_tells_what_its_routers_did():
+@pytest.mark.parametrize("kind", rest_slow(["microbatches", "stream", "adapters"], "microbatches", "stream"))
+def test_a_step_tells_what_its_routers_did(kind):
     """The metrics of two microbatches, of streams and of adapters' training are those of the batch."""
     model, batch = setup(MLPS)
     _, reports = reports_of(model, batch)
@@ -88,13 +90,13 @@ def test_a_step_tells_what_its_routers_did():
     optimizer = make_optimizer(OptimizerConfig(), 10)
     stream = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=ROWS)
     tuned = sj.add_lora(model, 1, 1.0, ("q",), jax.random.key(0))
-    for options, state in (
-        ({"accumulation": 2}, new_state(model, optimizer)),
-        ({"chunk_size": 3}, new_state(model, optimizer, stream)),
-        ({"trainable": LoRAParam}, new_state(tuned, optimizer, None, LoRAParam)),
-    ):
-        copy = jax.tree.map(jnp.copy, state)
-        after, metrics = make_train_step(optimizer, **options)(copy, batch)
-        assert jax.tree.structure(after.model) == jax.tree.structure(state.model)
-        for name, value in expected.items():
-            assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+    options, state = {
+        "microbatches": ({"accumulation": 2}, new_state(model, optimizer)),
+        "stream": ({"chunk_size": LENGTH}, new_state(model, optimizer, stream)),
+        "adapters": ({"trainable": LoRAParam}, new_state(tuned, optimizer, None, LoRAParam)),
+    }[kind]
+    copy = jax.tree.map(jnp.copy, state)
+    after, metrics = make_train_step(optimizer, **options)(copy, batch)
+    assert jax.tree.structure(after.model) == jax.tree.structure(state.model)
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5), name

@@ -118,14 +118,15 @@ def test_with_sinks_and_a_window_chunks_do_not_change_the_gradient(model, stream
 def test_the_gradient_ends_where_the_batch_begins(model, stream):
     """Against differences of what the second batch costs with the first one's cache held fixed."""
     dense = sj.kv.preset("dense", capacity=64)
-    _, _, state = streaming_loss_and_grad(model, sj.init_state(model, dense, ROWS), batch_of(stream, 0))
+    model = Decoder(UniformConfig.of(model.config).replace(num_layers=1), jax.random.key(0))
+    state = sj.read(model, sj.init_state(model, dense, ROWS), batch_of(stream, 0)["tokens"])
     second = batch_of(stream, LENGTH)
-    _, grads, _ = streaming_loss_and_grad(model, state, second, chunk_size=4)
+    _, grads, _ = streaming_loss_and_grad(model, state, second)
     # The same loss when both batches are one: now the gradient reaches the first half.
     weights = np.ones((ROWS, 2 * LENGTH), np.float32)
     weights[:, :LENGTH] = 0.0
     both = batch_of(stream, 0, 2 * LENGTH, weights)
-    _, through, _ = streaming_loss_and_grad(model, sj.init_state(model, dense, ROWS), both, chunk_size=4)
+    _, through, _ = streaming_loss_and_grad(model, sj.init_state(model, dense, ROWS), both, chunk_size=LENGTH)
     direction = jax.tree.map(jnp.subtract, through, grads)
     norm = sum(float(jnp.vdot(d, d)) for d in jax.tree.leaves(direction)) ** 0.5
     assert norm > 1e-3

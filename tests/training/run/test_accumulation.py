@@ -63,7 +63,7 @@ def test_no_objective_is_left_out():
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("microbatches", "options"), [(4, {}), (2, {"method": "layer", "chunk_size": 4})])
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", rest_slow(OBJECTIVES, "mean", "another ignore_index", "pairs", "sequence"))
 def test_microbatches_are_the_batch(name, microbatches, options):
     objective = OBJECTIVES[name]
     with jax.enable_x64(True):
@@ -100,7 +100,7 @@ def test_a_stream_in_chunks_is_the_batch(name):
         pytest.param("pairs", "layer", 1, marks=pytest.mark.slow),
         pytest.param("pairs", "chunk", 1, marks=pytest.mark.slow),
         ("pairs", "full", 2),
-        ("another ignore_index", "layer", 2),
+        pytest.param("another ignore_index", "layer", 2, marks=pytest.mark.slow),
     ],
 )
 def test_devices_that_split_the_rows_are_one(name, method, microbatches):

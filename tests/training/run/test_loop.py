@@ -188,6 +188,7 @@ def test_a_finished_run_has_nothing_to_do(run_config, reference):
     assert same_bits(train(run_config, workdir), state)
 
 
+@pytest.mark.slow
 def test_a_run_may_move_to_other_devices(run_config, reference, at_step, tmp_path):
     expected, _ = reference(run_config)
     sharded = dataclasses.replace(run_config, mesh=MeshConfig(data=2, context=2, fsdp=-1))
