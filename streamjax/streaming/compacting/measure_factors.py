@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Array, Float
 
 from streamjax.kv.channels.factor_file import LayerFactors
 from streamjax.kv.channels.low_rank import Factors
+from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
@@ -48,19 +51,34 @@ def measure_factors(model: Decoder, text: Rows, most: float = 0.5) -> LayerFacto
             raise ValueError(f"layer {i} has no heads whose keys could be shortened: {type(mixer).__name__}")
         bound = ("chunk", mixer.chunk) if mixer.chunk is not None else ("window", mixer.window)
         if bound[1] is None:
-            assert isinstance(block.mixer, Attention)
-            pair = block.mixer.projections.keys(block.mixer_input(x))
-            made = [_directions(np.asarray(part, np.float64), most) for part in pair]
+            made = [
+                _directions(np.asarray(found, np.float64), most, mixer.num_kv_heads) for found in _squares(block, x)
+            ]
             if ids.size < (rank := made[0].shape[1]):
                 raise ValueError(f"{ids.size} tokens have no {rank} directions: give a longer text, or a smaller most")
             layers.append(Factors(made[0].tobytes(), made[1].tobytes(), len(made[0]), own))
         else:
             layers.append((bound[0], int(bound[1])))
-        x, _ = block.parallel(x, context)
+        x = _next(block, x, context)
     return LayerFactors(tuple(layers), own, ids.size)
 
 
-def _directions(x: Float[np.ndarray, "B T K D"], most: float) -> Float[np.ndarray, "M R"]:
-    line = x.reshape(-1, x.shape[2] * x.shape[3])
-    rank = math.ceil(most * x.shape[3]) * x.shape[2]
-    return np.ascontiguousarray(np.linalg.eigh(line.T @ line)[1][:, ::-1][:, :rank], np.float32)
+@jax.jit
+def _squares(block: Block, x: Float[Array, "B T E"]) -> list[Float[Array, "M M"]]:
+    """Of keys before rotation and of values, all heads' channels side by side, the sum of their outer products."""
+    assert isinstance(block.mixer, Attention)
+    lines = [
+        rearrange(part, "b t k d -> (b t) (k d)").astype(jnp.float32)
+        for part in block.mixer.projections.keys(block.mixer_input(x))
+    ]
+    return [jnp.einsum("tm,tn->mn", line, line, precision="highest") for line in lines]
+
+
+@jax.jit
+def _next(block: Block, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+    return block.parallel(x, context)[0]
+
+
+def _directions(squares: Float[np.ndarray, "M M"], most: float, heads: int) -> Float[np.ndarray, "M R"]:
+    rank = math.ceil(most * len(squares) / heads) * heads
+    return np.ascontiguousarray(np.linalg.eigh(squares)[1][:, ::-1][:, :rank], np.float32)
