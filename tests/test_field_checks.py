@@ -177,7 +177,7 @@ NO_CONFIGURATIONS = {
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
-    *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Budgeted"),
+    *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from
 }
