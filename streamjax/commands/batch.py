@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from streamjax.checkpoints import user_path
+from streamjax.commands.flags.adapters import define_adapters, named_adapters
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.model import define_model, load_model
@@ -52,6 +53,7 @@ def define(values: flags.FlagValues) -> None:
                         flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_new_tokens", 512, "Of an answer, where a request does not say.", lower_bound=1,
                          flag_values=values)  # fmt: skip
+    define_adapters(values)
     refuse_empty(values, "input", "output", "name")
 
 
@@ -61,6 +63,7 @@ def body(values: flags.FlagValues) -> None:
     source, target = user_path(values.input), user_path(values.output)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"--output={values.output} is the file of requests: name another one")
+    adapters = named_adapters(values.adapter)
     lines = read_requests(source)
     done = answered(target)
     left = [line for line in lines if line.custom_id not in done]
@@ -76,12 +79,12 @@ def body(values: flags.FlagValues) -> None:
         engine = Engine(
             model, tokenizer, parse_cache(values.cache, model.config.max_position),
             rows=values.rows, chunk_size=values.chunk_size, queue=1 << 30, pool_tokens=values.pool_tokens,
-            prefix_bytes=values.prefix_mib << 20,
+            prefix_bytes=values.prefix_mib << 20, adapters=adapters,
         )  # fmt: skip
         service = Service(
             engine, values.name or Path(os.path.abspath(values.model)).name, tokenizer, model.config.vocab_size,
             stop_ids((*tokenizer.eos_ids, *model.config.eos_token_ids), model.config.vocab_size),
-            default_tokens=values.max_new_tokens, most_requests=1 << 30,
+            adapters=tuple(adapters), default_tokens=values.max_new_tokens, most_requests=1 << 30,
         )  # fmt: skip
         try:
             calls = [(line.custom_id, prepare(service, line)) for line in left]

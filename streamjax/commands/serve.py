@@ -25,6 +25,7 @@ from absl import flags
 import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.commands.chat import template_values
+from streamjax.commands.flags.adapters import define_adapters, named_adapters
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.model import define_model, load_model
@@ -67,6 +68,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_body_mib", 16, "The largest request.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("shutdown_seconds", 30, "That answers under way have after SIGTERM or Ctrl-C.", lower_bound=0,
                          flag_values=values)  # fmt: skip
+    define_adapters(values)
     flags.DEFINE_multi_string(
         "template_kwargs", [], "NAME=VALUE for the model's chat template, such as enable_thinking=false. VALUE is "
         "JSON, or else text; may be repeated.", flag_values=values,
@@ -93,6 +95,7 @@ def body(values: flags.FlagValues) -> None:
         raise ValueError(f"--mesh={values.mesh}: the engine serves on one device; leave --mesh away")
     keys = api_keys(os.environ.get(_KEYS))
     extra = template_values(values.template_kwargs)
+    adapters = named_adapters(values.adapter)
     state_dir = user_path(values.state_dir) if values.state_dir else None
     with listen(values.host, values.port) as own:  # before the model is read, which takes long
         model, tokenizer = load_model(values, [values.cache])
@@ -100,7 +103,7 @@ def body(values: flags.FlagValues) -> None:
         engine = Engine(
             model, tokenizer, cache,
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
-            state_dir=state_dir, pool_tokens=values.pool_tokens,
+            state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
         )  # fmt: skip
         about = f"{values.rows} rows, cache {describe_cache(cache)}, {human_bytes(engine.stats().cache_bytes)}"
         print(f"{Path(values.model).name}: {about}; compiling", file=sys.stderr, flush=True)
@@ -111,6 +114,7 @@ def body(values: flags.FlagValues) -> None:
             tokenizer,
             model.config.vocab_size,
             stop_ids((*tokenizer.eos_ids, *model.config.eos_token_ids), model.config.vocab_size),
+            adapters=tuple(adapters),
             trained_length=model.config.max_position,
             cache_words=describe_cache(cache),
             cache_sizes=sj.kv.describe(cache, model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ from streamjax.serving.requests import Request
 from streamjax.serving.row_sampling import MOST_ALTERNATIVES
 
 
-def require_possible(request: Request, vocab_size: int) -> None:
-    """Raise a ValueError for a request that no engine with this vocabulary can serve."""
+def require_possible(request: Request, vocab_size: int, adapters: Collection[str] = ()) -> None:
+    """Raise a ValueError for a request that no engine with this vocabulary and these adapters can serve."""
     ids = {
         "prompt": request.prompt,
         "stop_ids": request.stop_ids,
@@ -30,8 +31,9 @@ def require_possible(request: Request, vocab_size: int) -> None:
         raise ValueError("stop must be strings that are not empty")
     if request.logprobs is not None and not 0 <= request.logprobs <= MOST_ALTERNATIVES:
         raise ValueError(f"logprobs must be in [0, {MOST_ALTERNATIVES}], got {request.logprobs}")
-    if request.adapter is not None:
-        raise ValueError(f"unknown adapter {request.adapter!r}: this engine serves the model alone")
+    if request.adapter is not None and request.adapter not in adapters:
+        there = f"there are {', '.join(sorted(adapters))}" if adapters else "this engine serves the model alone"
+        raise ValueError(f"unknown adapter {request.adapter!r}: {there}")
 
 
 def require_room_for(request: Request, used: int, capacity: int | None) -> None:

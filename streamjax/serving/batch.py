@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
+from streamjax.models.lora.row_adapters import Factors, RowAdapters
 from streamjax.serving.decoding import Drawn, decode_rows, enter_row, set_bias
 from streamjax.serving.row_sampling import RowSampling, no_rows
 from streamjax.serving.row_states import ParkedState, Parking, put_row, take_row
@@ -36,6 +38,10 @@ class Batch:
       rows: B.
       chunk_size: tokens that are read at a time.
       block: tokens a row that one call may decode at most.
+      adapters: that requests may name.
+
+    Attributes:
+      decoding, reading: the model with the adapters of the rows, and with that of the stream that is read.
     """
 
     def __init__(
@@ -47,8 +53,10 @@ class Batch:
         block: int,
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
+        adapters: Mapping[str, Factors] = MappingProxyType({}),
     ):
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
+        self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
         self._cache = cache
         self._options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}
         empty = init_state(model, cache, 1, **self._options)
@@ -110,7 +118,9 @@ class Batch:
     ) -> tuple[StreamState, Float[Array, "1 W"] | None]:
         chunk = np.zeros((1, self.width(len(tokens))), np.int32)
         chunk[0, : len(tokens)] = tokens
-        return read_chunk(self.model, state, jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32), scored=scored)
+        return read_chunk(
+            self.reading.model, state, jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32), scored=scored
+        )
 
     def enter(self, row: int, stream: Stream, sampling: RowSampling) -> None:
         """A stream and its request take a row."""
@@ -134,7 +144,7 @@ class Batch:
     def decode(self, active: Bool[np.ndarray, " B"], count: int) -> Drawn:
         """Draw and read at most `count` tokens of each active row; nothing is waited for."""
         self.state, self.sampling, drawn = decode_rows(
-            self.model, self.state, self.sampling, active, np.int32(count), self.block
+            self.decoding.model, self.state, self.sampling, active, np.int32(count), self.block
         )
         return drawn
 
@@ -154,6 +164,9 @@ class Batch:
         bias = np.zeros(self.model.config.vocab_size, np.float32)
         self.enter(0, one, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), no_rows(1, len(bias))))
         self.set_bias(0, bias)
+        for name in self.decoding.known:
+            self.decoding.set(0, name)
+            self.reading.set(0, name)
         self.decode(np.zeros(self.rows, bool), 1)
         self.drop(self.fork(self.keep(self.leave(0))))
         self.reset()

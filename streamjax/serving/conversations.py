@@ -25,7 +25,7 @@ from streamjax.streaming.saving.saved_streams import SavedSession, read_saved_se
 from streamjax.streaming.text_output import TextOutput
 
 _LONGEST_NAME = 200  # characters of a folder's name
-_NATS = "nats of reading"  # beside what clients keep
+_NATS, _ADAPTER = "nats of reading", "adapter of the stream"  # beside what clients keep
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +35,7 @@ class Conversation:
 
     state: None where it is on disk only. output: what its text goes on from. busy: the request that is under way on it.
     saved: whether what is on disk is this. nats: what the tokens that it read cost, and of how many that is known.
+    adapter: with which it is read and continued.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Conversation:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     drawn: int = 0
     nats: tuple[float, int] = (0.0, 0)
+    adapter: str | None = None
     busy: Any = None
     saved: bool = False
 
@@ -250,7 +252,7 @@ class Conversations:
             key=jax.random.key(np.uint32(sampling.seed & 0xFFFFFFFF)),
             drawn=one.drawn,
             output=TextOutput(self._tokenizer, **one.output),
-            extra={**one.extra, _NATS: list(one.nats)},
+            extra={**one.extra, _NATS: list(one.nats), **({} if one.adapter is None else {_ADAPTER: one.adapter})},
         )
 
     def _read_about(self, path: Path) -> tuple[SavedSession, Mapping[str, Any]]:
@@ -260,7 +262,8 @@ class Conversations:
         conversation.tokens_seen, conversation.stopped_by = saved.tokens_seen, saved.stopped_by
         conversation.output = saved.output.to_json_dict()
         conversation.drawn = saved.drawn
-        conversation.extra = {name: value for name, value in saved.extra.items() if name != _NATS}
+        conversation.extra = {name: value for name, value in saved.extra.items() if name not in (_NATS, _ADAPTER)}
+        conversation.adapter = saved.extra.get(_ADAPTER)
         match saved.extra.get(_NATS):
             case [float() as nats, int() as tokens]:
                 conversation.nats = (nats, tokens)

@@ -11,7 +11,7 @@ import collections
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,8 +21,11 @@ from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
+from streamjax.models.files.peft import load_lora
+from streamjax.models.layer_stacking import unstack_layers
+from streamjax.models.lora.row_adapters import Factors, factors_of, require_only_adapters
 from streamjax.serving.admission import require_possible, require_room_for
-from streamjax.serving.conversations import Conversations
+from streamjax.serving.conversations import Conversation, Conversations
 from streamjax.serving.jobs import Job
 from streamjax.serving.loop import EngineLoop
 from streamjax.serving.paging.choosing import make_batch
@@ -57,6 +60,8 @@ class Engine:
       block: tokens a row that are decoded between two looks at the host, while nobody waits. A cancelled request holds
         its row for so many. None: 1 on CPU, 8 elsewhere.
       measure: whether what reading costs is measured (`costs`), which computes logits of every prompt token.
+      adapters: folders of LoRA adapters (PEFT's, or `save_lora`'s) by the names with which requests ask for them. They
+        lie in the host's memory, and each row has a copy of its own while it needs one.
       dtype, implementation: as in `init_state`.
 
     Raises:
@@ -87,6 +92,7 @@ class Engine:
         state_dir: str | Path | None = None,
         block: int | None = None,
         measure: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
     ):
@@ -98,8 +104,11 @@ class Engine:
         require_tokenizer(tokenizer, model.config.vocab_size, "they do not belong together")
         if block is None:
             block = 1 if jax.default_backend() == "cpu" else 8
+        if adapters and model.stack:
+            model = unstack_layers(model)
+        self._adapters = {name: _factors(model, name, folder) for name, folder in (adapters or {}).items()}
         self._batch = make_batch(
-            model, cache, rows, chunk_size, block, dtype, implementation,
+            model, cache, rows, chunk_size, block, dtype, implementation, self._adapters,
             pool_tokens=pool_tokens, prefix_bytes=prefix_bytes, conversation_bytes=conversation_bytes,
             memory_bytes=memory_bytes,
         )  # fmt: skip
@@ -125,8 +134,10 @@ class Engine:
           Overloaded: the queue is full.
           ValueError: it can never be served.
         """
-        require_possible(request, self.model.config.vocab_size)
-        job = Job(request, self.tokenizer, self._batch.chunk_size, on_event, self._cancel)
+        require_possible(request, self.model.config.vocab_size, self._adapters)
+        number = None if request.adapter is None else list(self._adapters).index(request.adapter)
+        vocab = self.model.config.vocab_size
+        job = Job(request, self.tokenizer, self._batch.chunk_size, on_event, self._cancel, vocab, number)
         with self._changed:
             if self._closed:
                 raise ValueError("the engine is closed")
@@ -138,11 +149,17 @@ class Engine:
                 job.conversation = self._conversations.claim(
                     request.conversation,
                     job,
-                    lambda kept: require_room_for(request, kept.tokens_seen, self._batch.capacity),
+                    lambda kept: self._require_going_on(request, kept),
                 )
             self._inbox.append(job)
             self._changed.notify_all()
         return job
+
+    def _require_going_on(self, request: Request, kept: Conversation) -> None:
+        require_room_for(request, kept.tokens_seen, self._batch.capacity)
+        if kept.tokens_seen and kept.adapter != request.adapter:
+            began = "the model alone" if kept.adapter is None else f"adapter {kept.adapter!r}"
+            raise ValueError(f"conversation {kept.name!r} began with {began}, and cannot go on with another")
 
     def conversations(self) -> Sequence[KeptConversation]:
         """All that are kept, the newest last."""
@@ -256,6 +273,8 @@ class Engine:
         if kept is not None and kept.tokens_seen and not job.cancelled and found.exception() is None:
             job.parked = found.result()
             job.begin(0, kept.output["tail"])
+            job.before = kept.tokens_seen
+            self._loop.cached += kept.tokens_seen
         with self._changed:
             del self._loading[job]
             self._loop.add(job)
@@ -269,6 +288,13 @@ class Engine:
 
     def _waiting(self) -> int:
         return len(self._inbox) + len(self._loading) + sum(job.row is None for job in self._loop.jobs)
+
+
+def _factors(model: Decoder, name: str, folder: str | Path) -> Factors:
+    """An adapter's factors, from its folder."""
+    adapted = load_lora(model, folder)
+    require_only_adapters(model, adapted, name)
+    return factors_of(adapted)
 
 
 def _nothing() -> concurrent.futures.Future[ParkedState | None]:

@@ -24,6 +24,7 @@ class Job:
     """One request. It waits, reads its prompt, decodes in a row, and may be preempted at any time.
 
     Attributes:
+      path: the prompt's ids, as the tree of prefixes has them. before: tokens that its conversation had read.
       read: tokens of the prompt that its stream has read. cached: those of them that were not read for this request.
       state: its stream while it is in no row, on the device; parked: the same in the host's memory; both None before it
       begins and while it has a row. row: which one it has. generated: ids, a stop id included. stopped_by: the string
@@ -37,10 +38,14 @@ class Job:
         chunk_size: int,
         on_event: Callable[[Event], None] | None,
         on_cancel: Callable[[Job], None],
+        vocab_size: int = 0,
+        adapter_number: int | None = None,
     ):
         self.request = request
         self.prompt = np.asarray(request.prompt, np.int32)
-        self.read = self.cached = 0
+        # what a prompt begins with was read with an adapter: to others it is another prompt
+        self.path = self.prompt if adapter_number is None else self.prompt + (adapter_number + 1) * vocab_size
+        self.read = self.cached = self.before = 0
         self.state: Stream | None = None
         self.parked: ParkedState | None = None
         self.row: int | None = None
@@ -103,7 +108,7 @@ class Job:
             self.output.finish()
         else:
             self.output.release()
-        usage = Usage(len(self.prompt), self.cached, len(self.generated))
+        usage = Usage(self.before + len(self.prompt), self.before + self.cached, len(self.generated))
         return Event(self.output.take(), finish_reason=reason, usage=usage, error=error)
 
     def _accept(self, token: int) -> None:

@@ -60,7 +60,7 @@ class EngineLoop:
             self.jobs[job] = None
         self._policy.add(job)
         if job.starts_anew:
-            self.prefixes.add(job.prompt)
+            self.prefixes.add(job.path)
 
     def iterate(self, others: bool) -> None:
         """Decode all rows once, and read a chunk's worth of prompts; `others`: whether more requests are coming."""
@@ -95,6 +95,7 @@ class EngineLoop:
                 assert out is not None
                 self._set_aside(out)
             row = self.rows.index(None)
+            self.batch.decoding.set(row, job.request.adapter)
             self.batch.enter(row, job.state, one_row(job.request, job.generated, self._vocab))
             job.state = None
             self.rows[row], job.row = job, row
@@ -144,7 +145,7 @@ class EngineLoop:
         if not self._resume(job, chosen):
             return False
         if job.state is None:
-            depth, beginning = self.prefixes.match(job.prompt)
+            depth, beginning = self.prefixes.match(job.path)
             job.state = self.batch.fresh() if beginning is None else self.batch.fork(beginning)
             job.begin(depth, ())
             self.cached += depth
@@ -158,14 +159,15 @@ class EngineLoop:
         if not len(tokens):
             return 0
         assert job.state is not None
+        self.batch.reading.set(0, job.request.adapter)
         job.state, nats = self.batch.read(job.state, tokens, self._measure)
         if nats is not None:
             job.nats.append(nats)
         job.read += len(tokens)
         self.read += len(tokens)
         self._policy.ran(job)
-        if job.starts_anew and self.prefixes.wants(job.prompt, job.read):
-            self.prefixes.keep(job.prompt, job.read, self.batch.keep(job.state))
+        if job.starts_anew and self.prefixes.wants(job.path, job.read):
+            self.prefixes.keep(job.path, job.read, self.batch.keep(job.state))
         return self.batch.width(len(tokens))
 
     def _decode(self, running: Sequence[Job], alone: bool, chosen: Sequence[Job]) -> Drawn | None:
@@ -268,6 +270,7 @@ class EngineLoop:
             "output": job.output.to_json_dict(),
             "sampling": job.request.sampling,
             "drawn": len(job.generated),
+            "adapter": job.request.adapter,
             "nats": (kept.nats[0] + sum(nats), kept.nats[1] + tokens),
         }
 

@@ -88,7 +88,10 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens of a request: prompt's, those of them that were not read again, and generated ones."""
+    """Tokens of a request: prompt's, those of them that were not read again, and generated ones.
+
+    What a conversation had read before counts as prompt, of which nothing was read again.
+    """
 
     prompt_tokens: int
     cached_tokens: int

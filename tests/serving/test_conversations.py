@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.serving.requests import Sampling
+from streamjax.serving.requests import Sampling, Usage
 from tests.serving.engines import bytes_model, engine, finish, request, served, text, tokens
 from tests.streaming.tiny_sessions import start
 
@@ -24,9 +24,10 @@ def test_a_conversation_is_the_stream_of_a_session():
     one, session = engine(), start(bytes_model(), sampler=sj.Sampler(temperature=0))
     for prompt in ("how are you", "and then", " good"):
         (events,) = served(one, turn(prompt))
+        before = session.tokens_seen
         session.read(list(prompt.encode()))
         assert text(events) == "".join(session.generate(max_new_tokens=5))
-        assert events[-1].usage.prompt_tokens == len(prompt)
+        assert events[-1].usage == Usage(before + len(prompt), before, 5)
     (kept,) = one.conversations()
     assert (kept.name, kept.tokens_seen, kept.busy) == ("ann", session.tokens_seen, False)
 

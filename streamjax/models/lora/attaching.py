@@ -77,7 +77,7 @@ def merge_lora(model: Decoder) -> Decoder:
     """
     if ranks_of(model):
         refuse_quantised(model, "adapters cannot be merged into them; save_lora writes adapters alone")
-    copy = _copy(model)
+    copy = copy_of(model)
     for block, _ in _blocks(copy):
         for target, place in places(block.config).items():
             module, adapter = place.module_of(block), _adapter(block, target)
@@ -183,7 +183,7 @@ def attach(model: Decoder, ranks: Ranks, factors: Factors) -> Decoder:
       ValueError: the model has adapters.
     """
     refuse_adapters(model)
-    copy = _copy(model)
+    copy = copy_of(model)
     for block, layers in _blocks(copy):
         for target, (rank, alpha) in ranks.items():
             place = places(block.config).get(target)
@@ -233,7 +233,7 @@ def _beside(kernel: nnx.Param | QuantisedKernel, adapter: Adapter) -> Adapter:
     return adapter
 
 
-def _copy(model: Decoder) -> Decoder:
+def copy_of(model: Decoder) -> Decoder:
     """The model in modules of its own; the arrays are shared."""
     leaves, structure = jax.tree.flatten(model)
     copy: Decoder = jax.tree.unflatten(structure, leaves)

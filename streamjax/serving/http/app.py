@@ -122,15 +122,18 @@ class _Endpoints:
         raise AssertionError  # the block above returns
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.models]})
 
     async def model(self, request: Request) -> Response:
-        self._service.require_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        name = request.path_params["name"]
+        self._service.adapter_of(name)
+        return JSONResponse(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
+        """A model's entry; an adapter's names what it is for."""
         service = self._service
-        return {"id": service.name, "object": "model", "created": service.created, "owned_by": "streamjax"}
+        parent = {} if name == service.name else {"parent": service.name}
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "streamjax", **parent}
 
     async def about(self, request: Request) -> Response:
         """What the page shows: the model, what a stream's tiers hold and how many bytes, what the engine does."""

@@ -57,7 +57,7 @@ def prepare_chat(service: Service, body: dict[str, Any], conversation: str | Non
     """
     fields = Fields(body)
     read_conversation(fields)
-    service.require_model(fields.required("model", str))
+    adapter = service.adapter_of(fields.required("model", str))
     messages = read_messages(fields)
     options = read_options(fields, service.vocab_size, service.default_tokens)
     tools = read_tools(fields)
@@ -90,6 +90,7 @@ def prepare_chat(service: Service, body: dict[str, Any], conversation: str | Non
         stop_ids=service.stop_ids,
         logprobs=(top or 0) if logprobs else None,
         conversation=conversation,
+        adapter=adapter,
         extra=extra,
     )
     if constraint is not None:
@@ -180,7 +181,8 @@ class ChatWriter:
         self._clock = service.metrics.clock()
         self._choices = [_Choice(CallParser() if call.calls_tools else None) for _ in call.requests]
         self._usages: dict[int, Usage] = {}
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        name = call.requests[0].adapter or service.name
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         self._tail = {} if call.conversation is None else {"conversation": {"id": call.conversation}}
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:

@@ -40,7 +40,7 @@ def prepare_completion(service: Service, body: dict[str, Any]) -> CompletionCall
       ApiError: 400, names the field; 404, another model.
     """
     fields = Fields(body)
-    service.require_model(fields.required("model", str))
+    adapter = service.adapter_of(fields.required("model", str))
     with service.plain_errors():
         prompts = _prompts(service, fields)
     options = read_options(fields, service.vocab_size, _DEFAULT_TOKENS)
@@ -55,7 +55,7 @@ def prepare_completion(service: Service, body: dict[str, Any]) -> CompletionCall
     requests = [
         request
         for prompt in prompts
-        for request in options.requests(tuple(prompt), stop_ids=service.stop_ids, logprobs=logprobs)
+        for request in options.requests(tuple(prompt), stop_ids=service.stop_ids, logprobs=logprobs, adapter=adapter)
     ]
     echoes = [service.tokenizer.decode(request.prompt) if echo else "" for request in requests]
     return CompletionCall(tuple(requests), options, logprobs, tuple(echoes))
@@ -114,7 +114,7 @@ class CompletionWriter:
         self._lengths = [len(echo) for echo in call.echoes]  # characters so far
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
-            "created": int(time.time()), "model": service.name,
+            "created": int(time.time()), "model": call.requests[0].adapter or service.name,
         }  # fmt: skip
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from streamjax.data.text.tokenizers import Tokenizer
@@ -31,6 +31,7 @@ class Service:
       tokenizer: its own.
       vocab_size: of the model.
       stop_ids: that end an answer.
+      adapters: of the engine, which clients name like models.
       trained_length: tokens that the model was trained on at once.
       cache_words: the cache, in words.
       cache_sizes: what a stream holds; None where nobody asks.
@@ -47,6 +48,7 @@ class Service:
         vocab_size: int,
         stop_ids: tuple[int, ...],
         *,
+        adapters: Sequence[str] = (),
         trained_length: int = 0,
         cache_words: str = "",
         cache_sizes: CacheSizes | None = None,
@@ -54,6 +56,9 @@ class Service:
         default_tokens: int = 512,
         most_requests: int = 1024,
     ):
+        if name in adapters:
+            raise ValueError(f"adapter {name!r} is called as the model is; give one of them another name")
+        self.adapters = tuple(adapters)
         self.engine, self.name, self.tokenizer = engine, name, tokenizer
         self.vocab_size, self.stop_ids, self.trained_length = vocab_size, stop_ids, trained_length
         self.cache_words, self.cache_sizes = cache_words, cache_sizes
@@ -87,12 +92,20 @@ class Service:
         """Run what takes milliseconds (templates, tokenizers, grammars) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args))
 
-    def require_model(self, name: str) -> None:
-        """404 unless a request names the model that is here."""
-        if name != self.name:
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What clients may name: the model, and the model with an adapter."""
+        return (self.name, *self.adapters)
+
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a request names, None for the model as it is; 404 where neither is here."""
+        if name not in self.models:
+            here = "' and '".join(self.models)
+            verb = "are" if self.adapters else "is"
             raise ApiError(
-                404, f"The model '{name[:128]}' does not exist: '{self.name}' is here.", "model", "model_not_found"
+                404, f"The model '{name[:128]}' does not exist: '{here}' {verb} here.", "model", "model_not_found"
             )
+        return None if name == self.name else name
 
     @contextlib.contextmanager
     def plain_errors(self) -> Iterator[None]:

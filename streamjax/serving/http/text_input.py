@@ -61,11 +61,13 @@ class _Turn:
         self._encoder = StreamEncoder(service.tokenizer, continues=True)
         self._waiting: list[int] = []  # ids that have come, and are not with the engine
         self._said = ""
+        self._adapter: str | None = None
 
     async def run(self) -> None:
         service, kept = self._service, find(self._service, self._name)
         extra = {} if kept is None else dict(kept.extra)
         call, before, behind = await service.prepare(self._begin, extra, kept)
+        self._adapter = call.requests[0].adapter
         self._waiting += before
         try:
             while await self._take():
@@ -130,7 +132,7 @@ class _Turn:
         self._waiting += more or []
         if not self._waiting:
             return
-        request = Request(tuple(self._waiting), 0, conversation=self._name, extra=extra)
+        request = Request(tuple(self._waiting), 0, conversation=self._name, adapter=self._adapter, extra=extra)
         self._waiting = []
         with self._service.admission():  # a client that is slow to write takes no room meanwhile
             async for _, event in self._service.generations.submit([request]).events():

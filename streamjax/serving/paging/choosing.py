@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.typing import DTypeLike
@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
+from streamjax.models.lora.row_adapters import Factors
 from streamjax.serving.admission import nbytes, require_memory
 from streamjax.serving.batch import Batch
 from streamjax.serving.paging.paged_batch import PagedBatch, page_size_for
@@ -25,6 +26,7 @@ def make_batch(
     block: int,
     dtype: DTypeLike | None,
     implementation: Implementation | None,
+    adapters: Mapping[str, Factors],
     *,
     pool_tokens: int | None,
     prefix_bytes: int,
@@ -49,5 +51,5 @@ def make_batch(
     sizes = in_pool(caches, count, page_size_for(chunk_size)) if count else caches
     one, pools = split(jax.eval_shape(lambda: init_state(model, sizes, 1, dtype=dtype, note_used=True)))
     require_memory(rows, nbytes(one), nbytes(pools), prefix_bytes, conversation_bytes, memory_bytes)
-    options = (model, cache, rows, chunk_size, block, dtype, implementation)
+    options = (model, cache, rows, chunk_size, block, dtype, implementation, adapters)
     return PagedBatch(*options, pages=count) if count else Batch(*options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.pages.page_pool import PagePool, PageTables
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
+from streamjax.models.lora.row_adapters import Factors, RowAdapters
 from streamjax.serving.batch import Batch
 from streamjax.serving.decoding import Drawn, decode_rows
 from streamjax.serving.paging.page_book import PageBook, tables_of
@@ -81,6 +83,7 @@ class PagedBatch(Batch):
         block: int,
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
+        adapters: Mapping[str, Factors] = MappingProxyType({}),
         *,
         pages: int,
         share: bool = True,
@@ -90,6 +93,7 @@ class PagedBatch(Batch):
         paged = in_pool(layer_caches(model.config, cache), pages, self._size)
         self._width = max(one.pages_of_a_stream for one in paged if isinstance(one, PagePool))
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
+        self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
         self._cache, self._options = paged, {"dtype": dtype, "implementation": implementation, "note_used": True}
         whole = init_state(model, cache, 1, **self._options)
         self.parking, self.caches = Parking(whole), whole.caches
@@ -184,7 +188,9 @@ class PagedBatch(Batch):
     def decode(self, active: Bool[np.ndarray, " B"], count: int) -> Drawn:
         tables = self._tables or tables_of(self._rows, self._width, self._share)
         whole = join(self.state, self._pools, tables)
-        whole, self.sampling, drawn = decode_rows(self.model, whole, self.sampling, active, np.int32(count), self.block)
+        whole, self.sampling, drawn = decode_rows(
+            self.decoding.model, whole, self.sampling, active, np.int32(count), self.block
+        )
         self._tables = whole.tables
         self.state, self._pools = split(whole)
         return drawn

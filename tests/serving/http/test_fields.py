@@ -71,3 +71,16 @@ def test_half_a_character_is_refused():
 @pytest.mark.parametrize("data", [b"{}", b'{"a": 1e999}', '{"a": "ü"}'.encode()])
 def test_any_json_is_read(data):
     assert isinstance(parse_body(data), dict)
+
+
+def test_a_model_may_be_one_of_its_adapters():
+    _, service = fake_service(adapters=("poet", "cook"))
+    for name, adapter in (("tiny", None), ("cook", "cook")):
+        chat = prepare_chat(service, {"model": name, "messages": [{"role": "user", "content": "x"}]}, None)
+        text = prepare_completion(service, {"model": name, "prompt": "x"})
+        assert {one.adapter for call in (chat, text) for one in call.requests} == {adapter}
+    with pytest.raises(ApiError, match="'dog' does not exist: 'tiny' and 'poet' and 'cook' are here") as raised:
+        prepare_completion(service, {"model": "dog", "prompt": "x"})
+    assert raised.value.status == 404
+    with pytest.raises(ValueError, match="adapter 'tiny' is called as the model is"):
+        fake_service(adapters=("tiny",))
