@@ -139,7 +139,7 @@ def test_the_reference_is_the_published_sum(group):
 )  # fmt: skip
 def test_tiles_hold_every_choice_once_and_no_more_than_needed(seed, heads, queries, pages, most, block):
     chosen, _ = drawn_choices(np.random.default_rng(seed), 1, heads, queries, pages, most)
-    found = jax.tree.map(np.asarray, tiles(jnp.asarray(chosen), pages, block))
+    found = jax.tree.map(np.asarray, jax.jit(tiles, static_argnums=(1, 2))(jnp.asarray(chosen), pages, block))
     assert found.page.shape[-1] == most_tiles(queries * most, pages, block)
     for head in range(heads):
         flat = chosen[0, head].T.reshape(-1)

@@ -54,13 +54,13 @@ def expected(names, packed):
         return model, batch, gradient(model, batch, "full")
 
 
-ALL, RECURRENT = tuple(MIXERS)[:7], ("delta", "ssd")
+ALL, LOCAL, RECURRENT = tuple(MIXERS)[:7], ("sinks", "chunk", "alibi", "nope"), ("delta", "ssd")
 
 
 @pytest.mark.parametrize(
     ("axes", "names", "packed", "method", "options"),
     [
-        ({"data": 2, "context": 2, "tensor": 2}, ALL, True, "full", {"context_exchange": "ring"}),
+        ({"data": 2, "context": 2, "tensor": 2}, LOCAL, True, "full", {"context_exchange": "ring"}),
         ({"fsdp": 2, "context": 4}, ("full", "latent"), False, "remat", {"logits_chunk": 5}),
         ({"data": 2, "context": 2, "tensor": 2}, RECURRENT, True, "full", {}),
         pytest.param({"context": 8}, RECURRENT, False, "remat", {}, marks=pytest.mark.slow),

@@ -32,8 +32,10 @@ def on_a_mesh(run, **axes):
 
 def test_a_stream():
     def run(model):
-        state = sj.read(model, sj.init_state(model, sj.kv.preset("hsa", capacity=24), BATCH), TOKENS[:, :16], 8)
-        return sj.step(model, state, TOKENS[:, 16:24])
+        state = sj.init_state(model, sj.kv.preset("hsa", capacity=24), BATCH)
+        for start in (0, 8, 16):
+            state, logits = sj.step(model, state, TOKENS[:, start : start + 8])
+        return state, logits
 
     (_, logits), (state, found) = on_a_mesh(run)
     np.testing.assert_allclose(found, logits, atol=2e-5)

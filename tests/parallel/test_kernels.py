@@ -61,7 +61,7 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
     def loss(q, k, v, attention):
         return jnp.sum(attention(q, k, v, SinkWindow(3, 20), **known).out * d_out)
 
-    expected = jax.value_and_grad(partial(loss, attention=api.flash_attention), (0, 1, 2))(q, k, v)
+    expected = jax.jit(jax.value_and_grad(partial(loss, attention=api.flash_attention), (0, 1, 2)))(q, k, v)
     with jax.set_mesh(make_mesh(**axes)):
         found = jax.jit(jax.value_and_grad(partial(loss, attention=sharded.flash_attention), (0, 1, 2)))(q, k, v)
     assert interpreted[-1][:3] == share

@@ -11,6 +11,7 @@ from streamjax.models.lora.adapters import TARGETS
 from streamjax.models.lora.attaching import ranks_of
 from streamjax.parallel.mesh import make_mesh, shard_model, shardings
 from tests.architectures import tiny_config
+from tests.covering import rest_slow
 from tests.parallel.small_models import MESHES
 from tests.parallel.small_models import small_model as split_model
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, PARTIAL, build, random_tokens, read_stream
@@ -77,7 +78,7 @@ def written_into(base, model, targets):
     return jax.tree.map(jnp.asarray, base)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, "gqa", "clipped"))
 def test_new_adapters_change_nothing(case):
     config, targets = CASES[case]
     model, tokens = build(config), random_tokens(2, 9)

@@ -25,7 +25,7 @@ def always_small_blocks(small_blocks):
         pytest.param(
             WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, id="sinks-capped", marks=pytest.mark.slow
         ),
-        pytest.param(WINDOWS.replace(sinks=2), 23, 5, True, id="sinks-packed"),
+        pytest.param(WINDOWS.replace(num_layers=2, windows=(3, 11), sinks=2), 23, 5, True, id="sinks-packed"),
         pytest.param(SINKS, 45, 4, False, id="many-sinks-mqa"),
     ],
 )

@@ -57,10 +57,11 @@ def test_the_gradient_is_that_of_the_loss_and_the_routers_losses(name):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("stacked", rest_slow([False, True], True))
+@pytest.mark.parametrize("stacked", rest_slow([False, True], False))
 def test_the_z_loss_is_the_same_in_every_order(stacked):
     """Padding of the last chunk does not count, nor do tokens on which the loss does not depend."""
     config = model_config(z_loss=0.3)
+    config = config if stacked else config.replace(blocks=config.blocks[:1])
     gradient_checks.check(config, 13, packed=True, stacked=stacked, chunk_size=5)
 
 
