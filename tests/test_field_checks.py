@@ -75,6 +75,7 @@ from streamjax.training import (
     OptimizerConfig,
     TrainConfig,
 )
+from streamjax.training.sequence_groups.costs import GroupCosts
 from streamjax.training.heads.gates import GateConfig
 from streamjax.training.post_training.rollouts import RolloutConfig
 
@@ -105,6 +106,7 @@ EXAMPLES = [
     TrainConfig("run", MODEL, DataConfig(), 10),
     BackpropConfig(),
     DiLoCoConfig(),
+    GroupCosts(quadratic=1e-9, linear=1e-6, exchanged=1e-6, tokens_per_device=16),
     LoRAConfig(),
     MeshConfig(),
     OptimizerConfig(),
@@ -179,6 +181,7 @@ NO_CONFIGURATIONS = {
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
+    *("Group", "Plan"),  # what was planned
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]

@@ -64,7 +64,7 @@ ROOMS = """
     streamjax.training.backprop.embedding_and_head streamjax.training.backprop.loss_kernels
     streamjax.training.backprop.planning
     streamjax.training.backprop
-    streamjax.training.heads
+    streamjax.training.heads streamjax.training.sequence_groups
     streamjax.training.post_training
     streamjax.training.run streamjax.training.diloco
     streamjax.training

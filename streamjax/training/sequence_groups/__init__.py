@@ -1,0 +1,1 @@
+"""Sequences of mixed lengths on groups of devices of different sizes: which group reads which, and the gradient so."""
