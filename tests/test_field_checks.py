@@ -75,9 +75,9 @@ from streamjax.training import (
     OptimizerConfig,
     TrainConfig,
 )
-from streamjax.training.sequence_groups.costs import GroupCosts
 from streamjax.training.heads.gates import GateConfig
 from streamjax.training.post_training.rollouts import RolloutConfig
+from streamjax.training.sequence_groups.costs import GroupCosts
 
 MODEL = UniformConfig(
     vocab_size=61,

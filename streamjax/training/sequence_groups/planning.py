@@ -29,7 +29,7 @@ class Group:
 
 
 Round = tuple[Group, ...]
-_FEW = 256  # groups times lengths, up to which each group is modelled
+_FEW = 64  # groups times lengths, up to which each group is modelled
 
 
 @dataclasses.dataclass(frozen=True)
