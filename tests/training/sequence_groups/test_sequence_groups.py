@@ -78,7 +78,7 @@ def test_a_plan_is_the_best_there_is(lengths):
 
 def test_a_plan_of_many_sequences_beats_every_fixed_size():
     rng = np.random.default_rng(0)
-    lengths = np.clip(np.exp(rng.normal(6.5, 1.3, 40)), 16, 8000).astype(int).tolist() + [16_000]
+    lengths = [*np.clip(np.exp(rng.normal(6.5, 1.3, 40)), 16, 8000).astype(int).tolist(), 16000]
     plan = plan_groups(lengths, 8, COSTS)
     check(plan, lengths, 8)
     assert len({group.degree for groups in plan.rounds for group in groups}) > 1
