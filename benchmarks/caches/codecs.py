@@ -35,7 +35,8 @@ CODECS: dict[str, Codec | None] = {
     "int4": sj.kv.Int(4),
     "int4, groups of 32": sj.kv.Int(4, group=32),
     "int2, groups of 32, residual of 128 (KIVI)": sj.kv.Int(2, group=32, residual=128),
-    "int2, groups of 32, residual of 512": sj.kv.Int(2, group=32, residual=512),
+    'the same, fit="error"': sj.kv.Int(2, group=32, residual=128, fit="error"),
+    'int2, groups of 32, residual of 512, fit="error"': sj.kv.Int(2, group=32, residual=512, fit="error"),
     "fp8": sj.kv.FP8(),
 }
 

@@ -1,8 +1,9 @@
-"""`Int`: whole numbers of 8, 4 or 2 bits between the least and the greatest of a group (KIVI, arXiv 2402.02750)."""
+"""`Int`: whole numbers of 8, 4, 2 or 1 bits between the least and the greatest of a group (KIVI, arXiv 2402.02750)."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.coded import Along, Coded
-from streamjax.field_checks import Count, Size, check_fields
+from streamjax.field_checks import LATER, Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 
+Bits = Literal[8, 4, 2, 1]
+Fit = Literal["range", "error"]
+PARTS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of a group's range
+ERROR_UNITS = 2**11  # of the range: the squares of 512 errors of a whole range fit 32 bits
 _HIGH_HALF = 0xFFFF0000  # of a float32: what bfloat16 keeps
 
 
@@ -29,16 +34,19 @@ class Int(Codec):
       keys, values: "channel": each channel of `group` tokens has a least and a step; "token": each token.
       group: numbers that share them.
       residual: newest tokens in full precision, a multiple of `group`.
+      fit: "range": codes reach from a group's least number to its greatest; "error": over the part of that range, all
+        of it or as little as half of it, that leaves the smallest squared error. Numbers outside take the nearest code.
 
     Raises:
       ValueError: a residual that is no multiple of the group.
     """
 
-    bits: Literal[8, 4, 2] = 8  # type: ignore[assignment]
+    bits: Bits = 8  # type: ignore[assignment]
     keys: Along = "channel"
     values: Along = "token"
     group: Size = 64
     residual: Count = 0
+    fit: Fit = dataclasses.field(default="range", metadata=LATER)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,7 +64,7 @@ class Int(Codec):
         return self.residual
 
     def one_by_one(self) -> Codec:
-        return IntByToken(self.bits, self.group)
+        return IntByToken(self.bits, self.group, self.fit)
 
     def along(self, role: Role) -> Along:
         return self.keys if role == "k" else self.values
@@ -67,8 +75,8 @@ class Int(Codec):
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
         if self.along(role) == "channel":
-            return quantised(x, self.bits, axis=3)
-        return by_token(x, self.bits, self.group)
+            return quantised(x, self.bits, axis=3, fit=self.fit)
+        return by_token(x, self.bits, self.group, self.fit)
 
     def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
         return dequantised(codes)
@@ -78,37 +86,62 @@ class Int(Codec):
 class IntByToken(Codec):
     """`Int` where every token has its own least and step for keys and values alike, `group` channels at a time."""
 
-    bits: Literal[8, 4, 2] = 8  # type: ignore[assignment]
+    bits: Bits = 8  # type: ignore[assignment]
     group: Size = 64
+    fit: Fit = dataclasses.field(default="range", metadata=LATER)
 
     def one_by_one(self) -> Codec:
         return self
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
-        return by_token(x, self.bits, self.group)
+        return by_token(x, self.bits, self.group, self.fit)
 
     def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
         return dequantised(codes)
 
 
-def by_token(x: Float[Array, "B K N G D"], bits: int, group: int) -> Codes:
+def by_token(x: Float[Array, "B K N G D"], bits: int, group: int, fit: Fit = "range") -> Codes:
     """Codes of each token by itself, `group` channels at a time."""
     width = next(size for size in range(min(group, x.shape[-1]), 0, -1) if x.shape[-1] % size == 0)
     parts = x.reshape(*x.shape[:-1], -1, width)
-    codes, numbers = quantised(parts, bits, axis=-1)
+    codes, numbers = quantised(parts, bits, axis=-1, fit=fit)
     return codes.reshape(x.shape), tuple(y[..., 0] for y in numbers)
 
 
-def quantised(x: Float[Array, "..."], bits: int, axis: int) -> tuple[Array, tuple[Array, Array]]:
+def quantised(x: Float[Array, "..."], bits: int, axis: int, fit: Fit = "range") -> tuple[Array, tuple[Array, Array]]:
     """Codes, and the least and the step of all numbers along an axis.
 
-    Both are rounded so that least and least + step * (2^bits - 1) still lie around all of the numbers.
+    Both are rounded so that least and least + step * (2^bits - 1) still lie around what they are to reach.
     """
-    most, x = 2**bits - 1, x.astype(jnp.float32)
-    least = _rounded_down(jnp.min(x, axis=axis, keepdims=True))
-    step = -_rounded_down(-(jnp.max(x, axis=axis, keepdims=True) - least) / most)
-    codes = jnp.clip(jnp.round((x - least) / jnp.where(step > 0, step, 1)), 0, most)
+    x = x.astype(jnp.float32)
+    low, high = (end(x, axis=axis, keepdims=True) for end in (jnp.min, jnp.max))
+    found = _between(x, low, high, bits)
+    if fit == "error":
+        # Errors are compared as whole numbers, whose sum no order of additions changes.
+        unit = ERROR_UNITS / jnp.where(high > low, high - low, 1)
+        best = _error(x, found, unit, axis)
+        for part in PARTS:
+            cut = (high - low) * ((1 - part) / 2)
+            other = _between(x, low + cut, high - cut, bits)
+            error = _error(x, other, unit, axis)
+            better = error < best
+            best, found = jnp.where(better, error, best), tuple(map(partial(jnp.where, better), other, found))
+    codes, least, step = found
     return codes.astype(jnp.uint8), (least.astype(jnp.bfloat16), step.astype(jnp.bfloat16))
+
+
+def _between(x: Array, low: Array, high: Array, bits: int) -> tuple[Array, Array, Array]:
+    """Codes from one number to another: codes, least and step, all float32."""
+    most = 2**bits - 1
+    least = _rounded_down(low)
+    step = -_rounded_down(-(high - least) / most)
+    return jnp.clip(jnp.round((x - least) / jnp.where(step > 0, step, 1)), 0, most), least, step
+
+
+def _error(x: Array, found: tuple[Array, Array, Array], unit: Array, axis: int) -> Array:
+    codes, least, step = found
+    error = jnp.round((least + step * codes - x) * unit).astype(jnp.int32)
+    return jnp.sum(error * error, axis=axis, keepdims=True)
 
 
 def dequantised(codes: Codes) -> Float[Array, "B K N G D"]:

@@ -15,15 +15,15 @@ from tests.oracles.codecs import by_channel, by_token
 Int, FP8 = sj.kv.Int, sj.kv.FP8
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(("bits", "fit"), [(8, "range"), (4, "error"), (2, "error"), (1, "range")])
 @pytest.mark.parametrize("role", ["k", "v"])
-def test_codes_come_back_as_a_plain_loop_says(bits, role):
+def test_codes_come_back_as_a_plain_loop_says(bits, fit, role):
     rng = np.random.default_rng(bits)
     x = rng.normal(size=(8, 16)).astype(np.float32) * rng.uniform(0.01, 30, 16).astype(np.float32) + 3
     x[:, 3], x[2] = 0.7, -1.3  # a channel that never changes, and a token
-    codec = Int(bits=bits, group=8)
+    codec = Int(bits=bits, group=8, fit=fit)
     found = codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
-    np.testing.assert_array_equal(found, by_channel(x, bits) if role == "k" else by_token(x, bits, 8))
+    np.testing.assert_array_equal(found, by_channel(x, bits, fit) if role == "k" else by_token(x, bits, 8, fit))
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,7 +73,7 @@ def test_int4_with_groups_of_64_is_less_than_0_3_of_bfloat16():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Int(bits=3), r"Int\.bits is 3: it must be 8 or 4 or 2"),
+        (lambda: Int(bits=3), r"Int\.bits is 3: it must be 8 or 4 or 2 or 1"),
         (lambda: Int(group=64, residual=100), r"Int\.residual must be a multiple of the group of 64, got 100"),
         (lambda: Int(bits=4, group=7), r"Int\.group of 7 tokens does not fill bytes with codes of 4 bits"),
         (lambda: Int(keys="row"), r"Int\.keys is 'row': it must be 'channel' or 'token'"),

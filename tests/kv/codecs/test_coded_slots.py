@@ -15,7 +15,7 @@ from tests.oracles.codecs import by_token, kivi
 
 Int, FP8 = sj.kv.Int, sj.kv.FP8
 GROUP, WIDTH, SLOTS = 8, 11, 48
-CODECS = {"int8": Int(8, group=GROUP), "int2": Int(2, group=GROUP, residual=2 * GROUP), "fp8": FP8()}
+CODECS = {"int8": Int(8, group=GROUP), "int2": Int(2, group=GROUP, residual=2 * GROUP, fit="error"), "fp8": FP8()}
 
 
 @partial(jax.jit, static_argnames="width")
@@ -72,7 +72,7 @@ def test_slots_hold_what_a_plain_loop_says(name, length):
     for role, slots in zip("kv", streamed(codec, x, whole(length)), strict=True):
         found = np.asarray(dense(slots))
         for row in range(2):
-            held = kivi(x[row], codec.bits, GROUP, codec.residual, role == "k")
+            held = kivi(x[row], codec.bits, GROUP, codec.residual, role == "k", codec.fit)
             for token in range(max(0, length - SLOTS + GROUP), length):
                 np.testing.assert_array_equal(found[row, 0, token % SLOTS], held[token], err_msg=f"{role} {token}")
 
