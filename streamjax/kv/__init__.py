@@ -20,6 +20,7 @@ from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.codecs.codec import Codec, bytes_per_token
 from streamjax.kv.codecs.fp8 import FP8
+from streamjax.kv.codecs.gear import Gear
 from streamjax.kv.codecs.integers import Int
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
@@ -43,6 +44,7 @@ from streamjax.kv.scores.knorm import KNorm
 from streamjax.kv.scores.kvzip import KVzip
 from streamjax.kv.scores.lagkv import LagKV
 from streamjax.kv.scores.leverage import Leverage
+from streamjax.kv.scores.mean_attention import MeanAttention
 from streamjax.kv.scores.query_filters import QFilters
 from streamjax.kv.scores.random_choice import RandomChoice
 from streamjax.kv.scores.scissorhands import Scissorhands
@@ -99,6 +101,7 @@ __all__ = [
     "Finch",
     "Full",
     "Gaussian",
+    "Gear",
     "HeadGroups",
     "Held",
     "Index",
@@ -115,6 +118,7 @@ __all__ = [
     "Leverage",
     "LowRank",
     "Mean",
+    "MeanAttention",
     "Merge",
     "Middle",
     "MinMax",

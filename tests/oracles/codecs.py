@@ -54,6 +54,17 @@ def by_token(x: np.ndarray, bits: int, group: int, fit: str = "range") -> np.nda
     return np.stack([np.concatenate([stored(part, bits, fit) for part in row.reshape(-1, width)]) for row in x])
 
 
+def gear(x: np.ndarray, bits: int, rank: int, outliers: int, channels: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A group of tokens [G, D] by GEAR's parts, and which numbers are kept apart (2403.05527)."""
+    coded = by_channel(x, bits, "error") if channels else by_token(x, bits, x.shape[1], "error")
+    left, apart = x.astype(np.float64) - coded, np.zeros(x.shape, bool)
+    for token, row in enumerate(np.abs(left)):
+        apart[token, np.argsort(-row)[:outliers]] = True
+    left[apart] = 0
+    u, s, v = np.linalg.svd(left)
+    return np.where(apart, x, coded + (u[:, :rank] * s[:rank]) @ v[:rank]), apart
+
+
 def kivi(x: np.ndarray, bits: int, group: int, residual: int, channels: bool, fit: str = "range") -> np.ndarray:
     """A row's tokens [n, D] as they are held: all groups but what waits have been coded."""
     held = x.copy()

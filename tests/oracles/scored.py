@@ -105,6 +105,11 @@ def mass(stream: Stream, head: int, entries: list) -> list[float]:
     return [stream.share(head, e[2], range(len(stream.log))) for e in entries]
 
 
+def mean(stream: Stream, head: int, entries: list) -> list[float]:
+    """ZipCache: what a token got from a query that saw it."""
+    return [got / (len(stream.log) - e[2]) for got, e in zip(mass(stream, head, entries), entries, strict=True)]
+
+
 def newest(window: int, kernel: int = 1, pool: str = "mean") -> Callable:
     """TOVA and SnapKV: what the last queries gave, pooled over the neighbours of each token."""
 

@@ -5,6 +5,7 @@ from streamjax.kv.presets import (
     cake,
     cam,
     chunkkv,
+    comet,
     criticalkv,
     cskv,
     curdkv,
@@ -16,6 +17,7 @@ from streamjax.kv.presets import (
     ems,
     expected_attention,
     finch,
+    gear,
     h2o,
     hip,
     hsa,
@@ -48,6 +50,7 @@ from streamjax.kv.presets import (
     tova,
     window,
     windowkv,
+    zipcache,
 )
 from streamjax.kv.presets.registry import Preset, parse_preset, preset, presets
 
@@ -57,6 +60,7 @@ __all__ = [
     "cake",
     "cam",
     "chunkkv",
+    "comet",
     "criticalkv",
     "cskv",
     "curdkv",
@@ -68,6 +72,7 @@ __all__ = [
     "ems",
     "expected_attention",
     "finch",
+    "gear",
     "h2o",
     "hip",
     "hsa",
@@ -103,4 +108,5 @@ __all__ = [
     "tova",
     "window",
     "windowkv",
+    "zipcache",
 ]

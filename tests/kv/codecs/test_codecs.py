@@ -10,7 +10,7 @@ from streamjax.kv.codecs.codec import bytes_per_token
 from streamjax.kv.codecs.fp8 import widened
 from streamjax.kv.codecs.packing import packed, plane_of, with_plane
 from streamjax.kv.codecs.stores import stores
-from tests.oracles.codecs import by_channel, by_token
+from tests.oracles.codecs import by_channel, by_token, gear
 
 Int, FP8 = sj.kv.Int, sj.kv.FP8
 
@@ -24,6 +24,19 @@ def test_codes_come_back_as_a_plain_loop_says(bits, fit, role):
     codec = Int(bits=bits, group=8, fit=fit)
     found = codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
     np.testing.assert_array_equal(found, by_channel(x, bits, fit) if role == "k" else by_token(x, bits, 8, fit))
+
+
+@pytest.mark.parametrize("role", ["k", "v"])
+@pytest.mark.parametrize(("rank", "outliers"), [(2, 1), (0, 2), (3, 0)])
+def test_gear_keeps_what_codes_miss(role, rank, outliers):
+    x = np.random.default_rng(rank).normal(size=(32, 16)).astype(np.float32) * np.linspace(0.5, 3, 16, dtype=np.float32)
+    codec = sj.kv.Gear(2, group=32, rank=rank, outliers=outliers)
+    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role))[0, 0, 0]
+    expected, apart = gear(x, 2, rank, outliers, role == "k")
+    assert (np.abs(found - x)[apart] <= np.abs(x)[apart] / 128).all()  # as bfloat16 has them
+    assert np.linalg.norm(found - x) < 1.03 * np.linalg.norm(expected - x)
+    plain = codec.base.decode(codec.base.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
+    assert np.linalg.norm(found - x) < 0.95 * np.linalg.norm(plain - x)
 
 
 @settings(max_examples=30, deadline=None)
@@ -56,7 +69,13 @@ def test_codes_share_bytes():
 
 @pytest.mark.parametrize(
     ("codec", "channels", "a_token"),
-    [(Int(8), 64, 2 * 64 + 8), (Int(4), 64, 64 + 8), (Int(2, group=32), 64, 32 + 8 + 8), (FP8(), 64, 128)],
+    [
+        (Int(8), 64, 2 * 64 + 8),
+        (Int(4), 64, 64 + 8),
+        (Int(2, group=32), 64, 32 + 8 + 8),
+        (FP8(), 64, 128),
+        (sj.kv.Gear(2, group=64, rank=2, outliers=1), 64, 32 + 8 + 2 * 3 + 2 * (4 + 4)),
+    ],
 )
 def test_bytes_a_token_are_those_of_the_arrays(codec, channels, a_token):
     assert bytes_per_token(codec, channels) == a_token
@@ -74,6 +93,7 @@ def test_int4_with_groups_of_64_is_less_than_0_3_of_bfloat16():
     ("make", "message"),
     [
         (lambda: Int(bits=3), r"Int\.bits is 3: it must be 8 or 4 or 2 or 1"),
+        (lambda: sj.kv.Gear(group=8, rank=9), r"Gear\.rank is 9, but a group has 8 tokens"),
         (lambda: Int(group=64, residual=100), r"Int\.residual must be a multiple of the group of 64, got 100"),
         (lambda: Int(bits=4, group=7), r"Int\.group of 7 tokens does not fill bytes with codes of 4 bits"),
         (lambda: Int(keys="row"), r"Int\.keys is 'row': it must be 'channel' or 'token'"),

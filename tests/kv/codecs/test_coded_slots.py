@@ -77,6 +77,17 @@ def test_slots_hold_what_a_plain_loop_says(name, length):
                 np.testing.assert_array_equal(found[row, 0, token % SLOTS], held[token], err_msg=f"{role} {token}")
 
 
+@pytest.mark.slow
+def test_of_gear_codes_are_the_same_however_a_stream_is_cut_and_factors_to_their_last_bits():
+    codec = sj.kv.Gear(2, group=GROUP, rank=1, outliers=1)
+    x = np.random.default_rng(2).normal(size=(2, 30, 8)).astype(np.float32)
+    one, other = streamed(codec, x, [(7, 1), (3, 10)] + [(1, 1)] * 8 + whole(30)), streamed(codec, x, whole(30))
+    for a, b in zip(one, other, strict=True):
+        for found, expected in zip((a.codes, *a.numbers[:4]), (b.codes, *b.numbers[:4]), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(dense(a), dense(b), atol=0.02)
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_single_slots_are_written_over(bits):
     rng = np.random.default_rng(bits)
@@ -96,7 +107,7 @@ def test_single_slots_are_written_over(bits):
 
 @pytest.mark.parametrize("tier", [sj.kv.Full(8192, codec=Int(8)), sj.kv.Window(8100, codec=Int(4, residual=64))])
 def test_a_token_is_stored_in_place(tier):
-    """A CPU copies no codes while no group is full; other compilers are asked by `benchmarks.caches.coded_traffic`."""
+    """A CPU copies no codes while no group is full; other compilers are asked by `benchmarks.kernels.coded_traffic`."""
     spec = sj.kv.KVSpec(1, 2, 64, jnp.dtype(jnp.float32))
     state = jax.eval_shape(lambda: tier.init(spec))
     x, number = jax.ShapeDtypeStruct((1, 2, 1, 64), jnp.float32), jax.ShapeDtypeStruct((1, 1, 1), jnp.uint32)

@@ -17,6 +17,7 @@ from streamjax.kv import (
     KVzip,
     LagKV,
     Leverage,
+    MeanAttention,
     QFilters,
     RandomChoice,
     Scissorhands,
@@ -32,6 +33,7 @@ from tests.oracles import scored as oracle
 SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 7, 4, 45
 SCORES = {
     "h2o": (H2O(), oracle.mass),
+    "mean attention": (MeanAttention(), oracle.mean),
     "tova": (TOVA(), oracle.newest(1)),
     "snapkv": (SnapKV(window=3, kernel=3), oracle.newest(3, 3)),
     "snapkv, max": (SnapKV(window=4, kernel=5, pool="max"), oracle.newest(4, 5, "max")),

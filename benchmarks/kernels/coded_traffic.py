@@ -1,6 +1,6 @@
 """Bytes of a decode step whose cache is in codes, over those of bfloat16 slots, as compiled for a TPU and a GPU.
 
-    python -m benchmarks.caches.coded_traffic
+    python -m benchmarks.kernels.coded_traffic
 
 A layer that keeps everything (`Full`), 8 streams, 8 key heads of 128 channels and 32 of queries, 8,192 slots. `MB a
 step` is what one token's attention moves: on TPUs what the program's text moves to and from main memory
@@ -84,7 +84,7 @@ def main() -> None:
     for chip in arguments.chips:
         exact = 0.0
         for name in CODECS:
-            command = [sys.executable, "-m", "benchmarks.caches.coded_traffic", "--child", chip, name]
+            command = [sys.executable, "-m", "benchmarks.kernels.coded_traffic", "--child", chip, name]
             environment = aot.child_environment(CHIPS[chip])
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=aot.ROOT)
             found = json.loads(done.stdout.splitlines()[-1])
@@ -92,7 +92,7 @@ def main() -> None:
             row = {"chip": chip, "slots": name, "MB a step": found["moved"] / 1e6, "x bfloat16": found["moved"] / exact}
             rows.append(row | {"copied": found["copied"] / (4 * STREAMS * HEADS * WIDTH * SLOTS)})
             print(rows[-1], flush=True)
-    report("caches/coded_traffic", rows, arguments.output, streams=STREAMS, cached=SLOTS)
+    report("kernels/coded_traffic", rows, arguments.output, streams=STREAMS, cached=SLOTS)
 
 
 if __name__ == "__main__":
