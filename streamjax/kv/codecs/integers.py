@@ -125,7 +125,7 @@ def quantised(x: Float[Array, "..."], bits: int, axis: int, fit: Fit = "range") 
             other = _between(x, low + cut, high - cut, bits)
             error = _error(x, other, unit, axis)
             better = error < best
-            best, found = jnp.where(better, error, best), tuple(map(partial(jnp.where, better), other, found))
+            best, found = jnp.where(better, error, best), jax.tree.map(partial(jnp.where, better), other, found)
     codes, least, step = found
     return codes.astype(jnp.uint8), (least.astype(jnp.bfloat16), step.astype(jnp.bfloat16))
 
