@@ -45,12 +45,14 @@ ROOMS = """
     streamjax.kv.layouts
     streamjax.kv.presets
     streamjax.kv
-    streamjax.models.config streamjax.models.rope streamjax.models.quantis* streamjax.models.parameters
+    streamjax.models.config streamjax.models.rope streamjax.models.rounding
+    streamjax.models.quantisation streamjax.models.parameters
     streamjax.models.norms
     streamjax.models.lora.adapters
     streamjax.models.mlps streamjax.models.mixers
     streamjax.models.block
     streamjax.models.decoder streamjax.models.layer_stacking
+    streamjax.models.calibration streamjax.models.quantising
     streamjax.models.lora
     streamjax.models.families
     streamjax.models.files

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pallas_kernels import api
 from streamjax.models import quantisation
 from streamjax.models.quantisation import QuantisedWeight
-from streamjax.models.quantising import pack, quantise
+from streamjax.models.quantising import pack
+from streamjax.models.rounding import quantise
 
 
 def drawn(rows, inputs, outputs, axis, weights="int4"):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streamjax as sj
+from streamjax.models.calibration import error_factor, output_moments
 from streamjax.models.families import read_config
 from streamjax.models.mlps.grouped_product import grouped_product
 from streamjax.models.parameters import product
@@ -21,13 +22,13 @@ from streamjax.models.quantising import (
     as_weight,
     check_weights,
     pack,
-    quantise,
     quantised_model,
     quantised_parts,
     unpack,
     weights_of,
     with_codes,
 )
+from streamjax.models.rounding import quantise
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.architectures import CASES
 from tests.covering import rest_slow
@@ -114,15 +115,49 @@ def test_weights_of_four_bits_stay_what_they_were():
 
 
 def test_what_weighs_more_is_kept_better():
-    values, importance = drawn((64, 300)), np.repeat(np.array([100, 1], np.float32), 32)
-    importance = np.tile(np.array([100.0, 1, 1, 1], np.float32), 16)
+    """Whether the weight of a channel is its own, or some direction that all channels have a part in."""
+    rng, values = np.random.default_rng(0), drawn((64, 300))
+    mean = rng.standard_normal(64)
+    for moments, share in (
+        (np.diag(np.tile([100.0, 1, 1, 1], 16)), 0.85),
+        (0.1 * np.eye(64) + np.outer(mean, mean), 0.3),
+    ):
 
-    def errors(known):
-        codes, offsets, scales = quantise(values, (0,), "int4", known)
-        weight = QuantisedWeight(jnp.asarray(codes), jnp.asarray(offsets), jnp.asarray(scales), -2)
-        return np.square(np.asarray(weight.astype(jnp.float32)) - values)[::4].sum()
+        def error(factor, moments=moments):
+            codes, offsets, scales = quantise(values, (0,), "int4", factor)
+            weight = QuantisedWeight(jnp.asarray(codes), jnp.asarray(offsets), jnp.asarray(scales), -2)
+            errors = np.asarray(weight.astype(jnp.float32)) - values
+            return np.sum(errors * (moments @ errors))
 
-    assert errors(importance) < 0.9 * errors(None)
+        assert error(error_factor(moments)) < share * error(None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_matrix_is_chosen_by_what_it_meets(tied):
+    """Hidden states with a large mean, of which errors of plain rounding make errors of every logit."""
+    model = random_decoder(CONFIG.replace(tie_embeddings=tied))
+    direction = np.random.default_rng(0).standard_normal(64)
+    for block in model.layers:
+        block.mlp.down.set_value(block.mlp.down.get_value() * 0.1)
+    model.embedding.set_value(model.embedding.get_value() + 3 * direction.astype(np.float32))
+    found = quantised_model(model, "int4")
+    exact = np.asarray((model.embedding if tied else model.head).get_value())
+    parts = as_weight([jnp.asarray(x) for x in quantise(exact, (-1 if tied else 0,), "int4")], -1 if tied else -2)
+    hidden = np.asarray(model.hidden(jnp.arange(150)[None]))[0]
+
+    def error(matrix):
+        errors = np.asarray(matrix.astype(jnp.float32)) - exact
+        return np.square(hidden @ (errors.T if tied else errors)).mean()
+
+    assert error((found.embedding if tied else found.head).value) < 0.5 * error(parts)
+
+
+def test_without_finite_hidden_states_the_last_norm_says_what_counts():
+    model = random_decoder(CONFIG)
+    model.layers[1].mlp.down.set_value(model.layers[1].mlp.down.get_value().at[0, 0].set(np.nan))
+    rows = lambda ids: np.asarray(model.embedding.get_value())[ids]  # noqa: E731
+    expected = np.diag(np.square(np.asarray(model.norm.weight.get_value())))
+    np.testing.assert_array_equal(output_moments(model, rows), expected)
 
 
 def test_packing_puts_the_first_half_of_a_group_in_the_lower_halves_of_its_bytes():

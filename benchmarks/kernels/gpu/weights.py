@@ -19,7 +19,7 @@ from benchmarks.kernels.gpu.parts import Device, Line, copies, worst
 from benchmarks.model_shapes import SHAPES
 from pallas_kernels import api
 from streamjax.models.quantisation import QuantisedWeight
-from streamjax.models.quantising import GROUP
+from streamjax.models.rounding import GROUP
 
 NAMES = ("int4-up", "int4-table")
 KERNELS = ("triton",)

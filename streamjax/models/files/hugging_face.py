@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from streamjax.checkpoints import check_manifest, read_json
+from streamjax.models.calibration import output_factor
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.families import FAMILIES, Family, Source, Table, find_family, read_config, write_config
@@ -37,15 +38,15 @@ from streamjax.models.files.safetensors_files import (
 )
 from streamjax.models.lora.attaching import refuse_adapters
 from streamjax.models.quantising import (
-    Weights,
     aligned_empty,
-    importance_of,
     input_axes,
+    output_of,
     packs,
     quantised_parts,
     quantised_shapes,
     refuse_quantised,
 )
+from streamjax.models.rounding import Weights
 from streamjax.parallel.rules import partition_spec
 
 _BUFFERS = (r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)  # recomputed from the config
@@ -84,7 +85,7 @@ def load_hf(
     check_tensors(folder, family, config, tensors, slots)
     target = quantised_shapes(model, weights)
     check_manifest(folder)
-    return jax.tree.unflatten(jax.tree.structure(target), load_parameters(model, slots, tensors, dtype, mesh, weights))
+    return loaded_decoder(target, slots, tensors, dtype, mesh, weights)
 
 
 def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_000) -> None:
@@ -248,25 +249,35 @@ def _check_tied(head: AnyTensor, embedding: AnyTensor) -> None:
     )
 
 
-def load_parameters(
-    model: Decoder,
+def loaded_decoder(
+    target: Decoder,
     slots: Sequence[Slot],
     tensors: Tensors,
     dtype: np.dtype,
     mesh: Mesh | None,
     weights: Weights | None,
-) -> list[jax.Array]:
-    """All arrays of a model in the order of its leaves, each on its devices; of a quantised kernel its parts."""
-    norm = next(slot for slot in slots if slot.name == "norm.weight")
+) -> Decoder:
+    """The decoder of `target`'s shapes, each array on its devices; of quantised kernels their parts.
 
-    def read_norm() -> np.ndarray:
-        return _read(tensors, norm.sources[0], norm.shape, np.dtype(np.float32), (slice(None),))
+    The output matrix of int4 comes last: its codes depend on what the other layers make of tokens.
+    """
+    structure, output = jax.tree.structure(target), output_of(target) if weights == "int4" else ""
+    embedding = next(slot for slot in slots if slot.name == "embedding")
 
-    found: list[jax.Array] = []
+    def read_embeddings(ids: np.ndarray) -> np.ndarray:
+        places = [(slice(i, i + 1), slice(None)) for i in ids.tolist()]
+        read = partial(_read, tensors, embedding.sources[0], embedding.shape, np.dtype(np.float32))
+        return np.concatenate([read(place) for place in places])
+
+    parts = {slot.name: _load_parameter(slot, tensors, dtype, mesh, weights) for slot in slots if slot.name != output}
     for slot in slots:
-        importance = importance_of(slot.name, model, read_norm) if weights else None
-        found += _load_parameter(slot, tensors, dtype, mesh, weights, importance)
-    return found
+        if slot.name == output:
+            leaves = (parts.get(slot.name, [None, None, None]) for slot in slots)
+            others: Decoder = jax.tree.unflatten(structure, itertools.chain.from_iterable(leaves))
+            factor = output_factor(others, read_embeddings)
+            parts[output] = _load_parameter(slot, tensors, dtype, mesh, weights, factor)
+    loaded: Decoder = jax.tree.unflatten(structure, [leaf for slot in slots for leaf in parts[slot.name]])
+    return loaded
 
 
 def _load_parameter(
@@ -275,8 +286,9 @@ def _load_parameter(
     dtype: np.dtype,
     mesh: Mesh | None,
     weights: Weights | None,
-    importance: np.ndarray | None,
+    factor: np.ndarray | None = None,
 ) -> list[jax.Array]:
+    """The arrays of one parameter; of a quantised kernel codes, offsets if any, and scales."""
     axes, inputs = slot.parameter.get_metadata("axes"), input_axes(slot.parameter)
 
     def placed(sources: Sequence[Source]) -> Iterator[jax.Array]:
@@ -285,7 +297,7 @@ def _load_parameter(
         read = partial(_read, tensors, sources, slot.shape, np.dtype(np.float32))
         return (
             _place(part.__getitem__, part.shape, axes, mesh)
-            for part in quantised_parts(read, slot.shape, inputs, weights, packs(), importance)
+            for part in quantised_parts(read, slot.shape, inputs, weights, packs(), factor)
         )
 
     if not slot.stacked:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from streamjax.checkpoints import check_manifest, read_json
 from streamjax.checkpoints.pytrees import named_arrays
 from streamjax.models import config as model_config
+from streamjax.models.calibration import output_factor
 from streamjax.models.config import ModelConfig
 from streamjax.models.decoder import Decoder, default_dtype
 from streamjax.models.files.model_folders import CONFIG, check_sizes, replaced_model
@@ -30,15 +31,15 @@ from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import refuse_adapters
 from streamjax.models.quantisation import QuantisedArray
 from streamjax.models.quantising import (
-    Weights,
-    importance_of,
     input_axes,
+    output_of,
     packs,
     quantised_parts,
     quantised_shapes,
     weights_of,
     with_codes,
 )
+from streamjax.models.rounding import Weights
 from streamjax.parallel.mesh import with_placement
 
 MODEL_TYPE = "streamjax"
@@ -121,13 +122,18 @@ def load_native(
             raise ValueError(f"{stored[name].file}: tensor {name!r} has dtype {codes}")
     target = with_placement(source if saved else quantised_shapes(model, weights), mesh)
     check_manifest(folder)
-    places = jax.tree.leaves(target)
-    leaves: list[jax.Array] = []
-    for name, variable in variables.items():
-        known = importance_of(name, model, lambda: stored["norm.weight"].read(np.float32)) if weights else None
-        for array in _read(stored[name], variable, dtype, weights, known):
-            leaves.append(jax.device_put(array, places[len(leaves)].sharding))
-    loaded = with_codes(jax.tree.unflatten(jax.tree.structure(target), leaves), packs())
+    places, structure = _by_variable(jax.tree.leaves(target), variables, weights), jax.tree.structure(target)
+    found: dict[str, list[Any]] = {}
+    output = output_of(model) if weights == "int4" and not saved else ""
+    for name in sorted(variables, key=lambda name: name == output):  # the output matrix last
+        factor = None
+        if name == output:
+            others = [leaf for each in variables for leaf in found.get(each, places[each])]
+            embeddings = partial(_rows, stored["embedding"])
+            factor = output_factor(jax.tree.unflatten(structure, others), embeddings)
+        arrays = _read(stored[name], variables[name], dtype, weights, factor)
+        found[name] = [jax.device_put(x, place.sharding) for x, place in zip(arrays, places[name], strict=True)]
+    loaded = with_codes(jax.tree.unflatten(structure, [leaf for name in variables for leaf in found[name]]), packs())
     return stack_layers(loaded) if scan_layers else loaded
 
 
@@ -145,8 +151,22 @@ def _variables(source: Decoder) -> dict[str, nnx.Variable]:
     return dict(zip(named_arrays(source), variables, strict=True))
 
 
+def _rows(tensor: StoredTensor, places: np.ndarray) -> np.ndarray:
+    return np.concatenate([tensor.rows(i, i + 1) for i in places.tolist()])
+
+
+def _by_variable(
+    leaves: Sequence[Any], variables: dict[str, nnx.Variable], weights: Weights | None
+) -> dict[str, list[Any]]:
+    """The leaves of a model, those of a parameter that is quantised as it is read together, by its name."""
+    remaining = iter(leaves)
+    parts = {None: 1, "int8": 2, "int4": 3}[weights]
+    quantised = {name: weights is not None and input_axes(variable) is not None for name, variable in variables.items()}
+    return {name: [next(remaining) for _ in range(parts if quantised[name] else 1)] for name in variables}
+
+
 def _read(
-    tensor: StoredTensor, variable: nnx.Variable, dtype: Any, weights: Weights | None, importance: np.ndarray | None
+    tensor: StoredTensor, variable: nnx.Variable, dtype: Any, weights: Weights | None, factor: np.ndarray | None
 ) -> Sequence[np.ndarray]:
     """A parameter, or its codes, offsets and scales; those that are stored, as they are."""
     if isinstance(variable, QuantisedArray):
@@ -160,4 +180,4 @@ def _read(
         start, stop, _ = index[0].indices(tensor.shape[0])
         return whole()[index] if stop - start == tensor.shape[0] else tensor.rows(start, stop)
 
-    return quantised_parts(part, tensor.shape, inputs, weights, packs(), importance)
+    return quantised_parts(part, tensor.shape, inputs, weights, packs(), factor)

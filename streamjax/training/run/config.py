@@ -16,7 +16,7 @@ from streamjax.kv.presets.registry import Built
 from streamjax.models.config import ModelConfig, UniformConfig
 from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
-from streamjax.models.quantising import Weights
+from streamjax.models.rounding import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
 from streamjax.training.backprop.trainable_parameters import Trainable

@@ -23,10 +23,11 @@ from streamjax.models.files.gguf import metadata as md
 from streamjax.models.files.gguf.architectures import ARCHITECTURES, Architecture
 from streamjax.models.files.gguf.metadata import Metadata
 from streamjax.models.files.gguf.weights import DequantisedTensor
-from streamjax.models.files.hugging_face import Slot, check_tensors, load_parameters, parameter_slots
+from streamjax.models.files.hugging_face import Slot, check_tensors, loaded_decoder, parameter_slots
 from streamjax.models.files.model_folders import check_sizes
 from streamjax.models.files.safetensors_files import AnyTensor
-from streamjax.models.quantising import Weights, quantised_shapes
+from streamjax.models.quantising import quantised_shapes
+from streamjax.models.rounding import Weights
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ONE_ROW = ".ffn_gate_inp_shexp.weight"  # a matrix of one row, of which llama.cpp makes a vector
@@ -68,7 +69,7 @@ def load_gguf(
     tensors = _renamed(header, architecture, values, slots)
     check_tensors(file, family, config, tensors, slots, "its metadata")
     target = quantised_shapes(model, weights)
-    return jax.tree.unflatten(jax.tree.structure(target), load_parameters(model, slots, tensors, dtype, mesh, weights))
+    return loaded_decoder(target, slots, tensors, dtype, mesh, weights)
 
 
 def read_values(header: GGUFHeader) -> tuple[Architecture, dict[str, Any]]:
