@@ -60,6 +60,7 @@ from streamjax.models.config import (
     UniformConfig,
     elementwise,
     gated_linear,
+    memories,
     parse_config,
     recurrent,
 )
@@ -145,6 +146,8 @@ EXAMPLES = [
     gated_linear.GatedLinearConfig(2, 2, 4, 4),
     gated_linear.HGRN2Config(2, 2, 4, 4),
     elementwise.HGRNConfig(2, 2, 4),
+    memories.MoMConfig(2, 2, 4, 4),
+    memories.LMUConfig(2, 2, 4, 3, 8.0),
     elementwise.RGLRUConfig(2, 2, 4),
     cur.CUR(),
     chunkkv.ChunkKV(snapkv.SnapKV()),

@@ -1,11 +1,16 @@
 """One token of the delta rule by both platforms' kernels, interpreted, against float64; and inside the recurrence."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import aot
+from benchmarks.kernels import state_updates
 from pallas_kernels import api, argument_checks, reference
 from pallas_kernels.api import platforms
 from streamjax.attention import recurrent
@@ -95,3 +100,30 @@ def test_bad_arguments_are_refused_in_one_line():
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no kernel of the delta rule for cpu"):
         api.delta_update(q, k, v, decay, beta, state)
+
+
+COMPILE = (
+    "import sys; from benchmarks.kernels import state_updates as s; print({call}(sys.argv[1], sys.argv[2], 'as used'))"
+)
+
+
+def compiled(topology, call, chip, model):
+    command = [sys.executable, "-c", COMPILE.format(call=call), chip, model]
+    return subprocess.run(
+        command, env=aot.child_environment(topology), cwd=aot.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", state_updates.MODELS)
+@pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
+def test_a_tpu_moves_every_state_in_and_out_once(model):
+    assert 2 <= float(compiled("v5e:1x1", "s.moved", "v5e", model)) < 2.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Qwen3-Next 80B", "Kimi-Linear 48B"])
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
+def test_an_h100_takes_the_kernel(model):
+    text = compiled("h100", "s.program", "h100", model)
+    assert text.count("custom_call_target") == 1

@@ -187,6 +187,54 @@ def hgrn(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     return np.tensordot(out[:, None], _value(p.out), axes=3)
 
 
+def mixture_of_memories(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+    """One token of a mixture of memories; `cache` has the inputs of the convolution and the states."""
+    p, c = mixer, mixer.config
+    count = c.memories + 1
+    if not cache:
+        cache += [[], np.zeros((c.num_heads, count, c.key_dim, c.value_dim))]
+    inside = np.tensordot(x, _value(p.inside), axes=1)
+    ends = np.cumsum([c.key_dim, count * c.key_dim, count * c.value_dim, c.value_dim, count])
+    mixed = _silu(_convolved(p.conv, inside[:, : ends[2]], cache[0]))
+    scores = np.exp(x @ _value(p.router))
+    chosen = np.argsort(-scores)[: c.active]
+    shares = np.zeros(count)
+    shares[chosen], shares[-1] = scores[chosen] / scores[chosen].sum(), 1.0
+    rates, biases = (_value(part).reshape(c.num_heads, count) for part in (p.rate_log, p.step_bias))
+    out = np.zeros((c.num_heads, 1, c.value_dim))
+    for head in range(c.num_heads):
+        q, keys, values = np.split(mixed[head], ends[:2])
+        gate, writes, steps = np.split(inside[head, ends[2] :], ends[3:] - ends[2])
+        read = np.zeros(c.value_dim)
+        for memory in np.flatnonzero(shares):
+            k, v = keys.reshape(count, -1)[memory], values.reshape(count, -1)[memory]
+            k = k / np.sqrt(k @ k + 1e-6)
+            step = _softplus(steps[memory] + biases[head, memory])
+            state = np.exp(-np.exp(rates[head, memory]) * step) * cache[1][head, memory]
+            state = state + np.outer(k, _sigmoid(writes[memory]) * (v - state.T @ k))
+            cache[1][head, memory] = state
+            read += shares[memory] * state.T @ (q / np.sqrt(q @ q + 1e-6) / np.sqrt(c.key_dim))
+        out[head, 0] = _norm(read, c.norm.eps) * _value(p.norm.weight) * _silu(gate)
+    return np.tensordot(out, _value(p.out), axes=3)
+
+
+def legendre_memory(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+    """One token of the Legendre memory unit; `cache` has the memories."""
+    p, c = mixer, mixer.config
+    if not cache:
+        cache += [np.zeros((c.num_groups, c.order, c.channels))]
+    row, column = np.indices((c.order, c.order))
+    a = (2 * row + 1) * np.where(row < column, -1.0, (-1.0) ** (row - column + 1)) / c.theta
+    b = (2 * np.arange(c.order) + 1) * (-1.0) ** np.arange(c.order) / c.theta
+    u = np.maximum(np.tensordot(x, _value(p.inside), axes=1) + _value(p.inside_bias), 0)
+    for _ in range(2000):  # the differential equation in small steps, each by the midpoint's slope
+        here = np.einsum("nm,gmd->gnd", a, cache[0]) + b[:, None] * u[:, None]
+        half = cache[0] + here / 4000
+        cache[0] = cache[0] + (np.einsum("nm,gmd->gnd", a, half) + b[:, None] * u[:, None]) / 2000
+    y = np.tensordot(cache[0].reshape(c.num_groups, 1, -1), _value(p.out), axes=3)
+    return np.maximum(y + _value(p.out_bias) + x @ _value(p.direct), 0)
+
+
 MIXERS = {
     "gated_delta": gated_delta,
     "kimi_delta": kimi_delta,
@@ -196,4 +244,6 @@ MIXERS = {
     "gated_linear": gated_linear,
     "hgrn2": hgrn2,
     "hgrn": hgrn,
+    "mixture_of_memories": mixture_of_memories,
+    "legendre_memory": legendre_memory,
 }

@@ -17,6 +17,7 @@ from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
+from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, KimiDeltaConfig, SSDConfig
@@ -37,9 +38,11 @@ __all__ = [
     "HGRNConfig",
     "HSAConfig",
     "KimiDeltaConfig",
+    "LMUConfig",
     "LatentAttentionConfig",
     "MLPConfig",
     "MixerConfig",
+    "MoMConfig",
     "ModelConfig",
     "NormConfig",
     "RGLRUConfig",

@@ -12,6 +12,7 @@ from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config
 from streamjax.models.config.latent import LatentAttentionConfig
+from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
     GatedConvConfig,
@@ -31,6 +32,8 @@ RecurrentMixerConfig: TypeAlias = (
     | HGRNConfig
     | GatedConvConfig
     | RGLRUConfig
+    | MoMConfig
+    | LMUConfig
 )
 MixerConfig: TypeAlias = AttentionMixerConfig | RecurrentMixerConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig

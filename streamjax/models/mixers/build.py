@@ -16,7 +16,9 @@ from streamjax.models.config import (
     HGRNConfig,
     KimiDeltaConfig,
     LatentAttentionConfig,
+    LMUConfig,
     MixerConfig,
+    MoMConfig,
     RGLRUConfig,
     SSDConfig,
 )
@@ -27,11 +29,24 @@ from streamjax.models.mixers.gated_linear import GatedLinear
 from streamjax.models.mixers.hgrn import HGRN, HGRN2
 from streamjax.models.mixers.kimi_delta import KimiDelta
 from streamjax.models.mixers.latent import LatentAttention
+from streamjax.models.mixers.memories.legendre import LMU
+from streamjax.models.mixers.memories.routed import MixtureOfMemories
 from streamjax.models.mixers.rg_lru import RGLRU
 from streamjax.models.mixers.ssd import SSD
 
 Mixer: TypeAlias = (
-    Attention | LatentAttention | GatedDelta | KimiDelta | SSD | GatedConv | RGLRU | GatedLinear | HGRN | HGRN2
+    Attention
+    | LatentAttention
+    | GatedDelta
+    | KimiDelta
+    | SSD
+    | GatedConv
+    | RGLRU
+    | GatedLinear
+    | HGRN
+    | HGRN2
+    | MixtureOfMemories
+    | LMU
 )
 
 _MODULES: dict[type, Any] = {
@@ -45,6 +60,8 @@ _MODULES: dict[type, Any] = {
     GatedLinearConfig: GatedLinear,
     HGRNConfig: HGRN,
     HGRN2Config: HGRN2,
+    MoMConfig: MixtureOfMemories,
+    LMUConfig: LMU,
 }
 
 

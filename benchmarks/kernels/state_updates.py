@@ -1,0 +1,93 @@
+"""Bytes that one token moves for the states of recurrent layers, on TPUs, compiled ahead of time.
+
+    python -m benchmarks.kernels.state_updates       # a minute; no TPU is needed
+
+A layer's update for 16 streams, at the shapes of Qwen3-Next 80B (Gated DeltaNet), Kimi-Linear 48B (a decay for each
+channel) and Mamba-2 2.7B. What a program's text moves to and from main memory (`benchmarks.hbm_traffic`), over the
+bytes of the states: 2 is each state read once and written once. `product` reads what states hold under queries and keys
+by a product of matrices, before it changes them; `as used` is the form that streams take on a TPU: with the delta rule
+a kernel, `api.delta_update`, and else a sum over the new state, of which and of the update the compiler makes one pass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks import aot
+from benchmarks.reporting import report
+
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
+TOPOLOGIES = {**CHIPS, "h100": "h100"}
+MODELS = {  # groups, heads of a group, rows and columns of a state, a decay for each row, the delta rule
+    "Qwen3-Next 80B": (16, 2, 128, 128, False, True),
+    "Kimi-Linear 48B": (32, 1, 128, 128, True, True),
+    "Mamba-2 2.7B": (1, 80, 128, 64, False, False),
+}
+STREAMS = 16
+FORMS = ("product", "as used")
+
+
+def program(chip: str, model: str, form: str) -> tuple[str, int]:
+    """The compiled program's text, and the bytes of the states; for a process of `aot.child_environment`."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels.api import platforms
+    from streamjax.attention.recurrent import recurrence
+
+    place = SingleDeviceSharding(aot.devices(TOPOLOGIES[chip])[0])
+    groups, shared, rows, columns, channels, delta = MODELS[model]
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((STREAMS, *shape), jnp.float32, sharding=place)
+
+    def update(q: Any, k: Any, v: Any, decay: Any, beta: Any, state: Any) -> Any:
+        return recurrence(q, k, v, decay, state, beta=beta)
+
+    tpu = TOPOLOGIES[chip].startswith("v")
+    if form == "as used":
+        platforms.platform_implementation = lambda: "tpu" if tpu else "triton"
+    pair, heads, state = (1, groups, rows), (1, groups, shared), array(groups * shared, rows, columns)
+    given = array(*pair), array(*pair), array(*heads, columns), array(*heads, *([rows] if channels else []))
+    traced = jax.jit(update, donate_argnums=5).trace(*given, array(*heads) if delta else None, state)
+    compiled = traced.lower(lowering_platforms=("tpu" if tpu else "cuda",)).compile()
+    return compiled.as_text(), STREAMS * groups * shared * rows * columns * 4
+
+
+def moved(chip: str, model: str, form: str) -> float:
+    """Bytes moved over bytes of the states, on a TPU; for a process of `aot.child_environment`."""
+    from benchmarks.hbm_traffic import moved_bytes
+
+    text, size = program(chip, model, form)
+    return round(moved_bytes(text) / size, 2)
+
+
+def main() -> None:
+    rows = []
+    for chip, topology in CHIPS.items():
+        command = [sys.executable, "-m", "benchmarks.kernels.state_updates", "--child", chip]
+        environment = aot.child_environment(topology)
+        done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=True)
+        rows += json.loads(done.stdout.splitlines()[-1])
+    report("kernels/state_updates", rows)
+
+
+def _child(chip: str) -> None:
+    # All models in one form before the other: the second is asked for by saying that JAX runs on a TPU.
+    found = {form: {model: moved(chip, model, form) for model in MODELS} for form in FORMS}
+    print(
+        json.dumps([{"chip": chip, "model": model, **{form: found[form][model] for form in FORMS}} for model in MODELS])
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _child(sys.argv[2])
+    else:
+        os.chdir(aot.ROOT)
+        main()
