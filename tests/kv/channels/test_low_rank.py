@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from tests.covering import rest_slow
 from tests.kv.tier_streams import FREQUENCIES, SCALE, Stream, run
 from tests.oracles import channels
 from tests.oracles.rotation import Turning
@@ -43,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_slow(CASES, "own", "given"))
 def test_tokens_are_coordinates_however_a_stream_is_cut(name):
     cache, ranks, group, bases = CASES[name]
     out, state = run(cache, STREAM, [1], width=1, frequencies=FREQUENCIES)
