@@ -71,6 +71,15 @@ def step_bytes(chip: str, name: str) -> dict[str, float]:
     return {"moved": moved, "copied": whole.memory_analysis().temp_size_in_bytes}
 
 
+def compiled(chip: str, name: str) -> dict[str, float]:
+    """`step_bytes` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.kernels.coded_traffic", "--child", chip, name]
+    environment = aot.child_environment(CHIPS[chip])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=aot.ROOT)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
@@ -84,10 +93,7 @@ def main() -> None:
     for chip in arguments.chips:
         exact = 0.0
         for name in CODECS:
-            command = [sys.executable, "-m", "benchmarks.kernels.coded_traffic", "--child", chip, name]
-            environment = aot.child_environment(CHIPS[chip])
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=aot.ROOT)
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = compiled(chip, name)
             exact = exact or found["moved"]
             row = {"chip": chip, "slots": name, "MB a step": found["moved"] / 1e6, "x bfloat16": found["moved"] / exact}
             rows.append(row | {"copied": found["copied"] / (4 * STREAMS * HEADS * WIDTH * SLOTS)})

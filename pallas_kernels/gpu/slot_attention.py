@@ -122,7 +122,8 @@ def attend(
     _, batch, heads, count, width = grouped.shape
     padded = max(pl.next_power_of_2(width), LEAST)
     if block is None:
-        block = BLOCK_BYTES // (2 * parts * padded * cache.dtype.itemsize)
+        itemsize = q.dtype.itemsize if coded else cache.dtype.itemsize  # codes take room as what is made of them
+        block = BLOCK_BYTES // (2 * parts * padded * itemsize)
         block = min(max(block, LEAST), BLOCK // 2 if listed or coded else BLOCK, max(pl.next_power_of_2(most), LEAST))
     if block < LEAST or block & (block - 1):
         raise ValueError(f"blocks of {block} slots: use a power of two from {LEAST}")

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import aot
+from benchmarks.kernels import coded_traffic
 from benchmarks.kernels.compile_all import cells, grouped, loops, temporaries
 from benchmarks.kernels.compile_case import HOPPER, Case, compile_case
 from benchmarks.kernels.gpu import machine_code
@@ -35,6 +36,8 @@ def test_tpus_take_the_kernels(case):
 def test_a_tpu_takes_the_decoding_kernel():
     assert calls("v5e", "llama-3.1-8b", "decode-int8", 8192) == {"decode_attention": 1}
     assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
+    assert calls("v5e", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
+    assert calls("v5e", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
 
 
 @pytest.mark.slow
@@ -74,6 +77,18 @@ def test_an_h100_takes_the_hopper_kernel(pattern):
 def test_an_h100_takes_the_decoding_kernels():
     assert calls("h100", "llama-3.1-8b", "decode-int4", 8192) == {"decode_attention": 1}
     assert calls("h100", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
+    assert calls("h100", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
+    assert calls("h100", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "H100"])
+def test_a_step_in_codes_of_four_bits_moves_at_most_three_tenths(chip):
+    if not aot.available(aot.TOPOLOGIES[coded_traffic.CHIPS[chip]].platform):
+        pytest.skip(f"no compiler for {chip}: `make aot-compilers` installs it")
+    exact, coded = (coded_traffic.compiled(chip, name) for name in ("bfloat16", "int4"))
+    assert coded["moved"] <= 0.30 * exact["moved"]
+    assert coded["copied"] < 0.01 * exact["moved"]
 
 
 @pytest.mark.slow
