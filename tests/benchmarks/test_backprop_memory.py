@@ -35,6 +35,7 @@ def test_the_baselines_differ_by_the_logits():
 
 
 @compiled
+@pytest.mark.slow
 def test_a_refused_program_says_what_it_needs():
     length = 2**19
     refused = compile_case(case(length, **FULL_LOGITS))

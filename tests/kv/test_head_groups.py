@@ -72,6 +72,7 @@ def test_with_all_heads_far_a_preset_is_dense(tmp_path, name, config):
     np.testing.assert_allclose(np.concatenate((first, last), 1), sj.forward(model, tokens), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stream_with_half_of_its_heads_far_goes_on(tmp_path):
     """The far heads keep the first token of interest, the near ones do not; the state keeps its size."""
     (tmp_path / "gates.json").write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')

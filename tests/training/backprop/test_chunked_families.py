@@ -26,6 +26,7 @@ REPEATED |= {
     "qwen2_moe": "qwen3_next",
     "qwen2": "gemma2",
     "gpt_neox": "falcon-40b",
+    "qwen3": "qwen3_next",
 }
 
 

@@ -78,7 +78,7 @@ def test_choices_are_counted_once(options, stacked):
         assert float(report.tokens) == ROWS * LENGTH
 
 
-@pytest.mark.parametrize("kind", rest_slow(["microbatches", "stream", "adapters"], "microbatches", "stream"))
+@pytest.mark.parametrize("kind", rest_slow(["microbatches", "stream", "adapters"], "microbatches"))
 def test_a_step_tells_what_its_routers_did(kind):
     """The metrics of two microbatches, of streams and of adapters' training are those of the batch."""
     model, batch = setup(MLPS)
