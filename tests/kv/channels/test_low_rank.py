@@ -44,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", rest_slow(CASES, "own", "given"))
+@pytest.mark.parametrize("name", rest_slow(CASES, "own"))
 def test_tokens_are_coordinates_however_a_stream_is_cut(name):
     cache, ranks, group, bases = CASES[name]
     out, state = run(cache, STREAM, [1], width=1, frequencies=FREQUENCIES)
