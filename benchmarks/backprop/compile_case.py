@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int32
 import streamjax as sj
 from benchmarks import aot
 from pallas_kernels.api import platforms
-from streamjax.field_checks import from_plain
+from streamjax.models import ModelConfig
+from streamjax.models.config import parse_config
 
 FULL_LOGITS = {"method": "full_logits"}  # the first baseline, which this module has itself; all else is the library's
 _SOURCES = ("streamjax/attention", "streamjax/kv", "streamjax/models", "streamjax/parallel", "streamjax/training")
@@ -39,7 +40,7 @@ class Case:
     one of `aot.TOPOLOGIES`, of which one chip is used. `kernels`: attention by the chip's kernels, not by XLA's loops.
     """
 
-    config: sj.UniformConfig
+    config: sj.UniformConfig | ModelConfig
     topology: str
     length: int
     arguments: Mapping[str, Any]
@@ -47,12 +48,15 @@ class Case:
     kernels: bool = False
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        flat = isinstance(self.config, sj.UniformConfig)
+        config = dataclasses.asdict(self.config) if flat else self.config.to_json_dict()
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps({**fields, "arguments": dict(self.arguments), "config": config})
 
     @classmethod
     def from_json(cls, text: str) -> Case:
         values = json.loads(text)
-        return cls(**{**values, "config": from_plain(sj.UniformConfig, values["config"])})
+        return cls(**{**values, "config": parse_config(values["config"])})
 
 
 @cache
