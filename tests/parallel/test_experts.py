@@ -44,7 +44,7 @@ CASES = [
     pytest.param("expert4", "biased", "full", marks=pytest.mark.slow),
     ("context2-expert4", "inputs", "full"),
     pytest.param("fsdp2-tensor2", "plain", "chunk", marks=pytest.mark.slow),
-    ("data2-expert2-tensor2", "biased", "remat"),
+    pytest.param("data2-expert2-tensor2", "biased", "remat", marks=pytest.mark.slow),
     ("data2-expert2-tensor2", "plain", "chunk"),
     pytest.param("fsdp2-expert2-tensor2", "plain", "full", marks=pytest.mark.slow),
     pytest.param("fsdp2-expert2-tensor2", "biased", "layer", marks=pytest.mark.slow),

@@ -10,9 +10,8 @@ import pytest
 import streamjax as sj
 from streamjax.streaming.speculative import Drafter, Drafts
 from streamjax.streaming.speculative.choosing import choose, seen_at
+from tests.covering import rest_slow
 from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
-
-ROWS = 512
 
 
 @pytest.mark.quick
@@ -43,8 +42,9 @@ class Stubborn(Drafter):
         return Drafts(tokens, np.where(wanted, self.length, 0).astype(np.int32))
 
 
-def test_counted_draws_have_the_models_distribution():
-    """Three tokens of 512 streams, of which a guess is often right and often wrong: chi-square of pairs."""
+@pytest.mark.parametrize("rows", rest_slow([160, 512], 160))
+def test_counted_draws_have_the_models_distribution(rows):
+    """Three tokens of many streams, of which a guess is often right and often wrong: chi-square of pairs."""
     model, sampler = build(GQA), sj.Sampler(temperature=1.5, top_k=4)
     prompt = random_tokens(1, 6)
     probable = np.zeros((VOCAB, VOCAB))
@@ -53,15 +53,15 @@ def test_counted_draws_have_the_models_distribution():
     second = jax.nn.softmax(sampler.filter(sj.forward(model, longer)[:, -1]))
     probable = np.asarray(first)[:, None] * np.asarray(second)
     guess = int(np.argmax(probable.sum(axis=0)))
-    state = sj.init_state(model, sj.kv.preset("dense", capacity=9), ROWS)
+    state = sj.init_state(model, sj.kv.preset("dense", capacity=9), rows)
     _, tokens = sj.generate(
-        model, state, np.repeat(prompt, ROWS, axis=0), max_new_tokens=3, sampler=sampler, key=jax.random.key(1),
+        model, state, np.repeat(prompt, rows, axis=0), max_new_tokens=3, sampler=sampler, key=jax.random.key(1),
         draft=Stubborn(token=guess),
     )  # fmt: skip
     counts = np.zeros((VOCAB, VOCAB))
     np.add.at(counts, tuple(np.asarray(tokens)[:, :2].T), 1)
     assert not counts[probable == 0].any()
-    expected, counts = ROWS * probable[probable > 0], counts[probable > 0]
+    expected, counts = rows * probable[probable > 0], counts[probable > 0]
     often = expected > 4
     expected, counts = (
         np.append(expected[often], expected[~often].sum()),
