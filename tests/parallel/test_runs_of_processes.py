@@ -1,0 +1,101 @@
+"""Runs of two and of four processes: killed and begun again they end with the same bits, and with others they go on."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from streamjax.training.run.goodput import Goodput
+from tests.processes import one_device_flags
+
+CLOCKS = {"tokens_per_second", *Goodput().metrics()}
+DEADLINE = 540  # seconds, on a machine that has much else to do
+SHORT = ("steps=40", "checkpoint_interval=4", "log_interval=4", "eval_interval=40", "eval_batches=2",
+         "diloco.sync_interval=6", "diloco.overlap=3", "data.seq_len=32")  # fmt: skip
+
+
+def start(workdir, count, *changes):
+    """So many processes of one run, as Open MPI starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [f"--config.{change}" for change in (*SHORT, *changes)]
+    command = [sys.executable, "-m", "train", "--config=configs/tiny.py", f"--workdir={workdir}", *arguments]
+    processes = []
+    for rank in range(count):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device_flags()}
+        if count > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+                "OMPI_COMM_WORLD_SIZE": str(count),
+                "OMPI_COMM_WORLD_RANK": str(rank),
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            }
+        more = ["--distributed"] if count > 1 else []
+        processes.append(subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def finish(processes):
+    """Wait for all to end well."""
+    try:
+        for process in processes:
+            _, said = process.communicate(timeout=DEADLINE)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def kill_one_behind(step, workdir, processes):
+    """SIGKILL the last process when a checkpoint of `step` is there; the others end by themselves, in a minute."""
+    try:
+        deadline = time.monotonic() + DEADLINE
+        while not (workdir / "checkpoints" / str(step)).is_dir():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes), "a process ended before it was killed"
+            time.sleep(0.05)
+        processes[-1].send_signal(signal.SIGKILL)
+        for process in processes[:-1]:
+            _, said = process.communicate(timeout=DEADLINE)
+            assert process.returncode == 1
+            assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1, said
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "mesh", "afterwards"),
+    [
+        (2, ("diloco.replicas=2", "mesh.replica=2"), (1, ("diloco.replicas=2",))),
+    ],
+)
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, count, mesh, afterwards):
+    whole, killed, other = tmp_path / "whole", tmp_path / "killed", tmp_path / "other"
+    finish(start(whole, count, *mesh))
+    kill_one_behind(4, killed, start(killed, count, *mesh))
+    assert metrics(killed)[-1]["step"] < 40
+    shutil.copytree(killed, other)
+    finish(start(killed, count, *mesh))
+    assert metrics(killed) == metrics(whole)
+    fewer, changed = afterwards
+    finish(start(other, fewer, *changed))
+    found, expected = metrics(other)[-1], metrics(whole)[-1]
+    assert found["step"] == expected["step"] == 40
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=0.2)  # other documents
