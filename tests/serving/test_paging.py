@@ -12,6 +12,7 @@ from streamjax.serving.paging.page_book import PageBook, tables_of
 from streamjax.serving.paging.paged_batch import page_size_for
 from tests.serving import engines
 from tests.serving.engines import bytes_model, engine, finish, request, served, tokens
+from tests.streaming.tiny_models import LOCAL, build
 
 DENSE = sj.kv.preset("dense", capacity=128)
 SHARED = "Once upon a time, there was one. "  # 34 ids with BOS: four chunks of 8 and two
@@ -168,3 +169,30 @@ def test_pages_that_rows_share_are_listed_once(choices, width):
 @pytest.mark.parametrize(("chunk", "size"), [(8, 8), (64, 64), (100, 50), (512, 64), (67, 1)])
 def test_pages_divide_chunks(chunk, size):
     assert page_size_for(chunk) == size
+
+
+def test_rows_attend_to_what_they_share_at_once():
+    one = paged()
+    tickets = [one.submit(MIXED[i]) for i in (0, 1, 3)]
+    most = [0, 0, 0]
+    while one.step():
+        if one._batch._tables is not None:
+            most = np.maximum(most, np.asarray(one._batch._tables.begins)).tolist()
+    assert sorted(most)[:2] >= [4, 4]  # pages of 8: the 32 tokens that all begin with
+    assert [tokens(list(ticket.events())) for ticket in tickets] == [alone(i) for i in (0, 1, 3)]
+
+
+@pytest.mark.slow
+def test_layers_with_windows_keep_them_in_their_rows():
+    model = build(LOCAL.replace(vocab_size=259, bos_token_id=256))
+    options = {"rows": 2, "chunk_size": 8, "prefix_bytes": 1 << 20, "pool_tokens": 96, "policy": "mlfq"}
+    one = sj.Engine(model, engines.Endless(), DENSE, **options)
+    wanted = [MIXED[i] for i in (0, 1, 3)]
+    found = served(one, *wanted)
+    for request_, events in zip(wanted, found, strict=True):
+        state, sampler = sj.init_state(model, DENSE), sj.Sampler(temperature=0)
+        _, expected = sj.generate(
+            model, state, [request_.prompt], max_new_tokens=request_.max_new_tokens, sampler=sampler, chunk_size=8
+        )
+        assert tokens(events) == expected[0].tolist()
+    assert found[2][-1].usage.cached_tokens >= 32
