@@ -19,9 +19,9 @@ from streamjax.field_checks import Interval, Positive, Size, check_arguments, ch
 from streamjax.kv import current_chunk, recurrence
 from streamjax.kv.budgets import ada_kv, cake, pyramid
 from streamjax.kv.channels import bases, low_rank, pruned, shadow
-from streamjax.kv.codecs import fp8, integers
+from streamjax.kv.codecs import fp8, gear, integers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
-from streamjax.kv.pages import boundaries, disk_files, indexes
+from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool
 from streamjax.kv.scores import (
     chunkkv,
     criticalkv,
@@ -137,6 +137,7 @@ EXAMPLES = [
     indexes.Mean(),
     indexes.Representative(),
     disk_files.PageLayout(1, 1, 8, 4, "float32", "abc"),
+    page_pool.PagePool(8, 4, 2),
     recurrence.Recurrence((2, 4, 4), (3, 8)),
     recurrence.BesideRecurrence(current_chunk.CurrentChunk(8), recurrence.Recurrence((2, 4, 4), (3, 8))),
     recurrent.GatedDeltaConfig(2, 1, 4, 4),
@@ -163,6 +164,7 @@ EXAMPLES = [
     ems.ZeroClass(),
     fp8.FP8(),
     integers.Int(),
+    gear.Gear(),
     integers.IntByToken(),
     ada_kv.OverHeads(0.2, pyramid.Pyramid()),
     cake.Preferences(),
@@ -184,7 +186,7 @@ NO_CONFIGURATIONS = {
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
-    *("Group", "Plan"),  # what was planned
+    *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]
