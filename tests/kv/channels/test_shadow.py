@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from tests.covering import rest_slow
 from tests.kv.tier_streams import FREQUENCIES, SCALE, Stream, run
 from tests.oracles.channels import Shadow
 
@@ -64,3 +65,12 @@ def test_a_chunk_reads_the_pages_that_its_tokens_read_alone():
 def test_nonsense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sj.kv.Shadow(64, **options)
+
+
+@pytest.mark.parametrize("width", rest_slow([12, 1], 1))
+def test_with_all_directions_and_pages_it_is_dense(width):
+    every = sj.kv.Cascade(sj.kv.Window(5), sj.kv.Shadow(64, keys=1, group=16, page=4, top_k=100, outliers=3))
+    out, _ = run(every, STREAM, [width], width=width, frequencies=FREQUENCIES)
+    dense = sj.kv.Cascade(sj.kv.Window(5), sj.kv.Full(64))
+    expected, _ = run(dense, STREAM, [width], width=width, frequencies=FREQUENCIES)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
