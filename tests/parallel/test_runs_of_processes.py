@@ -1,4 +1,4 @@
-"""Runs of two and of four processes: killed and begun again they end with the same bits, and with others they go on."""
+"""Runs of two processes: killed and begun again they end with the same bits, and with others they go on."""
 
 import json
 import os
@@ -83,6 +83,7 @@ def metrics(workdir):
 @pytest.mark.parametrize(
     ("count", "mesh", "afterwards"),
     [
+        (2, ("mesh.fsdp=2",), (1, ("mesh.fsdp=1",))),
         (2, ("diloco.replicas=2", "mesh.replica=2"), (1, ("diloco.replicas=2",))),
     ],
 )
