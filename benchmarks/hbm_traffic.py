@@ -94,13 +94,14 @@ def _moved(computations: dict[str, dict[str, Instruction]], name: str) -> Iterat
                 if one.operation in _SLICES:
                     yield min(one.bytes, source.bytes) if place == 0 else source.bytes
                 elif one.operation == "fusion" and called:
-                    yield min(source.bytes, _read(computations[called.group(1)], place, source.bytes))
+                    yield min(source.bytes, _read(computations, called.group(1), place, source.bytes))
                 else:
                     yield source.bytes
 
 
-def _read(fused: dict[str, Instruction], place: int, whole: int) -> int:
-    """Bytes of its operand at a place that a fusion reads."""
+def _read(computations: dict[str, dict[str, Instruction]], fusion: str, place: int, whole: int) -> int:
+    """Bytes of its operand at a place that a fusion reads, or a fusion inside of it."""
+    fused = computations[fusion]
     start = next(one for one in fused.values() if one.operation == "parameter" and one.rest.startswith(f"{place})"))
     total, waiting, seen = 0, [start.name], set()
     while waiting:
@@ -109,7 +110,11 @@ def _read(fused: dict[str, Instruction], place: int, whole: int) -> int:
             if name not in one.operands or one.name in seen:
                 continue
             seen.add(one.name)
-            if one.operation in _SLICES and one.operands[0] == name:
+            inner = re.search(r"calls=(%[\w.\-]+)", one.rest) if one.operation == "fusion" else None
+            part = _read(computations, inner.group(1), one.operands.index(name), whole) if inner else whole
+            if part < whole:
+                total += part
+            elif one.operation in _SLICES and one.operands[0] == name:
                 total += one.bytes
             elif one.operation in _SAME and not one.root:
                 waiting.append(one.name)

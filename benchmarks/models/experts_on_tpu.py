@@ -8,9 +8,8 @@ No weight is ever made: models are trees of shapes, in bfloat16, on chips that e
 compiled in a process of its own.
 
 `floor` is what a decode step must read: caches and all weights once, of experts those that the streams can choose.
-`counted` is the compiler's count, `accessed` the same put right: each chosen expert is read once from main memory. The
-count takes the body of a loop once, one expert a layer, which is read into fast memory, written there and read again.
-And it leaves out all experts that `ragged_dot` reads. `-`: this jaxlib cannot read the program.
+`accessed` is what the program's text moves to and from main memory (`benchmarks.hbm_traffic`). There the body of a loop
+counts once, one expert a layer: the other chosen ones are added.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from jax.sharding import NamedSharding
 
 import streamjax as sj
 from benchmarks import aot, tables
+from benchmarks.hbm_traffic import moved_bytes
 from benchmarks.models import aot_cases
 from benchmarks.models.expert_shapes import shape
 from benchmarks.reporting import RESULTS, table
@@ -108,10 +108,10 @@ def compile_case(case: Case) -> dict[str, Any]:
         compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     try:
-        text, accessed = compiled.as_text(), int(compiled.cost_analysis()["bytes accessed"])
+        text = "" if case.mesh else compiled.as_text()
     except jax.errors.JaxRuntimeError:  # newer operations of libtpu than this jaxlib knows
-        text, accessed = "", None
-    if case.mesh:  # the compiler writes the program itself
+        text = ""
+    if not text:  # the compiler writes the program itself
         folder = Path(os.environ["LIBTPU_INIT_ARGS"].split()[0].partition("=")[2])
         text = max(folder.glob("*-TLP-hlo.txt"), key=lambda path: path.stat().st_size).read_text()
     return {
@@ -121,7 +121,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         "output": memory.output_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
-        "accessed": accessed,
+        "moved": moved_bytes(text),
         "ragged": '"is_ragged_dot":true' in text,
         "collectives": collectives(text),
         "compile_cpu_s": time.process_time() - start,
@@ -180,12 +180,9 @@ def decode_row(name: str, figures: dict[str, Any]) -> dict[str, str]:
     """A line on one chip's decode step, in MB."""
     case = CASES[name]
     floor = figures["weights"] - figures["experts"] - figures["embedding"] + figures["chosen"] + figures["state"]
-    if figures["accessed"] is None:
-        read = None
-    elif figures["ragged"]:
-        read = figures["accessed"] + figures["experts"]
-    else:
-        read = figures["accessed"] - 3 * figures["one_each"] + figures["chosen"]
+    read = figures["moved"]
+    if not figures["ragged"]:
+        read += figures["chosen"] - figures["one_each"]
     return {
         "model": case.model,
         "chip": case.topology,
@@ -194,9 +191,8 @@ def decode_row(name: str, figures: dict[str, Any]) -> dict[str, str]:
         "all experts": f"{figures['experts'] / 1e6:,.0f}",
         "chosen": f"{figures['chosen'] / 1e6:,.0f}",
         "floor": f"{floor / 1e6:,.0f}",
-        "counted": "-" if read is None else f"{figures['accessed'] / 1e6:,.0f}",
-        "accessed": "-" if read is None else f"{read / 1e6:,.0f}",
-        "x floor": "-" if read is None else f"{read / floor:.2f}",
+        "accessed": f"{read / 1e6:,.0f}",
+        "x floor": f"{read / floor:.2f}",
         "temp": f"{figures['temp'] / 1e6:,.0f}",
     }
 
@@ -230,11 +226,9 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
 
 
 def environment(name: str, folder: str) -> dict[str, str]:
-    """Of a case's process; with a mesh the compiler writes the scheduled program into the folder."""
-    found = aot.child_environment(CASES[name].topology)
-    if CASES[name].mesh:
-        found["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true"
-    return found
+    """Of a case's process; the compiler writes the scheduled program into the folder."""
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true"
+    return aot.child_environment(CASES[name].topology) | {"LIBTPU_INIT_ARGS": dump}
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ def test_collectives_of_a_program():
     }
 
 
-def test_accessed_bytes_have_the_experts_that_the_count_leaves_out():
+def test_accessed_bytes_have_the_experts_that_a_loops_body_leaves_out():
     figures = {
         "weights": 1000, "experts": 600, "embedding": 100, "chosen": 60, "one_each": 20, "state": 40, "temp": 0,
-        "accessed": 500, "ragged": False,
+        "moved": 460, "ragged": False,
     }  # fmt: skip
     tiles = experts_on_tpu.decode_row("qwen3-v5e-1", {k: v * 10**6 for k, v in figures.items()})
     assert (tiles["floor"], tiles["accessed"], tiles["x floor"]) == ("400", "500", "1.25")
     ragged = experts_on_tpu.decode_row("qwen3-v5e-1", {k: v * 10**6 for k, v in figures.items()} | {"ragged": True})
-    assert (ragged["experts by"], ragged["accessed"]) == ("ragged_dot", "1,100")
+    assert (ragged["experts by"], ragged["accessed"]) == ("ragged_dot", "460")
