@@ -42,8 +42,8 @@ def define(values: flags.FlagValues) -> None:
     define_model(values)
     values.set_default("chunk_size", 64)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
-    flags.DEFINE_string("input", None, "File of requests.", required=True, flag_values=values)
-    flags.DEFINE_string("output", None, "File that answers are appended to.", required=True, flag_values=values)
+    flags.DEFINE_string("input", None, "File of requests.", flag_values=values)
+    flags.DEFINE_string("output", None, "File that answers are appended to.", flag_values=values)
     flags.DEFINE_integer("rows", 16, "Streams that are computed at once.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("pool_tokens", None, "Tokens that all streams together may hold, of caches that keep every "
                          "token (dense).", lower_bound=1, flag_values=values)  # fmt: skip
@@ -60,6 +60,9 @@ def define(values: flags.FlagValues) -> None:
 def body(values: flags.FlagValues) -> None:
     if values.mesh:
         raise ValueError(f"--mesh={values.mesh}: the engine serves on one device; leave --mesh away")
+    for name, holds in (("input", "requests"), ("output", "answers")):
+        if values[name].value is None:
+            raise ValueError(f"flag --{name} is missing: name the file of {holds}")
     source, target = user_path(values.input), user_path(values.output)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"--output={values.output} is the file of requests: name another one")
