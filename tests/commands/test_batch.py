@@ -59,3 +59,11 @@ def test_answers_do_not_go_into_the_file_of_requests(command, job):
     outcome = command(batch, job[0], job[0].replace("input", "output"), *FLAGS)
     assert outcome.status == 1
     assert "is the file of requests: name another one" in outcome.err
+
+
+@pytest.mark.parametrize(("given", "missing"), [((), "--input is missing"), (("--input=x",), "--output is missing")])
+def test_files_that_are_not_named_are_asked_for(command, given, missing):
+    outcome = command(batch, *given)
+    assert outcome.status
+    assert missing in outcome.err
+    assert outcome.err.count("\n") == 1
