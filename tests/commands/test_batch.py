@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+pytest.importorskip("starlette", reason="the extra [serve] is not installed")
 from streamjax.commands import batch
 
 SHARED = "Once upon a time there was a king who had "
