@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,15 @@ def write_drawn(values: Mapping[str, Any], folder: str) -> str:
     """Write a model of a `config.json` with bfloat16 weights, in a process of its own; returns the folder."""
     in_own_process("benchmarks.models.drawn", folder, json.dumps(dict(values)))
     return folder
+
+
+def load_or_draw(folder: str | None) -> tuple[Any, Any]:
+    """The model in float32 and the tokenizer of a folder, or of SmolLM2's shape with drawn weights."""
+    import streamjax as sj
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = folder or write_drawn(SMOLLM2, temporary)
+        return sj.load(path, dtype="float32"), sj.load_tokenizer(path)
 
 
 def _write(folder: str, values: Mapping[str, Any]) -> None:

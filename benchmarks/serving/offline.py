@@ -10,14 +10,13 @@ would be for a few of many. The cache is streaming_llm of 4 + 508.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from typing import Any
 
 import numpy as np
 
 import streamjax as sj
-from benchmarks.models.drawn import SMOLLM2, write_drawn
+from benchmarks.models.drawn import load_or_draw
 from benchmarks.reporting import report
 from streamjax.serving.offline.ordering import order_requests
 from streamjax.serving.requests import Request, Sampling
@@ -49,11 +48,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder in Hugging Face's layout; drawn weights by default")
     parser.add_argument("--prefix", type=int, default=256, help="tokens that four requests share")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            write_drawn(SMOLLM2, folder)
-        path = arguments.model or folder
-        model, tokenizer = sj.load(path, dtype="float32"), sj.load_tokenizer(path)
+    model, tokenizer = load_or_draw(arguments.model)
     draw = np.random.default_rng(0)
 
     def ids(count: int) -> tuple[int, ...]:

@@ -11,14 +11,13 @@ Without prefixes all requests cost the same, so --read_again of them are run, an
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from typing import Any
 
 import numpy as np
 
 import streamjax as sj
-from benchmarks.models.drawn import SMOLLM2, write_drawn
+from benchmarks.models.drawn import load_or_draw
 from benchmarks.reporting import report
 from streamjax.serving.requests import Request, Sampling, TokenLogprob
 
@@ -53,11 +52,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--read_again", type=int, default=2, help="requests that are run without prefixes")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            write_drawn(SMOLLM2, folder)
-        path = arguments.model or folder
-        model, tokenizer = sj.load(path, dtype="float32"), sj.load_tokenizer(path)
+    model, tokenizer = load_or_draw(arguments.model)
     draw = np.random.default_rng(0)
 
     def ids(count: int) -> tuple[int, ...]:

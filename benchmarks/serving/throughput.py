@@ -13,7 +13,6 @@ those of all threads, prompts included. The engine runs in the benchmark's own p
 from __future__ import annotations
 
 import argparse
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import streamjax as sj
-from benchmarks.models.drawn import SMOLLM2, write_drawn
+from benchmarks.models.drawn import SMOLLM2, load_or_draw
 from benchmarks.reporting import report
 from streamjax.serving.requests import Event, Request, Sampling
 
@@ -84,11 +83,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder in Hugging Face's layout; drawn weights by default")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            write_drawn(SMOLLM2, folder)
-        path = arguments.model or folder
-        model, tokenizer = sj.load(path, dtype="float32"), sj.load_tokenizer(path)
+    model, tokenizer = load_or_draw(arguments.model)
     alone: dict[str, list[int]] = {}
     rows = []
     for count in arguments.rows:

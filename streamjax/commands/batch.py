@@ -13,53 +13,39 @@ pip install 'streamjax[serve]'.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from streamjax.checkpoints import user_path
-from streamjax.commands.flags.adapters import define_adapters, named_adapters
-from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.adapters import named_adapters
+from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.flags.engine import define_engine, make_service, refuse_mesh
+from streamjax.commands.flags.model import load_model
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import run_command
 from streamjax.serving.engine import Engine
-from streamjax.serving.http.service import Service
 from streamjax.serving.offline.answering import answer_all, prepare, size_of
 from streamjax.serving.offline.batch_files import answer_line, answered, read_requests
 from streamjax.serving.offline.ordering import order_requests
-from streamjax.streaming.generate import stop_ids
 
 _AHEAD = 4  # requests in the engine for each row: it looks ahead for prompts that begin alike
 
 
 def define(values: flags.FlagValues) -> None:
-    define_model(values)
-    values.set_default("chunk_size", 64)
-    flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
+    define_engine(values)
     flags.DEFINE_string("input", None, "File of requests.", flag_values=values)
     flags.DEFINE_string("output", None, "File that answers are appended to.", flag_values=values)
-    flags.DEFINE_integer("rows", 16, "Streams that are computed at once.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("pool_tokens", None, "Tokens that all streams together may hold, of caches that keep every "
-                         "token (dense).", lower_bound=1, flag_values=values)  # fmt: skip
     flags.DEFINE_integer("prefix_mib", 1024, "Memory for what requests begin with.", lower_bound=0, flag_values=values)
     flags.DEFINE_enum("order", "prefix", ["prefix", "file"], "Which request comes next.", flag_values=values)
-    flags.DEFINE_string("name", None, "What requests call the model; the name of its folder by default.",
-                        flag_values=values)  # fmt: skip
-    flags.DEFINE_integer("max_new_tokens", 512, "Of an answer, where a request does not say.", lower_bound=1,
-                         flag_values=values)  # fmt: skip
-    define_adapters(values)
     refuse_empty(values, "input", "output", "name")
 
 
 def body(values: flags.FlagValues) -> None:
-    if values.mesh:
-        raise ValueError(f"--mesh={values.mesh}: the engine serves on one device; leave --mesh away")
+    refuse_mesh(values)
     for name, holds in (("input", "requests"), ("output", "answers")):
         if values[name].value is None:
             raise ValueError(f"flag --{name} is missing: name the file of {holds}")
@@ -84,11 +70,7 @@ def body(values: flags.FlagValues) -> None:
             rows=values.rows, chunk_size=values.chunk_size, queue=1 << 30, pool_tokens=values.pool_tokens,
             prefix_bytes=values.prefix_mib << 20, adapters=adapters,
         )  # fmt: skip
-        service = Service(
-            engine, values.name or Path(os.path.abspath(values.model)).name, tokenizer, model.config.vocab_size,
-            stop_ids((*tokenizer.eos_ids, *model.config.eos_token_ids), model.config.vocab_size),
-            adapters=tuple(adapters), default_tokens=values.max_new_tokens, most_requests=1 << 30,
-        )  # fmt: skip
+        service = make_service(values, engine, model, tokenizer, adapters, most_requests=1 << 30)
         try:
             calls = [(line.custom_id, prepare(service, line)) for line in left]
             if values.order == "prefix":

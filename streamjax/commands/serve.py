@@ -25,50 +25,36 @@ from absl import flags
 import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.commands.chat import template_values
-from streamjax.commands.flags.adapters import define_adapters, named_adapters
-from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
+from streamjax.commands.flags.adapters import named_adapters
+from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.model import define_model, load_model
+from streamjax.commands.flags.engine import define_engine, make_service, refuse_mesh
+from streamjax.commands.flags.model import load_model
 from streamjax.commands.shell.runner import run_command
 from streamjax.evaluation import human_bytes
 from streamjax.kv.description import describe_cache
 from streamjax.serving.engine import Engine
 from streamjax.serving.http.app import make_app
 from streamjax.serving.http.connections import listen, make_server
-from streamjax.serving.http.service import Service
-from streamjax.streaming.generate import stop_ids
 
 _KEYS = "STREAMJAX_API_KEYS"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def define(values: flags.FlagValues) -> None:
-    define_model(values)
-    values.set_default("chunk_size", 64)  # beside a token of every row: more read faster, and answers wait
-    flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
-    flags.DEFINE_integer(
-        "rows", 16, "Streams that are computed at once; more requests wait.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer("pool_tokens", None, "Tokens that all streams together may hold, of caches that keep every "
-                         "token (dense): they lie in pages of one pool. By default as many as --rows streams of full "
-                         "length.", lower_bound=1, flag_values=values)  # fmt: skip
+    define_engine(values)
     flags.DEFINE_enum("policy", "fcfs", ["fcfs", "mlfq"], "Which requests run: those that came first, or short answers "
                       "before long ones.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's.",
                         flag_values=values)  # fmt: skip
     flags.DEFINE_integer("port", 8000, "Port to listen on; 0 is any that is free.", lower_bound=0, upper_bound=65535,
                          flag_values=values)  # fmt: skip
-    flags.DEFINE_string("name", None, "What clients call the model; the name of its folder by default.",
-                        flag_values=values)  # fmt: skip
     flags.DEFINE_string("state_dir", None, "Folder where conversations are kept.", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 512, "Of an answer, where a request does not say.", lower_bound=1,
-                         flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_requests", 1024, "Requests in the server at once; more get status 429.", lower_bound=1,
                          flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_body_mib", 16, "The largest request.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("shutdown_seconds", 30, "That answers under way have after SIGTERM or Ctrl-C.", lower_bound=0,
                          flag_values=values)  # fmt: skip
-    define_adapters(values)
     flags.DEFINE_multi_string(
         "template_kwargs", [], "NAME=VALUE for the model's chat template, such as enable_thinking=false. VALUE is "
         "JSON, or else text; may be repeated.", flag_values=values,
@@ -91,8 +77,7 @@ def api_keys(text: str | None) -> list[str]:
 
 
 def body(values: flags.FlagValues) -> None:
-    if values.mesh:
-        raise ValueError(f"--mesh={values.mesh}: the engine serves on one device; leave --mesh away")
+    refuse_mesh(values)
     keys = api_keys(os.environ.get(_KEYS))
     extra = template_values(values.template_kwargs)
     adapters = named_adapters(values.adapter)
@@ -108,18 +93,16 @@ def body(values: flags.FlagValues) -> None:
         about = f"{values.rows} rows, cache {describe_cache(cache)}, {human_bytes(engine.stats().cache_bytes)}"
         print(f"{Path(values.model).name}: {about}; compiling", file=sys.stderr, flush=True)
         engine.warm_up()
-        service = Service(
+        service = make_service(
+            values,
             engine,
-            values.name or Path(os.path.abspath(values.model)).name,
+            model,
             tokenizer,
-            model.config.vocab_size,
-            stop_ids((*tokenizer.eos_ids, *model.config.eos_token_ids), model.config.vocab_size),
-            adapters=tuple(adapters),
+            adapters,
             trained_length=model.config.max_position,
             cache_words=describe_cache(cache),
             cache_sizes=sj.kv.describe(cache, model),
             template_values=extra,
-            default_tokens=values.max_new_tokens,
             most_requests=values.max_requests,
         )
         app = make_app(

@@ -39,6 +39,7 @@ class Batch:
       chunk_size: tokens that are read at a time.
       block: tokens a row that one call may decode at most.
       adapters: that requests may name.
+      held_in: the caches of the rows, where those are others than `cache`, which streams have by themselves.
 
     Attributes:
       decoding, reading: the model with the adapters of the rows, and with that of the stream that is read.
@@ -54,10 +55,12 @@ class Batch:
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
         adapters: Mapping[str, Factors] = MappingProxyType({}),
+        *,
+        held_in: Sequence[Cache] | None = None,
     ):
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
         self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
-        self._cache = cache
+        self._cache = cache if held_in is None else held_in
         self._options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}
         empty = init_state(model, cache, 1, **self._options)
         self.parking = Parking(empty)

@@ -50,11 +50,11 @@ def text(events: list[Event]) -> str:
     return "".join(event.text for event in events)
 
 
-def alone(request: Request) -> list[int]:
+def alone(request: Request, cache: sj.kv.Cascade = CACHE) -> list[int]:
     """The same by the library's function, one stream by itself."""
     chosen = request.sampling
     sampler = sj.Sampler(chosen.repetition_penalty, chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
-    state = sj.init_state(bytes_model(), CACHE, note_used=True)
+    state = sj.init_state(bytes_model(), cache, note_used=True)
     options = {"sampler": sampler, "key": jax.random.key(chosen.seed), "chunk_size": 8}
     count = request.max_new_tokens
     return sj.generate(bytes_model(), state, [request.prompt], max_new_tokens=count, **options)[1][0].tolist()

@@ -31,12 +31,7 @@ def paged(**options):
 
 @functools.cache
 def alone(index: int) -> list[int]:
-    one = MIXED[index]
-    _, found = sj.generate(
-        bytes_model(), sj.init_state(bytes_model(), DENSE), [one.prompt], max_new_tokens=one.max_new_tokens,
-        sampler=sj.Sampler(temperature=0), chunk_size=8,
-    )  # fmt: skip
-    return found[0].tolist()
+    return engines.alone(MIXED[index], DENSE)
 
 
 def book(one) -> PageBook:

@@ -15,7 +15,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.pages.page_pool import PagePool, PageTables
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
-from streamjax.models.lora.row_adapters import Factors, RowAdapters
+from streamjax.models.lora.row_adapters import Factors
 from streamjax.serving.batch import Batch
 from streamjax.serving.decoding import Drawn, decode_rows
 from streamjax.serving.paging.page_book import PageBook, tables_of
@@ -30,7 +30,7 @@ from streamjax.serving.paging.pooled_states import (
 )
 from streamjax.serving.row_sampling import RowSampling
 from streamjax.serving.row_states import ParkedState, Parking, take_row
-from streamjax.streaming.state import StreamState, init_state, layer_caches
+from streamjax.streaming.state import StreamState, layer_caches
 
 _LARGEST_PAGE = 64  # tokens
 
@@ -92,14 +92,9 @@ class PagedBatch(Batch):
         self._count = pages
         paged = in_pool(layer_caches(model.config, cache), pages, self._size)
         self._width = max(one.pages_of_a_stream for one in paged if isinstance(one, PagePool))
-        self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
-        self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
-        self._cache, self._options = paged, {"dtype": dtype, "implementation": implementation, "note_used": True}
-        whole = init_state(model, cache, 1, **self._options)
-        self.parking, self.caches = Parking(whole), whole.caches
-        self._counts = [len(jax.tree.leaves(layer)) for layer in whole.layers]
-        self.capacity = min(filter(None, (whole.capacity, self._count * self._size)))
-        self.reset()
+        super().__init__(model, cache, rows, chunk_size, block, dtype, implementation, adapters, held_in=paged)
+        self._counts = [len(jax.tree.leaves(layer)) for layer in self.parking.empty.layers]
+        self.capacity = min(filter(None, (self.capacity, self._count * self._size)))
         self.cache_bytes = self.state.cache_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._pools))
 
     def reset(self) -> None:

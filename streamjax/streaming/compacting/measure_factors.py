@@ -16,7 +16,8 @@ from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
-from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
+from streamjax.streaming.compacting.attention_layers import measure_layers
+from streamjax.streaming.rows import Rows
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 
 
@@ -37,30 +38,19 @@ def measure_factors(model: Decoder, text: Rows, most: float = 0.5) -> LayerFacto
       ValueError: rows that are not as described or fewer tokens than directions, a share that is none, or a layer that
         is no attention with heads of its own.
     """
-    ids, lengths = as_rows(text)
-    require_one_length(lengths, "factors need", least=2)
-    require_ids(ids, lengths, model.config.vocab_size)
     if not 0 < most <= 1:
         raise ValueError(f"measure_factors: most is {most}: it must be a number above 0 and at most 1, a share")
-    x, context = model.embed(jnp.asarray(ids, jnp.int32)), SequenceContext.from_start(*ids.shape)
     own = fingerprint_in_any_dtype(model)
-    layers: list[Factors | tuple[str, int]] = []
-    for i, config in enumerate(model.config.blocks):
-        mixer, block = config.mixer, model.layer(i)
-        if not isinstance(mixer, AttentionConfig):
-            raise ValueError(f"layer {i} has no heads whose keys could be shortened: {type(mixer).__name__}")
-        bound = ("chunk", mixer.chunk) if mixer.chunk is not None else ("window", mixer.window)
-        if bound[1] is None:
-            made = [
-                _directions(np.asarray(found, np.float64), most, mixer.num_kv_heads) for found in _squares(block, x)
-            ]
-            if ids.size < (rank := made[0].shape[1]):
-                raise ValueError(f"{ids.size} tokens have no {rank} directions: give a longer text, or a smaller most")
-            layers.append(Factors(made[0].tobytes(), made[1].tobytes(), len(made[0]), own))
-        else:
-            layers.append((bound[0], int(bound[1])))
-        x = _next(block, x, context)
-    return LayerFactors(tuple(layers), own, ids.size)
+
+    def measure(block: Block, mixer: AttentionConfig, x: Float[Array, "B T E"], context: SequenceContext) -> Factors:
+        made = [_directions(np.asarray(found, np.float64), most, mixer.num_kv_heads) for found in _squares(block, x)]
+        tokens = x.shape[0] * x.shape[1]
+        if tokens < (rank := made[0].shape[1]):
+            raise ValueError(f"{tokens} tokens have no {rank} directions: give a longer text, or a smaller most")
+        return Factors(made[0].tobytes(), made[1].tobytes(), len(made[0]), own)
+
+    layers, tokens = measure_layers(model, text, measure, needs="factors need", lacks="keys could be shortened")
+    return LayerFactors(layers, own, tokens)
 
 
 @jax.jit
@@ -72,11 +62,6 @@ def _squares(block: Block, x: Float[Array, "B T E"]) -> list[Float[Array, "M M"]
         for part in block.mixer.projections.keys(block.mixer_input(x))
     ]
     return [jnp.einsum("tm,tn->mn", line, line, precision="highest") for line in lines]
-
-
-@jax.jit
-def _next(block: Block, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
-    return block.parallel(x, context)[0]
 
 
 def _directions(squares: Float[np.ndarray, "M M"], most: float, heads: int) -> Float[np.ndarray, "M R"]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jaxtyping import Array, Float
 
 from streamjax.kv.scores.filter_file import QueryFilters
 from streamjax.kv.scores.query_filters import Filters
+from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
-from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
+from streamjax.streaming.compacting.attention_layers import measure_layers
+from streamjax.streaming.rows import Rows
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 
 
@@ -29,25 +31,14 @@ def measure_filters(model: Decoder, text: Rows) -> QueryFilters:
     Raises:
       ValueError: rows that are not as described, or a layer that is no attention with heads of its own.
     """
-    ids, lengths = as_rows(text)
-    require_one_length(lengths, "filters need", least=2)
-    require_ids(ids, lengths, model.config.vocab_size)
-    x, context = model.embed(jnp.asarray(ids, jnp.int32)), SequenceContext.from_start(*ids.shape)
     own = fingerprint_in_any_dtype(model)
-    layers: list[Filters | tuple[str, int]] = []
-    for i, config in enumerate(model.config.blocks):
-        mixer, block = config.mixer, model.layer(i)
-        if not isinstance(mixer, AttentionConfig):
-            raise ValueError(f"layer {i} has no heads whose keys could be filtered: {type(mixer).__name__}")
-        bound = ("chunk", mixer.chunk) if mixer.chunk is not None else ("window", mixer.window)
-        if bound[1] is None:
-            q, k, _ = block.project(x, context)
-            found = _filters(np.asarray(q, np.float64), k.shape[2])
-            layers.append(Filters(found.astype(np.float32).tobytes(), len(found), own))
-        else:
-            layers.append((bound[0], int(bound[1])))
-        x, _ = block.parallel(x, context)
-    return QueryFilters(tuple(layers), own, ids.size)
+
+    def measure(block: Block, mixer: AttentionConfig, x: Float[Array, "B T E"], context: SequenceContext) -> Filters:
+        found = _filters(np.asarray(block.project(x, context)[0], np.float64), mixer.num_kv_heads)
+        return Filters(found.astype(np.float32).tobytes(), len(found), own)
+
+    layers, tokens = measure_layers(model, text, measure, needs="filters need", lacks="keys could be filtered")
+    return QueryFilters(layers, own, tokens)
 
 
 def _filters(q: np.ndarray, key_heads: int) -> np.ndarray:
