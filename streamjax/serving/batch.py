@@ -153,14 +153,15 @@ class Batch:
 
     def warm_up(self, scored: bool = False) -> None:
         """Compile and run every program once; rows are empty then."""
-        width = min(_LEAST_WIDTH, self.chunk_size)
-        one = self.fresh()
+        most = min(self.chunk_size, self.capacity or self.chunk_size)  # no stream reads more at a time
+        width = min(_LEAST_WIDTH, most)
         while True:
-            tokens = np.zeros(min(width, self.chunk_size), np.int32)
+            one, tokens = self.fresh(), np.zeros(min(width, most), np.int32)
             self.reserve(one, len(tokens))
             one, _ = self.read(one, tokens, scored)
-            if width >= self.chunk_size:
+            if width >= most:
                 break
+            self.drop(one)
             width *= 2
         one = self.resume(self.park(one))
         assert one is not None

@@ -26,7 +26,7 @@ MIXED = [
 
 
 def paged(**options):
-    return engine(cache=DENSE, **{"prefix_bytes": 1 << 20, **options})
+    return engine(**{"cache": DENSE, "prefix_bytes": 1 << 20, **options})
 
 
 @functools.cache
@@ -191,3 +191,11 @@ def test_layers_with_windows_keep_them_in_their_rows():
         )
         assert tokens(events) == expected[0].tolist()
     assert found[2][-1].usage.cached_tokens >= 32
+
+
+@pytest.mark.parametrize("capacity", [40, 20])
+def test_streams_may_be_shorter_than_what_is_read_to_warm_up(capacity):
+    cache = sj.kv.preset("dense", capacity=capacity)
+    one, wanted = paged(chunk_size=32, cache=cache), request("short", 6)
+    one.warm_up()
+    assert tokens(served(one, wanted)[0]) == engines.alone(wanted, cache)
