@@ -14,7 +14,10 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 import streamjax as sj
+from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 from streamjax.models.families import FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +41,12 @@ def presets() -> str:
     with tempfile.TemporaryDirectory() as folder:
         gates = Path(folder) / "gates.json"
         gates.write_text(json.dumps({"gates": [[head / 20 for head in range(20)]]}))
+        networks = Path(folder) / "retaining.safetensors"
+        one = sj.kv.RetainingHeads.of(np.ones((8, 2)), np.ones((2, 1)), "any")
+        LayerRetainingHeads((one,), "any", 1).save(networks)
+        files = {"heads": str(gates), "retaining": str(networks)}
         for name, preset in sj.kv.presets().items():
-            cache = preset.build(**({"heads": str(gates)} if "heads" in preset.options else {}))
+            cache = preset.build(**{option: files[option] for option in preset.needs})
             cache = cache[0] if isinstance(cache, tuple) else cache
             endless = "yes" if cache.capacity is None else "no"
             rows.append(f"| `{name}` | {tiers(cache)} | {preset.summary} | {endless} | {papers(preset.paper)} |")

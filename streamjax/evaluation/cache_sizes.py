@@ -17,7 +17,7 @@ from streamjax.kv.description import describe_cache, describe_tier
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.recurrence import BesideRecurrence
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.state import init_state
+from streamjax.streaming.state import empty_state, require_own_calibration
 
 _HEADINGS = ("layers", "part", "tokens", "keys and values", "beside them", "bytes", "bytes a token")
 
@@ -83,7 +83,8 @@ def describe(cache: Cache | Sequence[Cache], model: Decoder, dtype: DTypeLike | 
     Raises:
       ValueError: what `sj.init_state` refuses.
     """
-    state = jax.eval_shape(lambda: init_state(model, cache, dtype=dtype))
+    require_own_calibration(model, cache)
+    state = jax.eval_shape(lambda: empty_state(model, cache, dtype=dtype))
     alike: dict[tuple, list[int]] = {}
     for i, (kept, part) in enumerate(zip(state.caches, state.layers, strict=True)):
         alike.setdefault(tuple(_parts(kept, part)), []).append(i)

@@ -47,6 +47,7 @@ from streamjax.kv.scores.leverage import Leverage
 from streamjax.kv.scores.mean_attention import MeanAttention
 from streamjax.kv.scores.query_filters import QFilters
 from streamjax.kv.scores.random_choice import RandomChoice
+from streamjax.kv.scores.retaining import Retaining, RetainingHeads
 from streamjax.kv.scores.scissorhands import Scissorhands
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.scores.snapkv import SnapKV
@@ -136,6 +137,8 @@ __all__ = [
     "Query",
     "RandomChoice",
     "Representative",
+    "Retaining",
+    "RetainingHeads",
     "Scissorhands",
     "Score",
     "Scored",

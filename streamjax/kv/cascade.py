@@ -15,6 +15,7 @@ from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
+from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
@@ -90,11 +91,9 @@ class Cascade(Cache):
         return all(tier.shares_values for tier in self.tiers)
 
     def renumbered(self) -> tuple[Cascade, None]:
-        if not any(isinstance(tier, LowRank) for tier in self.tiers):
-            return self, None
-        # factors are data: they lie in the state
-        tiers = [dataclasses.replace(t, factors=None) if isinstance(t, LowRank) else t for t in self.tiers]
-        return Cascade(*tiers, fuse=False), None
+        # what was measured of a layer is data: it lies in the state
+        tiers = [tier.without_numbers() if isinstance(tier, LowRank | Scored) else tier for tier in self.tiers]
+        return (self if tiers == list(self.tiers) else Cascade(*tiers, fuse=False)), None
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         states = []
@@ -130,7 +129,7 @@ class Cascade(Cache):
         whole = add_sinks(merge(*parts), query.sink_logits)
         out, noted = whole.out, []
         noting = next(filter(None, (tier.wants_noted for tier in self.tiers)), None)
-        if noting is not None:
+        if noting is not None and not noting.of_tokens:
             own = noting.noted(None, query, rest.k, rest.position, rest.valid, whole.lse, self.reach)
             rest = dataclasses.replace(rest, score=own)
         if noting is not None or query.block is not None:

@@ -59,6 +59,8 @@ class Compaction(Cache):
         for tier in self.new.tiers:
             if isinstance(tier, Scored) and not self.asked and not self._knows(tier.score):
                 raise ValueError(f"{tier!r} chooses by queries: give query=, such as the newest tokens of the stream")
+            if isinstance(tier, Scored) and tier.score.of_tokens and not self._knows(tier.score) and not self.stored:
+                raise ValueError(f"{tier!r} scores tokens that are read again: give query= with stored=True")
         self._require_shared_tokens()
 
     def _knows(self, score: Score) -> bool:
@@ -100,7 +102,9 @@ class Compaction(Cache):
         held, now = all_held(self.old, state, query, self.stored)
         rule = next(filter(None, (tier.wants_noted for tier in self.new.tiers)), None)
         note = held.note if before is None else before.note
-        if rule is not None and self.asked:
+        if rule is not None and rule.of_tokens:
+            note = note if self._knows(rule) else self._said_again(rule, held, query, tokens)
+        elif rule is not None and self.asked:
             width = query.q.shape[1]
             block = EvictionBlock(jnp.zeros_like(query.seen), width, self.old.slots)
             asks = dataclasses.replace(query, block=block)
@@ -114,6 +118,17 @@ class Compaction(Cache):
         )
         asked = Asked(held.note, memories)
         return whole.out, asked if self.more else self._laid_out(rest, spec, asked, query, now)
+
+    def _said_again(self, score: Score, held: Stored, query: Query, tokens: KVTokens) -> Float[Array, "B K S"]:
+        """What a score says of tokens that are read again; of others that they are worth least."""
+        heads, width = held.k.shape[1], query.q.shape[1]
+        spec = KVSpec(len(held.k), heads, held.k.shape[3], held.k.dtype, query.q.shape[2] // heads)
+        said = score.judged(score.memory(spec), query, tokens)
+        place = (held.position - query.position[:, :1, None]).astype(jnp.int32)
+        place = jnp.broadcast_to(place, held.k.shape[:3])
+        assert query.valid is not None
+        again = (place >= leading(query.valid).astype(jnp.int32)[:, None, None]) & (place < width)
+        return jnp.where(again, jnp.take_along_axis(said, jnp.clip(place, 0, width - 1), axis=2), -jnp.inf)
 
     def _tokens(self, held: Stored, query: Query, tokens: KVTokens) -> tuple[KVTokens, KVSpec]:
         """All that is held as tokens that fall into the new cascade, and the shapes of what it caches."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
@@ -21,6 +22,10 @@ from streamjax.kv.tier import KVSpec, Query
 @dataclasses.dataclass(frozen=True)
 class Noting:
     """The attention that a token gets, summed over all queries, for each query head."""
+
+    of_tokens: ClassVar[bool] = (
+        False  # whether a note is said of a token when it comes, by who ranks it (`Score.judged`)
+    )
 
     def init(self, spec: KVSpec, slots: int) -> Float[Array, "B N S"]:
         """Notes of `slots` tokens about which nothing is known."""

@@ -163,7 +163,7 @@ def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> N
     made_for = next(filter(None, (one.made_for for one in each if isinstance(one, Cache))), None)
     if made_for is not None and made_for != (own := fingerprint_in_any_dtype(model)):
         made = f"what this cache knows was measured with model {made_for}"
-        again = "sj.measure_filters(...) or sj.measure_factors(...)"
+        again = "sj.measure_filters(...), sj.measure_factors(...) or python -m train.retaining_heads"
         raise ValueError(f"{made}, and this one is {own}: measure it again, {again}")
     calibration = cache.calibration if isinstance(cache, Budgeted) else None
     if calibration is not None and calibration.model != (own := fingerprint_in_any_dtype(model)):
@@ -240,11 +240,21 @@ def init_state(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     require_own_calibration(model, cache)
+    state = dataclasses.replace(empty_state(model, cache, batch_size, position, dtype), implementation=implementation)
+    return state.noting_used(model.config.vocab_size) if note_used else state
+
+
+def empty_state(
+    model: Decoder,
+    cache: Cache | Sequence[Cache],
+    batch_size: int = 1,
+    position: int = 0,
+    dtype: DTypeLike | None = None,
+) -> StreamState:
+    """`init_state` without a look at the model's weights: its shapes under `jax.eval_shape` too."""
     caches = layer_caches(model.config, cache)
     start = np.uint32(position % 2**32)
-    state = _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
-    state = dataclasses.replace(state, implementation=implementation)
-    return state.noting_used(model.config.vocab_size) if note_used else state
+    return _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "caches", "batch_size", "dtype", "hidden_dtype"))

@@ -17,7 +17,7 @@ def model():
 
 
 def presets():
-    return [name for name, entry in sj.kv.presets().items() if name not in _UNSIZED and "heads" not in entry.options]
+    return [name for name, entry in sj.kv.presets().items() if name not in _UNSIZED and not entry.needs]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv import Cascade, Full, Sink, Window
+from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 
 
 @pytest.mark.quick
@@ -20,11 +21,15 @@ def test_presets_are_the_cascades_of_their_papers():
 def test_every_preset_builds_and_names_its_paper(tmp_path):
     gates = tmp_path / "gates.json"
     gates.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')
+    networks = tmp_path / "retaining.safetensors"
+    LayerRetainingHeads((sj.kv.RetainingHeads.of(np.ones((8, 2)), np.ones((2, 1)), "whose"),), "whose", 1).save(
+        networks
+    )
     for name, entry in sj.kv.presets().items():
         assert entry.name == name
         assert "arXiv" in entry.paper
         assert entry.summary.endswith((".", ";"))
-        needed = {"heads": str(gates)} if "heads" in entry.options else {}
+        needed = dict.fromkeys(entry.needs, str(networks if "retaining" in entry.needs else gates))
         assert sj.kv.preset(name, **{**entry.options, **needed}) == sj.kv.preset(name, **needed)
 
 

@@ -286,3 +286,16 @@ def along_queries(stream: Stream, head: int, entries: list) -> list[float]:
         first = np.linalg.svd(queries)[2][0]
         units.append(first * np.sign(first @ queries.mean(axis=0)))
     return [float(np.mean(units, axis=0) @ stream.stored(head, e)) for e in entries]
+
+
+def retained(inward: np.ndarray, outward: np.ndarray) -> Callable:
+    """Locret (2410.01805): what a network says of each token's own queries, key and value, none of them rotated."""
+
+    def score(stream: Stream, head: int, entries: list) -> list[float]:
+        found = []
+        for key, value, place in entries:
+            hidden = np.concatenate([x.ravel() for x in (stream.queries[place], key, value)]) @ inward
+            found.append(float(hidden / (1 + np.exp(-hidden)) @ outward[:, head]))
+        return found
+
+    return score

@@ -169,7 +169,7 @@ def endless_presets() -> list[str]:
     return [
         name
         for name, entry in sj.kv.presets().items()
-        if "heads" not in entry.options
+        if not entry.needs
         and name not in ("hsa", "cake", "prefix_kv")
         and getattr(sj.kv.preset(name), "capacity", None) is None
     ]

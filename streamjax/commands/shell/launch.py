@@ -140,6 +140,11 @@ def recall() -> int:
     return launch("recall")
 
 
+def retaining_heads() -> int:
+    """`streamjax-retaining-heads`."""
+    return launch("retaining_heads")
+
+
 def serve() -> int:
     """`streamjax-serve`."""
     return launch("serve")

@@ -85,6 +85,9 @@ class LowRank(Tier):
     def made_for(self) -> str | None:
         return None if self.factors is None else self.factors.model
 
+    def without_numbers(self) -> LowRank:
+        return dataclasses.replace(self, factors=None)
+
     def init(self, spec: KVSpec) -> LinearState:
         k = self._slots(spec, "k", self.keys, spec.buffer(self.capacity))
         v = self._slots(spec, "v", self.values, spec.values(self.capacity))

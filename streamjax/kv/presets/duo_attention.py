@@ -16,7 +16,7 @@ from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="DuoAttention: Efficient Long-Context LLM Inference, arXiv 2410.10819")
+@register(paper="DuoAttention: Efficient Long-Context LLM Inference, arXiv 2410.10819", needs=("heads",))
 def duo_attention(
     heads: str | Path = "", full: float = 0.5, sinks: int = 64, recent: int = 256, capacity: int = 16384
 ) -> tuple[HeadGroups, ...]:

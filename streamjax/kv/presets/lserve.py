@@ -20,6 +20,7 @@ from streamjax.kv.tiers.window import Window
 
 @register(
     paper="LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, arXiv 2502.14866",
+    needs=("heads",),
     page=dividing("page"),
     top_k=at_most("top_k", pages),
     logical=dividing("logical", "page"),

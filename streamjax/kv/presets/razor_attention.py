@@ -17,7 +17,9 @@ from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
 
-@register(paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, arXiv 2407.15891")
+@register(
+    paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, arXiv 2407.15891", needs=("heads",)
+)
 def razor_attention(
     heads: str | Path = "", full: float = 0.15, sinks: int = 4, recent: int = 4000, capacity: int = 16384
 ) -> tuple[HeadGroups, ...]:

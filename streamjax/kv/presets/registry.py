@@ -21,7 +21,8 @@ class Preset:
     """A named cache: what it does in one line, the paper it is from, and the function that builds it.
 
     `fitted` has, for options whose default does not fit every capacity, the value of the default from all options.
-    `grows` names the options by which it grows, where `scales` would name others.
+    `grows` names the options by which it grows, where `scales` would name others. `needs`: options that name a file
+    without which there is no cache.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Preset:
     build: Callable[..., Built]
     fitted: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
     grows: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,19 +66,20 @@ _PRESETS: dict[str, Preset] = {}
 
 
 def register(
-    paper: str, grows: tuple[str, ...] = (), **fitted: Rule
+    paper: str, grows: tuple[str, ...] = (), needs: tuple[str, ...] = (), **fitted: Rule
 ) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
     """Decorator: register a builder under its own name; the first line of its docstring is the summary.
 
     Args:
       paper: its title and where it is.
       grows: options by which it grows, where they are others than `Preset.scales` finds.
+      needs: options that name a file without which there is no cache.
       **fitted: options whose default depends on others, in the order in which they do; see `Preset`.
     """
 
     def add(build: Callable[..., Built]) -> Callable[..., Built]:
         summary = (inspect.getdoc(build) or "").partition("\n")[0]
-        _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build, fitted, grows)
+        _PRESETS[build.__name__] = Preset(build.__name__, summary, paper, build, fitted, grows, needs)
         return build
 
     return add

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from streamjax.attention.rotary import Rotary
 from streamjax.kv.noting import Noting
-from streamjax.kv.tier import KVSpec, Query, State
+from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
 
 class Held(NamedTuple):
@@ -74,6 +74,14 @@ class Score(Noting):
     def counts_all_queries(self) -> bool:
         """Whether notes are of all queries that ever came, and not only of those since the last choice."""
         return type(self).kept is Score.kept
+
+    def without_numbers(self) -> Score:
+        """A score that is equal for layers whose measured numbers differ; where there are any, states hold them."""
+        return self
+
+    def judged(self, memory: State, query: Query, tokens: KVTokens) -> Float[Array, "B K C"]:
+        """The notes of tokens that come, where they are of the tokens themselves (`of_tokens`)."""
+        raise NotImplementedError
 
     def check(self, every: int) -> None:
         """Refuse a number of tokens after which the tier makes room.

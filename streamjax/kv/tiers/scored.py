@@ -161,6 +161,16 @@ class Scored(Tier):
             joining=() if self.merge is None else self.merge.memory(spec),
         )
 
+    def without_numbers(self) -> Scored:
+        score = self.score.without_numbers()
+        return self if score == self.score else dataclasses.replace(self, score=score)
+
+    def absorb(self, state: ScoredState, query: Query, tokens: KVTokens) -> tuple[ScoredState, KVTokens]:
+        """Says of tokens that come what the score makes of them alone, where it does."""
+        if self.score.of_tokens:
+            tokens = dataclasses.replace(tokens, score=self.score.judged(state.memory, query, tokens))
+        return state, tokens
+
     def _placed(self, query: Query) -> Query:
         """The queries as they stand towards the stored tokens."""
         return query if self.distance is None else query.at(jnp.full_like(query.position, self.distance))

@@ -20,6 +20,8 @@ from streamjax.kv import (
     MeanAttention,
     QFilters,
     RandomChoice,
+    Retaining,
+    RetainingHeads,
     Scissorhands,
     Scored,
     Sink,
@@ -27,10 +29,12 @@ from streamjax.kv import (
     Window,
     WindowKV,
 )
-from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, SLOPES, Stream, gradients, run
+from tests.kv.tier_streams import FREQUENCIES, HEADS, KEY_HEADS, SCALE, SLOPES, WIDTH, Stream, gradients, run, spec
 from tests.oracles import scored as oracle
 
 SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 7, 4, 45
+DRAWN = np.random.default_rng(7)
+NETWORK = DRAWN.standard_normal(((HEADS + 2 * KEY_HEADS) * WIDTH, 5)), DRAWN.standard_normal((5, KEY_HEADS))
 SCORES = {
     "h2o": (H2O(), oracle.mass),
     "mean attention": (MeanAttention(), oracle.mean),
@@ -50,6 +54,7 @@ SCORES = {
     "finch": (Finch(window=3), oracle.weighted(3, SINKS + WINDOW + SIZE + EVERY)),
     "kvzip": (KVzip(), oracle.largest),
     "qfilters": (QFilters(), oracle.along_queries),
+    "retaining": (Retaining(RetainingHeads.of(*NETWORK, "whose")), oracle.retained(*NETWORK)),
 }
 
 
@@ -160,6 +165,14 @@ def test_gradients_flow_through_what_is_kept():
         (lambda: Scored(4, "h2o"), "Scored.score is 'h2o': it must be Score"),
         (lambda: Scored(4, SnapKV(window=8), every=4), "SnapKV.window is 8, but the tier makes room after every 4"),
         (lambda: SnapKV(kernel=4), "SnapKV.kernel is 4: it must be odd"),
+        (
+            lambda: Retaining().memory(spec()),
+            "Retaining\\(\\) has no heads: train them, python -m train.retaining_heads",
+        ),
+        (
+            lambda: SCORES["retaining"][0].memory(spec(key_heads=1)),
+            "the retaining heads are of 48 channels and 2 key heads, and the layer has 36 and 1",
+        ),
         (lambda: ChunkKV(LagKV()), "ChunkKV.score is LagKV.*: it cannot be one that remembers"),
         (lambda: Scored(4, ChunkKV(H2O(), 3), every=4), "ChunkKV.chunk is 3, but the tier makes room after every 4"),
         (lambda: Scored(4, WindowKV(H2O(), 8), every=4), "WindowKV.length is 8, but the tier makes room after every 4"),
