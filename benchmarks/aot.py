@@ -41,7 +41,10 @@ TOPOLOGIES = {
     "v5e:2x4": Target("tpu", 16 * 2**30, "v5litepod-8"),
     "v5p:2x2x1": Target("tpu", 95 * 2**30, "v5p-8"),
     "v5p:4x4x4": Target("tpu", 95 * 2**30, "v5p-128"),
+    "v5p:4x8x8": Target("tpu", 95 * 2**30, "v5p-512"),
     "v6e:1x1": Target("tpu", int(31.24 * 2**30), "v6e-1"),
+    "v6e:8x8": Target("tpu", int(31.24 * 2**30), "v6e-64"),
+    "v6e:16x16": Target("tpu", int(31.24 * 2**30), "v6e-256"),
     "h100": Target("cuda", 84_942_979_072),
 }
 ROOT = Path(__file__).resolve().parent.parent

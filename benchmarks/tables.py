@@ -26,6 +26,8 @@ ELSEWHERE = (
     "kernels/gpu/all_kernels",
     "models/context_on_tpu",
     "models/experts_on_tpu",
+    "models/ten_million_on_tpu",
+    "models/token_halves",
     "training/post_training",
 )
 HEAD = """# Benchmarks

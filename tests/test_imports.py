@@ -67,6 +67,7 @@ ROOMS = """
     streamjax.training.backprop.planning
     streamjax.training.backprop
     streamjax.training.heads streamjax.training.sequence_groups
+    streamjax.training.mesh_choice streamjax.training.pipeline
     streamjax.training.post_training
     streamjax.training.run streamjax.training.diloco
     streamjax.training

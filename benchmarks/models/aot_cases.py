@@ -56,6 +56,7 @@ def run(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", choices=cases, default=list(cases))
+    parser.add_argument("--missing", action="store_true", help="leave out cases whose figures are there")
     parser.add_argument("--page", action="store_true", help="write the tables of docs/sharding.md")
     parser.add_argument("--child", choices=cases, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -66,7 +67,17 @@ def run(
     if arguments.page:
         write_page(found)
         return
+    failures = []
     for name in arguments.cases:
-        found[name] = run_case(module, name, environment)
+        if arguments.missing and name in found:
+            continue
+        try:
+            found[name] = run_case(module, name, environment)
+        except RuntimeError as failure:
+            failures.append(str(failure))
+            print(failure, file=sys.stderr, flush=True)
+            continue
         print(name, json.dumps(found[name]), flush=True)
         output.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n")
+    if failures:
+        raise SystemExit(f"{len(failures)} cases did not compile")

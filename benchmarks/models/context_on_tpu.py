@@ -40,31 +40,64 @@ from streamjax.training import OptimizerConfig, make_optimizer, make_train_step,
 
 PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
 OUTPUT = RESULTS / "models" / "context_on_tpu.json"
-TOPOLOGY = "v5p:4x4x4"
 LENGTH = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step on `rows` sequences of a million tokens."""
+    """A step on sequences of a million tokens, as many as `data` and `fsdp` split."""
 
+    model: str
+    topology: str
     mesh: tuple[tuple[str, int], ...]
-    rows: int
     exchange: str = "ring"
+    method: str = "remat"
+    offload: bool = False
+
+    @property
+    def rows(self) -> int:
+        return math.prod(size for axis, size in self.mesh if axis in ("data", "fsdp"))
+
+    @property
+    def chips(self) -> int:
+        return math.prod(size for _, size in self.mesh)
 
 
+CHIPS = {"v5p-64": "v5p:4x4x4", "v5p-256": "v5p:4x8x8", "v6e-64": "v6e:8x8", "v6e-256": "v6e:16x16"}
+
+
+def _cases(model: str, chips: str, *splits: str, **known: Any) -> dict[str, Case]:
+    """Cases by their names, each split written as in "fsdp8-context8"."""
+    found = {}
+    for split in splits:
+        mesh = tuple((name, int(size)) for name, size in re.findall(r"([a-z]+)(\d+)", split))
+        name = "-".join([model.partition("-")[0], chips, split, *(str(x) for x in known.values() if x is not True)])
+        found[name] = Case(model, CHIPS[chips], mesh, **known)
+    return found
+
+
+_LLAMA, _QWEN = "llama-3.1-8b", "qwen3-8b"
 CASES = {
-    "fsdp8-context8": Case((("fsdp", 8), ("context", 8)), 8),
-    "fsdp4-context16": Case((("fsdp", 4), ("context", 16)), 4),
-    "context16-tensor4": Case((("context", 16), ("tensor", 4)), 1),
-    "context16-tensor4-gather": Case((("context", 16), ("tensor", 4)), 1, "gather"),
+    **_cases(_LLAMA, "v5p-64", "fsdp8-context8", "fsdp4-context16", "context16-tensor4"),
+    **_cases(_LLAMA, "v6e-256", "fsdp8-context32"),
+    **_cases(_LLAMA, "v5p-256", "fsdp8-context32"),
+    **_cases(_QWEN, "v5p-64", "fsdp8-context8"),
+    **_cases(_QWEN, "v6e-256", "fsdp8-context32"),
+    **_cases(_LLAMA, "v6e-64", "fsdp4-context16"),
+    **_cases(_LLAMA, "v5p-64", "fsdp8-tensor8", method="chunk"),
+    **_cases(_LLAMA, "v5p-64", "fsdp8-tensor8", method="layer", offload=True),
+    **_cases(_LLAMA, "v5p-64", "context16-tensor4", exchange="gather"),
+    **_cases(_QWEN, "v5p-256", "fsdp8-context32"),
+    **_cases(_LLAMA, "v6e-256", "context32-tensor8", "fsdp2-context32-tensor4"),
+    **_cases(_LLAMA, "v5p-256", "fsdp16-context16", "context64-tensor4"),
+    **_cases(_QWEN, "v6e-64", "fsdp4-context16"),
 }
 
 
 def compile_case(case: Case) -> dict[str, Any]:
     """Compile one case, in a process of `aot.child_environment`; bytes on one chip."""
     platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
-    mesh, config = aot.tpu_mesh(TOPOLOGY, **dict(case.mesh)), SHAPES["llama-3.1-8b"]
+    mesh, config = aot.tpu_mesh(case.topology, **dict(case.mesh)), SHAPES[case.model]
     optimizer = make_optimizer(OptimizerConfig(), 1000)
 
     def build() -> Any:
@@ -78,8 +111,20 @@ def compile_case(case: Case) -> dict[str, Any]:
         dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement) for name, dtype in dtypes.items()}
         start = time.process_time()
-        step = make_train_step(optimizer, method="remat", context_exchange=case.exchange)
-        compiled = step.trace(state, batch).lower().compile()  # type: ignore[attr-defined]
+        options: dict[str, Any] = {"offload": "host"} if case.offload else {}
+        step = make_train_step(optimizer, method=case.method, context_exchange=case.exchange, **options)
+        lowered = step.trace(state, batch).lower()  # type: ignore[attr-defined]
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+            return {
+                "state": aot.bytes_per_device(state),
+                "used": int(float(used[1]) * 2**30) if used else None,
+                "compile_cpu_s": time.process_time() - start,
+            }
     memory = compiled.memory_analysis()
     folder = Path(os.environ["LIBTPU_INIT_ARGS"].split()[0].partition("=")[2])
     text = max(folder.glob("*-TLP-hlo.txt"), key=lambda path: path.stat().st_size).read_text()
@@ -89,6 +134,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     return {
         "state": aot.bytes_per_device(state),
         **{kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds},
+        "host": memory.host_temp_size_in_bytes,
         "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "collectives": received(text),
         "compile_cpu_s": time.process_time() - start,
@@ -137,28 +183,42 @@ def received(text: str) -> dict[str, dict[str, Any]]:
     return {kind: {"count": number[kind], "bytes": size[kind], "largest": largest[kind][0]} for kind in sorted(number)}
 
 
+def ring_floor(case: Case) -> float:
+    """Bytes of keys and values that a chip must receive for full attention in a step, by a ring; see the docstring."""
+    config, axes = SHAPES[case.model], dict(case.mesh)
+    turns = axes.get("context", 1) - 1
+    keys = 2 * LENGTH // (turns + 1) * config.num_kv_heads // axes.get("tensor", 1) * config.head_dim
+    return config.num_layers * keys * (turns * 3 * 2 + (turns + 1) * 4) if turns else 0.0
+
+
 def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
     """A line of the table, in GB."""
-    case, config = CASES[name], SHAPES["llama-3.1-8b"]
+    case = CASES[name]
     axes = dict(case.mesh)
-    turns = axes["context"] - 1
-    keys = 2 * LENGTH // axes["context"] * config.num_kv_heads // axes.get("tensor", 1) * config.head_dim
-    floor = config.num_layers * keys * (turns * 3 * 2 + (turns + 1) * 4)
+    first = {
+        "model": case.model,
+        "chips": f"{case.chips} {case.topology.partition(':')[0]}",
+        "mesh": " ".join(f"{axis}={size}" for axis, size in case.mesh),
+        "order": case.method + (f", {case.exchange}" if axes.get("context", 1) > 1 else ""),
+        "tokens a chip": f"{LENGTH // axes.get('context', 1):,}",
+        "weights, moments": f"{figures['state'] / 1e9:.1f}",
+    }
+    if "temp" not in figures:
+        used = figures.get("used")
+        peak = f"{used / 1e9:.1f}: does not fit" if used else "does not fit"
+        return {**first, "temp": "-", "peak": peak, "sent": "-", "ring floor": f"{ring_floor(case) / 1e9:,.1f}"}
     sent = "; ".join(
         f"{found['count']:,} {kind}, {found['bytes'] / 1e9:,.1f} GB, most `{found['largest']}`"
         for kind, found in figures["collectives"].items()
     )
     peak = figures["argument"] + figures["output"] - figures["alias"] + figures["temp"]
+    host = f", host {figures['host'] / 1e9:.1f}" if figures["host"] else ""
     return {
-        "mesh": " ".join(f"{axis}={size}" for axis, size in case.mesh),
-        "keys by": case.exchange,
-        "rows": str(case.rows),
-        "tokens a chip": f"{case.rows * LENGTH // 64 * axes.get('tensor', 1):,}",
-        "weights, moments": f"{figures['state'] / 1e9:.1f}",
-        "temp": f"{figures['temp'] / 1e9:.1f}",
+        **first,
+        "temp": f"{figures['temp'] / 1e9:.1f}{host}",
         "peak": f"{peak / 1e9:.1f}",
         "sent": sent,
-        "ring floor": f"{floor / 1e9:,.1f}",
+        "ring floor": f"{ring_floor(case) / 1e9:,.1f}",
     }
 
 
@@ -167,9 +227,9 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/context_on_tpu", table([row(name, found[name]) for name in CASES if name in found]))
 
 
-def environment(_: str, folder: str) -> dict[str, str]:
+def environment(name: str, folder: str) -> dict[str, str]:
     """Of a case's process: the compiler writes the scheduled program into the folder."""
-    found = aot.child_environment(TOPOLOGY)
+    found = aot.child_environment(CASES[name].topology)
     found["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
     return found
 

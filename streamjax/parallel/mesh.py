@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from streamjax.parallel.rules import NamedState, partition_spec
+from streamjax.parallel.rules import STAGE, NamedState, partition_spec
 
 Tree = TypeVar("Tree")
 
@@ -26,9 +26,10 @@ def make_mesh(
     context: int = 1,
     expert: int = 1,
     replica: int = 1,
+    stage: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of devices with the axes data, fsdp, context and tensor, and expert and replica where they are asked for.
+    """A mesh of devices: the axes data, fsdp, context and tensor; expert, stage and replica where they are asked for.
 
     Args:
       data: rows of a batch are split; parameters are repeated.
@@ -36,6 +37,7 @@ def make_mesh(
       tensor: heads, MLP channels and the vocabulary are split.
       context: the sequence, and the slots of a KV cache, are split.
       expert: rows are split, and so are the experts of a mixture; other parameters are repeated.
+      stage: stacked layers are split, and microbatches go through them one after the other (`training.pipeline`).
       replica: whole models that are trained apart (`TrainConfig.diloco`); rows are split.
       devices: the devices of the mesh; all of this run's where None.
 
@@ -48,6 +50,8 @@ def make_mesh(
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     if expert != 1:
         sizes = {**sizes, "expert": expert}
+    if stage != 1:
+        sizes = {STAGE: stage, **sizes}
     if replica != 1:
         sizes = {"replica": replica, **sizes}  # outermost: the devices of a replica lie together
     for name, size in sizes.items():

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+STAGE = "stage"  # the mesh axis of a pipeline
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations and state
     "batch": ("replica", "data", "fsdp", "expert"),
@@ -25,10 +26,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "expert": ("expert",),
+    "layers": (STAGE,),
     "kv_heads": ("tensor",),
     "heads": ("tensor",),
     # never split: a head's channels, taps of a convolution, the query heads of a group, gate and up halves, scores of a
-    # router, latents, ranks of adapters, stacked layers
+    # router, latents, ranks of adapters
     "activation_embed": (),
     "head_dim": (),
     "conv": (),
@@ -37,7 +39,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "router": (),
     "latent": (),
     "lora": (),
-    "layers": (),
 }
 
 
@@ -55,8 +56,8 @@ def partition_spec(
     """The PartitionSpec of an array whose dimensions have these logical names.
 
     Args:
-      axes: one logical name (or None) a dimension; fewer names than dimensions name the last ones (a stack of layers
-        has one dimension in front).
+      axes: one logical name (or None) a dimension; fewer names than dimensions name the last ones, and the one in front
+        of them is that of stacked layers.
       shape: the array's shape.
       mesh: mesh whose axis names and sizes apply; mesh axes that it lacks are left out.
       rules: logical name -> mesh axes; `RULES` by default.
@@ -65,7 +66,8 @@ def partition_spec(
       ValueError: a logical name that the table does not have.
     """
     rules = RULES if rules is None else rules
-    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    front = len(shape) - len(axes)
+    axes = (None,) * (front - 1) + ("layers",) * min(front, 1) + tuple(axes)
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):

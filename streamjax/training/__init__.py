@@ -6,6 +6,8 @@ from streamjax.training.backprop.planning.memory_model import Memory, estimate
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
 from streamjax.training.diloco.config import DiLoCoConfig
+from streamjax.training.mesh_choice.chips import CHIPS, Chip, chip_of
+from streamjax.training.mesh_choice.search import MeshChoice, choose_mesh
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO, group_advantages
 from streamjax.training.objectives.objective import CrossEntropy, Objective
@@ -20,16 +22,19 @@ from streamjax.training.run.state import TrainState, new_state, shard_batch
 from streamjax.training.run.step import accumulate_gradients, eval_step, make_train_step, streaming_eval_step
 
 __all__ = [
+    "CHIPS",
     "DPO",
     "GRPO",
     "METHODS",
     "Answer",
     "BackpropConfig",
+    "Chip",
     "Choice",
     "CrossEntropy",
     "DiLoCoConfig",
     "LoRAConfig",
     "Memory",
+    "MeshChoice",
     "MeshConfig",
     "Objective",
     "OptimizerConfig",
@@ -39,7 +44,9 @@ __all__ = [
     "TrainState",
     "accumulate_gradients",
     "apply_overrides",
+    "chip_of",
     "choose",
+    "choose_mesh",
     "describe",
     "device_memory_bytes",
     "estimate",

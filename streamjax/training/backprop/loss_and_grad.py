@@ -27,7 +27,7 @@ from streamjax.training.backprop import chunk_order, layer_order
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
-from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
+from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, split_evenly
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
 from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
@@ -181,6 +181,7 @@ def choice_for(
         dtype=model.dtype,
         param_dtype=model.embedding.dtype,
         shards=axes.get("fsdp", 1) * axes.get("tensor", 1) * (axes.get("expert", 1) if experts else 1),
+        tensor=axes.get("tensor", 1) if split_evenly(model.config, axes.get("tensor", 1)) else 1,
         trained=sum(leaf.size for leaf in leaves) / model.config.parameter_count,
         **known,
     )

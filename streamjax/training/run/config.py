@@ -157,7 +157,8 @@ class TrainConfig:
       dtype: of activations; master weights and optimizer state are float32. Weights that adapters leave as they are
         have this dtype, too.
       scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
-      mesh: how the run is spread over devices.
+      mesh: how the run is spread over devices; "auto" takes the fastest way by a model of a step's costs
+        (`streamjax.training.choose_mesh`) over all devices that there are.
       diloco: replicas that train apart and exchange little; ordinary training with 0 replicas.
       seed: of the initial weights.
       log_interval: steps from one line of metrics to the next.
@@ -181,7 +182,7 @@ class TrainConfig:
     weights: Weights | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
     diloco: DiLoCoConfig = dataclasses.field(default_factory=DiLoCoConfig)
     seed: Seed = 0
     log_interval: Size = 10
@@ -216,7 +217,7 @@ class TrainConfig:
             self._check_streams()
         self._check_objective()
         self._check_replicas()
-        self.check_context(self.mesh.context)
+        self.check_context(1 if self.mesh == "auto" else self.mesh.context)
 
     def _check_objective(self) -> None:
         """Whether the data and the rows of a batch fit the objective."""
@@ -245,6 +246,12 @@ class TrainConfig:
     def _check_replicas(self) -> None:
         """Whether replicas can train as this run says."""
         replicas = self.diloco.replicas
+        if self.mesh == "auto":
+            if replicas:
+                raise ValueError(
+                    f'mesh is "auto", and diloco.replicas {replicas} need a mesh of their own: give its sizes'
+                )
+            return
         if not replicas:
             if self.mesh.replica != 1:
                 raise ValueError(f"mesh.replica is {self.mesh.replica}: it is for replicas, set diloco.replicas, too")

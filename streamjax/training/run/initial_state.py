@@ -1,4 +1,4 @@
-"""The state that a run starts from: new weights, a pretrained model, or adapters on one."""
+"""What a run starts from: its mesh, and the first state of new weights, a pretrained model, or adapters on one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,52 @@ from streamjax.data import Tokenizer
 from streamjax.data.text.tokenizers import require_tokenizer
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import load
+from streamjax.models.files.description import describe_model
 from streamjax.models.lora.attaching import add_lora
 from streamjax.parallel.mesh import build_sharded
+from streamjax.parallel.multiprocess import gather_json
 from streamjax.streaming.state import StreamState, init_state
-from streamjax.training.run.config import TrainConfig
+from streamjax.training.backprop.planning.method_choice import device_memory_bytes
+from streamjax.training.mesh_choice.chips import chip_of
+from streamjax.training.mesh_choice.search import choose_mesh
+from streamjax.training.run.config import MeshConfig, TrainConfig
 from streamjax.training.run.optimizer import make_optimizer
 from streamjax.training.run.state import TrainState, new_state
+
+
+def mesh_sizes(config: TrainConfig) -> tuple[MeshConfig, str]:
+    """Devices along each axis, and a line that says what was chosen; no line where nothing was.
+
+    Raises:
+      ValueError: with "auto" a device that is not known, or a run that fits the devices in no way.
+    """
+    if config.mesh != "auto":
+        return config.mesh, ""
+    devices, first = jax.device_count(), jax.local_devices()[0]
+    memory = min(gather_json(device_memory_bytes()))
+    if first.platform == "cpu":  # virtual devices share the machine's memory
+        memory //= jax.local_device_count()
+    model = config.model if config.init_from is None else describe_model(config.init_from)
+    assert model is not None
+    options = config.backprop.options()
+    known = {"chunk_size": options["chunk_size"]}
+    if config.backprop.method in ("layer", "chunk"):
+        known |= {name: options[name] for name in ("segment", "offload", "offload_fraction")}
+    found = choose_mesh(
+        model,
+        devices,
+        chip_of(first.device_kind),
+        rows=config.data.batch_size,
+        length=config.data.seq_len,
+        method=config.backprop.method,
+        microbatches=config.optimizer.accumulation,
+        memory_bytes=memory,
+        stacked=config.scan_layers,
+        platform=first.platform,
+        dtype=config.dtype,
+        **known,
+    )
+    return MeshConfig(**found.axes), f"mesh: {found.describe()}"
 
 
 def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> TrainState:

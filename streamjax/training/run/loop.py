@@ -31,7 +31,7 @@ from streamjax.training.diloco.steps import Replicas
 from streamjax.training.run.config import MeshConfig, TrainConfig
 from streamjax.training.run.feeds import make_feed
 from streamjax.training.run.goodput import Goodput
-from streamjax.training.run.initial_state import initial_state
+from streamjax.training.run.initial_state import initial_state, mesh_sizes
 from streamjax.training.run.metrics import MetricsWriter
 from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
 from streamjax.training.run.restoring import restored
@@ -119,7 +119,8 @@ class _Run:
     def __init__(self, config: TrainConfig, workdir: Path, progress: bool | None, resume_from: int | None = None):
         self.config, self.workdir, self.clock = config, workdir, Goodput()
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.mesh = None if config.mesh == MeshConfig() else make_mesh(**dataclasses.asdict(config.mesh))
+        sizes, self.mesh_line = mesh_sizes(config)
+        self.mesh = None if sizes == MeshConfig() else make_mesh(**dataclasses.asdict(sizes))
         config.check_context(1 if self.mesh is None else self.mesh.shape["context"])  # -1 is a number now
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.state = initial_state(config, self.tokenizer, self.mesh)
@@ -144,6 +145,8 @@ class _Run:
         self.since = time.monotonic()
         if self.step:
             self._say(f"resumed at step {self.step} of {config.steps}")
+        if self.mesh_line:
+            self._say(self.mesh_line)
         optimizer, trainable = make_optimizer(config.optimizer, config.steps), config.lora.trainable
         options = {
             "accumulation": config.optimizer.accumulation,

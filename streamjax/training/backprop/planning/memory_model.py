@@ -17,7 +17,18 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
-from streamjax.models.config import AttentionMixerConfig, BlockConfig, ModelConfig, UniformConfig, expanded
+from streamjax.models.config import (
+    AttentionConfig,
+    AttentionMixerConfig,
+    BlockConfig,
+    DenseAndExpertsConfig,
+    DenseConfig,
+    ExpertsConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    UniformConfig,
+    expanded,
+)
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
 from streamjax.training.backprop.planning.layer_bytes import saved_bytes, state_bytes, working_bytes
@@ -57,6 +68,7 @@ def estimate(
     stacked: bool = True,
     platform: str = "tpu",
     shards: int = 1,
+    tensor: int = 1,
     trained: float = 1.0,
 ) -> Memory:
     """Memory of one `loss_and_grad`: parameters, their gradients, and everything between.
@@ -69,7 +81,9 @@ def estimate(
       param_dtype, dtype: of parameters, and of activations.
       stacked: whether repeating layers are stacked (`scan_layers`).
       platform: "cpu" has a compiler that fuses less; all others count as "tpu".
-      shards: devices over which parameters and gradients are split; activations are not, whatever the mesh does.
+      shards: devices over which parameters and gradients are split; activations are not.
+      tensor: devices of these along the mesh axis `tensor`, which split heads, channels of MLPs and the vocabulary too,
+        evenly.
       trained: share of the parameters that get a gradient.
 
     Raises:
@@ -86,6 +100,7 @@ def estimate(
         stacked=stacked,
         fused=platform != "cpu",
         shards=shards,
+        tensor=tensor,
         trained=trained,
         item=jnp.dtype(dtype).itemsize,
         wide=accumulator(dtype).itemsize,
@@ -100,6 +115,20 @@ def estimate(
     always, phases, host_bytes = orders[method]()
     parts = always | max(phases, key=lambda phase: sum(phase.values()))
     return Memory(sum(parts.values()), host_bytes, {name: size for name, size in parts.items() if size})
+
+
+def split_evenly(config: ModelConfig | UniformConfig, tensor: int) -> bool:
+    """Whether so many devices along `tensor` have equal parts of each layer, and none the same as another."""
+    sizes = set()
+    for block in expanded(config).blocks:
+        mixer, mlp = block.mixer, block.mlp
+        if isinstance(mixer, AttentionConfig):
+            sizes.add(mixer.num_kv_heads)
+        else:
+            sizes.add(mixer.num_heads if isinstance(mixer, LatentAttentionConfig) else getattr(mixer, "num_heads", 1))
+        parts = (mlp.dense, mlp.experts) if isinstance(mlp, DenseAndExpertsConfig) else (mlp,)
+        sizes |= {part.mlp_dim for part in parts if isinstance(part, DenseConfig | ExpertsConfig)}
+    return all(size % tensor == 0 for size in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +149,7 @@ class _Terms:
     stacked: bool
     fused: bool
     shards: int
+    tensor: int
     trained: float
     item: int
     wide: int
@@ -143,15 +173,15 @@ class _Terms:
 
     @property
     def end_parameters(self) -> int:
-        """Parameters of the embedding, or of the head."""
-        return self.config.vocab_size * self.config.d_model
+        """Parameters of the embedding, or of the head, as they are there along tensor."""
+        return self.config.vocab_size * self.config.d_model // self.tensor
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of the largest layer."""
-        ends = self.end_parameters * (1 if self.config.tie_embeddings else 2)
+        """Parameters of the largest layer, as they are there along tensor."""
+        ends = self.config.vocab_size * self.config.d_model * (1 if self.config.tie_embeddings else 2)
         mean = (self.config.parameter_count - ends) // self.config.num_layers
-        return max(mean, *(block.parameter_count(self.config.d_model) for block in self.kinds))
+        return max(mean, *(block.parameter_count(self.config.d_model) for block in self.kinds)) // self.tensor
 
     def states(self, tokens: int) -> int:
         return self.batch * tokens * self.config.d_model * self.item
@@ -169,7 +199,7 @@ class _Terms:
 
     def layer_keys(self, mixer: AttentionMixerConfig, slots: int, size: int) -> int:
         """Keys and values of one layer."""
-        return 2 * self.batch * slots * mixer.num_kv_heads * mixer.head_dim * size
+        return 2 * self.batch * slots * mixer.num_kv_heads * mixer.head_dim * size // self.tensor
 
     def layer_states(self, mixer: RecurrentConfig | None, places: int) -> int:
         """So many states of one recurrent mixer."""
@@ -194,7 +224,7 @@ class _Terms:
             "weights": size,
             "gradients": int(self.trained * size),
             "batch": 12 * self.batch * self.length,
-            "gathered weights": ends + self.layer_parameters * self.param if self.shards > 1 else 0,
+            "gathered weights": ends + self.layer_parameters * self.param if self.shards > self.tensor else 0,
         }
 
     def copied_weights(self) -> Parts:
@@ -220,18 +250,24 @@ class _Terms:
     def work(self, tokens: int) -> Parts:
         """Inside one layer, for `tokens` tokens of each row."""
         sizes = self.config.d_model, self.batch * tokens, self.item, self.wide
-        working = max(working_bytes(block, *sizes) for block in self.kinds)
-        saved = 0 if self.fused else max(saved_bytes(block, *sizes) for block in self.kinds)
+        states = 2 * self.states(tokens)  # as wide as the model: each device along tensor has them
+        working = states + max(working_bytes(block, *sizes) - states for block in self.kinds) // self.tensor
+        saved = 0 if self.fused else max(self.saved(block, tokens) for block in self.kinds)
         return {"layer's work": working + saved}
+
+    def saved(self, block: BlockConfig, tokens: int) -> int:
+        """What `jax.grad` saves of a layer for `tokens` tokens of each row."""
+        states = 2 * self.states(tokens) + 3 * self.wide * self.batch * tokens * self.config.d_model * block.norm_count
+        sizes = self.config.d_model, self.batch * tokens, self.item, self.wide
+        return states + (saved_bytes(block, *sizes) - states) // self.tensor
 
     def logits(self) -> Parts:
         """Of one stretch, with the gradient that the head gets from it."""
-        size = LOGITS_COPIES * self.batch * self.stretch * self.config.vocab_size * self.wide
+        size = LOGITS_COPIES * self.batch * self.stretch * self.config.vocab_size * self.wide // self.tensor
         return {"logits": size, **self.part("head", self.end_parameters)}
 
     def full(self) -> Order:
-        sizes = self.config.d_model, self.batch * self.length, self.item, self.wide
-        return self.by_jax({"activations": sum(saved_bytes(block, *sizes) for block in self.config.blocks)})
+        return self.by_jax({"activations": sum(self.saved(block, self.length) for block in self.config.blocks)})
 
     def remat(self) -> Order:
         return self.by_jax({"layer inputs": self.config.num_layers * self.states(self.length)})
@@ -290,7 +326,7 @@ class _Terms:
     def chunks(self) -> Order:
         stores = [(block, make_store(block.mixer, self.chunk, self.count)) for block in self.config.blocks]
         apart = self.grad != self.param or self.shards > 1  # else the sums are the result
-        sums = self.sums("all", self.config.parameter_count, self.grad)
+        sums = self.sums("all", self.config.parameter_count // self.tensor, self.grad)
         both = {
             **self.always(),
             **(sums if apart else {}),

@@ -64,6 +64,39 @@ def choose(
     Raises:
       ValueError: nothing fits; the message has what comes closest.
     """
+    found, fits = best_or_closest(
+        config,
+        batch_size=batch_size,
+        length=length,
+        memory_bytes=memory_bytes,
+        chunk_size=chunk_size,
+        platform=platform,
+        stacked=stacked,
+        whole_sequences=whole_sequences,
+        **known,
+    )
+    if fits:
+        return found
+    advice = "" if stacked else ", or stack the layers (scan_layers=True)"
+    raise ValueError(
+        f"no backprop method fits {batch_size} x {length} tokens; closest: {found.describe(memory_bytes)}, of which "
+        f"{HEADROOM if stacked else UNSTACKED_HEADROOM:.0%} may be filled: shorten the sequences{advice}"
+    )
+
+
+def best_or_closest(
+    config: ModelConfig | UniformConfig,
+    *,
+    batch_size: int,
+    length: int,
+    memory_bytes: int,
+    chunk_size: int | None,
+    platform: str,
+    stacked: bool,
+    whole_sequences: bool,
+    **known: Any,
+) -> tuple[Choice, bool]:
+    """What `choose` takes and True; where nothing fits, what needs the least memory and False."""
     config = expanded(config)
     size = min(chunk_size or DEFAULT_CHUNK, length)
     closest: Choice | None = None
@@ -75,15 +108,11 @@ def choose(
         )
         found = Choice(arguments, memory)
         if memory.device_bytes <= (HEADROOM if stacked else UNSTACKED_HEADROOM) * memory_bytes:
-            return found
+            return found, True
         if closest is None or memory.device_bytes < closest.memory.device_bytes:
             closest = found
     assert closest is not None
-    advice = "" if stacked else ", or stack the layers (scan_layers=True)"
-    raise ValueError(
-        f"no backprop method fits {batch_size} x {length} tokens; closest: {closest.describe(memory_bytes)}, of which "
-        f"{HEADROOM if stacked else UNSTACKED_HEADROOM:.0%} may be filled: shorten the sequences{advice}"
-    )
+    return closest, False
 
 
 def _candidates(

@@ -1,0 +1,1 @@
+"""How a training step is split over devices: a search over meshes, by what a step computes, holds and exchanges."""
