@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import streamjax as sj
+from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 from streamjax.models.families import FAMILIES, Family
 
@@ -44,7 +45,10 @@ def presets() -> str:
         networks = Path(folder) / "retaining.safetensors"
         one = sj.kv.RetainingHeads.of(np.ones((8, 2)), np.ones((2, 1)), "any")
         LayerRetainingHeads((one,), "any", 1).save(networks)
-        files = {"heads": str(gates), "retaining": str(networks)}
+        books = Path(folder) / "books.safetensors"
+        entries = np.ones(256, np.float32).tobytes()
+        LayerCodebooks((sj.kv.Codebooks(entries, entries, 1, "any"),), "any", 1).save(books)
+        files = {"heads": str(gates), "retaining": str(networks), "codebooks": str(books)}
         for name, preset in sj.kv.presets().items():
             cache = preset.build(**{option: files[option] for option in preset.needs})
             cache = cache[0] if isinstance(cache, tuple) else cache

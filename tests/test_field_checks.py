@@ -17,9 +17,10 @@ import streamjax
 from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv import current_chunk, recurrence
-from streamjax.kv.budgets import ada_kv, cake, pyramid
+from streamjax.kv.budgets import ada_kv, cake, pyramid, zipvl
 from streamjax.kv.channels import bases, low_rank, pruned, shadow
-from streamjax.kv.codecs import fp8, gear, integers
+from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
+from streamjax.kv.codecs.measured import coupled
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
 from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool
 from streamjax.kv.scores import (
@@ -166,6 +167,11 @@ EXAMPLES = [
     integers.Int(),
     gear.Gear(),
     integers.IntByToken(),
+    block_floats.BlockFloats(),
+    fireq.FireQ(),
+    mixed.Mixed(),
+    coupled.CQ(),
+    zipvl.Important(),
     ada_kv.OverHeads(0.2, pyramid.Pyramid()),
     cake.Preferences(),
     pyramid.Pyramid(),
@@ -185,6 +191,7 @@ NO_CONFIGURATIONS = {
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
+    "LayerCodebooks",
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from

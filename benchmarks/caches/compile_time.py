@@ -35,7 +35,7 @@ from streamjax.streaming.layerwise import read_layerwise
 from streamjax.streaming.scan import _score_chunks
 
 WIDTH, KEY_HEADS, CAPACITY = 512, 3, 8192
-CACHES = sorted(set(sj.kv.presets()) - {"hsa", "cake", "prefix_kv"})
+CACHES = sorted(set(sj.kv.presets()) - {"hsa", "cake", "prefix_kv", "zipvl", "cq"})
 WAYS = ("layer by layer", "one program")
 
 

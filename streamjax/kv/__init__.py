@@ -13,15 +13,20 @@ from streamjax.kv.budgets.d2o import Density
 from streamjax.kv.budgets.prefix_kv import Prefixes
 from streamjax.kv.budgets.pyramid import Pyramid
 from streamjax.kv.budgets.uniform import Uniform
+from streamjax.kv.budgets.zipvl import Important
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import Factors, LowRank
 from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.channels.shadow import Shadow
+from streamjax.kv.codecs.block_floats import BlockFloats
 from streamjax.kv.codecs.codec import Codec, bytes_per_token
+from streamjax.kv.codecs.fireq import FireQ
 from streamjax.kv.codecs.fp8 import FP8
 from streamjax.kv.codecs.gear import Gear
 from streamjax.kv.codecs.integers import Int
+from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
+from streamjax.kv.codecs.mixed import Mixed
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.merging.cam import IntoFollowing
@@ -76,12 +81,14 @@ _HOMES = {"streamjax.evaluation.cache_sizes": ("describe",), "streamjax.evaluati
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 __all__ = [
+    "CQ",
     "CUR",
     "FP8",
     "H2O",
     "TOVA",
     "Anchors",
     "BestKey",
+    "BlockFloats",
     "Budget",
     "Budgeted",
     "Cache",
@@ -90,6 +97,7 @@ __all__ = [
     "ChunkKV",
     "ChunkMemory",
     "Clusters",
+    "Codebooks",
     "Codec",
     "Compensation",
     "ContentPages",
@@ -100,11 +108,13 @@ __all__ = [
     "ExpectedAttention",
     "Factors",
     "Finch",
+    "FireQ",
     "Full",
     "Gaussian",
     "Gear",
     "HeadGroups",
     "Held",
+    "Important",
     "Index",
     "Int",
     "IntoFollowing",
@@ -123,6 +133,7 @@ __all__ = [
     "Merge",
     "Middle",
     "MinMax",
+    "Mixed",
     "NearestAbove",
     "OverHeads",
     "Pages",

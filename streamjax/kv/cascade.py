@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class Cascade(Cache):
 
     @property
     def made_for(self) -> str | None:
-        return next(filter(None, (tier.made_for for tier in self.tiers)), None)
+        return next(filter(None, map(_made_for, self.tiers)), None)
 
     @property
     def needs_outputs(self) -> bool:
@@ -91,8 +92,7 @@ class Cascade(Cache):
         return all(tier.shares_values for tier in self.tiers)
 
     def renumbered(self) -> tuple[Cascade, None]:
-        # what was measured of a layer is data: it lies in the state
-        tiers = [tier.without_numbers() if isinstance(tier, LowRank | Scored) else tier for tier in self.tiers]
+        tiers = list(map(_without_numbers, self.tiers))
         return (self if tiers == list(self.tiers) else Cascade(*tiers, fuse=False)), None
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
@@ -143,6 +143,19 @@ class Cascade(Cache):
             new[i], rest = tier.insert(new[i], rest)
         new[-1] = self.tiers[-1].store(new[-1], rest)
         return out, tuple(new)
+
+
+def _made_for(tier: Tier) -> str | None:
+    codec = getattr(tier, "codec", None)
+    return tier.made_for if codec is None else tier.made_for or codec.made_for
+
+
+def _without_numbers(tier: Any) -> Tier:
+    """The tier without what was measured of a layer, which is data: it lies in the state."""
+    if isinstance(tier, LowRank | Scored):
+        tier = tier.without_numbers()
+    codec = getattr(tier, "codec", None)
+    return tier if codec is None or codec.made_for is None else dataclasses.replace(tier, codec=codec.without_numbers())
 
 
 def _noting(tiers: list[Tier]) -> list[Tier]:

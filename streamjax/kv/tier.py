@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.dense import attend, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
-from streamjax.kv.codecs.slots import CodedSlots, Slots, attend_coded, mass_coded
+from streamjax.kv.codecs.slots import CodedSlots, Slots, attend_coded, mass_coded, turned
 from streamjax.parallel.rules import NamedState
 
 State = Any  # a pytree of arrays
@@ -228,8 +228,8 @@ class Query:
         used = slots if filled is None else jnp.max(filled)
         if coded:
 
-            def part(k: Array, v: Array, position: Array, valid: Array) -> Partial:
-                return self._attend(k, v, position, valid, reach)
+            def part(keys: Array, v: Array, position: Array, valid: Array) -> Partial:
+                return self._attend(turned(k, keys, position, self.rotary), v, position, valid, reach)
 
             return attend_coded(part, k, v, position, valid, nothing, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
 
@@ -283,8 +283,8 @@ class Query:
         slots, single = k.shape[2], self.q.shape[1] == 1
         size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
 
-        def folded(k: Array, position: Array, valid: Array) -> Array:
-            return fold(self.shares(k, position, valid, lse, reach))
+        def folded(keys: Array, position: Array, valid: Array) -> Array:
+            return fold(self.shares(turned(k, keys, position, self.rotary), position, valid, lse, reach))
 
         if not coded and slots == size and (filled is None or single):  # as `attend`: the compiler finds its logits
             return folded(k, position, valid)

@@ -2,6 +2,7 @@
 
 from streamjax.streaming.compacting.compact import compact, lazy_layers, reconstruction
 from streamjax.streaming.compacting.measure_budget import measure_budget
+from streamjax.streaming.compacting.measure_codebooks import measure_codebooks
 from streamjax.streaming.compacting.measure_factors import measure_factors
 from streamjax.streaming.compacting.measure_filters import measure_filters
 from streamjax.streaming.generate import generate, generate_blocks
@@ -21,6 +22,7 @@ __all__ = [
     "layer_caches",
     "lazy_layers",
     "measure_budget",
+    "measure_codebooks",
     "measure_factors",
     "measure_filters",
     "read",

@@ -163,7 +163,7 @@ def require_own_calibration(model: Decoder, cache: Cache | Sequence[Cache]) -> N
     made_for = next(filter(None, (one.made_for for one in each if isinstance(one, Cache))), None)
     if made_for is not None and made_for != (own := fingerprint_in_any_dtype(model)):
         made = f"what this cache knows was measured with model {made_for}"
-        again = "sj.measure_filters(...), sj.measure_factors(...) or python -m train.retaining_heads"
+        again = "sj.measure_filters, sj.measure_factors, sj.measure_codebooks or python -m train.retaining_heads"
         raise ValueError(f"{made}, and this one is {own}: measure it again, {again}")
     calibration = cache.calibration if isinstance(cache, Budgeted) else None
     if calibration is not None and calibration.model != (own := fingerprint_in_any_dtype(model)):

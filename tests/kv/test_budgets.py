@@ -12,6 +12,7 @@ from streamjax.kv import (
     Calibration,
     Cascade,
     Density,
+    Important,
     KNorm,
     OverHeads,
     Pooled,
@@ -89,6 +90,17 @@ def test_prefixes_hold_the_same_share():
         found = [p for p in np.linspace(0, 1, 4001) if sum(np.searchsorted(c, p) + 1 for c in (steep, even)) == total]
         if found:
             assert sizes == tuple(int(np.searchsorted(c, found[0])) + 1 for c in (steep, even))
+
+
+def test_layers_share_by_what_each_needs_by_itself():
+    """Half of the attention is 1 of the first layer's tokens and 3 of the second's, 0.85 of it 4 and 6."""
+    steep, even = np.cumsum([0.5, 0.2, 0.1, 0.1, 0.05, 0.05]), np.cumsum([1 / 6] * 6)
+    for held, needs in ((0.5, (1, 3)), (0.85, (4, 6))):
+        sizes = Important(held).sizes(1000, 2, np.stack((steep, even)))
+        np.testing.assert_allclose(sizes, [1000 * need / sum(needs) for need in needs], atol=1.0)
+    calibration = Calibration.of(np.stack((steep, even)), Prefixes(), "0123456789abcdef")
+    cascades = Budgeted(KEPT, Important(0.5), calibration).for_layers(2)
+    assert [c.tiers[-1].size for c in cascades] == [5, 15]
 
 
 def test_dense_layers_keep_more():

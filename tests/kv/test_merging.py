@@ -14,6 +14,7 @@ from streamjax.kv import (
     Cascade,
     Full,
     Gaussian,
+    Int,
     IntoFollowing,
     KNorm,
     NearestAbove,
@@ -22,9 +23,11 @@ from streamjax.kv import (
     Window,
     ZeroClass,
 )
+from streamjax.kv.codecs.slots import dense
 from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, gradients, run, spec, update
 from tests.oracles import merging as oracle
 from tests.oracles import scored
+from tests.oracles.codecs import stored
 
 SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 7, 4, 37
 RULES = {
@@ -91,6 +94,28 @@ def test_a_stream_is_the_same_however_it_is_cut(name, counts):
     np.testing.assert_allclose(found, expected, atol=1e-4)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["elastic cache", pytest.param("cam", marks=SLOW), pytest.param("d2o", marks=SLOW)])
+def test_what_has_come_together_is_coded_again(name):
+    """Averages differ in their last bits, and so now and then a code by one."""
+    merge, join = RULES[name]
+    stream = Stream.drawn(2, LENGTH)
+
+    def rule(coded):
+        return scored.Rule(
+            KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, scored.mass, SCALE, None, FREQUENCIES, coded=coded
+        )  # fmt: skip
+
+    mine = cascade(merge, codec=Int(4, group=6))
+    found, state = run(mine, stream, [1], width=6, frequencies=FREQUENCIES)
+    coded = by_lists(rule(lambda row: stored(row, 4).astype(np.float64)), join, stream)
+    exact = by_lists(rule(None), join, stream)
+    off = np.abs(found - coded)
+    assert np.quantile(off, 0.9) < 1e-3
+    assert np.quantile(np.abs(coded - exact), 0.5) > 3e-3
+    _, like = run(mine, stream, [(3, 1), (1, 6)], width=6, frequencies=FREQUENCIES)
+    np.testing.assert_allclose(dense(state[-1].slots.k), dense(like[-1].slots.k), atol=0.5)
 
 
 @SLOW

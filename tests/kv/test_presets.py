@@ -6,6 +6,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv import Cascade, Full, Sink, Window
+from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 
 
@@ -29,7 +30,8 @@ def test_every_preset_builds_and_names_its_paper(tmp_path):
         assert entry.name == name
         assert "arXiv" in entry.paper
         assert entry.summary.endswith((".", ";"))
-        needed = dict.fromkeys(entry.needs, str(networks if "retaining" in entry.needs else gates))
+        files = {"retaining": networks, "codebooks": codebooks(tmp_path)}
+        needed = {option: str(files.get(option, gates)) for option in entry.needs}
         assert sj.kv.preset(name, **{**entry.options, **needed}) == sj.kv.preset(name, **needed)
 
 
@@ -85,15 +87,23 @@ def gates(tmp_path):
     return file
 
 
+def codebooks(folder):
+    """A file of codebooks for one layer."""
+    own = sj.kv.Codebooks(np.ones(1024, np.float32).tobytes(), np.ones(1024, np.float32).tobytes(), 2, "a model")
+    LayerCodebooks((own,), "a model", 1).save(folder / "books.safetensors")
+    return folder / "books.safetensors"
+
+
 def with_capacity():
     return [name for name, entry in sj.kv.presets().items() if "capacity" in entry.options]
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", with_capacity())
-def test_defaults_fit_every_capacity(name, gates):
+def test_defaults_fit_every_capacity(name, gates, tmp_path):
     known = sj.kv.presets()[name].options
-    needed = {"heads": gates} if "heads" in known else {}
+    files = {"heads": gates, "codebooks": codebooks(tmp_path)}
+    needed = {option: str(files[option]) for option in sj.kv.presets()[name].needs}
     for capacity in CAPACITIES:
         sj.kv.preset(name, capacity=capacity, **needed)
     # A default that is written out is the default, unless it does not fit.

@@ -41,11 +41,12 @@ class Stream(scored.Stream):
             if not stays or not leaves:
                 continue
             self.join(self, head, stays, leaves, worth[head])
-            for i, (key, value, place) in enumerate(stays):
-                keys, values = kept[i][0].copy(), kept[i][1].copy()
-                keys[head] = rule.turned(key, 0 if rule.distance is not None else -place)
-                values[head] = value
-                self.kept[head][i] = (keys, values, place)
+            for i, (key, value, _) in enumerate(stays):
+                if rule.coded is not None:  # what changed is coded again
+                    was, worn = self.stored(head, kept[i]), kept[i][1][head]
+                    key = key if np.array_equal(key, was) else rule.coded(key)
+                    value = value if np.array_equal(value, worn) else rule.coded(value)
+                self.kept[head][i] = self.replaced(head, kept[i], key, value)
 
 
 def averaged(stream: Stream, stays: list, leaves: list, target: dict, weight: dict, own: dict) -> None:

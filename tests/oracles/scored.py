@@ -29,6 +29,7 @@ class Rule(Turning):
     frequencies: tuple[float, ...] | None = None
     distance: int | None = None
     together: bool = False
+    coded: Callable | None = None  # what a row of numbers becomes when it is stored
 
 
 class Stream:
@@ -72,6 +73,13 @@ class Stream:
         """A key as it is stored."""
         return self.rule.turned(entry[0][head], 0 if self.rule.distance is not None else entry[2])
 
+    def replaced(self, head: int, entry: tuple, key: np.ndarray, value: np.ndarray) -> tuple:
+        """The entry with another key, as it is stored, and another value of a head."""
+        keys, values = entry[0].copy(), entry[1].copy()
+        keys[head] = self.rule.turned(key, 0 if self.rule.distance is not None else -entry[2])
+        values[head] = value
+        return keys, values, entry[2]
+
     def share(self, head: int, token: int, queries) -> float:
         """The attention that a token got from these queries, over the heads of a key head."""
         heads = self.group(head, len(self.queries[0]))
@@ -87,6 +95,11 @@ class Stream:
                 oldest = self.recent.pop(0)
                 for kept in self.kept:
                     kept.append(oldest)
+                if rule.coded is not None:
+                    for head, kept in enumerate(self.kept):
+                        kept[-1] = self.replaced(
+                            head, oldest, rule.coded(self.stored(head, oldest)), rule.coded(oldest[1][head])
+                        )
         if len(self.log) % rule.every == 0:
             self.choose()
 

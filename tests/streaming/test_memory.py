@@ -170,7 +170,7 @@ def endless_presets() -> list[str]:
         name
         for name, entry in sj.kv.presets().items()
         if not entry.needs
-        and name not in ("hsa", "cake", "prefix_kv")
+        and name not in ("hsa", "cake", "prefix_kv", "zipvl")
         and getattr(sj.kv.preset(name), "capacity", None) is None
     ]
 

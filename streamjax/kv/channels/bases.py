@@ -38,10 +38,10 @@ class Coordinates(Codec):
         if self.kept > head_dim:
             raise ValueError(f"a basis has {self.kept} directions a head, and heads have {head_dim} channels")
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         return x[..., : self.kept], ()
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         return codes[0]
 
 

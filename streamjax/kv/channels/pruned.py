@@ -40,7 +40,7 @@ class Channels(Codec):
         if self.kept > head_dim:
             raise ValueError(f"Channels.kept is {self.kept}, but heads have {head_dim} channels")
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         return (x, ()) if role == "v" else self.chosen(x, jnp.ones((*x.shape[:2], x.shape[4])))
 
     def chosen(self, x: Float[Array, "B K N G D"], queries: Float[Array, "B K D"]) -> Codes:
@@ -50,7 +50,7 @@ class Channels(Codec):
         left = jnp.take_along_axis(x, jnp.broadcast_to(channels, (*x.shape[:4], self.kept)), axis=4)
         return left, (channels.astype(jnp.uint8 if x.shape[4] <= 256 else jnp.uint16),)
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         raise NotImplementedError  # `PrunedSlots` knows how many channels there were
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -27,6 +28,10 @@ class Codec:
     `encode` gives codes, one place a token, and further numbers, of which there is one place a token or one a group.
     `decode` gets the same of some of a group's tokens. Whatever a code says has to be exact in float32 before the last
     rounding, so that no compiler's choice of instructions changes a bit of it.
+
+    A codec that was measured with a model has `tables` of each layer. They are data: they lie in the state, beside the
+    slots, and `encode` and `decode` are given them; the program knows the codec without them (`without_numbers`), one
+    for all layers.
     """
 
     def __post_init__(self) -> None:
@@ -47,6 +52,32 @@ class Codec:
         """Newest tokens that stay in full precision, beside those whose group is not full yet."""
         return 0
 
+    @property
+    def unrotated(self) -> bool:
+        """Whether keys are coded as they were before rotation. Tiers that can then turn them when they are read."""
+        return False
+
+    @property
+    def made_for(self) -> str | None:
+        """A fingerprint of the model that it was measured with; None where it serves every model."""
+        return None
+
+    def without_numbers(self) -> Codec:
+        """The same without its tables."""
+        return self
+
+    def table_shapes(self, width: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what `tables` has of one head of this width."""
+        return ()
+
+    def tables(self, role: Role, heads: int, width: int) -> tuple[Shaped[np.ndarray, "K ..."], ...]:
+        """What was measured of the keys or values of a layer, for each head.
+
+        Raises:
+          ValueError: nothing was, or of another layer.
+        """
+        return ()
+
     def check(self, head_dim: int) -> None:
         """Raise a ValueError where heads are not of a width that this codec can store."""
 
@@ -62,11 +93,11 @@ class Codec:
         """All slots of groups as the decoding kernels read them; None where they do not."""
         return None
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Shaped[Array, "B K ..."]) -> Codes:
         """N groups of keys or of values as codes."""
         raise NotImplementedError
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Shaped[Array, "B K ..."]) -> Float[Array, "B K N G D"]:
         """What codes say, in float32."""
         raise NotImplementedError
 
@@ -90,4 +121,5 @@ def bytes_per_token(codec: Codec, head_dim: int, value_dim: int | None = None) -
 def shapes(codec: Codec, role: Role, width: int, dtype: DTypeLike = jnp.float32) -> Any:
     """The shapes of one group's codes and numbers, in one head."""
     group = jax.ShapeDtypeStruct((1, 1, 1, codec.tokens, width), dtype)
-    return jax.eval_shape(lambda x: codec.encode(x, role), group)
+    tables = [jnp.zeros((1, 1, *shape)) for shape in codec.table_shapes(width)]
+    return jax.eval_shape(lambda x: codec.encode(x, role, *tables), group)

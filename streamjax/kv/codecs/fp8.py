@@ -28,13 +28,13 @@ class FP8(Codec):
     def one_by_one(self) -> Codec:
         return self
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         dtype = _dtype(self.kind)
         most = float(jnp.finfo(dtype).max)
         rounded = jnp.clip(x.astype(jnp.float32), -most, most).astype(dtype)
         return jax.lax.bitcast_convert_type(rounded, jnp.uint8), ()
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         return widened(codes[0], self.kind)
 
 

@@ -67,7 +67,7 @@ class Gear(Codec):
         if head_dim > 256 or head_dim < max(self.rank, self.outliers):
             raise ValueError(f"{self!r} stores heads of {max(self.rank, self.outliers, 1)} to 256, not {head_dim}")
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         codes, numbers = self.base.encode(x, role)
         left = x.astype(jnp.float32) - self.base.decode((codes, numbers), role)
         if self.outliers:
@@ -81,7 +81,7 @@ class Gear(Codec):
             numbers = (*numbers, tokens.astype(jnp.bfloat16), flat.astype(jnp.bfloat16))
         return codes, numbers
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         whole, (least, step, *more) = codes
         found = self.base.decode((whole, (least, step)), role)
         if self.rank:

@@ -27,7 +27,8 @@ class GroupedSlots(CodedSlots):
     """A ring of slots, or a line of them where nothing is written beyond the last.
 
     codes, numbers: of all groups, those of a group in a row. tail: the newest tokens in a ring. cursor: the slot of the
-    next token. place: its slot in the tail. count: tokens that wait. waits: whether any may (static).
+    next token. place: its slot in the tail. count: tokens that wait. waits: whether any may (static). tables: of the
+    codec.
     """
 
     codes: Shaped[Array, "B K R c"]
@@ -39,6 +40,7 @@ class GroupedSlots(CodedSlots):
     codec: Codec = dataclasses.field(metadata={"static": True})
     role: Role = dataclasses.field(metadata={"static": True})
     waits: bool = dataclasses.field(default=True, metadata={"static": True})
+    tables: tuple[Shaped[Array, "B K _ _"], ...] = ()
 
     @classmethod
     def empty(cls, codec: Codec, role: Role, zeros: Float[Array, "B K S D"]) -> GroupedSlots:
@@ -115,7 +117,7 @@ class GroupedSlots(CodedSlots):
         )
 
     def _packed(self, groups: Float[Array, "B K N G D"]) -> Codes:
-        codes, numbers = self.codec.encode(groups, self.role)
+        codes, numbers = self.encoded(groups)
         return packed(codes, self.codec.bits), numbers
 
     def _put(self, coded: Codes, fresh: Codes, unit: Int32[Array, " B"], count: Int32[Array, " B"]) -> Codes:

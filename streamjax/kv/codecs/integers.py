@@ -73,12 +73,12 @@ class Int(Codec):
         least, step = numbers
         return Coded(codes, least, step, self.bits, self.group, self.along(role))
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         if self.along(role) == "channel":
             return quantised(x, self.bits, axis=3, fit=self.fit)
         return by_token(x, self.bits, self.group, self.fit)
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         return dequantised(codes)
 
 
@@ -93,17 +93,21 @@ class IntByToken(Codec):
     def one_by_one(self) -> Codec:
         return self
 
-    def encode(self, x: Float[Array, "B K N G D"], role: Role) -> Codes:
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         return by_token(x, self.bits, self.group, self.fit)
 
-    def decode(self, codes: Codes, role: Role) -> Float[Array, "B K N G D"]:
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         return dequantised(codes)
+
+
+def run_of_channels(width: int, most: int) -> int:
+    """The largest part of a head, `most` at most, that divides it."""
+    return next(size for size in range(min(most, width), 0, -1) if width % size == 0)
 
 
 def by_token(x: Float[Array, "B K N G D"], bits: int, group: int, fit: Fit = "range") -> Codes:
     """Codes of each token by itself, `group` channels at a time."""
-    width = next(size for size in range(min(group, x.shape[-1]), 0, -1) if x.shape[-1] % size == 0)
-    parts = x.reshape(*x.shape[:-1], -1, width)
+    parts = x.reshape(*x.shape[:-1], -1, run_of_channels(x.shape[-1], group))
     codes, numbers = quantised(parts, bits, axis=-1, fit=fit)
     return codes.reshape(x.shape), tuple(y[..., 0] for y in numbers)
 
@@ -133,8 +137,8 @@ def quantised(x: Float[Array, "..."], bits: int, axis: int, fit: Fit = "range") 
 def _between(x: Array, low: Array, high: Array, bits: int) -> tuple[Array, Array, Array]:
     """Codes from one number to another: codes, least and step, all float32."""
     most = 2**bits - 1
-    least = _rounded_down(low)
-    step = -_rounded_down(-(high - least) / most)
+    least = rounded_down(low)
+    step = -rounded_down(-(high - least) / most)
     return jnp.clip(jnp.round((x - least) / jnp.where(step > 0, step, 1)), 0, most), least, step
 
 
@@ -153,7 +157,7 @@ def dequantised(codes: Codes) -> Float[Array, "B K N G D"]:
     return (least + step * parts.astype(jnp.float32)).reshape(whole.shape)
 
 
-def _rounded_down(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+def rounded_down(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The greatest bfloat16 numbers that are not above these float32 numbers, as float32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     away = jnp.where(x < 0, jnp.uint32(0xFFFF), jnp.uint32(0))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
+from streamjax.attention.rotary import Rotary
 from streamjax.kv.codecs.codec import Codec, Codes, Role, shapes
 from streamjax.kv.codecs.packing import plane_of
 
@@ -32,6 +33,7 @@ class CodedSlots:
 
     codes: Shaped[Array, "B K R c"]
     numbers: tuple[Shaped[Array, "B K _ _"], ...]
+    tables: tuple[Shaped[Array, "B K _ _"], ...]
     codec: Codec
     role: Role
 
@@ -108,7 +110,10 @@ class CodedSlots:
         raise NotImplementedError
 
     def decoded(self, codes: Codes, dtype: DTypeLike | None = None) -> Float[Array, "B K N G D"]:
-        return self.codec.decode(codes, self.role).astype(dtype or self.dtype)
+        return self.codec.decode(codes, self.role, *self.tables).astype(dtype or self.dtype)
+
+    def encoded(self, groups: Float[Array, "B K N G D"]) -> Codes:
+        return self.codec.encode(groups, self.role, *self.tables)
 
     def _plane(self, codes: Array, plane: int) -> Array:
         return plane_of(codes, self.codec.bits, plane)
@@ -117,6 +122,21 @@ class CodedSlots:
 def dense(x: Any) -> Float[Array, "B K S D"]:
     """A buffer of keys or values as an array, whatever it lies in."""
     return x.dense() if isinstance(x, CodedSlots) else x
+
+
+def turned(
+    slots: Slots, k: Float[Array, "B K S D"], position: UInt32[Array, "B #K S"], rotary: Rotary | None
+) -> Float[Array, "B K S D"]:
+    """Keys that lay in these slots at their positions, which codes of unrotated keys are not."""
+    if rotary is None or not isinstance(slots, CodedSlots) or not slots.codec.unrotated:
+        return k
+    return rotary.moved(k, position)
+
+
+def require_rotated(tier: object, codec: Codec) -> None:
+    """Raise a ValueError where a codec wants keys as they were before rotation, which this tier does not turn."""
+    if codec.unrotated:
+        raise ValueError(f"{type(tier).__name__}.codec: {codec!r} codes unrotated keys, which Full and Window store")
 
 
 def page_rows(x: Shaped[Array, "B K R c"], pages: Int32[Array, "B K N"], count: int) -> Shaped[Array, "B K r c"]:
@@ -140,8 +160,8 @@ def attend_coded(
     attend: AttendPart,
     k: CodedSlots,
     v: CodedSlots | Array,
-    position: UInt32[Array, "B N S"],
-    valid: Bool[Array, "B #N *C S"],
+    position: UInt32[Array, "B #K S"],
+    valid: Bool[Array, "B #K *C S"],
     nothing: Partial,
     used: Array | int,
     together: int,
@@ -170,8 +190,8 @@ def attend_coded(
 def mass_coded(
     fold: Callable[[Array, Array, Array], Float[Array, "B M m"]],
     k: CodedSlots,
-    position: UInt32[Array, "B N S"],
-    valid: Bool[Array, "B N S"],
+    position: UInt32[Array, "B #K S"],
+    valid: Bool[Array, "B #K S"],
     used: Array | int,
     together: int,
 ) -> Float[Array, "B M S"]:

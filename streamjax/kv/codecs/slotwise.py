@@ -22,7 +22,8 @@ from streamjax.kv.ring_buffer import put_tokens, read_ring, write_ring
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotwiseSlots(CodedSlots):
-    """codes, numbers: of all slots. cursor: the slot of the next token, where they are written in order."""
+    """codes, numbers: of all slots. cursor: the slot of the next token, where they are written in order. tables: of the
+    codec."""
 
     codes: Shaped[Array, "B K R c"]
     numbers: tuple[Shaped[Array, "B K S _"], ...]
@@ -32,6 +33,7 @@ class SlotwiseSlots(CodedSlots):
     kind: np.dtype = dataclasses.field(metadata={"static": True})
     codec: Codec = dataclasses.field(metadata={"static": True})
     role: Role = dataclasses.field(metadata={"static": True})
+    tables: tuple[Shaped[Array, "B K _ _"], ...] = ()
 
     @classmethod
     def empty(cls, codec: Codec, role: Role, zeros: Float[Array, "B K S D"]) -> SlotwiseSlots:
@@ -58,7 +60,7 @@ class SlotwiseSlots(CodedSlots):
 
     def _coded(self, chunk: Float[Array, "B K C D"]) -> tuple[Array, tuple[Array, ...]]:
         """Codes, not packed, and numbers of tokens."""
-        codes, numbers = self.codec.encode(chunk[:, :, :, None].astype(self.dtype), self.role)
+        codes, numbers = self.encoded(chunk[:, :, :, None].astype(self.dtype))
         return codes[:, :, :, 0], tuple(x[:, :, :, 0] for x in numbers)
 
     def put(self, chunk: Float[Array, "B K C D"], slots: Int32[Array, "B N C"]) -> SlotwiseSlots:

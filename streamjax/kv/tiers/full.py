@@ -16,7 +16,7 @@ from streamjax.attention.rotary import Rotary
 from streamjax.attention.sharded import Names, context_shards, names_of_partial, per_device_call
 from streamjax.field_checks import LATER, Size, check_fields
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import CodedSlots, Slots, dense
+from streamjax.kv.codecs.slots import CodedSlots, Slots, dense, turned
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_linear
@@ -95,7 +95,8 @@ class Full(Tier):
         return LinearState.empty(spec, self.capacity, self.codec)
 
     def stored(self, state: LinearState, rotary: Rotary | None) -> Stored:
-        return Stored(dense(state.k), dense(state.v), state.position, state.valid)
+        k = turned(state.k, dense(state.k), state.position, rotary)
+        return Stored(k, dense(state.v), state.position, state.valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         if _on_several_devices(state.k):
@@ -105,7 +106,8 @@ class Full(Tier):
         return query.attend(state.k, state.v, state.position, state.valid, filled=state.filled)
 
     def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
-        return append(state, tokens)
+        unrotated = self.codec is not None and self.codec.unrotated
+        return append(state, tokens.moved(back=True) if unrotated else tokens)
 
 
 def _on_several_devices(slots: Slots) -> bool:

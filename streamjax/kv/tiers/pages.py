@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.partial import Partial
 from streamjax.field_checks import LATER, Size
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import CodedSlots
+from streamjax.kv.codecs.slots import CodedSlots, require_rotated
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
@@ -91,6 +91,7 @@ class Pages(PagedTier):
             needs = 'search="all", placement="device" and no codec'
             raise ValueError(f"Pages with {type(self.index).__name__}() reads all keys as they are: it needs {needs}")
         if self.codec is not None:
+            require_rotated(self, self.codec)
             if self.codec.waiting or self.size % self.codec.tokens:
                 raise ValueError(
                     f"Pages(size={self.size}) holds whole groups of a codec that has no residual, not {self.codec!r}"

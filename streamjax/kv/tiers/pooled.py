@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Fraction
+from streamjax.kv.codecs.slots import Slots, dense
+from streamjax.kv.codecs.slotwise import SlotwiseSlots
+from streamjax.kv.codecs.stores import stores
 from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.slot_state import SlotState, take_slots
 from streamjax.kv.tier import KVSpec, KVTokens, State, Stored, Tier
@@ -45,15 +48,14 @@ class Pooled(Scored):
         super().__post_init__()
         if self.merge is not None or not self.per_head:
             raise ValueError("Pooled chooses over all heads: it takes no merge rule, and per_head stays True")
-        if self.codec is not None:
-            raise ValueError("Pooled.codec: a pool of all heads has none, use Scored")
 
     def init(self, spec: KVSpec) -> ScoredState:
         pooled = self.slots * spec.kv_heads
         one = dataclasses.replace(spec, kv_heads=1, group=spec.kv_heads * spec.group)
         position = jnp.zeros((spec.batch_size, 1, pooled), jnp.uint32)
         valid = jnp.zeros((spec.batch_size, spec.kv_heads, pooled), bool)
-        return self._empty(spec, one.buffer(pooled), one.values(pooled), position, valid, self.every * spec.kv_heads)
+        k, v = stores(one.buffer(pooled), one.values(pooled), None if self.codec is None else self.codec.one_by_one())
+        return self._empty(spec, k, v, position, valid, self.every * spec.kv_heads)
 
     def stored(self, state: ScoredState, rotary: Rotary | None) -> Stored:
         return Tier.stored(self, state, rotary)
@@ -79,8 +81,8 @@ class Pooled(Scored):
             note = put_tokens(note, jnp.where(whose, listed(tokens.score), 0.0), target)
         newest = jnp.max(jnp.where(there, target + 1, 0), axis=(1, 2))
         slots = SlotState(
-            k=put_tokens(slots.k, listed(tokens.k), target),
-            v=put_tokens(slots.v, listed(tokens.v), target),
+            k=_put(slots.k, listed(tokens.k), target),
+            v=_put(slots.v, listed(tokens.v), target),
             position=put_tokens(slots.position, listed(tokens.position), target),
             valid=put_tokens(slots.valid, whose & there, target),
             filled=jnp.maximum(slots.filled, newest),
@@ -93,7 +95,7 @@ class Pooled(Scored):
         self, slots: SlotState, memory: State, now: UInt32[Array, " B"], tokens: KVTokens, whole: bool = False
     ) -> Float[Array, "B K S"]:
         """To a score each head's tokens lie in the whole list, among slots that hold none."""
-        k, v = (jnp.broadcast_to(x, (*slots.valid.shape, x.shape[-1])) for x in (slots.k, slots.v))
+        k, v = (jnp.broadcast_to(dense(x), (*slots.valid.shape, x.shape[-1])) for x in (slots.k, slots.v))
         return super()._ranked(dataclasses.replace(slots, k=k, v=v), memory, now, tokens, whole)
 
     def _worst(self, rank: Float[Array, "B K S"], slots: SlotState, now: UInt32[Array, " B"]) -> Int32[Array, "B 1 F"]:
@@ -113,9 +115,9 @@ class Pooled(Scored):
         stays = chosen_over_heads(rank, position, valid, now, self.size, self.floor)
         at = jnp.argsort(~stays.reshape(rows, 1, -1), axis=2, stable=True)[..., : heads * self.size].astype(jnp.int32)
 
-        def put(buffer: Array, chunk: Array) -> Array:
+        def put(buffer: Slots, chunk: Array) -> Slots:
             found = take_slots(chunk.reshape(rows, 1, heads * width, *chunk.shape[3:]), at)
-            return buffer.at[:, :, : at.shape[2]].set(found.astype(buffer.dtype))
+            return _put(buffer, found, jnp.broadcast_to(jnp.arange(at.shape[2], dtype=jnp.int32), at.shape))
 
         whose = at // width == jnp.arange(heads, dtype=jnp.int32)[:, None]
         mine = whose & take_slots(stays.reshape(rows, 1, -1), at)
@@ -164,6 +166,11 @@ def chosen_over_heads(
     few = jnp.sum(valid, axis=(1, 2)) <= heads * size
     most = jnp.where(few[:, None], count, most)
     return valid & (place(rank, position, valid) < most[..., None])
+
+
+def _put(buffer: Slots, chunk: Array, slots: Int32[Array, "B 1 C"]) -> Slots:
+    """What tokens have, in these slots; nowhere where they are past the end."""
+    return buffer.put(chunk, slots) if isinstance(buffer, SlotwiseSlots) else put_tokens(buffer, chunk, slots)
 
 
 def _free(there: Bool[Array, "B S"], stays: Bool[Array, "B S"], count: int) -> Int32[Array, "B 1 F"]:

@@ -23,7 +23,7 @@ from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import LATER, Size, check_fields, described
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import Slots, dense
+from streamjax.kv.codecs.slots import Slots, dense, require_rotated
 from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.merging.merge import Merge, side
@@ -64,7 +64,8 @@ class Scored(Tier):
       distance: all stored tokens stand this far behind every query, see `Pages`. At their true distance where None.
       merge: what becomes of tokens that lose, in those that stay, `Gaussian()` or another `Merge`; the tier is then the
         last of its cascade. They fall to the next tier, or are gone, where None.
-      codec: how tokens are stored, each by itself (`Codec.one_by_one`); as they are where None.
+      codec: how tokens are stored, each by itself (`Codec.one_by_one`); as they are where None. What others have joined
+        is coded again, the rest is not.
 
     Raises:
       ValueError: sizes that make no sense, or that the score refuses.
@@ -86,9 +87,7 @@ class Scored(Tier):
         if self.merge is not None:  # of this one, where the class says of all
             object.__setattr__(self, "last_because", f"{type(self.merge).__name__} merges what would fall")
         if self.codec is not None:
-            self.codec.one_by_one()
-            if self.merge is not None:
-                raise ValueError(f"{type(self).__name__}.merge changes what is stored, which has no codec then")
+            require_rotated(self, self.codec.one_by_one())
 
     def __repr__(self) -> str:
         return described(self)
@@ -255,8 +254,10 @@ class Scored(Tier):
             merged: tuple = ()
             if self.merge is not None:
                 every = jnp.broadcast_to(jnp.arange(rank.shape[2], dtype=jnp.int32), rank.shape)
-                stays = side(dataclasses.replace(slots, valid=left), rank, every)
-                merged = self.merge.merged(stays, side(slots, rank, worst), state.joining, tokens.rotary)
+                plain = dataclasses.replace(slots, k=dense(slots.k), v=dense(slots.v))
+                stays = side(dataclasses.replace(plain, valid=left), rank, every)
+                k, v, joining = self.merge.merged(stays, side(plain, rank, worst), state.joining, tokens.rotary)
+                merged = _rewritten(slots.k, stays.k, k), _rewritten(slots.v, stays.v, v), joining
                 merged = jax.tree.map(partial(_of_rows, due), merged, (slots.k, slots.v, state.joining))
             return jnp.where(here, worst, state.free), jnp.where(here & gone, left, slots.valid), note, merged
 
@@ -346,6 +347,14 @@ class Scored(Tier):
 
 def _taken(x: Array, at: Int32[Array, "B N M"]) -> Array:
     return take_slots(x, jnp.broadcast_to(at, (*x.shape[:2], at.shape[2])))
+
+
+def _rewritten(buffer: Slots, before: Float[Array, "B K S D"], now: Float[Array, "B K S D"]) -> Slots:
+    """The slots with what they hold now, of which codes are made only where that is not what they held."""
+    if not isinstance(buffer, SlotwiseSlots):
+        return now
+    slot = jnp.arange(now.shape[2], dtype=jnp.int32)
+    return buffer.put(now, jnp.where((now != before).any(axis=3), slot, now.shape[2]))
 
 
 def _of_rows(due: Bool[Array, " B"], new: Array, old: Array) -> Array:

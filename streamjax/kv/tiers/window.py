@@ -12,7 +12,7 @@ from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import LATER, Size, check_fields
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import dense
+from streamjax.kv.codecs.slots import dense, turned
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.noting import Noting
@@ -49,6 +49,10 @@ class Window(Tier):
             raise ValueError(f"Window.size is {self.size}, but {self.codec!r} codes no token before there are {least}")
 
     @property
+    def _unrotated(self) -> bool:
+        return self.codec is not None and self.codec.unrotated
+
+    @property
     def slots(self) -> int:
         return self.size
 
@@ -71,7 +75,8 @@ class Window(Tier):
         return RingState(k, v, spec.positions(slots), spec.counter(), spec.counter(), score, ids)
 
     def stored(self, state: RingState, rotary: Rotary | None) -> Stored:
-        return Stored(dense(state.k), dense(state.v), state.position, self._held(state), state.score)
+        k = turned(state.k, dense(state.k), state.position, rotary)
+        return Stored(k, dense(state.v), state.position, self._held(state), state.score)
 
     def _held(self, state: RingState) -> Bool[Array, "B 1 S"]:
         return state.valid if self.codec is None else state.held
@@ -95,7 +100,11 @@ class Window(Tier):
         return dataclasses.replace(state, score=score)
 
     def store(self, state: RingState, tokens: KVTokens) -> RingState:
+        tokens = tokens.moved(back=True) if self._unrotated else tokens
         return write(state, tokens, None if self.codec is None else self.size)
 
     def insert(self, state: RingState, tokens: KVTokens) -> tuple[RingState, KVTokens]:
-        return push(state, tokens, None if self.codec is None else self.size)
+        if not self._unrotated:
+            return push(state, tokens, None if self.codec is None else self.size)
+        state, fallen = push(state, tokens.moved(back=True), self.size)
+        return state, fallen.moved(back=False)

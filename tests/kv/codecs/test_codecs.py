@@ -10,9 +10,10 @@ from streamjax.kv.codecs.codec import bytes_per_token
 from streamjax.kv.codecs.fp8 import widened
 from streamjax.kv.codecs.packing import packed, plane_of, with_plane
 from streamjax.kv.codecs.stores import stores
-from tests.oracles.codecs import by_channel, by_token, gear
+from tests.oracles.codecs import block_floats, by_channel, by_token, coupled, fireq, gear, mixed
 
-Int, FP8 = sj.kv.Int, sj.kv.FP8
+Int, FP8, BlockFloats, FireQ, Mixed = sj.kv.Int, sj.kv.FP8, sj.kv.BlockFloats, sj.kv.FireQ, sj.kv.Mixed
+CQ, Codebooks = sj.kv.CQ, sj.kv.Codebooks
 
 
 @pytest.mark.parametrize(("bits", "fit"), [(8, "range"), (4, "error"), (2, "error"), (1, "range")])
@@ -37,6 +38,50 @@ def test_gear_keeps_what_codes_miss(role, rank, outliers):
     assert np.linalg.norm(found - x) < 1.03 * np.linalg.norm(expected - x)
     plain = codec.base.decode(codec.base.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
     assert np.linalg.norm(found - x) < 0.95 * np.linalg.norm(plain - x)
+
+
+@pytest.mark.parametrize("role", ["k", "v"])
+@pytest.mark.parametrize(
+    ("codec", "plain", "most"),
+    [
+        (BlockFloats(4, block=4, group=8), lambda x, keys: block_floats(x, 4, 4, True), 0),
+        (BlockFloats(8, block=8, group=8, sort=False), lambda x, keys: block_floats(x, 8, 8, False), 0),
+        # scales and steps are bfloat16, and a number may take the code beside its own
+        (FireQ(8, group=8, top=2), lambda x, keys: fireq(x, 8, 2, keys), 0.02),
+        (FireQ(4, group=8, top=0), lambda x, keys: fireq(x, 4, 0, keys), 0.15),
+        (Mixed(8, wide=0.5), lambda x, keys: mixed(x, 8, keys, True), 0.02),
+        (Mixed(8, wide=0.25, transform=False), lambda x, keys: mixed(x, 4, keys, False), 0.01),
+    ],
+)
+def test_published_codes_come_back_as_plain_loops_say(codec, plain, most, role):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(8, 16)).astype(np.float32) * rng.uniform(0.1, 8, 16).astype(np.float32)
+    x[:, 3], x[2] = 0.0, x[2] * 5
+    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role))[0, 0, 0]
+    expected = plain(x, role == "k")
+    assert np.abs(found - expected).max() <= most * np.abs(x).max()
+    assert 0 < np.linalg.norm(found - x) < (0.2 if codec.bits == 4 else 0.8) * np.linalg.norm(x)
+
+
+def test_coupled_channels_are_the_nearest_entries_however_many_tokens_come_at_a_time():
+    rng = np.random.default_rng(4)
+    books = {role: rng.normal(size=(2 * 4, 16, 4)).astype(np.float32) * scale for role, scale in (("k", 3), ("v", 0.2))}
+    own = Codebooks(books["k"].tobytes(), books["v"].tobytes(), 4, "a model")
+    codec = CQ(4, 4, own)
+    for role in "kv":
+        tables = [jnp.asarray(table)[None] for table in codec.tables(role, 2, 16)]
+        x = (rng.normal(size=(1, 2, 1, 300, 16)) * (3 if role == "k" else 0.2)).astype(np.float32)
+        codes = codec.encode(jnp.asarray(x), role, *tables)
+        few = codec.encode(jnp.asarray(x[:, :, :, 290:]), role, *tables)
+        np.testing.assert_array_equal(codes[0][:, :, :, 290:], few[0])
+        found = np.asarray(codec.without_numbers().decode(codes, role, *tables))[0, :, 0, :40]
+        for head in range(2):
+            expected = coupled(x[0, head, 0, :40], books[role].reshape(2, 4, 16, 4)[head])
+            # an entry lies on a grid of 511 steps, and of two that are as near either is taken
+            off = np.abs(found[head] - expected).reshape(40, 4, 4).max(axis=2) > np.abs(books[role]).max() / 511
+            assert off.mean() < 0.03
+            near = np.linalg.norm(found[head] - x[0, head, 0, :40]) / np.linalg.norm(expected - x[0, head, 0, :40])
+            assert near < 1.01
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,6 +119,9 @@ def test_codes_share_bytes():
         (Int(4), 64, 64 + 8),
         (Int(2, group=32), 64, 32 + 8 + 8),
         (FP8(), 64, 128),
+        (BlockFloats(4, block=16, group=64), 64, 2 * (32 + 4 + 1)),
+        (FireQ(4, group=64), 64, 2 * (32 + 2) + 2),
+        (Mixed(32, wide=0.5), 64, 8 + 4 + (32 * 6 + 64) / 32 + 13 + 4),
         (sj.kv.Gear(2, group=64, rank=2, outliers=1), 64, 32 + 8 + 2 * 3 + 2 * (4 + 4)),
     ],
 )
@@ -94,6 +142,16 @@ def test_int4_with_groups_of_64_is_less_than_0_3_of_bfloat16():
     [
         (lambda: Int(bits=3), r"Int\.bits is 3: it must be 8 or 4 or 2 or 1"),
         (lambda: sj.kv.Gear(group=8, rank=9), r"Gear\.rank is 9, but a group has 8 tokens"),
+        (lambda: BlockFloats(group=7), r"BlockFloats\.group is 7, the residual 0: the group is a multiple of 2"),
+        (lambda: FireQ(bits=1), r"FireQ\.bits is 1: codes around 0 have 2 bits at least"),
+        (lambda: Mixed(wide=1.5), r"Mixed\.wide is 1\.5: it must be a number from 0 to 1"),
+        (lambda: CQ(coupled=17), r"CQ\.coupled is 17: at most 16 channels share a code"),
+        (
+            lambda: sj.kv.Scored(8, sj.kv.KNorm(), codec=CQ()),
+            r"Scored\.codec: CQ.* codes unrotated keys, which Full and",
+        ),
+        (lambda: sj.kv.Pages(8, 64, 1, codec=CQ()), r"Pages\.codec: CQ.* codes unrotated keys, which Full and Window"),
+        (lambda: sj.kv.preset("cq"), r"cache 'cq' needs codebooks=FILE: sj\.measure_codebooks\(model, ids\)"),
         (lambda: Int(group=64, residual=100), r"Int\.residual must be a multiple of the group of 64, got 100"),
         (lambda: Int(bits=4, group=7), r"Int\.group of 7 tokens does not fill bytes with codes of 4 bits"),
         (lambda: Int(keys="row"), r"Int\.keys is 'row': it must be 'channel' or 'token'"),

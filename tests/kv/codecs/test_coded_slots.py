@@ -13,9 +13,21 @@ from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.codecs.stores import stores
 from tests.oracles.codecs import by_token, kivi
 
-Int, FP8 = sj.kv.Int, sj.kv.FP8
+Int, FP8, CQ, Codebooks = sj.kv.Int, sj.kv.FP8, sj.kv.CQ, sj.kv.Codebooks
 GROUP, WIDTH, SLOTS = 8, 11, 48
 CODECS = {"int8": Int(8, group=GROUP), "int2": Int(2, group=GROUP, residual=2 * GROUP, fit="error"), "fp8": FP8()}
+CODECS |= {
+    "block floats": sj.kv.BlockFloats(4, block=4, group=GROUP),
+    "fireq": sj.kv.FireQ(4, group=GROUP, top=1),
+    "mixed": sj.kv.Mixed(GROUP, transform=False),
+    "cq": CQ(
+        2,
+        2,
+        Codebooks(
+            *(np.random.default_rng(i).normal(size=(4, 4, 2)).astype(np.float32).tobytes() for i in (5, 6)), 2, ""
+        ),
+    ),
+}
 
 
 @partial(jax.jit, static_argnames="width")

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from streamjax.kv import H2O, Anchors, Cascade, Full, KNorm, LagKV, Pooled, Scored, Sink, SnapKV, Window
+from streamjax.kv import H2O, Anchors, Cascade, Full, Int, KNorm, LagKV, Pooled, Scored, Sink, SnapKV, Window
 from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, SLOPES, Stream, gradients, run, spec
 from tests.oracles import pooled as oracle
 from tests.oracles import scored
+from tests.oracles.codecs import stored
 
 SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 6, 4, 41
 CASES = {
@@ -55,6 +56,28 @@ def test_a_stream_token_by_token(name):
     np.testing.assert_allclose(found, np.array(out), atol=1e-4)
     assert kept(state) == places
     assert any(len(first) != len(second) for first, second in places) or name == "lagkv"
+
+
+def test_a_pool_in_codes_token_by_token():
+    """Keys are not rotated, so that lists hold the same codes to the last bit."""
+    stream = drawn()
+    rule = scored.Rule(
+        KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, scored.short_keys, SCALE, coded=lambda row: stored(row, 4)
+    )  # fmt: skip
+    expected, places = [], []
+    for q, k, v in zip(stream.q, stream.k, stream.v, strict=True):
+        lists = oracle.Stream(rule, 200)
+        expected.append([lists.read(q[i], (k[i], v[i], i)) for i in range(len(q))])
+        places.append([[e[2] for e in head] for head in lists.kept])
+    mine = cascade(KNorm(), 0.2, codec=Int(4, group=6))
+    found, state = run(mine, stream, [1], width=1)
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-4)
+    assert kept(state) == places
+    slots = KEY_HEADS * (SIZE + EVERY)
+    assert state[-1].slots.k.codes.shape == (2, 1, slots // 2, 6)
+    _, cut = run(mine, stream, [(3, 1), (1, 6)], width=6)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(cut), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))

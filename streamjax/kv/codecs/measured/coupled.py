@@ -1,0 +1,139 @@
+"""`CQ`: channels that go together share a code, by codebooks that were fitted to a model (CQ, arXiv 2405.03917)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Int16
+
+from streamjax.field_checks import Size, check_fields
+from streamjax.kv.codecs.codec import Codec, Codes, Role
+from streamjax.kv.codecs.integers import Bits
+
+GRID = 511  # of a codebook's unit to either side: sums of products of such numbers are exact in float32
+TOGETHER = 256  # tokens of which distances to all entries exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebooks:
+    """The codebooks of a layer, as bytes that hash once; `coupled` channels are an entry.
+
+    keys, values: float32, for each head and each run of channels its entries, [K D / coupled x entries, coupled]. Keys
+    are those before rotation. model: a fingerprint of the model that they were measured with.
+    """
+
+    keys: bytes
+    values: bytes
+    coupled: int
+    model: str
+
+    def __repr__(self) -> str:
+        return f"Codebooks({self.coupled} channels of model {self.model})"
+
+    def array(self, role: Role) -> Float[np.ndarray, "M c"]:
+        """All entries, one a row."""
+        return np.frombuffer(self.keys if role == "k" else self.values, np.float32).reshape(-1, self.coupled)
+
+
+@dataclasses.dataclass(frozen=True)
+class CQ(Codec):
+    """`coupled` channels side by side are the nearest entry of a codebook of theirs: `bits / coupled` bits a channel.
+
+    Each head and each run of channels has a codebook of 2^bits entries, fitted to a text (`sj.measure_codebooks`); they
+    lie in the state, once a stream. A token is coded by itself. Entries and what is compared with them lie on a grid of
+    511 steps to either side, so that which of two is nearer is exact; keys are compared as they were before rotation.
+    The decoding kernels read steps and no entries, so XLA reads these codes, block by block as all others.
+
+    Args:
+      coupled: channels that share a code.
+      bits: of a code.
+      codebooks: of the layer; None says what they would be.
+    """
+
+    coupled: Size = 4
+    bits: Bits = 8  # type: ignore[assignment]
+    codebooks: Codebooks | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.coupled > 16:
+            raise ValueError(f"CQ.coupled is {self.coupled}: at most 16 channels share a code")
+
+    @property
+    def unrotated(self) -> bool:
+        return True
+
+    @property
+    def made_for(self) -> str | None:
+        return None if self.codebooks is None else self.codebooks.model
+
+    def without_numbers(self) -> CQ:
+        return dataclasses.replace(self, codebooks=None)
+
+    def one_by_one(self) -> Codec:
+        return self
+
+    def check(self, head_dim: int) -> None:
+        if head_dim % self.coupled:
+            raise ValueError(f"{self!r} couples {self.coupled} channels, which do not divide heads of {head_dim}")
+
+    def table_shapes(self, width: int) -> tuple[tuple[int, ...], ...]:
+        parts = width // self.coupled
+        return (parts << self.bits, self.coupled), (parts, 1)
+
+    def tables(
+        self, role: Role, heads: int, width: int
+    ) -> tuple[Int16[np.ndarray, "K PE c"], Float[np.ndarray, "K P 1"]]:
+        """Entries in steps of their part's grid, and how large a step is."""
+        if self.codebooks is None:
+            raise ValueError(f"{self!r} has no codebooks: measure them, sj.measure_codebooks(model, ids).save(FILE)")
+        given, parts = self.codebooks.array(role), heads * width // self.coupled
+        if given.shape != (parts << self.bits, self.coupled):
+            has = f"{len(given)} entries of {self.codebooks.coupled} channels"
+            raise ValueError(f"the codebooks have {has}, and this layer needs {parts << self.bits} of {self.coupled}")
+        entries = given.reshape(parts, -1, self.coupled)
+        step = grid_steps(entries)
+        whole = np.clip(np.round(entries / step[:, None, None]), -GRID, GRID).astype(np.int16)
+        return whole.reshape(heads, -1, self.coupled), step.astype(np.float32).reshape(heads, -1, 1)
+
+    def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
+        entries, step = tables
+        rows, heads, groups, size, _ = x.shape
+        line = rearrange(x.astype(jnp.float32), "b k n g (p c) -> b k (n g) p c", c=self.coupled)
+        whole = jnp.clip(jnp.round(line / step[:, :, None]), -GRID, GRID)
+        books = rearrange(entries.astype(jnp.float32), "b k (p e) c -> b k p e c", e=2**self.bits)
+        squares = jnp.sum(books * books, axis=-1)[:, :, None]
+
+        def nearest(some: Float[Array, "B K T P c"]) -> Array:
+            products = jnp.einsum("bktpc,bkpec->bktpe", 2 * some, books, precision="highest")
+            return jnp.argmin(squares - products, axis=-1).astype(jnp.uint8)
+
+        tokens = groups * size
+        if tokens > TOGETHER:
+            blocks = -(-tokens // TOGETHER)
+            more = jnp.pad(whole, ((0, 0), (0, 0), (0, blocks * TOGETHER - tokens), (0, 0), (0, 0)))
+            cut = rearrange(more, "b k (n t) p c -> n b k t p c", t=TOGETHER)
+            codes = rearrange(jax.lax.map(nearest, cut), "n b k t p -> b k (n t) p")[:, :, :tokens]
+        else:
+            codes = nearest(whole)
+        return codes.reshape(rows, heads, groups, size, -1), ()
+
+    def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
+        whole, (entries, step) = codes[0], tables
+        parts = whole.shape[-1]
+        entry = whole.astype(jnp.int32) + (jnp.arange(parts, dtype=jnp.int32) << self.bits)
+        index = entry.reshape(*whole.shape[:2], -1, 1)
+        found = jnp.take_along_axis(entries, index, axis=2, mode="promise_in_bounds")
+        found = found.reshape(*whole.shape, -1).astype(jnp.float32) * step[:, :, None, None]
+        return found.reshape(*whole.shape[:-1], parts * self.coupled)
+
+
+def grid_steps(entries: Float[np.ndarray, "P E c"]) -> Float[np.ndarray, " P"]:
+    """The least power of two of which each part's entries are at most `GRID`, so that what lies on its grid stays."""
+    most = np.maximum(np.abs(entries).max(axis=(1, 2)), math.ldexp(1.0, -100))
+    return np.exp2(np.ceil(np.log2(most / GRID)))
