@@ -52,16 +52,17 @@ class Block(nnx.Module):
         self.config = config
         self.hsa = hsa
         key_encoder, key_reader = (jax.random.fold_in(key, i) for i in range(2))
-        self.encoder = PageEncoder(config, hsa, d_model, key_encoder, dtype, gain) if hsa and remembers else None
-        self.reader = HierarchicalAttention(config, d_model, key_reader, dtype, gain) if reads else None
+        own = hsa.of_layer(config) if hsa and (remembers or reads) else config
+        self.encoder = PageEncoder(own, hsa, d_model, key_encoder, dtype, gain) if hsa and remembers else None
+        self.reader = HierarchicalAttention(own, d_model, key_reader, dtype, gain) if reads else None
         self.mixer_norm = Norm(d_model, config.norm, dtype) if config.pre_norms else None
         self.mixer = build_mixer(config.mixer, d_model, key_mixer, dtype, gain)
         key_beside = jax.random.fold_in(key, 2)
         beside = None if config.beside is None else build_mixer(config.beside, d_model, key_beside, dtype, gain)
         assert beside is None or isinstance(beside, RecurrentMixer)
         self.beside: RecurrentMixer | None = beside
-        own = config.pre_norms and not config.shared_norm and config.mlp is not None and not config.own_norms
-        self.mlp_norm = Norm(d_model, config.norm, dtype) if own else None
+        apart = config.pre_norms and not config.shared_norm and config.mlp is not None and not config.own_norms
+        self.mlp_norm = Norm(d_model, config.norm, dtype) if apart else None
         self.mlp = None if config.mlp is None else build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
         behind = config.post_norms and config.mlp is not None
@@ -81,10 +82,13 @@ class Block(nnx.Module):
         if self.encoder is not None:
             made = self.encoder.parallel(x, context.segment_ids)
             memory = whole_view(*made, context.segment_ids, self.encoder.hsa, 0, x.shape[1])
+        return self._residual(x, self.mixer_input(x), self.mix(x, context), memory), memory
+
+    def mix(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+        """What the token mixers make of a whole sequence, before it is added to the residual stream."""
         normed = self.mixer_input(x)
         mixed = self.mixer.parallel(normed, context)
-        mixed = mixed if self.beside is None else mixed + self.beside.parallel(normed, context)
-        return self._residual(x, normed, mixed, memory), memory
+        return mixed if self.beside is None else mixed + self.beside.parallel(normed, context)
 
     def mixer_input(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """What the token mixer reads of the layer's input."""
@@ -118,13 +122,17 @@ class Block(nnx.Module):
         return self._residual(x, normed, mixed if beside is None else mixed + beside, memory)
 
     def recur(
-        self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext
+        self,
+        x: Float[Array, "B C E"],
+        state: RecurrentState,
+        context: SequenceContext,
+        memory: ReadablePages | None = None,
     ) -> tuple[Float[Array, "B C E"], RecurrentState]:
         """A recurrent layer over a stretch of a sequence, behind the state that those before it left."""
         assert isinstance(self.mixer, RecurrentMixer)
         normed = self.mixer_input(x)
         mixed, state = self.mixer.recur(normed, state, resets=context.resets())
-        return self._residual(x, normed, mixed, None), state
+        return self._residual(x, normed, mixed, memory), state
 
     def recur_beside(
         self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext
@@ -145,7 +153,11 @@ class Block(nnx.Module):
         if self.encoder is not None:
             state, memory = self.memorise(x, state, cache, context)
         normed = self.mixer_input(x)
-        if self.beside is None:
+        if isinstance(cache, ChunkMemory) and isinstance(self.mixer, RecurrentMixer):
+            assert cache.own is not None
+            mixed, own = self.mixer.stream(normed, state[0], cache.own, context)
+            state = (own, state[1])
+        elif self.beside is None:
             mixed, state = self.mixer.stream(normed, state, cache, context)
         else:
             assert isinstance(cache, BesideRecurrence)

@@ -266,7 +266,11 @@ def _init(
     dtype: jnp.dtype,
     hidden_dtype: jnp.dtype,
 ) -> StreamState:
-    def init(block: BlockConfig, cache: Cache) -> State:
+    def init(layer: int, cache: Cache) -> State:
+        block = config.blocks[layer]
+        if isinstance(cache, ChunkMemory) and cache.own is not None:
+            own = cache.own.init(spec(block.mixer, cache.own))
+            return own, cache.empty(spec(config.memory_block(layer).mixer, cache))
         if isinstance(cache, BesideRecurrence):
             assert block.beside is not None
             beside = cache.recurrence.init(spec(block.beside, cache.recurrence))
@@ -281,7 +285,7 @@ def _init(
         return KVSpec(*shape, dtype, mixer.group_size, config.d_model, 0 if shared else None)
 
     return StreamState(
-        layers=tuple(init(block, cache) for block, cache in zip(config.blocks, caches, strict=True)),
+        layers=tuple(init(i, cache) for i, cache in enumerate(caches)),
         position=jnp.broadcast_to(position, (batch_size,)),
         seen=jnp.zeros((batch_size,), jnp.int32),
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),

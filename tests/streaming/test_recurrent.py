@@ -138,9 +138,11 @@ def test_compact_leaves_the_state_as_it_is(count):
 def test_bad_configs_are_refused():
     with pytest.raises(ValueError, match=r"GatedDeltaConfig\.num_heads 3 must be a multiple of num_groups 2"):
         dataclasses.replace(DELTA, num_heads=3)
-    with pytest.raises(ValueError, match=r"ModelConfig\.hsa names layer 1, which has no attention"):
+    with pytest.raises(ValueError, match=r"ModelConfig\.hsa names layer 1, which has no attention: give HSA"):
         HYBRID.replace(hsa=HSAConfig(layers=(1,), memory_layers=(0,)))
-    with pytest.raises(ValueError, match=r"ModelConfig\.hsa names layer 2, .* and nothing beside it"):
+    with pytest.raises(
+        ValueError, match=r"ModelConfig\.hsa names layer 2, which has a recurrent mixer beside its attention"
+    ):
         HYBRID.replace(hsa=HSAConfig(layers=(2,), memory_layers=(2,)))
     with pytest.raises(ValueError, match="residual='parallel' is for layers with an MLP"):
         BlockConfig(SPACE, None, residual="parallel")

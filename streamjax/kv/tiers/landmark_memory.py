@@ -96,6 +96,10 @@ class ChunkMemory(Cache):
     def init(self, spec: KVSpec) -> tuple[State, ChunkMemoryState]:
         if self.own is None or not self.size:
             raise ValueError("a chunk memory is for models with hierarchical sparse attention: ModelConfig.hsa is None")
+        return self.own.init(spec), self.empty(spec)
+
+    def empty(self, spec: KVSpec) -> ChunkMemoryState:
+        """The memory alone, of heads as `spec` says; the layer's own cache may have others."""
         shape = (spec.batch_size, spec.kv_heads, self.pages)
         chunks = LandmarkPages(
             jnp.zeros((*shape, self.size, spec.head_dim), spec.dtype),
@@ -104,8 +108,7 @@ class ChunkMemory(Cache):
         )
         number = jnp.full((spec.batch_size, 1, self.pages), -1, jnp.int32)
         pending = jnp.zeros((spec.batch_size, 1, self.size, spec.width), spec.dtype)
-        memory = ChunkMemoryState(chunks, number, pending, spec.counter(), spec.counter())
-        return self.own.init(spec), memory
+        return ChunkMemoryState(chunks, number, pending, spec.counter(), spec.counter())
 
     def update(
         self, state: tuple[State, ChunkMemoryState], query: Query, tokens: KVTokens

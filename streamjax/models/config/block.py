@@ -79,7 +79,14 @@ class BlockConfig:
             raise ValueError("BlockConfig.pre_norms=False needs post_norms=True and shared_norm=False")
 
     def with_mixer(self, **changes: Any) -> BlockConfig:
-        """The same layer with some fields of its token mixer changed."""
+        """The same layer with some fields of its token mixer changed.
+
+        Raises:
+          ValueError: the mixer is of a kind that lacks one of them.
+        """
+        known = {field.name for field in dataclasses.fields(self.mixer)}
+        if lacking := sorted(set(changes) - known):
+            raise ValueError(f"a token mixer of type {self.mixer.type_name!r} has no {lacking[0]}")
         return dataclasses.replace(self, mixer=dataclasses.replace(self.mixer, **changes))
 
     @property

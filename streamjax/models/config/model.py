@@ -55,11 +55,14 @@ class ModelConfig:
                 f"ModelConfig.hsa names layer {max(self.hsa.layers + self.hsa.memory_layers)} of {self.num_layers}"
             )
         memories = () if self.hsa is None else self.hsa.layers + self.hsa.memory_layers
-        wrong = next((i for i in memories if self.blocks[i].recurrent or self.blocks[i].mlp is None), None)
-        if wrong is not None:
-            raise ValueError(
-                f"ModelConfig.hsa names layer {wrong}, which has no attention with an MLP behind and nothing beside it"
-            )
+        for i in memories:
+            block = self.blocks[i]
+            if block.beside is not None:
+                raise ValueError(f"ModelConfig.hsa names layer {i}, which has a recurrent mixer beside its attention")
+            if self.hsa is not None and block.mixer.recurrent and self.hsa.attention is None:
+                raise ValueError(f"ModelConfig.hsa names layer {i}, which has no attention: give HSAConfig.attention")
+            if self.hsa is not None and self.remembers(i) and block.mlp is None and self.hsa.mlp is None:
+                raise ValueError(f"ModelConfig.hsa remembers layer {i}, which has no MLP: give HSAConfig.mlp")
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
@@ -77,6 +80,11 @@ class ModelConfig:
     def reads(self, layer: int) -> bool:
         """Whether a layer attends to a chunk memory (`HSAConfig`)."""
         return self.hsa is not None and layer in self.hsa.layers
+
+    def memory_block(self, layer: int) -> BlockConfig:
+        """The heads, MLP and norms of what encodes and reads a chunk memory at a layer."""
+        assert self.hsa is not None
+        return self.hsa.of_layer(self.blocks[layer])
 
     @cached_property
     def period(self) -> int:
@@ -104,13 +112,14 @@ class ModelConfig:
         if self.hsa is None:
             return 0
         d, count = self.d_model, 0
-        for i, block in enumerate(self.blocks):
-            if block.mlp is None or not (self.remembers(i) or self.reads(i)):
+        for i in range(self.num_layers):
+            if not (self.remembers(i) or self.reads(i)):
                 continue
+            block = self.memory_block(i)
             mixer, norm = block.attention, block.norm.parameter_count(self.d_model)
             heads, keys, width = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
-            layer = mixer.parameter_count(d) + block.mlp.parameter_count(d) + 2 * norm
-            if self.remembers(i):
+            if self.remembers(i) and block.mlp is not None:
+                layer = mixer.parameter_count(d) + block.mlp.parameter_count(d) + 2 * norm
                 count += self.hsa.encoder_layers * layer + norm + 3 * d * keys * width + d + width
             if self.reads(i):
                 count += norm + d * (heads + keys) * width + heads * width * d + width

@@ -107,9 +107,14 @@ class LayerGroup(NamedTuple):
                 if not write:
                     inputs = jax.lax.dynamic_update_slice(inputs, x[None, None], (row, position, 0, 0, 0))
                 held, states = keys[index]
+                source = rows.source(row)
+                if write and block.encoder is not None and source is not None:
+                    # Models with memories are not stacked: this is Python's loop over layers.
+                    remembered[source] = landmark_memory.write(remembered[source], landmark_memory.encode(block, x), i)
+                memory = None if source is None else remembered[source]
                 if isinstance(store, StateStore):
                     assert isinstance(held, RecurrentState)
-                    x, new = store.forward(block, x, held, place, i, sequence)
+                    x, new = store.forward(block, x, held, place, i, sequence, memory)
                     keys[index] = Held(new) if write else keys[index]
                     continue
                 assert isinstance(held, KVBuffer)
@@ -124,11 +129,6 @@ class LayerGroup(NamedTuple):
                 blocks = store.blocks(block, sequence.batch_size)
                 part = attend(block, blocks, q, buffer, view, context.segment_ids)
                 heads = add_sinks(part, block.attention.sinks()).out
-                source = rows.source(row)
-                if write and block.encoder is not None and source is not None:
-                    # Models with memories are not stacked: this is Python's loop over layers.
-                    remembered[source] = landmark_memory.write(remembered[source], landmark_memory.encode(block, x), i)
-                memory = None if source is None else remembered[source]
                 x = block.combine(x, heads, landmark_memory.view(memory, block, sequence, i), mixed)
             return x, keys, inputs
 
@@ -160,10 +160,16 @@ class LayerGroup(NamedTuple):
                 store = self.stores[index]
                 x = jax.lax.dynamic_slice(inputs, (row, position, 0, 0, 0), (1, 1, *d_x.shape))[0, 0]
                 (held, states), (d_held, d_states) = keys[index], d_keys[index]
+                source = rows.source(row)
+                memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
                 if isinstance(store, StateStore):
                     assert isinstance(held, RecurrentState)
                     assert isinstance(d_held, RecurrentState)
-                    new, d_x, d_held = store.backward(params, rest, x, d_x, held, d_held, place, i, sequence)
+                    new, d_x, d_held, d_memory = store.backward(
+                        params, rest, x, d_x, held, d_held, place, i, sequence, memory, d_memory
+                    )
+                    if source is not None and d_memory is not None:
+                        d_remembered[source] = d_memory
                     d_keys[index] = Held(d_held)
                     grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
                     continue
@@ -172,8 +178,6 @@ class LayerGroup(NamedTuple):
                 see = partial(store.view, held, row=place, i=i, sequence=sequence)
                 opened = store.open(d_held, place)
                 blocks = store.blocks(combine(params, rest), sequence.batch_size)
-                source = rows.source(row)
-                memory, d_memory = (None if source is None else m[source] for m in (remembered, d_remembered))
                 mixed, back, beside = None, None, self.beside[index]
                 if beside is not None and states is not None:
                     mixed, back = beside.output_and_vjp(params, rest, x, states, place, i, sequence)
@@ -181,7 +185,7 @@ class LayerGroup(NamedTuple):
                     params, rest, blocks, x, d_x, sequence, i, see, opened, memory, d_memory, mixed
                 )
                 if back is not None and d_mixed is not None and d_states is not None:
-                    more, d_x_too, d_states = back(d_mixed, d_states)
+                    more, d_x_too, d_states, _ = back(d_mixed, d_states)
                     new, d_x = jax.tree.map(jnp.add, new, more), d_x + d_x_too
                 if source is not None and d_memory is not None:
                     d_remembered[source] = d_memory

@@ -70,8 +70,7 @@ def chunk_vjp(
     if d_pages is not None and d_memory is not None:
         d_memory = add(d_memory, d_pages)
     if block.encoder is not None and d_memory is not None:
-        made, encode_vjp = jax.vjp(lambda p, x: landmark_memory.encode(combine(p, rest), x), params, x)
-        from_pages, d_x_pages = encode_vjp(landmark_memory.own_pages(d_memory, i, made))
+        from_pages, d_x_pages = landmark_memory.encode_back(params, rest, x, d_memory, i)
         d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages
     if params.attention.sink_logits is not None:
         _, sinks_vjp = jax.vjp(lambda p: add_sinks(tokens, combine(p, rest).mixer.sinks()).out, params)

@@ -56,7 +56,7 @@ def layer_forward(
     `memory`: the pages that the layer reads. A layer that makes them fills them in, unless they are `known`.
     """
     if isinstance(block.mixer, RecurrentMixer):
-        return recurrent_forward(block, x, sequence), memory
+        return recurrent_forward(block, x, sequence, memory, known)
     blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
 
     def chunk(
@@ -99,7 +99,7 @@ def layer_backward(
     """
     block = combine(params, rest)
     if isinstance(block.mixer, RecurrentMixer):
-        return *recurrent_backward(params, rest, inputs, d_y, sequence, options), d_memory
+        return recurrent_backward(params, rest, inputs, d_y, sequence, options, memory, d_memory)
     blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
@@ -136,7 +136,7 @@ def layer_backward(
             mixed,
         )
         if back is not None and d_mixed is not None:
-            more, d_x_too, d_states = back(d_mixed, d_states)
+            more, d_x_too, d_states, _ = back(d_mixed, d_states)
             part, d_x = jax.tree.map(jnp.add, part, more), d_x + d_x_too
         return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), grads, d_memory, d_states
 
@@ -146,16 +146,26 @@ def layer_backward(
     return total, d_x, d_memory
 
 
-def recurrent_forward(block: Block, x: Chunks, sequence: ChunkedSequence) -> Chunks:
-    """A recurrent layer over all chunks; each output takes its input's place."""
+def recurrent_forward(
+    block: Block, x: Chunks, sequence: ChunkedSequence, memory: LandmarkPages | None = None, known: bool = False
+) -> tuple[Chunks, LandmarkPages | None]:
+    """`layer_forward` of a recurrent layer."""
     assert isinstance(block.mixer, RecurrentMixer)
 
-    def chunk(i: Any, carry: tuple[Chunks, RecurrentState]) -> tuple[Chunks, RecurrentState]:
-        x, state = carry
-        y, state = block.recur(chunk_at(x, i), state, sequence.context(i))
-        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), state
+    def chunk(
+        i: Any, carry: tuple[Chunks, RecurrentState, LandmarkPages | None]
+    ) -> tuple[Chunks, RecurrentState, LandmarkPages | None]:
+        x, state, memory = carry
+        own = chunk_at(x, i)
+        if block.encoder is not None and memory is not None and not known:
+            memory = landmark_memory.write(memory, landmark_memory.encode(block, own), i)
+        read = landmark_memory.view(memory, block, sequence, i)
+        y, state = block.recur(own, state, sequence.context(i), read)
+        return jax.lax.dynamic_update_index_in_dim(x, y, i, 0), state, memory
 
-    return jax.lax.fori_loop(0, sequence.count, chunk, (x, block.mixer.empty(x.shape[1], x.dtype)))[0]
+    empty = block.mixer.empty(x.shape[1], x.dtype)
+    x, _, memory = jax.lax.fori_loop(0, sequence.count, chunk, (x, empty, memory))
+    return x, memory
 
 
 def recurrent_backward(
@@ -165,20 +175,28 @@ def recurrent_backward(
     d_y: Chunks,
     sequence: ChunkedSequence,
     options: GradientOptions,
-) -> tuple[Block, Chunks]:
+    memory: LandmarkPages | None = None,
+    d_memory: LandmarkPages | None = None,
+) -> tuple[Block, Chunks, LandmarkPages | None]:
     """`layer_backward` of a recurrent layer: the states at all chunks' borders first, then the chunks backwards."""
     block = combine(params, rest)
     assert isinstance(block.mixer, RecurrentMixer)
     store = StateStore(block.mixer.config, sequence.count)
     states, d_states = (store.empty(1, d_y.shape[1], d_y.dtype, local) for local in (False, True))
-    states = inputs.each(lambda i, x, states: store.forward(block, x, states, 0, i, sequence)[1], states)
+    states = inputs.each(lambda i, x, states: store.forward(block, x, states, 0, i, sequence, memory)[1], states)
 
-    def chunk(i: Any, x: Array, carry: tuple[Block, Chunks, RecurrentState]) -> tuple[Block, Chunks, RecurrentState]:
-        total, d_y, d_states = carry
-        part, d_x, d_states = store.backward(params, rest, x, chunk_at(d_y, i), states, d_states, 0, i, sequence)
-        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), d_states
+    def chunk(
+        i: Any, x: Array, carry: tuple[Block, Chunks, RecurrentState, LandmarkPages | None]
+    ) -> tuple[Block, Chunks, RecurrentState, LandmarkPages | None]:
+        total, d_y, d_states, d_memory = carry
+        part, d_x, d_states, d_memory = store.backward(
+            params, rest, x, chunk_at(d_y, i), states, d_states, 0, i, sequence, memory, d_memory
+        )
+        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), d_states, d_memory
 
-    return inputs.each_back(chunk, (zeros_like(params, options.grad_dtype), d_y, d_states))[:2]
+    start = zeros_like(params, options.grad_dtype), d_y, d_states, d_memory
+    total, d_x, _, d_memory = inputs.each_back(chunk, start)
+    return total, d_x, d_memory
 
 
 def rows_forward(

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streamjax.models import Decoder, HSAConfig, UniformConfig
-from streamjax.models.config import RopeConfig, parse_config
+from streamjax.models import Decoder, HSAConfig, ModelConfig, UniformConfig
+from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, RopeConfig, SSDConfig, parse_config
 from streamjax.streaming import scan
 from tests.covering import rest_slow
 
@@ -36,7 +36,14 @@ MIXED = BASE.replace(
     parallel_residual=True,
     hsa=HSAConfig(layers=(1, 2, 3), memory_layers=(0, 2), chunk_size=4, top_k=9),
 )
-CONFIGS = {"shared": SHARED, "own": OWN, "mixed": MIXED}
+HEADS, MLP = AttentionConfig(4, 2, 4, rope=RopeConfig(theta=100.0)), DenseConfig(24)
+RAMBA = ModelConfig(  # Mamba-2 in every layer
+    31,
+    16,
+    (BlockConfig(SSDConfig(4, 2, head_dim=4, state_dim=4), None),) * 3,
+    hsa=HSAConfig((1, 2), (1,), chunk_size=4, top_k=2, attention=HEADS, mlp=MLP),
+)
+CONFIGS = {"shared": SHARED, "own": OWN, "mixed": MIXED, "ramba": RAMBA}
 
 
 @cached
@@ -55,7 +62,7 @@ def tokens_of(rows, length, seed=0):
     return np.random.default_rng(seed).integers(0, 31, (rows, length)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", rest_slow(CONFIGS, "mixed"))
+@pytest.mark.parametrize("name", rest_slow(CONFIGS, "mixed", "ramba"))
 @settings(max_examples=5, deadline=None)
 @given(cuts=st.lists(st.sampled_from([1, 9]), min_size=3, max_size=12))
 def test_streaming_is_the_parallel_form(name, cuts):
@@ -179,11 +186,12 @@ def test_a_short_stream_reads_nothing():
 def test_the_parameter_count_is_right():
     for config in CONFIGS.values():
         shapes = jax.eval_shape(lambda config=config: Decoder(config, jax.random.key(0)))
-        assert config.expand().parameter_count == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        assert config.parameter_count == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def test_configs_go_through_json():
-    for config in CONFIGS.values():
+    assert parse_config(json.loads(json.dumps(RAMBA.to_json_dict()))) == RAMBA
+    for config in (SHARED, OWN, MIXED):
         config = config.replace(rope=RopeConfig(theta=5e3))
         flat = json.dumps(dataclasses.asdict(config))  # what older versions wrote
         for text in (json.dumps(config.expand().to_json_dict()), flat):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.models import HSAConfig
+from streamjax.models import HSAConfig, ModelConfig
+from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, GatedDeltaConfig, SSDConfig
 from streamjax.training.backprop.log_probs import token_log_probs
 from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, assert_same, gradient, random_batch, random_model
@@ -20,6 +21,16 @@ OWN = CONFIG.replace(
     windows=(4, None, 4),
     parallel_residual=True,
     hsa=HSAConfig(layers=(0, 1, 2), memory_layers=(0, 2), chunk_size=3, top_k=9, encoder_layers=2),
+)
+MLP = DenseConfig(24)
+RAMBA = ModelConfig(  # recurrent layers that remember and read, without an MLP and with one
+    31,
+    16,
+    (
+        BlockConfig(SSDConfig(4, 2, head_dim=4, state_dim=4), None),
+        BlockConfig(GatedDeltaConfig(4, 2, key_dim=4, value_dim=4), MLP),
+    ),
+    hsa=HSAConfig((0, 1), (0,), chunk_size=4, top_k=2, attention=AttentionConfig(4, 2, 4), mlp=MLP),
 )
 
 
@@ -41,6 +52,8 @@ def whole_sequence(config, packed):
         (SHARED, "layer", 11, True),
         pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
         pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),
+        (RAMBA, "chunk", 8, True),
+        (RAMBA, "layer", 8, True),
         pytest.param(OWN, "chunk", 6, True, marks=pytest.mark.slow),
     ],
 )

@@ -20,6 +20,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig
 from streamjax.models.mixers.hierarchical import ReadablePages, page_segments, whole_view
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
+from streamjax.training.backprop.trainable_parameters import combine
 
 Memories = dict[int, LandmarkPages]  # by the layer whose input they are made of
 
@@ -43,7 +44,7 @@ def empty_memories(config: ModelConfig, sequence: ChunkedSequence, dtype: Any) -
     size = config.hsa.chunk_size
 
     def zeros(layer: int) -> LandmarkPages:
-        mixer = config.blocks[layer].attention
+        mixer = config.memory_block(layer).attention
         shape = (sequence.batch_size, mixer.num_kv_heads, sequence.count * sequence.chunk_size // size)
         width = mixer.head_dim
         pages = jnp.zeros((*shape, size, width), dtype)
@@ -70,6 +71,14 @@ def own_pages(memory: LandmarkPages, i: Any, like: LandmarkPages) -> LandmarkPag
     """The pages of chunk i, in the dtypes of `like`."""
     count = like.k.shape[2]
     return jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like)
+
+
+def encode_back(
+    params: Block, rest: Block, x: Float[Array, "B C E"], d_memory: LandmarkPages, i: Any
+) -> tuple[Block, Float[Array, "B C E"]]:
+    """Gradient of a layer's parameters, and the cotangent of its input, from the pages that chunk i of it became."""
+    made, back = jax.vjp(lambda params, x: encode(combine(params, rest), x), params, x)
+    return back(own_pages(d_memory, i, made))
 
 
 def view(memory: LandmarkPages | None, block: Block, sequence: ChunkedSequence, i: Any) -> ReadablePages | None:

@@ -15,15 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from streamjax.attention.landmark_attention import LandmarkPages
 from streamjax.kv.recurrence import Recurrence, RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.config import MixerConfig
 from streamjax.models.config.recurrent import RecurrentConfig
-from streamjax.models.mixers.attention import SequenceContext
 from streamjax.parallel.rules import constrain
-from streamjax.training.backprop.sequence_chunks import ChunkedSequence
+from streamjax.training.backprop.sequence_chunks import ChunkedSequence, add
+from streamjax.training.backprop.storage import landmark_memory
 from streamjax.training.backprop.storage.kv_store import KeyStore
 from streamjax.training.backprop.trainable_parameters import combine
+
+Back = Callable[[Array, RecurrentState], tuple[Block, Array, RecurrentState, LandmarkPages | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +63,25 @@ class StateStore:
         row: Any,
         i: Any,
         sequence: ChunkedSequence,
+        memory: LandmarkPages | None = None,
     ) -> tuple[Float[Array, "B C E"], RecurrentState]:
-        """The layer's output for chunk i, and `states` with the one behind it."""
-        y, new = self._recur(block, x, _read(states, row, i), sequence.context(i))
+        """The layer's output for chunk i, and `states` with the one behind it. memory: the pages that it reads."""
+        y, new = self._recur(block, x, _read(states, row, i), memory, i, sequence)
         return y, _write(states, new, row, i + 1)
 
     def _recur(
-        self, block: Block, x: Array, state: RecurrentState, context: SequenceContext
+        self,
+        block: Block,
+        x: Array,
+        state: RecurrentState,
+        memory: LandmarkPages | None,
+        i: Any,
+        sequence: ChunkedSequence,
     ) -> tuple[Array, RecurrentState]:
-        return (block.recur_beside if self.beside else block.recur)(x, state, context)
+        context = sequence.context(i)
+        if self.beside:
+            return block.recur_beside(x, state, context)
+        return block.recur(x, state, context, landmark_memory.view(memory, block, sequence, i))
 
     def backward(
         self,
@@ -81,9 +94,23 @@ class StateStore:
         row: Any,
         i: Any,
         sequence: ChunkedSequence,
-    ) -> tuple[Block, Float[Array, "B C E"], RecurrentState]:
-        """Chunk i back through the layer: gradient of `params`, cotangents of `x` and of the state in front of it."""
-        return self.output_and_vjp(params, rest, x, states, row, i, sequence)[1](d_y, d_states)
+        memory: LandmarkPages | None = None,
+        d_memory: LandmarkPages | None = None,
+    ) -> tuple[Block, Float[Array, "B C E"], RecurrentState, LandmarkPages | None]:
+        """Chunk i back through the layer: gradient of `params`, cotangents of `x` and of the state in front of it.
+
+        memory, d_memory: the chunk memory that the layer reads or makes, and its gradients, as in `chunk_vjp`.
+        """
+        block = combine(params, rest)
+        read = None if block.reader is None else memory
+        _, back = self.output_and_vjp(params, rest, x, states, row, i, sequence, read)
+        d_params, d_x, d_states, d_pages = back(d_y, d_states)
+        if d_pages is not None and d_memory is not None:
+            d_memory = add(d_memory, d_pages)
+        if block.encoder is not None and d_memory is not None:
+            from_pages, d_x_pages = landmark_memory.encode_back(params, rest, x, d_memory, i)
+            d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages
+        return d_params, d_x, d_states, d_memory
 
     def output_and_vjp(
         self,
@@ -94,18 +121,20 @@ class StateStore:
         row: Any,
         i: Any,
         sequence: ChunkedSequence,
-    ) -> tuple[Float[Array, "B C E"], Callable[[Array, RecurrentState], tuple[Block, Array, RecurrentState]]]:
-        """The output for chunk i, and `backward` as a function of `d_y` and `d_states`."""
+        memory: LandmarkPages | None = None,
+    ) -> tuple[Float[Array, "B C E"], Back]:
+        """The output for chunk i, and a function of `d_y` and `d_states` that gives the gradient of `params`, the
+        cotangents of `x` and of the state in front, and that of the pages that the layer reads."""
 
-        def recur(params: Block, x: Array, state: RecurrentState) -> tuple[Array, RecurrentState]:
-            return self._recur(combine(params, rest), x, state, sequence.context(i))
+        def recur(params: Block, x: Array, state: RecurrentState, memory: LandmarkPages | None) -> tuple[Array, Any]:
+            return self._recur(combine(params, rest), x, state, memory, i, sequence)
 
-        (y, new), vjp = jax.vjp(recur, params, x, _read(states, row, i))
+        (y, new), vjp = jax.vjp(recur, params, x, _read(states, row, i), memory)
 
-        def back(d_y: Array, d_states: RecurrentState) -> tuple[Block, Array, RecurrentState]:
+        def back(d_y: Array, d_states: RecurrentState) -> tuple[Block, Array, RecurrentState, LandmarkPages | None]:
             behind = jax.tree.map(lambda d, like: d.astype(like.dtype), _read(d_states, row, 0), new)
-            d_params, d_x, d_state = vjp((d_y, behind))
-            return d_params, d_x, _write(d_states, d_state, row, 0)
+            d_params, d_x, d_state, d_pages = vjp((d_y, behind))
+            return d_params, d_x, _write(d_states, d_state, row, 0), d_pages
 
         return y, back
 
