@@ -28,6 +28,7 @@ ELSEWHERE = (
     "models/experts_on_tpu",
     "models/ten_million_on_tpu",
     "models/token_halves",
+    "training/distillation",
     "training/post_training",
 )
 HEAD = """# Benchmarks

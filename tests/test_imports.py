@@ -53,6 +53,7 @@ ROOMS = """
     streamjax.models.block
     streamjax.models.decoder streamjax.models.layer_stacking
     streamjax.models.calibration streamjax.models.quantising
+    streamjax.models.conversion
     streamjax.models.lora
     streamjax.models.families
     streamjax.models.files
@@ -68,7 +69,7 @@ ROOMS = """
     streamjax.training.backprop
     streamjax.training.heads streamjax.training.sequence_groups
     streamjax.training.mesh_choice streamjax.training.pipeline
-    streamjax.training.post_training
+    streamjax.training.post_training streamjax.training.distillation
     streamjax.training.run streamjax.training.diloco
     streamjax.training
     streamjax.evaluation

@@ -6,8 +6,10 @@ from streamjax.training.backprop.planning.memory_model import Memory, estimate
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
 from streamjax.training.diloco.config import DiLoCoConfig
+from streamjax.training.distillation.config import DistillConfig
 from streamjax.training.mesh_choice.chips import CHIPS, Chip, chip_of
 from streamjax.training.mesh_choice.search import MeshChoice, choose_mesh
+from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO, group_advantages
 from streamjax.training.objectives.objective import CrossEntropy, Objective
@@ -32,6 +34,8 @@ __all__ = [
     "Choice",
     "CrossEntropy",
     "DiLoCoConfig",
+    "DistillConfig",
+    "Distillation",
     "LoRAConfig",
     "Memory",
     "MeshChoice",

@@ -44,10 +44,10 @@ def output_partition(ends: Decoder, trainable: Trainable) -> tuple[Decoder, Deco
 
 
 def stats_of(
-    ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C"], logits_chunk: int
+    ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C ..."], logits_chunk: int
 ) -> TokenStats:
     """Statistics of the tokens of a chunk whose hidden states, before the last norm, are given."""
-    if loss_kernels.applicable(ends, hidden):
+    if loss_kernels.applicable(ends, hidden, targets):
         return loss_kernels.token_stats(ends, ends.norm(hidden), targets)
     size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
     if size == length:
@@ -78,7 +78,7 @@ def loss_and_vjp(
       objective: separable.
       grads: as the first part of `output_partition`.
     """
-    if loss_kernels.applicable(ends, hidden):
+    if loss_kernels.applicable(ends, hidden, prepared["targets"]):
         return _by_kernels(ends, options, hidden, prepared, objective, grads)
     params, rest = output_partition(ends, options.trainable)
     size, length = min(options.logits_chunk, hidden.shape[1]), hidden.shape[1]
@@ -217,7 +217,7 @@ def assemble(d_ends: Decoder, d_layers: list[tuple[LayerStack, list]]) -> Decode
 
 
 def whole_sequence_stats(
-    model: Decoder, hidden: Float[Array, "B T E"], targets: Int32[Array, "B T"], logits_chunk: int
+    model: Decoder, hidden: Float[Array, "B T E"], targets: Int32[Array, "B T ..."], logits_chunk: int
 ) -> TokenStats:
     """Statistics of all tokens from hidden states behind the last norm, differentiable by `jax.grad`.
 
@@ -225,7 +225,7 @@ def whole_sequence_stats(
     so with its own tokens: the output matrix is gathered once, and its gradient is reduced once.
     """
     mesh, names = jax.sharding.get_abstract_mesh(), ("batch", "length")
-    split = PartitionSpec() if mesh.empty else free_spec(names, targets.shape, mesh)
+    split = PartitionSpec() if mesh.empty else free_spec(names, targets.shape[:2], mesh)
     if axes := {axis for entry in split for axis in axes_of(entry)}:
         own = jax.shard_map(
             lambda ends, hidden, targets: whole_sequence_stats(ends, hidden, targets, logits_chunk),
@@ -236,7 +236,7 @@ def whole_sequence_stats(
             check_vma=False,
         )
         return own(without_layers(model), hidden, targets)
-    if loss_kernels.applicable(model, hidden):
+    if loss_kernels.applicable(model, hidden, targets):
         return loss_kernels.token_stats(model, hidden, targets)
     size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
 

@@ -26,12 +26,13 @@ KERNEL_TOKENS = 256  # a kernel works in blocks; fewer tokens would be padding m
 KERNEL_VOCABULARY = 8192  # logits of a smaller one are small
 
 
-def applicable(ends: Decoder, hidden: Float[Array, "B C E"]) -> bool:
-    """Whether the platform's kernels do it: see the module."""
+def applicable(ends: Decoder, hidden: Float[Array, "B C E"], targets: Int32[Array, "B C ..."]) -> bool:
+    """Whether the platform's kernels do it: see the module. They read one target a token."""
     mesh, config = jax.sharding.get_abstract_mesh(), ends.config
     others = set(mesh.axis_names) - set(mesh.manual_axes) - set(_axes(ends))
     takes = (
-        platforms.takes_tokens(hidden.shape[2], hidden.dtype.name)
+        targets.ndim == 2
+        and platforms.takes_tokens(hidden.shape[2], hidden.dtype.name)
         and ends.head_bias is None
         and config.vocab_size >= KERNEL_VOCABULARY
         and hidden.shape[0] * hidden.shape[1] >= KERNEL_TOKENS

@@ -64,9 +64,9 @@ class ChunkedSequence:
         ).with_prepared(prepared)
 
     def with_prepared(self, prepared: Batch) -> ChunkedSequence:
-        """This sequence with other arrays to go with its tokens, [B, T] each or left uncut."""
+        """This sequence with other arrays to go with its tokens, [B, T, ...] each or left uncut."""
         shape = (self.tokens.shape[1], self.length)
-        cut = {name: cut_blocks(x, self.chunk_size) for name, x in prepared.items() if x.shape == shape}
+        cut = {name: cut_blocks(x, self.chunk_size) for name, x in prepared.items() if x.shape[:2] == shape}
         return dataclasses.replace(self, prepared=cut, whole=prepared)
 
     @property

@@ -20,10 +20,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from streamjax.attention.block_cutting import cut_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import unstack_layers
 from streamjax.streaming.state import StreamState
@@ -117,7 +117,7 @@ def streaming_loss(
     logits_chunk = logits_chunk or default_logits_chunk(model, rows)
 
     def cut(x: Array) -> Array:
-        return rearrange(jnp.pad(x, ((0, 0), (0, pad))), "b (n c) -> n b c", c=width)
+        return cut_blocks(x, width)
 
     @jax.checkpoint
     def read(

@@ -23,19 +23,22 @@ Batch = Mapping[str, Array]
 class TokenStats(NamedTuple):
     """What is kept of the logits of each token: natural units, float32 (float64 for a float64 model).
 
-    logp: log-probability of the target. lse: log-sum-exp of the logits. mean_logit: their mean over the vocabulary.
+    logp: log-probability of the target, or of each of a token's N targets. lse: log-sum-exp of the logits. mean_logit:
+    their mean over the vocabulary.
     """
 
-    logp: Float[Array, "B C"]
+    logp: Float[Array, "B C"] | Float[Array, "B C N"]
     lse: Float[Array, "B C"]
     mean_logit: Float[Array, "B C"]
 
 
-def token_stats(logits: Float[Array, "B C V"], targets: Int32[Array, "B C"]) -> TokenStats:
+def token_stats(logits: Float[Array, "B C V"], targets: Int32[Array, "B C"] | Int32[Array, "B C N"]) -> TokenStats:
     """The statistics of logits that are all there."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    several = targets.ndim == 3
+    chosen = jnp.take_along_axis(logits, targets if several else targets[..., None], axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    return TokenStats(chosen - lse, lse, jnp.mean(logits, axis=-1))
+    logp = chosen - lse[..., None]
+    return TokenStats(logp if several else logp[..., 0], lse, jnp.mean(logits, axis=-1))
 
 
 class Objective:
@@ -63,7 +66,10 @@ class Objective:
         raise NotImplementedError
 
     def prepare(self, batch: Batch) -> dict[str, Array]:
-        """The arrays that `loss` reads, `targets` among them, all ids in the vocabulary; for the whole batch."""
+        """The arrays that `loss` reads, for the whole batch.
+
+        `targets` is among them, all ids in the vocabulary, [B, T]; or [B, T, N] where N logits of a token are read.
+        """
         raise NotImplementedError
 
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:

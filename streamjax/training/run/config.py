@@ -14,6 +14,7 @@ from streamjax.field_checks import Count, Fraction, Interval, Positive, Seed, Si
 from streamjax.kv.presets import parse_preset, preset
 from streamjax.kv.presets.registry import Built
 from streamjax.models.config import ModelConfig, UniformConfig
+from streamjax.models.conversion import ConvertedParam
 from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
 from streamjax.models.rounding import Weights
@@ -21,6 +22,8 @@ from streamjax.training.backprop.loss_and_grad import Method, check_free
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.diloco.config import DiLoCoConfig
+from streamjax.training.distillation.config import DistillConfig
+from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO
 from streamjax.training.objectives.objective import CrossEntropy
@@ -146,7 +149,7 @@ class TrainConfig:
       steps: optimizer steps.
       init_from: a Hugging Face folder, a .gguf file or a streamjax checkpoint to start from; None: random weights.
       objective: what is minimised: `CrossEntropy()` on text and conversations, `DPO()` on preferences, `GRPO()` on
-        answers that the model writes to prompts.
+        answers that the model writes to prompts, `Distillation()` on text with a teacher.
       reference: where DPO's log-probabilities under the model of `init_from` come from: "stored" computes them once for
         all pairs and keeps them on disk, "base" at every step, from the weights below the adapters.
       rollouts: how GRPO gets answers and their rewards.
@@ -159,6 +162,7 @@ class TrainConfig:
       scan_layers: one compiled body for repeating layers; compiles fast, and a little slower to run on a CPU.
       mesh: how the run is spread over devices; "auto" takes the fastest way by a model of a step's costs
         (`streamjax.training.choose_mesh`) over all devices that there are.
+      distill: the teacher of `Distillation`, and which layers of `init_from` get other token mixers.
       diloco: replicas that train apart and exchange little; ordinary training with 0 replicas.
       seed: of the initial weights.
       log_interval: steps from one line of metrics to the next.
@@ -173,7 +177,7 @@ class TrainConfig:
     data: DataConfig
     steps: Size
     init_from: str | None = None
-    objective: CrossEntropy | DPO | GRPO = dataclasses.field(default_factory=CrossEntropy)
+    objective: CrossEntropy | DPO | GRPO | Distillation = dataclasses.field(default_factory=CrossEntropy)
     reference: Literal["stored", "base"] = "stored"
     rollouts: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -183,6 +187,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     diloco: DiLoCoConfig = dataclasses.field(default_factory=DiLoCoConfig)
     seed: Seed = 0
     log_interval: Size = 10
@@ -216,13 +221,15 @@ class TrainConfig:
         if self.backprop.carry_state:
             self._check_streams()
         self._check_objective()
+        self._check_teacher()
         self._check_replicas()
         self.check_context(1 if self.mesh == "auto" else self.mesh.context)
 
     def _check_objective(self) -> None:
         """Whether the data and the rows of a batch fit the objective."""
         name = type(self.objective).__name__
-        formats = {"CrossEntropy": ("text", "conversations"), "DPO": ("preferences",), "GRPO": ("prompts",)}[name]
+        text = ("text", "conversations")
+        formats = {"DPO": ("preferences",), "GRPO": ("prompts",)}.get(name, text)
         if self.data.format not in formats:
             raise ValueError(
                 f"objective {name} needs data.format {' or '.join(map(repr, formats))}, not {self.data.format!r}"
@@ -242,6 +249,30 @@ class TrainConfig:
                     f"rollouts.max_new_tokens {self.rollouts.max_new_tokens} leaves no room for a prompt in "
                     f"data.seq_len {self.data.seq_len}"
                 )
+
+    @property
+    def trainable(self) -> Trainable:
+        """The type of parameters that are trained."""
+        if self.lora.rank or not self.distill.layers or self.distill.trained == "all":
+            return self.lora.trainable
+        return ConvertedParam
+
+    def _check_teacher(self) -> None:
+        """Whether the objective has the teacher that it needs, and layers can be changed as the run says."""
+        distill, learns = self.distill, isinstance(self.objective, Distillation)
+        if learns and distill.teacher is None:
+            raise ValueError("objective Distillation learns from a teacher: set distill.teacher to its folder")
+        if learns and self.backprop.carry_state:
+            raise ValueError(
+                "objective Distillation has a teacher that reads whole rows, and backprop.carry_state reads streams: "
+                "set it to false"
+            )
+        if isinstance(self.objective, Distillation) and self.objective.matches == "layers" and not distill.layers:
+            raise ValueError('objective Distillation(matches="layers") aligns layers: set distill.layers')
+        if distill.layers and self.init_from is None:
+            raise ValueError("distill.layers are those of a pretrained model: set init_from to its folder")
+        if distill.layers and self.lora.rank:
+            raise ValueError(f"distill.layers are trained themselves: set lora.rank to 0, not {self.lora.rank}")
 
     def _check_replicas(self) -> None:
         """Whether replicas can train as this run says."""
@@ -315,4 +346,6 @@ class TrainConfig:
         """Plain values, as they come back from JSON."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["objective"]["type"] = type(self.objective).__name__
+        if self.distill.recurrent is not None:
+            values["distill"]["recurrent"]["type"] = self.distill.recurrent.type_name
         return values

@@ -23,8 +23,14 @@ from streamjax.data import Tokenizer, default_data_dir, make_eval_batches, make_
 from streamjax.data.conversations.prepared import PreparedExamples, prepare_examples
 from streamjax.data.pipeline import evaluate_on_examples, train_on_examples
 from streamjax.models.decoder import Decoder
+from streamjax.models.files.checkpoint import load
 from streamjax.parallel.mesh import build_sharded
+from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.log_probs import token_log_probs
+from streamjax.training.backprop.loss_and_grad import whole_loss
+from streamjax.training.distillation.alignment import alignment_loss
+from streamjax.training.distillation.teacher import examples, predictions
+from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO
 from streamjax.training.objectives.objective import TokenStats
@@ -81,6 +87,8 @@ def make_feed(config: TrainConfig, tokenizer: Tokenizer, model: Decoder, mesh: M
         return PairFeed(config, config.objective, tokenizer, model, mesh, shard)
     if isinstance(config.objective, GRPO):
         return RolloutFeed(config, config.objective, tokenizer, model, mesh, workdir)
+    if isinstance(config.objective, Distillation):
+        return TeacherFeed(config, config.objective, tokenizer, model, mesh, shard)
     return TextFeed(config, tokenizer, mesh, shard)
 
 
@@ -113,6 +121,58 @@ class TextFeed:
 
     def skip(self, steps: int) -> None:
         _skip(self._batches, steps)
+
+
+class TeacherFeed(TextFeed):
+    """Documents and conversations with what a teacher makes of them, for distillation."""
+
+    def __init__(
+        self, config: TrainConfig, objective: Distillation, tokenizer: Tokenizer, model: Decoder, mesh: Mesh | None,
+        shard: Any,
+    ):  # fmt: skip
+        super().__init__(config, tokenizer, mesh, shard)
+        self._objective, self._layers = objective, config.distill.layers
+        name = config.distill.teacher
+        assert name is not None
+        self._teacher = load(name, jnp.dtype(config.dtype), mesh)
+        ours, theirs = model.config, self._teacher.config
+        for field in ("vocab_size", "d_model", "num_layers") if objective.matches == "layers" else ("vocab_size",):
+            if getattr(ours, field) != getattr(theirs, field):
+                raise ValueError(
+                    f"config.distill.teacher={name} has {field} {getattr(theirs, field)}, and the student "
+                    f"{getattr(ours, field)}: they must be the same"
+                )
+        if objective.top_k > theirs.vocab_size:
+            raise ValueError(f"config.objective.top_k is {objective.top_k}: the vocabulary has {theirs.vocab_size} ids")
+
+    def next(self, model: Decoder, step: int) -> tuple[Batch, Found]:
+        batch, found = super().next(model, step)
+        return self._taught(batch), found
+
+    def evaluate(self, model: Decoder) -> Found:
+        """The text's loss, and how far the student is from its teacher: what is minimised."""
+        found, losses, counts = super().evaluate(model), [], []
+        for host in self._held_out:
+            batch = self._taught(shard_batch(host, self._mesh))
+            losses.append(float(_distance(model, batch, self._objective, self._layers)))
+            counts.append(float(np.sum(host["weights"])))
+        return found | {"eval_distance": float(np.average(losses, weights=counts))}
+
+    def _taught(self, batch: Batch) -> Batch:
+        if self._objective.matches == "layers":
+            inputs, outputs = examples(self._teacher, batch, self._layers)
+            return {**batch, "layer_inputs": inputs, "layer_outputs": outputs}
+        ids, logp = predictions(self._teacher, batch, self._objective.top_k)
+        return {**batch, "teacher_ids": ids, "teacher_logp": logp}
+
+
+@partial(jax.jit, static_argnames=("objective", "layers"))
+def _distance(model: Decoder, batch: Batch, objective: Distillation, layers: tuple[int, ...]) -> Array:
+    """The objective's loss of a batch."""
+    if objective.matches == "layers":
+        return alignment_loss(model, batch, layers)
+    chunk = default_logits_chunk(model, batch["tokens"].shape[0])
+    return whole_loss(model, batch, objective.prepare(batch), objective, chunk)
 
 
 class PairFeed:

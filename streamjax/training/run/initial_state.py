@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from streamjax.data import Tokenizer
 from streamjax.data.text.tokenizers import require_tokenizer
+from streamjax.models.conversion import convert_layers, mark_converted
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import load
 from streamjax.models.files.description import describe_model
@@ -62,8 +63,8 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
     """The state before the first step, each array made or read in its place on the mesh.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the model, or the model of `init_from` cannot be read or has no
-        place for the adapters.
+      ValueError: the tokenizer has more tokens than the model, or the model of `init_from` cannot be read, has no place
+        for the adapters, or layers that cannot be changed.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     dtype, skipping = jnp.dtype(config.dtype), config.optimizer.skip_nonfinite > 0
@@ -88,8 +89,13 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
     require_tokenizer(tokenizer, model.config.vocab_size, missing)
     if lora.rank:
         model = add_lora(model, lora.rank, lora.scale, lora.targets, jax.random.key(config.seed))
+    distill = config.distill
+    if distill.layers:
+        key = jax.random.key(config.seed)
+        model = convert_layers(model, distill.layers, recurrent=distill.recurrent, window=distill.window, key=key)
+        model = mark_converted(model, distill.layers) if distill.trained == "converted" else model
     return build_sharded(
-        lambda model: new_state(model, optimizer, new_stream(config, model), lora.trainable, skipping), mesh, model
+        lambda model: new_state(model, optimizer, new_stream(config, model), config.trainable, skipping), mesh, model
     )
 
 

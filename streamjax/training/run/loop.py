@@ -127,7 +127,7 @@ class _Run:
         with self.on_mesh():
             self.feed = make_feed(config, self.tokenizer, self.state.model, self.mesh, workdir)
         if config.diloco.replicas:
-            self.state = replicate(self.state, config.diloco, config.lora.trainable, self.mesh)
+            self.state = replicate(self.state, config.diloco, config.trainable, self.mesh)
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.step = (self.checkpoints.latest_step or 0) if resume_from is None else resume_from
@@ -147,12 +147,13 @@ class _Run:
             self._say(f"resumed at step {self.step} of {config.steps}")
         if self.mesh_line:
             self._say(self.mesh_line)
-        optimizer, trainable = make_optimizer(config.optimizer, config.steps), config.lora.trainable
+        optimizer, trainable = make_optimizer(config.optimizer, config.steps), config.trainable
         options = {
             "accumulation": config.optimizer.accumulation,
             "trainable": trainable,
             "objective": config.objective,
             "spike_factor": config.optimizer.spike_factor,
+            "aligned": config.distill.layers,
             **self._backprop_options(),
         }
         self.replicas: Replicas | None = None
@@ -182,7 +183,7 @@ class _Run:
         if config.backprop.method != "auto":
             return options
         accumulation = config.optimizer.accumulation
-        trained, _ = partition(self.state.model, config.lora.trainable)
+        trained, _ = partition(self.state.model, config.trainable)
         held = [self.state.opt_state] + [trained] * (accumulation > 1)  # gradients of earlier microbatches
         shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(held)]
         memory = min(gather_json(device_memory_bytes() - sum(shard.data.nbytes for shard in shards)))
@@ -193,7 +194,7 @@ class _Run:
                 config.data.seq_len,
                 memory_bytes=memory,
                 chunk_size=config.backprop.chunk_size,
-                trainable=config.lora.trainable,
+                trainable=config.trainable,
             )
         self._say(f"backprop: {found.describe(memory)}")
         return {**options, **found.arguments}

@@ -21,6 +21,8 @@ from streamjax.training.backprop.loss_and_grad import Batch, check_method, loss_
 from streamjax.training.backprop.routing import routing_metrics, take_reports, trainable_and_reports, with_reports
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, is_parameter, partition
+from streamjax.training.distillation.alignment import alignment_loss_and_grad
+from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.objective import CrossEntropy
 from streamjax.training.run.state import TrainState
 
@@ -41,15 +43,21 @@ def accumulate_gradients(
       model: the model.
       batch: as for `loss_and_grad`; all its arrays have the rows as their first dimension.
       microbatches: how many; they must divide the rows, or the groups of rows that the objective takes together.
-      options: the other arguments of `loss_and_grad`, `objective`, `method` and so on.
+      options: the other arguments of `loss_and_grad`, `objective`, `method` and so on; `aligned`, the layers of
+        `Distillation(matches="layers")`, whose gradient is `alignment_loss_and_grad`'s.
 
     Raises:
       ValueError: rows that cannot be dealt out, and what `loss_and_grad` refuses.
     """
+    objective, aligned = options.get("objective") or CrossEntropy(), options.pop("aligned", ())
+    if isinstance(objective, Distillation) and objective.matches == "layers":
+        trainable = options.get("trainable", nnx.Param)
+        gradient = partial(alignment_loss_and_grad, layers=aligned, trainable=trainable)
+    else:
+        gradient = partial(loss_and_grad, **options)
+        objective.check(batch, model.config.vocab_size)
     if microbatches == 1:
-        return loss_and_grad(model, batch, **options)
-    objective = options.get("objective") or CrossEntropy()
-    objective.check(batch, model.config.vocab_size)
+        return gradient(model, batch)
     arrays = {name: jnp.asarray(x) for name, x in batch.items()}
     rows = arrays["tokens"].shape[0]
     if microbatches < 1 or rows % (objective.rows * microbatches):
@@ -66,10 +74,10 @@ def accumulate_gradients(
             is_mean = not isinstance(node, RoutingReport)  # reports are sums
             return jax.tree.map(lambda x: x * share.astype(x.dtype), node) if is_mean else node
 
-        found = jax.tree.map(scaled, loss_and_grad(model, part, **options), is_leaf=is_parameter)
+        found = jax.tree.map(scaled, gradient(model, part), is_leaf=is_parameter)
         return jax.tree.map(jnp.add, sums, found), None
 
-    shapes = jax.eval_shape(partial(loss_and_grad, **options), model, {name: x[0] for name, x in cut.items()})
+    shapes = jax.eval_shape(gradient, model, {name: x[0] for name, x in cut.items()})
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, cut)[0]
 

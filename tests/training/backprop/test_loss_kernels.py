@@ -135,7 +135,8 @@ def test_what_is_left_to_xla(monkeypatch):
     def taken(tokens=512, dtype="float32", vocab_size=loss_kernels.KERNEL_VOCABULARY, **changed):
         config = dataclasses.replace(CONFIG, vocab_size=vocab_size, **changed)
         ends = jax.eval_shape(lambda: sj.Decoder(config, jax.random.key(0)))
-        return loss_kernels.applicable(ends, jnp.zeros((1, tokens, config.d_model), dtype))
+        targets = jnp.zeros((1, tokens), jnp.int32)
+        return loss_kernels.applicable(ends, jnp.zeros((1, tokens, config.d_model), dtype), targets)
 
     assert not taken()
     monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
