@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         score,
         step,
     )
-    from streamjax.streaming.reuse import EncodedChunk, edit, encode_chunk, join, side_by_side
+    from streamjax.streaming.reuse import AnchorPool, EncodedChunk, edit, encode_chunk, join, side_by_side
     from streamjax.streaming.saving.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
     from streamjax.streaming.speculative import NGrams, SmallModel
@@ -68,7 +68,7 @@ _HOMES = {
         "measure_budget", "measure_codebooks", "measure_factors", "measure_filters", "read", "reconstruction", "score",
         "step",
     ),
-    "streamjax.streaming.reuse": ("EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
+    "streamjax.streaming.reuse": ("AnchorPool", "EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
     "streamjax.streaming.saving.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
     "streamjax.streaming.speculative": ("NGrams", "SmallModel"),
@@ -76,6 +76,7 @@ _HOMES = {
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, ("data", "kv", "serving", "training"))
 
 __all__ = [
+    "AnchorPool",
     "AttentionConfig",
     "BlockConfig",
     "Decoder",

@@ -38,7 +38,7 @@ ROOMS = """
     streamjax.kv.merging
     streamjax.kv.pages
     streamjax.kv.tiers
-    streamjax.kv.channels
+    streamjax.kv.channels streamjax.kv.selective
     streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk streamjax.kv.recurrence
     streamjax.kv.budgets
     streamjax.kv.compaction streamjax.kv.budgets.measuring

@@ -36,7 +36,8 @@ from streamjax.kv.merging.ems import ZeroClass
 from streamjax.kv.merging.kvmerger import Gaussian
 from streamjax.kv.merging.merge import Joining, Merge, Side
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
-from streamjax.kv.pages.indexes import BestKey, Index, Mean, Middle, MinMax, Representative
+from streamjax.kv.pages.indexes import BestKey, BlendedBounds, Index, Mean, Middle, MinMax, Representative
+from streamjax.kv.pages.selection import Coarse
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
 from streamjax.kv.scores.chunkkv import ChunkKV
 from streamjax.kv.scores.criticalkv import CriticalKV
@@ -58,6 +59,8 @@ from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.scores.snapkv import SnapKV
 from streamjax.kv.scores.tova import TOVA
 from streamjax.kv.scores.windowkv import WindowKV
+from streamjax.kv.selective.lines import Lines
+from streamjax.kv.selective.static_eviction import StaticEviction
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.compensation import Compensation
@@ -88,6 +91,7 @@ __all__ = [
     "TOVA",
     "Anchors",
     "BestKey",
+    "BlendedBounds",
     "BlockFloats",
     "Budget",
     "Budgeted",
@@ -97,6 +101,7 @@ __all__ = [
     "ChunkKV",
     "ChunkMemory",
     "Clusters",
+    "Coarse",
     "Codebooks",
     "Codec",
     "Compensation",
@@ -127,6 +132,7 @@ __all__ = [
     "KeyDiff",
     "LagKV",
     "Leverage",
+    "Lines",
     "LowRank",
     "Mean",
     "MeanAttention",
@@ -157,6 +163,7 @@ __all__ = [
     "Side",
     "Sink",
     "SnapKV",
+    "StaticEviction",
     "Tier",
     "Uniform",
     "Window",

@@ -35,6 +35,7 @@ class Rule(Turning):
     )
     newest: bool = False  # the page that is not full is always read
     forgets: bool = False  # a page is scored by the tokens that it still has
+    coarse: tuple[int, int] | None = None  # MPCache: runs of so many pages of the buffer, of which so many compete
 
     def places(self, query: int, token: int, paged: bool) -> tuple[int, int]:
         """Where query and token stand towards each other."""
@@ -81,18 +82,25 @@ class Stream:
         newest = {self.page_of[e[2]]: e[2] for e in self.paged}
         held = {e[2] for e in self.paged}
 
-        def value(page: int) -> float:
-            found, summarised = [], self.summarised[page]
+        def value(*pages: int) -> float:
+            found, summarised = [], [entry for page in pages for entry in self.summarised[page]]
             if self.rule.forgets:
                 summarised = [entry for entry in summarised if entry[1] in held]
             for h in group:
-                here, nearest = self.rule.places(place, newest[page], True)
+                here, nearest = self.rule.places(place, max(newest[page] for page in pages), True)
                 stored = [(key[head], self.rule.places(place, i, True)[1]) for key, i in summarised]
                 keys = [self.rule.turned(key, there) for key, there in stored]
                 bias = 0.0 if self.rule.slopes is None else self.rule.slopes[h] * (here - nearest)
                 found.append(self.rule.scale * self.rule.score(np.array(keys), self.rule.turned(q[h], here)) - bias)
             return max(found)
 
+        if self.rule.coarse is not None:
+            size, count = self.rule.coarse
+            runs: dict[int, list[int]] = {}
+            for page in newest:
+                runs.setdefault(page % (self.rule.capacity // self.rule.size + 1) // size, []).append(page)
+            best = sorted(runs.values(), key=lambda pages: value(*pages), reverse=True)[:count]
+            newest = {page: newest[page] for pages in best for page in pages}
         return sorted(newest, key=value, reverse=True)[: self.rule.top_k]
 
     def best_for_all(self, q: np.ndarray) -> list[int]:
@@ -133,6 +141,15 @@ def bounds(parts: int, size: int):
         width = size // parts
         pieces = [keys[i : i + width] for i in range(0, len(keys), width)]
         return max(np.maximum(q * piece.min(axis=0), q * piece.max(axis=0)).sum() for piece in pieces)
+
+    return score
+
+
+def blended(high: float):
+    """The product with what lies between the bounds."""
+
+    def score(keys: np.ndarray, q: np.ndarray) -> float:
+        return float(q @ (high * keys.max(axis=0) + (1 - high) * keys.min(axis=0)))
 
     return score
 

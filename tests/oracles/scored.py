@@ -113,6 +113,21 @@ class Stream:
             self.kept[head] = sorted((kept[i] for i in ranked[-rule.size :]), key=lambda e: e[2])
 
 
+class Once(Stream):
+    """`StaticEviction` in front of a tier that keeps everything: a block's best are chosen once, and stay for good."""
+
+    def __init__(self, rule: Rule):
+        super().__init__(rule)
+        self.passed = 0
+
+    def choose(self) -> None:
+        old = [kept[: self.passed] for kept in self.kept]
+        self.kept = [kept[self.passed :] for kept in self.kept]
+        super().choose()
+        self.kept = [first + best for first, best in zip(old, self.kept, strict=True)]
+        self.passed = len(self.kept[0])
+
+
 def mass(stream: Stream, head: int, entries: list) -> list[float]:
     """H2O: all that a token got."""
     return [stream.share(head, e[2], range(len(stream.log))) for e in entries]

@@ -59,6 +59,15 @@ class Index:
         """
         raise NotImplementedError
 
+    @property
+    def joins(self) -> bool:
+        """Whether summaries of neighbouring pages make one of all their tokens, by `joined`."""
+        return False
+
+    def joined(self, summary: Summary, held: Bool[Array, "B #K P"], pages: int) -> Summary:
+        """The summary of each run of so many pages, of those that are `held`; there are a multiple of it."""
+        raise NotImplementedError
+
 
 def _products(keys: Float[Array, "B K P D"], q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
     # Keys on the left, as in `attend`: the CPU compiler would transpose them otherwise.
@@ -106,6 +115,47 @@ class MinMax(Index):
         found = _products(rearrange(bounds, "b k p (n d) -> b k (p n) d", n=self.parts), sides)
         found = rearrange(found, "b k n (p parts) -> b k n p parts", parts=self.parts)
         return jnp.max(jnp.where(some[:, :, None], found, -jnp.inf), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendedBounds(Index):
+    """Between the largest and the smallest value of each channel, `high` of the way up: one product scores a page.
+
+    MPCache (2501.06807, section 4.3) blends Quest's bounds, so that no comparison depends on the query's signs.
+    """
+
+    high: Fraction = 0.6
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def summarise(
+        self,
+        keys: Float[Array, "B K P S D"],
+        valid: Bool[Array, "B #K P S"],
+        score: Float[Array, "B H P S"] | None = None,
+    ) -> Summary:
+        return MinMax().summarise(keys, valid)
+
+    def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
+        bounds, some = summary
+        found = _products(bounds, jnp.concatenate((self.high * q, (1 - self.high) * q), axis=-1))
+        return jnp.where(some[:, :, None, :, 0], found, -jnp.inf)
+
+    @property
+    def joins(self) -> bool:
+        return True
+
+    def joined(self, summary: Summary, held: Bool[Array, "B #K P"], pages: int) -> Summary:
+        summary = summary[0], summary[1] & held[..., None]
+        bounds, some = (rearrange(x, "b k (p n) ... -> b k p n ...", n=pages) for x in summary)
+        high, low = jnp.split(bounds, 2, axis=-1)
+        high, low = (
+            jnp.max(jnp.where(some, high, -jnp.inf), axis=3),
+            jnp.min(jnp.where(some, low, jnp.inf), axis=3),
+        )
+        there = some.any(axis=3)
+        return jnp.where(there, jnp.concatenate((high, low), axis=-1), 0), there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
+from streamjax.field_checks import Size, check_fields
 from streamjax.kv.codecs.slots import CodedSlots, Slots, at_slots
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
@@ -65,6 +66,21 @@ class Choice(NamedTuple):
         return best & (scores > -jnp.inf)
 
 
+@dataclasses.dataclass(frozen=True)
+class Coarse:
+    """A choice in two levels: pages compete only in the `top_k` best runs of `pages` neighbours (MPCache, 2501.06807).
+
+    Raises:
+      ValueError: a number below 1.
+    """
+
+    top_k: Size
+    pages: Size = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def choose_pages(
     pages: PageTokens,
     summary: Summary,
@@ -77,6 +93,7 @@ def choose_pages(
     shared: bool = False,
     always: Bool[Array, "B P"] | None = None,
     held: Int32[Array, " B"] | None = None,
+    coarse: Coarse | None = None,
 ) -> tuple[Int32[Array, "B K n top_k"], Choice]:
     """The pages that each block of queries reads, best first, for each key head; and the same as a rule.
 
@@ -91,6 +108,7 @@ def choose_pages(
       shared: one choice for all key heads.
       always: pages that come before all others.
       held: pages of each row that hold tokens, the first ones, where that is known: a chunk scores no others.
+      coarse: pages elsewhere than in the best runs have a score of -inf.
     """
     heads, total = pages.k.shape[1], pages.position.shape[2]
     by_turns = total > SCORED and query.q.shape[1] > 1 and not query.differentiable
@@ -113,6 +131,10 @@ def choose_pages(
         nothing = jnp.full(shape, -jnp.inf, accumulator(query.q.dtype))
         most = jnp.max(held)
         scores = jax.lax.fori_loop(0, (most + SCORED - 1) // SCORED, some, nothing)
+    if coarse is not None:
+        scores = jnp.where(
+            _in_good_runs(heads, summary, pages, query, index, block, pool, shared, coarse), scores, -jnp.inf
+        )
     if always is not None:
         scores = jnp.where(always[:, None, None], jnp.inf, scores)
 
@@ -129,6 +151,32 @@ def choose_pages(
         best, chosen = ranked(scores)
     rule = Choice(scores, best[..., -1:], chosen[..., -1:])
     return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:])), rule
+
+
+def _in_good_runs(
+    heads: int,
+    summary: Summary,
+    pages: PageTokens,
+    query: Query,
+    index: Index,
+    block: int,
+    pool: Pool,
+    shared: bool,
+    coarse: Coarse,
+) -> Bool[Array, "B #K n P"]:
+    """Which pages lie in the best runs for each block of queries."""
+    total, size = pages.position.shape[2], coarse.pages
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, -total % size if i == 2 else 0) for i in range(x.ndim)])
+
+    runs = index.joined(jax.tree.map(padded, summary), padded(pages.valid.any(axis=3)), size)
+    position, valid = (rearrange(padded(x), "b k (p n) s -> b k p (n s)", n=size) for x in pages[2:])
+    scores = _scores(heads, runs, position, valid, query, index, block, pool, shared)
+    best, run = jax.lax.top_k(scores, min(coarse.top_k, scores.shape[3]))
+    rule = Choice(scores, best[..., -1:], run[..., -1:].astype(jnp.int32))
+    good = rule.has(jnp.arange(scores.shape[3], dtype=jnp.int32), scores)
+    return jnp.repeat(good, size, axis=3)[..., :total]
 
 
 def _scores(

@@ -23,7 +23,16 @@ from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
-from streamjax.kv.pages.selection import Choice, PageTokens, Pool, at_distance, choose_pages, pooled, read_pages
+from streamjax.kv.pages.selection import (
+    Choice,
+    Coarse,
+    PageTokens,
+    Pool,
+    at_distance,
+    choose_pages,
+    pooled,
+    read_pages,
+)
 from streamjax.kv.pages.tree_search import tree_search
 from streamjax.kv.pages.union_reading import read_union
 from streamjax.kv.ring_buffer import read_ring, write_ring
@@ -65,6 +74,7 @@ class Pages(PagedTier):
       codec: how tokens are stored; as they are where None. A page has whole groups of a codec, and none always waits.
       placement: where keys and values lie: in the device's memory or in the "host"'s, from which the pages that are
         read are copied in each time. For one device; a chunk of a stream may not be longer than `capacity` then.
+      coarse: the best runs of pages are chosen first, and pages in them; of all pages where None.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -82,9 +92,16 @@ class Pages(PagedTier):
     search: Literal["all", "tree"] = "all"
     placement: Placement = "device"
     codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
+    coarse: Coarse | None = dataclasses.field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.coarse is not None:
+            if not self.index.joins or self.search == "tree" or self.read_newest:
+                raise ValueError('Pages.coarse is for BlendedBounds(), search="all" and no page that is always read')
+            if self.coarse.top_k * self.coarse.pages < self.top_k:
+                runs = f"{self.coarse.top_k} runs of {self.coarse.pages} pages"
+                raise ValueError(f"Pages.coarse leaves {runs}, and top_k is {self.top_k}")
         if self.search == "tree" and (self.shared or self.read_newest):
             raise ValueError('Pages.search "tree" is for each key head, and has no page that is always read')
         if self.index.reads_keys and (self.search == "tree" or self.placement == "host" or self.codec is not None):
@@ -189,6 +206,8 @@ class Pages(PagedTier):
                 chosen, rule = self._choose(state, pages, query, block, held)
                 if block == 1 < query.q.shape[1] and not query.differentiable and self.placement == "device":
                     return read_union(pages, query, rule)
+                if self.coarse is not None:
+                    some = jnp.take_along_axis(rule.scores, chosen, axis=3) > -jnp.inf
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k, self.size):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest, self.size)
@@ -207,7 +226,7 @@ class Pages(PagedTier):
         summary = (pages.k, pages.valid) if self.index.reads_keys else state.summary
         return choose_pages(
             pages, summary, query, self.index, self.top_k,
-            block=block, pool=self.pool, shared=self.shared, always=newest, held=held,
+            block=block, pool=self.pool, shared=self.shared, always=newest, held=held, coarse=self.coarse,
         )  # fmt: skip
 
     def _descend(

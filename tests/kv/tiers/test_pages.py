@@ -10,7 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamjax.attention.rotary import Rotary
-from streamjax.kv import BestKey, Cascade, Full, KVTokens, Mean, MinMax, Pages, Representative, Sink, Window
+from streamjax.kv import (
+    BestKey,
+    BlendedBounds,
+    Cascade,
+    Coarse,
+    Full,
+    KVTokens,
+    Mean,
+    MinMax,
+    Pages,
+    Representative,
+    Sink,
+    Window,
+)
 from tests.kv.tier_streams import (
     FREQUENCIES,
     HEADS,
@@ -25,7 +38,7 @@ from tests.kv.tier_streams import (
     run,
     spec,
 )  # fmt: skip
-from tests.oracles.pages import Rule, bounds, means
+from tests.oracles.pages import Rule, blended, bounds, means
 from tests.oracles.pages import Stream as Lists
 
 INDEXES = {
@@ -34,6 +47,7 @@ INDEXES = {
     "means": (Mean(), means(0.0)),
     "normalised means": (Mean(power=0.5), means(0.5)),
     "best keys": (BestKey(), bounds(4, 4)),
+    "blended bounds": (BlendedBounds(0.6), blended(0.6)),
 }
 
 
@@ -59,6 +73,20 @@ def test_a_stream_token_by_token(name, positions, distance):
     found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
     rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, score, SCALE, slopes, frequencies, distance, forgets=index.reads_keys)
     np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_pages_of_the_best_runs_compete(positions):
+    """Of six pages in runs of two, or of four and two, the best run is chosen, and two pages in it."""
+    slopes = SLOPES if positions == "alibi" else None
+    frequencies = FREQUENCIES if positions == "rope" else None
+    stream = Stream.drawn(2, 61, seed=3)
+    for size in (2, 4):
+        mine = Pages(4, 20, 2, BlendedBounds(0.6), coarse=Coarse(1, pages=size))
+        cascade = Cascade(Sink(2, reach=10**6), Window(5), mine)
+        rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, blended(0.6), SCALE, slopes, frequencies, coarse=(size, 1))
+        found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
+        np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
 
 
 def test_the_most_attended_keys_stand_for_a_page():

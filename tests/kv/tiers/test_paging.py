@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from streamjax.kv import (
     BestKey,
+    BlendedBounds,
     Cascade,
     Clusters,
+    Coarse,
     ContentPages,
     EndTokens,
     Full,
@@ -140,12 +142,13 @@ READ_TOGETHER = {
     "pages": Pages(3, 45, 4),
     "best keys": Pages(3, 45, 4, BestKey()),
     "one head list": Pages(3, 45, 4, pool="mean", shared=True, read_newest=True, distance=9),
+    "in two levels": Pages(3, 45, 4, BlendedBounds(), coarse=Coarse(3)),
     "content by ids": ContentPages(4, 48, 3, EndTokens(ENDS)),
     "clusters": Clusters(20, 40, 3, 4, size=4, most=4),
 }
 
 
-@pytest.mark.parametrize("name", rest_slow(READ_TOGETHER, "clusters", "one head list", "best keys"))
+@pytest.mark.parametrize("name", rest_slow(READ_TOGETHER, "clusters", "one head list", "best keys", "in two levels"))
 def test_neighbours_that_read_together_read_what_each_would_read_alone(monkeypatch, name):
     """Unions of few queries in tiles of two pages, the last of which is moved back to fit; padding wants nothing."""
     monkeypatch.setattr("streamjax.kv.pages.union_reading.QUERIES", 3)

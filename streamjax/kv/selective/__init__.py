@@ -1,0 +1,1 @@
+"""Tiers that pass on, or read, a part of what they get."""
