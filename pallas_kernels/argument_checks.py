@@ -163,3 +163,28 @@ def delta_update(q: Array, k: Array, v: Array, decay: Array, beta: Array, state:
     wrong = next((x.dtype for x in (*given.values(), state) if x.dtype != jnp.float32), None)
     if wrong is not None:
         raise ValueError(f"dtype {wrong}: delta_update takes float32")
+
+
+def chunkwise(q: Array, k: Array, v: Array, log_decay: Array, beta: Any, state: Array, resets: Any, block: Any) -> None:
+    """Refuse arguments of `chunkwise_recurrence` that do not fit together."""
+    given = {"q": q, "k": k, "v": v, "log_decay": log_decay, "state": state, "beta": beta, "resets": resets}
+    given = {name: x for name, x in given.items() if x is not None}
+    if q.ndim == 4 and v.ndim == 5:
+        (batch, length, groups, keys), (shared, width) = q.shape, v.shape[3:]
+        heads = (batch, length, groups, shared)
+        decay = (*heads, keys) if log_decay.ndim == 5 else heads
+        wanted = {"q": q.shape, "k": q.shape, "v": (*heads, width), "log_decay": decay, "beta": heads}
+        wanted |= {"state": (batch, groups, shared, keys, width), "resets": (batch, length)}
+    if q.ndim != 4 or v.ndim != 5 or not q.shape[1] or any(x.shape != wanted[name] for name, x in given.items()):
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
+        raise ValueError(
+            f"shapes {shapes}: use twice [B, T, G, K], then [B, T, G, R, V], [B, T, G, R] or [B, T, G, R, K], "
+            "[B, G, R, K, V], [B, T, G, R] and [B, T], T at least 1"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    for name in ("log_decay", "state", "beta"):
+        if name in given and given[name].dtype != jnp.float32:
+            raise ValueError(f"dtype {name} {given[name].dtype}: use float32")
+    if block is not None and (block < 16 or block & (block - 1)):
+        raise ValueError(f"blocks of {block} tokens: use a power of two, at least 16")

@@ -152,6 +152,35 @@ def delta_update(
     return jnp.sum(state * q[:, :, None, :, None], axis=-2), state
 
 
+def chunkwise_recurrence(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G R V"],
+    log_decay: Float[Array, "B T G R"] | Float[Array, "B T G R K"],
+    state: Float[Array, "B G R K V"],
+    *,
+    beta: Float[Array, "B T G R"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T G R V"], Float[Array, "B G R K V"]]:
+    """See `pallas_kernels.api.chunkwise_recurrence`; token by token."""
+    decay = jnp.exp(log_decay if log_decay.ndim == 5 else log_decay[..., None])
+    if resets is not None:
+        decay = jnp.where(resets[:, :, None, None, None], 0.0, decay)
+    decay = jnp.broadcast_to(decay, (*v.shape[:-1], q.shape[-1]))
+
+    def token(state: Array, given: tuple) -> tuple[Array, Array]:
+        q, k, v, decay, beta = given
+        if beta is None:
+            state = decay[..., None] * state + k[:, :, None, :, None] * v[..., None, :]
+            return state, jnp.sum(state * q[:, :, None, :, None], axis=-2)
+        out, state = delta_update(q, k, v, decay, beta, state)
+        return state, out
+
+    given = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, decay, beta))
+    state, out = jax.lax.scan(token, state, given)
+    return jnp.moveaxis(out, 0, 1), state
+
+
 def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
     """Of the token in each slot of a ring: how many came before it."""
     start = jnp.zeros_like(count) if first is None else first

@@ -11,7 +11,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.api.caches import decode_attention, pack_int4, page_scores, paged_attention
 from pallas_kernels.api.losses import LogitStats, token_stats, token_stats_gradients
 from pallas_kernels.api.platforms import Implementation
-from pallas_kernels.api.recurrence import delta_update
+from pallas_kernels.api.recurrence import chunkwise_recurrence, delta_update
 from pallas_kernels.api.sequences import chunk_attention, chunk_gradients, flash_attention, hsa_attention
 from pallas_kernels.api.weights import grouped_product
 from pallas_kernels.coded import Coded
@@ -22,6 +22,7 @@ __all__ = [
     "LogitStats",
     "chunk_attention",
     "chunk_gradients",
+    "chunkwise_recurrence",
     "decode_attention",
     "delta_update",
     "flash_attention",

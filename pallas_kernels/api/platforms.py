@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.coded import Coded
 from pallas_kernels.gpu import flash_attention as gpu_flash
+from pallas_kernels.gpu.recurrence.chunkwise import MAX_STATE
 from pallas_kernels.gpu.slot_attention import MAX_WIDTH
 from pallas_kernels.patterns import Chunked, Pattern
 from pallas_kernels.tpu.flash_attention import MAX_SINKS
@@ -86,6 +87,20 @@ def takes_states(keys: int, width: int, dtype: str) -> bool:
     if chosen == "triton":
         return all(size >= 16 and size & (size - 1) == 0 for size in (keys, width)) and keys <= 256
     return keys % LANES == 0 and width % LANES == 0
+
+
+def takes_blocks(shape: tuple[int, ...], state: Any, dtype: Any) -> bool:
+    """Whether `chunkwise_recurrence` takes states `[B, G, R, K, V]` and operands of a dtype on the platform of JAX.
+
+    On TPUs rows are whole lanes, and so are the columns of one head or of two that share a key. On GPUs both are powers
+    of two, and a head's are a program's registers.
+    """
+    chosen, (shared, keys, width) = platform_implementation(), shape[2:]
+    if chosen is None or jnp.dtype(state) != jnp.float32 or jnp.dtype(dtype).name not in DTYPES:
+        return False
+    if chosen == "triton":
+        return all(16 <= size <= MAX_STATE and size & (size - 1) == 0 for size in (keys, width))
+    return keys % LANES == 0 and (width % LANES == 0 or (2 * width % LANES == 0 and shared % 2 == 0))
 
 
 @cache

@@ -9,12 +9,14 @@ Tokens are read in blocks. Inside a block all pairs of tokens are scored at once
 the state is handed on. All decays are kept as logarithms at most 0, and only differences that are at most 0 become
 exponentials, so nothing overflows however strong a decay is. With a delta rule what tokens of a block write depends on
 what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), solved for all blocks
-at once. A single token reads and writes its state once, on TPUs and GPUs.
+at once. TPUs and GPUs have kernels: of one token, which reads and writes its state once, and of many, for which nothing
+of a block is ever in main memory but what it begins with.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ from streamjax.attention.sharded import context_shards, per_device_call
 
 BLOCK = 64  # tokens of a block with one decay a head,
 CHANNEL_BLOCK = 16  # and with one a channel, whose pairs of tokens have K decays each
+KERNEL_TOKENS = 64  # from which on kernels read blocks
 
 
 def recurrence(
@@ -42,6 +45,7 @@ def recurrence(
     valid: Bool[Array, "B T"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
     block: int | None = None,
+    products: Any = None,
 ) -> tuple[Float[Array, "B T G R V"], Float[Array, "B H K V"]]:
     """Read T tokens: what each reads from the state that it has written to, and the state behind them.
 
@@ -53,18 +57,20 @@ def recurrence(
       beta: how much of its value a token writes by the delta rule; None: the update adds to the state.
       valid: the tokens that count; the others change no state, and their outputs mean nothing. All where None.
       resets: the tokens that begin with an empty state, such as the first one of each document in a packed row.
-      block: tokens of a block; by default what is fast.
+      block: tokens of a block; by default what is fast, by XLA.
+      products: the dtype that kernels for many tokens round queries, keys, values and what they multiply to: the
+        model's. Sums and states are float32. By default that of v; XLA rounds nothing.
 
     Whole sequences (no `valid`) may lie over the mesh axis `context`; see `context.recurrence`.
 
     Returns:
       Outputs in the dtype of sums, and the new state. A row without valid tokens keeps its state bit for bit.
     """
-    dtype, length = accumulator(v.dtype), v.shape[1]
+    dtype, length, products = accumulator(v.dtype), v.shape[1], jnp.dtype(products or v.dtype)
     q, k, v, log_decay = (x.astype(dtype) for x in (q, k, v, log_decay))
     beta = None if beta is None else beta.astype(dtype)
     if valid is None and context_shards(length) > 1:
-        return context_recurrence(recurrence, q, k, v, log_decay, state, beta, resets)
+        return context_recurrence(partial(recurrence, products=products), q, k, v, log_decay, state, beta, resets)
     if valid is not None:
         log_decay = jnp.where(_beside(valid, log_decay), log_decay, 0.0)
         v = jnp.where(_beside(valid, v), v, 0.0)
@@ -73,6 +79,8 @@ def recurrence(
     if length == 1:
         first = None if resets is None else resets[:, 0]
         out, heads = _one_token(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], heads, beta, first)
+    elif length >= KERNEL_TOKENS and block is None and platforms.takes_blocks(heads.shape, heads.dtype, products):
+        out, heads = _blocks_by_kernel(products, q, k, v, log_decay, heads, beta, resets)
     else:
         channels = log_decay.ndim == 5
         size = min(block or (CHANNEL_BLOCK if channels else BLOCK), length)
@@ -128,6 +136,24 @@ def _by_kernel(
     decay = jnp.broadcast_to(decay, (*v.shape[:-1], q.shape[-1]))
     out, state = per_device_call(api.delta_update, names, (heads, names[-1]), (q, k, v, decay, beta, state))
     return out[:, None], state
+
+
+def _blocks_by_kernel(
+    products: Any, q: Array, k: Array, v: Array, log_decay: Array, state: Array, beta: Any, resets: Any
+) -> tuple[Float[Array, "B T G R V"], Float[Array, "B G R K V"]]:
+    """Many tokens by `api.chunkwise_recurrence`, each device's own rows and groups of heads."""
+
+    def own(
+        q: Array, k: Array, v: Array, log_decay: Array, state: Array, beta: Any, resets: Any
+    ) -> tuple[Array, Array]:
+        return api.chunkwise_recurrence(q, k, v, log_decay, state, beta=beta, resets=resets)
+
+    pair, heads = ("batch", None, "kv_heads", None), ("batch", None, "kv_heads", None, None)
+    states = ("batch", "kv_heads", None, None, None)
+    names = pair, pair, heads, heads[: log_decay.ndim], states, pair, ("batch", None)
+    q, k, v = (x.astype(products) for x in (q, k, v))
+    out, state = per_device_call(own, names, (heads, states), (q, k, v, log_decay, state, beta, resets))
+    return out.astype(state.dtype), state
 
 
 class _Blocks(NamedTuple):

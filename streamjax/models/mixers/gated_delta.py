@@ -65,6 +65,7 @@ class GatedDelta(RecurrentMixer):
             beta=beta,
             valid=valid,
             resets=resets,
+            products=x.dtype,
         )
         heads = self.norm(heads) * jax.nn.silu(gate.astype(wide))
         return self.leave(heads, x.dtype), RecurrentState(memory, conv)

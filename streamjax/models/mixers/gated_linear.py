@@ -54,6 +54,7 @@ class GatedLinear(RecurrentMixer):
             state.memory,
             valid=valid,
             resets=resets,
+            products=x.dtype,
         )
         heads = self.norm(heads) * jax.nn.silu(gate.astype(wide))[..., None, :]
         return self.leave(heads, x.dtype), RecurrentState(memory)

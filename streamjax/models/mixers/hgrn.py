@@ -75,6 +75,7 @@ class HGRN2(RecurrentMixer):
             state.memory,
             valid=valid,
             resets=resets,
+            products=x.dtype,
         )
         heads = _normed(heads[..., 0, :], self.norm, c.norm.eps)
         return self.leave(heads[..., None, :], x.dtype), RecurrentState(memory)

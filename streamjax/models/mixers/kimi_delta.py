@@ -67,6 +67,7 @@ class KimiDelta(RecurrentMixer):
             beta=jax.nn.sigmoid(inside[..., -1:].astype(wide)),
             valid=valid,
             resets=resets,
+            products=x.dtype,
         )
         heads = self.norm(heads) * jax.nn.sigmoid(gate)[..., None, :]
         return self.leave(heads, x.dtype), RecurrentState(memory, conv)

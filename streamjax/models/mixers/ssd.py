@@ -59,7 +59,14 @@ class SSD(RecurrentMixer):
         step = jax.nn.softplus(projected[..., inputs + keys + gates :].astype(wide) + bias)
         step = jnp.clip(step, c.step_min, c.step_max)
         heads, memory = recurrence(
-            read, b, v * step[..., None], -jnp.exp(rate) * step, state.memory, valid=valid, resets=resets
+            read,
+            b,
+            v * step[..., None],
+            -jnp.exp(rate) * step,
+            state.memory,
+            valid=valid,
+            resets=resets,
+            products=x.dtype,
         )
         heads = heads + skip[..., None] * v
         heads = self._gated(rearrange(heads, "b t g r v -> b t g (r v)"), gate.astype(wide))
