@@ -35,10 +35,21 @@ OTHER_FOLDERS = {
     "tests/": "mirrors the tree; `tests/oracles/` holds slow, plain forms of the published algorithms",
 }
 
+KINDS = (
+    "Everything, windows and sinks",
+    "Pages that queries choose",
+    "Scores: what leaves is decided by head",
+    "Budgets over layers and heads",
+    "What leaves is merged into what stays",
+    "Fewer bits",
+    "Fewer channels",
+    "Groups of heads",
+)
+
 
 def presets() -> str:
-    """A table of every named cache: the tiers it is made of, what it keeps, whether a stream can go on for ever."""
-    rows = ["| preset | tiers | what it does | endless | paper |", "|---|---|---|---|---|"]
+    """A table of every named cache for each kind: tiers, what it keeps, whether a stream can go on for ever."""
+    rows: dict[str, list[str]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         gates = Path(folder) / "gates.json"
         gates.write_text(json.dumps({"gates": [[head / 20 for head in range(20)]]}))
@@ -53,8 +64,31 @@ def presets() -> str:
             cache = preset.build(**{option: files[option] for option in preset.needs})
             cache = cache[0] if isinstance(cache, tuple) else cache
             endless = "yes" if cache.capacity is None else "no"
-            rows.append(f"| `{name}` | {tiers(cache)} | {preset.summary} | {endless} | {papers(preset.paper)} |")
-    return "\n".join(rows)
+            row = f"| `{name}` | {tiers(cache)} | {preset.summary} | {endless} | {papers(preset.paper)} |"
+            rows[kind_of(cache)].append(row)
+    head = ["| preset | tiers | what it does | endless | paper |", "|---|---|---|---|---|"]
+    return "\n\n".join("\n".join([f"**{kind}**", "", *head, *found]) for kind, found in rows.items() if found)
+
+
+def kind_of(cache: sj.kv.Cache) -> str:
+    """Which of `KINDS` a cache is, by what it is made of."""
+    if isinstance(cache, sj.kv.HeadGroups):
+        return "Groups of heads"
+    if isinstance(cache, sj.kv.Budgeted):
+        return "Budgets over layers and heads"
+    parts = cache.tiers if isinstance(cache, sj.kv.Cascade) else (cache,)
+    names = {type(part).__name__ for part in parts}
+    if "Pooled" in names:
+        return "Budgets over layers and heads"
+    if names & {"Pages", "ContentPages", "Clusters", "ChunkMemory"}:
+        return "Pages that queries choose"
+    if names & {"LowRank", "PrunedKeys", "Shadow"}:
+        return "Fewer channels"
+    if any(getattr(part, "codec", None) is not None for part in parts):
+        return "Fewer bits"
+    if any(getattr(part, "merge", None) is not None for part in parts):
+        return "What leaves is merged into what stays"
+    return "Scores: what leaves is decided by head" if "Scored" in names else "Everything, windows and sinks"
 
 
 def tiers(cache: sj.kv.Cache) -> str:

@@ -19,7 +19,8 @@ import streamjax as sj
 from benchmarks.reporting import RESULTS, report
 from streamjax.data.recall.chat_frames import chat_frame
 from streamjax.data.ruler import GROUPS, make_example
-from streamjax.evaluation.leaderboard import Encoded, answer
+from streamjax.evaluation.context_states import ContextReader, Encoded
+from streamjax.evaluation.leaderboard import answer
 from streamjax.evaluation.leaderboard_rows import mean_and_error
 
 TASKS = [*(task for task in GROUPS["ruler"] if not task.startswith("qa_")), "passkey", "number_string"]
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "caches" / "ruler_dense.json")
     arguments = parser.parse_args()
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
-    frame = chat_frame(tokenizer)
+    frame, reader = chat_frame(tokenizer), ContextReader(model, tokenizer)
     done: dict[str, Any] = {}
     if arguments.output.exists():  # an interrupted run goes on
         done = json.loads(arguments.output.read_text()).get("scores", {})
@@ -52,7 +53,7 @@ def main() -> None:
                 continue
             examples = [Encoded.of(tokenizer, example, frame) for example in made]
             limit = {"batch_size": min(count, 6), "answer_tokens": arguments.answer_tokens}
-            done[name] = answer(model, tokenizer, cache, examples, **limit).scores
+            done[name] = answer(reader, cache, examples, **limit).scores
             print(name, done[name], flush=True)
             write(arguments, done)
     write(arguments, done)

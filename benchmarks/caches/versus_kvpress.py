@@ -38,7 +38,7 @@ from benchmarks.reporting import report
 from streamjax.checkpoints.plain_json import to_json
 from streamjax.data.recall.chat_frames import chat_frame
 from streamjax.data.ruler import Turn, make_example, score
-from streamjax.evaluation.leaderboard import Encoded, compacted, wholly
+from streamjax.evaluation.context_states import Encoded, compacted, wholly
 from streamjax.evaluation.leaderboard_rows import mean_and_error
 from streamjax.kv.presets.registry import Built
 from streamjax.kv.tiers.sink import TRUE_DISTANCE

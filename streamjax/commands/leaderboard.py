@@ -44,8 +44,9 @@ from streamjax.data.recall.chat_frames import ChatFrame, chat_frame
 from streamjax.data.ruler import make_example, task_names
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation.cache_sizes import describe
+from streamjax.evaluation.context_states import MOMENTS, ContextReader, Encoded
 from streamjax.evaluation.equal_bytes import sized, total_bytes
-from streamjax.evaluation.leaderboard import MOMENTS, Encoded, answer, perplexity_behind
+from streamjax.evaluation.leaderboard import answer, perplexity_behind
 from streamjax.evaluation.leaderboard_rows import mean_and_error, read_rows, summarise, table
 from streamjax.kv.description import describe_cache
 from streamjax.kv.presets.registry import Built, parse_preset, preset, presets
@@ -77,6 +78,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("answer_tokens", None, "No answer is longer, whatever its task allows.", lower_bound=1,
                          flag_values=values)  # fmt: skip
     flags.DEFINE_integer("batch_size", 8, "Contexts side by side.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("keep_gb", 4.0, "Of contexts that were read, kept for the next cache, with --moment=prompt.",
+                       lower_bound=0, flag_values=values)  # fmt: skip
     flags.DEFINE_integer("seed", 0, "Of the examples.", lower_bound=0, flag_values=values)
     flags.DEFINE_multi_string("beside", [], "Files of results to put beside these; may be repeated.",
                               flag_values=values)  # fmt: skip
@@ -229,7 +232,8 @@ def run(
 ) -> None:  # fmt: skip
     """What is not on the board yet, written there and on disk after every task; a signal ends it after that."""
     rows = {row["label"]: row for row in board["rows"]}
-    length, how = board["length"], {"moment": values.moment, "chunk_size": values.chunk_size}
+    length = board["length"]
+    reader = ContextReader(model, tokenizer, values.moment, values.chunk_size, round(values.keep_gb * 1e9))
     todo = [(cache, task) for cache in caches for task in tasks if task not in rows.get(cache[0], {}).get("tasks", {})]
     with progress_bar(total=len(todo) * values.samples, unit=" examples") as bar:
         for (label, method, budget, cache), task in todo:
@@ -244,10 +248,10 @@ def run(
                 board["rows"].append(rows[label])
             row = rows[label]
             if text and "perplexity" not in row:
-                row["perplexity"] = perplexity_behind(model, tokenizer, cache, text, length=length,
-                                                      scored=min(_SCORED, length // 4), **how)  # fmt: skip
-            done = answer(model, tokenizer, cache, tasks[task], batch_size=min(values.batch_size, values.samples),
-                          answer_tokens=values.answer_tokens, progress=bar.update, **how)  # fmt: skip
+                row["perplexity"] = perplexity_behind(reader, cache, text, length=length,
+                                                      scored=min(_SCORED, length // 4))  # fmt: skip
+            done = answer(reader, cache, tasks[task], batch_size=min(values.batch_size, values.samples),
+                          answer_tokens=values.answer_tokens, progress=bar.update)  # fmt: skip
             mean, error = mean_and_error(done.scores)
             row["tasks"][task] = {"mean": mean, "standard_error": error, "scores": done.scores}
             row["timing"][task] = {"read": done.read_per_second, "written": done.written_per_second}

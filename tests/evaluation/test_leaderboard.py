@@ -7,7 +7,9 @@ import pytest
 import streamjax as sj
 from streamjax.data import ByteTokenizer
 from streamjax.data.ruler import make_example
-from streamjax.evaluation.leaderboard import Encoded, answer, perplexity_behind
+from streamjax.evaluation import context_states
+from streamjax.evaluation.context_states import ContextReader, Encoded
+from streamjax.evaluation.leaderboard import answer, perplexity_behind
 from streamjax.evaluation.leaderboard_rows import mean_and_error, summarise
 
 BYTES = ByteTokenizer()
@@ -26,6 +28,11 @@ def model():
 @pytest.fixture(scope="module")
 def examples():
     return [Encoded.of(BYTES, make_example("passkey", 500, BYTES, seed)) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def keeping(model):
+    return ContextReader(model, BYTES, "prompt", CHUNK, keep_bytes=10**9)
 
 
 def by_hand(model, cache, examples, compacted=lambda state: state):
@@ -51,7 +58,7 @@ CACHES = {
 @pytest.mark.parametrize(
     "name", ["h2o", *(pytest.param(name, marks=pytest.mark.slow) for name in CACHES if name != "h2o")]
 )
-def test_a_prompt_is_compacted_as_its_paper_says(model, examples, name):
+def test_a_prompt_is_compacted_as_its_paper_says(model, keeping, examples, name):
     cache, contexts = CACHES[name], [encoded.context for encoded in examples]
 
     def compacted(state):
@@ -66,14 +73,32 @@ def test_a_prompt_is_compacted_as_its_paper_says(model, examples, name):
         assert name != "h2o" or len(set(map(len, contexts))) == 1
         return sj.compact(model, state, cache, [ids[-width:] for ids in contexts])
 
-    found = answer(model, BYTES, cache, examples, moment="prompt", batch_size=2, chunk_size=CHUNK)
+    found = answer(keeping, cache, examples, batch_size=2)
     assert found.said == by_hand(model, sj.kv.preset("dense", capacity=max(map(len, contexts))), examples, compacted)
+
+
+@pytest.mark.parametrize(("keep_bytes", "reads"), [(10**9, 2), (0, 4), (30_000, 3)], ids=["both", "none", "one"])
+def test_a_context_is_read_once_for_many_caches(model, examples, monkeypatch, keep_bytes, reads):
+    """Each context's state takes some 20 kB: there is room for both, for none, or for the one that was read last."""
+    counted = []
+
+    def read(*args):
+        counted.append(args)
+        return sj.read(*args)
+
+    monkeypatch.setattr(context_states, "read", read)
+    reader = ContextReader(model, BYTES, "prompt", CHUNK, keep_bytes)
+    first, second = ([example] for example in examples)
+    for cache, rows in (("snapkv", first), ("snapkv", second), ("streaming_llm", second), ("streaming_llm", first)):
+        reader.read(CACHES[cache], rows)
+    assert len(counted) == reads
 
 
 def test_batches_are_filled_and_say_what_the_steps_say(model, examples):
     cache = CACHES["streaming_llm"]
     told = []
-    found = answer(model, BYTES, cache, [*examples, examples[1]], batch_size=2, chunk_size=CHUNK, progress=told.append)
+    reader = ContextReader(model, BYTES, chunk_size=CHUNK)
+    found = answer(reader, cache, [*examples, examples[1]], batch_size=2, progress=told.append)
     assert told == [2, 1]
     first, second = by_hand(model, cache, examples)
     assert found.said == [first, second, second]
@@ -84,12 +109,13 @@ def test_batches_are_filled_and_say_what_the_steps_say(model, examples):
 def test_perplexity_is_that_of_the_tokens_behind_the_context(model):
     ids = np.random.default_rng(0).integers(0, 255, 1000).tolist()
     cache = CACHES["streaming_llm"]
-    found = perplexity_behind(model, BYTES, cache, ids, length=300, scored=100, rows=2, chunk_size=CHUNK)
+    reader = ContextReader(model, BYTES, chunk_size=CHUNK)
+    found = perplexity_behind(reader, cache, ids, length=300, scored=100, rows=2)
     rows = [[256, *ids[start : start + 399]] for start in (0, 400)]  # BOS, and 399 tokens
     _, nats = sj.score(model, sj.init_state(model, cache, 2), np.array(rows), CHUNK)
     assert found == pytest.approx(float(np.exp(np.asarray(nats)[:, 300:].mean(dtype=np.float64))), rel=1e-4)
     with pytest.raises(ValueError, match="the text has 1,000 tokens: perplexity behind 2,000 needs 2,100"):
-        perplexity_behind(model, BYTES, cache, ids, length=2000, scored=100)
+        perplexity_behind(reader, cache, ids, length=2000, scored=100)
 
 
 def test_means_and_their_errors():

@@ -1,0 +1,188 @@
+"""Contexts that streams have read, under the caches that a leaderboard tries: from the first token on, or compacted.
+
+What is read into a cache that keeps everything does not depend on the cache that it is compacted into. So contexts are
+read once for many caches, and their states are kept as far as there is room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from streamjax.data.recall.chat_frames import ChatFrame
+from streamjax.data.ruler import Example, encode_example
+from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.kv.budgets.budgeted import Budgeted
+from streamjax.kv.cache import Cache
+from streamjax.kv.cascade import Cascade
+from streamjax.kv.presets.registry import Built
+from streamjax.kv.scores.finch import Finch
+from streamjax.kv.scores.kvzip import KVzip
+from streamjax.kv.tiers.full import Full
+from streamjax.kv.tiers.scored import Scored
+from streamjax.models.decoder import Decoder
+from streamjax.streaming import StreamState, compact, init_state, read, reconstruction
+
+Moment = Literal["stream", "prompt"]
+MOMENTS: tuple[str, ...] = get_args(Moment)
+_REPEAT = "\n\nRepeat the text above, word for word.\n\n"  # what KVzip asks of a model
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """An example in ids: its context, and each question with the answer's beginning."""
+
+    example: Example
+    context: list[int]
+    prompts: list[list[int]]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, example: Example, frame: ChatFrame | None = None) -> Encoded:
+        return cls(example, *encode_example(tokenizer, example, frame))
+
+    @property
+    def room(self) -> int:
+        """Tokens of the questions and the answers."""
+        return sum(map(len, self.prompts)) + sum(turn.answer_tokens for turn in self.example.turns)
+
+
+class ContextReader:
+    """Reads contexts into states, and keeps those that are compacted for the next cache, the newest ones.
+
+    Args:
+      model, tokenizer: that read.
+      moment: "stream" or "prompt"; see `streamjax.evaluation.leaderboard`. Only the latter has anything to keep.
+      chunk_size: tokens a step.
+      keep_bytes: of states that wait for other caches; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        moment: Moment = "stream",
+        chunk_size: int = 512,
+        keep_bytes: int = 0,
+    ):
+        self.model, self.tokenizer, self.moment, self.chunk_size = model, tokenizer, moment, chunk_size
+        self._keep_bytes = keep_bytes
+        self._kept: dict[tuple[Built, tuple[tuple[int, ...], ...]], tuple[StreamState, float]] = {}
+
+    def read(self, cache: Built, rows: Sequence[Encoded]) -> tuple[StreamState, float]:
+        """The streams' state behind their contexts, and the seconds that it takes without what was kept."""
+        contexts = [row.context for row in rows]
+        if self.moment == "stream":
+            return self._timed(lambda: self._read(cache, contexts))
+        whole = wholly(cache, max(map(len, contexts)), self.chunk_size)
+        key = whole, tuple(map(tuple, contexts))
+        state, seconds = self._kept.pop(key, None) or self._timed(lambda: self._read(whole, contexts))
+        self._kept[key] = state, seconds  # the newest, last
+        while sum(_bytes(kept) for kept, _ in self._kept.values()) > self._keep_bytes and self._kept:
+            del self._kept[next(iter(self._kept))]
+        prompts = [row.prompts[0] for row in rows]
+        new, more = self._timed(lambda: compacted(self.model, self.tokenizer, state, cache, contexts, prompts))
+        return new, seconds + more
+
+    def _read(self, cache: Built, contexts: Sequence[list[int]]) -> StreamState:
+        return read(self.model, init_state(self.model, cache, len(contexts)), contexts, self.chunk_size)
+
+    @staticmethod
+    def _timed(make: Callable[[], StreamState]) -> tuple[StreamState, float]:
+        began = time.perf_counter()
+        state = jax.block_until_ready(make())
+        return state, time.perf_counter() - began
+
+
+def _bytes(state: StreamState) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+
+
+def wholly(cache: Built, capacity: int, chunk_size: int) -> Built:
+    """A cache that keeps everything until it is compacted into `cache`, with what that wants to know of it by then."""
+    if isinstance(cache, tuple):
+        return tuple(_of_layer(each, capacity, chunk_size) for each in cache)
+    return _of_layer(cache, capacity, chunk_size)
+
+
+def _of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
+    if not any(map(_needs_history, _scored(cache))) or _measures(cache):
+        return Cascade(Full(capacity))
+    cascade = cache.cascade if isinstance(cache, Budgeted) else cache
+    assert isinstance(cascade, Cascade)
+
+    # Attention must be noted as the context is read: a tier that never has to choose notes it.
+    def larger(tier: Any) -> Any:
+        if not isinstance(tier, Scored):
+            return tier
+        every = max(tier.every, chunk_size // tier.every * tier.every)
+        return Scored(capacity, tier.score, tier.per_head, every, tier.distance)
+
+    return Cascade(*map(larger, cascade.tiers))
+
+
+def _scored(cache: Built) -> list[Scored]:
+    caches = cache if isinstance(cache, tuple) else (cache,)
+    cascades = [each.cascade if isinstance(each, Budgeted) else each for each in caches]
+    return [tier for each in cascades if isinstance(each, Cascade) for tier in each.tiers if isinstance(tier, Scored)]
+
+
+def _measures(cache: Built) -> bool:
+    """Whether the prompt's own attention is to say how large a layer is."""
+    return isinstance(cache, Budgeted) and cache.unmeasured
+
+
+def _needs_history(tier: Scored) -> bool:
+    """Whether a choice rests on all queries so far, and not on the last ones, or on those of a text of its own."""
+    rule = tier.score
+    if isinstance(rule, KVzip | Finch):
+        return False
+    return rule.needs_queries or (rule.needs_attention and rule.counts_all_queries)
+
+
+def compacted(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    state: StreamState,
+    cache: Built,
+    contexts: Sequence[list[int]],
+    prompts: Sequence[list[int]],
+) -> StreamState:
+    """The states under `cache`, by the queries that a method's paper takes.
+
+    They are the context's last, all of it, its repetition (KVzip), or the question (Finch). Rows of several lengths are
+    cut to the shortest of them, at their beginnings, where the query is more than the context's end.
+
+    Args:
+      model, tokenizer: that read the streams.
+      state: behind the contexts, under `wholly(cache, ...)`.
+      cache: the new one.
+      contexts, prompts: what was read, and the questions that come next, in ids.
+    """
+    rules = [tier.score for tier in _scored(cache)]
+    if any(isinstance(rule, KVzip) for rule in rules):
+        asks = reconstruction(_cut(contexts), request=tokenizer.encode(_REPEAT, continues=True))
+        return compact(model, state, cache, queries=asks)
+    if any(isinstance(rule, Finch) for rule in rules):
+        return compact(model, state, cache, _cut(prompts), stored=False)
+    if any(map(_needs_history, _scored(cache))):
+        return compact(model, state, cache, _cut(contexts) if _measures(cache) else None)
+    if not any(rule.needs_attention for rule in rules):
+        return compact(model, state, cache)
+    window = max(observed(rule) for rule in rules)
+    return compact(model, state, cache, _cut([context[-window:] for context in contexts]))
+
+
+def observed(rule: Any) -> int:
+    """The last queries by which a score chooses: its `window`, or that of the score which it wraps, or the newest."""
+    inner = getattr(rule, "score", None)
+    return getattr(rule, "window", 1) if inner is None else observed(inner)
+
+
+def _cut(rows: Sequence[list[int]]) -> np.ndarray:
+    width = min(map(len, rows))
+    return np.array([row[len(row) - width :] for row in rows], np.int32)
