@@ -80,8 +80,9 @@ class ContextReader:
             return self._timed(lambda: self._read(cache, contexts))
         whole = wholly(cache, max(map(len, contexts)), self.chunk_size)
         key = whole, tuple(map(tuple, contexts))
-        state, seconds = self._kept.pop(key, None) or self._timed(lambda: self._read(whole, contexts))
-        self._kept[key] = state, seconds  # the newest, last
+        if key not in self._kept:
+            self._kept[key] = self._timed(lambda: self._read(whole, contexts))
+        state, seconds = self._kept[key] = self._kept.pop(key)  # the newest, last
         while sum(_bytes(kept) for kept, _ in self._kept.values()) > self._keep_bytes and self._kept:
             del self._kept[next(iter(self._kept))]
         prompts = [row.prompts[0] for row in rows]
