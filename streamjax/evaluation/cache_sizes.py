@@ -26,8 +26,8 @@ _HEADINGS = ("layers", "part", "tokens", "keys and values", "beside them", "byte
 class PartSize:
     """One tier in layers that are alike: numbers are of one layer and one stream.
 
-    layers: which. part: the tier, in words. tokens: that it has room for; of the stream itself 0. content: bytes of
-    keys and values. beside: bytes of all else, such as positions, notes and summaries.
+    layers: which; none of what is there once. part: the tier, in words. tokens: that it has room for; of the stream
+    itself 0. content: bytes of keys and values. beside: bytes of all else, such as positions, notes and summaries.
     """
 
     layers: tuple[int, ...]
@@ -89,7 +89,11 @@ def describe(cache: Cache | Sequence[Cache], model: Decoder, dtype: DTypeLike | 
     for i, (kept, part) in enumerate(zip(state.caches, state.layers, strict=True)):
         alike.setdefault(tuple(_parts(kept, part)), []).append(i)
     found = [dataclasses.replace(part, layers=tuple(layers)) for parts, layers in alike.items() for part in parts]
-    own = jax.tree.leaves(dataclasses.replace(state, layers=()))
+    for group, part in enumerate(state.shared or ()):
+        layers = [i for i, kept in enumerate(state.caches) if isinstance(kept, Cascade) and kept.borrows == group]
+        size = part.position.shape[2]
+        found.append(_part(f"what layers {_ranges(layers)} share", size, part))
+    own = jax.tree.leaves(dataclasses.replace(state, layers=(), shared=None))
     return CacheSizes((*found, PartSize((), "the stream itself", 0, 0, sum(map(_size, own)))))
 
 

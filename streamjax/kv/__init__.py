@@ -16,7 +16,9 @@ from streamjax.kv.budgets.uniform import Uniform
 from streamjax.kv.budgets.zipvl import Important
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.grouped_layers import GroupedLayers
 from streamjax.kv.channels.low_rank import Factors, LowRank
+from streamjax.kv.channels.paired_layers import PairedLayers
 from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.codecs.block_floats import BlockFloats
@@ -29,6 +31,7 @@ from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
 from streamjax.kv.codecs.mixed import Mixed
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.layouts.across_layers import AcrossLayers
 from streamjax.kv.merging.cam import IntoFollowing
 from streamjax.kv.merging.d2o import NearestAbove
 from streamjax.kv.merging.elastic_cache import Anchors
@@ -89,6 +92,7 @@ __all__ = [
     "FP8",
     "H2O",
     "TOVA",
+    "AcrossLayers",
     "Anchors",
     "BestKey",
     "BlendedBounds",
@@ -117,6 +121,7 @@ __all__ = [
     "Full",
     "Gaussian",
     "Gear",
+    "GroupedLayers",
     "HeadGroups",
     "Held",
     "Important",
@@ -143,6 +148,7 @@ __all__ = [
     "NearestAbove",
     "OverHeads",
     "Pages",
+    "PairedLayers",
     "Parallel",
     "Pooled",
     "Preferences",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.partial import add_sinks, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
+from streamjax.kv.channels.lent import Lent
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
@@ -91,6 +92,11 @@ class Cascade(Cache):
     def shares_values(self) -> bool:
         return all(tier.shares_values for tier in self.tiers)
 
+    @property
+    def borrows(self) -> int | None:
+        """Which of `StreamState.shared` its layer reads; None where it shares nothing with others."""
+        return next((tier.group for tier in self.tiers if isinstance(tier, Lent)), None)
+
     def renumbered(self) -> tuple[Cascade, None]:
         tiers = list(map(_without_numbers, self.tiers))
         return (self if tiers == list(self.tiers) else Cascade(*tiers, fuse=False)), None
@@ -152,7 +158,7 @@ def _made_for(tier: Tier) -> str | None:
 
 def _without_numbers(tier: Any) -> Tier:
     """The tier without what was measured of a layer, which is data: it lies in the state."""
-    if isinstance(tier, LowRank | Scored):
+    if isinstance(tier, LowRank | Scored | Lent):
         tier = tier.without_numbers()
     codec = getattr(tier, "codec", None)
     return tier if codec is None or codec.made_for is None else dataclasses.replace(tier, codec=codec.without_numbers())

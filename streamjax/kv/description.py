@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.grouped_layers import GroupedLayers
 from streamjax.kv.channels.low_rank import LowRank
+from streamjax.kv.channels.paired_layers import PairedLayers
 from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.current_chunk import CurrentChunk
@@ -59,6 +61,11 @@ def describe_tier(tier: Tier) -> str:
             return f"Shadow({size:,} in {page}s, top {top_k}, with {keys:g} of their keys' channels)"
         case LowRank(capacity=size, keys=keys, values=values):
             return f"LowRank({size:,} with {keys:g} of their keys' channels, {values:g} of their values')"
+        case PairedLayers(size=size, apart=apart):
+            return f"PairedLayers({size:,}, {apart:g} of them apart)"
+        case GroupedLayers(size=size, layers=layers, keys=keys, values=values):
+            shares = f"{keys:g} of their keys' channels, {values:g} of values'"
+            return f"GroupedLayers({size:,} of {layers} layers with {shares})"
         case Pages(size=size, capacity=capacity, top_k=top_k):
             return f"Pages({capacity:,} in {size}s, top {top_k}{_codec(tier)})"
         case Scored(size=size, score=score, every=every, merge=merge):

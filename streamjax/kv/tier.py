@@ -1,10 +1,8 @@
 """What flows through a KV cache: queries, tokens, and the tiers that store them.
 
-A tier keeps tokens under one rule. What it evicts falls to the next tier of its cascade. A tier is a frozen dataclass,
-static and hashable; its state is a pytree of arrays.
-
-Rows of a batch are independent streams. Each has a position of its own, and its own number of new tokens in a chunk;
-chunks are padded on the right. With two rows of 3 and 1 new tokens, `valid` is [[1, 1, 1], [1, 0, 0]].
+A tier keeps tokens under one rule. What it evicts falls to the next tier of its cascade.
+Rows of a batch are streams, each with a position and a number of new tokens of its own; chunks are padded on the right.
+With two rows of 3 and 1 new tokens, `valid` is [[1, 1, 1], [1, 0, 0]].
 """
 
 from __future__ import annotations
@@ -162,6 +160,7 @@ class Query:
     q: rotated to the true position, [B, C, H, D]. raw_q: not rotated. position: uint32 [B, C], modulo 2^32. seen:
     tokens that the stream had before this chunk, int32 [B], saturating at 2^30. slopes: ALiBi, float32 [H] or None.
     valid: which queries are no padding, bool [B, C]; all where None. tables: `PageTables`, where streams have pages.
+    shared: what groups of layers hold together, see `Lent`.
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
     sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
@@ -185,6 +184,7 @@ class Query:
     back: Int32[Array, "B C"] | None = None
     block: EvictionBlock | None = None
     tables: Any = None
+    shared: Any = None
     answered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.kv.cache import Cache
+from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.tier import Implementation, State, map_state_axes
 from streamjax.models.decoder import Block, Decoder
@@ -77,10 +78,11 @@ def layer_over(
     implementation: Implementation | None,
     head_order: Int32[Array, " K"] | None = None,
     tables: PageTables | None = None,
+    shared: tuple[State, ...] | None = None,
 ) -> tuple[Float[Array, "N B C E"], State]:
     """One layer over N chunks: its outputs and its new state.
 
-    `row`: which layer, where `block` is a stack of them. `head_order`, `tables`: see `ChunkContext`.
+    `row`: which layer, where `block` is a stack of them. `head_order`, `tables`, `shared`: see `ChunkContext`.
     """
     block = layer_of(block, row)
 
@@ -95,6 +97,7 @@ def layer_over(
             implementation=implementation,
             head_order=head_order,
             tables=tables,
+            shared=shared,
         )
         x, state, _ = block.stream(x, state, cache, context)
         return map_state_axes(lambda leaf, axes: constrain(leaf, *axes), state), x
@@ -136,9 +139,11 @@ def read_layerwise(
     x, places = embedded(ends, standing, tokens, count)
     for i, cache in enumerate(state.caches):
         block, row = model.layer_and_row(i)
+        group = cache.borrows if isinstance(cache, Cascade) else None
+        shared = None if group is None or state.shared is None else (state.shared[group],)
         cache, heads = cache.renumbered()  # layers whose groups of heads have equal sizes share a program
         order = None if heads is None else jnp.array(heads, jnp.int32)
-        options = cache, state.span, state.implementation, order, state.tables
+        options = cache, state.span, state.implementation, order, state.tables, shared
         x, layers[i] = layer_over(block, row, x, layers[i], places, *options)
     standing, nats = finished(ends, standing, x, tokens, count, scored)
     return dataclasses.replace(standing, layers=tuple(layers)), nats

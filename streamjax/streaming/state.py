@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.channels.lent import Lent
 from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.page_pool import PageTables
@@ -42,7 +43,8 @@ class StreamState:
     int32 [B], saturating at 2^30. hidden: final hidden state of the newest token, [B, E]: what predicts the next one.
     caches: the cache of each layer (static). span: positions in use at once (static). implementation: see `init_state`
     (static). used: which ids each stream has read, bool [B, V], for the repetition penalty; None where nobody asked.
-    tables: where streams in a `PagePool` have their pages; None where no layer has one.
+    tables: where streams in a `PagePool` have their pages; None where no layer has one. shared: what groups of layers
+    hold together (`Lent`), once each; None where no layers do.
     """
 
     layers: tuple[State, ...]
@@ -54,6 +56,7 @@ class StreamState:
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     used: Bool[Array, "B V"] | None = None
     tables: PageTables | None = None
+    shared: tuple[State, ...] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -80,6 +83,7 @@ class StreamState:
             hidden=fn(self.hidden, ("batch", "activation_embed")),
             used=None if self.used is None else fn(self.used, ("batch", "vocab")),
             tables=None if self.tables is None else self.tables.map_axes(fn),
+            shared=None if self.shared is None else map_state_axes(fn, self.shared),
         )
 
     def noting_used(self, vocab_size: int) -> StreamState:
@@ -241,6 +245,8 @@ def init_state(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     require_own_calibration(model, cache)
     state = dataclasses.replace(empty_state(model, cache, batch_size, position, dtype), implementation=implementation)
+    if state.shared is not None:
+        raise ValueError("these caches hold what layers shared when they were compacted: no stream can begin with them")
     return state.noting_used(model.config.vocab_size) if note_used else state
 
 
@@ -284,6 +290,13 @@ def _init(
         shape = batch_size, mixer.num_kv_heads, mixer.head_dim
         return KVSpec(*shape, dtype, mixer.group_size, config.d_model, 0 if shared else None)
 
+    shared = {
+        tier.group: tier.shared(spec(block.mixer, cache))
+        for block, cache in zip(config.blocks, caches, strict=True)
+        if isinstance(cache, Cascade)
+        for tier in cache.tiers
+        if isinstance(tier, Lent)
+    }
     return StreamState(
         layers=tuple(init(i, cache) for i, cache in enumerate(caches)),
         position=jnp.broadcast_to(position, (batch_size,)),
@@ -291,4 +304,5 @@ def _init(
         hidden=jnp.zeros((batch_size, config.d_model), hidden_dtype),
         caches=caches,
         span=max(cache.span for cache in caches),
+        shared=tuple(shared[group] for group in sorted(shared)) or None,
     ).placed()

@@ -58,6 +58,7 @@ def enter(
         ids=tokens.astype(jnp.int32) if any(cache.needs_ids for cache in state.caches) else None,
         implementation=state.implementation,
         tables=state.tables,
+        shared=state.shared,
     )
     return context, tokens
 

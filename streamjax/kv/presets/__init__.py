@@ -36,6 +36,7 @@ from streamjax.kv.presets import (
     loop_serve,
     lserve,
     mikv,
+    minicache,
     mpcache,
     prefix_kv,
     pyramid_kv,
@@ -57,6 +58,7 @@ from streamjax.kv.presets import (
     vidkv,
     window,
     windowkv,
+    xkv,
     zipcache,
     zipvl,
 )
@@ -99,6 +101,7 @@ __all__ = [
     "loop_serve",
     "lserve",
     "mikv",
+    "minicache",
     "mpcache",
     "parse_preset",
     "prefix_kv",
@@ -123,6 +126,7 @@ __all__ = [
     "vidkv",
     "window",
     "windowkv",
+    "xkv",
     "zipcache",
     "zipvl",
 ]

@@ -63,8 +63,8 @@ class ChunkContext:
 
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
     saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable,
-    implementation, tables: see `Query`. ids: of the tokens; None where no cache asks for them. head_order: which key
-    heads the cache's heads are, see `Cache.renumbered`; the layer's own where None.
+    implementation, tables, shared: see `Query`. ids: of the tokens; None where no cache asks for them. head_order:
+    which key heads the cache's heads are, see `Cache.renumbered`; the layer's own where None.
     """
 
     position: UInt32[Array, "B C"]
@@ -76,6 +76,7 @@ class ChunkContext:
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     head_order: Int32[Array, " K"] | None = None
     tables: PageTables | None = None
+    shared: Any = None
 
 
 class Attention(nnx.Module):
@@ -224,6 +225,7 @@ def stream_attention(
         differentiable=context.differentiable,
         implementation=context.implementation,
         tables=context.tables,
+        shared=context.shared,
     )
     return update_in_order(cache, context.head_order, state, query, tokens)
 

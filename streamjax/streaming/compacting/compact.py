@@ -17,11 +17,13 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction, GroupedCompaction
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.layouts.across_layers import AcrossLayers
 from streamjax.kv.layouts.lazy_layers import NearShare
 from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.compacting.across_layers import compact_across
 from streamjax.streaming.compacting.measure_budget import measured
 from streamjax.streaming.compacting.reading_layers import through_layers
 from streamjax.streaming.rows import Rows, as_rows, require_one_length
@@ -57,8 +59,8 @@ def compact(
     Args:
       model: the model that read the streams.
       state: where they stand.
-      cache: the new cache, for all layers or one a layer; layers with windows of their own keep those, and recurrent
-        ones their states.
+      cache: the new cache, for all layers or one a layer, or a rule for groups of layers (`AcrossLayers`); layers with
+        windows of their own keep those, and recurrent ones their states.
       query: ids of the tokens whose attention decides, one row a stream, all of one length.
       stored: the queries are the newest tokens that the streams have read; otherwise tokens that would come next, such
         as a question about what was read.
@@ -74,6 +76,10 @@ def compact(
     """
     if model.config.hsa is not None:
         raise ValueError("a model with a chunk memory keeps it as it is: compact does not know it")
+    if isinstance(cache, AcrossLayers):
+        if query is not None or queries or budget is not None:
+            raise ValueError(f"{type(cache).__name__} takes all that layers hold: give no query and no budget")
+        return compact_across(model, state, cache)
     if query is not None and queries:
         raise ValueError("give compact a query or several queries, not both")
     asked, stored = query is not None or bool(queries), stored and not queries

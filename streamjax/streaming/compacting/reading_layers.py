@@ -75,6 +75,7 @@ def standing(
         seen=state.seen + int(offset[0]),
         span=state.span,
         implementation="xla",
+        shared=state.shared,
     )
     return jnp.asarray(np.pad(ids, ((0, 0), (width - count, 0))), jnp.int32), context
 
