@@ -28,6 +28,7 @@ from streamjax.commands.chat import template_values
 from streamjax.commands.flags.adapters import named_adapters
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.draft import parse_draft
 from streamjax.commands.flags.engine import define_engine, make_service, refuse_mesh
 from streamjax.commands.flags.model import load_model
 from streamjax.commands.shell.runner import run_command
@@ -89,6 +90,7 @@ def body(values: flags.FlagValues) -> None:
             model, tokenizer, cache,
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
             state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
+            draft=parse_draft(values.draft, model, tokenizer),
         )  # fmt: skip
         about = f"{values.rows} rows, cache {describe_cache(cache)}, {human_bytes(engine.stats().cache_bytes)}"
         print(f"{Path(values.model).name}: {about}; compiling", file=sys.stderr, flush=True)

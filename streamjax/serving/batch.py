@@ -17,6 +17,8 @@ from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.row_adapters import Factors, RowAdapters
 from streamjax.serving.decoding import Drawn, decode_rows, enter_row, set_bias
+from streamjax.serving.drafts.decoding import decode_guessed
+from streamjax.serving.drafts.guessing import WAYS, Guesses
 from streamjax.serving.row_sampling import RowSampling, no_rows
 from streamjax.serving.row_states import ParkedState, Parking, put_row, take_row
 from streamjax.streaming.scan import padded_width, read_chunk
@@ -144,15 +146,26 @@ class Batch:
         """What is added to a row's logits from now on."""
         self.sampling = set_bias(self.sampling, np.int32(row), bias)
 
-    def decode(self, active: Bool[np.ndarray, " B"], count: int) -> Drawn:
-        """Draw and read at most `count` tokens of each active row; nothing is waited for."""
-        self.state, self.sampling, drawn = decode_rows(
-            self.decoding.model, self.state, self.sampling, active, np.int32(count), self.block
-        )
+    def decode(self, active: Bool[np.ndarray, " B"], count: int, guesses: Guesses | None = None) -> Drawn:
+        """Draw and read at most `count` tokens of each active row, or one and what is right of the guesses behind it.
+
+        Nothing is waited for.
+        """
+        self.state, drawn = self._decode(self.state, active, count, guesses)
         return drawn
 
-    def warm_up(self, scored: bool = False) -> None:
-        """Compile and run every program once; rows are empty then."""
+    def _decode(
+        self, state: StreamState, active: Bool[np.ndarray, " B"], count: int, guesses: Guesses | None
+    ) -> tuple[StreamState, Drawn]:
+        model, rows = self.decoding.model, self.sampling
+        if guesses is None:
+            state, self.sampling, drawn = decode_rows(model, state, rows, active, np.int32(count), self.block)
+        else:
+            state, self.sampling, drawn = decode_guessed(model, state, rows, active, *guesses)
+        return state, drawn
+
+    def warm_up(self, scored: bool = False, guessed: int = 0) -> None:
+        """Compile and run every program once; rows are empty then. guessed: tokens of a pass with guesses."""
         most = min(self.chunk_size, self.capacity or self.chunk_size)  # no stream reads more at a time
         width = min(_LEAST_WIDTH, most)
         while True:
@@ -172,5 +185,8 @@ class Batch:
             self.decoding.set(0, name)
             self.reading.set(0, name)
         self.decode(np.zeros(self.rows, bool), 1)
+        if guessed:
+            ways = np.zeros((self.rows, WAYS), np.int32)
+            self.decode(np.zeros(self.rows, bool), 1, Guesses(np.repeat(ways[..., None], guessed, axis=2), ways))
         self.drop(self.fork(self.keep(self.leave(0))))
         self.reset()

@@ -35,7 +35,7 @@ class Conversation:
 
     state: None where it is on disk only. output: what its text goes on from. busy: the request that is under way on it.
     saved: whether what is on disk is this. nats: what the tokens that it read cost, and of how many that is known.
-    adapter: with which it is read and continued.
+    adapter: with which it is read and continued. newest: of its tokens, for guesses; none where it was read from disk.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Conversation:
     drawn: int = 0
     nats: tuple[float, int] = (0.0, 0)
     adapter: str | None = None
+    newest: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     busy: Any = None
     saved: bool = False
 

@@ -19,7 +19,8 @@ from streamjax.streaming.step import advance
 class Drawn(NamedTuple):
     """What N steps drew; -1 where a row stood still.
 
-    bad: rows whose logits are NaN or infinite; they stand where they stood before.
+    bad: rows whose logits are NaN or infinite; they stand where they stood before. guessed: guesses that were read of
+    each row, right or wrong.
     """
 
     token: Int32[Array, "B N"]
@@ -27,6 +28,48 @@ class Drawn(NamedTuple):
     top_token: Int32[Array, "B N A"]
     top_logprob: Float[Array, "B N A"]
     bad: Bool[Array, " B"]
+    guessed: Int32[Array, " B"]
+
+
+def draw(
+    logits: Float[Array, "B V"], rows: RowSampling, used: Bool[Array, "B V"], alive: Bool[Array, " B"]
+) -> tuple[Choice, Bool[Array, " B"], Bool[Array, " B"]]:
+    """The next token of each row that is `alive`; which of them have one, and which have none: their logits are bad."""
+    logits = logits.astype(jnp.float32)
+    broken = alive & ~jnp.isfinite(jnp.max(logits, axis=-1))  # a single -inf is a model's way to forbid a token
+    return choose(logits, rows, used, alive & ~broken), alive & ~broken, broken
+
+
+def noted(rows: RowSampling, token: Int32[Array, " B"], alive: Bool[Array, " B"]) -> RowSampling:
+    """The rows, of which those that are `alive` have drawn a token."""
+    return dataclasses.replace(
+        rows,
+        index=rows.index + alive,
+        remaining=rows.remaining - alive,
+        counts=rows.counts.at[jnp.arange(len(token)), token].add(alive.astype(jnp.int32)),
+    )
+
+
+def goes_on(rows: RowSampling, token: Int32[Array, " B"], alive: Bool[Array, " B"]) -> Bool[Array, " B"]:
+    """Which rows draw another token behind this one."""
+    return alive & (rows.remaining > 0) & ~rows.ends[jnp.arange(len(token)), token]
+
+
+def no_choices(rows: RowSampling, steps: int) -> Choice:
+    """Room for what N steps draw."""
+    batch = len(rows.index)
+    shapes = jax.eval_shape(lambda: choose(rows.bias, rows, rows.ends, rows.index > 0))
+    out: Choice = jax.tree.map(lambda x: jnp.zeros((batch, steps, *x.shape[1:]), x.dtype), shapes)
+    return out._replace(token=out.token - 1)
+
+
+def put_choice(out: Choice, choice: Choice, alive: Bool[Array, " B"], step: Int32[Array, ""]) -> Choice:
+    """What a step drew, in its place."""
+    return jax.tree.map(
+        lambda to, x: jax.lax.dynamic_update_slice_in_dim(to, x[:, None], step, axis=1),
+        out,
+        choice._replace(token=jnp.where(alive, choice.token, -1)),
+    )
 
 
 @partial(jax.jit, static_argnames="block", donate_argnames=("state", "rows"))
@@ -39,7 +82,6 @@ def decode_rows(
     block: int,
 ) -> tuple[StreamState, RowSampling, Drawn]:
     """Draw and read `count` <= `block` tokens of each row that is `active`, has tokens remaining and has not ended."""
-    batch = active.shape[0]
 
     def going(carry: tuple) -> Array:
         _, _, alive, _, _, i = carry
@@ -47,32 +89,15 @@ def decode_rows(
 
     def one(carry: tuple) -> tuple:
         state, rows, alive, bad, out, i = carry
-        logits = model.logits(state.hidden[:, None])[:, 0].astype(jnp.float32)
-        broken = alive & ~jnp.isfinite(jnp.max(logits, axis=-1))  # a single -inf is a model's way to forbid a token
-        alive, bad = alive & ~broken, bad | broken
-        choice = choose(logits, rows, state.used, alive)
-        token = choice.token
-        state, _ = advance(model, state, token[:, None], alive.astype(jnp.int32))
-        out = jax.tree.map(
-            lambda to, x: jax.lax.dynamic_update_slice_in_dim(to, x[:, None], i, axis=1),
-            out,
-            choice._replace(token=jnp.where(alive, token, -1)),
-        )
-        every = jnp.arange(batch)
-        rows = dataclasses.replace(
-            rows,
-            index=rows.index + alive,
-            remaining=rows.remaining - alive,
-            counts=rows.counts.at[every, token].add(alive.astype(jnp.int32)),
-        )
-        return state, rows, alive & (rows.remaining > 0) & ~rows.ends[every, token], bad, out, i + 1
+        choice, alive, broken = draw(model.logits(state.hidden[:, None])[:, 0], rows, state.used, alive)
+        state, _ = advance(model, state, choice.token[:, None], alive.astype(jnp.int32))
+        rows, out = noted(rows, choice.token, alive), put_choice(out, choice, alive, i)
+        return state, rows, goes_on(rows, choice.token, alive), bad | broken, out, i + 1
 
-    shapes = jax.eval_shape(lambda: choose(jnp.zeros(rows.bias.shape, jnp.float32), rows, rows.ends, active))
-    out: Choice = jax.tree.map(lambda x: jnp.zeros((batch, block, *x.shape[1:]), x.dtype), shapes)
-    out = out._replace(token=out.token - 1)
-    carry = (state, rows, active & (rows.remaining > 0), jnp.zeros_like(active), out, jnp.int32(0))
+    none = jnp.zeros_like(active)
+    carry = (state, rows, active & (rows.remaining > 0), none, no_choices(rows, block), jnp.int32(0))
     state, rows, _, bad, out, _ = jax.lax.while_loop(going, one, carry)
-    return state, rows, Drawn(*out, bad)
+    return state, rows, Drawn(*out, bad, none.astype(jnp.int32))
 
 
 @partial(jax.jit, donate_argnames="rows")

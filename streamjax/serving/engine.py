@@ -26,12 +26,15 @@ from streamjax.models.layer_stacking import unstack_layers
 from streamjax.models.lora.row_adapters import Factors, factors_of, require_only_adapters
 from streamjax.serving.admission import require_possible, require_room_for
 from streamjax.serving.conversations import Conversation, Conversations
+from streamjax.serving.drafts.guessing import Guessing
 from streamjax.serving.jobs import Job
 from streamjax.serving.loop import EngineLoop
 from streamjax.serving.paging.choosing import make_batch
 from streamjax.serving.requests import Event, KeptConversation, Overloaded, Request, Stats
 from streamjax.serving.row_states import ParkedState
 from streamjax.serving.scheduling import POLICIES
+from streamjax.streaming.speculative.drafter import Drafter
+from streamjax.streaming.speculative.ngrams import NGrams
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +65,13 @@ class Engine:
       measure: whether what reading costs is measured (`costs`), which computes logits of every prompt token.
       adapters: folders of LoRA adapters (PEFT's, or `save_lora`'s) by the names with which requests ask for them. They
         lie in the host's memory, and each row has a copy of its own while it needs one.
+      draft: who guesses tokens that are then read several at a time, `sj.NGrams()`; None: nobody. What requests get is
+        the same. Guesses rest where they would make others wait.
       dtype, implementation: as in `init_state`.
 
     Raises:
-      ValueError: sizes that are none, an unknown policy, more than `memory_bytes`, or a `state_dir` that is none.
+      ValueError: sizes that are none, an unknown policy, a drafter that runs a model, more than `memory_bytes`, or a
+        `state_dir` that is none.
 
     Example:
       >>> engine = Engine(model, tokenizer, sj.kv.preset("streaming_llm"))
@@ -93,6 +99,7 @@ class Engine:
         block: int | None = None,
         measure: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
+        draft: Drafter | None = None,
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
     ):
@@ -101,6 +108,8 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: use one of {', '.join(POLICIES)}")
+        if draft is not None and not isinstance(draft, NGrams):
+            raise ValueError(f"an engine takes guesses from n-grams alone (NGrams), got {type(draft).__name__}")
         require_tokenizer(tokenizer, model.config.vocab_size, "they do not belong together")
         if block is None:
             block = 1 if jax.default_backend() == "cpu" else 8
@@ -115,8 +124,9 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted
+        self._guessing = None if draft is None else Guessing(draft, rows, model.config.vocab_size)
         self._loop = EngineLoop(
-            self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed
+            self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed, self._guessing
         )
         self._queue, self._measure = queue, measure
         self._inbox: collections.deque[Job] = collections.deque()
@@ -187,7 +197,7 @@ class Engine:
     def stats(self) -> Stats:
         """What the engine does now, and the sums since it began."""
         with self._changed:
-            loop = self._loop
+            loop, guessing = self._loop, self._guessing
             return Stats(
                 rows=self._batch.rows,
                 running=sum(job is not None for job in loop.rows),
@@ -196,6 +206,8 @@ class Engine:
                 prompt_tokens=loop.read,
                 cached_tokens=loop.cached,
                 generated_tokens=loop.generated,
+                guessed_tokens=0 if guessing is None else guessing.guessed,
+                accepted_tokens=0 if guessing is None else guessing.right,
                 finished=dict(loop.finished),
             )
 
@@ -207,7 +219,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every program, so that no request waits for that. To be called before `start`."""
         with self._stepping:
-            self._batch.warm_up(self._measure)
+            self._batch.warm_up(self._measure, 0 if self._guessing is None else self._guessing.width)
 
     def start(self) -> None:
         """Begin to serve, in a thread of its own."""

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.serving.batch import Stream
 from streamjax.serving.conversations import Conversation
+from streamjax.serving.drafts.guessing import Line
 from streamjax.serving.requests import Event, FinishReason, Request, TokenLogprob, Usage
 from streamjax.serving.row_states import ParkedState
 from streamjax.streaming.text_output import TextOutput
@@ -27,8 +28,9 @@ class Job:
       path: the prompt's ids, as the tree of prefixes has them. before: tokens that its conversation had read.
       read: tokens of the prompt that its stream has read. cached: those of them that were not read for this request.
       state: its stream while it is in no row, on the device; parked: the same in the host's memory; both None before it
-      begins and while it has a row. row: which one it has. generated: ids, a stop id included. stopped_by: the string
-      or the id that has ended it. failed: why it cannot go on, in one line. came: when, of `time.monotonic`.
+      begins and while it has a row. row: which one it has. line: what guesses know of it, where anybody guesses.
+      generated: ids, a stop id included. stopped_by: the string or the id that has ended it. failed: why it cannot go
+      on, in one line. came: when, of `time.monotonic`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Job:
         self.state: Stream | None = None
         self.parked: ParkedState | None = None
         self.row: int | None = None
+        self.line: Line | None = None
         self.generated: list[int] = []
         self.stopped_by: str | int | None = None
         self.failed: str | None = None
@@ -110,6 +113,20 @@ class Job:
             self.output.release()
         usage = Usage(self.before + len(self.prompt), self.before + self.cached, len(self.generated))
         return Event(self.output.take(), finish_reason=reason, usage=usage, error=error)
+
+    def told(self) -> Int32[np.ndarray, " T"]:
+        """The tokens of its stream, as far as they are in memory."""
+        kept = self.conversation
+        before = self.prompt[:0] if kept is None or self.starts_anew else kept.newest
+        return np.concatenate((before, self.prompt, np.asarray(self.generated, np.int32)))
+
+    def until_end(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens that may come next are read at most: none behind a stop string."""
+        output = self.output.copy()
+        for i, token in enumerate(tokens):
+            if output.push([token], self.request.stop) is not None:
+                return i + 1
+        return len(tokens)
 
     def _accept(self, token: int) -> None:
         if self.request.constraint is None:

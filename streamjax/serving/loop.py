@@ -15,6 +15,7 @@ import numpy as np
 from streamjax.serving.batch import Batch
 from streamjax.serving.conversations import Conversation, Conversations
 from streamjax.serving.decoding import Drawn
+from streamjax.serving.drafts.guessing import KEPT, Guesses, Guessing
 from streamjax.serving.jobs import Job
 from streamjax.serving.prefix_tree import PrefixTree
 from streamjax.serving.requests import Constraint, FinishReason, TokenLogprob
@@ -41,6 +42,7 @@ class EngineLoop:
         conversations: Conversations,
         measure: bool,
         lock: threading.Condition,
+        guessing: Guessing | None = None,
     ):
         self.batch, self.lock = batch, lock
         self.prefixes = PrefixTree(batch.chunk_size, prefix_bytes, self._work, dropped=batch.drop)
@@ -51,6 +53,7 @@ class EngineLoop:
         self.seconds = 1.0
         self._drawing = False  # whether rows wait for what they draw, and must stay where they are
         self._policy, self._conversations, self._measure = policy, conversations, measure
+        self._guessing = guessing
         self._vocab = batch.model.config.vocab_size
         self._weights = sum(leaf.size for leaf in jax.tree.leaves(batch.model))
 
@@ -173,7 +176,8 @@ class EngineLoop:
     def _decode(self, running: Sequence[Job], alone: bool, chosen: Sequence[Job]) -> Drawn | None:
         """Let rows draw; several tokens where nobody waits and no text, form or stop string has to be looked at."""
         looked_at = any(job.request.stop or job.request.constraint is not None for job in running)
-        count = self.batch.block if alone and not looked_at else 1
+        guesses = self._guesses(running)
+        count = self.batch.block if alone and not looked_at and guesses is None else 1
         for job in sorted(running, key=lambda job: self._rank(job, chosen)):
             if job.row is not None and not self._room_in_row(job, count, chosen):
                 self._set_aside(job)
@@ -183,7 +187,28 @@ class EngineLoop:
         active = np.array([job is not None for job in self.rows])
         if not active.any():
             return None
-        return self.batch.decode(active, count)
+        if guesses is not None:
+            self._fit_guesses(guesses)
+        return self.batch.decode(active, count, guesses)
+
+    def _guesses(self, running: Sequence[Job]) -> Guesses | None:
+        """How rows may go on, where it is worth a wider pass; rows that are held to a form guess nothing."""
+        if self._guessing is None:
+            return None
+        for job in running:
+            if job.line is None:
+                job.line = self._guessing.begin(job.told(), job.until_end if job.request.stop else None)
+        free = [None if job is None or job.request.constraint is not None else job.line for job in self.rows]
+        return self._guessing.propose(free, len(running))
+
+    def _fit_guesses(self, guesses: Guesses) -> None:
+        """Leave out guesses for which there is no room without that of others."""
+        for job, counts in zip(self.rows, guesses.lengths, strict=True):
+            if job is None or job.row is None:
+                continue
+            left = job.request.max_new_tokens - len(job.generated)
+            while (most := min(int(counts.max()), left)) > 1 and not self.batch.reserve(job.row, most):
+                np.minimum(counts, most - 1, out=counts)
 
     def _room_in_row(self, job: Job, count: int, chosen: Sequence[Job]) -> bool:
         """Whether a row has room for the tokens that it may draw now."""
@@ -208,6 +233,8 @@ class EngineLoop:
     def _hand_out(self, running: Sequence[Job], drawn: Drawn) -> None:
         """Give what was drawn to the requests, and end those that are over."""
         found = jax.device_get(drawn)
+        if self._guessing is not None:
+            self._guessing.ran(len(running), several=bool(found.guessed.any()))
         for job in running:
             row = job.row
             if row is None or job.finished:
@@ -216,6 +243,8 @@ class EngineLoop:
             self.batch.grew(row, len(tokens))
             self.generated += len(tokens)
             self._policy.ran(job)
+            if self._guessing is not None and job.line is not None:
+                self._guessing.note(job.line, tokens, int(found.guessed[row]))
             job.push(
                 tokens, [] if job.request.logprobs is None else _logprobs(found, row, tokens, job.request.logprobs)
             )
@@ -248,6 +277,8 @@ class EngineLoop:
             self.finished[reason] += 1
             self.seconds += 0.1 * (time.monotonic() - job.came - self.seconds)
         self._policy.remove(job)
+        if self._guessing is not None:
+            self._guessing.learn(job.generated)
         last = job.last_event(reason, error)
         if kept is None:
             job.emit(last)
@@ -271,6 +302,7 @@ class EngineLoop:
             "sampling": job.request.sampling,
             "drawn": len(job.generated),
             "adapter": job.request.adapter,
+            "newest": kept.newest if self._guessing is None else job.told()[-KEPT:],
             "nats": (kept.nats[0] + sum(nats), kept.nats[1] + tokens),
         }
 

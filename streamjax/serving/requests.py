@@ -148,7 +148,8 @@ class Stats:
 
     rows: that it has. running: rows in use. waiting: requests in the queue. cache_bytes: of all rows' states together,
     constant. The sums: prompt tokens that were read, prompt tokens that a known prefix or a conversation spared,
-    generated tokens, and requests by finish reason.
+    generated tokens, tokens that were guessed and read beside others, those of them that were right, and requests by
+    finish reason.
     """
 
     rows: int
@@ -158,6 +159,8 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     finished: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 

@@ -385,7 +385,7 @@ class Session:
 
     def _until_end(self, stop: tuple[str, ...], ends: tuple[int, ...], tokens: Sequence[int]) -> int:
         """How many of the tokens that may come next are read at most: none behind the end of the text."""
-        output = TextOutput(self.tokenizer, **self._output.to_json_dict())
+        output = self._output.copy()
         for i, token in enumerate(tokens):
             if token in ends or output.push([token], stop) is not None:
                 return i + 1

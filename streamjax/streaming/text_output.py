@@ -37,6 +37,10 @@ class TextOutput:
         """What it holds back, as plain data."""
         return {"tail": self.tail, "held": self._held, "ready": self._ready}
 
+    def copy(self) -> TextOutput:
+        """One that goes on from the same place."""
+        return TextOutput(self._tokenizer, **self.to_json_dict())
+
     def push(self, ids: Iterable[int], stop: Sequence[str] = ()) -> str | None:
         """Take further ids; returns the stop string that has ended the text, if one has.
 

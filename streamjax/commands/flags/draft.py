@@ -23,9 +23,16 @@ _KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE or model:FOLDER"
 _SMALL = "streaming_llm:sinks=4,window=508"
 
 
-def define_draft(values: flags.FlagValues) -> None:
+ENGINE_DRAFT_HELP = (
+    "Guess tokens, so that the model reads several of a row in one pass; answers are the same. ngram: from what was "
+    "said before, for nothing; ngram:FILE asks a text too. Guessing rests where it would make others wait. "
+    "Nobody guesses by default."
+)
+
+
+def define_draft(values: flags.FlagValues, about: str = DRAFT_HELP) -> None:
     """The flag `--draft`."""
-    flags.DEFINE_string("draft", None, DRAFT_HELP, flag_values=values)
+    flags.DEFINE_string("draft", None, about, flag_values=values)
     refuse_empty(values, "draft")
 
 

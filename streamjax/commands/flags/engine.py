@@ -11,6 +11,7 @@ from absl import flags
 
 from streamjax.commands.flags.adapters import define_adapters
 from streamjax.commands.flags.cache import CACHE_HELP
+from streamjax.commands.flags.draft import ENGINE_DRAFT_HELP, define_draft
 from streamjax.commands.flags.model import define_model
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.models import Decoder
@@ -35,6 +36,7 @@ def define_engine(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_new_tokens", 512, "Of an answer, where a request does not say.", lower_bound=1,
                          flag_values=values)  # fmt: skip
     define_adapters(values)
+    define_draft(values, ENGINE_DRAFT_HELP)
 
 
 def refuse_mesh(values: flags.FlagValues) -> None:

@@ -83,6 +83,8 @@ class _EngineStats(Collector):
             "prompt_tokens": "Prompt tokens that were read.",
             "cached_tokens": "Prompt tokens that a known prefix or a conversation spared.",
             "generated_tokens": "Tokens that were generated.",
+            "guessed_tokens": "Tokens that were guessed and read beside others.",
+            "accepted_tokens": "Guessed tokens that were right.",
         }
         for name, about in gauges.items():
             yield GaugeMetricFamily(f"streamjax_{name}", about, value=getattr(stats, name))

@@ -17,7 +17,8 @@ from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.row_adapters import Factors
 from streamjax.serving.batch import Batch
-from streamjax.serving.decoding import Drawn, decode_rows
+from streamjax.serving.decoding import Drawn
+from streamjax.serving.drafts.guessing import Guesses
 from streamjax.serving.paging.page_book import PageBook, tables_of
 from streamjax.serving.paging.pooled_states import (
     as_dense,
@@ -180,12 +181,10 @@ class PagedBatch(Batch):
     def grew(self, row: int, tokens: int) -> None:
         self._held[row] += tokens
 
-    def decode(self, active: Bool[np.ndarray, " B"], count: int) -> Drawn:
+    def decode(self, active: Bool[np.ndarray, " B"], count: int, guesses: Guesses | None = None) -> Drawn:
         tables = self._tables or tables_of(self._rows, self._width, self._share)
         whole = join(self.state, self._pools, tables)
-        whole, self.sampling, drawn = decode_rows(
-            self.decoding.model, whole, self.sampling, active, np.int32(count), self.block
-        )
+        whole, drawn = self._decode(whole, active, count, guesses)
         self._tables = whole.tables
         self.state, self._pools = split(whole)
         return drawn

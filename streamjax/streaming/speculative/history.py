@@ -21,7 +21,7 @@ class History:
       kept: newest tokens that are remembered, at least.
     """
 
-    def __init__(self, tokens: Iterable[int] = (), kept: int = KEPT):
+    def __init__(self, tokens: Iterable[int] | Int[np.ndarray, " N"] = (), kept: int = KEPT):
         self.total = 0
         self._kept = kept
         self._buffer = np.zeros(256, np.int32)

@@ -63,12 +63,28 @@ class NGrams(Drafter):
             at = _newest_match(database, end, self.shortest)
             if at is None:
                 continue
-            found = database[at : at + self.length]
-            if database is stream and len(found) < self.length:  # it repeats itself: so will what follows
-                period = len(stream) - at
-                found = np.resize(stream[-period:], self.length)
-            return found
+            return _continued(database, at, self.length, repeats=database is stream)
         return stream[:0]
+
+    def ways(self, stream: Int32[np.ndarray, " T"], most: int) -> list[Int32[np.ndarray, " N"]]:
+        """Up to `most` ways in which a stream may go on, of up to `length` + 1 tokens, which differ in their first one.
+
+        They are for who knows the next token soon, but not yet: the `length` tokens behind it are those that `propose`
+        would guess of the stream with that token. The likeliest way is the first.
+        """
+        found: dict[int, Int32[np.ndarray, " N"]] = {}
+        for database in (stream, self._recent.tokens, np.asarray(self.text)):
+            for at in _best_matches(database, stream[-self.longest :], max(self.shortest - 1, 1), most):
+                if len(found) < most:
+                    way = _continued(database, at, self.length + 1, repeats=database is stream)
+                    found.setdefault(int(way[0]), way)
+        return list(found.values())
+
+
+def _continued(database: Int32[np.ndarray, " S"], at: int, length: int, *, repeats: bool) -> Int32[np.ndarray, " N"]:
+    """What stands in a database from some place on; one that goes round is taken to go on so, where it `repeats`."""
+    found = database[at : at + length]
+    return np.resize(database[at:], length) if repeats and len(found) < length else found
 
 
 def _newest_match(database: Int32[np.ndarray, " S"], end: Int32[np.ndarray, " N"], shortest: int) -> int | None:
@@ -85,3 +101,23 @@ def _newest_match(database: Int32[np.ndarray, " S"], end: Int32[np.ndarray, " N"
         if n >= shortest:
             found = int(places[-1]) + 1
     return found
+
+
+def _best_matches(
+    database: Int32[np.ndarray, " S"], end: Int32[np.ndarray, " N"], shortest: int, most: int
+) -> list[int]:
+    """Where matches of `end` go on, each with another token: the longest first, of equally long ones the newest."""
+    if len(end) < shortest or len(database) <= shortest:
+        return []
+    places = np.flatnonzero(database[:-1] == end[-1])
+    agreeing, longer = np.ones(len(places), np.int64), np.arange(len(places))
+    for n in range(2, len(end) + 1):
+        longer = longer[places[longer] >= n - 1]
+        longer = longer[database[places[longer] - (n - 1)] == end[-n]]
+        if not len(longer):
+            break
+        agreeing[longer] = n
+    places, agreeing = places[agreeing >= shortest], agreeing[agreeing >= shortest]
+    order = np.lexsort((places, agreeing))[::-1]
+    _, first = np.unique(database[places[order] + 1], return_index=True)
+    return (places[order[np.sort(first)[:most]]] + 1).tolist()

@@ -10,6 +10,13 @@ START, MOST = 2.0, 8.0  # what a stream may lose before it has won anything, and
 SHARE = 1 / 32  # of its passes that a stream may lose for good
 
 
+def pass_cost(tokens: int) -> float:
+    """What a pass over two tokens or more takes on this platform, in passes over a single one."""
+    # A CPU's product of one row is its fastest: SmolLM2-135M takes 2.1 times as long for 2 tokens, 2.7 for 8 and 3.1
+    # for 16 (benchmarks/serving/speculative.py).
+    return 2.0 + 0.07 * tokens if jax.default_backend() == "cpu" else 1.0 + 0.02 * tokens
+
+
 class Pace:
     """Streams guess while that does not make them slower: each has an account, in passes over a single token.
 
@@ -24,11 +31,7 @@ class Pace:
     """
 
     def __init__(self, rows: int, width: int, cost: float | None = None):
-        if cost is None:
-            # A CPU's product of one row is its fastest: SmolLM2-135M takes 2.1 times as long for 2 tokens, 2.7 for 8
-            # and 3.1 for 16 (benchmarks/serving/speculative.py).
-            cost = 2.0 + 0.07 * width if jax.default_backend() == "cpu" else 1.0 + 0.02 * width
-        self._cost = cost
+        self._cost = pass_cost(width) if cost is None else cost
         self._account = np.full(rows, START)
 
     @property

@@ -1,0 +1,107 @@
+"""Guesses for the rows of an engine: how they may go on, and whether a pass over several tokens is worth it now."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from streamjax.streaming.speculative.history import History
+from streamjax.streaming.speculative.ngrams import NGrams
+from streamjax.streaming.speculative.pace import MOST, SHARE, START, pass_cost
+
+WAYS = 4  # in which a row may go on; the token that it draws says which
+LEARNING = 0.25  # of a new figure, in the mean of guesses that were right
+KEPT = 2048  # newest tokens that an idle conversation keeps for guesses
+
+
+@dataclasses.dataclass(eq=False)
+class Line:
+    """What guesses for one request need.
+
+    history: the tokens that its stream has read, as far as they are known. hope: guesses that are right in a pass, a
+    running mean. limit: of tokens that may come, how many are read at most; None: all.
+    """
+
+    history: History
+    hope: float
+    limit: Callable[[Sequence[int]], int] | None = None
+
+
+class Guesses(NamedTuple):
+    """Of each of B rows M ways to go on, of `lengths` tokens each; the first is the token that the row draws next."""
+
+    tokens: Int32[np.ndarray, "B M N"]
+    lengths: Int32[np.ndarray, "B M"]
+
+
+class Guessing:
+    """Guesses where that makes no request later: a pass over several tokens takes longer for all rows.
+
+    It is tried when what the guesses have brought in the mean is more than the pass takes longer, both in tokens of all
+    rows that run: where few of many rows repeat themselves, and in a full batch on hardware whose arithmetic is the
+    limit, it is not. What is lost all the same is bounded as by `Pace`: 3% of the tokens and a few passes.
+
+    Args:
+      drafter: who guesses.
+      rows: of the batch.
+      vocab_size: of the model; guesses of other ids are dropped.
+      cost: of a pass over several tokens a row, in passes over one token a row; by the platform where None.
+
+    Attributes:
+      guessed, right: tokens that were guessed and read, and those of them that rows would have drawn.
+    """
+
+    def __init__(self, drafter: NGrams, rows: int, vocab_size: int, cost: float | None = None):
+        self.guessed = self.right = 0
+        self.width = 1 + drafter.length
+        self._drafter, self._vocab = drafter, vocab_size
+        single = 1.0 if rows == 1 else pass_cost(rows)
+        self._cost = pass_cost(rows * self.width) / single if cost is None else cost
+        self._account = START
+
+    def begin(self, tokens: Sequence[int] | np.ndarray, limit: Callable[[Sequence[int]], int] | None) -> Line:
+        """Guesses for a request whose stream has read these tokens."""
+        return Line(History(tokens), self._drafter.length / 2, limit)
+
+    def propose(self, lines: Sequence[Line | None], running: int) -> Guesses | None:
+        """Guesses for the rows that have a line, while so many are `running`; None where they are not worth it."""
+        loss = running * (self._cost - 1)
+        if self._account < 0 or sum(line.hope for line in lines if line is not None) <= loss:
+            return None
+        tokens = np.zeros((len(lines), WAYS, self.width), np.int32)
+        count, gain = np.zeros((len(lines), WAYS), np.int32), 0.0
+        for row, line in enumerate(lines):
+            if line is None:
+                continue
+            for way, found in enumerate(self._drafter.ways(line.history.tokens, WAYS)):
+                known = int(np.cumprod((found >= 0) & (found < self._vocab)).sum())
+                if line.limit is not None and known > 1:
+                    known = line.limit(found[:known].tolist())
+                tokens[row, way, : len(found)], count[row, way] = found, known
+            gain += line.hope * bool((count[row] > 1).any())
+        return Guesses(tokens, count) if gain > loss else None
+
+    def note(self, line: Line, tokens: Sequence[int], guessed: int) -> None:
+        """A pass has read these tokens of a row, of which `guessed` guesses had been given."""
+        line.history.extend(tokens)
+        right = max(len(tokens) - 1, 0) if guessed else 0
+        self._account += SHARE * len(tokens)
+        if guessed:
+            line.hope += LEARNING * (right - line.hope)
+            self._account += right
+            self.guessed += guessed
+            self.right += right
+        else:
+            line.hope += SHARE * (self._drafter.length / 2 - line.hope)  # what follows may be another kind of text
+
+    def ran(self, rows: int, several: bool) -> None:
+        """A pass is over, of so many rows that ran; whether it read several tokens."""
+        self._account = min(self._account - rows * (self._cost - 1) * several, MOST * max(rows, 1))
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        """A request has ended, which had generated these tokens."""
+        self._drafter.learn(np.asarray(tokens, np.int32))
