@@ -130,3 +130,19 @@ def test_a_token_is_stored_in_place(tier):
     compiled = jax.jit(store, donate_argnums=0).lower(state, x, number).compile()
     always = compiled.as_text().partition("\nENTRY")[2]  # and not what stands in a branch
     assert copied_bytes("ENTRY" + always, at_least=state.k.codes.size // 2) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed", "cq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int2", "block floats", "fireq"))]
+)
+def test_a_decode_step_makes_no_copy_of_what_the_codes_stand_for(name):
+    """What is decoded is some blocks at a time: far less than all keys and values."""
+    rows = np.random.default_rng(1).normal(size=(16 * 16, 4)).astype(np.float32).tobytes()
+    codec = CQ(4, 4, Codebooks(rows, rows, 4, "")) if name == "cq" else CODECS[name]
+    tier, spec = sj.kv.Full(16384, codec=codec), sj.kv.KVSpec(1, 1, 64, jnp.dtype(jnp.float32))
+    state = jax.eval_shape(lambda: tier.init(spec))
+    q, one = jax.ShapeDtypeStruct((1, 1, 1, 64), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    query = sj.kv.Query(q, q, jax.ShapeDtypeStruct((1, 1), jnp.uint32), one, None, None, 0.1, None)
+    compiled = jax.jit(lambda state, query: tier.attend(state, query, None)).lower(state, query).compile()
+    whole = 2 * 16384 * 64 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 2  # not of the keys alone either
