@@ -1,13 +1,15 @@
 """Codebooks of a model at hand: fitted, written to a file, taken by the preset, refused by another model."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import streamjax as sj
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
+from streamjax.streaming.compacting.key_gradients import key_gradients
 from streamjax.streaming.compacting.measure_codebooks import fitted
-from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens
+from tests.streaming.tiny_models import GQA, LOCAL, PARTIAL, build, random_tokens
 
 TEXT = random_tokens(4, 64)
 
@@ -30,7 +32,12 @@ def file(model, tmp_path_factory):
 
 def test_k_means_leaves_little_and_one_more_round_gains_nothing():
     x = (np.random.default_rng(0).normal(size=(2, 300, 2)) * [[[1, 5]], [[3, 3]]]).astype(np.float32)
-    books = fitted(jnp.asarray(x), 16, 40, seed=1)
+    even = jnp.ones((2, 300))
+    books = fitted(jnp.asarray(x), 16, 40, 1, even)
+    heavy = fitted(jnp.asarray(x), 16, 40, 1, even.at[:, :20].set(1e4))
+    for points, entries, other in zip(x, heavy, books, strict=True):  # what weighs most is met best
+        of_heavy, of_even = (((points[:20, None] - e) ** 2).sum(-1).min(axis=1).sum() for e in (entries, other))
+        assert of_heavy < 0.3 * of_even
     for points, entries in zip(x, books, strict=True):
         square = ((points[:, None] - entries) ** 2).sum(-1)
         nearest = square.argmin(axis=1)
@@ -38,6 +45,22 @@ def test_k_means_leaves_little_and_one_more_round_gains_nothing():
         np.testing.assert_allclose(middle, entries, atol=0.15)
         drawn = ((points[:, None] - points[:16]) ** 2).sum(-1).min(axis=1)
         assert square.min(axis=1).sum() < 0.7 * drawn.sum()
+
+
+def test_gradients_by_keys_and_values_are_those_of_their_biases():
+    """What is added to all keys of a layer is its bias, whose gradient is the sum over tokens; so with values."""
+    biased = build(PARTIAL)
+    ids = TEXT[:2, :16] % PARTIAL.vocab_size
+
+    def nats(model):
+        logits = sj.forward(model, ids)[:, :-1]
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], axis=-1))
+
+    exact = jax.jit(jax.grad(nats))(biased)
+    for i, (of_k, of_v) in enumerate(key_gradients(biased, jnp.asarray(ids))):
+        bias = exact.layer(i).mixer.projections.qkv_bias[...]
+        for found, expected in ((of_k, bias[:, -2]), (of_v, bias[:, -1])):
+            np.testing.assert_allclose(found.sum(axis=(0, 1)), expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
 
 
 def test_a_stream_in_entries_is_near_one_without(model, file):
@@ -97,7 +120,7 @@ def test_what_are_no_codebooks_of_this_model_is_refused(model, file, tmp_path):
 @pytest.mark.quick
 def test_layers_with_windows_keep_them(tmp_path):
     model, path = build(LOCAL), tmp_path / "books.safetensors"
-    sj.measure_codebooks(model, TEXT[:1, :8], coupled=2, bits=2, rounds=1).save(path)
+    sj.measure_codebooks(model, TEXT[:1, :8], coupled=2, bits=2, rounds=1, by_gradients=True).save(path)
     first, second = sj.kv.preset("cq", codebooks=str(path), bits=2, window=2)
     assert first == sj.kv.Cascade(sj.kv.Window(4))
     assert second.made_for is not None

@@ -68,7 +68,7 @@ class BlockFloats(Codec):
             moved = (jnp.argsort(order, axis=-1).astype(jnp.uint8),)
         blocks = x.reshape(*x.shape[:-1], -1, run_of_channels(x.shape[-1], self.block))
         largest = jnp.max(jnp.abs(blocks), axis=-1)
-        exponent = jnp.maximum(jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 23, self.bits)
+        exponent = jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 23
         half = 2 ** (self.bits - 1)
         whole = jnp.clip(jnp.round(blocks / self._step(exponent)[..., None]), -half, half - 1) + half
         return whole.astype(jnp.uint8).reshape(x.shape), (exponent.astype(jnp.uint8), *moved)
@@ -81,5 +81,9 @@ class BlockFloats(Codec):
         return jnp.take_along_axis(found, moved[0].astype(jnp.int32), axis=-1) if self.sort else found
 
     def _step(self, exponent: Array) -> Float[Array, "..."]:
-        """What the last digit of a mantissa counts: a power of two, so that products with it are exact."""
-        return jax.lax.bitcast_convert_type((exponent.astype(jnp.uint32) - (self.bits - 2)) << 23, jnp.float32)
+        """What the last digit of a mantissa counts: a power of two, so that products with it are exact.
+
+        Slots that hold nothing have the exponent 0, and stand for numbers all the same.
+        """
+        last = jnp.maximum(exponent.astype(jnp.uint32), self.bits) - (self.bits - 2)
+        return jax.lax.bitcast_convert_type(last << 23, jnp.float32)

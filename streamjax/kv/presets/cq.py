@@ -2,9 +2,9 @@
 
 The published rule: 2, 4 or 8 channels of a head share a code of 8 bits or so, 1 to 4 bits a channel, whose codebook is
 fitted by k-means to the keys (before rotation) and the values of 16 texts; tokens weigh by the squares of the loss's
-gradients at them; the newest tokens stay as they are. Here all tokens of the text weigh the same, and codes have 8, 4,
-2 or 1 bits. `codebooks` names the file that `sj.measure_codebooks(model, ids).save(FILE)` writes, which says how many
-channels are coupled; `bits` is that of its codes.
+gradients at them; the newest tokens stay as they are. Here codes have 8, 4, 2 or 1 bits. `codebooks` names the file
+that `sj.measure_codebooks(model, ids, by_gradients=True).save(FILE)` writes, which says how many channels are coupled;
+`bits` is that of its codes. Without `by_gradients` all tokens weigh the same.
 """
 
 from pathlib import Path

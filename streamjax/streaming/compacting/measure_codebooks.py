@@ -16,20 +16,27 @@ from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
 from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
-from streamjax.models.mixers.attention import Attention, SequenceContext
-from streamjax.models.rope import make_rotary
+from streamjax.models.mixers.attention import SequenceContext
 from streamjax.streaming.compacting.attention_layers import measure_layers
-from streamjax.streaming.rows import Rows
+from streamjax.streaming.compacting.key_gradients import key_gradients, unrotated
+from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 
 
 def measure_codebooks(
-    model: Decoder, text: Rows, coupled: int = 4, bits: Bits = 8, rounds: int = 25, seed: int = 0
+    model: Decoder,
+    text: Rows,
+    coupled: int = 4,
+    bits: Bits = 8,
+    rounds: int = 25,
+    seed: int = 0,
+    by_gradients: bool = False,
 ) -> LayerCodebooks:
     """Of every layer and head, codebooks for runs of `coupled` channels: of keys before rotation, and of values.
 
-    k-means from a start by k-means++, as the paper's without gradients: 2^bits entries that leave the smallest squared
-    error on the text. The paper reads 16 texts of 2,048 tokens.
+    k-means from a start by k-means++: 2^bits entries that leave the smallest squared error on the text. With
+    `by_gradients` a token weighs, in each run, the sum of the squares of the loss's gradients there (Fisher), as in the
+    paper, which reads 16 texts of 2,048 tokens; the model is then read backwards too.
 
         sj.measure_codebooks(model, ids).save("books.safetensors")   # then --cache=cq:codebooks=books.safetensors
 
@@ -40,66 +47,93 @@ def measure_codebooks(
       bits: of a code.
       rounds: of k-means.
       seed: of the start.
+      by_gradients: whether tokens weigh what the loss minds.
 
     Raises:
       ValueError: rows that are not as described or fewer tokens than entries, channels that do not divide a head, or a
-        layer that is no attention with heads of its own.
+        layer that is no attention with heads of its own; by gradients also one with another mixer beside it, or a
+        memory.
     """
     codec, own = CQ(coupled, bits), fingerprint_in_any_dtype(model)
     if rounds < 1:
         raise ValueError(f"measure_codebooks: rounds is {rounds}: it must be a whole number of at least 1")
+    read: list[tuple[Array, Array]] = []
 
-    def measure(block: Block, mixer: AttentionConfig, x: Float[Array, "B T E"], context: SequenceContext) -> Codebooks:
-        tokens = x.shape[0] * x.shape[1]
-        if tokens < 2**bits:
-            raise ValueError(f"{tokens} tokens fill no codebooks of {2**bits} entries: give a longer text")
-        scale = 1.0 if mixer.rope is None else make_rotary(mixer.rope, mixer.head_dim, x.shape[1]).scale
-        made = []
-        for part, times in zip(_keys_and_values(block, x), (scale, 1.0), strict=True):
-            codec.check(part.shape[-1])
-            runs = rearrange(part * times, "b t k (p c) -> (k p) (b t) c", c=coupled)
-            entries = fitted(runs, 2**bits, rounds, seed)
-            made.append(np.ascontiguousarray(rearrange(entries, "p e c -> (p e) c"), np.float32))
-        return Codebooks(made[0].tobytes(), made[1].tobytes(), coupled, own)
+    def measure(block: Block, mixer: AttentionConfig, x: Float[Array, "B T E"], context: SequenceContext) -> int:
+        if x.shape[0] * x.shape[1] < 2**bits:
+            raise ValueError(f"{x.shape[0] * x.shape[1]} tokens fill no codebooks of {2**bits} entries: give more text")
+        codec.check(mixer.head_dim)
+        read.append(_keys_and_values(block, x, context))
+        return len(read) - 1
 
     layers, tokens = measure_layers(model, text, measure, needs="codebooks need", lacks="keys could be coded")
-    return LayerCodebooks(layers, own, tokens)
+    minds = None
+    if by_gradients:
+        if model.config.hsa is not None or any(block.beside is not None for block in model.config.blocks):
+            raise ValueError("measure_codebooks: by_gradients reads layers of attention alone: leave it out")
+        minds = key_gradients(model, jnp.asarray(as_rows(text)[0], jnp.int32))
+
+    def fit(layer: int, index: int) -> Codebooks:
+        books = []
+        for role in range(2):
+            runs = _runs(read[index][role], coupled)
+            weights = jnp.ones(runs.shape[:2]) if minds is None else (_runs(minds[layer][role], coupled) ** 2).sum(-1)
+            found = rearrange(fitted(runs, 2**bits, rounds, seed, weights), "p e c -> (p e) c")
+            books.append(np.ascontiguousarray(found, np.float32).tobytes())
+        return Codebooks(books[0], books[1], coupled, own)
+
+    made = [layer if isinstance(layer, tuple) else fit(i, layer) for i, layer in enumerate(layers)]
+    return LayerCodebooks(tuple(made), own, tokens)
 
 
 @jax.jit
-def _keys_and_values(block: Block, x: Float[Array, "B T E"]) -> list[Float[Array, "B T K D"]]:
-    assert isinstance(block.mixer, Attention)
-    return [part.astype(jnp.float32) for part in block.mixer.projections.keys(block.mixer_input(x))]
+def _keys_and_values(
+    block: Block, x: Float[Array, "B T E"], context: SequenceContext
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    k, v = block.keys(x, context)
+    return unrotated(block, k, context), v
 
 
-def fitted(x: Float[Array, "P N c"], entries: int, rounds: int, seed: int) -> Float[np.ndarray, "P E c"]:
-    """Codebooks of P runs of channels, each by itself."""
-    return np.asarray(_k_means(x, jax.random.split(jax.random.key(seed), len(x)), entries, rounds))
+def _runs(x: Float[Array, "B T K D"], coupled: int) -> Float[Array, "P N c"]:
+    """Runs of channels of all heads, each with its tokens."""
+    return rearrange(x.astype(jnp.float32), "b t k (p c) -> (k p) (b t) c", c=coupled)
+
+
+def fitted(
+    x: Float[Array, "P N c"], entries: int, rounds: int, seed: int, weights: Float[Array, "P N"]
+) -> Float[np.ndarray, "P E c"]:
+    """Codebooks of P runs of channels, each by itself, of points that weigh so much."""
+    return np.asarray(_k_means(x, weights, jax.random.split(jax.random.key(seed), len(x)), entries, rounds))
 
 
 @partial(jax.jit, static_argnames=("entries", "rounds"))
-def _k_means(x: Float[Array, "P N c"], keys: Array, entries: int, rounds: int) -> Float[Array, "P E c"]:
-    return jax.lax.map(lambda run: _one_k_means(run[0], run[1], entries, rounds), (x, keys))
+def _k_means(
+    x: Float[Array, "P N c"], weights: Float[Array, "P N"], keys: Array, entries: int, rounds: int
+) -> Float[Array, "P E c"]:
+    return jax.lax.map(lambda run: _one_k_means(run[0], run[1], run[2], entries, rounds), (x, weights, keys))
 
 
-def _one_k_means(x: Float[Array, "N c"], key: Array, entries: int, rounds: int) -> Float[Array, "E c"]:
+def _one_k_means(
+    x: Float[Array, "N c"], weights: Float[Array, " N"], key: Array, entries: int, rounds: int
+) -> Float[Array, "E c"]:
     squares = jnp.sum(x * x, axis=1)
+    weights = weights / jnp.max(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny)) + 1e-9  # none without any
 
     def spread(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        """k-means++: the next entry is a point, drawn by its squared distance to the nearest entry so far."""
+        """k-means++: the next entry is a point, drawn by its weight and its squared distance to the nearest entry."""
         found, distance = carry
-        at = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(distance))
+        at = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(distance) + jnp.log(weights))
         new = x[at]
         closer = squares - 2 * x @ new + new @ new
         return found.at[i].set(new), jnp.clip(jnp.minimum(distance, closer), 1e-30)
 
-    first = jnp.zeros((entries, x.shape[1]), x.dtype), jnp.full(len(x), 1.0)
+    first = jnp.zeros((entries, x.shape[1]), x.dtype), jnp.ones(len(x))
     start, _ = jax.lax.fori_loop(0, entries, spread, first)
 
     def improved(_: Array, books: Array) -> Array:
         nearest = jnp.argmin(jnp.sum(books * books, axis=1) - 2 * x @ books.T, axis=1)
-        sums = jax.ops.segment_sum(x, nearest, entries)
-        count = jax.ops.segment_sum(jnp.ones(len(x)), nearest, entries)[:, None]
-        return jnp.where(count > 0, sums / jnp.maximum(count, 1), books)
+        sums = jax.ops.segment_sum(x * weights[:, None], nearest, entries)
+        count = jax.ops.segment_sum(weights, nearest, entries)[:, None]
+        return jnp.where(count > 0, sums / jnp.where(count > 0, count, 1), books)
 
     return jax.lax.fori_loop(0, rounds, improved, start)

@@ -76,6 +76,13 @@ def test_what_is_stored_does_not_depend_on_the_cut(name, data, length):
         np.testing.assert_array_equal(a, b)
 
 
+def test_slots_that_hold_nothing_stand_for_numbers():
+    """What is masked is multiplied by 0 all the same."""
+    for codec in CODECS.values():
+        for slots in empty(codec):
+            assert np.isfinite(dense(slots)).all()
+
+
 @pytest.mark.parametrize("name", ["int8", "int2"])
 @pytest.mark.parametrize("length", [5, 8, 47, 48, 91])
 def test_slots_hold_what_a_plain_loop_says(name, length):
