@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from streamjax.parallel.rules import STAGE, NamedState, partition_spec
@@ -69,8 +70,9 @@ def make_mesh(
             f"a mesh of {shape or 'one device'} does not fit {len(devices)} devices: make the sizes multiply to "
             f"{len(devices)}, set one of them to -1, or pass fewer devices"
         )
-    axis_types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    # Eight devices along an axis are half of a dimension, or one and a half, of a torus of 4 x 4 x 4.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:

@@ -13,6 +13,8 @@ from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO, group_advantages
 from streamjax.training.objectives.objective import CrossEntropy, Objective
+from streamjax.training.pipeline.gradient import pipeline_loss_and_grad
+from streamjax.training.pipeline.paths import PipelineConfig
 from streamjax.training.post_training.rewards import Answer
 from streamjax.training.post_training.rollouts import RolloutConfig
 from streamjax.training.run.config import BackpropConfig, LoRAConfig, MeshConfig, TrainConfig
@@ -42,6 +44,7 @@ __all__ = [
     "MeshConfig",
     "Objective",
     "OptimizerConfig",
+    "PipelineConfig",
     "RolloutConfig",
     "RunStopped",
     "TrainConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "new_state",
+    "pipeline_loss_and_grad",
     "shard_batch",
     "streaming_eval_step",
     "streaming_loss",

@@ -5,7 +5,8 @@ goes back as soon as it has come to the end of its path, so a stage holds the in
 many there are. The last stage of a path goes forwards and backwards at once, so it has a backward pass only.
 
 Microbatches are planned one after the other. Each takes, of the paths that it may take, the one on which it is back the
-soonest, in slots that those before it have left free. (SkipPipe plans by conflict-based search, over nodes with links
+soonest, in slots that those before it have left free. This is done several times, with loads of stages that are even
+after each microbatch or only in the end, and the shortest schedule is taken. (SkipPipe plans by conflict-based search, over nodes with links
 of different speed. Here stages and links are alike, and planning in turns has no conflict to resolve.)
 """
 
@@ -68,6 +69,9 @@ class Schedule:
         return max(load.values())
 
 
+_AHEAD = (0, 1, 2, None)
+
+
 @functools.lru_cache(maxsize=32)
 def plan(stages: int, microbatches: int, config: PipelineConfig = WHOLE) -> Schedule:
     """A schedule without collisions: 1F1B, or with `config.skip` one of partial paths.
@@ -80,6 +84,13 @@ def plan(stages: int, microbatches: int, config: PipelineConfig = WHOLE) -> Sche
     """
     if stages < 1 or microbatches < 1:
         raise ValueError(f"a pipeline of {stages} stages and {microbatches} microbatches: both must be at least 1")
+    if config.hops(stages) == stages and not config.swaps:
+        return _planned(stages, microbatches, config, None)
+    return min((_planned(stages, microbatches, config, ahead) for ahead in _AHEAD), key=lambda found: found.length())
+
+
+def _planned(stages: int, microbatches: int, config: PipelineConfig, ahead: int | None) -> Schedule:
+    """Microbatches planned in turn; `ahead`: by how much a stage may be ahead of an even load, where possible."""
     allowed = candidates(stages, config)
     fixed = int(config.first)
     free, hops = range(fixed, stages), config.hops(stages) - fixed
@@ -89,10 +100,13 @@ def plan(stages: int, microbatches: int, config: PipelineConfig = WHOLE) -> Sche
     paths, visits = [], []
     for microbatch in range(microbatches):
         rest = microbatches - microbatch - 1
+        usual = [path for path in allowed if _even(path, load, most, rest, free, hops)]
+        if ahead is not None and hops:
+            limit = math.ceil((microbatch + 1) * hops / len(free)) + ahead
+            usual = [path for path in usual if all(load[s] < limit for s in path[fixed:])] or usual
         plans = [
             (found[0].backward, max(load[stage] for stage in path), found)
-            for path in allowed
-            if _even(path, load, most, rest, free, hops)
+            for path in usual
             for found in [_visits(microbatch, path, *taken)]
         ]
         _, _, found = min(plans, key=lambda plan: plan[:2])

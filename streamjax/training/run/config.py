@@ -27,6 +27,7 @@ from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO
 from streamjax.training.objectives.objective import CrossEntropy
+from streamjax.training.pipeline.paths import PipelineConfig
 from streamjax.training.post_training.rollouts import RolloutConfig
 from streamjax.training.run.optimizer import OptimizerConfig
 
@@ -38,7 +39,7 @@ class MeshConfig:
     """Devices along each mesh axis, all devices together; one may be -1 for those that are left. All 1: one device.
 
     `data` and `fsdp` split the rows of a batch, `context` each row's tokens; see `streamjax.parallel.make_mesh`.
-    `replica` is for `diloco`.
+    `replica` is for `diloco`, `stage` splits the layers (`pipeline`).
     """
 
     data: Axis = 1
@@ -47,6 +48,7 @@ class MeshConfig:
     context: Axis = 1
     expert: Axis = 1
     replica: Axis = 1
+    stage: Axis = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -163,6 +165,7 @@ class TrainConfig:
       mesh: how the run is spread over devices; "auto" takes the fastest way by a model of a step's costs
         (`streamjax.training.choose_mesh`) over all devices that there are.
       distill: the teacher of `Distillation`, and which layers of `init_from` get other token mixers.
+      pipeline: how microbatches, `optimizer.accumulation` of them, go through the stages along `mesh.stage`.
       diloco: replicas that train apart and exchange little; ordinary training with 0 replicas.
       seed: of the initial weights.
       log_interval: steps from one line of metrics to the next.
@@ -188,6 +191,7 @@ class TrainConfig:
     scan_layers: bool = False
     mesh: MeshConfig | Literal["auto"] = dataclasses.field(default_factory=MeshConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
     diloco: DiLoCoConfig = dataclasses.field(default_factory=DiLoCoConfig)
     seed: Seed = 0
     log_interval: Size = 10
@@ -223,6 +227,7 @@ class TrainConfig:
         self._check_objective()
         self._check_teacher()
         self._check_replicas()
+        self._check_stages()
         self.check_context(1 if self.mesh == "auto" else self.mesh.context)
 
     def _check_objective(self) -> None:
@@ -298,6 +303,28 @@ class TrainConfig:
         if self.backprop.carry_state:
             raise ValueError(
                 f"diloco.replicas is {replicas}, and backprop.carry_state trains one model: set either off"
+            )
+
+    def _check_stages(self) -> None:
+        """Whether a pipeline can train as this run says; what only the model and the devices tell is checked later."""
+        stages = 1 if self.mesh == "auto" else self.mesh.stage
+        if stages == 1:
+            if self.pipeline != PipelineConfig():
+                raise ValueError("pipeline says how stages are gone through, and mesh.stage is 1: set mesh.stage, too")
+            return
+        assert self.mesh != "auto"
+        others = [name for name in ("fsdp", "context", "expert", "replica") if getattr(self.mesh, name) != 1]
+        if others:
+            raise ValueError(
+                f"mesh.{others[0]} is {getattr(self.mesh, others[0])}: mesh.stage goes with data and tensor only"
+            )
+        if not self.scan_layers:
+            raise ValueError(f"mesh.stage is {stages}, and stages have parts of stacked layers: set scan_layers=true")
+        if self.backprop.method not in ("full", "remat", "auto"):
+            raise ValueError(f'backprop.method is {self.backprop.method!r}: with mesh.stage use "full" or "remat"')
+        if self.backprop.carry_state:
+            raise ValueError(
+                f"backprop.carry_state reads streams in one piece, and mesh.stage is {stages}: set it to 1"
             )
 
     def check_context(self, devices: int) -> None:

@@ -23,6 +23,7 @@ from streamjax.checkpoints import RunCheckpoints
 from streamjax.data import load_tokenizer
 from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.multiprocess import gather_json, max_over_processes
+from streamjax.parallel.rules import STAGE
 from streamjax.training.backprop.loss_and_grad import choice_for
 from streamjax.training.backprop.planning.method_choice import device_memory_bytes
 from streamjax.training.backprop.trainable_parameters import partition
@@ -154,6 +155,7 @@ class _Run:
             "objective": config.objective,
             "spike_factor": config.optimizer.spike_factor,
             "aligned": config.distill.layers,
+            "pipeline": config.pipeline,
             **self._backprop_options(),
         }
         self.replicas: Replicas | None = None
@@ -182,6 +184,8 @@ class _Run:
         options = config.backprop.options()
         if config.backprop.method != "auto":
             return options
+        if self.mesh is not None and self.mesh.shape.get(STAGE, 1) > 1:
+            return {**options, "method": "remat"}
         accumulation = config.optimizer.accumulation
         trained, _ = partition(self.state.model, config.trainable)
         held = [self.state.opt_state] + [trained] * (accumulation > 1)  # gradients of earlier microbatches

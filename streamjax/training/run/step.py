@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.mlps.routing_report import RoutingReport
+from streamjax.parallel.rules import STAGE
 from streamjax.streaming.state import StreamState
 from streamjax.training.backprop.loss_and_grad import Batch, check_method, loss_and_grad, loss_sum
 from streamjax.training.backprop.routing import routing_metrics, take_reports, trainable_and_reports, with_reports
@@ -24,14 +25,21 @@ from streamjax.training.backprop.trainable_parameters import Trainable, combine,
 from streamjax.training.distillation.alignment import alignment_loss_and_grad
 from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.objective import CrossEntropy
+from streamjax.training.pipeline.gradient import pipeline_loss_and_grad
+from streamjax.training.pipeline.paths import WHOLE, PipelineConfig
 from streamjax.training.run.state import TrainState
 
 Metrics = dict[str, Array]
+_PIPELINED = ("method", "objective", "logits_chunk", "trainable")
 _STREAMED = ("objective", "chunk_size", "logits_chunk", "trainable")
 
 
 def accumulate_gradients(
-    model: Decoder, batch: Mapping[str, Array | np.ndarray], microbatches: int, **options: Any
+    model: Decoder,
+    batch: Mapping[str, Array | np.ndarray],
+    microbatches: int,
+    pipeline: PipelineConfig = WHOLE,
+    **options: Any,
 ) -> tuple[Float[Array, ""], Decoder]:
     """`loss_and_grad` of a batch, cut into microbatches that exist one at a time.
 
@@ -42,6 +50,7 @@ def accumulate_gradients(
     Args:
       model: the model.
       batch: as for `loss_and_grad`; all its arrays have the rows as their first dimension.
+      pipeline: how they go through the stages, under a mesh that has them (`pipeline_loss_and_grad`).
       microbatches: how many; they must divide the rows, or the groups of rows that the objective takes together.
       options: the other arguments of `loss_and_grad`, `objective`, `method` and so on; `aligned`, the layers of
         `Distillation(matches="layers")`, whose gradient is `alignment_loss_and_grad`'s.
@@ -49,6 +58,9 @@ def accumulate_gradients(
     Raises:
       ValueError: rows that cannot be dealt out, and what `loss_and_grad` refuses.
     """
+    if jax.sharding.get_abstract_mesh().shape.get(STAGE, 1) > 1:
+        known = {name: options[name] for name in _PIPELINED if name in options}
+        return pipeline_loss_and_grad(model, batch, microbatches, pipeline=pipeline, **known)
     objective, aligned = options.get("objective") or CrossEntropy(), options.pop("aligned", ())
     if isinstance(objective, Distillation) and objective.matches == "layers":
         trainable = options.get("trainable", nnx.Param)
