@@ -2,13 +2,18 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import streamjax as sj
 from streamjax.kv import tier
+from streamjax.kv.ring_buffer import write_linear
+from streamjax.kv.tiers import full
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.parallel.small_models import BATCH, CONFIG, MESHES, small_model
 
@@ -21,13 +26,13 @@ CACHES = {
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-def _collectives(mesh: str, cache: str, width: int) -> list[tuple[str, tuple[int, ...]]]:
+def _collectives(mesh: str, cache: str, width: int, rows: int = BATCH) -> list[tuple[str, tuple[int, ...]]]:
     """Operation and shape of every collective in a compiled step; those on less than 64 numbers left out."""
     mesh = make_mesh(**MESHES[mesh])
     with jax.set_mesh(mesh):
         model = shard_model(small_model(), mesh)
-        state = sj.init_state(model, CACHES[cache], BATCH)
-        tokens, count = jnp.zeros((BATCH, width), jnp.int32), jnp.ones((BATCH,), jnp.int32)
+        state = sj.init_state(model, CACHES[cache], rows)
+        tokens, count = jnp.zeros((rows, width), jnp.int32), jnp.ones((rows,), jnp.int32)
         text = sj.step.trace(model, state, tokens, count).lower().compile().as_text()
     found = []
     for result, operation in COLLECTIVE.findall(text):
@@ -74,3 +79,30 @@ def test_decode_with_slots_over_devices_keeps_them_there(cache):
     """Each device attends to its own slots; what is exchanged is as large as queries, not as the cache."""
     for _, shape in _collectives("context2-tensor4", cache, 1):
         assert math.prod(shape) <= BATCH * CONFIG.d_model
+
+
+@pytest.mark.parametrize("width", [1, 8], ids=["decode", "prefill"])
+def test_a_stream_alone_writes_where_its_slots_lie(width, monkeypatch):
+    """Its tokens go into a window of the slots, as on all platforms but CPUs, which no device has to gather."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **others: default(*arrays))
+    jax.clear_caches()
+    for _, shape in _collectives("context2-tensor4", "dense", width, rows=1):
+        assert math.prod(shape) <= width * CONFIG.d_model
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_writing_over_devices_is_writing(rows):
+    """Runs that begin and end on any of eight devices, and beyond the last slot."""
+    random = np.random.default_rng(0)
+    buffer = jnp.asarray(random.standard_normal((rows, 1, 24, 2)), jnp.float32)
+    mesh = make_mesh(context=8)
+    placed = jax.device_put(buffer, NamedSharding(mesh, PartitionSpec(None, None, "context")))
+    write, over = jax.jit(partial(write_linear, axis=2)), jax.jit(full._write_over_devices)
+    for _ in range(20):
+        chunk = jnp.asarray(random.standard_normal((rows, 1, 7, 2)), jnp.float32)
+        filled, start = (jnp.asarray(random.integers(0, most, rows), jnp.int32) for most in (25, 4))
+        count = jnp.minimum(jnp.asarray(random.integers(0, 4, rows), jnp.int32), 24 - filled)
+        with jax.set_mesh(mesh):
+            found = over(placed, chunk, filled, start, count)
+        np.testing.assert_array_equal(found, write(buffer, chunk, filled, start, count))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.context.exchange import AXIS
@@ -54,6 +54,8 @@ def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]
     taken = jnp.minimum(count, slots - state.filled)
 
     def write(buffer: Any, chunk: Array) -> Any:
+        if _on_several_devices(buffer):
+            return _write_over_devices(buffer, chunk, state.filled, start, taken)
         if isinstance(buffer, CodedSlots):
             return buffer.write(chunk, start, taken)
         return write_linear(buffer, chunk, state.filled, start, taken, axis=2)
@@ -108,6 +110,33 @@ class Full(Tier):
     def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         unrotated = self.codec is not None and self.codec.unrotated
         return append(state, tokens.moved(back=True) if unrotated else tokens)
+
+
+def _write_over_devices(
+    buffer: Shaped[Array, "B K S ..."],
+    chunk: Shaped[Array, "B K C ..."],
+    filled: Int32[Array, " B"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+) -> Shaped[Array, "B K S ..."]:
+    """`write_linear` along the slots, of which each device writes its own.
+
+    Left to the compiler, a window that may begin anywhere gathers them all.
+    """
+
+    def own(buffer: Array, chunk: Array, filled: Array, start: Array, count: Array) -> Array:
+        size = buffer.shape[2]
+        first = filled - jax.lax.axis_index(AXIS) * size  # from here on, counted from this device's first slot
+        before = jnp.maximum(-first, 0)  # tokens of the run for devices in front
+        cursor = jnp.clip(first, 0, size)
+        mine = jnp.clip(count - before, 0, size - cursor)
+        return write_linear(buffer, chunk, cursor, start + before, mine, axis=2)
+
+    heads, rest = None if buffer.shape[1] == 1 else "kv_heads", (None,) * (buffer.ndim - 3)
+    slots, tokens, rows = ("batch", heads, "slots", *rest), ("batch", heads, None, *rest), ("batch",)
+    arrays = buffer, chunk, filled, start, count
+    written: Array = per_device_call(own, (slots, tokens, rows, rows, rows), slots, arrays)
+    return written
 
 
 def _on_several_devices(slots: Slots) -> bool:

@@ -6,8 +6,9 @@ many there are. The last stage of a path goes forwards and backwards at once, so
 
 Microbatches are planned one after the other. Each takes, of the paths that it may take, the one on which it is back the
 soonest, in slots that those before it have left free. This is done several times, with loads of stages that are even
-after each microbatch or only in the end, and the shortest schedule is taken. (SkipPipe plans by conflict-based search, over nodes with links
-of different speed. Here stages and links are alike, and planning in turns has no conflict to resolve.)
+after each microbatch or only in the end, and the shortest schedule is taken. (SkipPipe plans by conflict-based search,
+over nodes with links of different speed. Here stages and links are alike, and planning in turns has no conflict to
+resolve.)
 """
 
 from __future__ import annotations
