@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import aot
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(sys.prefix) / "aot"
 MB = 1e6
@@ -116,3 +118,13 @@ def test_decoding_by_kernels_on_a_mesh_says_no_more_between_chips(tmp_path):
     assert decode["alias"] >= 2 * 2 * (4 * 2 * 4096 * 128 * 2)
     assert decode["temp"] < 16 * MB
     assert decode["collectives"] == {"all-reduce bf16[4,1,4096]": 1, "all-reduce bf16[4,4096]": 4}
+
+
+def test_axes_of_eight_lie_on_a_torus_of_four(tmp_path):
+    """Sizes that are no product of a slice's dimensions: half of one, or one and a half."""
+    code = "from benchmarks import aot; print(aot.tpu_mesh('v5p:4x4x4', fsdp=8, context=8).shape['context'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=aot.child_environment("v5p:4x4x4"), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["8"]

@@ -326,6 +326,9 @@ class TrainConfig:
             raise ValueError(
                 f"backprop.carry_state reads streams in one piece, and mesh.stage is {stages}: set it to 1"
             )
+        if not isinstance(self.objective, CrossEntropy):
+            name = type(self.objective).__name__
+            raise ValueError(f"objective {name} is not for pipelines, and mesh.stage is {stages}: use other axes")
 
     def check_context(self, devices: int) -> None:
         """Raise ValueError for what cannot be trained with sequences over so many devices along `mesh.context`."""
