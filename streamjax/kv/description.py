@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from streamjax.kv.budgets.budgeted import Budgeted
@@ -76,4 +77,8 @@ def describe_tier(tier: Tier) -> str:
 
 def _codec(tier: Tier) -> str:
     codec = getattr(tier, "codec", None)
-    return "" if codec is None else f" as {codec!r}"
+    if codec is None:
+        return ""
+    fields = [(field, getattr(codec, field.name)) for field in dataclasses.fields(codec)]
+    unusual = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
+    return f" as {type(codec).__name__}({', '.join(unusual)})"

@@ -1,5 +1,7 @@
 """Named caches: what they build, and what they say when asked for something else."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import pytest
 import streamjax as sj
 from streamjax.kv import Cascade, Full, Sink, Window
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
+from streamjax.kv.description import describe_cache
+from streamjax.kv.presets.in_codes import CODECS
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 
 
@@ -171,3 +175,44 @@ def test_ids_are_named_in_one_word():
     assert sj.kv.parse_preset("sentence_kv:ends=13+30,page=64") == ("sentence_kv", {"ends": (13, 30), "page": 64})
     with pytest.raises(ValueError, match="cache 'sentence_kv': ends must be a number, not '13\\+x'"):
         sj.kv.parse_preset("sentence_kv:ends=13+x")
+
+
+@pytest.mark.quick
+def test_a_cache_in_codes_has_them_in_every_tier_that_can(tmp_path):
+    four, two = CODECS["int4"], CODECS["int2"]
+    snapkv = sj.kv.preset("snapkv", size=100)
+    assert sj.kv.preset("snapkv", size=100, codec="int4") == Cascade(
+        Window(32), dataclasses.replace(snapkv.tiers[1], codec=four)
+    )  # a window shorter than a group of 64 tokens stays as it is
+    assert sj.kv.preset("snapkv", size=100, codec="int2").tiers[0].codec == two
+    sinks = sj.kv.preset("streaming_llm", sinks=3, window=90)
+    assert sj.kv.preset("streaming_llm", sinks=3, window=90, codec=four) == Cascade(
+        Sink(3, sinks.reach), Window(90, codec=four)
+    )
+    gates = tmp_path / "gates.json"
+    gates.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')
+    groups = sj.kv.preset("duo_attention", heads=str(gates), recent=9, capacity=99, codec="fp8")[0].groups
+    assert [cascade.tiers[-1].codec for _, cascade in groups] == [CODECS["fp8"]] * 2
+    assert sj.kv.preset("cake", codec="int8").cascade.tiers[1].codec == CODECS["int8"]
+    pages = sj.kv.preset("quest", page=16, codec="int4").tiers[-1]
+    assert pages.codec == dataclasses.replace(four, group=16)
+    name, options = sj.kv.parse_preset("tova:size=99,codec=int4")
+    assert sj.kv.preset(name, **options) == Cascade(
+        dataclasses.replace(sj.kv.preset("tova", size=99).tiers[0], codec=four)
+    )
+    assert describe_cache(sj.kv.preset(name, **options)).endswith(" as Int(bits=4, fit='error'))")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapkv", {"codec": "int5"}, "cache 'snapkv': there is no codec 'int5'; did you mean 'int"),
+        ("streaming_llm", {"window": 9, "codec": "int4"}, "Cascade has no tier that would hold tokens as codes of Int"),
+        ("kivi", {"codec": "int8"}, "cache 'kivi' with a codec: Cascade has no tier"),
+        ("topk_attention", {"codec": "int4"}, "reads all keys as they are"),
+    ],
+)
+def test_codecs_that_do_not_fit_are_refused_in_one_line(name, options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        sj.kv.preset(name, **options)
+    assert "\n" not in str(refused.value)

@@ -11,6 +11,8 @@ from typing import Any
 
 from streamjax.field_checks import check_arguments
 from streamjax.kv.cache import Cache
+from streamjax.kv.codecs.codec import Codec
+from streamjax.kv.presets.in_codes import CODECS, in_codes
 
 Built = Cache | tuple[Cache, ...]
 Rule = Callable[[Mapping[str, Any]], Any]
@@ -129,7 +131,7 @@ def parse_preset(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     if name not in _PRESETS:
         raise ValueError(f"unknown cache {name!r}; {_nearest(name, _PRESETS)}")
-    known = _PRESETS[name].options
+    known = {"codec": "", **_PRESETS[name].options}
     options = {}
     for item in filter(None, rest.split(",")):
         option, equals, value = item.partition("=")
@@ -149,7 +151,8 @@ def preset(name: str, **options: Any) -> Built:
     Args:
       name: one of `presets()`.
       **options: the system's own options, such as `sinks=4, window=1020`. Sizes that are not given fit the capacity:
-        `preset("quest", capacity=512)` reads 32 pages, which is all of them, and not 64.
+        `preset("quest", capacity=512)` reads 32 pages, which is all of them, and not 64. Those without a codec of
+        their own also take `codec`: "fp8", "int8", "int4", "int2", or a codec; see `streamjax.kv.presets.in_codes`.
 
     Raises:
       ValueError: an unknown name or option (the message suggests the nearest), or a value that makes no sense.
@@ -157,6 +160,7 @@ def preset(name: str, **options: Any) -> Built:
     if name not in _PRESETS:
         raise ValueError(f"unknown cache preset {name!r}; {_nearest(name, _PRESETS)}")
     known = _PRESETS[name].options
+    codec = None if "codec" in known else options.pop("codec", None)
     for option in options:
         if option not in known:
             raise ValueError(f"cache preset {name!r} has no option {option!r}; it takes {', '.join(known)}")
@@ -164,7 +168,19 @@ def preset(name: str, **options: Any) -> Built:
         if isinstance(value, int) and abs(value) > _MOST:
             raise ValueError(f"cache {name!r}: {option} is {value}, and {_MOST:,} is the most")
     check_arguments(_PRESETS[name].build, options, f"cache preset {name!r}")
-    return _PRESETS[name].build(**_PRESETS[name].complete(options))
+    built = _PRESETS[name].build(**_PRESETS[name].complete(options))
+    return built if codec is None else _coded(name, built, codec)
+
+
+def _coded(name: str, built: Built, codec: Codec | str) -> Built:
+    if isinstance(codec, str):
+        if codec not in CODECS:
+            raise ValueError(f"cache {name!r}: there is no codec {codec!r}; {_nearest(codec, CODECS)}")
+        codec = CODECS[codec]
+    try:
+        return tuple(in_codes(each, codec) for each in built) if isinstance(built, tuple) else in_codes(built, codec)
+    except ValueError as error:
+        raise ValueError(f"cache {name!r} with a codec: {error}") from None
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
