@@ -185,10 +185,7 @@ def test_a_cache_in_codes_has_them_in_every_tier_that_can(tmp_path):
         Window(32), dataclasses.replace(snapkv.tiers[1], codec=four)
     )  # a window shorter than a group of 64 tokens stays as it is
     assert sj.kv.preset("snapkv", size=100, codec="int2").tiers[0].codec == two
-    sinks = sj.kv.preset("streaming_llm", sinks=3, window=90)
-    assert sj.kv.preset("streaming_llm", sinks=3, window=90, codec=four) == Cascade(
-        Sink(3, sinks.reach), Window(90, codec=four)
-    )
+    assert sj.kv.preset("streaming_llm", sinks=3, window=90, codec=four) == Cascade(Sink(3), Window(90, codec=four))
     gates = tmp_path / "gates.json"
     gates.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')
     groups = sj.kv.preset("duo_attention", heads=str(gates), recent=9, capacity=99, codec="fp8")[0].groups

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
@@ -39,23 +40,23 @@ def in_codes(cache: Cache, codec: Codec) -> Cache:
     Raises:
       ValueError: no tier that can, or one that does not take this codec.
     """
-    coded = _in_codes(cache, codec)
+    if isinstance(cache, Budgeted):
+        return dataclasses.replace(cache, cascade=_cascade(cache.cascade, codec))
+    coded: Cache = cache
+    if isinstance(cache, HeadGroups):
+        coded = HeadGroups(*((heads, _cascade(cascade, codec)) for heads, cascade in cache.groups))
+    elif isinstance(cache, Cascade):
+        coded = _cascade(cache, codec)
     if coded == cache:
         raise ValueError(f"{type(cache).__name__} has no tier that would hold tokens as codes of {codec!r}")
     return coded
 
 
-def _in_codes(cache: Cache, codec: Codec) -> Cache:
-    if isinstance(cache, Budgeted):
-        return dataclasses.replace(cache, cascade=_in_codes(cache.cascade, codec))
-    if isinstance(cache, HeadGroups):
-        return HeadGroups(*((heads, _in_codes(cascade, codec)) for heads, cascade in cache.groups))
-    if not isinstance(cache, Cascade):
-        return cache
-    return Cascade(*(coded for tier in cache.tiers for coded in _of_tier(tier, codec)))
+def _cascade(cascade: Cascade, codec: Codec) -> Cascade:
+    return Cascade(*(coded for tier in cascade.tiers for coded in _of_tier(tier, codec)))
 
 
-def _of_tier(tier: Tier, codec: Codec) -> tuple[Tier, ...]:
+def _of_tier(tier: Any, codec: Codec) -> tuple[Tier, ...]:
     if isinstance(tier, SinkWindow):
         window, *_ = _of_tier(Window(tier.window), codec)
         return Sink(tier.sinks, tier.reach), window
