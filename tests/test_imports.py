@@ -25,6 +25,7 @@ ROOMS = """
     streamjax.field_checks streamjax.lazy_names streamjax.barriers
     streamjax.parallel
     streamjax.checkpoints
+    streamjax.snapshots
     streamjax.data.text
     streamjax.data.recall
     streamjax.data.ruler

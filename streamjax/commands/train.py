@@ -29,10 +29,12 @@ from absl import flags
 from streamjax.checkpoints import user_path
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.shell.runner import Stopped, complain, require_device, run_command
-from streamjax.parallel.multiprocess import LOST, exit_without_others, join_processes
+from streamjax.parallel.multiprocess import GO_ON, LOST, exit_without_others, join_processes
+from streamjax.parallel.watching import Watch
 from streamjax.training import RunStopped, TrainConfig, apply_overrides, describe, train
 
 _PREFIX = "--config."
+_SECONDS_TO_KNOW = 20.0  # which process is gone, when a collective has failed
 Overrides = list[tuple[str, str]]
 
 
@@ -73,17 +75,34 @@ def body(values: flags.FlagValues, overrides: Overrides) -> None:
     if values.distributed:
         _join_processes()
     require_device()
-    workdir = user_path(values.workdir)
+    workdir, watch = user_path(values.workdir), None
+    if jax.process_count() > 1:
+        watch = Watch(_end_without)
     try:
         train(config, workdir, resume_from=values.resume_from)
     except RunStopped as stopped:
+        if watch is not None:
+            watch.leave()
         raise Stopped(stopped.exit_code, str(stopped)) from stopped
     except Exception as error:
-        if jax.process_count() == 1 or values.traceback:
+        if watch is None:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            watch.wait(_SECONDS_TO_KNOW)  # who is gone; then this process has ended
+        watch.leave(failed=True)
+        if values.traceback:
             raise
         complain(ValueError(f"{LOST} ({error})") if isinstance(error, jax.errors.JaxRuntimeError) else error)
         exit_without_others(1)
+    if watch is not None:
+        watch.leave()
     print(f"done; the model is in {workdir / 'model'}")
+
+
+def _end_without(who: str) -> None:
+    """End this process, which can do nothing without the one that is gone."""
+    complain(ValueError(f"{who}; {GO_ON}"))
+    exit_without_others(1)
 
 
 def read_config(name: str | None, overrides: Overrides) -> TrainConfig:

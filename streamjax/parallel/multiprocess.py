@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
+import socket
 import sys
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # the only place that knows the coordinator, whichever cluster told it
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
-LOST = "another process of this run has died or cannot be reached; the same command goes on from the last checkpoint"
+GO_ON = "the same command goes on from what was saved last"
+LOST = f"another process of this run has died or cannot be reached; {GO_ON}"
 
 
 def join_processes() -> None:
@@ -48,6 +52,28 @@ def gather_json(value: Any) -> list[Any]:
     padded[: text.size] = text
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def addresses() -> list[str | None]:
+    """By which address each process can be reached by the others; None where there are no others."""
+    if jax.process_count() == 1:
+        return [None]
+    coordinator = distributed.global_state.coordinator_address or ""
+    found = gather_json(_address_towards(coordinator.rpartition(":")[0].strip("[]")))
+    apart = [address for address in found if not ipaddress.ip_address(address).is_loopback]
+    if not apart:
+        return found
+    # The coordinator's name may mean its own loopback on the coordinator's machine.
+    own = found[jax.process_index()]
+    return gather_json(own if own in apart else _address_towards(apart[0]))
+
+
+def _address_towards(host: str) -> str:
+    """The address of this machine from which a host is reached."""
+    family, kind, _, _, place = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing
+        return probe.getsockname()[0]
 
 
 def max_over_processes(value: int) -> int:

@@ -141,6 +141,26 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SnapshotConfig:
+    """Snapshots in the memory of the machines of a run, from which it goes on without reading the disk.
+
+    Attributes:
+      interval: steps from one to the next; none where 0.
+      group: machines of a group, of which each codes a part of what the others hold.
+      lost: machines that a group may lose at once.
+      keep_minutes: how long they are kept for a run that has died.
+    """
+
+    interval: Count = 0
+    group: Size = 8
+    lost: Count = 1
+    keep_minutes: Positive = 60.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -173,6 +193,7 @@ class TrainConfig:
       eval_batches: batches of an evaluation; all of the validation split where it has fewer.
       checkpoint_interval: steps from one checkpoint to the next.
       keep_checkpoints: how many of the newest stay.
+      snapshots: what is kept in memory between two checkpoints.
     """
 
     name: str
@@ -199,6 +220,7 @@ class TrainConfig:
     eval_batches: Size = 20
     checkpoint_interval: Size = 500
     keep_checkpoints: Size = 3
+    snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)

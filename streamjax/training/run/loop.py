@@ -33,13 +33,13 @@ from streamjax.training.run.config import MeshConfig, TrainConfig
 from streamjax.training.run.feeds import make_feed
 from streamjax.training.run.goodput import Goodput
 from streamjax.training.run.initial_state import initial_state, mesh_sizes
-from streamjax.training.run.metrics import MetricsWriter
+from streamjax.training.run.metrics import MetricsWriter, metrics_from_json, metrics_to_json
 from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
 from streamjax.training.run.restoring import restored
 from streamjax.training.run.signals import StopSignals
 from streamjax.training.run.state import TrainState
 from streamjax.training.run.step import make_train_step, step_function
-from streamjax.training.run.workdir import claim, export, one_run_in
+from streamjax.training.run.workdir import claim, export, one_run_in, open_snapshots
 
 _log = logging.getLogger(__name__)
 
@@ -104,11 +104,17 @@ def _train(run: _Run) -> TrainState:
                     run.evaluate()
                 if run.step % config.checkpoint_interval == 0 or last or stop_signal:
                     run.save()
+                if config.snapshots.interval and run.step % config.snapshots.interval == 0 and not last:
+                    run.take_snapshot()
                 if stop_signal and not last:
                     name = "Ctrl-C" if stop_signal == signal.SIGINT else signal.Signals(stop_signal).name
                     message = f"{name}: saved step {run.step} of {config.steps}; the same command continues from there"
                     raise RunStopped(message, 128 + stop_signal)
             export(one_model(run.state), run.workdir, config)
+        run.ended = True
+    except RunStopped:
+        run.ended = True
+        raise
     finally:
         run.close()
     return run.state
@@ -131,8 +137,12 @@ class _Run:
             self.state = replicate(self.state, config.diloco, config.trainable, self.mesh)
         claim(workdir, config)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
+        self.snapshots, self.ended = open_snapshots(config.snapshots, workdir), False
+        self.pending: list[dict[str, Any]] = []
+        self.measured: tuple[str, ...] = ()  # what the feed measured, besides the step
         self.step = (self.checkpoints.latest_step or 0) if resume_from is None else resume_from
-        if self.step:
+        in_memory = resume_from is None and self._restore_snapshot()
+        if self.step and not in_memory:
             self.state, about = restored(self.checkpoints, self.step, self.state, config, self.mesh)
             self.clock.set_state(about.get("goodput", self.clock.get_state()))
             self._find_place(about["data"])
@@ -141,11 +151,10 @@ class _Run:
         self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         quiet = jax.process_index() > 0 or (None if progress is None else not progress)
         self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
-        self.pending: list[dict[str, Any]] = []
-        self.measured: tuple[str, ...] = ()  # what the feed measured, besides the step
         self.since = time.monotonic()
         if self.step:
-            self._say(f"resumed at step {self.step} of {config.steps}")
+            source = ", from memory" if in_memory else ""
+            self._say(f"resumed at step {self.step} of {config.steps}{source}")
         if self.mesh_line:
             self._say(self.mesh_line)
         optimizer, trainable = make_optimizer(config.optimizer, config.steps), config.trainable
@@ -167,6 +176,23 @@ class _Run:
 
     def on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _restore_snapshot(self) -> bool:
+        """Go on from a snapshot in memory, if there is one that is not behind the newest checkpoint; whether."""
+        snapshots, found = self.snapshots, None
+        if snapshots is None:
+            return False
+        if (snapshots.newest_step or 0) >= max(self.step, 1):
+            found = snapshots.restore(self.state)
+        if found is not None:
+            self.step, (self.state, about) = snapshots.newest_step or 0, found
+            self.clock.set_state(about["goodput"])
+            self.feed.set_state(about["data"])
+            self.pending, self.measured = metrics_from_json(about["metrics"]), tuple(about["measured"])
+        snapshots.begin(keep=found is not None)
+        if snapshots.lost:  # what would be lost with the next machine is coded anew
+            self.take_snapshot()
+        return found is not None
 
     def _find_place(self, places: list[Any]) -> None:
         """Go to the place in the input that a checkpoint has of each of its processes, or of as many others."""
@@ -235,23 +261,8 @@ class _Run:
         """
         if not self.pending:
             return
-        values: list[dict[str, Any]] = jax.device_get(self.pending)
+        values = self._finite_metrics()
         self.pending.clear()
-        limit = self.config.optimizer.skip_nonfinite
-        for step, found in enumerate(values, self.step - len(values) + 1):
-            if (skipped := int(found.get("skipped_in_a_row", 0))) > limit:
-                raise RunStopped(
-                    f"{skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite or spikes "
-                    f"(optimizer.skip_nonfinite={limit}); {self._kept(step - skipped + 1)}",
-                    1,
-                )
-            if skipped:
-                continue
-            if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
-                raise RunStopped(f"the loss or its gradient is not finite at step {step}; {self._kept(step)}", 1)
-            if not np.isfinite(found["param_norm"]):
-                message = f"the weights are not finite after step {step}, nor is their norm; {self._kept(step + 1)}"
-                raise RunStopped(message, 1)
         now = time.monotonic()
         speed = len(values) * self.config.data.batch_size * self.config.data.seq_len / (now - self.since)
         self.since = now
@@ -277,6 +288,30 @@ class _Run:
         self.bar.set_postfix_str(summary)
         if self.bar.disable:
             self._say(f"step {self.step} of {self.config.steps}: {summary}")
+
+    def _finite_metrics(self) -> list[dict[str, Any]]:
+        """The metrics of the steps since the last report.
+
+        Raises:
+          RunStopped: one of them is not finite.
+        """
+        values: list[dict[str, Any]] = jax.device_get(self.pending)
+        limit = self.config.optimizer.skip_nonfinite
+        for step, found in enumerate(values, self.step - len(values) + 1):
+            if (skipped := int(found.get("skipped_in_a_row", 0))) > limit:
+                raise RunStopped(
+                    f"{skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite or spikes "
+                    f"(optimizer.skip_nonfinite={limit}); {self._kept(step - skipped + 1)}",
+                    1,
+                )
+            if skipped:
+                continue
+            if not (np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"])):
+                raise RunStopped(f"the loss or its gradient is not finite at step {step}; {self._kept(step)}", 1)
+            if not np.isfinite(found["param_norm"]):
+                message = f"the weights are not finite after step {step}, nor is their norm; {self._kept(step + 1)}"
+                raise RunStopped(message, 1)
+        return values
 
     def _kept(self, step: int) -> str:
         """What is left where the weights before `step` led to nothing finite: checkpoints that went on well."""
@@ -311,8 +346,22 @@ class _Run:
         with self.clock.spending("checkpoints"):
             self.checkpoints.save(self.step, self.state, about)
 
+    def take_snapshot(self) -> None:
+        """Keep the state in the memory of this and of other machines; never one that a step has spoilt."""
+        assert self.snapshots is not None
+        about = {
+            "data": self.feed.get_state(),
+            "goodput": self.clock.get_state(),
+            "metrics": metrics_to_json(self._finite_metrics()),
+            "measured": self.measured,
+        }
+        with self.clock.spending("checkpoints"):
+            self.snapshots.take(self.step, self.state, about)
+
     def close(self) -> None:
         """Let go of files, after a save that is under way."""
+        if self.snapshots is not None:
+            self.snapshots.close(self.ended)
         self.bar.close()
         if self.metrics is not None:
             self.metrics.close()

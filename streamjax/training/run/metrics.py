@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from streamjax.checkpoints import replace_text
 from streamjax.checkpoints.plain_json import to_json
 
@@ -67,3 +69,16 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def metrics_to_json(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics of steps that are not written yet, bit for bit."""
+    return [
+        {name: [str(np.asarray(value).dtype), np.asarray(value).item()] for name, value in found.items()}
+        for found in pending
+    ]
+
+
+def metrics_from_json(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `metrics_to_json` was given."""
+    return [{name: np.dtype(dtype).type(value) for name, (dtype, value) in found.items()} for found in values]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from streamjax.models.files.hugging_face import save_hf
 from streamjax.models.files.native_format import save_safetensors
 from streamjax.models.files.peft import save_lora
 from streamjax.models.lora.attaching import merge_lora
-from streamjax.training.run.config import TrainConfig
+from streamjax.parallel.multiprocess import gather_json
+from streamjax.snapshots.run import Snapshots
+from streamjax.training.run.config import SnapshotConfig, TrainConfig
 
 try:
     import fcntl
@@ -31,6 +34,7 @@ except ImportError:  # Windows has none
 
 _log = logging.getLogger(__name__)
 CONFIG_FILE = "train_config.json"
+KEY_FILE = "snapshots_key"
 # What may change between two starts of a run, because no step depends on it.
 _FREE_FIELDS = frozenset(
     (
@@ -41,6 +45,7 @@ _FREE_FIELDS = frozenset(
         "eval_batches",
         "checkpoint_interval",
         "keep_checkpoints",
+        "snapshots",
         "data.prefetch",
         "reference",
         "rollouts.samples",
@@ -121,6 +126,25 @@ def claim(workdir: Path, config: TrainConfig) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         replace_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def open_snapshots(config: SnapshotConfig, workdir: Path) -> Snapshots | None:
+    """Those of the run in a folder; None where the configuration wants none.
+
+    The key lies in the folder. Keepers that know it hold snapshots of this very run, and of none before it.
+    """
+    if not config.interval:
+        return None
+    found = gather_json(_key(workdir / KEY_FILE) if jax.process_index() == 0 else "")[0]
+    seconds = 60.0 * config.keep_minutes
+    return Snapshots(bytes.fromhex(found), most=config.group, lost=config.lost, seconds=seconds)
+
+
+def _key(file: Path) -> str:
+    if not file.exists():
+        replace_text(file, secrets.token_hex(16) + "\n")
+        os.chmod(file, 0o600)
+    return file.read_text().strip()
 
 
 def export(model: Decoder, workdir: Path, config: TrainConfig) -> None:
