@@ -79,6 +79,17 @@ def test_pages_in_the_hosts_memory_stay_there(tmp_path):
 
 
 @pytest.mark.slow
+def test_pages_are_read_where_they_lie(tmp_path):
+    """The same stream: of its keys and values nothing comes to the chip but the page that a token is written to."""
+    decode = _bytes_on_one_chip("decode-1-host-attention", tmp_path)
+    pages = 2 * 2 * (8 * (262144 + 64) * 128 * 2)
+    assert decode["host"] == decode["host_alias"] == pages
+    weights = 2 * _expected_layer(1) + 2 * 2 * 128256 * 4096
+    assert decode["argument"] < weights + pages / 32 + 10 * MB  # the bounds of every 64 keys, and the window
+    assert decode["temp"] < 2 * 2 * (8 * 32 * 64 * 128 * 2)  # what a fetch of the pages that are read would take
+
+
+@pytest.mark.slow
 def test_decoding_over_a_chunk_memory_copies_none_of_it(tmp_path):
     """8 streams with 262,144 tokens each in the memory of one of two layers, one key head a chip."""
     decode = _bytes_on_one_chip("decode-8-hsa", tmp_path)

@@ -9,6 +9,7 @@ used but in tests.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,11 +49,20 @@ def host_buffer(spec: KVSpec, slots: int) -> Float[Array, "B K S D"]:
     return made
 
 
+def compute_in_host(function: Callable[..., Any], *arguments: Array) -> Any:
+    """What a function gives that runs on the host, on the device: what lies there goes to the host first.
+
+    The function makes no arrays of its own, which would lie on the device: of arguments and plain numbers alone.
+    """
+    there = (x if in_host_memory(x) else jax.device_put(x, _HOST) for x in arguments)
+    return _compute_on(function, compute_type="device_host", out_memory_spaces=_DEVICE)(*there)
+
+
 def take_pages(buffer: Float[Array, "B K P S D"], chosen: Int32[Array, "B K N"]) -> Float[Array, "B K N S D"]:
     """The pages that each key head names, on the device. Numbers outside of the buffer name its ends."""
     rows, heads, pages, _, _ = buffer.shape
     flat = rearrange(buffer, "b k p s d -> (b k p) s d")
-    index = _flat_index(jnp.clip(chosen, 0, pages - 1), rows, heads, pages)
+    index = flat_index(jnp.clip(chosen, 0, pages - 1), rows, heads, pages)
 
     def fetch(index: Array) -> Array:
         fetched = [jax.lax.dynamic_index_in_dim(flat, index[i], 0, keepdims=False) for i in range(index.shape[0])]
@@ -70,7 +80,7 @@ def put_pages(
     """The buffer with N <= P pages in a row, from `first` on, replaced; behind the last page comes page 0."""
     rows, heads, pages = buffer.shape[:3]
     run = (first[:, None, None] + jnp.arange(fresh.shape[2], dtype=jnp.int32)) % pages
-    index = _flat_index(jnp.broadcast_to(run, (rows, heads, fresh.shape[2])), rows, heads, pages)
+    index = flat_index(jnp.broadcast_to(run, (rows, heads, fresh.shape[2])), rows, heads, pages)
     flat = rearrange(buffer, "b k p s d -> (b k p) s d")
     flat_fresh = rearrange(fresh.astype(buffer.dtype), "b k n s d -> (b k n) s d")
     groups = _grouped(index)
@@ -166,7 +176,7 @@ def _run_of_pages(pages: Array, first: Int32[Array, " B"], count: int) -> Float[
     return take_pages(pages, jnp.broadcast_to(run, (rows, heads, count)))
 
 
-def _flat_index(chosen: Int32[Array, "B K N"], rows: int, heads: int, pages: int) -> Int32[Array, " M"]:
+def flat_index(chosen: Int32[Array, "B K N"], rows: int, heads: int, pages: int) -> Int32[Array, " M"]:
     """Numbers of pages where those of all rows and heads lie in one line."""
     base = jnp.arange(rows * heads, dtype=jnp.int32).reshape(rows, heads, 1) * pages
     return (base + chosen.astype(jnp.int32)).reshape(-1)

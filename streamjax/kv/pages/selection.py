@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
@@ -257,13 +257,17 @@ def gather_pages(pages: PageTokens, chosen: Int32[Array, "B K N"]) -> tuple[Slot
             return x.gathered(chosen, pages.position.shape[3])
         if in_host_memory(x):
             return rearrange(take_pages(x, chosen), "b k n s d -> b k (n s) d")
-        # What is one list for all heads is taken for all heads at once.
-        index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
-        index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
-        found = jnp.take_along_axis(x, index, axis=2, mode="clip")
-        return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
+        return take_chosen(x, chosen)
 
     return take(pages.k), take(pages.v), take(pages.position), take(pages.valid)
+
+
+def take_chosen(x: Shaped[Array, "B #K P S *D"], chosen: Int32[Array, "B K N"]) -> Shaped[Array, "B K M *D"]:
+    """The slots of N pages of each key head in a row; what is one list for all heads is taken for all at once."""
+    index = rearrange(chosen, "b k n -> b 1 (k n)") if x.shape[1] == 1 else chosen
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 3))
+    found = jnp.take_along_axis(x, index, axis=2, mode="clip")
+    return found.reshape(*chosen.shape[:2], -1, *x.shape[4:])
 
 
 def read_pages(

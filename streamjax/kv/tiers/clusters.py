@@ -28,6 +28,7 @@ from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.full import LinearState, append
 
+UNIT = 8  # slots that neighbours gather together: a cluster seldom has as many tokens as it may
 GATHERED = 2**22  # key values and logits of clusters that exist at a time for the queries of a chunk
 
 
@@ -168,7 +169,7 @@ class Clusters(Tier):
             return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=2)
 
         k, v, position = map(by_cluster, (opened.k, opened.v, opened.position))
-        slots, held = self._slots(start, count)
+        slots, held = self._slots(start, count, self.most)
         share = held / jnp.maximum(count, 1)[..., None]
 
         def mean(x: Array) -> Array:
@@ -229,15 +230,24 @@ class Clusters(Tier):
         if query.valid is not None:  # padding must not choose for others
             shares = jnp.where(query.valid[:, None, None, :, None], shares, -jnp.inf)
         first, both, ranked = self._ranked(jax.nn.logsumexp(shares, axis=(2, 3))[:, :, None])
-        retrieved = query.attend(*self._gather(closed, ranked[:, :, 0, : self.retrieve]))
+        chosen = ranked[:, :, 0, : self.retrieve]
+        retrieved = query.attend(*self._gather(closed, closed.start, closed.count, chosen, self.most))
         return self._with_estimate(closed, logits, retrieved, first, both)
 
     def _attend_each(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of neighbouring queries, each of which chooses by itself; they read what any has chosen."""
         logits = _logits(closed, query)
         first, both, _ = self._ranked(jax.nn.logsumexp(_shares(logits), axis=2))
-        heads = closed.k.shape[1]
-        retrieved = read_union_of_neighbours(lambda m: self._gather(closed, m), query, first, heads, self.most)
+        heads, unit = closed.k.shape[1], min(UNIT, self.most)
+        parts = -(-self.most // unit)
+        begins = unit * jnp.arange(parts, dtype=jnp.int32)
+        start = rearrange(closed.start[..., None] + begins, "b k m n -> b k (m n)")
+        count = rearrange(jnp.clip(closed.count[..., None] - begins, 0, unit), "b k m n -> b k (m n)")
+
+        def gather(chosen: Int32[Array, "B K N"]) -> tuple[Array, Array, Array, Array]:
+            return self._gather(closed, start, count, chosen, unit)
+
+        retrieved = read_union_of_neighbours(gather, query, first, heads, unit, count > 0)
         return self._with_estimate(closed, logits, retrieved, first, both)
 
     def _ranked(self, scores: Float[Array, "B K N M"]) -> tuple[Choice, Choice, Int32[Array, "B K N R"]]:
@@ -250,10 +260,17 @@ class Clusters(Tier):
         )
         return first, both, ranked
 
-    def _gather(self, closed: ClosedSegments, chosen: Int32[Array, "B K N"]) -> tuple[Array, Array, Array, Array]:
-        """The slots of these clusters in a row, `most` each: keys, values, positions, and which are their tokens."""
-        start, count = (jnp.take_along_axis(x, chosen, axis=2) for x in (closed.start, closed.count))
-        slots, held = self._slots(start, count)
+    def _gather(
+        self,
+        closed: ClosedSegments,
+        start: Int32[Array, "B K M"],
+        count: Int32[Array, "B K M"],
+        chosen: Int32[Array, "B K N"],
+        each: int,
+    ) -> tuple[Array, Array, Array, Array]:
+        """The slots of some runs in a row, `each` of each: keys, values, positions, and which are their tokens."""
+        start, count = (jnp.take_along_axis(x, chosen, axis=2) for x in (start, count))
+        slots, held = self._slots(start, count, each)
         k, v, position = (
             rearrange(_take(x, slots), "b k m s ... -> b k (m s) ...") for x in (closed.k, closed.v, closed.position)
         )
@@ -271,10 +288,10 @@ class Clusters(Tier):
         )
 
     def _slots(
-        self, start: Int32[Array, "B K M"], count: Int32[Array, "B K M"]
+        self, start: Int32[Array, "B K M"], count: Int32[Array, "B K M"], each: int
     ) -> tuple[Int32[Array, "B K M N"], Bool[Array, "B K M N"]]:
-        """`most` slots for each cluster, and which of them hold its tokens."""
-        index = jnp.arange(self.most, dtype=jnp.int32)
+        """`each` slots for each run, and which of them hold its tokens."""
+        index = jnp.arange(each, dtype=jnp.int32)
         return start[..., None] + index, index < count[..., None]
 
 

@@ -20,11 +20,12 @@ from streamjax.field_checks import Size
 from streamjax.kv.pages.boundaries import Boundary
 from streamjax.kv.pages.indexes import Index, Mean, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
-from streamjax.kv.pages.union_reading import read_union
+from streamjax.kv.pages.union_reading import read_held, read_union
 from streamjax.kv.ring_buffer import put_tokens, read_ring, write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 from streamjax.kv.tiers.paged import PagedTier
 
+UNIT = 16  # slots of a page that are read together, at most
 SUMMARISED = 32  # pages that are summarised at a time; a chunk seldom touches more
 
 
@@ -208,10 +209,18 @@ class ContentPages(PagedTier):
                 block=block, pool=self.pool, shared=self.shared, held=held,
             )  # fmt: skip
             if block == 1 < query.q.shape[1] and not query.differentiable:
-                return read_union(pages, query, rule)
+                return read_union(pages, query, rule, self._unit)
             return read_pages(pages, query, chosen, block)
 
         return self.read(pages, query, held, read_chosen)
+
+    def read_first(self, pages: PageTokens, query: Query, held: Int32[Array, " B"]) -> Partial:
+        return read_held(pages, query, self._unit)
+
+    @property
+    def _unit(self) -> int:
+        """Slots that are read together: short pages leave most of theirs empty."""
+        return next(unit for unit in range(min(UNIT, self.size), 0, -1) if self.size % unit == 0)
 
     def _cut(self, x: Array) -> Array:
         """The pages of an array with one entry a slot."""

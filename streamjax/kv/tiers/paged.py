@@ -75,6 +75,10 @@ class PagedTier(Tier):
         if query.q.shape[1] == 1 or query.differentiable or in_host:
             return read_chosen()
         if self.top_k >= self.pages:
-            return read_first_pages(pages, query, held)
+            return self.read_first(pages, query, held)
         few = jnp.max(held) <= self.top_k
-        return jax.lax.cond(few, lambda: read_first_pages(pages, query, held), read_chosen)
+        return jax.lax.cond(few, lambda: self.read_first(pages, query, held), read_chosen)
+
+    def read_first(self, pages: PageTokens, query: Query, held: Int32[Array, " B"]) -> Partial:
+        """Attention of all queries to all tokens of the first `held` pages of each row."""
+        return read_first_pages(pages, query, held)

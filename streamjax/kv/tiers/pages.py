@@ -21,6 +21,7 @@ from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.slots import CodedSlots, require_rotated
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
+from streamjax.kv.pages.host_attention import attend_in_host
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
 from streamjax.kv.pages.selection import (
@@ -74,6 +75,8 @@ class Pages(PagedTier):
       codec: how tokens are stored; as they are where None. A page has whole groups of a codec, and none always waits.
       placement: where keys and values lie: in the device's memory or in the "host"'s, from which the pages that are
         read are copied in each time. For one device; a chunk of a stream may not be longer than `capacity` then.
+      attend_on: where a single query reads pages in the host's memory: the "device", to which they are copied, or the
+        "host", which gives back a partial.
       coarse: the best runs of pages are chosen first, and pages in them; of all pages where None.
 
     Raises:
@@ -93,9 +96,12 @@ class Pages(PagedTier):
     placement: Placement = "device"
     codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
     coarse: Coarse | None = dataclasses.field(default=None, metadata=LATER)
+    attend_on: Placement = dataclasses.field(default="device", metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attend_on == "host" and self.placement == "device":
+            raise ValueError('Pages.attend_on "host" is for placement "host": elsewhere there is nothing to read there')
         if self.coarse is not None:
             if not self.index.joins or self.search == "tree" or self.read_newest:
                 raise ValueError('Pages.coarse is for BlendedBounds(), search="all" and no page that is always read')
@@ -211,6 +217,8 @@ class Pages(PagedTier):
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k, self.size):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest, self.size)
+            if self.attend_on == "host" and self._in_host(state) and query.q.shape[1] == 1 and not query.differentiable:
+                return attend_in_host(pages, query, chosen[:, :, 0], None if some is None else some[:, :, 0])
             return read_pages(pages, query, chosen, block, some)
 
         return self.read(pages, query, held, read_chosen)

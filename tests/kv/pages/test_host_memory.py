@@ -12,11 +12,12 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv.pages import host_memory
+from streamjax.kv.pages.host_attention import attend_in_host
 from streamjax.kv.pages.host_memory import put_pages, take_pages
 from streamjax.parallel.mesh import make_mesh
 from streamjax.streaming.saving.saved_streams import load_stream, save_stream
 from tests.covering import rest_slow
-from tests.streaming.tiny_models import GQA, build, random_tokens
+from tests.streaming.tiny_models import ALIBI, GQA, build, random_tokens
 
 
 @pytest.fixture
@@ -30,8 +31,10 @@ def in_host(x):
     return jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
 
 
-def placed(cache, placement):
-    tiers = (dataclasses.replace(t, placement=placement) if isinstance(t, sj.kv.Pages) else t for t in cache.tiers)
+def placed(cache, placement, **options):
+    tiers = (
+        dataclasses.replace(t, placement=placement, **options) if isinstance(t, sj.kv.Pages) else t for t in cache.tiers
+    )
     return sj.kv.Cascade(*tiers)
 
 
@@ -93,6 +96,30 @@ def test_streams_are_the_same(apart, name):
     assert np.abs(found[0]).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("config", "cache"),
+    [
+        (GQA, CACHES["last"]),
+        pytest.param(ALIBI, sj.kv.Cascade(sj.kv.Window(3), sj.kv.Pages(3, 12, 5)), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_a_token_is_compared_with_pages_where_they_lie(apart, monkeypatch, config, cache):
+    """From the first token on, before there is any page, to where all are written over; the host computes a partial."""
+    times, attend = [], attend_in_host
+    monkeypatch.setattr("streamjax.kv.tiers.pages.attend_in_host", lambda *given: times.append(0) or attend(*given))
+    model, tokens, found = build(config.replace(num_layers=1, attention_softcap=3.0)), random_tokens(2, 40), []
+    for options in ({"placement": "device"}, {"placement": "host", "attend_on": "host"}):
+        state, logits = sj.init_state(model, placed(cache, **options), 2), []
+        for start, stop in (*((i, i + 1) for i in range(8)), (8, 16), (16, 24), *((i, i + 1) for i in range(24, 40))):
+            state, out = sj.step(model, state, tokens[:, start:stop])
+            logits.append(np.asarray(out))
+        found.append(np.concatenate(logits, axis=1))
+    assert pages_of(state).k.sharding.memory_kind == "pinned_host"
+    assert times
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
 def test_on_a_cpu_they_are_plain():
     state = sj.init_state(build(GQA), placed(CACHES["last"], "host"))
     assert pages_of(state).k.sharding.memory_kind == "device"
@@ -112,6 +139,8 @@ def test_says_what_does_not_go(apart):
     state = sj.init_state(model, placed(CACHES["last"], "host"))
     with pytest.raises(ValueError, match="keep 12 tokens take at most that many at a time, got 16"):
         sj.step(model, state, random_tokens(1, 16))
+    with pytest.raises(ValueError, match=r'attend_on "host" is for placement "host"'):
+        sj.kv.Pages(3, 12, 2, attend_on="host")
     with pytest.raises(ValueError, match=r"placement is '.*': it must be 'device' or 'host'"):
         sj.kv.Pages(3, 12, 2, placement="disk")
     with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])), pytest.raises(ValueError, match="one device"):

@@ -154,6 +154,8 @@ def test_neighbours_that_read_together_read_what_each_would_read_alone(monkeypat
     monkeypatch.setattr("streamjax.kv.pages.union_reading.QUERIES", 3)
     monkeypatch.setattr("streamjax.kv.tiers.clusters.QUERIES", 3)
     monkeypatch.setattr("streamjax.kv.pages.union_reading.SLOTS", 8)
+    monkeypatch.setattr("streamjax.kv.tiers.content_pages.UNIT", 2)
+    monkeypatch.setattr("streamjax.kv.tiers.clusters.UNIT", 3)
     stream, ids = wandering(length=61, seed=4)
     cascade, counts = Cascade(Window(5), READ_TOGETHER[name]), [(7, 3), (4, 7), (1, 2)]
     found, _ = run(cascade, stream, counts, ids=ids, width=7, slopes=SLOPES)
@@ -182,6 +184,41 @@ def test_a_chunk_gathers_each_page_once_for_its_neighbours(monkeypatch):
         jax.block_until_ready(ask(tier, state, one + spread * random.standard_normal((1, 64, HEADS, WIDTH))))
         jax.effects_barrier()
         assert 32 <= sum(gathered) <= share * 512 + 32
+
+
+def test_what_is_gathered_of_short_pages_and_clusters_is_little_more_than_their_tokens(monkeypatch):
+    """Slots gathered for 64 queries, counted as they run, whether they choose or read all that there is.
+
+    Sentences of some 12 tokens have pages of 128 slots, and clusters of some 8 tokens may have 32: gathered whole they
+    would be 10 and 4 times as many slots as tokens.
+    """
+    gathered, tokens = [], 1024
+    gather = Clusters._gather
+
+    def counted(pages, page):
+        jax.debug.callback(lambda: gathered.append(page.shape[2] * pages.k.shape[3]))
+        return gather_pages(pages, page)
+
+    def counted_clusters(self, closed, start, count, chosen, each):
+        jax.debug.callback(lambda: gathered.append(chosen.shape[2] * each))
+        return gather(self, closed, start, count, chosen, each)
+
+    monkeypatch.setattr("streamjax.kv.pages.union_reading.gather_pages", counted)
+    monkeypatch.setattr(Clusters, "_gather", counted_clusters)
+    random = np.random.default_rng(0)
+    keys, ids = random.standard_normal((1, tokens, KEY_HEADS, WIDTH)), np.full((1, tokens), 9)
+    ids[0, np.cumsum(random.integers(8, 17, 80))[:-1]] = ENDS[0]
+    q = 9 * random.standard_normal((1, 64, HEADS, WIDTH))
+    for tier in (
+        ContentPages(128, 16384, 16, EndTokens(ENDS)),
+        ContentPages(128, 16384, 100, EndTokens(ENDS)),
+        Clusters(tokens, tokens, 24, size=8, most=32),
+    ):
+        state = filled(tier, keys, keys, ids)
+        gathered.clear()
+        jax.block_until_ready(ask(tier, state, q))
+        jax.effects_barrier()
+        assert tokens // 2 < sum(gathered) <= 2 * tokens + 512
 
 
 def poisoned(x):
