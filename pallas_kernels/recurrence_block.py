@@ -124,9 +124,12 @@ _differentiable_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 class HeadDecay(NamedTuple):
-    """A decay a head: logarithms summed from the block's start on, as a column and as a row."""
+    """A decay a head: logarithms summed from the block's start on, as a row and as a column, or so many equal columns.
 
-    column: Float[Array, "C 1"]
+    So may `beta` be: one column, or as many as what it multiplies has.
+    """
+
+    column: Float[Array, "C _"]
     row: Float[Array, "1 C"]
 
 
@@ -204,7 +207,7 @@ def scores(
 
 
 def erasing(
-    products: Products, k: Float[Array, "C K"], beta: Float[Array, "C 1"], found: Weights, segments: Segments | None
+    products: Products, k: Float[Array, "C K"], beta: Float[Array, "C _"], found: Weights, segments: Segments | None
 ) -> Float[Array, "C C"]:
     """The inverse of 1 + M: what each token of the block writes, from what all would write behind the first state."""
     return products.inverse(beta * scores(products, k, k, found, segments, diagonal=False))
@@ -214,7 +217,7 @@ def written(
     products: Products,
     k: Float[Array, "C K"],
     v: Float[Array, "C V"],
-    beta: Float[Array, "C 1"],
+    beta: Float[Array, "C _"],
     inverse: Float[Array, "C C"],
     found: Weights,
     state: Float[Array, "V K"],
@@ -247,7 +250,7 @@ def block(
     k: Float[Array, "C K"],
     v: Float[Array, "C V"],
     decay: HeadDecay | ChannelDecay,
-    beta: Float[Array, "C 1"] | None,
+    beta: Float[Array, "C _"] | None,
     state: Float[Array, "V K"],
     segments: Segments | None = None,
 ) -> tuple[Float[Array, "C V"], Float[Array, "V K"]]:

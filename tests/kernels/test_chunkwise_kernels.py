@@ -75,7 +75,9 @@ def off(found, right):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("implementation", INTERPRETERS)
-def test_outputs_states_and_gradients_are_those_of_the_rule(implementation, rule):
+def test_outputs_states_and_gradients_are_those_of_the_rule(implementation, rule, monkeypatch):
+    """On TPUs with several steps a block, of one group or of several."""
+    monkeypatch.setattr("pallas_kernels.tpu.recurrence.chunkwise.HEADS", 4)
     given, known, resets = drawn(rule)
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (given, known))
     found = both(interpreted(implementation), narrow[0], {**narrow[1], "resets": jnp.asarray(resets)})

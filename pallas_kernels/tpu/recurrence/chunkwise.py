@@ -8,7 +8,6 @@ step takes, the gradients of its queries and keys are summed in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from pallas_kernels import recurrence_block as core
 from pallas_kernels.recurrence_block import Operands, Products
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
-HEADS = 4  # that a step of the grid takes, if a group or some make so many
+HEADS = 8  # that a step of the grid takes, if a group or some make so many
 VMEM_BYTES = 64 * 2**20
 
 
@@ -216,46 +215,64 @@ def _params() -> Any:
 
 
 class _Head(NamedTuple):
-    """What `recurrence_block.block` takes of one head."""
+    """What `recurrence_block.block` takes of one head, and of all heads with an axis in front."""
 
+    q: Array
+    k: Array
     v: Array
     decay: Any
     beta: Array | None
     state: Array
 
 
-def _heads(cut: _Cut, read: dict[str, Any], states: list[Array]) -> tuple[list[_Head], Any]:
+def _heads(cut: _Cut, read: dict[str, Any], states: Array) -> tuple[_Head, Any]:
+    """All heads of a step, and segments.
+
+    Small numbers are columns as wide as what they multiply where that is one width: a compiler would widen them anew,
+    for each product, by far more than that takes.
+    """
     columns: Any = read["small"][...].T if "small" in read else None  # [C, rows]
 
-    def small(row: int) -> tuple[Array, Array]:
-        return columns[:, row : row + 1], read["small"][row : row + 1]
+    def column(row: int, width: int) -> Array:
+        narrow = columns[:, row : row + 1]
+        return jnp.broadcast_to(narrow, (cut.size, width)) if width == cut.size else narrow
+
+    def lanes(name: str, place: int, width: int) -> Array:
+        return read[name][:, _lanes(place, width)].astype(jnp.float32)
 
     found = []
     for h in range(cut.heads):
         if cut.channels:
-            decay: Any = core.ChannelDecay(read["steps"][:, _lanes(h, cut.keys)])
+            decay: Any = core.ChannelDecay(lanes("steps", h, cut.keys))
         else:
-            decay = core.HeadDecay(*small(h))
-        beta = small(h + cut.heads * (not cut.channels))[0] if cut.delta else None
-        found.append(_Head(read["v"][:, _lanes(h, cut.width)].astype(jnp.float32), decay, beta, states[h]))
+            decay = core.HeadDecay(column(h, cut.keys), read["small"][h : h + 1])
+        beta = column(h + cut.heads * (not cut.channels), cut.width) if cut.delta else None
+        q, k = (lanes(name, h // cut.own_shared, cut.keys) for name in ("q", "k"))
+        found.append(_Head(q, k, lanes("v", h, cut.width), decay, beta, states[h]))
+    heads = jax.tree.map(lambda *x: jnp.stack(x), *found)
     if not cut.segmented:
-        return found, None
+        return heads, None
     at = cut.heads * (not cut.channels) + cut.heads * cut.delta
-    return found, core.Segments(*(x.astype(jnp.int32) for x in small(at)))
+    rows = columns[:, at : at + 1], read["small"][at : at + 1]
+    return heads, core.Segments(*(x.astype(jnp.int32) for x in rows))
 
 
 def _lanes(place: int, width: int) -> Any:
     return pl.ds(place * width, width)
 
 
-def _group(products: Products, segments: Any, q: Array, k: Array, heads: list[_Head]) -> list[tuple[Array, Array]]:
-    return [core.block(products, q, k, h.v, h.decay, h.beta, h.state, segments) for h in heads]
+def _read_heads(products: Products, segments: Any, heads: _Head) -> tuple[Array, Array]:
+    """What all heads read, and their states.
 
+    Each product of a head waits for the last. Products of all heads as one let the compiler work on another's
+    meanwhile; what is written head after head it leaves in that order.
+    """
 
-def _groups(cut: _Cut, read: dict[str, Any], heads: list[_Head]) -> Iterator[tuple[int, Array, Array, list[_Head]]]:
-    for g in range(cut.own_groups):
-        pair = (read[name][:, _lanes(g, cut.keys)].astype(jnp.float32) for name in ("q", "k"))
-        yield g, *pair, heads[g * cut.own_shared : (g + 1) * cut.own_shared]
+    def block(h: _Head) -> tuple[Array, Array]:
+        return core.block(products, h.q, h.k, h.v, h.decay, h.beta, h.state, segments)
+
+    found: tuple[Array, Array] = jax.vmap(block)(heads)
+    return found
 
 
 def _forward_kernel(cut: _Cut, products: Products, names: list[str], *refs: Any) -> None:
@@ -267,15 +284,12 @@ def _forward_kernel(cut: _Cut, products: Products, names: list[str], *refs: Any)
     def _() -> None:
         held[share] = read["state"][...]
 
-    states = [held[share, h] for h in range(cut.heads)]
     if kept:
         kept[0][...] = held[share]
-    heads, segments = _heads(cut, read, states)
-    for g, q, k, own in _groups(cut, read, heads):
-        for r, (found, new) in enumerate(_group(products, segments, q, k, own)):
-            h = g * cut.own_shared + r
-            out[:, _lanes(h, cut.width)] = found.astype(out.dtype)
-            held[share, h] = new
+    heads, segments = _heads(cut, read, held[share])
+    found, held[share] = _read_heads(products, segments, heads)
+    for h in range(cut.heads):
+        out[:, _lanes(h, cut.width)] = found[h].astype(out.dtype)
 
     @pl.when(n == cut.blocks - 1)
     def _() -> None:
@@ -292,32 +306,32 @@ def _backward_kernel(cut: _Cut, products: Products, names: list[str], results: l
     def _() -> None:
         held[share] = read["d_state"][...]
 
-    heads, segments = _heads(cut, read, [read["kept"][h] for h in range(cut.heads)])
+    heads, segments = _heads(cut, read, read["kept"][...])
+    call: Any = partial(_read_heads, products, segments)
+    _, pull = jax.vjp(call, heads)
+    d_out = jnp.stack([read["d_out"][:, _lanes(h, cut.width)].astype(jnp.float32) for h in range(cut.heads)])
+    (d,) = pull((d_out, held[share]))
+    held[share] = d.state
+    for g in range(cut.own_groups):
+        for name, value in (("q", d.q), ("k", d.k)):
+            own = jnp.sum(value[g * cut.own_shared : (g + 1) * cut.own_shared], axis=0)
+            _add(write[name], _lanes(g, cut.keys), own, share, cut.shares)
     turned = jnp.zeros((cut.size, cut.columns()), jnp.float32)  # gradients of columns of small numbers
     place = jax.lax.broadcasted_iota(jnp.int32, turned.shape, 1)
     if "small" in write:
         write["small"][...] = jnp.zeros(write["small"].shape, jnp.float32)
-    for g, q, k, own in _groups(cut, read, heads):
-        call: Any = partial(_group, products, segments)
-        _, pull = jax.vjp(call, q, k, own)
-        given = []
-        for r in range(cut.own_shared):
-            h = g * cut.own_shared + r
-            given.append((read["d_out"][:, _lanes(h, cut.width)].astype(jnp.float32), held[share, h]))
-        d_q, d_k, d_own = pull(given)
-        for name, value in (("q", d_q), ("k", d_k)):
-            _add(write[name], _lanes(g, cut.keys), value, share, cut.shares)
-        for r, d in enumerate(d_own):
-            h = g * cut.own_shared + r
-            write["v"][:, _lanes(h, cut.width)] = d.v.astype(write["v"].dtype)
-            held[share, h] = d.state
-            if cut.channels:
-                write["steps"][:, _lanes(h, cut.keys)] = d.decay.steps
-            else:
-                write["small"][h : h + 1] = d.decay.row
-                turned = jnp.where(place == h, d.decay.column, turned)
-            if cut.delta:
-                turned = jnp.where(place == h + cut.heads * (not cut.channels), d.beta, turned)
+    for h in range(cut.heads):
+        write["v"][:, _lanes(h, cut.width)] = d.v[h].astype(write["v"].dtype)
+        columns = {}
+        if cut.channels:
+            write["steps"][:, _lanes(h, cut.keys)] = d.decay.steps[h]
+        else:
+            write["small"][h : h + 1] = d.decay.row[h]
+            columns[h] = d.decay.column[h]
+        if cut.delta:
+            columns[h + cut.heads * (not cut.channels)] = d.beta[h]
+        for row, column in columns.items():
+            turned = jnp.where(place == row, jnp.sum(column, axis=1, keepdims=True), turned)
     if "small" in write:
         write["small"][...] += turned.T
 
