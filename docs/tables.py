@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import streamjax as sj
+from streamjax.kv.channels.projection_file import HeadProjections, Projections
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 from streamjax.models.families import FAMILIES, Family
@@ -59,7 +60,11 @@ def presets() -> str:
         books = Path(folder) / "books.safetensors"
         entries = np.ones(256, np.float32).tobytes()
         LayerCodebooks((sj.kv.Codebooks(entries, entries, 1, "any"),), "any", 1).save(books)
-        files = {"heads": str(gates), "retaining": str(networks), "codebooks": str(books)}
+        turns = Path(folder) / "projections.safetensors"
+        layer = Projections(np.eye(8)[None], np.eye(8)[None], np.full((2, 1), 4))
+        HeadProjections((layer,), "any", 1).save(turns)
+        written = {"heads": gates, "retaining": networks, "codebooks": books, "projections": turns}
+        files = {option: str(file) for option, file in written.items()}
         for name, preset in sj.kv.presets().items():
             cache = preset.build(**{option: files[option] for option in preset.needs})
             cache = cache[0] if isinstance(cache, tuple) else cache
@@ -82,7 +87,7 @@ def kind_of(cache: sj.kv.Cache) -> str:
         return "Budgets over layers and heads"
     if names & {"Pages", "ContentPages", "Clusters", "ChunkMemory"}:
         return "Pages that queries choose"
-    if names & {"LowRank", "PrunedKeys", "Shadow"}:
+    if names & {"LowRank", "PrunedKeys", "Shadow", "Pairs", "Groups"}:
         return "Fewer channels"
     if any(getattr(part, "codec", None) is not None for part in parts):
         return "Fewer bits"

@@ -18,9 +18,10 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv import current_chunk, recurrence
 from streamjax.kv.budgets import ada_kv, cake, pyramid, zipvl
-from streamjax.kv.channels import bases, low_rank, pruned, shadow
+from streamjax.kv.channels import bases, grouped_layers, low_rank, paired_layers, pruned, shadow
 from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
 from streamjax.kv.codecs.measured import coupled
+from streamjax.kv.layouts import across_layers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
 from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool
 from streamjax.kv.scores import (
@@ -33,6 +34,7 @@ from streamjax.kv.scores import (
     leverage,
     query_filters,
     random_choice,
+    retaining,
     snapkv,
     windowkv,
 )
@@ -78,6 +80,8 @@ from streamjax.training import (
     TrainConfig,
 )
 from streamjax.training.heads.gates import GateConfig
+from streamjax.training.heads.projections import ProjectionConfig
+from streamjax.training.heads.retaining import RetainingConfig
 from streamjax.training.post_training.rollouts import RolloutConfig
 from streamjax.training.sequence_groups.costs import GroupCosts
 
@@ -182,6 +186,13 @@ EXAMPLES = [
     pruned.Channels(2, 8),
     pruned.PrunedKeys(64),
     shadow.Shadow(64),
+    paired_layers.PairedLayers(8),
+    grouped_layers.GroupedLayers(8),
+    across_layers.Pairs(),
+    across_layers.Groups(),
+    retaining.Retaining(),
+    RetainingConfig(),
+    ProjectionConfig(),
 ]
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
@@ -191,7 +202,7 @@ NO_CONFIGURATIONS = {
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
-    "LayerCodebooks",
+    *("LayerCodebooks", "LayerRetainingHeads", "RetainingHeads", "HeadProjections", "AllHeld", "Lent", "AcrossLayers"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from

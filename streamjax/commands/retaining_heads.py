@@ -46,7 +46,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("tasks", TASKS[0], TASKS, "What asks for tokens.", flag_values=values)
     whole("max_tokens", 1 << 20, "Tokens of the text that are read.", lower_bound=2, flag_values=values)
     whole("seed", 0, "Of the rows and the first weights.", lower_bound=0, flag_values=values)
-    whole("steps", RetainingConfig.steps, "Batches, a step of AdamW each.", lower_bound=1, flag_values=values)
+    whole("steps", RetainingConfig.steps, "Batches.", lower_bound=1, flag_values=values)
+    whole("updates", RetainingConfig.updates, "Steps of AdamW on each batch.", lower_bound=1, flag_values=values)
     number("learning_rate", RetainingConfig.learning_rate, "The highest.", flag_values=values)
     number("smoothing", RetainingConfig.smoothing, "Weight of the difference between neighbours' scores.",
            flag_values=values)  # fmt: skip
@@ -61,7 +62,7 @@ def define(values: flags.FlagValues) -> None:
 def body(values: flags.FlagValues) -> None:
     check_outputs(output=values.output)
     model, tokenizer = load_model(values)
-    config = RetainingConfig(values.steps, values.learning_rate, values.width, values.smoothing)
+    config = RetainingConfig(values.steps, values.updates, values.learning_rate, values.width, values.smoothing)
     length = values.seq_len or min(model.config.max_position, LONGEST_ROWS)
     batches = _batches(values, tokenizer, length)
     with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:

@@ -8,6 +8,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv import Cascade, Full, Sink, Window
+from streamjax.kv.channels.projection_file import HeadProjections, Projections
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
 from streamjax.kv.description import describe_cache
 from streamjax.kv.presets.in_codes import CODECS
@@ -34,7 +35,7 @@ def test_every_preset_builds_and_names_its_paper(tmp_path):
         assert entry.name == name
         assert "arXiv" in entry.paper
         assert entry.summary.endswith((".", ";"))
-        files = {"retaining": networks, "codebooks": codebooks(tmp_path)}
+        files = {"retaining": networks, "codebooks": codebooks(tmp_path), "projections": projections(tmp_path)}
         needed = {option: str(files.get(option, gates)) for option in entry.needs}
         assert sj.kv.preset(name, **{**entry.options, **needed}) == sj.kv.preset(name, **needed)
 
@@ -91,6 +92,13 @@ def gates(tmp_path):
     return file
 
 
+def projections(folder):
+    """A file of a head's directions for one layer."""
+    layer = Projections(np.eye(8)[None], np.eye(8)[None], np.full((2, 1), 4))
+    HeadProjections((layer,), "whose", 1).save(folder / "projections.safetensors")
+    return folder / "projections.safetensors"
+
+
 def codebooks(folder):
     """A file of codebooks for one layer."""
     own = sj.kv.Codebooks(np.ones(1024, np.float32).tobytes(), np.ones(1024, np.float32).tobytes(), 2, "a model")
@@ -106,7 +114,7 @@ def with_capacity():
 @pytest.mark.parametrize("name", with_capacity())
 def test_defaults_fit_every_capacity(name, gates, tmp_path):
     known = sj.kv.presets()[name].options
-    files = {"heads": gates, "codebooks": codebooks(tmp_path)}
+    files = {"heads": gates, "codebooks": codebooks(tmp_path), "projections": projections(tmp_path)}
     needed = {option: str(files[option]) for option in sj.kv.presets()[name].needs}
     for capacity in CAPACITIES:
         sj.kv.preset(name, capacity=capacity, **needed)

@@ -135,6 +135,11 @@ def perplexity() -> int:
     return launch("perplexity")
 
 
+def projections() -> int:
+    """`streamjax-projections`."""
+    return launch("projections")
+
+
 def recall() -> int:
     """`streamjax-recall`."""
     return launch("recall")

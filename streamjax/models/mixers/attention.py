@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         """Attention of a whole sequence to itself."""
         q, k, v, gate = self.projections.split_gated(x)
         out = sequence_attention(
-            *self._turned(q, k, v, context),
+            *self.turned(q, k, v, context),
             self.config.pattern,
             segment_ids=context.segment_ids,
             scale=self.config.softmax_scale,
@@ -123,9 +123,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T E"], context: SequenceContext
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries and keys, and values: what attention needs of each token by itself."""
-        return self._turned(*self.projections.split(x), context)
+        return self.turned(*self.projections.split(x), context)
 
-    def _turned(self, q: Array, k: Array, v: Array, context: SequenceContext) -> tuple[Array, Array, Array]:
+    def turned(self, q: Array, k: Array, v: Array, context: SequenceContext) -> tuple[Array, Array, Array]:
         q = self._tempered(q, context.position)
         return constrain(self._rotated(q, context), "batch", "length", "heads", "head_dim"), *self._placed(
             k, v, context

@@ -41,13 +41,15 @@ class RetainingConfig:
     """How networks are trained; the defaults are the paper's, but for the width, which is 1,024 there.
 
     Attributes:
-      steps: of AdamW, one a batch.
+      steps: batches.
+      updates: steps of AdamW on each batch. What the model computes costs most, so a few more cost little.
       learning_rate: the highest; it rises in the first tenth of the steps, and falls to 0.
       width: of the hidden layer. The matrices lie in the state of each stream.
       smoothing: weight of the difference between neighbours, for each layer.
     """
 
     steps: Size = 3000
+    updates: Size = 1
     learning_rate: Positive = 5e-4
     width: Size = 128
     smoothing: NotNegative = 0.0025
@@ -57,8 +59,9 @@ class RetainingConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        warmup = max(int(_WARMUP * self.steps), 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(self.steps, warmup + 1))
+        count = self.steps * self.updates
+        warmup = max(int(_WARMUP * count), 1)
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(count, warmup + 1))
         return optax.chain(optax.clip(0.5), optax.adamw(rate, b1=0.9, b2=0.95))
 
 
@@ -175,10 +178,16 @@ def _learn(
     assert isinstance(block.mixer, Attention)
     raw = block.mixer.projections.split(block.mixer_input(x))
     wanted, asked = largest_logits(block, x, context, answers)
-    (loss, said), slope = jax.value_and_grad(retaining_loss, has_aux=True)(trained[0], raw, wanted, asked, smoothing)
-    updates, moments = config.optimizer.update(slope, trained[1], trained[0])
-    weights = optax.apply_updates(trained[0], updates)
-    return block.parallel(x, context)[0], [weights, moments], loss, _found(said, wanted, asked)
+    measured = jax.value_and_grad(retaining_loss, has_aux=True)
+
+    def update(trained: list, _: None) -> tuple[list, Float[Array, ""]]:
+        (loss, _), slope = measured(trained[0], raw, wanted, asked, smoothing)
+        change, moments = config.optimizer.update(slope, trained[1], trained[0])
+        return [optax.apply_updates(trained[0], change), moments], loss
+
+    said = retaining_scores(*raw, *trained[0])
+    trained, losses = jax.lax.scan(update, trained, length=config.updates)
+    return block.parallel(x, context)[0], trained, losses[0], _found(said, wanted, asked)
 
 
 def largest_logits(

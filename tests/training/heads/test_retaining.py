@@ -20,8 +20,8 @@ from tests.oracles.rotation import Turning
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens
 
 TOKENS = random_tokens(2, 24)
-STEPS = 60
-CONFIG = RetainingConfig(steps=STEPS, learning_rate=0.02, width=8)
+STEPS = 30
+CONFIG = RetainingConfig(steps=STEPS, updates=2, learning_rate=0.02, width=8)
 
 
 @pytest.fixture(scope="module")
