@@ -199,8 +199,28 @@ class Clusters(Tier):
         exact = query.attend(opened.k, opened.v, opened.position, opened.valid, filled=opened.filled)
         if width == 1 or query.differentiable:
             return merge(exact, self._attend_by_blocks(closed, query))
-        some = jnp.any(closed.count > 0)  # for many tokens a stream has no cluster to choose
-        return jax.lax.cond(some, lambda: merge(exact, self._attend_by_blocks(closed, query)), lambda: exact)
+        # For many tokens a stream has no cluster to choose, and for many more few.
+        few = max(self.capacity // self.segment // 4, 1)
+        some, more = (jnp.any(closed.count[:, :, first * self._pieces :] > 0) for first in (0, few))
+
+        def read(segments: int | None) -> Partial:
+            return merge(exact, self._attend_by_blocks(self._first(closed, segments), query))
+
+        ways = [lambda: exact, lambda: read(few), lambda: read(None)]
+        return jax.lax.switch(some.astype(jnp.int32) + more, ways)
+
+    def _first(self, closed: ClosedSegments, segments: int | None) -> ClosedSegments:
+        """The first segments alone; all where None."""
+        if segments is None:
+            return closed
+
+        tokens = ("k", "v", "position")
+        cut = {}
+        for field in dataclasses.fields(closed):
+            each = self.segment if field.name in tokens else self._pieces
+            x = getattr(closed, field.name)
+            cut[field.name] = x if x.ndim == 1 else x[:, :, : segments * each]
+        return ClosedSegments(**cut)
 
     def _attend_by_blocks(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention to the clusters of queries of which `block` choose together."""
@@ -225,19 +245,19 @@ class Clusters(Tier):
 
     def _attend_clusters(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of queries that choose together to the clusters."""
-        logits = _logits(closed, query)
-        shares = _shares(logits)
+        shares, whole = _shares(_logits(closed, query))
+        wanted = shares
         if query.valid is not None:  # padding must not choose for others
-            shares = jnp.where(query.valid[:, None, None, :, None], shares, -jnp.inf)
-        first, both, ranked = self._ranked(jax.nn.logsumexp(shares, axis=(2, 3))[:, :, None])
+            wanted = jnp.where(query.valid[:, None, None, :, None], shares, 0.0)
+        first, both, ranked = self._ranked(closed, jnp.sum(wanted, axis=(2, 3))[:, :, None])
         chosen = ranked[:, :, 0, : self.retrieve]
         retrieved = query.attend(*self._gather(closed, closed.start, closed.count, chosen, self.most))
-        return self._with_estimate(closed, logits, retrieved, first, both)
+        return self._with_estimate(closed, shares, whole, retrieved, first, both)
 
     def _attend_each(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of neighbouring queries, each of which chooses by itself; they read what any has chosen."""
-        logits = _logits(closed, query)
-        first, both, _ = self._ranked(jax.nn.logsumexp(_shares(logits), axis=2))
+        shares, whole = _shares(_logits(closed, query))
+        first, both, _ = self._ranked(closed, jnp.sum(shares, axis=2))
         heads, unit = closed.k.shape[1], min(UNIT, self.most)
         parts = -(-self.most // unit)
         begins = unit * jnp.arange(parts, dtype=jnp.int32)
@@ -248,16 +268,18 @@ class Clusters(Tier):
             return self._gather(closed, start, count, chosen, unit)
 
         retrieved = read_union_of_neighbours(gather, query, first, heads, unit, count > 0)
-        return self._with_estimate(closed, logits, retrieved, first, both)
+        return self._with_estimate(closed, shares, whole, retrieved, first, both)
 
-    def _ranked(self, scores: Float[Array, "B K N M"]) -> tuple[Choice, Choice, Int32[Array, "B K N R"]]:
+    def _ranked(
+        self, closed: ClosedSegments, scores: Float[Array, "B K N M"]
+    ) -> tuple[Choice, Choice, Int32[Array, "B K N R"]]:
         """The clusters that are retrieved, those with the ones that are estimated, and all of these, best first."""
-        scores = jax.lax.stop_gradient(scores)
-        best, ranked = jax.lax.top_k(scores, self.retrieve + self.estimate)
+        scores = jax.lax.stop_gradient(jnp.where(closed.count[:, :, None] > 0, scores, -jnp.inf))
+        counts = [min(n, scores.shape[3]) for n in (self.retrieve, self.retrieve + self.estimate)]
+        best, ranked = jax.lax.top_k(scores, counts[1])
         first, both = (
-            Choice(scores, best[..., n - 1 : n], ranked[..., n - 1 : n].astype(jnp.int32))
-            for n in (self.retrieve, self.retrieve + self.estimate)
-        )
+            Choice(scores, best[..., n - 1 : n], ranked[..., n - 1 : n].astype(jnp.int32)) for n in counts
+        )  # fmt: skip
         return first, both, ranked
 
     def _gather(
@@ -277,15 +299,20 @@ class Clusters(Tier):
         return k, v, position, rearrange(held, "b k m s -> b k (m s)")
 
     def _with_estimate(
-        self, closed: ClosedSegments, logits: Float[Array, "B K G C M"], retrieved: Partial, first: Choice, both: Choice
+        self,
+        closed: ClosedSegments,
+        shares: Float[Array, "B K G C M"],
+        whole: Float[Array, "B K G C 1"],
+        retrieved: Partial,
+        first: Choice,
+        both: Choice,
     ) -> Partial:
         """What was retrieved with the estimate of the clusters that follow."""
         if not self.estimate:
             return retrieved
-        every = jnp.arange(self.clusters, dtype=jnp.int32)
-        return merge(
-            retrieved, _estimate(closed, logits, both.has(every, both.scores) & ~first.has(every, first.scores))
-        )
+        every = jnp.arange(both.scores.shape[3], dtype=jnp.int32)
+        zone = both.has(every, both.scores) & ~first.has(every, first.scores)
+        return merge(retrieved, _estimate(closed, shares, whole, zone))
 
     def _slots(
         self, start: Int32[Array, "B K M"], count: Int32[Array, "B K M"], each: int
@@ -319,17 +346,27 @@ def _logits(closed: ClosedSegments, query: Query) -> Float[Array, "B K G C M"]:
     return jnp.where(closed.count[:, :, None, None] > 0, logits, -jnp.inf)
 
 
-def _shares(logits: Float[Array, "B K G C M"]) -> Float[Array, "B K G C M"]:
-    """The logarithm of the share that each cluster has in a query's softmax over all."""
+def _shares(
+    logits: Float[Array, "B K G C M"],
+) -> tuple[Float[Array, "B K G C M"], Float[Array, "B K G C 1"]]:
+    """The share that each cluster has in a query's softmax over all, and the logarithm of the whole."""
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return logits - jnp.where(jnp.isneginf(whole), 0.0, whole)
+    return jnp.exp(logits - jnp.where(jnp.isneginf(whole), 0.0, whole)), whole
 
 
-def _estimate(closed: ClosedSegments, logits: Float[Array, "B K G C M"], zone: Bool[Array, "B K #C M"]) -> Partial:
-    """One entry for each cluster of the zone: its mean value, with the weight count * exp(logit)."""
-    often = jnp.log(jnp.maximum(closed.count, 1).astype(logits.dtype))
-    logits = jnp.where(zone[:, :, None], logits + often[:, :, None, None], -jnp.inf)
-    lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0.0, lse)).astype(closed.value.dtype)
-    out = jnp.einsum("bkgcm,bkmd->bkgcd", weights, closed.value, preferred_element_type=logits.dtype)
-    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse[..., 0], "b k g c -> b c (k g)"))
+def _estimate(
+    closed: ClosedSegments,
+    shares: Float[Array, "B K G C M"],
+    whole: Float[Array, "B K G C 1"],
+    zone: Bool[Array, "B K #C M"],
+) -> Partial:
+    """One entry for each cluster of the zone: its mean value, which counts as often as the cluster has tokens."""
+    often = jnp.where(zone, closed.count[:, :, None], 0).astype(shares.dtype)
+    weights = shares * often[:, :, None]
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    weights = (weights / total).astype(closed.value.dtype)
+    out = jnp.einsum("bkgcm,bkmd->bkgcd", weights, closed.value, preferred_element_type=shares.dtype)
+    lse = jnp.where(some, whole + jnp.log(total), -jnp.inf)[..., 0]
+    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))
