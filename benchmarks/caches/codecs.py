@@ -46,15 +46,21 @@ CODECS: dict[str, Codec | None] = {
     'kivi, residual of 512, fit="error"': sj.kv.Int(2, group=32, residual=512, fit="error"),
     "vidkv, no transform": sj.kv.Mixed(transform=False),
     "cq, 4 channels in 8 bits": sj.kv.CQ(4, 8),
+    "cq, 4 channels in 8 bits, by gradients": sj.kv.CQ(4, 8),
     "cq, 8 channels in 8 bits": sj.kv.CQ(8, 8),
+    "cq, 8 channels in 8 bits, by gradients": sj.kv.CQ(8, 8),
 }
 
 
-def by_layers(model: sj.Decoder, codec: Codec | None, text: np.ndarray) -> list[Codec | None]:
+def by_layers(model: sj.Decoder, name: str, text: np.ndarray) -> list[Codec | None]:
     """The codec of each layer, with codebooks that fit the end of a text where it takes any."""
+    codec = CODECS[name]
     if not isinstance(codec, sj.kv.CQ):
         return [codec] * model.config.num_layers
-    measured = sj.measure_codebooks(model, text[:, -FITTED:], codec.coupled, codec.bits, ROUNDS)
+    weighted = name.endswith("by gradients")
+    measured = sj.measure_codebooks(
+        model, text[:, -FITTED:].reshape(2, -1), codec.coupled, codec.bits, ROUNDS, by_gradients=weighted
+    )
     return [dataclasses.replace(codec, codebooks=layer) for layer in measured.layers]
 
 
@@ -120,7 +126,7 @@ def main() -> None:
     rows: list[dict] = []
     exact = arguments.exact
     for name in arguments.codecs:
-        codecs, row = by_layers(model, CODECS[name], text), {"codec": name}
+        codecs, row = by_layers(model, name, text), {"codec": name}
         if "perplexity" in arguments.parts:
             found, size, tables = perplexity(model, codecs, tokens)
             exact = exact or found

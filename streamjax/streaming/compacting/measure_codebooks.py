@@ -116,14 +116,15 @@ def _k_means(
 def _one_k_means(
     x: Float[Array, "N c"], weights: Float[Array, " N"], key: Array, entries: int, rounds: int
 ) -> Float[Array, "E c"]:
-    squares = jnp.sum(x * x, axis=1)
+    squares, drawn = jnp.sum(x * x, axis=1), jax.random.uniform(key, (entries,))
+    points = jnp.concatenate((x, jnp.ones((len(x), 1))), axis=1)
     weights = weights / jnp.max(jnp.maximum(weights, jnp.finfo(weights.dtype).tiny)) + 1e-9  # none without any
 
     def spread(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         """k-means++: the next entry is a point, drawn by its weight and its squared distance to the nearest entry."""
         found, distance = carry
-        at = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(distance) + jnp.log(weights))
-        new = x[at]
+        total = jnp.cumsum(distance * weights)
+        new = x[jnp.searchsorted(total, total[-1] * drawn[i], side="right").clip(0, len(x) - 1)]
         closer = squares - 2 * x @ new + new @ new
         return found.at[i].set(new), jnp.clip(jnp.minimum(distance, closer), 1e-30)
 
@@ -131,9 +132,11 @@ def _one_k_means(
     start, _ = jax.lax.fori_loop(0, entries, spread, first)
 
     def improved(_: Array, books: Array) -> Array:
-        nearest = jnp.argmin(jnp.sum(books * books, axis=1) - 2 * x @ books.T, axis=1)
-        sums = jax.ops.segment_sum(x * weights[:, None], nearest, entries)
-        count = jax.ops.segment_sum(weights, nearest, entries)[:, None]
-        return jnp.where(count > 0, sums / jnp.where(count > 0, count, 1), books)
+        # Entries come first, and whose a point is is a product: a CPU has no fast argmin along a row.
+        distance = jnp.sum(books * books, axis=1)[:, None] - 2 * books @ x.T
+        nearest = jnp.where(distance <= jnp.min(distance, axis=0), weights, 0.0)
+        sums = nearest @ points
+        count = sums[:, -1:]
+        return jnp.where(count > 0, sums[:, :-1] / jnp.where(count > 0, count, 1), books)
 
     return jax.lax.fori_loop(0, rounds, improved, start)

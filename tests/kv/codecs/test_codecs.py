@@ -145,7 +145,7 @@ def test_int4_with_groups_of_64_is_less_than_0_3_of_bfloat16():
         (lambda: BlockFloats(group=7), r"BlockFloats\.group is 7, the residual 0: the group is a multiple of 2"),
         (lambda: FireQ(bits=1), r"FireQ\.bits is 1: codes around 0 have 2 bits at least"),
         (lambda: Mixed(wide=1.5), r"Mixed\.wide is 1\.5: it must be a number from 0 to 1"),
-        (lambda: CQ(coupled=17), r"CQ\.coupled is 17: at most 16 channels share a code"),
+        (lambda: CQ(coupled=9), r"CQ\.coupled is 9: at most 8 channels share a code"),
         (
             lambda: sj.kv.Scored(8, sj.kv.KNorm(), codec=CQ()),
             r"Scored\.codec: CQ.* codes unrotated keys, which Full and",
