@@ -50,6 +50,7 @@ class Block(nnx.Module):
         key_mixer, key_mlp = jax.random.split(key)
         hsa, remembers, reads = memory or (None, False, False)
         self.config = config
+        self.width = d_model
         self.hsa = hsa
         key_encoder, key_reader = (jax.random.fold_in(key, i) for i in range(2))
         own = hsa.of_layer(config) if hsa and (remembers or reads) else config
@@ -84,15 +85,21 @@ class Block(nnx.Module):
             memory = whole_view(*made, context.segment_ids, self.encoder.hsa, 0, x.shape[1])
         return self._residual(x, self.mixer_input(x), self.mix(x, context), memory), memory
 
-    def mix(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+    def mix(self, x: Float[Array, "B T W"], context: SequenceContext) -> Float[Array, "B T V"]:
         """What the token mixers make of a whole sequence, before it is added to the residual stream."""
         normed = self.mixer_input(x)
         mixed = self.mixer.parallel(normed, context)
         return mixed if self.beside is None else mixed + self.beside.parallel(normed, context)
 
-    def mixer_input(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """What the token mixer reads of the layer's input."""
-        return x if self.mixer_norm is None else self.mixer_norm(x)
+    def mixer_input(self, x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
+        """What the token mixer reads of the layer's input; behind it what it takes of a layer below."""
+        x, handed = self._apart(x)
+        normed = x if self.mixer_norm is None else self.mixer_norm(x)
+        return jnp.concatenate((normed, handed), axis=-1) if handed is not None and self.config.taken else normed
+
+    def _apart(self, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T E"], Float[Array, "B T S"] | None]:
+        """The residual stream, and what layers hand on behind it, if they do."""
+        return (x, None) if x.shape[-1] == self.width else (x[..., : self.width], x[..., self.width :])
 
     def project(
         self, x: Float[Array, "B T E"], context: SequenceContext
@@ -111,7 +118,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T E"],
         heads: Float[Array, "B T H D"],
         memory: ReadablePages | None = None,
-        beside: Float[Array, "B T E"] | None = None,
+        beside: Float[Array, "B T V"] | None = None,
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output.
 
@@ -135,8 +142,8 @@ class Block(nnx.Module):
         return self._residual(x, normed, mixed, memory), state
 
     def recur_beside(
-        self, x: Float[Array, "B C E"], state: RecurrentState, context: SequenceContext
-    ) -> tuple[Float[Array, "B C E"], RecurrentState]:
+        self, x: Float[Array, "B C W"], state: RecurrentState, context: SequenceContext
+    ) -> tuple[Float[Array, "B C V"], RecurrentState]:
         """What the recurrent mixer beside attention makes of a stretch of a sequence, and the state behind it."""
         assert self.beside is not None
         return self.beside.recur(self.mixer_input(x), state, resets=context.resets())
@@ -179,6 +186,8 @@ class Block(nnx.Module):
 
     def _residual(self, x: Array, normed: Array, mixed: Array, memory: ReadablePages | None) -> Array:
         parallel = self.config.residual == "parallel"
+        (x, handed), (normed, _), (mixed, own) = map(self._apart, (x, normed, mixed))
+        handed = handed if own is None else own
         mixed = self._branch(mixed, self.mixer_post_norm)
         if self.reader is not None:
             assert memory is not None
@@ -191,6 +200,7 @@ class Block(nnx.Module):
             x = x + mixed + y if parallel else x + y
         if self.scale is not None:
             x = x * jax.lax.stop_gradient(self.scale[...]).astype(x.dtype)
+        x = x if handed is None else jnp.concatenate((x, handed), axis=-1)
         return constrain(x, "batch", "length", "activation_embed")
 
     def _branch(self, y: Array, norm: Norm | None = None) -> Array:

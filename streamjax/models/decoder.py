@@ -26,7 +26,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
 from streamjax.models.mixers.hierarchical import ReadablePages
-from streamjax.models.norms import Norm
+from streamjax.models.norms import LastNorm, Norm
 from streamjax.models.parameters import kernel, product, zeros
 from streamjax.models.quantisation import take_rows
 from streamjax.parallel.rules import constrain
@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
             [jax.vmap(partial(build, i))(keys[i : repeats * period : period]) for i in range(period)] if repeats else []
         )
         self.layers = nnx.List([build(i, keys[i]) for i in range(repeats * period, config.num_layers)])
-        self.norm = Norm(d, config.norm, params)
+        self.norm = (LastNorm if config.handed_on else Norm)(d, config.norm, params)
         self.head = None if config.tie_embeddings else kernel(key_head, (d, vocab), ("embed", "vocab"), d, params)
         self.head_bias = zeros((vocab,), ("vocab",), params) if config.logit_bias else None
 
@@ -99,11 +99,13 @@ class Decoder(nnx.Module):
         row, column = divmod(index, len(self.stack))
         return self.stack[column], row
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Token embeddings, scaled as the config says."""
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+        """Token embeddings, scaled as the config says; zeros behind them where layers hand something on."""
         x = take_rows(self.embedding[...], tokens, self.dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
+        if self.config.handed_on:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, self.config.handed_on)))
         return constrain(x, "batch", "length", "activation_embed")
 
     def hidden(

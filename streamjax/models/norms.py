@@ -37,3 +37,14 @@ class Norm(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype)
         return y.astype(x.dtype)
+
+
+class LastNorm(Norm):
+    """The norm behind the last layer, of the first `width` channels: what layers hand on stands behind them."""
+
+    def __init__(self, width: int, config: NormConfig, dtype: jnp.dtype):
+        super().__init__(width, config, dtype)
+        self.width = width
+
+    def __call__(self, x: Float[Array, "*B W"]) -> Float[Array, "*B D"]:
+        return super().__call__(x[..., : self.width])

@@ -123,7 +123,7 @@ def read_chunk(
 
 def _group(model: Decoder, state: StreamState, chunk_size: int) -> int:
     """How many full chunks are read by one call of each program."""
-    a_chunk = state.batch_size * chunk_size * model.config.d_model * model.dtype.itemsize
+    a_chunk = state.batch_size * chunk_size * model.config.stream_width * model.dtype.itemsize
     return SCAN_CHUNKS if SCAN_CHUNKS * a_chunk <= HIDDEN_BYTES else 1
 
 

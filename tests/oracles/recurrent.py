@@ -26,3 +26,22 @@ def recurrence(q, k, v, log_decay, state, beta=None, resets=None):
                 out[b, t, g, r] = s.T @ q[b, t, g]
             state[b, head] = s
     return out, state
+
+
+def generalised_delta(q, k, v, erase, write, log_decay, state, resets=None):
+    """Outputs and the last state: `S = decay S + write (erase^T S)^T + k v^T`; each token reads `S^T q`. Shapes are
+    those of `streamjax.attention.generalised_delta.generalised_delta`."""
+    q, k, v, erase, write, log_decay = (np.asarray(x, np.float64) for x in (q, k, v, erase, write, log_decay))
+    state, out = np.array(state, np.float64), np.zeros(v.shape)
+    rows, length, heads = v.shape[:3]
+    for b in range(rows):
+        for head in range(heads):
+            s = state[b, head]
+            for t in range(length):
+                at = b, t, head
+                if resets is not None and resets[b, t]:
+                    s = np.zeros_like(s)
+                s = np.exp(log_decay[at])[:, None] * s + np.outer(write[at], s.T @ erase[at]) + np.outer(k[at], v[at])
+                out[at] = s.T @ q[at]
+            state[b, head] = s
+    return out, state

@@ -82,7 +82,7 @@ def kimi_delta(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     return np.tensordot(out, _value(p.out), axes=3)
 
 
-def ssd(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+def ssd(mixer, x: np.ndarray, cache: list, handed: list) -> np.ndarray:
     """One token of Mamba-2; `cache` has the inputs of the convolution and the states."""
     p, c = mixer, mixer.config
     shared, width, size = c.num_heads // c.num_groups, c.head_dim, c.state_dim
@@ -104,6 +104,8 @@ def ssd(mixer, x: np.ndarray, cache: list) -> np.ndarray:
         decay = np.exp(-np.exp(_value(p.rate_log)[head]) * step)
         cache[1][head] = decay * cache[1][head] + np.outer(b, step * mixed[g, own])
         out[g, own] = cache[1][head].T @ read + _value(p.skip)[head] * mixed[g, own]
+    if c.hands_on:
+        handed[:] = [out]
     if c.norm is None:
         out = out * _silu(gate)
     else:
@@ -112,6 +114,12 @@ def ssd(mixer, x: np.ndarray, cache: list) -> np.ndarray:
         out = normed * _value(p.norm) * (_silu(gate) if c.norm_before_gate else 1.0)
     y = np.tensordot(out.reshape(c.num_groups, shared, width), _value(p.out), axes=3)
     return c.out_scale * (y if p.out_bias is None else y + _value(p.out_bias))
+
+
+def gmu(mixer, x: np.ndarray, cache: list, handed: list) -> np.ndarray:
+    """One token of the gated memory unit; `handed` has what heads of a layer below have read."""
+    gated = _silu(np.tensordot(x, _value(mixer.inside), axes=1)) * handed[0].reshape(mixer.config.num_groups, -1)
+    return np.tensordot(gated[:, None], _value(mixer.out), axes=3)
 
 
 def gated_conv(mixer, x: np.ndarray, cache: list) -> np.ndarray:
@@ -187,6 +195,38 @@ def hgrn(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     return np.tensordot(out[:, None], _value(p.out), axes=3)
 
 
+def rwkv7(mixer, x: np.ndarray, cache: list, handed: list) -> np.ndarray:
+    """One token of RWKV-7's time mixing; `cache` has the input before and the states."""
+    p, c = mixer, mixer.config
+    if not cache:
+        cache += [np.zeros_like(x), np.zeros((c.num_heads, c.head_dim, c.head_dim))]
+    xr, xk, xv, xw, xa, xg = x + (cache[0] - x) * _value(p.mix)
+    cache[0] = x
+    kernels, down, up = (_value(part) for part in (p.inside, p.down, p.up))
+    bias, weights, norm = (_value(part) for part in (p.bias, p.keys, p.norm))
+    out, values = np.zeros((c.num_heads, 1, c.head_dim)), np.zeros((c.num_heads, c.head_dim))
+    for head in range(c.num_heads):
+        w_q, w_k, w_v = np.split(kernels[:, head], 3, axis=-1)
+        r, k, v = xr @ w_q, xk @ w_k, xv @ w_v
+        values[head] = v
+        if c.values == "takes":
+            v = v + (handed[0][head] - v) * _sigmoid(xv @ down[:, 3] @ up[3, :, head] + bias[2, head])
+        decay = np.exp(-np.exp(-0.5) * _sigmoid(np.tanh(xw @ down[:, 0]) @ up[0, :, head] + bias[0, head]))
+        a = _sigmoid(xa @ down[:, 1] @ up[1, :, head] + bias[1, head])
+        gate = _sigmoid(xg @ down[:, 2]) @ up[2, :, head]
+        kappa = k * weights[0, head]
+        kappa = kappa / np.sqrt(kappa @ kappa)
+        k = k * (1 + (a - 1) * weights[1, head])
+        old = cache[1][head]
+        cache[1][head] = decay[:, None] * old - np.outer(a * kappa, old.T @ kappa) + np.outer(k, v)
+        read = cache[1][head].T @ r
+        read = (read - read.mean()) / np.sqrt(read.var() + 64e-5) * norm[0, head] + norm[1, head]
+        out[head, 0] = (read + (r * k * weights[2, head]).sum() * v) * gate
+    if c.values == "hands_on":
+        handed[:] = [values]
+    return np.tensordot(out, _value(p.out), axes=3)
+
+
 def mixture_of_memories(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of a mixture of memories; `cache` has the inputs of the convolution and the states."""
     p, c = mixer, mixer.config
@@ -235,15 +275,18 @@ def legendre_memory(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     return np.maximum(y + _value(p.out_bias) + x @ _value(p.direct), 0)
 
 
+HANDING = ("ssd", "gmu", "rwkv7")  # that take a list with what layers hand on, too
 MIXERS = {
     "gated_delta": gated_delta,
     "kimi_delta": kimi_delta,
     "ssd": ssd,
     "gated_conv": gated_conv,
+    "gmu": gmu,
     "rg_lru": rg_lru,
     "gated_linear": gated_linear,
     "hgrn2": hgrn2,
     "hgrn": hgrn,
+    "rwkv7": rwkv7,
     "mixture_of_memories": mixture_of_memories,
     "legendre_memory": legendre_memory,
 }

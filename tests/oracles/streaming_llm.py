@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from tests.oracles.recurrent_mixers import MIXERS
+from tests.oracles.recurrent_mixers import HANDING, MIXERS
 
 _erf = np.vectorize(math.erf)
 ACTIVATIONS = {
@@ -230,8 +230,9 @@ def mlp(module, config, x: np.ndarray) -> np.ndarray:
     return config.out_scale * (y if module.down_bias is None else y + _value(module.down_bias))
 
 
-def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list) -> np.ndarray:
-    """`cache` has keys and values; `state` is a recurrent mixer's, in their place or beside them."""
+def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list, handed: list) -> np.ndarray:
+    """`cache` has keys and values; `state` is a recurrent mixer's, in their place or beside them; `handed` has what
+    layers hand on of the token."""
     config = layer.config
 
     def before(x: np.ndarray, module) -> np.ndarray:
@@ -242,12 +243,12 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list) -> np.ndar
 
     normed = before(x, layer.mixer_norm)
     if config.mixer.recurrent:
-        mixed = MIXERS[config.mixer.type_name](layer.mixer, normed, state)
+        mixed = _mixed(layer.mixer, normed, state, handed)
     else:
         attend = latent_attention if config.mixer.type_name == "latent_attention" else attention
         mixed = attend(layer, normed, cache, rule)
     if config.beside is not None:
-        mixed = mixed + MIXERS[config.beside.type_name](layer.beside, normed, state)
+        mixed = mixed + _mixed(layer.beside, normed, state, handed)
     mixed = behind(mixed, layer.mixer_post_norm)
     if config.residual == "sequential":
         x = x + mixed
@@ -258,6 +259,11 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list) -> np.ndar
     y = mlp(layer.mlp, config.mlp, normed if config.shared_norm else x if own else before(x, layer.mlp_norm))
     y = x + mixed + behind(y, layer.mlp_post_norm)
     return y if layer.scale is None else y * _value(layer.scale)
+
+
+def _mixed(mixer, x: np.ndarray, state: list, handed: list) -> np.ndarray:
+    name = mixer.config.type_name
+    return MIXERS[name](mixer, x, state, *([handed] if name in HANDING else []))
 
 
 def _own_rule(mixer) -> Rule | None:
@@ -285,8 +291,9 @@ def run(model, tokens, rule: Rule) -> np.ndarray:
     rows = []
     for token in tokens:
         x = embedding[int(token)] * config.embedding_scale
+        handed: list = []
         for i, layer in enumerate(layers):
-            x = block(layer, x, caches[i], rules[i], states[i])
+            x = block(layer, x, caches[i], rules[i], states[i], handed)
             caches[i] = rules[i].keep(caches[i])
         logits = norm(x, model.norm) @ head
         if model.head_bias is not None:

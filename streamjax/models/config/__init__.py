@@ -14,13 +14,13 @@ from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, Mix
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
-from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config
+from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
-from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, KimiDeltaConfig, SSDConfig
+from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, GMUConfig, KimiDeltaConfig, SSDConfig
 from streamjax.models.config.rope import RopeConfig, RopeKind
 from streamjax.models.config.uniform import UniformConfig
 
@@ -31,6 +31,7 @@ __all__ = [
     "DenseAndExpertsConfig",
     "DenseConfig",
     "ExpertsConfig",
+    "GMUConfig",
     "GatedConvConfig",
     "GatedDeltaConfig",
     "GatedLinearConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "RGLRUConfig",
+    "RWKV7Config",
     "RopeConfig",
     "RopeKind",
     "SSDConfig",

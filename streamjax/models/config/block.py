@@ -10,13 +10,14 @@ from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
-from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config
+from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.latent import LatentAttentionConfig
 from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
     GatedConvConfig,
     GatedDeltaConfig,
+    GMUConfig,
     KimiDeltaConfig,
     RecurrentConfig,
     SSDConfig,
@@ -34,6 +35,8 @@ RecurrentMixerConfig: TypeAlias = (
     | RGLRUConfig
     | MoMConfig
     | LMUConfig
+    | RWKV7Config
+    | GMUConfig
 )
 MixerConfig: TypeAlias = AttentionMixerConfig | RecurrentMixerConfig
 MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
@@ -71,6 +74,10 @@ class BlockConfig:
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
         if self.beside is not None and isinstance(self.mixer, RecurrentConfig):
             raise ValueError("BlockConfig.beside is for layers that attend: the token mixer is a recurrent one itself")
+        if self.beside is not None and (self.beside.handed_on or self.beside.taken):
+            raise ValueError(
+                "BlockConfig.beside hands nothing on and takes nothing: such a mixer has a layer to itself"
+            )
         if self.mlp is None and self.residual == "parallel":
             raise ValueError("BlockConfig.mlp is None: residual='parallel' is for layers with an MLP beside the mixer")
         if self.own_norms and self.residual == "parallel":
@@ -104,6 +111,16 @@ class BlockConfig:
     def recurrent(self) -> bool:
         """Whether the layer has a recurrent state, in place of keys and values or beside them."""
         return self.mixer.recurrent or self.beside is not None
+
+    @property
+    def handed_on(self) -> int:
+        """Channels of a token that the layer hands to those above, beside the residual stream."""
+        return self.mixer.handed_on if isinstance(self.mixer, RecurrentConfig) else 0
+
+    @property
+    def taken(self) -> int:
+        """Channels that the layer takes of what one below has handed on."""
+        return self.mixer.taken if isinstance(self.mixer, RecurrentConfig) else 0
 
     @property
     def own_norms(self) -> bool:

@@ -1,9 +1,9 @@
-"""Linear attention whose state forgets by channels of keys, in words."""
+"""Linear attention whose state forgets by channels of keys, RWKV-7's among it, in words."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from streamjax.field_checks import BelowOne, Positive, Size
 from streamjax.models.config.norm import NormConfig
@@ -73,3 +73,49 @@ class HGRN2Config(RecurrentConfig):
     def parameter_count(self, d_model: int) -> int:
         inner = self.num_heads * self.value_dim
         return d_model * (self.projected + inner) + self.norm.parameter_count(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7Config(RecurrentConfig):
+    """RWKV-7's time mixing (2503.14456): the delta rule generalised, with a decay and a learning rate for each channel.
+
+    num_heads: as many as `num_groups`, of `head_dim` channels each; together they are the model's width.
+    rank: channels from which a token's decays, learning rates, gates and shares of values are made, as many for each.
+    values: "hands_on": the layers above may mix this layer's values into their own, as the first layer of RWKV-7 does;
+      "takes": a layer that does so; "own": neither.
+    """
+
+    type_name: ClassVar[str] = "rwkv7"
+    single_heads: ClassVar[bool] = True
+
+    head_dim: Size
+    rank: Size = 32
+    values: Literal["own", "hands_on", "takes"] = "own"
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.head_dim, self.head_dim
+
+    @property
+    def group_channels(self) -> tuple[int, int, int]:
+        """Of a group: the query (RWKV's receptance), the key and the value."""
+        return self.head_dim, self.head_dim, self.head_dim
+
+    @property
+    def handed_on(self) -> int:
+        return self.num_heads * self.head_dim if self.values == "hands_on" else 0
+
+    @property
+    def taken(self) -> int:
+        return self.num_heads * self.head_dim if self.values == "takes" else 0
+
+    @property
+    def conv_shape(self) -> tuple[int, int, int]:
+        """The newest token's input, by heads."""
+        return 1, self.num_groups, self.head_dim
+
+    def parameter_count(self, d_model: int) -> int:
+        inner, made = self.num_heads * self.head_dim, 3 + (self.values == "takes")
+        # Mixes of six inputs; kernels; pairs of low rank, all but one with a bias; weights of keys, and the norm's two.
+        kernels = d_model * (self.projected + inner) + made * self.rank * (d_model + inner)
+        return 6 * d_model + kernels + (made - 1 + 3 + 2) * inner

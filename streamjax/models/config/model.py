@@ -63,15 +63,41 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.hsa names layer {i}, which has no attention: give HSAConfig.attention")
             if self.hsa is not None and self.remembers(i) and block.mlp is None and self.hsa.mlp is None:
                 raise ValueError(f"ModelConfig.hsa remembers layer {i}, which has no MLP: give HSAConfig.mlp")
+        self._check_handed_on()
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"ModelConfig.eos_token_ids has {token!r}, which is outside the vocabulary of {self.vocab_size}"
                 )
 
+    def _check_handed_on(self) -> None:
+        """Whether every layer that takes something finds it."""
+        found = 0
+        for i, block in enumerate(self.blocks):
+            if block.taken and block.taken != found:
+                made = f"layers below hand on {found}" if found else "no layer below hands any on"
+                raise ValueError(f"ModelConfig.blocks: layer {i} takes {block.taken} channels, and {made}")
+            if block.handed_on and found not in (0, block.handed_on):
+                raise ValueError(
+                    f"ModelConfig.blocks: layer {i} hands on {block.handed_on} channels, and one below {found}"
+                )
+            found = block.handed_on or found
+        if found and self.hsa is not None:
+            raise ValueError("ModelConfig.hsa is for models whose layers hand nothing else on")
+
     @property
     def num_layers(self) -> int:
         return len(self.blocks)
+
+    @cached_property
+    def handed_on(self) -> int:
+        """Channels that layers hand on beside the residual stream; 0 in most models."""
+        return max(block.handed_on for block in self.blocks)
+
+    @property
+    def stream_width(self) -> int:
+        """Channels of what goes from layer to layer: the residual stream, and behind it what is handed on."""
+        return self.d_model + self.handed_on
 
     def remembers(self, layer: int) -> bool:
         """Whether a layer's input becomes a chunk memory (`HSAConfig`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from streamjax.field_checks import NotNegative, Positive, Size, check_fields
+from streamjax.field_checks import LATER, NotNegative, Positive, Size, check_fields
 from streamjax.models.config.norm import NormConfig
 
 
@@ -66,6 +66,16 @@ class RecurrentConfig:
     def conv_shape(self) -> tuple[int, ...]:
         """What a short convolution keeps: tokens, groups, channels of a group; empty without one."""
         return ()
+
+    @property
+    def handed_on(self) -> int:
+        """Channels of a token that the mixer hands to the layers above, beside the residual stream."""
+        return 0
+
+    @property
+    def taken(self) -> int:
+        """Channels that the mixer takes of what a layer below has handed on."""
+        return 0
 
     @property
     def projected(self) -> int:
@@ -168,6 +178,7 @@ class SSDConfig(RecurrentConfig):
     scales: factors on what a token's input becomes: inputs of heads, B, C, gates, and steps before their bias; empty:
       none (Falcon-H1).
     out_scale: factor on the output.
+    hands_on: layers above may take what the heads read, before their gates and norm (`GMUConfig`).
     """
 
     type_name: ClassVar[str] = "ssd"
@@ -184,6 +195,7 @@ class SSDConfig(RecurrentConfig):
     step_max: Positive | None = None
     scales: tuple[Positive, ...] = ()
     out_scale: Positive = 1.0
+    hands_on: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,6 +211,10 @@ class SSDConfig(RecurrentConfig):
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.state_dim, self.head_dim
+
+    @property
+    def handed_on(self) -> int:
+        return self.num_heads * self.head_dim if self.hands_on else 0
 
     @property
     def group_channels(self) -> tuple[int, int, int, int]:
@@ -249,3 +265,32 @@ class GatedConvConfig(RecurrentConfig):
     def parameter_count(self, d_model: int) -> int:
         inner = self.num_groups * self.channels
         return 4 * d_model * inner + self.conv_width * inner + self.bias * (4 * inner + d_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class GMUConfig(RecurrentConfig):
+    """A gated memory unit (SambaY, 2507.06607): gates on what the heads of a layer below have read; no state at all.
+
+    num_heads: as many as `num_groups`: parts of `channels` channels each, together as many as are handed on.
+    """
+
+    type_name: ClassVar[str] = "gmu"
+    single_heads: ClassVar[bool] = True
+
+    channels: Size
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def taken(self) -> int:
+        return self.num_groups * self.channels
+
+    @property
+    def group_channels(self) -> tuple[int]:
+        """Of a group: its gates."""
+        return (self.channels,)
+
+    def parameter_count(self, d_model: int) -> int:
+        return 2 * d_model * self.taken

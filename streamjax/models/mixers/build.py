@@ -12,6 +12,7 @@ from streamjax.models.config import (
     GatedConvConfig,
     GatedDeltaConfig,
     GatedLinearConfig,
+    GMUConfig,
     HGRN2Config,
     HGRNConfig,
     KimiDeltaConfig,
@@ -20,12 +21,15 @@ from streamjax.models.config import (
     MixerConfig,
     MoMConfig,
     RGLRUConfig,
+    RWKV7Config,
     SSDConfig,
 )
 from streamjax.models.mixers.attention import Attention
 from streamjax.models.mixers.gated_conv import GatedConv
 from streamjax.models.mixers.gated_delta import GatedDelta
 from streamjax.models.mixers.gated_linear import GatedLinear
+from streamjax.models.mixers.handed_on.gmu import GMU
+from streamjax.models.mixers.handed_on.rwkv7 import RWKV7
 from streamjax.models.mixers.hgrn import HGRN, HGRN2
 from streamjax.models.mixers.kimi_delta import KimiDelta
 from streamjax.models.mixers.latent import LatentAttention
@@ -47,6 +51,8 @@ Mixer: TypeAlias = (
     | HGRN2
     | MixtureOfMemories
     | LMU
+    | RWKV7
+    | GMU
 )
 
 _MODULES: dict[type, Any] = {
@@ -56,10 +62,12 @@ _MODULES: dict[type, Any] = {
     KimiDeltaConfig: KimiDelta,
     SSDConfig: SSD,
     GatedConvConfig: GatedConv,
+    GMUConfig: GMU,
     RGLRUConfig: RGLRU,
     GatedLinearConfig: GatedLinear,
     HGRNConfig: HGRN,
     HGRN2Config: HGRN2,
+    RWKV7Config: RWKV7,
     MoMConfig: MixtureOfMemories,
     LMUConfig: LMU,
 }

@@ -58,12 +58,14 @@ class RecurrentMixer(nnx.Module):
 
     def recur(
         self,
-        x: Float[Array, "B T E"],
+        x: Float[Array, "B T W"],
         state: RecurrentState,
         valid: Bool[Array, "B T"] | None = None,
         resets: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], RecurrentState]:
+    ) -> tuple[Float[Array, "B T V"], RecurrentState]:
         """T tokens behind `state`, and the state behind them.
+
+        Behind the layer's own channels, `x` has what the mixer takes of a layer below, and the result what it hands on.
 
         valid: the tokens that count, the first ones of each row; all where None. A row without any keeps its state bit
         for bit. resets: the tokens that begin with an empty state.
@@ -74,13 +76,13 @@ class RecurrentMixer(nnx.Module):
         """The state in front of the first token."""
         return Recurrence(self.config.state_shape, self.config.conv_shape).empty(batch_size, dtype)
 
-    def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+    def parallel(self, x: Float[Array, "B T W"], context: SequenceContext) -> Float[Array, "B T V"]:
         """A whole sequence."""
         return self.recur(x, self.empty(x.shape[0], x.dtype), resets=context.resets())[0]
 
     def stream(
-        self, x: Float[Array, "B C E"], state: RecurrentState, cache: Cache, context: ChunkContext
-    ) -> tuple[Float[Array, "B C E"], RecurrentState | Float[Array, "B C E"]]:
+        self, x: Float[Array, "B C W"], state: RecurrentState, cache: Cache, context: ChunkContext
+    ) -> tuple[Float[Array, "B C V"], RecurrentState | Float[Array, "B C W"]]:
         """A chunk of a stream, and the stream's new state; the chunk itself where its state is to be made later."""
         y, new = self.recur(x, state, context.valid)
         return y, x if isinstance(cache, Deferred) else new

@@ -40,6 +40,17 @@ class ShortConv(nnx.Module):
         return _convolve(x, before, weight, bias, valid, resets)
 
 
+def one_before(
+    x: Float[Array, "B T G D"],
+    before: Float[Array, "B 1 G D"],
+    valid: Bool[Array, "B T"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T G D"], Float[Array, "B 1 G D"]]:
+    """For each of T tokens the one before it, and the newest that counts; zeros in front of the first of a document."""
+    taps = jnp.zeros((2, *x.shape[2:]), x.dtype).at[0].set(1)
+    return _convolve(x, before, taps, None, valid, resets)
+
+
 def _over_devices(
     x: Float[Array, "B T G D"],
     before: Float[Array, "B W G D"],

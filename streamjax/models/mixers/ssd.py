@@ -42,7 +42,7 @@ class SSD(RecurrentMixer):
         state: RecurrentState,
         valid: Bool[Array, "B T"] | None = None,
         resets: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], RecurrentState]:
+    ) -> tuple[Float[Array, "B T V"], RecurrentState]:
         c, wide = self.config, accumulator(x.dtype)
         inputs, keys, gates, _ = c.group_channels
         projected = self._scaled(self.enter(x))
@@ -69,10 +69,12 @@ class SSD(RecurrentMixer):
             products=x.dtype,
         )
         heads = heads + skip[..., None] * v
+        own = rearrange(heads, "b t g r v -> b t (g r v)").astype(x.dtype)
         heads = self._gated(rearrange(heads, "b t g r v -> b t g (r v)"), gate.astype(wide))
         heads = rearrange(heads, "b t g (r v) -> b t g r v", r=c.group_size)
         y = self.leave(heads, x.dtype)
-        return y if c.out_scale == 1.0 else y * c.out_scale, RecurrentState(memory, conv)
+        y = y if c.out_scale == 1.0 else y * c.out_scale
+        return jnp.concatenate((y, own), axis=-1) if c.hands_on else y, RecurrentState(memory, conv)
 
     def _scaled(self, projected: Float[Array, "B T G D"]) -> Float[Array, "B T G D"]:
         """What the input becomes, each part times its factor."""

@@ -1,4 +1,4 @@
-"""Gated linear attention, HGRN2 and HGRN: token by token in float64, streamed, trained in chunks, and refused."""
+"""Linear attention with decays, HGRN and RWKV-7: token by token in float64, streamed, trained, and refused."""
 
 import jax
 import numpy as np
@@ -6,7 +6,14 @@ import pytest
 
 import streamjax as sj
 from streamjax.models import ModelConfig
-from streamjax.models.config import BlockConfig, GatedLinearConfig, HGRN2Config, HGRNConfig, parse_config
+from streamjax.models.config import (
+    BlockConfig,
+    GatedLinearConfig,
+    HGRN2Config,
+    HGRNConfig,
+    RWKV7Config,
+    parse_config,
+)
 from streamjax.models.mixers.hgrn import rising_bounds
 from tests.oracles import streaming_llm as oracle
 from tests.streaming.tiny_models import build, random_tokens, read_stream
@@ -17,6 +24,7 @@ LAYERS = (
     HGRNConfig(2, 2, channels=5, lower_bound=rising_bounds(3)[0]),
     HGRN2Config(2, 2, key_dim=4, value_dim=5, lower_bound=rising_bounds(3)[1]),
     GatedLinearConfig(2, 2, key_dim=4, value_dim=5, rank=3, decay_power=2.0),
+    RWKV7Config(2, 2, head_dim=8, rank=3),
     HGRNConfig(2, 2, channels=5, lower_bound=rising_bounds(3)[2]),
 )
 CONFIG = ModelConfig(VOCAB, 16, tuple(BlockConfig(mixer, None) for mixer in LAYERS))
@@ -36,7 +44,7 @@ def test_whole_and_in_pieces_it_is_the_published_recurrence():
 
 @pytest.mark.parametrize("order", ["chunk", pytest.param("layer", marks=pytest.mark.slow)])
 def test_gives_the_gradient(order):
-    """Of two layers, one with each core."""
+    """Of three layers, one with each core."""
     check(CONFIG.replace(blocks=CONFIG.blocks[2:]), 13, chunk_size=6, packed=True, orders=(order,))
 
 
@@ -47,5 +55,7 @@ def test_configs():
     assert rising_bounds(4) == (0.0, 0.25, 0.5, 0.75)
     with pytest.raises(ValueError, match=r"HGRN2Config\.lower_bound is 1\.0"):
         HGRN2Config(2, 2, key_dim=4, value_dim=5, lower_bound=1.0)
+    with pytest.raises(ValueError, match=r"RWKV7Config has 2 heads of 8: together they must be d_model, 12"):
+        sj.Decoder(CONFIG.replace(d_model=12), jax.random.key(0))
     with pytest.raises(ValueError, match=r"HGRNConfig\.num_heads 4 must be num_groups, 2"):
         HGRNConfig(4, 2, channels=5)
