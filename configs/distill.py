@@ -1,16 +1,21 @@
-"""A student of a pretrained model: layers of attention become Gated DeltaNet, aligned one by one, then end to end.
+"""A student of the demo's model: three of its four layers become Gated DeltaNet, aligned one by one, then end to end.
 
-    python -m train --config=configs/distill.py --workdir=runs/aligned --config.init_from=MODEL \\
-        --config.distill.teacher=MODEL --config.data.tokenizer=MODEL
+    python -m train --config=configs/distill.py --workdir=runs/aligned
     python -m train --config=configs/distill.py --workdir=runs/distilled --config.init_from=runs/aligned/model \\
-        --config.distill.teacher=MODEL --config.data.tokenizer=MODEL --config.objective.matches=predictions \\
-        --config.optimizer.learning_rate=3e-4 --config.steps=100
+        --config.objective.matches=predictions --config.distill.trained=all --config.optimizer.learning_rate=1e-3
 
-MODEL is a folder of SmolLM2-135M, whose every fourth layer is changed; the recurrent mixers begin with the queries,
-keys, values and output of the attention that they replace. The first run teaches each of them what that attention makes
-of the same input (MOHAWK's second stage, 2408.10189), the second one the student's predictions (InfiniteVL,
-2512.08829). `--config.distill.window=128` keeps a window beside the recurrent mixers (LoLCATs, 2410.10254); with
-`--config.distill.recurrent=none`, too, the layers have windows alone. docs/training.md has what it led to.
+InfiniteVL's shape (2512.08829): three layers of four keep a state of fixed size, and the fourth attends, in streams
+through sinks and a window. The recurrent mixers begin with the queries, keys, values and output of the attention that
+they replace. The first run teaches each of them what that attention makes of the same input (MOHAWK's second stage,
+2408.10189), the second one the teacher's predictions. docs/training.md has what it leads to. Another teacher,
+SmolLM2-135M for instance, needs its own names, layers and heads:
+
+    --config.init_from=FOLDER --config.distill.teacher=FOLDER --config.data.tokenizer=FOLDER \\
+        --config.distill.layers=5,9,13,17,21,25 --config.distill.recurrent.num_heads=9 \\
+        --config.distill.recurrent.num_groups=9
+
+`--config.distill.window=128` keeps a window beside the recurrent mixers (LoLCATs, 2410.10254); with
+`--config.distill.recurrent=none`, too, the layers have windows alone.
 """
 
 from streamjax.data import DataConfig
@@ -25,18 +30,17 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         name="distill",
         model=None,
-        init_from="runs/SmolLM2-135M-Instruct",
-        data=DataConfig(tokenizer="runs/SmolLM2-135M-Instruct", seq_len=512, batch_size=2),
+        init_from="models/stdlib_byte",
+        data=DataConfig(seq_len=512, batch_size=2),
         steps=200,
         objective=Distillation(matches="layers"),
         distill=DistillConfig(
-            teacher="runs/SmolLM2-135M-Instruct",
-            layers=(5, 9, 13, 17, 21, 25),
-            recurrent=GatedDeltaConfig(num_heads=9, num_groups=9, key_dim=64, value_dim=64),
+            teacher="models/stdlib_byte",
+            layers=(0, 1, 3),
+            recurrent=GatedDeltaConfig(num_heads=4, num_groups=4, key_dim=64, value_dim=64),
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.1, warmup_steps=10, weight_decay=0.0),
-        log_interval=5,
+        optimizer=OptimizerConfig(learning_rate=3e-3, final_fraction=0.05, warmup_steps=10, weight_decay=0.0),
         eval_interval=100,
-        eval_batches=4,
-        checkpoint_interval=25,
+        eval_batches=10,
+        checkpoint_interval=20,
     )

@@ -31,8 +31,8 @@ def chunk_vjp(
     grads: KVBuffer,
     memory: LandmarkPages | None = None,
     d_memory: LandmarkPages | None = None,
-    beside: Float[Array, "B C E"] | None = None,
-) -> tuple[Block, Float[Array, "B C E"], KVBuffer, LandmarkPages | None, Float[Array, "B C E"] | None]:
+    beside: Float[Array, "B C V"] | None = None,
+) -> tuple[Block, Float[Array, "B C E"], KVBuffer, LandmarkPages | None, Float[Array, "B C V"] | None]:
     """Pull a chunk's cotangent back through a layer.
 
     Args:

@@ -16,8 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.barriers import ordered_after
+from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
-from streamjax.models.layer_stacking import unstack_layers
+from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import Batch
@@ -48,34 +50,57 @@ def layer_examples(
     return jnp.stack(inputs, axis=1), jnp.stack(outputs, axis=1)
 
 
-def alignment_loss(model: Decoder, batch: Batch, layers: tuple[int, ...]) -> Float[Array, ""]:
-    """The mean over layers of the squared error of what their mixers make, as a share of what they are to make.
+def layer_error(
+    block: Block,
+    x: Float[Array, "B T E"],
+    wanted: Float[Array, "B T E"],
+    weights: Float[Array, "B T"],
+    context: SequenceContext,
+) -> Float[Array, ""]:
+    """The squared error of what a layer's mixers make of `x`, as a share of the square of what they are to make.
 
-    Args:
-      model: the student.
-      batch: tokens [B, T] and weights [B, T]; layer_inputs and layer_outputs [B, L, T, E], as `layer_examples` gives
-        them; segment_ids and positions [B, T] if packed. Tokens of weight 0 do not count.
-      layers: L layers of the student, in order.
+    Tokens of weight 0 do not count.
     """
-    context, plain = sequence_context(batch), unstack_layers(model)
-    wide = accumulator(model.dtype)
-    counted = (batch["weights"] != 0)[..., None]
-    errors = []
-    for place, index in enumerate(layers):
-        wanted = batch["layer_outputs"][:, place].astype(wide)
-        made = jax.checkpoint(lambda block, x: block.mix(x, context))(
-            plain.layers[index], batch["layer_inputs"][:, place].astype(model.dtype)
-        )
-        error = jnp.where(counted, jnp.square(made.astype(wide) - wanted), 0.0)
-        whole = jnp.sum(jnp.where(counted, jnp.square(wanted), 0.0))
-        errors.append(jnp.sum(error) / jnp.where(whole > 0, whole, 1.0))
-    return jnp.mean(jnp.stack(errors))
+    made, counted = block.mix(x, context).astype(wanted.dtype), (weights != 0)[..., None]
+    error, whole = (jnp.sum(jnp.where(counted, jnp.square(y), 0.0)) for y in (made - wanted, wanted))
+    return error / jnp.where(whole > 0, whole, 1.0)
+
+
+@partial(jax.jit, static_argnames="layers")
+def alignment_loss(model: Decoder, batch: Mapping[str, Array], layers: tuple[int, ...]) -> Float[Array, ""]:
+    """The mean of `layer_error` over L layers of a student, in order.
+
+    A batch has tokens and weights, [B, T]; layer_inputs and layer_outputs, [B, L, T, E], as `layer_examples` gives
+    them; segment_ids and positions, [B, T], if packed.
+    """
+    return alignment_loss_and_grad(model, batch, layers, trainable=())[0]
 
 
 @partial(jax.jit, static_argnames=("layers", "trainable"))
 def alignment_loss_and_grad(
     model: Decoder, batch: Mapping[str, Array], layers: tuple[int, ...], trainable: Trainable = nnx.Param
 ) -> tuple[Float[Array, ""], Decoder]:
-    """`alignment_loss` and its gradient, shaped as the model; None in it for what is not trained."""
-    params, rest = partition(model, trainable)
-    return jax.value_and_grad(lambda params: alignment_loss(combine(params, rest), batch, layers))(params)
+    """`alignment_loss` and its gradient, shaped as the model; None in it for what is not trained.
+
+    Layers come one after another. They need not: but then all their activations would exist at once, and on a CPU of
+    two cores, whose threads their loops then wait for, they have been seen to wait for ever (JAX 0.10.2).
+    """
+    context, plain, wide = sequence_context(batch), unstack_layers(model), accumulator(model.dtype)
+    total = jnp.zeros((), wide)
+    params = partition(plain, trainable)[0]
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for place, index in enumerate(layers):
+        own, rest = partition(plain.layers[index], trainable)
+        x = batch["layer_inputs"][:, place].astype(model.dtype)
+        x = ordered_after(x, jnp.broadcast_to(total, (x.shape[0], 1)))
+        wanted = batch["layer_outputs"][:, place].astype(wide)
+
+        def error(own: Block, rest: Block = rest, x: Array = x, wanted: Array = wanted) -> Array:
+            return layer_error(combine(own, rest), x, wanted, batch["weights"], context) / len(layers)
+
+        part, found = jax.value_and_grad(error)(own)
+        # The next layer waits for the last of these sums.
+        waited = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(found)), jnp.zeros((), wide))
+        total = ordered_after((total + part)[None], waited[None, None])[0]
+        grads.layers[index] = found
+    return total, stack_layers(grads) if len(model.stack) else grads

@@ -149,7 +149,7 @@ class _Run:
     def __call__(self, params: Decoder, rest: Decoder, cut: Batch, rows: tuple) -> tuple[Array, Decoder]:
         """Loss and gradient, of all stages and rows."""
         model = combine(params, rest)
-        shape = *cut["tokens"].shape[1:], model.config.d_model
+        shape = *cut["tokens"].shape[1:], model.config.stream_width
         held = jnp.zeros((self.schedule.slots + 1, *shape), model.dtype)  # the last one for what is not wanted
         grads = jax.tree.map(jnp.zeros_like, params)
         start = jnp.zeros((), accumulator(model.dtype)), grads, held, held

@@ -147,6 +147,10 @@ class TeacherFeed(TextFeed):
 
     def next(self, model: Decoder, step: int) -> tuple[Batch, Found]:
         batch, found = super().next(model, step)
+        if jax.default_backend() == "cpu":
+            # The teacher would run beside the step before, and two programs that wait for threads of one small pool
+            # have been seen to wait for ever (JAX 0.10.2, two cores). Accelerators take one after the other anyway.
+            jax.block_until_ready(model)
         return self._taught(batch), found
 
     def evaluate(self, model: Decoder) -> Found:

@@ -184,7 +184,7 @@ class _Terms:
         return max(mean, *(block.parameter_count(self.config.d_model) for block in self.kinds)) // self.tensor
 
     def states(self, tokens: int) -> int:
-        return self.batch * tokens * self.config.d_model * self.item
+        return self.batch * tokens * self.config.stream_width * self.item
 
     def key_values(self, slots: int, size: int) -> int:
         """The widest layer's keys and values in `slots` slots a row, numbers of `size` bytes."""

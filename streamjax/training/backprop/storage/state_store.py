@@ -64,7 +64,7 @@ class StateStore:
         i: Any,
         sequence: ChunkedSequence,
         memory: LandmarkPages | None = None,
-    ) -> tuple[Float[Array, "B C E"], RecurrentState]:
+    ) -> tuple[Float[Array, "B C V"], RecurrentState]:
         """The layer's output for chunk i, and `states` with the one behind it. memory: the pages that it reads."""
         y, new = self._recur(block, x, _read(states, row, i), memory, i, sequence)
         return y, _write(states, new, row, i + 1)
@@ -122,7 +122,7 @@ class StateStore:
         i: Any,
         sequence: ChunkedSequence,
         memory: LandmarkPages | None = None,
-    ) -> tuple[Float[Array, "B C E"], Back]:
+    ) -> tuple[Float[Array, "B C V"], Back]:
         """The output for chunk i, and a function of `d_y` and `d_states` that gives the gradient of `params`, the
         cotangents of `x` and of the state in front, and that of the pages that the layer reads."""
 
