@@ -100,6 +100,18 @@ def paged(q: Array, k: Array | Coded, v: Array | Coded, pages: Array, page_size:
         raise ValueError(f"page_size {page_size} and {k.shape[2]} slots: use a multiple of {least} that divides them")
 
 
+def pooled(q: Array, k: Array, v: Array, pages: Array, count: Array) -> None:
+    """Refuse arguments of `pool_attention` that do not fit together."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[0]:
+        raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [K, P, S, D]")
+    if pages.ndim != 2 or len(pages) != len(q) or count.shape != q.shape[:1]:
+        raise ValueError(f"q {q.shape}, pages {pages.shape}, count {count.shape}: use [B, N] pages and [B] counts")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
+        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
+    if k.shape[2] % (least := 32 // q.dtype.itemsize) or not k.shape[1] or not k.shape[2]:
+        raise ValueError(f"{k.shape[1]} pages of {k.shape[2]} tokens: use a multiple of {least}, and at least one page")
+
+
 def scores(q: Array, summary: Array, some: Array | None, bounds: bool, parts: int) -> None:
     """Refuse arguments of `page_scores` that do not fit together."""
     width = q.shape[3] * (2 if bounds else 1)

@@ -181,6 +181,22 @@ def chunkwise_recurrence(
     return jnp.moveaxis(out, 0, 1), state
 
 
+def pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, "B N"],
+    count: Int32[Array, " B"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Partial:
+    """See `pallas_kernels.api.pool_attention`."""
+    k, v = (jnp.swapaxes(x[:, jnp.maximum(pages, 0)], 0, 1).reshape(len(q), len(x), -1, x.shape[3]) for x in (k, v))
+    seen = jnp.arange(k.shape[2]) < count[:, None]
+    return _attend(q, k, v, seen[:, None, None], scale, softcap)
+
+
 def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
     """Of the token in each slot of a ring: how many came before it."""
     start = jnp.zeros_like(count) if first is None else first

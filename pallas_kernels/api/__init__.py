@@ -8,7 +8,7 @@ these.
 """
 
 from pallas_kernels.api import platforms
-from pallas_kernels.api.caches import decode_attention, pack_int4, page_scores, paged_attention
+from pallas_kernels.api.caches import decode_attention, pack_int4, page_scores, paged_attention, pool_attention
 from pallas_kernels.api.losses import LogitStats, token_stats, token_stats_gradients
 from pallas_kernels.api.platforms import Implementation
 from pallas_kernels.api.recurrence import chunkwise_recurrence, delta_update
@@ -32,6 +32,7 @@ __all__ = [
     "page_scores",
     "paged_attention",
     "platforms",
+    "pool_attention",
     "token_stats",
     "token_stats_gradients",
 ]

@@ -21,6 +21,7 @@ from pallas_kernels.tpu import paged_attention as tpu_paged
 
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
+_POOLED = {"tpu": tpu_paged.pool_attention, "triton": gpu_paged.pool_attention}
 _SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
 
 
@@ -113,6 +114,40 @@ def paged_attention(
         q, k, v, pages, count, page_size=page_size, scale=scale, first=first, softcap=softcap, block=block,
         interpret=interpret,
     )  # fmt: skip
+
+
+def pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, "B N"],
+    count: Int32[Array, " B"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of a few queries over the tokens of their streams, which lie in pages of one pool (2309.06180).
+
+    Token i of a row lies in slot `i % S` of page `pages[row, i // S]`. Nothing else is read, and nothing is gathered.
+
+    Args:
+      q: queries of the tokens that follow the cached ones.
+      k, v: P pages of S slots, of q's dtype; S is a multiple of 8 (16 for bfloat16).
+      pages: numbers of each row's pages, in the order of its tokens; several rows may have the same. Behind those that
+        its tokens fill, anything.
+      count: tokens of each row, at most N S.
+      scale, softcap, block, implementation, interpret: as in `paged_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    argument_checks.pooled(q, k, v, pages, count)
+    kernel = find(_POOLED, "kernel for pools", implementation)
+    scale = argument_checks.scale(scale, q)
+    return kernel(q, k, v, pages, count, scale=scale, softcap=softcap, block=block, interpret=interpret)
 
 
 def page_scores(

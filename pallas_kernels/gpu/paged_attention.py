@@ -61,3 +61,37 @@ def paged_attention(
         "paged_attention", find, q, operands, scale=scale, softcap=softcap, splits=None, block=block,
         most=entries * page_size, listed=True, interpret=interpret,
     )  # fmt: skip
+
+
+def pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, "B N"],
+    count: Int32[Array, " B"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """`pallas_kernels.api.pool_attention` on a GPU; see there for the arguments."""
+    last, size = k.shape[1:3]
+    entries = pages.shape[1] * size
+    flat = {name: x.reshape(1, x.shape[0], last * size, x.shape[3]) for name, x in (("k", k), ("v", v))}
+    table = jnp.clip(pages, 0, last - 1).astype(jnp.int32)
+    operands = {**flat, "count": jnp.minimum(count, entries).astype(jnp.int32), "pages": table}
+
+    def find(read: slot_attention.Reads, row: jax.Array) -> tuple[Any, Any, slot_attention.Place]:
+        count = read["count"][0]
+
+        def place(entry: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+            page = plgpu.load(read["pages"].at[divide(entry, size)])
+            return page * size + lax.rem(entry, jnp.int32(size)), None, None
+
+        return jnp.zeros_like(count), count, place
+
+    return slot_attention.attend(
+        "pool_attention", find, q, operands, scale=scale, softcap=softcap, splits=None, block=block, most=entries,
+        listed=True, interpret=interpret,
+    )  # fmt: skip

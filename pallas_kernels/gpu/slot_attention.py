@@ -99,7 +99,8 @@ def attend(
     Args:
       name: of the kernel.
       find: see `Find`.
-      operands: k, v [B, K, S, D or D / 2], or `Coded`; k_scale, v_scale [B, K, S]; others [B] or [B, K, N].
+      operands: k, v [B, K, S, D or D / 2], or `Coded`; k_scale, v_scale [B, K, S]; others [B], [B, N] or [B, K, N]. A
+        buffer [1, K, S, D] is that of all rows.
       splits: shares; as many as fill the GPU where None. most: entries that a key head can have.
       block: slots that are read at once, a power of two from 16.
       listed: whether slots follow from a list in memory, which has to be read before they can be.
@@ -133,12 +134,7 @@ def attend(
     few = Few(scale, softcap, block, splits, width, count, interpret, coded)
 
     arrays = {**{f"q{n}": part for n, part in enumerate(grouped)}, **operands}
-    specs = {
-        name: pl.BlockSpec((1,), lambda r, s, b, h: (b,))
-        if x.ndim == 1
-        else pl.BlockSpec((None, None, *x.shape[2:]), lambda r, s, b, h, n=x.ndim: (b, h, *[0] * (n - 2)))
-        for name, x in arrays.items()
-    }
+    specs = {name: _spec(x.shape, shared=len(x) == 1 and x.ndim > 2) for name, x in arrays.items()}
     query = pl.BlockSpec((None, None, rows, padded), lambda r, s, b, h: (b, h, r, 0))
     specs |= {f"q{n}": query for n in range(parts)}
     *out, lse = pl.pallas_call(
@@ -162,6 +158,16 @@ def attend(
         rearrange(lse, "b k s (g c) -> s b c (k g)", c=q.shape[1]),
     )
     return merge_stacked(shares)
+
+
+def _spec(shape: tuple[int, ...], shared: bool) -> pl.BlockSpec:
+    """What a program sees of an operand: a row's number or table, or the part of a row, or of all, for a key head."""
+    if len(shape) == 1:
+        return pl.BlockSpec((1,), lambda r, s, b, h: (b,))
+    if len(shape) == 2:
+        return pl.BlockSpec((None, shape[1]), lambda r, s, b, h: (b, 0))
+    rest = [0] * (len(shape) - 2)
+    return pl.BlockSpec((None, None, *shape[2:]), lambda r, s, b, h: (0 if shared else b, h, *rest))
 
 
 def _kernel(few: Few, find: Find, names: list[str], *refs: Any) -> None:

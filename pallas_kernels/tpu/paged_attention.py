@@ -5,6 +5,9 @@ several are fetched for one step and worked on as one, by copies that the kernel
 spends more on each page's bookkeeping than the arithmetic takes. While a step is worked on, the next one's pages are on
 their way, those of the next head behind a head's last step.
 
+Pages of a pool belong to no row: a table says which are a row's, in their order, for all of its key heads. Where a
+token stands in its stream then follows from its place in the table.
+
 Of pages in codes the kernel fetches the codes. What these stand for is little, less than a tile for a page: XLA gathers
 it for the pages that are named, and a head's lies in fast memory.
 """
@@ -34,7 +37,8 @@ NOWHERE = -(2**30)  # slots before a ring
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """scale, softcap: of the logits. slots: of the ring. size: of a page. together: pages of a step. steps: of a head.
-    key_heads: of a row. chain: heads that one core works on in turns. k, v: how codes lie; None where none do."""
+    key_heads: of a row. chain: heads that one core works on in turns. k, v: how codes lie; None where none do. pooled:
+    whether pages are a pool's, and tables the rows'."""
 
     scale: float
     softcap: float | None
@@ -46,6 +50,19 @@ class _Static:
     chain: int
     k: online_softmax.Lying | None = None
     v: online_softmax.Lying | None = None
+    pooled: bool = False
+
+    def row(self, head: Any) -> Any:
+        """Whose table a head reads, and which tokens: the row's."""
+        return lax.div(head, jnp.int32(self.key_heads))
+
+    def table(self, head: Any) -> Any:
+        """Which table names a head's pages."""
+        return self.row(head) if self.pooled else head
+
+    def buffer(self, head: Any) -> Any:
+        """Which of the buffers holds them."""
+        return lax.rem(head, jnp.int32(self.key_heads)) if self.pooled else head
 
 
 def paged_attention(
@@ -63,31 +80,83 @@ def paged_attention(
     interpret: Any = False,
 ) -> Partial:
     """`pallas_kernels.api.paged_attention` on a TPU; see there for the arguments. block: slots of one step."""
-    (batch, key_heads, slots, width), last = k.shape, k.shape[2] // page_size - 1
-    together = max(1, min((block or TOGETHER) // page_size, pages.shape[2]))
-    steps = -(-pages.shape[2] // together)
-    heads = batch * key_heads
-    chain = key_heads if batch % 2 == 0 or key_heads % 2 else key_heads // 2  # shares for a chip's two cores
+    key_heads, slots = k.shape[1:3]
+    together, steps = _steps(block, page_size, pages.shape[2])
     lying: tuple[Any, Any] = (
         online_softmax.lying(k, v) if isinstance(k, Coded) and isinstance(v, Coded) else (None, None)
     )
-    static = _Static(scale, softcap, slots, page_size, together, steps, key_heads, chain, *lying)
-    # In the place of none the head's first page: what lies anywhere else might not be numbers.
-    table = jnp.pad(pages, [(0, 0), (0, 0), (0, steps * together - pages.shape[2])], constant_values=-1)
-    table = jnp.where(table < 0, jnp.maximum(pages[..., :1], 0), jnp.minimum(table, last)).astype(jnp.int32)
+    static = _Static(scale, softcap, slots, page_size, together, steps, key_heads, _chain(len(q), key_heads), *lying)
+    table = _filled(pages, steps * together, slots // page_size)
     named = jnp.sum(pages >= 0, axis=-1, dtype=jnp.int32)
     held = jnp.stack([count, jnp.zeros_like(count) if first is None else first]).astype(jnp.int32)
+    numbers: dict[str, Array] = {}
+    if isinstance(k, Coded) and isinstance(v, Coded):
+        numbers = _gathered(k, v, table, page_size, steps)
+    held_as = [x.codes if isinstance(x, Coded) else x for x in (k, v)]
+    cache = [x.reshape(len(q) * key_heads, slots // page_size, -1, x.shape[3]) for x in held_as]
+    return _call(static, held, table, named, q, cache, numbers, interpret)
+
+
+def pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, "B N"],
+    count: Int32[Array, " B"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    block: int | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """`pallas_kernels.api.pool_attention` on a TPU; see there for the arguments. block: slots of one step."""
+    key_heads, last, size, _ = k.shape
+    together, steps = _steps(block, size, pages.shape[1])
+    chain = _chain(len(q), key_heads)
+    static = _Static(scale, softcap, last * size, size, together, steps, key_heads, chain, pooled=True)
+    count = jnp.minimum(count, pages.shape[1] * size).astype(jnp.int32)
+    held = jnp.stack([count, jnp.zeros_like(count)])
+    table, named = _filled(pages, steps * together, last), (count + size - 1) // size
+    return _call(static, held, table, named, q, [k, v], {}, interpret)
+
+
+def _steps(block: int | None, page_size: int, pages: int) -> tuple[int, int]:
+    """Pages of a step, and steps."""
+    together = max(1, min((block or TOGETHER) // page_size, pages))
+    return together, -(-pages // together)
+
+
+def _chain(batch: int, key_heads: int) -> int:
+    """Heads that one core works on in turns: shares for a chip's two cores."""
+    return key_heads if batch % 2 == 0 or key_heads % 2 else key_heads // 2
+
+
+def _filled(pages: Int32[Array, "*tables N"], width: int, count: int) -> Int32[Array, "*tables _"]:
+    """Tables of one width. In the place of none stands the first page: what lies anywhere else might not be numbers."""
+    table = jnp.pad(pages, [*[(0, 0)] * (pages.ndim - 1), (0, width - pages.shape[-1])], constant_values=-1)
+    return jnp.where(table < 0, jnp.maximum(pages[..., :1], 0), jnp.minimum(table, count - 1)).astype(jnp.int32)
+
+
+def _call(
+    static: _Static,
+    held: Int32[Array, "2 B"],
+    table: Int32[Array, "*tables N"],
+    named: Int32[Array, "*tables"],
+    q: Float[Array, "B C H D"],
+    cache: list[Array],
+    numbers: dict[str, Array],
+    interpret: Any,
+) -> Partial:
+    """The kernel over pages that lie as [buffers, pages, rows, D]."""
+    key_heads, together, chain, width = static.key_heads, static.together, static.chain, q.shape[3]
+    batch = len(q)
+    heads = batch * key_heads
     grouped = online_softmax.grouped(q, key_heads)
     rows = grouped.shape[2]
 
     def whole(columns: int) -> Any:
         return pl.BlockSpec((None, rows, columns), lambda i, j, *_: (i * chain + j, 0, 0))
 
-    numbers: dict[str, Array] = {}
-    if isinstance(k, Coded) and isinstance(v, Coded):
-        numbers = _gathered(k, v, table, page_size, steps)
-    held_as = [x.codes if isinstance(x, Coded) else x for x in (k, v)]
-    cache = [x.reshape(heads, last + 1, -1, width) for x in held_as]
     own = [
         pl.BlockSpec((None, *x.shape[1:]), lambda i, j, *_, n=x.ndim: (i * chain + j, *[0] * (n - 1)))
         for x in numbers.values()
@@ -109,7 +178,7 @@ def paged_attention(
             disable_bounds_checks=True,  # the table names pages of the cache alone
         ),
         interpret=interpret,
-        name="paged_attention",
+        name="pool_attention" if static.pooled else "paged_attention",
     )(
         held, table.reshape(-1), named.reshape(-1), grouped.reshape(heads, rows, width), *cache, *numbers.values(),
     )  # fmt: skip
@@ -141,7 +210,7 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
     j = pl.program_id(1)
     head = pl.program_id(0) * static.chain + j
     state, each = (top, total, sums), static.steps * static.together
-    row, named = lax.div(head, jnp.int32(static.key_heads)), named_ref[head]
+    row, named = static.row(head), named_ref[static.table(head)]
     steps = jnp.maximum(lax.div(named + static.together - 1, jnp.int32(static.together)), 1)
     both = ((k_ref, k_pool), (v_ref, v_pool))
 
@@ -149,7 +218,7 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
         """Start the copies of a step's pages, whose numbers stand in the table from `at` on."""
         for number, (ref, pool) in enumerate(both):
             for i in range(static.together):
-                page = ref.at[head, table_ref[at + i]]
+                page = ref.at[static.buffer(head), table_ref[at + i]]
                 pltpu.make_async_copy(page, pool.at[into, i], signals.at[number, into]).start()
 
     def arrived(into: Any) -> None:
@@ -160,7 +229,7 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
     @pl.when(j == 0)
     def begin() -> None:
         turn[0] = 0
-        fetch(head, head * each, 0)
+        fetch(head, static.table(head) * each, 0)
 
     online_softmax.start(state)
 
@@ -171,7 +240,8 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
 
         @pl.when(more | (j + 1 < static.chain))
         def prefetch() -> None:
-            at = jnp.where(more, head * each + (n + 1) * static.together, (head + 1) * each)
+            at = static.table(head) * each + (n + 1) * static.together
+            at = jnp.where(more, at, static.table(head + 1) * each)
             fetch(jnp.where(more, head, head + 1), at, 1 - now)
 
         arrived(now)
@@ -182,8 +252,12 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
             block = {"q": q_ref[...], "k": k, "v": v, **{name: ref[n] for name, ref in numbers.items()}}
             if static.k is not None and static.v is not None:
                 online_softmax.widen(static.k, static.v, block)
-            here = _index(static, table_ref, head * each + n * static.together, named - n * static.together)
-            age = jnp.where(here < 0, static.slots, online_softmax.age(here, held_ref[1, row], static.slots))
+            if static.pooled:
+                shape = (SUBLANES, static.together * static.size)
+                age = lax.broadcasted_iota(jnp.int32, shape, 1) + n * static.together * static.size
+            else:
+                here = _index(static, table_ref, head * each + n * static.together, named - n * static.together)
+                age = jnp.where(here < 0, static.slots, online_softmax.age(here, held_ref[1, row], static.slots))
             seen = jnp.broadcast_to(age[:1], (q_ref.shape[0], age.shape[1])) < held_ref[0, row]
             online_softmax.add(static.scale, static.softcap, block, seen, state)
 

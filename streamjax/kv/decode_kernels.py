@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
@@ -25,6 +25,7 @@ from streamjax.kv.codecs.slots import CodedSlots, Slots
 from streamjax.kv.tier import Query
 
 KERNEL_SLOTS = 1024  # below, a kernel would be called for little
+POOL_QUERIES = 128  # of a key head, that a kernel takes at once; more are a prompt's, whose products fill the hardware
 _QUERY: Names = ("batch", None, "heads", None)
 _SLOTS: Names = ("batch", "kv_heads", None, None)  # of keys, values, codes and what these stand for
 _OUT = names_of_partial(_QUERY)
@@ -110,6 +111,46 @@ def decode_pages(
     names = (_QUERY, ("batch", "kv_heads", None), ("batch",), ("batch",), *[_SLOTS] * len(slots))
     part = per_device_call(own, names, _OUT, (query.q, chosen[:, :, 0], count, first, *slots))
     return part if waits is None else merge(part, waits)
+
+
+def kernel_reads_pool(query: Query, k: Float[Array, "K P S D"]) -> bool:
+    """Whether a kernel reads the pages that `query.tables` names of a pool; a few queries of a row may ask at once.
+
+    As `kernel_decodes`: all tokens in pages lie before the queries, and none is out of reach.
+
+    Raises:
+      ValueError: implementation "pallas" for what the kernel does not take.
+    """
+    rows, heads, size = query.q.shape[1], query.q.shape[2] // k.shape[0], k.shape[2]
+    if query.implementation == "xla" or query.differentiable or rows * heads > POOL_QUERIES:
+        return False
+    refused = _refused(query, k, size)
+    if query.implementation == "pallas":
+        if refused is not None:
+            raise ValueError(f"the kernel for pools does not take {refused}: use implementation None or 'xla'")
+        return True
+    if refused is not None or query.tables.own.shape[1] * size < KERNEL_SLOTS:
+        return False
+    taken = platforms.takes_cache(k.shape[-1], size, k.dtype.name)
+    platforms.log_choice("decoding over pools of pages", "pallas" if taken else "xla")
+    return taken
+
+
+def decode_pool(
+    query: Query,
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, "B N"],
+    count: Int32[Array, " B"],
+) -> Partial:
+    """Attention to the first `count` tokens of each row, which lie in its `pages` in their order."""
+
+    def own(q: Array, pages: Array, count: Array, k: Array, v: Array) -> Partial:
+        return api.pool_attention(q, k, v, pages, count, scale=query.scale, softcap=query.softcap)
+
+    pool: Names = ("kv_heads", None, None, None)
+    names = (_QUERY, ("batch", None), ("batch",), pool, pool)
+    return per_device_call(own, names, _OUT, (query.q, pages, count, k, v if v.shape[-1] else k))
 
 
 def _read(x: Slots) -> Array | Coded:

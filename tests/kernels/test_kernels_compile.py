@@ -36,6 +36,7 @@ def test_tpus_take_the_kernels(case):
 def test_a_tpu_takes_the_decoding_kernel():
     assert calls("v5e", "llama-3.1-8b", "decode-int8", 8192) == {"decode_attention": 1}
     assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
+    assert calls("v5e", "llama-3.1-8b", "pool", 8192) == {"pool_attention": 1}
     assert calls("v5e", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
     assert calls("v5e", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
 
@@ -77,6 +78,7 @@ def test_an_h100_takes_the_hopper_kernel(pattern):
 def test_an_h100_takes_the_decoding_kernels():
     assert calls("h100", "llama-3.1-8b", "decode-int4", 8192) == {"decode_attention": 1}
     assert calls("h100", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
+    assert calls("h100", "llama-3.1-8b", "pool", 8192) == {"pool_attention": 1}
     assert calls("h100", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
     assert calls("h100", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
 

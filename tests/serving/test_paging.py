@@ -1,13 +1,22 @@
 """Streams in a pool of pages: the tokens of streams alone, in memory for what they hold."""
 
+import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import streamjax as sj
+from pallas_kernels import api
+from pallas_kernels.api import platforms
+from streamjax.kv import Query
+from streamjax.kv.decode_kernels import kernel_reads_pool
+from streamjax.kv.pages.page_pool import PagePool, PoolState
+from streamjax.kv.tier import KVTokens
 from streamjax.serving.paging.page_book import PageBook, tables_of
 from streamjax.serving.paging.paged_batch import page_size_for
 from tests.serving import engines
@@ -199,3 +208,57 @@ def test_streams_may_be_shorter_than_what_is_read_to_warm_up(capacity):
     one, wanted = paged(chunk_size=32, cache=cache), request("short", 6)
     one.warm_up()
     assert tokens(served(one, wanted)[0]) == engines.alone(wanted, cache)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_a_kernel_reads_the_pool_by_its_tables(monkeypatch, backend):
+    """Chunks of several tokens and of one, behind pages of a row's own and pages that rows share."""
+    kernel, draw, pool = api.pool_attention, np.random.default_rng(0), PagePool(64, 9, 8)
+
+    def call(q, *args, **more):
+        return kernel(q, *args, **more, implementation=backend, interpret=True)
+
+    monkeypatch.setattr(api, "pool_attention", call)
+
+    update = jax.jit(pool.update)
+
+    def array(*shape):
+        return jnp.asarray(draw.normal(size=shape), jnp.float32)
+
+    state = PoolState(array(2, 9, 8, 16), array(2, 9, 8, 16), jnp.array([19, 8, 0]))
+    tables = tables_of([[3, 5, 1], [3, 7], [2]], 8)
+    for width in (3, 1):
+        q, k, v = array(3, width, 4, 16), array(3, 2, width, 16), array(3, 2, width, 16)
+        position = (state.filled[:, None] + jnp.arange(width)).astype(jnp.uint32)
+        query = Query(q, q, position, state.filled, None, None, 0.25, None, tables=tables)
+        new = KVTokens(k, v, k, position[:, None], jnp.ones((3, 1, width), bool))
+        (expected, after), (found, state) = (
+            update(state, dataclasses.replace(query, implementation=name), new) for name in ("xla", "pallas")
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_array_equal(state.k, after.k)
+
+
+@pytest.mark.quick
+def test_a_platform_with_a_kernel_takes_it_for_long_pools(monkeypatch):
+    q, k = jnp.zeros((2, 8, 4, 128), jnp.bfloat16), jnp.zeros((2, 40, 64, 128), jnp.bfloat16)
+    many = jnp.zeros((2, 65, 4, 128), jnp.bfloat16)
+    long, short = (tables_of([[0], [1]], width) for width in (16, 15))
+
+    def chooses(platform, width=8, tables=long, k=k, **change):
+        monkeypatch.setattr(platforms, "platform_implementation", lambda: platform)
+        some, place = q[:, :width], jnp.zeros((2, width), jnp.uint32)
+        query = Query(some, some, place, jnp.zeros(2, jnp.int32), None, None, 1.0, None)
+        return kernel_reads_pool(dataclasses.replace(query, tables=tables, **change), k)
+
+    assert chooses("tpu")
+    assert chooses("triton", 1)
+    assert not chooses(None)
+    assert not chooses("tpu", tables=short)
+    assert not chooses("tpu", k=k[:, :, :8])  # pages that do not fill a TPU's tiles
+    assert not chooses("tpu", q=many, raw_q=many, position=jnp.zeros((2, 65), jnp.uint32))  # a prompt
+    assert not chooses("tpu", implementation="xla")
+    assert not chooses("tpu", differentiable=True)
+    assert chooses(None, tables=short, implementation="pallas")
+    with pytest.raises(ValueError, match="kernel for pools does not take ALiBi"):
+        chooses("tpu", implementation="pallas", slopes=jnp.ones(4))

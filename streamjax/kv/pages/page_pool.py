@@ -21,6 +21,7 @@ from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
+from streamjax.kv.decode_kernels import decode_pool, kernel_reads_pool
 from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 
@@ -132,7 +133,14 @@ class PagePool(Cache):
         named = jnp.sum(tables.own >= 0, axis=1, dtype=jnp.int32)
         held = jnp.minimum(state.filled, named * size)
         together = min(max(_TOGETHER // size, 1), width)
-        query, left = _counted_from_its_first_token(query, state.filled), held - tables.begins * size
+        left = held - tables.begins * size
+        assert state.k is not None
+        assert state.v is not None
+        if kernel_reads_pool(query, state.k):
+            place = tables.begins[:, None] + jnp.arange(width, dtype=jnp.int32)
+            behind = jnp.take_along_axis(tables.own, jnp.minimum(place, width - 1), axis=1)
+            return decode_pool(query, state.k, state.v, behind, jnp.maximum(left, 0))
+        query = _counted_from_its_first_token(query, state.filled)
 
         def block(i: Array, part: Partial) -> Partial:
             place = tables.begins[:, None] + i * together + jnp.arange(together, dtype=jnp.int32)
