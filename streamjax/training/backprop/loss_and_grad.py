@@ -27,6 +27,7 @@ from streamjax.training.backprop import chunk_order, layer_order
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
+from streamjax.training.backprop.planning.host_transfers import Rates, hidden_fraction
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, split_evenly
 from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
 from streamjax.training.backprop.routing import with_routing_total
@@ -184,6 +185,25 @@ def choice_for(
         tensor=axes.get("tensor", 1) if split_evenly(model.config, axes.get("tensor", 1)) else 1,
         trained=sum(leaf.size for leaf in leaves) / model.config.parameter_count,
         **known,
+    )
+
+
+def offload_fraction_for(
+    model: Decoder, rows: int, length: int, *, rates: Rates, host_bytes: float, chunk_size: int | None = None
+) -> float:
+    """What `hidden_fraction` says of `rows` sequences of `length` tokens and this model, under the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {} if mesh.empty else dict(mesh.shape)
+    split = () if mesh.empty else batch_axes(mesh, rows)
+    return hidden_fraction(
+        model.config,
+        rates,
+        batch_size=rows // math.prod(axes[name] for name in split),
+        length=length,
+        host_bytes=host_bytes,
+        chunk_size=chunk_size,
+        item=jnp.dtype(model.dtype).itemsize,
+        shards=axes.get("tensor", 1),
     )
 
 

@@ -70,7 +70,8 @@ class BackpropConfig:
       segment: layers from one kept input to the next, where the method keeps layers' inputs; those between are
         computed again.
       offload: "host" moves what is kept a layer to the host's memory; None leaves it on the device.
-      offload_fraction: the share of it that is moved, 0 to 1.
+      offload_fraction: the share of it that is moved, 0 to 1; "auto" is as much as costs no time, by what is measured
+        of the device and its link to the host when the run begins.
       context_exchange: how devices along the mesh axis `context` come to each other's keys in full attention: "ring",
         "gather", or "auto", which gathers while that takes no more than 256 MiB.
       carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
@@ -82,7 +83,7 @@ class BackpropConfig:
     chunk_size: Size | None = None
     segment: Size = 1
     offload: Literal["host"] | None = None
-    offload_fraction: Fraction = 1.0
+    offload_fraction: Fraction | Literal["auto"] = 1.0
     context_exchange: Exchange = "auto"
     carry_state: bool = False
     cache: str = "streaming_llm"
@@ -91,6 +92,8 @@ class BackpropConfig:
         check_fields(self)
         if self.method == "auto":
             check_free(self.segment, self.offload)
+        if self.offload_fraction == "auto" and self.offload is None:
+            raise ValueError('BackpropConfig.offload_fraction is "auto", and nothing is moved: set offload to "host"')
         self.built_cache()  # so that a wrong name or option is told
         for name in ("method", "segment", "offload"):
             value, default = getattr(self, name), getattr(BackpropConfig, name)

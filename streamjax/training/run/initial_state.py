@@ -42,6 +42,8 @@ def mesh_sizes(config: TrainConfig) -> tuple[MeshConfig, str]:
     known = {"chunk_size": options["chunk_size"]}
     if config.backprop.method in ("layer", "chunk"):
         known |= {name: options[name] for name in ("segment", "offload", "offload_fraction")}
+        if known["offload_fraction"] == "auto":  # measured later, for the mesh that is chosen here
+            known["offload_fraction"] = 1.0
     found = choose_mesh(
         model,
         devices,

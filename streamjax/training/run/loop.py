@@ -24,8 +24,9 @@ from streamjax.data import load_tokenizer
 from streamjax.parallel.mesh import make_mesh
 from streamjax.parallel.multiprocess import gather_json, max_over_processes
 from streamjax.parallel.rules import STAGE
-from streamjax.training.backprop.loss_and_grad import choice_for
-from streamjax.training.backprop.planning.method_choice import device_memory_bytes
+from streamjax.training.backprop.loss_and_grad import choice_for, offload_fraction_for
+from streamjax.training.backprop.planning.host_transfers import measure_rates
+from streamjax.training.backprop.planning.method_choice import available_host_bytes, device_memory_bytes
 from streamjax.training.backprop.trainable_parameters import partition
 from streamjax.training.diloco.replicas import count_replicas, one_model, replicate
 from streamjax.training.diloco.steps import Replicas
@@ -42,6 +43,7 @@ from streamjax.training.run.step import make_train_step, step_function
 from streamjax.training.run.workdir import claim, export, one_run_in, open_snapshots
 
 _log = logging.getLogger(__name__)
+_HOST_SHARE = 0.8  # of the host's free memory that layers' inputs may fill
 
 
 class RunStopped(Exception):
@@ -208,6 +210,8 @@ class _Run:
         """How gradients are made: for "auto" what the memory beside the optimizer's state allows, told in a line."""
         config = self.config
         options = config.backprop.options()
+        if options["offload_fraction"] == "auto":
+            options["offload_fraction"] = self._offload_fraction()
         if config.backprop.method != "auto":
             return options
         if self.mesh is not None and self.mesh.shape.get(STAGE, 1) > 1:
@@ -228,6 +232,25 @@ class _Run:
             )
         self._say(f"backprop: {found.describe(memory)}")
         return {**options, **found.arguments}
+
+    def _offload_fraction(self) -> float:
+        """How much of layers' inputs goes to the host's memory without costing time, in all processes alike."""
+        config = self.config
+        rates = measure_rates(self.state.model.dtype)
+        host_bytes = _HOST_SHARE * available_host_bytes() / jax.local_device_count()
+        with self.on_mesh():
+            own = offload_fraction_for(
+                self.state.model,
+                config.data.batch_size // config.optimizer.accumulation // self._in_turn(),
+                config.data.seq_len,
+                rates=rates,
+                host_bytes=host_bytes,
+                chunk_size=config.backprop.chunk_size,
+            )
+        found = min(gather_json(own))
+        links = f"{rates.to_host / 1e9:.3g} and {rates.from_host / 1e9:.3g} GB/s to the host and back"
+        self._say(f"backprop: offload_fraction {found:g} ({links}, {rates.flops / 1e12:.3g} TFLOP/s)")
+        return found
 
     def _in_turn(self) -> int:
         """How many replicas the same devices train, one after the other."""

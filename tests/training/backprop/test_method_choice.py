@@ -12,7 +12,7 @@ from streamjax.training import BackpropConfig, choose, estimate, train
 from streamjax.training.backprop.planning.method_choice import (
     HEADROOM,
     UNSTACKED_HEADROOM,
-    _available_bytes,
+    available_host_bytes,
     device_memory_bytes,
 )
 
@@ -129,5 +129,5 @@ def test_the_memory_of_this_machine(tmp_path):
     assert 2**20 < device_memory_bytes() < 2**50
     told = tmp_path / "meminfo"
     told.write_text("MemTotal:  64 kB\nMemAvailable:  10 kB\n")
-    assert _available_bytes(told) == 10240
-    assert _available_bytes(tmp_path / "none") > 2**20
+    assert available_host_bytes(told) == 10240
+    assert available_host_bytes(tmp_path / "none") > 2**20

@@ -146,11 +146,11 @@ def device_memory_bytes() -> int:
     if limit:
         return int(limit)
     if device.platform == "cpu":
-        return _available_bytes()
+        return available_host_bytes()
     raise ValueError(f"a {device.platform} device does not tell how much memory it has: give memory_bytes")
 
 
-def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+def available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     """What the machine can give a program without swapping: Linux tells, of others it is all of their memory."""
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
