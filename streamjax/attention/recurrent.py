@@ -8,9 +8,9 @@ for each channel of a key Kimi Delta Attention (2510.26692). Its output is `S_t^
 Tokens are read in blocks. Inside a block all pairs of tokens are scored at once, as attention does it; between blocks
 the state is handed on. All decays are kept as logarithms at most 0, and only differences that are at most 0 become
 exponentials, so nothing overflows however strong a decay is. With a delta rule what tokens of a block write depends on
-what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), solved for all blocks
-at once. TPUs and GPUs have kernels: of one token, which reads and writes its state once, and of many, for which nothing
-of a block is ever in main memory but what it begins with.
+what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), inverted for all blocks at
+once. TPUs and GPUs have kernels: of one token, which reads and writes its state once, and of many, for which nothing of
+a block is ever in main memory but what it begins with.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.partial import accumulator
 from streamjax.attention.context.recurrence import context_recurrence
 from streamjax.attention.sharded import context_shards, per_device_call
+from streamjax.attention.triangular_inverse import unit_lower_inverse
 
 BLOCK = 64  # tokens of a block with one decay a head,
 CHANNEL_BLOCK = 16  # and with one a channel, whose pairs of tokens have K decays each
@@ -240,9 +241,7 @@ def _read_blocks(
         below = jnp.tril(jnp.ones((size, size), bool), -1)
         system = jnp.where(below, beta * _scores(blocks.k, blocks.k, weights.pairs), 0.0)
         right = jnp.concatenate((beta * values, beta * weights.start * blocks.k[:, :, :, None]), axis=-1)
-        solved = jax.lax.linalg.triangular_solve(
-            system + jnp.eye(size, dtype=system.dtype), right, left_side=True, lower=True, unit_diagonal=True
-        )
+        solved = jnp.matmul(unit_lower_inverse(system), right)
         values, erased = solved[..., :width], solved[..., width:]
     q, k = blocks.q, blocks.k
     if channels:
