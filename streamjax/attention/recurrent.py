@@ -8,9 +8,9 @@ for each channel of a key Kimi Delta Attention (2510.26692). Its output is `S_t^
 Tokens are read in blocks. Inside a block all pairs of tokens are scored at once, as attention does it; between blocks
 the state is handed on. All decays are kept as logarithms at most 0, and only differences that are at most 0 become
 exponentials, so nothing overflows however strong a decay is. With a delta rule what tokens of a block write depends on
-what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), inverted for all blocks at
-once. TPUs and GPUs have kernels: of one token, which reads and writes its state once, and of many, for which nothing of
-a block is ever in main memory but what it begins with.
+what those before them wrote: a triangular system (the UT transform of 2406.06484, section 3.2), inverted for all blocks
+at once. TPUs and GPUs have kernels: of one token, which reads and writes its state once, and of many, for which nothing
+of a block is ever in main memory but what it begins with.
 """
 
 from __future__ import annotations
