@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.dense import FEW_QUERIES
 from streamjax.field_checks import Fraction, Size, check_fields
 
 Summary = Any  # a pytree of arrays [B, K, P, ...]
@@ -70,9 +71,10 @@ class Index:
 
 
 def _products(keys: Float[Array, "B K P D"], q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
-    # Keys on the left, as in `attend`: the CPU compiler would transpose them otherwise.
-    dtype = accumulator(keys.dtype)
-    return jnp.swapaxes(jnp.einsum("bkpd,bknd->bkpn", keys, q.astype(keys.dtype), preferred_element_type=dtype), 2, 3)
+    dtype, q = accumulator(keys.dtype), q.astype(keys.dtype)
+    if q.shape[2] <= FEW_QUERIES:  # keys on the left, as in `attend`: the CPU compiler would transpose them otherwise
+        return jnp.swapaxes(jnp.einsum("bkpd,bknd->bkpn", keys, q, preferred_element_type=dtype), 2, 3)
+    return jnp.einsum("bknd,bkpd->bknp", q, keys, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)

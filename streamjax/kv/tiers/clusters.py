@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
+from streamjax.attention.dense import FEW_QUERIES
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.pages.selection import Choice
@@ -333,9 +334,12 @@ def _logits(closed: ClosedSegments, query: Query) -> Float[Array, "B K G C M"]:
     """The logit of each cluster's mean key, at its tokens' mean distance; -inf where there is no cluster."""
     centroid, heads = closed.centroid, closed.centroid.shape[1]
     grouped = rearrange(query.q, "b c (k g) d -> b k (g c) d", k=heads).astype(centroid.dtype)
-    # Keys on the left, as in `attend`: the CPU compiler would transpose them otherwise.
-    logits = jnp.einsum("bkmd,bknd->bkmn", centroid, grouped, preferred_element_type=accumulator(centroid.dtype))
-    logits = rearrange(logits, "b k m (g c) -> b k g c m", c=query.q.shape[1]) * query.scale
+    dtype = accumulator(centroid.dtype)
+    if grouped.shape[2] <= FEW_QUERIES:  # keys on the left, as in `attend`: or the CPU compiler transposes them
+        logits = jnp.swapaxes(jnp.einsum("bkmd,bknd->bkmn", centroid, grouped, preferred_element_type=dtype), 2, 3)
+    else:
+        logits = jnp.einsum("bknd,bkmd->bknm", grouped, centroid, preferred_element_type=dtype)
+    logits = rearrange(logits, "b k (g c) m -> b k g c m", c=query.q.shape[1]) * query.scale
     if query.softcap is not None:
         logits = query.softcap * jnp.tanh(logits / query.softcap)
     if query.slopes is not None:

@@ -78,10 +78,10 @@ def test_with_everything_read_nothing_is_missed(name, dense, counts, start):
 def test_queries_of_a_chunk_choose_each_for_themselves(tier):
     """What a query reads in a chunk is what it reads alone."""
     stream, _ = wandering(2, 48, seed=6)
-    state, q = filled(tier, stream.k, stream.v), stream.q[:, :7]
+    state, q = filled(tier, stream.k, stream.v), stream.q[:, :20]  # so many that products are taken from their side
     together = ask(tier, state, q)
     assert np.abs(np.asarray(together.out[:, 1:]) - np.asarray(together.out[:, :-1])).max() > 0.01
-    for i in range(7):
+    for i in range(0, 20, 3):
         alone = ask(tier, state, q[:, i : i + 1])
         np.testing.assert_allclose(together.out[:, i : i + 1], alone.out, atol=1e-6)
         np.testing.assert_allclose(together.lse[:, i : i + 1], alone.lse, atol=1e-6)
