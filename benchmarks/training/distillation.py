@@ -33,12 +33,13 @@ NAME = "training/distillation"
 ROOT = Path(__file__).parents[2]
 CHUNK = 512
 STAGES = {
-    "aligned": (("steps", "80"),),
+    "aligned": (("steps", "50"), ("eval_batches", "2")),
     "distilled": (
         ("objective.matches", "predictions"),
         ("distill.trained", "all"),
         ("optimizer.learning_rate", "1e-3"),
-        ("steps", "80"),
+        ("steps", "25"),
+        ("eval_batches", "2"),
     ),
 }
 

@@ -133,13 +133,25 @@ class Session:
         tail = self._output.tail
         return self.tokens_seen > len(tail) or not self.tokenizer.special_ids.issuperset(tail)
 
-    def read(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None) -> int:
+    def read(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None, twice: bool = False) -> int:
         """Read a text, or token ids as they are; returns how many tokens that were.
+
+            session.read(document + question, twice=True)
+
+        Args:
+          text: text, or token ids.
+          add_bos: as in `encode`.
+          twice: read it again behind itself (JRT, 2407.05483): a state of fixed size chooses what to keep, and the
+            second time it is known what is asked. BOS comes before the first time alone.
 
         Raises:
           ValueError: more tokens than a `dense` cache has room for; nothing has been read then.
         """
         ids = self._ids(text, add_bos)
+        if twice and isinstance(text, str):
+            ids += self.tokenizer.encode(text, add_bos=False, parse_special=self.parse_special, continues=bool(ids))
+        elif twice:
+            ids += ids
         for piece in self._pieces(ids):
             with undisturbed():
                 self.state = read(self.model, self.state, piece[None], self.chunk_size)

@@ -61,6 +61,22 @@ def test_reading_in_pieces_is_reading_at_once(model):
     assert "".join(pieces.generate(max_new_tokens=20)) == "".join(whole.generate(max_new_tokens=20))
 
 
+def test_a_text_that_is_read_twice_is_read_behind_itself(model):
+    """With BOS before the first time alone; ids are read as they are; a cache with an end needs room for both."""
+    text = "Straße, and so on"
+    sessions = [start(model, sampler=sj.Sampler(temperature=0)) for _ in range(3)]
+    counts = [sessions[0].read(text, twice=True), sessions[1].read(text + text)]
+    counts.append(sessions[2].read([256, *text.encode()], add_bos=False) + sessions[2].read([*text.encode()]))
+    assert counts == [1 + 2 * 18] * 3
+    said = {"".join(session.generate(max_new_tokens=12)) for session in sessions}
+    assert len(said) == 1
+    ended = start(model, sj.kv.preset("dense", capacity=30))
+    with pytest.raises(ValueError, match="30"):
+        ended.read(text, twice=True)
+    assert ended.tokens_seen == 0
+    assert ended.read([1, 2, 3], twice=True) == 6
+
+
 def test_scores_a_text_without_the_bos_before_it(model):
     ids = np.array([[256, *PROMPT.encode()]])
     logits = jax.nn.log_softmax(sj.forward(model, ids))[0]
