@@ -197,6 +197,23 @@ def pool_attention(
     return _attend(q, k, v, seen[:, None, None], scale, softcap)
 
 
+def shared_pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, " M"],
+    readers: Bool[Array, "M B"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Partial:
+    """See `pallas_kernels.api.shared_pool_attention`."""
+    k, v = (x[:, jnp.maximum(pages, 0)].reshape(1, len(x), -1, x.shape[3]) for x in (k, v))
+    k, v = (jnp.broadcast_to(x, (len(q), *x.shape[1:])) for x in (k, v))
+    seen = jnp.repeat((readers & (pages >= 0)[:, None]).T, k.shape[2] // len(pages), axis=1)
+    return _attend(q, k, v, seen[:, None, None], scale, softcap)
+
+
 def _age(slots: int, count: Int32[Array, " B"], first: Int32[Array, " B"] | None) -> Int[Array, "B S"]:
     """Of the token in each slot of a ring: how many came before it."""
     start = jnp.zeros_like(count) if first is None else first

@@ -111,7 +111,7 @@ def grouped(
 
 def _place(kernel: str, pattern: str) -> tuple[int, str, int]:
     """Where a kernel's line stands: flash attention, hierarchical, caches, losses; forwards first."""
-    families = ("temp", "flash", "hsa", "decode", "paged", "pool", "page_scores", "token")
+    families = ("temp", "flash", "hsa", "decode", "paged", "pool", "shared_pool", "page_scores", "token")
     family = next(place for place, name in enumerate(families) if kernel.startswith(name))
     backward = "0" if kernel.endswith("forward") else kernel
     return family, backward, [*PATTERNS, *CACHES, *TPU_ONLY, *HOPPER].index(pattern)

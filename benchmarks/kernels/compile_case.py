@@ -33,7 +33,17 @@ from pallas_kernels.patterns import Full, Pattern, SinkWindow, SlidingWindow
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 PATTERNS = ("full", "local", "sinks", "packed", "capped", "alibi", "deep", "float32", "chunk", "hsa")
-CACHES = ("decode", "decode-int8", "decode-int4", "decode-codes", "paged", "paged-codes", "pool", "scores")
+CACHES = (
+    "decode",
+    "decode-int8",
+    "decode-int4",
+    "decode-codes",
+    "paged",
+    "paged-codes",
+    "pool",
+    "pool-shared",
+    "scores",
+)
 TPU_ONLY = ("tokens",)  # the loss of a chunk
 HOPPER = ("hopper-full", "hopper-local", "hopper-sinks", "hopper-capped")  # for the H100, with JAX 0.11.2 or later
 WINDOWS: dict[str, Pattern] = {"local": SlidingWindow(1024), "sinks": SinkWindow(4, 1020), "deep": SinkWindow(4, 1020)}
@@ -178,7 +188,8 @@ def _flash(case: Case, array: Any, implementation: Any) -> Any:
 
 def _decode(case: Case, array: Any, implementation: Any) -> Any:
     """One token for 8 streams, whose caches are rings; `paged` reads 32 pages of 64 tokens, `pool` those of a pool that
-    has as many as fill all rings. `codes` are of four bits, with a least and a step for 64 numbers."""
+    has as many as fill all rings, `pool-shared` those that the streams have in common. `codes` are of four bits, with a
+    least and a step for 64 numbers."""
     config, batch = SHAPES[case.model], 8
     stored: Any = {"decode-int8": jnp.int8, "decode-int4": jnp.uint8}.get(case.pattern, jnp.bfloat16)
     width = config.head_dim // (2 if case.pattern == "decode-int4" else 1)
@@ -202,8 +213,15 @@ def _decode(case: Case, array: Any, implementation: Any) -> Any:
         cache = codes("channel", 64, width), codes("token", 1, width // 64)
     number = array(batch, dtype=jnp.int32)
     q = array(batch, 1, config.num_heads, config.head_dim)
-    if case.pattern == "pool":
+
+    def shared(q: Any, k: Any, v: Any, pages: Any, readers: Any) -> Any:
+        return api.shared_pool_attention(q, k, v, pages, readers, implementation=implementation)
+
+    if case.pattern.startswith("pool"):
         cache = (array(config.num_kv_heads, batch * case.length // 64, 64, width),) * 2
+        if case.pattern == "pool-shared":
+            pages, readers = array(case.length // 64, dtype=jnp.int32), array(case.length // 64, batch, dtype=jnp.bool_)
+            return jax.jit(shared).trace(q, *cache, pages, readers)
         return jax.jit(pool).trace(q, *cache, array(batch, case.length // 64, dtype=jnp.int32), number)
     if case.pattern.startswith("paged"):
         pages = array(batch, config.num_kv_heads, 32, dtype=jnp.int32)

@@ -8,7 +8,15 @@ these.
 """
 
 from pallas_kernels.api import platforms
-from pallas_kernels.api.caches import decode_attention, pack_int4, page_scores, paged_attention, pool_attention
+from pallas_kernels.api.caches import (
+    MOST_READERS,
+    decode_attention,
+    pack_int4,
+    page_scores,
+    paged_attention,
+    pool_attention,
+    shared_pool_attention,
+)
 from pallas_kernels.api.losses import LogitStats, token_stats, token_stats_gradients
 from pallas_kernels.api.platforms import Implementation
 from pallas_kernels.api.recurrence import chunkwise_recurrence, delta_update
@@ -17,6 +25,7 @@ from pallas_kernels.api.weights import grouped_product
 from pallas_kernels.coded import Coded
 
 __all__ = [
+    "MOST_READERS",
     "Coded",
     "Implementation",
     "LogitStats",
@@ -33,6 +42,7 @@ __all__ = [
     "paged_attention",
     "platforms",
     "pool_attention",
+    "shared_pool_attention",
     "token_stats",
     "token_stats_gradients",
 ]

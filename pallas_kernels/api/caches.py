@@ -19,9 +19,11 @@ from pallas_kernels.tpu import decode_attention as tpu_decode
 from pallas_kernels.tpu import page_scores as tpu_scores
 from pallas_kernels.tpu import paged_attention as tpu_paged
 
+MOST_READERS = 32  # rows that may have a shared page: bits of a number
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
 _PAGED = {"tpu": tpu_paged.paged_attention, "triton": gpu_paged.paged_attention}
 _POOLED = {"tpu": tpu_paged.pool_attention, "triton": gpu_paged.pool_attention}
+_SHARED = {"tpu": tpu_paged.shared_pool_attention, "triton": gpu_paged.shared_pool_attention}
 _SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
 
 
@@ -148,6 +150,43 @@ def pool_attention(
     kernel = find(_POOLED, "kernel for pools", implementation)
     scale = argument_checks.scale(scale, q)
     return kernel(q, k, v, pages, count, scale=scale, softcap=softcap, block=block, interpret=interpret)
+
+
+def shared_pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, " M"],
+    readers: Bool[Array, "M B"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention of a few queries of each row to full pages that rows have in common (Hydragen, 2402.05099).
+
+    Each page is read once, for the queries of all rows together.
+
+    Args:
+      q, k, v: as in `pool_attention`, of at most 32 rows.
+      pages: numbers of pages, none twice; -1 for none, behind those that are named.
+      readers: which rows have each page.
+      scale, softcap, block, implementation, interpret: as in `paged_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or no kernel for the platform.
+    """
+    argument_checks.pooled(q, k, v, jnp.broadcast_to(pages, (len(q), *pages.shape)), jnp.zeros(len(q)))
+    if readers.shape != (len(pages), len(q)) or len(q) > MOST_READERS:
+        raise ValueError(f"q {q.shape}, pages {pages.shape}, readers {readers.shape}: use [M, B], of at most 32 rows")
+    kernel = find(_SHARED, "kernel for pools", implementation)
+    bit = jnp.left_shift(jnp.uint32(1), jnp.arange(len(q), dtype=jnp.uint32))
+    bits = jnp.sum(jnp.where(readers, bit, 0), axis=1, dtype=jnp.uint32).view(jnp.int32)
+    count = jnp.sum(pages >= 0, dtype=jnp.int32)
+    scale = argument_checks.scale(scale, q)
+    return kernel(q, k, v, pages, bits, count, scale=scale, softcap=softcap, block=block, interpret=interpret)
 
 
 def page_scores(

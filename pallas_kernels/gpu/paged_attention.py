@@ -95,3 +95,47 @@ def pool_attention(
         "pool_attention", find, q, operands, scale=scale, softcap=softcap, splits=None, block=block, most=entries,
         listed=True, interpret=interpret,
     )  # fmt: skip
+
+
+def shared_pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, " M"],
+    readers: Int32[Array, " M"],
+    count: Int32[Array, ""],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """`pallas_kernels.api.shared_pool_attention` on a GPU; see there for the arguments.
+
+    All rows are one, whose queries are masked: bit b of a page's `readers` says whether row b has it. `count`: pages.
+    """
+    last, size = k.shape[1:3]
+    rows, queries = q.shape[:2]
+    flat = {name: x.reshape(1, x.shape[0], last * size, x.shape[3]) for name, x in (("k", k), ("v", v))}
+    table = jnp.clip(pages, 0, last - 1).astype(jnp.int32)
+    operands = {**flat, "count": count[None].astype(jnp.int32), "pages": table[None], "readers": readers[None]}
+
+    def find(read: slot_attention.Reads, row: jax.Array) -> tuple[Any, Any, slot_attention.Place]:
+        count = read["count"][0] * size
+        whose = divide(lax.rem(row, jnp.int32(rows * queries)), queries)
+
+        def place(entry: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+            number = divide(entry, size)
+            page, bits = plgpu.load(read["pages"].at[number]), plgpu.load(read["readers"].at[number])
+            shape = (len(row), len(entry))
+            bits, shift = jnp.broadcast_to(bits[None], shape), jnp.broadcast_to(whose[:, None], shape)
+            seen = (lax.shift_right_logical(bits, shift) & 1) > 0
+            return page * size + lax.rem(entry, jnp.int32(size)), None, seen
+
+        return jnp.zeros_like(count), count, place
+
+    part = slot_attention.attend(
+        "shared_pool_attention", find, q.reshape(1, -1, *q.shape[2:]), operands, scale=scale, softcap=softcap,
+        splits=None, block=block, most=len(pages) * size, listed=True, interpret=interpret,
+    )  # fmt: skip
+    return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:3]))

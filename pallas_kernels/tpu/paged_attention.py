@@ -38,7 +38,7 @@ NOWHERE = -(2**30)  # slots before a ring
 class _Static:
     """scale, softcap: of the logits. slots: of the ring. size: of a page. together: pages of a step. steps: of a head.
     key_heads: of a row. chain: heads that one core works on in turns. k, v: how codes lie; None where none do. pooled:
-    whether pages are a pool's, and tables the rows'."""
+    whether pages are a pool's, and tables the rows'. readers: whether each page has readers of its own."""
 
     scale: float
     softcap: float | None
@@ -51,6 +51,15 @@ class _Static:
     k: online_softmax.Lying | None = None
     v: online_softmax.Lying | None = None
     pooled: bool = False
+    readers: bool = False
+
+    @property
+    def bounds(self) -> int:
+        """Columns in which `_readers` makes its mask: one page, or as many as fill the lanes."""
+        width = self.together * self.size
+        if self.size % LANES == 0 or LANES % self.size == 0:
+            width = max(self.size, min(LANES, width))
+        return width
 
     def row(self, head: Any) -> Any:
         """Whose table a head reads, and which tokens: the row's."""
@@ -120,6 +129,39 @@ def pool_attention(
     return _call(static, held, table, named, q, [k, v], {}, interpret)
 
 
+def shared_pool_attention(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, " M"],
+    readers: Int32[Array, " M"],
+    count: Int32[Array, ""],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    block: int | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """`pallas_kernels.api.shared_pool_attention` on a TPU; see there for the arguments.
+
+    All rows are one, whose queries are masked: bit b of a page's `readers` says whether row b has it. `count`: pages.
+    """
+    key_heads, last, size, _ = k.shape
+    together, steps = _steps(block, size, len(pages))
+    static = _Static(
+        scale, softcap, last * size, size, together, steps, key_heads, _chain(1, key_heads), pooled=True, readers=True
+    )
+    held = jnp.stack([count * size, jnp.zeros_like(count)])[:, None].astype(jnp.int32)
+    table = _filled(pages[None], steps * together, last)
+    padded = jnp.pad(readers, (0, steps * together - len(readers)))
+    one = q.reshape(1, -1, *q.shape[2:])
+    rows = online_softmax.grouped(one, key_heads).shape[2]
+    whose = jnp.arange(rows, dtype=jnp.int32) % one.shape[1] // q.shape[1]
+    numbers = {"whose": jnp.broadcast_to(whose[None, :, None], (key_heads, rows, static.bounds))}
+    part = _call(static, held, table, count[None].astype(jnp.int32), one, [k, v], numbers, interpret, padded)
+    return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:3]))
+
+
 def _steps(block: int | None, page_size: int, pages: int) -> tuple[int, int]:
     """Pages of a step, and steps."""
     together = max(1, min((block or TOGETHER) // page_size, pages))
@@ -146,8 +188,10 @@ def _call(
     cache: list[Array],
     numbers: dict[str, Array],
     interpret: Any,
+    readers: Int32[Array, " N"] | None = None,
 ) -> Partial:
     """The kernel over pages that lie as [buffers, pages, rows, D]."""
+    scalars = [held, table.reshape(-1), named.reshape(-1), *([] if readers is None else [readers])]
     key_heads, together, chain, width = static.key_heads, static.together, static.chain, q.shape[3]
     batch = len(q)
     heads = batch * key_heads
@@ -166,7 +210,7 @@ def _call(
     out, lse = pl.pallas_call(
         partial(_kernel, static, list(numbers)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(heads // chain, chain),
             in_specs=[whole(width), pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY), *own],
             out_specs=[whole(width), whole(LANES)],
@@ -178,9 +222,9 @@ def _call(
             disable_bounds_checks=True,  # the table names pages of the cache alone
         ),
         interpret=interpret,
-        name="pool_attention" if static.pooled else "paged_attention",
+        name=("shared_pool" if static.readers else "pool" if static.pooled else "paged") + "_attention",
     )(
-        held, table.reshape(-1), named.reshape(-1), grouped.reshape(heads, rows, width), *cache, *numbers.values(),
+        *scalars, grouped.reshape(heads, rows, width), *cache, *numbers.values(),
     )  # fmt: skip
     out, lse = (x.reshape(batch, key_heads, rows, -1) for x in (out, lse))
     return online_softmax.ungrouped(out, lse, q)
@@ -204,9 +248,12 @@ def _gathered(
 
 
 def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
-    held_ref, table_ref, named_ref, q_ref, k_ref, v_ref = refs[:6]
-    numbers = dict(zip(names, refs[6:], strict=False))
-    out, lse, top, total, sums, k_pool, v_pool, signals, turn = refs[6 + len(names) :]
+    held_ref, table_ref, named_ref, *rest = refs
+    readers_ref = rest.pop(0) if static.readers else None
+    q_ref, k_ref, v_ref = rest[:3]
+    numbers = dict(zip(names, rest[3:], strict=False))
+    whose = numbers.pop("whose", None)
+    out, lse, top, total, sums, k_pool, v_pool, signals, turn = rest[3 + len(names) :]
     j = pl.program_id(1)
     head = pl.program_id(0) * static.chain + j
     state, each = (top, total, sums), static.steps * static.together
@@ -259,6 +306,8 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
                 here = _index(static, table_ref, head * each + n * static.together, named - n * static.together)
                 age = jnp.where(here < 0, static.slots, online_softmax.age(here, held_ref[1, row], static.slots))
             seen = jnp.broadcast_to(age[:1], (q_ref.shape[0], age.shape[1])) < held_ref[0, row]
+            if static.readers:
+                seen &= _readers(static, readers_ref, n * static.together, whose[...])
             online_softmax.add(static.scale, static.softcap, block, seen, state)
 
     lax.fori_loop(0, steps, step, None)
@@ -267,9 +316,7 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
 
 def _index(static: _Static, table_ref: Any, at: Any, named: Any) -> jax.Array:
     """Slots of a step's columns in the ring, in every sublane; below 0 behind the first `named` pages."""
-    width = static.together * static.size  # or less: what is made for each piece alone stays in one register
-    if static.size % LANES == 0 or LANES % static.size == 0:
-        width = max(static.size, min(LANES, width))
+    width = static.bounds  # what is made for each piece alone stays in one register
     column = lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 1)
     parts = []
     for low in range(0, static.together, each := width // static.size):
@@ -280,3 +327,16 @@ def _index(static: _Static, table_ref: Any, at: Any, named: Any) -> jax.Array:
             begin = jnp.where(column >= i * static.size, other, begin)
         parts.append((column + begin)[:, : len(pages) * static.size])
     return jnp.concatenate(parts, axis=1)
+
+
+def _readers(static: _Static, readers_ref: Any, at: Any, whose: jax.Array) -> jax.Array:
+    """Which rows of queries have the pages of a step: [rows, slots]."""
+    column = lax.broadcasted_iota(jnp.int32, whose.shape, 1)
+    parts = []
+    for low in range(0, static.together, each := static.bounds // static.size):
+        count = min(each, static.together - low)
+        bits = jnp.full_like(column, readers_ref[at + low])
+        for i in range(1, count):
+            bits = jnp.where(column >= i * static.size, readers_ref[at + low + i], bits)
+        parts.append((lax.shift_right_logical(bits, whose) & 1)[:, : count * static.size])
+    return jnp.concatenate(parts, axis=1) > 0

@@ -113,15 +113,20 @@ def decode_pages(
     return part if waits is None else merge(part, waits)
 
 
-def kernel_reads_pool(query: Query, k: Float[Array, "K P S D"]) -> bool:
+def kernel_reads_pool(query: Query, k: Float[Array, "K P S D"], shared: bool = False) -> bool:
     """Whether a kernel reads the pages that `query.tables` names of a pool; a few queries of a row may ask at once.
 
-    As `kernel_decodes`: all tokens in pages lie before the queries, and none is out of reach.
+    As `kernel_decodes`: all tokens in pages lie before the queries, and none is out of reach. `shared`: pages that rows
+    have in common, for all rows together.
 
     Raises:
       ValueError: implementation "pallas" for what the kernel does not take.
     """
     rows, heads, size = query.q.shape[1], query.q.shape[2] // k.shape[0], k.shape[2]
+    if shared:
+        rows *= query.q.shape[0]
+        if query.q.shape[0] > api.MOST_READERS:
+            return False
     if query.implementation == "xla" or query.differentiable or rows * heads > POOL_QUERIES:
         return False
     refused = _refused(query, k, size)
@@ -151,6 +156,23 @@ def decode_pool(
     pool: Names = ("kv_heads", None, None, None)
     names = (_QUERY, ("batch", None), ("batch",), pool, pool)
     return per_device_call(own, names, _OUT, (query.q, pages, count, k, v if v.shape[-1] else k))
+
+
+def decode_shared(
+    query: Query,
+    k: Float[Array, "K P S D"],
+    v: Float[Array, "K P S D"],
+    pages: Int32[Array, " M"],
+    readers: Bool[Array, "M B"],
+) -> Partial:
+    """Attention of all rows together to full pages that some of them have in common."""
+
+    def own(q: Array, pages: Array, readers: Array, k: Array, v: Array) -> Partial:
+        return api.shared_pool_attention(q, k, v, pages, readers, scale=query.scale, softcap=query.softcap)
+
+    pool: Names = ("kv_heads", None, None, None)
+    names = (_QUERY, (None,), (None, "batch"), pool, pool)
+    return per_device_call(own, names, _OUT, (query.q, pages, readers, k, v if v.shape[-1] else k))
 
 
 def _read(x: Slots) -> Array | Coded:

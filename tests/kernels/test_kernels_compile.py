@@ -37,6 +37,7 @@ def test_a_tpu_takes_the_decoding_kernel():
     assert calls("v5e", "llama-3.1-8b", "decode-int8", 8192) == {"decode_attention": 1}
     assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
     assert calls("v5e", "llama-3.1-8b", "pool", 8192) == {"pool_attention": 1}
+    assert calls("v5e", "llama-3.1-8b", "pool-shared", 8192) == {"shared_pool_attention": 1}
     assert calls("v5e", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
     assert calls("v5e", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
 
@@ -79,6 +80,7 @@ def test_an_h100_takes_the_decoding_kernels():
     assert calls("h100", "llama-3.1-8b", "decode-int4", 8192) == {"decode_attention": 1}
     assert calls("h100", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
     assert calls("h100", "llama-3.1-8b", "pool", 8192) == {"pool_attention": 1}
+    assert calls("h100", "llama-3.1-8b", "pool-shared", 8192) == {"shared_pool_attention": 1}
     assert calls("h100", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
     assert calls("h100", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
 

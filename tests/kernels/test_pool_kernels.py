@@ -84,3 +84,41 @@ def test_says_what_it_does_not_take(change, words):
     unchecked = getattr(api.pool_attention, "__wrapped__", api.pool_attention)
     with pytest.raises(ValueError, match=words):
         unchecked(**arguments | change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("rows", "pages", "options"),
+    [
+        (3, 4, {}),
+        pytest.param(5, 9, {"queries": 3, "heads": 6, "block": 32}, marks=pytest.mark.slow),
+        pytest.param(32, 3, {"size": 64, "dtype": "bfloat16", "channels": 128}, marks=pytest.mark.slow),
+        pytest.param(2, 3, {"size": 128, "softcap": 2.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_shared_pages_are_read_by_those_who_have_them(backend, rows, pages, options):
+    check_shared(backend, rows, pages, **options)
+
+
+def check_shared(backend, rows, pages, *, size=16, queries=1, heads=4, kv_heads=2, channels=64, softcap=None,
+                 dtype="float32", block=None):  # fmt: skip
+    """As `check`; the last row has no page, and the last page is none."""
+    random = np.random.default_rng(pages)
+    q = jnp.asarray(random.standard_normal((rows, queries, heads, channels)), dtype)
+    k, v = (jnp.asarray(random.standard_normal((kv_heads, pages + 4, size, channels)), dtype) for _ in range(2))
+    table, readers = random.permutation(pages + 4)[:pages].astype(np.int32), random.random((pages, rows)) < 0.6
+    table[-1], readers[:, -1] = -1, False
+    known, shared = {"scale": 0.21, "softcap": softcap}, (jnp.asarray(table), jnp.asarray(readers))
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v))
+        expected = jax.tree.map(np.asarray, reference.shared_pool_attention(*exact, *shared, **known))
+    unread = ~np.isin(np.arange(pages + 4), table)
+    k, v = (jnp.where(unread[:, None, None], jnp.nan, x) for x in (k, v))
+    run = jax.jit(lambda *arrays: api.shared_pool_attention(*arrays, block=block, **BACKENDS[backend], **known))
+    assert_near(run(q, k, v, *shared), expected, dtype)
+
+
+def test_shared_pages_have_few_readers():
+    x = jnp.zeros((2, 3, 16, 64))
+    with pytest.raises(ValueError, match="of at most 32 rows"):
+        api.shared_pool_attention(jnp.zeros((33, 1, 4, 64)), x, x, jnp.zeros(3, jnp.int32), jnp.zeros((3, 33), bool))

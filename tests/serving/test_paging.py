@@ -213,12 +213,17 @@ def test_streams_may_be_shorter_than_what_is_read_to_warm_up(capacity):
 @pytest.mark.parametrize("backend", ["triton", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_a_kernel_reads_the_pool_by_its_tables(monkeypatch, backend):
     """Chunks of several tokens and of one, behind pages of a row's own and pages that rows share."""
-    kernel, draw, pool = api.pool_attention, np.random.default_rng(0), PagePool(64, 9, 8)
+    draw, pool, called = np.random.default_rng(0), PagePool(64, 9, 8), set()
 
-    def call(q, *args, **more):
-        return kernel(q, *args, **more, implementation=backend, interpret=True)
+    def instead(name, kernel):
+        def call(*args, **more):
+            called.add(name)
+            return kernel(*args, **more, implementation=backend, interpret=True)
 
-    monkeypatch.setattr(api, "pool_attention", call)
+        monkeypatch.setattr(api, name, call)
+
+    for name in ("pool_attention", "shared_pool_attention"):
+        instead(name, getattr(api, name))
 
     update = jax.jit(pool.update)
 
@@ -237,6 +242,7 @@ def test_a_kernel_reads_the_pool_by_its_tables(monkeypatch, backend):
         )
         np.testing.assert_allclose(found, expected, atol=1e-5)
         np.testing.assert_array_equal(state.k, after.k)
+    assert len(called) == 2
 
 
 @pytest.mark.quick

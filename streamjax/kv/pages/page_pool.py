@@ -21,7 +21,7 @@ from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
-from streamjax.kv.decode_kernels import decode_pool, kernel_reads_pool
+from streamjax.kv.decode_kernels import decode_pool, decode_shared, kernel_reads_pool
 from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 
@@ -156,6 +156,10 @@ class PagePool(Cache):
     def _attend_shared(self, state: PoolState, query: Query) -> Partial:
         """To the pages that several rows have: each page is read once, by the queries of all rows together."""
         tables, size = query.tables, self.page_size
+        assert state.k is not None
+        assert state.v is not None
+        if kernel_reads_pool(query, state.k, shared=True):
+            return decode_shared(query, state.k, state.v, tables.shared, tables.sharers)
         rows, width, heads, channels = query.q.shape
         together = max(_TOGETHER // size, 1)
         more = -len(tables.shared) % together
