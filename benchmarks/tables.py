@@ -21,6 +21,7 @@ ELSEWHERE = (
     "kernels/schedules/flash",
     "kernels/schedules/hsa",
     "kernels/schedules/decode",
+    "kernels/schedules/recurrence",
     "kernels/compile_all",
     "kernels/cross_entropy",
     "kernels/gpu/all_kernels",

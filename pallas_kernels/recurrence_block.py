@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 
 class Operands(NamedTuple):
@@ -45,13 +45,11 @@ NEVER = -1e30  # the logarithm of a decay to 0
 class Products(NamedTuple):
     """Products of matrices, plain or with one or the other transposed (`nn`, `nt`, `tn`), of operands in `dtype`.
 
-    differentiable: for `jax.vjp` in a kernel; cotangents are rounded to `dtype` as operands are. sums: the precision of
-    products with zeros and ones, which sum decays.
+    differentiable: for `jax.vjp` in a kernel; cotangents are rounded to `dtype` as operands are.
     """
 
     dtype: Any
     differentiable: bool = False
-    sums: Any = lax.Precision.HIGHEST
 
     def nn(self, a: Array, b: Array) -> Array:
         return self._product("nn", a, b)
@@ -65,6 +63,10 @@ class Products(NamedTuple):
     def inverse(self, below: Float[Array, "C C"]) -> Float[Array, "C C"]:
         """The inverse of 1 + `below`, which is strictly lower; C is a power of two."""
         return (_differentiable_inverse if self.differentiable else _inverse)(self.dtype, below)
+
+    def sums(self, taken: Bool[Array, "C C"], steps: Float[Array, "C K"]) -> Float[Array, "C K"]:
+        """For each token, of the steps of those that are `taken`, as float32 sums them."""
+        return (_differentiable_sums if self.differentiable else _sums)("nn", jnp.where(taken, 1.0, 0.0), steps)
 
     def _product(self, kind: str, a: Array, b: Array) -> Array:
         return (_differentiable_product if self.differentiable else _product)(kind, self.dtype, a, b)
@@ -123,6 +125,30 @@ def _inverse_backward(dtype: Any, found: Array, given: Array) -> tuple[Array]:
 _differentiable_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
+def _sums(kind: str, ones: Array, x: Array) -> Array:
+    """A product with zeros and ones: three of bfloat16, whose digits together are those of float32."""
+    high = x.astype(jnp.bfloat16)
+    rest = x - high.astype(jnp.float32)
+    middle = rest.astype(jnp.bfloat16)
+    low = rest - middle.astype(jnp.float32)
+    low, middle, high = (_product(kind, jnp.bfloat16, ones, part) for part in (low, middle, high))
+    return (low + middle) + high
+
+
+_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
+
+
+def _sums_forward(kind: str, ones: Array, x: Array) -> tuple[Array, Array]:
+    return _sums(kind, ones, x), ones
+
+
+def _sums_backward(kind: str, ones: Array, given: Array) -> tuple[Array, Array]:
+    return jnp.zeros_like(ones), _sums("tn", ones, given)
+
+
+_differentiable_sums.defvjp(_sums_forward, _sums_backward)
+
+
 class HeadDecay(NamedTuple):
     """A decay a head: logarithms summed from the block's start on, as a row and as a column, or so many equal columns.
 
@@ -170,10 +196,8 @@ def weights(products: Products, decay: HeadDecay | ChannelDecay, segments: Segme
         pairs: Any = jnp.exp(jnp.where(row >= column, decay.column - decay.row, NEVER))
     else:
         whole = jnp.sum(decay.steps, axis=0, keepdims=True)
-        start, end = (_sums(products, taken, decay.steps) for taken in (row >= column, row < column))
-        pairs = tuple(
-            jnp.exp(_sums(products, _up_to_border(level, size), decay.steps)) for level in range(_levels(size))
-        )
+        start, end = (products.sums(taken, decay.steps) for taken in (row >= column, row < column))
+        pairs = tuple(jnp.exp(products.sums(_up_to_border(level, size), decay.steps)) for level in range(_levels(size)))
     if segments is not None:
         last = jnp.max(segments.row, axis=1, keepdims=True)
         start = jnp.where(segments.column == 0, start, NEVER)
@@ -287,9 +311,3 @@ def _up_to_border(level: int, size: int) -> Array:
     row, column = _places(size)
     beside = jnp.where(_second_half(level, row), row >= column, row < column)
     return (row >> level == column >> level) & beside
-
-
-def _sums(products: Products, taken: Array, steps: Float[Array, "C K"]) -> Float[Array, "C K"]:
-    """For each token, of the steps of those that are `taken`."""
-    operands, dimensions = (jnp.where(taken, 1.0, 0.0), steps), (_DIMENSIONS["nn"], ((), ()))
-    return lax.dot_general(*operands, dimensions, precision=products.sums, preferred_element_type=jnp.float32)

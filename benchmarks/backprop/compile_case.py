@@ -129,8 +129,7 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
         compiled = lowered.compile()
         figures = _figures(compiled, aot.TOPOLOGIES[case.topology].memory_bytes)
         if case.kernels:
-            calls = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"'
-            figures["kernels"] = len(re.findall(calls, compiled.as_text()))
+            figures["kernels"] = len(re.findall(r"@(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)\b", lowered.as_text()))
     except jax.errors.JaxRuntimeError as error:
         needed = _NEEDED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:

@@ -22,14 +22,16 @@ RULES = {  # the delta rule, decays of channels, groups, heads of a group, rows 
 TOKENS, BLOCK = 40, 16  # the last block is not full
 
 
-def drawn(rule, tokens=TOKENS, strong=False):
+def drawn(rule, tokens=TOKENS):
     delta, channels, groups, shared, keys, width = RULES[rule]
     random = np.random.default_rng(0)
     heads = 2, tokens, groups, shared
     q, k = random.normal(size=(2, *heads[:3], keys))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     v, state = random.normal(size=(*heads, width)), random.normal(size=(2, groups, shared, keys, width))
-    decay = -random.exponential(30.0 if strong else 0.2, size=(*heads, keys) if channels else heads)
+    decay = -random.exponential(0.2, size=(*heads, keys) if channels else heads)
+    if channels:
+        decay = np.where(random.uniform(size=decay.shape) < 0.05, 200.0 * decay, decay)  # some forget all
     beta = random.uniform(size=heads) if delta else None
     resets = np.zeros((2, tokens), bool)
     resets[0, [5, 16, 17]] = True
@@ -48,8 +50,8 @@ def both(call, given, known):
 
 
 @cache
-def exact(rule, **settings):
-    given, known, resets = drawn(rule, **settings)
+def exact(rule):
+    given, known, resets = drawn(rule)
     with jax.enable_x64(True):
         resets = jnp.asarray(resets)
         wide = jax.tree.map(jnp.asarray, (given, known))
@@ -73,7 +75,7 @@ def off(found, right):
     return max(np.abs(mine - x).max() / max(1.0, np.abs(x).max()) for mine, x in pairs)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule == "gla")) for rule in RULES])
 @pytest.mark.parametrize("implementation", INTERPRETERS)
 def test_outputs_states_and_gradients_are_those_of_the_rule(implementation, rule, monkeypatch):
     """On TPUs with several steps a block, of one group or of several."""
@@ -84,7 +86,7 @@ def test_outputs_states_and_gradients_are_those_of_the_rule(implementation, rule
     assert off(found, exact(rule)) < 1e-5
 
 
-@pytest.mark.parametrize("rule", ["mamba-2", "kda"])
+@pytest.mark.parametrize("rule", ["mamba-2", pytest.param("kda", marks=pytest.mark.slow)])
 def test_the_recurrence_takes_the_kernels(rule, monkeypatch):
     """As on a GPU: the outputs, states and gradients of the form that runs anywhere, with rows of different lengths."""
     (q, k, v, decay, state), known, resets = drawn(rule, tokens=70)
@@ -114,14 +116,6 @@ def test_the_recurrence_takes_the_kernels(rule, monkeypatch):
     found = jax.jit(lambda a, b: both(run, a, {**b, **rest}))(arrays, beta)
     assert called
     assert off(found, expected) < 1e-5
-
-
-def test_strong_decays_stay_exact():
-    """Of channels, whose decays are -30 a token on average: nothing overflows, and what is left is right."""
-    given, known, resets = drawn("kda", strong=True)
-    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (given, known))
-    found = both(interpreted("triton"), narrow[0], {**narrow[1], "resets": jnp.asarray(resets)})
-    assert off(found, exact("kda", strong=True)) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", INTERPRETERS)

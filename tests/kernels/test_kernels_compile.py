@@ -1,5 +1,9 @@
 """The chips' own compilers take the kernels, at known models' shapes; `kernels/compile_all.py` does all of them."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import aot
@@ -7,6 +11,7 @@ from benchmarks.kernels import coded_traffic
 from benchmarks.kernels.compile_all import cells, grouped, loops, temporaries
 from benchmarks.kernels.compile_case import HOPPER, Case, compile_case
 from benchmarks.kernels.gpu import machine_code
+from benchmarks.kernels.schedules import recurrence
 from pallas_kernels.gpu.hopper import attention as hopper_attention
 
 
@@ -137,3 +142,19 @@ def test_tables_group_what_is_the_same():
     both = {"temp": 0, "kernels": {"decode_attention": gpu, "flash_forward": flash}}
     assert loops("h100", both) == {"flash_forward": "343 / 512 / 272"}
     assert cells("h100", {"refused": "no"}) == loops("h100", {"refused": "no"}) == {}
+
+
+RECURRENCE = "import sys; from benchmarks.kernels.schedules import recurrence as r; r.compile_for(*sys.argv[1:], '')"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "h100"])
+@pytest.mark.parametrize("model", ["Qwen3-Next 80B", "Mamba-2 1.3B", "Codestral Mamba", "Kimi-Linear 48B"])
+def test_chips_take_the_kernels_of_recurrences(chip, model):
+    """Forwards and backwards, at published shapes."""
+    if not aot.available("cuda" if chip == "h100" else "tpu"):
+        pytest.skip("no compiler for it: `make aot-compilers` installs it")
+    command = [sys.executable, "-c", RECURRENCE, chip, model]
+    environment = aot.child_environment(recurrence.CHIPS[chip])
+    done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["temporaries, MB"] < 1000

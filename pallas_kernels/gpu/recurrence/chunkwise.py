@@ -58,8 +58,6 @@ class _Call(NamedTuple):
 
     @classmethod
     def make(cls, given: Operands, size: int, products: Products, interpret: Any) -> _Call:
-        if not interpret:  # twice the digits of the tensor cores, where full precision would not take them
-            products = products._replace(sums=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
         channels = given.decay.shape[1] == given.q.shape[1]  # blocks have more tokens than one
         beta, segments = given.beta, given.segments
         arrays = {"q": given.q, "k": given.k, "v": rearrange(given.v, "b t g r v -> b t (g r) v")}
