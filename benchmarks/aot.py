@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +101,29 @@ def bytes_per_device(tree: object) -> int:
     """Bytes that the arrays of a tree of placed `jax.ShapeDtypeStruct`s take on one device, without padding."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+# What the compiler writes once every buffer of a program has its place, before it makes the code of a single kernel.
+ASSIGNED, _REPORT = "*.after_optimizations_after_buffer_assignment.txt", "*.after_optimizations-memory-usage-report.txt"
+DUMP = "AOT_DUMP"  # the environment variable with the folder for it
+
+
+def compile_until_assigned(lowered: jax.stages.Lowered, options: Mapping[str, str] | None = None) -> None:
+    """Compile a program, its schedule and buffers written into the folder of `DUMP` on the way.
+
+    Making code takes most of a compile's time and tells nothing about either: whoever waits for the files may end this
+    process as soon as they are there.
+    """
+    lowered.compile(compiler_options={**(options or {}), "xla_dump_to": os.environ[DUMP], "xla_dump_hlo_as_text": True})
+
+
+def read_assigned(folder: Path) -> tuple[str, dict[str, int]]:
+    """The scheduled program, and bytes of each memory: "default" is the chip's main memory, arguments included."""
+    text, report = (
+        max(folder.glob(name), key=lambda path: path.stat().st_size).read_text() for name in (ASSIGNED, _REPORT)
+    )
+    spaces = re.findall(r"^Memory Space: (\w+).*\nTotal bytes: (\d+)", report, flags=re.M)
+    return text, {name: int(size) for name, size in spaces}
 
 
 _SIZES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}

@@ -18,6 +18,7 @@ _LINE = re.compile(r"^\s+(ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _NOTHING = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota", "after-all", "partition-id"}
 _SAME = {"bitcast", "copy", "fusion", "reshape", "transpose", "convert"}  # inside a fusion: the operand, looked at anew
 _SLICES = {"slice", "dynamic-slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and where their operands have the new part
 _CALLS = {"while": "body", "call": "to_apply"}
 
 
@@ -120,4 +121,21 @@ def _read(computations: dict[str, dict[str, Instruction]], fusion: str, place: i
                 waiting.append(one.name)
             else:
                 return whole
+    return total
+
+
+def updated_in_place(text: str) -> int:
+    """Bytes that `moved_bytes` counts as read and written, of buffers of which scatters and updates change a part.
+
+    They lie where they lay before (`input_output_alias`), and what is written is as large as the update.
+    """
+    computations, entry = _computations(text)
+    total = 0
+    for one in computations[entry].values():
+        called = re.search(r"calls=(%[\w.\-]+)", one.rest) if one.operation == "fusion" else None
+        inside = computations[called.group(1)] if called else computations[entry]
+        change = next((other for other in inside.values() if other.root), None) if called else one
+        if change is not None and change.operation in _UPDATES:
+            update = inside.get(change.operands[_UPDATES[change.operation]])
+            total += 2 * max(0, one.bytes_in_main_memory - (update.bytes if update else 0))
     return total

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from benchmarks.reporting import machine
 
 # The environment of a case's process, by the case's name and a folder that is there while it runs.
 Environment = Callable[[str, str], dict[str, str]]
+# Figures from what a case's process printed, its scheduled program and bytes by the name of a memory.
+Reader = Callable[[dict[str, Any], str, dict[str, int]], dict[str, Any]]
 
 
 def run_case(module: str, name: str, environment: Environment) -> dict[str, Any]:
@@ -33,6 +37,35 @@ def run_case(module: str, name: str, environment: Environment) -> dict[str, Any]
     return found
 
 
+def run_until_assigned(module: str, name: str, environment: Environment, read_case: Reader) -> dict[str, Any]:
+    """The figures of a case whose process is ended once the compiler has placed its buffers.
+
+    Of a program that is larger than the chip's memory, `does_not_fit` has the bytes that it wants.
+
+    Raises:
+      RuntimeError: the compile failed before; the message is the process's last line.
+    """
+    command = [sys.executable, "-m", module, "--child", name]
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
+        dump = Path(folder) / "dump"
+        known = {**environment(name, folder), aot.DUMP: str(dump)}
+        with (Path(folder) / "errors").open("w") as written:
+            child = subprocess.Popen(command, cwd=aot.ROOT, env=known, stdout=said, stderr=written, text=True)
+        while child.poll() is None and not any(dump.glob(aot.ASSIGNED)):
+            time.sleep(1.0)
+        time.sleep(2.0)  # until the file is whole
+        child.kill()
+        child.wait()
+        errors, lines = (Path(folder) / "errors").read_text(), (Path(folder) / "said").read_text().splitlines()
+        if not any(dump.glob(aot.ASSIGNED)):
+            used = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", errors)
+            if used is None or not lines:
+                raise RuntimeError(f"{name}: {errors.strip().splitlines()[-1]}")
+            return {**json.loads(lines[-1]), "does_not_fit": int(float(used[1]) * 2**30)}
+        printed = json.loads(lines[-1])
+        return read_case(printed, *aot.read_assigned(dump))
+
+
 def run(
     module: str,
     description: str | None,
@@ -42,6 +75,7 @@ def run(
     compile_case: Callable[[Any], dict[str, Any]],
     write_page: Callable[[dict[str, Any]], None],
     environment: Environment,
+    read_case: Reader | None = None,
 ) -> None:
     """Compile the cases that the command line names, or write the page of those that were compiled.
 
@@ -50,7 +84,9 @@ def run(
       description: its docstring.
       cases: what there is to compile, by name.
       output: the file of figures; those of other cases stay.
-      compile_case: compiles one, in this process.
+      compile_case: compiles one, in this process, and returns its figures. With `read_case` it prints what it knows
+        before it compiles, as a line of JSON, by `aot.compile_until_assigned`, and is ended there.
+      read_case: figures from what a case printed, its scheduled program and the bytes of each memory.
       write_page: writes the tables of docs/sharding.md from the figures.
       environment: of a case's process.
     """
@@ -61,7 +97,7 @@ def run(
     parser.add_argument("--child", choices=cases, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(compile_case(cases[arguments.child])))
+        print(json.dumps(compile_case(cases[arguments.child])))  # where it was not ended before
         return
     found = json.loads(output.read_text())["cases"] if arguments.page or output.exists() else {}
     if arguments.page:
@@ -72,7 +108,10 @@ def run(
         if arguments.missing and name in found:
             continue
         try:
-            found[name] = run_case(module, name, environment)
+            if read_case is None:
+                found[name] = run_case(module, name, environment)
+            else:
+                found[name] = run_until_assigned(module, name, environment, read_case)
         except RuntimeError as failure:
             failures.append(str(failure))
             print(failure, file=sys.stderr, flush=True)

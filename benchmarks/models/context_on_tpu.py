@@ -1,25 +1,32 @@
-"""Llama-3.1-8B trained on a million tokens by 64 chips, compiled ahead of time: memory of one, and what they exchange.
+"""Llama-3.1-8B and Qwen3-8B trained on a million tokens by 64 and 256 chips: their memory, and what they exchange.
 
     python -m benchmarks.models.context_on_tpu                    # all cases
-    python -m benchmarks.models.context_on_tpu --cases fsdp4-context16
+    python -m benchmarks.models.context_on_tpu --missing          # those without figures yet
+    python -m benchmarks.models.context_on_tpu --cases llama-v5p-64-fsdp8-context8
     python -m benchmarks.models.context_on_tpu --page             # compile nothing, write docs/sharding.md
 
-No weight is ever made: a training step with AdamW (float32 weights and moments, bfloat16 activations, layers stacked
-and computed again) is compiled from shapes, for chips that exist for the compiler only. Each case is compiled in a
-process of its own.
+No weight is ever made: a training step with AdamW (float32 weights and moments, bfloat16 activations, all layers,
+stacked) is compiled ahead of time from shapes, for chips that exist for the compiler only. Each case is compiled in a
+process of its own, until the compiler has placed its buffers. Each row of chips along `data` and `fsdp` has one
+sequence. `peak` is the compiler's figure of one chip, and `estimated` that of the model from which
+`--config.mesh=auto` chooses, in GB.
 
 `sent` is what a chip receives in a step: results of collectives, those in loops as often as the loops turn, as the
 compiler writes it down. `ring floor` is what full attention must move by a ring: keys and values of each layer once
 round forwards, once for the recomputation and once backwards, where their float32 gradients follow them.
+
+`beside products` is how many of the collectives in the program's text begin and end apart with a product, a kernel or
+a loop between.
+
+The second table is what that search takes, with its seconds a step and what most of them go to.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import os
 import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,7 +43,15 @@ from benchmarks.reporting import RESULTS, table
 from pallas_kernels.api import platforms
 from streamjax.parallel.mesh import with_placement
 from streamjax.parallel.rules import partition_spec
-from streamjax.training import OptimizerConfig, make_optimizer, make_train_step, new_state
+from streamjax.training import (
+    OptimizerConfig,
+    chip_of,
+    choose_mesh,
+    estimate,
+    make_optimizer,
+    make_train_step,
+    new_state,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
 OUTPUT = RESULTS / "models" / "context_on_tpu.json"
@@ -95,7 +110,7 @@ CASES = {
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Compile one case, in a process of `aot.child_environment`; bytes on one chip."""
+    """Compile one case, in a process of `aot.child_environment`, as far as its buffers."""
     platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     mesh, config = aot.tpu_mesh(case.topology, **dict(case.mesh)), SHAPES[case.model]
     optimizer = make_optimizer(OptimizerConfig(), 1000)
@@ -110,34 +125,22 @@ def compile_case(case: Case) -> dict[str, Any]:
         placement = NamedSharding(mesh, partition_spec(("batch", "length"), shape, mesh))
         dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement) for name, dtype in dtypes.items()}
-        start = time.process_time()
         options: dict[str, Any] = {"offload": "host"} if case.offload else {}
         step = make_train_step(optimizer, method=case.method, context_exchange=case.exchange, **options)
         lowered = step.trace(state, batch).lower()  # type: ignore[attr-defined]
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-            return {
-                "state": aot.bytes_per_device(state),
-                "used": int(float(used[1]) * 2**30) if used else None,
-                "compile_cpu_s": time.process_time() - start,
-            }
-    memory = compiled.memory_analysis()
-    folder = Path(os.environ["LIBTPU_INIT_ARGS"].split()[0].partition("=")[2])
-    text = max(folder.glob("*-TLP-hlo.txt"), key=lambda path: path.stat().st_size).read_text()
-    if keep := os.environ.get("KEEP_HLO"):
-        Path(keep).write_text(text)
-    kinds = ("argument", "output", "alias", "temp")
+        print(json.dumps({"state": aot.bytes_per_device(state)}), flush=True)
+        aot.compile_until_assigned(lowered)
+    return {}
+
+
+def read_case(printed: dict[str, Any], text: str, memory: dict[str, int]) -> dict[str, Any]:
+    """Figures of a case: bytes of a chip's main memory, and what crosses."""
     return {
-        "state": aot.bytes_per_device(state),
-        **{kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds},
-        "host": memory.host_temp_size_in_bytes,
+        **printed,
+        "memory": memory,
         "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "collectives": received(text),
-        "compile_cpu_s": time.process_time() - start,
+        "covered": {kind: overlaps(text, kind) for kind in ("all-gather", "all-reduce", "collective-permute")},
     }
 
 
@@ -148,6 +151,33 @@ _CALL = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _OPERATION = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _RESULT = re.compile(r"(\w+)\[([\d,]*)\]")
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+
+
+def overlaps(text: str, kind: str) -> dict[str, int]:
+    """Collectives of a kind in a scheduled program: all, those that begin and end apart, and those of them that have a
+    product, a kernel or a loop between."""
+    bodies = dict(_COMPUTATION.findall(text))
+    with_product = {name for name, body in bodies.items() if re.search(r" (convolution|dot)\(", body)}
+    starts = re.compile(rf"^\s*(?:ROOT )?%?([\w.\-]+) = .* {kind}-start\(")
+    at_once = begun = covered = 0
+    for body in bodies.values():
+        lines = body.splitlines()
+        at_once += sum(f" {kind}(" in line for line in lines)
+        for place, line in enumerate(lines):
+            if not (start := starts.match(line)):
+                continue
+            begun += 1
+            end = re.compile(rf"{kind}-done\(.*%?{re.escape(start[1])}\b")
+            for after in lines[place + 1 :]:
+                if end.search(after):
+                    break
+                called = re.search(r"calls=%?([\w.\-]+)", after)
+                if re.search(r" (convolution|while)\(|tpu_custom_call", after) or (
+                    called and called[1] in with_product
+                ):
+                    covered += 1
+                    break
+    return {"all": at_once + begun, "async": begun, "covered": covered}
 
 
 def received(text: str) -> dict[str, dict[str, Any]]:
@@ -161,7 +191,8 @@ def received(text: str) -> dict[str, dict[str, Any]]:
         runs[name] += times
         for line in bodies.get(name, "").splitlines():
             if loop := _LOOP.search(line):
-                walk(loop[2], times * int(_TURNS.findall(bodies[loop[1]])[-1]))
+                turns = _TURNS.findall(bodies[loop[1]])  # none where only the data tell: once, then
+                walk(loop[2], times * int(turns[-1] if turns else 1))
             elif (called := _CALL.search(line)) and called[1] in bodies:
                 walk(called[1], times)
 
@@ -172,15 +203,15 @@ def received(text: str) -> dict[str, dict[str, Any]]:
             parts = [part for part in _RESULT.findall(result) if part[1]]
             if begun and kind in ("all-gather", "collective-permute"):
                 parts = parts[len(parts) // 2 :]  # behind the operands
-            each = {f"{t}[{dims}]": _BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",")) for t, dims in parts}
+            each = [
+                (_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",")), f"{t}[{dims}]") for t, dims in parts
+            ]
             if not each:
                 continue
             number[kind] += times
-            size[kind] += times * sum(each.values())
-            top = max(each, key=lambda name: each[name])
-            if each[top] > largest.get(kind, ("", -1))[1]:
-                largest[kind] = (top, each[top])
-    return {kind: {"count": number[kind], "bytes": size[kind], "largest": largest[kind][0]} for kind in sorted(number)}
+            size[kind] += times * sum(width for width, _ in each)
+            largest[kind] = max(largest.get(kind, (-1, "")), max(each))
+    return {kind: {"count": number[kind], "bytes": size[kind], "largest": largest[kind][1]} for kind in sorted(number)}
 
 
 def ring_floor(case: Case) -> float:
@@ -189,6 +220,54 @@ def ring_floor(case: Case) -> float:
     turns = axes.get("context", 1) - 1
     keys = 2 * LENGTH // (turns + 1) * config.num_kv_heads // axes.get("tensor", 1) * config.head_dim
     return config.num_layers * keys * (turns * 3 * 2 + (turns + 1) * 4) if turns else 0.0
+
+
+def estimated(case: Case) -> int:
+    """Bytes on a chip by the memory model, from which `--config.mesh=auto` chooses."""
+    config, axes = SHAPES[case.model], dict(case.mesh)
+    tensor = axes.get("tensor", 1)
+    shards = axes.get("fsdp", 1) * tensor
+    known: dict[str, Any] = {"offload": "host"} if case.offload else {}
+    memory = estimate(
+        config,
+        batch_size=1,
+        length=LENGTH // axes.get("context", 1),
+        method=case.method,
+        param_dtype="float32",
+        shards=shards,
+        tensor=tensor,
+        context=axes.get("context", 1),
+        **known,
+    )
+    return memory.device_bytes + 8 * config.parameter_count // shards
+
+
+def chosen_row(model: str, chips: str, rows: int) -> dict[str, str]:
+    """What the search takes for so many sequences of a million tokens."""
+    kind, count = chips.split("-")
+    first = {"model": model, "chips": f"{count} {kind}", "rows": str(rows)}
+    try:
+        found = choose_mesh(SHAPES[model], int(count), chip_of(f"TPU {kind}"), rows=rows, length=LENGTH)
+    except ValueError as refused:
+        closest = re.search(r"closest: (.*?), estimated ([\d.]+) GB", str(refused))
+        assert closest is not None
+        return {
+            **first,
+            "mesh": "none",
+            "order": "",
+            "GB a chip": f"{closest[2]} ({closest[1]})",
+            "seconds": "",
+            "of it": "",
+        }
+    longest = sorted(found.seconds, key=lambda name: -found.seconds[name])[:3]
+    return {
+        **first,
+        "mesh": " ".join(f"{axis}={size}" for axis, size in found.axes.items() if size > 1),
+        "order": str(found.arguments["method"]),
+        "GB a chip": f"{found.device_bytes / 1e9:.1f}",
+        "seconds": f"{sum(found.seconds.values()):.1f}",
+        "of it": ", ".join(f"{name} {found.seconds[name]:.3g}" for name in longest if found.seconds[name] >= 0.01),
+    }
 
 
 def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
@@ -203,35 +282,40 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
         "tokens a chip": f"{LENGTH // axes.get('context', 1):,}",
         "weights, moments": f"{figures['state'] / 1e9:.1f}",
     }
-    if "temp" not in figures:
-        used = figures.get("used")
-        peak = f"{used / 1e9:.1f}: does not fit" if used else "does not fit"
-        return {**first, "temp": "-", "peak": peak, "sent": "-", "ring floor": f"{ring_floor(case) / 1e9:,.1f}"}
+    last = {"estimated": f"{estimated(case) / 1e9:.1f}", "ring floor": f"{ring_floor(case) / 1e9:,.1f}"}
+    if "does_not_fit" in figures:
+        wanted = f"{figures['does_not_fit'] / 1e9:.1f}: does not fit"
+        return {**first, "peak": wanted, **last, "sent": "-", "beside products": "-"}
     sent = "; ".join(
         f"{found['count']:,} {kind}, {found['bytes'] / 1e9:,.1f} GB, most `{found['largest']}`"
         for kind, found in figures["collectives"].items()
     )
-    peak = figures["argument"] + figures["output"] - figures["alias"] + figures["temp"]
-    host = f", host {figures['host'] / 1e9:.1f}" if figures["host"] else ""
+    peak, limit = figures["memory"]["default"], aot.TOPOLOGIES[case.topology].memory_bytes
+    host = f", host {figures['memory']['host'] / 1e9:.1f}" if figures["memory"].get("host", 0) > 1e6 else ""
+    covered = ", ".join(
+        f"{counts['covered']} of {counts['all']} {kind}s"
+        for kind, counts in figures["covered"].items()
+        if counts["all"]
+    )
     return {
         **first,
-        "temp": f"{figures['temp'] / 1e9:.1f}{host}",
-        "peak": f"{peak / 1e9:.1f}",
+        "peak": f"{peak / 1e9:.1f}{host}{': does not fit' if peak > limit else ''}",
+        **last,
         "sent": sent,
-        "ring floor": f"{ring_floor(case) / 1e9:,.1f}",
+        "beside products": covered,
     }
 
 
 def write_page(found: dict[str, dict[str, Any]]) -> None:
-    """The table of docs/sharding.md."""
-    tables.put(PAGE, "models/context_on_tpu", table([row(name, found[name]) for name in CASES if name in found]))
+    """The tables of docs/sharding.md."""
+    compiled = table([row(name, found[name]) for name in CASES if name in found])
+    chosen = table([chosen_row(model, chips, rows) for model in (_LLAMA, _QWEN) for chips in CHIPS for rows in (8, 1)])
+    tables.put(PAGE, "models/context_on_tpu", f"{compiled}\n\n{chosen}")
 
 
-def environment(name: str, folder: str) -> dict[str, str]:
-    """Of a case's process: the compiler writes the scheduled program into the folder."""
-    found = aot.child_environment(CASES[name].topology)
-    found["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
-    return found
+def environment(name: str, _: str) -> dict[str, str]:
+    """Of a case's process."""
+    return aot.child_environment(CASES[name].topology)
 
 
 def main() -> None:
@@ -243,6 +327,7 @@ def main() -> None:
         compile_case=compile_case,
         write_page=write_page,
         environment=environment,
+        read_case=read_case,
     )
 
 

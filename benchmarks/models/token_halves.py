@@ -6,18 +6,17 @@
 
 TokenWeave (2505.11329) cuts a batch in two, so that one half is computed while the other is summed over devices. Here
 two layers of Llama-3.1-8B, bfloat16, are compiled ahead of time for eight chips of v5e along `tensor`, as one batch
-and as two halves in one program, which depend on each other in nothing. `async` is how many of the all-reduces the
-scheduled program begins and ends apart, `covered` those with a product between the two. `read` is what a step moves to
-and from main memory (`benchmarks.hbm_traffic`), in MB. `sums` is what a chip receives by the all-reduces, in MB.
+and as two halves in one program, which depend on each other in nothing; `apart`, the second half's weights stand
+behind a barrier, since the compiler joins products with the same weights again. `async` is how many of the all-reduces
+the scheduled program begins and ends apart, `covered` those with a product between the two. `read` is what a step moves
+to and from main memory (`benchmarks.hbm_traffic`), in MB. `sums` is what a chip receives by the all-reduces, in MB.
+`sums, ms` and `products, ms` are what both take by the chip's data sheet, at the speed of its links and at its peak.
 `options` are the compiler's: "async" asks for asynchronous all-reduces and their fusion with what is beside them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,18 @@ from benchmarks import aot, tables
 from benchmarks.hbm_traffic import moved_bytes
 from benchmarks.model_shapes import SHAPES
 from benchmarks.models import aot_cases
-from benchmarks.models.context_on_tpu import received
+from benchmarks.models.context_on_tpu import overlaps, received
 from benchmarks.reporting import RESULTS, table
 from pallas_kernels.api import platforms
 from streamjax.parallel.mesh import with_placement
 from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.step import step
+from streamjax.training.mesh_choice.chips import chip_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
 OUTPUT = RESULTS / "models" / "token_halves.json"
 TOPOLOGY, LAYERS = "v5e:2x4", 2
+CHIP = chip_of("TPU v5e")
 CACHE = sj.kv.preset("streaming_llm", sinks=4, window=4092)
 ASYNC = {
     "xla_enable_async_all_reduce": "true",
@@ -51,22 +52,29 @@ ASYNC = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step of `rows` streams, each with `width` tokens; in `parts` that depend on each other in nothing."""
+    """A step of `rows` streams, each with `width` tokens; in `parts` that depend on each other in nothing.
+
+    apart: the compiler may not see that they have the same weights. overlap: with the options `ASYNC`.
+    """
 
     rows: int
     width: int
     parts: int = 1
+    apart: bool = False
     overlap: bool = False
 
 
 CASES = {
     "decode-64": Case(64, 1),
     "decode-64-async": Case(64, 1, overlap=True),
-    "decode-64-halves-async": Case(64, 1, 2, True),
+    "decode-64-halves-async": Case(64, 1, 2, overlap=True),
+    "decode-64-apart-async": Case(64, 1, 2, True, True),
     "prefill-8x512": Case(8, 512),
     "prefill-8x512-async": Case(8, 512, overlap=True),
     "prefill-8x512-halves": Case(8, 512, 2),
-    "prefill-8x512-halves-async": Case(8, 512, 2, True),
+    "prefill-8x512-halves-async": Case(8, 512, 2, overlap=True),
+    "prefill-8x512-apart": Case(8, 512, 2, True),
+    "prefill-8x512-apart-async": Case(8, 512, 2, True, True),
 }
 
 
@@ -81,72 +89,44 @@ def compile_case(case: Case) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
 
     def halves(model: sj.Decoder, parts: list[tuple[Any, Any, Any]]) -> list[Any]:
-        return [step(model, *part) for part in parts]
+        models = [model, *(jax.lax.optimization_barrier(model) if case.apart else model for _ in parts[1:])]
+        return [step(model, *part) for model, part in zip(models, parts, strict=True)]
 
     with jax.set_mesh(mesh):
         model = jax.eval_shape(lambda: sj.Decoder(config, jax.random.key(0), dtype=jnp.bfloat16))
         state = jax.eval_shape(lambda model: sj.init_state(model, CACHE, rows), model)
         model, state = with_placement(model, mesh), with_placement(state, mesh)
         parts = [(state, integers(rows, case.width), integers(rows)) for _ in range(case.parts)]
-        start = time.process_time()
+        options = ASYNC if case.overlap else {}
         lowered = jax.jit(halves, donate_argnums=1).trace(model, parts).lower()
-        compiled = lowered.compile(compiler_options=ASYNC if case.overlap else {})
-    memory = compiled.memory_analysis()
-    folder = Path(os.environ["LIBTPU_INIT_ARGS"].split()[0].partition("=")[2])
-    text = max(folder.glob("*-TLP-hlo.txt"), key=lambda path: path.stat().st_size).read_text()
-    if keep := os.environ.get("KEEP_HLO"):
-        Path(keep).write_text(text)
-    return {
-        "temp": memory.temp_size_in_bytes,
-        "moved": moved_bytes(text),
-        "collectives": received(text),
-        **overlaps(text),
-        "compile_cpu_s": time.process_time() - start,
-    }
+        print("{}", flush=True)
+        aot.compile_until_assigned(lowered, options)
+    return {}
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", flags=re.M | re.S)
-_STARTS = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? all-reduce-start\(", flags=re.M)
-
-
-def overlaps(text: str) -> dict[str, int]:
-    """All-reduces of a scheduled program: how many there are, how many begin and end apart, and how many of those have
-    a product, or a kernel, between."""
-    bodies = dict(_COMPUTATION.findall(text))
-    with_product = {name for name, body in bodies.items() if re.search(r" (convolution|dot)\(", body)}
-    sync = begun = covered = 0
-    for body in bodies.values():
-        lines = body.splitlines()
-        sync += sum(" all-reduce(" in line for line in lines)
-        for place, line in enumerate(lines):
-            if not (start := _STARTS.match(line)):
-                continue
-            begun += 1
-            ends = re.compile(rf"all-reduce-done\(.*%?{re.escape(start[1])}\b")
-            for after in lines[place + 1 :]:
-                if ends.search(after):
-                    break
-                called = re.search(r"calls=%?([\w.\-]+)", after)
-                if " convolution(" in after or "tpu_custom_call" in after or (called and called[1] in with_product):
-                    covered += 1
-                    break
-    return {"all_reduces": sync + begun, "async": begun, "covered": covered}
+def read_case(_: dict[str, Any], text: str, memory: dict[str, int]) -> dict[str, Any]:
+    """Figures of a case."""
+    return {"memory": memory, "moved": moved_bytes(text), "collectives": received(text), **overlaps(text, "all-reduce")}
 
 
 def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
     """A line of the table."""
     case = CASES[name]
+    config = SHAPES["llama-3.1-8b"].replace(num_layers=LAYERS)
+    layers = config.parameter_count - 2 * config.vocab_size * config.d_model
+    products = 2.0 * (layers * case.width + config.vocab_size * config.d_model) * case.rows / 8
     sums = figures["collectives"].get("all-reduce", {"bytes": 0})["bytes"]
     return {
         "step": f"{case.rows} x {case.width} tokens",
-        "in": "two halves" if case.parts > 1 else "one batch",
+        "in": ("halves, apart" if case.apart else "halves") if case.parts > 1 else "one batch",
         "options": "async" if case.overlap else "default",
-        "all-reduces": str(figures["all_reduces"]),
+        "all-reduces": str(figures["all"]),
         "async": str(figures["async"]),
         "covered": str(figures["covered"]),
         "sums": f"{sums / 1e6:.1f}",
+        "sums, ms": f"{1e3 * 2 * 7 / 8 * sums / CHIP.bandwidth(8, 1, 8):.2f}",
+        "products, ms": f"{1e3 * products / CHIP.flops:.2f}",
         "read": f"{figures['moved'] / 1e6:,.0f}",
-        "temp": f"{figures['temp'] / 1e6:,.0f}",
     }
 
 
@@ -155,11 +135,9 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/token_halves", table([row(name, found[name]) for name in CASES if name in found]))
 
 
-def environment(_: str, folder: str) -> dict[str, str]:
-    """Of a case's process: the compiler writes the scheduled program into the folder."""
-    found = aot.child_environment(TOPOLOGY)
-    found["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
-    return found
+def environment(_: str, __: str) -> dict[str, str]:
+    """Of a case's process."""
+    return aot.child_environment(TOPOLOGY)
 
 
 def main() -> None:
@@ -171,6 +149,7 @@ def main() -> None:
         compile_case=compile_case,
         write_page=write_page,
         environment=environment,
+        read_case=read_case,
     )
 
 

@@ -183,6 +183,7 @@ def choice_for(
         param_dtype=model.embedding.dtype,
         shards=axes.get("fsdp", 1) * axes.get("tensor", 1) * (axes.get("expert", 1) if experts else 1),
         tensor=axes.get("tensor", 1) if split_evenly(model.config, axes.get("tensor", 1)) else 1,
+        context=shards,
         trained=sum(leaf.size for leaf in leaves) / model.config.parameter_count,
         **known,
     )

@@ -110,11 +110,13 @@ def choose_mesh(
             param_dtype="float32",
             shards=shards,
             tensor=axes["tensor"],
+            context=axes["context"],
             trained=trained,
             **known,
         )
         arguments, memory, fits = found
-        fits = fits and memory.host_bytes <= chip.host_bytes
+        if memory.host_bytes > chip.host_bytes:
+            continue
         size = memory.device_bytes + moments
         if not fits:
             closest = min(closest or (size, axes), (size, axes), key=lambda pair: pair[0])

@@ -1,8 +1,8 @@
 """How long a training step takes on a mesh, by its operations and by the bytes that cross its axes.
 
-The model is coarse: it ranks meshes, and predicts no step time. What can run beside each other is taken to do so: keys
-that go round a ring beside attention, and weights that fsdp gathers beside the products that use them. What the next
-operation waits for is added up: sums over `tensor`, the zigzag layout's exchange, and the gradient's reduction.
+The model is coarse: it ranks meshes, and predicts no step time. Keys that go round a ring are taken to do so beside
+attention. All else is added up, as a TPU's compiler schedules it: weights that fsdp gathers, sums over `tensor`, the
+zigzag layout's exchange, and the gradient's reduction.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def step_seconds(
         "products": linear,
         "attention": attention,
         "ring beyond attention": max(0.0, ring - attention),
-        "weights beyond products": max(0.0, gather - linear),
+        "gathered weights": gather,
         "zigzag": zigzag,
         "gradients": scatter + reduce,
         "tensor": crossing("tensor", sums, 6.0 * microbatches * work.count),

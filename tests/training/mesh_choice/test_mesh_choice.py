@@ -59,12 +59,24 @@ def test_orders_that_cut_sequences_go_without_context():
     assert axes_of(LLAMA, 64, V5P, rows=8, length=2**17, method="chunk")["context"] == 1
 
 
-def test_the_compiler_agrees_that_it_fits():
-    """What `benchmarks/models/context_on_tpu.py` compiles: eight rows of a million tokens on 64 chips."""
-    found = choose_mesh(LLAMA, 64, V5P, rows=8, length=2**20)
-    assert found.axes == {"data": 1, "fsdp": 8, "context": 8, "tensor": 1}
+@pytest.mark.parametrize(
+    ("fsdp", "context", "tensor", "gigabytes"), [(8, 8, 1, 103.2), (8, 32, 1, 39.4), (1, 16, 4, 66.1)]
+)
+def test_the_memory_of_a_shared_sequence_is_about_the_compilers(fsdp, context, tensor, gigabytes):
+    """A million tokens a row on chips of v5p, as `benchmarks/models/context_on_tpu.py` finds it."""
+    parts = {"batch_size": 1, "length": 2**20 // context, "method": "remat", "param_dtype": "float32"}
+    shards = fsdp * tensor
+    gradient = estimate(LLAMA, **parts, shards=shards, tensor=tensor, context=context).device_bytes
+    moments = 8 * LLAMA.parameter_count // shards
+    assert 0.97 * gigabytes < (gradient + moments) / 1e9 < 1.2 * gigabytes
+
+
+def test_what_the_compiler_fits_is_taken():
+    found = choose_mesh(LLAMA, 256, V5P, rows=8, length=2**20)
+    assert found.axes == {"data": 1, "fsdp": 8, "context": 32, "tensor": 1}
     assert found.arguments["method"] == "remat"
-    assert found.device_bytes < V5P.memory_bytes
+    with pytest.raises(ValueError, match="fit 64 devices in no way"):
+        choose_mesh(LLAMA, 64, V5P, rows=8, length=2**20, method="remat")
 
 
 def test_what_fits_nowhere_is_told_in_a_line():
@@ -82,9 +94,7 @@ def test_what_cannot_be_shared_is_told_in_a_line():
 
 
 def test_an_unknown_device_is_told_in_a_line():
-    with pytest.raises(
-        ValueError, match=r"""^mesh "auto" knows nothing of 'Abacus', only of TPU v4, .* set the sizes"""
-    ):
+    with pytest.raises(ValueError, match=r"""^mesh "auto" knows nothing of 'Abacus', only of TPU v4, .*: set sizes"""):
         chip_of("Abacus")
     assert chip_of("NVIDIA H100 80GB HBM3").torus is None
 
@@ -116,6 +126,7 @@ def test_no_mesh_that_fits_is_faster(devices, rows, length, chip, method):
             param_dtype="float32",
             shards=fsdp * tensor,
             tensor=tensor,
+            context=context,
         )
         if memory.device_bytes <= 0.9 * (chip.memory_bytes - 8 * config.parameter_count // (fsdp * tensor)):
             seconds.append(sum(step_seconds(work, axes, chip, rows=rows, length=length, method=method).values()))

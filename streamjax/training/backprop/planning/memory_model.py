@@ -37,6 +37,8 @@ from streamjax.training.backprop.storage.state_store import StateStore, Store, m
 
 DEFAULT_CHUNK = 2048  # tokens
 KEY_BLOCK = 512  # slots: buffers of keys end in whole blocks of attention, which have no more keys than this
+RING_ARRAYS = 13  # as wide as a layer's queries, in the accumulator's dtype; fitted to compiled programs
+TENSOR_ARRAYS = 16  # as wide as the model, that each device along tensor holds; fitted to compiled programs
 LOGITS_COPIES = 2  # float32 arrays of the size of the logits that are there at once
 Parts = dict[str, int]
 Order = tuple[Parts, list[Parts], int]  # what is there in all phases, in each phase; bytes of the host's memory
@@ -69,6 +71,7 @@ def estimate(
     platform: str = "tpu",
     shards: int = 1,
     tensor: int = 1,
+    context: int = 1,
     trained: float = 1.0,
 ) -> Memory:
     """Memory of one `loss_and_grad`: parameters, their gradients, and everything between.
@@ -84,6 +87,7 @@ def estimate(
       shards: devices over which parameters and gradients are split; activations are not.
       tensor: devices of these along the mesh axis `tensor`, which split heads, channels of MLPs and the vocabulary too,
         evenly.
+      context: devices that share each sequence, of which `length` is one device's part.
       trained: share of the parameters that get a gradient.
 
     Raises:
@@ -101,6 +105,7 @@ def estimate(
         fused=platform != "cpu",
         shards=shards,
         tensor=tensor,
+        context=context,
         trained=trained,
         item=jnp.dtype(dtype).itemsize,
         wide=accumulator(dtype).itemsize,
@@ -150,6 +155,7 @@ class _Terms:
     fused: bool
     shards: int
     tensor: int
+    context: int
     trained: float
     item: int
     wide: int
@@ -252,6 +258,8 @@ class _Terms:
         sizes = self.config.d_model, self.batch * tokens, self.item, self.wide
         states = 2 * self.states(tokens)  # as wide as the model: each device along tensor has them
         working = states + max(working_bytes(block, *sizes) - states for block in self.kinds) // self.tensor
+        if self.tensor > 1:
+            working += TENSOR_ARRAYS * self.states(tokens)
         saved = 0 if self.fused else max(self.saved(block, tokens) for block in self.kinds)
         return {"layer's work": working + saved}
 
@@ -260,6 +268,17 @@ class _Terms:
         states = 2 * self.states(tokens) + 3 * self.wide * self.batch * tokens * self.config.d_model * block.norm_count
         sizes = self.config.d_model, self.batch * tokens, self.item, self.wide
         return states + (saved_bytes(block, *sizes) - states) // self.tensor
+
+    def ring(self) -> Parts:
+        """What a layer that attends to all tokens of a shared sequence holds beside its work: its queries, outputs
+        and gradients in zigzag, and keys and their gradients on the way."""
+        mixers = [
+            block.mixer for block in self.kinds if isinstance(block.mixer, AttentionConfig | LatentAttentionConfig)
+        ]
+        full = [mixer.num_heads * mixer.head_dim for mixer in mixers if getattr(mixer, "window", None) is None]
+        if self.context == 1 or not full:
+            return {}
+        return {"ring's work": RING_ARRAYS * self.batch * self.length * max(full) * self.wide // self.tensor}
 
     def logits(self) -> Parts:
         """Of one stretch, with the gradient that the head gets from it."""
@@ -279,6 +298,7 @@ class _Terms:
         layers = {
             **head,
             **self.work(self.length),
+            **self.ring(),
             "cotangent": self.states(self.length),
             "keys' gradients": self.key_values(self.length, self.wide),
             **self.part("layer", self.layer_parameters),
