@@ -61,6 +61,11 @@ def test_gradients_by_keys_and_values_are_those_of_their_biases():
         bias = exact.layer(i).mixer.projections.qkv_bias[...]
         for found, expected in ((of_k, bias[:, -2]), (of_v, bias[:, -1])):
             np.testing.assert_allclose(found.sum(axis=(0, 1)), expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
+    weighted, even = (
+        sj.measure_codebooks(biased, ids, coupled=2, bits=2, rounds=3, by_gradients=by) for by in (True, False)
+    )
+    assert weighted.layers != even.layers
+    assert weighted.tokens == 32
 
 
 def test_a_stream_in_entries_is_near_one_without(model, file):
@@ -120,7 +125,7 @@ def test_what_are_no_codebooks_of_this_model_is_refused(model, file, tmp_path):
 @pytest.mark.quick
 def test_layers_with_windows_keep_them(tmp_path):
     model, path = build(LOCAL), tmp_path / "books.safetensors"
-    sj.measure_codebooks(model, TEXT[:1, :8], coupled=2, bits=2, rounds=1, by_gradients=True).save(path)
+    sj.measure_codebooks(model, TEXT[:1, :8], coupled=2, bits=2, rounds=1).save(path)
     first, second = sj.kv.preset("cq", codebooks=str(path), bits=2, window=2)
     assert first == sj.kv.Cascade(sj.kv.Window(4))
     assert second.made_for is not None

@@ -64,7 +64,9 @@ def whole(length):
     return [(WIDTH - 1,) * 2] * (length // (WIDTH - 1) + 1)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "block floats" else ()) for name in CODECS]
+)
 @settings(max_examples=8, deadline=None, phases=[Phase.generate])
 @given(data=st.data(), length=st.integers(0, 100))
 def test_what_is_stored_does_not_depend_on_the_cut(name, data, length):
