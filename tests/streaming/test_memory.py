@@ -30,6 +30,11 @@ CACHES = {
     "noted": sj.kv.Cascade(sj.kv.Window(SLOTS), sj.kv.Pages(16, SLOTS, 8, sj.kv.Representative(2))),
     "content": sj.kv.Cascade(sj.kv.Window(32), sj.kv.ContentPages(16, SLOTS, 8, sj.kv.EndTokens((3, 7)))),
     "scored": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Scored(SLOTS - 64, sj.kv.H2O())),
+    "evicted once": sj.kv.Cascade(
+        sj.kv.Window(32),
+        sj.kv.StaticEviction(32, sj.kv.H2O()),
+        sj.kv.Pages(16, SLOTS, 8, sj.kv.BlendedBounds(), coarse=sj.kv.Coarse(8)),
+    ),
     "key norms": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Scored(SLOTS - 64, sj.kv.KNorm())),
     "clusters": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Clusters(32, SLOTS, 4, 4)),
 }
