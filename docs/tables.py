@@ -19,6 +19,7 @@ import numpy as np
 import streamjax as sj
 from streamjax.kv.channels.projection_file import HeadProjections, Projections
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
+from streamjax.kv.merging.kernel_file import LayerKernels
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 from streamjax.models.families import FAMILIES, Family
 
@@ -63,7 +64,10 @@ def presets() -> str:
         turns = Path(folder) / "projections.safetensors"
         layer = Projections(np.eye(8)[None], np.eye(8)[None], np.full((2, 1), 4))
         HeadProjections((layer,), "any", 1).save(turns)
-        written = {"heads": gates, "retaining": networks, "codebooks": books, "projections": turns}
+        flows = Path(folder) / "kernels.safetensors"
+        kernels = sj.kv.Kernels.of(np.ones((2, 8, 3)), np.ones(2), 0.5, "any")
+        LayerKernels((kernels,), "any", 1).save(flows)
+        written = {"kernels": flows, "heads": gates, "retaining": networks, "codebooks": books, "projections": turns}
         files = {option: str(file) for option, file in written.items()}
         for name, preset in sj.kv.presets().items():
             cache = preset.build(**{option: files[option] for option in preset.needs})

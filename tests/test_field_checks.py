@@ -22,7 +22,7 @@ from streamjax.kv.channels import bases, grouped_layers, low_rank, paired_layers
 from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
 from streamjax.kv.codecs.measured import coupled
 from streamjax.kv.layouts import across_layers
-from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger
+from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger, lococo
 from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool
 from streamjax.kv.scores import (
     chunkkv,
@@ -79,6 +79,7 @@ from streamjax.training import (
     OptimizerConfig,
     TrainConfig,
 )
+from streamjax.training.heads.convolutions import ConvolutionConfig
 from streamjax.training.heads.gates import GateConfig
 from streamjax.training.heads.projections import ProjectionConfig
 from streamjax.training.heads.retaining import RetainingConfig
@@ -193,6 +194,8 @@ EXAMPLES = [
     retaining.Retaining(),
     RetainingConfig(),
     ProjectionConfig(),
+    ConvolutionConfig(),
+    lococo.Convolved(),
 ]
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
@@ -203,6 +206,7 @@ NO_CONFIGURATIONS = {
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
     *("LayerCodebooks", "LayerRetainingHeads", "RetainingHeads", "HeadProjections", "AllHeld", "Lent", "AcrossLayers"),
+    *("Kernels", "LayerKernels"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from

@@ -37,6 +37,7 @@ from streamjax.kv.merging.d2o import NearestAbove
 from streamjax.kv.merging.elastic_cache import Anchors
 from streamjax.kv.merging.ems import ZeroClass
 from streamjax.kv.merging.kvmerger import Gaussian
+from streamjax.kv.merging.lococo import Convolved, Kernels
 from streamjax.kv.merging.merge import Joining, Merge, Side
 from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import BestKey, BlendedBounds, Index, Mean, Middle, MinMax, Representative
@@ -110,6 +111,7 @@ __all__ = [
     "Codec",
     "Compensation",
     "ContentPages",
+    "Convolved",
     "CriticalKV",
     "CurrentChunk",
     "Density",
@@ -133,6 +135,7 @@ __all__ = [
     "KVSpec",
     "KVTokens",
     "KVzip",
+    "Kernels",
     "KeyChange",
     "KeyDiff",
     "LagKV",

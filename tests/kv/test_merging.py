@@ -12,10 +12,12 @@ from streamjax.kv import (
     H2O,
     Anchors,
     Cascade,
+    Convolved,
     Full,
     Gaussian,
     Int,
     IntoFollowing,
+    Kernels,
     KNorm,
     NearestAbove,
     Scored,
@@ -24,18 +26,21 @@ from streamjax.kv import (
     ZeroClass,
 )
 from streamjax.kv.codecs.slots import dense
-from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, gradients, run, spec, update
+from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, WIDTH, Stream, gradients, run, spec, update
 from tests.oracles import merging as oracle
 from tests.oracles import scored
 from tests.oracles.codecs import stored
 
 SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 7, 4, 37
+DRAWN = np.random.default_rng(8)
+KERNEL, BIAS = DRAWN.standard_normal((4, 2 * WIDTH, 3)), DRAWN.standard_normal(4)
 RULES = {
     "d2o": (NearestAbove(momentum=0.3), oracle.nearest_above(0.3)),
     "kvmerger": (Gaussian(threshold=-0.2), oracle.gaussian(-0.2)),
     "elastic cache": (Anchors(), oracle.anchors),
     "ems": (ZeroClass(threshold=0.1), oracle.zero_class(0.1)),
     "cam": (IntoFollowing(count=3, seed=4), oracle.into_following(3, 4)),
+    "lococo": (Convolved(kernels=Kernels.of(KERNEL, BIAS, 0.4, "whose")), oracle.convolved(KERNEL, BIAS, 0.4)),
     "d2o, turned": (NearestAbove(turned=True), oracle.nearest_above(0.7)),
 }
 
@@ -58,7 +63,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "distance", "together"),
     [
-        *((name, None, False) for name in list(RULES)[:5]),
+        *((name, None, False) for name in list(RULES)[:6]),
         pytest.param("d2o, turned", None, False, marks=SLOW),
         pytest.param("kvmerger", 9, False, marks=SLOW),
         pytest.param("elastic cache", None, True, marks=SLOW),

@@ -11,6 +11,7 @@ from streamjax.kv import Cascade, Full, Sink, Window
 from streamjax.kv.channels.projection_file import HeadProjections, Projections
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
 from streamjax.kv.description import describe_cache
+from streamjax.kv.merging.kernel_file import LayerKernels
 from streamjax.kv.presets.in_codes import CODECS
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 
@@ -36,6 +37,9 @@ def test_every_preset_builds_and_names_its_paper(tmp_path):
         assert "arXiv" in entry.paper
         assert entry.summary.endswith((".", ";"))
         files = {"retaining": networks, "codebooks": codebooks(tmp_path), "projections": projections(tmp_path)}
+        flows = tmp_path / "kernels.safetensors"
+        LayerKernels((sj.kv.Kernels.of(np.ones((2, 8, 3)), np.ones(2), 0.5, "whose"),), "whose", 1).save(flows)
+        files["kernels"] = flows
         needed = {option: str(files.get(option, gates)) for option in entry.needs}
         assert sj.kv.preset(name, **{**entry.options, **needed}) == sj.kv.preset(name, **needed)
 

@@ -145,3 +145,26 @@ def into_following(count: int, seed: int) -> Callable:
             s[1] = s[1] + extra
 
     return join
+
+
+def convolved(kernel: np.ndarray, bias: np.ndarray, blend: float) -> Callable:
+    """LoCoCo: a kernel [M, 2 D, w] over the M entries that are worth least and all that leave, oldest first."""
+
+    def join(stream: Stream, head: int, stays: list, leaves: list, worth: dict) -> None:
+        weak = sorted(sorted(stays, key=lambda e: worth[e[2]])[: len(bias)], key=lambda e: e[2])
+        pool = sorted([*weak, *leaves], key=lambda e: e[2])
+        x = np.array([np.concatenate(e[:2]) for e in pool])
+        padded = np.pad(x, (((kernel.shape[2] - 1) // 2, kernel.shape[2] // 2), (0, 0)))
+        fresh = []
+        for m, entry in enumerate(weak):
+            logits = [
+                max(0.0, bias[m] + sum(kernel[m, :, w] @ padded[n + w] for w in range(kernel.shape[2])))
+                for n in range(len(pool))
+            ]
+            share = blend * np.exp(logits) / np.exp(logits).sum()
+            share += [(1 - blend) * (e is entry) for e in pool]
+            fresh.append(share @ x)
+        for entry, new in zip(weak, fresh, strict=True):
+            entry[0], entry[1] = new[: len(entry[0])], new[len(entry[0]) :]
+
+    return join

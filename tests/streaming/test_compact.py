@@ -207,11 +207,14 @@ def test_methods_for_prompts_as_published(prompt, name):
     assert np.isfinite(logits).all()
 
 
+DRAWN = np.random.default_rng(8)
+KERNEL, BIAS = DRAWN.standard_normal((4, 12, 3)), DRAWN.standard_normal(4)
 MERGES = {
     "kvmerger": (sj.kv.Gaussian(threshold=-0.1), merging.gaussian(-0.1)),
     "elastic_cache": (sj.kv.Anchors(), merging.anchors),
     "ems": (sj.kv.ZeroClass(threshold=0.2), merging.zero_class(0.2)),
     "d2o": (sj.kv.NearestAbove(), merging.nearest_above(0.7)),
+    "lococo": (sj.kv.Convolved(kernels=sj.kv.Kernels.of(KERNEL, BIAS, 0.4, "")), merging.convolved(KERNEL, BIAS, 0.4)),
 }
 
 

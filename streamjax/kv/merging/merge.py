@@ -73,6 +73,15 @@ class Merge:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def made_for(self) -> str | None:
+        """A fingerprint of the model that it was trained with; None where it serves every model."""
+        return None
+
+    def without_numbers(self) -> Merge:
+        """A rule that is equal for layers whose trained numbers differ; where there are any, states hold them."""
+        return self
+
     def memory(self, spec: KVSpec) -> State:
         """What the rule keeps from one choice to the next: a pytree of arrays [B, K, ...]."""
         return ()

@@ -114,7 +114,7 @@ class Scored(Tier):
 
     @property
     def made_for(self) -> str | None:
-        return self.score.made_for
+        return self.score.made_for or (None if self.merge is None else self.merge.made_for)
 
     @property
     def needs_outputs(self) -> bool:
@@ -161,8 +161,9 @@ class Scored(Tier):
         )
 
     def without_numbers(self) -> Scored:
-        score = self.score.without_numbers()
-        return self if score == self.score else dataclasses.replace(self, score=score)
+        score, merge = self.score.without_numbers(), None if self.merge is None else self.merge.without_numbers()
+        same = score == self.score and merge == self.merge
+        return self if same else dataclasses.replace(self, score=score, merge=merge)
 
     def absorb(self, state: ScoredState, query: Query, tokens: KVTokens) -> tuple[ScoredState, KVTokens]:
         """Says of tokens that come what the score makes of them alone, where it does."""

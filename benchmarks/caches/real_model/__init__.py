@@ -1,0 +1,1 @@
+"""Caches that are trained for a real model, and caches of which its layers share a part."""
