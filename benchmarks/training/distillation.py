@@ -66,14 +66,14 @@ def models(runs: Path) -> Iterator[tuple[str, int, sj.Decoder]]:
 
 
 def measured(config: TrainConfig, model: sj.Decoder, length: int) -> dict[str, Any]:
-    """What a stream's state takes with all tokens and with a window, and perplexities of one held-out stream.
+    """What a stream's state takes with all tokens and with a window, and bits per byte of one held-out stream.
 
-    The last one is of its last quarter, where what streams forget and where they end would tell.
+    Of its first quarter and of its last one, where a state that goes astray would tell.
     """
     data = dataclasses.replace(config.data, packing="streams", seq_len=CHUNK, batch_size=1)
     rows = list(make_eval_batches(data, length // CHUNK))
     window = sj.kv.preset("streaming_llm", sinks=4, window=508)
-    states = {"all": sj.kv.preset("dense", capacity=length), "window": window}
+    states = {"all tokens": sj.kv.preset("dense", capacity=length), "sinks and window": window}
     found: dict[str, Any] = {
         f"state, {name}": sj.init_state(model, cache).cache_bytes for name, cache in states.items()
     }
@@ -83,7 +83,9 @@ def measured(config: TrainConfig, model: sj.Decoder, length: int) -> dict[str, A
         nats.append(np.asarray(cost)[0])
     nats[0][0] = 0.0  # which nothing predicts
     first, last = np.concatenate(nats[: len(nats) // 4]), np.concatenate(nats[-(len(nats) // 4) :])
-    return found | {name: float(np.mean(part) / np.log(2)) for name, part in (("first", first), ("last", last))}
+    return found | {
+        name: float(np.mean(part) / np.log(2)) for name, part in (("first quarter", first), ("last quarter", last))
+    }
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
