@@ -5,7 +5,7 @@ the student as it begins, and the student behind each stage read one held-out st
 of the training, through 4 sinks and a window of 508 in the layers that attend: bits per byte of its first and its last
 quarter. Runs that are done are read, and those that were stopped go on; `--measure` reads what is there.
 
-    python -m benchmarks.training.distillation --runs=runs [--measure]
+    python -m benchmarks.training.distillation --runs=runs [--measure] [--page]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAME = "training/distillation"
 ROOT = Path(__file__).parents[2]
 CHUNK = 512
 STAGES = {
-    "aligned": (("steps", "50"), ("eval_batches", "2")),
+    "aligned": (("steps", "30"), ("eval_batches", "2"), ("log_interval", "5")),
     "distilled": (
         ("objective.matches", "predictions"),
         ("distill.trained", "all"),
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--tokens", type=int, default=51_200, help="of the stream that is read")
     parser.add_argument("--measure", action="store_true", help="train nothing, and read what is there")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/training.md, too")
     options = parser.parse_args()
     if not options.measure:
         for stage in STAGES:
@@ -115,7 +116,8 @@ def main() -> None:
     result = json.loads((RESULTS / f"{NAME}.json").read_text())
     machine = result["machine"]
     where = f"*{machine['cpu']}, {machine['cores']} cores, JAX {machine['jax']}; a stream of {options.tokens:,} tokens*"
-    put(ROOT / "docs" / "training.md", NAME, f"{shown(result['rows'])}\n\n{where}")
+    if options.page:
+        put(ROOT / "docs" / "training.md", NAME, f"{shown(result['rows'])}\n\n{where}")
 
 
 if __name__ == "__main__":

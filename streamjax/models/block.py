@@ -83,7 +83,13 @@ class Block(nnx.Module):
         if self.encoder is not None:
             made = self.encoder.parallel(x, context.segment_ids)
             memory = whole_view(*made, context.segment_ids, self.encoder.hsa, 0, x.shape[1])
-        return self._residual(x, self.mixer_input(x), self.mix(x, context), memory), memory
+        return self.join(x, self.mix(x, context), memory), memory
+
+    def join(
+        self, x: Float[Array, "B T E"], mixed: Float[Array, "B T V"], memory: ReadablePages | None = None
+    ) -> Float[Array, "B T E"]:
+        """The layer's output, from its input and what its token mixers have made of it."""
+        return self._residual(x, self.mixer_input(x), mixed, memory)
 
     def mix(self, x: Float[Array, "B T W"], context: SequenceContext) -> Float[Array, "B T V"]:
         """What the token mixers make of a whole sequence, before it is added to the residual stream."""

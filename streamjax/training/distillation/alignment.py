@@ -42,11 +42,11 @@ def layer_examples(
     x, inputs, outputs = plain.embed(batch["tokens"]), [], []
     for index in range(max(layers) + 1):
         block = plain.layers[index]
+        mixed = block.mix(x, context)
         if index in layers:
             inputs.append(x)
-            outputs.append(block.mix(x, context))
-        if index < max(layers):
-            x, _ = block.parallel(x, context)
+            outputs.append(mixed)
+        x = block.join(x, mixed)
     return jnp.stack(inputs, axis=1), jnp.stack(outputs, axis=1)
 
 
