@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--conversations", default="1,16,64")
     parser.add_argument("--url", help="of a server that is there; one is started otherwise")
     parser.add_argument("--name", help="what that server calls the model; the first that it lists by default")
+    parser.add_argument("--draft", help="who guesses in a server that is started, such as ngram")
     parser.add_argument("--stateless", action="store_true", help="send all messages with every turn")
     parser.add_argument("--peer", action="append", default=[], help=f"NAME:VENV, NAME one of {', '.join(PEERS)}")
     parser.add_argument("--output", type=Path)
@@ -184,8 +185,9 @@ def main() -> None:
     if peers and not options.stateless:
         parser.error("--peer needs --stateless: other servers keep no conversations")
     rows = []
+    flags = [] if options.draft is None else [f"--draft={options.draft}"]
     url, keeps = options.url, not options.stateless
-    with contextlib.nullcontext(url) if url else server(options.model, options.cache, options.rows) as url:
+    with contextlib.nullcontext(url) if url else server(options.model, options.cache, options.rows, *flags) as url:
         rows += measure(
             "streamjax" if options.url is None else url, Target(url, options.name, keeps), counts, options.tokens
         )

@@ -74,7 +74,8 @@ class NGrams(Drafter):
         """
         found: dict[int, Int32[np.ndarray, " N"]] = {}
         for database in (stream, self._recent.tokens, np.asarray(self.text)):
-            for at in _best_matches(database, stream[-self.longest :], max(self.shortest - 1, 1), most):
+            end = stream[-max(self.longest - 1, 1) :]  # the next token belongs to what has to agree
+            for at in _best_matches(database, end, max(self.shortest - 1, 1), most):
                 if len(found) < most:
                     way = _continued(database, at, self.length + 1, repeats=database is stream)
                     found.setdefault(int(way[0]), way)

@@ -38,6 +38,17 @@ def test_the_newest_of_the_longest_matches(stream, expected):
 
 
 @pytest.mark.quick
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(2, 4), st.integers(0, 3))
+def test_ways_are_the_guesses_behind_each_next_token(stream, shortest, more):
+    drafter = sj.NGrams(length=5, shortest=shortest, longest=shortest + more)
+    found = drafter.ways(np.array(stream, np.int32), 9)
+    ways = {int(way[0]): way[1:].tolist() for way in found}
+    assert len(ways) == len(found)
+    assert ways == {token: said for token in range(4) if (said := guess(drafter, [*stream, token]))}
+    assert [way.tolist() for way in drafter.ways(np.array(stream, np.int32), 2)] == [way.tolist() for way in found[:2]]
+
+
+@pytest.mark.quick
 def test_databases_are_asked_by_how_near_they_are():
     drafter = sj.NGrams(length=2, text=[1, 2, 30, 31, 32, 5, 6, 40, 41])
     assert guess(drafter, [1, 2]) == [30, 31]
