@@ -101,6 +101,7 @@ def choose_mesh(
             config,
             method,
             limit - moments,
+            chip.host_bytes,
             batch_size=rows // microbatches // (axes["data"] * axes["fsdp"]),
             length=length // axes["context"],
             whole=whole,
@@ -115,8 +116,6 @@ def choose_mesh(
             **known,
         )
         arguments, memory, fits = found
-        if memory.host_bytes > chip.host_bytes:
-            continue
         size = memory.device_bytes + moments
         if not fits:
             closest = min(closest or (size, axes), (size, axes), key=lambda pair: pair[0])
@@ -149,14 +148,18 @@ def choose_mesh(
 
 
 def _fitting(
-    config: ModelConfig, method: str, memory_bytes: int, *, whole: bool, **known: Any
+    config: ModelConfig, method: str, memory_bytes: int, host_bytes: float, *, whole: bool, **known: Any
 ) -> tuple[Mapping[str, Any], Memory, bool]:
     """Arguments of `loss_and_grad`, what they need, and whether that is there."""
     if method == "auto":
         known = {"chunk_size": None, **known}
         found, fits = best_or_closest(config, memory_bytes=memory_bytes, whole_sequences=whole, **known)
-        return found.arguments, found.memory, fits
+        if found.memory.host_bytes <= host_bytes:
+            return found.arguments, found.memory, fits
+        method = "remat"  # does not fit, or it had been taken; for the message
     memory = estimate(config, method=method, **known)
+    if memory.host_bytes > host_bytes:
+        return {"method": method}, memory, False
     share = HEADROOM if known["stacked"] else UNSTACKED_HEADROOM
     return {"method": method}, memory, memory.device_bytes <= share * memory_bytes
 
