@@ -82,8 +82,7 @@ def alignment_loss_and_grad(
 ) -> tuple[Float[Array, ""], Decoder]:
     """`alignment_loss` and its gradient, shaped as the model; None in it for what is not trained.
 
-    Layers come one after another. They need not: but then all their activations would exist at once, and on a CPU of
-    two cores, whose threads their loops then wait for, they have been seen to wait for ever (JAX 0.10.2).
+    Layers come one after another. They need not, but then the activations of all would exist at once.
     """
     context, plain, wide = sequence_context(batch), unstack_layers(model), accumulator(model.dtype)
     total = jnp.zeros((), wide)

@@ -147,12 +147,7 @@ class TeacherFeed(TextFeed):
 
     def next(self, model: Decoder, step: int) -> tuple[Batch, Found]:
         batch, found = super().next(model, step)
-        if jax.default_backend() != "cpu":
-            return self._taught(batch), found
-        # A step that is dispatched before its teacher's arrays are there, or a teacher beside the step before, has been
-        # seen to wait for ever (JAX 0.10.2, two cores). Accelerators take one program after the other anyway.
-        jax.block_until_ready(model)
-        return jax.block_until_ready(self._taught(batch)), found
+        return self._taught(batch), found
 
     def evaluate(self, model: Decoder) -> Found:
         """The text's loss, and how far the student is from its teacher: what is minimised."""
