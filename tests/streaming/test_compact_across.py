@@ -111,11 +111,12 @@ def test_layers_read_what_they_share_as_published(prompt, name):
                 np.testing.assert_array_equal(before, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
         sj.kv.preset("minicache", start=0.34, apart=1.0, room=ROOM),
-        pytest.param(sj.kv.preset("xkv", keys=1.0, values=1.0, room=ROOM), marks=pytest.mark.slow),
+        sj.kv.preset("xkv", keys=1.0, values=1.0, room=ROOM),
     ],
     ids=["minicache", "xkv"],
 )
