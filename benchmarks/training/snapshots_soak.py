@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="JSON of the result; benchmarks/results by default")
     arguments = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     steps = STEPS_A_KILL * (arguments.kills + 1)
@@ -158,7 +159,8 @@ def main() -> None:
         if not child:
             named = logs.count("has died or cannot be reached; the same")
             row |= {"resumed from memory": from_memory, "lines that name it": named, "same bits": same}
-            report("training/snapshots_soak", [{"processes": arguments.processes, "steps": steps, **row}])
+            rows = [{"processes": arguments.processes, "steps": steps, **row}]
+            report("training/snapshots_soak", rows, arguments.output)
             sys.stdout.flush()
             os._exit(0)
         wait([child])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import socket
@@ -15,6 +14,11 @@ from pathlib import Path
 
 from streamjax.snapshots.keeper import KEY
 from streamjax.snapshots.messages import connect
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 HOST = "STREAMJAX_HOST"  # names the machine; processes with the same name share a keeper
 _SECONDS = 60  # in which a keeper starts
@@ -49,6 +53,10 @@ def find_or_start(key: bytes, seconds: float) -> Connection:
     Raises:
       ValueError: it cannot be started.
     """
+    if fcntl is None:
+        raise ValueError(
+            "snapshots in memory need Unix sockets, which this system has not: set snapshots.interval to 0"
+        )
     path = socket_path(key)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

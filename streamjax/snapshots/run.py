@@ -19,7 +19,7 @@ from streamjax.snapshots.stripes import Layout, require_zfec
 
 Tree = TypeVar("Tree")
 _log = logging.getLogger(__name__)
-_PATIENCE = 60  # seconds for other machines to take their part of the snapshot before
+_PATIENCE = 600  # seconds, beside those of an interval, for a snapshot to be everywhere
 
 
 class Snapshots:

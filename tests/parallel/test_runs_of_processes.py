@@ -100,3 +100,16 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, count, mesh, afterwards
     found, expected = metrics(other)[-1], metrics(whole)[-1]
     assert found["step"] == expected["step"] == 40
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=0.2)  # other documents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_that_is_killed_goes_on_from_memory_with_the_same_bits(tmp_path, count):
+    """The soak of benchmarks/training, a few kills long; each process plays a machine, and some machines are lost."""
+    output, soak = tmp_path / "soak.json", [sys.executable, "-m", "benchmarks.training.snapshots_soak"]
+    subprocess.run([*soak, "--kills=3", f"--processes={count}", f"--output={output}"], check=True, timeout=1800)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["kills"] == 3
+    assert row["same bits"] == "yes"
+    assert row["lines that name it"] == 3 * (count - 1)
+    assert row["worst end s"] < 60
