@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from streamjax.checkpoints import RunCheckpoints
 from streamjax.snapshots.choosing import Reader, held_by
 from streamjax.snapshots.client import HOST, find_or_start
 from streamjax.snapshots.messages import call
-from streamjax.snapshots.shards import from_bytes, to_parts
+from streamjax.snapshots.shards import from_bytes, sealed, to_parts
 
 KEY, SECONDS, LEAVES = b"a benchmark's key", 600.0, 16
 
@@ -83,7 +82,7 @@ def measure(hosts: int, megabytes: int, snapshots: int) -> dict[str, Any]:
         sends = []
         for number, machine in enumerate(machines):
             head = {"op": "put", "start_id": "0", "step": step, "process": number, "local": [number]}
-            sends.append(timed(partial(machine.ask, parts, **head))[0])
+            sends.append(timed(lambda m=machine, h=head, p=parts: m.ask(sealed(p), **h))[0])
         for machine in machines:
             assert machine.ask(op="wait", start_id="0", step=step, seconds=SECONDS)["complete"]
         found["wait"].append(wait)

@@ -14,7 +14,7 @@ from streamjax.snapshots.choosing import Reader, held_by, newest
 from streamjax.snapshots.client import find_or_start, host_name, socket_path
 from streamjax.snapshots.generations import Name
 from streamjax.snapshots.messages import call, connect
-from streamjax.snapshots.shards import from_bytes, to_parts
+from streamjax.snapshots.shards import from_bytes, sealed, to_parts
 from streamjax.snapshots.stripes import Layout, require_zfec
 
 Tree = TypeVar("Tree")
@@ -128,7 +128,7 @@ class Snapshots:
 
     def _put(self, head: dict[str, Any], parts: list[Any]) -> None:
         try:
-            call(self._keeper, head, parts)
+            call(self._keeper, head, sealed(parts))
         except OSError as error:
             self._fail(str(error))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ from streamjax.checkpoints.pytrees import named_arrays
 Tree = TypeVar("Tree")
 Place = tuple[str, tuple[tuple[int, int], ...]]  # an array's name, and where in it a shard lies
 _LENGTH = 8  # bytes that say how long the JSON in front is
+_CHECK = 4  # bytes of the check sum at the end
 
 
 class Shard(NamedTuple):
@@ -42,12 +44,24 @@ def to_parts(tree: Any, about: dict[str, Any]) -> list[Any]:
     return [len(head).to_bytes(_LENGTH, "little"), head, *arrays]
 
 
+def sealed(parts: list[Any]) -> list[Any]:
+    """The buffers of a snapshot, and a check sum behind them."""
+    check = 0
+    for part in parts:
+        check = zlib.crc32(part, check)
+    return [*parts, check.to_bytes(_CHECK, "little")]
+
+
 def from_bytes(data: bytearray, template: Tree) -> tuple[Tree, dict[str, Any]]:
-    """The tree and the dictionary, in the structure and on the devices of `template`.
+    """The tree and the dictionary of sealed bytes, in the structure and on the devices of `template`.
 
     Raises:
-      ValueError: the snapshot is of other arrays, or they lay on devices in another way.
+      ValueError: the bytes are not those that were sealed, the snapshot is of other arrays, or they lay on devices in
+        another way.
     """
+    view = memoryview(data)
+    if zlib.crc32(view[:-_CHECK]) != int.from_bytes(view[-_CHECK:], "little"):
+        raise ValueError("its bytes are damaged")
     length = int.from_bytes(data[:_LENGTH], "little")
     start = _LENGTH + length
     head = json.loads(bytes(data[_LENGTH:start]))

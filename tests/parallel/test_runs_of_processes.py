@@ -110,6 +110,6 @@ def test_a_run_that_is_killed_goes_on_from_memory_with_the_same_bits(tmp_path, c
     subprocess.run([*soak, "--kills=3", f"--processes={count}", f"--output={output}"], check=True, timeout=1800)
     (row,) = json.loads(output.read_text())["rows"]
     assert row["kills"] == 3
-    assert row["same bits"] == "yes"
+    assert row["same metrics"] == row["same weights"] == "yes"
     assert row["lines that name it"] == 3 * (count - 1)
     assert row["worst end s"] < 60

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from streamjax.snapshots.shards import from_bytes, to_parts
+from streamjax.snapshots.shards import from_bytes, sealed, to_parts
 
 ABOUT = {"data": {"place": 3}, "metrics": [0.1, "bfloat16"]}
 
@@ -47,7 +47,7 @@ def test_bits_shapes_and_places_come_back(devices):
     if len(jax.devices()) < devices:
         pytest.skip("too few devices")
     tree = tree_of(places(devices))
-    data = bytearray(b"".join(bytes(part) for part in to_parts(tree, ABOUT)))
+    data = bytearray(b"".join(bytes(part) for part in sealed(to_parts(tree, ABOUT))))
     template = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), tree)
     found, about = from_bytes(data, template)
     assert about == ABOUT
@@ -61,7 +61,10 @@ def test_bits_shapes_and_places_come_back(devices):
 
 def test_other_arrays_or_devices_are_refused():
     tree = {"a": jnp.arange(8.0)}
-    data = bytearray(b"".join(bytes(part) for part in to_parts(tree, {})))
+    data = bytearray(b"".join(bytes(part) for part in sealed(to_parts(tree, {}))))
     for other in ({"b": jnp.arange(8.0)}, {"a": jnp.arange(4.0)}, {"a": jnp.arange(8)}):
         with pytest.raises(ValueError, match="on other devices"):
             from_bytes(data, other)
+    data[-20] ^= 1
+    with pytest.raises(ValueError, match="damaged"):
+        from_bytes(data, tree)
