@@ -25,14 +25,16 @@ from jaxtyping import Array, Bool, Float, Int32
 class Operands(NamedTuple):
     """What both platforms' kernels are given: N blocks of C tokens, T = N C; heads are the R of each of G groups.
 
-    decay: of heads, logarithms summed from each block's start on; of channels, those of single tokens. segments: as in
-    `Segments`, for each block. state: in front of the tokens.
+    decay: of heads, logarithms summed from each block's start on, as far as `coarse` has not got them; of channels,
+    those of single tokens. coarse: of heads, in whole steps of `COARSE`; what products are made for has no derivative
+    by it. segments: as in `Segments`, for each block. state: in front of the tokens.
     """
 
     q: Float[Array, "B T G K"]
     k: Float[Array, "B T G K"]
     v: Float[Array, "B T G R V"]
     decay: Float[Array, "B N G R C"] | Float[Array, "B T G R K"]
+    coarse: Float[Array, "B N G R C"] | None
     beta: Float[Array, "B N G R C"] | None
     segments: Int32[Array, "B N C"] | None
     state: Float[Array, "B G R V K"]
@@ -40,6 +42,7 @@ class Operands(NamedTuple):
 
 _DIMENSIONS = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 NEVER = -1e30  # the logarithm of a decay to 0
+COARSE = 2.0**-8  # whole steps of it are exact in float32 up to 65,536, and so are their differences
 
 
 class Products(NamedTuple):
@@ -152,11 +155,14 @@ _differentiable_sums.defvjp(_sums_forward, _sums_backward)
 class HeadDecay(NamedTuple):
     """A decay a head: logarithms summed from the block's start on, as a row and as a column, or so many equal columns.
 
-    So may `beta` be: one column, or as many as what it multiplies has.
+    So may `beta` be: one column, or as many as what it multiplies has. Sums are of two parts, coarse and fine, as a
+    difference of two sums would else be rounded as the sums are: wrong by 1e-3 where a block decays by e^-10000.
     """
 
     column: Float[Array, "C _"]
     row: Float[Array, "1 C"]
+    coarse_column: Float[Array, "C _"]
+    coarse_row: Float[Array, "1 C"]
 
 
 class ChannelDecay(NamedTuple):
@@ -191,9 +197,11 @@ def weights(products: Products, decay: HeadDecay | ChannelDecay, segments: Segme
     row, column = _places(size)
     if isinstance(decay, HeadDecay):
         at = lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-        whole = jnp.sum(jnp.where(at == size - 1, decay.column, 0.0), axis=0, keepdims=True)
-        start, end = decay.column, whole - decay.column
-        pairs: Any = jnp.exp(jnp.where(row >= column, decay.column - decay.row, NEVER))
+        coarse, fine = decay.coarse_column, decay.column
+        last = [jnp.sum(jnp.where(at == size - 1, x, 0.0), axis=0, keepdims=True) for x in (coarse, fine)]
+        start, end, whole = coarse + fine, (last[0] - coarse) + (last[1] - fine), last[0] + last[1]
+        between = (coarse - decay.coarse_row) + (fine - decay.row)
+        pairs: Any = jnp.exp(jnp.where(row >= column, between, NEVER))
     else:
         whole = jnp.sum(decay.steps, axis=0, keepdims=True)
         start, end = (products.sums(taken, decay.steps) for taken in (row >= column, row < column))

@@ -15,7 +15,7 @@ from pallas_kernels.api.platforms import Implementation, find
 from pallas_kernels.flash_call import no_gradient
 from pallas_kernels.gpu.recurrence import chunkwise as gpu_chunkwise
 from pallas_kernels.gpu.recurrence import delta_update as gpu_update
-from pallas_kernels.recurrence_block import Operands, Products
+from pallas_kernels.recurrence_block import COARSE, Operands, Products
 from pallas_kernels.tpu.recurrence import chunkwise as tpu_chunkwise
 from pallas_kernels.tpu.recurrence import delta_update as tpu_update
 
@@ -117,9 +117,12 @@ def chunkwise_recurrence(
         return rearrange(padded, pattern, **({"c": size} if " c" in pattern else {}))
 
     heads = "b (n c) g r -> b n g r c"
-    decay = cut(log_decay) if channels else jnp.cumsum(cut(log_decay, heads), axis=-1)
+    decay, coarse = cut(log_decay, "b t ... -> b t ..." if channels else heads), None
+    if not channels:
+        steps = jax.lax.stop_gradient(jnp.round(decay / COARSE) * COARSE)
+        decay, coarse = (jnp.cumsum(x, axis=-1) for x in (decay - steps, steps))
     segments = None if resets is None else jnp.cumsum(cut(resets, "b (n c) -> b n c"), axis=-1, dtype=jnp.int32)
-    given = Operands(cut(q), cut(k), cut(v), decay, cut(beta, heads), segments, jnp.swapaxes(state, -1, -2))
+    given = Operands(cut(q), cut(k), cut(v), decay, coarse, cut(beta, heads), segments, jnp.swapaxes(state, -1, -2))
     out, new = _read(_Call(implementation, size, interpret), given)
     return out[:, :length], jnp.swapaxes(new, -1, -2)
 
@@ -148,8 +151,9 @@ def _read_backward(call: _Call, saved: tuple[Operands, Array], cotangents: tuple
     given, kept = saved
     products = Products(given.v.dtype)
     made = call.platform().backward(given, kept, call.size, products, *cotangents, interpret=call.interpret)
+    constant = {name: no_gradient(getattr(given, name)) for name in ("coarse", "segments")}
     found = {name: x if x is None else x.astype(getattr(given, name).dtype) for name, x in made._asdict().items()}
-    return (Operands(**{**found, "segments": no_gradient(given.segments)}),)
+    return (Operands(**{**found, **constant}),)
 
 
 _read.defvjp(_read_forward, _read_backward)

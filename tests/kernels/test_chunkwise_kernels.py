@@ -30,8 +30,7 @@ def drawn(rule, tokens=TOKENS):
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     v, state = random.normal(size=(*heads, width)), random.normal(size=(2, groups, shared, keys, width))
     decay = -random.exponential(0.2, size=(*heads, keys) if channels else heads)
-    if channels:
-        decay = np.where(random.uniform(size=decay.shape) < 0.05, 200.0 * decay, decay)  # some forget all
+    decay = np.where(random.uniform(size=decay.shape) < 0.05, 2000.0 * decay, decay)  # some forget all
     beta = random.uniform(size=heads) if delta else None
     resets = np.zeros((2, tokens), bool)
     resets[0, [5, 16, 17]] = True

@@ -34,6 +34,7 @@ AXES = {  # b: rows of the batch, t: tokens, n: blocks, c: a block's tokens, g, 
     "v": "bthv",
     "decay": "bnhc",
     "steps": "bthk",
+    "coarse": "bnhc",
     "beta": "bnhc",
     "segments": "bnc",
     "inverse": "bnhcc",
@@ -62,6 +63,7 @@ class _Call(NamedTuple):
         beta, segments = given.beta, given.segments
         arrays = {"q": given.q, "k": given.k, "v": rearrange(given.v, "b t g r v -> b t (g r) v")}
         arrays["steps" if channels else "decay"] = rearrange(given.decay, "b n g r d -> b n (g r) d")
+        arrays |= {} if given.coarse is None else {"coarse": rearrange(given.coarse, "b n g r c -> b n (g r) c")}
         arrays |= {} if beta is None else {"beta": rearrange(beta, "b n g r c -> b n (g r) c")}
         arrays |= {} if segments is None else {"segments": segments}
         return cls(size, products, interpret, {**arrays, "state": rearrange(given.state, "b g r v k -> b (g r) v k")})
@@ -162,7 +164,7 @@ def backward(
     beta = d_beta[0].reshape(given.beta.shape) if given.beta is not None else None
     decays = (d_decay + d_own).reshape(given.decay.shape)
     v, state = d_v.reshape(given.v.shape), d_first.reshape(given.state.shape)
-    return Operands(shared(d_q), shared(d_k + d_key), v, decays, beta, None, state)
+    return Operands(shared(d_q), shared(d_k + d_key), v, decays, None, beta, None, state)
 
 
 class _Block(NamedTuple):
@@ -171,6 +173,7 @@ class _Block(NamedTuple):
     k: Array
     v: Array
     decay: Array
+    coarse: Array | None
     beta: Array | None
     inverse: Array | None
 
@@ -188,17 +191,19 @@ def _read(call: _Call, refs: dict[str, Any], n: Any = None) -> tuple[_Block, Any
     decay = load("steps" if "steps" in refs else "decay")
     segments = load("segments")
     both = None if segments is None else core.Segments(segments[:, None], segments[None])
-    return _Block(load("k"), load("v"), decay, load("beta"), load("inverse")), both
+    return _Block(load("k"), load("v"), decay, load("coarse"), load("beta"), load("inverse")), both
 
 
-def _weights(products: Products, decay: Array, segments: Any) -> core.Weights:
-    both = core.HeadDecay(decay[:, None], decay[None]) if decay.ndim == 1 else core.ChannelDecay(decay)
-    return core.weights(products, both, segments)
+def _weights(products: Products, decay: Array, coarse: Array | None, segments: Any) -> core.Weights:
+    if coarse is None:
+        return core.weights(products, core.ChannelDecay(decay), segments)
+    return core.weights(products, core.HeadDecay(decay[:, None], decay[None], coarse[:, None], coarse[None]), segments)
 
 
 def _erasing(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
     own, segments = _read(call, refs)
-    found = core.erasing(call.plain, own.k, own.beta[:, None], _weights(call.plain, own.decay, segments), segments)  # type: ignore[index]
+    weights = _weights(call.plain, own.decay, own.coarse, segments)
+    found = core.erasing(call.plain, own.k, own.beta[:, None], weights, segments)  # type: ignore[index]
     refs["new inverse"][...] = found.astype(refs["new inverse"].dtype)
 
 
@@ -216,7 +221,7 @@ def _states(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
 
 def _write(products: Products, segments: Any, own: _Block, state: Array) -> tuple[Array, Array]:
     """What a block's tokens write, and the state behind them."""
-    found, values = _weights(products, own.decay, segments), own.v
+    found, values = _weights(products, own.decay, own.coarse, segments), own.v
     if own.beta is not None:
         beta = own.beta[:, None]
         inverse = core.erasing(products, own.k, beta, found, segments) if own.inverse is None else own.inverse
@@ -224,15 +229,17 @@ def _write(products: Products, segments: Any, own: _Block, state: Array) -> tupl
     return values, core.next_state(products, own.k, values, found, state)
 
 
-def _reads(products: Products, segments: Any, q: Array, k: Array, decay: Array, values: Array, state: Array) -> Array:
-    found = _weights(products, decay, segments)
+def _reads(
+    products: Products, segments: Any, coarse: Any, q: Array, k: Array, decay: Array, values: Array, state: Array
+) -> Array:
+    found = _weights(products, decay, coarse, segments)
     return core.read(products, q, core.scores(products, q, k, found, segments, True), values, found, state)
 
 
 def _outputs(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
     own, segments = _read(call, refs)
     q, values = (refs[name][...].astype(jnp.float32) for name in ("q", "v:values"))
-    out = _reads(call.products, segments, q, own.k, own.decay, values, refs["kept"][...])
+    out = _reads(call.products, segments, own.coarse, q, own.k, own.decay, values, refs["kept"][...])
     refs["new v:out"][...] = out.astype(refs["new v:out"].dtype)
 
 
@@ -240,7 +247,7 @@ def _output_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
     own, segments = _read(call, refs)
     q, state, given = (refs[name][...].astype(jnp.float32) for name in ("q", "kept", "v:out"))
     values = _write(call.plain, segments, own, state)[0]
-    _, pull = jax.vjp(partial(_reads, call.products, segments), q, own.k, own.decay, values, state)
+    _, pull = jax.vjp(partial(_reads, call.products, segments, own.coarse), q, own.k, own.decay, values, state)
     decay = "steps" if "steps" in refs else "decay"
     names = "d_pair:q", "d_pair:k", decay, "v:values", "kept:read"
     for name, found in zip(names, pull(given), strict=True):

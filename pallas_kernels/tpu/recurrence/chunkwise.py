@@ -63,6 +63,11 @@ class _Cut(NamedTuple):
         return self.own_groups * self.own_shared
 
     @property
+    def betas(self) -> int:
+        """The row of small numbers with which those of what heads write begin."""
+        return 0 if self.channels else 2 * self.heads
+
+    @property
     def shares(self) -> int:
         """How many steps have heads of one group."""
         return self.shared // self.own_shared
@@ -72,8 +77,8 @@ class _Cut(NamedTuple):
         return self.batch, self.groups // self.own_groups, self.blocks, self.shares
 
     def columns(self) -> int:
-        """Rows of small numbers that a step has: decays, then what heads write, then segments."""
-        used = self.heads * (not self.channels) + self.heads * self.delta + self.segmented
+        """Rows of small numbers that a step has: decays, fine and coarse, then what heads write, then segments."""
+        used = 2 * self.heads * (not self.channels) + self.heads * self.delta + self.segmented
         return max(1, -(-used // SUBLANES)) * SUBLANES
 
     def specs(self, backwards: bool) -> dict[str, Any]:
@@ -115,7 +120,7 @@ class _Cut(NamedTuple):
         def rows(x: Array) -> Array:
             return rearrange(x, "b n (p a) (s r) c -> b n (p s) (a r) c", a=self.own_groups, r=self.own_shared)
 
-        small = [] if self.channels else [rows(given.decay)]
+        small = [] if given.coarse is None else [rows(given.decay), rows(given.coarse)]
         small += [] if given.beta is None else [rows(given.beta)]
         if given.segments is not None:
             segments = given.segments.astype(jnp.float32)[:, :, None, None]
@@ -204,9 +209,9 @@ def backward(
     )(*(flat[name] for name in names))
     made = dict(zip(results, found, strict=False))
     decay = made["steps"].reshape(given.decay.shape) if cut.channels else cut.unrows(made["small"], 0)
-    beta = cut.unrows(made["small"], 0 if cut.channels else cut.heads) if cut.delta else None
+    beta = cut.unrows(made["small"], cut.betas) if cut.delta else None
     q, k, v = (made[name].reshape(x.shape) for name, x in (("q", given.q), ("k", given.k), ("v", given.v)))
-    return Operands(q, k, v, decay, beta, None, cut.by_head(found[-1]))
+    return Operands(q, k, v, decay, None, beta, None, cut.by_head(found[-1]))
 
 
 def _params() -> Any:
@@ -245,14 +250,15 @@ def _heads(cut: _Cut, read: dict[str, Any], states: Array) -> tuple[_Head, Any]:
         if cut.channels:
             decay: Any = core.ChannelDecay(lanes("steps", h, cut.keys))
         else:
-            decay = core.HeadDecay(column(h, cut.keys), read["small"][h : h + 1])
-        beta = column(h + cut.heads * (not cut.channels), cut.width) if cut.delta else None
+            fine, coarse = ((column(row, cut.keys), read["small"][row : row + 1]) for row in (h, h + cut.heads))
+            decay = core.HeadDecay(*fine, *coarse)
+        beta = column(h + cut.betas, cut.width) if cut.delta else None
         q, k = (lanes(name, h // cut.own_shared, cut.keys) for name in ("q", "k"))
         found.append(_Head(q, k, lanes("v", h, cut.width), decay, beta, states[h]))
     heads = jax.tree.map(lambda *x: jnp.stack(x), *found)
     if not cut.segmented:
         return heads, None
-    at = cut.heads * (not cut.channels) + cut.heads * cut.delta
+    at = cut.betas + cut.heads * cut.delta
     rows = columns[:, at : at + 1], read["small"][at : at + 1]
     return heads, core.Segments(*(x.astype(jnp.int32) for x in rows))
 
@@ -329,7 +335,7 @@ def _backward_kernel(cut: _Cut, products: Products, names: list[str], results: l
             write["small"][h : h + 1] = d.decay.row[h]
             columns[h] = d.decay.column[h]
         if cut.delta:
-            columns[h + cut.heads * (not cut.channels)] = d.beta[h]
+            columns[h + cut.betas] = d.beta[h]
         for row, column in columns.items():
             turned = jnp.where(place == row, jnp.sum(column, axis=1, keepdims=True), turned)
     if "small" in write:
