@@ -1,6 +1,7 @@
 """Memory of one gradient step of recurrent models of 1.3B parameters, compiled ahead of time for one v5p.
 
-    python -m benchmarks.backprop.recurrent_memory        # some ten minutes on 2 quiet cores; no TPU is needed
+    python -m benchmarks.backprop.recurrent_memory                          # ten minutes on 2 quiet cores; no TPU
+    python -m benchmarks.backprop.recurrent_memory --models "Mamba-2 1.3B"
 
 One sequence, bf16 parameters and gradients, layers stacked, with the chip's kernels: Mamba-2's shape, and Qwen3-Next's
 with dense MLPs (Gated DeltaNet in three of four layers). `full-logits` is gradient checkpointing a layer, with the
@@ -11,6 +12,7 @@ and 32,768 tokens.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +57,11 @@ SHORT, LONG = 16384, 32768
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     rows, slopes = [], dict[str, float]()
-    for model, values in MODELS.items():
-        config = read_config(values)
+    for model in parser.parse_args().models:
+        config = read_config(MODELS[model])
         for method, arguments in METHODS.items():
             peaks = {
                 length: compile_case(Case(config, "v5p:2x2x1", length, arguments, kernels=True))["peak"]
