@@ -198,8 +198,8 @@ def weights(products: Products, decay: HeadDecay | ChannelDecay, segments: Segme
     if isinstance(decay, HeadDecay):
         at = lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         coarse, fine = decay.coarse_column, decay.column
-        last = [jnp.sum(jnp.where(at == size - 1, x, 0.0), axis=0, keepdims=True) for x in (coarse, fine)]
-        start, end, whole = coarse + fine, (last[0] - coarse) + (last[1] - fine), last[0] + last[1]
+        top, rest = (jnp.sum(jnp.where(at == size - 1, x, 0.0), axis=0, keepdims=True) for x in (coarse, fine))
+        start, end, whole = coarse + fine, (top - coarse) + (rest - fine), top + rest
         between = (coarse - decay.coarse_row) + (fine - decay.row)
         pairs: Any = jnp.exp(jnp.where(row >= column, between, NEVER))
     else:
