@@ -184,7 +184,8 @@ def describe(hint: Any) -> str:
     """What fits, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in arguments)
+        options = [describe(option) for option in arguments]
+        return " or ".join(options) if len(options) < 5 else f"{', '.join(options[:-1])} or {options[-1]}"
     if origin is Annotated:
         return " ".join(filter(None, (describe(arguments[0]), *map(str, arguments[1:]))))
     if origin is Literal:

@@ -23,13 +23,14 @@ from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
 from streamjax.kv.codecs.measured import coupled
 from streamjax.kv.layouts import across_layers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger, lococo
-from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool
+from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool, selection
 from streamjax.kv.scores import (
     chunkkv,
     criticalkv,
     cur,
     expected_attention,
     finch,
+    h2o,
     lagkv,
     leverage,
     query_filters,
@@ -38,6 +39,7 @@ from streamjax.kv.scores import (
     snapkv,
     windowkv,
 )
+from streamjax.kv.selective import lines, static_eviction
 from streamjax.kv.tiers import (
     clusters,
     content_pages,
@@ -79,11 +81,15 @@ from streamjax.training import (
     OptimizerConfig,
     TrainConfig,
 )
+from streamjax.training.distillation.config import DistillConfig
 from streamjax.training.heads.convolutions import ConvolutionConfig
 from streamjax.training.heads.gates import GateConfig
 from streamjax.training.heads.projections import ProjectionConfig
 from streamjax.training.heads.retaining import RetainingConfig
+from streamjax.training.objectives.distillation import Distillation
+from streamjax.training.pipeline.paths import PipelineConfig
 from streamjax.training.post_training.rollouts import RolloutConfig
+from streamjax.training.run.config import SnapshotConfig
 from streamjax.training.sequence_groups.costs import GroupCosts
 
 MODEL = UniformConfig(
@@ -196,6 +202,16 @@ EXAMPLES = [
     ProjectionConfig(),
     ConvolutionConfig(),
     lococo.Convolved(),
+    indexes.BlendedBounds(),
+    selection.Coarse(4),
+    lines.Lines(64),
+    static_eviction.StaticEviction(8, h2o.H2O(), every=16),
+    recurrent.GMUConfig(2, 2, channels=8),
+    gated_linear.RWKV7Config(2, 2, head_dim=8),
+    DistillConfig(),
+    Distillation(),
+    PipelineConfig(),
+    SnapshotConfig(),
 ]
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
@@ -208,6 +224,7 @@ NO_CONFIGURATIONS = {
     *("LayerCodebooks", "LayerRetainingHeads", "RetainingHeads", "HeadProjections", "AllHeld", "Lent", "AcrossLayers"),
     *("Kernels", "LayerKernels"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
+    *("Anchor", "Chip", "Work", "Layout", "Stripes", "Schedule", "Visit"),
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "Deferred"),  # what others of them are made from
 }
