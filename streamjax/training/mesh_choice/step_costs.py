@@ -19,6 +19,7 @@ from streamjax.models.config import (
     LatentAttentionConfig,
     ModelConfig,
 )
+from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 from streamjax.training.mesh_choice.chips import Chip
 
 AXES = ("data", "fsdp", "context", "tensor")  # from devices far apart to near ones, as `make_mesh` lays them out
@@ -122,8 +123,10 @@ def step_seconds(
     linear = max(linear, read)
 
     size = (work.layers + work.ends) / tensor
-    gathers = microbatches * 2 * _ITEM * size * (fsdp - 1) / fsdp
-    gather = crossing("fsdp", gathers, 2.0 * microbatches * work.count)
+    # The chunk order has every layer anew for each chunk.
+    times = microbatches * (math.ceil(length / DEFAULT_CHUNK) if method == "chunk" else 1)
+    gathers = times * 2 * _ITEM * size * (fsdp - 1) / fsdp
+    gather = crossing("fsdp", gathers, 2.0 * times * work.count)
     scatter = crossing("fsdp", microbatches * _WIDE * size * (fsdp - 1) / fsdp, microbatches * work.count)
     own = work.exchanged / (data * fsdp * context * tensor)  # a device's own keys and values
     ring = crossing("context", own * ((context - 1) * (3 + 2) + context * 2), 3.0 * microbatches * work.count)
