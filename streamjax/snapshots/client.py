@@ -23,6 +23,7 @@ except ImportError:  # Windows has none
 HOST = "STREAMJAX_HOST"  # names the machine; processes with the same name share a keeper
 _SECONDS = 60  # in which a keeper starts
 _PAUSE = 0.05
+_LONGEST = 100  # bytes of a socket's path; systems allow 103 or 107
 
 
 def host_name() -> str:
@@ -31,16 +32,19 @@ def host_name() -> str:
 
 
 def socket_path(key: bytes) -> Path:
-    """Where the keeper of a run listens on this machine.
+    """Where the keeper of a run listens on this machine: below TMPDIR, or /tmp where that is too long for a socket.
 
     Raises:
       ValueError: the folder for it belongs to somebody else.
     """
+    name = hashlib.sha256(key + host_name().encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"streamjax-{os.getuid()}"
+    if len(os.fsencode(folder / name)) > _LONGEST:
+        folder = Path("/tmp") / folder.name
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
         raise ValueError(f"{folder} can be read by others: remove it, or set TMPDIR to another folder")
-    return folder / hashlib.sha256(key + host_name().encode()).hexdigest()[:24]
+    return folder / name
 
 
 def find_or_start(key: bytes, seconds: float) -> Connection:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from streamjax.snapshots import client
 from streamjax.snapshots.choosing import Reader, held_by, newest
 from streamjax.snapshots.keeper import Keeper
 from streamjax.snapshots.messages import call, connect
@@ -104,3 +105,12 @@ def test_a_snapshot_is_not_everywhere_before_all_have_given_theirs(machines):
     put(machines[:3], "first", 5, [b"abc"] * 3)
     assert not machines[0].ask(op="wait", start_id="first", step=5, seconds=0)["complete"]
     assert newest(held_by([(machine.address, machine.status()) for machine in machines])) is None
+
+
+def test_a_socket_is_where_its_path_is_short_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
+    path = client.socket_path(b"key")
+    assert len(bytes(path)) <= 100
+    assert path.parent.is_dir()
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    assert client.socket_path(b"key") == path

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from streamjax.field_checks import Fraction, Size, check_fields
-from streamjax.training.objectives.objective import Batch, Objective, TokenStats, require_targets, shares
+from streamjax.training.objectives.objective import Batch, Objective, TokenStats, require_targets, shares, wide
 
 SMALL = 1e-6  # a probability of all other tokens below this is rounding
 
@@ -64,7 +64,7 @@ class Distillation(Objective):
                 raise ValueError(f"{name} is {found}, tokens {list(shape)}: {name} must be {[*shape, self.top_k]}")
 
     def count(self, batch: Batch) -> Float[Array, ""]:
-        return jnp.sum(batch["weights"])
+        return jnp.sum(wide(batch["weights"]))
 
     def prepare(self, batch: Batch) -> dict[str, Array]:
         counted = batch["weights"] != 0

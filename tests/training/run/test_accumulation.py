@@ -18,6 +18,7 @@ from streamjax.training import (
     shard_batch,
     streaming_loss_and_grad,
 )
+from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.objective import Linear
 from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, assert_same, random_model
@@ -32,6 +33,7 @@ OBJECTIVES = {
     "sequence": GRPO(kl=0.1),
     "token": GRPO(kl=0.0, normalisation="token"),
     "constant": GRPO(kl=0.1, normalisation="constant", max_tokens=9),
+    "predictions": Distillation(top_k=3, cross_entropy=0.25),
 }
 
 
@@ -48,6 +50,11 @@ def uneven_batch(objective):
     batch = {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32), "weights": weights}
     if isinstance(objective, DPO):
         batch["reference_logp"] = random.normal(size=ROWS).astype(np.float32) - 20
+    if isinstance(objective, Distillation):
+        logp = np.sort(np.log(random.dirichlet(np.ones(CONFIG.vocab_size), counts.shape)), axis=-1)[..., :-4:-1]
+        ids = [random.permutation(CONFIG.vocab_size)[: objective.top_k] for _ in range(counts.size)]
+        batch["teacher_ids"] = np.array(ids, np.int32).reshape(*counts.shape, -1)
+        batch["teacher_logp"] = logp.astype(np.float32)
     if isinstance(objective, GRPO):
         batch["advantages"] = random.normal(size=ROWS).astype(np.float32)
         batch |= {
@@ -63,7 +70,9 @@ def test_no_objective_is_left_out():
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("microbatches", "options"), [(4, {}), (2, {"method": "layer", "chunk_size": 4})])
-@pytest.mark.parametrize("name", rest_slow(OBJECTIVES, "mean", "another ignore_index", "pairs", "sequence"))
+@pytest.mark.parametrize(
+    "name", rest_slow(OBJECTIVES, "mean", "another ignore_index", "pairs", "sequence", "predictions")
+)
 def test_microbatches_are_the_batch(name, microbatches, options):
     objective = OBJECTIVES[name]
     with jax.enable_x64(True):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,7 +31,8 @@ class Killed(BaseException):
 @pytest.fixture
 def at_step(monkeypatch, tmp_path):
     """at_step(n, action): run `action(run)` after step n, once."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = tempfile.mkdtemp(dir="/tmp")  # a socket's path must be short
+    monkeypatch.setenv("TMPDIR", folder)
     monkeypatch.setattr("tempfile.tempdir", None)
     advance, actions = _Run.advance, {}
 
@@ -55,8 +58,8 @@ def metrics(workdir):
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
 
 
-def sockets(folder):
-    return [path for path in folder.glob("streamjax-*/*") if path.is_socket()]
+def sockets():
+    return [path for path in Path(tempfile.gettempdir()).glob("streamjax-*/*") if path.is_socket()]
 
 
 def test_a_killed_run_goes_on_from_memory_and_its_keeper_ends_with_it(tmp_path, at_step, caplog):
@@ -66,7 +69,7 @@ def test_a_killed_run_goes_on_from_memory_and_its_keeper_ends_with_it(tmp_path, 
         with pytest.raises(Killed):
             train(CONFIG, tmp_path / "run")
         assert not list((tmp_path / "run" / "checkpoints").iterdir())
-        assert len(sockets(tmp_path)) == 1
+        assert len(sockets()) == 1
     with caplog.at_level("INFO", logger="streamjax"):
         found = train(CONFIG, tmp_path / "run", progress=False)
     assert "resumed at step 6 of 12, from memory" in caplog.text
