@@ -58,7 +58,7 @@ class ContextReader:
       model, tokenizer: that read.
       moment: "stream" or "prompt"; see `streamjax.evaluation.leaderboard`. Only the latter has anything to keep.
       chunk_size: tokens a step.
-      keep_bytes: of states that wait for other caches; 0 keeps none.
+      keep_bytes: of states that wait for other caches, in the host's memory; 0 keeps none.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ContextReader:
     ):
         self.model, self.tokenizer, self.moment, self.chunk_size = model, tokenizer, moment, chunk_size
         self._keep_bytes = keep_bytes
-        self._kept: dict[tuple[Built, tuple[tuple[int, ...], ...]], tuple[StreamState, float]] = {}
+        self._kept: dict[tuple[Built, tuple[tuple[int, ...], ...]], tuple[list[np.ndarray], list[Any], Any, float]] = {}
 
     def read(self, cache: Built, rows: Sequence[Encoded]) -> tuple[StreamState, float]:
         """The streams' state behind their contexts, and the seconds that it takes without what was kept."""
@@ -80,10 +80,15 @@ class ContextReader:
             return self._timed(lambda: self._read(cache, contexts))
         whole = wholly(cache, max(map(len, contexts)), self.chunk_size)
         key = whole, tuple(map(tuple, contexts))
-        if key not in self._kept:
-            self._kept[key] = self._timed(lambda: self._read(whole, contexts))
-        state, seconds = self._kept[key] = self._kept.pop(key)  # the newest, last
-        while sum(_bytes(kept) for kept, _ in self._kept.values()) > self._keep_bytes and self._kept:
+        if key in self._kept:
+            leaves, places, structure, seconds = self._kept[key] = self._kept.pop(key)  # the newest, last
+            state = jax.tree.unflatten(structure, jax.device_put(leaves, places))
+        else:
+            state, seconds = self._timed(lambda: self._read(whole, contexts))
+            arrays, structure = jax.tree.flatten(state)
+            places = [array.sharding for array in arrays]
+            self._kept[key] = jax.device_get(arrays), places, structure, seconds
+        while sum(leaf.nbytes for leaves, *_ in self._kept.values() for leaf in leaves) > self._keep_bytes:
             del self._kept[next(iter(self._kept))]
         prompts = [row.prompts[0] for row in rows]
         new, more = self._timed(lambda: compacted(self.model, self.tokenizer, state, cache, contexts, prompts))
@@ -97,10 +102,6 @@ class ContextReader:
         began = time.perf_counter()
         state = jax.block_until_ready(make())
         return state, time.perf_counter() - began
-
-
-def _bytes(state: StreamState) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
 
 
 def wholly(cache: Built, capacity: int, chunk_size: int) -> Built:
