@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -43,55 +44,77 @@ def measured_file(path: str | Path, kind: str, what: str, otherwise: str) -> Ite
 
 
 Bound = tuple[str, int]  # ("window", W) or ("chunk", C): a layer of which nothing is measured, since it sees no more
-Tables = Mapping[str, np.ndarray]  # what was measured of a layer, by the end of its name in the file
+Layer = TypeVar("Layer")
+File = TypeVar("File", bound="MeasuredLayers")
 
 
-def save_layers(
-    path: str | Path, layers: Sequence[Tables | Bound], *, kind: str, model: str, tokens: int, card: str
-) -> None:
-    """Write what was measured of each layer; the metadata is the card.
+@dataclasses.dataclass(frozen=True)
+class MeasuredLayers(Generic[Layer]):
+    """What was measured of each layer of a model: tables of numbers in a file. A subclass is a kind of such files.
 
-    Args:
-      path: of the file.
-      layers: their tables, or what bounds them.
-      kind: of the file, as in `measured_file`.
-      model: a fingerprint of the model's weights.
-      tokens: how many were measured.
-      card: what it is and what it is for.
+    layers: what was measured of each, or ("window", W) or ("chunk", C) where the model itself bounds what it sees.
+    model: a fingerprint of the model's weights. tokens: how many were read.
+
+    A subclass says `kind`, `what` and `otherwise` as in `measured_file`; `ends` of the names that a layer's tables have
+    in the file; what `tables` are called in an error; and the `card`, what they are and what they are for.
     """
-    arrays = {
-        f"{i}{end}": table.copy()
-        for i, layer in enumerate(layers)
-        if not isinstance(layer, tuple)
-        for end, table in layer.items()
-    }
-    bounds = [list(layer) if isinstance(layer, tuple) else None for layer in layers]
-    about = {"kind": kind, "model": model, "tokens": str(tokens), "layers": json.dumps(bounds), "card": card}
-    save_file(arrays, user_path(path), metadata=about)
 
+    kind: ClassVar[str]
+    what: ClassVar[str]
+    otherwise: ClassVar[str]
+    ends: ClassVar[tuple[str, ...]]
+    tables: ClassVar[str]
+    card: ClassVar[str]
 
-def load_layers(
-    path: str | Path, ends: Sequence[str], *, kind: str, what: str, otherwise: str, tables: str
-) -> tuple[list[list[np.ndarray] | Bound], str, int]:
-    """What `save_layers` wrote: of each layer its tables, in the order of `ends`, or what bounds it; model; tokens.
+    layers: tuple[Layer | Bound, ...]
+    model: str
+    tokens: int
 
-    Args:
-      path, kind, what, otherwise: as in `measured_file`.
-      ends: of the names that a layer's tables have.
-      tables: such as "filters", for the error.
+    @staticmethod
+    def tables_of(layer: Layer) -> Sequence[np.ndarray]:
+        """A layer's tables of float32, in the order of `ends`."""
+        raise NotImplementedError
 
-    Raises:
-      ValueError: as in `measured_file`, or tables that are none.
-    """
-    with measured_file(path, kind, what, otherwise) as (file, about):
-        model, tokens = about["model"], int(about["tokens"])
-        layers: list[list[np.ndarray] | Bound] = []
-        for i, bound in enumerate(json.loads(about["layers"])):
-            if bound is not None:
-                layers.append((str(bound[0]), int(bound[1])))
-                continue
-            found = [np.ascontiguousarray(file.get_tensor(f"{i}{end}"), np.float32) for end in ends]
-            if any(x.ndim != 2 or not x.size or not np.isfinite(x).all() for x in found):
-                raise ValueError(f"the {tables} of layer {i} are no table{'s' * (len(ends) > 1)} of numbers")
-            layers.append(found)
-        return layers, model, tokens
+    @staticmethod
+    def layer_of(tables: Sequence[np.ndarray], model: str) -> Layer:
+        """The inverse of `tables_of`.
+
+        Raises:
+          ValueError: tables that do not fit together; the message says what they are: "tables of (3, 4) and (5, 6)".
+        """
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; its metadata is the card."""
+        arrays = {
+            f"{i}{end}": table.copy()
+            for i, layer in enumerate(self.layers)
+            if not isinstance(layer, tuple)
+            for end, table in zip(self.ends, self.tables_of(layer), strict=True)
+        }
+        bounds = json.dumps([list(layer) if isinstance(layer, tuple) else None for layer in self.layers])
+        about = {"kind": self.kind, "model": self.model, "tokens": str(self.tokens), "layers": bounds}
+        save_file(arrays, user_path(path), metadata={**about, "card": self.card})
+
+    @classmethod
+    def load(cls: type[File], path: str | Path) -> File:
+        """What `save` wrote.
+
+        Raises:
+          ValueError: no such file, or another one; one line that names it.
+        """
+        with measured_file(path, cls.kind, cls.what, cls.otherwise) as (file, about):
+            model, tokens = about["model"], int(about["tokens"])
+            layers: list[Any] = []
+            for i, bound in enumerate(json.loads(about["layers"])):
+                if bound is not None:
+                    layers.append((str(bound[0]), int(bound[1])))
+                    continue
+                found = [np.ascontiguousarray(file.get_tensor(f"{i}{end}"), np.float32) for end in cls.ends]
+                if any(x.ndim != 2 or not x.size or not np.isfinite(x).all() for x in found):
+                    raise ValueError(f"the {cls.tables} of layer {i} are no table{'s' * (len(found) > 1)} of numbers")
+                try:
+                    layers.append(cls.layer_of(found, model))
+                except ValueError as error:
+                    raise ValueError(f"layer {i} has {error}") from None
+        return cls(tuple(layers), model, tokens)

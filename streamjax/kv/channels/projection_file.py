@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from streamjax.checkpoints.measured_files import load_layers, save_layers
+from streamjax.checkpoints.measured_files import MeasuredLayers
 from streamjax.kv.channels.low_rank import Factors
-
-_KIND = "projections of heads"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,65 +42,31 @@ class Projections:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeadProjections:
-    """What `python -m train.projections` has trained; the preset matryoshka_kv takes the file (`projections=FILE`).
+class HeadProjections(MeasuredLayers[Projections]):
+    """What `python -m train.projections` has trained; the preset matryoshka_kv takes the file (`projections=FILE`)."""
 
-    layers: of each layer its projections, or ("window", W) or ("chunk", C) where the model itself bounds what it sees.
-    model: a fingerprint of the model's weights. tokens: how many were read in training.
-    """
+    kind = "projections of heads"
+    what = "projections of heads"
+    otherwise = "it has no projections of heads"
+    ends = (".keys", ".values", ".ranks")
+    tables = "projections"
+    card = (
+        "MatryoshkaKV (arXiv 2410.14731): of each layer and key head orthogonal directions of its keys before "
+        "rotation and of its values, trained so that the first ones say most, and how many of them the head keeps; "
+        "for the cache preset matryoshka_kv of streamjax, and for this model alone."
+    )
 
-    layers: tuple[Projections | tuple[str, int], ...]
-    model: str
-    tokens: int
+    @staticmethod
+    def tables_of(layer: Projections) -> Sequence[np.ndarray]:
+        keys, values = (x.reshape(-1, x.shape[2]).astype(np.float32) for x in (layer.keys, layer.values))
+        return keys, values, layer.ranks.astype(np.float32)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file; its metadata is the card."""
-        save_layers(
-            path,
-            [
-                {
-                    ".keys": layer.keys.reshape(-1, layer.keys.shape[2]).astype(np.float32),
-                    ".values": layer.values.reshape(-1, layer.values.shape[2]).astype(np.float32),
-                    ".ranks": layer.ranks.astype(np.float32),
-                }
-                if isinstance(layer, Projections)
-                else layer
-                for layer in self.layers
-            ],
-            kind=_KIND,
-            model=self.model,
-            tokens=self.tokens,
-            card="MatryoshkaKV (arXiv 2410.14731): of each layer and key head orthogonal directions of its keys before "
-            "rotation and of its values, trained so that the first ones say most, and how many of them the head keeps; "
-            "for the cache preset matryoshka_kv of streamjax, and for this model alone.",
-        )
-
-    @classmethod
-    def load(cls, path: str | Path) -> HeadProjections:
-        """What `save` wrote.
-
-        Raises:
-          ValueError: no such file, or another one; one line that names it.
-        """
-        found, model, tokens = load_layers(
-            path,
-            (".keys", ".values", ".ranks"),
-            kind=_KIND,
-            what="projections of heads",
-            otherwise="it has no projections of heads",
-            tables="projections",
-        )
-        layers: list[Projections | tuple[str, int]] = []
-        for i, x in enumerate(found):
-            if isinstance(x, tuple):
-                layers.append(x)
-                continue
-            keys, values, ranks = x
-            heads, width = ranks.shape[1], keys.shape[1]
-            shape = heads * width, width
-            if keys.shape != shape or values.shape != shape or not ((ranks >= 1) & (ranks <= width)).all():
-                shapes = f"{keys.shape}, {values.shape} and ranks of {heads} heads"
-                raise ValueError(f"{path}: no projections of heads could be read: layer {i} has tables of {shapes}")
-            cut = (heads, width, width)
-            layers.append(Projections(keys.reshape(cut), values.reshape(cut), ranks.astype(np.int64)))
-        return cls(tuple(layers), model, tokens)
+    @staticmethod
+    def layer_of(tables: Sequence[np.ndarray], model: str) -> Projections:
+        keys, values, ranks = tables
+        heads, width = ranks.shape[1], keys.shape[1]
+        shape = heads * width, width
+        if keys.shape != shape or values.shape != shape or not ((ranks >= 1) & (ranks <= width)).all():
+            raise ValueError(f"tables of {keys.shape}, {values.shape} and ranks of {heads} heads")
+        cut = (heads, width, width)
+        return Projections(keys.reshape(cut), values.reshape(cut), ranks.astype(np.int64))
