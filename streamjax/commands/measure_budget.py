@@ -11,17 +11,13 @@ each layer.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
 
 import streamjax as sj
-from streamjax.checkpoints import user_path
 from streamjax.commands.comparison import read_text
-from streamjax.commands.flags.model import define_model, define_text, load_model
-from streamjax.commands.shell.inputs import BUILTIN
-from streamjax.commands.shell.outputs import check_outputs
+from streamjax.commands.flags.model import define_read_text, load_model
+from streamjax.commands.shell.outputs import check_outputs, in_made_folder
 from streamjax.commands.shell.runner import run_command
 
 BUDGETS = {"cake": sj.kv.Preferences(), "prefix_kv": sj.kv.Prefixes(), "d2o": sj.kv.Density()}
@@ -30,12 +26,8 @@ CAKES_QUERIES = 32
 
 def define(values: flags.FlagValues) -> None:
     whole = flags.DEFINE_integer
-    define_model(values)
-    delattr(values, "chunk_size")
-    define_text(values)
+    define_read_text(values)
     flags.DEFINE_enum("budget", "cake", list(BUDGETS), "The preset whose budget is measured.", flag_values=values)
-    flags.DEFINE_string("input", BUILTIN, "A text file, - for standard input, or builtin: a text of the package.",
-                        flag_values=values)  # fmt: skip
     flags.DEFINE_string("output", "out/budget.safetensors", "Where the calibration goes.", flag_values=values)
     whole("max_tokens", 1024, "Tokens of the text that are read.", lower_bound=2, flag_values=values)
     whole("queries", None, f"Newest tokens that are asked; by default {CAKES_QUERIES} for cake, all for the others.",
@@ -49,9 +41,7 @@ def body(values: flags.FlagValues) -> None:
     queries = values.queries or (CAKES_QUERIES if values.budget == "cake" else None)
     budget = BUDGETS[values.budget]
     measured = sj.measure_budget(model, np.array([ids], np.int32), budget, queries=queries)
-    output = user_path(values.output)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    measured.save(output)
+    measured.save(in_made_folder(values.output))
     layers = len(measured.table)
     sizes = budget.sizes(100 * layers, layers, measured.numbers)
     print(f"of 100 tokens a layer, {layers} layers keep: {', '.join(map(str, sizes))}")

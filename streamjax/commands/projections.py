@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from streamjax.checkpoints import user_path
 from streamjax.commands.comparison import read_text
-from streamjax.commands.flags.model import define_model, define_text, load_model
-from streamjax.commands.shell.inputs import BUILTIN
-from streamjax.commands.shell.outputs import check_outputs
+from streamjax.commands.flags.model import define_read_text, load_model
+from streamjax.commands.shell.outputs import check_outputs, in_made_folder
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import run_command
 from streamjax.training.heads.projections import (
@@ -38,11 +35,7 @@ LONGEST_ROWS = 512  # by default
 
 def define(values: flags.FlagValues) -> None:
     number, whole = flags.DEFINE_float, flags.DEFINE_integer
-    define_model(values)
-    delattr(values, "chunk_size")  # rows are read whole
-    define_text(values)
-    flags.DEFINE_string("input", BUILTIN, "A text file, - for standard input, or builtin: a text of the package.",
-                        flag_values=values)  # fmt: skip
+    define_read_text(values)
     flags.DEFINE_string("output", "out/projections.safetensors", "Where the directions go.", flag_values=values)
     whole("max_tokens", 1 << 20, "Tokens of the text that are read.", lower_bound=2, flag_values=values)
     whole("seed", 0, "Of the rows and the ranks that are drawn.", lower_bound=0, flag_values=values)
@@ -83,9 +76,7 @@ def body(values: flags.FlagValues) -> None:
         print(f"step {done} of {config.steps}: loss {step.loss:.4f}")
     compared = text[None, -min(values.search_tokens, length) :]
     ranks = search_ranks(model, bases, compared, values.share, values.levels)
-    output = user_path(values.output)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    as_file(model, bases, ranks, bounds, (1 + done * values.batch_size) * length).save(output)
+    as_file(model, bases, ranks, bounds, (1 + done * values.batch_size) * length).save(in_made_folder(values.output))
     left = np.mean([np.mean(rank / bases[i].shape[-1]) for i, rank in ranks.items()])
     print(f"heads keep {left:.3f} of their channels")
     print(f"use them: --cache=matryoshka_kv:projections={values.output}")

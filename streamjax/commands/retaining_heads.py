@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from streamjax.checkpoints import user_path
 from streamjax.commands.comparison import read_text
-from streamjax.commands.flags.model import define_model, define_text, load_model
-from streamjax.commands.shell.inputs import BUILTIN
-from streamjax.commands.shell.outputs import check_outputs
+from streamjax.commands.flags.model import define_read_text, load_model
+from streamjax.commands.shell.outputs import check_outputs, in_made_folder
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped, run_command
 from streamjax.data.recall.training_rows import RecallRows
@@ -37,11 +34,7 @@ LONGEST_ROWS = 1024  # by default; a longer row costs the square of its length
 
 def define(values: flags.FlagValues) -> None:
     number, whole = flags.DEFINE_float, flags.DEFINE_integer
-    define_model(values)
-    delattr(values, "chunk_size")  # rows are read whole
-    define_text(values)
-    flags.DEFINE_string("input", BUILTIN, "A text file, - for standard input, or builtin: a text of the package.",
-                        flag_values=values)  # fmt: skip
+    define_read_text(values)
     flags.DEFINE_string("output", "out/retaining.safetensors", "Where the networks go.", flag_values=values)
     flags.DEFINE_enum("tasks", TASKS[0], TASKS, "What asks for tokens.", flag_values=values)
     whole("max_tokens", 1 << 20, "Tokens of the text that are read.", lower_bound=2, flag_values=values)
@@ -74,9 +67,7 @@ def body(values: flags.FlagValues) -> None:
             bar.update()
             if stop.received:
                 break
-    output = user_path(values.output)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    as_file(model, step, done * length * values.batch_size).save(output)
+    as_file(model, step, done * length * values.batch_size).save(in_made_folder(values.output))
     print(f"step {done} of {config.steps}: {metrics}")
     print(f"use them: --cache=locret:retaining={values.output}")
     if stop.received and done < config.steps:

@@ -16,6 +16,7 @@ from streamjax.checkpoints import user_path
 from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.kv.description import describe_cache
@@ -78,6 +79,15 @@ def define_text(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do with bytes that are not UTF-8: end with "
                       "an error, or read U+FFFD.", flag_values=values)  # fmt: skip
     define_parse_special(values)
+
+
+def define_read_text(values: flags.FlagValues) -> None:
+    """Flags of a model that reads a text as a whole: those of the model, but for its chunks, and of the text."""
+    define_model(values)
+    delattr(values, "chunk_size")
+    define_text(values)
+    flags.DEFINE_string("input", BUILTIN, "A text file, - for standard input, or builtin: a text of the package.",
+                        flag_values=values)  # fmt: skip
 
 
 def define_parse_special(values: flags.FlagValues) -> None:

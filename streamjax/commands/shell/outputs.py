@@ -67,6 +67,13 @@ def _resolved(path: Path) -> Path:
     return path.resolve()
 
 
+def in_made_folder(name: str) -> Path:
+    """The path of a file that will be written; its folder is made."""
+    path = user_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_json(name: str, content: dict[str, Any]) -> None:
     """Write plain data; the folder is made, and a file that was there stays whole until the new one is.
 

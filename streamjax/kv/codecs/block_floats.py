@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.field_checks import Count, Size, check_fields
-from streamjax.kv.codecs.codec import Codec, Codes, Role
+from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import run_of_channels
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockFloats(Codec):
+class BlockFloats(GroupedCodec):
     """Of each token `block` channels share an exponent of 8 bits, and each has a mantissa of `bits`, sign included.
 
     A channel that is larger than its neighbours costs them their digits. So the channels of a group of tokens are first
@@ -43,17 +43,7 @@ class BlockFloats(Codec):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.residual % self.group or self.group % (8 // self.bits):
-            fits = f"a multiple of {8 // self.bits}, and the residual one of the group"
-            raise ValueError(f"BlockFloats.group is {self.group}, the residual {self.residual}: the group is {fits}")
-
-    @property
-    def tokens(self) -> int:
-        return self.group
-
-    @property
-    def waiting(self) -> int:
-        return self.residual
+        self.check_groups()
 
     def check(self, head_dim: int) -> None:
         if head_dim > 256:

@@ -102,6 +102,28 @@ class Codec:
         raise NotImplementedError
 
 
+class GroupedCodec(Codec):
+    """A codec of `group` tokens at a time that leaves the newest `residual` in full precision: fields of a subclass."""
+
+    group: int
+    residual: int
+
+    @property
+    def tokens(self) -> int:
+        return self.group
+
+    @property
+    def waiting(self) -> int:
+        return self.residual
+
+    def check_groups(self) -> None:
+        """Raise a ValueError where codes of a group fill no whole bytes, or the residual is no multiple of it."""
+        if self.residual % self.group or self.group % (8 // self.bits):
+            fits = f"a multiple of {8 // self.bits}, and the residual one of the group"
+            name = type(self).__name__
+            raise ValueError(f"{name}.group is {self.group}, the residual {self.residual}: the group is {fits}")
+
+
 def bytes_per_token(codec: Codec, head_dim: int, value_dim: int | None = None) -> float:
     """Bytes of a stored token's key and value in one head, as they are allocated.
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.field_checks import Count, Size, check_fields
-from streamjax.kv.codecs.codec import Codec, Codes, Role
+from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import Bits, rounded_down, run_of_channels
 
 _ONE = 128  # channels of a token that share a step
 
 
 @dataclasses.dataclass(frozen=True)
-class FireQ(Codec):
+class FireQ(GroupedCodec):
     """A number is `scale of its channel * step of its token * code`, codes being whole numbers around 0.
 
     Rotation turns the two channels d and d + D / 2 of a key into each other and leaves the length of the pair: both are
@@ -42,19 +42,9 @@ class FireQ(Codec):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.residual % self.group or self.group % (8 // self.bits):
-            fits = f"a multiple of {8 // self.bits}, and the residual one of the group"
-            raise ValueError(f"FireQ.group is {self.group}, the residual {self.residual}: the group is {fits}")
+        self.check_groups()
         if self.bits == 1:
             raise ValueError("FireQ.bits is 1: codes around 0 have 2 bits at least")
-
-    @property
-    def tokens(self) -> int:
-        return self.group
-
-    @property
-    def waiting(self) -> int:
-        return self.residual
 
     def check(self, head_dim: int) -> None:
         if head_dim % 2 or head_dim < self.top:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.field_checks import Count, Size, check_fields
-from streamjax.kv.codecs.codec import Codec, Codes, Role
+from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import Bits, Fit, Int
 
 _ROUNDS = 3  # of subspace iteration
 
 
 @dataclasses.dataclass(frozen=True)
-class Gear(Codec):
+class Gear(GroupedCodec):
     """`Int`'s codes of a group of tokens, and two corrections of what they leave.
 
     Of each token the `outliers` numbers that its codes miss most are kept as they are, in bfloat16 with a byte for the
@@ -53,14 +53,6 @@ class Gear(Codec):
     def base(self) -> Int:
         """What codes."""
         return Int(self.bits, group=self.group, residual=self.residual, fit=self.fit)
-
-    @property
-    def tokens(self) -> int:
-        return self.group
-
-    @property
-    def waiting(self) -> int:
-        return self.residual
 
     def check(self, head_dim: int) -> None:
         """Raise a ValueError where heads are narrower than what is kept of them, or their channels exceed a byte."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.coded import Along, Coded
 from streamjax.field_checks import LATER, Count, Size, check_fields
-from streamjax.kv.codecs.codec import Codec, Codes, Role
+from streamjax.kv.codecs.codec import Codec, Codes, GroupedCodec, Role
 
 Bits = Literal[8, 4, 2, 1]
 Fit = Literal["range", "error"]
@@ -22,7 +22,7 @@ _HIGH_HALF = 0xFFFF0000  # of a float32: what bfloat16 keeps
 
 
 @dataclasses.dataclass(frozen=True)
-class Int(Codec):
+class Int(GroupedCodec):
     """A number is `least + step * code`, with a least and a step for each group, both bfloat16.
 
     Keys have channels that are large in every token, so they are coded by channel, over `group` tokens; values are
@@ -54,14 +54,6 @@ class Int(Codec):
             raise ValueError(f"Int.residual must be a multiple of the group of {self.group}, got {self.residual}")
         if self.tokens % (8 // self.bits):
             raise ValueError(f"Int.group of {self.group} tokens does not fill bytes with codes of {self.bits} bits")
-
-    @property
-    def tokens(self) -> int:
-        return self.group
-
-    @property
-    def waiting(self) -> int:
-        return self.residual
 
     def one_by_one(self) -> Codec:
         return IntByToken(self.bits, self.group, self.fit)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from streamjax.field_checks import Count, Fraction, Size, check_fields
-from streamjax.kv.codecs.codec import Codec, Codes, Role
+from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import dequantised, quantised
 
 TRITS = 5  # codes of -1, 0 or 1 in a byte
@@ -17,7 +17,7 @@ _UNITS = 2**11  # of the largest number: sums of 512 such parts fit 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixed(Codec):
+class Mixed(GroupedCodec):
     """Fewer than two bits a number. What share bytes are channels of one token.
 
     Of a group's key channels the share `wide`, those whose numbers reach furthest apart, have 2 bits between the least
@@ -47,14 +47,6 @@ class Mixed(Codec):
         check_fields(self)
         if self.residual % self.group:
             raise ValueError(f"Mixed.residual must be a multiple of the group of {self.group}, got {self.residual}")
-
-    @property
-    def tokens(self) -> int:
-        return self.group
-
-    @property
-    def waiting(self) -> int:
-        return self.residual
 
     def check(self, head_dim: int) -> None:
         if head_dim > 256:

@@ -130,6 +130,13 @@ class AttentionConfig:
         return SinkWindow(self.sinks, self.window) if self.sinks else SlidingWindow(self.window)
 
     @property
+    def bound(self) -> tuple[str, int] | None:
+        """("chunk", C) or ("window", W), what bounds the keys that a query sees; None: full attention."""
+        if self.chunk is not None:
+            return "chunk", self.chunk
+        return None if self.window is None else ("window", self.window)
+
+    @property
     def reach(self) -> int | None:
         """A key is visible at a distance below this, sinks apart; None: full attention."""
         return self.window if self.chunk is None else self.chunk

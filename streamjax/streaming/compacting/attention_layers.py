@@ -47,12 +47,8 @@ def measure_layers(
         mixer, block = config.mixer, model.layer(i)
         if not isinstance(mixer, AttentionConfig):
             raise ValueError(f"layer {i} has no heads whose {lacks}: {type(mixer).__name__}")
-        if mixer.chunk is not None:
-            layers.append(("chunk", mixer.chunk))
-        elif mixer.window is not None:
-            layers.append(("window", mixer.window))
-        else:
-            layers.append(measure(block, mixer, x, context))
+        bound = mixer.bound
+        layers.append(measure(block, mixer, x, context) if bound is None else bound)
         x = _next(block, x, context)
     return tuple(layers), ids.size
 

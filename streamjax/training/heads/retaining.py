@@ -146,8 +146,8 @@ def _begun(mixer: object, index: int, config: RetainingConfig, draw: np.random.G
     """A network before its first step, or what bounds the layer."""
     if not isinstance(mixer, AttentionConfig) or mixer.temperature is not None:
         raise ValueError(f"layer {index} has no heads that could retain tokens: {type(mixer).__name__}")
-    if mixer.chunk is not None or mixer.window is not None:
-        return ("chunk", mixer.chunk) if mixer.chunk is not None else ("window", mixer.window or 0)
+    if mixer.bound is not None:
+        return mixer.bound
     channels = (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     shapes = (channels, config.width), (config.width, mixer.num_kv_heads)
     weights = tuple(jnp.asarray(draw.normal(size=shape) / np.sqrt(shape[0]), jnp.float32) for shape in shapes)
