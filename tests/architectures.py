@@ -60,6 +60,11 @@ CASES = {
         **{"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
         "moe_intermediate_size": 5,
     },
+    "gemma4-shared": {
+        **{**GROUPED, "num_hidden_layers": 4, "head_dim": 6, "global_head_dim": 8, "sliding_window": 6},
+        **{"layer_types": MIXED * 2, "hidden_size_per_layer_input": 3, "vocab_size_per_layer_input": 31},
+        **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+    },
     "deepseek_v2": {
         **LATENT,
         "q_lora_rank": None,
@@ -126,6 +131,16 @@ CASES = {
     "nemotron_h": {
         **{**GROUPED, "hybrid_override_pattern": "M*-", "head_dim": 6, "mamba_num_heads": 4, "mamba_head_dim": 6},
         **{"n_groups": 2, "ssm_state_size": 5},
+    },
+    "nemotron_h-experts": {
+        **{**GROUPED, "hybrid_override_pattern": "*EM", "head_dim": 6, "mamba_num_heads": 4, "mamba_head_dim": 6},
+        **{"n_groups": 2, "ssm_state_size": 5, "n_routed_experts": 6, "n_group": 3, "topk_group": 2},
+        **{"moe_intermediate_size": 6, "moe_shared_expert_intermediate_size": 10, "routed_scaling_factor": 1.5},
+        **{"moe_latent_size": 8, "mlp_bias": True},
+    },
+    "rwkv7": {
+        **{"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8},
+        **{"decay_low_rank_dim": 3, "a_low_rank_dim": 2, "gate_low_rank_dim": 5, "v_low_rank_dim": 4},
     },
     "falcon_h1": {
         **{**GROUPED, "mamba_d_ssm": 20, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 5},

@@ -40,6 +40,7 @@ from streamjax.kv.scores import (
     windowkv,
 )
 from streamjax.kv.selective import lines, static_eviction
+from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tiers import (
     clusters,
     content_pages,
@@ -59,6 +60,7 @@ from streamjax.models.config import (
     ExpertsConfig,
     HSAConfig,
     LatentAttentionConfig,
+    LayerInputConfig,
     NormConfig,
     RopeConfig,
     TemperatureConfig,
@@ -208,6 +210,9 @@ EXAMPLES = [
     static_eviction.StaticEviction(8, h2o.H2O(), every=16),
     recurrent.GMUConfig(2, 2, channels=8),
     gated_linear.RWKV7Config(2, 2, head_dim=8),
+    gated_linear.ChannelMixConfig(2, 2, width=8, channels=8),
+    LayerInputConfig(4),
+    SlotsOf(0),
     DistillConfig(),
     Distillation(),
     PipelineConfig(),

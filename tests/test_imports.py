@@ -41,6 +41,7 @@ ROOMS = """
     streamjax.kv.tiers
     streamjax.kv.channels streamjax.kv.selective
     streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.current_chunk streamjax.kv.recurrence
+    streamjax.kv.slots_of
     streamjax.kv.budgets
     streamjax.kv.compaction streamjax.kv.budgets.measuring
     streamjax.kv.layouts
@@ -51,6 +52,7 @@ ROOMS = """
     streamjax.models.norms
     streamjax.models.lora.adapters
     streamjax.models.mlps streamjax.models.mixers
+    streamjax.models.layer_inputs
     streamjax.models.block
     streamjax.models.decoder streamjax.models.layer_stacking
     streamjax.models.calibration streamjax.models.quantising

@@ -65,6 +65,7 @@ from streamjax.kv.scores.tova import TOVA
 from streamjax.kv.scores.windowkv import WindowKV
 from streamjax.kv.selective.lines import Lines
 from streamjax.kv.selective.static_eviction import StaticEviction
+from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.compensation import Compensation
@@ -171,6 +172,7 @@ __all__ = [
     "Shadow",
     "Side",
     "Sink",
+    "SlotsOf",
     "SnapKV",
     "StaticEviction",
     "Tier",

@@ -143,6 +143,9 @@ class Deferred(Cache):
     def init(self, spec: KVSpec) -> State:
         return self.cache.init(spec)
 
+    def deferred(self) -> Deferred:
+        return self
+
     def update(self, state: State, query: Query, tokens: KVTokens) -> tuple[Float[Array, "B C H D"], Waiting]:
         return self.cache.update(state, query, tokens)[0], Waiting(query, tokens)
 

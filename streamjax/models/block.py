@@ -12,6 +12,7 @@ from streamjax.kv.recurrence import BesideRecurrence, RecurrentState
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig
+from streamjax.models.layer_inputs import LayerInput
 from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
 from streamjax.models.mixers.build import build_mixer
 from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
@@ -36,6 +37,7 @@ class Block(nnx.Module):
       gain: of the initial weights of what goes back to the residual stream.
       memory: hierarchical sparse attention, whether the layer's input becomes a chunk memory, and whether the layer
         reads one; None where the model has no memory.
+      handed: channels of the stream in front of those that the layer hands on or takes, and of all layers' inputs.
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         gain: float = 1.0,
         memory: tuple[HSAConfig, bool, bool] | None = None,
+        handed: tuple[int, int] = (0, 0),
     ):
         key_mixer, key_mlp = jax.random.split(key)
         hsa, remembers, reads = memory or (None, False, False)
         self.config = config
         self.width = d_model
+        self.handed_at, self.inputs = handed[0] - d_model, handed[1]
         self.hsa = hsa
         key_encoder, key_reader = (jax.random.fold_in(key, i) for i in range(2))
         own = hsa.of_layer(config) if hsa and (remembers or reads) else config
@@ -68,6 +72,8 @@ class Block(nnx.Module):
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
         behind = config.post_norms and config.mlp is not None
         self.mlp_post_norm = Norm(d_model, config.norm, dtype) if behind else None
+        key_input, own = jax.random.fold_in(key, 3), config.layer_input
+        self.layer_input = None if own is None else LayerInput(own, d_model, config.norm, key_input, dtype, gain)
         self.scale = nnx.Param(jnp.ones((1,), dtype), axes=("gates",)) if config.layer_scale else None
 
     @property
@@ -101,7 +107,10 @@ class Block(nnx.Module):
         """What the token mixer reads of the layer's input; behind it what it takes of a layer below."""
         x, handed = self._apart(x)
         normed = x if self.mixer_norm is None else self.mixer_norm(x)
-        return jnp.concatenate((normed, handed), axis=-1) if handed is not None and self.config.taken else normed
+        taken = self.config.taken
+        if handed is None or not taken:
+            return normed
+        return jnp.concatenate((normed, handed[..., self.handed_at : self.handed_at + taken]), axis=-1)
 
     def _apart(self, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T E"], Float[Array, "B T S"] | None]:
         """The residual stream, and what layers hand on behind it, if they do."""
@@ -193,7 +202,9 @@ class Block(nnx.Module):
     def _residual(self, x: Array, normed: Array, mixed: Array, memory: ReadablePages | None) -> Array:
         parallel = self.config.residual == "parallel"
         (x, handed), (normed, _), (mixed, own) = map(self._apart, (x, normed, mixed))
-        handed = handed if own is None else own
+        if own is not None and handed is not None:
+            behind = handed[..., self.handed_at + own.shape[-1] :]
+            handed = jnp.concatenate((handed[..., : self.handed_at], own, behind), axis=-1)
         mixed = self._branch(mixed, self.mixer_post_norm)
         if self.reader is not None:
             assert memory is not None
@@ -204,6 +215,10 @@ class Block(nnx.Module):
             y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
             y = self._branch(y, self.mlp_post_norm)
             x = x + mixed + y if parallel else x + y
+        if self.layer_input is not None and handed is not None:
+            first, others, rest = jnp.split(handed, (self.layer_input.gate.shape[1], self.inputs), axis=-1)
+            x = x + self.layer_input(x, first)
+            handed = jnp.concatenate((others, first, rest), axis=-1)
         if self.scale is not None:
             x = x * jax.lax.stop_gradient(self.scale[...]).astype(x.dtype)
         x = x if handed is None else jnp.concatenate((x, handed), axis=-1)

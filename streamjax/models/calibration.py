@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
+from streamjax.models.layer_stacking import without_layers
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.parallel.mesh import make_mesh
@@ -31,7 +32,7 @@ def output_moments(model: Decoder, rows: Callable[[np.ndarray], Float[np.ndarray
     several hosts, or a hidden state is not finite, they are the squares of the last norm's factors.
 
     Args:
-      model: its layers and its last norm are used, and neither embedding nor output matrix.
+      model: its layers, its norms and layers' inputs are used, and neither embedding nor output matrix.
       rows: the embeddings of token ids [N].
     """
     factors = np.ones(model.config.d_model, np.float32)
@@ -43,8 +44,9 @@ def output_moments(model: Decoder, rows: Callable[[np.ndarray], Float[np.ndarray
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, _ROWS * _LENGTH)
     embedded, device = rows(ids).reshape(_ROWS, _LENGTH, -1), jax.local_devices()[0]
     with jax.set_mesh(make_mesh(devices=[device])):
-        x = jnp.asarray(embedded, model.dtype) * model.config.embedding_scale
-        x, memory = jax.device_put(x.astype(model.dtype), device), None
+        ends = jax.device_put(without_layers(model), device)
+        x = jax.device_put(jnp.asarray(embedded, model.dtype), device)
+        x, memory = ends.enter(x, jnp.asarray(ids, jnp.int32).reshape(_ROWS, _LENGTH)), None
         for index in range(model.config.num_layers):
             found = _through(jax.device_put(model.layer(index), device), x, memory)
             x, memory = jax.block_until_ready(found)  # one layer's memory at a time

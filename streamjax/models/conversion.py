@@ -60,6 +60,10 @@ def _converted(
         return block
     if not isinstance(block.mixer, AttentionConfig) or block.beside is not None:
         raise ValueError(f"layers names layer {index}, which has no attention alone: it cannot become another mixer")
+    if block.handed_on or block.taken:
+        raise ValueError(f"layers names layer {index}, which shares keys with others: it cannot become another mixer")
+    if recurrent is not None and (recurrent.handed_on or recurrent.taken):
+        raise ValueError("recurrent hands something on, or takes it: such a mixer cannot take attention's place")
     if recurrent is not None and window is None:
         return dataclasses.replace(block, mixer=recurrent)
     return dataclasses.replace(block.with_mixer(window=window, chunk=None), beside=recurrent)
@@ -133,9 +137,10 @@ def _block(old: Block, config: BlockConfig, model: Decoder, key: Array) -> Block
     """A layer with the parts of `old` that the new one has, too."""
     attention = old.mixer
     assert isinstance(attention, Attention)
-    make = partial(Block, config, model.config.d_model, dtype=jnp.dtype(model.embedding.dtype))
+    handed = model.config.d_model, model.config.layer_inputs
+    make = partial(Block, config, model.config.d_model, dtype=jnp.dtype(model.embedding.dtype), handed=handed)
     new = jax.jit(lambda key: make(key=key))(key)
-    for name in ("mixer_norm", "mlp", "mlp_norm", "mixer_post_norm", "mlp_post_norm", "scale"):
+    for name in ("mixer_norm", "mlp", "mlp_norm", "mixer_post_norm", "mlp_post_norm", "layer_input", "scale"):
         setattr(new, name, getattr(old, name))
     if isinstance(new.mixer, Attention):
         new.mixer.projections, new.mixer.sink_logits = attention.projections, attention.sink_logits

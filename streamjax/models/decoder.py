@@ -20,10 +20,13 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.context.sequence import Exchange
-from streamjax.kv.cache import Cache
+from streamjax.barriers import ordered_after
+from streamjax.kv.cache import Cache, Deferred, take_in
+from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import State
 from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
+from streamjax.models.layer_inputs import LayerInputs
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
 from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.models.norms import LastNorm, Norm
@@ -72,13 +75,18 @@ class Decoder(nnx.Module):
 
         def build(index: int, key: Array) -> Block:
             memory = None if config.hsa is None else (config.hsa, config.remembers(index), config.reads(index))
-            return Block(config.blocks[index], d, key, params, gain, memory)
+            handed = config.handed_at(index), config.layer_inputs
+            return Block(config.blocks[index], d, key, params, gain, memory, handed)
 
         self.stack = nnx.List(
             [jax.vmap(partial(build, i))(keys[i : repeats * period : period]) for i in range(period)] if repeats else []
         )
         self.layers = nnx.List([build(i, keys[i]) for i in range(repeats * period, config.num_layers)])
-        self.norm = (LastNorm if config.handed_on else Norm)(d, config.norm, params)
+        self.norm = (LastNorm if config.stream_width > d else Norm)(d, config.norm, params)
+        self.embedding_norm = None if config.embedding_norm is None else Norm(d, config.embedding_norm, params)
+        own, key_inputs = config.blocks[0].layer_input, jax.random.fold_in(key, 1)
+        sizes = vocab, d, config.layer_inputs
+        self.layer_inputs = None if own is None else LayerInputs(*sizes, own.channels, config.norm, key_inputs, params)
         self.head = None if config.tie_embeddings else kernel(key_head, (d, vocab), ("embed", "vocab"), d, params)
         self.head_bias = zeros((vocab,), ("vocab",), params) if config.logit_bias else None
 
@@ -100,10 +108,17 @@ class Decoder(nnx.Module):
         return self.stack[column], row
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
-        """Token embeddings, scaled as the config says; zeros behind them where layers hand something on."""
-        x = take_rows(self.embedding[...], tokens, self.dtype)
+        """Token embeddings, scaled as the config says; behind them layers' inputs, and zeros for what is handed on."""
+        return self.enter(take_rows(self.embedding[...], tokens, self.dtype), tokens)
+
+    def enter(self, x: Float[Array, "B T E"], tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+        """What the first layer reads of tokens, from their rows of the embedding."""
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if self.layer_inputs is not None:
+            x = jnp.concatenate((x, self.layer_inputs(tokens, x)), axis=-1)
         if self.config.handed_on:
             x = jnp.pad(x, ((0, 0), (0, 0), (0, self.config.handed_on)))
         return constrain(x, "batch", "length", "activation_embed")
@@ -158,16 +173,27 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
         """Hidden states after the last norm for one chunk of a stream, and the layers' new states.
 
+        A layer whose keys others read takes the chunk in when all of them have read its state.
+
         With `memorise`, a memory layer, that layer only encodes its input and those above it do nothing; the hidden
         states then mean nothing.
         """
         x, memory = self.embed(tokens), None
         new_states = list(states)
+        lenders = {cache.layer for cache in caches if isinstance(cache, SlotsOf)}
         for i, (state, cache) in enumerate(zip(states, caches, strict=True)):
             if i == memorise:
                 new_states[i] = self.layer(i).memorise(x, state, cache, context)[0]
                 break
-            x, new_states[i], memory = self.layer(i).stream(x, state, cache, context, memory)
+            if isinstance(cache, SlotsOf):
+                x, *_ = self.layer(i).stream(x, states[cache.layer], caches[cache.layer].deferred(), context)
+                continue
+            shown = cache.deferred() if i in lenders else cache
+            x, new_states[i], memory = self.layer(i).stream(x, state, shown, context, memory)
+        valid = ordered_after(context.valid, x) if lenders else context.valid
+        for i in lenders:
+            if not isinstance(caches[i], Deferred):
+                new_states[i] = take_in(caches[i], states[i], new_states[i], valid)
         return self.norm(x), tuple(new_states)
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:

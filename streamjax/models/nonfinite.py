@@ -49,7 +49,8 @@ def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:
     tokens = jnp.asarray(ids)[None]
     x, memory = model.embed(tokens), None
     if not _finite(x):
-        return "the embedding", {"embedding": model.embedding}
+        parts = "embedding", "embedding_norm", "layer_inputs"
+        return "the embedding", {name: getattr(model, name) for name in parts}
     for i in range(model.config.num_layers):
         block = model.layer(i)
         x, memory = _through(block, x, memory)

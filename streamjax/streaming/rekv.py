@@ -105,6 +105,8 @@ def page_layout(model: Decoder, page: int, dtype: str) -> PageLayout:
         raise ValueError(
             "pages on disk are for models with full attention in every layer: this one has windows or chunks"
         )
+    if any(block.mixer.keys_of is not None for block in config.blocks):
+        raise ValueError("pages on disk are for models whose layers have keys of their own: this one's share them")
     if any(block.recurrent for block in config.blocks):
         raise ValueError("pages on disk are for models with attention in every layer: this one has recurrent layers")
     if any(isinstance(block.mixer, LatentAttentionConfig) for block in config.blocks):

@@ -21,6 +21,7 @@ from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.recurrence import BesideRecurrence, Recurrence
+from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
@@ -102,7 +103,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, and
     those that attend within chunks their `CurrentChunk`, as pretrained. A sequence gives every layer its own. Recurrent
-    layers keep their state (`Recurrence`), whatever is given, and so do recurrent mixers beside attention. With
+    layers keep their state (`Recurrence`), whatever is given, and so do recurrent mixers beside attention; layers that
+    read another layer's keys and values have that one's slots (`SlotsOf`). With
     hierarchical sparse attention the cache says how much of the stream is remembered: the newest tokens in whole
     chunks, as many as it has slots.
 
@@ -138,8 +140,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
             raise ValueError(f"{len(cache)} caches for {config.num_layers} layers; give one for all, or one a layer")
         # Presets by heads have one cache a layer, and they too leave layers with windows of their own as they are.
         caches, keeps = tuple(cache), [isinstance(entry, HeadGroups) for entry in cache]
-    recurrent = [block.mixer.recurrent for block in config.blocks]
-    own = [_pretrained(config, i, caches[i]) if keeps[i] or recurrent[i] else caches[i] for i in layers]
+    fixed = [block.mixer.recurrent or block.mixer.keys_of is not None for block in config.blocks]
+    own = [_pretrained(config, i, caches[i]) if keeps[i] or fixed[i] else caches[i] for i in layers]
     whole = [_remembering(config, i, caches[i], own[i]) for i in layers]
     return tuple(_with_state_beside(block, cache) for block, cache in zip(config.blocks, whole, strict=True))
 
@@ -147,7 +149,7 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
 def budgeted_layers(config: ModelConfig) -> list[int]:
     """The layers whose caches are a user's choice: those without a window, chunks or a state of their own."""
     mixers = [block.mixer for block in config.blocks]
-    own = [mixer.recurrent or mixer.window is not None or mixer.chunk is not None for mixer in mixers]
+    own = [m.recurrent or m.window is not None or m.chunk is not None or m.keys_of is not None for m in mixers]
     return [i for i, has_own in enumerate(own) if not has_own]
 
 
@@ -180,6 +182,8 @@ def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
     mixer = config.blocks[index].mixer
     if isinstance(mixer, RecurrentConfig):
         return _own_state(mixer)
+    if mixer.keys_of is not None:
+        return SlotsOf(mixer.keys_of)
     if mixer.reach == 1:
         kind = "a sliding window" if mixer.chunk is None else "attention chunks"
         raise ValueError(f"layer {index} has {kind} of 1: it sees itself alone and has no cache")

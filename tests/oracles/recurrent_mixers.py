@@ -204,27 +204,38 @@ def rwkv7(mixer, x: np.ndarray, cache: list, handed: list) -> np.ndarray:
     cache[0] = x
     kernels, down, up = (_value(part) for part in (p.inside, p.down, p.up))
     bias, weights, norm = (_value(part) for part in (p.bias, p.keys, p.norm))
+    ends = np.cumsum(c.ranks)[:-1]
+    down, up = np.split(down, ends, axis=1), np.split(up, ends)
     out, values = np.zeros((c.num_heads, 1, c.head_dim)), np.zeros((c.num_heads, c.head_dim))
     for head in range(c.num_heads):
         w_q, w_k, w_v = np.split(kernels[:, head], 3, axis=-1)
         r, k, v = xr @ w_q, xk @ w_k, xv @ w_v
         values[head] = v
         if c.values == "takes":
-            v = v + (handed[0][head] - v) * _sigmoid(xv @ down[:, 3] @ up[3, :, head] + bias[2, head])
-        decay = np.exp(-np.exp(-0.5) * _sigmoid(np.tanh(xw @ down[:, 0]) @ up[0, :, head] + bias[0, head]))
-        a = _sigmoid(xa @ down[:, 1] @ up[1, :, head] + bias[1, head])
-        gate = _sigmoid(xg @ down[:, 2]) @ up[2, :, head]
+            v = v + (handed[0][head] - v) * _sigmoid(xv @ down[3] @ up[3][:, head] + bias[2, head])
+        decay = np.exp(-np.exp(-0.5) * _sigmoid(np.tanh(xw @ down[0]) @ up[0][:, head] + bias[0, head]))
+        a = _sigmoid(xa @ down[1] @ up[1][:, head] + bias[1, head])
+        gate = _sigmoid(xg @ down[2]) @ up[2][:, head]
         kappa = k * weights[0, head]
         kappa = kappa / np.sqrt(kappa @ kappa)
         k = k * (1 + (a - 1) * weights[1, head])
         old = cache[1][head]
         cache[1][head] = decay[:, None] * old - np.outer(a * kappa, old.T @ kappa) + np.outer(k, v)
         read = cache[1][head].T @ r
-        read = (read - read.mean()) / np.sqrt(read.var() + 64e-5) * norm[0, head] + norm[1, head]
+        read = (read - read.mean()) / np.sqrt(read.var() + c.norm_eps) * norm[0, head] + norm[1, head]
         out[head, 0] = (read + (r * k * weights[2, head]).sum() * v) * gate
     if c.values == "hands_on":
         handed[:] = [values]
     return np.tensordot(out, _value(p.out), axes=3)
+
+
+def channel_mix(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+    """One token of RWKV-7's channel mixing; `cache` has the input before."""
+    before = cache[0] if cache else np.zeros_like(x)
+    cache[:] = [x]
+    inside, out = _value(mixer.inside), _value(mixer.out)
+    hidden = np.tensordot(x + (before - x) * _value(mixer.shift), inside, axes=1)
+    return np.tensordot(np.maximum(hidden, 0)[:, None] ** 2, out, axes=3)
 
 
 def mixture_of_memories(mixer, x: np.ndarray, cache: list) -> np.ndarray:
@@ -287,6 +298,7 @@ MIXERS = {
     "hgrn2": hgrn2,
     "hgrn": hgrn,
     "rwkv7": rwkv7,
+    "channel_mix": channel_mix,
     "mixture_of_memories": mixture_of_memories,
     "legendre_memory": legendre_memory,
 }

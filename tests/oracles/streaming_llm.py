@@ -96,7 +96,10 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
     q, gate, key = qkv[:, :group], None, group
     if config.output_gate:
         q, gate, key = qkv[:, 0 : 2 * group : 2], qkv[:, 1 : 2 * group : 2], 2 * group
-    q, k, v = q.reshape(config.num_heads, -1), qkv[:, key], qkv[:, -1]
+    q = q.reshape(config.num_heads, -1)
+    if config.keys_of is not None:  # `cache` is another layer's, which has the token already
+        return _attended(layer, norm(q, p.q_norm) if p.q_norm is not None else q, gate, cache, rule)
+    k, v = qkv[:, key], qkv[:, -1]
     if p.v_norm is not None:
         v = norm(v, p.v_norm)
     if p.q_norm is not None:
@@ -106,7 +109,13 @@ def attention(layer, x: np.ndarray, cache: list, rule: Rule) -> np.ndarray:
             for x, module in ((q, p.q_norm), (k, p.k_norm))
         )
     cache.append((k, v, cache[-1][2] + 1 if cache else 0))
-    places = rule.places(cache)
+    return _attended(layer, q, gate, cache, rule)
+
+
+def _attended(layer, q: np.ndarray, gate: np.ndarray | None, cache: list, rule: Rule) -> np.ndarray:
+    """What a token's queries make of a cache that has its own key."""
+    p, config = layer.mixer.projections, layer.mixer.config
+    group, places = config.num_heads // config.num_kv_heads, rule.places(cache)
 
     def turn(heads: np.ndarray, at: int) -> np.ndarray:
         if config.rope is None:
@@ -192,23 +201,28 @@ def experts(module, config, x: np.ndarray, routed: np.ndarray | None = None) -> 
     ranked = np.where(np.isin(np.arange(config.num_experts) // size, open_), ranked, -np.inf)
     chosen = np.argsort(-ranked, kind="stable")[: config.experts_per_token]
     total = scores[chosen].sum() if config.normalize_weights else 1.0
-    y = np.zeros_like(x)
+    whole, y = x, 0.0
+    if config.latent is not None:
+        x = x @ _value(module.latent_in) + (_value(module.latent_in_bias) if config.latent_bias else 0.0)
     for expert in chosen:
         weight = config.weight_scale * scores[expert] / total
         weight *= _value(module.expert_scale)[expert] if config.expert_scale else 1.0
         read = x * weight if config.weighted == "inputs" else x
-        gate, up = np.tensordot(read, _value(module.up)[expert], axes=1) + (
+        gate, *up = np.tensordot(read, _value(module.up)[expert], axes=1) + (
             _value(module.up_bias)[expert] if config.bias else 0.0
         )
         if config.swiglu_limit is None:
-            made = ACTIVATIONS[config.activation](gate) * up
+            made = ACTIVATIONS[config.activation](gate) * (up[0] if config.gated else 1.0)
         else:
-            gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+            gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up[0], -config.swiglu_limit, config.swiglu_limit)
             made = (up + 1) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
         made = made @ _value(module.down)[expert] + (_value(module.down_bias)[expert] if config.bias else 0.0)
         y = y + (made if config.weighted == "inputs" else weight * made)
+    if config.latent is not None:
+        y = y @ _value(module.latent_out) + (_value(module.latent_out_bias) if config.latent_bias else 0.0)
     if config.shared is None:
         return y
+    x = whole
     shared = mlp(module.shared, config.shared, x)
     return y + shared / (1 + np.exp(-x @ _value(module.shared_gate)) if config.shared_gate else 1.0)
 
@@ -230,9 +244,9 @@ def mlp(module, config, x: np.ndarray) -> np.ndarray:
     return config.out_scale * (y if module.down_bias is None else y + _value(module.down_bias))
 
 
-def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list, handed: list) -> np.ndarray:
-    """`cache` has keys and values; `state` is a recurrent mixer's, in their place or beside them; `handed` has what
-    layers hand on of the token."""
+def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list, handed: list, given: np.ndarray) -> np.ndarray:
+    """`cache` has keys and values; `given` is what the layer is told of the token by itself; `state` is a recurrent
+    mixer's, in their place or beside them; `handed` has what layers hand on of the token."""
     config = layer.config
 
     def before(x: np.ndarray, module) -> np.ndarray:
@@ -258,6 +272,9 @@ def block(layer, x: np.ndarray, cache: list, rule: Rule, state: list, handed: li
     own = hasattr(config.mlp, "experts")
     y = mlp(layer.mlp, config.mlp, normed if config.shared_norm else x if own else before(x, layer.mlp_norm))
     y = x + mixed + behind(y, layer.mlp_post_norm)
+    if layer.layer_input is not None:
+        p = layer.layer_input
+        y = y + norm((ACTIVATIONS[p.activation](y @ _value(p.gate)) * given) @ _value(p.out), p.norm)
     return y if layer.scale is None else y * _value(layer.scale)
 
 
@@ -273,6 +290,17 @@ def _own_rule(mixer) -> Rule | None:
     if mixer.chunk is not None:
         return Chunks(size=mixer.chunk)
     return None if mixer.window is None else Rule(0, mixer.window - 1)
+
+
+def layer_inputs(model, token: int, x: np.ndarray) -> np.ndarray:
+    """What each layer is told of a token by itself, [L, P]; L zeros where layers are told nothing."""
+    layers = model.config.num_layers
+    if model.layer_inputs is None:
+        return np.zeros(layers)
+    p = model.layer_inputs
+    own = _value(p.table)[token].reshape(layers, -1)
+    made = norm((x @ _value(p.projection) / math.sqrt(len(x))).reshape(layers, -1), p.norm)
+    return (made + own * math.sqrt(own.shape[1])) / math.sqrt(2)
 
 
 def run(model, tokens, rule: Rule) -> np.ndarray:
@@ -291,10 +319,14 @@ def run(model, tokens, rule: Rule) -> np.ndarray:
     rows = []
     for token in tokens:
         x = embedding[int(token)] * config.embedding_scale
+        x = x if model.embedding_norm is None else norm(x, model.embedding_norm)
         handed: list = []
+        given = layer_inputs(model, int(token), x)
         for i, layer in enumerate(layers):
-            x = block(layer, x, caches[i], rules[i], states[i], handed)
-            caches[i] = rules[i].keep(caches[i])
+            source = config.blocks[i].mixer.keys_of
+            source = i if source is None else source
+            x = block(layer, x, caches[source], rules[source], states[i], handed, given[i])
+        caches = [kept.keep(cache) for kept, cache in zip(rules, caches, strict=True)]
         logits = norm(x, model.norm) @ head
         if model.head_bias is not None:
             logits = logits + _value(model.head_bias)

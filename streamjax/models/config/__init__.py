@@ -14,9 +14,10 @@ from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, Mix
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
-from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config, RWKV7Config
+from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
+from streamjax.models.config.layer_input import LayerInputConfig
 from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionMixerConfig",
     "BlockConfig",
+    "ChannelMixConfig",
     "DenseAndExpertsConfig",
     "DenseConfig",
     "ExpertsConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "KimiDeltaConfig",
     "LMUConfig",
     "LatentAttentionConfig",
+    "LayerInputConfig",
     "MLPConfig",
     "MixerConfig",
     "MoMConfig",

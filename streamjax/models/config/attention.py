@@ -48,6 +48,8 @@ class AttentionConfig:
     output_gate: what a head reads is multiplied by a sigmoid of as many channels, which the token's input makes as it
       makes the query (Qwen3-Next; 2505.06708).
     out_scale: factor on the output (Falcon-H1).
+    hands_on_keys: layers above may read its keys and values (Gemma 4 E2B and E4B).
+    keys_of: the layer below whose keys and values it reads, having none of its own; None: its own.
     """
 
     type_name: ClassVar[str] = "attention"
@@ -74,6 +76,8 @@ class AttentionConfig:
     sink_logits: bool = False
     output_gate: bool = False
     out_scale: Positive = 1.0
+    hands_on_keys: bool = False
+    keys_of: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -91,6 +95,10 @@ class AttentionConfig:
             raise ValueError("AttentionConfig.chunk and window are two ways to see less: give one of them")
         if self.qk_norm_over != "head" and self.qk_norm is None:
             raise ValueError(f"AttentionConfig.qk_norm_over is {self.qk_norm_over!r} without a qk_norm: give one")
+        if self.keys_of is not None and (self.hands_on_keys or self.value_is_key or self.value_norm is not None):
+            raise ValueError("AttentionConfig.keys_of: the layer has no keys and values, so none to hand on or to norm")
+        if self.keys_of is not None and self.qk_norm_over != "head":
+            raise ValueError("AttentionConfig.keys_of needs qk_norm_over='head': of the queries alone")
         if self.rope is not None:
             self.rope.check_width(self.head_dim)
 
@@ -107,7 +115,22 @@ class AttentionConfig:
     @property
     def members(self) -> int:
         """Projections of a key/value head's group: those of queries, its key and, if that is another one, its value."""
-        return self.query_members + 2 - self.value_is_key
+        return self.query_members + (0 if self.keys_of is not None else 2 - self.value_is_key)
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of a token's keys and values."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def handed_on(self) -> int:
+        """Channels of a token that the layer hands to those above: its keys, before they rotate, and its values."""
+        return self.key_channels if self.hands_on_keys else 0
+
+    @property
+    def taken(self) -> int:
+        """Channels of a token that the layer takes of the one below whose keys it reads."""
+        return 0 if self.keys_of is None else self.key_channels
 
     @property
     def softmax_scale(self) -> float:
@@ -147,6 +170,7 @@ class AttentionConfig:
         weights = (heads + self.num_heads) * self.head_dim * d_model
         biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
         weights += self.sink_logits * self.num_heads
-        norms = 0 if self.qk_norm is None else sum(map(self.qk_norm.parameter_count, self.qk_norm_widths))
+        widths = self.qk_norm_widths[: 1 if self.keys_of is not None else 2]
+        norms = 0 if self.qk_norm is None else sum(map(self.qk_norm.parameter_count, widths))
         norms += 0 if self.value_norm is None else self.value_norm.parameter_count(self.head_dim)
         return weights + biases + norms

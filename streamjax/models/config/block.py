@@ -10,8 +10,9 @@ from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
-from streamjax.models.config.gated_linear import GatedLinearConfig, HGRN2Config, RWKV7Config
+from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.latent import LatentAttentionConfig
+from streamjax.models.config.layer_input import LayerInputConfig
 from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
@@ -36,6 +37,7 @@ RecurrentMixerConfig: TypeAlias = (
     | MoMConfig
     | LMUConfig
     | RWKV7Config
+    | ChannelMixConfig
     | GMUConfig
 )
 MixerConfig: TypeAlias = AttentionMixerConfig | RecurrentMixerConfig
@@ -55,6 +57,7 @@ class BlockConfig:
     shared_norm: in a parallel layer, one norm feeds both branches (Falcon 7B).
     residual_scale: factor on what a branch adds to the residual stream.
     layer_scale: the layer's output is multiplied by a number that its weights hold and training leaves alone (Gemma 4).
+    layer_input: what the layer is told of its token apart from the residual stream; all layers of a model or none.
     """
 
     mixer: MixerConfig
@@ -67,6 +70,7 @@ class BlockConfig:
     residual_scale: Positive = 1.0
     layer_scale: bool = False
     beside: RecurrentMixerConfig | None = None
+    layer_input: LayerInputConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,6 +82,8 @@ class BlockConfig:
             raise ValueError(
                 "BlockConfig.beside hands nothing on and takes nothing: such a mixer has a layer to itself"
             )
+        if self.beside is not None and (self.mixer.handed_on or self.mixer.taken):
+            raise ValueError("BlockConfig.beside is for layers that have their keys and values to themselves")
         if self.mlp is None and self.residual == "parallel":
             raise ValueError("BlockConfig.mlp is None: residual='parallel' is for layers with an MLP beside the mixer")
         if self.own_norms and self.residual == "parallel":
@@ -115,12 +121,12 @@ class BlockConfig:
     @property
     def handed_on(self) -> int:
         """Channels of a token that the layer hands to those above, beside the residual stream."""
-        return self.mixer.handed_on if isinstance(self.mixer, RecurrentConfig) else 0
+        return self.mixer.handed_on
 
     @property
     def taken(self) -> int:
         """Channels that the layer takes of what one below has handed on."""
-        return self.mixer.taken if isinstance(self.mixer, RecurrentConfig) else 0
+        return self.mixer.taken
 
     @property
     def own_norms(self) -> bool:
@@ -132,9 +138,10 @@ class BlockConfig:
         """How many norms of `d_model` channels the layer has."""
         branches = 1 if self.mlp is None else 2
         before = 1 if self.shared_norm or self.own_norms else branches
-        return before * self.pre_norms + branches * self.post_norms
+        return before * self.pre_norms + branches * self.post_norms + (self.layer_input is not None)
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
-        parts = sum(part.parameter_count(d_model) for part in (self.mixer, self.mlp, self.beside) if part is not None)
+        found = (self.mixer, self.mlp, self.beside, self.layer_input)
+        parts = sum(part.parameter_count(d_model) for part in found if part is not None)
         return parts + self.norm_count * self.norm.parameter_count(d_model) + self.layer_scale

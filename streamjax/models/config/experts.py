@@ -12,7 +12,7 @@ from streamjax.models.config.norm import NormConfig
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """Gated MLPs of width `mlp_dim`, of which a router chooses `experts_per_token` for each token (1701.06538).
+    """MLPs of width `mlp_dim`, of which a router chooses `experts_per_token` for each token (1701.06538).
 
     normalize_weights: the weights of a token's experts sum to 1, which is a softmax over the chosen experts' scores
       (Mixtral); without, they are their part of a softmax over all experts (Qwen1.5-MoE).
@@ -27,6 +27,10 @@ class ExpertsConfig:
     weight_scale: factor on the weights.
     expert_scale: an expert's weights are multiplied by a learned number of its own (Gemma 4).
     weighted: what the weights multiply: what an expert returns, or what it reads (Llama 4).
+    gated: an expert is `down(activation(gate(x)) * up(x))`; without, `down(activation(up(x)))` (Nemotron-H).
+    latent: experts read so many channels, which one projection makes of a token's, and another takes what they return
+      back; the router and the shared expert read the token. None: experts read the token (Nemotron 3).
+    latent_bias: whether these two projections have biases.
     shared_gate: what the shared expert returns is multiplied by a sigmoid of its own for each token (Qwen2-MoE).
     balance_loss, z_loss: coefficients of the losses that keep a router's choices even (2101.03961) and its logits small
       (2202.08906), whose gradients are added to the loss's; see `mlps/routing_losses.py`.
@@ -56,6 +60,9 @@ class ExpertsConfig:
     weight_scale: Positive = 1.0
     expert_scale: bool = False
     weighted: Literal["outputs", "inputs"] = "outputs"
+    gated: bool = True
+    latent: Size | None = None
+    latent_bias: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,15 +81,30 @@ class ExpertsConfig:
                 f"ExpertsConfig.groups is {self.groups}: {self.groups_per_token} of them have too few experts "
                 f"to choose {self.experts_per_token}"
             )
+        if not self.gated and self.swiglu_limit is not None:
+            raise ValueError("ExpertsConfig.swiglu_limit is for experts with a gate: it needs gated=True")
+        if self.latent is None and self.latent_bias:
+            raise ValueError("ExpertsConfig.latent_bias needs a latent")
         if self.shared_gate and self.shared is None:
             raise ValueError("ExpertsConfig.shared_gate needs a shared expert")
 
     def parameter_count(self, d_model: int) -> int:
         """Number of parameters in a model of `d_model` channels."""
         shared = 0 if self.shared is None else self.shared.parameter_count(d_model) + self.shared_gate * d_model
-        biases = self.bias * (2 * self.mlp_dim + d_model) + self.router_bias
         shared += (self.selection_bias + self.expert_scale) * self.num_experts
-        return self.num_experts * (d_model + 3 * d_model * self.mlp_dim + biases) + shared
+        if self.latent is not None:
+            shared += 2 * d_model * self.latent + self.latent_bias * (d_model + self.latent)
+        return self.num_experts * (d_model + self.router_bias + self.expert_parameters(d_model)) + shared
+
+    @property
+    def ups(self) -> int:
+        """Projections that an expert makes of its input: one, and its gate if it has one."""
+        return 1 + self.gated
+
+    def expert_parameters(self, d_model: int) -> int:
+        """Number of parameters of one expert."""
+        width = self.latent or d_model
+        return (self.ups + 1) * width * self.mlp_dim + self.bias * (self.ups * self.mlp_dim + width)
 
 
 @dataclasses.dataclass(frozen=True)

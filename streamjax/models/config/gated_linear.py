@@ -80,7 +80,9 @@ class RWKV7Config(RecurrentConfig):
     """RWKV-7's time mixing (2503.14456): the delta rule generalised, with a decay and a learning rate for each channel.
 
     num_heads: as many as `num_groups`, of `head_dim` channels each; together they are the model's width.
-    rank: channels from which a token's decays, learning rates, gates and shares of values are made, as many for each.
+    rank: channels from which a token's decays are made. rate_rank, gate_rank, value_rank: the same of learning rates,
+      gates and shares of values; `rank` where None.
+    norm_eps: of the norm of what a head reads.
     values: "hands_on": the layers above may mix this layer's values into their own, as the first layer of RWKV-7 does;
       "takes": a layer that does so; "own": neither.
     """
@@ -91,6 +93,16 @@ class RWKV7Config(RecurrentConfig):
     head_dim: Size
     rank: Size = 32
     values: Literal["own", "hands_on", "takes"] = "own"
+    rate_rank: Size | None = None
+    gate_rank: Size | None = None
+    value_rank: Size | None = None
+    norm_eps: Positive = 64e-5
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Channels that decays, learning rates, gates and, if it takes some, shares of values are made from."""
+        found = (self.rank, self.rate_rank or self.rank, self.gate_rank or self.rank)
+        return (*found, self.value_rank or self.rank) if self.values == "takes" else found
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -115,7 +127,40 @@ class RWKV7Config(RecurrentConfig):
         return 1, self.num_groups, self.head_dim
 
     def parameter_count(self, d_model: int) -> int:
-        inner, made = self.num_heads * self.head_dim, 3 + (self.values == "takes")
+        inner, ranks = self.num_heads * self.head_dim, self.ranks
         # Mixes of six inputs; kernels; pairs of low rank, all but one with a bias; weights of keys, and the norm's two.
-        kernels = d_model * (self.projected + inner) + made * self.rank * (d_model + inner)
-        return 6 * d_model + kernels + (made - 1 + 3 + 2) * inner
+        kernels = d_model * (self.projected + inner) + sum(ranks) * (d_model + inner)
+        return 6 * d_model + kernels + (len(ranks) - 1 + 3 + 2) * inner
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelMixConfig(RecurrentConfig):
+    """RWKV-7's channel mixing (2503.14456): an MLP that reads a mix of the token and the one before, which it keeps.
+
+    It has a layer to itself, without an MLP.
+
+    num_heads: as many as `num_groups`: parts that a mesh may split, of `width` of the model's channels and `channels`
+      of the hidden ones each.
+    """
+
+    type_name: ClassVar[str] = "channel_mix"
+    single_heads: ClassVar[bool] = True
+
+    width: Size
+    channels: Size
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def group_channels(self) -> tuple[int]:
+        return (self.channels,)
+
+    @property
+    def conv_shape(self) -> tuple[int, int, int]:
+        """The newest token's input."""
+        return 1, self.num_groups, self.width
+
+    def parameter_count(self, d_model: int) -> int:
+        return d_model + 2 * d_model * self.projected

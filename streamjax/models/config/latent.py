@@ -52,6 +52,10 @@ class LatentAttentionConfig:
     qk_norm: ClassVar[None] = None
     sink_logits: ClassVar[bool] = False
     temperature: ClassVar[None] = None
+    hands_on_keys: ClassVar[bool] = False
+    keys_of: ClassVar[None] = None
+    handed_on: ClassVar[int] = 0
+    taken: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

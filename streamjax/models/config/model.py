@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from streamjax.field_checks import Count, Positive, Size, check_fields, from_plain, hashed_once, to_plain
+from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.block import BlockConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.norm import NormConfig
@@ -24,7 +25,7 @@ class ModelConfig:
         config = ModelConfig(vocab_size=259, d_model=256, blocks=(block,) * 4)
 
     blocks: the layers, from the input upwards. Equal ones, or a repeating period of them, can be stacked and scanned.
-    norm: behind the last layer.
+    norm: behind the last layer. embedding_norm: of what the first layer reads (RWKV); None: there is none.
     logit_scale: factor on the logits, before `logit_softcap`.
     max_position: the length the model was trained at; nothing stops there.
     sink_token: it was trained with a dedicated first token that serves as attention sink.
@@ -38,6 +39,7 @@ class ModelConfig:
     hsa: HSAConfig | None = None
     tie_embeddings: bool = False
     embedding_scale: Positive = 1.0
+    embedding_norm: NormConfig | None = None
     logit_scale: Positive = 1.0
     logit_softcap: Positive | None = None
     logit_bias: bool = False
@@ -74,6 +76,11 @@ class ModelConfig:
         """Whether every layer that takes something finds it."""
         found = 0
         for i, block in enumerate(self.blocks):
+            if block.layer_input != self.blocks[0].layer_input:
+                raise ValueError(f"ModelConfig.blocks: layer {i} has another layer_input than layer 0: all are alike")
+            if isinstance(block.mixer, AttentionConfig):
+                self._check_keys_of(i, block.mixer)
+                continue
             if block.taken and block.taken != found:
                 made = f"layers below hand on {found}" if found else "no layer below hands any on"
                 raise ValueError(f"ModelConfig.blocks: layer {i} takes {block.taken} channels, and {made}")
@@ -82,8 +89,26 @@ class ModelConfig:
                     f"ModelConfig.blocks: layer {i} hands on {block.handed_on} channels, and one below {found}"
                 )
             found = block.handed_on or found
-        if found and self.hsa is not None:
+        if self.stream_width > self.d_model and self.hsa is not None:
             raise ValueError("ModelConfig.hsa is for models whose layers hand nothing else on")
+
+    def _check_keys_of(self, layer: int, mixer: AttentionConfig) -> None:
+        """Whether a layer that reads another's keys finds such as it can read."""
+        if mixer.keys_of is None:
+            return
+        source = self.blocks[mixer.keys_of].mixer if mixer.keys_of < layer else None
+        if not isinstance(source, AttentionConfig) or not source.hands_on_keys:
+            raise ValueError(
+                f"ModelConfig.blocks: layer {layer} reads the keys of layer {mixer.keys_of}, which is no layer below "
+                "it with hands_on_keys"
+            )
+        for name in ("num_kv_heads", "head_dim", "rope", "alibi_slopes", "window", "sinks", "chunk"):
+            own, theirs = getattr(mixer, name), getattr(source, name)
+            if own != theirs:
+                raise ValueError(
+                    f"ModelConfig.blocks: layer {layer} has {name} {own!r}, and layer {mixer.keys_of}, whose keys it "
+                    f"reads, {theirs!r}"
+                )
 
     @property
     def num_layers(self) -> int:
@@ -91,13 +116,44 @@ class ModelConfig:
 
     @cached_property
     def handed_on(self) -> int:
-        """Channels that layers hand on beside the residual stream; 0 in most models."""
-        return max(block.handed_on for block in self.blocks)
+        """Channels that layers hand on beside the residual stream; 0 in most models.
+
+        What recurrent layers hand on is in one place; each layer whose keys others read has a place of its own.
+        """
+        return self._recurrent_channels + sum(mixer.handed_on for _, mixer in self._lenders)
+
+    @property
+    def _recurrent_channels(self) -> int:
+        return max(0 if isinstance(block.mixer, AttentionConfig) else block.handed_on for block in self.blocks)
+
+    @cached_property
+    def _lenders(self) -> list[tuple[int, AttentionConfig]]:
+        mixers = [(i, block.mixer) for i, block in enumerate(self.blocks)]
+        return [(i, m) for i, m in mixers if isinstance(m, AttentionConfig) and m.hands_on_keys]
+
+    @property
+    def layer_inputs(self) -> int:
+        """Channels of a token that all layers' `layer_input` have together; 0 in most models."""
+        found = self.blocks[0].layer_input
+        return 0 if found is None else self.num_layers * found.channels
+
+    def handed_at(self, layer: int) -> int:
+        """Channels of `stream_width` in front of those that a layer hands on, or takes."""
+        start, mixer = self.d_model + self.layer_inputs, self.blocks[layer].mixer
+        if not isinstance(mixer, AttentionConfig) or not (mixer.handed_on or mixer.taken):
+            return start
+        place = layer if mixer.keys_of is None else mixer.keys_of
+        return start + self._recurrent_channels + sum(m.handed_on for i, m in self._lenders if i < place)
+
+    @property
+    def reads_layerwise(self) -> bool:
+        """Whether a long stretch can be read one layer after the other: no layer reads what another one stores."""
+        return self.hsa is None and not self._lenders
 
     @property
     def stream_width(self) -> int:
-        """Channels of what goes from layer to layer: the residual stream, and behind it what is handed on."""
-        return self.d_model + self.handed_on
+        """Channels of what goes from layer to layer: the residual stream, layers' inputs, and what is handed on."""
+        return self.d_model + self.layer_inputs + self.handed_on
 
     def remembers(self, layer: int) -> bool:
         """Whether a layer's input becomes a chunk memory (`HSAConfig`)."""
@@ -115,7 +171,7 @@ class ModelConfig:
     @cached_property
     def period(self) -> int:
         """Smallest P such that layer i and layer i + P are alike for every i: the body of a scan over layers."""
-        specs = [(block, self.remembers(i), self.reads(i)) for i, block in enumerate(self.blocks)]
+        specs = [(block, self.remembers(i), self.reads(i), self.handed_at(i)) for i, block in enumerate(self.blocks)]
         return next(p for p in range(1, self.num_layers + 1) if all(s == specs[i % p] for i, s in enumerate(specs)))
 
     @property
@@ -132,7 +188,11 @@ class ModelConfig:
         """Number of parameters, tied embeddings counted once."""
         ends = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2) + self.logit_bias * self.vocab_size
         layers = sum(block.parameter_count(self.d_model) for block in self.blocks)
-        return layers + self._memory_parameters() + self.norm.parameter_count(self.d_model) + ends
+        found, table = self.blocks[0].layer_input, 0
+        if found is not None:
+            table = (self.vocab_size + self.d_model) * self.layer_inputs + self.norm.parameter_count(found.channels)
+        table += 0 if self.embedding_norm is None else self.embedding_norm.parameter_count(self.d_model)
+        return layers + table + self._memory_parameters() + self.norm.parameter_count(self.d_model) + ends
 
     def _memory_parameters(self) -> int:
         if self.hsa is None:

@@ -17,6 +17,7 @@ class RecurrentConfig:
     """
 
     recurrent: ClassVar[bool] = True
+    keys_of: ClassVar[None] = None
     single_heads: ClassVar[bool] = False  # whether every head is a group of its own
 
     num_heads: Size

@@ -202,5 +202,5 @@ class UniformConfig:
                 f"no Transformer with equal layers: layer {unlike} has what the flat form has no field for"
             )
         if back != config:
-            raise ValueError("its last norm is of another kind than its layers'")
+            raise ValueError("its ends have what the flat form has no field for")
         return flat

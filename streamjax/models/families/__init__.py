@@ -47,6 +47,7 @@ from streamjax.models.families.qwen3_next import QWEN3_NEXT
 from streamjax.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from streamjax.models.families.recurrent_gemma import RECURRENT_GEMMA
 from streamjax.models.families.rope_fields import plain_rope
+from streamjax.models.families.rwkv7 import RWKV7
 from streamjax.models.families.smollm3 import SMOLLM3
 from streamjax.models.families.starcoder2 import STARCODER2
 
@@ -57,7 +58,7 @@ _ALL = (
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
     *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
-    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H, FALCON_H1),
+    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H, FALCON_H1, RWKV7),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

@@ -1,14 +1,15 @@
-"""Gemma 4 (Google, 2026; 12B, 26B-A4B and 31B): wide global heads whose keys are values, and experts beside an MLP.
+"""Gemma 4 (Google, 2026; E2B, E4B, 12B, 26B-A4B and 31B): wide global heads, experts beside an MLP, shared keys.
 
 Local layers have a window; global ones have wider heads of their own number, a quarter of whose channels rotate, and on
 request one projection for keys and values. Values are normed too, each layer's output has a factor, and with
 `enable_moe_block` a mixture of experts stands beside the MLP. A multimodal checkpoint loads as its language model: the
-tensors of towers and embedders are left alone. What E2B and E4B need is not here and refused: embeddings for each
-layer, and layers that read the keys of others.
+tensors of towers and embedders are left alone. In E2B and E4B the upper layers read the keys and values of the last
+layer of their kind below them, with an MLP twice as wide on request, and every layer has embeddings of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from streamjax.models.config import (
     DenseAndExpertsConfig,
     DenseConfig,
     ExpertsConfig,
+    LayerInputConfig,
     MLPConfig,
     ModelConfig,
     NormConfig,
@@ -51,12 +53,14 @@ def _read(fields: Fields) -> ModelConfig:
         fields.seen.update(_OTHERS.split())
     text.defaults = _SIZES
     unified = str(text.values.get("model_type")).startswith("gemma4_unified")  # 12B, whose silence means other sizes
-    _refuse_small_models(text, 0 if unified else 256)
     shapes = read_shapes(text, head_dim=256, kv_heads=4, tie=True, activation="hidden_activation")
     layers, eps = shapes["num_layers"], shapes["norm_eps"]
     window = text.get("sliding_window", int, 1024 if unified else 512)
     windows = read_layer_types(text, layers, window, [(i + 1) % 6 != 0 for i in range(layers)]) or (None,) * layers
     windows = (*windows[:-1], None)  # the last layer is global, whatever is said of it
+    text.only("use_bidirectional_attention", (None, "vision"))  # among the tokens of an image
+    layer_input = _read_layer_input(text, shapes, 0 if unified else 256)
+    sources = _read_sources(text, windows)
     heads, max_position = (
         _read_heads(text, windows, shapes),
         text.integer("max_position_embeddings", 262_144 if unified else 131_072),
@@ -67,8 +71,10 @@ def _read(fields: Fields) -> ModelConfig:
         raise ValueError(f"rope_parameters must have {' and '.join(_ROPES)}, and an object for each")
     bias, same = text.flag("attention_bias", False), text.flag("attention_k_eq_v", False)
     norm, mlp = NormConfig(eps=eps), _read_mlp(text, shapes)
+    wide = _twice_as_wide(mlp) if text.flag("use_double_wide_mlp", False) else mlp
 
-    def block(window: int | None, width: int, kv_heads: int) -> BlockConfig:
+    def block(layer: int, window: int | None, width: int, kv_heads: int) -> BlockConfig:
+        source = sources.get(layer)
         kind = "full_attention" if window is None else "sliding_attention"
         theta = 1_000_000.0 if window is None else 10_000.0
         rope = parse_rope(
@@ -82,17 +88,26 @@ def _read(fields: Fields) -> ModelConfig:
             window=window,
             scale=1.0,
             qk_norm=norm,
-            value_norm=NormConfig(eps=eps, weight=False),
-            value_is_key=same and window is None,
+            value_norm=None if layer in sources else NormConfig(eps=eps, weight=False),
+            value_is_key=same and window is None and layer not in sources,
             qkv_bias=bias,
             out_bias=bias,
+            hands_on_keys=layer in sources.values(),
+            keys_of=source,
         )
-        return BlockConfig(mixer=mixer, mlp=mlp, norm=norm, post_norms=True, layer_scale=True)
+        return BlockConfig(
+            mixer=mixer,
+            mlp=mlp if source is None else wide,
+            norm=norm,
+            post_norms=True,
+            layer_scale=True,
+            layer_input=layer_input,
+        )
 
     return ModelConfig(
         vocab_size=shapes["vocab_size"],
         d_model=shapes["d_model"],
-        blocks=tuple(block(window, *own) for window, own in zip(windows, heads, strict=True)),
+        blocks=tuple(block(i, window, *own) for i, (window, own) in enumerate(zip(windows, heads, strict=True))),
         family="gemma4",
         norm=norm,
         tie_embeddings=fields.flag("tie_word_embeddings", shapes["tie_embeddings"]),
@@ -102,21 +117,37 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
-def _refuse_small_models(fields: Fields, width: int) -> None:
-    """Refuse what E2B and E4B have, and what is not causal; `width` of embeddings is a default."""
-    fields.only("use_bidirectional_attention", (None, "vision"))  # among the tokens of an image
-    for name, default, what in (
-        ("hidden_size_per_layer_input", width, "embeddings for each layer"),
-        ("num_kv_shared_layers", 0, "layers that read the keys of others"),
-    ):
-        found = fields.integer(name, default, least=0)
-        if found:
+def _read_layer_input(fields: Fields, shapes: dict[str, Any], width: int) -> LayerInputConfig | None:
+    """What every layer is told of a token by an embedding of its own; `width` is a default."""
+    width = fields.integer("hidden_size_per_layer_input", width, least=0)
+    rows, vocab = fields.integer("vocab_size_per_layer_input", 262_144, least=0), shapes["vocab_size"]
+    if width and rows != vocab:
+        raise ValueError(f"field 'vocab_size_per_layer_input' is {rows}: it must be vocab_size, {vocab}")
+    return LayerInputConfig(width, shapes["activation"]) if width else None
+
+
+def _read_sources(fields: Fields, windows: tuple[int | None, ...]) -> dict[int, int]:
+    """For each of the upper layers that have no keys, the layer whose keys it reads: the last of its kind below."""
+    count = fields.integer("num_kv_shared_layers", 0, least=0)
+    first, found = len(windows) - count, {}
+    for layer in range(max(first, 0), len(windows)):
+        alike = [i for i in range(first) if (windows[i] is None) == (windows[layer] is None)]
+        if not alike:
+            kind = "full" if windows[layer] is None else "sliding"
             raise ValueError(
-                f"field {name!r} is {found}: {what}, as Gemma 4 E2B and E4B have them, are "
-                "not implemented; 12B, 26B-A4B and 31B can be read"
+                f"field 'num_kv_shared_layers' is {count}: layer {layer} has {kind} attention, and no layer of this "
+                "kind below has keys of its own"
             )
-    fields.integer("vocab_size_per_layer_input", 1)
-    fields.flag("use_double_wide_mlp", False)  # in layers that read the keys of others
+        found[layer] = alike[-1]
+    return found
+
+
+def _twice_as_wide(mlp: MLPConfig) -> MLPConfig:
+    """The MLP of layers that read the keys of others, where those have a wider one."""
+    if isinstance(mlp, DenseAndExpertsConfig):
+        return dataclasses.replace(mlp, dense=dataclasses.replace(mlp.dense, mlp_dim=2 * mlp.dense.mlp_dim))
+    assert isinstance(mlp, DenseConfig)
+    return dataclasses.replace(mlp, mlp_dim=2 * mlp.mlp_dim)
 
 
 def _read_heads(fields: Fields, windows: tuple[int | None, ...], shapes: dict[str, Any]) -> list[tuple[int, int]]:
@@ -165,7 +196,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     dense, experts = (mlp.dense, mlp.experts) if isinstance(mlp, DenseAndExpertsConfig) else (mlp, None)
     if not isinstance(dense, DenseConfig):
         raise ValueError("a dense MLP in every layer is needed, beside experts or alone")
-    kinds = {"sliding_attention": local, "full_attention": far}
+    kinds, layer_input = {"sliding_attention": local, "full_attention": far}, config.blocks[0].layer_input
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -190,8 +221,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_position,
         "final_logit_softcapping": config.logit_softcap,
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0 if layer_input is None else layer_input.channels,
+        "vocab_size_per_layer_input": config.vocab_size,
+        "num_kv_shared_layers": sum(mixer.keys_of is not None for mixer in mixers),
+        "use_double_wide_mlp": config.blocks[-1].mlp != mlp,
     }
 
 
@@ -212,6 +245,12 @@ def _tensors(block: BlockConfig) -> Table:
         **tensor_tables.norm("layers.mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
         **tensor_tables.qk_norms(f"{_LAYER}.self_attn"),
         "layers.scale": (Source(f"{_LAYER}.layer_scalar", "s -> s"),),
+        "layers.layer_input.gate": (Source(f"{_LAYER}.per_layer_input_gate.weight", "p e -> e p"),),
+        "layers.layer_input.out": (Source(f"{_LAYER}.per_layer_projection.weight", "e p -> p e"),),
+        **tensor_tables.norm("layers.layer_input.norm", f"{_LAYER}.post_per_layer_input_norm"),
+        "layer_inputs.table": (Source("model.embed_tokens_per_layer.weight", "v i -> v i"),),
+        "layer_inputs.projection": (Source("model.per_layer_model_projection.weight", "i e -> e i"),),
+        **tensor_tables.norm("layer_inputs.norm", "model.per_layer_projection_norm"),
     }
     if not isinstance(block.mlp, DenseAndExpertsConfig):
         return table

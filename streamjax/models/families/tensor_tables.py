@@ -29,10 +29,11 @@ def qkv(block: BlockConfig, prefix: str, pairs: int = 0) -> Entries:
     """Queries, keys and values as three projections, each query's gate behind it; `pairs`: see `Source`."""
     if block.mixer.recurrent:
         return {}
-    key = block.attention.members - 2 + block.mixer.value_is_key
+    lacking = ["k_proj", "v_proj"] if block.mixer.keys_of is not None else ["v_proj"] * block.mixer.value_is_key
+    key = block.attention.members - 2 + len(lacking)
     parts = {"q_proj": (0, key), "k_proj": (key, key + 1), "v_proj": (key + 1, key + 2)}
-    if block.mixer.value_is_key:
-        del parts["v_proj"]
+    for name in lacking:
+        del parts[name]
 
     def source(name: str, leaf: str, pattern: str) -> Source:
         return Source(f"{prefix}.{name}.{leaf}", pattern, parts[name], pairs=0 if name == "v_proj" else pairs)

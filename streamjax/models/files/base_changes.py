@@ -67,7 +67,7 @@ def untie(model: Decoder) -> Decoder:
     build = partial(Decoder, config, dtype=model.dtype, scan_layers=scanned)
     head = FAMILIES[config.family].tensors(config.blocks[0])["head"][0]
     copy = jax.eval_shape(build, jax.random.key(0))
-    for name in ("embedding", "stack", "layers", "norm", "head_bias"):
+    for name in ("embedding", "embedding_norm", "layer_inputs", "stack", "layers", "norm", "head_bias"):
         setattr(copy, name, getattr(model, name))
     assert copy.head is not None
     copy.head = nnx.Param(rearrange(model.embedding[...], head.pattern), axes=copy.head.get_metadata("axes"))

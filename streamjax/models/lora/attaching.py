@@ -136,9 +136,11 @@ def places(config: BlockConfig) -> dict[str, Place]:
         found = {
             "q": Place("projections", "qkv", 1, (0, key)),
             "k": Place("projections", "qkv", 1, (key, key + 1)),
-            **({} if config.mixer.value_is_key else {"v": Place("projections", "qkv", 1, (key + 1, key + 2))}),
+            "v": Place("projections", "qkv", 1, (key + 1, key + 2)),
             "o": Place("projections", "out", 3, None),
         }
+        for lacking in "v" if config.mixer.value_is_key else "kv" if config.mixer.keys_of is not None else "":
+            del found[lacking]
     if not isinstance(config.mlp, DenseConfig):
         return found
     if config.mlp.gated:

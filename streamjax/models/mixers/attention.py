@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
             return weight
         return weight + adapter.product().reshape(weight.shape).astype(weight.dtype) * self.config.out_scale
 
-    def parallel(self, x: Float[Array, "B T E"], context: SequenceContext) -> Float[Array, "B T E"]:
+    def parallel(self, x: Float[Array, "B T W"], context: SequenceContext) -> Float[Array, "B T V"]:
         """Attention of a whole sequence to itself."""
         q, k, v, gate = self.projections.split_gated(x)
         out = sequence_attention(
@@ -117,10 +118,10 @@ class Attention(nnx.Module):
             sink_logits=self.sinks(),
             exchange=context.exchange,
         )
-        return self.projections.join(out, x.dtype, gate)
+        return self._handed_on(self.projections.join(out, x.dtype, gate), k, v)
 
     def project(
-        self, x: Float[Array, "B T E"], context: SequenceContext
+        self, x: Float[Array, "B T W"], context: SequenceContext
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries and keys, and values: what attention needs of each token by itself."""
         return self.turned(*self.projections.split(x), context)
@@ -132,7 +133,7 @@ class Attention(nnx.Module):
         )
 
     def keys(
-        self, x: Float[Array, "B T E"], context: SequenceContext
+        self, x: Float[Array, "B T W"], context: SequenceContext
     ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Keys and values of `project` alone."""
         return self._placed(*self.projections.keys(x), context)
@@ -155,20 +156,27 @@ class Attention(nnx.Module):
         return make_rotary(self.config.rope, self.config.head_dim, context.length)(x, context.position)
 
     def stream(
-        self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext
-    ) -> tuple[Float[Array, "B C E"], State]:
+        self, x: Float[Array, "B C W"], state: State, cache: Cache, context: ChunkContext
+    ) -> tuple[Float[Array, "B C V"], State]:
         """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
         raw_q, raw_k, v, gate = self.projections.split_gated(x)
         if self.config.temperature is not None:
             index = context.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
             raw_q = self._tempered(raw_q, jnp.minimum(index, cache.span - 1))
         out, state = stream_attention(self, raw_q, raw_k, v, state, cache, context)
-        return self.projections.join(out, x.dtype, gate), state
+        return self._handed_on(self.projections.join(out, x.dtype, gate), raw_k, v), state
 
-    def join(self, heads: Float[Array, "B T H D"], x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Project the heads' outputs back to `d_model` channels; `x` is the mixer's input."""
+    def join(self, heads: Float[Array, "B T H D"], x: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
+        """The heads' outputs, taken to `d_model` channels, and what the layer hands on; `x` is the mixer's input."""
         gate = self.projections.split_gated(x)[3] if self.config.output_gate else None
-        return self.projections.join(heads, x.dtype, gate)
+        y = self.projections.join(heads, x.dtype, gate)
+        return self._handed_on(y, *self.projections.keys(x)) if self.config.hands_on_keys else y
+
+    def _handed_on(self, y: Array, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> Float[Array, "B T V"]:
+        """The layer's result and, where layers above read them, its keys before they rotate, and its values."""
+        if not self.config.hands_on_keys:
+            return y
+        return jnp.concatenate((y, *(rearrange(part, "b t k d -> b t (k d)").astype(y.dtype) for part in (k, v))), -1)
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from streamjax.models.config import (
     AttentionConfig,
+    ChannelMixConfig,
     GatedConvConfig,
     GatedDeltaConfig,
     GatedLinearConfig,
@@ -25,6 +26,7 @@ from streamjax.models.config import (
     SSDConfig,
 )
 from streamjax.models.mixers.attention import Attention
+from streamjax.models.mixers.channel_mix import ChannelMix
 from streamjax.models.mixers.gated_conv import GatedConv
 from streamjax.models.mixers.gated_delta import GatedDelta
 from streamjax.models.mixers.gated_linear import GatedLinear
@@ -52,6 +54,7 @@ Mixer: TypeAlias = (
     | MixtureOfMemories
     | LMU
     | RWKV7
+    | ChannelMix
     | GMU
 )
 
@@ -68,6 +71,7 @@ _MODULES: dict[type, Any] = {
     HGRNConfig: HGRN,
     HGRN2Config: HGRN2,
     RWKV7Config: RWKV7,
+    ChannelMixConfig: ChannelMix,
     MoMConfig: MixtureOfMemories,
     LMUConfig: LMU,
 }

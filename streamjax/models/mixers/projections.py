@@ -39,7 +39,7 @@ class Projections(nnx.Module):
         norms = [
             None if config.qk_norm is None else Norm(n, config.qk_norm, dtype, of_norm) for n in config.qk_norm_widths
         ]
-        self.q_norm, self.k_norm = norms
+        self.q_norm, self.k_norm = norms if config.keys_of is None else (norms[0], None)
         self.v_norm = None if config.value_norm is None else Norm(width, config.value_norm, dtype, "head_dim")
         self.q_lora: Adapter | None = nnx.data(None)
         self.k_lora: Adapter | None = nnx.data(None)
@@ -47,26 +47,37 @@ class Projections(nnx.Module):
         self.o_lora: Adapter | None = nnx.data(None)
 
     def split(
-        self, x: Float[Array, "B T E"]
+        self, x: Float[Array, "B T W"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Queries, keys and values, normalised and clipped as the config says, not rotated."""
         return self.split_gated(x)[:3]
 
     def split_gated(
-        self, x: Float[Array, "B T E"]
+        self, x: Float[Array, "B T W"]
     ) -> tuple[
         Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"], Float[Array, "B T H D"] | None
     ]:
         """The same, and what gates the heads' outputs, before its sigmoid; None where nothing does."""
+        x, handed = self._apart(x)
         qkv, before, gate = self._product(x, 0), self.config.query_members, None
         q, shape = qkv[..., :before, :], (*x.shape[:2], self.config.num_heads, self.config.head_dim)
         if self.config.output_gate:
             q, gate = q[..., 0::2, :], q[..., 1::2, :].reshape(shape)
-        return self._normed(q.reshape(shape), self.q_norm), *self._keys(qkv[..., before:, :]), gate
+        q = self._normed(q.reshape(shape), self.q_norm)
+        return q, *(handed if handed is not None else self._keys(qkv[..., before:, :])), gate
 
-    def keys(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    def keys(self, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Keys and values of `split`, without the work for the queries."""
-        return self._keys(self._product(x, self.config.query_members))
+        x, handed = self._apart(x)
+        return handed if handed is not None else self._keys(self._product(x, self.config.query_members))
+
+    def _apart(self, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T E"], tuple[Array, Array] | None]:
+        """The layer's own input, and the keys and values [B, T, K, D] behind it of the layer whose keys it reads."""
+        taken = self.config.taken
+        if not taken:
+            return x, None
+        k, v = rearrange(x[..., -taken:], "b t (n k d) -> n b t k d", n=2, d=self.config.head_dim)
+        return x[..., :-taken], (k, v)
 
     def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
         """The fused product, from member `first` of each group on."""

@@ -1,4 +1,4 @@
-"""A mixture of experts: a router, and gated MLPs that each see the tokens which it sends them."""
+"""A mixture of experts: a router, and MLPs that each see the tokens which it sends them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from streamjax.models.mlps.expert_parallel import sum_on_mesh
 from streamjax.models.mlps.routing_losses import with_routing_losses
 from streamjax.models.mlps.routing_report import RoutingReport, with_report
 from streamjax.models.mlps.sorted_experts import ExpertWeights
-from streamjax.models.parameters import kernel, zeros
+from streamjax.models.parameters import kernel, product, zeros
 
 
 class Experts(nnx.Module):
-    """Gated MLPs, some of which are chosen for each token; no token is ever dropped.
+    """MLPs, some of which are chosen for each token; no token is ever dropped.
 
     Tokens are sorted by expert, so that each projection of all experts is one grouped product. `gain` scales the
     initial weights of what goes back to the residual stream.
@@ -35,13 +35,21 @@ class Experts(nnx.Module):
         self.routing_total: int | None = None  # tokens that the routing losses are means over; None: those of a call
         self.router = kernel(key_router, (d, experts), ("embed", "router"), d, dtype, inputs=())
         self.selection_bias = zeros((experts,), ("router",), dtype) if config.selection_bias else None
-        self.up = kernel(key_in, (experts, d, 2, width), ("expert", "embed", "gates", "mlp"), d, dtype, inputs=(1,))
-        self.down = kernel(key_out, (experts, width, d), ("expert", "mlp", "embed"), width, dtype, gain, (1,))
+        read, ups = config.latent or d, config.ups
+        shape = (experts, read, ups, width)
+        self.up = kernel(key_in, shape, ("expert", "embed", "gates", "mlp"), read, dtype, inputs=(1,))
+        last = 1.0 if config.latent else gain
+        self.down = kernel(key_out, (experts, width, read), ("expert", "mlp", "embed"), width, dtype, last, (1,))
+        there, key_latent, key_back = config.latent is not None, *(jax.random.fold_in(key, i) for i in range(2))
+        self.latent_in = kernel(key_latent, (d, read), ("embed", "latent"), d, dtype) if there else None
+        self.latent_out = kernel(key_back, (read, d), ("latent", "embed"), read, dtype, gain) if there else None
+        self.latent_in_bias = zeros((read,), ("latent",), dtype) if config.latent_bias else None
+        self.latent_out_bias = zeros((d,), ("activation_embed",), dtype) if config.latent_bias else None
         scale = jnp.ones((experts,), dtype) if config.expert_scale else None
         self.expert_scale = None if scale is None else nnx.Param(scale, axes=("router",))
         self.router_bias = zeros((experts,), ("router",), dtype) if config.router_bias else None
-        self.up_bias = zeros((experts, 2, width), ("expert", "gates", "mlp"), dtype) if config.bias else None
-        self.down_bias = zeros((experts, d), ("expert", "activation_embed"), dtype) if config.bias else None
+        self.up_bias = zeros((experts, ups, width), ("expert", "gates", "mlp"), dtype) if config.bias else None
+        self.down_bias = zeros((experts, read), ("expert", "activation_embed"), dtype) if config.bias else None
         self.report: RoutingReport | None = nnx.data(None)  # a place for what the router did, while it trains
         self.shared = None if config.shared is None else MLP(config.shared, d, key_shared, dtype, gain)
         self.shared_gate = (
@@ -94,10 +102,19 @@ class Experts(nnx.Module):
         experts, shares = self.route(logits)
         biases = (None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias))
         weights = ExpertWeights(self.up[...], self.down[...], *biases)
-        y = sum_on_mesh(weights, x, experts, shares, self.config)
+        y = sum_on_mesh(weights, _projected(x, self.latent_in, self.latent_in_bias), experts, shares, self.config)
+        y = _projected(y, self.latent_out, self.latent_out_bias)
         if self.report is not None:
             y = with_report(y, self.report[...], logits, experts)
         if self.config.balance_loss or self.config.z_loss:
             total = self.routing_total or max(1, math.prod(x.shape[:-1]))
             y = with_routing_losses(y, logits, experts, self.config, total)
         return y
+
+
+def _projected(x: Float[Array, "B T E"], weight: nnx.Param | None, bias: nnx.Param | None) -> Float[Array, "B T L"]:
+    """`x` through a projection between tokens and the latents that experts read; itself where there is none."""
+    if weight is None:
+        return x
+    y = product("bte,el->btl", x, weight[...])
+    return y if bias is None else y + bias[...].astype(y.dtype)

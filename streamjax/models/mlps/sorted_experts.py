@@ -1,4 +1,4 @@
-"""Rows that are sorted by expert, through the experts' gated MLPs."""
+"""Rows that are sorted by expert, through the experts' MLPs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from streamjax.models.quantisation import QuantisedWeight
 
 
 class ExpertWeights(NamedTuple):
-    """The arrays of X experts of width F over E channels, gate and up projection side by side."""
+    """The arrays of X experts of width F over E channels: G up projections, of two side by side the gate is first."""
 
-    up: Float[Array, "X E 2 F"] | QuantisedWeight
+    up: Float[Array, "X E G F"] | QuantisedWeight
     down: Float[Array, "X F E"] | QuantisedWeight
-    up_bias: Float[Array, "X 2 F"] | None = None
+    up_bias: Float[Array, "X G F"] | None = None
     down_bias: Float[Array, "X E"] | None = None
 
     def dequantised(self, dtype: jnp.dtype) -> ExpertWeights:
@@ -46,7 +46,7 @@ def sorted_mlp(
     hidden = grouped_product(rows, weights.up, sizes)
     if weights.up_bias is not None:
         hidden = hidden + weights.up_bias.astype(hidden.dtype)[experts]
-    out = grouped_product(_gated(hidden[:, 0], hidden[:, 1], config), weights.down, sizes)
+    out = grouped_product(_activated(hidden, config), weights.down, sizes)
     return out if weights.down_bias is None else out + weights.down_bias.astype(out.dtype)[experts]
 
 
@@ -70,8 +70,10 @@ def sum_of_choices(
     return jnp.einsum("nae,na->ne", out, shares, preferred_element_type=shares.dtype).astype(tokens.dtype)
 
 
-def _gated(gate: Float[Array, "N F"], up: Float[Array, "N F"], config: ExpertsConfig) -> Float[Array, "N F"]:
-    limit = config.swiglu_limit
+def _activated(hidden: Float[Array, "N G F"], config: ExpertsConfig) -> Float[Array, "N F"]:
+    if not config.gated:
+        return ACTIVATIONS[config.activation](hidden[:, 0])
+    gate, up, limit = hidden[:, 0], hidden[:, 1], config.swiglu_limit
     if limit is None:
         return ACTIVATIONS[config.activation](gate) * up
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

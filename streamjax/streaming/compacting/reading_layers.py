@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.recurrence import Recurrence
+from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of
@@ -54,8 +55,10 @@ def standing(
     """The queries, at least two and padded in front, and where they stand.
 
     Raises:
-      ValueError: rows that are no queries of these streams.
+      ValueError: rows that are no queries of these streams; layers that read other layers' keys.
     """
+    if any(isinstance(cache, SlotsOf) for cache in state.caches):
+        raise ValueError("layers of this model read other layers' keys and values: they cannot be read layer by layer")
     rows = state.batch_size
     ids, lengths = (np.zeros((rows, 0), np.int64), None) if query is None else as_rows(query)
     if len(ids) != rows:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.kv.cache import take_in
 from streamjax.kv.recurrence import BesideRecurrence
+from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.recurrent import RecurrentMixer
@@ -54,6 +55,8 @@ def take_in_first(
         block = model.layer(i)
         if isinstance(block.mixer, RecurrentMixer):
             layers.append(block.mixer.recur(chunk, own, context.valid)[1])
+        elif isinstance(cache, SlotsOf):
+            layers.append(own)
         elif isinstance(cache, BesideRecurrence):
             assert block.beside is not None
             beside = block.beside.recur(chunk[1], own[1], context.valid)[1]

@@ -29,6 +29,7 @@ from streamjax.training.backprop.storage.layer_stack import LayerStack
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import Batch, Linear, Objective, TokenStats, token_stats
 
+_INPUTS = {"embedding", "embedding_norm", "layer_inputs"}  # what is between tokens and what the first layer reads
 LOGITS_PER_CHUNK = 1 << 26  # float32 logits that may exist at once: 256 MiB
 
 
@@ -123,14 +124,14 @@ def output_zeros(ends: Decoder, options: GradientOptions) -> Decoder:
 
 def embed_zeros(ends: Decoder, options: GradientOptions) -> Decoder:
     """Zeros to which `embed_vjp` adds gradients."""
-    return zeros_like(partition(ends, options.trainable, {"embedding"})[0], options.grad_dtype)
+    return zeros_like(partition(ends, options.trainable, _INPUTS)[0], options.grad_dtype)
 
 
 def embed_vjp(
     ends: Decoder, options: GradientOptions, tokens: Int32[Array, "B C"], d_x: Float[Array, "B C E"], grads: Decoder
 ) -> Decoder:
     """`grads` with the gradient of the embedding from some tokens added."""
-    params, rest = partition(ends, options.trainable, {"embedding"})
+    params, rest = partition(ends, options.trainable, _INPUTS)
     _, pull = jax.vjp(lambda p: combine(p, rest).embed(tokens), params)
     return add(grads, pull(d_x)[0])
 

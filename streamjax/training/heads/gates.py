@@ -87,6 +87,8 @@ def far_layers(config: ModelConfig) -> Bool[np.ndarray, " L"]:
     """
     if any(block.recurrent for block in config.blocks):
         raise ValueError("the model has recurrent layers: scores of heads are for models with attention in every layer")
+    if any(block.mixer.keys_of is not None for block in config.blocks):
+        raise ValueError("layers of the model share keys: scores of heads are for models with keys in every layer")
     if len({(block.attention.num_heads, block.attention.num_kv_heads) for block in config.blocks}) > 1:
         raise ValueError("the model's layers have different numbers of heads: scores are one table of layers and heads")
     if config.hsa is not None:

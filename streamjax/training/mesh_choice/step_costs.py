@@ -79,7 +79,7 @@ def _used(block: BlockConfig, width: int) -> int:
     count, mlp = block.parameter_count(width), block.mlp
     experts = mlp.experts if isinstance(mlp, DenseAndExpertsConfig) else mlp
     if isinstance(experts, ExpertsConfig):
-        count -= (experts.num_experts - experts.experts_per_token) * 3 * width * experts.mlp_dim
+        count -= (experts.num_experts - experts.experts_per_token) * experts.expert_parameters(width)
     return count
 
 

@@ -76,6 +76,12 @@ def nemotron_h(pattern, **options):
     return hf.NemotronHConfig(**{**given, "num_hidden_layers": len(pattern)})
 
 
+NEMOTRON_EXPERTS = {
+    **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "routed_scaling_factor": 2.5},
+    "moe_shared_expert_intermediate_size": 20,
+}
+
+
 def falcon_h1(**options):
     sizes = {"intermediate_size": 56, "mamba_d_ssm": 60, "mamba_n_heads": 6, "mamba_d_head": 10, "mamba_n_groups": 3}
     sizes |= {"mamba_d_state": 10, "mamba_chunk_size": 16}
@@ -96,6 +102,10 @@ CASES = {
     "nemotron_h-biases": lambda: nemotron_h(
         "*-M-", use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="gelu",
         time_step_min=0.5,
+    ),
+    "nemotron_h-experts": lambda: nemotron_h("MEM*E", **NEMOTRON_EXPERTS),
+    "nemotron_h-latent-biases": lambda: nemotron_h(
+        "*EM-", **NEMOTRON_EXPERTS, moe_latent_size=16, mlp_bias=True, n_group=3, topk_group=2,
     ),
     "recurrent_gemma": lambda: recurrent_gemma(num_key_value_heads=1),
     "recurrent_gemma-biases-untied": lambda: recurrent_gemma(

@@ -54,7 +54,7 @@ KIMI = {"head_dim": 5, "num_heads": 2, "kda_layers": [1], "full_attn_layers": [1
             {"lru_width": 6},
             "field 'lru_width' is 6; it must be a multiple of num_attention_heads, 4",
         ),
-        ("nemotron_h", {"hybrid_override_pattern": "M-E"}, "has layers of experts, which streamjax does not implement"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-E"}, "has an MLP without a mixer in front of it"),
         ("nemotron_h", {"hybrid_override_pattern": "M--"}, "has an MLP without a mixer in front of it"),
         ("nemotron_h", {"hybrid_override_pattern": "-M"}, "has an MLP without a mixer in front of it"),
         ("nemotron_h", {"hybrid_override_pattern": ""}, "has no layers"),

@@ -8,6 +8,7 @@ import streamjax as sj
 from streamjax.models import ModelConfig
 from streamjax.models.config import (
     BlockConfig,
+    ChannelMixConfig,
     GatedLinearConfig,
     HGRN2Config,
     HGRNConfig,
@@ -24,7 +25,8 @@ LAYERS = (
     HGRNConfig(2, 2, channels=5, lower_bound=rising_bounds(3)[0]),
     HGRN2Config(2, 2, key_dim=4, value_dim=5, lower_bound=rising_bounds(3)[1]),
     GatedLinearConfig(2, 2, key_dim=4, value_dim=5, rank=3, decay_power=2.0),
-    RWKV7Config(2, 2, head_dim=8, rank=3),
+    RWKV7Config(2, 2, head_dim=8, rank=3, rate_rank=2, gate_rank=5, norm_eps=1e-3),
+    ChannelMixConfig(2, 2, width=8, channels=12),
     HGRNConfig(2, 2, channels=5, lower_bound=rising_bounds(3)[2]),
 )
 CONFIG = ModelConfig(VOCAB, 16, tuple(BlockConfig(mixer, None) for mixer in LAYERS))

@@ -188,6 +188,8 @@ def llama4(metadata: Metadata, values: Values) -> Values:
 def gemma4(metadata: Metadata, values: Values) -> Values:
     """Gemma 4: heads of two kinds, of which the file has one list; keys are values where a layer has no values."""
     layers, theta = values.get("num_hidden_layers", 0), metadata.get("rope.freq_base", float, 1e6)
+    if values.get("hidden_size_per_layer_input"):
+        raise ValueError(f"{metadata.header.file}: E2B and E4B are not read from GGUF: take the folder of the model")
     types: Values = metadata.layer_types(values)
     full = [i for i, kind in enumerate(types.get("layer_types", ())) if kind == "full_attention"]
     metadata.seen.update(("attention.head_count_kv", "attention.value_length_swa", "rope.dimension_count_swa"))

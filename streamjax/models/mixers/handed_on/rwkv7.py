@@ -1,7 +1,7 @@
 """RWKV-7's time mixing (2503.14456) as a token mixer.
 
-Every projection reads a mix of the token's input and the one before it. A layer's MLP is a config of its own; RWKV's
-channel mixing, which mixes with the token before, too, is not here.
+Every projection reads a mix of the token's input and the one before it. RWKV's
+channel mixing is another mixer (`mixers/channel_mix.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from streamjax.models.mixers.short_conv import one_before
 from streamjax.models.parameters import kernel, product, zeros
 
 SLOWEST = -math.exp(-0.5)  # the strongest logarithm of a decay
-NORM_EPS = 64e-5
 UNIT_EPS = 1e-12
 
 
@@ -40,17 +39,16 @@ class RWKV7(RecurrentMixer):
     config: RWKV7Config
 
     def __init__(self, config: RWKV7Config, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
-        heads, width, rank = config.num_groups, config.head_dim, config.rank
+        heads, width, ranks = config.num_groups, config.head_dim, config.ranks
         if heads * width != d_model:
             raise ValueError(f"RWKV7Config has {heads} heads of {width}: together they must be d_model, {d_model}")
         key, key_down, key_up = jax.random.split(key, 3)
         super().__init__(config, d_model, width, key, dtype, gain, bias=False)
         made = ("kv_heads", "head_dim")
-        self.mix = nnx.Param(jnp.full((6, d_model), 0.5, dtype), axes=(None, "embed"))
-        parts = 4 if config.taken else 3
-        self.down = kernel(key_down, (d_model, parts, rank), ("embed", "gates", "latent"), d_model, dtype)
-        self.up = kernel(key_up, (parts, rank, heads, width), ("gates", "latent", *made), rank, dtype, inputs=(1,))
-        self.bias = zeros((parts - 1, heads, width), ("gates", *made), dtype)
+        self.mix = nnx.Param(jnp.full((6, d_model), 0.5, dtype), axes=("gates", "embed"))
+        self.down = kernel(key_down, (d_model, sum(ranks)), ("embed", "latent"), d_model, dtype)
+        self.up = kernel(key_up, (sum(ranks), heads, width), ("latent", *made), max(ranks), dtype)
+        self.bias = zeros((len(ranks) - 1, heads, width), ("gates", *made), dtype)
         self.keys = nnx.Param(jnp.ones((3, heads, width), dtype), axes=("gates", *made))
         norm = jnp.stack((jnp.ones((heads, width), dtype), jnp.zeros((heads, width), dtype)))
         self.norm = nnx.Param(norm, axes=("gates", *made))
@@ -72,16 +70,12 @@ class RWKV7(RecurrentMixer):
         mixed = x[:, :, None] + (earlier - x)[:, :, None] * self.mix[...].astype(x.dtype)
         kernels = rearrange(self.inside[...], "e g (n k) -> n e g k", n=3)
         q, k, v = (product("bte,egk->btgk", mixed[:, :, i], kernels[i]).astype(wide) for i in range(3))
-        sources = mixed[:, :, 3:] if first is None else jnp.concatenate((mixed[:, :, 3:], mixed[:, :, 2:3]), axis=2)
-        low = product("btne,enr->btnr", sources, self.down[...])
-        bent = jnp.tanh(low[:, :, :1]), low[:, :, 1:2], jax.nn.sigmoid(low[:, :, 2:3]), low[:, :, 3:]
-        low = jnp.concatenate(bent, axis=2)
-        made = product("btnr,nrgk->btngk", low, self.up[...]).astype(wide)
+        decays, rates, gates, *shares = self._made(mixed, wide)
         bias, weights, norm = (part[...].astype(wide) for part in (self.bias, self.keys, self.norm))
-        log_decay, rate = SLOWEST * jax.nn.sigmoid(made[:, :, 0] + bias[0]), jax.nn.sigmoid(made[:, :, 1] + bias[1])
+        log_decay, rate = SLOWEST * jax.nn.sigmoid(decays + bias[0]), jax.nn.sigmoid(rates + bias[1])
         own = v
         if first is not None:
-            share = jax.nn.sigmoid(made[:, :, 3] + bias[2])
+            share = jax.nn.sigmoid(shares[0] + bias[2])
             v = v + (rearrange(first, "b t (g d) -> b t g d", g=c.num_groups).astype(wide) - v) * share
         along = k * weights[0]
         along = along * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(along), axis=-1, keepdims=True), UNIT_EPS))
@@ -90,10 +84,21 @@ class RWKV7(RecurrentMixer):
             q, k, v, -along, along * rate, log_decay, state.memory, valid=valid, resets=resets
         )
         heads = heads - jnp.mean(heads, axis=-1, keepdims=True)
-        heads = heads * jax.lax.rsqrt(jnp.mean(jnp.square(heads), axis=-1, keepdims=True) + NORM_EPS)
+        heads = heads * jax.lax.rsqrt(jnp.mean(jnp.square(heads), axis=-1, keepdims=True) + c.norm_eps)
         direct = jnp.sum(q * k * weights[2], axis=-1, keepdims=True) * v
-        heads = (heads * norm[0] + norm[1] + direct) * made[:, :, 2]
+        heads = (heads * norm[0] + norm[1] + direct) * gates
         y = self.leave(heads[..., None, :], x.dtype)
         if c.handed_on:
             y = jnp.concatenate((y, rearrange(own, "b t g d -> b t (g d)").astype(y.dtype)), axis=-1)
         return y, RecurrentState(memory, newest)
+
+    def _made(self, mixed: Float[Array, "B T 6 E"], dtype: jnp.dtype) -> list[Float[Array, "B T G K"]]:
+        """What decays, learning rates, gates and shares of values are made of, through a few channels each."""
+        found, start, down, up = [], 0, self.down[...], self.up[...]
+        bends = (jnp.tanh, None, jax.nn.sigmoid, None)
+        for rank, source, bend in zip(self.config.ranks, (3, 4, 5, 2), bends, strict=False):
+            low = product("bte,er->btr", mixed[:, :, source], down[:, start : start + rank])
+            low = low if bend is None else bend(low)
+            found.append(product("btr,rgk->btgk", low, up[start : start + rank]).astype(dtype))
+            start += rank
+        return found

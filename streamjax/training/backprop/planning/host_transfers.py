@@ -111,7 +111,7 @@ def _forward_flops(block: BlockConfig, d_model: int, rows: int, length: int) -> 
     mlp = block.mlp.experts if isinstance(block.mlp, DenseAndExpertsConfig) else block.mlp
     if isinstance(mlp, ExpertsConfig):
         left_out = mlp.num_experts - mlp.experts_per_token
-        met -= left_out * 3 * d_model * mlp.mlp_dim
+        met -= left_out * mlp.expert_parameters(d_model)
     flops = 2.0 * rows * length * met
     mixer = block.mixer
     if not isinstance(mixer, RecurrentConfig):

@@ -89,7 +89,7 @@ def _mlp_working(mlp: MLPConfig | None, d_model: int, item: int, wide: int) -> i
     if isinstance(mlp, DenseAndExpertsConfig):
         return sum(_mlp_working(part, d_model, item, wide) for part in (mlp.dense, mlp.experts)) + 5 * d_model * wide
     if isinstance(mlp, ExpertsConfig):
-        each = (4 * mlp.mlp_dim + 2 * d_model) * item
+        each = ((2 + mlp.ups) * mlp.mlp_dim + 2 * (mlp.latent or d_model)) * item
         shared = 0 if mlp.shared is None else _mlp_working(mlp.shared, d_model, item, wide)
         return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
     return (4 if mlp.gated else 3) * mlp.mlp_dim * item
@@ -104,7 +104,7 @@ def _mlp_saved(mlp: MLPConfig | None, d_model: int, item: int, wide: int) -> int
     steps = {"relu": 2, "relu2": 3, "silu": 4, "gelu": 6, "gelu_tanh": 6}[mlp.activation]
     if isinstance(mlp, ExpertsConfig):
         steps += 3 * (mlp.swiglu_limit is not None)
-        each = item * (mlp.mlp_dim * (steps + 2) + 2 * d_model)
+        each = item * (mlp.mlp_dim * (steps + 2 * mlp.gated) + 2 * (mlp.latent or d_model))
         shared = 0 if mlp.shared is None else _mlp_saved(mlp.shared, d_model, item, wide)
         return mlp.experts_per_token * each + 3 * mlp.num_experts * wide + shared
     return item * mlp.mlp_dim * (steps + (2 if mlp.gated else 0))

@@ -1,0 +1,146 @@
+"""Layers that read another layer's keys and values (Gemma 4 E2B and E4B): one store for all, wherever a stream goes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import streamjax as sj
+from streamjax.kv.slots_of import SlotsOf
+from streamjax.models.config import (
+    AttentionConfig,
+    BlockConfig,
+    DenseConfig,
+    LayerInputConfig,
+    NormConfig,
+    parse_config,
+)
+from streamjax.streaming.saving.saved_streams import load_stream, save_stream
+from streamjax.streaming.speculative.two_phases import look_ahead, take_in_first
+from tests.architectures import tiny_config
+from tests.streaming.tiny_models import build, random_tokens, read_stream
+
+LENGTH = 24
+CONFIG = tiny_config("gemma4-shared")  # layers 2 and 3 read what 0, which has a window of 6, and 1 keep
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return random_tokens(2, LENGTH) % CONFIG.vocab_size
+
+
+def test_slots_are_held_and_counted_once(model):
+    preset = sj.kv.preset("streaming_llm", sinks=2, window=6)
+    state = sj.init_state(model, preset, batch_size=2)
+    assert state.caches == (sj.kv.Cascade(sj.kv.Window(5)), preset, SlotsOf(0), SlotsOf(1))
+    assert state.layers[2:] == ((), ())
+    apart = dataclasses.replace(CONFIG.blocks[0].mixer, hands_on_keys=False)
+    alone = CONFIG.replace(blocks=(dataclasses.replace(CONFIG.blocks[0], mixer=apart), CONFIG.blocks[1]))
+    assert sj.kv.describe(preset, model).total == sj.kv.describe(preset, build(alone)).total
+    assert "SlotsOf(layer=1)" in str(sj.kv.describe(preset, model))
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        sj.kv.preset("streaming_llm", sinks=2, window=6),
+        pytest.param(sj.kv.preset("h2o", window=4, size=4), marks=pytest.mark.slow),
+    ],
+    ids=["sinks", "h2o"],
+)
+def test_long_stretches_are_single_tokens(model, tokens, cache):
+    """A chunk's readers see what was there in front of it, and its own keys; so cuts change nothing."""
+    state = sj.init_state(model, cache, batch_size=2)
+    one, logits = read_stream(model, state, tokens, [1])
+    two, nats = sj.score(model, sj.init_state(model, cache, batch_size=2), tokens, chunk_size=7)
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits))[:, :-1], tokens[:, 1:, None], axis=-1)
+    np.testing.assert_allclose(nats[:, 1:], nll[..., 0], atol=1e-4)
+    np.testing.assert_allclose(two.hidden, one.hidden, atol=1e-5)
+
+
+def test_saved_streams_go_on(model, tokens, tmp_path):
+    cache = sj.kv.preset("streaming_llm", sinks=2, window=6)
+    state, _ = sj.score(model, sj.init_state(model, cache, batch_size=2), tokens[:, :14], chunk_size=7)
+    save_stream(state, tmp_path / "stream")
+    back = load_stream(tmp_path / "stream", sj.init_state(model, cache, batch_size=2))
+    _, expected = sj.score(model, state, tokens[:, 14:21], chunk_size=7)
+    np.testing.assert_array_equal(sj.score(model, back, tokens[:, 14:21], chunk_size=7)[1], expected)
+
+
+def test_guesses_leave_no_trace(model, tokens):
+    """Of seven tokens that are looked at two count; rows that have none keep their state bit for bit."""
+    cache = sj.kv.preset("streaming_llm", sinks=2, window=6)
+    state, _ = sj.score(model, sj.init_state(model, cache, batch_size=2), tokens[:, :14], chunk_size=7)
+    count = np.array([2, 0], np.int32)
+
+    @jax.jit
+    def guessed(state, chunk):
+        hidden, waiting = look_ahead(model, state, chunk, np.full(2, 7, np.int32))
+        return take_in_first(model, state, waiting, hidden, chunk, count)
+
+    found = guessed(state, tokens[:, 14:21])
+    kept = jax.tree.map(lambda x: np.asarray(x[1]), (state.layers, state.hidden))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[1], (found.layers, found.hidden)), kept)
+    expected, _ = sj.step(model, state, tokens[:, 14:21], count)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.layers, expected.layers)
+
+
+def test_what_reads_layer_by_layer_refuses(model, tokens):
+    state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=2)
+    with pytest.raises(ValueError, match=r"only cascades of tiers .* are compacted, not SlotsOf\(layer=0\)"):
+        sj.compact(model, state, sj.kv.preset("snapkv", window=2, size=4), query=tokens[:, :3])
+
+
+def test_configs():
+    shapes = jax.eval_shape(lambda: sj.Decoder(CONFIG, jax.random.key(0)))
+    assert CONFIG.parameter_count == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert parse_config(CONFIG.to_json_dict()) == CONFIG
+    # 16 channels, 3 for each of 4 layers, keys and values of 2 heads of 6, and of 2 of 8
+    assert CONFIG.stream_width == 16 + 4 * 3 + 2 * 2 * 6 + 2 * 2 * 8
+    assert [CONFIG.handed_at(i) for i in range(4)] == [28, 52, 28, 52]
+
+
+READER = CONFIG.blocks[2]
+WRONG = [
+    (lambda: CONFIG.replace(blocks=CONFIG.blocks[1:]), "layer 1 has head_dim 6, and layer 0, whose keys it reads, 8"),
+    (lambda: CONFIG.replace(blocks=CONFIG.blocks[2:]), "layer 0 reads the keys of layer 0, which is no layer below it"),
+    (
+        lambda: CONFIG.replace(blocks=(*CONFIG.blocks[:2], READER.with_mixer(window=7))),
+        "layer 2 has window 7, and layer 0, whose keys it reads, 6",
+    ),
+    (
+        lambda: CONFIG.replace(blocks=(*CONFIG.blocks[:3], dataclasses.replace(CONFIG.blocks[3], layer_input=None))),
+        "layer 3 has another layer_input than layer 0",
+    ),
+    (lambda: AttentionConfig(2, 2, 8, keys_of=0, hands_on_keys=True), "AttentionConfig.keys_of: the layer has no keys"),
+    (
+        lambda: AttentionConfig(2, 2, 8, keys_of=0, qk_norm=NormConfig(), qk_norm_over="projection"),
+        "AttentionConfig.keys_of needs qk_norm_over='head'",
+    ),
+    (lambda: LayerInputConfig(0), "LayerInputConfig.channels is 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG, ids=range(len(WRONG)))
+def test_what_does_not_fit_is_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_plain_model_may_share_too():
+    """One layer's keys for the other, in place of half of a small model's cache: whole and in pieces."""
+    mixer = AttentionConfig(2, 1, 6, hands_on_keys=True)
+    reader = dataclasses.replace(mixer, hands_on_keys=False, keys_of=0)
+    blocks = tuple(BlockConfig(part, DenseConfig(20)) for part in (mixer, reader))
+    own = build(CONFIG.replace(blocks=blocks, d_model=12, tie_embeddings=True, logit_softcap=None))
+    tokens = random_tokens(1, 10) % CONFIG.vocab_size
+    state = sj.init_state(own, sj.kv.preset("dense", capacity=10))
+    np.testing.assert_allclose(read_stream(own, state, tokens, [4])[1], sj.forward(own, tokens), atol=1e-5)
