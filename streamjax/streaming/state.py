@@ -109,7 +109,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     chunks, as many as it has slots.
 
     Raises:
-      ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token.
+      ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token; for a
+        layer whose keys others read, a cache that chooses tokens as they come.
     """
     layers = range(config.num_layers)
     caches: tuple[Cache, ...]
@@ -143,7 +144,23 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     fixed = [block.mixer.recurrent or block.mixer.keys_of is not None for block in config.blocks]
     own = [_pretrained(config, i, caches[i]) if keeps[i] or fixed[i] else caches[i] for i in layers]
     whole = [_remembering(config, i, caches[i], own[i]) for i in layers]
+    _check_shared(whole)
     return tuple(_with_state_beside(block, cache) for block, cache in zip(config.blocks, whole, strict=True))
+
+
+def _check_shared(caches: Sequence[Cache]) -> None:
+    """Refuse caches that choose inside of a chunk where several layers read them: each would choose by its queries."""
+    for reader, cache in enumerate(caches):
+        if not isinstance(cache, SlotsOf):
+            continue
+        own = caches[cache.layer]
+        cascades = [cascade for _, cascade in own.groups] if isinstance(own, HeadGroups) else [own]
+        tiers = [tier for cascade in cascades if isinstance(cascade, Cascade) for tier in cascade.tiers]
+        if any(tier.chooses_every is not None for tier in tiers):
+            raise ValueError(
+                f"layer {reader} reads what layer {cache.layer} keeps: a cache that chooses tokens as they come, such "
+                "as h2o, is for models whose layers have keys of their own; take one such as streaming_llm or quest"
+            )
 
 
 def budgeted_layers(config: ModelConfig) -> list[int]:

@@ -50,9 +50,9 @@ def test_slots_are_held_and_counted_once(model):
     "cache",
     [
         sj.kv.preset("streaming_llm", sinks=2, window=6),
-        pytest.param(sj.kv.preset("h2o", window=4, size=4), marks=pytest.mark.slow),
+        pytest.param(sj.kv.preset("quest", sinks=1, window=4, capacity=16, page=4, top_k=2), marks=pytest.mark.slow),
     ],
-    ids=["sinks", "h2o"],
+    ids=["sinks", "quest"],
 )
 def test_long_stretches_are_single_tokens(model, tokens, cache):
     """A chunk's readers see what was there in front of it, and its own keys; so cuts change nothing."""
@@ -91,10 +91,12 @@ def test_guesses_leave_no_trace(model, tokens):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.layers, expected.layers)
 
 
-def test_what_reads_layer_by_layer_refuses(model, tokens):
+def test_what_cannot_read_for_several_layers_refuses(model):
     state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=2)
     with pytest.raises(ValueError, match=r"only cascades of tiers .* are compacted, not SlotsOf\(layer=0\)"):
-        sj.compact(model, state, sj.kv.preset("snapkv", window=2, size=4), query=tokens[:, :3])
+        sj.compact(model, state, sj.kv.preset("window", window=4))
+    with pytest.raises(ValueError, match="layer 3 reads what layer 1 keeps: a cache that chooses tokens as they come"):
+        sj.init_state(model, sj.kv.preset("h2o"))
 
 
 def test_configs():
