@@ -72,8 +72,8 @@ class Block(nnx.Module):
         self.mixer_post_norm = Norm(d_model, config.norm, dtype) if config.post_norms else None
         behind = config.post_norms and config.mlp is not None
         self.mlp_post_norm = Norm(d_model, config.norm, dtype) if behind else None
-        key_input, own = jax.random.fold_in(key, 3), config.layer_input
-        self.layer_input = None if own is None else LayerInput(own, d_model, config.norm, key_input, dtype, gain)
+        key_input, given = jax.random.fold_in(key, 3), config.layer_input
+        self.layer_input = None if given is None else LayerInput(given, d_model, config.norm, key_input, dtype, gain)
         self.scale = nnx.Param(jnp.ones((1,), dtype), axes=("gates",)) if config.layer_scale else None
 
     @property

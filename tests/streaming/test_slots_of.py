@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,7 +62,7 @@ def test_long_stretches_are_single_tokens(model, tokens, cache):
     two, nats = sj.score(model, sj.init_state(model, cache, batch_size=2), tokens, chunk_size=7)
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits))[:, :-1], tokens[:, 1:, None], axis=-1)
     np.testing.assert_allclose(nats[:, 1:], nll[..., 0], atol=1e-4)
-    np.testing.assert_allclose(two.hidden, one.hidden, atol=1e-5)
+    np.testing.assert_allclose(two.hidden, one.hidden, atol=1e-4)
 
 
 def test_saved_streams_go_on(model, tokens, tmp_path):
@@ -77,11 +78,11 @@ def test_guesses_leave_no_trace(model, tokens):
     """Of seven tokens that are looked at two count; rows that have none keep their state bit for bit."""
     cache = sj.kv.preset("streaming_llm", sinks=2, window=6)
     state, _ = sj.score(model, sj.init_state(model, cache, batch_size=2), tokens[:, :14], chunk_size=7)
-    count = np.array([2, 0], np.int32)
+    count = jnp.array([2, 0], jnp.int32)
 
     @jax.jit
     def guessed(state, chunk):
-        hidden, waiting = look_ahead(model, state, chunk, np.full(2, 7, np.int32))
+        hidden, waiting = look_ahead(model, state, chunk, jnp.full(2, 7, jnp.int32))
         return take_in_first(model, state, waiting, hidden, chunk, count)
 
     found = guessed(state, tokens[:, 14:21])

@@ -39,7 +39,7 @@ class Projections(nnx.Module):
         norms = [
             None if config.qk_norm is None else Norm(n, config.qk_norm, dtype, of_norm) for n in config.qk_norm_widths
         ]
-        self.q_norm, self.k_norm = norms if config.keys_of is None else (norms[0], None)
+        self.q_norm, self.k_norm = norms[0], norms[1] if config.keys_of is None else None
         self.v_norm = None if config.value_norm is None else Norm(width, config.value_norm, dtype, "head_dim")
         self.q_lora: Adapter | None = nnx.data(None)
         self.k_lora: Adapter | None = nnx.data(None)
