@@ -89,7 +89,7 @@ def kind_of(cache: sj.kv.Cache) -> str:
     names = {type(part).__name__ for part in parts}
     if "Pooled" in names:
         return "Budgets over layers and heads"
-    if names & {"Pages", "ContentPages", "Clusters", "ChunkMemory"}:
+    if names & {"Pages", "Bank", "ContentPages", "Clusters", "ChunkMemory"}:
         return "Pages that queries choose"
     if names & {"LowRank", "PrunedKeys", "Shadow", "Pairs", "Groups"}:
         return "Fewer channels"

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from streamjax.streaming.reuse import AnchorPool, EncodedChunk, edit, encode_chunk, join, side_by_side
     from streamjax.streaming.saving.saved_streams import load_stream, save_stream
     from streamjax.streaming.session import Session
+    from streamjax.streaming.side_networks import with_side_network
     from streamjax.streaming.speculative import NGrams, SmallModel
 
 # Everything loads on first use. `import streamjax` then takes no time, and a command can answer Ctrl-C while JAX loads.
@@ -71,6 +72,7 @@ _HOMES = {
     "streamjax.streaming.reuse": ("AnchorPool", "EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
     "streamjax.streaming.saving.saved_streams": ("load_stream", "save_stream"),
     "streamjax.streaming.session": ("Session",),
+    "streamjax.streaming.side_networks": ("with_side_network",),
     "streamjax.streaming.speculative": ("NGrams", "SmallModel"),
 }  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, ("data", "kv", "serving", "training"))
@@ -127,4 +129,5 @@ __all__ = [
     "side_by_side",
     "step",
     "training",
+    "with_side_network",
 ]

@@ -42,6 +42,7 @@ from streamjax.kv.scores import (
 from streamjax.kv.selective import lines, static_eviction
 from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tiers import (
+    bank,
     clusters,
     content_pages,
     full,
@@ -71,6 +72,7 @@ from streamjax.models.config import (
     parse_config,
     recurrent,
 )
+from streamjax.models.side_network import SideConfig
 from streamjax.streaming import Sampler
 from streamjax.training import (
     DPO,
@@ -88,6 +90,7 @@ from streamjax.training.heads.convolutions import ConvolutionConfig
 from streamjax.training.heads.gates import GateConfig
 from streamjax.training.heads.projections import ProjectionConfig
 from streamjax.training.heads.retaining import RetainingConfig
+from streamjax.training.heads.side_network import SideTraining
 from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.pipeline.paths import PipelineConfig
 from streamjax.training.post_training.rollouts import RolloutConfig
@@ -137,6 +140,7 @@ EXAMPLES = [
     current_chunk.CurrentChunk(8),
     sink_window.SinkWindow(2, 8, 10),
     pages.Pages(4, 16, 2),
+    bank.Bank(4, 16, 2),
     content_pages.ContentPages(4, 16, 2, boundaries.KeyChange()),
     clusters.Clusters(16, 32, 1),
     landmark_memory.ChunkMemory(64),
@@ -201,6 +205,8 @@ EXAMPLES = [
     across_layers.Groups(),
     retaining.Retaining(),
     RetainingConfig(),
+    SideTraining(),
+    SideConfig(1),
     ProjectionConfig(),
     ConvolutionConfig(),
     lococo.Convolved(),

@@ -54,7 +54,7 @@ ROOMS = """
     streamjax.models.mlps streamjax.models.mixers
     streamjax.models.layer_inputs
     streamjax.models.block
-    streamjax.models.decoder streamjax.models.layer_stacking
+    streamjax.models.decoder streamjax.models.layer_stacking streamjax.models.side_network
     streamjax.models.calibration streamjax.models.quantising
     streamjax.models.conversion
     streamjax.models.lora

@@ -55,6 +55,8 @@ CACHES = {
     "dense 32768": sj.kv.preset("dense", capacity=32768),
     "hsa 262144": sj.kv.preset("hsa", capacity=262144),
     "quest 262144 on the host": sj.kv.preset("quest", window=512, capacity=262144, page=64, top_k=32, placement="host"),
+    "shadow_kv 262144": sj.kv.preset("shadow_kv", window=512, capacity=262144),
+    "shadow_kv 262144, values on the host": sj.kv.preset("shadow_kv", window=512, capacity=262144, placement="host"),
     "inst_infer 262144": sj.kv.preset("inst_infer", window=512, capacity=262144, page=64, top_k=32),
 }
 
@@ -81,7 +83,7 @@ class Case:
 
 
 _V5E, _V5P = ("v5e:2x4", (("tensor", 8),)), ("v5p:2x2x1", (("tensor", 4),))
-_ENDLESS, _DENSE, _HSA, _ON_HOST, _BY_HOST = CACHES
+_ENDLESS, _DENSE, _HSA, _ON_HOST, _SHADOW, _SHADOW_HOST, _BY_HOST = CACHES
 CASES = {
     "decode-8": Case(*_V5E, _ENDLESS, 8, 1),
     "decode-32": Case(*_V5E, _ENDLESS, 32, 1),
@@ -91,6 +93,8 @@ CASES = {
     "decode-8-hsa": Case(*_V5E, _HSA, 8, 1),
     "decode-1-host-pages": Case("v6e:1x1", (("tensor", 1),), _ON_HOST, 1, 1),
     "decode-1-host-attention": Case("v5e:1x1", (("tensor", 1),), _BY_HOST, 1, 1),
+    "decode-1-shadow": Case("v5e:1x1", (("tensor", 1),), _SHADOW, 1, 1),
+    "decode-1-shadow-host-values": Case("v5e:1x1", (("tensor", 1),), _SHADOW_HOST, 1, 1),
     "decode-8-kernels": Case("v5e:1x1", (("tensor", 1),), _ENDLESS, 8, 1, implementation="pallas"),
     "decode-8-kernels-mesh": Case("v5e:2x4", (("data", 2), ("tensor", 4)), _ENDLESS, 8, 1, implementation="pallas"),
     "prefill-512": Case(*_V5P, _ENDLESS, 1, 512),
@@ -151,8 +155,11 @@ def _with_host_pages(state: sj.StreamState) -> sj.StreamState:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host"))
 
     def place(tier: sj.kv.Tier, part: Any) -> Any:
-        if not isinstance(tier, sj.kv.Pages) or tier.placement == "device":
+        if not isinstance(tier, sj.kv.Pages | sj.kv.Shadow) or tier.placement == "device":
             return part
+        if isinstance(tier, sj.kv.Shadow):
+            values = dataclasses.replace(part.slots.v, codes=moved(part.slots.v.codes))
+            return dataclasses.replace(part, slots=dataclasses.replace(part.slots, v=values))
         ring = dataclasses.replace(part.tokens, k=moved(part.tokens.k), v=moved(part.tokens.v))
         return dataclasses.replace(part, tokens=ring)
 

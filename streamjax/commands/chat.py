@@ -25,7 +25,7 @@ from streamjax.checkpoints import parse_json, user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.draft import define_draft, parse_draft
-from streamjax.commands.flags.model import define_model, define_parse_special, describe, load_model
+from streamjax.commands.flags.model import define_model, define_parse_special, define_side_network, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
 from streamjax.commands.shell.inputs import read_turn
 from streamjax.commands.shell.outputs import check_outputs
@@ -56,6 +56,7 @@ class Quit(Exception):
 
 def define(values: flags.FlagValues) -> None:
     define_model(values)
+    define_side_network(values)
     define_parse_special(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_string("system", None, "Instructions that come before the conversation.", flag_values=values)

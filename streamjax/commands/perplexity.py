@@ -21,7 +21,7 @@ from streamjax.checkpoints import user_path
 from streamjax.commands import comparison
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.model import define_model, define_text, load_model
+from streamjax.commands.flags.model import define_model, define_side_network, define_text, load_model
 from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.runner import give, run_command
@@ -33,6 +33,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", BUILTIN, "A text file; builtin is held-out text that comes with Python.",
                         flag_values=values)  # fmt: skip
     define_model(values)
+    define_side_network(values)
     define_text(values)
     flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {CACHE_HELP}",
                               flag_values=values)  # fmt: skip

@@ -24,7 +24,7 @@ from absl import flags
 import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
-from streamjax.commands.flags.model import define_model, load_model, shipped_model
+from streamjax.commands.flags.model import define_model, define_side_network, load_model, shipped_model
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import give, run_command
@@ -48,6 +48,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("demo", False, "The demonstration: passkeys at up to 131,072 tokens, with the shipped models.",
                       flag_values=values)  # fmt: skip
     define_model(values)
+    define_side_network(values)
     values.set_default("model", shipped_model("hsa_recall"))
     flags.DEFINE_multi_enum("task", ["passkey"], TASKS, "May be repeated.", flag_values=values)
     flags.DEFINE_list("lengths", ["1K", "8K", "64K"], "Tokens of context; K and M are 1,024 and 1,024 squared.",

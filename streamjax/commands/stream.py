@@ -29,7 +29,7 @@ import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.model import define_model, define_text, describe, load_model
+from streamjax.commands.flags.model import define_model, define_side_network, define_text, describe, load_model
 from streamjax.commands.shell.inputs import open_input
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
@@ -45,6 +45,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", "-", "A text file; - is standard input, builtin is held-out text that comes with "
                         "Python.", flag_values=values)  # fmt: skip
     define_model(values)
+    define_side_network(values)
     define_text(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
     flags.DEFINE_bool("show_cache", False, "Print what each layer caches and how many bytes that is, and end.",

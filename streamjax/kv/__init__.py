@@ -67,6 +67,7 @@ from streamjax.kv.selective.lines import Lines
 from streamjax.kv.selective.static_eviction import StaticEviction
 from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.compensation import Compensation
 from streamjax.kv.tiers.content_pages import ContentPages
@@ -96,6 +97,7 @@ __all__ = [
     "TOVA",
     "AcrossLayers",
     "Anchors",
+    "Bank",
     "BestKey",
     "BlendedBounds",
     "BlockFloats",

@@ -130,6 +130,13 @@ class Cascade(Cache):
         rest = tokens
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.absorb(new[i], query, rest)
+        last, written = self.tiers[-1], None
+        if last.stores_first(new[-1], query):
+            falling = rest
+            for part, tier in zip(new[:-1], self.tiers[:-1], strict=True):
+                falling = tier.insert(part, falling)[1]
+            written = last.store(new[-1], falling)
+            new[-1] = last.with_written(new[-1], written)
         parts = [tier.attend(new[i], query, self.reach) for i, tier in enumerate(self.tiers)]
         parts.append(query.attend_own(rest, self.reach))
         whole = add_sinks(merge(*parts), query.sink_logits)
@@ -147,7 +154,9 @@ class Cascade(Cache):
             rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, out, *noted))
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
-        new[-1] = self.tiers[-1].store(new[-1], rest)
+        new[-1] = last.store(new[-1], rest)
+        if written is not None:
+            new[-1] = last.with_written(new[-1], written)
         return out, tuple(new)
 
 

@@ -68,7 +68,7 @@ def describe_tier(tier: Tier) -> str:
             shares = f"{keys:g} of their keys' channels, {values:g} of values'"
             return f"GroupedLayers({size:,} of {layers} layers with {shares})"
         case Pages(size=size, capacity=capacity, top_k=top_k):
-            return f"Pages({capacity:,} in {size}s, top {top_k}{_codec(tier)})"
+            return f"{type(tier).__name__}({capacity:,} in {size}s, top {top_k}{_codec(tier)})"
         case Scored(size=size, score=score, every=every, merge=merge):
             merged = "" if merge is None else f", merged by {merge!r}"
             return f"{type(tier).__name__}({size:,} by {score!r}, every {every}{merged}{_codec(tier)})"

@@ -95,6 +95,21 @@ class Decoder(nnx.Module):
         """How many of the layers lie in the stack (the first ones)."""
         return self.config.num_layers - len(self.layers)
 
+    @property
+    def streamed(self) -> ModelConfig:
+        """The configuration of all layers that keep something of a stream."""
+        return self.config
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether streams can be read layer by layer: no layer reads what another one remembers."""
+        return self.config.reads_layerwise
+
+    @property
+    def remembered(self) -> int | None:
+        """The layer whose old tokens a side network recalls (`models.side_network`), if there is one."""
+        return None
+
     def layer(self, index: int) -> Block:
         """Layer `index` as a module of its own; a slice where it lies in the stack."""
         block, row = self.layer_and_row(index)

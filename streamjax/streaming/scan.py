@@ -112,7 +112,7 @@ def read_chunk(
     `read` in chunks of this width does the same, to the bit: by the same programs.
     """
     piece = tokens[None], count[None]
-    if model.config.reads_layerwise:
+    if model.by_layers:
         state, nats = read_layerwise(model, state, *piece, scored=scored)
         return state, None if nats is None else nats[0]
     if scored:
@@ -149,7 +149,7 @@ def read(
     tokens, lengths = tokens[:, early:], lengths - early
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
         piece = cut(tokens, lengths, start, chunks, width)
-        if model.config.reads_layerwise:
+        if model.by_layers:
             state, _ = read_layerwise(model, state, *piece)
         else:
             state = _read_chunks(model, state, *piece)
@@ -213,7 +213,7 @@ def score_unwaited(
     pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
         piece = cut(tokens, lengths, start, chunks, width)
-        if model.config.reads_layerwise:
+        if model.by_layers:
             state, nll = read_layerwise(model, state, *piece, scored=True)
             assert nll is not None
         else:

@@ -23,6 +23,7 @@ from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
+from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.config import BlockConfig, LatentAttentionConfig, MixerConfig, ModelConfig
@@ -279,9 +280,20 @@ def empty_state(
     dtype: DTypeLike | None = None,
 ) -> StreamState:
     """`init_state` without a look at the model's weights: its shapes under `jax.eval_shape` too."""
-    caches = layer_caches(model.config, cache)
+    caches = _with_own_bank(model, layer_caches(model.streamed, cache))
     start = np.uint32(position % 2**32)
-    return _init(model.config, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
+    return _init(model.streamed, caches, batch_size, start, jnp.dtype(dtype or model.dtype), model.dtype)
+
+
+def _with_own_bank(model: Decoder, caches: tuple[Cache, ...]) -> tuple[Cache, ...]:
+    """The caches, with a bank in that layer alone whose tokens a side network recalls."""
+
+    def without(cache: Cache) -> Cache:
+        if not isinstance(cache, Cascade) or not isinstance(cache.tiers[-1], Bank) or len(cache.tiers) == 1:
+            return cache
+        return Cascade(*cache.tiers[:-1])
+
+    return tuple(cache if i == model.remembered else without(cache) for i, cache in enumerate(caches))
 
 
 @partial(jax.jit, static_argnames=("config", "caches", "batch_size", "dtype", "hidden_dtype"))

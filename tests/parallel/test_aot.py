@@ -84,6 +84,7 @@ def test_pages_are_read_where_they_lie(tmp_path):
     decode = _bytes_on_one_chip("decode-1-host-attention", tmp_path)
     pages = 2 * 2 * (8 * (262144 + 64) * 128 * 2)
     assert decode["host"] == decode["host_alias"] == pages
+    assert decode["host_temp"] < MB  # nothing is copied there: pages are read behind what writes to them
     weights = 2 * _expected_layer(1) + 2 * 2 * 128256 * 4096
     assert decode["argument"] < weights + pages / 32 + 10 * MB  # the bounds of every 64 keys, and the window
     assert decode["temp"] < 2 * 2 * (8 * 32 * 64 * 128 * 2)  # what a fetch of the pages that are read would take

@@ -114,7 +114,18 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
     require_tokenizer(
         tokenizer, model.config.vocab_size, f"{values.tokenizer or path} has no tokenizer.json: give --tokenizer=FOLDER"
     )
+    if "side_network" in values and values.side_network is not None:
+        model = sj.with_side_network(model, user_path(values.side_network))
     return model, tokenizer
+
+
+def define_side_network(values: flags.FlagValues) -> None:
+    """The flag that puts a side network beside the model; `load_model` does it."""
+    flags.DEFINE_string(
+        "side_network", None, "File of a side network of the model (python -m train.side_network), which recalls what "
+        "the cache long_mem has remembered. None by default.", flag_values=values,
+    )  # fmt: skip
+    refuse_empty(values, "side_network")
 
 
 def parse_mesh(text: str | None) -> Mesh | None:

@@ -155,6 +155,11 @@ def serve() -> int:
     return launch("serve")
 
 
+def side_network() -> int:
+    """`streamjax-side-network`."""
+    return launch("side_network")
+
+
 def stream() -> int:
     """`streamjax-stream`."""
     return launch("stream")

@@ -11,13 +11,16 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.rotary import Rotary
-from streamjax.field_checks import Count, Fraction, Size
-from streamjax.kv.channels.bases import BasisSlots
+from streamjax.field_checks import LATER, Count, Fraction, Size
+from streamjax.kv.channels.bases import BasisSlots, WholeSlots
+from streamjax.kv.channels.host_slots import HostSlots
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.codecs.slots import at_slots, over_blocks
+from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.tier import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
 from streamjax.kv.tiers.full import LinearState, append
+from streamjax.kv.tiers.pages import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +59,8 @@ class Shadow(LowRank):
       page: tokens a page.
       top_k: pages that a query reads beside the outliers.
       outliers: pages that keep their keys.
+      placement: where values lie, but for those that wait: in the device's memory or in the "host"'s, from which the
+        pages that are read are copied in each time. For one device.
 
     Raises:
       ValueError: sizes that do not fit each other, or values in a basis.
@@ -66,6 +71,7 @@ class Shadow(LowRank):
     page: Size = 8
     top_k: Size = 256
     outliers: Count = 48
+    placement: Placement = dataclasses.field(default="device", metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +84,8 @@ class Shadow(LowRank):
 
     def init(self, spec: KVSpec) -> ShadowState:  # type: ignore[override]
         slots = super().init(spec)
+        if self.placement == "host":
+            slots = dataclasses.replace(slots, v=HostSlots.of(spec, slots.v.codec, self.capacity, self.page))
         shape = spec.batch_size, spec.kv_heads, self.outliers
         outliers = Outliers(
             jnp.zeros(shape, jnp.int32),
@@ -164,7 +172,7 @@ class Shadow(LowRank):
         token = _tokens_of(outliers.page, self.page)
         there = jnp.isfinite(outliers.likeness) & (outliers.page < coded[:, None, None])
         k = rearrange(outliers.k, "b k o s d -> b k (o s) d")
-        v = jnp.take_along_axis(slots.v.codes, token[..., None], axis=2)
+        v = _values(slots.v, outliers.page, token)
         position = jnp.take_along_axis(
             jnp.broadcast_to(slots.position, (*k.shape[:2], slots.k.shape[2])), token, axis=2
         )
@@ -189,7 +197,7 @@ class Shadow(LowRank):
             jnp.broadcast_to(slots.position, (*k.shape[:2], slots.k.shape[2])), token, axis=2
         )
         k = k if query.rotary is None else query.rotary.moved(k, position)
-        v = jnp.take_along_axis(slots.v.codes, token[..., None], axis=2)
+        v = _values(slots.v, page.astype(jnp.int32), token)
         return query.attend(k, v, position, jnp.repeat(best > -jnp.inf, self.page, axis=2))
 
     def _read_all(self, state: ShadowState, query: Query, wants: Float[Array, "B K C P"]) -> Partial:
@@ -204,6 +212,13 @@ class Shadow(LowRank):
             return merge(part, query.attend(k, v, position, valid & fresh))
 
         return over_blocks(slots.k, block, query.nothing(), jnp.max(slots.filled), SLOT_BLOCK)
+
+
+def _values(v: WholeSlots, pages: Int32[Array, "B K n"], tokens: Int32[Array, "B K m"]) -> Float[Array, "B K m V"]:
+    """The values of these pages, which are these tokens, on the device."""
+    if isinstance(v, HostSlots) and in_host_memory(v.codes):
+        return v.taken(pages)
+    return jnp.take_along_axis(v.codes, tokens[..., None], axis=2)
 
 
 def _tokens_of(pages: Int32[Array, "B K n"], size: int) -> Int32[Array, "B K m"]:

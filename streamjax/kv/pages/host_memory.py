@@ -147,29 +147,36 @@ def _changed(
         fallen = dataclasses.replace(fallen, k=k, v=v, raw_k=jnp.zeros_like(tokens.raw_k))
     else:
         thin = write(thin, thin_tokens, keep)
-    first, place = ring.cursor // size, ring.cursor % size
-    most = touched_pages(width, size)
-
-    def put(buffer: Array, chunk: Array) -> tuple[Array, Array]:
-        pages = rearrange(buffer, "b k (p s) d -> b k p s d", s=size)
-        line = rearrange(_run_of_pages(pages, first, most), "b k n s d -> b k (n s) d")
-        line = write_linear(line, chunk, place, start, count, axis=2)
-        fresh = rearrange(line, "b k (n s) d -> b k n s d", s=size)
-        return rearrange(put_pages(pages, fresh, first), "b k p s d -> b k (p s) d"), fresh
-
-    k, touched = put(ring.k, tokens.k)
-    v, _ = put(ring.v, tokens.v)
+    k, touched = write_run(ring.k, tokens.k, ring.cursor, start, count, size)
+    v, _ = write_run(ring.v, tokens.v, ring.cursor, start, count, size)
     return dataclasses.replace(thin, k=k, v=v), touched, fallen
+
+
+def write_run(
+    buffer: Float[Array, "B K S D"],
+    chunk: Float[Array, "B K C D"],
+    cursor: Int32[Array, " B"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+    size: int,
+) -> tuple[Float[Array, "B K S D"], Float[Array, "B K N s D"]]:
+    """The buffer with tokens [start, start + count) of a chunk in the slots from `cursor` on, and the pages of `size`
+    that they may have gone to, which are fetched and put back."""
+    pages, first = rearrange(buffer, "b k (p s) d -> b k p s d", s=size), cursor // size
+    run = run_of_pages(pages, first, touched_pages(chunk.shape[2], size))
+    line = write_linear(rearrange(run, "b k n s d -> b k (n s) d"), chunk, cursor % size, start, count, axis=2)
+    fresh = rearrange(line, "b k (n s) d -> b k n s d", s=size)
+    return rearrange(put_pages(pages, fresh, first), "b k p s d -> b k (p s) d"), fresh
 
 
 def _read_slots(buffer: Array, oldest: Int32[Array, " B"], width: int, size: int) -> Float[Array, "B K N D"]:
     """`width` slots from `oldest` on, which wrap."""
     pages = rearrange(buffer, "b k (p s) d -> b k p s d", s=size)
-    line = _run_of_pages(pages, oldest // size, touched_pages(width, size))
+    line = run_of_pages(pages, oldest // size, touched_pages(width, size))
     return read_ring(rearrange(line, "b k n s d -> b k (n s) d"), oldest % size, width, axis=2)
 
 
-def _run_of_pages(pages: Array, first: Int32[Array, " B"], count: int) -> Float[Array, "B K N S D"]:
+def run_of_pages(pages: Array, first: Int32[Array, " B"], count: int) -> Float[Array, "B K N S D"]:
     """So many pages in a row, on the device."""
     rows, heads, total = pages.shape[:3]
     run = (first[:, None, None] + jnp.arange(count, dtype=jnp.int32)) % total

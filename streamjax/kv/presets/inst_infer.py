@@ -8,8 +8,8 @@ host reads the `top_k` best pages of each key head and sends back a partial, whi
 With `top_k` of all pages, capacity / page + 1, it is attention offload (Chen et al., 2405.01814), which reads all. The
 queries of a prompt are many: the pages that they choose are copied to the device.
 
-XLA runs that part of the program on the host (`jax.experimental.compute_on`), and on TPUs copies the pages within the
-host's memory once a token, since the same program writes to them. For one device; on a CPU, whose two memories are one,
+XLA runs that part of the program on the host (`jax.experimental.compute_on`). A token's page is written before the host
+reads, so that nothing is copied there. For one device; on a CPU, whose two memories are one,
 it is `quest`.
 """
 

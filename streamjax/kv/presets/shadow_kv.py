@@ -6,13 +6,15 @@ is least like it, by cosine, stay on the device as they are, and so do the newes
 token reads those, and the 256 pages whose landmarks it weighs most: their keys are rebuilt and rotated, their values
 fetched. `sj.compact(model, state, sj.kv.preset("shadow_kv"))` does so with a prompt. Here streams do too: the basis is
 of the first `group` tokens, tokens wait in full until their group is full, and queries of a chunk choose as single
-tokens do, where the paper's prompt reads everything. Landmarks of all pages are kept, and values lie on the device.
+tokens do, where the paper's prompt reads everything. Landmarks of all pages are kept. Values lie on the device, or with
+`placement="host"` in the host's memory, those of outliers too; the newest `group` tokens' lie on the device as well.
 """
 
 from streamjax.field_checks import Count, Fraction, Size
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.shadow import Shadow
 from streamjax.kv.presets.registry import register
+from streamjax.kv.tiers.pages import Placement
 from streamjax.kv.tiers.window import Window
 
 
@@ -25,6 +27,8 @@ def shadow_kv(
     outliers: Count = 48,
     group: Size = 512,
     capacity: Size = 65536,
+    placement: Placement = "device",
 ) -> Cascade:
     """Keep every token up to `capacity`, keys in a basis; read the `top_k` pages that fit best, and odd ones whole."""
-    return Cascade(Window(window), Shadow(capacity, keys, group=group, page=page, top_k=top_k, outliers=outliers))
+    shadow = Shadow(capacity, keys, group=group, page=page, top_k=top_k, outliers=outliers, placement=placement)
+    return Cascade(Window(window), shadow)

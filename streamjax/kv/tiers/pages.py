@@ -142,6 +142,19 @@ class Pages(PagedTier):
         empty = self.index.summarise(*one, None if score is None else self._cut(score[:, :, : self.size]))
         return PagesState(tokens, jax.tree.map(lambda x: jnp.repeat(x, self.pages, axis=2), empty))
 
+    def stores_first(self, state: PagesState, query: Query) -> bool:
+        return self._read_by_host(state, query) and not self.index.needs_scores
+
+    def with_written(self, state: PagesState, written: PagesState) -> PagesState:
+        # A slot that was written to held no token before: there is a page more than there is room for tokens.
+        ring = dataclasses.replace(state.tokens, k=written.tokens.k, v=written.tokens.v)
+        return dataclasses.replace(state, tokens=ring)
+
+    def _read_by_host(self, state: PagesState, query: Query) -> bool:
+        """Whether a query goes to where the pages lie."""
+        single = query.q.shape[1] == 1 and not query.differentiable
+        return self.attend_on == "host" and self._in_host(state) and single
+
     def store(self, state: PagesState, tokens: KVTokens) -> PagesState:
         tokens = self.placed(tokens)
         if self._in_host(state):
@@ -217,7 +230,7 @@ class Pages(PagedTier):
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k, self.size):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest, self.size)
-            if self.attend_on == "host" and self._in_host(state) and query.q.shape[1] == 1 and not query.differentiable:
+            if self._read_by_host(state, query):
                 return attend_in_host(pages, query, chosen[:, :, 0], None if some is None else some[:, :, 0])
             return read_pages(pages, query, chosen, block, some)
 

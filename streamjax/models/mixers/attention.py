@@ -203,6 +203,19 @@ def stream_attention(
 ) -> tuple[Float[Array, "B C H D"], State]:
     """Attention of a chunk to a cascade and to itself, from queries and keys that are not rotated; no channels of `v`
     say that keys are values."""
+    query, tokens = query_and_tokens(mixer, raw_q, raw_k, v, context, cache.needs_outputs)
+    return update_in_order(cache, context.head_order, state, query, tokens)
+
+
+def query_and_tokens(
+    mixer: AttentionMixer,
+    raw_q: Float[Array, "B C H D"],
+    raw_k: Float[Array, "B C K D"],
+    v: Float[Array, "B C K V"],
+    context: ChunkContext,
+    outputs: bool = False,
+) -> tuple[Query, KVTokens]:
+    """What a cache is asked about a chunk, and what it is given of it; `outputs`: with what takes values further."""
     config, rotary = mixer.config, None
     if config.rope is not None:
         rotary = make_rotary(config.rope, config.head_dim, context.span)
@@ -217,7 +230,7 @@ def stream_attention(
         valid=context.valid[:, None],
         rotary=rotary,
         ids=None if context.ids is None else context.ids[:, None],
-        outputs=mixer.value_outputs() if cache.needs_outputs else None,
+        outputs=mixer.value_outputs() if outputs else None,
     )
     query = Query(
         q=q,
@@ -235,7 +248,7 @@ def stream_attention(
         tables=context.tables,
         shared=context.shared,
     )
-    return update_in_order(cache, context.head_order, state, query, tokens)
+    return query, tokens
 
 
 def _heads_first(x: Float[Array, "B C K D"]) -> Float[Array, "B K C D"]:

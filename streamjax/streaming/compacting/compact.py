@@ -76,6 +76,8 @@ def compact(
     """
     if model.config.hsa is not None:
         raise ValueError("a model with a chunk memory keeps it as it is: compact does not know it")
+    if model.remembered is not None:
+        raise ValueError("a model with a side network keeps what it reads as it is: compact does not know it")
     if isinstance(cache, AcrossLayers):
         if query is not None or queries or budget is not None:
             raise ValueError(f"{type(cache).__name__} takes all that layers hold: give no query and no budget")

@@ -120,6 +120,25 @@ def test_a_token_is_compared_with_pages_where_they_lie(apart, monkeypatch, confi
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
+def test_values_of_shadows_come_from_the_host(apart):
+    """Single tokens and chunks, before and behind the first groups; what is laid out at once lies there too."""
+    model, tokens, found = build(GQA.replace(num_layers=1)), random_tokens(2, 41), []
+    for placement in ("device", "host"):
+        shadow = sj.kv.Shadow(64, keys=0.5, group=8, page=2, top_k=2, outliers=1, placement=placement)
+        cache = sj.kv.Cascade(sj.kv.Window(3), shadow)
+        state, logits = sj.init_state(model, cache, 2), []
+        for start, stop in ((0, 12), *((i, i + 1) for i in range(12, 29)), (29, 41)):
+            state, out = sj.step(model, state, tokens[:, start:stop])
+            logits.append(np.asarray(out))
+        values = state.layers[0][1].slots.v
+        assert values.codes.sharding.memory_kind == ("pinned_host" if placement == "host" else "device")
+        assert values.tail.sharding.memory_kind == "device"
+        found.append((np.concatenate(logits, axis=1), np.asarray(values.dense())))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert np.abs(found[0][1][:, :, 8:24]).min(axis=-1).max() > 0
+
+
 def test_on_a_cpu_they_are_plain():
     state = sj.init_state(build(GQA), placed(CACHES["last"], "host"))
     assert pages_of(state).k.sharding.memory_kind == "device"
