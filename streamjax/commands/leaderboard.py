@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 import streamjax as sj
@@ -235,10 +236,14 @@ def run(
     length = board["length"]
     reader = ContextReader(model, tokenizer, values.moment, values.chunk_size, round(values.keep_gb * 1e9))
     todo = [(cache, task) for cache in caches for task in tasks if task not in rows.get(cache[0], {}).get("tasks", {})]
+    newest = None
     with progress_bar(total=len(todo) * values.samples, unit=" examples") as bar:
         for (label, method, budget, cache), task in todo:
             if signals.received:
                 return
+            if label != newest:  # no other cache runs the programs of this one: dozens of caches took gigabytes
+                jax.clear_caches()
+                newest = label
             bar.set_description(f"{label} {task}")
             if label not in rows:
                 size = total_bytes(cache, model)
