@@ -142,6 +142,7 @@ CASES = {
         **{"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8},
         **{"decay_low_rank_dim": 3, "a_low_rank_dim": 2, "gate_low_rank_dim": 5, "v_low_rank_dim": 4},
     },
+    "gla": {**{"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_heads": 2}},
     "falcon_h1": {
         **{**GROUPED, "mamba_d_ssm": 20, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 5},
         **{"ssm_multipliers": [0.5, 1.2, 0.9, 1.1, 0.8], "ssm_out_multiplier": 0.7, "mlp_multipliers": [0.7, 1.3]},

@@ -19,6 +19,7 @@ from streamjax.kv.pages.page_pool import PagePool, PoolState
 from streamjax.kv.tier import KVTokens
 from streamjax.serving.paging.page_book import PageBook, tables_of
 from streamjax.serving.paging.paged_batch import page_size_for
+from tests.architectures import tiny_config
 from tests.serving import engines
 from tests.serving.engines import bytes_model, engine, finish, request, served, tokens
 from tests.streaming.tiny_models import LOCAL, build
@@ -187,8 +188,10 @@ def test_rows_attend_to_what_they_share_at_once():
 
 
 @pytest.mark.slow
-def test_layers_with_windows_keep_them_in_their_rows():
-    model = build(LOCAL.replace(vocab_size=259, bos_token_id=256))
+@pytest.mark.parametrize("config", [LOCAL, tiny_config("gemma4-shared")], ids=["windows", "shared"])
+def test_layers_with_windows_keep_them_in_their_rows(config):
+    """And layers that read the keys of another read its pages."""
+    model = build(config.replace(vocab_size=259, bos_token_id=256))
     options = {"rows": 2, "chunk_size": 8, "prefix_bytes": 1 << 20, "pool_tokens": 96, "policy": "mlfq"}
     one = sj.Engine(model, engines.Endless(), DENSE, **options)
     wanted = [MIXED[i] for i in (0, 1, 3)]

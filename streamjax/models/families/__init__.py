@@ -23,6 +23,7 @@ from streamjax.models.families.falcon_h1 import FALCON_H1
 from streamjax.models.families.family import Family, Source, Table
 from streamjax.models.families.gemma import GEMMA2, GEMMA3
 from streamjax.models.families.gemma4 import GEMMA4
+from streamjax.models.families.gla import GLA
 from streamjax.models.families.glm4 import GLM4
 from streamjax.models.families.gpt_neox import GPT_NEOX
 from streamjax.models.families.gpt_oss import GPT_OSS
@@ -58,7 +59,7 @@ _ALL = (
     *(SMOLLM3, OLMO2, OLMO3, GRANITE, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
     *(COHERE2, GLM4, EXAONE4, STARCODER2, MINISTRAL3, DEEPSEEK_V2, DEEPSEEK_V3),
     *(LLAMA4, GEMMA4, QWEN3_NEXT, QWEN3_5, MAMBA2, GRANITE_HYBRID),
-    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H, FALCON_H1, RWKV7),
+    *(LFM2, LFM2_MOE, QWEN3_5_MOE, OLMO_HYBRID, KIMI_LINEAR, RECURRENT_GEMMA, NEMOTRON_H, FALCON_H1, RWKV7, GLA),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
@@ -76,6 +77,11 @@ def find_family(values: Mapping[str, Any]) -> Family:
     named = named[0] if isinstance(named, list) else named
     table, shown = (kinds, kind) if named is None else (known, named)
     family = table.get(shown) if isinstance(shown, str) else None
+    if family is None and str(kind or shown).lower().startswith("gemma3n"):
+        raise ValueError(
+            "Gemma 3n is not implemented: it has several residual streams (AltUp), low-rank branches beside its layers "
+            "(Laurel) and sparse activations; Gemma 4 E2B and E4B, which have none of these, can be read"
+        )
     if family is None:
         near = _nearest(str(shown)[:60], table)
         has = ", ".join(sorted(FAMILIES))

@@ -165,16 +165,16 @@ CASES = {
         layer_types=["full_attention", "chunked_attention"] * 2, no_rope_layers=[1, 0, 0, 1], head_dim=20
     ),
     "gemma4": lambda: gemma4(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=3.0),
-    "gemma4-experts": lambda: gemma4(**GEMMA4_EXPERTS, attention_k_eq_v=True, num_global_key_value_heads=4),
-    "gemma4-biases-untied": lambda: gemma4(attention_bias=True, attention_k_eq_v=True, tie_word_embeddings=False),
     "gemma4-shared": lambda: gemma4(
-        num_hidden_layers=6,
-        num_kv_shared_layers=3,
+        num_hidden_layers=5,
+        num_kv_shared_layers=2,
         hidden_size_per_layer_input=5,
         vocab_size_per_layer_input=FOUR["vocab_size"],
         use_double_wide_mlp=True,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     ),
+    "gemma4-experts": lambda: gemma4(**GEMMA4_EXPERTS, attention_k_eq_v=True, num_global_key_value_heads=4),
+    "gemma4-biases-untied": lambda: gemma4(attention_bias=True, attention_k_eq_v=True, tie_word_embeddings=False),
     "gemma4-unified": lambda: hf.Gemma4UnifiedTextConfig(
         **{**FOUR, **MORE, "num_key_value_heads": 4},
         head_dim=12,

@@ -99,14 +99,14 @@ CASES = {
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     ),
     "nemotron_h": lambda: nemotron_h("MM-*-M"),
+    "nemotron_h-latent-biases": lambda: nemotron_h(
+        "*EM-", **NEMOTRON_EXPERTS, moe_latent_size=16, mlp_bias=True, n_group=3, topk_group=2,
+    ),
     "nemotron_h-biases": lambda: nemotron_h(
         "*-M-", use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="gelu",
         time_step_min=0.5,
     ),
     "nemotron_h-experts": lambda: nemotron_h("MEM*E", **NEMOTRON_EXPERTS),
-    "nemotron_h-latent-biases": lambda: nemotron_h(
-        "*EM-", **NEMOTRON_EXPERTS, moe_latent_size=16, mlp_bias=True, n_group=3, topk_group=2,
-    ),
     "recurrent_gemma": lambda: recurrent_gemma(num_key_value_heads=1),
     "recurrent_gemma-biases-untied": lambda: recurrent_gemma(
         attention_bias=True, block_types=["attention", "recurrent"], logits_soft_cap=2.0, conv1d_width=3,

@@ -294,6 +294,8 @@ def test_unknown_architectures(name, near):
         read_config({**PUBLISHED["llama-3.1-8b"], "architectures": [name]})
     values = {**PUBLISHED["llama-3.1-8b"], "architectures": None}
     assert find_family(values).name == "llama"
+    with pytest.raises(ValueError, match=r"Gemma 3n is not implemented: .* \(AltUp\), .*\(Laurel\)"):
+        find_family({"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"})
     with pytest.raises(ValueError, match=r"unknown architecture 'qwen9'; did you mean 'qwen.'"):
         find_family({**values, "model_type": "qwen9"})
     for odd in ("x" * 10_000, "é\n\0", "", "GPT"):

@@ -27,6 +27,7 @@ REPEATED |= {
     "qwen2": "gemma2",
     "gpt_neox": "falcon-40b",
     "nemotron_h-experts": "deepseek_v3",
+    "gla": "qwen3_next",
     "rwkv7": "qwen3_next",  # its layers: tests/models/mixers/test_linear_mixers.py and test_handed_on.py
     "qwen3": "qwen3_next",
 }
