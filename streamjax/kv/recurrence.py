@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -68,6 +69,11 @@ class Recurrence(Cache):
         """The state of streams that have seen nothing, of a model whose activations are of `dtype`."""
         memory = jnp.zeros((batch_size, *self.memory), accumulator(dtype)) if self.memory else None
         return RecurrentState(memory, jnp.zeros((batch_size, *self.conv), dtype) if self.conv else None)
+
+    def sizes(self, state: RecurrentState) -> Sequence[tuple[int, int]]:
+        """One place, which the first token fills; none where the layer keeps nothing."""
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        return [(1, total)] if total else []
 
 
 @dataclasses.dataclass(frozen=True)

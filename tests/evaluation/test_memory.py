@@ -5,6 +5,8 @@ import numpy as np
 
 import streamjax as sj
 from streamjax.evaluation import SlotMemory, memory, peak_resident_bytes, resident_bytes
+from streamjax.streaming.state import empty_state
+from tests.architectures import tiny_config
 
 CONFIG = sj.UniformConfig(
     vocab_size=8, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, windows=(6, None)
@@ -43,3 +45,16 @@ def test_resident_memory_follows_an_array():
     assert peak_resident_bytes() >= resident_bytes() * 0.95
     del array
     assert resident_bytes() - before < 50e6
+
+
+def test_a_recurrent_state_is_there_from_the_first_token_on():
+    """And a layer that reads another's keys holds nothing."""
+
+    def state_of(case):
+        shapes = jax.eval_shape(lambda: sj.Decoder(tiny_config(case), jax.random.key(0)))
+        return empty_state(shapes, sj.kv.preset("dense", capacity=100))
+
+    state = state_of("mamba2")
+    held, memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers)), SlotMemory.of(state)
+    assert (memory.in_use(0), memory.in_use(1), memory.in_use(100), memory.allocated) == (0, held, held, held)
+    assert SlotMemory.of(state_of("gemma4-shared")).slots == (5, 100)
