@@ -63,6 +63,7 @@ ROOMS = """
     streamjax.models
     streamjax.streaming
     streamjax.training.objectives
+    streamjax.training.elimination
     streamjax.training.backprop.trainable_parameters
     streamjax.training.backprop.sequence_chunks streamjax.training.backprop.gradient_*
     streamjax.training.backprop.chunk_attention

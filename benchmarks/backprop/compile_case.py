@@ -13,12 +13,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 import streamjax as sj
@@ -26,6 +27,8 @@ from benchmarks import aot
 from pallas_kernels.api import platforms
 from streamjax.field_checks import from_plain
 from streamjax.models import ModelConfig
+from streamjax.training.elimination.kept_tokens import TokenElimination
+from streamjax.training.elimination.predictors import draw_predictor
 
 FULL_LOGITS = {"method": "full_logits"}  # the first baseline, which this module has itself; all else is the library's
 _SOURCES = ("streamjax/attention", "streamjax/kv", "streamjax/models", "streamjax/parallel", "streamjax/training")
@@ -38,6 +41,7 @@ class Case:
 
     `arguments` are those of `sj.training.loss_and_grad` (`method`, `chunk_size`, ...), or `FULL_LOGITS`. `topology` is
     one of `aot.TOPOLOGIES`, of which one chip is used. `kernels`: attention by the chip's kernels, not by XLA's loops.
+    `shares`: of their blocks of 64 tokens that layers compute (LeMo), one for all layers or one each; all where None.
     """
 
     config: sj.UniformConfig | ModelConfig
@@ -46,6 +50,7 @@ class Case:
     arguments: Mapping[str, Any]
     batch: int = 1
     kernels: bool = False
+    shares: tuple[float, ...] | None = None
 
     def to_json(self) -> str:
         flat = isinstance(self.config, sj.UniformConfig)
@@ -120,6 +125,8 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
     batch = {"tokens": place(shape, jnp.int32), "targets": place(shape, jnp.int32)}
     batch["weights"] = place(shape, jnp.float32)
     step = full_logits if case.arguments == FULL_LOGITS else partial(sj.training.loss_and_grad, **case.arguments)
+    if case.shares is not None:
+        step, model = _with_elimination(step, case.shares, model, place)
     lowered = jax.jit(step).trace(model, batch).lower(lowering_platforms=(aot.TOPOLOGIES[case.topology].platform,))
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
     if program == known:
@@ -136,6 +143,16 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
             raise
         figures = {"fits": False, "peak": int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))}
     return {**figures, "program": program, "compile_s": round(time.perf_counter() - start, 1)}
+
+
+def _with_elimination(step: Callable, shares: Sequence[float], model: Any, place: Callable) -> tuple[Callable, Any]:
+    """`step` of a pair, a model and predictors, and that pair."""
+    config = model.config
+    drawn = jax.eval_shape(lambda: draw_predictor(np.random.default_rng(0), config.d_model, 64, 16))
+    stack = jax.tree.map(lambda leaf: place((config.num_layers, *leaf.shape), leaf.dtype), drawn)
+    shares = tuple(shares) if len(shares) > 1 else (*shares,) * config.num_layers
+    both = model, TokenElimination((stack,), (), shares, 64)
+    return lambda both, batch: step(both[0], batch, elimination=both[1]), both
 
 
 def _figures(compiled: Any, memory_bytes: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from streamjax.training.backprop.planning.method_choice import Choice, choose, d
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
 from streamjax.training.diloco.config import DiLoCoConfig
 from streamjax.training.distillation.config import DistillConfig
+from streamjax.training.elimination.config import LeMoConfig
 from streamjax.training.mesh_choice.chips import CHIPS, Chip, chip_of
 from streamjax.training.mesh_choice.search import MeshChoice, choose_mesh
 from streamjax.training.objectives.distillation import Distillation
@@ -38,6 +39,7 @@ __all__ = [
     "DiLoCoConfig",
     "DistillConfig",
     "Distillation",
+    "LeMoConfig",
     "LoRAConfig",
     "Memory",
     "MeshChoice",

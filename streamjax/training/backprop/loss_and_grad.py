@@ -29,11 +29,12 @@ from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
 from streamjax.training.backprop.planning.host_transfers import Rates, hidden_fraction
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, split_evenly
-from streamjax.training.backprop.planning.method_choice import Choice, choose, device_memory_bytes
+from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS, Choice, choose, device_memory_bytes
 from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
+from streamjax.training.elimination.kept_tokens import TokenElimination, hidden_of_kept
 from streamjax.training.objectives.objective import CrossEntropy, Objective
 
 Batch = Mapping[str, Array]
@@ -63,6 +64,7 @@ def loss_and_grad(
     memory_bytes: int | None = None,
     trainable: Trainable = nnx.Param,
     context_exchange: Exchange = "auto",
+    elimination: TokenElimination | None = None,
 ) -> tuple[Float[Array, ""], Decoder]:
     """Loss of a batch, and its gradient: the same with every method, but for rounding.
 
@@ -89,6 +91,8 @@ def loss_and_grad(
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
       context_exchange: how devices that share a sequence, along the mesh axis `context`, come to each other's keys
         with "full" and "remat": "ring", "gather", or "auto", which gathers up to 256 MiB (docs/sharding.md).
+      elimination: layers compute the tokens that it keeps alone (LeMo): the gradient is that of this other function.
+        With "full" and "remat", whose layers see a whole row at once.
 
     Returns:
       The loss, float32 (float64 for a float64 model), and the gradient, shaped as the model. The gradient has that of
@@ -130,6 +134,8 @@ def loss_and_grad(
         raise ValueError(f"offload_fraction is {offload_fraction}: use 0 to 1")
     if offload is not None and (offload != "host" or method != "layer"):
         raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
+    if elimination is not None:
+        _check_elimination(method, length)
     loss, grads = _loss_and_grad(
         with_routing_total(model, batch["tokens"].size),
         {name: jnp.asarray(x) for name, x in batch.items()},
@@ -146,8 +152,20 @@ def loss_and_grad(
             kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
             context_exchange=context_exchange,
         ),
+        elimination,
     )
     return loss, with_routing_total(grads, None)
+
+
+def _check_elimination(method: str, length: int) -> None:
+    """Raise ValueError for what cannot leave tokens out."""
+    if method not in WHOLE_METHODS:
+        raise ValueError(
+            f'method {method!r} cuts rows into chunks, and a layer chooses its tokens from a whole row: use "remat" or '
+            '"full", or compute all tokens (lemo.share=1.0)'
+        )
+    if context_shards(length) > 1:
+        raise ValueError("a layer chooses its tokens from a whole row, which the mesh axis context splits: set it to 1")
 
 
 def check_free(segment: int, offload: str | None) -> None:
@@ -210,7 +228,13 @@ def offload_fraction_for(
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _loss_and_grad(
-    model: Decoder, batch: Batch, method: str, objective: Objective, chunk_size: int, options: GradientOptions
+    model: Decoder,
+    batch: Batch,
+    method: str,
+    objective: Objective,
+    chunk_size: int,
+    options: GradientOptions,
+    elimination: TokenElimination | None,
 ) -> tuple[Float[Array, ""], Decoder]:
     prepared = objective.prepare(batch)
     params, rest = partition(model, options.trainable)
@@ -225,7 +249,7 @@ def _loss_and_grad(
 
     def loss(params: Decoder) -> Array:
         whole = combine(params, rest), batch, prepared, objective, options.logits_chunk
-        return whole_loss(*whole, method == "remat", options.context_exchange)
+        return whole_loss(*whole, method == "remat", options.context_exchange, elimination)
 
     return jax.value_and_grad(loss)(params)
 
@@ -238,10 +262,14 @@ def whole_loss(
     logits_chunk: int,
     remat: bool = False,
     exchange: Exchange = "auto",
+    elimination: TokenElimination | None = None,
 ) -> Float[Array, ""]:
     """The loss by one pass over the whole sequence, for `jax.grad`."""
     known = {name: batch.get(name) for name in ("positions", "segment_ids")}
-    hidden = model.hidden(batch["tokens"], **known, remat=remat, exchange=exchange)
+    if elimination is None:
+        hidden = model.hidden(batch["tokens"], **known, remat=remat, exchange=exchange)
+    else:
+        hidden = hidden_of_kept(model, elimination, batch["tokens"], **known, remat=remat)
     return objective.loss(whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk), prepared)
 
 

@@ -23,6 +23,7 @@ from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.diloco.config import DiLoCoConfig
 from streamjax.training.distillation.config import DistillConfig
+from streamjax.training.elimination.config import LeMoConfig
 from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.dpo import DPO
 from streamjax.training.objectives.grpo import GRPO
@@ -190,6 +191,7 @@ class TrainConfig:
       distill: the teacher of `Distillation`, and which layers of `init_from` get other token mixers.
       pipeline: how microbatches, `optimizer.accumulation` of them, go through the stages along `mesh.stage`.
       diloco: replicas that train apart and exchange little; ordinary training with 0 replicas.
+      lemo: how many of a row's tokens layers compute; all where `lemo.share` is 1.0.
       seed: of the initial weights.
       log_interval: steps from one line of metrics to the next.
       eval_interval: steps from one evaluation to the next; there is one at the end in any case.
@@ -217,6 +219,7 @@ class TrainConfig:
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
     diloco: DiLoCoConfig = dataclasses.field(default_factory=DiLoCoConfig)
+    lemo: LeMoConfig = dataclasses.field(default_factory=LeMoConfig)
     seed: Seed = 0
     log_interval: Size = 10
     eval_interval: Size = 500
@@ -253,6 +256,7 @@ class TrainConfig:
         self._check_teacher()
         self._check_replicas()
         self._check_stages()
+        self._check_elimination()
         self.check_context(1 if self.mesh == "auto" else self.mesh.context)
 
     def _check_objective(self) -> None:
@@ -354,6 +358,27 @@ class TrainConfig:
         if not isinstance(self.objective, CrossEntropy):
             name = type(self.objective).__name__
             raise ValueError(f"objective {name} is not for pipelines, and mesh.stage is {stages}: use other axes")
+
+    def _check_elimination(self) -> None:
+        """Whether layers can leave tokens out as this run says."""
+        share, block = self.lemo.share, self.lemo.block
+        if share == 1.0:
+            return
+        say = f"lemo.share is {share}, and"
+        if self.backprop.method not in WHOLE_METHODS or self.backprop.carry_state:
+            raise ValueError(
+                f"{say} layers choose from whole rows: set backprop.method to "
+                f"{' or '.join(map(repr, reversed(WHOLE_METHODS)))}, and carry_state to false"
+            )
+        if self.data.seq_len % block:
+            raise ValueError(f"{say} data.seq_len {self.data.seq_len} is no multiple of lemo.block {block}")
+        if isinstance(self.objective, GRPO | Distillation) or self.diloco.replicas:
+            what = "diloco.replicas" if self.diloco.replicas else f"objective {type(self.objective).__name__}"
+            raise ValueError(f"{say} {what} computes all tokens: set lemo.share to 1.0")
+        for name in ("context", "stage", "expert"):
+            if self.mesh == "auto" or getattr(self.mesh, name) != 1:
+                given = 'mesh "auto"' if self.mesh == "auto" else f"mesh.{name} {getattr(self.mesh, name)}"
+                raise ValueError(f"{say} {given} does not go with it: give mesh.data, mesh.fsdp or mesh.tensor")
 
     def check_context(self, devices: int) -> None:
         """Raise ValueError for what cannot be trained with sequences over so many devices along `mesh.context`."""

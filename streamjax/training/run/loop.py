@@ -30,6 +30,8 @@ from streamjax.training.backprop.planning.method_choice import available_host_by
 from streamjax.training.backprop.trainable_parameters import partition
 from streamjax.training.diloco.replicas import count_replicas, one_model, replicate
 from streamjax.training.diloco.steps import Replicas
+from streamjax.training.elimination.kept_tokens import TokenElimination
+from streamjax.training.elimination.warm_up import trained_or_read
 from streamjax.training.run.config import MeshConfig, TrainConfig
 from streamjax.training.run.feeds import make_feed
 from streamjax.training.run.goodput import Goodput
@@ -43,6 +45,7 @@ from streamjax.training.run.step import make_train_step, step_function
 from streamjax.training.run.workdir import claim, export, one_run_in, open_snapshots
 
 _log = logging.getLogger(__name__)
+PREDICTORS_FILE = "predictors.safetensors"  # in the workdir
 _HOST_SHARE = 0.8  # of the host's free memory that layers' inputs may fill
 
 
@@ -138,6 +141,8 @@ class _Run:
         if config.diloco.replicas:
             self.state = replicate(self.state, config.diloco, config.trainable, self.mesh)
         claim(workdir, config)
+        self.elimination_line = ""
+        elimination = self._token_elimination() if config.lemo.share < 1.0 else None
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.snapshots, self.ended = open_snapshots(config.snapshots, workdir), False
         self.pending: list[dict[str, Any]] = []
@@ -159,6 +164,8 @@ class _Run:
             self._say(f"resumed at step {self.step} of {config.steps}{source}")
         if self.mesh_line:
             self._say(self.mesh_line)
+        if self.elimination_line:
+            self._say(self.elimination_line)
         optimizer, trainable = make_optimizer(config.optimizer, config.steps), config.trainable
         options = {
             "accumulation": config.optimizer.accumulation,
@@ -174,7 +181,7 @@ class _Run:
             step = step_function(optimizer, **options)
             self.replicas = Replicas(config.diloco, step, self.state, trainable, self.mesh)
         else:
-            self.train_step = make_train_step(optimizer, **options)
+            self.train_step = make_train_step(optimizer, elimination=elimination, **options)
 
     def on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -251,6 +258,17 @@ class _Run:
         links = f"{rates.to_host / 1e9:.3g} and {rates.from_host / 1e9:.3g} GB/s to the host and back"
         self._say(f"backprop: offload_fraction {found:g} ({links}, {rates.flops / 1e12:.3g} TFLOP/s)")
         return found
+
+    def _token_elimination(self) -> TokenElimination:
+        """What layers compute, by predictors from a file or trained here, on the rows that the run begins with."""
+        config = self.config
+        with self.on_mesh():
+            feed, model = make_feed(config, self.tokenizer, self.state.model, self.mesh, self.workdir), self.state.model
+            batches = (feed.next(model, step)[0] for step in range(config.lemo.steps))
+            found = trained_or_read(model, batches, config.lemo, self.workdir / PREDICTORS_FILE, config.seed)
+        shares = found.shares(config.lemo.share, config.lemo.equal)
+        self.elimination_line = f"lemo: layers compute {min(shares):.2f} to {max(shares):.2f} of their tokens"
+        return found.elimination(model, config.lemo.share, config.lemo.equal)
 
     def _in_turn(self) -> int:
         """How many replicas the same devices train, one after the other."""

@@ -23,6 +23,7 @@ from streamjax.training.backprop.routing import routing_metrics, take_reports, t
 from streamjax.training.backprop.streaming_loss import streaming_loss, streaming_loss_and_grad
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, is_parameter, partition
 from streamjax.training.distillation.alignment import alignment_loss_and_grad
+from streamjax.training.elimination.kept_tokens import TokenElimination
 from streamjax.training.objectives.distillation import Distillation
 from streamjax.training.objectives.objective import CrossEntropy
 from streamjax.training.pipeline.gradient import pipeline_loss_and_grad
@@ -101,16 +102,19 @@ def step_function(
     trainable: Trainable = nnx.Param,
     spike_factor: float | None = None,
     **options: Any,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """What `make_train_step` compiles, for a caller who calls it inside of a program."""
     check_method(options.get("method", "full"))
     options = {**options, "trainable": trainable_and_reports(trainable)}
     reading = {name: options[name] for name in _STREAMED if name in options}
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, elimination: TokenElimination | None = None
+    ) -> tuple[TrainState, Metrics]:
         stream, reporting = state.stream, with_reports(state.model)
         if stream is None:
-            loss, grads = accumulate_gradients(reporting, batch, accumulation, **options)
+            fewer = {} if elimination is None else {"elimination": elimination}
+            loss, grads = accumulate_gradients(reporting, batch, accumulation, **options, **fewer)
         elif accumulation == 1:
             loss, grads, stream = streaming_loss_and_grad(reporting, stream, batch, **reading)
         else:
@@ -138,6 +142,7 @@ def make_train_step(
     accumulation: int = 1,
     trainable: Trainable = nnx.Param,
     spike_factor: float | None = None,
+    elimination: TokenElimination | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
@@ -154,6 +159,7 @@ def make_train_step(
       trainable: the type of parameters that are trained; all others stay as they are, bit for bit.
       spike_factor: where the state has `skips`, a gradient whose norm is above so many times the running mean is
         skipped, too.
+      elimination: which tokens layers compute (LeMo); all where None.
       options: how `loss_and_grad` makes the gradient: its `method` and so on; for streams only `objective`,
         `chunk_size` and `logits_chunk` count.
 
@@ -163,7 +169,8 @@ def make_train_step(
     step = step_function(
         optimizer, accumulation=accumulation, trainable=trainable, spike_factor=spike_factor, **options
     )
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    return compiled if elimination is None else partial(compiled, elimination=elimination)
 
 
 @jax.jit
