@@ -235,7 +235,7 @@ NO_CONFIGURATIONS = {
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
     *("LayerCodebooks", "LayerRetainingHeads", "RetainingHeads", "HeadProjections", "AllHeld", "Lent", "AcrossLayers"),
-    *("Kernels", "LayerKernels"),
+    *("Kernels", "LayerKernels", "LayerPredictor", "LayerPredictors", "TokenElimination"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Anchor", "Chip", "Work", "Layout", "Stripes", "Schedule", "Visit"),
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read

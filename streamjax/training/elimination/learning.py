@@ -136,7 +136,7 @@ def _learn(
     """One layer: its output, its predictor behind a step, blocks' scores, the loss before it, and what was found."""
     said = block.mixer_input(x)
     q, k, _ = block.attention.project(said, context)
-    last = last_seeing(*x.shape[:2], config.block, context.segment_ids)
+    last = last_seeing(x.shape[0], x.shape[1], config.block, context.segment_ids)
     sees = seeing(last)
     pairs = pair_scores(q, k, config.block, block.attention.config.softmax_scale, context.segment_ids)
 

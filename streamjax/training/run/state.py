@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.models.decoder import Decoder
@@ -84,9 +84,30 @@ def new_state(
     Pure: under `streamjax.parallel.mesh.build_sharded` the optimizer's arrays are made in their places.
     """
     params, _ = partition(model, trainable)
-    return TrainState(
-        model, optimizer.init(params), jnp.zeros((), jnp.int32), stream, skips=no_skips() if skipping else None
+    return _placed_alike(
+        TrainState(
+            model, optimizer.init(params), jnp.zeros((), jnp.int32), stream, skips=no_skips() if skipping else None
+        )
     )
+
+
+def _placed_alike(state: TrainState) -> TrainState:
+    """The state with new scalars committed to devices if the model's arrays are.
+
+    A step's results are all committed as soon as one of its arguments is. If some of the first state's were not, `jit`
+    would take the second step for another program and compile all of it again.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    known = [x.sharding for x in arrays if not isinstance(x, jax.core.Tracer) and x.committed]
+    if not known:
+        return state
+    place = NamedSharding(known[0].mesh, PartitionSpec()) if isinstance(known[0], NamedSharding) else known[0]
+
+    def commit(leaf: Any) -> Any:
+        loose = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and not leaf.committed
+        return jax.device_put(leaf, place) if loose else leaf
+
+    return jax.tree.map(commit, state)
 
 
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:

@@ -113,7 +113,7 @@ def step_function(
     ) -> tuple[TrainState, Metrics]:
         stream, reporting = state.stream, with_reports(state.model)
         if stream is None:
-            fewer = {} if elimination is None else {"elimination": elimination}
+            fewer: dict[str, Any] = {} if elimination is None else {"elimination": elimination}
             loss, grads = accumulate_gradients(reporting, batch, accumulation, **options, **fewer)
         elif accumulation == 1:
             loss, grads, stream = streaming_loss_and_grad(reporting, stream, batch, **reading)

@@ -90,3 +90,20 @@ def test_three_steps_against_the_formulas(model):
 def test_a_bad_field_is_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**{field: value})
+
+
+def test_clipped_gradients_are_not_written_out():
+    """An update in place of its arrays needs no room for another copy of the gradients."""
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), 10)
+    weights = Decoder(
+        UniformConfig(vocab_size=512, d_model=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16),
+        jax.random.key(0),
+    )
+    state = optimizer.init(weights)
+
+    def step(weights, state, grads):
+        updates, state = optimizer.update(grads, state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(weights, state, weights).compile()
+    assert program.memory_analysis().temp_size_in_bytes < weights.embedding[...].nbytes / 2

@@ -132,3 +132,13 @@ def test_the_state_is_never_whole_on_one_device(model):
     memory = compiled.memory_analysis()
     assert memory.output_size_in_bytes < 3 * table / 8 * 1.5  # weights and two moments, an eighth each
     assert memory.temp_size_in_bytes < table
+
+
+def test_the_second_step_is_not_compiled_again(model, batch):
+    """A model whose arrays are committed to a device, as one that was loaded may be."""
+    state = new_state(jax.device_put(jax.tree.map(jnp.copy, model), jax.devices()[0]), OPTIMIZER, skipping=True)
+    assert all(leaf.committed for leaf in jax.tree.leaves(state))
+    step = make_train_step(OPTIMIZER)
+    for _ in range(2):
+        state, _ = step(state, batch)
+    assert step._cache_size() == 1
