@@ -69,7 +69,8 @@ class PredictorTraining:
         draw, self._model, self._config = np.random.default_rng(seed), model, config
         self._layers: list[Trained | tuple[str, int]] = []
         for block in model.config.blocks:
-            why = "memory" if model.config.hsa or model.config.handed_on else why_whole(block)
+            whole = model.config.hsa or model.config.stream_width > model.config.d_model
+            why = "memory" if whole else why_whole(block)
             if why is not None:
                 self._layers.append((why, 0))
                 continue
