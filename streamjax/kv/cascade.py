@@ -17,6 +17,7 @@ from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
+from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
@@ -131,7 +132,7 @@ class Cascade(Cache):
         for i, tier in enumerate(self.tiers):
             new[i], rest = tier.absorb(new[i], query, rest)
         last, written = self.tiers[-1], None
-        if last.stores_first(new[-1], query):
+        if isinstance(last, Pages) and last.stores_first(new[-1], query):
             falling = rest
             for part, tier in zip(new[:-1], self.tiers[:-1], strict=True):
                 falling = tier.insert(part, falling)[1]
@@ -155,7 +156,7 @@ class Cascade(Cache):
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
         new[-1] = last.store(new[-1], rest)
-        if written is not None:
+        if isinstance(last, Pages) and written is not None:
             new[-1] = last.with_written(new[-1], written)
         return out, tuple(new)
 

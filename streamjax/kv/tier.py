@@ -439,17 +439,6 @@ class Tier:
         """Attention of the chunk's queries to what is stored; `reach` is the cascade's, in positions."""
         raise NotImplementedError
 
-    def stores_first(self, state: State, query: Query) -> bool:
-        """Whether arrays of the last tier of a cascade are written to before a chunk attends, see `with_written`."""
-        return False
-
-    def with_written(self, state: State, written: State) -> State:
-        """`state`, in those arrays of `written` that a chunk reads as well as it would read its own.
-
-        What a program writes to after the host has read it, it copies first; what it wrote to before, it does not.
-        """
-        raise NotImplementedError
-
     def store(self, state: State, tokens: KVTokens) -> State:
         """`insert` into the last tier of a cascade: what it evicts is gone and need not be read."""
         return self.insert(state, tokens)[0]

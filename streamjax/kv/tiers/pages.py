@@ -143,9 +143,14 @@ class Pages(PagedTier):
         return PagesState(tokens, jax.tree.map(lambda x: jnp.repeat(x, self.pages, axis=2), empty))
 
     def stores_first(self, state: PagesState, query: Query) -> bool:
+        """Whether keys and values are written before a chunk attends, where this is the last tier: `with_written`."""
         return self._read_by_host(state, query) and not self.index.needs_scores
 
     def with_written(self, state: PagesState, written: PagesState) -> PagesState:
+        """`state` with the keys and values of `written`, which a chunk reads as well as its own.
+
+        What a program writes to after the host has read it, it copies first; what it wrote to before, it does not.
+        """
         # A slot that was written to held no token before: there is a page more than there is room for tokens.
         ring = dataclasses.replace(state.tokens, k=written.tokens.k, v=written.tokens.v)
         return dataclasses.replace(state, tokens=ring)
