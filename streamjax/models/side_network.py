@@ -83,6 +83,7 @@ class SideConfig:
         if self.recalling >= len(sources):
             raise ValueError(f"SideConfig.layer is {self.layer}: the last that can be remembered is {sources[-1]}")
         kept, recalls = blocks[self.layer].mixer, blocks[sources[self.recalling]].mixer
+        assert isinstance(kept, AttentionConfig)
         if kept.bound is not None or kept != recalls:
             raise ValueError(
                 f"layer {self.layer} cannot be remembered: it needs full attention, and the heads and rotation of "
