@@ -39,7 +39,7 @@ from streamjax.kv.scores import (
     snapkv,
     windowkv,
 )
-from streamjax.kv.selective import lines, static_eviction
+from streamjax.kv.selective import lines, other_group, static_eviction
 from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tiers import (
     bank,
@@ -74,6 +74,7 @@ from streamjax.models.config import (
 )
 from streamjax.models.side_network import SideConfig
 from streamjax.streaming import Sampler
+from streamjax.streaming.compacting.reselecting import Reselection
 from streamjax.training import (
     DPO,
     GRPO,
@@ -216,6 +217,8 @@ EXAMPLES = [
     selection.Coarse(4),
     lines.Lines(64),
     static_eviction.StaticEviction(8, h2o.H2O(), every=16),
+    other_group.OtherGroup((window.Window(8),)),
+    Reselection(current_chunk.CurrentChunk(8)),
     recurrent.GMUConfig(2, 2, channels=8),
     gated_linear.RWKV7Config(2, 2, head_dim=8),
     gated_linear.ChannelMixConfig(2, 2, width=8, channels=8),
@@ -235,7 +238,7 @@ NO_CONFIGURATIONS = {
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "CacheSizes", "PartSize"),
     *("Asked", "Example", "Turn", "Needles", "Calibration", "QueryFilters", "LayerFactors", "Choice", "Budgeted"),
     *("LayerCodebooks", "LayerRetainingHeads", "RetainingHeads", "HeadProjections", "AllHeld", "Lent", "AcrossLayers"),
-    *("Kernels", "LayerKernels", "LayerPredictor", "LayerPredictors", "TokenElimination"),
+    *("Kernels", "LayerKernels", "LayerPredictor", "LayerPredictors", "TokenElimination", "GroupedState"),
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Anchor", "Chip", "Work", "Layout", "Stripes", "Schedule", "Visit"),
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read

@@ -1,8 +1,8 @@
-"""`python -m train.projections`: see `streamjax.commands.projections`."""
+"""`python -m train.projections`: see `streamjax.commands.cache_training.projections`."""
 
 import sys
 
 from streamjax.commands.shell.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(launch("projections"))
+    sys.exit(launch("cache_training.projections"))

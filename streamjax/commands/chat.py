@@ -3,6 +3,7 @@
     python -m infer.chat --model=Qwen3-0.6B --cache=streaming_llm:sinks=4,window=4092
     python -m infer.chat --model=Llama-3.2-1B-Instruct --system="You are brief." --temperature=0
     python -m infer.chat --model=Qwen3-0.6B --draft=ngram              # the same words, sooner where they were said
+    python -m infer.chat --model=Qwen3-0.6B --cache=dense --answer_cache=snapkv:window=32,size=480   # LoopServe
     python -m infer.chat --model=Qwen3-0.6B --load_state=yesterday.chat
     echo "What is a heap?" | python -m infer.chat --model=Qwen3-0.6B --max_new_tokens=100
 
@@ -34,6 +35,7 @@ from streamjax.commands.shell.signals import ending_signals
 from streamjax.data.text.control_characters import escape_controls
 from streamjax.evaluation import SlotMemory, human_bytes
 from streamjax.kv.description import describe_cache
+from streamjax.streaming.compacting.reselecting import Reselection
 from streamjax.streaming.conversation import Conversation
 from streamjax.streaming.interrupts import undisturbed
 
@@ -69,6 +71,12 @@ def define(values: flags.FlagValues) -> None:
     refuse_empty(values, "load_state", "save_state")
     define_sampling(values)
     define_draft(values)
+    flags.DEFINE_string(
+        "answer_cache", None, "A smaller cache that answers read, chosen anew every --reselect_every tokens of what "
+        "--cache holds; such as snapkv:window=32,size=480. By default answers read --cache.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("reselect_every", 16, "See --answer_cache.", lower_bound=1, flag_values=values)
+    refuse_empty(values, "answer_cache")
 
 
 class Chat:
@@ -101,8 +109,18 @@ class Chat:
             seed=values.seed,
             chunk_size=values.chunk_size,
             draft=self._draft,
+            reselect=self._reselection(),
         )
         self.conversation = self._new_conversation()
+
+    def _reselection(self) -> Reselection | None:
+        values = self._values
+        if values.answer_cache is None:
+            return None
+        cache = parse_cache(values.answer_cache, self._model.config.max_position)
+        if not isinstance(cache, sj.kv.Cache):
+            raise ValueError(f"--answer_cache={values.answer_cache}: give one cache for all layers")
+        return Reselection(cache, values.reselect_every)
 
     def _new_conversation(self) -> Conversation:
         values = self._values

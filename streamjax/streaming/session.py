@@ -22,6 +22,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.compact import compact
+from streamjax.streaming.compacting.reselecting import Reselection, generate_reselecting
 from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
@@ -55,9 +56,12 @@ class Session:
         are text by default, since users may type anything; ids are always read as they are.
       draft: who guesses tokens that the model then reads several at a time, such as `sj.NGrams()`; what is generated is
         the same, only faster. It may be replaced between calls.
+      reselect: a smaller cache that answers read instead, chosen anew every few tokens of what `cache` holds
+        (LoopServe); text then comes in pieces of so many tokens. It may be replaced between calls.
 
     Raises:
-      ValueError: the tokenizer has ids that the model lacks, a stop id among them, or an unknown implementation.
+      ValueError: the tokenizer has ids that the model lacks, a stop id among them, an unknown implementation, or both
+        `draft` and `reselect`.
     """
 
     def __init__(
@@ -72,7 +76,10 @@ class Session:
         implementation: Implementation | None = None,
         parse_special: bool = False,
         draft: Drafter | None = None,
+        reselect: Reselection | None = None,
     ):
+        if draft is not None and reselect is not None:
+            raise ValueError("guessed tokens are read by the stream's own cache: give draft or reselect, not both")
         if tokenizer.text_vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.text_vocab_size} ids and the model {model.config.vocab_size}: "
@@ -89,6 +96,7 @@ class Session:
         self.implementation = implementation
         self.parse_special = parse_special
         self.draft = draft
+        self.reselect = reselect
         self._history = History()
         self.reset(seed)
 
@@ -246,20 +254,21 @@ class Session:
     ) -> Iterator[str]:
         self.read(ids)
         turn = self._turn = object()
-        blocks = generate_blocks(
-            self.model,
-            self.state,
-            np.zeros((1, 0), np.int32),
-            max_new_tokens=max_new_tokens,
-            sampler=self.sampler,
-            key=self._key,
-            stop_tokens=ends,
-            block=block,
-            first_index=self._drawn,
-            draft=self.draft,
-            histories=[self._history],
-            limit=partial(self._until_end, stop, ends) if stop else None,
-        )
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "sampler": self.sampler,
+            "key": self._key,
+            "stop_tokens": ends,
+            "first_index": self._drawn,
+        }
+        limit = partial(self._until_end, stop, ends) if stop else None
+        if self.reselect is not None:
+            recent = self._history.tokens[-self.reselect.asked :].tolist()
+            options |= {"chunk_size": self.chunk_size, "until": limit}
+            blocks = generate_reselecting(self.model, self.state, recent, self.reselect, **options)
+        else:
+            options |= {"block": block, "draft": self.draft, "histories": [self._history], "limit": limit}
+            blocks = generate_blocks(self.model, self.state, np.zeros((1, 0), np.int32), **options)
         drafted = self.draft is not None
         ended = False
         while not ended:

@@ -110,6 +110,11 @@ def chat() -> int:
     return launch("chat")
 
 
+def convolutions() -> int:
+    """`streamjax-convolutions`."""
+    return launch("cache_training.convolutions")
+
+
 def demo() -> int:
     """`streamjax-demo`."""
     return launch("demo")
@@ -137,7 +142,7 @@ def perplexity() -> int:
 
 def projections() -> int:
     """`streamjax-projections`."""
-    return launch("projections")
+    return launch("cache_training.projections")
 
 
 def recall() -> int:
@@ -147,7 +152,7 @@ def recall() -> int:
 
 def retaining_heads() -> int:
     """`streamjax-retaining-heads`."""
-    return launch("retaining_heads")
+    return launch("cache_training.retaining_heads")
 
 
 def serve() -> int:

@@ -3,7 +3,7 @@
 The published rule: behind every chunk the tokens with the most attention stay; of the others and of what was merged
 before, a convolution over their keys and values makes a weight for each token and each of a fixed number of slots,
 blended with the slot's own token. The convolutions are trained on the text's loss while the model is frozen, or with
-it. `kernels` names their file (streamjax/training/heads/convolutions.py writes it), which says how many slots of the
+it. `kernels` names their file (`python -m train.convolutions` writes it), which says how many slots of the
 `size` they fill. Here a choice is made after every `every` tokens, by the attention of as many queries, behind a window
 of whole tokens; keys come together rotated, at the position of the slot's own token, as in the published code.
 """
@@ -34,5 +34,5 @@ def lococo(kernels: str | Path = "", window: int = 64, size: int = 896, every: i
         return CurrentChunk(bound) if kind == "chunk" else Cascade(Window(bound - 1))
 
     if not kernels:
-        raise ValueError("lococo needs trained convolutions: give kernels=FILE (streamjax.training.heads.convolutions)")
+        raise ValueError("lococo needs trained convolutions: give kernels=FILE (train.convolutions)")
     return tuple(map(cache, LayerKernels.load(kernels).layers))

@@ -7,9 +7,8 @@ by the attention of the newest ones.
 
 Here a line is a key, or a band of neighbouring distances, which XLA reads as one run of keys; query heads that share a
 key head share its lines, the queries that are asked are evenly spread, and every query reads its own chunk in full. A
-turn of several chunks chooses for each chunk. Between turns `sj.compact`, or `Conversation.compact`, lays what is held
-out anew by the attention of what the user says, and a cache such as `snapkv` chooses every few tokens while it answers;
-what it drops is gone, where the paper keeps all tokens and reads a choice of them.
+turn of several chunks chooses for each chunk. The budget of an answer is `sj.Session(reselect=)`: a small cache, laid
+out anew every few tokens of all that the stream holds (streamjax/streaming/compacting/reselecting.py).
 """
 
 from streamjax.field_checks import Fraction, Size

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
 from streamjax.field_checks import Fraction, Positive, Size, check_fields
@@ -136,11 +137,13 @@ def stream_loss(
         count = jnp.full((piece.shape[0],), piece.shape[1], jnp.int32)
         return new, surprise(model, state, hidden, piece, count)
 
-    costs = []
-    for start in range(0, tokens.shape[1], config.every):
-        state, nats = read(state, tokens[:, start : start + config.every])
-        costs.append(nats)
-    return jnp.mean(jnp.concatenate(costs, axis=1)[:, config.held :])
+    whole = tokens.shape[1] // config.every  # chunks, which one program reads in turn
+    chunks = rearrange(tokens[:, : whole * config.every], "b (n c) -> n b c", n=whole)
+    state, costs = jax.lax.scan(read, state, chunks)
+    nats = rearrange(costs, "n b c -> b (n c)")
+    if nats.shape[1] < tokens.shape[1]:
+        nats = jnp.concatenate((nats, read(state, tokens[:, nats.shape[1] :])[1]), axis=1)
+    return jnp.mean(nats[:, config.held :])
 
 
 def _fresh(model: Decoder, config: ConvolutionConfig, weights: Weights, rows: int) -> StreamState:

@@ -1,7 +1,8 @@
 """`python -m train.projections`: a file that the cache reads, errors of one line."""
 
 import streamjax as sj
-from streamjax.commands import perplexity, projections
+from streamjax.commands import perplexity
+from streamjax.commands.cache_training import projections
 from tests.commands.test_find_heads import folder, run  # noqa: F401
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 from absl import flags
@@ -57,13 +58,11 @@ def body(values: flags.FlagValues) -> None:
     config = ProjectionConfig(max(values.steps, 1), values.learning_rate, values.levels, values.distilled)
     length = values.seq_len or min(model.config.max_position, LONGEST_ROWS)
     ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
-    if len(ids) <= length:
-        raise ValueError(f"a text of {len(ids)} tokens has no stretches of {length}: give a longer one, or --seq_len")
     text = np.array(ids, np.int32)
+    batches = stretches(text, length, values.batch_size, values.seed)
     bases, bounds = principal_bases(model, text[None, :length])
     done = 0
     if values.steps:
-        batches = _batches(text, length, values.batch_size, values.seed)
         with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
             for done, step in enumerate(train_projections(model, bases, batches, config, values.seed), 1):
                 if not math.isfinite(step.loss):
@@ -82,10 +81,16 @@ def body(values: flags.FlagValues) -> None:
     print(f"use them: --cache=matryoshka_kv:projections={values.output}")
 
 
-def _batches(text: np.ndarray, length: int, rows: int, seed: int) -> Iterator[np.ndarray]:
+def stretches(text: np.ndarray, length: int, rows: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches without end of stretches of a text, int32 [rows, length].
+
+    Raises:
+      ValueError: a text that is no longer than a stretch.
+    """
+    if len(text) <= length:
+        raise ValueError(f"a text of {len(text)} tokens has no stretches of {length}: give a longer one, or --seq_len")
     draw = np.random.default_rng(seed)
-    while True:
-        yield np.stack([text[i : i + length] for i in draw.integers(0, len(text) - length, rows)])
+    return (np.stack([text[i : i + length] for i in draw.integers(0, len(text) - length, rows)]) for _ in count())
 
 
 def main(argv: list[str] | None = None) -> int:

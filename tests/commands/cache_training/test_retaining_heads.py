@@ -3,7 +3,8 @@
 import pytest
 
 import streamjax as sj
-from streamjax.commands import perplexity, retaining_heads
+from streamjax.commands import perplexity
+from streamjax.commands.cache_training import retaining_heads
 from tests.commands.test_find_heads import folder, run  # noqa: F401
 
 

@@ -1,0 +1,90 @@
+"""Caches that are trained, at the bytes that they take, beside plain ones: directions (MatryoshkaKV), merges (LoCoCo).
+
+    python -m train.projections --model=models/stdlib_byte --input=builtin --max_tokens=400000 --seq_len=192 \
+        --levels=4 --steps=120 --output=projections.safetensors      # and principal.safetensors with --steps=0
+    python -m train.convolutions --model=models/stdlib_byte --input=builtin --max_tokens=400000 --seq_len=256 \
+        --window=32 --size=64 --slots=32 --every=32 --width=5 --steps=120 --learning_rate=3e-3 \
+        --output=kernels.safetensors
+    python -m benchmarks.caches.real_model.trained_caches --model=models/stdlib_byte \
+        --projections=projections.safetensors --principal=principal.safetensors --kernels=kernels.safetensors
+
+A model in float32 reads Python's own help topics (`pydoc_data.topics`) as one stream; `nats` are a token's on average,
+behind the first --skipped. `MB` are the bytes of the state: keys, values, and the matrices that were trained. `slots`
+are tokens that a layer holds. Rows up to `random` have as many slots as each other; the last ones hold every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+
+import streamjax as sj
+from benchmarks.reporting import RESULTS, report
+from streamjax.kv.merging.kernel_file import LayerKernels
+from streamjax.kv.presets.registry import Built
+
+NAME = "caches/real_model/trained_caches"
+
+
+def caches(arguments: argparse.Namespace) -> dict[str, Built]:
+    """Every cache by name; those without a file are left out."""
+    window, size, every, capacity = arguments.window, arguments.size, arguments.every, arguments.tokens
+    options = {"window": window, "size": size, "every": every}
+    found: dict[str, Built] = {"streaming_llm": sj.kv.preset("streaming_llm", window=window + size + every - 4)}
+    if arguments.kernels:
+        found["lococo, trained"] = sj.kv.preset("lococo", kernels=arguments.kernels, **options)
+    found |= {name: sj.kv.preset(name, **options) for name in ("snapkv", "d2o", "random")}
+    found["dense"] = sj.kv.preset("dense", capacity=capacity)
+    found["think, half of the keys' channels"] = sj.kv.preset("think", keep=0.5, capacity=capacity)
+    for name, file in (("principal", arguments.principal), ("trained", arguments.projections)):
+        if file:
+            given = {"projections": file, "capacity": capacity}
+            found[f"matryoshka_kv, {name}, half of each head"] = sj.kv.preset(
+                "matryoshka_kv", keys=0.5, values=0.5, **given
+            )
+            found[f"matryoshka_kv, {name}, ranks by search"] = sj.kv.preset("matryoshka_kv", **given)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="the folder of the model that the files were trained for")
+    parser.add_argument("--projections", help="what train.projections has written")
+    parser.add_argument("--principal", help="the same with --steps=0")
+    parser.add_argument("--kernels", help="what train.convolutions has written")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--skipped", type=int, default=192)
+    parser.add_argument("--rows", type=int, default=4, help="stretches of the text, side by side")
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--every", type=int, default=32)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.json")
+    arguments = parser.parse_args()
+    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
+    ids = tokenizer.encode("\n".join(topics.values()))[: arguments.rows * arguments.tokens]
+    tokens = np.array(ids, np.int32).reshape(arguments.rows, arguments.tokens)
+    about = {"model": Path(arguments.model).name, "tokens": arguments.tokens, "rows": arguments.rows}
+    about["kernels trained on tokens"] = LayerKernels.load(arguments.kernels).tokens if arguments.kernels else 0
+    rows: list[dict] = []
+    if arguments.output.exists():  # an interrupted run goes on
+        done = json.loads(arguments.output.read_text())
+        rows = done["rows"] if {key: done.get(key) for key in about} == about else []
+    for name, cache in caches(arguments).items():
+        if name in [row["cache"] for row in rows]:
+            continue
+        state = sj.init_state(model, cache, len(tokens))
+        row = {"cache": name, "slots": max(kept.slots for kept in state.caches), "MB": state.cache_bytes / 1e6}
+        nats = np.asarray(sj.score(model, state, tokens, arguments.every)[1])[:, arguments.skipped :]
+        row["nats"] = float(nats.mean(dtype=np.float64))
+        row["perplexity"] = math.exp(row["nats"])
+        rows.append(row)
+        report(NAME, rows, arguments.output, **about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Train the convolutions by which tokens that a cache cannot keep flow into the slots of those that it keeps.
+
+    python -m train.convolutions --model=FOLDER --input=book.txt --output=kernels.safetensors
+    python -m infer.stream --model=FOLDER --input=new.txt --cache=lococo:kernels=kernels.safetensors,window=64,size=128
+
+The model is frozen. It reads stretches of the text under the cache, and the loss is what the tokens behind the first
+merges cost. --window, --size and --every are the options of the cache that is trained for; the command prints them at
+its end. Ctrl-C writes the convolutions as they are. LoCoCo: arXiv 2406.05317.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from absl import flags
+
+from streamjax.commands.cache_training.projections import stretches
+from streamjax.commands.comparison import read_text
+from streamjax.commands.flags.model import define_read_text, load_model
+from streamjax.commands.shell.outputs import check_outputs, in_made_folder
+from streamjax.commands.shell.progress import progress_bar
+from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.training.heads.convolutions import ConvolutionConfig, as_file, train_convolutions
+from streamjax.training.run.signals import StopSignals
+
+
+def define(values: flags.FlagValues) -> None:
+    number, whole, given = flags.DEFINE_float, flags.DEFINE_integer, ConvolutionConfig
+    define_read_text(values)
+    flags.DEFINE_string("output", "out/kernels.safetensors", "Where the convolutions go.", flag_values=values)
+    whole("max_tokens", 1 << 20, "Tokens of the text that are read.", lower_bound=2, flag_values=values)
+    whole("seed", 0, "Of the rows and the first weights.", lower_bound=0, flag_values=values)
+    whole("steps", given.steps, "Of Adam.", lower_bound=1, flag_values=values)
+    number("learning_rate", given.learning_rate, "Of Adam.", flag_values=values)
+    whole("slots", given.slots, "Of each head that a convolution fills.", lower_bound=1, flag_values=values)
+    whole("width", given.width, "Tokens that it sees at once, an odd number.", lower_bound=1, flag_values=values)
+    number("blend", given.blend, "Share of what it says, at first.", lower_bound=0, upper_bound=1, flag_values=values)
+    whole("window", given.window, "Newest tokens that stay as they are.", lower_bound=1, flag_values=values)
+    whole("size", given.size, "Other tokens of each head, the filled slots among them.", lower_bound=1,
+          flag_values=values)  # fmt: skip
+    whole("every", given.every, "Tokens after which a cache chooses and merges.", lower_bound=1, flag_values=values)
+    whole("seq_len", None, "Tokens of a row; by default twice what the cache holds.", lower_bound=2,
+          flag_values=values)  # fmt: skip
+    whole("batch_size", 1, "Rows of a step.", lower_bound=1, flag_values=values)
+
+
+def body(values: flags.FlagValues) -> None:
+    check_outputs(output=values.output)
+    shape = {name: getattr(values, name) for name in ("slots", "width", "blend", "window", "size", "every")}
+    config = ConvolutionConfig(values.steps, values.learning_rate, **shape)
+    length = values.seq_len or 2 * config.held
+    if length <= config.held:
+        raise ValueError(f"--seq_len={length}: the cache holds {config.held} tokens, and what comes behind them counts")
+    model, tokenizer = load_model(values)
+    ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
+    batches = stretches(np.array(ids, np.int32), length, values.batch_size, values.seed)
+    with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
+        for done, step in enumerate(train_convolutions(model, batches, config, values.seed), 1):
+            if not math.isfinite(step.loss):
+                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
+            bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
+            bar.update()
+            if stop.received:
+                break
+    as_file(model, step, done * length * values.batch_size).save(in_made_folder(values.output))
+    print(f"step {done} of {config.steps}: loss {step.loss:.4f}")
+    options = f"window={config.window},size={config.size},every={config.every}"
+    print(f"use them: --cache=lococo:kernels={values.output},{options}")
+    if stop.received and done < config.steps:
+        raise Stopped(128 + stop.received)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(__doc__, [define], body, argv)
