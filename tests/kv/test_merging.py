@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
@@ -26,6 +27,7 @@ from streamjax.kv import (
     ZeroClass,
 )
 from streamjax.kv.codecs.slots import dense
+from streamjax.kv.merging.merge import Side
 from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, WIDTH, Stream, gradients, run, spec, update
 from tests.oracles import merging as oracle
 from tests.oracles import scored
@@ -129,6 +131,18 @@ def test_gradients_flow_through_what_was_merged():
     for name, x in zip("qkv", gradients(cascade(Anchors()), stream, 24), strict=True):
         assert np.isfinite(x).all(), name
         assert np.abs(x).max() > 1e-3, name
+
+
+def test_the_gradient_of_a_convolution_over_no_token_is_zero():
+    """A window that is as long as `every` passes nothing on at the first choice."""
+    none = jnp.zeros((1, 1, 6), bool)
+    empty = Side(*[jnp.zeros((1, 1, 6, 4))] * 2, none.astype(jnp.uint32), none, none.astype(jnp.float32))
+
+    def kept(memory):
+        return sum(jnp.sum(x) for x in Convolved().merged(empty, empty, memory, None)[:2])
+
+    slopes = jax.jit(jax.grad(kept))((jnp.ones((1, 1, 3, 8, 3)), jnp.ones((1, 1, 3)), jnp.full((1, 1, 1), 0.5)))
+    assert all((x == 0).all() for x in slopes)
 
 
 def test_a_decode_step_copies_no_buffer():

@@ -78,7 +78,7 @@ class Convolved(Merge):
           ValueError: none are given, or those of a layer with other heads.
         """
         if self.kernels is None:
-            raise ValueError("Convolved() has no kernels: train them, streamjax.training.heads.convolutions")
+            raise ValueError("Convolved() has no kernels: train them, python -m train.convolutions")
         kernel, bias, blend = self.kernels.weights
         channels = spec.head_dim + spec.values(0).shape[3]
         if kernel.shape[1] != channels:
@@ -110,7 +110,9 @@ class Convolved(Merge):
             for a, b in ((stays.k, leaves.k), (stays.v, leaves.v))
         )
         pool = jnp.concatenate((k, v), axis=3).astype(dtype)
-        logits = jnp.where(there[:, :, None], jax.nn.relu(convolved(pool, kernel.astype(dtype), bias)), -jnp.inf)
+        # Where there is no token at all nothing is taken, and the gradient of a softmax of nothing would be NaN.
+        counts = there | ~there.any(axis=2, keepdims=True)
+        logits = jnp.where(counts[:, :, None], jax.nn.relu(convolved(pool, kernel.astype(dtype), bias)), -jnp.inf)
         own = (order[:, :, None] == jnp.arange(count)[:, None]).astype(dtype)  # where the slot's own token stands
         share = blend * jax.nn.softmax(logits, axis=3) + (1 - blend) * own
         fresh = jnp.einsum("bkmn,bknc->bkmc", share, pool, precision="highest")
