@@ -76,6 +76,27 @@ def test_wrong_drafts(command, draft, message):
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.slow
+def test_answers_that_read_all_there_is_are_the_same(command):
+    """A choice is made anew every five tokens, and leaves nothing out."""
+    dense, words = "dense:capacity=256", "hello\nand then?\n"
+    outcome = command(chat, *SMALL, f"--cache={dense}", "--temperature=0", stdin=words)
+    chosen = (f"--cache={dense}", f"--answer_cache={dense}", "--reselect_every=5")
+    again = command(chat, *SMALL, *chosen, "--temperature=0", stdin=words)
+    assert again.status == 0
+    assert again.out == outcome.out
+
+
+def test_wrong_answer_caches(command):
+    for flags, message in (
+        (("--answer_cache=snapvk",), "unknown cache 'snapvk'; did you mean 'snapkv'"),
+        (("--answer_cache=snapkv", "--draft=ngram"), "give draft or reselect, not both"),
+    ):
+        outcome = command(chat, *SMALL, *flags)
+        assert outcome.status != 0
+        assert message in outcome.err
+
+
 def test_commands(command, tmp_path):
     lines = ["/cache", "hello", "/cache", "/cache window:window=20", "/reset", "/help", "/quit", "never read"]
     outcome = command(chat, *SMALL, f"--save_state={tmp_path}/c", stdin="\n".join(lines))
