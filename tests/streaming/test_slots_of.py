@@ -87,6 +87,15 @@ def test_guesses_leave_no_trace(model, tokens):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.layers, expected.layers)
 
 
+@pytest.mark.slow
+def test_a_decode_step_copies_no_slots(model):
+    """Readers' reads come before the lender's write, so that a donated buffer is written where it lies."""
+    state = sj.init_state(model, sj.kv.preset("dense", capacity=4096))
+    program = sj.step.lower(model, state, jnp.zeros((1, 1), jnp.int32)).compile()
+    keys = max(leaf.nbytes for leaf in jax.tree.leaves(state.layers))
+    assert program.memory_analysis().temp_size_in_bytes < 0.75 * keys
+
+
 def test_what_cannot_read_for_several_layers_refuses(model):
     state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=2)
     with pytest.raises(ValueError, match=r"only cascades of tiers .* are compacted, not SlotsOf\(layer=0\)"):

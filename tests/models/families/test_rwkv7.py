@@ -123,6 +123,14 @@ def test_reads_computes_and_writes(tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_weights_in_eight_bits(tmp_path):
+    weights, tokens = tensors(), np.random.default_rng(1).integers(0, VOCAB, (1, 20)).astype(np.int32)
+    model = sj.load(write(tmp_path / "theirs", weights), weights="int8")
+    found, expected = np.asarray(sj.forward(model, tokens)[0]), published(weights, tokens[0])
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.995
+
+
 def test_the_first_version_of_the_layout(tmp_path):
     """All six mixes of a layer in one tensor, in another order."""
     weights = tensors()

@@ -47,7 +47,7 @@ class RWKV7(RecurrentMixer):
         made = ("kv_heads", "head_dim")
         self.mix = nnx.Param(jnp.full((6, d_model), 0.5, dtype), axes=("gates", "embed"))
         self.down = kernel(key_down, (d_model, sum(ranks)), ("embed", "latent"), d_model, dtype)
-        self.up = kernel(key_up, (sum(ranks), heads, width), ("latent", *made), max(ranks), dtype)
+        self.up = kernel(key_up, (sum(ranks), heads, width), ("latent", *made), max(ranks), dtype, inputs=())
         self.bias = zeros((len(ranks) - 1, heads, width), ("gates", *made), dtype)
         self.keys = nnx.Param(jnp.ones((3, heads, width), dtype), axes=("gates", *made))
         norm = jnp.stack((jnp.ones((heads, width), dtype), jnp.zeros((heads, width), dtype)))
@@ -68,8 +68,8 @@ class RWKV7(RecurrentMixer):
         earlier, newest = one_before(by_head, state.conv, valid, resets)
         earlier = rearrange(earlier, "b t g d -> b t (g d)")
         mixed = x[:, :, None] + (earlier - x)[:, :, None] * self.mix[...].astype(x.dtype)
-        kernels = rearrange(self.inside[...], "e g (n k) -> n e g k", n=3)
-        q, k, v = (product("bte,egk->btgk", mixed[:, :, i], kernels[i]).astype(wide) for i in range(3))
+        parts = [self.inside[:, :, i * c.head_dim : (i + 1) * c.head_dim] for i in range(3)]
+        q, k, v = (product("bte,egk->btgk", mixed[:, :, i], part).astype(wide) for i, part in enumerate(parts))
         decays, rates, gates, *shares = self._made(mixed, wide)
         bias, weights, norm = (part[...].astype(wide) for part in (self.bias, self.keys, self.norm))
         log_decay, rate = SLOWEST * jax.nn.sigmoid(decays + bias[0]), jax.nn.sigmoid(rates + bias[1])
@@ -94,11 +94,11 @@ class RWKV7(RecurrentMixer):
 
     def _made(self, mixed: Float[Array, "B T 6 E"], dtype: jnp.dtype) -> list[Float[Array, "B T G K"]]:
         """What decays, learning rates, gates and shares of values are made of, through a few channels each."""
-        found, start, down, up = [], 0, self.down[...], self.up[...]
+        found, start = [], 0
         bends = (jnp.tanh, None, jax.nn.sigmoid, None)
         for rank, source, bend in zip(self.config.ranks, (3, 4, 5, 2), bends, strict=False):
-            low = product("bte,er->btr", mixed[:, :, source], down[:, start : start + rank])
+            low = product("bte,er->btr", mixed[:, :, source], self.down[:, start : start + rank])
             low = low if bend is None else bend(low)
-            found.append(product("btr,rgk->btgk", low, up[start : start + rank]).astype(dtype))
+            found.append(product("btr,rgk->btgk", low, self.up[start : start + rank]).astype(dtype))
             start += rank
         return found
