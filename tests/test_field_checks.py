@@ -89,6 +89,7 @@ from streamjax.training import (
 )
 from streamjax.training.distillation.config import DistillConfig
 from streamjax.training.heads.convolutions import ConvolutionConfig
+from streamjax.training.heads.drafting import DraftHeadsConfig
 from streamjax.training.heads.gates import GateConfig
 from streamjax.training.heads.projections import ProjectionConfig
 from streamjax.training.heads.retaining import RetainingConfig
@@ -210,6 +211,7 @@ EXAMPLES = [
     RetainingConfig(),
     SideTraining(),
     SideConfig(1),
+    DraftHeadsConfig(),
     ProjectionConfig(),
     ConvolutionConfig(),
     lococo.Convolved(),

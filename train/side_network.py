@@ -1,8 +1,8 @@
-"""`python -m train.side_network`: see `streamjax.commands.side_network`."""
+"""`python -m train.side_network`: see `streamjax.commands.trained_parts.side_network`."""
 
 import sys
 
 from streamjax.commands.shell.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(launch("side_network"))
+    sys.exit(launch("trained_parts.side_network"))

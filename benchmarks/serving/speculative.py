@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import streamjax as sj
 from benchmarks.reporting import median_ratio, report
 from streamjax.data.text.chat_templates import encode_chat
 from streamjax.streaming.generate import BLOCK
-from streamjax.streaming.speculative import Drafter
+from streamjax.streaming.speculative import Drafter, trained_drafter
 from streamjax.streaming.speculative.decoding import Rounds, speculate
 from streamjax.streaming.speculative.history import History
 
@@ -52,14 +52,16 @@ ASKED = {
 }
 
 
-def drafters(model: sj.Decoder) -> dict[str, Callable[[], Drafter]]:
-    """Who guesses, by name."""
+def drafters(model: sj.Decoder, heads: Sequence[str] = ()) -> dict[str, Callable[[], Drafter]]:
+    """Who guesses, by name; trained heads by the names of their files."""
     small = sj.kv.preset("streaming_llm", sinks=4, window=252)
     return {
         "ngrams": sj.NGrams,
         "ngrams, 15 at most": partial(sj.NGrams, length=15),
+        "ngrams, 3 ways": partial(sj.NGrams, length=5, branches=3),
         "small cache": partial(sj.SmallModel, model=model, cache=small, context=128),
         "small cache, ngrams": partial(sj.SmallModel, model=model, cache=small, context=128, drafter=sj.NGrams()),
+        **{Path(file).stem: partial(trained_drafter, model, file) for file in heads},
     }
 
 
@@ -84,10 +86,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--drafters", nargs="+", help="some of them, by name", default=["ngrams", "ngrams, 15 at most"])
+    parser.add_argument("--heads", nargs="+", default=[], help="files of trained heads, which guess too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = sj.load(arguments.model, dtype="float32"), sj.load_tokenizer(arguments.model)
-    known, rows = drafters(model), []
+    arguments.drafters += [Path(file).stem for file in arguments.heads]
+    known, rows = drafters(model, arguments.heads), []
     for kind, question in ASKED.items():
         prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
         begun = sj.read(model, sj.init_state(model, CACHE), [prompt])

@@ -43,6 +43,15 @@ def measured_file(path: str | Path, kind: str, what: str, otherwise: str) -> Ite
         raise ValueError(f"{path}: no {what} could be read: {reason}") from None
 
 
+def measured_kind(path: str | Path) -> str | None:
+    """The kind of file that the metadata name; None where there is no such file, or it names none."""
+    try:
+        with safe_open(user_path(path), "numpy") as file:
+            return (file.metadata() or {}).get("kind")
+    except (OSError, SafetensorError):
+        return None
+
+
 Bound = tuple[str, int]  # ("window", W) or ("chunk", C): a layer of which nothing is measured, since it sees no more
 Layer = TypeVar("Layer")
 File = TypeVar("File", bound="MeasuredLayers")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
+from streamjax.kv.eviction_blocks import by_token
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
 
@@ -73,6 +75,13 @@ class Cache:
     def deferred(self) -> Cache:
         """This cache as a chunk sees it that is not stored yet; see `Deferred`."""
         return Deferred(self)
+
+    def levels(self, state: State) -> Int32[Array, " B"] | int | None:
+        """How many levels of a token tree each stream may be asked at once; None: as many as one likes.
+
+        So many tokens, one after another, would see the cache as it is now.
+        """
+        return None
 
     def renumbered(self) -> tuple[Cache, tuple[int, ...] | None]:
         """A cache that is equal for layers with equal states, and which key heads its heads 0, 1, ... are.
@@ -150,11 +159,25 @@ class Deferred(Cache):
         return self.cache.update(state, query, tokens)[0], Waiting(query, tokens)
 
 
+def along(waiting: Waiting, path: Int32[Array, "B D"]) -> Waiting:
+    """Of a tree that has attended, the nodes of one path of each row, as a chunk that has."""
+    own, stored = by_token(waiting.query, waiting.tokens)
+
+    def taken(x: Array, axis: int) -> Array:
+        index = jnp.expand_dims(path, [i for i in range(x.ndim) if i not in (0, axis)])
+        return jnp.take_along_axis(x, index, axis, mode="clip")
+
+    mine: dict[str, Any] = {name: taken(x, 1) for name, x in own.items()}
+    theirs: dict[str, Any] = {name: taken(x, 2) for name, x in {**stored, "valid": waiting.tokens.valid}.items()}
+    query = dataclasses.replace(waiting.query, **mine, valid=None, tree=None)
+    return Waiting(query, dataclasses.replace(waiting.tokens, **theirs))
+
+
 def take_in(cache: Cache, state: State, waiting: Waiting, valid: Bool[Array, "B C"]) -> State:
     """The state of a cache that takes in a chunk which waited, of which the `valid` tokens count, a prefix of each row.
 
     Equal to `cache.update` of a chunk that had no other tokens: what a token was computed from lies before it.
     """
-    query = dataclasses.replace(waiting.query, valid=valid, answered=True)
+    query = dataclasses.replace(waiting.query, valid=valid, answered=True, tree=None)
     tokens = dataclasses.replace(waiting.tokens, valid=valid[:, None])
     return cache.update(state, query, tokens)[1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.partial import add_sinks, merge
+from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
 from streamjax.kv.channels.lent import Lent
@@ -113,7 +114,9 @@ class Cascade(Cache):
     def update(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
-        chooser = next((i for i, tier in enumerate(self.tiers) if tier.chooses_every is not None), None)
+        chooser = self._chooser
+        if query.tree is not None:
+            return self._whole(state, query, tokens).out, state
         if chooser is not None:
             every = self.tiers[chooser].chooses_every
             assert every is not None
@@ -123,6 +126,26 @@ class Cascade(Cache):
 
             return read_in_blocks(self._update, clock, every, self.slots, state, query, tokens)
         return self._update(state, query, tokens)
+
+    @property
+    def _chooser(self) -> int | None:
+        """The first of the tiers that choose what goes after so many tokens."""
+        return next((i for i, tier in enumerate(self.tiers) if tier.chooses_every is not None), None)
+
+    def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
+        most = None if self.reach is None else self.reach + 1
+        if self._chooser is None:
+            return most
+        every = self.tiers[self._chooser].chooses_every
+        assert every is not None
+        left = every - state[self._chooser].clock
+        return left if most is None else jnp.minimum(left, most)
+
+    def _whole(self, state: Sequence[State], query: Query, rest: KVTokens) -> Partial:
+        """Attention to all tiers, and to those tokens of the chunk that none has absorbed."""
+        parts = [tier.attend(part, query, self.reach) for tier, part in zip(self.tiers, state, strict=True)]
+        parts.append(query.attend_own(rest, self.reach))
+        return add_sinks(merge(*parts), query.sink_logits)
 
     def _update(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens
@@ -138,9 +161,7 @@ class Cascade(Cache):
                 falling = tier.insert(part, falling)[1]
             written = last.store(new[-1], falling)
             new[-1] = last.with_written(new[-1], written)
-        parts = [tier.attend(new[i], query, self.reach) for i, tier in enumerate(self.tiers)]
-        parts.append(query.attend_own(rest, self.reach))
-        whole = add_sinks(merge(*parts), query.sink_logits)
+        whole = self._whole(new, query, rest)
         out, noted = whole.out, []
         noting = next(filter(None, (tier.wants_noted for tier in self.tiers)), None)
         if noting is not None and not noting.of_tokens:

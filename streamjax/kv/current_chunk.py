@@ -62,7 +62,7 @@ class CurrentChunk(Cache):
         return LinearState.empty(spec, self.slots)
 
     def update(self, state: LinearState, query: Query, tokens: KVTokens) -> tuple[Float[Array, "B C H D"], LinearState]:
-        place = state.filled[:, None] + jnp.arange(query.q.shape[1], dtype=jnp.int32)
+        place = state.filled[:, None] + query.offset
         query = dataclasses.replace(query, back=place % self.size)
         parts = self._attend(state, query), query.attend_own(tokens, self.reach)
         out = add_sinks(merge(*parts), query.sink_logits).out

@@ -48,7 +48,7 @@ def read_in_blocks(
         return step(state, query, tokens)
     _, count = tokens.run()
     piece = min(every, width)
-    own, stored = _by_token(query, tokens)
+    own, stored = by_token(query, tokens)
     own, stored = _padded(own, 1, piece), _padded(stored, 2, piece)
     channels = tokens.v.shape[-1] or tokens.k.shape[-1]
     shape = (query.q.shape[0], width + piece, query.q.shape[2], channels)
@@ -79,11 +79,12 @@ def read_in_blocks(
     return last[1][:, :width], last[0]
 
 
-def _by_token(query: Query, tokens: KVTokens) -> tuple[dict[str, Any], ...]:
+def by_token(query: Query, tokens: KVTokens) -> tuple[dict[str, Array], dict[str, Array]]:
     """What a chunk has for each token: of its queries, tokens along axis 1, and of its tokens, along axis 2."""
     own = {name: getattr(query, name) for name in ("q", "raw_q", "position", "back")}
     stored = {name: getattr(tokens, name) for name in ("k", "v", "raw_k", "position", "score", "ids")}
-    return tuple({name: x for name, x in some.items() if x is not None} for some in (own, stored))
+    some, others = ({name: x for name, x in each.items() if x is not None} for each in (own, stored))
+    return some, others
 
 
 def _padded(arrays: dict[str, Any], axis: int, more: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Some heads of a trained model look far back, most look at the first tokens and a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,11 @@ class HeadGroups(Cache):
             outs.append(out)
             states.append(new)
         return in_layer_order([heads for heads, _ in self.groups], outs), tuple(states)
+
+    def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
+        every = [cascade.levels(part) for (_, cascade), part in zip(self.groups, state, strict=True)]
+        some = [most for most in every if most is not None]
+        return functools.reduce(jnp.minimum, some) if some else None
 
     def renumbered(self) -> tuple[HeadGroups, tuple[int, ...]]:
         order = tuple(head for heads, _ in self.groups for head in heads)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Count, Size, check_fields
@@ -123,6 +123,9 @@ class BesideRecurrence(Cache):
 
     def init(self, spec: KVSpec) -> tuple[State, RecurrentState]:
         return self.attention.init(spec), self.recurrence.init(spec)
+
+    def levels(self, state: tuple[State, RecurrentState]) -> Int32[Array, " B"] | int | None:
+        return self.attention.levels(state[0])
 
     def deferred(self) -> BesideRecurrence:
         return BesideRecurrence(self.attention.deferred(), self.recurrence.deferred())

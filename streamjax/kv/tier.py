@@ -8,7 +8,7 @@ With two rows of 3 and 1 new tokens, `valid` is [[1, 1, 1], [1, 0, 0]].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.dense import attend, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
+from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.codecs.slots import CodedSlots, Slots, attend_coded, mass_coded, turned
-from streamjax.parallel.rules import NamedState
 
 State = Any  # a pytree of arrays
 Implementation = Literal["xla", "pallas"]
@@ -27,25 +27,7 @@ SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at
 DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
 CODED_SLOT_BLOCK = 1024  # the same where slots are codes: what is decoded stays in the cache
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
-STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
 Fold = Callable[[Float[Array, "B K G C S"]], Float[Array, "B N S"]]
-
-
-def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: State) -> State:
-    """`fn(array, logical names of its dimensions)` in the place of every array of layers' states.
-
-    Those of tiers have `STATE_AXES`; a state that knows its own (`NamedState`) is asked.
-    """
-
-    def named(node: Any) -> bool:
-        return isinstance(node, NamedState)
-
-    def place(node: Any) -> Any:
-        if named(node):
-            return node.map_axes(fn)
-        return fn(node, (STATE_AXES + (None,) * len(node.shape))[: len(node.shape)])
-
-    return jax.tree.map(place, state, is_leaf=named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +149,8 @@ class Query:
     back: how many positions back each query sees at most, int32 [B, C]; None: no bound of its own.
     block: where the chunk stands between two moments at which tiers choose what goes; None where none chooses.
     answered: the chunk has attended before, and the mask by which it is now stored was made from what it got.
+    tree: how the chunk's tokens hang together that are a tree of guesses; None: each follows the one before it. A tree
+    attends and is not stored (`Deferred`).
     """
 
     q: Float[Array, "B C H D"]
@@ -186,11 +170,17 @@ class Query:
     tables: Any = None
     shared: Any = None
     answered: bool = dataclasses.field(default=False, metadata={"static": True})
+    tree: TokenTree | None = None
+
+    @property
+    def offset(self) -> Int32[Array, "#B C"]:
+        """How many tokens of the chunk stand before each query."""
+        return jnp.arange(self.q.shape[1], dtype=jnp.int32)[None] if self.tree is None else self.tree.depth
 
     @property
     def index(self) -> Int32[Array, "B C"]:
         """Index of each query in its stream, saturating: never wraps, unlike `position`."""
-        return self.seen[:, None] + jnp.arange(self.q.shape[1], dtype=jnp.int32)
+        return self.seen[:, None] + self.offset
 
     def at(self, position: UInt32[Array, "B C"]) -> Query:
         """These queries as if they stood at `position`."""
@@ -247,8 +237,14 @@ class Query:
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
 
     def attend_own(self, tokens: KVTokens, reach: int | None) -> Partial:
-        """Attend causally to tokens of the queries' own chunk: query i to tokens up to i, at most `reach` back."""
+        """Attend causally to tokens of the queries' own chunk: query i to tokens up to i, at most `reach` back.
+
+        Of a tree, to those above i and to i itself.
+        """
         width = self.q.shape[1]
+        if self.tree is not None:
+            sees = tokens.valid[:, :, None] & self.tree.sees[:, None]
+            return self._attend(tokens.k, tokens.v, tokens.position, sees, reach)
         parts = []
         for start in range(0, width, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, width)

@@ -185,15 +185,16 @@ class Decoder(nnx.Module):
         caches: Sequence[Cache],
         context: ChunkContext,
         memorise: int | None = None,
+        embedded: Float[Array, "B C W"] | None = None,
     ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
         """Hidden states after the last norm for one chunk of a stream, and the layers' new states.
 
         A layer whose keys others read takes the chunk in when all of them have read its state.
 
         With `memorise`, a memory layer, that layer only encodes its input and those above it do nothing; the hidden
-        states then mean nothing.
+        states then mean nothing. `embedded`: what the first layer reads in the place of `embed(tokens)`.
         """
-        x, memory = self.embed(tokens), None
+        x, memory = self.embed(tokens) if embedded is None else embedded, None
         new_states = list(states)
         lenders = {cache.layer for cache in caches if isinstance(cache, SlotsOf)}
         for i, (state, cache) in enumerate(zip(states, caches, strict=True)):

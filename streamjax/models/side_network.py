@@ -162,11 +162,12 @@ class SideDecoder(Decoder):
         caches: Sequence[Cache],
         context: ChunkContext,
         memorise: int | None = None,
+        embedded: Float[Array, "B C W"] | None = None,
     ) -> tuple[Float[Array, "B C E"], tuple[State, ...]]:
         """Hidden states of the side network for one chunk; a reverse mode there is through the side network alone."""
         side, count, new = self.side, self.config.num_layers, list(states)
         frozen = dataclasses.replace(context, differentiable=False)
-        x = before = h = self.embed(tokens)
+        x = before = h = self.embed(tokens) if embedded is None else embedded
         for i in range(count):
             x, new[i], _ = self.layer(i).stream(x, states[i], caches[i], frozen)
             own, end = divmod(i + 1, side.config.reduction)

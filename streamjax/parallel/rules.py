@@ -42,12 +42,32 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+STATE_AXES = ("batch", "kv_heads", "slots", "head_dim")  # what the dimensions of a state's arrays mean, in order
+
+
 @runtime_checkable
 class NamedState(Protocol):
     """A pytree that knows the logical names of its arrays' dimensions."""
 
     def map_axes(self, fn: Callable[[Any, Sequence[str | None]], Any]) -> Any:
         """A copy with `fn(array, names)` in the place of every array."""
+
+
+def map_state_axes(fn: Callable[[Any, Sequence[str | None]], Any], state: Any) -> Any:
+    """`fn(array, logical names of its dimensions)` in the place of every array of layers' states.
+
+    Those of tiers have `STATE_AXES`; a state that knows its own (`NamedState`) is asked.
+    """
+
+    def named(node: Any) -> bool:
+        return isinstance(node, NamedState)
+
+    def place(node: Any) -> Any:
+        if named(node):
+            return node.map_axes(fn)
+        return fn(node, (STATE_AXES + (None,) * len(node.shape))[: len(node.shape)])
+
+    return jax.tree.map(place, state, is_leaf=named)
 
 
 def partition_spec(

@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.page_pool import PageTables
-from streamjax.kv.tier import Implementation, State, map_state_axes
+from streamjax.kv.tier import Implementation, State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext
-from streamjax.parallel.rules import constrain
+from streamjax.parallel.rules import constrain, map_state_axes
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 from streamjax.streaming.step import enter, leave, surprise
 

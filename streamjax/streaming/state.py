@@ -22,7 +22,7 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.slots_of import SlotsOf
-from streamjax.kv.tier import Implementation, KVSpec, State, map_state_axes
+from streamjax.kv.tier import Implementation, KVSpec, State
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
@@ -30,7 +30,7 @@ from streamjax.models.config import BlockConfig, LatentAttentionConfig, MixerCon
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.rope import make_rotary
-from streamjax.parallel.rules import constrain
+from streamjax.parallel.rules import constrain, map_state_axes
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 
 SEEN_LIMIT = 2**30  # where the count of seen tokens saturates; every use of it compares with a cache's size

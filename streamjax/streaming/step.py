@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from streamjax.attention.token_tree import TokenTree
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
@@ -42,11 +43,22 @@ def advance(
 
 
 def enter(
-    state: StreamState, tokens: Int[Array, "B C"], count: Int32[Array, " B"], differentiable: bool = False
+    state: StreamState,
+    tokens: Int[Array, "B C"],
+    count: Int32[Array, " B"] | None,
+    differentiable: bool = False,
+    tree: TokenTree | None = None,
 ) -> tuple[ChunkContext, Int[Array, "B C"]]:
-    """Where the tokens of a chunk stand, and the tokens, zeros where there is padding."""
-    offset = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    valid = offset < count[:, None]
+    """Where the tokens of a chunk stand, and the tokens, zeros where there is padding.
+
+    There are `count` of each row, or those nodes of a `tree` that are given.
+    """
+    offset = jnp.arange(tokens.shape[1], dtype=jnp.int32) if tree is None else tree.depth
+    if tree is None:
+        assert count is not None
+        valid = offset < count[:, None]
+    else:
+        valid = tree.given
     # Padding may hold ids that the model lacks; NaN keys and values would reach the real tokens through their mask.
     tokens = jnp.where(valid, tokens, 0)
     context = ChunkContext(
@@ -59,6 +71,7 @@ def enter(
         implementation=state.implementation,
         tables=state.tables,
         shared=state.shared,
+        tree=tree,
     )
     return context, tokens
 
@@ -67,10 +80,7 @@ def leave(
     state: StreamState, hidden: Float[Array, "B C E"], tokens: Int[Array, "B C"], count: Int32[Array, " B"]
 ) -> tuple[StreamState, Float[Array, "B C E"]]:
     """The state behind a chunk that its layers have read, and the hidden states, NaN beyond a cache's capacity."""
-    if state.capacity is not None:
-        # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
-        over = state.seen[:, None] + jnp.arange(hidden.shape[1], dtype=jnp.int32) >= state.capacity
-        hidden = jnp.where(over[:, :, None], jnp.nan, hidden)
+    hidden = nan_beyond_capacity(state, hidden, jnp.arange(hidden.shape[1], dtype=jnp.int32))
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < count[:, None]
     new = dataclasses.replace(
@@ -81,6 +91,16 @@ def leave(
         used=None if state.used is None else state.used.at[jnp.arange(len(count))[:, None], tokens].max(valid),
     )
     return new.placed(), hidden
+
+
+def nan_beyond_capacity(
+    state: StreamState, hidden: Float[Array, "B C E"], offset: Int32[Array, "*#B C"]
+) -> Float[Array, "B C E"]:
+    """Hidden states of a chunk whose tokens stand `offset` places behind the stream, NaN where the cache ends."""
+    if state.capacity is None:
+        return hidden
+    # Here and not in attention: a NaN value would reach every query of its chunk in the layers above.
+    return jnp.where((state.seen[:, None] + offset >= state.capacity)[:, :, None], jnp.nan, hidden)
 
 
 def surprise(

@@ -1,6 +1,7 @@
 """`python -m train.side_network`: a file that other commands read, errors of one line."""
 
-from streamjax.commands import perplexity, side_network
+from streamjax.commands import perplexity
+from streamjax.commands.trained_parts import side_network
 from tests.commands.test_find_heads import folder, run  # noqa: F401
 
 CACHE = "--cache=long_mem:sinks=2,window=8,page=2,capacity=32,top_k=2"

@@ -11,15 +11,16 @@ from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.data.text.tokenizers import Tokenizer
-from streamjax.streaming.speculative import Drafter, NGrams, SmallModel
+from streamjax.streaming.speculative import Drafter, NGrams, SmallModel, trained_drafter
 
 DRAFT_HELP = (
     "Guess tokens, so that the model reads several in one pass; what it says is the same. ngram: from what was said "
     "before, for nothing; ngram:FILE asks a text too. model:FOLDER: by a smaller model of the same vocabulary. "
     "small_cache, or small_cache:NAME:OPTION=VALUE: by the model itself under a small cache, for long contexts in a "
-    "cache that keeps them. Guessing pauses where it fails. Nobody guesses by default."
+    "cache that keeps them. heads:FILE: by what python -m train.draft_heads has trained for the model. Guessing pauses "
+    "where it fails. Nobody guesses by default."
 )
-_KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE or model:FOLDER"
+_KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE, model:FOLDER or heads:FILE"
 _SMALL = "streaming_llm:sinks=4,window=508"
 
 
@@ -49,6 +50,11 @@ def parse_draft(text: str | None, model: sj.Decoder, tokenizer: Tokenizer) -> Dr
         return NGrams(text=tokenizer.encode(_text(rest)) if rest else ())
     if kind == "small_cache":
         return SmallModel(model=model, cache=parse_cache(rest or _SMALL, model.config.max_position), drafter=NGrams())
+    if kind == "heads" and rest:
+        try:
+            return trained_drafter(model, user_path(rest))
+        except ValueError as error:
+            raise ValueError(f"--draft={text}: {error}") from None
     if kind == "model" and rest:
         path = user_path(rest)
         if not path.is_dir():

@@ -150,6 +150,11 @@ def recall() -> int:
     return launch("recall")
 
 
+def draft_heads() -> int:
+    """`streamjax-draft-heads`."""
+    return launch("trained_parts.draft_heads")
+
+
 def retaining_heads() -> int:
     """`streamjax-retaining-heads`."""
     return launch("cache_training.retaining_heads")
@@ -162,7 +167,7 @@ def serve() -> int:
 
 def side_network() -> int:
     """`streamjax-side-network`."""
-    return launch("side_network")
+    return launch("trained_parts.side_network")
 
 
 def stream() -> int:

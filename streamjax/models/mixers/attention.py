@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.context.sequence import Exchange
 from streamjax.attention.dispatch import sequence_attention
+from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.cache import Cache
 from streamjax.kv.head_groups import update_in_order
 from streamjax.kv.pages.page_pool import PageTables
@@ -65,7 +66,7 @@ class ChunkContext:
     position: uint32 [B, C]. valid: bool [B, C], a prefix of each row. seen: tokens before the chunk, int32 [B],
     saturating. span: positions in use at once, which `dynamic` and `longrope` depend on. differentiable,
     implementation, tables, shared: see `Query`. ids: of the tokens; None where no cache asks for them. head_order:
-    which key heads the cache's heads are, see `Cache.renumbered`; the layer's own where None.
+    which key heads the cache's heads are, see `Cache.renumbered`; the layer's own where None. tree: see `Query`.
     """
 
     position: UInt32[Array, "B C"]
@@ -78,6 +79,7 @@ class ChunkContext:
     head_order: Int32[Array, " K"] | None = None
     tables: PageTables | None = None
     shared: Any = None
+    tree: TokenTree | None = None
 
 
 class Attention(nnx.Module):
@@ -161,7 +163,8 @@ class Attention(nnx.Module):
         """Attention of a chunk to a cascade and to itself; the cascade takes the chunk in."""
         raw_q, raw_k, v, gate = self.projections.split_gated(x)
         if self.config.temperature is not None:
-            index = context.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+            place = jnp.arange(x.shape[1], dtype=jnp.int32) if context.tree is None else context.tree.depth
+            index = context.seen[:, None] + place
             raw_q = self._tempered(raw_q, jnp.minimum(index, cache.span - 1))
         out, state = stream_attention(self, raw_q, raw_k, v, state, cache, context)
         return self._handed_on(self.projections.join(out, x.dtype, gate), raw_k, v), state
@@ -247,6 +250,7 @@ def query_and_tokens(
         implementation=context.implementation,
         tables=context.tables,
         shared=context.shared,
+        tree=context.tree,
     )
     return query, tokens
 

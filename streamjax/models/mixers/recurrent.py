@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.cache import Cache, Deferred
 from streamjax.kv.recurrence import Recurrence, RecurrentState
 from streamjax.models.config.recurrent import RecurrentConfig
@@ -84,8 +85,21 @@ class RecurrentMixer(nnx.Module):
         self, x: Float[Array, "B C W"], state: RecurrentState, cache: Cache, context: ChunkContext
     ) -> tuple[Float[Array, "B C V"], RecurrentState | Float[Array, "B C W"]]:
         """A chunk of a stream, and the stream's new state; the chunk itself where its state is to be made later."""
+        if context.tree is not None:
+            return self._along_paths(x, state, context.tree), x
         y, new = self.recur(x, state, context.valid)
         return y, x if isinstance(cache, Deferred) else new
+
+    def _along_paths(self, x: Float[Array, "B N W"], state: RecurrentState, tree: TokenTree) -> Float[Array, "B N V"]:
+        """The nodes of a tree, each behind those above it: a state has no mask, so each path is read by itself."""
+        path, valid = tree.paths()
+        rows, nodes, _ = path.shape
+        index = rearrange(path, "b n d -> b (n d) 1")
+        each = rearrange(jnp.take_along_axis(x, index, axis=1, mode="clip"), "b (n d) w -> (b n) d w", n=nodes)
+        forked = jax.tree.map(lambda leaf: jnp.repeat(leaf, nodes, axis=0), state)
+        y, _ = self.recur(each, forked, rearrange(valid, "b n d -> (b n) d"))
+        last = tree.depth.reshape(rows * nodes, 1, 1)
+        return jnp.take_along_axis(y, last, axis=1, mode="clip").reshape(rows, nodes, -1)
 
     def enter(self, x: Float[Array, "B T E"]) -> Float[Array, "B T G D"]:
         """What each group has of the tokens."""

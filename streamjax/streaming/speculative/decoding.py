@@ -13,10 +13,12 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.decode_block import decode_block
 from streamjax.streaming.sampling import Sampler
-from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
+from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws, ways_of_tree
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.speculative.pace import Pace
-from streamjax.streaming.speculative.verification import choose_first, verify_pass
+from streamjax.streaming.speculative.tree_verification import verify_tree_pass
+from streamjax.streaming.speculative.two_phases import takes_trees
+from streamjax.streaming.speculative.verification import Verified, choose_first, verify_pass
 from streamjax.streaming.state import StreamState
 
 # Of tokens that a stream may read next, how many it is to read at most: where its text ends, nothing behind that.
@@ -61,12 +63,14 @@ class Rounds:
         self._model, self._drafter, self._streams = model, drafter, streams
         self._sampler, self._key, self._stop, self._limit, self._block = sampler, key, stop, limit, block
         self._index = np.asarray(index, np.int64)
+        self._ahead: Array | None = None  # what the drafter's prompt tokens say behind where the streams stand
         certain, failed = choose_first(model, state, key, self._draws().index, sampler)
         self.certain, self._failed = (np.array(x) for x in jax.device_get((certain, failed)))
-        self._pace = Pace(len(streams), 1 if drafter is None else 1 + drafter.length)
+        self._pace = Pace(len(streams), 1 if drafter is None else drafter.pass_width)
 
     def _draws(self) -> Draws:
-        return Draws(self._sampler, self._key, (self._index % 2**32).astype(np.uint32).astype(np.int32))
+        index = (self._index % 2**32).astype(np.uint32).astype(np.int32)
+        return Draws(self._sampler, self._key, index, self.state.hidden, self._ahead)
 
     def go(self, most: Int[np.ndarray, " B"]) -> list[list[int]]:
         """One pass; returns what each stream has read. A stream reads at most `most` tokens; with 0 it stands still.
@@ -83,9 +87,34 @@ class Rounds:
         for row in np.flatnonzero(goes).tolist():
             self._streams[row].extend([int(self.certain[row])])
         self._index += 1  # the draw behind the certain token
-        drafts = self._drafts(goes & (most > 1) & self._pace.wants)
-        given = np.where(goes, 1 + np.minimum(drafts.count, np.maximum(most - 1, 0)), 0)
+        wanted = goes & (most > 1) & self._pace.wants
+        drafts = self._drafts(wanted)
         tokens = np.concatenate((self.certain[:, None], drafts.tokens), axis=1).astype(np.int32)
+        prompts = None if self._drafter is None or not wanted.any() else self._drafter.prompts
+        if drafts.parents is None or (prompts is None and not drafts.count.any()):
+            done, guesses = self._read_one_way(tokens, drafts.count, goes, most)
+        else:
+            done, guesses = self._read_tree(tokens, drafts.parents, drafts.count, goes, most, prompts)
+        self.state, self._ahead = done.state, done.ahead
+        tokens, count, following, failed = jax.device_get((done.tokens, done.count, done.following, done.failed))
+        self._index += np.where(goes, count - 1, -1)
+        self.certain = np.where(goes, following, self.certain)
+        self._failed = np.where(goes, failed, self._failed)
+        tried = guesses if prompts is None else np.where(goes, np.maximum(guesses, 1), 0)  # what was paid for
+        self._pace.note(tried, np.maximum(count - 1, 0))
+        self.passes += 1
+        self.guessed += int(guesses.sum())
+        self.right += int(np.maximum(count - 1, 0).sum())
+        read = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
+        for stream, new in zip(self._streams, read, strict=True):
+            stream.extend(new[1:])
+        return read
+
+    def _read_one_way(
+        self, tokens: Int[np.ndarray, "B C"], count: Int[np.ndarray, " B"], goes: np.ndarray, most: np.ndarray
+    ) -> tuple[Verified, Int[np.ndarray, " B"]]:
+        """A pass over the certain tokens and the guesses behind them; how many guesses those were."""
+        given = np.where(goes, 1 + np.minimum(count, np.maximum(most - 1, 0)), 0)
         if self._limit is not None and goes[0]:
             given[0] = self._limit(tokens[0, : given[0]].tolist())
         if given.max() <= 1:
@@ -94,19 +123,32 @@ class Rounds:
             self._model, self.state, jnp.asarray(tokens), jnp.asarray(given, jnp.int32), self._key,
             jnp.asarray(self._draws().index), self._sampler, self._stop,
         )  # fmt: skip
-        self.state = done.state
-        count, following, failed = jax.device_get((done.count, done.following, done.failed))
-        self._index += np.where(goes, count - 1, -1)
-        self.certain = np.where(goes, following, self.certain)
-        self._failed = np.where(goes, failed, self._failed)
-        self._pace.note(np.maximum(given - 1, 0), np.maximum(count - 1, 0))
-        self.passes += 1
-        self.guessed += int(np.maximum(given - 1, 0).sum())
-        self.right += int(np.maximum(count - 1, 0).sum())
-        read = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
-        for stream, new in zip(self._streams, read, strict=True):
-            stream.extend(new[1:])
-        return read
+        return done, np.maximum(given - 1, 0)
+
+    def _read_tree(
+        self,
+        tokens: Int[np.ndarray, "B N"],
+        parents: Int[np.ndarray, "B K"],
+        count: Int[np.ndarray, " B"],
+        goes: np.ndarray,
+        most: np.ndarray,
+        prompts: Array | None,
+    ) -> tuple[Verified, Int[np.ndarray, " B"]]:
+        """The same with trees of guesses, whose roots are the certain tokens."""
+        assert self._drafter is not None
+        parents = np.pad(parents, ((0, 0), (1, 0)))
+        ways = ways_of_tree(parents)
+        given = goes[:, None] & (np.arange(tokens.shape[1]) <= count[:, None])
+        given &= np.array([[len(way) for way in row] for row in ways]) <= most[:, None]
+        if self._limit is not None and goes[0]:
+            for node, way in enumerate(ways[0]):
+                given[0, node] &= self._limit(tokens[0, way].tolist()) == len(way)
+        done = verify_tree_pass(
+            self._model, self.state, jnp.asarray(tokens), jnp.asarray(parents, jnp.int32), jnp.asarray(given),
+            self._key, jnp.asarray(self._draws().index), 1 + self._drafter.length, self._sampler, self._stop,
+            prompts,
+        )  # fmt: skip
+        return done, given[:, 1:].sum(axis=1)
 
     def _single_tokens_ahead(self, goes: np.ndarray, most: Int[np.ndarray, " B"]) -> int:
         """How many tokens all streams that go on read one by one before anybody guesses."""
@@ -121,6 +163,7 @@ class Rounds:
             self._model, self.state, jnp.asarray(~goes), self._key, first, jnp.int32(count), self._sampler, self._stop,
             self._block,
         )  # fmt: skip
+        self._ahead = None
         read = [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
         counts = np.array([len(new) for new in read])
         self._index += counts
@@ -135,13 +178,15 @@ class Rounds:
 
     def _drafts(self, wanted: np.ndarray) -> Drafts:
         if self._drafter is None or not wanted.any():
-            width = 0 if self._drafter is None else self._drafter.length
+            width = 0 if self._drafter is None else self._drafter.nodes
             rows = len(self._streams)
             return Drafts(np.zeros((rows, width), np.int32), np.zeros(rows, np.int32))
         drafts = self._drafter.propose(self._streams, wanted.tolist(), self._draws())
+        if not takes_trees(self._model):
+            drafts = drafts.first_ways(self._drafter.length)
         known = (drafts.tokens >= 0) & (drafts.tokens < self._model.config.vocab_size)  # others would make NaN
         count = np.minimum(drafts.count, np.cumprod(known, axis=1).sum(axis=1))
-        return Drafts(drafts.tokens, count.astype(np.int32))
+        return Drafts(drafts.tokens, count.astype(np.int32), drafts.parents)
 
 
 def speculate(

@@ -26,6 +26,8 @@ class NGrams(Drafter):
       shortest, longest: tokens that have to agree, and that are compared at most. Of the longest matches the newest is
         taken.
       text: ids of a text that is asked last, such as manuals or code that answers are likely to quote.
+      branches: ways to go on that it guesses at most, as a tree; they differ in their first token. The longest match
+        says the first, shorter ones and the other databases the others.
 
     Raises:
       ValueError: `longest` below `shortest`.
@@ -37,6 +39,7 @@ class NGrams(Drafter):
     shortest: Size = 2
     longest: Size = 8
     text: Sequence[int] | np.ndarray = ()
+    branches: Size = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,26 +48,35 @@ class NGrams(Drafter):
         self.text = np.asarray(self.text, np.int32)
         self._recent = History()
 
+    @property
+    def nodes(self) -> int:
+        return self.branches * self.length
+
     def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
-        tokens = np.zeros((len(streams), self.length), np.int32)
+        tokens, parents = np.zeros((2, len(streams), self.nodes), np.int32)
         count = np.zeros(len(streams), np.int32)
         for row, stream in enumerate(streams):
-            found = self._look_up(stream.tokens) if wanted[row] else ()
-            count[row] = len(found)
-            tokens[row, : len(found)] = found
-        return Drafts(tokens, count)
+            if not wanted[row]:
+                continue
+            for found in self._look_up(stream.tokens):
+                start, end = count[row], count[row] + len(found)
+                tokens[row, start:end] = found
+                parents[row, start + 1 : end] = np.arange(start + 1, end)
+                count[row] = end
+        return Drafts(tokens, count, parents if self.branches > 1 else None)
 
     def learn(self, tokens: Int32[np.ndarray, " N"]) -> None:
         self._recent.extend(tokens)
 
-    def _look_up(self, stream: Int32[np.ndarray, " T"]) -> Int32[np.ndarray, " N"]:
+    def _look_up(self, stream: Int32[np.ndarray, " T"]) -> list[Int32[np.ndarray, " N"]]:
+        if self.branches > 1:
+            return self._ways(stream, self.branches, 0)
         end = stream[-self.longest :]
         for database in (stream, self._recent.tokens, np.asarray(self.text)):
             at = _newest_match(database, end, self.shortest)
-            if at is None:
-                continue
-            return _continued(database, at, self.length, repeats=database is stream)
-        return stream[:0]
+            if at is not None:
+                return [_continued(database, at, self.length, repeats=database is stream)]
+        return []
 
     def ways(self, stream: Int32[np.ndarray, " T"], most: int) -> list[Int32[np.ndarray, " N"]]:
         """Up to `most` ways in which a stream may go on, of up to `length` + 1 tokens, which differ in their first one.
@@ -72,12 +84,16 @@ class NGrams(Drafter):
         They are for who knows the next token soon, but not yet: the `length` tokens behind it are those that `propose`
         would guess of the stream with that token. The likeliest way is the first.
         """
+        return self._ways(stream, most, 1)
+
+    def _ways(self, stream: Int32[np.ndarray, " T"], most: int, open: int) -> list[Int32[np.ndarray, " N"]]:
+        """The same, where the first `open` tokens of a way belong to what has to agree, and `length` come behind."""
         found: dict[int, Int32[np.ndarray, " N"]] = {}
         for database in (stream, self._recent.tokens, np.asarray(self.text)):
-            end = stream[-max(self.longest - 1, 1) :]  # the next token belongs to what has to agree
-            for at in _best_matches(database, end, max(self.shortest - 1, 1), most):
+            end = stream[-max(self.longest - open, 1) :]
+            for at in _best_matches(database, end, max(self.shortest - open, 1), most):
                 if len(found) < most:
-                    way = _continued(database, at, self.length + 1, repeats=database is stream)
+                    way = _continued(database, at, self.length + open, repeats=database is stream)
                     found.setdefault(int(way[0]), way)
         return list(found.values())
 

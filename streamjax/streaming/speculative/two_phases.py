@@ -12,14 +12,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from streamjax.kv.cache import take_in
+from streamjax.attention.token_tree import TokenTree
+from streamjax.kv.cache import Waiting, along, take_in
 from streamjax.kv.recurrence import BesideRecurrence
 from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.streaming.state import StreamState
-from streamjax.streaming.step import advance, check_rows, enter, leave
+from streamjax.streaming.step import advance, check_rows, enter, leave, nan_beyond_capacity
 
 
 def look_ahead(
@@ -33,6 +34,56 @@ def look_ahead(
     caches = [cache.deferred() for cache in state.caches]
     hidden, waiting = model.stream(tokens, state.layers, caches, context)
     return leave(state, hidden, tokens, count)[1], waiting
+
+
+def look_ahead_in_tree(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[Array, "B N"],
+    tree: TokenTree,
+    embedded: Float[Array, "B N W"] | None = None,
+    differentiable: bool = False,
+) -> tuple[Float[Array, "B N E"], tuple[Any, ...]]:
+    """Hidden states of the nodes of a tree, each as if the stream had gone on with those above it, and what waits.
+
+    `waiting_along` makes of that what `take_in_first` takes. The tree must have no more levels than
+    `allowed_levels` says. `embedded`: what the first layer reads of the tokens, if not their embeddings.
+    """
+    check_rows(state, tokens.shape[0])
+    context, tokens = enter(state, tokens, None, differentiable, tree)
+    caches = [cache.deferred() for cache in state.caches]
+    hidden, waiting = model.stream(tokens, state.layers, caches, context, embedded=embedded)
+    return nan_beyond_capacity(state, hidden, tree.depth), waiting
+
+
+def waiting_along(waiting: tuple[Any, ...], path: Int32[Array, "B D"]) -> tuple[Any, ...]:
+    """Of what each layer has waiting of a tree, the nodes of one path of each row, as if they had been a chunk."""
+
+    def taken(part: Any) -> Any:
+        if isinstance(part, Waiting):
+            return along(part, path)
+        if isinstance(part, tuple):
+            return tuple(map(taken, part))
+        return jnp.take_along_axis(part, path[:, :, None], axis=1, mode="clip")
+
+    return tuple(map(taken, waiting))
+
+
+def takes_trees(model: Decoder) -> bool:
+    """Whether guesses may be a tree. An encoder makes a chunk memory of tokens in their order, and so does a bank."""
+    return model.config.hsa is None and model.remembered is None
+
+
+def allowed_levels(state: StreamState, levels: int) -> Int32[Array, " B"]:
+    """How many levels of a tree, of so many at most, each stream may be asked at once.
+
+    Some caches choose what goes after so many tokens. What they would choose depends on the path.
+    """
+    allowed = jnp.full((state.batch_size,), levels, jnp.int32)
+    for cache, own in zip(state.caches, state.layers, strict=True):
+        if (most := cache.levels(own)) is not None:
+            allowed = jnp.minimum(allowed, most)
+    return jnp.maximum(allowed, 1)
 
 
 def take_in_first(

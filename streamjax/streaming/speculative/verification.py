@@ -7,6 +7,8 @@ distribution only. A certain guess is kept as often as by that rule. A drafter t
 random numbers: it then agrees with probability (1 - d) / (1 + d) at least, where that rule has 1 - d, d being the
 distance of the two models.
 
+A tree of guesses is read in the same way (`tree_verification.py`).
+
 One thing differs. Logits of a pass over several tokens are rounded in another order than those of single tokens: where
 two tokens are equally good to the last bits, the other one may win.
 """
@@ -37,14 +39,18 @@ Choice = Callable[[Float[Array, "B C V"], Bool[Array, "B C V"] | None], Int32[Ar
 class Verified:
     """What a pass has come to.
 
-    state: it has read `count` tokens of each row. following: the token that each row reads next; it means nothing in
-    rows that read none. failed: rows whose logits were not finite where that token was chosen.
+    state: it has read `count` tokens of each row, the first ones of `tokens`. following: the token that each row reads
+    next; it means nothing in rows that read none. failed: rows whose logits were not finite where that token was
+    chosen. ahead: hidden states of the prompt tokens behind the last token of each row that was read, where there are
+    prompt tokens.
     """
 
     state: StreamState
+    tokens: Int32[Array, "B C"]
     count: Int32[Array, " B"]
     following: Int32[Array, " B"]
     failed: Bool[Array, " B"]
+    ahead: Float[Array, "B M E"] | None = None
 
 
 def verify(
@@ -81,7 +87,7 @@ def verify(
     chosen = choice(logits, seen)
     fine = jnp.isfinite(jnp.max(logits, axis=-1))
     if width == 1:
-        return Verified(state, given, chosen[:, 0], (given > 0) & ~fine[:, 0])
+        return Verified(state, tokens, given, chosen[:, 0], (given > 0) & ~fine[:, 0])
     right = fine[:, :-1] & (chosen[:, :-1] == tokens[:, 1:])
     if stop:
         right &= ~(tokens[:, :-1, None] == jnp.array(stop)).any(axis=-1)
@@ -90,7 +96,7 @@ def verify(
     state = take_in_first(model, state, waiting, hidden, tokens, count)
     last = jnp.maximum(count - 1, 0)[:, None]
     following, finite = (jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (chosen, fine))
-    return Verified(state, count, following, (count > 0) & ~finite)
+    return Verified(state, tokens, count, following, (count > 0) & ~finite)
 
 
 @partial(jax.jit, static_argnames=("sampler", "stop"), donate_argnames="state")

@@ -50,6 +50,21 @@ class Prompter(Drafter):
         return Drafts(tokens, count)
 
 
+class Branching(Prompter):
+    """The same with two guesses behind each that is right, of which the first is wrong."""
+
+    @property
+    def nodes(self):
+        return 2 * self.length
+
+    def propose(self, streams, wanted, draws):
+        one = super().propose(streams, wanted, draws)
+        right = np.where(one.tokens >= VOCAB, 0, one.tokens)
+        tokens = np.stack(((right + 1) % VOCAB, right), axis=2).reshape(len(streams), -1)
+        parents = np.repeat(2 * np.arange(self.length), 2)
+        return Drafts(tokens.astype(np.int32), 2 * one.count, np.tile(parents, (len(streams), 1)).astype(np.int32))
+
+
 @pytest.fixture(scope="module")
 def model():
     return build(GQA)
@@ -68,11 +83,17 @@ def plain(model):
     return {name: run(model, sampler) for name, sampler in SAMPLERS.items()}
 
 
-@pytest.mark.parametrize("name", ["greedy", *(pytest.param(n, marks=SLOW) for n in list(SAMPLERS)[1:3]), "filtered"])
-def test_guesses_change_nothing(model, plain, name):
+USUAL = (("greedy", Prompter), ("filtered", Prompter), ("filtered", Branching))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(n, k, marks=() if (n, k) in USUAL else SLOW) for n in SAMPLERS for k in (Prompter, Branching)],
+)
+def test_guesses_change_nothing(model, plain, name, kind):
     """Rows at their own paces, each right about another number of tokens; the state is as it would have been."""
     state, expected = plain[name]
-    drafter = Prompter(expected=np.asarray(expected))
+    drafter = kind(expected=np.asarray(expected))
     found, tokens = run(model, SAMPLERS[name], drafter)
     np.testing.assert_array_equal(tokens, expected)
     assert 3 < drafter.calls < NEW
@@ -103,12 +124,13 @@ def test_streams_that_nobody_can_guess_take_the_plain_loop(model, plain, monkeyp
     assert sum(counts) > NEW // 2
 
 
-def test_a_stream_ends_with_its_stop_token_and_not_behind_it(model, plain):
+@pytest.mark.parametrize("kind", [Prompter, pytest.param(Branching, marks=SLOW)])
+def test_a_stream_ends_with_its_stop_token_and_not_behind_it(model, plain, kind):
     _, expected = plain["greedy"]
     expected = np.asarray(expected)
     stop = int(expected[0, 13])
     state, wanted = run(model, SAMPLERS["greedy"], stop=(stop,))
-    found, tokens = run(model, SAMPLERS["greedy"], Prompter(expected=expected), stop=(stop,))
+    found, tokens = run(model, SAMPLERS["greedy"], kind(expected=expected), stop=(stop,))
     np.testing.assert_array_equal(tokens, wanted)
     assert (np.asarray(tokens) == -1).any()
     assert found.seen.tolist() == state.seen.tolist()
@@ -125,6 +147,7 @@ def test_guesses_do_not_overflow_a_cache_with_an_end(model, plain):
 
 DRAFTERS = {
     "ngrams": lambda model: NGrams(length=LENGTH, shortest=1),
+    "branches": lambda model: NGrams(length=LENGTH, shortest=1, branches=3),
     "text": lambda model: NGrams(length=LENGTH, shortest=1, text=random_tokens(500)),
     "itself": lambda model: SmallModel(length=LENGTH, model=model, cache=CACHE),
     "small cache": lambda model: SmallModel(length=LENGTH, model=model, cache=sj.kv.preset("window", window=3)),
@@ -135,7 +158,7 @@ DRAFTERS = {
 
 
 @pytest.mark.parametrize("name", ["greedy", pytest.param("filtered", marks=SLOW)])
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", [pytest.param(n, marks=SLOW) if n == "branches" else n for n in DRAFTERS])
 def test_drafters_change_nothing(model, plain, drafter, name):
     _, tokens = run(model, SAMPLERS[name], DRAFTERS[drafter](model))
     np.testing.assert_array_equal(tokens, plain[name][1])

@@ -42,8 +42,25 @@ class Stubborn(Drafter):
         return Drafts(tokens, np.where(wanted, self.length, 0).astype(np.int32))
 
 
+@dataclasses.dataclass
+class Undecided(Stubborn):
+    """Guesses either of two tokens, and behind the second one of them the same again."""
+
+    other: int = 0
+
+    @property
+    def nodes(self):
+        return 4
+
+    def propose(self, streams, wanted, draws):
+        tokens = np.tile(np.array([self.other, self.token, self.token, self.other], np.int32), (len(streams), 1))
+        parents = np.tile(np.array([0, 0, 2, 2], np.int32), (len(streams), 1))
+        return Drafts(tokens, np.where(wanted, 4, 0).astype(np.int32), parents)
+
+
 @pytest.mark.parametrize("rows", rest_slow([160, 512], 160))
-def test_counted_draws_have_the_models_distribution(rows):
+@pytest.mark.parametrize("kind", [Stubborn, Undecided])
+def test_counted_draws_have_the_models_distribution(rows, kind):
     """Three tokens of many streams, of which a guess is often right and often wrong: chi-square of pairs."""
     model, sampler = build(GQA), sj.Sampler(temperature=1.5, top_k=4)
     prompt = random_tokens(1, 6)
@@ -52,11 +69,12 @@ def test_counted_draws_have_the_models_distribution(rows):
     longer = np.concatenate((np.repeat(prompt, VOCAB, axis=0), np.arange(VOCAB, dtype=np.int32)[:, None]), axis=1)
     second = jax.nn.softmax(sampler.filter(sj.forward(model, longer)[:, -1]))
     probable = np.asarray(first)[:, None] * np.asarray(second)
-    guess = int(np.argmax(probable.sum(axis=0)))
+    second_best, guess = (int(token) for token in np.argsort(probable.sum(axis=0))[-2:])
+    draft = Stubborn(token=guess) if kind is Stubborn else Undecided(token=guess, other=second_best)
     state = sj.init_state(model, sj.kv.preset("dense", capacity=9), rows)
     _, tokens = sj.generate(
         model, state, np.repeat(prompt, rows, axis=0), max_new_tokens=3, sampler=sampler, key=jax.random.key(1),
-        draft=Stubborn(token=guess),
+        draft=draft,
     )  # fmt: skip
     counts = np.zeros((VOCAB, VOCAB))
     np.add.at(counts, tuple(np.asarray(tokens)[:, :2].T), 1)

@@ -1,16 +1,17 @@
 """What n-grams find, in which database, and when guessing pauses."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streamjax.streaming.speculative.drafter import Draws
+from streamjax.streaming.speculative.drafter import Draws, ways_of_tree
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.speculative.pace import SHARE, START, Pace
 
-DRAWS = Draws(sj.Sampler(temperature=0), None, np.zeros(1, np.int32))
+DRAWS = Draws(sj.Sampler(temperature=0), None, np.zeros(1, np.int32), jnp.zeros((1, 1)))
 
 
 def guess(drafter: sj.NGrams, stream) -> list[int]:
@@ -46,6 +47,21 @@ def test_ways_are_the_guesses_behind_each_next_token(stream, shortest, more):
     assert len(ways) == len(found)
     assert ways == {token: said for token in range(4) if (said := guess(drafter, [*stream, token]))}
     assert [way.tolist() for way in drafter.ways(np.array(stream, np.int32), 2)] == [way.tolist() for way in found[:2]]
+
+
+@pytest.mark.quick
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 3))
+def test_branches_are_ways_to_go_on(stream, length):
+    """The first is what would be guessed alone; they differ in their first token, and each has stood in the stream."""
+    one, three = sj.NGrams(length=length), sj.NGrams(length=length, branches=3)
+    drafts = three.propose([History(stream)], [True], DRAWS)
+    ways = [way[1:] for way in ways_of_tree(np.pad(drafts.parents, ((0, 0), (1, 0))))[0][: drafts.count[0] + 1]]
+    tokens = [[int(drafts.tokens[0, node - 1]) for node in way] for way in ways]
+    assert tokens[length if drafts.count[0] else 0] == guess(one, stream)
+    first = [way[0] for way in tokens if len(way) == 1]
+    assert len(first) == len(set(first)) == drafts.count[0] / length
+    text = " ".join(map(str, stream))
+    assert all(f"{stream[-1]} {token}" in text for token in first)
 
 
 @pytest.mark.quick

@@ -1,0 +1,105 @@
+"""Train heads that guess how a model goes on, so that it reads several tokens in one pass.
+
+    python -m train.draft_heads --model=FOLDER --output=heads.safetensors
+    python -m train.draft_heads --model=FOLDER --input=answers.txt --steps=5000 --output=heads.safetensors
+    python -m infer.chat --model=FOLDER --draft=heads:heads.safetensors
+
+The model is frozen, and what it says does not change: only how fast it does. Heads learn what the model itself says
+behind each token of a text, best of one that is like its own answers. hydra: heads that guess one after another from
+the model's last hidden state (arXiv 2402.05109). ppd: prompt tokens at which the model itself says what comes later
+(parallel prompt decoding, arXiv 2405.18628): far fewer numbers, but each guess costs more of a pass. `right` says how
+often the first guess of each is the model's own choice. Ctrl-C writes the heads as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+
+from streamjax.commands.comparison import read_text
+from streamjax.commands.flags.model import define_read_text, load_model
+from streamjax.commands.shell.outputs import check_outputs, in_made_folder
+from streamjax.commands.shell.progress import progress_bar
+from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.streaming.speculative.heads.hydra import HydraWeights
+from streamjax.streaming.speculative.heads.hydra_file import HydraHeads
+from streamjax.streaming.speculative.heads.prompt_file import PromptTokens
+from streamjax.training.heads.drafting import (
+    DraftHeadsConfig,
+    DraftStep,
+    as_file,
+    frequent_ids,
+    text_rows,
+    train_draft_heads,
+)
+from streamjax.training.heads.prompting import as_file as as_prompt_file
+from streamjax.training.heads.prompting import train_prompt_tokens
+from streamjax.training.run.signals import StopSignals
+
+RATES = {"hydra": DraftHeadsConfig.learning_rate, "ppd": 1e-2}  # by kind, the paper's for prompt tokens
+KINDS = tuple(RATES)
+
+
+def define(values: flags.FlagValues) -> None:
+    whole = flags.DEFINE_integer
+    define_read_text(values)
+    flags.DEFINE_string("output", "out/draft_heads.safetensors", "Where the heads go.", flag_values=values)
+    flags.DEFINE_enum("kind", KINDS[0], KINDS, "What guesses.", flag_values=values)
+    whole("heads", DraftHeadsConfig.heads, "Tokens behind the next one that are guessed.", lower_bound=1,
+          flag_values=values)  # fmt: skip
+    whole("width", DraftHeadsConfig.width, "Of the hidden layers of hydra's heads.", lower_bound=1, flag_values=values)
+    whole("vocabulary", 8192, "Frequent tokens of the text that are guessed; fewer cost less.", lower_bound=1,
+          flag_values=values)  # fmt: skip
+    whole("max_tokens", 1 << 20, "Tokens of the text that are read.", lower_bound=2, flag_values=values)
+    whole("seed", 0, "Of the rows and the first weights.", lower_bound=0, flag_values=values)
+    whole("steps", DraftHeadsConfig.steps, "Batches.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("learning_rate", None, "The highest; by default 3e-4 for hydra, 1e-2 for ppd.",
+                       flag_values=values)  # fmt: skip
+    whole("seq_len", 256, "Tokens of a row.", lower_bound=2, flag_values=values)
+    whole("batch_size", 4, "Rows of a step.", lower_bound=1, flag_values=values)
+
+
+def body(values: flags.FlagValues) -> None:
+    check_outputs(output=values.output)
+    model, tokenizer = load_model(values)
+    rate = RATES[values.kind] if values.learning_rate is None else values.learning_rate
+    config = DraftHeadsConfig(values.heads, values.steps, rate, values.width)
+    if values.seq_len <= config.heads + 1:
+        raise ValueError(f"--seq_len={values.seq_len} has no place for {config.heads} heads: take more tokens")
+    read, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
+    text = np.array(read)
+    ids = frequent_ids(text, values.vocabulary)
+    rows = text_rows(text, values.seq_len, values.batch_size, values.seed)
+    steps: Iterator[DraftStep]
+    if values.kind == "hydra":
+        steps = train_draft_heads(model, ids, rows, config, values.seed)
+    else:
+        steps = train_prompt_tokens(model, ids, rows, config, values.seed)
+    with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
+        for done, step in enumerate(steps, 1):
+            if not math.isfinite(step.loss):
+                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
+            right = ", ".join(f"{share:.3f}" for share in step.right)
+            metrics = f"loss {step.loss:.4f}, right {right}"
+            bar.set_postfix_str(metrics, refresh=False)
+            bar.update()
+            if stop.received:
+                break
+    tokens = done * values.seq_len * values.batch_size
+    file: HydraHeads | PromptTokens
+    if isinstance(step.weights, HydraWeights):
+        file = as_file(model, ids, step.weights, tokens)
+    else:
+        file = as_prompt_file(model, ids, step.weights, tokens)
+    file.save(in_made_folder(values.output))
+    print(f"step {done} of {config.steps}: {metrics}")
+    print(f"use them: --draft=heads:{values.output}")
+    if stop.received and done < config.steps:
+        raise Stopped(128 + stop.received)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(__doc__, [define], body, argv)

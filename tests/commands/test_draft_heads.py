@@ -1,0 +1,36 @@
+"""`python -m train.draft_heads`: files that `--draft` reads, errors of one line."""
+
+import pytest
+
+import streamjax as sj
+from streamjax.commands.flags.draft import parse_draft
+from streamjax.commands.trained_parts import draft_heads
+from streamjax.streaming.speculative import Hydra, ParallelPrompts
+from tests.commands.test_find_heads import folder, run  # noqa: F401
+
+
+@pytest.mark.parametrize("kind", ["hydra", pytest.param("ppd", marks=pytest.mark.slow)])
+def test_a_draft_is_what_the_command_writes(run, folder, tmp_path, kind):  # noqa: F811
+    file = tmp_path / "new" / "heads.safetensors"
+    small = ("--steps=2", "--heads=2", "--width=4", "--seq_len=40", "--batch_size=1", "--max_tokens=300")
+    status, out, err = run(f"--kind={kind}", f"--output={file}", *small, command=draft_heads)
+    assert status == 0, err
+    assert "step 2 of 2: loss " in out
+    assert f"use them: --draft=heads:{file}" in out
+    tokenizer = sj.load_tokenizer("models/stdlib_byte")
+    draft = parse_draft(f"heads:{file}", sj.load(folder / "plain"), tokenizer)
+    assert type(draft) is {"hydra": Hydra, "ppd": ParallelPrompts}[kind]
+    with pytest.raises(ValueError, match=f"--draft=heads:{file}: these .* were trained for another model"):
+        parse_draft(f"heads:{file}", sj.load(folder / "deeper"), tokenizer)
+
+
+def test_nonsense_is_one_line(run, tmp_path):  # noqa: F811
+    for flags, message in (
+        (("--kind=medusa",), "value should be one of <hydra|ppd>"),
+        (("--learning_rate=-1",), "DraftHeadsConfig.learning_rate is -1"),
+        (("--heads=9", "--seq_len=9"), "--seq_len=9 has no place for 9 heads"),
+        (("--max_tokens=20", "--seq_len=30"), "a text of 20 tokens has no stretches of 30"),
+    ):
+        status, _, err = run(*flags, f"--output={tmp_path}/x", "--steps=1", command=draft_heads)
+        assert status in (1, 2)
+        assert message in err.strip().splitlines()[-1]
