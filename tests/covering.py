@@ -53,3 +53,23 @@ def rest_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
     if unknown or not kept:
         raise ValueError(f"{unknown or 'nothing'} to be kept of {values}")
     return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def on_each(backends: Iterable[str], cases: Iterable[Any], *, weekly: Mapping[str, Sequence[str]]) -> list[Any]:
+    """Every case (`pytest.param` with an id) on every backend, which comes first of the parameters, for `parametrize`.
+
+    Of a backend those are slow whose ids `weekly` names: what is in them is met on another backend, and the shapes and
+    options of this one's kernels in its other cases.
+    """
+    backends, cases = list(backends), list(cases)
+    unknown = {name for names in weekly.values() for name in names} - {case.id for case in cases}
+    if unknown or any(set(backends) <= {b for b in weekly if case.id in weekly[b]} for case in cases):
+        raise ValueError(f"{unknown or 'a case'} is met nowhere")
+    return [
+        pytest.param(
+            backend, *case.values, id=f"{case.id}-{backend}",
+            marks=[*case.marks, *[pytest.mark.slow] * (case.id in weekly.get(backend, ()))],
+        )
+        for case in cases  # the backends in turn: what they are compared with is computed once
+        for backend in backends
+    ]  # fmt: skip

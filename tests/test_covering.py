@@ -2,7 +2,9 @@
 
 import itertools
 
-from tests.covering import covering_cases
+import pytest
+
+from tests.covering import covering_cases, on_each
 
 CASES = [
     {"order": order, "stacked": stacked, "bits": bits}
@@ -30,3 +32,13 @@ def test_what_is_not_named_does_not_count():
 
 def test_values_are_compared_by_what_they_say():
     assert covering_cases([{"options": {"a": [1]}}, {"options": {"a": [1]}}, {"options": {"a": [2]}}]) == [0, 2]
+
+
+def test_every_case_is_met_on_some_backend():
+    cases = [pytest.param(1, id="one"), pytest.param(2, id="two")]
+    made = on_each(["a", "b"], cases, weekly={"a": ["two"]})
+    assert [case.values for case in made] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert [case.id for case in made if case.marks] == ["two-a"]
+    for weekly in ({"a": ["three"]}, {"a": ["one"], "b": ["one"]}):
+        with pytest.raises(ValueError, match="is met nowhere"):
+            on_each(["a", "b"], cases, weekly=weekly)

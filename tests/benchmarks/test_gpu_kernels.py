@@ -1,7 +1,6 @@
 """What `benchmarks.kernels.gpu` does where there is no GPU: its checks in an interpreter, and the work it counts."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 
@@ -209,20 +208,17 @@ def test_a_wrong_kernel_is_named_and_not_timed(monkeypatch, tmp_path, capsys):
     assert "triton cannot run gemma-3-4b, broken: no such\n" in capsys.readouterr().out
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "benchmarks.kernels.gpu.all_kernels", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, tmp_path, capsys):
     output = tmp_path / "out.json"
-    done = run("--output", str(output))
-    assert done.returncode == 0
-    assert "no GPU here" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels", "--output", str(output)])
+    all_kernels.main()
+    assert "no GPU here" in capsys.readouterr().out
     assert not output.exists()
 
 
-def test_lengths_that_are_too_short_are_refused():
-    done = run("--lengths", "1024")
-    assert done.returncode == 2
-    assert "chunks and pages need 4,096 tokens" in done.stderr
+def test_lengths_that_are_too_short_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels", "--lengths", "1024"])
+    with pytest.raises(SystemExit) as ended:
+        all_kernels.main()
+    assert ended.value.code == 2
+    assert "chunks and pages need 4,096 tokens" in capsys.readouterr().err

@@ -31,12 +31,17 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(shipped):
             context = np.concatenate(list(stream_context(problem, 700, tokenizer)))
             for question in problem.questions:
                 prompt, answer = tokenizer.encode(question.prompt), tokenizer.encode(question.answer)
-                copy = sj.read(model, sj.init_state(model, cache), context[None])
+                copy = sj.read(model, sj.init_state(model, cache), context[None], 64)
                 for earlier in problem.questions[: problem.questions.index(question)]:
                     turn = tokenizer.encode(earlier.prompt + earlier.answer)
-                    copy = sj.read(model, copy, np.array([turn]))
+                    copy = sj.read(model, copy, np.array([turn]), 64)
                 _, found = sj.generate(
-                    model, copy, np.array([prompt]), max_new_tokens=len(answer), sampler=sj.Sampler(temperature=0)
+                    model,
+                    copy,
+                    np.array([prompt]),
+                    max_new_tokens=len(answer),
+                    sampler=sj.Sampler(temperature=0),
+                    chunk_size=64,
                 )
                 right[depth] += found[0].tolist() == answer
     assert {cell.depth: cell.right for cell in cells} == right

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import api, reference
 from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
+from tests.covering import on_each
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 MANY = jnp.zeros((1, 5000, 2, 64))
@@ -98,29 +99,32 @@ def check(
         assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("implementation", INTERPRETERS)
 @pytest.mark.parametrize(
-    ("pattern", "queries", "keys", "options"),
-    [
-        pytest.param(Full(), 300, 300, {"learned": True}, id="full"),
-        pytest.param(SinkWindow(5, 100), 270, 270, {"heads": 4, "kv_heads": 2, "width": 80}, id="sinks"),
-        pytest.param(SlidingWindow(1), 140, 140, {"width": 256}, id="itself-only"),
-        pytest.param(Full(), 200, 700, {"offset": 390, "traced": True, "block_q": 256}, id="traced-offset"),
-        pytest.param(
-            SinkWindow(3, 150), 200, 700, {"offset": 390, "traced": True, "alibi": True}, id="sinks-traced-alibi"
-        ),
-        pytest.param(SinkWindow(130, 60), 300, 300, {"packed": True, "softcap": 2.0}, id="many-sinks-packed"),
-        pytest.param(SlidingWindow(40), 200, 100, {"offset": 80, "heads": 3, "kv_heads": 3}, id="some-see-nothing"),
-        pytest.param(Full(), 300, 300, {"dtype": "bfloat16", "width": 128}, id="bf16"),
-        pytest.param(
-            SinkWindow(4, 200),
-            600,
-            600,
-            {"dtype": "bfloat16", "width": 96, "block_k": 256},
-            id="bf16-sinks",
-            marks=pytest.mark.slow,
-        ),
-    ],
+    ("implementation", "pattern", "queries", "keys", "options"),
+    on_each(
+        INTERPRETERS,
+        [
+            pytest.param(Full(), 300, 300, {"learned": True}, id="full"),
+            pytest.param(SinkWindow(5, 100), 270, 270, {"heads": 4, "kv_heads": 2, "width": 80}, id="sinks"),
+            pytest.param(SlidingWindow(1), 140, 140, {"width": 256}, id="itself-only"),
+            pytest.param(Full(), 200, 700, {"offset": 390, "traced": True, "block_q": 256}, id="traced-offset"),
+            pytest.param(
+                SinkWindow(3, 150), 200, 700, {"offset": 390, "traced": True, "alibi": True}, id="sinks-traced-alibi"
+            ),
+            pytest.param(SinkWindow(130, 60), 300, 300, {"packed": True, "softcap": 2.0}, id="many-sinks-packed"),
+            pytest.param(SlidingWindow(40), 200, 100, {"offset": 80, "heads": 3, "kv_heads": 3}, id="some-see-nothing"),
+            pytest.param(Full(), 300, 300, {"dtype": "bfloat16", "width": 128}, id="bf16"),
+            pytest.param(
+                SinkWindow(4, 200),
+                600,
+                600,
+                {"dtype": "bfloat16", "width": 96, "block_k": 256},
+                id="bf16-sinks",
+                marks=pytest.mark.slow,
+            ),
+        ],
+        weekly={"tpu": ("itself-only", "traced-offset")},
+    ),
 )
 def test_matches_float64(pattern, queries, keys, options, implementation):
     small = {"block_q": 64, "block_k": 32} if implementation == "triton" else {}

@@ -13,6 +13,17 @@ from benchmarks.kernels.compile_case import HOPPER, Case, compile_case
 from benchmarks.kernels.gpu import machine_code
 from benchmarks.kernels.schedules import recurrence
 from pallas_kernels.gpu.hopper import attention as hopper_attention
+from tests.covering import rest_slow
+
+# A compiler is a process, of 3 seconds: the ordinary run asks for the kernels that read codes, which have most in them.
+DECODING = [
+    ("llama-3.1-8b", "decode-int8", "decode_attention"),
+    ("gemma-3-4b", "paged", "paged_attention"),
+    ("llama-3.1-8b", "pool", "pool_attention"),
+    ("llama-3.1-8b", "pool-shared", "shared_pool_attention"),
+    ("llama-3.1-8b", "decode-codes", "decode_attention"),
+    ("llama-3.1-8b", "paged-codes", "paged_attention"),
+]
 
 
 def calls(*case):
@@ -38,13 +49,10 @@ def test_tpus_take_the_kernels(case):
 
 
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
-def test_a_tpu_takes_the_decoding_kernel():
-    assert calls("v5e", "llama-3.1-8b", "decode-int8", 8192) == {"decode_attention": 1}
-    assert calls("v5e", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
-    assert calls("v5e", "llama-3.1-8b", "pool", 8192) == {"pool_attention": 1}
-    assert calls("v5e", "llama-3.1-8b", "pool-shared", 8192) == {"shared_pool_attention": 1}
-    assert calls("v5e", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
-    assert calls("v5e", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
+@pytest.mark.parametrize("case", rest_slow(DECODING, *DECODING[-2:]), ids="-".join)
+def test_a_tpu_takes_the_decoding_kernel(case):
+    model, name, kernel = case
+    assert calls("v5e", model, name, 8192) == {kernel: 1}
 
 
 @pytest.mark.slow
@@ -54,14 +62,14 @@ def test_tpus_take_the_kernels_of_losses(chip):
     assert calls(chip, "llama-3.1-8b", "tokens", 4096) == {"token_stats_forward": 1, "token_stats_backward": 1}
 
 
-@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
+@pytest.mark.parametrize("model", rest_slow(["llama-3.1-8b", "gemma-3-4b"], "llama-3.1-8b"))
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 def test_an_h100_takes_the_kernels(model):
     names = "flash_forward", "flash_query_gradients", "flash_key_gradients", "flash_sink_gradients"
     assert calls("h100", model, "sinks", 4096) == dict.fromkeys(names, 1)
 
 
-@pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-3-4b"])
+@pytest.mark.parametrize("model", rest_slow(["llama-3.1-8b", "gemma-3-4b"], "llama-3.1-8b"))
 @pytest.mark.skipif(not machine_code.tool("nvdisasm"), reason="no disassembler: `make aot-compilers` installs it")
 def test_an_h100s_tensor_cores_have_more_to_do_than_the_rest(model):
     """Two warps in turn on a part of a multiprocessor: what is not products hides behind the other's products."""
@@ -81,13 +89,10 @@ def test_an_h100_takes_the_hopper_kernel(pattern):
 
 
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
-def test_an_h100_takes_the_decoding_kernels():
-    assert calls("h100", "llama-3.1-8b", "decode-int4", 8192) == {"decode_attention": 1}
-    assert calls("h100", "gemma-3-4b", "paged", 8192) == {"paged_attention": 1}
-    assert calls("h100", "llama-3.1-8b", "pool", 8192) == {"pool_attention": 1}
-    assert calls("h100", "llama-3.1-8b", "pool-shared", 8192) == {"shared_pool_attention": 1}
-    assert calls("h100", "llama-3.1-8b", "decode-codes", 8192) == {"decode_attention": 1}
-    assert calls("h100", "llama-3.1-8b", "paged-codes", 8192) == {"paged_attention": 1}
+@pytest.mark.parametrize("case", rest_slow(DECODING, *DECODING[-2:]), ids="-".join)
+def test_an_h100_takes_the_decoding_kernels(case):
+    model, name, kernel = case
+    assert calls("h100", model, name.replace("int8", "int4"), 8192) == {kernel: 1}
 
 
 @pytest.mark.slow

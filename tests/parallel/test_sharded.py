@@ -61,7 +61,7 @@ def _unsharded(cache):
     ("mesh", "cache"),
     [
         ("data2-fsdp2-tensor2", "streaming_llm"),
-        ("data2-tensor4", "dense"),
+        pytest.param("data2-tensor4", "dense", marks=pytest.mark.slow),
         pytest.param("fsdp8", "window", marks=pytest.mark.slow),
         ("context2-tensor4", "streaming_llm"),
         ("context2-tensor4", "dense"),
@@ -133,7 +133,7 @@ def _trained_unsharded():
     return _train(None)
 
 
-@pytest.mark.parametrize("mesh", ["data2-fsdp2-tensor2", "data2-tensor4"])
+@pytest.mark.parametrize("mesh", ["data2-fsdp2-tensor2", pytest.param("data2-tensor4", marks=pytest.mark.slow)])
 def test_train_step(mesh):
     expected, expected_losses = _trained_unsharded()
     mesh = make_mesh(**MESHES[mesh])

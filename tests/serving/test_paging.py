@@ -205,7 +205,7 @@ def test_layers_with_windows_keep_them_in_their_rows(config):
     assert found[2][-1].usage.cached_tokens >= 32
 
 
-@pytest.mark.parametrize("capacity", [40, 20])
+@pytest.mark.parametrize("capacity", [pytest.param(40, marks=pytest.mark.slow), 20])
 def test_streams_may_be_shorter_than_what_is_read_to_warm_up(capacity):
     cache = sj.kv.preset("dense", capacity=capacity)
     one, wanted = paged(chunk_size=32, cache=cache), request("short", 6)

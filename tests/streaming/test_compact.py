@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.models.mixers.attention import SequenceContext
 from tests.oracles import merging, scored
 from tests.oracles.scored import lag_worth
-from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
+from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_prompt, read_stream
 from tests.streaming.tiny_sessions import BYTES, PROMPT, start
 
 LENGTH, QUERIES, SIZE = 48, 6, 9
@@ -20,13 +19,7 @@ ONE_LAYER = GQA.replace(num_layers=1)
 @pytest.fixture(scope="module")
 def prompt():
     """A model, two prompts that it has read into a dense cache, and of each layer queries, keys and values."""
-    model, tokens = build(GQA), random_tokens(2, LENGTH)
-    state = sj.read(model, sj.init_state(model, DENSE, batch_size=2), tokens, 16)
-    x, context, found = model.embed(jnp.asarray(tokens)), SequenceContext.from_start(2, LENGTH), []
-    for i in range(model.config.num_layers):
-        found.append([np.asarray(part, np.float64) for part in model.layer(i).project(x, context)])
-        x, _ = model.layer(i).parallel(x, context)
-    return model, tokens, state, found
+    return read_prompt(LENGTH)
 
 
 def shares(q, k, scale, count) -> np.ndarray:
@@ -178,6 +171,7 @@ CASES = {
 }
 ASKED = dict.fromkeys(("snapkv", "tova", "chunkkv", "windowkv", "finch", "kvzip"), slice(-QUERIES, None))
 ASKED |= dict.fromkeys(("expected_attention", "qfilters"), slice(None))
+STREAMED = ("lagkv_behind_sinks", "snapkv", "tova")  # streams under the others' caches: tests/kv/tiers/test_scored.py
 
 
 @pytest.mark.parametrize(
@@ -203,8 +197,9 @@ def test_methods_for_prompts_as_published(prompt, name):
                 assert worth[head][kept].min() > left.max() - 1e-5
                 np.testing.assert_allclose(kept_k[row, head, :size], k[row, kept, head], atol=1e-4)
                 np.testing.assert_allclose(kept_v[row, head, :size], v[row, kept, head], atol=1e-4)
-    _, logits = read_stream(model, new, random_tokens(2, 20, seed=1), [1])
-    assert np.isfinite(logits).all()
+    if name in STREAMED:
+        _, logits = read_stream(model, new, random_tokens(2, 20, seed=1), [1])
+        assert np.isfinite(logits).all()
 
 
 DRAWN = np.random.default_rng(8)

@@ -1,13 +1,11 @@
 """What queries say of a whole prompt, in several pieces (KVzip), of values (CriticalKV) and of layers (SimLayerKV)."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.models.mixers.attention import SequenceContext
 from tests.streaming.test_compact import DENSE, LENGTH, QUERIES, prompt, shares, snapkv  # noqa: F401
-from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
+from tests.streaming.tiny_models import GQA, build, parts_of_layers, random_tokens, read_stream
 
 SIZE = 9
 
@@ -29,13 +27,9 @@ def test_a_prompt_that_is_repeated_in_chunks_chooses_as_kvzip_does(prompt):  # n
     new = sj.compact(model, state, cache, queries=asked)
     scale, most = model.config.blocks[0].mixer.softmax_scale, [0.0, 0.0]
     for queries in asked:
-        both = np.concatenate((tokens, queries), axis=1)
-        x, context = model.embed(jnp.asarray(both)), SequenceContext.from_start(2, both.shape[1])
-        for i in range(2):
-            q, k, _ = (np.asarray(part, np.float64) for part in model.layer(i).project(x, context))
+        for i, (q, k, _) in enumerate(parts_of_layers(model, np.concatenate((tokens, queries), axis=1))):
             got = [shares(q[row], k[row], scale, queries.shape[1]).max(axis=(1, 2)) for row in range(2)]
             most[i] = np.maximum(most[i], np.array(got)[..., :LENGTH])
-            x, _ = model.layer(i).parallel(x, context)
     for layer in range(2):
         for row in range(2):
             for head in range(2):

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.models.mixers.attention import SequenceContext
 from streamjax.models.rope import make_rotary
 from tests.oracles import channels
-from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
+from tests.streaming.tiny_models import random_tokens, read_prompt, read_stream
 
 LENGTH, QUERIES = 48, 6
 
@@ -16,13 +15,7 @@ LENGTH, QUERIES = 48, 6
 @pytest.fixture(scope="module")
 def prompt():
     """A model, two prompts that it has read into a dense cache, and of each layer queries, keys and values."""
-    model, tokens = build(GQA), random_tokens(2, LENGTH)
-    state = sj.read(model, sj.init_state(model, sj.kv.preset("dense", capacity=64), batch_size=2), tokens, 16)
-    x, context, found = model.embed(jnp.asarray(tokens)), SequenceContext.from_start(2, LENGTH), []
-    for i in range(model.config.num_layers):
-        found.append([np.asarray(part, np.float64) for part in model.layer(i).project(x, context)])
-        x, _ = model.layer(i).parallel(x, context)
-    return model, tokens, state, found
+    return read_prompt(LENGTH)
 
 
 def test_a_prompt_loses_channels_by_its_last_queries(prompt):

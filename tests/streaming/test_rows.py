@@ -18,7 +18,7 @@ RAGGED = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [35], [8, 9, 7, 9]]
 
 @pytest.fixture(scope="module")
 def model() -> sj.Decoder:
-    return build(GQA)
+    return build(GQA.replace(num_layers=1))
 
 
 def fresh(model, rows: int = 3) -> sj.StreamState:

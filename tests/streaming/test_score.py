@@ -34,7 +34,7 @@ def test_score_is_the_shifted_log_softmax_of_forward(scored):
 
 
 @settings(max_examples=8)
-@given(cuts=st.lists(st.integers(0, LENGTH), max_size=4))
+@given(cuts=st.lists(st.sampled_from([0, 1, CHUNK, 2 * CHUNK + 1, LENGTH]), max_size=4))
 def test_scored_in_pieces_as_scored_at_once(scored, cuts):
     """Also pieces of no token, and pieces shorter than a chunk."""
     model, tokens, expected = scored

@@ -1,12 +1,14 @@
 """Tiny models with strong random weights, and a reader that cuts a stream as it is told."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import streamjax as sj
+from streamjax.models.mixers.attention import SequenceContext
 
 VOCAB = 40
 
@@ -105,6 +107,29 @@ def read_padded(model, state, tokens: np.ndarray, counts, width: int) -> tuple[s
         pieces.append(np.asarray(logits)[0, :count])
         start += count
     return state, np.concatenate(pieces)
+
+
+@jax.jit
+def _layer(block, x):
+    context = SequenceContext.from_start(*x.shape[:2])
+    return block.project(x, context), block.parallel(x, context)[0]
+
+
+def parts_of_layers(model: sj.Decoder, tokens: np.ndarray) -> list[list[np.ndarray]]:
+    """Of each layer, in float64, the queries, keys and values [B, T, H or K, D] of sequences read from their start."""
+    x, found = jax.jit(sj.Decoder.embed)(model, jnp.asarray(tokens)), []
+    for i in range(model.config.num_layers):
+        parts, x = _layer(model.layer(i), x)
+        found.append([np.asarray(part, np.float64) for part in parts])
+    return found
+
+
+@functools.cache
+def read_prompt(length: int) -> tuple[sj.Decoder, np.ndarray, sj.StreamState, list[list[np.ndarray]]]:
+    """A model, two prompts that it has read into a dense cache, and the parts of its layers; the same for all tests."""
+    model, tokens = build(GQA), random_tokens(2, length)
+    state = sj.read(model, sj.init_state(model, sj.kv.preset("dense", capacity=64), batch_size=2), tokens, 16)
+    return model, tokens, state, parts_of_layers(model, tokens)
 
 
 def with_sink_logits(config: sj.UniformConfig) -> sj.ModelConfig:

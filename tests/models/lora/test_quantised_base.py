@@ -1,6 +1,7 @@
 """Adapters over quantised weights (QLoRA): every order of backprop gives the gradient of "full"."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,14 @@ CONFIG = sj.UniformConfig(
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
+@functools.cache
 def adapted(weights, scan_layers=False):
-    base = quantised_model(sj.Decoder(CONFIG, jax.random.key(0), scan_layers=scan_layers), weights)
+    made = jax.jit(lambda key: sj.Decoder(CONFIG, key, scan_layers=scan_layers))(jax.random.key(0))
+    base = quantised_model(made, weights)
     model = sj.add_lora(base, 2, 4.0, TARGETS, jax.random.key(1))
     params, rest = partition(model, LoRAParam)
-    drawn = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    draw = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape, np.float32), params)
     return sj.training.loss_and_grad, jax.tree.map(
         lambda a, b: b if a is None else a,
         drawn,

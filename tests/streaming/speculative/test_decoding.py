@@ -1,6 +1,7 @@
 """What is generated with guesses is what is generated without them: greedy or sampled, guessed right or wrong."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -80,7 +81,8 @@ def run(model, sampler, draft=None, stop=(), cache=CACHE):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return {name: run(model, sampler) for name, sampler in SAMPLERS.items()}
+    """What each sampler gives without guesses, once a test asks for it."""
+    return functools.cache(lambda name: run(model, SAMPLERS[name]))
 
 
 USUAL = (("greedy", Prompter), ("filtered", Prompter), ("filtered", Branching))
@@ -92,7 +94,7 @@ USUAL = (("greedy", Prompter), ("filtered", Prompter), ("filtered", Branching))
 )
 def test_guesses_change_nothing(model, plain, name, kind):
     """Rows at their own paces, each right about another number of tokens; the state is as it would have been."""
-    state, expected = plain[name]
+    state, expected = plain(name)
     drafter = kind(expected=np.asarray(expected))
     found, tokens = run(model, SAMPLERS[name], drafter)
     np.testing.assert_array_equal(tokens, expected)
@@ -115,7 +117,7 @@ def test_streams_that_nobody_can_guess_take_the_plain_loop(model, plain, monkeyp
         return decode_block(*args)
 
     monkeypatch.setattr(decoding, "decode_block", counted)
-    state, expected = plain["filtered"]
+    state, expected = plain("filtered")
     wrong = Prompter(expected=(np.asarray(expected) + 1) % VOCAB)
     found, tokens = run(model, SAMPLERS["filtered"], wrong)
     np.testing.assert_array_equal(tokens, expected)
@@ -126,7 +128,7 @@ def test_streams_that_nobody_can_guess_take_the_plain_loop(model, plain, monkeyp
 
 @pytest.mark.parametrize("kind", [Prompter, pytest.param(Branching, marks=SLOW)])
 def test_a_stream_ends_with_its_stop_token_and_not_behind_it(model, plain, kind):
-    _, expected = plain["greedy"]
+    _, expected = plain("greedy")
     expected = np.asarray(expected)
     stop = int(expected[0, 13])
     state, wanted = run(model, SAMPLERS["greedy"], stop=(stop,))
@@ -161,4 +163,4 @@ DRAFTERS = {
 @pytest.mark.parametrize("drafter", [pytest.param(n, marks=SLOW) if n == "branches" else n for n in DRAFTERS])
 def test_drafters_change_nothing(model, plain, drafter, name):
     _, tokens = run(model, SAMPLERS[name], DRAFTERS[drafter](model))
-    np.testing.assert_array_equal(tokens, plain[name][1])
+    np.testing.assert_array_equal(tokens, plain(name)[1])

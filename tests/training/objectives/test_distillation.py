@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.training import Distillation
+from streamjax.training import METHODS, Distillation
 from streamjax.training.objectives.distillation import divergence
 from tests.covering import rest_slow
-from tests.training.gradient_checks import check_objective
+from tests.training.gradient_checks import TWO_METHODS, check_objective
 
 
 def taught(vocab_size, top_k=5, length=12, seed=0):
@@ -30,8 +30,9 @@ def taught(vocab_size, top_k=5, length=12, seed=0):
 
 
 @pytest.mark.parametrize("share", rest_slow([0.0, 0.25], 0.25))
-def test_loss_and_gradient_are_those_of_all_logits(share):
-    """By every method, for the teacher's five tokens and a sixth that stands for all others."""
+@pytest.mark.parametrize("methods", rest_slow([METHODS, TWO_METHODS], TWO_METHODS), ids=len)
+def test_loss_and_gradient_are_those_of_all_logits(share, methods):
+    """For the teacher's five tokens and a sixth that stands for all others."""
 
     def plain(logits, batch):
         logp = jax.nn.log_softmax(logits)
@@ -43,7 +44,7 @@ def test_loss_and_gradient_are_those_of_all_logits(share):
         loss = (1 - share) * loss - share * chosen
         return jnp.sum(loss * batch["weights"]) / jnp.sum(batch["weights"])
 
-    check_objective(Distillation(top_k=5, cross_entropy=share), plain, taught)
+    check_objective(Distillation(top_k=5, cross_entropy=share), plain, taught, methods)
 
 
 def test_with_all_tokens_it_is_the_divergence_and_with_fewer_a_lower_bound():

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.training import DPO
+from streamjax.training import DPO, METHODS
 from streamjax.training.objectives.objective import token_stats
-from tests.training.gradient_checks import check_objective
+from tests.covering import rest_slow
+from tests.training.gradient_checks import TWO_METHODS, check_objective
 
 
 def preferences(vocab_size, length=12, seed=0):
@@ -69,11 +70,12 @@ def test_value_and_gradient_against_float64(objective, options):
     assert np.max(np.abs(expected[1])) > 1e-3
 
 
-def test_every_method_is_exact_and_never_has_all_logits():
+@pytest.mark.parametrize("methods", rest_slow([METHODS, TWO_METHODS], TWO_METHODS), ids=len)
+def test_every_method_is_exact_and_never_has_all_logits(methods):
     def plain(logits, batch):
         return plain_dpo(logits, preferences(logits.shape[-1]), smoothing=0.1)
 
-    check_objective(DPO(beta=0.3, label_smoothing=0.1), plain, preferences)
+    check_objective(DPO(beta=0.3, label_smoothing=0.1), plain, preferences, methods)
 
 
 def test_the_reference_itself_gains_nothing():

@@ -29,6 +29,7 @@ from streamjax.training import (
     train,
 )
 from streamjax.training.post_training import reference
+from tests.covering import rest_slow
 from tests.training.conftest import CONFIG
 from tests.training.run.test_loop import Killed, at_step, kill, read_metrics, same_bits  # noqa: F401  a fixture
 
@@ -104,7 +105,7 @@ def runs(records, base):
     }
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", rest_slow(["sft", "dpo", "grpo"], "dpo", "grpo"))  # a run of test_loop.py is as "sft"
 def test_killed_and_stopped_runs_end_with_the_same_bits(runs, kind, at_step, tmp_path):  # noqa: F811
     """Answers that more steps were to learn from, and those that were written again, are the same."""
     expected = train(runs[kind], tmp_path / "undisturbed")
