@@ -5,7 +5,8 @@ sphere, and two lengths; so are the values; tokens whose vectors differ too much
 `sj.compact(model, state, sj.kv.preset("minicache"))` does so with what the streams hold, and the shared part lies in
 their state once; `room` tokens may follow, which stay as they are, where the paper merges what is generated too. The
 paper keeps tokens apart by a threshold between the least and the largest angle, and `apart` is how many they are here,
-in each key head. No stream can begin with it, so chunks play no part in what is stored.
+in each key head. A small model pays much for merged keys and little for merged values (docs/caches.md, "Layers that
+share"). No stream can begin with it, so chunks play no part in what is stored.
 """
 
 from streamjax.field_checks import Fraction, Size
