@@ -16,6 +16,7 @@ SIDE = SideConfig(layer=1)
 TEXT = np.random.default_rng(0).integers(0, GQA.vocab_size, 400)
 
 
+@pytest.mark.slow
 def test_a_step_goes_down_the_slope_of_what_the_tokens_cost_and_moves_nothing_else():
     model = build(GQA)
     own = SideNetwork.beginning(model, SIDE, scale=0.5)
