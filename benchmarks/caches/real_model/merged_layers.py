@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
     parser.add_argument("--behind", type=int, default=256, help="tokens that follow")
+    parser.add_argument("--pairs", action="store_true", help="each pair of layers by itself too, and its angles")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     peer = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
@@ -141,7 +142,7 @@ def main() -> None:
         ("layers 0 to 13 in pairs instead", lower, {}),
     ):
         tell(name, asked(merged_cache(held, pairs, **options)))
-    for i, j in upper:
+    for i, j in upper if arguments.pairs else ():
         angle = tuple(float(angles(held[i][part], held[j][part]).mean()) for part in range(2))
         tell(f"layers {i} and {j} alone", asked(merged_cache(held, [(i, j)])), angle)
     report(
