@@ -9,7 +9,8 @@ from streamjax.streaming.speculative import Hydra, ParallelPrompts
 from tests.commands.test_find_heads import folder, run  # noqa: F401
 
 
-@pytest.mark.parametrize("kind", ["hydra", pytest.param("ppd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hydra", "ppd"])
 def test_a_draft_is_what_the_command_writes(run, folder, tmp_path, kind):  # noqa: F811
     file = tmp_path / "new" / "heads.safetensors"
     small = ("--steps=2", "--heads=2", "--width=4", "--seq_len=40", "--batch_size=1", "--max_tokens=300")

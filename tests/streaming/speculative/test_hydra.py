@@ -96,7 +96,8 @@ def test_some_rows_of_the_vocabulary_say_what_the_model_says(model):
     np.testing.assert_allclose(vocabulary.logits(untied, hidden), untied.logits(hidden)[..., IDS], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["greedy", pytest.param("sampled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
 def test_heads_change_nothing(model, name):
     sampler = sj.Sampler(temperature=0 if name == "greedy" else 0.8)
     texts = []

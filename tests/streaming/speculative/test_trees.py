@@ -106,7 +106,7 @@ def check(model, caches):
     assert int(state.seen.max()) > 10
 
 
-USUAL = ("sinks and window", "snapkv")
+USUAL = ("snapkv",)
 RARER = tuple(name for name in CACHES if name not in USUAL)
 
 
@@ -119,7 +119,8 @@ def test_nodes_and_paths_in_every_cache(names):
 OTHERS = tuple(name for name in MODELS if name != "chunk memory")
 
 
-@pytest.mark.parametrize("name", [n if n == "falcon_h1" else pytest.param(n, marks=SLOW) for n in OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
 def test_nodes_and_paths_in_every_kind_of_layer(name):
     """Recurrent states, which read each path by itself, chunks, latent keys and windows of the model's own."""
     kind, options = sj.kv.parse_preset("streaming_llm:sinks=2,window=7")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from streamjax.streaming.speculative.heads.hydra import HydraWeights, head_state
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary, embedded
@@ -44,6 +45,7 @@ def test_the_loss_of_each_place():
     np.testing.assert_allclose(right, hits)
 
 
+@pytest.mark.slow
 def test_heads_come_to_know_a_model():
     """On rows that come again and again."""
     model, text = build(GQA), random_tokens(40, seed=3)

@@ -15,6 +15,7 @@ from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 IDS = np.arange(VOCAB, dtype=np.int32)
 
 
+@pytest.mark.slow
 def test_the_loss_of_each_place():
     """Prompts that are tokens of the model: what it says at them is what it says of a row that has them."""
     model, tokens, places = build(GQA), random_tokens(1, 9), [2, 5]
