@@ -120,7 +120,7 @@ def _read(fields: Fields) -> ModelConfig:
 def _read_layer_input(fields: Fields, shapes: dict[str, Any], width: int) -> LayerInputConfig | None:
     """What every layer is told of a token by an embedding of its own; `width` is a default."""
     width = fields.integer("hidden_size_per_layer_input", width, least=0)
-    rows, vocab = fields.integer("vocab_size_per_layer_input", 262_144, least=0), shapes["vocab_size"]
+    rows, vocab = fields.integer("vocab_size_per_layer_input", 262_144), shapes["vocab_size"]
     if width and rows != vocab:
         raise ValueError(f"field 'vocab_size_per_layer_input' is {rows}: it must be vocab_size, {vocab}")
     return LayerInputConfig(width, shapes["activation"]) if width else None

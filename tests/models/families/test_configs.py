@@ -198,15 +198,14 @@ REFUSED = {
     "mpt prefix": ("mpt-7b", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),
     "gemma 4 embeddings": (
         "gemma-4-31b-text",
-        {"hidden_size_per_layer_input": 256},
-        "'hidden_size_per_layer_input' is 256: embeddings for each layer, .* not implemented; 12B, 26B-A4B and 31B can",
+        {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 1000},
+        "'vocab_size_per_layer_input' is 1000: it must be vocab_size, 262144",
     ),
-    "gemma 4 silent": (
+    "gemma 4 shared keys": (
         "gemma-4-31b-text",
-        {"hidden_size_per_layer_input": None},
-        "'hidden_size_per_layer_input' is 256",
+        {"num_kv_shared_layers": 1000},
+        "'num_kv_shared_layers' is 1000: layer 0 has sliding attention, and no layer of this kind below has keys",
     ),
-    "gemma 4 shared keys": ("gemma-4-31b-text", {"num_kv_shared_layers": 20}, "layers that read the keys of others"),
     "gemma 4 bidirectional": (
         "gemma-4-31b-text",
         {"use_bidirectional_attention": "all"},
