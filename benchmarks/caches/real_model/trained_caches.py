@@ -10,7 +10,8 @@
 
 A model in float32 reads Python's own help topics (`pydoc_data.topics`) as one stream; `nats` are a token's on average,
 behind the first --skipped. `MB` are the bytes of the state: keys, values, and the matrices that were trained. `slots`
-are tokens that a layer holds. Rows up to `random` have as many slots as each other; the last ones hold every token.
+are tokens that a layer has room for: some hold few of them, the others all in fewer numbers. The file of the text
+that a model was trained on serves the caches too, and what is read here is another one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import numpy as np
 
 import streamjax as sj
 from benchmarks.reporting import RESULTS, report
-from streamjax.kv.merging.kernel_file import LayerKernels
 from streamjax.kv.presets.registry import Built
 
 NAME = "caches/real_model/trained_caches"
@@ -36,9 +36,9 @@ def caches(arguments: argparse.Namespace) -> dict[str, Built]:
     window, size, every, capacity = arguments.window, arguments.size, arguments.every, arguments.tokens
     options = {"window": window, "size": size, "every": every}
     found: dict[str, Built] = {"streaming_llm": sj.kv.preset("streaming_llm", window=window + size + every - 4)}
+    found |= {name: sj.kv.preset(name, **options) for name in ("snapkv", "random")}
     if arguments.kernels:
         found["lococo, trained"] = sj.kv.preset("lococo", kernels=arguments.kernels, **options)
-    found |= {name: sj.kv.preset(name, **options) for name in ("snapkv", "d2o", "random")}
     found["dense"] = sj.kv.preset("dense", capacity=capacity)
     found["think, half of the keys' channels"] = sj.kv.preset("think", keep=0.5, capacity=capacity)
     for name, file in (("principal", arguments.principal), ("trained", arguments.projections)):
@@ -68,8 +68,7 @@ def main() -> None:
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
     ids = tokenizer.encode("\n".join(topics.values()))[: arguments.rows * arguments.tokens]
     tokens = np.array(ids, np.int32).reshape(arguments.rows, arguments.tokens)
-    about = {"model": Path(arguments.model).name, "tokens": arguments.tokens, "rows": arguments.rows}
-    about["kernels trained on tokens"] = LayerKernels.load(arguments.kernels).tokens if arguments.kernels else 0
+    about = {"model": Path(arguments.model).name, "tokens": arguments.tokens, "streams": arguments.rows}
     rows: list[dict] = []
     if arguments.output.exists():  # an interrupted run goes on
         done = json.loads(arguments.output.read_text())

@@ -95,10 +95,32 @@ def turned_bases(first: Bases, turns: Bases) -> Bases:
     """Orthogonal matrices, turned by Cayley's map of the skew part of others: (I - A/2)^-1 (I + A/2), A = X - X^T."""
 
     def turn(basis: Array, x: Array) -> Array:
-        skew, one = x - x.swapaxes(-1, -2), jnp.eye(x.shape[-1], dtype=x.dtype)
-        return basis @ jnp.linalg.solve(one - skew / 2, one + skew / 2)
+        half, one = (x - x.swapaxes(-1, -2)) / 2, jnp.eye(x.shape[-1], dtype=x.dtype)
+        # The same by an inverse of what is symmetric: (I - S)^-1 (I + S) = (I - S S)^-1 (I + S)^2.
+        whole = _inverse(one - _product(half, half))
+        return _product(basis, _product(whole, _product(one + half, one + half)))
 
     return {i: turn(first[i], turns[i]) for i in first}
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _inverse(x: Float[Array, "*N D D"]) -> Float[Array, "*N D D"]:
+    """Of symmetric matrices whose eigenvalues are at least 1, by Newton's steps (Schulz).
+
+    Products alone: a program with `jnp.linalg.solve` of several layers did not return on CPUs (JAX 0.10.2, two cores,
+    matrices of 64: all threads slept).
+    """
+    one = jnp.eye(x.shape[-1], dtype=x.dtype)
+
+    def step(near: Array) -> Array:
+        return _product(near, 2 * one - _product(x, near))
+
+    largest = jnp.max(jnp.sum(jnp.abs(x), axis=-1, keepdims=True), axis=-2, keepdims=True)  # no eigenvalue is larger
+    found = jax.lax.fori_loop(0, 20, lambda _, near: step(near), jnp.broadcast_to(one, x.shape) / largest)
+    return step(jax.lax.stop_gradient(found))  # whose derivative is the inverse's
 
 
 def projected_hidden(

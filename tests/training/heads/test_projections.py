@@ -15,6 +15,7 @@ from streamjax.training.heads.projections import (
     projection_loss,
     search_ranks,
     train_projections,
+    turned_bases,
 )
 from tests.kv.tier_streams import FREQUENCIES, Stream, run
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens
@@ -40,6 +41,32 @@ def trained(model, first):
 
 
 hidden = jax.jit(projected_hidden)
+
+
+def test_matrices_turn_as_cayley_says_without_a_solver():
+    """Value and slope against float64; `jnp.linalg.solve` of several layers did not return on CPUs."""
+    draw = np.random.default_rng(0)
+    x, way, push = (draw.normal(size=(2, 3, 16, 16)) for _ in range(3))
+    basis = np.linalg.qr(draw.normal(size=x.shape))[0]
+    x *= 0.5
+
+    def plain(x):
+        skew, one = x - x.swapaxes(-1, -2), np.eye(16)
+        return basis @ np.linalg.solve(one - skew / 2, one + skew / 2)
+
+    @jax.jit
+    def slope(x):
+        def turned(x):
+            found = turned_bases({0: jnp.asarray(basis, jnp.float32)}, {0: x})[0]
+            return jnp.sum(found * way), found
+
+        return jax.value_and_grad(turned, has_aux=True)(x)
+
+    (_, found), slopes = slope(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, plain(x), atol=2e-6)
+    want = ((plain(x + 1e-6 * push) - plain(x - 1e-6 * push)) / 2e-6 * way).sum()
+    assert (np.asarray(slopes, np.float64) * push).sum() == pytest.approx(want, rel=1e-4)
+    assert "lapack" not in slope.lower(jnp.asarray(x, jnp.float32)).as_text()
 
 
 def drawn_ranks(seed=0):
