@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--every", type=int, default=32)
+    parser.add_argument("--caches", nargs="+", help="some of the rows, by name; all where it is not given")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{NAME}.json")
     arguments = parser.parse_args()
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
@@ -74,7 +75,7 @@ def main() -> None:
         done = json.loads(arguments.output.read_text())
         rows = done["rows"] if {key: done.get(key) for key in about} == about else []
     for name, cache in caches(arguments).items():
-        if name in [row["cache"] for row in rows]:
+        if name in [row["cache"] for row in rows] or name not in (arguments.caches or [name]):
             continue
         state = sj.init_state(model, cache, len(tokens))
         row = {"cache": name, "slots": max(kept.slots for kept in state.caches), "MB": state.cache_bytes / 1e6}
