@@ -11,7 +11,8 @@
 A model in float32 reads Python's own help topics (`pydoc_data.topics`) as one stream; `nats` are a token's on average,
 behind the first --skipped. `MB` are the bytes of the state: keys, values, and the matrices that were trained. `slots`
 are tokens that a layer has room for: some hold few of them, the others all in fewer numbers. The file of the text
-that a model was trained on serves the caches too, and what is read here is another one.
+that a model was trained on serves the caches too, and what is read here is another one. Of the table's convolutions 77
+steps were trained, of its directions 60, on the 3 million parameters of models/stdlib_byte.
 """
 
 from __future__ import annotations
