@@ -119,10 +119,10 @@ def test_a_stream_of_any_lengths_compiles_a_handful_of_programs():
 
     model = build(GQA.replace(num_layers=2))
     state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=2, window=9))
-    before = layer_over._cache_size()
+    layer_over.clear_cache()  # another test may have read such chunks
     for length in range(1, 33):
         state = sj.read(model, state, random_tokens(1, length), 4)
-    assert 0 < layer_over._cache_size() - before <= 3  # widths 1, 2 and 4, both layers alike
+    assert 0 < layer_over._cache_size() <= 3  # widths 1, 2 and 4, both layers alike
     assert int(state.seen[0]) == sum(range(1, 33))
 
 
