@@ -1,6 +1,6 @@
 """A side network that recalls what left the window (LongMem), beside the frozen model that it was trained with.
 
-    python -m benchmarks.caches.long_memory
+    python -m benchmarks.caches.real_model.long_memory
 
 `models/stdlib_byte` (4 layers, trained on 512 bytes) stays as it is. Two side networks of two layers learn beside it,
 from the same bytes of the built-in corpus's training split in the same order: one with a bank of what left the windows,
@@ -26,7 +26,7 @@ from streamjax.models.side_network import SideConfig, SideDecoder
 from streamjax.streaming.side_networks import save_side_network
 from streamjax.training.heads.side_network import SideTraining, stretches_of, train_side_network
 
-MODEL = Path(__file__).parents[2] / "models" / "stdlib_byte"
+MODEL = Path(__file__).parents[3] / "models" / "stdlib_byte"
 SINKS, WINDOW, RUN = 4, 508, 12
 
 
@@ -100,7 +100,7 @@ def main() -> None:
             if given.save is not None:
                 save_side_network(trained, given.save, given.steps * given.streams * given.stretch)
     numbers = {"far_bytes": int(far.sum()), "steps": given.steps, "streams": given.streams, "stretch": given.stretch}
-    report("caches/long_memory", rows, given.output, **numbers, capacity=given.capacity)
+    report("caches/real_model/long_memory", rows, given.output, **numbers, capacity=given.capacity)
 
 
 if __name__ == "__main__":
