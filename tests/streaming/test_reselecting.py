@@ -48,14 +48,17 @@ def test_every_few_tokens_are_chosen_for_anew(model):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), state, whole)
 
 
+@pytest.mark.slow
 def test_a_session_answers_so(model):
     ids = [256, *PROMPT[:19].encode()]
     said = by_hand(model, ids, SMALL, 4, 3, 10)
     session = start(model, DENSE, chunk_size=32, sampler=GREEDY, reselect=Reselection(SMALL, every=4, asked=3))
-    text = "".join(session.generate(PROMPT[:19], max_new_tokens=10))
-    assert text.encode("utf-8", "ignore").startswith(bytes(t for t in said if t < 128)[:1])
+    list(session.generate(PROMPT[:19], max_new_tokens=10))
     assert session.tokens_seen == 30
     assert session._history.tokens[-10:].tolist() == said
+
+
+def test_nonsense_is_one_line(model):
     with pytest.raises(ValueError, match="give draft or reselect, not both"):
         start(model, DENSE, draft=sj.NGrams(), reselect=Reselection(SMALL))
     with pytest.raises(ValueError, match=r"Reselection\.every is 0"):
