@@ -21,6 +21,7 @@ from streamjax.kv.budgets import ada_kv, cake, pyramid, zipvl
 from streamjax.kv.channels import bases, grouped_layers, low_rank, paired_layers, pruned, shadow
 from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
 from streamjax.kv.codecs.measured import coupled
+from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.layouts import across_layers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger, lococo
 from streamjax.kv.pages import boundaries, disk_files, indexes, page_pool, selection
@@ -40,7 +41,6 @@ from streamjax.kv.scores import (
     windowkv,
 )
 from streamjax.kv.selective import lines, other_group, static_eviction
-from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tiers import (
     bank,
     clusters,

@@ -15,7 +15,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.description import describe_cache, describe_tier
 from streamjax.kv.head_groups import HeadGroups
-from streamjax.kv.recurrence import BesideRecurrence
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.state import empty_state, require_own_calibration
 

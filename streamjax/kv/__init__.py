@@ -29,8 +29,9 @@ from streamjax.kv.codecs.gear import Gear
 from streamjax.kv.codecs.integers import Int
 from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
 from streamjax.kv.codecs.mixed import Mixed
-from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.layouts.across_layers import AcrossLayers
 from streamjax.kv.merging.cam import IntoFollowing
 from streamjax.kv.merging.d2o import NearestAbove
@@ -65,7 +66,6 @@ from streamjax.kv.scores.tova import TOVA
 from streamjax.kv.scores.windowkv import WindowKV
 from streamjax.kv.selective.lines import Lines
 from streamjax.kv.selective.static_eviction import StaticEviction
-from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.clusters import Clusters

@@ -13,10 +13,10 @@ from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.channels.paired_layers import PairedLayers
 from streamjax.kv.channels.pruned import PrunedKeys
 from streamjax.kv.channels.shadow import Shadow
-from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.presets.registry import Built
-from streamjax.kv.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory

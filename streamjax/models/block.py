@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from streamjax.kv.cache import Cache
-from streamjax.kv.recurrence import BesideRecurrence, RecurrentState
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence, RecurrentState
 from streamjax.kv.tier import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig

@@ -17,11 +17,11 @@ from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.lent import Lent
-from streamjax.kv.current_chunk import CurrentChunk
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence, Recurrence
+from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.pages.page_pool import PageTables
-from streamjax.kv.recurrence import BesideRecurrence, Recurrence
-from streamjax.kv.slots_of import SlotsOf
 from streamjax.kv.tier import Implementation, KVSpec, State
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.landmark_memory import ChunkMemory

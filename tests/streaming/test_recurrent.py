@@ -12,7 +12,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv import Cascade, Window
-from streamjax.kv.recurrence import BesideRecurrence, Recurrence
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence, Recurrence
 from streamjax.models import ModelConfig
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, GatedDeltaConfig, HSAConfig, SSDConfig
 from streamjax.streaming.saving.saved_streams import load_stream, save_stream

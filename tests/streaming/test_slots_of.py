@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.kv.slots_of import SlotsOf
+from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.models.config import (
     AttentionConfig,
     BlockConfig,

@@ -15,7 +15,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.codecs.integers import Bits
 from streamjax.kv.codecs.measured.codebook_file import LayerCodebooks
 from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
-from streamjax.kv.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.presets.registry import register
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.window import Window

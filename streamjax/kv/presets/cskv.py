@@ -16,7 +16,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.factor_file import LayerFactors
 from streamjax.kv.channels.low_rank import Factors, LowRank
-from streamjax.kv.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.presets.registry import register
 from streamjax.kv.tiers.window import Window
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.merging.kernel_file import LayerKernels
 from streamjax.kv.merging.lococo import Convolved, Kernels
 from streamjax.kv.presets.registry import register

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.presets.registry import register
 from streamjax.kv.scores.retaining import Retaining, RetainingHeads
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads

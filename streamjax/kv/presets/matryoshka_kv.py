@@ -15,7 +15,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.channels.projection_file import HeadProjections, Projections
-from streamjax.kv.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.presets.registry import register
 from streamjax.kv.tiers.window import Window
 

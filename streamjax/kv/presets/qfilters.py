@@ -11,7 +11,7 @@ from pathlib import Path
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.current_chunk import CurrentChunk
+from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.presets.registry import register
 from streamjax.kv.scores.filter_file import QueryFilters
 from streamjax.kv.scores.query_filters import Filters, QFilters

@@ -10,14 +10,13 @@ from typing import Any
 
 from streamjax.field_checks import from_plain
 from streamjax.models.config.attention import AttentionConfig, TemperatureConfig
-from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, MixerConfig, MLPConfig
+from streamjax.models.config.block import AttentionMixerConfig, BlockConfig, LayerInputConfig, MixerConfig, MLPConfig
 from streamjax.models.config.dense import DenseConfig
 from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
-from streamjax.models.config.layer_input import LayerInputConfig
 from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig

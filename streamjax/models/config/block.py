@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
-from streamjax.field_checks import Positive, check_fields, hashed_once
+from streamjax.field_checks import Positive, Size, check_fields, hashed_once
 from streamjax.models.config.attention import AttentionConfig
-from streamjax.models.config.dense import DenseConfig
+from streamjax.models.config.dense import Activation, DenseConfig
 from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.latent import LatentAttentionConfig
-from streamjax.models.config.layer_input import LayerInputConfig
 from streamjax.models.config.memories import LMUConfig, MoMConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
@@ -45,6 +44,26 @@ MLPConfig: TypeAlias = DenseConfig | ExpertsConfig | DenseAndExpertsConfig
 
 
 @hashed_once
+@dataclasses.dataclass(frozen=True)
+class LayerInputConfig:
+    """What each layer is told of its token by itself, apart from the residual stream (Gemma 3n, Gemma 4 E2B and E4B).
+
+    A second embedding table has `channels` of a token for every layer; what the first one gives is projected to as many
+    and added. Behind its MLP the layer gates them by its own output, projects and norms them, and adds the result.
+    """
+
+    type_name: ClassVar[str] = "layer_input"
+
+    channels: Size
+    activation: Activation = "gelu_tanh"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def parameter_count(self, d_model: int) -> int:
+        return 2 * d_model * self.channels
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """One layer of a decoder.

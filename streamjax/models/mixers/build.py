@@ -26,10 +26,10 @@ from streamjax.models.config import (
     SSDConfig,
 )
 from streamjax.models.mixers.attention import Attention
-from streamjax.models.mixers.channel_mix import ChannelMix
 from streamjax.models.mixers.gated_conv import GatedConv
 from streamjax.models.mixers.gated_delta import GatedDelta
 from streamjax.models.mixers.gated_linear import GatedLinear
+from streamjax.models.mixers.handed_on.channel_mix import ChannelMix
 from streamjax.models.mixers.handed_on.gmu import GMU
 from streamjax.models.mixers.handed_on.rwkv7 import RWKV7
 from streamjax.models.mixers.hgrn import HGRN, HGRN2

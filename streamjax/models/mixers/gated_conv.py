@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import GatedConvConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.models.mixers.short_conv import ShortConv

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.partial import accumulator
 from streamjax.attention.elementwise_recurrence import elementwise_recurrence
 from streamjax.attention.recurrent import recurrence
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import HGRN2Config, HGRNConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer
 

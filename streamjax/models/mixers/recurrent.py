@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.cache import Cache, Deferred
-from streamjax.kv.recurrence import Recurrence, RecurrentState
+from streamjax.kv.layer_caches.recurrence import Recurrence, RecurrentState
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
 from streamjax.models.parameters import kernel, product, zeros

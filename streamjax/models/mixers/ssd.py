@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.recurrent import recurrence
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import SSDConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer, initial_rates
 from streamjax.models.mixers.short_conv import ShortConv

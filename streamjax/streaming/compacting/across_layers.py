@@ -14,8 +14,8 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.lent import Lent
 from streamjax.kv.compaction import Compaction
+from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.layouts.across_layers import AcrossLayers, AllHeld
-from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tier import KVSpec, State
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder

@@ -17,9 +17,9 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction, GroupedCompaction
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.layouts.across_layers import AcrossLayers
 from streamjax.kv.layouts.lazy_layers import NearShare
-from streamjax.kv.recurrence import Recurrence
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder

@@ -10,7 +10,7 @@ from streamjax.kv.budgets.measuring import Measuring
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import Compaction
-from streamjax.kv.recurrence import Recurrence
+from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.reading_layers import through_layers

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.cache import Waiting, along, take_in
-from streamjax.kv.recurrence import BesideRecurrence
-from streamjax.kv.slots_of import SlotsOf
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence
+from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.recurrent import RecurrentMixer

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator, add_sinks
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend

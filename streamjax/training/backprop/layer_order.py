@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import add_sinks
 from streamjax.attention.landmark_attention import LandmarkPages
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.recurrent import RecurrentMixer

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import GMUConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer
 

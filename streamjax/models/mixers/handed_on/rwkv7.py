@@ -1,7 +1,7 @@
 """RWKV-7's time mixing (2503.14456) as a token mixer.
 
 Every projection reads a mix of the token's input and the one before it. RWKV's
-channel mixing is another mixer (`mixers/channel_mix.py`).
+channel mixing is another mixer (`mixers/handed_on/channel_mix.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.generalised_delta import generalised_delta
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import RWKV7Config
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.models.mixers.short_conv import one_before

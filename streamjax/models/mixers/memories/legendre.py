@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from streamjax.attention.legendre_memory import legendre_memory
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import LMUConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.models.parameters import kernel, product

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.recurrent import recurrence
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import MoMConfig
 from streamjax.models.mixers.gated_delta import unit
 from streamjax.models.mixers.recurrent import RecurrentMixer, initial_rates

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.attention.landmark_attention import LandmarkPages
-from streamjax.kv.recurrence import Recurrence, RecurrentState
+from streamjax.kv.layer_caches.recurrence import Recurrence, RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.config import MixerConfig
 from streamjax.models.config.recurrent import RecurrentConfig

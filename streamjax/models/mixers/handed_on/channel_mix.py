@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from streamjax.kv.recurrence import RecurrentState
+from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.config import ChannelMixConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.models.mixers.short_conv import one_before
