@@ -16,11 +16,11 @@ import pytest
 import streamjax
 from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
-from streamjax.kv import current_chunk, recurrence
 from streamjax.kv.budgets import ada_kv, cake, pyramid, zipvl
 from streamjax.kv.channels import bases, grouped_layers, low_rank, paired_layers, pruned, shadow
 from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
 from streamjax.kv.codecs.measured import coupled
+from streamjax.kv.layer_caches import current_chunk, recurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.layouts import across_layers
 from streamjax.kv.merging import cam, d2o, elastic_cache, ems, kvmerger, lococo

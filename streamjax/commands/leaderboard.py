@@ -241,9 +241,9 @@ def run(
         for (label, method, budget, cache), task in todo:
             if signals.received:
                 return
-            if label != newest:  # no other cache runs the programs of this one: dozens of caches took gigabytes
+            if newest not in (None, label):  # no other cache runs its programs: those of dozens took gigabytes
                 jax.clear_caches()
-                newest = label
+            newest = label
             bar.set_description(f"{label} {task}")
             if label not in rows:
                 size = total_bytes(cache, model)

@@ -44,7 +44,8 @@ def output_moments(model: Decoder, rows: Callable[[np.ndarray], Float[np.ndarray
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, _ROWS * _LENGTH)
     embedded, device = rows(ids).reshape(_ROWS, _LENGTH, -1), jax.local_devices()[0]
     with jax.set_mesh(make_mesh(devices=[device])):
-        ends = jax.device_put(without_layers(model), device)
+        ends = without_layers(model)  # its embedding or output matrix may not be there yet
+        ends.embedding_norm, ends.layer_inputs = jax.device_put((ends.embedding_norm, ends.layer_inputs), device)
         x = jax.device_put(jnp.asarray(embedded, model.dtype), device)
         x, memory = ends.enter(x, jnp.asarray(ids, jnp.int32).reshape(_ROWS, _LENGTH)), None
         for index in range(model.config.num_layers):

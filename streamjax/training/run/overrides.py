@@ -91,14 +91,19 @@ def _unknown(root: Any, name: str, config: Any, parents: list[str], part: str) -
     """The nearest field: of this name anywhere; spelt alike here; else of those initials ("lr"), or spelt alike."""
     siblings = [field.name for field in dataclasses.fields(config)]
     last = name.split(".")[-1]
-    by_last = {field.split(".")[-1]: field for field in field_names(root)}
-    by_initials = {"".join(word[0] for word in field.split("_")): name for field, name in by_last.items()}
+    by_last = {field.split(".")[-1]: field for field in reversed(field_names(root))}  # the first of a name
+    own = {name: ".".join([*parents, name]) for name in siblings}
     near = [by_last[part]] if part in by_last else []
-    near += [".".join([*parents, match]) for match in difflib.get_close_matches(part, siblings, n=1)]
-    near += [fields[last] for fields in (by_last, by_initials) if last in fields]
+    near += [own[match] for match in difflib.get_close_matches(part, siblings, n=1)]
+    near += [fields[last] for fields in (_by_initials(own), by_last, _by_initials(by_last)) if last in fields]
     near += [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1)]
     hint = f"did you mean config.{near[0]}?" if near else f"there is {', '.join(siblings)}"
     return f"unknown field config.{name}; {hint}"
+
+
+def _by_initials(fields: dict[str, str]) -> dict[str, str]:
+    """Fields by the initials of their words; the first of those that share some."""
+    return {"".join(word[0] for word in name.split("_")): field for name, field in reversed(fields.items())}
 
 
 def _parse(hint: Any, text: str, name: str, current: Any) -> Any:
