@@ -197,24 +197,21 @@ def make_caches(
     moment: str,
 ) -> tuple[list[Labelled], dict[str, str]]:  # fmt: skip
     """A dense cache, each cache by each budget, and those that are as they are; and what there is none of, and why."""
-    whole = preset("dense", capacity=length + room)
-    caches: list[Labelled] = [("dense", "dense", 1.0, whole)]
+    caches: list[Labelled] = [("dense", "dense", 1.0, preset("dense", capacity=length + room))]
     dense = describe(preset("dense", capacity=length), model).total
-    beside = describe(whole, model).total - dense
     refused = {}
     for spec in dict.fromkeys(specs):
         name, options = parse_preset(spec)
         if name == "dense":  # it is there already
             continue
         usual = presets()[name].options.get("every")
-        if moment == "prompt" and usual and "every" not in options:
+        answers = moment == "prompt" and usual and "every" not in options
+        if answers:
             options["every"] = -(-room // usual) * usual  # the answer is there before anything has to go
-            free = beside
-        else:
-            free = 0
         for budget in budgets:
             label = f"{spec} {budget:g}"
             try:
+                free = _waiting_bytes(name, options, model) if answers else 0
                 cache = sized(name, model, budget * dense + free, **options)
                 if moment == "stream":
                     describe(cache, model)  # a budget that has not measured the model is for prompts alone
@@ -225,6 +222,12 @@ def make_caches(
         name, options = parse_preset(spec)
         caches.append((spec, spec, None, preset(name, **options)))
     return caches, refused
+
+
+def _waiting_bytes(name: str, options: Mapping[str, Any], model: sj.Decoder) -> int:
+    """What the slots of a preset take in which `every` tokens wait, in the bits that it keeps tokens in."""
+    once, twice = (preset(name, **{**options, "every": n * options["every"]}) for n in (1, 2))
+    return total_bytes(twice, model) - total_bytes(once, model)
 
 
 def run(

@@ -26,6 +26,22 @@ def without_times(board):
     return [{key: value for key, value in row.items() if key != "timing"} for row in board["rows"]]
 
 
+@pytest.mark.parametrize("spec", ["snapkv", "finch", "ada_kv", "chunkkv"])
+def test_room_for_answers_is_no_budget_for_contexts(model_folder, spec):
+    """In fewer bits the room takes less, and nothing more is kept of the context for that."""
+    model, length, room = sj.load(model_folder), 1100, 300
+    specs = (spec, f"{spec}:codec=int4")
+    (_, *found), refused = leaderboard.make_caches(model, specs, [], [0.25], length, room, "prompt")
+    assert not refused
+    kept = []
+    for _, _, budget, cache in found:
+        tier = cache.tiers[-1]
+        kept.append(cache.slots - tier.every)
+        assert tier.every >= room
+    assert 0.8 * budget * length < kept[0] <= budget * length
+    assert kept[0] < kept[1] <= 8 * kept[0]  # 4 bits for 32, and scales
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(command, model_folder, long_text, tmp_path, monkeypatch):
     whole = command(leaderboard, *RUN, f"--text={long_text}", f"--json={tmp_path}/a.json", f"--png={tmp_path}/a.png")
     assert whole.status == 0, whole.err
