@@ -205,13 +205,13 @@ def make_caches(
         if name == "dense":  # it is there already
             continue
         usual = presets()[name].options.get("every")
-        answers = moment == "prompt" and usual and "every" not in options
-        if answers:
+        answers = moment == "prompt" and "every" not in options
+        if answers and usual:
             options["every"] = -(-room // usual) * usual  # the answer is there before anything has to go
         for budget in budgets:
             label = f"{spec} {budget:g}"
             try:
-                free = _waiting_bytes(name, options, model) if answers else 0
+                free = _waiting_bytes(name, options, model) if answers and usual else 0
                 cache = sized(name, model, budget * dense + free, **options)
                 if moment == "stream":
                     describe(cache, model)  # a budget that has not measured the model is for prompts alone
@@ -226,7 +226,8 @@ def make_caches(
 
 def _waiting_bytes(name: str, options: Mapping[str, Any], model: sj.Decoder) -> int:
     """What the slots of a preset take in which `every` tokens wait, in the bits that it keeps tokens in."""
-    once, twice = (preset(name, **{**options, "every": n * options["every"]}) for n in (1, 2))
+    once = preset(name, **options)
+    twice = preset(name, **{**options, "every": 2 * options["every"]})
     return total_bytes(twice, model) - total_bytes(once, model)
 
 
