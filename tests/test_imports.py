@@ -62,6 +62,7 @@ ROOMS = """
     streamjax.models
     streamjax.streaming
     streamjax.training.objectives
+    streamjax.training.schedules
     streamjax.training.elimination
     streamjax.training.backprop.trainable_parameters
     streamjax.training.backprop.sequence_chunks streamjax.training.backprop.gradient_*

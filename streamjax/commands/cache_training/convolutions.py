@@ -10,19 +10,16 @@ its end. Ctrl-C writes the convolutions as they are. LoCoCo: arXiv 2406.05317.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from absl import flags
 
-from streamjax.commands.cache_training.projections import stretches
 from streamjax.commands.comparison import read_text
 from streamjax.commands.flags.model import define_read_text, load_model
 from streamjax.commands.shell.outputs import check_outputs, in_made_folder
-from streamjax.commands.shell.progress import progress_bar
-from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.training_steps import run_steps
 from streamjax.training.heads.convolutions import ConvolutionConfig, as_file, train_convolutions
-from streamjax.training.run.signals import StopSignals
+from streamjax.training.heads.text_rows import text_rows
 
 
 def define(values: flags.FlagValues) -> None:
@@ -54,21 +51,13 @@ def body(values: flags.FlagValues) -> None:
         raise ValueError(f"--seq_len={length}: the cache holds {config.held} tokens, and what comes behind them counts")
     model, tokenizer = load_model(values)
     ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
-    batches = stretches(np.array(ids, np.int32), length, values.batch_size, values.seed)
-    with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
-        for done, step in enumerate(train_convolutions(model, batches, config, values.seed), 1):
-            if not math.isfinite(step.loss):
-                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
-            bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
-            bar.update()
-            if stop.received:
-                break
-    as_file(model, step, done * length * values.batch_size).save(in_made_folder(values.output))
-    print(f"step {done} of {config.steps}: loss {step.loss:.4f}")
+    batches = text_rows(np.array(ids), length, values.batch_size, values.seed)
+    ran = run_steps(train_convolutions(model, batches, config, values.seed), config.steps)
+    as_file(model, ran.step, ran.done * length * values.batch_size).save(in_made_folder(values.output))
+    print(ran)
     options = f"window={config.window},size={config.size},every={config.every}"
     print(f"use them: --cache=lococo:kernels={values.output},{options}")
-    if stop.received and done < config.steps:
-        raise Stopped(128 + stop.received)
+    ran.end()
 
 
 def main(argv: list[str] | None = None) -> int:

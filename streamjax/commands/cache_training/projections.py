@@ -10,18 +10,14 @@ that it cuts. Ctrl-C ends the training early, and the search follows. Matryoshka
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from itertools import count
-
 import numpy as np
 from absl import flags
 
 from streamjax.commands.comparison import read_text
 from streamjax.commands.flags.model import define_read_text, load_model
 from streamjax.commands.shell.outputs import check_outputs, in_made_folder
-from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.training_steps import run_steps
 from streamjax.training.heads.projections import (
     ProjectionConfig,
     as_file,
@@ -29,7 +25,7 @@ from streamjax.training.heads.projections import (
     search_ranks,
     train_projections,
 )
-from streamjax.training.run.signals import StopSignals
+from streamjax.training.heads.text_rows import text_rows
 
 LONGEST_ROWS = 512  # by default
 
@@ -59,38 +55,19 @@ def body(values: flags.FlagValues) -> None:
     length = values.seq_len or min(model.config.max_position, LONGEST_ROWS)
     ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
     text = np.array(ids, np.int32)
-    batches = stretches(text, length, values.batch_size, values.seed)
+    batches = text_rows(text, length, values.batch_size, values.seed)
     bases, bounds = principal_bases(model, text[None, :length])
     done = 0
     if values.steps:
-        with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
-            for done, step in enumerate(train_projections(model, bases, batches, config, values.seed), 1):
-                if not math.isfinite(step.loss):
-                    raise ValueError(f"the loss is not finite at step {done}: nothing is written")
-                bar.set_postfix_str(f"loss {step.loss:.4f}", refresh=False)
-                bar.update()
-                if stop.received:
-                    break
-        bases = step.bases
-        print(f"step {done} of {config.steps}: loss {step.loss:.4f}")
+        ran = run_steps(train_projections(model, bases, batches, config, values.seed), config.steps)
+        bases, done = ran.step.bases, ran.done
+        print(ran)
     compared = text[None, -min(values.search_tokens, length) :]
     ranks = search_ranks(model, bases, compared, values.share, values.levels)
     as_file(model, bases, ranks, bounds, (1 + done * values.batch_size) * length).save(in_made_folder(values.output))
     left = np.mean([np.mean(rank / bases[i].shape[-1]) for i, rank in ranks.items()])
     print(f"heads keep {left:.3f} of their channels")
     print(f"use them: --cache=matryoshka_kv:projections={values.output}")
-
-
-def stretches(text: np.ndarray, length: int, rows: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches without end of stretches of a text, int32 [rows, length].
-
-    Raises:
-      ValueError: a text that is no longer than a stretch.
-    """
-    if len(text) <= length:
-        raise ValueError(f"a text of {len(text)} tokens has no stretches of {length}: give a longer one, or --seq_len")
-    draw = np.random.default_rng(seed)
-    return (np.stack([text[i : i + length] for i in draw.integers(0, len(text) - length, rows)]) for _ in count())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,6 @@ turns. Ctrl-C writes the networks as they are. Locret: arXiv 2410.01805.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,13 +19,12 @@ from absl import flags
 from streamjax.commands.comparison import read_text
 from streamjax.commands.flags.model import define_read_text, load_model
 from streamjax.commands.shell.outputs import check_outputs, in_made_folder
-from streamjax.commands.shell.progress import progress_bar
-from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.training_steps import run_steps
 from streamjax.data.recall.training_rows import RecallRows
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.training.heads.gates import answer_batches
 from streamjax.training.heads.retaining import RetainingConfig, as_file, text_batches, train_retaining_heads
-from streamjax.training.run.signals import StopSignals
 
 TASKS = ("both", "text", "recall")
 LONGEST_ROWS = 1024  # by default; a longer row costs the square of its length
@@ -58,20 +56,15 @@ def body(values: flags.FlagValues) -> None:
     config = RetainingConfig(values.steps, values.updates, values.learning_rate, values.width, values.smoothing)
     length = values.seq_len or min(model.config.max_position, LONGEST_ROWS)
     batches = _batches(values, tokenizer, length)
-    with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
-        for done, step in enumerate(train_retaining_heads(model, batches, config, values.seed), 1):
-            if not math.isfinite(step.loss):
-                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
-            metrics = f"loss {step.loss:.4f}, {step.found:.3f} of the largest found"
-            bar.set_postfix_str(metrics, refresh=False)
-            bar.update()
-            if stop.received:
-                break
-    as_file(model, step, done * length * values.batch_size).save(in_made_folder(values.output))
-    print(f"step {done} of {config.steps}: {metrics}")
+    ran = run_steps(
+        train_retaining_heads(model, batches, config, values.seed),
+        config.steps,
+        lambda step: f"loss {step.loss:.4f}, {step.found:.3f} of the largest found",
+    )
+    as_file(model, ran.step, ran.done * length * values.batch_size).save(in_made_folder(values.output))
+    print(ran)
     print(f"use them: --cache=locret:retaining={values.output}")
-    if stop.received and done < config.steps:
-        raise Stopped(128 + stop.received)
+    ran.end()
 
 
 def _batches(values: flags.FlagValues, tokenizer: Tokenizer, length: int) -> Iterator[dict[str, np.ndarray]]:

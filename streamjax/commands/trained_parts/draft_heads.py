@@ -13,7 +13,6 @@ often the first guess of each is the model's own choice. Ctrl-C writes the heads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,8 +21,8 @@ from absl import flags
 from streamjax.commands.comparison import read_text
 from streamjax.commands.flags.model import define_read_text, load_model
 from streamjax.commands.shell.outputs import check_outputs, in_made_folder
-from streamjax.commands.shell.progress import progress_bar
-from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.training_steps import run_steps
 from streamjax.streaming.speculative.heads.hydra import HydraWeights
 from streamjax.streaming.speculative.heads.hydra_file import HydraHeads
 from streamjax.streaming.speculative.heads.prompt_file import PromptTokens
@@ -32,12 +31,11 @@ from streamjax.training.heads.drafting import (
     DraftStep,
     as_file,
     frequent_ids,
-    text_rows,
     train_draft_heads,
 )
 from streamjax.training.heads.prompting import as_file as as_prompt_file
 from streamjax.training.heads.prompting import train_prompt_tokens
-from streamjax.training.run.signals import StopSignals
+from streamjax.training.heads.text_rows import text_rows
 
 RATES = {"hydra": DraftHeadsConfig.learning_rate, "ppd": 1e-2}  # by kind, the paper's for prompt tokens
 KINDS = tuple(RATES)
@@ -78,27 +76,22 @@ def body(values: flags.FlagValues) -> None:
         steps = train_draft_heads(model, ids, rows, config, values.seed)
     else:
         steps = train_prompt_tokens(model, ids, rows, config, values.seed)
-    with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
-        for done, step in enumerate(steps, 1):
-            if not math.isfinite(step.loss):
-                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
-            right = ", ".join(f"{share:.3f}" for share in step.right)
-            metrics = f"loss {step.loss:.4f}, right {right}"
-            bar.set_postfix_str(metrics, refresh=False)
-            bar.update()
-            if stop.received:
-                break
-    tokens = done * values.seq_len * values.batch_size
+    ran = run_steps(steps, config.steps, _describe)
+    weights, tokens = ran.step.weights, ran.done * values.seq_len * values.batch_size
     file: HydraHeads | PromptTokens
-    if isinstance(step.weights, HydraWeights):
-        file = as_file(model, ids, step.weights, tokens)
+    if isinstance(weights, HydraWeights):
+        file = as_file(model, ids, weights, tokens)
     else:
-        file = as_prompt_file(model, ids, step.weights, tokens)
+        file = as_prompt_file(model, ids, weights, tokens)
     file.save(in_made_folder(values.output))
-    print(f"step {done} of {config.steps}: {metrics}")
+    print(ran)
     print(f"use them: --draft=heads:{values.output}")
-    if stop.received and done < config.steps:
-        raise Stopped(128 + stop.received)
+    ran.end()
+
+
+def _describe(step: DraftStep) -> str:
+    right = ", ".join(f"{share:.3f}" for share in step.right)
+    return f"loss {step.loss:.4f}, right {right}"
 
 
 def main(argv: list[str] | None = None) -> int:

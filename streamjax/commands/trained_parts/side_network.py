@@ -11,8 +11,6 @@ by itself says of the same tokens. Ctrl-C writes the network as it is. LongMem: 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from absl import flags
 
@@ -21,14 +19,13 @@ from streamjax.commands.comparison import read_text
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.model import define_read_text, load_model
 from streamjax.commands.shell.outputs import check_outputs, in_made_folder
-from streamjax.commands.shell.progress import progress_bar
-from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.commands.shell.runner import run_command
+from streamjax.commands.shell.training_steps import run_steps
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tiers.bank import Bank
 from streamjax.models.side_network import SideConfig
 from streamjax.streaming.side_networks import save_side_network
-from streamjax.training.heads.side_network import SideTraining, stretches_of, train_side_network
-from streamjax.training.run.signals import StopSignals
+from streamjax.training.heads.side_network import SideStep, SideTraining, stretches_of, train_side_network
 
 LATEST = 20  # steps whose mean is told
 
@@ -62,23 +59,18 @@ def body(values: flags.FlagValues) -> None:
     ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
     stretches = stretches_of(np.array(ids), values.batch_size, values.seq_len)
     losses: list[float] = []
-    with StopSignals() as stop, progress_bar(total=config.steps, unit="step") as bar:
-        for step in train_side_network(model, side, cache, stretches, config):
-            losses.append(step.loss)
-            if not math.isfinite(step.loss):
-                raise ValueError(f"the loss is not finite at step {len(losses)}: nothing is written")
-            metrics = f"{np.mean(losses[-LATEST:]):.4f} nats a token"
-            bar.set_postfix_str(metrics, refresh=False)
-            bar.update()
-            if stop.received:
-                break
-    done = len(losses)
-    save_side_network(step.model, in_made_folder(values.output), done * values.seq_len * values.batch_size)
-    print(f"step {done} of {config.steps}: {metrics} in the latest {min(done, LATEST)}")
+
+    def describe(step: SideStep) -> str:
+        losses.append(step.loss)
+        return f"{np.mean(losses[-LATEST:]):.4f} nats a token"
+
+    ran = run_steps(train_side_network(model, side, cache, stretches, config), config.steps, describe)
+    done = ran.done
+    save_side_network(ran.step.model, in_made_folder(values.output), done * values.seq_len * values.batch_size)
+    print(f"{ran} in the latest {min(done, LATEST)}")
     print(f"the model without it: {_without(model, values, cache, np.array(ids), done):.4f} nats, of the same tokens")
     print(f"use it: --side_network={values.output} --cache={values.cache}")
-    if stop.received and done < config.steps:
-        raise Stopped(128 + stop.received)
+    ran.end()
 
 
 def _without(model: sj.Decoder, values: flags.FlagValues, cache: Cascade, ids: np.ndarray, done: int) -> float:

@@ -7,8 +7,7 @@ import dataclasses
 import optax
 
 from streamjax.field_checks import Fraction, Positive, Size, check_fields
-
-_WARMUP = 0.1  # share of the updates in which the learning rate rises
+from streamjax.training.schedules import warmup_cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,5 @@ class LeMoConfig:
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """What trains the predictors."""
-        count = self.steps * self.updates
-        warmup = max(int(_WARMUP * count), 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(count, warmup + 1))
+        rate = warmup_cosine(self.learning_rate, self.steps * self.updates)
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))

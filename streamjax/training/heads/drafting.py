@@ -24,8 +24,7 @@ from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 from streamjax.streaming.speculative.heads.hydra import HydraWeights, head_state
 from streamjax.streaming.speculative.heads.hydra_file import HydraHeads
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary, embedded
-
-_WARMUP = 0.1  # share of the steps in which the learning rate rises
+from streamjax.training.schedules import warmup_cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,7 @@ class DraftHeadsConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        warmup = max(int(_WARMUP * self.steps), 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(self.steps, warmup + 1))
+        rate = warmup_cosine(self.learning_rate, self.steps)
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95))
 
 
@@ -151,16 +149,3 @@ def as_file(model: Decoder, ids: Int32[np.ndarray, " V"], weights: HydraWeights,
     """What a step has left, for `save`; `tokens`: how many were read so far."""
     inward, outward = (tuple(np.asarray(x) for x in side) for side in weights)
     return HydraHeads(inward, outward, ids, fingerprint_in_any_dtype(model), tokens)
-
-
-def text_rows(ids: Int[np.ndarray, " N"], length: int, rows: int, seed: int = 0) -> Iterator[Int32[np.ndarray, "B T"]]:
-    """Batches without end of stretches of a text.
-
-    Raises:
-      ValueError: a text that is no longer than a stretch.
-    """
-    if len(ids) <= length:
-        raise ValueError(f"a text of {len(ids)} tokens has no stretches of {length}")
-    draw = np.random.default_rng(seed)
-    while True:
-        yield np.stack([ids[i : i + length] for i in draw.integers(0, len(ids) - length, rows)]).astype(np.int32)

@@ -28,6 +28,7 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
 from streamjax.streaming.compacting.attention_layers import measure_layers
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
+from streamjax.training.schedules import warmup_cosine
 
 Bases = dict[int, Float[Array, "2 K D D"]]  # of keys and of values of each layer that has them
 Ranks = dict[int, Int[np.ndarray, "2 K"]]
@@ -56,8 +57,7 @@ class ProjectionConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        warmup = max(self.steps // 10, 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(self.steps, warmup + 1))
+        rate = warmup_cosine(self.learning_rate, self.steps)
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 

@@ -28,8 +28,8 @@ from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
+from streamjax.training.schedules import warmup_cosine
 
-_WARMUP = 0.1  # share of the steps in which the learning rate rises
 _BEST = 0.1  # share of the tokens that are compared with those that logits rank highest
 
 Weights = tuple[Float[Array, "I W"], Float[Array, "W K"]]
@@ -59,9 +59,7 @@ class RetainingConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        count = self.steps * self.updates
-        warmup = max(int(_WARMUP * count), 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(count, warmup + 1))
+        rate = warmup_cosine(self.learning_rate, self.steps * self.updates)
         return optax.chain(optax.clip(0.5), optax.adamw(rate, b1=0.9, b2=0.95))
 
 

@@ -25,6 +25,7 @@ from streamjax.models.quantising import refuse_quantised
 from streamjax.models.side_network import SideConfig, SideDecoder, SideNetwork
 from streamjax.streaming.state import StreamState, init_state
 from streamjax.streaming.step import advance, surprise
+from streamjax.training.schedules import warmup_cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,7 @@ class SideTraining:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        warmup = max(self.steps // 20, 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(self.steps, warmup + 1))
+        rate = warmup_cosine(self.learning_rate, self.steps, risen=20)
         adamw = optax.adamw(rate, b1=0.9, b2=0.98, eps=1e-6, weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 

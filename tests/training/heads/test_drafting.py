@@ -13,9 +13,9 @@ from streamjax.training.heads.drafting import (
     first_weights,
     frequent_ids,
     hydra_loss,
-    text_rows,
     train_draft_heads,
 )
+from streamjax.training.heads.text_rows import text_rows
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
 IDS = np.array([1, 2, 3, 5, 8, 13, 21], np.int32)

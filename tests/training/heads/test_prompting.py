@@ -7,8 +7,9 @@ import pytest
 
 import streamjax as sj
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary
-from streamjax.training.heads.drafting import DraftHeadsConfig, text_rows
+from streamjax.training.heads.drafting import DraftHeadsConfig
 from streamjax.training.heads.prompting import _empty, prompt_loss, train_prompt_tokens
+from streamjax.training.heads.text_rows import text_rows
 from tests.architectures import tiny_config
 from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 
