@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache
+from streamjax.kv.layer_caches.no_slots import NoSlots
 from streamjax.kv.tier import KVSpec, State
 
 
@@ -33,7 +34,7 @@ class RecurrentState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recurrence(Cache):
+class Recurrence(NoSlots):
     """The state of a recurrent layer, which has no other cache: it stays whatever preset a stream is given.
 
     memory: heads, channels of a key, channels of a value. conv: tokens behind the newest one that a short convolution
@@ -45,22 +46,6 @@ class Recurrence(Cache):
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def slots(self) -> int:
-        return 0
-
-    @property
-    def span(self) -> int:
-        return 1
-
-    @property
-    def capacity(self) -> None:
-        return None
-
-    @property
-    def reach(self) -> None:
-        return None
 
     def init(self, spec: KVSpec) -> RecurrentState:
         return self.empty(spec.batch_size, spec.dtype)

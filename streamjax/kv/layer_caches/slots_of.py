@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 
 from streamjax.field_checks import Count, check_fields
 from streamjax.kv.cache import Cache
+from streamjax.kv.layer_caches.no_slots import NoSlots
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
 
 @dataclasses.dataclass(frozen=True)
-class SlotsOf(Cache):
+class SlotsOf(NoSlots):
     """The slots of layer `layer`, which this layer reads with queries of its own and never writes.
 
     The upper layers of Gemma 4 E2B and E4B have such caches, whatever preset a stream is given. What the other layer
@@ -25,22 +26,6 @@ class SlotsOf(Cache):
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def slots(self) -> int:
-        return 0
-
-    @property
-    def span(self) -> int:
-        return 1
-
-    @property
-    def capacity(self) -> None:
-        return None
-
-    @property
-    def reach(self) -> None:
-        return None
 
     def init(self, spec: KVSpec) -> State:
         return ()

@@ -121,8 +121,18 @@ def with_prompts(
     behind = jnp.where(step == 0, at, nodes + jnp.arange(nodes * most) - 1).astype(jnp.int32)
     parent = jnp.concatenate((tree.parent, jnp.broadcast_to(behind, (rows, nodes * most))), axis=1)
     given = jnp.concatenate((tree.given, jnp.repeat(tree.given, most, axis=1)), axis=1)
+    tokens, x = prompts_behind(model, tokens, prompts, nodes)
+    return tokens, TokenTree.of(parent, given, tree.levels + most), x
+
+
+def prompts_behind(
+    model: Decoder, tokens: Int32[Array, "B N"], prompts: Float[Array, "M E"], copies: int
+) -> tuple[Int32[Array, "B P"], Float[Array, "B P W"]]:
+    """Rows of tokens with prompt tokens behind them, so many times all M, as ids and as the first layer reads them.
+
+    The ids of prompt tokens are 0 and mean nothing.
+    """
     x = model.embed(tokens)
-    mine = jnp.pad(jnp.tile(prompts, (nodes, 1)), ((0, 0), (0, x.shape[2] - prompts.shape[1]))).astype(x.dtype)
-    x = jnp.concatenate((x, jnp.broadcast_to(mine, (rows, *mine.shape))), axis=1)
-    whole = TokenTree.of(parent, given, tree.levels + most)
-    return jnp.pad(tokens, ((0, 0), (0, nodes * most))), whole, x
+    mine = jnp.pad(jnp.tile(prompts, (copies, 1)), ((0, 0), (0, x.shape[2] - prompts.shape[1]))).astype(x.dtype)
+    x = jnp.concatenate((x, jnp.broadcast_to(mine, (len(tokens), *mine.shape))), axis=1)
+    return jnp.pad(tokens, ((0, 0), (0, len(mine)))), x

@@ -25,6 +25,7 @@ from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 from streamjax.streaming.speculative.heads.prompt_file import PromptTokens
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary
+from streamjax.streaming.speculative.tree_verification import prompts_behind
 from streamjax.streaming.speculative.two_phases import look_ahead_in_tree
 from streamjax.streaming.state import StreamState, init_state
 from streamjax.training.heads.drafting import DraftHeadsConfig, DraftStep
@@ -114,10 +115,7 @@ def prompt_loss(
     """
     (rows, length), count, most = tokens.shape, places.shape[1], len(prompts)
     tree = prompts_beside(length, places, most)
-    x = model.embed(tokens)
-    mine = jnp.pad(jnp.tile(prompts, (count, 1)), ((0, 0), (0, x.shape[2] - prompts.shape[1]))).astype(x.dtype)
-    x = jnp.concatenate((x, jnp.broadcast_to(mine, (rows, *mine.shape))), axis=1)
-    every = jnp.pad(tokens, ((0, 0), (0, count * most)))
+    every, x = prompts_behind(model, tokens, prompts, count)
     hidden, _ = look_ahead_in_tree(model, state, every, tree, x, differentiable=True)
     said = jax.lax.stop_gradient(vocabulary.logits(model, hidden[:, :length]))
     guessed = vocabulary.logits(model, hidden[:, length:]).reshape(rows, count, most, -1)

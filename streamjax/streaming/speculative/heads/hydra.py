@@ -11,24 +11,21 @@ What differs from the paper: a head adds to h, and reads its result by the model
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from streamjax.field_checks import Size
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
-from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
+from streamjax.streaming.speculative.drafter import Draws
 from streamjax.streaming.speculative.heads.hydra_file import HydraHeads
+from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
 from streamjax.streaming.speculative.heads.tree_growth import grow_tree
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary, embedded, unit
-from streamjax.streaming.speculative.history import History
 
 
 class HydraWeights(NamedTuple):
@@ -72,7 +69,7 @@ def hydra_tree(
 
 
 @dataclasses.dataclass(kw_only=True)
-class Hydra(Drafter):
+class Hydra(TreeDrafter):
     """Trained heads that guess; see `python -m train.draft_heads`.
 
     Args:
@@ -90,7 +87,6 @@ class Hydra(Drafter):
       >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=draft)
     """
 
-    model: Decoder
     heads: HydraHeads | str | Path
     length: Size = 3
     width: Size = 3
@@ -98,23 +94,11 @@ class Hydra(Drafter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        heads = self.heads if isinstance(self.heads, HydraHeads) else HydraHeads.load(self.heads)
-        if heads.model != fingerprint_in_any_dtype(self.model):
-            raise ValueError("these draft heads were trained for another model")
-        self.heads, self.length = heads, min(self.length, len(heads.inward))
-        self.width = min(self.width, len(heads.ids))
+        self.heads = heads = self.heads if isinstance(self.heads, HydraHeads) else HydraHeads.load(self.heads)
+        self.take_up(heads, len(heads.inward), "draft heads")
         self._weights = HydraWeights(*(tuple(map(jnp.asarray, x)) for x in (heads.inward, heads.outward)))
-        self._vocabulary = DraftVocabulary.of(self.model, jnp.asarray(heads.ids))
 
-    @property
-    def nodes(self) -> int:
-        return min(self.size, self.width * self.length)
-
-    def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
-        certain = np.array([stream.tokens[-1] for stream in streams], np.int32)
-        tokens, parents = hydra_tree(
-            self.model, self._weights, self._vocabulary, draws.hidden, jnp.asarray(certain), self.length, self.width,
-            self.nodes,
-        )  # fmt: skip
-        count = np.where(wanted, self.nodes, 0).astype(np.int32)
-        return Drafts(np.asarray(tokens), count, np.asarray(parents))
+    def grow(self, draws: Draws, certain: Int32[Array, " B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+        return hydra_tree(
+            self.model, self._weights, self._vocabulary, draws.hidden, certain, self.length, self.width, self.nodes
+        )

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from streamjax.checkpoints.measured_files import measured_file
 from streamjax.checkpoints.user_paths import user_path
+from streamjax.streaming.speculative.heads.vocabulary import read_ids
 
 KIND = "hydra heads"
 CARD = (
@@ -50,11 +51,11 @@ class HydraHeads:
           ValueError: no such file, another one, or heads that do not fit together; one line that names it.
         """
         with measured_file(path, KIND, "hydra heads", "it has no hydra heads") as (file, about):
-            ids, tables = np.ascontiguousarray(file.get_tensor("ids")), []
+            ids, tables = read_ids(file), []
             for i in range(1, int(about["heads"]) + 1):
                 tables.append(tuple(np.asarray(file.get_tensor(f"{i}.{side}")) for side in ("inward", "outward")))
-            if not tables or ids.ndim != 1 or ids.dtype != np.int32 or not len(ids) or (np.diff(ids) <= 0).any():
-                raise ValueError("it needs a head and a list of ids that rises")
+            if not tables:
+                raise ValueError("it needs a head")
             for i, (wide, narrow) in enumerate(tables, 1):
                 fits = wide.ndim == narrow.ndim == 2 and wide.shape[1] == narrow.shape[0]
                 if not fits or wide.shape[0] != (1 + i) * narrow.shape[1]:

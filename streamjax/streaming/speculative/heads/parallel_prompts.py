@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int32
 
 from streamjax.field_checks import Size
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
-from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
+from streamjax.streaming.speculative.drafter import Drafts, Draws
 from streamjax.streaming.speculative.heads.prompt_file import PromptTokens
+from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
 from streamjax.streaming.speculative.heads.tree_growth import grow_tree
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary
 from streamjax.streaming.speculative.history import History
@@ -52,7 +52,7 @@ def tree_of_prompts(
 
 
 @dataclasses.dataclass(kw_only=True)
-class ParallelPrompts(Drafter):
+class ParallelPrompts(TreeDrafter):
     """Trained prompt tokens that guess; see `python -m train.draft_heads --kind=ppd`.
 
     Args:
@@ -70,7 +70,6 @@ class ParallelPrompts(Drafter):
       >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=draft)
     """
 
-    model: Decoder
     heads: PromptTokens | str | Path
     length: Size = 2
     width: Size = 2
@@ -78,17 +77,9 @@ class ParallelPrompts(Drafter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        heads = self.heads if isinstance(self.heads, PromptTokens) else PromptTokens.load(self.heads)
-        if heads.model != fingerprint_in_any_dtype(self.model):
-            raise ValueError("these prompt tokens were trained for another model")
-        self.heads, self.length = heads, min(self.length, len(heads.prompts))
-        self.width = min(self.width, len(heads.ids))
+        self.heads = heads = self.heads if isinstance(self.heads, PromptTokens) else PromptTokens.load(self.heads)
+        self.take_up(heads, len(heads.prompts), "prompt tokens")
         self._prompts = jnp.asarray(heads.prompts[: self.length])
-        self._vocabulary = DraftVocabulary.of(self.model, jnp.asarray(heads.ids))
-
-    @property
-    def nodes(self) -> int:
-        return min(self.size, self.width * self.length)
 
     @property
     def pass_width(self) -> int:
@@ -99,12 +90,11 @@ class ParallelPrompts(Drafter):
         return self._prompts
 
     def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
-        shape = (len(streams), self.nodes)
-        if draws.ahead is None:  # no pass has read prompt tokens where the streams stand: this one does
-            return Drafts(np.zeros(shape, np.int32), np.zeros(len(streams), np.int32), np.zeros(shape, np.int32))
-        certain = np.array([stream.tokens[-1] for stream in streams], np.int32)
-        tokens, parents = tree_of_prompts(
-            self.model, self._vocabulary, draws.ahead, jnp.asarray(certain), self.width, self.nodes
-        )
-        count = np.where(wanted, self.nodes, 0).astype(np.int32)
-        return Drafts(np.asarray(tokens), count, np.asarray(parents))
+        if draws.ahead is not None:
+            return super().propose(streams, wanted, draws)
+        none = np.zeros((len(streams), self.nodes), np.int32)  # no pass has read prompt tokens here: this one does
+        return Drafts(none, np.zeros(len(streams), np.int32), none)
+
+    def grow(self, draws: Draws, certain: Int32[Array, " B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+        assert draws.ahead is not None
+        return tree_of_prompts(self.model, self._vocabulary, draws.ahead, certain, self.width, self.nodes)

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from streamjax.checkpoints.measured_files import measured_file
 from streamjax.checkpoints.user_paths import user_path
+from streamjax.streaming.speculative.heads.vocabulary import read_ids
 
 KIND = "prompt tokens"
 CARD = (
@@ -46,9 +47,7 @@ class PromptTokens:
           ValueError: no such file, or another one; one line that names it.
         """
         with measured_file(path, KIND, "prompt tokens", "it has no prompt tokens") as (file, about):
-            prompts, ids = (np.ascontiguousarray(file.get_tensor(name)) for name in ("prompts", "ids"))
+            prompts, ids = np.ascontiguousarray(file.get_tensor("prompts")), read_ids(file)
             if prompts.ndim != 2 or not prompts.size or not np.isfinite(prompts).all():
                 raise ValueError("the prompt tokens are no table of numbers")
-            if ids.ndim != 1 or ids.dtype != np.int32 or not len(ids) or (np.diff(ids) <= 0).any():
-                raise ValueError("it needs a list of ids that rises")
             return cls(prompts.astype(np.float32), ids, about["model"], int(about["tokens"]))

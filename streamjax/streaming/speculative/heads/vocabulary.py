@@ -7,9 +7,10 @@ not touched by that.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.models.decoder import Decoder
@@ -44,6 +45,18 @@ class DraftVocabulary(NamedTuple):
             logits = logits + self.bias.astype(jnp.float32)
         logits = logits * model.config.logit_scale
         return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def read_ids(file: Any) -> Int32[np.ndarray, " V"]:
+    """The ids of an opened file of trained drafts.
+
+    Raises:
+      ValueError: no list that rises.
+    """
+    ids = np.ascontiguousarray(file.get_tensor("ids"))
+    if ids.ndim != 1 or ids.dtype != np.int32 or not len(ids) or (np.diff(ids) <= 0).any():
+        raise ValueError("it needs a list of ids that rises")
+    return ids
 
 
 def embedded(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
