@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -28,6 +29,17 @@ class Partial(NamedTuple):
 
     out: Float[Array, "B C H D"]
     lse: Float[Array, "B C H"]
+
+
+ATTENTION_OUTPUT = "attention_output"  # a policy of `jax.checkpoint` can ask for it
+
+
+def named(part: tuple[Array, Array]) -> Partial:
+    """What the forward pass of a `custom_vjp` found, so that `jax.checkpoint` can keep it by its name.
+
+    Then a backward pass that computes a layer again leaves its attention out: gradients need `out` and `lse` alone.
+    """
+    return Partial(*(checkpoint_name(x, ATTENTION_OUTPUT) for x in part))
 
 
 def merge(*parts: Partial) -> Partial:

@@ -24,8 +24,7 @@ import numpy as np
 
 import streamjax as sj
 from benchmarks.reporting import median_ratio, report
-from benchmarks.serving.speculative import ASKED, CACHE, GREEDY, drafters
-from streamjax.data.text.chat_templates import encode_chat
+from benchmarks.serving.speculative import CACHE, GREEDY, answers, drafters
 from streamjax.streaming.speculative import Drafter
 from streamjax.streaming.speculative.drafter import Draws
 from streamjax.streaming.speculative.heads import described
@@ -111,7 +110,7 @@ def costs(model: sj.Decoder, drafter: Drafter | None, plain: list[float], turns:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--drafters", nargs="+", help="some of them, by name", default=[*DRAFTERS])
     parser.add_argument("--heads", nargs="+", default=[], help="files of trained heads, which guess too")
@@ -119,13 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = sj.load(arguments.model, dtype="float32"), sj.load_tokenizer(arguments.model)
     known = drafters(model, arguments.heads)
-    texts = {}
-    for kind, question in ASKED.items():
-        prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
-        state = sj.init_state(model, CACHE)
-        found = sj.generate(model, state, [prompt], max_new_tokens=arguments.tokens, sampler=GREEDY)[1]
-        texts[kind] = prompt, np.asarray(found)[0].tolist()
-    rows = []
+    texts, rows = answers(model, tokenizer, arguments.tokens), []
     for name in [*arguments.drafters, *(Path(file).stem for file in arguments.heads)]:
         plain: list[float] = []
         spent = costs(model, known[name](), plain, arguments.turns)

@@ -4,7 +4,8 @@
 
 SmolLM2-135M-Instruct in float32 under 4 sinks and a window of 1,020 tokens answers greedily through its own chat
 template: a question (`chat`), a function that is to be copied with other names (`code`), a text that is to be said
-again (`repeated`). `a pass`: tokens that it reads in a pass of the model. `right`: of the tokens that were guessed.
+again (`repeated`). An answer ends with the end of the turn, or after `--tokens`. `a pass`: tokens that it reads in a
+pass of the model. `right`: of the tokens that were guessed.
 `CPU ms`: of all threads, a token, the median of the turns; `over plain`: plain decoding's CPU seconds by these, the
 median of turns in one process. `same`: whether all tokens are those of plain decoding. The prompt is read before. The
 note says what a pass costs by its width: where a pass over 8 tokens takes twice as long as one over a single token, 2
@@ -37,7 +38,11 @@ GREEDY = sj.Sampler(temperature=0)
 PASSES = 6  # of each width, for the note
 TEXT = (
     "The harbour was quiet that morning. Two fishing boats came in with the tide, and their crews carried the crates "
-    "to the market hall, where the buyers were waiting. By noon the hall was empty again, and the gulls had the quay."
+    "to the market hall, where the buyers were waiting. By noon the hall was empty again, and the gulls had the quay. "
+    "In the afternoon the wind turned to the west. The harbour master walked along the wall, looked at the sky, and "
+    "told the crews to tie their boats twice. Nobody went out again. They sat in the small cafe by the lighthouse, "
+    "drank tea, and talked about the summer when the fish had come so close to the shore that the children caught them "
+    "with their hands."
 )
 CODE = """def total(prices, taxes):
     result = 0
@@ -48,7 +53,7 @@ CODE = """def total(prices, taxes):
 ASKED = {
     "chat": "Why is the sky blue? Explain it to a child.",
     "code": f"Write this Python function again, with the name `result` changed to `amount`:\n\n{CODE}",
-    "repeated": f"Repeat this text three times, word for word:\n\n{TEXT}",
+    "repeated": f"Repeat this text word for word:\n\n{TEXT}",
 }
 
 
@@ -63,6 +68,19 @@ def drafters(model: sj.Decoder, heads: Sequence[str] = ()) -> dict[str, Callable
         "small cache, ngrams": partial(sj.SmallModel, model=model, cache=small, context=128, drafter=sj.NGrams()),
         **{Path(file).stem: partial(trained_drafter, model, file) for file in heads},
     }
+
+
+def answers(model: sj.Decoder, tokenizer: sj.Tokenizer, most: int) -> dict[str, tuple[list[int], list[int]]]:
+    """Prompt and greedy answer to each question: at most so many tokens, the last of them the end of the turn."""
+    found, ends = {}, {*tokenizer.eos_ids, *model.config.eos_token_ids}
+    for kind, question in ASKED.items():
+        prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
+        state = sj.init_state(model, CACHE)
+        text = sj.generate(model, state, [prompt], max_new_tokens=most, sampler=GREEDY, stop_tokens=tuple(ends))[1]
+        said = np.asarray(text)[0].tolist()
+        end = next((i + 1 for i, token in enumerate(said) if token in ends), most)
+        found[kind] = prompt, said[:end]
+    return found
 
 
 def pass_costs(model: sj.Decoder, widths: list[int]) -> str:
@@ -83,7 +101,7 @@ def pass_costs(model: sj.Decoder, widths: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--drafters", nargs="+", help="some of them, by name", default=["ngrams", "ngrams, 15 at most"])
     parser.add_argument("--heads", nargs="+", default=[], help="files of trained heads, which guess too")
@@ -92,8 +110,8 @@ def main() -> None:
     model, tokenizer = sj.load(arguments.model, dtype="float32"), sj.load_tokenizer(arguments.model)
     arguments.drafters += [Path(file).stem for file in arguments.heads]
     known, rows = drafters(model, arguments.heads), []
-    for kind, question in ASKED.items():
-        prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
+    for kind, (prompt, expected) in answers(model, tokenizer, arguments.tokens).items():
+        tokens = len(expected)
         begun = sj.read(model, sj.init_state(model, CACHE), [prompt])
         spent: dict[str, list[float]] = {name: [] for name in ("plain", *arguments.drafters)}
         wall: dict[str, list[float]] = {name: [] for name in spent}
@@ -103,28 +121,27 @@ def main() -> None:
                 start = time.process_time(), time.perf_counter()
                 if name == "plain":
                     state = jax.tree.map(jnp.copy, begun)
-                    found = sj.generate(model, state, [[]], max_new_tokens=arguments.tokens, sampler=GREEDY)[1]
-                    expected = np.asarray(found)[0]
+                    jax.block_until_ready(sj.generate(model, state, [[]], max_new_tokens=tokens, sampler=GREEDY)[1])
                 else:
                     drafter = known[name]()
                     rounds = Rounds(
                         model, jax.tree.map(jnp.copy, begun), drafter, [History(prompt)],
                         sampler=GREEDY, key=None, index=np.zeros(1, np.int64), block=BLOCK,
                     )  # fmt: skip
-                    pieces = [tokens[0] for _, tokens in speculate(rounds, arguments.tokens, (), BLOCK)]
-                    figures[name] = (rounds, bool((np.concatenate(pieces) == expected).all()))
+                    pieces = [new[0] for _, new in speculate(rounds, tokens, (), BLOCK)]
+                    figures[name] = (rounds, np.concatenate(pieces).tolist() == expected)
                 if turn:
                     spent[name].append(time.process_time() - start[0])
                     wall[name].append(time.perf_counter() - start[1])
         for name, seconds in spent.items():
-            row = {"text": kind, "who guesses": name, "a pass": 1.0, "right": "", "same": ""}
+            row = {"text": kind, "tokens": tokens, "who guesses": name, "a pass": 1.0, "right": "", "same": ""}
             if name != "plain":
                 rounds, same = figures[name]
-                row["a pass"] = round(arguments.tokens / rounds.passes, 2)
+                row["a pass"] = round(tokens / rounds.passes, 2)
                 row["right"] = f"{rounds.right} of {rounds.guessed}"
                 row["same"] = "yes" if same else "no"
-            row["CPU ms"] = round(1e3 * statistics.median(seconds) / arguments.tokens, 1)
-            row["ms"] = round(1e3 * statistics.median(wall[name]) / arguments.tokens, 1)
+            row["CPU ms"] = round(1e3 * statistics.median(seconds) / tokens, 1)
+            row["ms"] = round(1e3 * statistics.median(wall[name]) / tokens, 1)
             row["over plain"] = round(median_ratio(spent["plain"], seconds), 2)
             rows.append(row)
             print(row, flush=True)

@@ -8,8 +8,8 @@ and tokens, each side in a process of its own.
 such as SmolLM2-135M. A batch has 2,048 or 8,192 tokens: one row for SFT, of which all tokens count, and two for DPO, of
 which the second half counts, with given log-probabilities of the reference. Both train all weights in float32 by AdamW
 with gradients clipped to 1. TRL runs its trainers with what is their default: gradient checkpointing, a loss head that
-makes no whole logits, sdpa attention. streamjax runs its orders "remat" (the same idea) and "layer" in chunks of
-1,024 tokens over stacked layers.
+makes no whole logits, sdpa attention. streamjax runs its orders "remat" (the same idea), the same with what attention
+found kept (`keep_attention`), and "layer" in chunks of 1,024 tokens, over stacked layers.
 
 `loss` and `norm` are those of the first step, before clipping; `off by` their largest relative difference from TRL's.
 CPU seconds are of all threads, the median of the steps behind the first one, which compiles. `peak MB` is the highest
@@ -36,8 +36,12 @@ from benchmarks.reporting import in_own_process, report
 
 MODULE = "benchmarks.training.versus_trl"
 TASKS = ("sft", "dpo")
-OURS = ("remat", "layer")
 RATE, CLIP, CHUNK = 1e-5, 1.0, 1024
+OURS: dict[str, dict[str, Any]] = {
+    "remat": {"method": "remat"},
+    "remat, attention kept": {"method": "remat", "keep_attention": True},
+    "layer": {"method": "layer", "chunk_size": CHUNK},
+}
 REFERENCE = -10.0  # nats a token that the reference gives to both answers
 
 
@@ -136,7 +140,7 @@ def _with_given_reference(trainer: Any) -> Any:
     return Given
 
 
-def our_steps(task: str, length: int, folder: str, turns: int, method: str) -> dict[str, float]:
+def our_steps(task: str, length: int, folder: str, turns: int, side: str) -> dict[str, float]:
     """streamjax's training step."""
     import jax
     import jax.numpy as jnp
@@ -155,10 +159,10 @@ def our_steps(task: str, length: int, folder: str, turns: int, method: str) -> d
     optimizer = make_optimizer(
         OptimizerConfig(RATE, final_fraction=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=CLIP), turns + 1
     )
-    options = {"chunk_size": min(CHUNK, rows.shape[1])} if method == "layer" else {}
-    step: Callable = make_train_step(
-        optimizer, method=method, objective=DPO() if task == "dpo" else CrossEntropy(), **options
-    )
+    options = OURS[side]
+    if "chunk_size" in options:
+        options = options | {"chunk_size": min(CHUNK, rows.shape[1])}
+    step: Callable = make_train_step(optimizer, objective=DPO() if task == "dpo" else CrossEntropy(), **options)
     state, found = new_state(model, optimizer), []
     del model
     for _ in range(turns + 1):

@@ -14,7 +14,7 @@ from pallas_kernels.flash_call import Call, no_gradient, safe
 from pallas_kernels.gpu import flash_backward
 from pallas_kernels.gpu.flash_forward import forward
 from pallas_kernels.padding import padded
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, named
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tile_logits import Settings
 
@@ -90,7 +90,7 @@ def _attention(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]
 
 
 def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
-    out, lse = _attention(call, q, k, v, extra)
+    out, lse = named(_attention(call, q, k, v, extra))
     return (out, lse), (q, k, v, extra, out, lse)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.flash_call import Call, no_gradient, safe
 from pallas_kernels.padding import padded
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, named
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tile_logits import Settings
 from pallas_kernels.tpu import flash_backward
@@ -108,7 +108,7 @@ def _attention(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]
 def _forward(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Array], offset: Array) -> Any:
     operands = all_operands(call, q, k, v, extra)
     at = offset if call.offset is None else call.offset
-    out, lse = forward(call.settings, call.ranges(), operands, at, call.interpret)
+    out, lse = named(forward(call.settings, call.ranges(), operands, at, call.interpret))
     return (out, lse), (q, k, v, extra, offset, out, lse)
 
 

@@ -60,12 +60,23 @@ class Keys(NamedTuple):
 def block_sizes(heads: int) -> tuple[int, int]:
     """Queries and keys of a block that suit the platform, for `heads` query heads of all rows together.
 
-    On a CPU the logits of a block should stay in the cache: the gradient takes half the time with 2^18 of them that it
-    takes with blocks of 512 x 512 (`benchmarks.kernels.block_sizes`). Elsewhere large blocks fill the matrix units.
+    On a CPU the logits of a block should stay in the cache, yet a block should have work for all cores, and a power of
+    two wastes least of a long sequence (`benchmarks.kernels.block_sizes`). Elsewhere large blocks fill the matrix units.
     """
     if jax.default_backend() != "cpu":
         return 512, 512
-    return min(max(2048 // heads, 32), 256), 128
+    return 256, 128
+
+
+def even_block(length: int, most: int) -> int:
+    """The size of as few equal blocks of at most `most` tokens as hold `length`, a multiple of 16 where there are two.
+
+    >>> even_block(300, 256), even_block(2048, 256), even_block(7, 256)
+    (160, 256, 7)
+    """
+    if length <= most:
+        return length
+    return min(-(-length // (-(-length // most) * 16)) * 16, most)
 
 
 def forward(blocks: Blocks, queries: Queries, keys: Keys) -> tuple[Float[Array, "B K G C D"], Float[Array, "B K G C"]]:

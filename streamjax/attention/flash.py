@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.partial import Partial, accumulator
+from pallas_kernels.partial import Partial, accumulator, named
 from pallas_kernels.patterns import Pattern
-from streamjax.attention.blockwise import Blocks, Keys, Queries, backward, block_sizes, forward
+from streamjax.attention.blockwise import Blocks, Keys, Queries, backward, block_sizes, even_block, forward
 
 
 def flash_attention(
@@ -48,7 +48,7 @@ def flash_attention(
     """
     length_q, length_k, heads_k = q.shape[1], k.shape[1], k.shape[2]
     default_q, default_k = block_sizes(q.shape[0] * q.shape[2])
-    block_q, block_k = min(block_q or default_q, length_q), min(block_k or default_k, length_k)
+    block_q, block_k = even_block(length_q, block_q or default_q), min(block_k or default_k, length_k)
     if segment_ids is None or isinstance(segment_ids, tuple):
         segments = segment_ids or (None, None)
     else:
@@ -84,7 +84,7 @@ def _attention(blocks: Blocks, queries: Queries, keys: Keys) -> tuple[Array, Arr
 
 
 def _forward(blocks: Blocks, queries: Queries, keys: Keys) -> tuple[tuple[Array, Array], Any]:
-    out, lse = forward(blocks, queries, keys)
+    out, lse = named(forward(blocks, queries, keys))
     return (out, lse), (queries, keys, out, lse)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.partial import accumulator
+from pallas_kernels.partial import ATTENTION_OUTPUT, accumulator
 from streamjax.attention.context.sequence import Exchange
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache, Deferred, take_in
@@ -145,12 +145,14 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         remat: bool = False,
+        keep_attention: bool = False,
         exchange: Exchange = "auto",
     ) -> Float[Array, "B T E"]:
         """Hidden states after the last norm, over a whole sequence.
 
         `positions` defaults to 0, 1, ...; tokens of different `segment_ids` do not see each other. `remat` keeps only
-        each layer's input for the backward pass. `exchange`: between devices that share a sequence, see
+        each layer's input for the backward pass, with `keep_attention` also what its attention found, which the backward
+        pass then does not compute again. `exchange`: between devices that share a sequence, see
         `attention.context.sequence`.
         """
         position = jnp.arange(tokens.shape[1]) if positions is None else positions
@@ -163,7 +165,8 @@ class Decoder(nnx.Module):
             return block.parallel(x, context, memory)
 
         if remat:
-            apply = jax.checkpoint(apply)
+            kept = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT) if keep_attention else None
+            apply = jax.checkpoint(apply, policy=kept)
 
         def period(x: Array, blocks: Sequence[Block]) -> tuple[Array, None]:
             for block in blocks:

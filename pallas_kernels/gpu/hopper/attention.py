@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.flash_call import Call
 from pallas_kernels.gpu import flash_attention as triton_flash
 from pallas_kernels.padding import padded
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, named
 from pallas_kernels.patterns import Pattern
 
 WIDTHS = (64, 128, 256)
@@ -90,7 +90,7 @@ def _attention(call: Call, pulled: Call, q: Array, k: Array, v: Array, extra: di
 
 
 def _forward(call: Call, pulled: Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
-    out, lse = _attention(call, pulled, q, k, v, extra)
+    out, lse = named(_attention(call, pulled, q, k, v, extra))
     return (out, lse), (q, k, v, extra, out, lse)
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from pallas_kernels.patterns import Pattern
 from streamjax.attention import blockwise
-from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
+from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes, even_block
 
 KERNEL_TOKENS = 256  # a kernel works in blocks of its own; smaller ones would be padding mostly
 
@@ -110,7 +110,7 @@ def _known(rule: Rule, keys: KeyBlock, row: Any, given: Given) -> dict[str, Any]
 def _loops(rule: Rule, q: Array, keys: KeyBlock, row: Any, given: Given) -> tuple[Blocks, Queries, Keys]:
     heads, slots = keys.k.shape[2:4]
     block_q, block_k = block_sizes(q.shape[0] * q.shape[2])
-    block_q, block_k = min(block_q, q.shape[1]), min(block_k, slots)
+    block_q, block_k = even_block(q.shape[1], block_q), min(block_k, slots)
     known = given.ids is not None and keys.ids is not None
     queries = Queries(
         q=_grouped(q, heads, block_q),

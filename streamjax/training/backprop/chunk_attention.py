@@ -18,7 +18,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.padding import padded
 from pallas_kernels.partial import Partial
 from streamjax.attention import blockwise
-from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes
+from streamjax.attention.blockwise import Blocks, Keys, Queries, block_sizes, even_block
 from streamjax.attention.dispatch import KERNEL_TOKENS, logged
 from streamjax.attention.sharded import Names, names_of_partial, per_device_call, whole_on_each_device
 from streamjax.models.block import Block
@@ -33,7 +33,7 @@ _PART = names_of_partial(_QUERY)
 def attention_blocks(block: Block, batch_size: int, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
     """What is static in a chunk's attention."""
     config = block.attention.config
-    block_q = min(block_sizes(batch_size * config.num_heads)[0], chunk_size)
+    block_q = even_block(chunk_size, block_sizes(batch_size * config.num_heads)[0])
     return Blocks(config.pattern, config.softmax_scale, config.softcap, block_q, block_k, leading)
 
 

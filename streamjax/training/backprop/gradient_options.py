@@ -23,3 +23,4 @@ class GradientOptions:
     offload: Literal["host"] | None = None
     offload_fraction: float = 1.0
     context_exchange: Exchange = "auto"
+    keep_attention: bool = False

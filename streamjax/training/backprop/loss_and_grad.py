@@ -64,6 +64,7 @@ def loss_and_grad(
     memory_bytes: int | None = None,
     trainable: Trainable = nnx.Param,
     context_exchange: Exchange = "auto",
+    keep_attention: bool = False,
     elimination: TokenElimination | None = None,
 ) -> tuple[Float[Array, ""], Decoder]:
     """Loss of a batch, and its gradient: the same with every method, but for rounding.
@@ -91,6 +92,9 @@ def loss_and_grad(
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
       context_exchange: how devices that share a sequence, along the mesh axis `context`, come to each other's keys
         with "full" and "remat": "ring", "gather", or "auto", which gathers up to 256 MiB (docs/sharding.md).
+      keep_attention: with "remat", what attention found is kept too, as much again as the inputs of layers (in the dtype
+        of sums): the backward pass computes everything of a layer again but that (DistFlashAttn, 2310.03294). For
+        long rows, where attention is most of the work; short ones, whose logits exist at once, have nothing to keep.
       elimination: layers compute the tokens that it keeps alone (LeMo): the gradient is that of this other function.
         With "full" and "remat", whose layers see a whole row at once.
 
@@ -134,6 +138,9 @@ def loss_and_grad(
         raise ValueError(f"offload_fraction is {offload_fraction}: use 0 to 1")
     if offload is not None and (offload != "host" or method != "layer"):
         raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
+    if keep_attention and (method != "remat" or elimination is not None):
+        why = f"not for {method!r}" if method != "remat" else "not where layers leave tokens out"
+        raise ValueError(f'keep_attention is for method "remat", and {why}')
     if elimination is not None:
         _check_elimination(method, length)
     loss, grads = _loss_and_grad(
@@ -151,6 +158,7 @@ def loss_and_grad(
             grad_dtype=None if grad_dtype is None else jnp.dtype(grad_dtype),
             kv_grad_dtype=jnp.dtype(accumulator(model.dtype) if kv_grad_dtype is None else kv_grad_dtype),
             context_exchange=context_exchange,
+            keep_attention=keep_attention,
         ),
         elimination,
     )
@@ -249,7 +257,9 @@ def _loss_and_grad(
 
     def loss(params: Decoder) -> Array:
         whole = combine(params, rest), batch, prepared, objective, options.logits_chunk
-        return whole_loss(*whole, method == "remat", options.context_exchange, elimination)
+        return whole_loss(
+            *whole, method == "remat", options.context_exchange, elimination, keep_attention=options.keep_attention
+        )
 
     return jax.value_and_grad(loss)(params)
 
@@ -263,11 +273,13 @@ def whole_loss(
     remat: bool = False,
     exchange: Exchange = "auto",
     elimination: TokenElimination | None = None,
+    *,
+    keep_attention: bool = False,
 ) -> Float[Array, ""]:
     """The loss by one pass over the whole sequence, for `jax.grad`."""
     known = {name: batch.get(name) for name in ("positions", "segment_ids")}
     if elimination is None:
-        hidden = model.hidden(batch["tokens"], **known, remat=remat, exchange=exchange)
+        hidden = model.hidden(batch["tokens"], **known, remat=remat, keep_attention=keep_attention, exchange=exchange)
     else:
         hidden = hidden_of_kept(model, elimination, batch["tokens"], **known, remat=remat)
     return objective.loss(whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk), prepared)

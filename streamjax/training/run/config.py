@@ -75,6 +75,8 @@ class BackpropConfig:
         of the device and its link to the host when the run begins.
       context_exchange: how devices along the mesh axis `context` come to each other's keys in full attention: "ring",
         "gather", or "auto", which gathers while that takes no more than 256 MiB.
+      keep_attention: with "remat", keep what attention found as well: as much memory again, and for long rows, where
+        attention is most of the work, a fifth of it less.
       carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
         `streamjax.training.streaming_loss_and_grad`, which has an order of its own; only `chunk_size` counts there.
       cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".
@@ -86,6 +88,7 @@ class BackpropConfig:
     offload: Literal["host"] | None = None
     offload_fraction: Fraction | Literal["auto"] = 1.0
     context_exchange: Exchange = "auto"
+    keep_attention: bool = False
     carry_state: bool = False
     cache: str = "streaming_llm"
 
@@ -95,6 +98,8 @@ class BackpropConfig:
             check_free(self.segment, self.offload)
         if self.offload_fraction == "auto" and self.offload is None:
             raise ValueError('BackpropConfig.offload_fraction is "auto", and nothing is moved: set offload to "host"')
+        if self.keep_attention and self.method != "remat":
+            raise ValueError(f'BackpropConfig.keep_attention is for method "remat", and not for {self.method!r}')
         self.built_cache()  # so that a wrong name or option is told
         for name in ("method", "segment", "offload"):
             value, default = getattr(self, name), getattr(BackpropConfig, name)
@@ -110,7 +115,7 @@ class BackpropConfig:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `loss_and_grad`."""
-        names = ("method", "chunk_size", "segment", "offload", "offload_fraction", "context_exchange")
+        names = ("method", "chunk_size", "segment", "offload", "offload_fraction", "context_exchange", "keep_attention")
         return {name: getattr(self, name) for name in names}
 
 

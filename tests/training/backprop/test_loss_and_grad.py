@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from streamjax.attention import dispatch
 from streamjax.models import Decoder, UniformConfig, stack_layers
+from tests.training.gradient_checks import CONFIG, assert_same, compiled, random_batch, random_model
 
 
 def test_loss_is_the_weighted_mean_of_the_forward_pass(model, batch):
@@ -84,3 +86,21 @@ def test_errors_say_what_there_is(model, batch):
         sj.training.loss_and_grad(model, batch, method="layers")
     with pytest.raises(ValueError, match="the batch has no 'weights'"):
         sj.training.loss_and_grad(model, {"tokens": batch["tokens"], "targets": batch["targets"]})
+
+
+def test_attention_that_is_kept_is_not_computed_again(monkeypatch):
+    monkeypatch.setattr(dispatch, "DENSE_LIMIT", 0)
+    model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(31, 1, 300, packed=True)
+    programs = {kept: compiled(model, batch, "remat", keep_attention=kept) for kept in (False, True)}
+    full = compiled(model, batch, "full")(model, batch)
+    for program in programs.values():
+        assert_same(program(model, batch), full, "float32")
+    loops = {kept: program.as_text().count(" while(") for kept, program in programs.items()}
+    assert loops[True] == loops[False] - 2  # over blocks of queries, and in it over blocks of keys
+
+
+def test_what_cannot_keep_attention_says_so(model, batch):
+    with pytest.raises(ValueError, match="keep_attention is for method"):
+        sj.training.loss_and_grad(model, batch, method="layer", keep_attention=True)
+    with pytest.raises(ValueError, match="keep_attention is for method"):
+        sj.training.BackpropConfig(method="full", keep_attention=True)
