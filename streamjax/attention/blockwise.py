@@ -147,9 +147,10 @@ def backward(
             d_weights = jnp.einsum("bkgtd,bksd->bkgts", d_o.astype(v.dtype), v, preferred_element_type=dtype)
             d_dots = (weights * (d_weights + row_shift[..., None]) * slope).astype(q.dtype)
             d_q = d_q + jnp.einsum("bkgts,bksd->bkgtd", d_dots, k, preferred_element_type=dtype)
-            add_k = jnp.einsum("bkgts,bkgtd->bksd", d_dots, q, preferred_element_type=dtype)
+            add_k = jnp.einsum("bkgtd,bkgts->bkds", q, d_dots, preferred_element_type=dtype)
             probabilities = weights.astype(v.dtype)
-            add_v = jnp.einsum("bkgts,bkgtd->bksd", probabilities, d_o.astype(v.dtype), preferred_element_type=dtype)
+            add_v = jnp.einsum("bkgtd,bkgts->bkds", d_o.astype(v.dtype), probabilities, preferred_element_type=dtype)
+            add_k, add_v = jnp.swapaxes(add_k, 2, 3), jnp.swapaxes(add_v, 2, 3)
             return d_q, _add(d_k, add_k, keys.row, j), _add(d_v, add_v, keys.row, j)
 
         d_q, d_k, d_v = grads
