@@ -31,7 +31,7 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import report
 from streamjax.kv.presets.registry import Built
-from streamjax.streaming.layerwise import read_layerwise
+from streamjax.streaming.by_layer.layerwise import read_layerwise
 from streamjax.streaming.scan import _score_chunks
 
 WIDTH, KEY_HEADS, CAPACITY = 512, 3, 8192

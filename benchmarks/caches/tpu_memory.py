@@ -10,7 +10,7 @@ tokens), how much of the output aliases them (caches updated in place), temporar
 `floor` is what a step must read: layers, head and slots once each. `accessed` is the compiler's own count, which takes
 the prefetch of a weight into fast memory and its use there for two accesses. `-`: this jaxlib cannot print the program,
 which has newer operations of libtpu. Prefill cases are one program with all layers; `read` calls a program a layer
-(`streaming/layerwise.py`), which was not compiled for TPUs here.
+(`streaming/by_layer/layerwise.py`), which was not compiled for TPUs here.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
-from streamjax.streaming.layerwise import in_turn, read_layerwise
+from streamjax.streaming.by_layer.layerwise import in_turn, read_layerwise
 from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room, surprise

@@ -115,7 +115,7 @@ def test_token_ten_million_runs_the_program_of_token_ten(model, name):
 @pytest.mark.quick
 def test_a_stream_of_any_lengths_compiles_a_handful_of_programs():
     """`read` pads to powers of two: dozens of lengths, few programs."""
-    from streamjax.streaming.layerwise import layer_over
+    from streamjax.streaming.by_layer.layerwise import layer_over
 
     model = build(GQA.replace(num_layers=2))
     state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=2, window=9))

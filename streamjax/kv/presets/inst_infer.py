@@ -11,13 +11,18 @@ queries of a prompt are many: the pages that they choose are copied to the devic
 XLA runs that part of the program on the host (`jax.experimental.compute_on`). A token's page is written before the host
 reads, so that nothing is copied there. For one device; on a CPU, whose two memories are one,
 it is `quest`.
+
+With attend_on="mesh" the drive is a second mesh of devices (`streaming.by_layer.second_mesh`), which has the bounds
+too, chooses by them, and answers a prompt's queries as well; read in any other way it is `quest`.
 """
+
+from typing import Literal
 
 from streamjax.field_checks import Size
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.indexes import MinMax
 from streamjax.kv.presets.registry import at_most, dividing, pages, register
-from streamjax.kv.tiers.pages import Pages
+from streamjax.kv.tiers.pages import Pages, Placement
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 
@@ -28,8 +33,10 @@ from streamjax.kv.tiers.window import Window
     top_k=at_most("top_k", pages),
 )
 def inst_infer(
-    sinks: Size = 4, window: Size = 64, capacity: Size = 262144, page: Size = 16, top_k: Size = 64, block: Size = 16
-) -> Cascade:
+    sinks: Size = 4, window: Size = 64, capacity: Size = 262144, page: Size = 16, top_k: Size = 64, block: Size = 16,
+    attend_on: Literal["host", "mesh"] = "host",
+) -> Cascade:  # fmt: skip
     """Keep `capacity` tokens in the host's memory, where a token's attention to the `top_k` best pages is computed."""
-    found = Pages(page, capacity, top_k, MinMax(), block, placement="host", attend_on="host")
+    placement: Placement = "host" if attend_on == "host" else "device"
+    found = Pages(page, capacity, top_k, MinMax(), block, placement=placement, attend_on=attend_on)
     return Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window), found)

@@ -76,7 +76,8 @@ class Pages(PagedTier):
       placement: where keys and values lie: in the device's memory or in the "host"'s, from which the pages that are
         read are copied in each time. For one device; a chunk of a stream may not be longer than `capacity` then.
       attend_on: where a single query reads pages in the host's memory: the "device", to which they are copied, or the
-        "host", which gives back a partial.
+        "host", which gives back a partial. "mesh" says that the pages lie on a second mesh, which gives back partials
+        to any queries, where `streaming.by_layer.second_mesh` reads the stream; elsewhere it is as "device".
       coarse: the best runs of pages are chosen first, and pages in them; of all pages where None.
 
     Raises:
@@ -96,12 +97,14 @@ class Pages(PagedTier):
     placement: Placement = "device"
     codec: Codec | None = dataclasses.field(default=None, metadata=LATER)
     coarse: Coarse | None = dataclasses.field(default=None, metadata=LATER)
-    attend_on: Placement = dataclasses.field(default="device", metadata=LATER)
+    attend_on: Literal["device", "host", "mesh"] = dataclasses.field(default="device", metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attend_on == "host" and self.placement == "device":
             raise ValueError('Pages.attend_on "host" is for placement "host": elsewhere there is nothing to read there')
+        if self.attend_on == "mesh" and self.placement == "host":
+            raise ValueError('Pages.attend_on "mesh" is for placement "device": pages lie on that mesh\'s devices')
         if self.coarse is not None:
             if not self.index.joins or self.search == "tree" or self.read_newest:
                 raise ValueError('Pages.coarse is for BlendedBounds(), search="all" and no page that is always read')

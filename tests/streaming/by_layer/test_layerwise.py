@@ -10,7 +10,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.streaming import layerwise, scan
-from streamjax.streaming.layerwise import layer_over
+from streamjax.streaming.by_layer.layerwise import layer_over
 from streamjax.streaming.scan import SCAN_CHUNKS
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens, read_stream
 

@@ -1,0 +1,1 @@
+"""Streams that are read by a program a layer, which the host calls."""
