@@ -97,7 +97,9 @@ def run(
     parser.add_argument("--child", choices=cases, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(compile_case(cases[arguments.child])))  # where it was not ended before
+        figures = compile_case(cases[arguments.child])
+        if figures:  # of those that are not read from what the compiler wrote
+            print(json.dumps(figures))
         return
     found = json.loads(output.read_text())["cases"] if arguments.page or output.exists() else {}
     if arguments.page:

@@ -6,7 +6,8 @@ tile is some rows of one group. Only the matrices of groups that have rows are r
 single token is decoded. With 32 matrices of 512 x 512 on 2 cores, `ragged_dot` takes 24 ms for 8 rows and 290 ms for
 1,024, the tiles 0.6 ms and 17 ms. Matrices gathered for each row are as fast at 8 rows and 13 times slower at 64.
 
-TPUs take the tiles where there are few rows, as when tokens are decoded. Their `ragged_dot` skips blocks of rows that
+TPUs take the tiles where there are few rows, as when tokens are decoded (64 streams of DeepSeek-V2-Lite: 2.2 times the
+bytes that a step must read, for 3.0; benchmarks.models.experts_on_tpu). Their `ragged_dot` skips blocks of rows that
 are not a group's, but reads the matrix of every group, rows or none (the compiled schedule walks all groups). And it
 wants `D` and `F` next to each other in memory: gate and up projections, `[X, D, 2, F]`, are copied for it, all experts'
 at each call. A tile's one matrix is read into fast memory and turned there.
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.partial import accumulator
 from streamjax.models.quantisation import QuantisedWeight
 
-_FEW = 4  # rows a group on the mean: up to here TPUs read matrices one by one
+_FEW = 16  # rows a group on the mean: up to here TPUs read matrices one by one, each once
 _LEAST, _MOST = 8, 64  # rows of a tile: fewer cost more steps, more are read for nothing where groups are small
 _ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # w transposed
 _GROUPS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
