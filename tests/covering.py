@@ -30,20 +30,35 @@ def _key(value: Any) -> Hashable:
 
 
 def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
-    """Of every test with `@pytest.mark.covering`, leave the cases that its parameters' values need to the ordinary run.
+    """Leave to the ordinary run the cases that marks of their tests choose; the others are slow.
 
-    The others are slow; cases that were slow already do not count.
+    `covering` takes what its parameters' values need, of cases that are not slow already; `usual` takes those whose ids
+    it names, and `weekly` all but those.
+
+    Raises:
+      pytest.UsageError: where a mark names a case that its test does not have.
     """
     by_function: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
+        if any(item.get_closest_marker(name) for name in ("covering", "usual", "weekly")):
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for cases in by_function.values():
-        names = cases[0].get_closest_marker("covering").args
-        kept = covering_cases([item.callspec.params for item in cases], names)
-        for index, item in enumerate(cases):
-            if index not in kept:
-                item.add_marker(pytest.mark.slow)
+    for name, cases in by_function.items():
+        for index in _slow_of(name, cases):
+            cases[index].add_marker(pytest.mark.slow)
+
+
+def _slow_of(name: str, cases: Sequence[pytest.Item]) -> set[int]:
+    """Indices of the cases of one test that its mark leaves to the weekly run."""
+    if mark := cases[0].get_closest_marker("covering"):
+        rest = [index for index, item in enumerate(cases) if not item.get_closest_marker("slow")]
+        kept = covering_cases([cases[index].callspec.params for index in rest], mark.args)
+        return {index for place, index in enumerate(rest) if place not in kept}
+    usual, weekly = (cases[0].get_closest_marker(kind) for kind in ("usual", "weekly"))
+    named, ids = (usual or weekly).args, [item.callspec.id for item in cases]
+    only_some = any("[" in argument for argument in cases[0].config.args)  # the command line names single cases
+    if not only_some and (unknown := set(named) - set(ids)):
+        raise pytest.UsageError(f"{name} has no cases {sorted(unknown)}: it has {ids}")
+    return {index for index, found in enumerate(ids) if (found in named) != bool(usual)}
 
 
 def rest_slow(values: Iterable[Any], *kept: Any) -> list[Any]:

@@ -1,10 +1,11 @@
 """The ordinary run meets every value of every parameter."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
-from tests.covering import covering_cases, on_each
+from tests.covering import covering_cases, mark_the_rest_slow, on_each
 
 CASES = [
     {"order": order, "stacked": stacked, "bits": bits}
@@ -42,3 +43,32 @@ def test_every_case_is_met_on_some_backend():
     for weekly in ({"a": ["three"]}, {"a": ["one"], "b": ["one"]}):
         with pytest.raises(ValueError, match="is met nowhere"):
             on_each(["a", "b"], cases, weekly=weekly)
+
+
+class Case:
+    """What is asked of a collected case: its marks, its id, and the command line."""
+
+    def __init__(self, id: str, mark: pytest.Mark, *arguments: str):
+        self.nodeid, self.marks = f"tests/test_a.py::test_a[{id}]", {mark.name: mark}
+        self.callspec, self.config = SimpleNamespace(id=id), SimpleNamespace(args=arguments)
+
+    def get_closest_marker(self, name):
+        return self.marks.get(name)
+
+    def add_marker(self, mark):
+        self.marks[mark.name] = mark
+
+
+@pytest.mark.parametrize(("kind", "slow"), [(pytest.mark.usual, ["b", "c"]), (pytest.mark.weekly, ["a"])])
+def test_cases_are_chosen_by_their_ids(kind, slow):
+    cases = [Case(id, kind("a").mark) for id in "abc"]
+    mark_the_rest_slow(cases)
+    assert [case.callspec.id for case in cases if "slow" in case.marks] == slow
+
+
+def test_a_case_that_is_named_and_not_there_is_refused():
+    with pytest.raises(pytest.UsageError, match=r"test_a has no cases \['d'\]: it has \['a', 'b'\]"):
+        mark_the_rest_slow([Case(id, pytest.mark.usual("a", "d").mark) for id in "ab"])
+    alone = [Case("b", pytest.mark.usual("a").mark, "tests/test_a.py::test_a[b]")]
+    mark_the_rest_slow(alone)
+    assert "slow" in alone[0].marks

@@ -6,8 +6,10 @@ inside of functions count too: they are arrows all the same. Imports for type ch
 """
 
 import ast
+import re
 from collections import defaultdict
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -123,18 +125,23 @@ def floor(module: str) -> int:
     return -max(fits)[1]
 
 
-def arrows(files: dict[str, Path]) -> dict[str, set[str]]:
-    return {name: imported(path.read_text(encoding="utf-8"), set(files)) - {name} for name, path in files.items()}
+@cache
+def arrows(*folders: str, among: tuple[str, ...] = ()) -> dict[str, set[str]]:
+    """What each module of these folders imports of them, and of those that it is `among`."""
+    known = set(modules(*folders, *among))
+    return {
+        name: imported(path.read_text(encoding="utf-8"), known) - {name} for name, path in modules(*folders).items()
+    }
 
 
 def test_imports_run_downwards():
-    graph = arrows(modules("pallas_kernels", "streamjax"))
+    graph = arrows("pallas_kernels", "streamjax")
     up = [f"{a} imports {b}" for a, targets in graph.items() for b in sorted(targets) if floor(b) > floor(a)]
     assert not up
 
 
 def test_no_module_imports_itself_through_others():
-    graph = arrows(modules("pallas_kernels", "streamjax"))
+    graph = arrows("pallas_kernels", "streamjax")
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -149,14 +156,19 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_library_knows_no_entry_and_no_benchmark():
-    files = modules("pallas_kernels", "streamjax", "benchmarks", "infer", "train", "configs", "tests")
-    for name, targets in arrows(files).items():
+    graph = arrows("pallas_kernels", "streamjax", "infer", "train", among=("benchmarks", "configs", "tests"))
+    for name, targets in graph.items():
         if name.split(".")[0] in ("pallas_kernels", "streamjax"):
             assert not {target for target in targets if target.split(".")[0] not in ("pallas_kernels", "streamjax")}, (
                 name
             )
         if name.split(".")[0] in ("infer", "train"):
             assert all(target.startswith("streamjax") for target in targets), name
+
+
+def test_imports_are_absolute():
+    for name, path in modules("benchmarks", "infer", "train", "configs", "tests").items():
+        assert not re.search(r"^ *from \.", path.read_text(encoding="utf-8"), re.MULTILINE), name
 
 
 def test_every_room_is_there():

@@ -60,6 +60,7 @@ def test_logs_its_choice_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["attention over long sequences: xla, on cpu"]
 
 
+@pytest.mark.slow
 def test_a_model_with_kernels_gives_the_same_loss_and_gradient(on_tpu, monkeypatch):
     model = sj.Decoder(CONFIG, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (1, 300)), jnp.int32)

@@ -45,6 +45,7 @@ def error(name, dtype=jnp.float32):
     return part.errors(MODEL, name, "triton", dtype, length=LENGTHS[part], interpret=True)
 
 
+@pytest.mark.weekly("decode-int4", "scores")
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", rest_slow(PARTS, "local", "decode-int8", "decode-int4", "paged", "scores"))
 def test_the_kernels_are_right(name):

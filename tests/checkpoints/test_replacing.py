@@ -70,6 +70,7 @@ def kill_at(monkeypatch):
     return arm
 
 
+@pytest.mark.usual("save_hf-True")
 @pytest.mark.parametrize(
     ("save", "exchange"),
     [

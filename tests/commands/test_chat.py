@@ -109,6 +109,7 @@ def test_commands(command, tmp_path):
     assert out.endswith(f"saved at token 0 in {tmp_path}/c\n")
 
 
+@pytest.mark.slow
 def test_compact_goes_on_with_what_matters_to_the_next_turn(command, model_folder):
     """The library's own calls, in the same order, say the same."""
     compact = "/compact snapkv:window=8,size=8,every=8 who are you"

@@ -53,6 +53,7 @@ def test_the_second_part(command, model_folder, monkeypatch, tmp_path):
     assert len(second.rpartition("and says:\n")[2]) > 20
 
 
+@pytest.mark.slow
 def test_time_is_shared_so_that_every_run_has_some(command, model_folder, tmp_path):
     outcome = command(
         demo,
@@ -102,6 +103,7 @@ def test_a_wrong_second_model_is_told_before_the_first_part(command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usual("1")
 @pytest.mark.parametrize("part", [1, 2])
 def test_ctrl_c_shows_what_was_measured(command, model_folder, monkeypatch, tmp_path, part):
     seen = []

@@ -40,6 +40,7 @@ def test_stream_and_perplexity_read_a_text(command, model_file, text_file, tmp_p
     assert outcome.status == 0, outcome.err
 
 
+@pytest.mark.slow
 def test_recall_asks_for_facts(command, model_file):
     options = ["--task=passkey", "--lengths=300", "--depths=1", "--samples=1", "--cache=window:window=40"]
     outcome = command(recall, *options, model=model_file)

@@ -42,6 +42,7 @@ def test_room_for_answers_is_no_budget_for_contexts(model_folder, spec):
     assert kept[0] < kept[1] <= 8 * kept[0]  # 4 bits for 32, and scales
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_one_that_was_not(command, model_folder, long_text, tmp_path, monkeypatch):
     whole = command(leaderboard, *RUN, f"--text={long_text}", f"--json={tmp_path}/a.json", f"--png={tmp_path}/a.png")
     assert whole.status == 0, whole.err

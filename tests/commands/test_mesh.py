@@ -45,6 +45,7 @@ def two_heads(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_split_stream_costs_what_a_whole_one_costs_and_goes_on_whole(
     command, two_heads, text_file, tmp_path, sessions
 ):

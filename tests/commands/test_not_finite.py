@@ -17,6 +17,7 @@ def damaged_folder(model_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usual("stream", "chat")
 @pytest.mark.parametrize("name", ["stream", "chat", "perplexity", "recall", "demo"])
 def test_a_nan_in_the_weights_is_told_in_one_line(command, damaged_folder, text_file, tmp_path, name):
     out = tmp_path / "out"

@@ -44,6 +44,7 @@ def errors(err):
 ALIKE = ("no output", "full errors", "gone", "help")  # what they say is much as in the other cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [ALIKE, pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_standard_streams_may_be_closed_full_or_gone(model_folder, text_file, tmp_path, left_out):
     model, text = f"--model={model_folder}", f"--input={text_file}"

@@ -62,6 +62,7 @@ def test_documents_without_tokens_end_in_a_line(tmp_path, words, packing, epochs
     refused(lambda: list(make_eval_batches(config, 2)), source, "'validation' becomes no tokens")
 
 
+@pytest.mark.usual("pack")
 @pytest.mark.parametrize("packing", ["concat", "pack"])
 def test_documents_without_tokens_are_passed_over(tmp_path, words, packing):
     """One document of thirty has tokens; wherever it falls in an epoch, it is the only one that is read."""

@@ -58,6 +58,7 @@ def test_every_row_is_one_stream_of_whole_documents(config: DataConfig) -> None:
     assert sorted(streams[0][: shares[0]]) != sorted(streams[0][shares[0] : 2 * shares[0]])  # dealt out anew
 
 
+@pytest.mark.usual("{}", "{'prefetch': 0, 'shuffle_seed': None}")
 @pytest.mark.parametrize("values", [{}, {"prefetch": 0, "shuffle_seed": None}, {"num_workers": 1}], ids=str)
 def test_resuming_continues_every_stream(config: DataConfig, values: dict[str, Any]) -> None:
     config = dataclasses.replace(config, **values)

@@ -55,6 +55,7 @@ CACHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["h2o", *(pytest.param(name, marks=pytest.mark.slow) for name in CACHES if name != "h2o")]
 )

@@ -82,7 +82,7 @@ def run(command, module, arguments, **options):  # noqa: F811
     return outcome
 
 
-@draws(16)
+@draws(8)
 @pytest.mark.parametrize("module", FLAGS)
 def test_drawn_flags_end_in_one_line(command, module, tmp_path, monkeypatch, draws):  # noqa: F811
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def test_drawn_flags_end_in_one_line(command, module, tmp_path, monkeypatch, dra
     assert failed > draws / 4
 
 
-@draws(16)
+@draws(8)
 @pytest.mark.parametrize("module", FLAGS)
 def test_drawn_words_end_in_one_line(command, module, tmp_path, monkeypatch, draws):  # noqa: F811
     """No flags at all, flags of no command, models that are none, and files of flags."""

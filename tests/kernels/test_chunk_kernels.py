@@ -76,6 +76,7 @@ def check(backend, pattern, queries, offset, *, rows=1, row=0, dtype="float32", 
         assert np.max(np.abs(mine - right)) < coarse * max(np.max(np.abs(right)), 1.0), name
 
 
+@pytest.mark.weekly("sinks-tpu", "window-tpu", "bf16-tpu", "first-chunk-of-a-row-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("pattern", "queries", "offset", "options"),
@@ -92,6 +93,7 @@ def test_matches_float64(backend, pattern, queries, offset, options):
     check(backend, pattern, queries, offset, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", rest_slow(BACKENDS, "triton"))
 @settings(max_examples=3)
 @given(data=st.data())

@@ -45,6 +45,7 @@ def check(backend, counts, slots, bits, group, *, first=None, width=128, queries
     assert_near(found, expected, dtype)
 
 
+@pytest.mark.weekly("int4-tpu", "one-bit-tpu", "bf16-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",
@@ -74,6 +75,7 @@ def test_what_has_a_least_and_a_step_may_be_other(backend, along):
 PAGES = [[[3, 0, 7, -1], [5, -1, -1, -1]], [[-1, -1, -1, -1], [1, 2, 4, 6]]]
 
 
+@pytest.mark.weekly("int4-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",

@@ -62,6 +62,7 @@ def check(backend, counts, slots, *, bits=None, splits=None, block=128, dtype="f
     assert_near(found, expected, dtype)
 
 
+@pytest.mark.weekly("int4-tpu", "bf16-tpu", "int8-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",
@@ -92,6 +93,7 @@ def test_widths_that_are_padded_on_a_gpu(more):
     check("triton", (300,), 301, **{"block": None} | more)
 
 
+@pytest.mark.usual("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=3)
 @given(data=st.data())

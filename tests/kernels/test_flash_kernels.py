@@ -123,7 +123,7 @@ def check(
                 marks=pytest.mark.slow,
             ),
         ],
-        weekly={"tpu": ("itself-only", "traced-offset")},
+        weekly={"tpu": ("itself-only", "traced-offset", "full", "some-see-nothing")},
     ),
 )
 def test_matches_float64(pattern, queries, keys, options, implementation):

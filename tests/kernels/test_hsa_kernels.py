@@ -97,6 +97,7 @@ def test_matches_float64(queries, pages, most, options, implementation):
     check(queries, pages, most, block=16, **options, implementation=implementation)
 
 
+@pytest.mark.slow
 @settings(max_examples=2)
 @given(data=st.data())
 def test_drawn(data):

@@ -34,6 +34,7 @@ def calls(*case):
     return {name: kernel["count"] for name, kernel in found["kernels"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -49,7 +50,7 @@ def test_tpus_take_the_kernels(case):
 
 
 @pytest.mark.skipif(not aot.available(), reason="no compiler for TPUs: `make test` installs it")
-@pytest.mark.parametrize("case", rest_slow(DECODING, *DECODING[-2:]), ids="-".join)
+@pytest.mark.parametrize("case", rest_slow(DECODING, DECODING[-1]), ids="-".join)
 def test_a_tpu_takes_the_decoding_kernel(case):
     model, name, kernel = case
     assert calls("v5e", model, name, 8192) == {kernel: 1}
@@ -89,7 +90,7 @@ def test_an_h100_takes_the_hopper_kernel(pattern):
 
 
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
-@pytest.mark.parametrize("case", rest_slow(DECODING, *DECODING[-2:]), ids="-".join)
+@pytest.mark.parametrize("case", rest_slow(DECODING, DECODING[-1]), ids="-".join)
 def test_an_h100_takes_the_decoding_kernels(case):
     model, name, kernel = case
     assert calls("h100", model, name.replace("int8", "int4"), 8192) == {kernel: 1}

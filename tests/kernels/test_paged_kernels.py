@@ -54,6 +54,7 @@ def check(backend, counts, pages, named, *, size=16, first=None, block=None, dty
     assert_near(found, expected, dtype)
 
 
+@pytest.mark.weekly("bf16-tpu", "one-page-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",
@@ -70,6 +71,7 @@ def test_matches_float64(backend, arguments):
     check(backend, counts, pages, named, **(more[0] if more else {}))
 
 
+@pytest.mark.usual("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=3)
 @given(data=st.data())

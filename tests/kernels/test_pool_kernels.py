@@ -37,6 +37,7 @@ def check(backend, counts, width, *, size=16, queries=1, heads=4, kv_heads=2, ch
     assert_near(run(q, k, v, jnp.asarray(table), count), expected, dtype)
 
 
+@pytest.mark.weekly("bf16-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",

@@ -46,6 +46,7 @@ def check(backend, pages, queries, *, block=None, dtype="float32", **drawn):
         assert worst < TOLERANCE[dtype] * np.max(np.abs(expected[held]))
 
 
+@pytest.mark.weekly("bf16-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("pages", "queries", "options"),
@@ -60,6 +61,7 @@ def test_matches_float64(backend, pages, queries, options):
     check(backend, pages, queries, **options)
 
 
+@pytest.mark.usual("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=3)
 @given(data=st.data())

@@ -63,6 +63,7 @@ def check(
         assert grown is None
 
 
+@pytest.mark.usual("nothing-divides", "columns-capped", "sums-in-bf16")
 @pytest.mark.parametrize(
     ("tokens", "vocabulary", "options"),
     [

@@ -73,6 +73,7 @@ def test_one_token_at_a_time(name):
     np.testing.assert_array_equal(distances(cascade(name), TOTAL, [1]), expected(name))
 
 
+@pytest.mark.usual("sink window window", "sink window full", "window window", "fused", "sink full")
 @pytest.mark.parametrize("name", [*CASCADES, "fused"])
 @settings(max_examples=12)
 @given(counts=st.lists(st.integers(0, WIDTH), min_size=1, max_size=8).filter(any))

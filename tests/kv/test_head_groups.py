@@ -52,6 +52,7 @@ def test_what_ends_first_ends_the_layer():
     assert HeadGroups(((0, 1), near), ((), far)) == HeadGroups(((0, 1), near))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config"),
     [

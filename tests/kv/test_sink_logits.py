@@ -49,6 +49,7 @@ def test_a_cascade_is_a_softmax_with_one_more_logit(sinks, window, alibi, softca
     assert np.abs(wrong - expected).max() > 1e-4
 
 
+@pytest.mark.usual("counts1")
 @pytest.mark.parametrize("counts", [[1], [5]])
 def test_noted_attention_leaves_the_sinks_share_out(counts):
     """What a window notes for the pages behind it: of each token the sum over queries of what they gave it."""

@@ -247,7 +247,7 @@ def config_of(name):
     return read_config({**CASES[name], **changes, "model_type": name.replace("gemma3", "gemma3_text")})
 
 
-@pytest.mark.covering
+@pytest.mark.usual("gpt_oss-int4", "llama-int8")
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3"])
 def test_a_quantised_model_is_its_dequantised_one_whole_and_streamed(name, weights):
@@ -281,6 +281,7 @@ def test_codes_and_scales_lie_on_a_mesh_as_the_weight_does(weights):
     np.testing.assert_allclose(found, sj.forward(model, tokens), atol=1e-4)
 
 
+@pytest.mark.usual("int4")
 @pytest.mark.parametrize("weights", KINDS)
 def test_decoding_holds_no_dequantised_weight(weights):
     config = CONFIG.replace(d_model=256, mlp_dim=2048, num_layers=1, vocab_size=8192)

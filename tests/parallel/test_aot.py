@@ -50,6 +50,7 @@ def _expected_layer(tensor: int) -> float:
     return 2 * (d * (heads + 2 * kv) * width + heads * width * d + 3 * d * mlp) / tensor + 2 * 2 * d
 
 
+@pytest.mark.slow
 def test_decode_holds_weights_and_caches_and_nothing_else(tmp_path):
     decode = _bytes_on_one_chip("decode-8", tmp_path)
     ends = 2 * 2 * 128256 * 4096 / 8

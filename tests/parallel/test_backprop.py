@@ -43,7 +43,7 @@ def compiled(mesh, model, batch, order):
         return jax.jit(step).lower(*args).compile(), args
 
 
-@pytest.mark.covering("mesh", "order")
+@pytest.mark.usual("data2-fsdp2-tensor2-segments-True", "fsdp8-layer-True")
 @pytest.mark.parametrize("stacked", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("mesh", "order"), [("data8", "chunk"), ("fsdp8", "layer"), *[("data2-fsdp2-tensor2", name) for name in ORDERS]]
@@ -52,6 +52,7 @@ def test_the_gradient_is_that_of_one_device(batch, mesh, order, stacked):
     compare(small_model(stacked), batch, mesh, order)
 
 
+@pytest.mark.slow
 def test_norms_over_all_heads(batch):
     """The heads of a norm lie on several devices, and so does what it is over."""
     norms = {"qk_norm_over": "projection", "pre_norms": False, "post_norms": True}
@@ -86,6 +87,7 @@ def collectives_in_loops(text: str) -> set[str]:
     return found
 
 
+@pytest.mark.usual("fsdp8-layer", "data8-chunk")
 @pytest.mark.parametrize(
     ("mesh", "order"),
     [

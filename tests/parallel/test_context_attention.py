@@ -60,6 +60,7 @@ def compare(axes, pattern, kind, extras, **options):
 CONTEXT4 = {"context": 4, "tensor": 2}
 
 
+@pytest.mark.usual("axes0-ring-many-True", "axes1-gather-many-True")
 @pytest.mark.parametrize(
     ("axes", "exchange", "kind", "extras"),
     [

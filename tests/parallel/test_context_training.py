@@ -57,6 +57,7 @@ def expected(names, packed):
 ALL, LOCAL, RECURRENT = tuple(MIXERS)[:7], ("sinks", "chunk", "alibi", "nope"), ("delta", "ssd")
 
 
+@pytest.mark.usual("axes0-names0-True-full-options0", "axes1-names1-False-remat-options1")
 @pytest.mark.parametrize(
     ("axes", "names", "packed", "method", "options"),
     [

@@ -76,6 +76,7 @@ def small_pieces(monkeypatch):
         monkeypatch.setattr(expert_parallel, name, value)
 
 
+@pytest.mark.usual("data2-expert2-tensor2-plain-chunk")
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize(("axes", "name", "order"), CASES)
 def test_the_gradient_is_that_of_one_device(axes, name, order):

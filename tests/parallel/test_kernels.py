@@ -44,6 +44,7 @@ def drawn(*shape, seed=0):
 
 
 # Query and key heads: split, fewer key heads than devices, and a number of them that no split suits.
+@pytest.mark.usual("axes3-4-2-share3")
 @pytest.mark.parametrize(
     ("axes", "heads", "kv_heads", "share"),
     [
@@ -69,6 +70,7 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
         np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usual("data2-fsdp2-tensor2-quest")
 @pytest.mark.parametrize(
     ("name", "cache"),
     [

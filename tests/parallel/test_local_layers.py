@@ -24,6 +24,7 @@ def numbers(model, tokens, batch, gradient):
     return sj.forward(model, tokens), np.concatenate(logits, axis=1), grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", rest_slow([False, True], False))
 @pytest.mark.parametrize("case", rest_slow(["llama4", "gemma4-experts", "qwen3_next"], "llama4"))
 def test_a_mesh_changes_nothing(case, gradient):

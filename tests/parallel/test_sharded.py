@@ -133,6 +133,7 @@ def _trained_unsharded():
     return _train(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data2-fsdp2-tensor2", pytest.param("data2-tensor4", marks=pytest.mark.slow)])
 def test_train_step(mesh):
     expected, expected_losses = _trained_unsharded()

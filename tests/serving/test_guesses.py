@@ -65,6 +65,7 @@ def plain(index: int, cache=CACHE) -> list[int]:
     return tokens(served(engine(cache=cache), MIXED[index])[0])
 
 
+@pytest.mark.usual("pool")
 @pytest.mark.parametrize("cache", [CACHE, DENSE], ids=["rings", "pool"])
 def test_tokens_are_those_without_guesses(monkeypatch, cache):
     """Greedy, sampled, filtered, penalised, biased; each row right about another number of tokens."""

@@ -70,6 +70,7 @@ def test_a_chunk_is_placed_by_what_the_text_did_to_anchors(model):
     np.testing.assert_allclose(placed.layers[1][0].k[:, :, :FRONT], exact[0].layers[1][0].k[:, :, :FRONT], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_is_an_anchor_is_what_reading_gives(model):
     """At a temperature near 0; the stream goes on as one that has read it all."""
     front, chunk = text(50, FRONT), text(1)

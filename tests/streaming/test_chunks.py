@@ -37,6 +37,7 @@ def local():
     return model, cache, tokens, logits
 
 
+@pytest.mark.usual("7")
 @pytest.mark.parametrize("cut", [[7] * 82 + [1, 1], [64], [512, 64]], ids=["7", "64", "512"])
 def test_fixed_widths(mixed, cut):
     """From chunks inside the sinks to chunks that are longer than every window."""

@@ -46,6 +46,7 @@ def test_compaction_takes_tokens_out_of_codes_and_into_them(model, nats):
     np.testing.assert_array_equal(back.layers[0][0].k[:, :, :40], held.k[:, :, :40])
 
 
+@pytest.mark.usual("axes1")
 @pytest.mark.parametrize("axes", [{"data": 2}, {"tensor": 2}])
 def test_on_a_mesh_a_stream_is_the_same(model, nats, axes):
     mesh = make_mesh(**axes, devices=jax.devices()[:2])

@@ -174,6 +174,7 @@ ASKED |= dict.fromkeys(("expected_attention", "qfilters"), slice(None))
 STREAMED = ("lagkv_behind_sinks", "snapkv", "tova")  # streams under the others' caches: tests/kv/tiers/test_scored.py
 
 
+@pytest.mark.usual("lagkv", "snapkv", "curdkv", "expected_attention", "qfilters", "kvzip")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "windowkv" else name for name in CASES]
 )
@@ -213,6 +214,7 @@ MERGES = {
 }
 
 
+@pytest.mark.usual("d2o", "kvmerger")
 @pytest.mark.parametrize("name", MERGES)
 def test_what_does_not_stay_is_merged(prompt, name):
     """One choice of a whole prompt: keys and values of every head, against the rule on plain lists."""
@@ -244,6 +246,7 @@ KEPT = [
 ]
 
 
+@pytest.mark.usual("fused", "scored")
 @pytest.mark.parametrize(
     "cache",
     [*KEPT[:3], pytest.param(KEPT[3], marks=pytest.mark.slow)],

@@ -16,6 +16,7 @@ def kept(state, layer, row, head) -> np.ndarray:
     return np.asarray(slots.position)[row, own][np.asarray(slots.valid)[row, own]]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_repeated_in_chunks_chooses_as_kvzip_does(prompt):  # noqa: F811
     """Each chunk is read behind the prompt by itself: the shares are those of a forward pass over both."""
     model, tokens, state, _ = prompt

@@ -32,6 +32,7 @@ def test_a_prompt_loses_channels_by_its_last_queries(prompt):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_a_prompt_takes_the_directions_that_fit_all_of_it(prompt):
     """Keys before rotation and values of every layer, over all heads, against numpy's singular values."""
     model, _, state, found = prompt

@@ -12,6 +12,7 @@ KNORM = sj.kv.Cascade(sj.kv.Window(4), sj.kv.Scored(8, sj.kv.KNorm(), every=4))
 GROUPS = sj.kv.HeadGroups(((1,), FULL), ((0,), NEAR))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [

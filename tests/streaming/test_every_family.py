@@ -33,6 +33,7 @@ SIZES = {
 }
 
 
+@pytest.mark.usual("lserve-falcon-7b", "inf_llm-gemma3", "razor_attention-phi3", "hip-mpt")
 @pytest.mark.parametrize(
     ("name", "case"),
     [

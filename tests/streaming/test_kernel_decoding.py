@@ -28,7 +28,8 @@ CACHES = {
     "pages in codes": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2, codec=sj.kv.Int(8, group=8))),
 }
 ONE_LAYER = GQA.replace(num_layers=1)
-REPEATED = "wrapped windows"  # rings that wrap, as those behind sinks and in codes do
+# Rings that wrap, as those behind sinks and in codes do, and pages, as those in codes.
+REPEATED = ("wrapped windows", "pages at a distance")
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def logits(config, cache, implementation, rows=2, length=27):
 @pytest.mark.parametrize(
     ("kernels", "name", "config"),
     [
-        *[("triton", name, ONE_LAYER) for name in CACHES if name not in ("full", "pages", "pages in codes", REPEATED)],
-        pytest.param("triton", REPEATED, ONE_LAYER, marks=pytest.mark.slow),
+        *[("triton", name, ONE_LAYER) for name in CACHES if name not in ("full", "pages", "pages in codes", *REPEATED)],
+        *[pytest.param("triton", name, ONE_LAYER, marks=pytest.mark.slow) for name in REPEATED],
         ("tpu", "full", LOCAL),  # a layer with a window of its own, and soft caps
         ("tpu", "pages in codes", ONE_LAYER),
         pytest.param("tpu", "pages", ONE_LAYER, marks=pytest.mark.slow),

@@ -68,6 +68,7 @@ def test_gradients_by_keys_and_values_are_those_of_their_biases():
     assert weighted.tokens == 32
 
 
+@pytest.mark.slow
 def test_a_stream_in_entries_is_near_one_without(model, file):
     """Keys are coded before rotation and turned when they are read, when they fall and when they are laid out anew."""
     tokens = TEXT[:2, :40]

@@ -30,6 +30,7 @@ QUICK = {
 }
 
 
+@pytest.mark.usual("falcon-alibi-retro_infer", "gemma2-dhsa", "mpt-quest", "gemma2-sentence_kv")
 @pytest.mark.parametrize(
     ("case", "name"),
     [
@@ -78,6 +79,7 @@ def held(state: sj.StreamState, row: int) -> list:
     return [np.asarray(count(layer[-1]))[row].tolist() for layer in state.layers]
 
 
+@pytest.mark.usual("content")
 @pytest.mark.parametrize("name", rest_slow(FEW_READ, "quest", "content"))
 def test_rows_of_a_batch_are_streams_of_their_own(name):
     """Each row stops where it likes, so pages end and segments fill at different times.
@@ -142,6 +144,7 @@ def test_pages_end_where_the_sentences_of_a_text_do():
     assert held(state, 0) == [[[len("One."), len(" Two thr"), len("ee?"), 1, len("Four!"), len(" f"), 0, 0]]]
 
 
+@pytest.mark.usual("content")
 @pytest.mark.parametrize("name", rest_slow(FEW_READ, "quest", "content"))
 def test_a_saved_stream_goes_on(tmp_path, name):
     """With the programs of the rows above."""

@@ -26,6 +26,7 @@ def test_init_state_starts_where_it_is_told():
         assert state.seen.tolist() == [0, 0]
 
 
+@pytest.mark.usual("8", "alibi")
 @pytest.mark.parametrize(("config", "cut"), [(GQA, [1]), (GQA, [8]), (ALIBI, [8])], ids=["1", "8", "alibi"])
 def test_a_stream_is_the_same_wherever_it_starts(config, cut):
     """One row for each start, through every kind of cache, from the first token on."""

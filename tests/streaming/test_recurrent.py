@@ -42,6 +42,7 @@ def model():
     return scaled(HYBRID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(64,), pytest.param((1, 7, 512), marks=pytest.mark.slow)])
 def test_any_cut_gives_the_same(model, sizes):
     """The nats of each token are those of the whole sequence at once."""
@@ -68,6 +69,7 @@ def test_a_million_tokens_stay_finite_and_flat(model):
     np.testing.assert_allclose(nats, nats[0], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_rows_of_different_lengths(model):
     """A row without new tokens keeps its state bit for bit; the others have that of streams of their own."""
     tokens, count = random_tokens(3, 14) % VOCAB, np.array([7, 0, 3])
@@ -111,6 +113,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(model, tmp_path):
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.usual("None")
 @pytest.mark.parametrize("count", [None, 1, pytest.param(5, marks=pytest.mark.slow)])
 def test_compact_leaves_the_state_as_it_is(count):
     """With a question that comes next: attention above a recurrent layer sees what reading it would have made."""

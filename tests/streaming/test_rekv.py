@@ -23,6 +23,7 @@ def write(folder, model, tokens, window=64, **options):
     return PageFiles(folder)
 
 
+@pytest.mark.usual("gqa-room-in-the-last-page")
 @pytest.mark.parametrize(
     ("config", "length"),
     [

@@ -97,6 +97,7 @@ def test_chunks_that_are_read_again_see_those_in_front(model):
         assert set(np.flatnonzero(changed[first:last])) == set(np.argsort(-difference[first:last])[:count])
 
 
+@pytest.mark.slow
 def test_one_chunk_side_by_side_with_nothing_is_a_stream(model):
     """Its attention as it is; a second chunk, a temperature and a scale change what comes."""
     prefix, part, question = (random_tokens(1, n, seed=n) for n in (3, 9, 6))

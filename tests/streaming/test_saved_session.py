@@ -105,6 +105,7 @@ def test_what_is_saved_is_plain_data(model, tmp_path):
     assert about["sampler"]["temperature"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", rest_slow([0.0, 1.2], 1.2))
 def test_four_calls_with_a_penalty_draw_what_one_draws(model, tmp_path, temperature):
     """The penalty meets all that the stream has read: in earlier calls, by `read`, and before it was saved."""

@@ -19,6 +19,7 @@ def test_with_everything_behind_it_a_stream_is_dense():
     np.testing.assert_allclose(logits[0], sj.forward(model, tokens)[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stream_is_saved_and_goes_on(tmp_path):
     """In the middle of a block, to the bit."""
     model, tokens = build(GQA), random_tokens(2, 30)

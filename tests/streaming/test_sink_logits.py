@@ -64,6 +64,7 @@ def test_caches_that_read_everything(tmp_path, mixed, name):
     np.testing.assert_allclose(found[0], expected(oracle.DENSE), atol=1e-4, rtol=0)
 
 
+@pytest.mark.usual("streaming_llm", "window")
 @pytest.mark.parametrize("name", [*DROPS])
 def test_caches_that_drop(mixed, name):
     model, tokens, expected = mixed
@@ -84,6 +85,7 @@ def test_the_comparison_would_notice(mixed):
     assert all(np.abs(other - expected(oracle.DENSE)).max() > 1e-2 for other in found)
 
 
+@pytest.mark.slow
 def test_pages_on_disk(tmp_path):
     """A question behind every page of a stream is answered as by dense attention."""
     model, tokens = build(with_sink_logits(GQA)), random_tokens(1, 26)

@@ -25,6 +25,7 @@ def plain(cache):
     return sj.kv.Cascade(*tiers)
 
 
+@pytest.mark.usual("staircase-0.3", "fp8-0.3")
 @pytest.mark.parametrize(
     ("name", "most"),
     [("staircase", 0.3), ("pages", 0.05), pytest.param("scored", 0.05, marks=pytest.mark.slow), ("fp8", 0.3)],

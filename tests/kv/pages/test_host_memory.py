@@ -72,6 +72,7 @@ CACHES = {
 }
 
 
+@pytest.mark.usual("middle")
 @pytest.mark.parametrize("name", rest_slow(CACHES, "middle", "tree"))
 def test_streams_are_the_same(apart, name):
     """Rows stop where they like; all pages are written over twice."""

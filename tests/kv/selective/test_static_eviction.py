@@ -13,6 +13,7 @@ from tests.streaming.tiny_models import random_tokens, read_stream
 SINKS, WINDOW, SIZE, EVERY = 2, 3, 3, 5
 
 
+@pytest.mark.usual("score0-mass-True")
 @pytest.mark.parametrize(
     ("score", "rank", "together"), [(H2O(), oracle.mass, True), (KNorm(), oracle.short_keys, False)]
 )

@@ -112,6 +112,7 @@ def test_estimates_of_identical_tokens_are_exact():
     np.testing.assert_allclose(found.lse, everything.lse, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_estimates_come_from_below_and_help():
     """On clustered data, against leaving out the clusters that are not read: for every query, and by a wide margin."""
     stream, exact = gathered(1, 96, spread=0.5, seed=4), Full(96)

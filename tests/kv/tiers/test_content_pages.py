@@ -88,6 +88,7 @@ def test_a_stream_token_by_token(boundary, index, score, positions, distance):
         assert len(set(row.lengths())) > 1  # and lengths differ
 
 
+@pytest.mark.usual("keys")
 @pytest.mark.parametrize("boundary", ["keys", "ids, three at least"])
 @settings(max_examples=5)
 @given(
@@ -171,6 +172,7 @@ def test_a_page_ends_before_the_key_that_differs():
     assert held(near, store(near, keys)) == [[[0, 1, 2, 3, 4]]]
 
 
+@pytest.mark.slow
 def test_with_pages_of_one_length_it_is_pages():
     """Where no token ends a page: the choice and the sum are those of `Pages`, blocks and shared choices included."""
     stream, ids = wandering(seed=5)

@@ -75,6 +75,7 @@ def test_a_stream_token_by_token(name, positions, distance):
     np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
 
 
+@pytest.mark.usual("alibi")
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
 def test_pages_of_the_best_runs_compete(positions):
     """Of six pages in runs of two, or of four and two, the best run is chosen, and two pages in it."""
@@ -111,6 +112,7 @@ def test_attention_is_noted_whatever_the_chunks():
         np.testing.assert_allclose(score.sum(axis=2), 12.0, rtol=1e-5)
 
 
+@pytest.mark.usual("2-3-index0")
 @pytest.mark.parametrize(("size", "pages", "index"), [(2, 3, MinMax()), (5, 1, Mean())])
 @settings(max_examples=4)
 @given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), start=st.sampled_from([0, 2**32 - 20]))

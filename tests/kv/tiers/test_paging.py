@@ -55,6 +55,7 @@ def dense():
     return run(Cascade(Full(60)), stream, [40])[0]
 
 
+@pytest.mark.usual("pages", "content by ids", "clusters")
 @pytest.mark.parametrize("name", ALL_READ)
 @settings(max_examples=6)
 @given(
@@ -92,6 +93,7 @@ def dense_gradients():
     return gradients(Cascade(Full(12)), Stream.drawn(1, 12, seed=4), 6)
 
 
+@pytest.mark.usual("pages", "clusters")
 @pytest.mark.parametrize(
     "tier",
     [Pages(2, 12, 7), ContentPages(3, 36, 12, KeyChange(0.3, 2)), Clusters(6, 12, 8, size=3, most=2)],
@@ -117,7 +119,14 @@ FEW_OR_MANY = {
 }
 
 
-@pytest.mark.covering
+@pytest.mark.usual(
+    "none-clusters",
+    "none-blocks far away",
+    "rope-pages, all but one",
+    "none-tree",
+    "alibi-all pages",
+    "none-content by ids",
+)
 @pytest.mark.parametrize("name", FEW_OR_MANY)
 @pytest.mark.parametrize("positions", ["none", "rope", "alibi"])
 def test_what_is_read_at_once_is_what_would_be_chosen(name, positions):
@@ -148,6 +157,7 @@ READ_TOGETHER = {
 }
 
 
+@pytest.mark.usual("clusters", "in two levels")
 @pytest.mark.parametrize("name", rest_slow(READ_TOGETHER, "clusters", "one head list", "best keys", "in two levels"))
 def test_neighbours_that_read_together_read_what_each_would_read_alone(monkeypatch, name):
     """Unions of few queries in tiles of two pages, the last of which is moved back to fit; padding wants nothing."""
@@ -225,6 +235,7 @@ def poisoned(x):
     return jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+@pytest.mark.usual("pages", "tree", "content by keys", "clusters", "blocks far away")
 @pytest.mark.parametrize("name", FEW_OR_MANY)
 def test_empty_pages_are_not_read(name):
     """Keys and values of empty slots are NaN, which would show: 0 times NaN is NaN."""
@@ -260,6 +271,7 @@ SCORED_IN_TURN = {
 }
 
 
+@pytest.mark.usual("pages")
 @pytest.mark.parametrize("name", rest_slow(SCORED_IN_TURN, "pages", "content by keys"))
 def test_pages_that_are_scored_some_at_a_time_are_those_that_all_would_choose(monkeypatch, name):
     """From empty pages to where they have wrapped, with ALiBi; the way with a reverse mode scores all at once."""

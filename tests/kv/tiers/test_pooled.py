@@ -39,6 +39,7 @@ def kept(state) -> list:
     return [[sorted(position[b, 0][head].tolist()) for head in valid[b]] for b in range(len(valid))]
 
 
+@pytest.mark.usual("h2o")
 @pytest.mark.parametrize("name", [*list(CASES)[:3], pytest.param("lagkv", marks=pytest.mark.slow)])
 def test_a_stream_token_by_token(name):
     score, rank, floor, distance, positions = CASES[name]

@@ -57,7 +57,8 @@ SCORES = {
     "retaining": (Retaining(RetainingHeads.of(*NETWORK, "whose")), oracle.retained(*NETWORK)),
 }
 
-
+# What these keep of a whole prompt is held to published rules in tests/streaming/test_compact.py.
+OF_PROMPTS = ("lagkv", "expected attention", "cur", "kvzip", "qfilters")
 ONE_BY_ONE = ("h2o", "lagkv", "finch")  # in chunks of one; with the others one token lies in a chunk of six
 
 
@@ -88,7 +89,8 @@ def expected(rule, stream):
 @pytest.mark.parametrize(
     ("name", "positions", "distance", "together"),
     [
-        *((name, "rope", None, False) for name in SCORES if name != "snapkv, max"),
+        *((name, "rope", None, False) for name in SCORES if name != "snapkv, max" and name not in OF_PROMPTS),
+        *(pytest.param(name, "rope", None, False, marks=pytest.mark.slow) for name in OF_PROMPTS),
         pytest.param("snapkv, max", "rope", None, False, marks=pytest.mark.slow),
         ("h2o", "alibi", None, True),
         ("snapkv", "alibi", 5, False),
@@ -120,6 +122,7 @@ def test_a_stream_token_by_token(name, positions, distance, together):
         assert any(first != second for first, second in places)  # each head keeps tokens of its own
 
 
+@pytest.mark.usual("16")
 @pytest.mark.parametrize("every", [1, 16])
 def test_any_number_of_tokens_between_two_choices(every):
     stream = Stream.drawn(1, 40)
@@ -154,6 +157,7 @@ def test_what_loses_falls_on(positions, distance):
     assert len({tuple(head) for head in heads}) == KEY_HEADS
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_what_is_kept():
     stream = Stream.drawn(1, 24)
     for name, x in zip("qkv", gradients(cascade(H2O()), stream, 12), strict=True):

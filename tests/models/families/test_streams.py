@@ -12,10 +12,11 @@ LENGTH, SINKS, WINDOW = 24, 2, 6
 WIDTHS = [5, 1]  # chunks, and single tokens in between
 # The layouts of older families are those of the oracle's own tests (tests/streaming/test_oracle.py).
 OLDER = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "falcon", "mpt")
-# The layers of qwen3_next, mamba2, gpt_oss, deepseek_v3, gemma4 and olmo2.
+# The layers of qwen3_next, mamba2, gpt_oss, deepseek_v3 and gemma4.
 REPEATED = ("qwen3_5", "granitemoehybrid", "mixtral", "qwen3_moe", "deepseek_v2", "olmo3", "exaone4", "cohere2")
 REPEATED += ("granite", "ministral3", "glm4", "starcoder2", "smollm3", "lfm2_moe", "qwen3_5_moe", "olmo_hybrid")
-REPEATED += ("nemotron_h", "qwen2_moe", "rwkv7", "gla")  # the last two: tests/models/mixers/test_linear_mixers.py
+REPEATED += ("nemotron_h", "qwen2_moe", "falcon_h1", "kimi_linear", "olmo2")
+REPEATED += ("rwkv7", "gla")  # tests/models/mixers/test_linear_mixers.py
 SLOW = {"gemma4-experts", "gemma4-shared", *(case for case in CASES if case.split("-")[0] in OLDER + REPEATED)}
 NAMES = [
     pytest.param(case, marks=pytest.mark.slow if case in SLOW else ())

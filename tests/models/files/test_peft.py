@@ -79,6 +79,7 @@ def change_weights(model, folder):
     return model
 
 
+@pytest.mark.usual("llama-gqa-biases", "qwen2_moe-dense-no-biases")
 @pytest.mark.parametrize("case", rest_slow(FAMILIES, "llama-gqa-biases", "qwen2_moe-dense-no-biases", "phi3", "mpt"))
 def test_the_folder_means_the_same_to_transformers(case, tmp_path):
     torch_model = transformers_peers.peer(CASES[case]())

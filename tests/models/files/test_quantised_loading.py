@@ -153,6 +153,7 @@ print(json.dumps({"over": resident("VmHWM") - before, "weights": sum(leaf.nbytes
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of resident memory to be set back here")
 @pytest.mark.parametrize("save", [sj.save_hf])
 def test_memory_holds_the_quantised_weights_once(tmp_path, save):

@@ -88,6 +88,7 @@ def test_new_adapters_change_nothing(case):
     assert not ranks_of(model)
 
 
+@pytest.mark.usual("alibi", "gqa", "clipped")
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_merge_against_written_weights(case):
@@ -136,6 +137,7 @@ def test_a_stream_equals_the_forward_pass(case):
     np.testing.assert_allclose(logits, sj.forward(model, tokens), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -44,7 +44,7 @@ def batch():
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones((2, 24))}
 
 
-@pytest.mark.covering
+@pytest.mark.usual("layer-True-int8")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(
     ("method", "scan_layers"),
@@ -60,6 +60,7 @@ def test_gradients_are_those_of_the_whole_sequence(weights, method, scan_layers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, expected)
 
 
+@pytest.mark.usual("int4")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_the_gradient_is_that_over_the_dequantised_weights(weights):
     loss_and_grad, model = adapted(weights)
@@ -104,6 +105,7 @@ def test_adapters_are_not_merged_into_codes():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_over_codes(tmp_path):
     from streamjax.data import DataConfig
     from streamjax.training.run.config import LoRAConfig, TrainConfig

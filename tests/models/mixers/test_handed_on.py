@@ -65,6 +65,7 @@ def test_a_long_stretch_is_read_layer_by_layer():
     np.testing.assert_allclose(nats[0, 1:], expected, atol=1e-4)
 
 
+@pytest.mark.usual("chunk")
 @pytest.mark.parametrize("order", ["chunk", "layer"])
 def test_gives_the_gradient(order):
     """The cotangent of what is handed on goes down with the residual stream's."""

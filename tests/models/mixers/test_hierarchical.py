@@ -62,6 +62,7 @@ def tokens_of(rows, length, seed=0):
     return np.random.default_rng(seed).integers(0, 31, (rows, length)).astype(np.int32)
 
 
+@pytest.mark.usual("mixed")
 @pytest.mark.parametrize("name", rest_slow(CONFIGS, "mixed", "ramba"))
 @settings(max_examples=5, deadline=None)
 @given(cuts=st.lists(st.sampled_from([1, 9]), min_size=3, max_size=12))
@@ -78,6 +79,7 @@ def test_streaming_is_the_parallel_form(name, cuts):
     np.testing.assert_allclose(np.concatenate(found, 1), sj.forward(model, tokens)[:, :start], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_memory_matters_and_reaches_back():
     """A token far outside of the windows changes the logits; without the memory it does not."""
     model, tokens = model_of("shared"), tokens_of(1, 64)
@@ -103,6 +105,7 @@ def test_only_whole_chunks_before_a_token_are_seen():
     assert (change[16:] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", rest_slow([(61, 61), (64, 23), (5, 64)], (64, 23)))
 def test_a_long_stretch_passes_over_the_upper_layers(monkeypatch, lengths):
     """And ends in the same state, as far as anything may still see of it: what follows is the same."""
@@ -123,6 +126,7 @@ def test_a_long_stretch_passes_over_the_upper_layers(monkeypatch, lengths):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_are_streams_of_their_own():
     """Each row stops where it likes; padding fills no page."""
     model, tokens = model_of("shared"), tokens_of(3, 40)

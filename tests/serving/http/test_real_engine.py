@@ -136,6 +136,7 @@ class Process:
         return self.process.wait(PATIENCE)
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_behind_kill_9_and_behind_sigterm(tmp_path):
     config = BYTES.replace(eos_token_ids=(257,), max_position=32)
     sj.save_hf(sj.Decoder(config, jax.random.key(1)), tmp_path / "tiny")

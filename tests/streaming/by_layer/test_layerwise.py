@@ -30,6 +30,7 @@ def programs_for(model: sj.Decoder, state: sj.StreamState, width: int) -> int:
     return layer_over._cache_size()
 
 
+@pytest.mark.usual("config2-False-2", "config3-True-1")
 @pytest.mark.parametrize(
     ("config", "scan_layers", "kinds"),
     [
@@ -68,6 +69,7 @@ def test_layers_with_groups_of_equal_sizes_are_compiled_once(config):
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_more_layers_take_no_longer_to_compile(untyped):
     """CPU seconds of the first chunk: four times the layers, less than twice the time."""
     seconds = {}
@@ -80,6 +82,7 @@ def test_more_layers_take_no_longer_to_compile(untyped):
     assert seconds[24] < 2 * seconds[6]
 
 
+@pytest.mark.usual("config1-True-pages")
 @pytest.mark.parametrize(
     ("config", "scan_layers", "name"),
     [(ALIBI, False, "dense"), (LOCAL, True, "pages"), pytest.param(GQA, False, "sentences", marks=pytest.mark.slow)],
@@ -144,6 +147,7 @@ def test_a_layer_keeps_its_donated_cache_in_place(untyped, name):
     assert all(4 * np.prod([int(n) for n in shape.split(",")]) < cache / 2 for shape in copied)
 
 
+@pytest.mark.usual("inf_llm-3200", "streaming_llm-1400")
 @pytest.mark.parametrize(
     ("name", "most"),
     [("streaming_llm", 1400), ("quest", 2760), ("inf_llm", 3200), ("sentence_kv", 2500), ("dhsa", 2900)],
@@ -161,6 +165,7 @@ def test_a_program_for_a_chunk_is_small(name, most):
     assert len(call.as_text().splitlines()) < most
 
 
+@pytest.mark.slow
 def test_a_step_inside_a_program_of_the_caller_is_still_a_step():
     model, tokens = build(GQA), random_tokens(1, 6)
     run = jax.jit(lambda model, state: sj.step(model, state, tokens))

@@ -17,6 +17,7 @@ def always_small_blocks(small_blocks):
     pass
 
 
+@pytest.mark.usual("sinks-packed")
 @pytest.mark.parametrize(
     ("config", "length", "chunk_size", "packed"),
     [
@@ -44,10 +45,12 @@ def test_attention_within_chunks(length, chunk_size, packed, orders):
     check(config.replace(blocks=tuple(blocks)), length, chunk_size=chunk_size, packed=packed, orders=orders)
 
 
+@pytest.mark.slow
 def test_one_token():
     check(CONFIG.replace(windows=(5, None)), 1, rows=1, chunk_size=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", rest_slow(ORDERS, "layer"))
 def test_float32(order):
     config = CONFIG.replace(windows=(5, None), sinks=1, logit_softcap=4.0)

@@ -30,6 +30,7 @@ def same_when_cut(order, **options):
         assert_same(gradient(model, batch, order, **options), expected)
 
 
+@pytest.mark.usual("layer-1")
 @pytest.mark.parametrize(
     ("order", "chunk_size"),
     [
@@ -58,6 +59,7 @@ def test_segments(segment):
     same_when_cut("layer", chunk_size=9, segment=segment, logits_chunk=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "stacked", "segment"),
     [

@@ -30,6 +30,11 @@ REPEATED |= {
     "gla": "qwen3_next",
     "rwkv7": "qwen3_next",  # its layers: tests/models/mixers/test_linear_mixers.py and test_handed_on.py
     "qwen3": "qwen3_next",
+    "kimi_linear": "qwen3_next",
+    "falcon_h1": "qwen3_next",
+    "gpt_oss": "qwen3_next",  # its sinks: test_sink_logits.py
+    "falcon-40b": "mpt",
+    "olmo2": "gemma2",
 }
 
 

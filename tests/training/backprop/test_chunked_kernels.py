@@ -81,6 +81,7 @@ def test_gradients_are_those_of_the_loops(kernels, method, rows, packed, monkeyp
     assert_same(found, take(model, batch, "full"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 @pytest.mark.parametrize(
     "axes",
@@ -101,6 +102,7 @@ def test_on_a_mesh(kernels, axes, monkeypatch):
     assert_same(found, take(model, batch, "full"))
 
 
+@pytest.mark.slow
 def test_short_chunks_and_odd_dtypes_are_the_loops(monkeypatch):
     monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     monkeypatch.setattr(api, "chunk_attention", None)

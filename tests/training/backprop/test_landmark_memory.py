@@ -52,7 +52,7 @@ def whole_sequence(config, packed):
         (SHARED, "layer", 11, True),
         pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
         pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),
-        (RAMBA, "chunk", 8, True),
+        pytest.param(RAMBA, "chunk", 8, True, marks=pytest.mark.slow),
         pytest.param(RAMBA, "layer", 8, True, marks=pytest.mark.slow),
         pytest.param(OWN, "chunk", 6, True, marks=pytest.mark.slow),
     ],
@@ -81,6 +81,7 @@ def test_the_gradient_reaches_every_part_of_the_memory():
                 assert np.abs(leaf).max() > 1e-8, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", rest_slow([None, 6], 6))
 def test_log_probabilities_are_those_of_the_whole_sequence(chunk_size):
     """What DPO and GRPO compare with."""

@@ -12,6 +12,7 @@ from tests.training.gradient_checks import CONFIG, largest_array, random_batch, 
 MIXED = CONFIG.replace(num_layers=3, windows=(5, None, 5), sinks=1, vocab_size=401)
 
 
+@pytest.mark.usual("True")
 @pytest.mark.parametrize("stacked", [False, True])
 def test_against_all_logits(stacked):
     """Packed rows, chunks and logits that are cut unevenly; tokens without weight may have any target."""
@@ -31,6 +32,7 @@ def test_against_all_logits(stacked):
     assert found.dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_by_default_in_one_chunk(model, batch):
     weights = np.ones_like(batch["weights"])
     loss, _ = sj.training.loss_and_grad(model, batch | {"weights": weights})

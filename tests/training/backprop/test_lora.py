@@ -114,7 +114,7 @@ def pairs(*axes):
     ]
 
 
-@pytest.mark.covering
+@pytest.mark.usual("plain-layer-True", "gated-chunk-True")
 @pytest.mark.parametrize(("case", "method", "stacked"), pairs(tuple(CASES), METHODS, (False, True)))
 def test_gradients_of_all_targets(case, method, stacked):
     model, batch, (loss, grads) = expected(case)
@@ -184,6 +184,7 @@ def without_adapters(tree):
     return partition(tree, sj.LoRAParam)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "accumulation"),
     [("full", 2), pytest.param("layer", 1, marks=pytest.mark.slow), pytest.param("chunk", 2, marks=pytest.mark.slow)],

@@ -60,6 +60,7 @@ def by_xla(monkeypatch, model, batch, **options):
     return sj.training.loss_and_grad(model, batch, "full", **options)
 
 
+@pytest.mark.usual("layer")
 @pytest.mark.parametrize(
     ("config", "method", "objective"),
     [
@@ -91,6 +92,7 @@ def test_of_adapters(kernels, monkeypatch):
     same(found, by_xla(monkeypatch, model, batch, trainable=sj.LoRAParam))
 
 
+@pytest.mark.slow
 def test_of_an_objective_of_pairs(kernels, monkeypatch):
     """DPO reads all statistics first, and then their slopes."""
     model = random_model(CONFIG, "float32")

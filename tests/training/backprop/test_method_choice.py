@@ -93,6 +93,7 @@ def test_a_choice_is_told_in_one_line():
     assert f"{found.memory.host_bytes / 1e9:.3g} GB in the host's memory" in found.describe(95 * 10**9)
 
 
+@pytest.mark.slow
 def test_auto_gives_the_gradient_of_what_it_chooses(model, batch):
     rows, length = batch["tokens"].shape
     loss, grads = sj.training.loss_and_grad(model, batch, "full")

@@ -56,6 +56,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_routers_losses(name):
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(added)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("stacked", rest_slow([False, True], False))
 def test_the_z_loss_is_the_same_in_every_order(stacked):

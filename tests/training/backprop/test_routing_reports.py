@@ -55,6 +55,7 @@ def reports_of(model, batch, **options):
     return take_reports(sj.training.loss_and_grad(with_reports(model), batch, trainable=trainable, **options)[1])
 
 
+@pytest.mark.usual("options2-True")
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("options", "stacked"),

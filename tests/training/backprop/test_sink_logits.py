@@ -48,6 +48,7 @@ def test_the_gradient_of_the_sinks_by_differences():
             assert np.abs(found).min() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", rest_slow(ORDERS, "layer"))
 def test_adapters_beside_sinks_that_are_constants(order):
     with jax.enable_x64(True):
@@ -57,6 +58,7 @@ def test_adapters_beside_sinks_that_are_constants(order):
         assert_same(gradient(model, batch, order, **trained, chunk_size=4), expected)
 
 
+@pytest.mark.slow
 def test_trained_on_a_stream():
     """Through a cache that holds everything, in chunks, the gradient is that of the whole sequence."""
     with jax.enable_x64(True):

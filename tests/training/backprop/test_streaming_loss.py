@@ -193,6 +193,7 @@ def test_eight_devices_read_the_streams_of_one(model):
     assert len(state.stream.layers[0][0].k.sharding.device_set) == 8
 
 
+@pytest.mark.slow
 def test_evaluation_reads_streams(model, stream):
     weights = np.ones((ROWS, LENGTH), np.float32)
     weights[2, 5:] = 0.0
@@ -204,6 +205,7 @@ def test_evaluation_reads_streams(model, stream):
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained(model, stream):
     """With the other objective too that a stream can have: the gradient of the whole model's adapters."""
     adapted = sj.add_lora(model, 2, 4.0, ("q", "v"), jax.random.key(3))

@@ -46,6 +46,7 @@ def killed_behind(step, config, workdir, monkeypatch):
             train(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_with_a_fragment_on_its_way(config, tmp_path, monkeypatch):
     expected = train(config, tmp_path / "whole")
     killed_behind(5, config, tmp_path / "killed", monkeypatch)

@@ -89,6 +89,7 @@ def test_dpo(models, batches):
     compare(model, peer, batch, DPO(beta=0.3), loss)
 
 
+@pytest.mark.usual("token")
 @pytest.mark.parametrize("normalisation", ["sequence", "token"])
 def test_grpo(models, batches, normalisation):
     (model, peer), (reference, peer_reference) = models

@@ -20,6 +20,7 @@ def run_config(tmp_path):
     return TrainConfig(name="x", model=MODEL, data=data, steps=1, scan_layers=True)
 
 
+@pytest.mark.slow
 def test_a_run_over_stages_steps_as_it_is_told(run_config, tmp_path):
     """The loss of its first step is that of the batch on one device; each stage has moments of its layers alone."""
     overrides = {"mesh.stage": "4", "mesh.data": "2", "optimizer.accumulation": "4", "backprop.method": "auto"}

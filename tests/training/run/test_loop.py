@@ -201,6 +201,7 @@ def test_a_run_may_move_to_other_devices(run_config, reference, at_step, tmp_pat
         np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_another_number_of_processes(run_config, reference, at_step, tmp_path, monkeypatch):
     """As if two processes had saved it: their places in the input are of no use to one, which reads up to there."""
     expected, workdir = reference(run_config)

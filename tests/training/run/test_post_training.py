@@ -105,6 +105,7 @@ def runs(records, base):
     }
 
 
+@pytest.mark.usual("grpo")
 @pytest.mark.parametrize("kind", rest_slow(["sft", "dpo", "grpo"], "dpo", "grpo"))  # a run of test_loop.py is as "sft"
 def test_killed_and_stopped_runs_end_with_the_same_bits(runs, kind, at_step, tmp_path):  # noqa: F811
     """Answers that more steps were to learn from, and those that were written again, are the same."""

@@ -77,6 +77,7 @@ def test_a_killed_run_goes_on_from_memory_and_its_keeper_ends_with_it(tmp_path, 
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_later_checkpoint_and_a_chosen_step_come_before_memory(tmp_path, at_step, caplog):
     config = dataclasses.replace(CONFIG, checkpoint_interval=4)
     at_step(5, kill)
