@@ -64,6 +64,8 @@ def _converted(
         raise ValueError(f"layers names layer {index}, which shares keys with others: it cannot become another mixer")
     if recurrent is not None and (recurrent.handed_on or recurrent.taken):
         raise ValueError("recurrent hands something on, or takes it: such a mixer cannot take attention's place")
+    if recurrent is not None and recurrent.bounds_shape:
+        raise ValueError("recurrent has learned bounds, which all layers of a model share: give lower_bound a number")
     if recurrent is not None and window is None:
         return dataclasses.replace(block, mixer=recurrent)
     return dataclasses.replace(block.with_mixer(window=window, chunk=None), beside=recurrent)

@@ -28,6 +28,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.models.layer_inputs import LayerInputs
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext
+from streamjax.models.mixers.handed_on.learned_bounds import LearnedBounds, with_bounds
 from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.models.norms import LastNorm, Norm
 from streamjax.models.parameters import kernel, product, zeros
@@ -87,6 +88,7 @@ class Decoder(nnx.Module):
         own, key_inputs = config.blocks[0].layer_input, jax.random.fold_in(key, 1)
         sizes = vocab, d, config.layer_inputs
         self.layer_inputs = None if own is None else LayerInputs(*sizes, own.channels, config.norm, key_inputs, params)
+        self.bounds = LearnedBounds(config.bounds_shape, params) if config.bounds_shape else None
         self.head = None if config.tie_embeddings else kernel(key_head, (d, vocab), ("embed", "vocab"), d, params)
         self.head_bias = zeros((vocab,), ("vocab",), params) if config.logit_bias else None
 
@@ -155,6 +157,7 @@ class Decoder(nnx.Module):
         pass then does not compute again. `exchange`: between devices that share a sequence, see
         `attention.context.sequence`.
         """
+        self = with_bounds(self)
         position = jnp.arange(tokens.shape[1]) if positions is None else positions
         positions = jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32)
         context = SequenceContext(positions, segment_ids, tokens.shape[1], exchange=exchange)
@@ -197,6 +200,7 @@ class Decoder(nnx.Module):
         With `memorise`, a memory layer, that layer only encodes its input and those above it do nothing; the hidden
         states then mean nothing. `embedded`: what the first layer reads in the place of `embed(tokens)`.
         """
+        self = with_bounds(self)
         x, memory = self.embed(tokens) if embedded is None else embedded, None
         new_states = list(states)
         lenders = {cache.layer for cache in caches if isinstance(cache, SlotsOf)}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from streamjax.checkpoints.pytrees import named_arrays
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 
 _NEWEST = 64  # tokens that the second look reads
 
@@ -46,7 +47,7 @@ def not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"]) ->
 
 def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:
     """The first part of the model whose output is not finite, in words and as a module; "" where all are."""
-    tokens = jnp.asarray(ids)[None]
+    model, tokens = with_bounds(model), jnp.asarray(ids)[None]
     x, memory = model.embed(tokens), None
     if not _finite(x):
         parts = "embedding", "embedding_norm", "layer_inputs"

@@ -168,6 +168,14 @@ def gated_linear(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     return np.tensordot(out, _value(p.out), axes=3)
 
 
+def _least(mixer) -> np.ndarray:
+    """The least decay of each channel; a learned one is what the test has put there."""
+    c = mixer.config
+    if c.lower_bound == "learned":
+        return np.exp(_value(mixer.bound)[0])
+    return np.full((c.num_groups, c.state_shape[1 if c.type_name == "hgrn2" else 2]), c.lower_bound)
+
+
 def hgrn2(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of HGRN2; `cache` has the states."""
     p, c = mixer, mixer.config
@@ -177,7 +185,7 @@ def hgrn2(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     out = np.zeros((c.num_heads, c.value_dim))
     for head in range(c.num_heads):
         q, raw, v = np.split(inside[head], [c.key_dim, 2 * c.key_dim])
-        decay = c.lower_bound + (1 - c.lower_bound) * _sigmoid(raw)
+        decay = _least(p)[head] + (1 - _least(p)[head]) * _sigmoid(raw)
         cache[0][head] = decay[:, None] * cache[0][head] + np.outer(1 - decay, v)
         out[head] = cache[0][head].T @ (_silu(q) / np.sqrt(c.key_dim))
     return np.tensordot((_norm(out, c.norm.eps) * _value(p.norm))[:, None], _value(p.out), axes=3)
@@ -189,7 +197,7 @@ def hgrn(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     if not cache:
         cache += [np.zeros((c.num_heads, c.channels))]
     values, raw, gate = np.split(np.tensordot(x, _value(p.inside), axes=1), 3, axis=-1)
-    decay = c.lower_bound + (1 - c.lower_bound) * _sigmoid(raw)
+    decay = _least(p) + (1 - _least(p)) * _sigmoid(raw)
     cache[0] = decay * cache[0] + (1 - decay) * _silu(values)
     out = _norm(cache[0], c.norm.eps) * _value(p.norm) * _silu(gate)
     return np.tensordot(out[:, None], _value(p.out), axes=3)

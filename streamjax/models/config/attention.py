@@ -54,6 +54,7 @@ class AttentionConfig:
 
     type_name: ClassVar[str] = "attention"
     recurrent: ClassVar[bool] = False
+    bounds_shape: ClassVar[tuple[int, ...]] = ()
 
     num_heads: Size
     num_kv_heads: Size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from streamjax.field_checks import BelowOne, Size
 from streamjax.models.config.dense import Activation
@@ -52,7 +52,8 @@ class HGRNConfig(RecurrentConfig):
     """HGRN (2311.04823): each channel forgets as much as it writes, at least `lower_bound` of it staying.
 
     num_heads: as many as `num_groups`: parts of `channels` channels, which together are the mixer's width.
-    lower_bound: the least decay, from 0 to below 1; see `rising_bounds`.
+    lower_bound: the least decay, from 0 to below 1 (see `rising_bounds`); "learned": of each channel, from a table that
+      all layers share (`models/mixers/handed_on/learned_bounds.py`).
     norm: of all channels together, before they are gated.
     """
 
@@ -60,12 +61,16 @@ class HGRNConfig(RecurrentConfig):
     single_heads: ClassVar[bool] = True
 
     channels: Size
-    lower_bound: BelowOne = 0.0
+    lower_bound: BelowOne | Literal["learned"] = 0.0
     norm: NormConfig = NormConfig()
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, 1, self.channels
+
+    @property
+    def bounds_shape(self) -> tuple[int, ...]:
+        return (self.num_groups, self.channels) if self.lower_bound == "learned" else ()
 
     @property
     def group_channels(self) -> tuple[int, int, int]:

@@ -49,7 +49,8 @@ class HGRN2Config(RecurrentConfig):
 
     num_heads: as many as `num_groups`.
     key_dim: channels of a head's key, by which its state is expanded.
-    lower_bound: the least decay, from 0 to below 1; see `rising_bounds`.
+    lower_bound: the least decay, from 0 to below 1 (see `rising_bounds`); "learned": of each channel, from a table that
+      all layers share (`models/mixers/handed_on/learned_bounds.py`).
     norm: of the outputs of all heads together.
     """
 
@@ -58,12 +59,16 @@ class HGRN2Config(RecurrentConfig):
 
     key_dim: Size
     value_dim: Size
-    lower_bound: BelowOne = 0.0
+    lower_bound: BelowOne | Literal["learned"] = 0.0
     norm: NormConfig = NormConfig()
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.key_dim, self.value_dim
+
+    @property
+    def bounds_shape(self) -> tuple[int, ...]:
+        return (self.num_groups, self.key_dim) if self.lower_bound == "learned" else ()
 
     @property
     def group_channels(self) -> tuple[int, int, int]:

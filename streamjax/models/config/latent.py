@@ -54,6 +54,7 @@ class LatentAttentionConfig:
     temperature: ClassVar[None] = None
     hands_on_keys: ClassVar[bool] = False
     keys_of: ClassVar[None] = None
+    bounds_shape: ClassVar[tuple[int, ...]] = ()
     handed_on: ClassVar[int] = 0
     taken: ClassVar[int] = 0
 

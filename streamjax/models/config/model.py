@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +67,7 @@ class ModelConfig:
             if self.hsa is not None and self.remembers(i) and block.mlp is None and self.hsa.mlp is None:
                 raise ValueError(f"ModelConfig.hsa remembers layer {i}, which has no MLP: give HSAConfig.mlp")
         self._check_handed_on()
+        self._check_bounds()
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
@@ -91,6 +93,18 @@ class ModelConfig:
             found = block.handed_on or found
         if self.stream_width > self.d_model and self.hsa is not None:
             raise ValueError("ModelConfig.hsa is for models whose layers hand nothing else on")
+
+    def _check_bounds(self) -> None:
+        """Whether the layers whose least decays are learned have equal tables."""
+        found = self.bounded_layers
+        for i, block in enumerate(self.blocks):
+            if block.beside is not None and block.beside.bounds_shape:
+                raise ValueError(f"ModelConfig.blocks: layer {i} has learned bounds beside attention: give a number")
+            if i in found and block.mixer.bounds_shape != self.bounds_shape[1:]:
+                raise ValueError(
+                    f"ModelConfig.blocks: layer {i} learns bounds of {block.mixer.bounds_shape} groups and channels, "
+                    f"and layer {found[0]} of {self.bounds_shape[1:]}: all layers share one table"
+                )
 
     def _check_keys_of(self, layer: int, mixer: AttentionConfig) -> None:
         """Whether a layer that reads another's keys finds such as it can read."""
@@ -130,6 +144,17 @@ class ModelConfig:
     def _lenders(self) -> list[tuple[int, AttentionConfig]]:
         mixers = [(i, block.mixer) for i, block in enumerate(self.blocks)]
         return [(i, m) for i, m in mixers if isinstance(m, AttentionConfig) and m.hands_on_keys]
+
+    @cached_property
+    def bounded_layers(self) -> tuple[int, ...]:
+        """The layers whose least decays are learned, from one table (`models/mixers/handed_on/learned_bounds.py`)."""
+        return tuple(i for i, block in enumerate(self.blocks) if block.mixer.bounds_shape)
+
+    @property
+    def bounds_shape(self) -> tuple[int, ...]:
+        """Of that table: layers, groups, channels of a group; empty where nothing of the kind is learned."""
+        layers = self.bounded_layers
+        return (len(layers), *self.blocks[layers[0]].mixer.bounds_shape) if layers else ()
 
     @property
     def layer_inputs(self) -> int:
@@ -192,6 +217,7 @@ class ModelConfig:
         if found is not None:
             table = (self.vocab_size + self.d_model) * self.layer_inputs + self.norm.parameter_count(found.channels)
         table += 0 if self.embedding_norm is None else self.embedding_norm.parameter_count(self.d_model)
+        table += math.prod(self.bounds_shape) if self.bounds_shape else 0
         return layers + table + self._memory_parameters() + self.norm.parameter_count(self.d_model) + ends
 
     def _memory_parameters(self) -> int:

@@ -69,6 +69,11 @@ class RecurrentConfig:
         return ()
 
     @property
+    def bounds_shape(self) -> tuple[int, ...]:
+        """Groups and a group's channels whose least decays are learned with other layers'; empty where none are."""
+        return ()
+
+    @property
     def handed_on(self) -> int:
         """Channels of a token that the mixer hands to the layers above, beside the residual stream."""
         return 0

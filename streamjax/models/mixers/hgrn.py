@@ -1,7 +1,7 @@
 """HGRN (2311.04823) and HGRN2 (2404.07904) as token mixers: what a channel forgets is what it writes.
 
-The least decay of a layer is a number of its config. In the papers it is learned, for each channel, by a cumulative
-softmax over the layers; `rising_bounds` gives the values that this starts from.
+The least decay of a layer is a number of its config, or learned as in the papers: for each channel, by a cumulative
+softmax over the layers (`handed_on/learned_bounds.py`). `rising_bounds` gives the values that this starts from.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class HGRN(RecurrentMixer):
     def __init__(self, config: HGRNConfig, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         super().__init__(config, d_model, config.channels, key, dtype, gain, bias=False)
         self.norm = _norm_weight(config.num_groups, config.channels, dtype)
+        self.bound: nnx.Variable | None = nnx.data(None)  # see `with_bounds`
 
     def recur(
         self,
@@ -40,7 +41,7 @@ class HGRN(RecurrentMixer):
         c, wide = self.config, accumulator(x.dtype)
         assert state.memory is not None
         values, raw, gate = (part.astype(wide) for part in jnp.split(self.enter(x), 3, axis=-1))
-        decay = _bounded(raw, c.lower_bound)
+        decay = _bounded(raw, self)
         added = jax.nn.silu(values) * -jnp.expm1(decay)
         heads, memory = elementwise_recurrence(added, decay, state.memory[:, :, 0], valid=valid, resets=resets)
         heads = _normed(heads, self.norm, c.norm.eps) * jax.nn.silu(gate)
@@ -55,6 +56,7 @@ class HGRN2(RecurrentMixer):
     def __init__(self, config: HGRN2Config, d_model: int, key: Array, dtype: jnp.dtype, gain: float = 1.0):
         super().__init__(config, d_model, config.value_dim, key, dtype, gain, bias=False)
         self.norm = _norm_weight(config.num_groups, config.value_dim, dtype)
+        self.bound: nnx.Variable | None = nnx.data(None)  # see `with_bounds`
 
     def recur(
         self,
@@ -66,7 +68,7 @@ class HGRN2(RecurrentMixer):
         c, wide = self.config, accumulator(x.dtype)
         assert state.memory is not None
         q, raw, v = jnp.split(self.enter(x), (c.key_dim, 2 * c.key_dim), axis=-1)
-        decay = _bounded(raw.astype(wide), c.lower_bound)
+        decay = _bounded(raw.astype(wide), self)
         heads, memory = recurrence(
             jax.nn.silu(q.astype(wide)) * c.key_dim**-0.5,
             -jnp.expm1(decay),
@@ -86,10 +88,15 @@ def rising_bounds(num_layers: int) -> tuple[float, ...]:
     return tuple(layer / num_layers for layer in range(num_layers))
 
 
-def _bounded(raw: Float[Array, "B T G D"], bound: float) -> Float[Array, "B T G D"]:
-    """Logarithms of decays between `bound` and 1."""
-    decay = jax.nn.log_sigmoid(raw)
-    return decay if bound == 0 else jnp.logaddexp(math.log(bound), math.log1p(-bound) + decay)
+def _bounded(raw: Float[Array, "B T G D"], mixer: HGRN | HGRN2) -> Float[Array, "B T G D"]:
+    """Logarithms of decays between the layer's least ones and 1."""
+    decay, least = jax.nn.log_sigmoid(raw), mixer.config.lower_bound
+    if least == "learned":
+        if mixer.bound is None:
+            raise ValueError('a layer with lower_bound "learned" is read by itself: take it from with_bounds(model)')
+        bound, rest = mixer.bound[...].astype(raw.dtype)
+        return jnp.logaddexp(bound, rest + decay)
+    return decay if least == 0 else jnp.logaddexp(math.log(least), math.log1p(-least) + decay)
 
 
 def _norm_weight(groups: int, width: int, dtype: jnp.dtype) -> nnx.Param:

@@ -24,6 +24,7 @@ from streamjax.kv.tier import Implementation, State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.parallel.rules import constrain, map_state_axes
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 from streamjax.streaming.step import enter, leave, surprise
@@ -134,6 +135,7 @@ def read_layerwise(
     scored: bool = False,
 ) -> tuple[StreamState, Float[Array, "N B C"] | None]:
     """Read N chunks; the state is donated. For models in which no layer reads what another one remembers."""
+    model = with_bounds(model)
     ends, layers = without_layers(model), list(state.layers)
     standing = dataclasses.replace(state, layers=())
     x, places = embedded(ends, standing, tokens, count)

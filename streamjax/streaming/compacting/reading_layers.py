@@ -19,6 +19,7 @@ from streamjax.kv.tier import State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of
 from streamjax.models.mixers.attention import ChunkContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
 from streamjax.streaming.state import StreamState
 
@@ -37,7 +38,7 @@ def through_layers(
         raise ValueError(
             "a model with recurrent layers cannot read tokens again: give a query that comes next, with stored=False"
         )
-    tokens, context = standing(model, state, query, stored)
+    model, (tokens, context) = with_bounds(model), standing(model, state, query, stored)
     x, made = embedded(model, tokens), []
     for i, (work, part, before) in enumerate(zip(works, state.layers, said, strict=True)):
         block, row = model.layer_and_row(i)

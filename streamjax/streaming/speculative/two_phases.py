@@ -18,6 +18,7 @@ from streamjax.kv.layer_caches.recurrence import BesideRecurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.decoder import Decoder
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, check_rows, enter, leave, nan_beyond_capacity
@@ -100,7 +101,7 @@ def take_in_first(
     """
     if model.config.hsa is not None:
         return advance(model, state, tokens, count)[0]
-    context, tokens = enter(state, tokens, count)
+    model, (context, tokens) = with_bounds(model), enter(state, tokens, count)
     layers: list[Any] = []
     for i, (cache, own, chunk) in enumerate(zip(state.caches, state.layers, waiting, strict=True)):
         block = model.layer(i)

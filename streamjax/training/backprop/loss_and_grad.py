@@ -23,6 +23,7 @@ from streamjax.attention.context.sequence import Exchange
 from streamjax.attention.sharded import context_shards
 from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
+from streamjax.models.mixers.handed_on.learned_bounds import table_gradient, with_bounds
 from streamjax.training.backprop import chunk_order, layer_order
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
 from streamjax.training.backprop.gradient_options import GradientOptions
@@ -244,7 +245,8 @@ def _loss_and_grad(
     options: GradientOptions,
     elimination: TokenElimination | None,
 ) -> tuple[Float[Array, ""], Decoder]:
-    prepared = objective.prepare(batch)
+    prepared, stored = objective.prepare(batch), model
+    model = with_bounds(model)
     params, rest = partition(model, options.trainable)
     if method in ("layer", "chunk"):
         order = layer_order if method == "layer" else chunk_order
@@ -253,7 +255,8 @@ def _loss_and_grad(
             sequence = ChunkedSequence.cut(batch, prepared, chunk_size)
             return order.loss_and_grad(model, sequence, objective, options, split, reduction)
 
-        return over_rows(compute, model, batch, prepared, params, objective.rows)
+        value, grads = over_rows(compute, model, batch, prepared, params, objective.rows)
+        return value, table_gradient(stored, grads)
 
     def loss(params: Decoder) -> Array:
         whole = combine(params, rest), batch, prepared, objective, options.logits_chunk
@@ -261,7 +264,8 @@ def _loss_and_grad(
             *whole, method == "remat", options.context_exchange, elimination, keep_attention=options.keep_attention
         )
 
-    return jax.value_and_grad(loss)(params)
+    value, grads = jax.value_and_grad(loss)(params)
+    return value, table_gradient(stored, grads)
 
 
 def whole_loss(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.training.elimination.informativeness import last_seeing
 from streamjax.training.elimination.predictors import Predictor, guessed_scores
 
@@ -63,7 +64,7 @@ def hidden_of_kept(
 
     With `remat` only the tokens that a layer computes are kept of its input, and which they are.
     """
-    rows, length = tokens.shape
+    model, (rows, length) = with_bounds(model), tokens.shape
     counts = elimination.counts(length)
     position = jnp.arange(length) if positions is None else positions
     context = SequenceContext(jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32), segment_ids, length)

@@ -20,6 +20,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 from streamjax.training.elimination.config import LeMoConfig
 from streamjax.training.elimination.informativeness import block_scores, last_seeing, pair_scores, seeing
@@ -88,10 +89,10 @@ class PredictorTraining:
 
     def _step(self, batch: dict[str, Array]) -> PredictorStep:
         tokens = batch["tokens"]
-        x, context = _embedded(self._model, batch)
+        model, (x, context) = with_bounds(self._model), _embedded(self._model, batch)
         measured = []
         for i, layer in enumerate(self._layers):
-            block = self._model.layer(i)
+            block = model.layer(i)
             if not isinstance(layer[0], Predictor):
                 x = _passed(block, x, context)
                 continue

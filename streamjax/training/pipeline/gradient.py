@@ -121,6 +121,8 @@ def check_pipeline(model: Decoder, axes: Mapping[str, int], method: str, objecti
             f"mesh.stage is {stages}, and the model repeats {config.period} layers {config.repeats} times: use a "
             "number of stages that divides that"
         )
+    if config.bounded_layers:
+        raise ValueError(f"mesh.stage is {stages}, and all layers share what bounds their decays: use other axes")
     if any(not isinstance(block.mlp, DenseConfig | None) for block in config.blocks):
         raise ValueError(f"mesh.stage is {stages}, and the model has experts: use the mesh axis expert")
     if not objective.separable or objective.rows != 1:
