@@ -61,7 +61,7 @@ def block_sizes(heads: int) -> tuple[int, int]:
     """Queries and keys of a block that suit the platform, for `heads` query heads of all rows together.
 
     On a CPU the logits of a block should stay in the cache, yet a block should have work for all cores, and a power of
-    two wastes least of a long sequence (`benchmarks.kernels.block_sizes`). Elsewhere large blocks fill the matrix units.
+    two wastes least of a long sequence (`benchmarks.kernels.block_sizes`). Elsewhere large blocks fill matrix units.
     """
     if jax.default_backend() != "cpu":
         return 512, 512

@@ -153,8 +153,8 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm, over a whole sequence.
 
         `positions` defaults to 0, 1, ...; tokens of different `segment_ids` do not see each other. `remat` keeps only
-        each layer's input for the backward pass, with `keep_attention` also what its attention found, which the backward
-        pass then does not compute again. `exchange`: between devices that share a sequence, see
+        each layer's input for the backward pass, with `keep_attention` also what its attention found, which the
+        backward pass then does not compute again. `exchange`: between devices that share a sequence, see
         `attention.context.sequence`.
         """
         self = with_bounds(self)

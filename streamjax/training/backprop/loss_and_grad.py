@@ -93,8 +93,8 @@ def loss_and_grad(
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
       context_exchange: how devices that share a sequence, along the mesh axis `context`, come to each other's keys
         with "full" and "remat": "ring", "gather", or "auto", which gathers up to 256 MiB (docs/sharding.md).
-      keep_attention: with "remat", what attention found is kept too, as much again as the inputs of layers (in the dtype
-        of sums): the backward pass computes everything of a layer again but that (DistFlashAttn, 2310.03294). For
+      keep_attention: with "remat", what attention found is kept too, as much again as the inputs of layers (in the
+        dtype of sums): the backward pass computes everything of a layer again but that (DistFlashAttn, 2310.03294). For
         long rows, where attention is most of the work; short ones, whose logits exist at once, have nothing to keep.
       elimination: layers compute the tokens that it keeps alone (LeMo): the gradient is that of this other function.
         With "full" and "remat", whose layers see a whole row at once.
