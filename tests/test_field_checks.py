@@ -244,6 +244,7 @@ NO_CONFIGURATIONS = {
     *("Sampling", "TokenLogprob", "Usage", "Event", "ChatCall", "CompletionCall", "Options", "Call"),  # requests' own
     *("Anchor", "Chip", "Work", "Layout", "Stripes", "Schedule", "Visit"),
     *("Group", "Plan", "SharedBeginning"),  # what was planned, and what was read
+    *("GrownTrees", "HydraTrees", "PromptTrees", "DraftMemory"),  # how a drafter guesses, and what that takes
     *("Merge", "Wrapped", "RecurrentConfig", "Drafter", "TreeDrafter", "Deferred"),  # what others of them are made from
 }
 FIELDS = [(example, field.name) for example in EXAMPLES for field in dataclasses.fields(example)]

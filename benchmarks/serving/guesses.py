@@ -1,6 +1,7 @@
 """Guesses in the engine: CPU time a token and passes, by how many requests run at once.
 
     python -m benchmarks.serving.guesses --model=FOLDER    # 2 cores: some 10 minutes
+    python -m benchmarks.serving.guesses --model=FOLDER --heads=FILE --output=out/heads.json   # of train.draft_heads
 
 SmolLM2-135M-Instruct in float32 under 4 sinks and a window of 508 tokens answers greedily through its own template:
 all requests are a text that is to be said again (`repeated`), or questions (`chat`), or half of both (`mixed`), and
@@ -22,6 +23,7 @@ from benchmarks.reporting import median_ratio, report
 from benchmarks.serving.speculative import ASKED
 from streamjax.data.text.chat_templates import encode_chat
 from streamjax.serving.requests import Request, Sampling
+from streamjax.streaming.speculative import trained_drafter
 
 CACHE = sj.kv.preset("streaming_llm", sinks=4, window=508)
 QUESTIONS = (
@@ -46,10 +48,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--length", type=int, default=7, help="of guesses")
+    parser.add_argument("--length", type=int, default=7, help="of guesses by n-grams")
+    parser.add_argument("--heads", type=Path, help="trained drafts that guess, and not n-grams")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = sj.load(arguments.model, dtype="float32"), sj.load_tokenizer(arguments.model)
+    drafter = None if arguments.heads is None else trained_drafter(model, arguments.heads)
 
     def prompt(question: str) -> tuple[int, ...]:
         return tuple(encode_chat(tokenizer, [{"role": "user", "content": question}]))
@@ -60,7 +64,7 @@ def main() -> None:
         asked = {"repeated": [said] * rows, "chat": chats[:rows]}
         asked |= {"mixed": [said] * (rows // 2) + chats[: rows - rows // 2]} if rows > 1 else {}
         engines = {}
-        for name, draft in (("plain", None), ("guesses", sj.NGrams(length=arguments.length))):
+        for name, draft in (("plain", None), ("guesses", drafter or sj.NGrams(length=arguments.length))):
             engines[name] = sj.Engine(model, tokenizer, CACHE, rows=rows, prefix_bytes=0, draft=draft)
             engines[name].warm_up()
         for kind, prompts in asked.items():

@@ -23,7 +23,7 @@ from streamjax.checkpoints import user_path
 from streamjax.commands.flags.adapters import named_adapters
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.draft import parse_draft
+from streamjax.commands.flags.draft import parse_draft, parse_draft_memory
 from streamjax.commands.flags.engine import define_engine, make_service, refuse_mesh
 from streamjax.commands.flags.model import load_model
 from streamjax.commands.shell.progress import progress_bar
@@ -70,7 +70,7 @@ def body(values: flags.FlagValues) -> None:
             model, tokenizer, parse_cache(values.cache, model.config.max_position),
             rows=values.rows, chunk_size=values.chunk_size, queue=1 << 30, pool_tokens=values.pool_tokens,
             prefix_bytes=values.prefix_mib << 20, adapters=adapters,
-            draft=parse_draft(values.draft, model, tokenizer),
+            draft=parse_draft(values.draft, model, tokenizer), draft_memory=parse_draft_memory(values),
         )  # fmt: skip
         service = make_service(values, engine, model, tokenizer, adapters, most_requests=1 << 30)
         try:

@@ -25,7 +25,7 @@ import streamjax as sj
 from streamjax.checkpoints import parse_json, user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.draft import define_draft, parse_draft
+from streamjax.commands.flags.draft import define_draft, parse_draft, parse_draft_memory
 from streamjax.commands.flags.model import define_model, define_parse_special, define_side_network, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
 from streamjax.commands.shell.inputs import read_turn
@@ -38,6 +38,7 @@ from streamjax.kv.description import describe_cache
 from streamjax.streaming.compacting.reselecting import Reselection
 from streamjax.streaming.conversation import Conversation
 from streamjax.streaming.interrupts import undisturbed
+from streamjax.streaming.speculative.memory import fit_draft
 
 HELP = """\
 /save FOLDER    keep the conversation
@@ -92,6 +93,7 @@ class Chat:
         self._say = say
         self._model, self._tokenizer = load_model(values, [values.cache])
         self._draft = parse_draft(values.draft, self._model, self._tokenizer)
+        self._draft_memory = parse_draft_memory(values)
         self._start(values.cache)
         self.commands: dict[str, Callable[[str], None]] = {
             "save": self.save, "load": self.load, "cache": self.cache, "compact": self.compact,
@@ -101,6 +103,10 @@ class Chat:
     def _start(self, cache: str) -> None:
         values = self._values
         self._cache = parse_cache(cache, self._model.config.max_position)
+        draft = self._draft
+        if draft is not None and self._draft_memory is not None:
+            draft, memory = fit_draft(draft, self._model, self._cache, self._draft_memory, sampler=sampler_of(values))
+            print(memory, file=sys.stderr)
         self.session = sj.Session(
             self._model,
             self._tokenizer,
@@ -108,7 +114,7 @@ class Chat:
             sampler=sampler_of(values),
             seed=values.seed,
             chunk_size=values.chunk_size,
-            draft=self._draft,
+            draft=draft,
             reselect=self._reselection(),
         )
         self.conversation = self._new_conversation()

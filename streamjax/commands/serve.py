@@ -28,7 +28,7 @@ from streamjax.commands.chat import template_values
 from streamjax.commands.flags.adapters import named_adapters
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
-from streamjax.commands.flags.draft import parse_draft
+from streamjax.commands.flags.draft import parse_draft, parse_draft_memory
 from streamjax.commands.flags.engine import define_engine, make_service, refuse_mesh
 from streamjax.commands.flags.model import load_model
 from streamjax.commands.shell.runner import run_command
@@ -37,6 +37,7 @@ from streamjax.kv.description import describe_cache
 from streamjax.serving.engine import Engine
 from streamjax.serving.http.app import make_app
 from streamjax.serving.http.connections import listen, make_server
+from streamjax.serving.simultaneous.streams import SimultaneousStreams
 
 _KEYS = "STREAMJAX_API_KEYS"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -50,6 +51,9 @@ def define(values: flags.FlagValues) -> None:
                         flag_values=values)  # fmt: skip
     flags.DEFINE_integer("port", 8000, "Port to listen on; 0 is any that is free.", lower_bound=0, upper_bound=65535,
                          flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("simultaneous", 0, "Clients at a time that are answered while they still speak, over the "
+                         "websocket and by wait-k (docs/serving.md): each has a stream of two groups of tokens.",
+                         lower_bound=0, flag_values=values)  # fmt: skip
     flags.DEFINE_string("state_dir", None, "Folder where conversations are kept.", flag_values=values)
     flags.DEFINE_integer("max_requests", 1024, "Requests in the server at once; more get status 429.", lower_bound=1,
                          flag_values=values)  # fmt: skip
@@ -90,11 +94,19 @@ def body(values: flags.FlagValues) -> None:
             model, tokenizer, cache,
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
             state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
-            draft=parse_draft(values.draft, model, tokenizer),
+            draft=parse_draft(values.draft, model, tokenizer), draft_memory=parse_draft_memory(values),
         )  # fmt: skip
         about = f"{values.rows} rows, cache {describe_cache(cache)}, {human_bytes(engine.stats().cache_bytes)}"
+        if engine.draft_memory is not None:
+            about += f"; {engine.draft_memory}"
+        simultaneous = None
+        if values.simultaneous:
+            simultaneous = SimultaneousStreams(model, tokenizer, cache, values.simultaneous, values.chunk_size)
+            about += f"; {values.simultaneous} simultaneous streams of {human_bytes(simultaneous.stream_bytes)}"
         print(f"{Path(values.model).name}: {about}; compiling", file=sys.stderr, flush=True)
         engine.warm_up()
+        if simultaneous is not None:
+            simultaneous.warm_up()
         service = make_service(
             values,
             engine,
@@ -106,6 +118,7 @@ def body(values: flags.FlagValues) -> None:
             cache_sizes=sj.kv.describe(cache, model),
             template_values=extra,
             most_requests=values.max_requests,
+            simultaneous=simultaneous,
         )
         app = make_app(
             service, keys=keys, largest_body=values.max_body_mib << 20, any_host=values.host not in _LOOPBACK

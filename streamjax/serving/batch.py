@@ -18,7 +18,8 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.lora.row_adapters import Factors, RowAdapters
 from streamjax.serving.decoding import Drawn, decode_rows, enter_row, set_bias
 from streamjax.serving.drafts.decoding import decode_guessed
-from streamjax.serving.drafts.guessing import WAYS, Guesses
+from streamjax.serving.drafts.grown import GrownGuesses
+from streamjax.serving.drafts.guessing import Guesses
 from streamjax.serving.row_sampling import RowSampling, no_rows
 from streamjax.serving.row_states import ParkedState, Parking, put_row, take_row
 from streamjax.streaming.scan import padded_width, read_chunk
@@ -44,6 +45,7 @@ class Batch:
       held_in: the caches of the rows, where those are others than `cache`, which streams have by themselves.
 
     Attributes:
+      grown: who guesses on the device; None: nobody.
       decoding, reading: the model with the adapters of the rows, and with that of the stream that is read.
     """
 
@@ -61,6 +63,7 @@ class Batch:
         held_in: Sequence[Cache] | None = None,
     ):
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
+        self.grown: GrownGuesses | None = None
         self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
         self._cache = cache if held_in is None else held_in
         self._options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}
@@ -74,6 +77,12 @@ class Batch:
         """Empty rows."""
         self.state = init_state(self.model, self._cache, self.rows, **self._options)
         self.sampling = no_rows(self.rows, self.model.config.vocab_size)
+        if self.grown is not None:
+            self.grown.reset()
+
+    def whole(self) -> StreamState:
+        """The rows' streams, as programs have them."""
+        return self.state
 
     # -- streams that are in no row
 
@@ -131,6 +140,8 @@ class Batch:
         """A stream and its request take a row."""
         self.state = put_row(self.state, np.int32(row), stream)
         self.sampling = enter_row(self.sampling, np.int32(row), sampling)
+        if self.grown is not None:
+            self.grown.forget(row)
 
     def leave(self, row: int) -> Stream:
         """A row's stream, which leaves it."""
@@ -160,12 +171,17 @@ class Batch:
         model, rows = self.decoding.model, self.sampling
         if guesses is None:
             state, self.sampling, drawn = decode_rows(model, state, rows, active, np.int32(count), self.block)
-        else:
+            if self.grown is not None:
+                self.grown.forget()
+        elif guesses.tokens is not None:
             state, self.sampling, drawn = decode_guessed(model, state, rows, active, *guesses)
+        else:
+            assert self.grown is not None
+            state, self.sampling, drawn = self.grown.decode(model, state, rows, active, guesses.lengths)
         return state, drawn
 
-    def warm_up(self, scored: bool = False, guessed: int = 0) -> None:
-        """Compile and run every program once; rows are empty then. guessed: tokens of a pass with guesses."""
+    def warm_up(self, scored: bool = False, guesses: Guesses | None = None) -> None:
+        """Compile and run every program once; rows are empty then. guesses: in the shape of those that will come."""
         most = min(self.chunk_size, self.capacity or self.chunk_size)  # no stream reads more at a time
         width = min(_LEAST_WIDTH, most)
         while True:
@@ -185,8 +201,7 @@ class Batch:
             self.decoding.set(0, name)
             self.reading.set(0, name)
         self.decode(np.zeros(self.rows, bool), 1)
-        if guessed:
-            ways = np.zeros((self.rows, WAYS), np.int32)
-            self.decode(np.zeros(self.rows, bool), 1, Guesses(np.repeat(ways[..., None], guessed, axis=2), ways))
+        if guesses is not None:
+            self.decode(np.zeros(self.rows, bool), 1, guesses)
         self.drop(self.fork(self.keep(self.leave(0))))
         self.reset()

@@ -20,7 +20,7 @@ class Drawn(NamedTuple):
     """What N steps drew; -1 where a row stood still.
 
     bad: rows whose logits are NaN or infinite; they stand where they stood before. guessed: guesses that were read of
-    each row, right or wrong.
+    each row, right or wrong. wide: whether a pass read several tokens of a row.
     """
 
     token: Int32[Array, "B N"]
@@ -29,6 +29,7 @@ class Drawn(NamedTuple):
     top_logprob: Float[Array, "B N A"]
     bad: Bool[Array, " B"]
     guessed: Int32[Array, " B"]
+    wide: Bool[Array, ""]
 
 
 def draw(
@@ -97,7 +98,7 @@ def decode_rows(
     none = jnp.zeros_like(active)
     carry = (state, rows, active & (rows.remaining > 0), none, no_choices(rows, block), jnp.int32(0))
     state, rows, _, bad, out, _ = jax.lax.while_loop(going, one, carry)
-    return state, rows, Drawn(*out, bad, none.astype(jnp.int32))
+    return state, rows, Drawn(*out, bad, none.astype(jnp.int32), jnp.array(False))
 
 
 @partial(jax.jit, donate_argnames="rows")

@@ -26,7 +26,9 @@ from streamjax.models.layer_stacking import unstack_layers
 from streamjax.models.lora.row_adapters import Factors, factors_of, require_only_adapters
 from streamjax.serving.admission import require_possible, require_room_for
 from streamjax.serving.conversations import Conversation, Conversations
-from streamjax.serving.drafts.guessing import Guessing
+from streamjax.serving.drafts.grown import GrownGuesses
+from streamjax.serving.drafts.guessing import Guessing, TrainedGuessing
+from streamjax.serving.drafts.planning import pass_bytes
 from streamjax.serving.jobs import Job
 from streamjax.serving.loop import EngineLoop
 from streamjax.serving.paging.choosing import make_batch
@@ -34,6 +36,8 @@ from streamjax.serving.requests import Event, KeptConversation, Overloaded, Requ
 from streamjax.serving.row_states import ParkedState
 from streamjax.serving.scheduling import POLICIES
 from streamjax.streaming.speculative.drafter import Drafter
+from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
+from streamjax.streaming.speculative.memory.plan import DraftMemory, fitted
 from streamjax.streaming.speculative.ngrams import NGrams
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,9 @@ class Engine:
     """Serves requests with one model and one cache.
 
     It works in a thread of its own between `start` and `close`; without one, each call of `step` is an iteration.
+
+    Attributes:
+      draft_memory: what guesses take, counted; None where nobody asked.
 
     Args:
       model: the model.
@@ -65,13 +72,16 @@ class Engine:
       measure: whether what reading costs is measured (`costs`), which computes logits of every prompt token.
       adapters: folders of LoRA adapters (PEFT's, or `save_lora`'s) by the names with which requests ask for them. They
         lie in the host's memory, and each row has a copy of its own while it needs one.
-      draft: who guesses tokens that are then read several at a time, `sj.NGrams()`; None: nobody. What requests get is
-        the same. Guesses rest where they would make others wait.
+      draft: who guesses tokens that are then read several at a time: `sj.NGrams()`, or what was trained for the model
+        (`trained_drafter`); None: nobody. What requests get is the same. Guesses rest where they would make others
+        wait.
+      draft_memory: bytes that guesses may take: weights of their own, and a pass over them. As many tokens are guessed
+        as fit. None does not ask.
       dtype, implementation: as in `init_state`.
 
     Raises:
-      ValueError: sizes that are none, an unknown policy, a drafter that runs a model, more than `memory_bytes`, or a
-        `state_dir` that is none.
+      ValueError: sizes that are none, an unknown policy, a drafter that runs a model, more than `memory_bytes`, too
+        little `draft_memory`, or a `state_dir` that is none.
 
     Example:
       >>> engine = Engine(model, tokenizer, sj.kv.preset("streaming_llm"))
@@ -100,6 +110,7 @@ class Engine:
         measure: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
         draft: Drafter | None = None,
+        draft_memory: int | None = None,
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
     ):
@@ -108,8 +119,10 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: use one of {', '.join(POLICIES)}")
-        if draft is not None and not isinstance(draft, NGrams):
-            raise ValueError(f"an engine takes guesses from n-grams alone (NGrams), got {type(draft).__name__}")
+        if draft is not None and not isinstance(draft, NGrams | TreeDrafter):
+            raise ValueError(
+                f"an engine takes guesses from n-grams (NGrams) and trained heads alone, got {type(draft).__name__}"
+            )
         require_tokenizer(tokenizer, model.config.vocab_size, "they do not belong together")
         if block is None:
             block = 1 if jax.default_backend() == "cpu" else 8
@@ -124,7 +137,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted
-        self._guessing = None if draft is None else Guessing(draft, rows, model.config.vocab_size)
+        self.draft_memory: DraftMemory | None = None
+        self._guessing = self._guesses_by(draft, draft_memory)
         self._loop = EngineLoop(
             self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed, self._guessing
         )
@@ -134,6 +148,17 @@ class Engine:
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    def _guesses_by(self, draft: Drafter | None, memory_bytes: int | None) -> Guessing | None:
+        rows, vocab = self._batch.rows, self.model.config.vocab_size
+        if draft is not None and memory_bytes is not None:
+            draft, self.draft_memory = fitted(
+                draft, self.model, rows, memory_bytes, lambda one: pass_bytes(one, self._batch)
+            )
+        if isinstance(draft, TreeDrafter):
+            self._batch.grown = GrownGuesses(draft, self.model, rows)
+            return TrainedGuessing(draft, rows, vocab)
+        return Guessing(draft, rows, vocab) if isinstance(draft, NGrams) else None
 
     # -- what clients call, from any thread
 
@@ -219,7 +244,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every program, so that no request waits for that. To be called before `start`."""
         with self._stepping:
-            self._batch.warm_up(self._measure, 0 if self._guessing is None else self._guessing.width)
+            self._batch.warm_up(self._measure, None if self._guessing is None else self._guessing.nothing())
 
     def start(self) -> None:
         """Begin to serve, in a thread of its own."""

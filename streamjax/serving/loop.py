@@ -197,7 +197,8 @@ class EngineLoop:
             return None
         for job in running:
             if job.line is None:
-                job.line = self._guessing.begin(job.told(), job.until_end if job.request.stop else None)
+                exact = job.request.stop and job.conversation is not None  # others' streams end with their texts
+                job.line = self._guessing.begin(job.told(), job.until_end if exact else None)
         free = [None if job is None or job.request.constraint is not None else job.line for job in self.rows]
         return self._guessing.propose(free, len(running))
 
@@ -234,20 +235,21 @@ class EngineLoop:
         """Give what was drawn to the requests, and end those that are over."""
         found = jax.device_get(drawn)
         if self._guessing is not None:
-            self._guessing.ran(len(running), several=bool(found.guessed.any()))
+            self._guessing.ran(len(running), several=bool(found.wide))
         for job in running:
             row = job.row
             if row is None or job.finished:
                 continue
             tokens = [int(token) for token in found.token[row] if token >= 0]
             self.batch.grew(row, len(tokens))
-            self.generated += len(tokens)
+            before = len(job.generated)
             self._policy.ran(job)
             if self._guessing is not None and job.line is not None:
                 self._guessing.note(job.line, tokens, int(found.guessed[row]))
             job.push(
-                tokens, [] if job.request.logprobs is None else _logprobs(found, row, tokens, job.request.logprobs)
+                tokens, [] if job.request.logprobs is None else logprobs_of(found, row, tokens, job.request.logprobs)
             )
+            self.generated += len(job.generated) - before
             if job.failed is not None:
                 self.end(job, "error", job.failed)
             elif job.stopped_by is not None:
@@ -320,7 +322,7 @@ class EngineLoop:
         return (stop - start) * (self._weights + 2 * seen * self.batch.model.config.d_model)
 
 
-def _logprobs(drawn: Drawn, row: int, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
+def logprobs_of(drawn: Drawn, row: int, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
     """Log-probabilities of a row's tokens, and of `most` alternatives each."""
     return [
         TokenLogprob(

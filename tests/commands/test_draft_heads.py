@@ -1,9 +1,10 @@
 """`python -m train.draft_heads`: files that `--draft` reads, errors of one line."""
 
 import pytest
+from absl.flags import FlagValues
 
 import streamjax as sj
-from streamjax.commands.flags.draft import parse_draft
+from streamjax.commands.flags.draft import define_draft, parse_draft, parse_draft_memory
 from streamjax.commands.trained_parts import draft_heads
 from streamjax.streaming.speculative import Hydra, ParallelPrompts
 from tests.commands.test_find_heads import folder, run  # noqa: F401
@@ -35,3 +36,23 @@ def test_nonsense_is_one_line(run, tmp_path):  # noqa: F811
         status, _, err = run(*flags, f"--output={tmp_path}/x", "--steps=1", command=draft_heads)
         assert status in (1, 2)
         assert message in err.strip().splitlines()[-1]
+
+
+@pytest.mark.quick
+def test_a_budget_is_bytes_with_a_unit():
+    def parsed(text, draft="ngram"):
+        values = FlagValues()
+        define_draft(values)
+        given = {"draft": draft, "draft_memory": text}
+        values(["command", *(f"--{name}={value}" for name, value in given.items() if value is not None)])
+        return parse_draft_memory(values)
+
+    assert [parsed(text) for text in (None, "64MB", "1.5 GiB", "300", "7kib")] == [None, 64e6, 1.5 * 2**30, 300, 7168]
+    for text, draft, message in (
+        ("lots", "ngram", "--draft_memory=lots: give a number of bytes, such as 64MB"),
+        ("64TB", "ngram", "give a number of bytes"),
+        ("-1", "ngram", "give a number of bytes"),
+        ("64MB", None, "--draft_memory=64MB: nobody guesses; add --draft"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parsed(text, draft)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from absl import flags
@@ -21,20 +22,24 @@ DRAFT_HELP = (
     "where it fails. Nobody guesses by default."
 )
 _KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE, model:FOLDER or heads:FILE"
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SMALL = "streaming_llm:sinks=4,window=508"
 
 
 ENGINE_DRAFT_HELP = (
     "Guess tokens, so that the model reads several of a row in one pass; answers are the same. ngram: from what was "
-    "said before, for nothing; ngram:FILE asks a text too. Guessing rests where it would make others wait. "
-    "Nobody guesses by default."
+    "said before, for nothing; ngram:FILE asks a text too. heads:FILE: by what python -m train.draft_heads has trained "
+    "for the model. Guessing rests where it would make others wait. Nobody guesses by default."
 )
 
 
 def define_draft(values: flags.FlagValues, about: str = DRAFT_HELP) -> None:
     """The flag `--draft`."""
     flags.DEFINE_string("draft", None, about, flag_values=values)
-    refuse_empty(values, "draft")
+    flags.DEFINE_string("draft_memory", None, "What guesses may take of the device's memory, such as 64MB: "
+                        "weights of their own, what they keep of streams, and a pass that reads them. As many tokens "
+                        "are guessed as fit. By default nobody asks.", flag_values=values)  # fmt: skip
+    refuse_empty(values, "draft", "draft_memory")
 
 
 def parse_draft(text: str | None, model: sj.Decoder, tokenizer: Tokenizer) -> Drafter | None:
@@ -67,6 +72,24 @@ def parse_draft(text: str | None, model: sj.Decoder, tokenizer: Tokenizer) -> Dr
             )
         return SmallModel(model=small, cache=parse_cache(_SMALL, small.config.max_position), drafter=NGrams())
     raise ValueError(f"--draft={text}: nobody of that kind guesses; {_KINDS}")
+
+
+def parse_draft_memory(values: flags.FlagValues) -> int | None:
+    """The bytes that `--draft_memory` names; None where it is not given.
+
+    Raises:
+      ValueError: no number of bytes, or nobody who guesses.
+    """
+    text = values.draft_memory
+    if text is None:
+        return None
+    if values.draft is None:
+        raise ValueError(f"--draft_memory={text}: nobody guesses; add --draft, or leave it away")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    factor = _UNITS.get(found[2].lower()) if found else None
+    if found is None or factor is None:
+        raise ValueError(f"--draft_memory={text}: give a number of bytes, such as 64MB or 1.5GiB")
+    return int(float(found[1]) * factor)
 
 
 def _text(name: str) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.serving.decoding import Drawn, draw, goes_on, no_choices, noted, put_choice
+from streamjax.serving.drafts.walking import go_along
 from streamjax.serving.row_sampling import RowSampling
 from streamjax.streaming.speculative.two_phases import harmless, look_ahead, take_in_first
 from streamjax.streaming.state import StreamState
@@ -53,28 +54,17 @@ def decode_guessed(
         state, rows, out, _ = carry
         given = harmless(model, state, jnp.where(alive, 1 + more, 0))
         hidden, waiting = look_ahead(model, state, tokens, given)
+        used, places = state.used.at[every, first.token].max(alive), jnp.arange(width, dtype=jnp.int32)
+        parents = jnp.broadcast_to(jnp.maximum(places - 1, 0), tokens.shape)
+        there = places < given[:, None]
         logits = model.logits(hidden[:, :-1])
-
-        def going(carry: tuple) -> Array:
-            return jnp.any(carry[2])
-
-        def place(carry: tuple) -> tuple:
-            rows, used, alive, out, i = carry
-            choice, alive, _ = draw(jax.lax.dynamic_index_in_dim(logits, i - 1, 1, False), rows, used, alive)
-            alive &= choice.token == jax.lax.dynamic_index_in_dim(tokens, i, 1, False)
-            rows, out = noted(rows, choice.token, alive), put_choice(out, choice, alive, i)
-            used = used.at[every, choice.token].max(alive)
-            return rows, used, goes_on(rows, choice.token, alive) & (i + 1 < given), out, i + 1
-
-        used = state.used.at[every, first.token].max(alive)
-        carry = (rows, used, given > 1, out, jnp.int32(1))
-        now, _, _, read, _ = jax.lax.while_loop(going, place, carry)
+        now, read, _ = go_along(logits, tokens, parents, there, rows, used, out, given > 1)
         taken = jnp.sum(read.token >= 0, axis=1, dtype=jnp.int32)
         return take_in_first(model, state, waiting, hidden, tokens, taken), now, read, jnp.maximum(given - 1, 0)
 
     carry, wide = (state, rows, out, jnp.zeros_like(more)), jnp.any(more > 0)
     state, rows, out, guessed = _where(~wide, single, _where(wide, several, carry))
-    return state, rows, Drawn(**out._asdict(), bad=bad, guessed=guessed)
+    return state, rows, Drawn(**out._asdict(), bad=bad, guessed=guessed, wide=wide)
 
 
 def _where(condition: Bool[Array, ""], step: Callable[[tuple], tuple], carry: tuple) -> tuple:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from streamjax.streaming.speculative.drafter import Drafter
+from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.speculative.ngrams import NGrams
 from streamjax.streaming.speculative.pace import MOST, SHARE, START, pass_cost
@@ -32,14 +34,17 @@ class Line:
 
 
 class Guesses(NamedTuple):
-    """Of each of B rows M ways to go on, of `lengths` tokens each; the first is the token that the row draws next."""
+    """Of each of B rows M ways to go on, of `lengths` tokens each; the first is the token that the row draws next.
 
-    tokens: Int32[np.ndarray, "B M N"]
+    tokens: None where guesses are made on the device, for the token that a row has drawn; there is one way then.
+    """
+
+    tokens: Int32[np.ndarray, "B M N"] | None
     lengths: Int32[np.ndarray, "B M"]
 
 
 class Guessing:
-    """Guesses where that makes no request later: a pass over several tokens takes longer for all rows.
+    """Guesses by n-grams where that makes no request later: a pass over several tokens takes longer for all rows.
 
     It is tried when what the guesses have brought in the mean is more than the pass takes longer, both in tokens of all
     rows that run: where few of many rows repeat themselves, and in a full batch on hardware whose arithmetic is the
@@ -56,11 +61,15 @@ class Guessing:
     """
 
     def __init__(self, drafter: NGrams, rows: int, vocab_size: int, cost: float | None = None):
+        self._ngrams = drafter
+        self._begin(drafter, 1 + drafter.length, rows, vocab_size, cost)
+
+    def _begin(self, drafter: Drafter, width: int, rows: int, vocab_size: int, cost: float | None) -> None:
+        """width: tokens that a pass with guesses reads of a row."""
         self.guessed = self.right = 0
-        self.width = 1 + drafter.length
-        self._drafter, self._vocab = drafter, vocab_size
+        self._drafter, self._rows, self._vocab = drafter, rows, vocab_size
         single = 1.0 if rows == 1 else pass_cost(rows)
-        self._cost = pass_cost(rows * self.width) / single if cost is None else cost
+        self._cost = pass_cost(rows * width) / single if cost is None else cost
         self._account = START
 
     def begin(self, tokens: Sequence[int] | np.ndarray, limit: Callable[[Sequence[int]], int] | None) -> Line:
@@ -72,18 +81,27 @@ class Guessing:
         loss = running * (self._cost - 1)
         if self._account < 0 or sum(line.hope for line in lines if line is not None) <= loss:
             return None
-        tokens = np.zeros((len(lines), WAYS, self.width), np.int32)
-        count, gain = np.zeros((len(lines), WAYS), np.int32), 0.0
+        guesses, gain = self.nothing(), 0.0
         for row, line in enumerate(lines):
             if line is None:
                 continue
-            for way, found in enumerate(self._drafter.ways(line.history.tokens, WAYS)):
-                known = int(np.cumprod((found >= 0) & (found < self._vocab)).sum())
-                if line.limit is not None and known > 1:
-                    known = line.limit(found[:known].tolist())
-                tokens[row, way, : len(found)], count[row, way] = found, known
-            gain += line.hope * bool((count[row] > 1).any())
-        return Guesses(tokens, count) if gain > loss else None
+            self._guess(line, row, guesses)
+            gain += line.hope * bool((guesses.lengths[row] > 1).any())
+        return guesses if gain > loss else None
+
+    def nothing(self) -> Guesses:
+        """No guesses, in the shape of all that `propose` gives."""
+        shape = (self._rows, WAYS)
+        return Guesses(np.zeros((*shape, 1 + self._drafter.length), np.int32), np.zeros(shape, np.int32))
+
+    def _guess(self, line: Line, row: int, guesses: Guesses) -> None:
+        """Put guesses for a row in their place."""
+        assert guesses.tokens is not None
+        for way, found in enumerate(self._ngrams.ways(line.history.tokens, WAYS)):
+            known = int(np.cumprod((found >= 0) & (found < self._vocab)).sum())
+            if line.limit is not None and known > 1:
+                known = line.limit(found[:known].tolist())
+            guesses.tokens[row, way, : len(found)], guesses.lengths[row, way] = found, known
 
     def note(self, line: Line, tokens: Sequence[int], guessed: int) -> None:
         """A pass has read these tokens of a row, of which `guessed` guesses had been given."""
@@ -105,3 +123,19 @@ class Guessing:
     def learn(self, tokens: Sequence[int]) -> None:
         """A request has ended, which had generated these tokens."""
         self._drafter.learn(np.asarray(tokens, np.int32))
+
+
+class TrainedGuessing(Guessing):
+    """The same by what was trained: trees that are grown on the device, behind the tokens that rows have drawn there.
+
+    So nobody knows on the host what is guessed: a row that has to stop in front of something (`Line.limit`) gets none.
+    """
+
+    def __init__(self, drafter: TreeDrafter, rows: int, vocab_size: int, cost: float | None = None):
+        self._begin(drafter, drafter.pass_width, rows, vocab_size, cost)
+
+    def nothing(self) -> Guesses:
+        return Guesses(None, np.zeros((self._rows, 1), np.int32))
+
+    def _guess(self, line: Line, row: int, guesses: Guesses) -> None:
+        guesses.lengths[row] = 1 + self._drafter.length if line.limit is None else 1

@@ -98,6 +98,19 @@ def prepare_chat(service: Service, body: dict[str, Any], conversation: str | Non
     return ChatCall(tuple(requests), options, tools.are_called, logprobs, conversation)
 
 
+def prepare_pieces(service: Service, body: dict[str, Any]) -> ChatCall:
+    """Read a request whose message comes in pieces: its fields are a chat's but for the messages.
+
+    Raises:
+      ApiError: as `prepare_chat`; a field that such a request cannot have.
+    """
+    for name in ("messages", "stream", "tools", "n"):
+        if body.get(name) is not None:
+            raise wrong_value(name, "must not be given where text comes in pieces")
+    whole = {**body, "messages": [{"role": "user", "content": "-"}], "conversation": None, "stream": True}
+    return prepare_chat(service, whole, None)
+
+
 async def answer_chat(service: Service, body: dict[str, Any], ended: Any) -> Answer:
     """Submit a request, and answer it.
 

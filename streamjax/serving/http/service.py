@@ -17,6 +17,7 @@ from streamjax.serving.http.generations import Generations
 from streamjax.serving.http.monitoring import Metrics
 from streamjax.serving.http.reading.constraints import Grammars
 from streamjax.serving.requests import Overloaded, RequestEngine
+from streamjax.serving.simultaneous.streams import SimultaneousStreams
 
 _Result = TypeVar("_Result")
 _PREPARING_THREADS = 2
@@ -38,6 +39,7 @@ class Service:
       template_values: for the chat template.
       default_tokens: of an answer, where a request does not say.
       most_requests: that are in the server at once; more are told to come again.
+      simultaneous: streams that answer while they are read; None: there are none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Service:
         template_values: dict[str, Any] | None = None,
         default_tokens: int = 512,
         most_requests: int = 1024,
+        simultaneous: SimultaneousStreams | None = None,
     ):
         if name in adapters:
             raise ValueError(f"adapter {name!r} is called as the model is; give one of them another name")
@@ -63,7 +66,7 @@ class Service:
         self.vocab_size, self.stop_ids, self.trained_length = vocab_size, stop_ids, trained_length
         self.cache_words, self.cache_sizes = cache_words, cache_sizes
         self.template_values = dict(template_values or {})
-        self.default_tokens = default_tokens
+        self.default_tokens, self.simultaneous = default_tokens, simultaneous
         self.created = int(time.time())
         self.generations = Generations(engine)
         self.grammars = Grammars(tokenizer, vocab_size, stop_ids)
@@ -118,4 +121,6 @@ class Service:
     def close(self) -> None:
         """Cancel what is under way, and save every conversation."""
         self._threads.shutdown(cancel_futures=True)
+        if self.simultaneous is not None:
+            self.simultaneous.close()
         self.engine.close()

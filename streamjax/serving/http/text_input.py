@@ -3,7 +3,8 @@
 A client sends JSON objects. The first of a turn is `{"begin": {...}}` with the fields of a chat request but for
 `messages`; then `{"text": "..."}` as often as it likes, and `{"answer": true}` at the end. The server sends the chunks
 of a streamed chat, then `{"done": true, "usage": {...}}`, and waits for the next turn. When a client goes in the middle
-of a turn, the turn ends there, without an answer.
+of a turn, the turn ends there, without an answer. With `wait` in `begin` the answer is written while the text comes
+(`simultaneous_input.py`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from streamjax.data.text.chat_turns import turn_around
 from streamjax.data.text.stream_encoder import StreamEncoder
-from streamjax.serving.http.chat import ChatCall, ChatWriter, prepare_chat
+from streamjax.serving.http.chat import ChatCall, ChatWriter, prepare_pieces
 from streamjax.serving.http.conversations import find, hold, read_conversation
 from streamjax.serving.http.errors import ApiError
 from streamjax.serving.http.reading.fields import Fields, parse_body, wrong_value
 from streamjax.serving.http.service import Service
+from streamjax.serving.http.simultaneous_input import LONGEST_PIECE, answer_while_reading
 from streamjax.serving.requests import Request
 
 _KEPT = 1000  # characters of what was said, that the next turn's template sees
-_LONGEST = 1 << 20  # characters of a piece
 
 
 async def serve_input(service: Service, socket: WebSocket) -> None:
@@ -37,6 +38,9 @@ async def serve_input(service: Service, socket: WebSocket) -> None:
             fields = Fields(parse_body((await socket.receive_text()).encode()))
             body = fields.required("begin", dict)
             fields.finish()
+            if body.get("wait") is not None:
+                await answer_while_reading(service, socket, body)
+                continue
             name = read_conversation(Fields(body)) or unnamed
             used |= name == unnamed
             release = hold(service, name)
@@ -96,11 +100,8 @@ class _Turn:
     def _begin(self, extra: dict[str, Any], kept: Any) -> tuple[ChatCall, list[int], list[int]]:
         """The request, and the ids before and behind the text."""
         service = self._service
-        for name in ("messages", "stream", "tools", "n"):
-            if self._body.get(name) is not None:
-                raise wrong_value(name, "must not be given where text comes in pieces")
-        body = {**self._body, "messages": [{"role": "user", "content": "-"}], "conversation": None, "stream": True}
-        call = dataclasses.replace(prepare_chat(service, body, None), conversation=self._name if self._named else None)
+        call = prepare_pieces(service, self._body)
+        call = dataclasses.replace(call, conversation=self._name if self._named else None)
         begins = kept is None or kept.tokens_seen == 0
         with service.plain_errors():
             before, behind = turn_around(
@@ -121,8 +122,8 @@ class _Turn:
             return False
         text = fields.required("text", str)
         fields.finish()
-        if len(text) > _LONGEST:
-            raise wrong_value("text", f"must not be longer than {_LONGEST:,} characters")
+        if len(text) > LONGEST_PIECE:
+            raise wrong_value("text", f"must not be longer than {LONGEST_PIECE:,} characters")
         self._said = (self._said + text)[:_KEPT]
         self._waiting += self._encoder.push(text.encode("utf-8", errors="replace"))
         return True

@@ -108,6 +108,10 @@ class PagedBatch(Batch):
         self._held = [0] * self.rows
         self._tables: PageTables | None = None
 
+    def whole(self) -> StreamState:
+        tables = self._tables or tables_of(self._rows, self._width, self._share)
+        return join(self.state, self._pools, tables)
+
     def fresh(self) -> PagedStream:
         return PagedStream(self._alone.empty, [])
 
@@ -182,9 +186,7 @@ class PagedBatch(Batch):
         self._held[row] += tokens
 
     def decode(self, active: Bool[np.ndarray, " B"], count: int, guesses: Guesses | None = None) -> Drawn:
-        tables = self._tables or tables_of(self._rows, self._width, self._share)
-        whole = join(self.state, self._pools, tables)
-        whole, drawn = self._decode(whole, active, count, guesses)
+        whole, drawn = self._decode(self.whole(), active, count, guesses)
         self._tables = whole.tables
         self.state, self._pools = split(whole)
         return drawn

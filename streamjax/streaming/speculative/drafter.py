@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from streamjax.field_checks import Size, check_fields
+from streamjax.models.decoder import Decoder
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.speculative.history import History
 
@@ -84,6 +86,25 @@ class Drafter:
     def prompts(self) -> Float[Array, "M E"] | None:
         """Embeddings of prompt tokens that the model is to read behind each node of its trees; None: there are none."""
         return None
+
+    @property
+    def guesses_trees(self) -> bool:
+        """Whether its guesses may be a tree."""
+        return False
+
+    def smaller(self) -> Drafter | None:
+        """The same with fewer guesses, to save memory; None: it guesses a single token."""
+        return None if self.length == 1 else self._with(length=self.length - 1)
+
+    def _with(self, **values: int) -> Drafter:
+        one = copy.copy(self)
+        for name, value in values.items():
+            setattr(one, name, value)
+        return one
+
+    def held_bytes(self, rows: int, model: Decoder) -> tuple[int, int]:
+        """Bytes that it has on the device beside a model: of weights of its own, and of what it keeps of streams."""
+        return 0, 0
 
     def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
         """Up to `length` tokens behind the newest of each stream; of streams that are not `wanted` none.

@@ -52,6 +52,13 @@ class NGrams(Drafter):
     def nodes(self) -> int:
         return self.branches * self.length
 
+    @property
+    def guesses_trees(self) -> bool:
+        return self.branches > 1
+
+    def smaller(self) -> Drafter | None:
+        return self._with(branches=self.branches - 1) if self.branches > 1 else super().smaller()
+
     def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
         tokens, parents = np.zeros((2, len(streams), self.nodes), np.int32)
         count = np.zeros(len(streams), np.int32)

@@ -54,6 +54,14 @@ class SmallModel(Drafter):
         self._read: list[int] = []  # of each stream, how much of its history has been read
         self._streams: list[History] = []
 
+    def held_bytes(self, rows: int, model: Decoder) -> tuple[int, int]:
+        state = jax.eval_shape(lambda: init_state(self.model, self.cache, rows, note_used=True))
+        weights, inner = (0, 0) if self.drafter is None else self.drafter.held_bytes(rows, self.model)
+        if self.model is not model:
+            weights += sum(leaf.nbytes for leaf in jax.tree.leaves(self.model))
+        one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return weights, 2 * one + inner  # where it stands, and a copy that goes on
+
     def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
         self._catch_up(streams)
         assert self._state is not None

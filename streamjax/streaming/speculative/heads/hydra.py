@@ -21,9 +21,8 @@ from jaxtyping import Array, Float, Int32
 
 from streamjax.field_checks import Size
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.speculative.drafter import Draws
 from streamjax.streaming.speculative.heads.hydra_file import HydraHeads
-from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
+from streamjax.streaming.speculative.heads.tree_drafter import Ahead, GrownTrees, TreeDrafter
 from streamjax.streaming.speculative.heads.tree_growth import grow_tree
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary, embedded, unit
 
@@ -68,6 +67,19 @@ def hydra_tree(
     return grow_tree(says, certain, vocabulary.ids, length, width, nodes)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HydraTrees(GrownTrees):
+    """Trees by heads."""
+
+    weights: HydraWeights
+
+    def grow(
+        self, model: Decoder, hidden: Float[Array, "B E"], ahead: Ahead, certain: Int32[Array, " B"]
+    ) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+        return hydra_tree(model, self.weights, self.vocabulary, hidden, certain, self.length, self.width, self.nodes)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Hydra(TreeDrafter):
     """Trained heads that guess; see `python -m train.draft_heads`.
@@ -98,7 +110,6 @@ class Hydra(TreeDrafter):
         self.take_up(heads, len(heads.inward), "draft heads")
         self._weights = HydraWeights(*(tuple(map(jnp.asarray, x)) for x in (heads.inward, heads.outward)))
 
-    def grow(self, draws: Draws, certain: Int32[Array, " B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
-        return hydra_tree(
-            self.model, self._weights, self._vocabulary, draws.hidden, certain, self.length, self.width, self.nodes
-        )
+    @property
+    def trees(self) -> HydraTrees:
+        return HydraTrees(self._vocabulary, self.length, self.width, self.nodes, weights=self._weights)

@@ -26,7 +26,7 @@ from streamjax.field_checks import Size
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.speculative.drafter import Drafts, Draws
 from streamjax.streaming.speculative.heads.prompt_file import PromptTokens
-from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
+from streamjax.streaming.speculative.heads.tree_drafter import Ahead, GrownTrees, TreeDrafter
 from streamjax.streaming.speculative.heads.tree_growth import grow_tree
 from streamjax.streaming.speculative.heads.vocabulary import DraftVocabulary
 from streamjax.streaming.speculative.history import History
@@ -49,6 +49,18 @@ def tree_of_prompts(
         return jnp.broadcast_to(logp[:, None, read - 1], (rows, paths, logp.shape[2]))
 
     return grow_tree(says, certain, vocabulary.ids, ahead.shape[1], width, nodes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptTrees(GrownTrees):
+    """Trees by what was said at `length` prompt tokens."""
+
+    def grow(
+        self, model: Decoder, hidden: Float[Array, "B E"], ahead: Ahead, certain: Int32[Array, " B"]
+    ) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+        assert ahead is not None
+        return tree_of_prompts(model, self.vocabulary, ahead, certain, self.width, self.nodes)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,7 +99,7 @@ class ParallelPrompts(TreeDrafter):
 
     @property
     def prompts(self) -> Float[Array, "M E"]:
-        return self._prompts
+        return self._prompts[: self.length]
 
     def propose(self, streams: Sequence[History], wanted: Sequence[bool], draws: Draws) -> Drafts:
         if draws.ahead is not None:
@@ -95,6 +107,6 @@ class ParallelPrompts(TreeDrafter):
         none = np.zeros((len(streams), self.nodes), np.int32)  # no pass has read prompt tokens here: this one does
         return Drafts(none, np.zeros(len(streams), np.int32), none)
 
-    def grow(self, draws: Draws, certain: Int32[Array, " B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
-        assert draws.ahead is not None
-        return tree_of_prompts(self.model, self._vocabulary, draws.ahead, certain, self.width, self.nodes)
+    @property
+    def trees(self) -> PromptTrees:
+        return PromptTrees(self._vocabulary, self.length, self.width, self.nodes)
