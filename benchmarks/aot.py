@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +108,7 @@ def bytes_per_device(tree: object) -> int:
 
 # What the compiler writes once every buffer of a program has its place, before it makes the code of a single kernel.
 ASSIGNED, _REPORT = "*.after_optimizations_after_buffer_assignment.txt", "*.after_optimizations-memory-usage-report.txt"
+_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 DUMP = "AOT_DUMP"  # the environment variable with the folder for it
 
 
@@ -117,13 +121,61 @@ def compile_until_assigned(lowered: jax.stages.Lowered, options: Mapping[str, st
     lowered.compile(compiler_options={**(options or {}), "xla_dump_to": os.environ[DUMP], "xla_dump_hlo_as_text": True})
 
 
+class Assigned(NamedTuple):
+    """What a process had to say that was ended once the compiler had placed its buffers.
+
+    found: `read_assigned` of its program; None where the process ended before, of which `errors` tell. printed: lines.
+    """
+
+    found: tuple[str, dict[str, int]] | None
+    printed: list[str]
+    errors: str
+
+    @property
+    def used(self) -> int | None:
+        """Bytes that a program larger than the chip's memory wants."""
+        wanted = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", self.errors)
+        return None if wanted is None else int(float(wanted[1]) * 2**30)
+
+
+def end_when_assigned(
+    command: Sequence[str], environment: Callable[[str], Mapping[str, str]], text: str = ""
+) -> Assigned:
+    """Run a process that calls `compile_until_assigned`, and end it when the files are there.
+
+    Args:
+      command: of the process.
+      environment: its environment, given a folder that is there while it runs.
+      text: what it reads.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, dump = Path(name), Path(name) / "dump"
+        (folder / "text").write_text(text)
+        with (folder / "text").open() as read, (folder / "said").open("w") as said, (folder / "bad").open("w") as bad:
+            known = {**environment(name), DUMP: str(dump)}
+            child = subprocess.Popen(command, cwd=ROOT, env=known, stdin=read, stdout=said, stderr=bad, text=True)
+        while child.poll() is None and not any(dump.glob(ASSIGNED)):
+            time.sleep(1.0)
+        time.sleep(2.0)  # until the file is whole
+        child.kill()
+        child.wait()
+        found = read_assigned(dump) if any(dump.glob(ASSIGNED)) else None
+        return Assigned(found, (folder / "said").read_text().splitlines(), (folder / "bad").read_text())
+
+
 def read_assigned(folder: Path) -> tuple[str, dict[str, int]]:
-    """The scheduled program, and bytes of each memory: "default" is the chip's main memory, arguments included."""
-    text, report = (
-        max(folder.glob(name), key=lambda path: path.stat().st_size).read_text() for name in (ASSIGNED, _REPORT)
+    """The scheduled program, and bytes of each memory: "default" is the chip's main memory, arguments included.
+
+    The compiler's report also counts what is inside of fusions, which takes no memory ("thread-local"): left out here.
+    """
+    text, report, buffers = (
+        max(folder.glob(name), key=lambda path: path.stat().st_size).read_text()
+        for name in (ASSIGNED, _REPORT, _BUFFERS)
     )
     spaces = re.findall(r"^Memory Space: (\w+).*\nTotal bytes: (\d+)", report, flags=re.M)
-    return text, {name: int(size) for name, size in spaces}
+    found = {name: int(size) for name, size in spaces}
+    inside = re.findall(r"^allocation \d+: size (\d+), page \d+, thread-local", buffers, flags=re.M)
+    return text, found | {"default": found["default"] - sum(map(int, inside))}
 
 
 _SIZES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}

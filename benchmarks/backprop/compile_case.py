@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -78,12 +79,13 @@ def source() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
+def compile_case(case: Case, known: str | None = None, *, until_assigned: bool = False) -> dict[str, Any]:
     """Compile a case in a fresh process.
 
     Args:
       case: what to compile.
       known: a `program` of earlier figures; where the case still lowers to it, nothing is compiled.
+      until_assigned: end the compiler once every buffer has its place, before it makes code: `fits` and `peak` alone.
 
     Returns:
       `fits`, whether the chip's memory holds it; `program`, a hash of the lowered program; `compile_s`; and in bytes
@@ -96,11 +98,18 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
       ValueError: no compiler for the topology.
       RuntimeError: the compile failed for another reason; the message is the process's last line.
     """
+    if until_assigned:
+        command = [sys.executable, "-m", "benchmarks.backprop.compile_case", ""]
+        ended = aot.end_when_assigned(command, lambda _: _environment(case), case.to_json())
+        peak = ended.used if ended.found is None else ended.found[1]["default"]
+        if peak is None:
+            raise RuntimeError(f"{case.topology}, {case.length} tokens: {ended.errors.strip().splitlines()[-1]}")
+        return {"fits": peak <= aot.TOPOLOGIES[case.topology].memory_bytes, "peak": peak}
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.backprop.compile_case", known or ""],
         input=case.to_json(),
         cwd=aot.ROOT,
-        env={**aot.child_environment(case.topology), "JAX_TRACEBACK_FILTERING": "remove_frames"},
+        env=_environment(case),
         capture_output=True,
         text=True,
     )
@@ -108,6 +117,10 @@ def compile_case(case: Case, known: str | None = None) -> dict[str, Any]:
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
         raise RuntimeError(f"{case.topology}, {case.length} tokens, {dict(case.arguments)}: {lines[-1]}")
     return json.loads(child.stdout.splitlines()[-1])
+
+
+def _environment(case: Case) -> dict[str, str]:
+    return {**aot.child_environment(case.topology), "JAX_TRACEBACK_FILTERING": "remove_frames"}
 
 
 def _compile_here(case: Case, known: str) -> dict[str, Any]:
@@ -133,6 +146,8 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
         return {"program": program}
     start = time.perf_counter()
     try:
+        if os.environ.get(aot.DUMP):
+            aot.compile_until_assigned(lowered)
         compiled = lowered.compile()
         figures = _figures(compiled, aot.TOPOLOGIES[case.topology].memory_bytes)
         if case.kernels:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,24 +44,12 @@ def run_until_assigned(module: str, name: str, environment: Environment, read_ca
       RuntimeError: the compile failed before; the message is the process's last line.
     """
     command = [sys.executable, "-m", module, "--child", name]
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
-        dump = Path(folder) / "dump"
-        known = {**environment(name, folder), aot.DUMP: str(dump)}
-        with (Path(folder) / "errors").open("w") as written:
-            child = subprocess.Popen(command, cwd=aot.ROOT, env=known, stdout=said, stderr=written, text=True)
-        while child.poll() is None and not any(dump.glob(aot.ASSIGNED)):
-            time.sleep(1.0)
-        time.sleep(2.0)  # until the file is whole
-        child.kill()
-        child.wait()
-        errors, lines = (Path(folder) / "errors").read_text(), (Path(folder) / "said").read_text().splitlines()
-        if not any(dump.glob(aot.ASSIGNED)):
-            used = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", errors)
-            if used is None or not lines:
-                raise RuntimeError(f"{name}: {errors.strip().splitlines()[-1]}")
-            return {**json.loads(lines[-1]), "does_not_fit": int(float(used[1]) * 2**30)}
-        printed = json.loads(lines[-1])
-        return read_case(printed, *aot.read_assigned(dump))
+    ended = aot.end_when_assigned(command, lambda folder: environment(name, folder))
+    if ended.found is not None:
+        return read_case(json.loads(ended.printed[-1]), *ended.found)
+    if ended.used is None or not ended.printed:
+        raise RuntimeError(f"{name}: {ended.errors.strip().splitlines()[-1]}")
+    return {**json.loads(ended.printed[-1]), "does_not_fit": ended.used}
 
 
 def run(

@@ -86,7 +86,7 @@ def test_whole_in_pieces_and_layer_by_layer_it_is_the_published_recurrence():
     assert model.layers[0].mixer.bound is None  # what is stored is the table
 
 
-@pytest.mark.parametrize("order", ["full", "layer", "chunk"])
+@pytest.mark.parametrize("order", ["full", "chunk", pytest.param("layer", marks=pytest.mark.slow)])
 def test_the_table_gets_its_gradient(order):
     """From stacked layers and single ones, of two kinds: that of the loss differentiated as it stands."""
     with jax.enable_x64(True):
