@@ -64,24 +64,25 @@ def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return found, entry
 
 
-def moved_bytes(text: str) -> int:
+def moved_bytes(text: str, turns: int = 1) -> int:
     """Bytes that one run of a compiled program reads from main memory, and writes to it.
 
-    A loop's body counts once. A slice inside of a fusion reads as many bytes as it has; what else a fusion reads, it
-    reads whole.
+    A loop's body counts `turns` times. A slice inside of a fusion reads as many bytes as it has; what else a fusion
+    reads, it reads whole.
     """
     computations, entry = _computations(text)
-    return sum(_moved(computations, entry))
+    return sum(_moved(computations, entry, turns))
 
 
-def _moved(computations: dict[str, dict[str, Instruction]], name: str) -> Iterator[int]:
+def _moved(computations: dict[str, dict[str, Instruction]], name: str, turns: int = 1) -> Iterator[int]:
     instructions = computations[name]
     for one in instructions.values():
         if one.operation in _NOTHING or one.operation.endswith(("-done", "-update")):
             continue
         if one.operation in _CALLS:
             called = re.search(_CALLS[one.operation] + r"=(%[\w.\-]+)", one.rest)
-            yield from _moved(computations, called.group(1)) if called else ()
+            times = turns if one.operation == "while" else 1
+            yield from (times * size for size in _moved(computations, called.group(1), turns)) if called else ()
         elif one.operation.endswith("-start"):  # a tuple of source and target: each side moves as much as the smaller
             sides = _ARRAY.findall(one.shape)[:2]
             yield min(_size(*side) for side in sides) * sum("S(" not in side[2] for side in sides)

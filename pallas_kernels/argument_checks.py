@@ -79,10 +79,18 @@ def _coded(q: Array, k: Any, v: Any, k_scale: Array | None = None, v_scale: Arra
                 f"{name}: {slots} slots of {x.bits} bits in groups of {x.group}: use bytes of whole groups, and 8, 4, "
                 "2 or 1 bits"
             )
-        parts = x.least.shape[3]
-        wanted = (slots // x.group, width) if x.along == "channel" else (slots, parts)
-        if x.least.shape != x.step.shape or x.least.shape[2:] != wanted or width % parts:
-            raise ValueError(f"{name}: least {x.least.shape} and step {x.step.shape}: use [B, K, {wanted}] for both")
+        columns = {"order": width, "stretch": width}
+        if x.tokens is not None:
+            columns |= {"tokens": x.tokens.shape[3], "directions": x.tokens.shape[3] * width}
+        if x.kept is not None:
+            columns |= {"kept": x.kept.shape[3], "channels": x.kept.shape[3]}
+        for number, (array, along) in x.numbers.items():
+            runs = width if x.along == "channel" or width % array.shape[3] else array.shape[3]
+            wanted = slots // x.group if along == "channel" else slots, columns.get(number, runs)
+            if array.shape[2:] != wanted:
+                raise ValueError(f"{name}: {number} {array.shape}: use [B, K, {wanted}]")
+            if array.dtype not in (jnp.bfloat16, jnp.uint8):
+                raise ValueError(f"{name}: {number} in {array.dtype}: use bfloat16, or bytes for whole numbers")
 
 
 def paged(q: Array, k: Array | Coded, v: Array | Coded, pages: Array, page_size: int) -> None:

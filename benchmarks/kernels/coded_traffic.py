@@ -4,13 +4,16 @@
 
 A layer that keeps everything (`Full`), 8 streams, 8 key heads of 128 channels and 32 of queries, 8,192 slots. `MB a
 step` is what one token's attention moves: on TPUs what the program's text moves to and from main memory
-(`benchmarks.hbm_traffic`), on GPUs the program's arguments and twice its temporaries. `copied` are the temporaries of
-the step with the new token stored, over the bfloat16 slots: no array of slots is among them.
+(`benchmarks.hbm_traffic`), on GPUs the program's arguments and twice its temporaries. Where XLA reads the codes, it
+does so in a loop over blocks of slots: its body counts as often as there are blocks, and on GPUs so do temporaries.
+`copied` are the temporaries of the step with the new token stored, over the bfloat16 slots: where a kernel reads the
+codes, no array of slots is among them. `stored` is what the codes and all that belongs to them take, over the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -27,30 +31,58 @@ from benchmarks.hbm_traffic import moved_bytes
 from benchmarks.reporting import report
 from pallas_kernels.api import platforms
 from pallas_kernels.partial import Partial
+from streamjax.kv.codecs.block_floats import BlockFloats
 from streamjax.kv.codecs.codec import Codec
+from streamjax.kv.codecs.fireq import FireQ
+from streamjax.kv.codecs.fp8 import FP8
+from streamjax.kv.codecs.gear import Gear
 from streamjax.kv.codecs.integers import Int
-from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
+from streamjax.kv.codecs.mixed import Mixed
+from streamjax.kv.tier import CODED_SLOT_BLOCK, KVSpec, KVTokens, Query
 from streamjax.kv.tiers.full import Full
+from streamjax.models.config import RopeConfig
+from streamjax.models.rope import make_rotary
 
 CHIPS = {"v5e": "v5e:1x1", "H100": "h100"}
 STREAMS, HEADS, GROUP, WIDTH, SLOTS = 8, 8, 4, 128, 8192
+COUPLED = 4  # channels that share a code of `CQ`
 CODECS: dict[str, Codec | None] = {
     "bfloat16": None,
+    "fp8": FP8(),
     "int8": Int(8),
     "int4": Int(4),
+    "int4, keys by token": Int(4, keys="token"),
     "int2, groups of 32": Int(2, group=32),
+    "fireq": FireQ(4),
+    "k_sort": BlockFloats(4),
+    "gear": Gear(2),
+    "vidkv": Mixed(32),
+    "cq": CQ(COUPLED, 8),
 }
+
+
+def codec_of(name: str) -> Codec | None:
+    """The codec, with codebooks where it reads them; what is in these does not matter here."""
+    codec = CODECS[name]
+    if isinstance(codec, CQ):
+        entries = np.random.default_rng(0).standard_normal((HEADS * WIDTH // COUPLED << codec.bits, COUPLED))
+        both = entries.astype(np.float32).tobytes()
+        codec = dataclasses.replace(codec, codebooks=Codebooks(both, both, COUPLED, "any"))
+    return codec
 
 
 def step_bytes(chip: str, name: str) -> dict[str, float]:
     """What one step moves and copies; for a process of `aot.child_environment`."""
     platforms.platform_implementation = lambda: "triton" if chip == "H100" else "tpu"  # JAX runs on a CPU here
-    tier = Full(SLOTS, codec=CODECS[name])
+    tier = Full(SLOTS, codec=codec_of(name))
     place = jax.sharding.SingleDeviceSharding(aot.devices(CHIPS[chip])[0])
     spec = KVSpec(STREAMS, HEADS, WIDTH, jnp.dtype(jnp.bfloat16), GROUP)
 
+    rotary = make_rotary(RopeConfig(), WIDTH, SLOTS)
+
     def read(state: Any, q: Array, position: Array) -> Partial:
-        query = Query(q, q, position, position[:, 0].astype(jnp.int32), None, None, 1.0, None)
+        query = Query(q, q, position, position[:, 0].astype(jnp.int32), None, rotary, 1.0, None)
         return tier.attend(state, query, None)
 
     def step(state: Any, q: Array, position: Array, k: Array) -> tuple[Any, Partial]:
@@ -64,11 +96,15 @@ def step_bytes(chip: str, name: str) -> dict[str, float]:
     shapes = held, array(STREAMS, 1, HEADS * GROUP, WIDTH), array(STREAMS, 1, dtype=jnp.uint32)
     reads = jax.jit(read).trace(*shapes).lower().compile()
     whole = jax.jit(step, donate_argnums=0).trace(*shapes, array(STREAMS, HEADS, 1, WIDTH)).lower().compile()
-    memory = reads.memory_analysis()
-    moved = memory.argument_size_in_bytes + 2 * memory.temp_size_in_bytes
+    memory, text = reads.memory_analysis(), reads.as_text()
+    kernel = "decode_attention" in text
+    turns = 1 if kernel else SLOTS // CODED_SLOT_BLOCK
+    moved = memory.argument_size_in_bytes + 2 * turns * memory.temp_size_in_bytes
     if chip != "H100":
-        moved = moved_bytes(reads.as_text())
-    return {"moved": moved, "copied": whole.memory_analysis().temp_size_in_bytes}
+        moved = moved_bytes(text, turns)
+    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((held.k, held.v)))
+    copied = whole.memory_analysis().temp_size_in_bytes
+    return {"moved": moved, "copied": copied, "stored": stored, "kernel": kernel}
 
 
 def compiled(chip: str, name: str) -> dict[str, float]:
@@ -83,6 +119,7 @@ def compiled(chip: str, name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--slots", nargs="+", default=list(CODECS), choices=CODECS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -92,11 +129,13 @@ def main() -> None:
     rows = []
     for chip in arguments.chips:
         exact = 0.0
-        for name in CODECS:
+        for name in ["bfloat16", *(x for x in arguments.slots if x != "bfloat16")]:
             found = compiled(chip, name)
             exact = exact or found["moved"]
-            row = {"chip": chip, "slots": name, "MB a step": found["moved"] / 1e6, "x bfloat16": found["moved"] / exact}
-            rows.append(row | {"copied": found["copied"] / (4 * STREAMS * HEADS * WIDTH * SLOTS)})
+            slots = 4 * STREAMS * HEADS * WIDTH * SLOTS
+            row = {"chip": chip, "slots": name, "read by": "kernel" if found["kernel"] else "XLA"}
+            row |= {"MB a step": found["moved"] / 1e6, "x bfloat16": found["moved"] / exact}
+            rows.append(row | {name: found[name] / slots for name in ("stored", "copied")})
             print(rows[-1], flush=True)
     report("kernels/coded_traffic", rows, arguments.output, streams=STREAMS, cached=SLOTS)
 

@@ -52,8 +52,8 @@ def decode_attention(
     Args:
       q: queries of the tokens that follow the cached ones.
       k, v: [B, K, S, D] of q's dtype or int8, or uint8 [B, K, S, D / 2] with two numbers of four bits in a byte
-        (`pack_int4`), as which they come with scales; or both `Coded`, in 8 to 1 bits with a least and a step for each
-        group, and what they stand for is made in registers. TPUs take keys along channels.
+        (`pack_int4`), as which they come with scales; or both `Coded`, in 8 to 1 bits with what belongs to them, and
+        what they stand for is made in registers. TPUs take channels in an order where there are 128 of them.
       count: tokens in the cache, at most S.
       first: slot of the oldest token; 0 where None.
       scale, softcap: of the logits, as in `flash_attention`.

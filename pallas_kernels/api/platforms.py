@@ -56,7 +56,7 @@ def takes_codes(k: Coded | None, page: int | None = None) -> bool:
         return False
     if chosen == "triton":
         return k.shape[3] <= MAX_WIDTH
-    if k.along != "channel" or k.shape[3] % LANES or k.rows % SUBLANES:
+    if k.shape[3] % LANES or k.rows % SUBLANES or (k.order is not None and k.shape[3] != LANES):
         return False
     return page is None or page // k.planes % (4 * SUBLANES) == 0  # whole tiles of bytes
 

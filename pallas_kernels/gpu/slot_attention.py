@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_ranges import divide
-from pallas_kernels.coded import Along, Coded
+from pallas_kernels.coded import Along, Coded, Kind, float8, power
 from pallas_kernels.gpu.exponentials import MASKED, exp2
 from pallas_kernels.gpu.flash_operands import dot
 from pallas_kernels.partial import Partial, merge_stacked
@@ -51,12 +51,25 @@ Find = Callable[[Reads, jax.Array], tuple[Any, Any, Place]]
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
-    """bits, group, along: of `Coded` slots. channels: that share a least and a step."""
+    """bits, group, along, zero, kind: of `Coded` slots. channels: that share a least and a step. rank: of factors.
+    kept: channels of each slot that are kept beside the codes."""
 
     bits: int
     group: int
     along: Along
+    zero: int
+    kind: Kind
     channels: int
+    rank: int
+    kept: int
+
+    @classmethod
+    def of(cls, x: Coded) -> Coding:
+        """How they lie."""
+        runs = 1 if x.step is None else x.step.shape[3]
+        channels = 1 if x.along == "channel" else x.shape[3] // runs
+        rank, kept = (0 if y is None else y.shape[3] for y in (x.tokens, x.kept))
+        return cls(x.bits, x.group, x.along, x.zero, x.kind, channels, rank, kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +121,7 @@ def attend(
     Raises:
       ValueError: heads wider than the kernel takes, blocks of another size, or a cache beyond 32-bit offsets.
     """
-    coded = {
-        name: Coding(x.bits, x.group, x.along, 1 if x.along == "channel" else x.shape[3] // x.step.shape[3])
-        for name, x in operands.items() if isinstance(x, Coded)
-    }  # fmt: skip
+    coded = {name: Coding.of(x) for name, x in operands.items() if isinstance(x, Coded)}
     operands = _flat(operands)
     cache = operands["k"]
     if q.shape[3] > MAX_WIDTH:
@@ -214,7 +224,7 @@ def _add(
 
     def load(name: str) -> list[jax.Array]:
         if name in few.coded:
-            return [_decoded(few.coded[name], read, name, slot, channel, mask).astype(q[0].dtype)]
+            return [_decoded(few, read, name, slot, channel, there).astype(q[0].dtype)]
         block = plgpu.load(read[name].at[slot[:, None], channel[None]], mask=mask, other=0)
         return _widened(block, q[0].dtype)
 
@@ -239,32 +249,58 @@ def _add(
 
 
 def _flat(operands: Mapping[str, Array | Coded]) -> dict[str, Array]:
-    """Codes, least and step of what is `Coded` as operands of their own."""
+    """Codes and numbers of what is `Coded` as operands of their own."""
     found: dict[str, Array] = {}
     for name, x in operands.items():
         if isinstance(x, Coded):
-            found |= {name: x.codes, f"{name}_least": x.least, f"{name}_step": x.step}
+            found |= {name: x.codes, **{f"{name}_{of}": array for of, (array, _) in x.numbers.items()}}
         else:
             found[name] = x
     return found
 
 
-def _decoded(coding: Coding, read: Reads, name: str, slot: jax.Array, channel: jax.Array, mask: jax.Array) -> jax.Array:
+def _decoded(few: Few, read: Reads, name: str, slot: jax.Array, channel: jax.Array, there: jax.Array) -> jax.Array:
     """What the codes of slots stand for, in float32."""
+    coding = few.coded[name]
     planes = 8 // coding.bits
     rows, unit = coding.group // planes, divide(slot, coding.group)
     inside = slot - unit * coding.group
     plane = divide(inside, rows)
     row = unit * rows + inside - plane * rows
-    whole = plgpu.load(read[name].at[row[:, None], channel[None]], mask=mask, other=0).astype(jnp.int32)
+    mask = there[:, None] & (channel < few.width)[None]
+
+    def load(of: str, row: jax.Array, column: jax.Array) -> jax.Array:
+        """Rows' numbers in these columns; whole ones as int32."""
+        place = tuple(jnp.broadcast_to(x, mask.shape) for x in (row[:, None], column))
+        found = plgpu.load(read[of].at[place], mask=mask, other=0)
+        return found.astype(jnp.int32 if found.dtype == jnp.uint8 else jnp.float32)
+
+    def number(of: str, column: jax.Array) -> jax.Array:
+        return load(f"{name}_{of}", unit if coding.along == "channel" else slot, column)
+
+    def of_slot(of: str, i: int) -> jax.Array:
+        return plgpu.load(read[f"{name}_{of}"].at[slot, i], mask=there, other=0).astype(jnp.float32)[:, None]
+
+    column = load(f"{name}_order", unit, channel[None]) if f"{name}_order" in read else channel[None]
+    whole = load(name, row, column)
     if planes > 1:
         whole = lax.shift_right_logical(whole, jnp.broadcast_to((plane * coding.bits)[:, None], whole.shape))
         whole = whole & (2**coding.bits - 1)
-    place = (unit if coding.along == "channel" else slot)[:, None], divide(channel, coding.channels)[None]
-    least, step = (
-        plgpu.load(read[f"{name}_{of}"].at[place], mask=mask, other=0.0).astype(jnp.float32) for of in ("least", "step")
-    )
-    return least + step * whole.astype(jnp.float32)
+    found = (whole - coding.zero).astype(jnp.float32) if coding.kind == "int" else float8(whole, coding.kind)
+    run = divide(column, coding.channels)
+    if f"{name}_step" in read:
+        step = number("step", run)
+        found *= power(step, coding.bits) if step.dtype == jnp.int32 else step
+    if f"{name}_least" in read:
+        found += number("least", run)
+    if f"{name}_stretch" in read:
+        found *= load(f"{name}_stretch", unit, channel[None])
+    for i in range(coding.rank):
+        found += of_slot("tokens", i) * load(f"{name}_directions", unit, (i * few.width + channel)[None])
+    for i in range(coding.kept):
+        here = of_slot("channels", i).astype(jnp.int32) == channel[None]
+        found = jnp.where(here, of_slot("kept", i), found)
+    return found
 
 
 def _widened(x: jax.Array, dtype: Any) -> list[jax.Array]:

@@ -22,11 +22,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
-from pallas_kernels.tpu import online_softmax
+from pallas_kernels.tpu.slots import codes, online_softmax
 from pallas_kernels.tpu.tiles import LANES
 
 BLOCK = 1024  # slots
-READS = ("q", "k", "v", "k_scale", "v_scale", *online_softmax.NUMBERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,8 @@ class _Static:
     queries: int
     block: int
     blocks: int
-    k: online_softmax.Lying | None = None
-    v: online_softmax.Lying | None = None
+    k: codes.Lying | None = None
+    v: codes.Lying | None = None
 
     def filled(self, count: Any, first: Any) -> Any:
         """How many slots from the first on may hold something."""
@@ -76,8 +75,8 @@ def decode_attention(
     lying: tuple[Any, Any] = (None, None)
     cache: dict[str, Any] = {"k": k, "v": v}
     if isinstance(k, Coded) and isinstance(v, Coded):
-        lying, cache = online_softmax.lying(k, v), online_softmax.operands(k, v)
-        whole = online_softmax.TILE * math.lcm(k.group, v.group)  # slots whose leasts and steps fill tiles
+        lying, cache = codes.lying(k, v), codes.operands(k, v)
+        whole = codes.TILE * math.lcm(k.group, v.group)  # slots whose leasts and steps fill tiles
         block = slots if slots <= whole else -(-block // whole) * whole
     elif k_scale is not None and v_scale is not None:
         cache |= {"k_scale": k_scale[:, :, None], "v_scale": v_scale[:, :, None]}
@@ -95,7 +94,7 @@ def _call(
 ) -> tuple[Array, Array]:
     """Output [B, K, splits, rows, D] and log-sum-exp [B, K, splits, rows, LANES]."""
     batch, heads, rows, width = arrays["q"].shape
-    names = [name for name in READS if name in arrays]
+    names = list(arrays)
 
     def at(b: Any, share: Any, n: Any, held: Any) -> Any:
         """The block of slots of a step: past the last one that holds something, that one again."""
@@ -103,28 +102,23 @@ def _call(
         last = jnp.maximum(lax.div(filled + static.block - 1, jnp.int32(static.block)) - 1, 0)
         return jnp.minimum(share * static.blocks + n, last)
 
-    def cache(name: str, each: int = 1) -> Any:
+    def by_rows(name: str, each: int) -> Any:
         """The rows of a block, each of which is of `each` slots."""
-        if name not in arrays:
-            return None
         shape = (None, None, static.block // each, arrays[name].shape[-1])
         return pl.BlockSpec(shape, lambda b, h, share, n, held: (b, h, at(b, share, n, held), 0))
 
-    def columns_of(name: str) -> Any:
+    def by_columns(name: str) -> Any:
         """The columns of a block, one a slot."""
-        if name not in arrays:
-            return None
         shape = (None, None, arrays[name].shape[2], static.block)
         return pl.BlockSpec(shape, lambda b, h, share, n, held: (b, h, 0, at(b, share, n, held)))
 
-    each = {name: (x.planes, x.group, x.along) for name, x in (("k", static.k), ("v", static.v)) if x}
-    specs = {"q": pl.BlockSpec((None, None, rows, width), lambda b, h, share, n, held: (b, h, 0, 0))}
-    for name in ("k", "v"):
-        planes, group, along = each.get(name, (1, 1, "token"))
-        specs[name] = cache(name, planes)
-        specs[f"{name}_scale"] = columns_of(f"{name}_scale")
-        for of in (f"{name}_least", f"{name}_step"):
-            specs[of] = cache(of, group) if along == "channel" else columns_of(of)
+    def spec(name: str) -> Any:
+        if name == "q":
+            return pl.BlockSpec((None, None, rows, width), lambda b, h, share, n, held: (b, h, 0, 0))
+        lying, number = static.k if name[0] == "k" else static.v, name[2:]
+        if not number:
+            return by_rows(name, 1 if lying is None else lying.planes)
+        return by_rows(name, lying.group) if lying and lying.of(number) == "channel" else by_columns(name)
 
     def result(columns: int) -> Any:
         return pl.BlockSpec((None, None, None, rows, columns), lambda b, h, share, n, held: (b, h, share, 0, 0))
@@ -134,7 +128,7 @@ def _call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads, splits, static.blocks),
-            in_specs=[specs[name] for name in names],
+            in_specs=[spec(name) for name in names],
             out_specs=[result(width), result(LANES)],
             scratch_shapes=online_softmax.scratch(rows, width),
         ),
@@ -161,16 +155,17 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
     @pl.when((slot < static.filled(count, first)) & (wrapped | (slot + static.block > first)))
     def _() -> None:
         block = {name: ref[...] for name, ref in read.items()}
-        if static.slots % static.block:  # what lies beyond the ring has weights of 0, but might be NaN
+        beyond = static.slots % static.block != 0  # slots of the last block have weights of 0, but might be NaN
+        if static.k is not None and static.v is not None:
+            for name, lying in (("k_directions", static.k), ("v_directions", static.v)):
+                if beyond and name in block:  # of which each slot's product has all groups
+                    block[name] = _inside(static, block[name].astype(jnp.float32), slot, 0, lying.group)
+            codes.widen(static.k, static.v, block)
+        if beyond:
             scaled: list[str] = [name for name in ("v_scale", "v_least", "v_step") if name in block]
-            by_group = static.v is not None and static.v.along == "channel"
             for name in scaled or ["v"]:
                 x = block[name].astype(jnp.float32) if scaled else block[name]
-                index = lax.broadcasted_iota(jnp.int32, x.shape, 0 if by_group or not scaled else 1)
-                inside = slot + (index * static.v.group if static.v and by_group else index) < static.slots
-                block[name] = jnp.where(inside, x, 0)
-        if static.k is not None and static.v is not None:
-            online_softmax.widen(static.k, static.v, block)
+                block[name] = _inside(static, x, slot, 1 if scaled else 0)
         shape = block["q"].shape[0], static.block
         index = slot + lax.broadcasted_iota(jnp.int32, shape, 1)
         age = online_softmax.age(index, first, static.slots)
@@ -181,3 +176,9 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
         online_softmax.add(static.scale, static.softcap, block, seen, state)
 
     pl.when(n == static.blocks - 1)(partial(online_softmax.finish, static.scale, static.softcap, state, out, lse))
+
+
+def _inside(static: _Static, x: jax.Array, slot: Any, axis: int, each: int = 1) -> jax.Array:
+    """Zeros in the place of what lies beyond the ring; along an axis lie slots from one on, or groups of `each`."""
+    index = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(slot + index * each < static.slots, x, 0)

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial
-from pallas_kernels.tpu import online_softmax
+from pallas_kernels.tpu.slots import codes, online_softmax
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
 TOGETHER = 1024  # slots that are worked on at once
@@ -48,8 +48,8 @@ class _Static:
     steps: int
     key_heads: int
     chain: int
-    k: online_softmax.Lying | None = None
-    v: online_softmax.Lying | None = None
+    k: codes.Lying | None = None
+    v: codes.Lying | None = None
     pooled: bool = False
     readers: bool = False
 
@@ -91,9 +91,7 @@ def paged_attention(
     """`pallas_kernels.api.paged_attention` on a TPU; see there for the arguments. block: slots of one step."""
     key_heads, slots = k.shape[1:3]
     together, steps = _steps(block, page_size, pages.shape[2])
-    lying: tuple[Any, Any] = (
-        online_softmax.lying(k, v) if isinstance(k, Coded) and isinstance(v, Coded) else (None, None)
-    )
+    lying: tuple[Any, Any] = codes.lying(k, v) if isinstance(k, Coded) and isinstance(v, Coded) else (None, None)
     static = _Static(scale, softcap, slots, page_size, together, steps, key_heads, _chain(len(q), key_heads), *lying)
     table = _filled(pages, steps * together, slots // page_size)
     named = jnp.sum(pages >= 0, axis=-1, dtype=jnp.int32)
@@ -232,19 +230,21 @@ def _call(
 
 def _gathered(
     k: Coded, v: Coded, table: Int32[Array, "B K N"], size: int, steps: int
-) -> dict[str, Float[Array, "heads steps _ _"]]:
-    """Leasts and steps of the pages in a table, in float32; numbers along tokens with slots behind."""
+) -> dict[str, Shaped[Array, "heads steps _ _"]]:
+    """What the codes of the pages in a table stand for, in 32 bits; numbers along tokens with slots behind."""
 
     def of_pages(x: Array) -> Array:
         pages = x.reshape(*x.shape[:2], k.shape[2] // size, -1, x.shape[3])
-        some = jnp.take_along_axis(pages, table[..., None, None], axis=2, mode="clip").astype(jnp.float32)
+        some = jnp.take_along_axis(pages, table[..., None, None], axis=2, mode="clip")
+        some = some.astype(jnp.int32 if some.dtype == jnp.uint8 else jnp.float32)
         return some.reshape(table.shape[0] * table.shape[1], steps, -1, x.shape[3])
 
-    found = {"k_least": of_pages(k.least), "k_step": of_pages(k.step)}
-    of_values = {"v_least": of_pages(v.least), "v_step": of_pages(v.step)}
-    if v.along == "token":
-        of_values = {name: jnp.swapaxes(x, 2, 3) for name, x in of_values.items()}
-    return found | of_values
+    found = {}
+    for of, x in (("k", k), ("v", v)):
+        for name, (array, along) in x.numbers.items():
+            some = of_pages(array)
+            found[f"{of}_{name}"] = some if along == "channel" else jnp.swapaxes(some, 2, 3)
+    return found
 
 
 def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
@@ -298,7 +298,7 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
             k, v = (pool[now].reshape(-1, pool.shape[-1]) for _, pool in both)
             block = {"q": q_ref[...], "k": k, "v": v, **{name: ref[n] for name, ref in numbers.items()}}
             if static.k is not None and static.v is not None:
-                online_softmax.widen(static.k, static.v, block)
+                codes.widen(static.k, static.v, block)
             if static.pooled:
                 shape = (SUBLANES, static.together * static.size)
                 age = lax.broadcasted_iota(jnp.int32, shape, 1) + n * static.together * static.size

@@ -1,5 +1,7 @@
 """Decoding kernels that read codes, in interpreters, against every logit of the widened numbers in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +68,7 @@ def test_a_ring_in_codes_matches_float64(backend, arguments):
 
 @pytest.mark.parametrize(
     ("backend", "along"),
-    [("tpu", ("channel", "channel")), ("triton", ("token", "channel")), ("triton", ("token",) * 2)],
+    [("tpu", ("channel", "channel")), ("tpu", ("token",) * 2), ("triton", ("token", "channel"))],
 )
 def test_what_has_a_least_and_a_step_may_be_other(backend, along):
     check(backend, (300,), 320 if backend == "tpu" else 352, 4, 16, along=along, width=80)
@@ -89,10 +91,10 @@ def test_pages_in_codes_match_float64(backend, arguments):
     check(backend, counts, slots, bits, group, pages=PAGES, **more)
 
 
-X = jnp.zeros((1, 2, 8, 64))
 SOME = api.Coded(jnp.zeros((1, 2, 64, 64), jnp.uint8), *[jnp.zeros((1, 2, 2, 64), jnp.bfloat16)] * 2, 4, 64, "channel")
 
 
+ORDER = jnp.zeros((1, 2, 2, 64), jnp.uint8)
 BY_TOKEN = api.Coded(SOME.codes, *[jnp.zeros((1, 2, 128, 1), jnp.bfloat16)] * 2, 4, 64, "token")
 
 
@@ -100,7 +102,13 @@ BY_TOKEN = api.Coded(SOME.codes, *[jnp.zeros((1, 2, 128, 1), jnp.bfloat16)] * 2,
     ("k", "v", "words"),
     [
         (SOME, jnp.zeros((1, 2, 128, 64)), "give `Coded` for both"),
-        (BY_TOKEN, BY_TOKEN, 'keys along "token": the kernels for TPUs'),
+        (dataclasses.replace(BY_TOKEN, order=ORDER), BY_TOKEN, "channels in an order, of heads of 64: TPUs take"),
+        (dataclasses.replace(BY_TOKEN, step=BY_TOKEN.step.astype(jnp.float32)), BY_TOKEN, "step in float32"),
+        (
+            dataclasses.replace(BY_TOKEN, stretch=jnp.zeros((1, 2, 3, 64), jnp.bfloat16)),
+            BY_TOKEN,
+            r"k: stretch .*: use \[B, K, \(2, 64\)\]",
+        ),
         (api.Coded(SOME.codes, SOME.least, SOME.step, 4, 48, "channel"), SOME, "whole groups"),
         (api.Coded(SOME.codes, SOME.least, SOME.step, 4, 64, "token"), SOME, r"use \[B, K, \(128, 64\)\]"),
     ],

@@ -7,8 +7,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.coded import Coded, power
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import run_of_channels
@@ -21,8 +22,7 @@ class BlockFloats(GroupedCodec):
     A channel that is larger than its neighbours costs them their digits. So the channels of a group of tokens are first
     sorted by the largest number that they have in it, and like ones share an exponent; a byte for each says where it
     went. The published rule sorts once, by the rows of the keys' weights, and turns the queries' with them; here it is
-    the stream's own keys and values that say it, for each group. The decoding kernels read channels in their order, so
-    XLA reads these codes.
+    the stream's own keys and values that say it, for each group.
 
     Args:
       bits: of a mantissa.
@@ -49,6 +49,11 @@ class BlockFloats(GroupedCodec):
         if head_dim > 256:
             raise ValueError(f"{self!r} sorts at most 256 channels, and heads have {head_dim}")
 
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        exponent, *moved = numbers
+        order = moved[0] if moved else None
+        return Coded(codes, None, exponent, self.bits, self.group, "token", 2 ** (self.bits - 1), order=order)
+
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         x = x.astype(jnp.float32)
         moved: tuple[Array, ...] = ()
@@ -60,20 +65,12 @@ class BlockFloats(GroupedCodec):
         largest = jnp.max(jnp.abs(blocks), axis=-1)
         exponent = jax.lax.bitcast_convert_type(largest, jnp.uint32) >> 23
         half = 2 ** (self.bits - 1)
-        whole = jnp.clip(jnp.round(blocks / self._step(exponent)[..., None]), -half, half - 1) + half
+        whole = jnp.clip(jnp.round(blocks / power(exponent, self.bits)[..., None]), -half, half - 1) + half
         return whole.astype(jnp.uint8).reshape(x.shape), (exponent.astype(jnp.uint8), *moved)
 
     def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         whole, (exponent, *moved) = codes
         blocks = whole.reshape(*whole.shape[:-1], exponent.shape[-1], -1).astype(jnp.float32)
-        found = (blocks - 2 ** (self.bits - 1)) * self._step(exponent)[..., None]
+        found = (blocks - 2 ** (self.bits - 1)) * power(exponent, self.bits)[..., None]
         found = found.reshape(whole.shape)
         return jnp.take_along_axis(found, moved[0].astype(jnp.int32), axis=-1) if self.sort else found
-
-    def _step(self, exponent: Array) -> Float[Array, "..."]:
-        """What the last digit of a mantissa counts: a power of two, so that products with it are exact.
-
-        Slots that hold nothing have the exponent 0, and stand for numbers all the same.
-        """
-        last = jnp.maximum(exponent.astype(jnp.uint32), self.bits) - (self.bits - 2)
-        return jax.lax.bitcast_convert_type(last << 23, jnp.float32)

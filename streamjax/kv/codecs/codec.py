@@ -19,6 +19,7 @@ from pallas_kernels.coded import Coded
 from streamjax.field_checks import check_fields
 
 Role = Literal["k", "v"]
+LISTED = 64  # slots that kernels take for a group where each token is coded by itself
 Codes = tuple[Shaped[Array, "..."], tuple[Shaped[Array, "..."], ...]]  # [B, K, N, G, c], each [B, K, N, 1 or G, e]
 
 

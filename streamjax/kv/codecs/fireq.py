@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.coded import Coded
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import Bits, rounded_down, run_of_channels
@@ -22,8 +23,7 @@ class FireQ(GroupedCodec):
     scaled by the largest length that the pair has in a group of tokens, which is the same before and after rotation.
     The `top` channels of each head with the largest numbers after rotation, and those that they are paired with, are
     scaled by their own largest number instead. Values are not scaled. The published scales come from a text, once for
-    a model, and divide the queries; here they are those of each group of tokens, 2 bytes a channel. The decoding
-    kernels read steps by channel or by token and not both, so XLA reads these codes.
+    a model, and divide the queries; here they are those of each group of tokens, 2 bytes a channel.
 
     Args:
       bits: of a code.
@@ -49,6 +49,11 @@ class FireQ(GroupedCodec):
     def check(self, head_dim: int) -> None:
         if head_dim % 2 or head_dim < self.top:
             raise ValueError(f"{self!r} scales pairs of channels, {self.top} of them alone, and heads have {head_dim}")
+
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        step, *scale = numbers
+        stretch = scale[0] if scale else None
+        return Coded(codes, None, step, self.bits, self.group, "token", 2 ** (self.bits - 1), stretch=stretch)
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         x = x.astype(jnp.float32)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped
 
-from streamjax.kv.codecs.codec import Codec, Codes, Role
+from pallas_kernels.coded import Coded, float8
+from streamjax.kv.codecs.codec import LISTED, Codec, Codes, Role
 
 Kind = Literal["e4m3", "e5m2"]
 
@@ -28,6 +30,9 @@ class FP8(Codec):
     def one_by_one(self) -> Codec:
         return self
 
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        return Coded(codes, None, None, 8, math.gcd(codes.shape[2], LISTED), "token", kind=self.kind)
+
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         dtype = _dtype(self.kind)
         most = float(jnp.finfo(dtype).max)
@@ -35,22 +40,7 @@ class FP8(Codec):
         return jax.lax.bitcast_convert_type(rounded, jnp.uint8), ()
 
     def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
-        return widened(codes[0], self.kind)
-
-
-def widened(bits: UInt8[Array, "..."], kind: Kind) -> Float[Array, "..."]:
-    """The floats that have these eight bits, as float32. Infinities, which are never stored, become NaN.
-
-    XLA's CPU backend has no floats of eight bits: it would convert a whole buffer for every read or write of a few.
-    """
-    behind, bias, special = (3, 7, 0x7F) if kind == "e4m3" else (2, 15, 0x7C)
-    wide = bits.astype(jnp.uint32)
-    size = wide & 0x7F
-    normal = jax.lax.bitcast_convert_type((size << (23 - behind)) + ((127 - bias) << 23), jnp.float32)
-    small = size.astype(jnp.float32) * 2.0 ** (1 - bias - behind)
-    found = jnp.where(size >> behind == 0, small, normal)
-    found = jnp.where(size >= special, jnp.nan, found)
-    return jnp.where(wide > size, -found, found)
+        return float8(codes[0], self.kind)
 
 
 def _dtype(kind: Kind) -> DTypeLike:

@@ -6,8 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.coded import Coded
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import Bits, Fit, Int
@@ -58,6 +59,15 @@ class Gear(GroupedCodec):
         """Raise a ValueError where heads are narrower than what is kept of them, or their channels exceed a byte."""
         if head_dim > 256 or head_dim < max(self.rank, self.outliers):
             raise ValueError(f"{self!r} stores heads of {max(self.rank, self.outliers, 1)} to 256, not {head_dim}")
+
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        least, step, *more = numbers
+        kept, channels = more[:2] if self.outliers else (None, None)
+        tokens, flat = more[-2:] if self.rank else (None, None)
+        return Coded(
+            codes, least, step, self.bits, self.group, self.base.along(role),
+            tokens=tokens, directions=flat, kept=kept, channels=channels,
+        )  # fmt: skip
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         codes, numbers = self.base.encode(x, role)

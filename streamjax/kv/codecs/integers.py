@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.coded import Along, Coded
 from streamjax.field_checks import LATER, Count, Size, check_fields
-from streamjax.kv.codecs.codec import Codec, Codes, GroupedCodec, Role
+from streamjax.kv.codecs.codec import LISTED, Codec, Codes, GroupedCodec, Role
 
 Bits = Literal[8, 4, 2, 1]
 Fit = Literal["range", "error"]
@@ -84,6 +85,10 @@ class IntByToken(Codec):
 
     def one_by_one(self) -> Codec:
         return self
+
+    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+        least, step = numbers
+        return Coded(codes, least, step, self.bits, math.gcd(codes.shape[2], LISTED), "token")
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         return by_token(x, self.bits, self.group, self.fit)

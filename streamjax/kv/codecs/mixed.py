@@ -26,7 +26,8 @@ class Mixed(GroupedCodec):
     channel in the group, 0 below half of it; five of them share a byte. Published sizes are the same; its transform is
     complex, and keeps two signs for each channel where a real one keeps one.
 
-    The signs of coefficients near 0 are the compiler's; all else is exact. XLA reads these codes.
+    The signs of coefficients near 0 are the compiler's; all else is exact. XLA reads these codes, block by block: which
+    channels are transformed differs from group to group, and the decoding kernels have no product for each group.
 
     Args:
       group: tokens that are coded together.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
+from pallas_kernels.coded import Coded
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.packing import with_plane
 from streamjax.kv.codecs.slots import CodedSlots, empty_arrays, page_rows
@@ -80,6 +81,9 @@ class SlotwiseSlots(CodedSlots):
         past = jnp.where(slots < self.slots, slots, 2**30)
         numbers = tuple(put_tokens(x, new, past) for x, new in zip(self.numbers, numbers, strict=True))
         return dataclasses.replace(self, codes=codes, numbers=numbers)
+
+    def for_kernels(self) -> Coded | None:
+        return self.codec.for_kernels(self.codes, self.numbers, self.role) if self.planes == 1 else None
 
     def write(
         self, chunk: Float[Array, "B K C D"], start: Int32[Array, " B"], count: Int32[Array, " B"]

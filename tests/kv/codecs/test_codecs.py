@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
+from pallas_kernels.coded import float8
 from streamjax.kv.codecs.codec import bytes_per_token
-from streamjax.kv.codecs.fp8 import widened
 from streamjax.kv.codecs.packing import packed, plane_of, with_plane
 from streamjax.kv.codecs.stores import stores
 from tests.oracles.codecs import block_floats, by_channel, by_token, coupled, fireq, gear, mixed
@@ -98,7 +98,7 @@ def test_no_number_moves_by_more_than_half_a_step(seed, bits, spread, middle):
 def test_floats_of_eight_bits_are_widened_exactly(kind, dtype):
     bits = jnp.arange(256, dtype=jnp.uint8)
     expected = np.asarray(jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32))
-    np.testing.assert_array_equal(widened(bits, kind), np.where(np.isinf(expected), np.nan, expected))
+    np.testing.assert_array_equal(float8(bits, kind), np.where(np.isinf(expected), np.nan, expected))
 
 
 def test_codes_share_bytes():

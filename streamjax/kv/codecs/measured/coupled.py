@@ -47,7 +47,8 @@ class CQ(Codec):
     Each head and each run of channels has a codebook of 2^bits entries, fitted to a text (`sj.measure_codebooks`); they
     lie in the state, once a stream. A token is coded by itself. Entries and what is compared with them lie on a grid of
     511 steps to either side, so that which of two is nearer is exact; keys are compared as they were before rotation.
-    The decoding kernels read steps and no entries, so XLA reads these codes, block by block as all others.
+    XLA reads these codes, block by block: keys are rotated after they are looked up, by positions that the decoding
+    kernels do not know.
 
     Args:
       coupled: channels that share a code.

@@ -5,15 +5,14 @@ slot that is not seen has. The state is the largest logit and the sum of weights
 and the weighted sum of values [rows, D]. Quantised slots are widened in registers, one scale a slot: scales multiply
 logits and weights, which are narrow, and never the slots.
 
-Of `Coded` slots, where each channel of a group has a least and a step, as of keys, a block is made of its codes and
-multiplied as ever. Where each slot has them, as of values, the weights take the step, the codes are multiplied as they
-are, and what the leasts add is a sum of one row.
+`Coded` slots come as `codes.widen` leaves them: as keys and values, or, of values of which each slot has a step, as
+whole numbers. Then the weights take the step, and what the leasts add is a sum of one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,10 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.coded import Along, Coded
 from pallas_kernels.partial import Partial
 from pallas_kernels.tile_logits import LOG2E, MASKED
+from pallas_kernels.tpu.slots import codes
 from pallas_kernels.tpu.tiles import LANES, NN, NT, SUBLANES, across, dot
-
-NUMBERS = ("k_least", "k_step", "v_least", "v_step")
-TILE = 16  # rows of bfloat16 numbers that fill a tile
 
 
 def grouped(q: Float[Array, "B C H D"], key_heads: int) -> Float[Array, "B K rows D"]:
@@ -98,7 +94,7 @@ def add(
     if "v_scale" in block:
         weights *= block["v_scale"]
     if "v_step" in block:
-        added = _weighted_codes(weights, block["v"], block["v_least"], block["v_step"])
+        added = codes.weighted(weights, block["v"], block["v_step"], block.get("v_least"))
     else:
         added = _weighted(weights.astype(block["q"].dtype), block["v"])
     sums[...] = sums[...] * across(shrink, sums.shape[1]) + added
@@ -140,72 +136,3 @@ def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
     if v.dtype == jnp.uint8:
         return jnp.concatenate([dot(weights, half, NN) for half in _halves(v, weights.dtype)], axis=1)
     return dot(weights, v if v.dtype == weights.dtype else v.astype(jnp.float32).astype(weights.dtype), NN)
-
-
-class Lying(NamedTuple):
-    """bits: of a code. group: slots whose codes fill whole rows of bytes. along: what has a least and a step."""
-
-    bits: int
-    group: int
-    along: Along
-
-    @property
-    def planes(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.bits
-
-
-def lying(k: Coded, v: Coded) -> tuple[Lying, Lying]:
-    """How keys and values lie.
-
-    Raises:
-      ValueError: they lie as this kernel does not read them.
-    """
-    if k.along != "channel":
-        raise ValueError('keys along "token": the kernels for TPUs take keys along "channel"')
-    for x in (k, v):
-        if x.rows % SUBLANES:
-            raise ValueError(f"groups of {x.group} slots in {x.bits} bits: TPUs take whole {SUBLANES} rows of bytes")
-    return Lying(k.bits, k.group, k.along), Lying(v.bits, v.group, v.along)
-
-
-def operands(k: Coded, v: Coded) -> dict[str, Array]:
-    """Arrays by name; numbers along tokens with slots behind, as a TPU lays them out anyway."""
-    found = {"k": k.codes, "v": v.codes, "k_least": k.least, "k_step": k.step, "v_least": v.least, "v_step": v.step}
-    if v.along == "token":
-        found |= {name: jnp.swapaxes(found[name], 2, 3) for name in ("v_least", "v_step")}
-    return found
-
-
-def widen(k: Lying, v: Lying, block: dict[str, Any]) -> None:
-    """Keys in the place of their codes, [slots, D], and values; these as whole numbers if theirs are along tokens."""
-    for name, lying in (("k", k), ("v", v)):
-        numbers = _numbers(block[name], lying)
-        if lying.along == "channel":
-            least, step = (block.pop(f"{name}_{of}").astype(jnp.float32)[:, None] for of in ("least", "step"))
-            numbers = least + step * numbers
-        block[name] = numbers.reshape(-1, numbers.shape[2]).astype(block["q"].dtype)
-
-
-def _numbers(codes: jax.Array, lying: Lying) -> jax.Array:
-    """Codes [rows of bytes, D] as numbers [groups, slots, D], float32."""
-    groups = codes.shape[0] * lying.planes // lying.group
-    wide = codes.astype(jnp.int32).reshape(groups, -1, codes.shape[1])
-    planes = [lax.shift_right_logical(wide, jnp.int32(lying.bits * i)) for i in range(lying.planes)]
-    last = lying.planes - 1
-    planes = [x if i == last else x & (2**lying.bits - 1) for i, x in enumerate(planes)]
-    return jnp.concatenate(planes, axis=1).astype(jnp.float32)
-
-
-def _weighted_codes(weights: jax.Array, codes: jax.Array, least: jax.Array, step: jax.Array) -> jax.Array:
-    """Sums [rows, D] of values by weights [rows, slots]; least and step are [runs of channels, slots]."""
-    rows, runs = weights.shape[0], least.shape[0]
-    least, step = (x.astype(jnp.float32) for x in (least, step))
-    scaled = jnp.concatenate([weights * step[i : i + 1] for i in range(runs)], axis=0)
-    found = dot(scaled.astype(codes.dtype), codes, NN)
-    channel = lax.broadcasted_iota(jnp.int32, (rows, codes.shape[1]), 1)
-    total = jnp.zeros((rows, codes.shape[1]), jnp.float32)
-    for i in range(runs):
-        one = found[i * rows : (i + 1) * rows] + jnp.sum(weights * least[i : i + 1], axis=1, keepdims=True)
-        total = one if i == 0 else jnp.where(channel >= i * (codes.shape[1] // runs), one, total)
-    return total
