@@ -74,6 +74,7 @@ def hidden_behind(model, stream, count):
     return jax.lax.dynamic_slice_in_dim(hidden[0], count[0] - 2, 2)
 
 
+@pytest.mark.slow
 def test_prompt_tokens_stand_behind_each_rows_newest_token(monkeypatch):
     """Passes without guesses between, and rows that come later: what is known is of the row's own newest token."""
     never_rests(monkeypatch)
