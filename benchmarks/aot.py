@@ -137,6 +137,12 @@ class Assigned(NamedTuple):
         wanted = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", self.errors)
         return None if wanted is None else int(float(wanted[1]) * 2**30)
 
+    @property
+    def beside(self) -> int | None:
+        """Bytes that such a program wants beside its arguments, where the compiler says that instead."""
+        wanted = re.search(r"temporaries \(([\d.]+)G\) exceeds", self.errors)
+        return None if wanted is None else int(float(wanted[1]) * 2**30)
+
 
 def end_when_assigned(
     command: Sequence[str], environment: Callable[[str], Mapping[str, str]], text: str = ""

@@ -47,9 +47,11 @@ def run_until_assigned(module: str, name: str, environment: Environment, read_ca
     ended = aot.end_when_assigned(command, lambda folder: environment(name, folder))
     if ended.found is not None:
         return read_case(json.loads(ended.printed[-1]), *ended.found)
-    if ended.used is None or not ended.printed:
+    if (ended.used is None and ended.beside is None) or not ended.printed:
         raise RuntimeError(f"{name}: {ended.errors.strip().splitlines()[-1]}")
-    return {**json.loads(ended.printed[-1]), "does_not_fit": ended.used}
+    printed = json.loads(ended.printed[-1])
+    beside = printed.get("weights", 0) + printed["state"] + (ended.beside or 0)
+    return {**printed, "does_not_fit": beside if ended.used is None else ended.used}
 
 
 def run(
