@@ -24,9 +24,9 @@ CODECS = {
 }
 CASES = [(name, backend, where) for where in ("ring", "pages") for name in CODECS for backend in BACKENDS]
 OFTEN = [
-    *((name, backend, "ring") for name in ("fireq", "k_sort", "gear") for backend in BACKENDS),
+    *((name, backend, "ring") for name in ("k_sort", "gear") for backend in BACKENDS),
+    ("fireq", "tpu", "ring"),
     ("fp8", "triton", "ring"),
-    ("gear", "tpu", "pages"),
     ("k_sort", "triton", "pages"),
 ]
 
