@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.streaming import layerwise, scan
+from streamjax.streaming import scan
+from streamjax.streaming.by_layer import layerwise
 from streamjax.streaming.by_layer.layerwise import layer_over
 from streamjax.streaming.scan import SCAN_CHUNKS
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens, read_stream
