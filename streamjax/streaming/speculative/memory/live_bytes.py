@@ -148,11 +148,19 @@ def _inside(step: _Step) -> int:
         body = params["body_jaxpr"].jaxpr
         return _peak(body, [i >= params["body_nconsts"] for i in range(len(body.invars))])
     if step.name == "scan":
-        body, consts = params["jaxpr"].jaxpr, params["num_consts"]
-        return _peak(body, [consts <= i < consts + params["num_carry"] for i in range(len(body.invars))])
+        body, (consts, carry) = params["jaxpr"].jaxpr, _consts_and_carry(params)
+        return _peak(body, [consts <= i < consts + carry for i in range(len(body.invars))])
     if step.name == "cond":
         return max(_peak(branch.jaxpr, [True] * len(branch.jaxpr.invars)) for branch in params["branches"])
     return 0
+
+
+def _consts_and_carry(scan: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are read by every round, and how many are handed from one to the next."""
+    if "num_consts" in scan:
+        return scan["num_consts"], scan["num_carry"]
+    consts, carry, _ = scan["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)
 
 
 def _same(one: Var, other: Var) -> bool:
