@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,34 +131,35 @@ class Assigned(NamedTuple):
     printed: list[str]
     errors: str
 
-    @property
-    def used(self) -> int | None:
-        """Bytes that a program larger than the chip's memory wants."""
-        wanted = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", self.errors)
-        return None if wanted is None else int(float(wanted[1]) * 2**30)
 
-    @property
-    def beside(self) -> int | None:
-        """Bytes that such a program wants beside its arguments, where the compiler says that instead."""
-        wanted = re.search(r"temporaries \(([\d.]+)G\) exceeds", self.errors)
-        return None if wanted is None else int(float(wanted[1]) * 2**30)
+_WANTED = re.compile(r"(HLO temporaries \(|Used )([\d.]+)([KMGT])")
 
 
-def end_when_assigned(
-    command: Sequence[str], environment: Callable[[str], Mapping[str, str]], text: str = ""
-) -> Assigned:
+def wanted_bytes(message: str, held: int = 0) -> int | None:
+    """What a program wants that is larger than the chip's memory, from what the compiler says; None: it says nothing.
+
+    Some versions leave out the arguments, of which `held` bytes are known.
+    """
+    found = _WANTED.search(message)
+    if found is None:
+        return None
+    size = int(float(found[2]) * 1024 ** (1 + "KMGT".index(found[3])))
+    return size if found[1].startswith("Used") else held + size
+
+
+def end_when_assigned(command: Sequence[str], environment: Mapping[str, str], text: str = "") -> Assigned:
     """Run a process that calls `compile_until_assigned`, and end it when the files are there.
 
     Args:
       command: of the process.
-      environment: its environment, given a folder that is there while it runs.
+      environment: its environment.
       text: what it reads.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, dump = Path(name), Path(name) / "dump"
         (folder / "text").write_text(text)
         with (folder / "text").open() as read, (folder / "said").open("w") as said, (folder / "bad").open("w") as bad:
-            known = {**environment(name), DUMP: str(dump)}
+            known = {**environment, DUMP: str(dump)}
             child = subprocess.Popen(command, cwd=ROOT, env=known, stdin=read, stdout=said, stderr=bad, text=True)
         while child.poll() is None and not any(dump.glob(ASSIGNED)):
             time.sleep(1.0)

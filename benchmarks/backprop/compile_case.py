@@ -33,7 +33,6 @@ from streamjax.training.elimination.predictors import draw_predictor
 
 FULL_LOGITS = {"method": "full_logits"}  # the first baseline, which this module has itself; all else is the library's
 _SOURCES = ("streamjax/attention", "streamjax/kv", "streamjax/models", "streamjax/parallel", "streamjax/training")
-_NEEDED = re.compile(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +99,10 @@ def compile_case(case: Case, known: str | None = None, *, until_assigned: bool =
     """
     if until_assigned:
         command = [sys.executable, "-m", "benchmarks.backprop.compile_case", ""]
-        ended = aot.end_when_assigned(command, lambda _: _environment(case), case.to_json())
-        peak = ended.used if ended.found is None else ended.found[1]["default"]
-        if peak is None:
+        ended = aot.end_when_assigned(command, _environment(case), case.to_json())
+        if ended.found is None and not ended.printed:
             raise RuntimeError(f"{case.topology}, {case.length} tokens: {ended.errors.strip().splitlines()[-1]}")
+        peak = json.loads(ended.printed[-1])["peak"] if ended.found is None else ended.found[1]["default"]
         return {"fits": peak <= aot.TOPOLOGIES[case.topology].memory_bytes, "peak": peak}
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.backprop.compile_case", known or ""],
@@ -153,10 +152,10 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
         if case.kernels:
             figures["kernels"] = len(re.findall(r"@(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)\b", lowered.as_text()))
     except jax.errors.JaxRuntimeError as error:
-        needed = _NEEDED.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+        wanted = aot.wanted_bytes(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or wanted is None:
             raise
-        figures = {"fits": False, "peak": int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))}
+        figures = {"fits": False, "peak": wanted}
     return {**figures, "program": program, "compile_s": round(time.perf_counter() - start, 1)}
 
 

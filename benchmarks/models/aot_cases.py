@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,13 @@ from typing import Any
 from benchmarks import aot
 from benchmarks.reporting import machine
 
-# The environment of a case's process, by the case's name and a folder that is there while it runs.
-Environment = Callable[[str, str], dict[str, str]]
+# The environment of a case's process, by the case's name.
+Environment = Callable[[str], dict[str, str]]
 # Figures from what a case's process printed, its scheduled program and bytes by the name of a memory.
 Reader = Callable[[dict[str, Any], str, dict[str, int]], dict[str, Any]]
 
 
-def run_case(module: str, name: str, environment: Environment) -> dict[str, Any]:
-    """Compile one case in a fresh process and return its figures.
-
-    Raises:
-      RuntimeError: the compile failed; the message is the process's last line.
-    """
-    command = [sys.executable, "-m", module, "--child", name]
-    with tempfile.TemporaryDirectory() as folder:
-        child = subprocess.run(command, cwd=aot.ROOT, env=environment(name, folder), capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"{name}: {child.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return found
-
-
-def run_until_assigned(module: str, name: str, environment: Environment, read_case: Reader) -> dict[str, Any]:
+def run_case(module: str, name: str, environment: Mapping[str, str], read_case: Reader) -> dict[str, Any]:
     """The figures of a case whose process is ended once the compiler has placed its buffers.
 
     Of a program that is larger than the chip's memory, `does_not_fit` has the bytes that it wants.
@@ -44,14 +27,14 @@ def run_until_assigned(module: str, name: str, environment: Environment, read_ca
       RuntimeError: the compile failed before; the message is the process's last line.
     """
     command = [sys.executable, "-m", module, "--child", name]
-    ended = aot.end_when_assigned(command, lambda folder: environment(name, folder))
+    ended = aot.end_when_assigned(command, environment)
+    printed = json.loads(ended.printed[-1]) if ended.printed else {}
     if ended.found is not None:
-        return read_case(json.loads(ended.printed[-1]), *ended.found)
-    if (ended.used is None and ended.beside is None) or not ended.printed:
+        return read_case(printed, *ended.found)
+    wanted = aot.wanted_bytes(ended.errors, printed.get("weights", 0) + printed.get("state", 0))
+    if wanted is None or not printed:
         raise RuntimeError(f"{name}: {ended.errors.strip().splitlines()[-1]}")
-    printed = json.loads(ended.printed[-1])
-    beside = printed.get("weights", 0) + printed["state"] + (ended.beside or 0)
-    return {**printed, "does_not_fit": beside if ended.used is None else ended.used}
+    return {**printed, "does_not_fit": wanted}
 
 
 def run(
@@ -60,10 +43,10 @@ def run(
     cases: Mapping[str, Any],
     output: Path,
     *,
-    compile_case: Callable[[Any], dict[str, Any]],
+    compile_case: Callable[[Any], None],
     write_page: Callable[[dict[str, Any]], None],
     environment: Environment,
-    read_case: Reader | None = None,
+    read_case: Reader,
 ) -> None:
     """Compile the cases that the command line names, or write the page of those that were compiled.
 
@@ -72,8 +55,8 @@ def run(
       description: its docstring.
       cases: what there is to compile, by name.
       output: the file of figures; those of other cases stay.
-      compile_case: compiles one, in this process, and returns its figures. With `read_case` it prints what it knows
-        before it compiles, as a line of JSON, by `aot.compile_until_assigned`, and is ended there.
+      compile_case: prints what it knows of one, as a line of JSON, and compiles it in this process, which is ended
+        where its buffers have their places (`aot.compile_until_assigned`).
       read_case: figures from what a case printed, its scheduled program and the bytes of each memory.
       write_page: writes the tables of docs/sharding.md from the figures.
       environment: of a case's process.
@@ -85,9 +68,7 @@ def run(
     parser.add_argument("--child", choices=cases, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        figures = compile_case(cases[arguments.child])
-        if figures:  # of those that are not read from what the compiler wrote
-            print(json.dumps(figures))
+        compile_case(cases[arguments.child])
         return
     found = json.loads(output.read_text())["cases"] if arguments.page or output.exists() else {}
     if arguments.page:
@@ -98,10 +79,7 @@ def run(
         if arguments.missing and name in found:
             continue
         try:
-            if read_case is None:
-                found[name] = run_case(module, name, environment)
-            else:
-                found[name] = run_until_assigned(module, name, environment, read_case)
+            found[name] = run_case(module, name, environment(name), read_case)
         except RuntimeError as failure:
             failures.append(str(failure))
             print(failure, file=sys.stderr, flush=True)

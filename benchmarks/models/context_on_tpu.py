@@ -109,7 +109,7 @@ CASES = {
 }
 
 
-def compile_case(case: Case) -> dict[str, Any]:
+def compile_case(case: Case) -> None:
     """Compile one case, in a process of `aot.child_environment`, as far as its buffers."""
     platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     mesh, config = aot.tpu_mesh(case.topology, **dict(case.mesh)), SHAPES[case.model]
@@ -130,7 +130,6 @@ def compile_case(case: Case) -> dict[str, Any]:
         lowered = step.trace(state, batch).lower()  # type: ignore[attr-defined]
         print(json.dumps({"state": aot.bytes_per_device(state)}), flush=True)
         aot.compile_until_assigned(lowered)
-    return {}
 
 
 def read_case(printed: dict[str, Any], text: str, memory: dict[str, int]) -> dict[str, Any]:
@@ -313,7 +312,7 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/context_on_tpu", f"{compiled}\n\n{chosen}")
 
 
-def environment(name: str, _: str) -> dict[str, str]:
+def environment(name: str) -> dict[str, str]:
     """Of a case's process."""
     return aot.child_environment(CASES[name].topology)
 

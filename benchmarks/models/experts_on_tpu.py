@@ -86,7 +86,7 @@ _POD = {
 CASES = _ONE_CHIP | _RAGGED | _POD
 
 
-def compile_case(case: Case) -> dict[str, Any]:
+def compile_case(case: Case) -> None:
     """Compile one case, in a process of `aot.child_environment`, as far as its buffers; bytes on one chip."""
     platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     if case.ragged:
@@ -105,9 +105,8 @@ def compile_case(case: Case) -> dict[str, Any]:
             state = with_placement(state, mesh)
             traced = step.trace(model, state, _rows(case, mesh), _rows(case, mesh, count=True))
         known = {"weights": aot.bytes_per_device(model), "state": 0 if state is None else aot.bytes_per_device(state)}
-        print(json.dumps({**known, "trains": case.trains, **_of_experts(config, case)}), flush=True)
+        print(json.dumps({**known, **_of_experts(config, case)}), flush=True)
         aot.compile_until_assigned(traced.lower())
-    return {}
 
 
 def read_case(printed: dict[str, Any], text: str, memory: dict[str, int]) -> dict[str, Any]:
@@ -219,7 +218,7 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/experts_on_tpu", "\n\n".join(table(rows) for rows in (pod, one) if rows))
 
 
-def environment(name: str, folder: str) -> dict[str, str]:
+def environment(name: str) -> dict[str, str]:
     """Of a case's process."""
     return aot.child_environment(CASES[name].topology)
 

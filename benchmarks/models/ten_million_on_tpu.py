@@ -67,7 +67,7 @@ CASES = {
 }
 
 
-def compile_case(case: Case) -> dict[str, Any]:
+def compile_case(case: Case) -> None:
     """Compile one case, in a process of `aot.child_environment`; bytes on one chip."""
     platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     mesh, cache = aot.tpu_mesh(TOPOLOGY, **dict(case.mesh)), sj.kv.preset("dense", capacity=CONTEXT)
@@ -98,7 +98,6 @@ def compile_case(case: Case) -> dict[str, Any]:
         }
         print(json.dumps(known), flush=True)
         aot.compile_until_assigned(lowered)
-    return {}
 
 
 def read_case(printed: dict[str, Any], text: str, memory: dict[str, int]) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/ten_million_on_tpu", f"{compiled}\n\n{chunks}")
 
 
-def environment(_: str, __: str) -> dict[str, str]:
+def environment(_: str) -> dict[str, str]:
     """Of a case's process."""
     return aot.child_environment(TOPOLOGY)
 

@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-def compile_case(case: Case) -> dict[str, Any]:
+def compile_case(case: Case) -> None:
     """Compile one case, in a process of `aot.child_environment`; bytes on one chip."""
     platforms.platform_implementation = lambda: "tpu"  # JAX runs on a CPU here
     mesh, config = aot.tpu_mesh(TOPOLOGY, tensor=8), SHAPES["llama-3.1-8b"].replace(num_layers=LAYERS)
@@ -101,7 +101,6 @@ def compile_case(case: Case) -> dict[str, Any]:
         lowered = jax.jit(halves, donate_argnums=1).trace(model, parts).lower()
         print("{}", flush=True)
         aot.compile_until_assigned(lowered, options)
-    return {}
 
 
 def read_case(_: dict[str, Any], text: str, memory: dict[str, int]) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def write_page(found: dict[str, dict[str, Any]]) -> None:
     tables.put(PAGE, "models/token_halves", table([row(name, found[name]) for name in CASES if name in found]))
 
 
-def environment(_: str, __: str) -> dict[str, str]:
+def environment(_: str) -> dict[str, str]:
     """Of a case's process."""
     return aot.child_environment(TOPOLOGY)
 

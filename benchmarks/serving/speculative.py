@@ -5,11 +5,10 @@
 SmolLM2-135M-Instruct in float32 under 4 sinks and a window of 1,020 tokens answers greedily through its own chat
 template: a question (`chat`), a function that is to be copied with other names (`code`), a text that is to be said
 again (`repeated`). An answer ends with the end of the turn, or after `--tokens`. `a pass`: tokens that it reads in a
-pass of the model. `right`: of the tokens that were guessed.
-`CPU ms`: of all threads, a token, the median of the turns; `over plain`: plain decoding's CPU seconds by these, the
-median of turns in one process. `same`: whether all tokens are those of plain decoding. The prompt is read before. The
-note says what a pass costs by its width: where a pass over 8 tokens takes twice as long as one over a single token, 2
-tokens a pass gain nothing.
+pass of the model. `right`: of the tokens that were guessed. `CPU ms`: of all threads, a token, the median of the turns;
+`over plain`: plain decoding's CPU seconds by these, the median of turns in one process. `same`: whether all tokens are
+those of plain decoding. The prompt is read before. The note says what a pass costs by its width: where a pass over 8
+tokens takes twice as long as one over a single token, 2 tokens a pass gain nothing.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import RESULTS, report, table
 from benchmarks.tables import put
+from streamjax.byte_units import human_bytes
 from streamjax.data import make_eval_batches
-from streamjax.evaluation.memory import human_bytes
 from streamjax.models.conversion import convert_layers
 from streamjax.training import TrainConfig, apply_overrides, train
 

@@ -57,8 +57,8 @@ class Keys(NamedTuple):
     stop: Int[Array, ""] | int
 
 
-def block_sizes(heads: int) -> tuple[int, int]:
-    """Queries and keys of a block that suit the platform, for `heads` query heads of all rows together.
+def block_sizes() -> tuple[int, int]:
+    """Queries and keys of a block that suit the platform, however many heads there are.
 
     On a CPU the logits of a block should stay in the cache, yet a block should have work for all cores, and a power of
     two wastes least of a long sequence (`benchmarks.kernels.block_sizes`). Elsewhere large blocks fill matrix units.

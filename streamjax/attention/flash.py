@@ -47,7 +47,7 @@ def flash_attention(
       block_q, block_k: block sizes, by default those of `block_sizes`; any length is padded inside.
     """
     length_q, length_k, heads_k = q.shape[1], k.shape[1], k.shape[2]
-    default_q, default_k = block_sizes(q.shape[0] * q.shape[2])
+    default_q, default_k = block_sizes()
     block_q, block_k = even_block(length_q, block_q or default_q), min(block_k or default_k, length_k)
     if segment_ids is None or isinstance(segment_ids, tuple):
         segments = segment_ids or (None, None)

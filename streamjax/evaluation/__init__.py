@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from streamjax.byte_units import human_bytes
 from streamjax.data.text.stream_encoder import StreamEncoder
 from streamjax.evaluation.cache_trial import Part, Trial, run_trial
 from streamjax.evaluation.curves import Curve, log_bins
-from streamjax.evaluation.memory import SlotMemory, human_bytes, peak_resident_bytes, resident_bytes
+from streamjax.evaluation.memory import SlotMemory, peak_resident_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from streamjax.evaluation.perplexity_plot import plot_trials

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from streamjax.evaluation.memory import human_bytes
+from streamjax.byte_units import human_bytes
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.description import describe_cache, describe_tier

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from streamjax.byte_units import human_bytes
 from streamjax.evaluation.cache_sizes import describe
-from streamjax.evaluation.memory import human_bytes
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.presets.registry import Built, preset, presets
 from streamjax.models.decoder import Decoder

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamjax.byte_units import human_bytes
 from streamjax.checkpoints import user_path
 from streamjax.checkpoints.json_files import read_json
-from streamjax.evaluation.memory import human_bytes
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:

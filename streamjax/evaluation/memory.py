@@ -50,12 +50,3 @@ class SlotMemory:
     def allocated(self) -> int:
         """Bytes of all slots."""
         return self.in_use(max(self.slots))
-
-
-def human_bytes(size: float) -> str:
-    """A number of bytes in the unit that suits it, such as "1.5 MB" (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from streamjax.byte_units import human_bytes
 from streamjax.evaluation.cache_trial import Trial
 from streamjax.evaluation.curves import even_bins, log_bins
-from streamjax.evaluation.memory import human_bytes
 from streamjax.evaluation.pictures import save_picture
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito

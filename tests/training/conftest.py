@@ -73,5 +73,5 @@ def run_config(text_folder):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Attention in blocks of 8, so that short sequences have many; nothing traced with other blocks is used again."""
-    monkeypatch.setattr(sequence_chunks, "block_sizes", lambda heads: (8, 8))
+    monkeypatch.setattr(sequence_chunks, "block_sizes", lambda: (8, 8))
     monkeypatch.setattr(loss_and_grad, "_loss_and_grad", loss_and_grad._loss_and_grad.__wrapped__)

@@ -55,7 +55,7 @@ def both(pattern: Pattern, offset: int, *arrays: jax.Array, interpret: bool = Fa
 
 def _loops(pattern: Pattern, offset: int, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
     """What the loops take: `Blocks`, `Queries`, `Keys`."""
-    block_q, block_k = blockwise.block_sizes(q.shape[2])
+    block_q, block_k = blockwise.block_sizes()
     blocks = blockwise.Blocks(pattern, float(q.shape[-1]) ** -0.5, None, block_q, block_k)
     queries = blockwise.Queries(_grouped(q, k.shape[2]), None, None, offset)
     return blocks, queries, blockwise.Keys(k, v, None, ROW, 0, offset + q.shape[1])

@@ -109,7 +109,7 @@ def _known(rule: Rule, keys: KeyBlock, row: Any, given: Given) -> dict[str, Any]
 
 def _loops(rule: Rule, q: Array, keys: KeyBlock, row: Any, given: Given) -> tuple[Blocks, Queries, Keys]:
     heads, slots = keys.k.shape[2:4]
-    block_q, block_k = block_sizes(q.shape[0] * q.shape[2])
+    block_q, block_k = block_sizes()
     block_q, block_k = even_block(q.shape[1], block_q), min(block_k, slots)
     known = given.ids is not None and keys.ids is not None
     queries = Queries(

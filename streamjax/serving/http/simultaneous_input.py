@@ -18,12 +18,12 @@ from streamjax.data.text.chat_turns import turn_around
 from streamjax.serving.http.chat import ChatCall, ChatWriter, prepare_pieces
 from streamjax.serving.http.errors import ApiError, overloaded
 from streamjax.serving.http.generations import Generation
-from streamjax.serving.http.reading.fields import Fields, parse_body, wrong_value
+from streamjax.serving.http.reading.fields import Fields, wrong_value
+from streamjax.serving.http.reading.text_pieces import next_piece
 from streamjax.serving.http.service import Service
 from streamjax.serving.requests import Event, Overloaded, Request
 from streamjax.serving.simultaneous.streams import SimultaneousStream, SimultaneousStreams
 
-LONGEST_PIECE = 1 << 20  # characters
 _AHEAD = 1 << 16  # tokens that a client may be ahead of what is due
 
 
@@ -104,15 +104,7 @@ class _Turn:
 
     async def _receive(self) -> None:
         """Take pieces until the text has ended."""
-        while True:
-            fields = Fields(parse_body((await self._socket.receive_text()).encode()))
-            if fields.take("answer", bool, default=False):
-                fields.finish()
-                return
-            text = fields.required("text", str)
-            fields.finish()
-            if len(text) > LONGEST_PIECE:
-                raise wrong_value("text", f"must not be longer than {LONGEST_PIECE:,} characters")
+        while (text := await next_piece(self._socket)) is not None:
             self._pieces.append(self._service.tokenizer.encode(text, add_bos=False, continues=True))
             self._news.set()
             while sum(map(len, self._pieces)) > _AHEAD and not self._stream.ended:

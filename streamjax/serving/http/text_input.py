@@ -20,9 +20,10 @@ from streamjax.data.text.stream_encoder import StreamEncoder
 from streamjax.serving.http.chat import ChatCall, ChatWriter, prepare_pieces
 from streamjax.serving.http.conversations import find, hold, read_conversation
 from streamjax.serving.http.errors import ApiError
-from streamjax.serving.http.reading.fields import Fields, parse_body, wrong_value
+from streamjax.serving.http.reading.fields import Fields, parse_body
+from streamjax.serving.http.reading.text_pieces import next_piece
 from streamjax.serving.http.service import Service
-from streamjax.serving.http.simultaneous_input import LONGEST_PIECE, answer_while_reading
+from streamjax.serving.http.simultaneous_input import answer_while_reading
 from streamjax.serving.requests import Request
 
 _KEPT = 1000  # characters of what was said, that the next turn's template sees
@@ -116,14 +117,9 @@ class _Turn:
 
     async def _take(self) -> bool:
         """Take a piece; whether there may be more."""
-        fields = Fields(parse_body((await self._socket.receive_text()).encode()))
-        if fields.take("answer", bool, default=False):
-            fields.finish()
+        text = await next_piece(self._socket)
+        if text is None:
             return False
-        text = fields.required("text", str)
-        fields.finish()
-        if len(text) > LONGEST_PIECE:
-            raise wrong_value("text", f"must not be longer than {LONGEST_PIECE:,} characters")
         self._said = (self._said + text)[:_KEPT]
         self._waiting += self._encoder.push(text.encode("utf-8", errors="replace"))
         return True

@@ -30,10 +30,10 @@ _READS: tuple[Names, ...] = (_QUERY, _BUFFER, _BUFFER, ("batch", None), ("batch"
 _PART = names_of_partial(_QUERY)
 
 
-def attention_blocks(block: Block, batch_size: int, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
+def attention_blocks(block: Block, chunk_size: int, block_k: int, leading: int = 0) -> Blocks:
     """What is static in a chunk's attention."""
     config = block.attention.config
-    block_q = even_block(chunk_size, block_sizes(batch_size * config.num_heads)[0])
+    block_q = even_block(chunk_size, block_sizes()[0])
     return Blocks(config.pattern, config.softmax_scale, config.softcap, block_q, block_k, leading)
 
 

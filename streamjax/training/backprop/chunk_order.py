@@ -126,7 +126,7 @@ class LayerGroup(NamedTuple):
                     states = new if write else states
                 keys[index] = Held(held, states)
                 buffer, view = store.view(held, k, v, place, i, sequence)
-                blocks = store.blocks(block, sequence.batch_size)
+                blocks = store.blocks(block)
                 part = attend(block, blocks, q, buffer, view, context.segment_ids)
                 heads = add_sinks(part, block.attention.sinks()).out
                 x = block.combine(x, heads, landmark_memory.view(memory, block, sequence, i), mixed)
@@ -177,7 +177,7 @@ class LayerGroup(NamedTuple):
                 assert isinstance(d_held, KVBuffer)
                 see = partial(store.view, held, row=place, i=i, sequence=sequence)
                 opened = store.open(d_held, place)
-                blocks = store.blocks(combine(params, rest), sequence.batch_size)
+                blocks = store.blocks(combine(params, rest))
                 mixed, back, beside = None, None, self.beside[index]
                 if beside is not None and states is not None:
                     mixed, back = beside.output_and_vjp(params, rest, x, states, place, i, sequence)

@@ -57,7 +57,7 @@ def layer_forward(
     """
     if isinstance(block.mixer, RecurrentMixer):
         return recurrent_forward(block, x, sequence, memory, known)
-    blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
+    blocks = attention_blocks(block, sequence.chunk_size, sequence.block_k)
 
     def chunk(
         i: Any, carry: tuple[Chunks, KVBuffer, LandmarkPages | None, RecurrentState | None]
@@ -100,7 +100,7 @@ def layer_backward(
     block = combine(params, rest)
     if isinstance(block.mixer, RecurrentMixer):
         return recurrent_backward(params, rest, inputs, d_y, sequence, options, memory, d_memory)
-    blocks = attention_blocks(block, sequence.batch_size, sequence.chunk_size, sequence.block_k)
+    blocks = attention_blocks(block, sequence.chunk_size, sequence.block_k)
     batch = d_y.shape[1]
 
     store = None if block.beside is None else StateStore(block.beside.config, sequence.count, True)

@@ -112,7 +112,7 @@ class ChunkedSequence:
 
 def key_block() -> int:
     """Keys of a block of attention."""
-    return block_sizes(1)[1]
+    return block_sizes()[1]
 
 
 def chunk_at(x: Array, i: Any) -> Array:

@@ -75,8 +75,8 @@ class BackpropConfig:
         of the device and its link to the host when the run begins.
       context_exchange: how devices along the mesh axis `context` come to each other's keys in full attention: "ring",
         "gather", or "auto", which gathers while that takes no more than 256 MiB.
-      keep_attention: with "remat", keep what attention found as well: as much memory again, and for long rows, where
-        attention is most of the work, a fifth of it less.
+      keep_attention: with "remat", keep what attention found as well, as much memory again: then attention runs
+        forwards once and not twice.
       carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
         `streamjax.training.streaming_loss_and_grad`, which has an order of its own; only `chunk_size` counts there.
       cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
+from streamjax.byte_units import human_bytes
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.speculative.drafter import Drafter
+
+_readable = partial(human_bytes, smallest="bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +45,8 @@ class DraftMemory:
         streams = "a stream" if self.rows == 1 else f"each of {self.rows} rows"
         guesses = "1 guess" if self.guesses == 1 else f"{self.guesses} guesses"
         return (
-            f"{guesses} for {streams}: {readable(self.total)}, {readable(self.weights)} of weights, "
-            f"{readable(self.state)} of states, {readable(self.work)} a pass over {self.tokens} tokens"
+            f"{guesses} for {streams}: {_readable(self.total)}, {_readable(self.weights)} of weights, "
+            f"{_readable(self.state)} of states, {_readable(self.work)} a pass over {self.tokens} tokens"
         )
 
 
@@ -87,14 +91,5 @@ def fitted(
     fit = (memory_bytes - least.weights) * rows // max(least.state + least.work, 1)
     more = f"{fit} would fit" if fit > 0 else "no row would fit"
     raise ValueError(
-        f"{readable(memory_bytes)} is too little for guesses: {least}" + (f"; of rows {more}" if rows > 1 else "")
+        f"{_readable(memory_bytes)} is too little for guesses: {least}" + (f"; of rows {more}" if rows > 1 else "")
     )
-
-
-def readable(size: float) -> str:
-    """A number of bytes in the unit that suits it (decimal units)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(size) < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

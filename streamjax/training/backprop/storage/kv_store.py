@@ -64,10 +64,10 @@ class KeyStore:
         """Zeros for the keys of `rows` layers, or (`local`) for the gradients of those that a chunk may see."""
         return KVBuffer.zeros(self.attention, rows, batch, self.local if local else self.slots, dtype)
 
-    def blocks(self, block: Block, batch_size: int) -> Blocks:
+    def blocks(self, block: Block) -> Blocks:
         """What is static in a chunk's attention."""
         leading = 0 if self.behind is None else self.attention.sinks
-        return attention_blocks(block, batch_size, self.chunk_size, self.block_k, leading)
+        return attention_blocks(block, self.chunk_size, self.block_k, leading)
 
     def write(self, keys: KVBuffer, k: Any, v: Any, row: Any, i: Any) -> KVBuffer:
         """`keys` with those of chunk i in it, as far as others may see them."""
