@@ -37,6 +37,7 @@ from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.parallel.rules import constrain, map_state_axes, partition_spec
 from streamjax.streaming.state import StreamState, init_state
 from streamjax.streaming.step import check_rows, enter, leave
@@ -189,6 +190,7 @@ def step_apart(
     """
     check_rows(state, tokens.shape[0])
     count = np.full((tokens.shape[0],), tokens.shape[1], np.int32) if count is None else count
+    model = with_bounds(model)
     ends, layers = without_layers(model), list(state.layers)
     standing = dataclasses.replace(state, layers=())
     x, context = _entered(ends, standing, tokens, count)

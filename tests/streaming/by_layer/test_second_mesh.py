@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from streamjax.models import Decoder
+from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, HGRN2Config, ModelConfig
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.streaming.by_layer import second_mesh
 from streamjax.streaming.by_layer.second_mesh import init_apart, step_apart
@@ -62,6 +64,19 @@ def test_a_second_mesh_answers(name, monkeypatch):
         sizes_of += [question, ROWS * width * heads * (mixer.head_dim + 1)] * len(moved)
     assert crossed == sizes_of
     assert max(crossed[-2:]) < sizes(last) / 20
+
+
+@pytest.mark.slow
+def test_layers_beside_may_share_the_bounds_of_their_decays():
+    recurrent = BlockConfig(HGRN2Config(2, 2, key_dim=8, value_dim=8, lower_bound="learned"), DenseConfig(24))
+    attention = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), DenseConfig(24))
+    config = ModelConfig(vocab_size=31, d_model=16, blocks=(recurrent, attention, recurrent), tie_embeddings=True)
+    model = Decoder(config, jax.random.key(0))
+    model.bounds.table[...] = jax.random.normal(jax.random.key(1), model.bounds.table[...].shape)
+    cache, tokens = sj.kv.preset("dense", capacity=32), random_tokens(2, 7) % 31
+    _, expected = sj.step(model, sj.init_state(model, cache, 2), tokens)
+    state = init_apart(model, cache, make_mesh(tensor=2, devices=jax.devices()[4:6]), 2)
+    np.testing.assert_allclose(step_apart(model, state, tokens)[1], expected, atol=1e-5)
 
 
 def test_says_what_does_not_go_apart():
