@@ -37,6 +37,7 @@ def converted_config(
     layers: Sequence[int],
     recurrent: RecurrentMixerConfig | None = None,
     window: int | None = None,
+    sinks: int = 0,
 ) -> ModelConfig:
     """The model with other mixers in some layers; see `convert_layers`.
 
@@ -45,18 +46,20 @@ def converted_config(
     """
     if recurrent is None and window is None:
         raise ValueError("a layer becomes a recurrent mixer, a window, or both: give recurrent or window")
+    if sinks and window is None:
+        raise ValueError(f"sinks is {sinks}, and they stand in front of a window: give window, too")
     blocks = list(config.blocks)
     for index in layers:
         if not 0 <= index < config.num_layers:
             raise ValueError(f"layers names layer {index} of a model that has {config.num_layers}")
-        blocks[index] = _converted(blocks[index], index, recurrent, window)
+        blocks[index] = _converted(blocks[index], index, recurrent, window, sinks)
     return config.replace(blocks=tuple(blocks))
 
 
 def _converted(
-    block: BlockConfig, index: int, recurrent: RecurrentMixerConfig | None, window: int | None
+    block: BlockConfig, index: int, recurrent: RecurrentMixerConfig | None, window: int | None, sinks: int
 ) -> BlockConfig:
-    if _is_converted(block, recurrent, window):
+    if _is_converted(block, recurrent, window, sinks):
         return block
     if not isinstance(block.mixer, AttentionConfig) or block.beside is not None:
         raise ValueError(f"layers names layer {index}, which has no attention alone: it cannot become another mixer")
@@ -68,14 +71,14 @@ def _converted(
         raise ValueError("recurrent has learned bounds, which all layers of a model share: give lower_bound a number")
     if recurrent is not None and window is None:
         return dataclasses.replace(block, mixer=recurrent)
-    return dataclasses.replace(block.with_mixer(window=window, chunk=None), beside=recurrent)
+    return dataclasses.replace(block.with_mixer(window=window, sinks=sinks, chunk=None), beside=recurrent)
 
 
-def _is_converted(block: BlockConfig, recurrent: RecurrentMixerConfig | None, window: int | None) -> bool:
+def _is_converted(block: BlockConfig, recurrent: RecurrentMixerConfig | None, window: int | None, sinks: int) -> bool:
     """Whether a layer has these mixers already."""
     if window is None:
         return block.mixer == recurrent
-    return block.beside == recurrent and block.mixer.window == window
+    return block.beside == recurrent and (block.mixer.window, block.mixer.sinks) == (window, sinks)
 
 
 def convert_layers(
@@ -84,6 +87,7 @@ def convert_layers(
     *,
     recurrent: RecurrentMixerConfig | None = None,
     window: int | None = None,
+    sinks: int = 0,
     key: Array | None = None,
 ) -> Decoder:
     """The model with other token mixers in some layers; its other arrays are the same ones.
@@ -100,12 +104,13 @@ def convert_layers(
       layers: which of its layers.
       recurrent: the mixer in attention's place, or beside it.
       window: a key is visible at a distance below this.
+      sinks: so many first tokens are visible behind a window, too.
       key: of what is drawn; `jax.random.key(0)` where None.
 
     Raises:
       ValueError: one line: no mixer is given, a layer is not there, or has no attention alone.
     """
-    config = converted_config(model.config, layers, recurrent, window)
+    config = converted_config(model.config, layers, recurrent, window, sinks)
     key = jax.random.key(0) if key is None else key
     plain, blocks = unstack_layers(model), []
     for index, new in enumerate(config.blocks):
@@ -117,16 +122,22 @@ def convert_layers(
     return stack_layers(student) if len(model.stack) else student
 
 
-def mark_converted(model: Decoder, layers: Sequence[int]) -> Decoder:
-    """The model with `ConvertedParam` in the mixers of some layers, for `trainable=`; one module a layer."""
+def mark_converted(model: Decoder, layers: Sequence[int], recurrent_only: bool = False) -> Decoder:
+    """The model with `ConvertedParam` in the mixers of some layers, for `trainable=`; one module a layer.
+
+    With `recurrent_only` attention beside a recurrent mixer stays as it is.
+    """
     plain = unstack_layers(model)
-    blocks = [_marked(block) if i in layers else block for i, block in enumerate(plain.layers)]
+    blocks = [_marked(block, recurrent_only) if i in layers else block for i, block in enumerate(plain.layers)]
     return with_layers(plain, [], blocks)
 
 
-def _marked(block: Block) -> Block:
+def _marked(block: Block, recurrent_only: bool) -> Block:
+    named = [name for name in ("mixer", "beside") if isinstance(getattr(block, name), RecurrentMixer)]
+    names = named if recurrent_only else ["mixer", "beside"]
+
     def mark(path: tuple[Any, ...], node: Any) -> Any:
-        mixes = path and getattr(path[0], "name", None) in ("mixer", "beside")
+        mixes = path and getattr(path[0], "name", None) in names
         if not mixes or not isinstance(node, nnx.Param):
             return node
         return ConvertedParam(node.get_value(), **node.get_metadata())

@@ -25,6 +25,7 @@ from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.tier import Implementation, KVSpec, State
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
+from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.config import BlockConfig, LatentAttentionConfig, MixerConfig, ModelConfig
 from streamjax.models.config.recurrent import RecurrentConfig
@@ -103,7 +104,8 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     """The cascade of each layer.
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, and
-    those that attend within chunks their `CurrentChunk`, as pretrained. A sequence gives every layer its own. Recurrent
+    those that attend within chunks their `CurrentChunk`, as pretrained; where a window sees sinks they stand in front of
+    it, never farther than the model's `max_position`. A sequence gives every layer its own. Recurrent
     layers keep their state (`Recurrence`), whatever is given, and so do recurrent mixers beside attention; layers that
     read another layer's keys and values have that one's slots (`SlotsOf`). With
     hierarchical sparse attention the cache says how much of the stream is remembered: the newest tokens in whole
@@ -207,7 +209,10 @@ def _pretrained(config: ModelConfig, index: int, cache: Cache) -> Cache:
         raise ValueError(f"layer {index} has {kind} of 1: it sees itself alone and has no cache")
     if mixer.chunk is not None:
         return CurrentChunk(mixer.chunk)
-    return cache if mixer.window is None else Cascade(Window(mixer.window - 1))
+    if mixer.window is None:
+        return cache
+    window = Window(mixer.window - 1)
+    return Cascade(Sink(mixer.sinks, config.max_position), window) if mixer.sinks else Cascade(window)
 
 
 def _own_state(mixer: RecurrentConfig) -> Recurrence:

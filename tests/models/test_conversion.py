@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import streamjax as sj
 from streamjax.models.config import AttentionConfig, GatedDeltaConfig, SSDConfig, UniformConfig
@@ -42,14 +43,21 @@ def test_a_recurrent_mixer_begins_with_attentions_projections(mixer):
     assert isinstance(model.layers[1].mixer.config, AttentionConfig)
 
 
-def test_beside_a_window_it_begins_as_the_window_and_streams_as_it_reads():
+def test_beside_a_window_with_sinks_it_begins_as_the_window_and_streams_as_it_reads():
     model = build(CONFIG)
-    windowed = convert_layers(model, (0, 2), window=5)
-    student = convert_layers(model, (0, 2), recurrent=DELTA, window=5)
+    windowed = convert_layers(model, (0, 2), window=5, sinks=2)
+    student = convert_layers(model, (0, 2), recurrent=DELTA, window=5, sinks=2)
     np.testing.assert_array_equal(sj.forward(student, TOKENS), sj.forward(windowed, TOKENS))
+    assert [block.mixer.sinks for block in student.config.blocks] == [2, 0, 2]
     assert not np.allclose(sj.forward(student, TOKENS), sj.forward(model, TOKENS), atol=1e-3)
     out = student.layers[0].beside.out
     out[...] = jax.random.normal(jax.random.key(3), out.shape)
+    parts = {name: mark_converted(student, (0,), recurrent_only=name).layers[0] for name in (False, True)}
+    kinds = {name: (type(x.mixer.projections.out), type(x.beside.out), type(x.mlp.up)) for name, x in parts.items()}
+    assert kinds == {
+        False: (ConvertedParam, ConvertedParam, nnx.Param),
+        True: (nnx.Param, ConvertedParam, nnx.Param),
+    }
     student = convert_layers(student, (1,), recurrent=SHARED)
     state = sj.init_state(student, sj.kv.preset("streaming_llm"), batch_size=2)
     _, logits = read_stream(student, state, TOKENS, [7, 1])
@@ -77,6 +85,7 @@ def test_stacked_layers_and_files(tmp_path):
     ("layers", "changes", "message"),
     [
         ((1,), {}, "give recurrent or window"),
+        ((1,), {"recurrent": DELTA, "sinks": 2}, "sinks is 2, and they stand in front of a window: give window"),
         ((3,), {"window": 4}, "layers names layer 3 of a model that has 3"),
         ((0,), {"recurrent": SHARED}, "layers names layer 0, which has no attention alone"),
     ],

@@ -93,9 +93,12 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
         model = add_lora(model, lora.rank, lora.scale, lora.targets, jax.random.key(config.seed))
     distill = config.distill
     if distill.layers:
-        key = jax.random.key(config.seed)
-        model = convert_layers(model, distill.layers, recurrent=distill.recurrent, window=distill.window, key=key)
-        model = mark_converted(model, distill.layers) if distill.trained == "converted" else model
+        model = convert_layers(
+            model, distill.layers, recurrent=distill.recurrent, window=distill.window, sinks=distill.sinks,
+            key=jax.random.key(config.seed),
+        )  # fmt: skip
+        if distill.trained != "all":
+            model = mark_converted(model, distill.layers, recurrent_only=distill.trained == "recurrent")
     return build_sharded(
         lambda model: new_state(model, optimizer, new_stream(config, model), config.trainable, skipping), mesh, model
     )
