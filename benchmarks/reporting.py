@@ -87,6 +87,54 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], output: Path | None = N
     """Print the table and write `results/<name>.json` with the machine that made it."""
     print(table(rows))
     path = output or RESULTS / f"{name}.json"
+    _write(path, name, rows, **extra)
+    print(f"written: {path}")
+
+
+def _write(path: Path, name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "machine": machine(), **extra, "rows": list(rows)}, indent=1) + "\n")
-    print(f"written: {path}")
+
+
+class Record:
+    """The rows of a benchmark that takes long, written after each: a run that was ended goes on behind them.
+
+    A file says `unfinished` until its run is over. The next run goes on from it if its settings are the same;
+    otherwise, and where the file is whole, it begins anew.
+
+    Args:
+      name: of the benchmark, such as "serving/load".
+      output: the file; None: `results/<name>.json`.
+      resumes: False begins anew in any case.
+      settings: what the figures belong to, as plain data. They are written beside the rows.
+
+    Example:
+      >>> record = Record("serving/guesses", None, model="SmolLM2", tokens=96)
+      >>> if not record.has(rows=4, text="chat"):
+      ...     record.add({"rows": 4, "text": "chat", "a pass": 1.1})
+      >>> record.finish()
+    """
+
+    def __init__(self, name: str, output: Path | None = None, resumes: bool = True, **settings: Any):
+        self._name, self._settings = name, settings
+        self._path = output or RESULTS / f"{name}.json"
+        self.rows: list[dict[str, Any]] = []
+        if resumes and self._path.exists():
+            before = json.loads(self._path.read_text())
+            if before.get("unfinished") and {key: before.get(key) for key in settings} == settings:
+                self.rows = before["rows"]
+                print(f"goes on behind {len(self.rows)} rows of {self._path}", file=sys.stderr)
+
+    def has(self, **values: Any) -> bool:
+        """Whether a row with these values is there."""
+        return any(values.items() <= row.items() for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Print and write a row."""
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        _write(self._path, self._name, self.rows, unfinished=True, **self._settings)
+
+    def finish(self, **extra: Any) -> None:
+        """The run is over: `report`, which also writes what else is known now."""
+        report(self._name, self.rows, self._path, **self._settings, **extra)

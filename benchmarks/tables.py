@@ -57,6 +57,7 @@ def section(path: Path) -> str:
         where += f"; torch {result['torch']}, transformers {result['transformers']}"
     command = f"```\npython -m {module}\n```"
     notes = [textwrap.fill(result["note"], 120)] if "note" in result else []
+    notes += ["The run was ended before its last row."] if result.get("unfinished") else []
     return "\n\n".join([f"## {title.rstrip('.')}", body, command, table(result["rows"]), *notes, f"*{where}*\n"])
 
 

@@ -5,6 +5,8 @@ own, some hundred at a time. Counted are the answers by status, how many of thos
 streaming client's longest gap between two pieces before the burst and in it.
 
     python -m benchmarks.serving.burst --model=FOLDER --requests=10000
+
+It takes a minute on 2 idle cores, most of it until the server is there.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import json
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from benchmarks.reporting import report
 from benchmarks.serving.load import CACHE, Target, server
@@ -64,12 +68,16 @@ async def burst(url: str, count: int) -> dict[str, float | int]:
         await asyncio.sleep(0.01)
     before = len(gaps)
 
-    async def one() -> tuple[int, bool]:
-        async with door:
-            return await ask(host, port, body)
-
     began = time.perf_counter()
-    found = await asyncio.gather(*(one() for _ in range(count)))
+    with tqdm(total=count, unit="request", mininterval=1) as bar:
+
+        async def one() -> tuple[int, bool]:
+            async with door:
+                found = await ask(host, port, body)
+            bar.update()
+            return found
+
+        found = await asyncio.gather(*(one() for _ in range(count)))
     seconds = time.perf_counter() - began
     over.set()
     await streaming
@@ -92,10 +100,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--max_requests", type=int, default=64, help="that the server takes at once")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with server(options.model, CACHE, options.rows, f"--max_requests={options.max_requests}") as url:
         row = asyncio.run(burst(url, options.requests))
-    report("serving/burst", [row], note=f"{Path(options.model).name}, {options.max_requests} requests at once.")
+    note = f"{Path(options.model).name}, {options.rows} rows, {options.max_requests} requests in the server at once."
+    report("serving/burst", [row], options.output, note=note)
 
 
 if __name__ == "__main__":

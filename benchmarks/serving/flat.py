@@ -1,46 +1,50 @@
 """Memory of the server over half an hour of conversations: it must be flat.
 
 A server in a process of its own, and rounds of so many conversations at once, each three turns, until the minutes are
-over. Behind each round the server's memory is read. The first rounds fill what is bounded: prefixes and conversations
-that are kept. `wrong` counts answers that differ from those of a lone client.
+over. Behind each round the server's memory is read, and the most that it had in the round. The first rounds fill what
+is bounded: prefixes and conversations that are kept. `wrong` counts answers that differ from those of a client that is
+alone, `errors` those that did not come.
 
     python -m benchmarks.serving.flat --model=FOLDER --minutes=30 --conversations=64
+
+It takes its minutes, and those of its last round. Rows are written round by round, so what an ended run has found is
+there; the next one begins with a new server, and anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
-import re
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
+from tqdm import tqdm
 
-from benchmarks.reporting import report
-from benchmarks.serving.load import CACHE, SUBJECTS, Target, load, one, server
-
-
-def resident_mib(pid: int) -> float:
-    """Of a process, without what it shares with files."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+from benchmarks.reporting import Record
+from benchmarks.serving.load import CACHE, Target, alone, load, server, wrong
+from benchmarks.serving.processes import listening_pid, resident_mib
 
 
-def listening_pid(port: int) -> int:
-    """The process that listens at a port of this machine."""
-    wanted = f"{port:04X}"
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    inodes = {line.split()[9] for line in lines if line.split()[1].endswith(f":{wanted}") and line.split()[3] == "0A"}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if any(f"socket:[{inode}]" == str(link.readlink()) for inode in inodes):
-                return int(link.parts[2])
-        except OSError:  # it has gone, or is not ours
-            continue
-    raise RuntimeError(f"nobody listens at port {port}")
+@contextlib.contextmanager
+def watched(pid: int) -> Iterator[list[float]]:
+    """A process's MiB, once a second."""
+    found, over = [resident_mib(pid)], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            found.append(resident_mib(pid))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
 
 
 def main() -> None:
@@ -51,30 +55,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--cache", default=CACHE)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    rows = []
-    with server(options.model, options.cache, options.rows) as url:
+    settings = {name: getattr(options, name) for name in ("cache", "conversations", "tokens")}
+    settings["rows of the server"] = options.rows
+    record = Record("serving/flat", options.output, model=Path(options.model).name, resumes=False, **settings)
+    minutes = tqdm(
+        total=options.minutes, unit="min", bar_format="{l_bar}{bar}| {n:.1f} of {total:.0f} minutes{postfix}"
+    )
+    with minutes as bar, server(options.model, options.cache, options.rows) as url:
         target, pid = Target(url), listening_pid(int(url.rsplit(":", 1)[1].strip("/")))
-        alone = {subject: asyncio.run(one(target, subject, options.tokens))["answers"] for subject in SUBJECTS}
+        right = asyncio.run(alone(target, options.tokens))
         began = time.monotonic()
-        while time.monotonic() - began < 60 * options.minutes:
-            talks = asyncio.run(load(target, options.conversations, options.tokens))
-            wrong = sum(
-                talk["answers"] != alone[subject]
-                for subject, talk in zip(itertools.cycle(SUBJECTS), talks, strict=False)
-            )
+        while (passed := (time.monotonic() - began) / 60) < options.minutes:
+            with watched(pid) as mib:
+                talks = asyncio.run(load(target, options.conversations, options.tokens))
             names = [entry["id"] for entry in httpx.get(f"{url}/v1/conversations", timeout=60).json()["data"]]
             for name in names:  # as clients that are done with them do
                 httpx.delete(f"{url}/v1/conversations/{name}", timeout=60)
-            rows.append(
-                {
-                    "minutes": (time.monotonic() - began) / 60,
-                    "conversations": len(talks),
-                    "wrong": wrong,
-                    "MiB of the server": resident_mib(pid),
-                }
-            )
-    report("serving/flat", rows, note=f"{Path(options.model).name}, cache {options.cache}, {options.rows} rows.")
+            now = (time.monotonic() - began) / 60
+            bar.update(now - passed)
+            record.add({
+                "minutes": now, "answers": sum(len(talk.answers) for talk in talks),
+                "errors": sum(talk.errors for talk in talks), "wrong": wrong(talks, right),
+                "MiB of the server": resident_mib(pid), "most in the round": max(mib),
+            })  # fmt: skip
+    about = f"{options.conversations} conversations at once, {options.tokens} tokens an answer"
+    record.finish(note=f"{Path(options.model).name}, cache {options.cache}, {options.rows} rows; {about}.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ all requests are a text that is to be said again (`repeated`), or questions (`ch
 come at one moment. The engine has as many rows as requests come. `a pass`: tokens of a row that runs, in the mean.
 `right`: of the tokens that were guessed and read. `CPU ms`: of all threads, a token, prompts included, the median of
 the turns; `over plain`: that of the engine without guesses by these, the median of turns in one process. `same`:
-answers that are equal to those without guesses.
+answers that are equal to those without guesses. Rows are written as they come, and a run that was ended goes on behind
+them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import time
 from pathlib import Path
 
 import streamjax as sj
-from benchmarks.reporting import median_ratio, report
+from benchmarks.reporting import Record, median_ratio
 from benchmarks.serving.speculative import ASKED
 from streamjax.data.text.chat_templates import encode_chat
 from streamjax.serving.requests import Request, Sampling
 from streamjax.streaming.speculative import trained_drafter
+from streamjax.streaming.speculative.heads import described
 
 CACHE = sj.kv.preset("streaming_llm", sinks=4, window=508)
 QUESTIONS = (
@@ -59,10 +61,15 @@ def main() -> None:
         return tuple(encode_chat(tokenizer, [{"role": "user", "content": question}]))
 
     said, chats = prompt(ASKED["repeated"]), [prompt(question) for question in QUESTIONS]
-    lines = []
+    who = f"n-grams, {arguments.length} at most" if arguments.heads is None else arguments.heads.stem
+    settings = {"model": Path(arguments.model).name, "tokens": arguments.tokens, "turns": arguments.turns}
+    record = Record("serving/guesses", arguments.output, who=who, **settings)
     for rows in arguments.rows:
         asked = {"repeated": [said] * rows, "chat": chats[:rows]}
         asked |= {"mixed": [said] * (rows // 2) + chats[: rows - rows // 2]} if rows > 1 else {}
+        asked = {kind: prompts for kind, prompts in asked.items() if not record.has(rows=rows, text=kind)}
+        if not asked:
+            continue
         engines = {}
         for name, draft in (("plain", None), ("guesses", drafter or sj.NGrams(length=arguments.length))):
             engines[name] = sj.Engine(model, tokenizer, CACHE, rows=rows, prefix_bytes=0, draft=draft)
@@ -75,7 +82,7 @@ def main() -> None:
                     found[name], seconds, steps[name] = serve(engine, prompts, arguments.tokens)
                     spent[name].append(seconds)
             after = engines["guesses"].stats()
-            lines.append({
+            record.add({
                 "rows": rows, "text": kind,
                 "a pass": round(steps["plain"] / steps["guesses"], 2),
                 "right": f"{after.accepted_tokens - before.accepted_tokens} of "
@@ -84,8 +91,8 @@ def main() -> None:
                 "CPU ms": round(1e3 * statistics.median(spent["guesses"]) / (rows * arguments.tokens), 1),
                 "over plain": round(median_ratio(spent["plain"], spent["guesses"]), 2),
             })  # fmt: skip
-            print(lines[-1], flush=True)
-    report("serving/guesses", lines, arguments.output, tokens=arguments.tokens, turns=arguments.turns)
+    note = f"Guesses by {who}." if arguments.heads is None else described(str(arguments.heads))
+    record.finish(note=note)
 
 
 if __name__ == "__main__":

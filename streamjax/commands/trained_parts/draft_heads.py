@@ -2,13 +2,16 @@
 
     python -m train.draft_heads --model=FOLDER --output=heads.safetensors
     python -m train.draft_heads --model=FOLDER --input=answers.txt --steps=5000 --output=heads.safetensors
+    python -m train.draft_heads --model=FOLDER --input=answers.txt --start=heads.safetensors --output=more.safetensors
     python -m infer.chat --model=FOLDER --draft=heads:heads.safetensors
 
 The model is frozen, and what it says does not change: only how fast it does. Heads learn what the model itself says
 behind each token of a text, best of one that is like its own answers. hydra: heads that guess one after another from
 the model's last hidden state (arXiv 2402.05109). ppd: prompt tokens at which the model itself says what comes later
 (parallel prompt decoding, arXiv 2405.18628): far fewer numbers, but each guess costs more of a pass. `right` says how
-often the first guess of each is the model's own choice. Ctrl-C writes the heads as they are.
+often the first guess of each is the model's own choice. Ctrl-C writes the heads as they are. What the model computes of
+a row is kept in memory (hydra), so a text that is small enough to come again and again, some 800,000 tokens of a model
+of 576 channels, is read by the model once. An answers' text with <|im_end|> and the like wants --parse_special.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from streamjax.commands.comparison import read_text
+from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.model import define_read_text, load_model
 from streamjax.commands.shell.outputs import check_outputs, in_made_folder
 from streamjax.commands.shell.runner import run_command
@@ -31,6 +35,7 @@ from streamjax.training.heads.drafting import (
     DraftStep,
     as_file,
     frequent_ids,
+    from_file,
     train_draft_heads,
 )
 from streamjax.training.heads.prompting import as_file as as_prompt_file
@@ -46,6 +51,9 @@ def define(values: flags.FlagValues) -> None:
     define_read_text(values)
     flags.DEFINE_string("output", "out/draft_heads.safetensors", "Where the heads go.", flag_values=values)
     flags.DEFINE_enum("kind", KINDS[0], KINDS, "What guesses.", flag_values=values)
+    flags.DEFINE_string("start", None, "Heads to go on from, of an earlier run with the same --heads and --width; of "
+                        "--kind=hydra alone.", flag_values=values)  # fmt: skip
+    refuse_empty(values, "start")
     whole("heads", DraftHeadsConfig.heads, "Tokens behind the next one that are guessed.", lower_bound=1,
           flag_values=values)  # fmt: skip
     whole("width", DraftHeadsConfig.width, "Of the hidden layers of hydra's heads.", lower_bound=1, flag_values=values)
@@ -62,6 +70,8 @@ def define(values: flags.FlagValues) -> None:
 
 def body(values: flags.FlagValues) -> None:
     check_outputs(output=values.output)
+    if values.start is not None and values.kind != "hydra":
+        raise ValueError(f"--start={values.start}: only heads of --kind=hydra go on from a file")
     model, tokenizer = load_model(values)
     rate = RATES[values.kind] if values.learning_rate is None else values.learning_rate
     config = DraftHeadsConfig(values.heads, values.steps, rate, values.width)
@@ -70,14 +80,16 @@ def body(values: flags.FlagValues) -> None:
     read, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
     text = np.array(read)
     ids = frequent_ids(text, values.vocabulary)
-    rows = text_rows(text, values.seq_len, values.batch_size, values.seed)
     steps: Iterator[DraftStep]
     if values.kind == "hydra":
-        steps = train_draft_heads(model, ids, rows, config, values.seed)
+        rows = text_rows(text, values.seq_len, values.batch_size, values.seed, apart=values.seq_len)
+        start, before = (None, 0) if values.start is None else from_file(model, values.start)
+        steps = train_draft_heads(model, ids, rows, config, values.seed, start)
     else:
+        before, rows = 0, text_rows(text, values.seq_len, values.batch_size, values.seed)
         steps = train_prompt_tokens(model, ids, rows, config, values.seed)
     ran = run_steps(steps, config.steps, _describe)
-    weights, tokens = ran.step.weights, ran.done * values.seq_len * values.batch_size
+    weights, tokens = ran.step.weights, before + ran.done * values.seq_len * values.batch_size
     file: HydraHeads | PromptTokens
     if isinstance(weights, HydraWeights):
         file = as_file(model, ids, weights, tokens)

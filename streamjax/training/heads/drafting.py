@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,8 @@ def train_draft_heads(
     batches: Iterable[Int[np.ndarray, "B T"]],
     config: DraftHeadsConfig,
     seed: int = 0,
+    start: HydraWeights | None = None,
+    kept_bytes: int = 1 << 31,
 ) -> Iterator[DraftStep]:
     """Train Hydra heads for a model, one step at a time; whoever reads the steps may stop anywhere.
 
@@ -93,12 +96,59 @@ def train_draft_heads(
       batches: tokens of rows, more than `config.heads` + 1 in each. They should not end before the steps do.
       config: how.
       seed: of the first weights.
+      start: heads to go on from, of `config`'s number and width; what they guessed from may have been other tokens.
+      kept_bytes: of the model's hidden states of rows, which are kept in the host's memory for when a row comes again:
+        the model is most of the work.
+
+    Raises:
+      ValueError: heads to start from that have other shapes.
     """
     weights = first_weights(config, model.config.d_model, seed)
+    if start is not None:
+        if (asked := _shapes(weights)) != (found := _shapes(start)):
+            raise ValueError(f"heads to go on from have matrices of {found}, and {asked} are asked for")
+        weights = jax.tree.map(jnp.array, start)
     moments, vocabulary = config.optimizer.init(weights), DraftVocabulary.of(model, jnp.asarray(ids))
+    states = HiddenStates(model, kept_bytes)
     for _, tokens in zip(range(config.steps), batches, strict=False):
-        weights, moments, loss, right = _learn(model, vocabulary, weights, moments, jnp.asarray(tokens), config)
+        hidden = jnp.asarray(states(tokens))
+        weights, moments, loss, right = _learn(model, vocabulary, weights, moments, jnp.asarray(tokens), hidden, config)
         yield DraftStep(weights, float(loss), np.asarray(right).tolist())
+
+
+def _shapes(weights: HydraWeights) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(weights)]
+
+
+class HiddenStates:
+    """A model's hidden states of rows of tokens. Those of rows that come again are remembered, in the host's memory.
+
+    Args:
+      model: whose.
+      most_bytes: that are remembered; rows that come when these are full are computed every time.
+    """
+
+    def __init__(self, model: Decoder, most_bytes: int):
+        self._model, self._left = model, most_bytes
+        self._known: dict[bytes, Float[np.ndarray, "T E"]] = {}
+
+    def __call__(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T E"]:
+        return np.stack([self._of(row) for row in np.asarray(tokens, np.int32)])
+
+    def _of(self, row: Int32[np.ndarray, " T"]) -> Float[np.ndarray, "T E"]:
+        key = row.tobytes()
+        found = self._known.get(key)
+        if found is None:
+            found = np.asarray(_hidden(self._model, jnp.asarray(row[None])))[0]
+            if found.nbytes <= self._left:
+                self._left -= found.nbytes
+                self._known[key] = found
+        return found
+
+
+@jax.jit
+def _hidden(model: Decoder, tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
+    return model.hidden(tokens)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("weights", "moments"))
@@ -108,9 +158,9 @@ def _learn(
     weights: HydraWeights,
     moments: Any,
     tokens: Int32[Array, "B T"],
+    hidden: Float[Array, "B T E"],
     config: DraftHeadsConfig,
 ) -> tuple[HydraWeights, Any, Float[Array, ""], Float[Array, " heads"]]:
-    hidden = model.hidden(tokens)
     said = vocabulary.logits(model, hidden)
     measured = jax.value_and_grad(hydra_loss, has_aux=True)
     (loss, right), slope = measured(weights, model, vocabulary, tokens, hidden, said)
@@ -149,3 +199,15 @@ def as_file(model: Decoder, ids: Int32[np.ndarray, " V"], weights: HydraWeights,
     """What a step has left, for `save`; `tokens`: how many were read so far."""
     inward, outward = (tuple(np.asarray(x) for x in side) for side in weights)
     return HydraHeads(inward, outward, ids, fingerprint_in_any_dtype(model), tokens)
+
+
+def from_file(model: Decoder, path: str | Path) -> tuple[HydraWeights, int]:
+    """Heads that were trained for a model, to go on from, and on how many tokens they were.
+
+    Raises:
+      ValueError: no such file, another one, or heads of another model.
+    """
+    heads = HydraHeads.load(path)
+    if heads.model != fingerprint_in_any_dtype(model):
+        raise ValueError(f"{path}: these draft heads were trained for another model")
+    return HydraWeights(*(tuple(map(jnp.asarray, side)) for side in (heads.inward, heads.outward))), heads.tokens

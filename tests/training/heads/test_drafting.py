@@ -1,5 +1,8 @@
 """Draft heads learn what a model says: the loss against plain loops, and a model that they come to know."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from streamjax.training.heads.drafting import (
     as_file,
     first_weights,
     frequent_ids,
+    from_file,
     hydra_loss,
     train_draft_heads,
 )
@@ -56,6 +60,44 @@ def test_heads_come_to_know_a_model():
     assert min(steps[-1].right) > max(steps[0].right)
     file = as_file(model, ids, steps[-1].weights, 99)
     assert [x.shape for x in file.inward] == [(32, 32), (48, 32)]
+
+
+FEW = DraftHeadsConfig(heads=2, steps=4, learning_rate=1e-2, width=8)
+
+
+def test_what_is_kept_of_rows_changes_nothing():
+    """With room for all rows, for one, and for none."""
+    model, text = build(GQA), random_tokens(40, seed=3)
+
+    def run(kept_bytes: int) -> list[float]:
+        rows = text_rows(text, 9, 2, apart=9)
+        return [step.loss for step in train_draft_heads(model, IDS, rows, FEW, kept_bytes=kept_bytes)]
+
+    assert run(1 << 20) == run(9 * 16 * 4) == run(0)
+
+
+def test_training_goes_on_from_a_file(tmp_path):
+    """The first loss of a second run is what the first run finds next; heads of other sizes are refused."""
+    model, text = build(GQA), random_tokens(40, seed=3)
+    rows = list(itertools.islice(text_rows(text, 9, 2, apart=9), 4))
+    steps = train_draft_heads(model, IDS, rows, FEW)
+    third = list(itertools.islice(steps, 3))[-1]
+    as_file(model, IDS, third.weights, 54).save(tmp_path / "heads.safetensors")
+    start, tokens = from_file(model, tmp_path / "heads.safetensors")
+    assert tokens == 54
+    fresh, more = (next(train_draft_heads(model, IDS, rows[3:], FEW, start=x)).loss for x in (None, start))
+    assert more == next(steps).loss != fresh
+    with pytest.raises(ValueError, match="heads to go on from have matrices of"):
+        next(train_draft_heads(model, IDS, rows, dataclasses.replace(FEW, width=4), start=start))
+    with pytest.raises(ValueError, match="these draft heads were trained for another model"):
+        from_file(build(GQA, seed=5), tmp_path / "heads.safetensors")
+
+
+def test_rows_apart():
+    text = np.arange(100)
+    batches = text_rows(text, 10, 4, seed=2, apart=10)
+    starts = {int(row[0]) for _, batch in zip(range(40), batches, strict=False) for row in batch}
+    assert starts == set(range(0, 90, 10))
 
 
 def test_frequent_ids():
