@@ -13,20 +13,20 @@ so that its work is products of matrices and does not grow with the context eith
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.attention.landmark_choice import VisiblePages, choose
 from streamjax.attention.sharded import per_device_call
 
 Implementation = Literal["dense", "gathered", "pallas"]
@@ -39,7 +39,6 @@ _NAMES = (  # of the dimensions of queries, keys, values, choices and weights
     *(("batch", "kv_heads", None, None, None),) * 2,
     *(("batch", "kv_heads", "length", None),) * 2,
 )
-GROUP = 64  # scores of which the largest are found by their groups' largest first
 
 
 @jax.tree_util.register_dataclass
@@ -114,15 +113,17 @@ class LandmarkPages:
         rows, heads, count, size, channels = self.k.shape
         if not count:
             return jnp.zeros_like(q, accumulator(q.dtype))
-        top_k, block = min(top_k, count), QUERY_BLOCK
-        sparse = count > DENSE_CHUNKS * top_k if implementation is None else implementation == "gathered"
-        if sparse:
-            block = max(1, min(block, GATHERED // (rows * heads * top_k * size * channels)))
+        top_k = min(top_k, count)
+        if count > DENSE_CHUNKS * top_k if implementation is None else implementation == "gathered":
+            chosen, weights = (jnp.swapaxes(x, 1, 2) for x in self._choices(retrieval, visible, top_k))
+            block = max(1, min(QUERY_BLOCK, GATHERED // (rows * heads * top_k * size * channels)))
+            read = lambda *queries: _gathered(self, *queries, scale)  # noqa: E731
+            return _by_blocks(read, block, (q, chosen, weights))
 
         def attend(q: Array, retrieval: Array, seen: VisiblePages) -> Array:
-            return (_gathered if sparse else _dense)(self, q, retrieval, seen, top_k, scale)
+            return _dense(self, q, retrieval, seen, top_k, scale)
 
-        return _by_blocks(attend, block, (q, retrieval), visible)
+        return _by_blocks(attend, QUERY_BLOCK, (q, retrieval), visible)
 
     def _choices(
         self, retrieval: Array, visible: VisiblePages, top_k: int
@@ -163,73 +164,25 @@ class LandmarkPages:
             yield at, jax.tree.map(lambda x, count=count: x[:, :, :count], self), seen
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class VisiblePages:
-    """Which pages each query may choose: those whose number is in 0 .. limit - 1.
+def _by_blocks(
+    function: Callable[..., Any], size: int, queries: tuple[Array, ...], visible: VisiblePages | None = None
+) -> Any:
+    """`function(*queries)`, with `visible` behind them if there is one, for `size` queries at a time.
 
-    number: of each page in its stream, int32 [B, P], negative where there is none. limit: of each query, int32 [B, C]:
-    the pages that are complete before it. segments, of_chunks: segment ids of queries and of pages where sequences
-    are packed; a query sees the pages of its own segment. -1 is a page of several segments, which none sees.
+    Its results have queries second, as its arguments have.
     """
-
-    number: Int32[Array, "B P"]
-    limit: Int32[Array, "B C"]
-    segments: Int32[Array, "B C"] | None = None
-    of_chunks: Int32[Array, "B P"] | None = None
-
-    def mask(self) -> Bool[Array, "B 1 C P"]:
-        seen = (self.number[:, None] >= 0) & (self.number[:, None] < self.limit[:, :, None])
-        if self.segments is not None and self.of_chunks is not None:
-            seen &= self.segments[:, :, None] == self.of_chunks[:, None]
-        return seen[:, None]
-
-
-def _by_blocks(function: Callable[..., Any], size: int, queries: tuple[Array, ...], visible: VisiblePages) -> Any:
-    """`function(*queries, visible)`, whose results have queries second as its arguments have, for `size` at a time."""
     width, function = queries[0].shape[1], jax.checkpoint(function)
+    seen = None if visible is None else (visible.limit, visible.segments)
+
+    def piece(x: tuple[tuple[Array, ...], Any]) -> Any:
+        if visible is None:
+            return function(*x[0])
+        return function(*x[0], dataclasses.replace(visible, limit=x[1][0], segments=x[1][1]))
+
     if width <= size:
-        return function(*queries, visible)
-
-    def piece(x: tuple[tuple[Array, ...], Array, Array | None]) -> Any:
-        return function(*x[0], dataclasses.replace(visible, limit=x[1], segments=x[2]))
-
-    cut = jax.tree.map(lambda x: cut_blocks(x, size), (queries, visible.limit, visible.segments))
+        return piece((queries, seen))
+    cut = jax.tree.map(lambda x: cut_blocks(x, size), (queries, seen))
     return jax.tree.map(lambda x: join_blocks(x, width), jax.lax.map(piece, cut))
-
-
-def choose(
-    landmarks: Float[Array, "B K P D"], retrieval: Float[Array, "B C K D"], visible: VisiblePages, top_k: int
-) -> tuple[Int32[Array, "B K C top_k"], Float[Array, "B K C top_k"]]:
-    """The best pages of each query and their weights, the softmax of their scores; 0 for those it may not see."""
-    dtype = accumulator(retrieval.dtype)
-    scores = jnp.einsum("bckd,bkpd->bkcp", retrieval, landmarks, preferred_element_type=dtype)
-    scores = jnp.where(visible.mask(), scores / math.sqrt(landmarks.shape[-1]), -jnp.inf)
-    chosen = top_indices(jax.lax.stop_gradient(scores), top_k)
-    found = jnp.take_along_axis(scores, chosen, axis=-1)
-    some = ~jnp.isneginf(found)
-    top = jax.lax.stop_gradient(jnp.max(jnp.where(some, found, jnp.finfo(dtype).min), axis=-1, keepdims=True))
-    weights = jnp.where(some, jnp.exp(jnp.where(some, found - top, 0)), 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return chosen, weights / jnp.where(total > 0, total, 1)
-
-
-def top_indices(scores: Float[Array, "*A P"], count: int) -> Int32[Array, "*A count"]:
-    """Indices of the `count` largest scores, best first.
-
-    Of many scores by their groups' largest: what is among the `count` largest is in one of the `count` best groups.
-    """
-    total = scores.shape[-1]
-    if total <= 2 * GROUP * count:
-        return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
-    padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, -total % GROUP)], constant_values=-jnp.inf)
-    grouped = rearrange(padded, "... (n g) -> ... n g", g=GROUP)
-    groups = jax.lax.top_k(jnp.max(grouped, axis=-1), count)[1]
-    candidates = jnp.take_along_axis(grouped, groups[..., None], axis=-2)
-    places = groups[..., None] * GROUP + jnp.arange(GROUP)
-    best = jax.lax.top_k(rearrange(candidates, "... n g -> ... (n g)"), count)[1]
-    found = jnp.take_along_axis(rearrange(places, "... n g -> ... (n g)"), best, axis=-1)
-    return jnp.minimum(found, total - 1).astype(jnp.int32)  # only scores of -inf can be padding
 
 
 def _dense(
@@ -248,12 +201,15 @@ def _dense(
 
 
 def _gathered(
-    chunks: LandmarkPages, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float
+    chunks: LandmarkPages,
+    q: Float[Array, "B C H D"],
+    chosen: Int32[Array, "B C K n"],
+    weights: Float[Array, "B C K n"],
+    scale: float,
 ) -> Float[Array, "B C H D"]:
-    """Over the chosen pages alone."""
-    dtype, heads = accumulator(q.dtype), chunks.k.shape[1]
-    chosen, weights = choose(chunks.landmarks, retrieval, visible, top_k)
-    flat = rearrange(chosen, "b k c n -> b k (c n) 1 1")
+    """Over the chosen pages alone; those of -1 have no weight."""
+    dtype, heads, top_k = accumulator(q.dtype), chunks.k.shape[1], chosen.shape[3]
+    flat = rearrange(jnp.maximum(chosen, 0), "b c k n -> b k (c n) 1 1")
 
     def take(x: Array) -> Array:
         found = jnp.take_along_axis(x, flat, axis=2, mode="clip")
@@ -261,6 +217,6 @@ def _gathered(
 
     grouped = rearrange(q, "b c (k g) d -> b k g c d", k=heads)
     logits = jnp.einsum("bkgcd,bkcnsd->bkgcns", grouped, take(chunks.k), preferred_element_type=dtype) * scale
-    attention = jax.nn.softmax(logits, axis=-1) * weights[:, :, None, :, :, None]
+    attention = jax.nn.softmax(logits, axis=-1) * rearrange(weights, "b c k n -> b k 1 c n 1")
     out = jnp.einsum("bkgcns,bkcnsd->bckgd", attention.astype(q.dtype), take(chunks.v), preferred_element_type=dtype)
     return rearrange(out, "b c k g d -> b c (k g) d")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
-from streamjax.attention import landmark_attention
-from streamjax.attention.landmark_attention import LandmarkPages, VisiblePages, top_indices
+from streamjax.attention import landmark_attention, landmark_choice
+from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.attention.landmark_choice import VisiblePages, choose, top_indices
 from tests.oracles.hierarchical import hierarchical_attention
 
 WIDTH = 4
@@ -59,6 +60,43 @@ def test_both_forms_are_the_published_sum(seed, rows, queries, heads, group, pag
         chunks, q, retrieval, visible
     )
     np.testing.assert_allclose(found, expected(q, retrieval, chunks, visible, top_k, 0.7), atol=2e-5)
+
+
+@pytest.mark.parametrize("pages", [160, 141])  # whole spans of 32, and not
+@pytest.mark.parametrize("filled", [0.0, 0.3, 1.0])
+def test_pages_searched_in_spans_are_those_of_all_scores(monkeypatch, pages, filled):
+    """The same pages, weights and gradients; memories that are empty behind some page, or quite."""
+    _, retrieval, chunks, visible = draw(3, 2, 9, 2, 1, pages, 1)
+    number = jnp.where(jnp.arange(pages) < filled * pages, visible.number, -1)
+    segments, of_chunks = jnp.arange(18).reshape(2, 9) % 2, jnp.arange(2 * pages).reshape(2, pages) // 3 % 2
+    visible = VisiblePages(number, jnp.maximum(visible.limit, 40), segments, of_chunks)
+
+    def loss(landmarks, retrieval):
+        chosen, weights = choose(landmarks, retrieval, visible, 4)
+        return jnp.sum(jnp.cos(jnp.arange(4.0)) * weights**2), (chosen, weights)
+
+    take = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, (chosen, weights)), grads = take(chunks.landmarks, retrieval)
+    monkeypatch.setattr(landmark_choice, "SPAN", 32)
+    monkeypatch.setattr(landmark_choice, "GROUP", 8)
+    (_, (mine, found)), other = take(chunks.landmarks, retrieval)
+    np.testing.assert_allclose(found, weights, atol=1e-6)
+    np.testing.assert_array_equal(np.where(found > 0, mine, -1), np.where(weights > 0, chosen, -1))
+    assert (filled > 0) == bool(np.any(found > 0))
+    assert ((np.asarray(mine) >= 0) & (np.asarray(mine) < pages)).all()
+    for a, b in zip(other, grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_spans_without_a_page_are_not_scored(monkeypatch):
+    """What lies there is NaN here, and would be seen by a product."""
+    monkeypatch.setattr(landmark_choice, "SPAN", 64)
+    _, retrieval, chunks, visible = draw(3, 1, 5, 1, 1, 256, 1)
+    number = jnp.where(jnp.arange(256) < 70, jnp.arange(256), -1)[None]
+    landmarks = chunks.landmarks.at[:, :, 128:].set(jnp.nan)
+    chosen, weights = choose(landmarks, retrieval, VisiblePages(number, visible.limit + 60), 3)
+    assert np.isfinite(np.asarray(weights)).all()
+    assert np.asarray(chosen)[np.asarray(weights) > 0].max() < 70
 
 
 def test_queries_in_blocks_are_queries_at_once(monkeypatch):
