@@ -30,11 +30,14 @@ _HOST = {"method": "layer", **_CUT, "offload": "host"}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "full": {"method": "full"},
     "remat": {"method": "remat"},
+    "remat-kept": {"method": "remat", "keep_attention": True},
     "layer": {"method": "layer", **_CUT},
+    "layer-kept": {"method": "layer", **_CUT, "keep_attention": True},
     "layer-segment-4": {"method": "layer", **_CUT, "segment": 4},
     "layer-segment-6": {"method": "layer", **_CUT, "segment": 6},
     "layer-host": _HOST,
     "layer-half-host": {**_HOST, "offload_fraction": 0.5},
+    "layer-kept-half-host": {**_HOST, "offload_fraction": 0.5, "keep_attention": True},
     "chunk": {"method": "chunk", **_CUT},
     "chunk-bf16": {"method": "chunk", **_CUT, "grad_dtype": "bfloat16", "kv_grad_dtype": "bfloat16"},
 }
@@ -75,6 +78,8 @@ POINTS = (
         for method in ("remat", "layer", "chunk")
         for length, rows in ((16384, 1), (65536, 2))
     ),
+    *(Point("qwen3-8b", method, 32768) for method in ("remat-kept", "layer-kept", "layer-kept-half-host")),
+    Point("qwen2.5-0.5b", "layer-kept", 65536, 2),
     Point("qwen2.5-0.5b", "full", 16384),
     Point("qwen2.5-0.5b", "layer-segment-4", 65536, 2),
     Point("qwen2.5-0.5b", "layer-host", 65536, 2),

@@ -13,7 +13,8 @@ sequence. `peak` is the compiler's figure of one chip, and `estimated` that of t
 
 `sent` is what a chip receives in a step: results of collectives, those in loops as often as the loops turn, as the
 compiler writes it down. `ring floor` is what full attention must move by a ring: keys and values of each layer once
-round forwards, once for the recomputation and once backwards, where their float32 gradients follow them.
+round forwards, once for the recomputation unless attention is `kept`, and once backwards, where their float32
+gradients follow them.
 
 `beside products` is how many of the collectives in the program's text begin and end apart with a product, a kernel or
 a loop between.
@@ -68,6 +69,12 @@ class Case:
     exchange: str = "ring"
     method: str = "remat"
     offload: bool = False
+    kept: bool = False  # what attention found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `loss_and_grad` and `estimate`."""
+        return {"method": self.method, "offload": "host" if self.offload else None, "keep_attention": self.kept}
 
     @property
     def rows(self) -> int:
@@ -87,6 +94,7 @@ def _cases(model: str, chips: str, *splits: str, **known: Any) -> dict[str, Case
     for split in splits:
         mesh = tuple((name, int(size)) for name, size in re.findall(r"([a-z]+)(\d+)", split))
         name = "-".join([model.partition("-")[0], chips, split, *(str(x) for x in known.values() if x is not True)])
+        name += "-kept" * known.get("kept", False)
         found[name] = Case(model, CHIPS[chips], mesh, **known)
     return found
 
@@ -106,6 +114,8 @@ CASES = {
     **_cases(_LLAMA, "v6e-256", "context32-tensor8", "fsdp2-context32-tensor4"),
     **_cases(_LLAMA, "v5p-256", "fsdp16-context16", "context64-tensor4"),
     **_cases(_QWEN, "v6e-64", "fsdp4-context16"),
+    **_cases(_LLAMA, "v5p-256", "fsdp8-context32", kept=True),
+    **_cases(_LLAMA, "v6e-256", "context32-tensor8", kept=True),
 }
 
 
@@ -125,8 +135,7 @@ def compile_case(case: Case) -> None:
         placement = NamedSharding(mesh, partition_spec(("batch", "length"), shape, mesh))
         dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placement) for name, dtype in dtypes.items()}
-        options: dict[str, Any] = {"offload": "host"} if case.offload else {}
-        step = make_train_step(optimizer, method=case.method, context_exchange=case.exchange, **options)
+        step = make_train_step(optimizer, context_exchange=case.exchange, **case.options)
         lowered = step.trace(state, batch).lower()  # type: ignore[attr-defined]
         print(json.dumps({"state": aot.bytes_per_device(state)}), flush=True)
         aot.compile_until_assigned(lowered)
@@ -218,7 +227,7 @@ def ring_floor(case: Case) -> float:
     config, axes = SHAPES[case.model], dict(case.mesh)
     turns = axes.get("context", 1) - 1
     keys = 2 * LENGTH // (turns + 1) * config.num_kv_heads // axes.get("tensor", 1) * config.head_dim
-    return config.num_layers * keys * (turns * 3 * 2 + (turns + 1) * 4) if turns else 0.0
+    return config.num_layers * keys * (turns * (2 if case.kept else 3) * 2 + (turns + 1) * 4) if turns else 0.0
 
 
 def estimated(case: Case) -> int:
@@ -226,17 +235,15 @@ def estimated(case: Case) -> int:
     config, axes = SHAPES[case.model], dict(case.mesh)
     tensor = axes.get("tensor", 1)
     shards = axes.get("fsdp", 1) * tensor
-    known: dict[str, Any] = {"offload": "host"} if case.offload else {}
     memory = estimate(
         config,
         batch_size=1,
         length=LENGTH // axes.get("context", 1),
-        method=case.method,
         param_dtype="float32",
         shards=shards,
         tensor=tensor,
         context=axes.get("context", 1),
-        **known,
+        **case.options,
     )
     return memory.device_bytes + 8 * config.parameter_count // shards
 
@@ -262,7 +269,7 @@ def chosen_row(model: str, chips: str, rows: int) -> dict[str, str]:
     return {
         **first,
         "mesh": " ".join(f"{axis}={size}" for axis, size in found.axes.items() if size > 1),
-        "order": str(found.arguments["method"]),
+        "order": str(found.arguments["method"]) + ", kept" * found.arguments.get("keep_attention", False),
         "GB a chip": f"{found.device_bytes / 1e9:.1f}",
         "seconds": f"{sum(found.seconds.values()):.1f}",
         "of it": ", ".join(f"{name} {found.seconds[name]:.3g}" for name in longest if found.seconds[name] >= 0.01),
@@ -277,7 +284,7 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
         "model": case.model,
         "chips": f"{case.chips} {case.topology.partition(':')[0]}",
         "mesh": " ".join(f"{axis}={size}" for axis, size in case.mesh),
-        "order": case.method + (f", {case.exchange}" if axes.get("context", 1) > 1 else ""),
+        "order": case.method + f", {case.exchange}" * (axes.get("context", 1) > 1) + ", kept" * case.kept,
         "tokens a chip": f"{LENGTH // axes.get('context', 1):,}",
         "weights, moments": f"{figures['state'] / 1e9:.1f}",
     }

@@ -2,14 +2,16 @@
 and tokens, each side in a process of its own.
 
     python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python       # an hour on 2 quiet cores
-    python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python --lengths 256 --turns 1
+    python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python --lengths 256 --turns 1 --output J
+
+The file of results is written behind every side, and what is in it already is not run again.
 
 `TRL/bin/python` is a Python with `pip install trl peft torch==2.13.0`; FOLDER has a model in Hugging Face's layout,
 such as SmolLM2-135M. A batch has 2,048 or 8,192 tokens: one row for SFT, of which all tokens count, and two for DPO, of
 which the second half counts, with given log-probabilities of the reference. Both train all weights in float32 by AdamW
 with gradients clipped to 1. TRL runs its trainers with what is their default: gradient checkpointing, a loss head that
-makes no whole logits, sdpa attention. streamjax runs its orders "remat" (the same idea), the same with what attention
-found kept (`keep_attention`), and "layer" in chunks of 1,024 tokens, over stacked layers.
+makes no whole logits, sdpa attention. streamjax runs its orders "remat" (the same idea) and "layer", in chunks of 1,024
+tokens, over stacked layers; both keep what attention found (`keep_attention`).
 
 `loss` and `norm` are those of the first step, before clipping; `off by` their largest relative difference from TRL's.
 CPU seconds are of all threads, the median of the steps behind the first one, which compiles. `peak MB` is the highest
@@ -28,19 +30,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.reporting import in_own_process, report
+from benchmarks.reporting import RESULTS, in_own_process, report
 
-MODULE = "benchmarks.training.versus_trl"
+MODULE, RESULT = "benchmarks.training.versus_trl", "training/versus_trl"
 TASKS = ("sft", "dpo")
 RATE, CLIP, CHUNK = 1e-5, 1.0, 1024
 OURS: dict[str, dict[str, Any]] = {
-    "remat": {"method": "remat"},
-    "remat, attention kept": {"method": "remat", "keep_attention": True},
-    "layer": {"method": "layer", "chunk_size": CHUNK},
+    "remat": {"method": "remat", "keep_attention": True},
+    "layer": {"method": "layer", "keep_attention": True, "chunk_size": CHUNK},
 }
 REFERENCE = -10.0  # nats a token that the reference gives to both answers
 
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="a Python with trl")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="tokens of a batch")
     parser.add_argument("--turns", type=int, default=3, help="steps behind the first one; the median counts")
+    parser.add_argument("--output", type=Path, help=f"of results; results/{RESULT}.json if not given")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -186,19 +189,23 @@ def main() -> None:
         known = (task, int(length), arguments.model, arguments.turns)
         print(json.dumps(trl_steps(*known) if side == "trl" else our_steps(*known, side)))
         return
-    rows = []
+    output = arguments.output or RESULTS / f"{RESULT}.json"
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     for length, task in itertools.product(arguments.lengths, TASKS):
         peer: dict[str, float] = {}
         for side in ("trl", *OURS):
-            python = arguments.python if side == "trl" else sys.executable
-            known = ["--model", arguments.model, "--python", arguments.python, "--turns", arguments.turns]
-            found = in_own_process(MODULE, *known, "--child", side, task, length, python=python)
-            peer = peer or found
-            off = max(abs(found[name] / peer[name] - 1) for name in ("loss", "norm"))
-            rows.append({"tokens": length, "task": task, "side": side, **found, "off by": off})
-            print(rows[-1], flush=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    report("training/versus_trl", rows, turns=arguments.turns, **versions)
+            key = {"tokens": length, "task": task, "side": side, "steps": arguments.turns}
+            known = [row for row in rows if key.items() <= row.items()]
+            if not known:
+                python = arguments.python if side == "trl" else sys.executable
+                given = ["--model", arguments.model, "--python", arguments.python, "--turns", arguments.turns]
+                found = in_own_process(MODULE, *given, "--child", side, task, length, python=python)
+                off = max(abs(found[name] / (peer or found)[name] - 1) for name in ("loss", "norm"))
+                known = [key | found | {"off by": off}]
+                rows += known
+                report(RESULT, rows, output, **versions)
+            peer = peer or known[0]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.chunk_attention import attend
-from streamjax.training.backprop.chunk_vjp import chunk_vjp
 from streamjax.training.backprop.embedding_and_head import (
     assemble,
     embed_vjp,
@@ -39,6 +38,7 @@ from streamjax.training.backprop.embedding_and_head import (
 )
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import Reduction
+from streamjax.training.backprop.layer_passes import chunk_vjp
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, KVBuffer, add, chunk_at
 from streamjax.training.backprop.storage import landmark_memory
 from streamjax.training.backprop.storage.landmark_memory import Memories

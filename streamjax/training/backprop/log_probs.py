@@ -80,5 +80,5 @@ def _row_forward(
     rows: LayerStack, sequence: ChunkedSequence, remembered: Memories, row: Any, x: Float[Array, "N B C E"]
 ) -> Float[Array, "N B C E"]:
     for position in range(rows.period):
-        x = place_forward(rows, sequence, remembered, False, row, position, x)
+        x, _ = place_forward(rows, sequence, remembered, False, row, position, x)
     return x

@@ -2,7 +2,7 @@
 
 "full" keeps every activation; "remat" each layer's input (gradient checkpointing, 1604.06174); "layer" and "chunk" cut
 the sequence (`layer_order.py`, `chunk_order.py`). Logits exist for a part of the sequence at a time in all of them.
-"auto" takes the fastest that the memory allows (`choice.py`).
+"auto" takes the fastest that the memory allows (`method_choice.py`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def loss_and_grad(
         what else the objective asks for.
       method: "full" keeps all activations, "remat" the inputs of layers, "layer" too, but cuts the sequence into chunks
         inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers; "auto" takes
-        the fastest that fits (`choice.py`), with a `segment` and an offload where it needs them.
+        the fastest that fits (`method_choice.py`), with `keep_attention` where there is room for it, a `segment` and an
+        offload where it needs them.
       objective: what is minimised; `CrossEntropy()` where None, the weighted mean over tokens in nats.
       chunk_size: tokens of a chunk; at most T. 2048, or T where that is less, where None. Rounded up to whole pages
         where the model has a chunk memory.
@@ -93,9 +94,10 @@ def loss_and_grad(
       trainable: the type of parameters that get a gradient; the others are constants, and None in the result.
       context_exchange: how devices that share a sequence, along the mesh axis `context`, come to each other's keys
         with "full" and "remat": "ring", "gather", or "auto", which gathers up to 256 MiB (docs/sharding.md).
-      keep_attention: with "remat", what attention found is kept too, as much again as the inputs of layers (in the
-        dtype of sums): the backward pass computes everything of a layer again but that (DistFlashAttn, 2310.03294). For
-        long rows, where attention is most of the work; short ones, whose logits exist at once, have nothing to keep.
+      keep_attention: with "remat" and "layer", what attention found is kept too, as much again as the inputs of layers
+        (in the dtype of sums): the backward pass computes everything of a layer again but that (DistFlashAttn,
+        2310.03294). For long rows, where attention is most of the work; with "remat", short ones, whose logits exist
+        at once, have nothing to keep. "layer" offloads it with the inputs.
       elimination: layers compute the tokens that it keeps alone (LeMo): the gradient is that of this other function.
         With "full" and "remat", whose layers see a whole row at once.
 
@@ -118,7 +120,7 @@ def loss_and_grad(
     if memory_bytes is not None and method != "auto":
         raise ValueError(f'memory_bytes is for method "auto", and not for {method!r}')
     if method == "auto":
-        check_free(segment, offload)
+        check_free(segment, offload, keep_attention)
         found = choice_for(
             model,
             *batch["tokens"].shape,
@@ -131,6 +133,7 @@ def loss_and_grad(
         ).arguments
         method, segment, offload = found["method"], found.get("segment", 1), found.get("offload")
         offload_fraction = found.get("offload_fraction", 1.0)
+        keep_attention = elimination is None and found.get("keep_attention", False)
     if segment < 1:
         raise ValueError(f"segment is {segment}: at least 1 layer is needed")
     if segment > 1 and method != "layer":
@@ -139,9 +142,10 @@ def loss_and_grad(
         raise ValueError(f"offload_fraction is {offload_fraction}: use 0 to 1")
     if offload is not None and (offload != "host" or method != "layer"):
         raise ValueError(f'offload is {offload!r} with method {method!r}: only "layer" offloads, to "host"')
-    if keep_attention and (method != "remat" or elimination is not None):
-        why = f"not for {method!r}" if method != "remat" else "not where layers leave tokens out"
-        raise ValueError(f'keep_attention is for method "remat", and {why}')
+    if keep_attention:
+        check_keeping(method, segment)
+        if elimination is not None:
+            raise ValueError("keep_attention is not for layers that leave tokens out (lemo.share): set it to False")
     if elimination is not None:
         _check_elimination(method, length)
     loss, grads = _loss_and_grad(
@@ -177,12 +181,20 @@ def _check_elimination(method: str, length: int) -> None:
         raise ValueError("a layer chooses its tokens from a whole row, which the mesh axis context splits: set it to 1")
 
 
-def check_free(segment: int, offload: str | None) -> None:
+def check_keeping(method: str, segment: int) -> None:
+    """Raise ValueError unless the method can keep what attention found."""
+    if method not in ("remat", "layer"):
+        raise ValueError(f'keep_attention is for the methods "remat" and "layer", and not for {method!r}')
+    if segment > 1:
+        raise ValueError(f"keep_attention needs the input of every layer, and segment is {segment}: set it to 1")
+
+
+def check_free(segment: int, offload: str | None, keep_attention: bool) -> None:
     """Raise ValueError unless what "auto" chooses is left to it."""
-    if segment != 1 or offload is not None:
-        raise ValueError(
-            f'method "auto" chooses segment and offload, which are {segment} and {offload!r}: leave them out'
-        )
+    given = {"segment": segment, "offload": offload, "keep_attention": keep_attention}
+    if given != {"segment": 1, "offload": None, "keep_attention": False}:
+        values = ", ".join(map(str, given.values()))
+        raise ValueError(f'method "auto" chooses {", ".join(given)}, which are {values}: leave them out')
 
 
 def choice_for(
@@ -217,7 +229,14 @@ def choice_for(
 
 
 def offload_fraction_for(
-    model: Decoder, rows: int, length: int, *, rates: Rates, host_bytes: float, chunk_size: int | None = None
+    model: Decoder,
+    rows: int,
+    length: int,
+    *,
+    rates: Rates,
+    host_bytes: float,
+    chunk_size: int | None = None,
+    keep_attention: bool = False,
 ) -> float:
     """What `hidden_fraction` says of `rows` sequences of `length` tokens and this model, under the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -230,6 +249,7 @@ def offload_fraction_for(
         length=length,
         host_bytes=host_bytes,
         chunk_size=chunk_size,
+        keep_attention=keep_attention,
         item=jnp.dtype(model.dtype).itemsize,
         shards=axes.get("tensor", 1),
     )

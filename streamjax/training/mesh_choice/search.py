@@ -128,6 +128,7 @@ def choose_mesh(
             length=length,
             method=arguments["method"],
             segment=arguments.get("segment", 1),
+            keep_attention=arguments.get("keep_attention", False),
             microbatches=microbatches,
         )
         if best is None or sum(seconds.values()) < sum(best.seconds.values()):

@@ -92,6 +92,7 @@ def step_seconds(
     length: int,
     method: str,
     segment: int = 1,
+    keep_attention: bool = False,
     microbatches: int = 1,
 ) -> dict[str, float]:
     """Seconds of a step by what they go to; their sum is the step.
@@ -101,7 +102,7 @@ def step_seconds(
       axes: devices along each of `AXES`.
       chip: each device.
       rows, length: of the step.
-      method, segment: of `loss_and_grad`.
+      method, segment, keep_attention: of `loss_and_grad`.
       microbatches: into which the rows are dealt out, one after the other.
     """
     devices = math.prod(axes[name] for name in AXES)
@@ -118,7 +119,8 @@ def step_seconds(
     tokens = rows * length / (data * fsdp * context)  # of a device, and of those along tensor together
     passes = _PASSES[method] + (1.0 if segment > 1 else 0.0)
     peak = EFFICIENCY * chip.flops * devices
-    linear, attention = passes * 2.0 * work.matrix * rows * length / peak, passes * work.pairs / peak
+    linear = passes * 2.0 * work.matrix * rows * length / peak
+    attention = (passes - keep_attention) * work.pairs / peak
     read = 3 * microbatches * _ITEM * (work.layers + work.ends) / tensor / chip.memory_bandwidth
     linear = max(linear, read)
 
@@ -129,7 +131,10 @@ def step_seconds(
     gather = crossing("fsdp", gathers, 2.0 * times * work.count)
     scatter = crossing("fsdp", microbatches * _WIDE * size * (fsdp - 1) / fsdp, microbatches * work.count)
     own = work.exchanged / (data * fsdp * context * tensor)  # a device's own keys and values
-    ring = crossing("context", own * ((context - 1) * (3 + 2) + context * 2), 3.0 * microbatches * work.count)
+    rounds = 2 if keep_attention else 3  # of keys: forwards, perhaps again, and backwards, with two gradients
+    ring = crossing(
+        "context", own * ((context - 1) * (rounds + 2) + context * 2), float(rounds * microbatches * work.count)
+    )
     laid = 8 * _ITEM * tokens * work.heads / tensor * min(1, context - 1)
     zigzag = crossing("context", laid, 8.0 * microbatches * work.count / max(1, context - 1))
     summed = 2 * _WIDE * size / fsdp * microbatches

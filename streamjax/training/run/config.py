@@ -18,7 +18,7 @@ from streamjax.models.conversion import ConvertedParam
 from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
 from streamjax.models.rounding import Weights
-from streamjax.training.backprop.loss_and_grad import Method, check_free
+from streamjax.training.backprop.loss_and_grad import Method, check_free, check_keeping
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.diloco.config import DiLoCoConfig
@@ -66,7 +66,8 @@ class BackpropConfig:
 
     Attributes:
       method: what is kept for the backward pass, and in which order it runs; one of `streamjax.training.METHODS`.
-        "auto" takes the fastest that the device's memory allows, and chooses `segment` and the offload with it.
+        "auto" takes the fastest that the device's memory allows, and chooses `segment`, the offload and
+        `keep_attention` with it.
       chunk_size: tokens of a chunk, where a sequence is cut into chunks; 2048, or all of a shorter one, where None.
       segment: layers from one kept input to the next, where the method keeps layers' inputs; those between are
         computed again.
@@ -75,8 +76,8 @@ class BackpropConfig:
         of the device and its link to the host when the run begins.
       context_exchange: how devices along the mesh axis `context` come to each other's keys in full attention: "ring",
         "gather", or "auto", which gathers while that takes no more than 256 MiB.
-      keep_attention: with "remat", keep what attention found as well, as much memory again: then attention runs
-        forwards once and not twice.
+      keep_attention: with "remat" and "layer", keep what attention found as well, as much memory again: then attention
+        runs forwards once and not twice.
       carry_state: train on streams: each row of a batch is read with the KV cache that the batch before it left. See
         `streamjax.training.streaming_loss_and_grad`, which has an order of its own; only `chunk_size` counts there.
       cache: the cache of these streams, by the name and options of a preset: "streaming_llm:sinks=4,window=1020".
@@ -95,11 +96,11 @@ class BackpropConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.method == "auto":
-            check_free(self.segment, self.offload)
+            check_free(self.segment, self.offload, self.keep_attention)
         if self.offload_fraction == "auto" and self.offload is None:
             raise ValueError('BackpropConfig.offload_fraction is "auto", and nothing is moved: set offload to "host"')
-        if self.keep_attention and self.method != "remat":
-            raise ValueError(f'BackpropConfig.keep_attention is for method "remat", and not for {self.method!r}')
+        if self.keep_attention:
+            check_keeping(self.method, self.segment)
         self.built_cache()  # so that a wrong name or option is told
         for name in ("method", "segment", "offload"):
             value, default = getattr(self, name), getattr(BackpropConfig, name)

@@ -253,6 +253,7 @@ class _Run:
                 rates=rates,
                 host_bytes=host_bytes,
                 chunk_size=config.backprop.chunk_size,
+                keep_attention=config.backprop.keep_attention,
             )
         found = min(gather_json(own))
         links = f"{rates.to_host / 1e9:.3g} and {rates.from_host / 1e9:.3g} GB/s to the host and back"

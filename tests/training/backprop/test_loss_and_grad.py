@@ -88,19 +88,33 @@ def test_errors_say_what_there_is(model, batch):
         sj.training.loss_and_grad(model, {"tokens": batch["tokens"], "targets": batch["targets"]})
 
 
-def test_attention_that_is_kept_is_not_computed_again(monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "options", "saved"),
+    [
+        ("remat", {}, 2),  # loops over blocks of queries, and in it over blocks of keys
+        ("layer", {"chunk_size": 128}, 1),  # over the blocks of keys that a chunk sees
+        (
+            "layer",
+            {"chunk_size": 128, "offload": "host", "offload_fraction": 0.4},
+            1,
+        ),  # one chunk lies there: one block
+    ],
+)
+def test_attention_that_is_kept_is_not_computed_again(monkeypatch, method, options, saved):
     monkeypatch.setattr(dispatch, "DENSE_LIMIT", 0)
     model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(31, 1, 300, packed=True)
-    programs = {kept: compiled(model, batch, "remat", keep_attention=kept) for kept in (False, True)}
+    programs = {kept: compiled(model, batch, method, keep_attention=kept, **options) for kept in (False, True)}
     full = compiled(model, batch, "full")(model, batch)
     for program in programs.values():
         assert_same(program(model, batch), full, "float32")
     loops = {kept: program.as_text().count(" while(") for kept, program in programs.items()}
-    assert loops[True] == loops[False] - 2  # over blocks of queries, and in it over blocks of keys
+    assert loops[True] == loops[False] - saved
 
 
 def test_what_cannot_keep_attention_says_so(model, batch):
-    with pytest.raises(ValueError, match="keep_attention is for method"):
-        sj.training.loss_and_grad(model, batch, method="layer", keep_attention=True)
-    with pytest.raises(ValueError, match="keep_attention is for method"):
+    with pytest.raises(ValueError, match="keep_attention is for the methods"):
+        sj.training.loss_and_grad(model, batch, method="chunk", keep_attention=True)
+    with pytest.raises(ValueError, match="keep_attention needs the input of every layer, and segment is 2"):
+        sj.training.loss_and_grad(model, batch, method="layer", segment=2, keep_attention=True)
+    with pytest.raises(ValueError, match="keep_attention is for the methods"):
         sj.training.BackpropConfig(method="full", keep_attention=True)

@@ -82,6 +82,7 @@ METHODS = [
     {"method": "remat"},
     {"method": "layer"},
     {"method": "layer", "segment": 3},
+    {"method": "layer", "keep_attention": True},
     {"method": "layer", "offload": "host", "offload_fraction": 0.5},
     {"method": "chunk"},
 ]
@@ -111,6 +112,8 @@ def test_bytes_per_token_of_the_orders_by_hand():
     assert slope(QWEN, method="layer") == both
     assert slope(QWEN, method="layer", segment=6) == 11 * states + 3 * keys + 12
     assert slope(QWEN, method="layer", offload="host") == states + 3 * keys + 12
+    found = 36 * 4 * QWEN.num_heads * (QWEN.head_dim + 1)  # float32, and the sum of the softmax
+    assert slope(QWEN, method="layer", keep_attention=True) == both + found
     assert slope(QWEN, method="chunk") == 36 * 3 * keys + 12
     assert slope(QWEN, method="chunk", kv_grad_dtype=jnp.bfloat16) == 36 * 2 * keys + 12
 

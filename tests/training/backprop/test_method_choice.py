@@ -29,6 +29,7 @@ def budget(config=QWEN, headroom=HEADROOM, **arguments):
     "arguments",
     [
         {"method": "full"},
+        {"method": "remat", "keep_attention": True},
         {"method": "remat"},
         {"method": "layer", "chunk_size": 2048},
         {"method": "layer", "chunk_size": 2048, "segment": 2},
@@ -110,7 +111,9 @@ def test_auto_gives_the_gradient_of_what_it_chooses(model, batch):
 def test_auto_refuses_what_does_not_fit_and_what_it_chooses_itself(model, batch):
     with pytest.raises(ValueError, match="no backprop method fits"):
         sj.training.loss_and_grad(model, batch, "auto", memory_bytes=1000)
-    with pytest.raises(ValueError, match='method "auto" chooses segment and offload, which are 2 and None'):
+    with pytest.raises(
+        ValueError, match=r'method "auto" chooses segment, offload, keep_attention, which are 2, None, False'
+    ):
         sj.training.loss_and_grad(model, batch, "auto", segment=2)
     with pytest.raises(ValueError, match="memory_bytes is for method \"auto\", and not for 'layer'"):
         sj.training.loss_and_grad(model, batch, "layer", memory_bytes=10**9)

@@ -60,7 +60,7 @@ def test_orders_that_cut_sequences_go_without_context():
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "context", "tensor", "gigabytes"), [(8, 8, 1, 103.2), (8, 32, 1, 39.4), (1, 16, 4, 66.1)]
+    ("fsdp", "context", "tensor", "gigabytes"), [(8, 8, 1, 90.4), (8, 32, 1, 36.0), (1, 16, 4, 59.2)]
 )
 def test_the_memory_of_a_shared_sequence_is_about_the_compilers(fsdp, context, tensor, gigabytes):
     """A million tokens a row on chips of v5p, as `benchmarks/models/context_on_tpu.py` finds it."""
@@ -68,15 +68,17 @@ def test_the_memory_of_a_shared_sequence_is_about_the_compilers(fsdp, context, t
     shards = fsdp * tensor
     gradient = estimate(LLAMA, **parts, shards=shards, tensor=tensor, context=context).device_bytes
     moments = 8 * LLAMA.parameter_count // shards
-    assert 0.97 * gigabytes < (gradient + moments) / 1e9 < 1.2 * gigabytes
+    assert 0.97 * gigabytes < (gradient + moments) / 1e9 < 1.1 * gigabytes
 
 
 def test_what_the_compiler_fits_is_taken():
     found = choose_mesh(LLAMA, 256, V5P, rows=8, length=2**20)
     assert found.axes == {"data": 1, "fsdp": 8, "context": 32, "tensor": 1}
-    assert found.arguments["method"] == "remat"
+    assert found.arguments == {"method": "remat", "keep_attention": True}
+    found = choose_mesh(LLAMA, 64, V5P, rows=8, length=2**20, method="remat")
+    assert (found.axes["fsdp"], found.axes["context"]) == (8, 8)
     with pytest.raises(ValueError, match="fit 64 devices in no way"):
-        choose_mesh(LLAMA, 64, V5P, rows=8, length=2**20, method="remat")
+        choose_mesh(LLAMA, 64, V6E, rows=8, length=2**20, method="remat")
 
 
 def test_what_fits_nowhere_is_told_in_a_line():

@@ -50,6 +50,7 @@ def hidden_fraction(
     length: int,
     host_bytes: float,
     chunk_size: int | None = None,
+    keep_attention: bool = False,
     item: int = 2,
     shards: int = 1,
 ) -> float:
@@ -60,14 +61,17 @@ def hidden_fraction(
       rates: of the device and of its link to the host.
       batch_size, length: rows and tokens on one device.
       host_bytes: of the host's memory that may be used for one device.
-      chunk_size: tokens of a chunk, as in `loss_and_grad`.
+      chunk_size, keep_attention: as in `loss_and_grad`.
       item: bytes of a number.
       shards: devices along `tensor`, which share a layer's compute and each keep its input.
     """
     config = expanded(config)
     chunk = min(chunk_size or DEFAULT_CHUNK, length)
     count = math.ceil(length / chunk)
-    size = batch_size * count * chunk * config.d_model * item
+    tokens, width = batch_size * count * chunk, 0
+    if keep_attention:
+        width = max(_found_width(block) for block in config.blocks) // shards
+    size = tokens * (config.d_model * item + width * max(item, 4))
     flops = min(_forward_flops(block, config.d_model, batch_size, length) for block in config.blocks)
     seconds = flops / shards / rates.flops
     shares = (
@@ -103,6 +107,12 @@ def _seconds(run: Callable[[], Any]) -> float:
         jax.block_until_ready(run())
         found.append(time.perf_counter() - start)
     return statistics.median(found)
+
+
+def _found_width(block: BlockConfig) -> int:
+    """Numbers that attention finds of one token."""
+    mixer = block.mixer
+    return 0 if isinstance(mixer, RecurrentConfig) else mixer.num_heads * (mixer.head_dim + 1)
 
 
 def _forward_flops(block: BlockConfig, d_model: int, rows: int, length: int) -> float:

@@ -37,8 +37,9 @@ from streamjax.training.backprop.storage.state_store import StateStore, Store, m
 
 DEFAULT_CHUNK = 2048  # tokens
 KEY_BLOCK = 512  # slots: buffers of keys end in whole blocks of attention, which have no more keys than this
-RING_ARRAYS = 13  # as wide as a layer's queries, in the accumulator's dtype; fitted to compiled programs
-TENSOR_ARRAYS = 16  # as wide as the model, that each device along tensor holds; fitted to compiled programs
+RING_ARRAYS = 6  # as wide as a layer's queries, in the accumulator's dtype; fitted to compiled programs
+TENSOR_ARRAYS = 10  # as wide as the model, that each device along tensor holds; fitted to compiled programs
+TENSOR_COPIES = 2  # of a whole sequence's states, that the layer order holds along tensor
 LOGITS_COPIES = 2  # float32 arrays of the size of the logits that are there at once
 Parts = dict[str, int]
 Order = tuple[Parts, list[Parts], int]  # what is there in all phases, in each phase; bytes of the host's memory
@@ -62,6 +63,7 @@ def estimate(
     segment: int = 1,
     offload: Literal["host"] | None = None,
     offload_fraction: float = 1.0,
+    keep_attention: bool = False,
     kv_grad_dtype: Any = None,
     grad_dtype: Any = None,
     param_dtype: Any = jnp.bfloat16,
@@ -79,8 +81,8 @@ def estimate(
     Args:
       config: the model.
       batch_size, length: rows and tokens of a row on one device.
-      method, chunk_size, segment, offload, offload_fraction, kv_grad_dtype, grad_dtype, logits_chunk: as they are given
-        to `loss_and_grad`.
+      method, chunk_size, segment, offload, offload_fraction, keep_attention, kv_grad_dtype, grad_dtype, logits_chunk:
+        as they are given to `loss_and_grad`.
       param_dtype, dtype: of parameters, and of activations.
       stacked: whether repeating layers are stacked (`scan_layers`).
       platform: "cpu" has a compiler that fuses less; all others count as "tpu".
@@ -101,6 +103,7 @@ def estimate(
         chunk=min(chunk_size or DEFAULT_CHUNK, length),
         segment=segment,
         away=offload_fraction if offload else 0.0,
+        kept=keep_attention,
         stacked=stacked,
         fused=platform != "cpu",
         shards=shards,
@@ -142,6 +145,7 @@ class _Terms:
 
     item, wide, param, grad, kv_grad: bytes of an activation, of an accumulator's number, of a parameter, of a
     parameter's and of a key's gradient while it is summed. away: share of the layers' inputs in the host's memory.
+    kept: whether what attention found is kept too.
     stretch: tokens of a row whose logits exist at once. fused: whether the compiler makes one pass of many operations.
     """
 
@@ -151,6 +155,7 @@ class _Terms:
     chunk: int
     segment: int
     away: float
+    kept: bool
     stacked: bool
     fused: bool
     shards: int
@@ -223,15 +228,18 @@ class _Terms:
         return math.ceil(self.padded / block) * block
 
     def always(self) -> Parts:
-        """The arguments of a step and its result; of parameters that are split, the ends whole."""
+        """The arguments of a step and its result."""
         size = self.config.parameter_count * self.param // self.shards
-        ends = self.end_parameters * (1 if self.config.tie_embeddings else 2) * self.param
-        return {
-            "weights": size,
-            "gradients": int(self.trained * size),
-            "batch": 12 * self.batch * self.length,
-            "gathered weights": ends + self.layer_parameters * self.param if self.shards > self.tensor else 0,
-        }
+        return {"weights": size, "gradients": int(self.trained * size), "batch": 12 * self.batch * self.length}
+
+    def gathered(self, ends: float, layers: int = 1) -> Parts:
+        """Of parameters that are split, so many ends and layers that are whole at once."""
+        size = self.param * (ends * self.end_parameters + layers * self.layer_parameters)
+        return {"gathered weights": int(size) if self.shards > self.tensor else 0}
+
+    def gathered_ends(self) -> Parts:
+        """The ends, which the chunked orders gather for all of a step, and the layer at hand."""
+        return self.gathered(1 if self.config.tie_embeddings else 2)
 
     def copied_weights(self) -> Parts:
         """Of stacked layers under two loops the TPU's compiler holds the fused projection in two more layouts, with the
@@ -289,14 +297,22 @@ class _Terms:
         return self.by_jax({"activations": sum(self.saved(block, self.length) for block in self.config.blocks)})
 
     def remat(self) -> Order:
-        return self.by_jax({"layer inputs": self.config.num_layers * self.states(self.length)})
+        inputs = {"layer inputs": self.config.num_layers * self.states(self.length)}
+        return self.by_jax(inputs | {"attention found": self.found(self.length)})
+
+    def found(self, tokens: int) -> int:
+        """What attention finds in all layers for so many tokens of each row, where it is kept."""
+        mixers = [block.mixer for block in self.config.blocks if not isinstance(block.mixer, RecurrentConfig)]
+        width = sum(mixer.num_heads * (mixer.head_dim + 1) for mixer in mixers)
+        return self.kept * self.batch * tokens * width * self.wide // self.tensor
 
     def by_jax(self, kept: Parts) -> Order:
         """`jax.grad` of the whole sequence: what it keeps, and a pass over one layer of all tokens."""
         head = self.sums("head", self.end_parameters, self.param)
-        output = {"hidden states": 2 * self.states(self.length), **head, **self.logits()}
+        output = {"hidden states": 2 * self.states(self.length), **head, **self.logits(), **self.gathered(1, 0)}
         layers = {
             **head,
+            **self.gathered(0),
             **self.work(self.length),
             **self.ring(),
             "cotangent": self.states(self.length),
@@ -324,7 +340,10 @@ class _Terms:
     def layer(self) -> Order:
         here, away, again = self.kept_inputs()
         moved = round(self.away * self.count) * self.chunk
-        kept = {"layer inputs": here * self.states(self.padded - moved)}
+        kept = {
+            "layer inputs": here * self.states(self.padded - moved),
+            "attention found": self.found(self.padded - moved),
+        }
         head = self.sums("head", self.end_parameters, self.grad)
         slots = self.whole_slots()
         layers = {
@@ -340,8 +359,11 @@ class _Terms:
         }
         ends = self.sums("embedding", self.end_parameters, self.grad) | self.part("embedding", self.end_parameters)
         copied = self.copied_weights() if self.segment > 1 else {}
-        both = {**self.always(), **copied, "cotangent": self.states(self.padded)}
-        return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], away * self.states(moved)
+        states = self.states(self.padded)
+        both = {**self.always(), **self.gathered_ends(), **copied, "cotangent": states}
+        both["tensor's copies"] = TENSOR_COPIES * states if self.tensor > 1 else 0
+        host = away * self.states(moved) + self.found(moved)
+        return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], host
 
     def chunks(self) -> Order:
         stores = [(block, make_store(block.mixer, self.chunk, self.count)) for block in self.config.blocks]
@@ -349,6 +371,7 @@ class _Terms:
         sums = self.sums("all", self.config.parameter_count // self.tensor, self.grad)
         both = {
             **self.always(),
+            **self.gathered_ends(),
             **(sums if apart else {}),
             **self.copied_weights(),
             "keys and values": sum(self.stored(*pair, False, self.item) for pair in stores),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
+from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, Memory, estimate
 
 HEADROOM = 0.9  # share of the memory that an estimate may fill; most are right within 10%
@@ -18,6 +19,7 @@ UNSTACKED_HEADROOM = (
     0.4  # the same for layers that are not stacked, of which a CPU's compiler makes up to 2.2 times as much
 )
 
+_IN_WORDS = ("method", "offload", "keep_attention")
 WHOLE_METHODS = ("full", "remat")  # that do not cut the sequence
 
 
@@ -30,7 +32,8 @@ class Choice(NamedTuple):
     def describe(self, memory_bytes: int) -> str:
         """One line for a log."""
         words = [str(self.arguments["method"])]
-        words += [f"{name} {x:g}" for name, x in self.arguments.items() if name not in ("method", "offload")]
+        words += [f"{name} {x:g}" for name, x in self.arguments.items() if name not in _IN_WORDS]
+        words += ["attention kept"] if self.arguments.get("keep_attention") else []
         words.append(f"estimated {_gigabytes(self.memory.device_bytes)} of {_gigabytes(memory_bytes)} GB")
         if self.memory.host_bytes:
             words.append(f"{_gigabytes(self.memory.host_bytes)} GB in the host's memory")
@@ -51,9 +54,10 @@ def choose(
 ) -> Choice:
     """The fastest way to take the gradient of a batch that fits in the memory.
 
-    From fast to slow: "full", "remat", "layer", "chunk", "layer" with the smallest segment that fits and, on devices
-    with fast host memory (all but CPUs), "layer" with the smallest share of the layers' inputs moved there. An estimate
-    may fill `HEADROOM` of the memory, and of layers that are not stacked `UNSTACKED_HEADROOM`.
+    From fast to slow: "full", "remat" and "layer", each of the two first with what attention found kept, "chunk",
+    "layer" with the smallest segment that fits and, on devices with fast host memory (all but CPUs), "layer" with the
+    smallest share of the layers' inputs moved there. An estimate may fill `HEADROOM` of the memory, and of layers that
+    are not stacked `UNSTACKED_HEADROOM`.
 
     Args:
       config, batch_size, length, platform, stacked, known: as for `estimate`; rows and tokens on one device.
@@ -120,11 +124,13 @@ def _candidates(
 ) -> Iterator[dict[str, Any]]:
     """Arguments of `loss_and_grad`, the fastest first."""
     cpu_undoes = platform == "cpu" and not stacked  # its compiler finds that layers are computed twice, and keeps them
+    attends = any(not isinstance(block.mixer, RecurrentConfig) for block in config.blocks)
     yield {"method": "full"}
-    if not cpu_undoes:
-        yield {"method": "remat"}
     layer = {"method": "layer", "chunk_size": chunk_size}
-    yield layer
+    for method in (layer,) if cpu_undoes else ({"method": "remat"}, layer):
+        if attends:
+            yield {**method, "keep_attention": True}
+        yield method
     yield {"method": "chunk", "chunk_size": chunk_size}
     period = config.period if stacked else 1  # a segment is a number of periods
     if not cpu_undoes:

@@ -163,19 +163,25 @@ class ActivationStore:
 class ActivationReader:
     """Chunks of one layer's input: those below `split` come from the host's memory by `away`, the others by `here`."""
 
-    here: Callable[[Any], Chunk]
-    away: Callable[[Any], Chunk] | None
+    here: Callable[[Any], Any]
+    away: Callable[[Any], Any] | None
     count: int
     split: int
 
-    def each(self, body: Callable[[Any, Chunk, Carry], Carry], carry: Carry) -> Carry:
+    def beside(self, other: ActivationReader) -> ActivationReader:
+        """Pairs of a chunk of this reader and one of another, cut alike."""
+        ours, theirs = self.away, other.away
+        away = None if ours is None or theirs is None else lambda i: (ours(i), theirs(i))
+        return ActivationReader(lambda i: (self.here(i), other.here(i)), away, self.count, self.split)
+
+    def each(self, body: Callable[[Any, Any, Carry], Carry], carry: Carry) -> Carry:
         """`carry = body(i, chunk i, carry)` for all chunks."""
         carry = self._fetched(body, carry, 0, 1)
         if self.split == self.count:
             return carry
         return jax.lax.fori_loop(self.split, self.count, lambda i, carry: body(i, self.here(i), carry), carry)
 
-    def each_back(self, body: Callable[[Any, Chunk, Carry], Carry], carry: Carry) -> Carry:
+    def each_back(self, body: Callable[[Any, Any, Carry], Carry], carry: Carry) -> Carry:
         """The same from the last chunk to the first."""
 
         def last_first(step: Any, carry: Carry) -> Carry:
@@ -186,13 +192,13 @@ class ActivationReader:
             carry = jax.lax.fori_loop(0, self.count - self.split, last_first, carry)
         return self._fetched(body, carry, self.split - 1, -1)
 
-    def _fetched(self, body: Callable[[Any, Chunk, Carry], Carry], carry: Carry, start: int, stride: int) -> Carry:
+    def _fetched(self, body: Callable[[Any, Any, Carry], Carry], carry: Carry, start: int, stride: int) -> Carry:
         """The chunks from the host: each is fetched while the one before it is worked on."""
         fetch = self.away
         if not self.split or fetch is None:
             return carry
 
-        def step(n: Any, state: tuple[Chunk, Carry]) -> tuple[Chunk, Carry]:
+        def step(n: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
             x, carry = state
             i = start + stride * n
             following = fetch(jnp.clip(i + stride, 0, self.split - 1))
