@@ -11,8 +11,8 @@ import streamjax as sj
 from pallas_kernels import api
 from pallas_kernels.patterns import SinkWindow
 from streamjax.attention import sharded
-from streamjax.attention.landmark_attention import LandmarkPages
-from streamjax.attention.landmark_choice import VisiblePages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
+from streamjax.attention.landmarks.page_choice import VisiblePages
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
 

@@ -17,8 +17,8 @@ import numpy as np
 from benchmarks.kernels.gpu.parts import Device, Line, copies, exact, worst
 from benchmarks.model_shapes import SHAPES
 from pallas_kernels import api, reference
-from streamjax.attention.landmark_attention import LandmarkPages
-from streamjax.attention.landmark_choice import VisiblePages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
+from streamjax.attention.landmarks.page_choice import VisiblePages
 
 NAMES = ("hsa",)
 KERNELS = ("triton",)

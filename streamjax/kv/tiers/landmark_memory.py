@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.ring_buffer import write_ring

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.attention.dense import attend
-from streamjax.attention.landmark_attention import LandmarkPages
-from streamjax.attention.landmark_choice import VisiblePages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
+from streamjax.attention.landmarks.page_choice import VisiblePages
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
 from streamjax.models.config import AttentionConfig, BlockConfig, HSAConfig, NormConfig
 from streamjax.models.mixers.projections import Projections

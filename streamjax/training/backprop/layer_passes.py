@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import Partial, accumulator, add_sinks
 from streamjax.attention.blockwise import Blocks
-from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.mixers.recurrent import RecurrentMixer

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig
 from streamjax.models.mixers.hierarchical import ReadablePages, page_segments, whole_view

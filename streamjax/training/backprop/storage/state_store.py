@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.attention.landmark_attention import LandmarkPages
+from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.kv.layer_caches.recurrence import Recurrence, RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.config import MixerConfig

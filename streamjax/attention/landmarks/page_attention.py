@@ -26,7 +26,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.attention.landmark_choice import VisiblePages, choose
+from streamjax.attention.landmarks.page_choice import VisiblePages, choose
 from streamjax.attention.sharded import per_device_call
 
 Implementation = Literal["dense", "gathered", "pallas"]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
-from streamjax.attention import landmark_attention, landmark_choice
-from streamjax.attention.landmark_attention import LandmarkPages
-from streamjax.attention.landmark_choice import VisiblePages, choose, top_indices
+from streamjax.attention.landmarks import page_attention, page_choice
+from streamjax.attention.landmarks.page_attention import LandmarkPages
+from streamjax.attention.landmarks.page_choice import VisiblePages, choose, top_indices
 from tests.oracles.hierarchical import hierarchical_attention
 
 WIDTH = 4
@@ -77,8 +77,8 @@ def test_pages_searched_in_spans_are_those_of_all_scores(monkeypatch, pages, fil
 
     take = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, (chosen, weights)), grads = take(chunks.landmarks, retrieval)
-    monkeypatch.setattr(landmark_choice, "SPAN", 32)
-    monkeypatch.setattr(landmark_choice, "GROUP", 8)
+    monkeypatch.setattr(page_choice, "SPAN", 32)
+    monkeypatch.setattr(page_choice, "GROUP", 8)
     (_, (mine, found)), other = take(chunks.landmarks, retrieval)
     np.testing.assert_allclose(found, weights, atol=1e-6)
     np.testing.assert_array_equal(np.where(found > 0, mine, -1), np.where(weights > 0, chosen, -1))
@@ -90,7 +90,7 @@ def test_pages_searched_in_spans_are_those_of_all_scores(monkeypatch, pages, fil
 
 def test_spans_without_a_page_are_not_scored(monkeypatch):
     """What lies there is NaN here, and would be seen by a product."""
-    monkeypatch.setattr(landmark_choice, "SPAN", 64)
+    monkeypatch.setattr(page_choice, "SPAN", 64)
     _, retrieval, chunks, visible = draw(3, 1, 5, 1, 1, 256, 1)
     number = jnp.where(jnp.arange(256) < 70, jnp.arange(256), -1)[None]
     landmarks = chunks.landmarks.at[:, :, 128:].set(jnp.nan)
@@ -110,7 +110,7 @@ def test_queries_in_blocks_are_queries_at_once(monkeypatch):
     whole = expected(q, retrieval, chunks, visible, 2, 1.0)
     assert np.abs(whole).sum() > 1
     assert (whole == 0).all(axis=(2, 3)).any()
-    monkeypatch.setattr(landmark_attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(page_attention, "QUERY_BLOCK", 4)
     for form in FORMS:
         np.testing.assert_allclose(chunks.read(q, retrieval, visible, 2, 1.0, form), whole, atol=2e-5)
 
@@ -144,8 +144,8 @@ def test_both_forms_have_the_same_gradients(top_k):
 def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
     """With gradients, through the weights into the retrieval too; by blocks of queries, some of which see no chunk."""
     kernel = partial(api.hsa_attention, implementation="triton", interpret=True)
-    monkeypatch.setattr(landmark_attention.api, "hsa_attention", kernel)
-    monkeypatch.setattr(landmark_attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(page_attention.api, "hsa_attention", kernel)
+    monkeypatch.setattr(page_attention, "QUERY_BLOCK", 4)
     q, retrieval, chunks, visible = draw(2, 2, queries, 2, 2, 5, 8)
     if start is not None:  # chunks in order, as a sequence has them
         number = jnp.tile(jnp.arange(5, dtype=jnp.int32), (2, 1))
@@ -167,9 +167,7 @@ def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
 def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
     """A platform with kernels, many chunks, and as many choices; it says so once."""
     taken = []
-    monkeypatch.setattr(
-        landmark_attention.api, "hsa_attention", lambda q, *_, **__: taken.append(q.shape[1]) or 0.0 * q
-    )
+    monkeypatch.setattr(page_attention.api, "hsa_attention", lambda q, *_, **__: taken.append(q.shape[1]) or 0.0 * q)
 
     def read(queries, pages, size=8, dtype=jnp.float32, **known):
         q, retrieval, chunks, visible = draw(0, 1, queries, 1, 1, pages, size, dtype)

@@ -1,0 +1,1 @@
+"""Hierarchical sparse attention: pages chosen by their landmarks, and attention inside them."""
