@@ -104,12 +104,11 @@ def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[C
     """The cascade of each layer.
 
     One cascade serves the model's global layers; layers with a sliding window W of their own keep `Window(W - 1)`, and
-    those that attend within chunks their `CurrentChunk`, as pretrained; where a window sees sinks they stand in front of
-    it, never farther than the model's `max_position`. A sequence gives every layer its own. Recurrent
-    layers keep their state (`Recurrence`), whatever is given, and so do recurrent mixers beside attention; layers that
-    read another layer's keys and values have that one's slots (`SlotsOf`). With
-    hierarchical sparse attention the cache says how much of the stream is remembered: the newest tokens in whole
-    chunks, as many as it has slots.
+    those that attend within chunks their `CurrentChunk`, as pretrained; where a window sees sinks they stand in front
+    of it, never farther than the model's `max_position`. A sequence gives every layer its own. Recurrent layers keep
+    their state (`Recurrence`), whatever is given, and so do recurrent mixers beside attention; layers that read another
+    layer's keys and values have that one's slots (`SlotsOf`). With hierarchical sparse attention the cache says how
+    much of the stream is remembered: the newest tokens in whole chunks, as many as it has slots.
 
     Raises:
       ValueError: no cascade; a sequence whose length is not the number of layers; a model's window of one token; for a

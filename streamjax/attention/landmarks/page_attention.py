@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -117,8 +118,7 @@ class LandmarkPages:
         if count > DENSE_CHUNKS * top_k if implementation is None else implementation == "gathered":
             chosen, weights = (jnp.swapaxes(x, 1, 2) for x in self._choices(retrieval, visible, top_k))
             block = max(1, min(QUERY_BLOCK, GATHERED // (rows * heads * top_k * size * channels)))
-            read = lambda *queries: _gathered(self, *queries, scale)  # noqa: E731
-            return _by_blocks(read, block, (q, chosen, weights))
+            return _by_blocks(partial(_gathered, self, scale), block, (q, chosen, weights))
 
         def attend(q: Array, retrieval: Array, seen: VisiblePages) -> Array:
             return _dense(self, q, retrieval, seen, top_k, scale)
@@ -202,10 +202,10 @@ def _dense(
 
 def _gathered(
     chunks: LandmarkPages,
+    scale: float,
     q: Float[Array, "B C H D"],
     chosen: Int32[Array, "B C K n"],
     weights: Float[Array, "B C K n"],
-    scale: float,
 ) -> Float[Array, "B C H D"]:
     """Over the chosen pages alone; those of -1 have no weight."""
     dtype, heads, top_k = accumulator(q.dtype), chunks.k.shape[1], chosen.shape[3]
