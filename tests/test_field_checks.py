@@ -18,7 +18,7 @@ from streamjax.data import DataConfig
 from streamjax.field_checks import Interval, Positive, Size, check_arguments, check_fields, from_plain
 from streamjax.kv.budgets import ada_kv, cake, pyramid, zipvl
 from streamjax.kv.channels import bases, grouped_layers, low_rank, paired_layers, pruned, shadow
-from streamjax.kv.codecs import block_floats, fireq, fp8, gear, integers, mixed
+from streamjax.kv.codecs import block_floats, fireq, fp8, gear, hadamard, integers, mixed
 from streamjax.kv.codecs.measured import coupled
 from streamjax.kv.layer_caches import current_chunk, recurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
@@ -185,6 +185,7 @@ EXAMPLES = [
     d2o.NearestAbove(),
     ems.ZeroClass(),
     fp8.FP8(),
+    hadamard.Hadamard(),
     integers.Int(),
     gear.Gear(),
     integers.IntByToken(),

@@ -1,7 +1,8 @@
 """Contexts that streams have read, under the caches that a leaderboard tries: from the first token on, or compacted.
 
 What is read into a cache that keeps everything does not depend on the cache that it is compacted into. So contexts are
-read once for many caches, and their states are kept as far as there is room.
+read once for many caches, and repeated once for all that choose by their repetition; these states are kept as far as
+there is room. Their sizes are multiples of 256, so that tasks whose contexts differ by some tokens share programs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from streamjax.streaming import StreamState, compact, init_state, read, reconstr
 
 Moment = Literal["stream", "prompt"]
 MOMENTS: tuple[str, ...] = get_args(Moment)
+_MULTIPLE = 256  # tokens
 _REPEAT = "\n\nRepeat the text above, word for word.\n\n"  # what KVzip asks of a model
 
 
@@ -78,21 +80,46 @@ class ContextReader:
         contexts = [row.context for row in rows]
         if self.moment == "stream":
             return self._timed(lambda: self._read(cache, contexts))
-        whole = wholly(cache, max(map(len, contexts)), self.chunk_size)
+        capacity = -(-max(map(len, contexts)) // _MULTIPLE) * _MULTIPLE
+        whole, repeated = wholly(cache, capacity, self.chunk_size), with_repetition(cache, capacity)
+
+        def all_read() -> tuple[StreamState, float]:
+            return self._once(whole, contexts, lambda: self._timed(lambda: self._read(whole, contexts)))
+
+        def laid_out(state: StreamState, new: Built) -> tuple[StreamState, float]:
+            prompts = [row.prompts[0] for row in rows]
+            return self._timed(lambda: compacted(self.model, self.tokenizer, state, new, contexts, prompts))
+
+        def all_repeated() -> tuple[StreamState, float]:
+            assert repeated is not None
+            state, seconds = all_read()
+            new, more = laid_out(state, repeated)
+            return new, seconds + more
+
+        if repeated is None:
+            state, seconds = all_read()
+            new, more = laid_out(state, cache)
+        else:
+            state, seconds = self._once(repeated, contexts, all_repeated)
+            new, more = self._timed(lambda: compact(self.model, state, cache))
+        return new, seconds + more
+
+    def _once(
+        self, whole: Built, contexts: Sequence[list[int]], make: Callable[[], tuple[StreamState, float]]
+    ) -> tuple[StreamState, float]:
+        """These contexts' state under `whole`, and its seconds, as `make` gives them where they are not kept."""
         key = whole, tuple(map(tuple, contexts))
         if key in self._kept:
             leaves, places, structure, seconds = self._kept[key] = self._kept.pop(key)  # the newest, last
             state = jax.tree.unflatten(structure, jax.device_put(leaves, places))
         else:
-            state, seconds = self._timed(lambda: self._read(whole, contexts))
+            state, seconds = make()
             arrays, structure = jax.tree.flatten(state)
             places = [array.sharding for array in arrays]
             self._kept[key] = jax.device_get(arrays), places, structure, seconds
         while sum(leaf.nbytes for leaves, *_ in self._kept.values() for leaf in leaves) > self._keep_bytes:
             del self._kept[next(iter(self._kept))]
-        prompts = [row.prompts[0] for row in rows]
-        new, more = self._timed(lambda: compacted(self.model, self.tokenizer, state, cache, contexts, prompts))
-        return new, seconds + more
+        return state, seconds
 
     def _read(self, cache: Built, contexts: Sequence[list[int]]) -> StreamState:
         return read(self.model, init_state(self.model, cache, len(contexts)), contexts, self.chunk_size)
@@ -111,6 +138,23 @@ def wholly(cache: Built, capacity: int, chunk_size: int) -> Built:
     return _of_layer(cache, capacity, chunk_size)
 
 
+def with_repetition(cache: Built, capacity: int) -> Cascade | None:
+    """A cascade that keeps everything with what KVzip says of it, for a cache that chooses by that; None for others."""
+    cascade = cache.cascade if isinstance(cache, Budgeted) else cache
+    scored = _scored(cache)
+    if not isinstance(cascade, Cascade) or _measures(cache) or not scored:
+        return None
+    if not all(isinstance(tier.score, KVzip) for tier in scored):
+        return None
+    first = cascade.tiers.index(scored[0])
+    return Cascade(*cascade.tiers[:first], _noting(scored[0], capacity, scored[0].every))
+
+
+def _noting(tier: Scored, capacity: int, every: int) -> Scored:
+    """A tier that never has to choose, and notes what a tier with its score wants to know."""
+    return Scored(capacity, tier.score, tier.per_head, every, tier.distance)
+
+
 def _of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
     if not any(map(_needs_history, _scored(cache))) or _measures(cache):
         return Cascade(Full(capacity))
@@ -121,8 +165,7 @@ def _of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
     def larger(tier: Any) -> Any:
         if not isinstance(tier, Scored):
             return tier
-        every = max(tier.every, chunk_size // tier.every * tier.every)
-        return Scored(capacity, tier.score, tier.per_head, every, tier.distance)
+        return _noting(tier, capacity, max(tier.every, chunk_size // tier.every * tier.every))
 
     return Cascade(*map(larger, cascade.tiers))
 

@@ -3,6 +3,9 @@
 A cache is tried at one of two moments. "stream": it holds the stream from the first token on. "prompt": the context is
 read into a dense cache, which is compacted when the question comes (`sj.compact`); so methods are published that
 compress a prompt, and so kvpress runs them.
+
+On CPUs answers are written layer by layer: there the compiler would take longer for each cache's decoding than the few
+tokens take (`streamjax.streaming.by_layer.writing`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import jax
 import numpy as np
 
 from streamjax.data.ruler import Example, Turn, score
@@ -21,6 +26,8 @@ from streamjax.evaluation.context_states import ContextReader, Encoded
 from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
 from streamjax.streaming import Sampler, StreamState, generate_blocks
+from streamjax.streaming.by_layer.writing import Enough, write_layerwise
+from streamjax.streaming.rows import Rows
 from streamjax.streaming.scan import score as score_stream
 
 Progress = Callable[[int], None]
@@ -96,36 +103,46 @@ def _ask(
     for index in range(last + 1):
         turns = [row.example.turns[index] for row in rows]
         budgets = [int(min(turn.answer_tokens, most)) for turn in turns]
-        tokens: list[list[int]] = [[] for _ in rows]
-        texts = [""] * len(rows)
-        blocks = generate_blocks(
-            model,
-            state,
-            [row.prompts[index] for row in rows],
-            max_new_tokens=max(budgets),
-            sampler=Sampler(temperature=0),
-            stop_tokens=stop,
-            chunk_size=chunk_size,
-        )
-        for new_state, block in blocks:
-            state = new_state
-            for found, new in zip(tokens, block, strict=True):
-                found += [int(token) for token in new if token >= 0]
-            texts = [
-                tokenizer.decode([token for token in found[:budget] if token not in stop])
-                for found, budget in zip(tokens, budgets, strict=True)
-            ]
-            # A text that contains all the answers is right whatever follows it.
-            if index == last and all(map(_settled, turns, texts)):
-                break
+        texts = partial(_text, tokenizer, budgets, stop)
+        enough = partial(_settled, turns, texts) if index == last else None
+        prompts = [row.prompts[index] for row in rows]
+        state, tokens = _write(model, state, prompts, max(budgets), stop, chunk_size, enough)
         written += sum(map(len, tokens))
-        for row, text in zip(said, texts, strict=True):
-            row.append(text)
+        for i, (row, found) in enumerate(zip(said, tokens, strict=True)):
+            row.append(texts(i, found))
     return said, written
 
 
-def _settled(turn: Turn, text: str) -> bool:
-    return turn.rule != "ratio" and score(turn, text) == 1.0
+def _write(
+    model: Decoder, state: StreamState, prompts: Rows, most: int, stop: tuple[int, ...], chunk_size: int,
+    enough: Enough | None,
+) -> tuple[StreamState, list[list[int]]]:  # fmt: skip
+    """The likeliest continuations, to a stop token, to `most` tokens, or as far as is enough."""
+    if model.by_layers and jax.default_backend() == "cpu":
+        return write_layerwise(
+            model, state, prompts, max_new_tokens=most, stop_tokens=stop, chunk_size=chunk_size, enough=enough
+        )
+    tokens: list[list[int]] = [[] for _ in prompts]
+    blocks = generate_blocks(
+        model, state, prompts, max_new_tokens=most, sampler=Sampler(temperature=0), stop_tokens=stop,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    for new_state, block in blocks:
+        state = new_state
+        for found, new in zip(tokens, block, strict=True):
+            found += [int(token) for token in new if token >= 0]
+        if enough is not None and all(map(enough, range(len(tokens)), tokens)):
+            break
+    return state, tokens
+
+
+def _text(tokenizer: Tokenizer, budgets: Sequence[int], stop: tuple[int, ...], row: int, tokens: list[int]) -> str:
+    return tokenizer.decode([token for token in tokens[: budgets[row]] if token not in stop])
+
+
+def _settled(turns: Sequence[Turn], texts: Callable[[int, list[int]], str], row: int, tokens: list[int]) -> bool:
+    """A text that contains all the answers is right whatever follows it."""
+    return turns[row].rule != "ratio" and score(turns[row], texts(row, tokens)) == 1.0
 
 
 def perplexity_behind(

@@ -26,6 +26,7 @@ from streamjax.kv.codecs.codec import Codec, bytes_per_token
 from streamjax.kv.codecs.fireq import FireQ
 from streamjax.kv.codecs.fp8 import FP8
 from streamjax.kv.codecs.gear import Gear
+from streamjax.kv.codecs.hadamard import Hadamard
 from streamjax.kv.codecs.integers import Int
 from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
 from streamjax.kv.codecs.mixed import Mixed
@@ -127,6 +128,7 @@ __all__ = [
     "Gaussian",
     "Gear",
     "GroupedLayers",
+    "Hadamard",
     "HeadGroups",
     "Held",
     "Important",

@@ -78,9 +78,9 @@ def test_a_prompt_is_compacted_as_its_paper_says(model, keeping, examples, name)
     assert found.said == by_hand(model, sj.kv.preset("dense", capacity=max(map(len, contexts))), examples, compacted)
 
 
-@pytest.mark.parametrize(("keep_bytes", "reads"), [(10**9, 2), (0, 4), (30_000, 3)], ids=["both", "none", "one"])
+@pytest.mark.parametrize(("keep_bytes", "reads"), [(10**9, 2), (0, 4), (50_000, 3)], ids=["both", "none", "one"])
 def test_a_context_is_read_once_for_many_caches(model, examples, monkeypatch, keep_bytes, reads):
-    """Each context's state takes some 20 kB: there is room for both, for none, or for the one that was read last."""
+    """Each context's state takes some 33 kB: there is room for both, for none, or for the one that was read last."""
     counted = []
 
     def read(*args):
@@ -93,6 +93,29 @@ def test_a_context_is_read_once_for_many_caches(model, examples, monkeypatch, ke
     for cache, rows in (("snapkv", first), ("snapkv", second), ("streaming_llm", second), ("streaming_llm", first)):
         reader.read(CACHES[cache], rows)
     assert len(counted) == reads
+
+
+def test_a_context_is_repeated_once_for_all_that_choose_by_it(model, keeping, examples, monkeypatch):
+    """Two caches by KVzip: their states are those of a compaction that asks for the repetition, and one asks."""
+    counted = []
+
+    def reconstruction(*args, **kwargs):
+        counted.append(args)
+        return sj.reconstruction(*args, **kwargs)
+
+    monkeypatch.setattr(context_states, "reconstruction", reconstruction)
+    rows, cache = examples[:1], sj.kv.preset("kvzip", size=90, every=192)
+    dense = sj.init_state(model, sj.kv.preset("dense", capacity=512))
+    dense = sj.read(model, dense, [rows[0].context], CHUNK)
+    request = BYTES.encode("\n\nRepeat the text above, word for word.\n\n")
+    expected = sj.compact(model, dense, cache, queries=sj.reconstruction([rows[0].context], request=request))
+    found, _ = keeping.read(cache, rows)
+    for mine, its in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-5)
+    smaller, _ = keeping.read(sj.kv.preset("kvzip", size=60, every=192), rows)
+    both = [np.asarray(state.layers[0][-1].slots.position) for state in (found, smaller)]
+    assert set(both[1][0, 0, :60]) < set(both[0][0, 0, :90])
+    assert len(counted) == 1
 
 
 def test_batches_are_filled_and_say_what_the_steps_say(model, examples):

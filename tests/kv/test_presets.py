@@ -225,3 +225,18 @@ def test_codecs_that_do_not_fit_are_refused_in_one_line(name, options, message):
     with pytest.raises(ValueError, match=message) as refused:
         sj.kv.preset(name, **options)
     assert "\n" not in str(refused.value)
+
+
+def test_a_block_of_lags_is_what_comes_between_two_choices_unless_it_is_said():
+    (*_, of_lag), (*_, apart) = (sj.kv.preset("lagkv", **options).tiers for options in ({"lag": 16}, {"every": 256}))
+    assert (of_lag.score.lag, of_lag.every, apart.score.lag, apart.every) == (16, 16, 128, 256)
+
+
+def test_heads_share_a_layers_tokens_in_the_codec_that_is_asked_for():
+    for layers in (sj.kv.preset("ada_kv", pyramid=True, codec="int4").for_layers(2),
+                   [sj.kv.preset("kvzip", floor=0.1, codec="int4")]):  # fmt: skip
+        for cascade in layers:
+            pooled = cascade.tiers[-1]
+            assert isinstance(pooled, sj.kv.Pooled)
+            assert pooled.codec == sj.kv.Int(4, fit="error")
+    assert (pooled.floor, pooled.score) == (0.1, sj.kv.KVzip())

@@ -1,5 +1,7 @@
 """Streams that are laid out anew by another cache: what stays, against plain lists and against streams that kept it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def lagkv_behind_sinks(q, k, v, scale):
     return np.concatenate((np.full((k.shape[1], 3), -np.inf), rest), axis=1)
 
 
-def expected_attention(q, k, v, scale):
+def expected_attention(q, k, v, scale, covariance=True):
     """kvpress's, over all queries of the prompt but the first four."""
     steps = GQA.rope.theta ** (-np.arange(3) / 3)
     angles = (LENGTH + np.arange(16))[:, None] * steps
@@ -89,7 +91,9 @@ def expected_attention(q, k, v, scale):
             axis=1,
         )[4:]
         mean, spread = turn @ back.mean(0), turn @ np.cov(back.T, bias=True) @ turn.T
-        logits = k[:, head] @ mean * scale + 0.5 * scale**2 * np.einsum("sd,de,se->s", k[:, head], spread, k[:, head])
+        logits = k[:, head] @ mean * scale
+        if covariance:
+            logits += 0.5 * scale**2 * np.einsum("sd,de,se->s", k[:, head], spread, k[:, head])
         weights = np.exp(logits - logits.max())
         found[head] += weights / weights.sum() * k.shape[1] / q.shape[1]
     return found * np.linalg.norm(v, axis=-1).T
@@ -157,6 +161,10 @@ CASES = {
         sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.ExpectedAttention(ahead=16), every=8)),
         expected_attention,
     ),
+    "expected_attention_by_means": (
+        sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.ExpectedAttention(ahead=16, covariance=False), every=8)),
+        partial(expected_attention, covariance=False),
+    ),
     "snapkv": (sj.kv.Cascade(sj.kv.Window(QUERIES), sj.kv.Scored(SIZE, sj.kv.SnapKV(QUERIES, 3), every=8)), snapkv),
     "tova": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.TOVA(), per_head=False, every=8)), tova),
     "knorm": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.KNorm(), every=8)), knorm),
@@ -170,7 +178,7 @@ CASES = {
     "qfilters": (sj.kv.Cascade(sj.kv.Scored(SIZE, sj.kv.QFilters(), every=8)), qfilters),
 }
 ASKED = dict.fromkeys(("snapkv", "tova", "chunkkv", "windowkv", "finch", "kvzip"), slice(-QUERIES, None))
-ASKED |= dict.fromkeys(("expected_attention", "qfilters"), slice(None))
+ASKED |= dict.fromkeys(("expected_attention", "expected_attention_by_means", "qfilters"), slice(None))
 STREAMED = ("lagkv_behind_sinks", "snapkv", "tova")  # streams under the others' caches: tests/kv/tiers/test_scored.py
 
 

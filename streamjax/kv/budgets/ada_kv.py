@@ -43,5 +43,5 @@ class OverHeads(Budget):
 
     def layer(self, cascade: Cascade, size: int) -> Cascade:
         held = scored_tier(cascade)
-        options = {name: getattr(held, name) for name in ("score", "per_head", "every", "distance", "merge")}
+        options = {name: getattr(held, name) for name in ("score", "per_head", "every", "distance", "merge", "codec")}
         return with_scored(cascade, Pooled(size, floor=self.floor, **options))

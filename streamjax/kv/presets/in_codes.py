@@ -15,6 +15,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.fp8 import FP8
+from streamjax.kv.codecs.hadamard import Hadamard
 from streamjax.kv.codecs.integers import Int
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.tier import Tier
@@ -28,6 +29,8 @@ CODECS: dict[str, Codec] = {
     "int8": Int(8),
     "int4": Int(4, fit="error"),
     "int2": Int(2, group=32, fit="error"),
+    "hadamard4": Hadamard(Int(4, fit="error")),
+    "hadamard2": Hadamard(Int(2, group=32, fit="error")),
 }
 
 

@@ -152,7 +152,8 @@ def preset(name: str, **options: Any) -> Built:
       name: one of `presets()`.
       **options: the system's own options, such as `sinks=4, window=1020`. Sizes that are not given fit the capacity:
         `preset("quest", capacity=512)` reads 32 pages, which is all of them, and not 64. Those without a codec of
-        their own also take `codec`: "fp8", "int8", "int4", "int2", or a codec; see `streamjax.kv.presets.in_codes`.
+        their own also take `codec`: "fp8", "int8", "int4", "int2", "hadamard4", "hadamard2", or a codec; see
+        `streamjax.kv.presets.in_codes`.
 
     Raises:
       ValueError: an unknown name or option (the message suggests the nearest), or a value that makes no sense.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.rotary import rotate
-from streamjax.field_checks import NotNegative, Size, check_fields
+from streamjax.field_checks import LATER, NotNegative, Size, check_fields
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.tier import KVSpec, Query, State
 
@@ -23,11 +23,13 @@ class ExpectedAttention(Score):
 
     Queries before rotation are taken for normal with the mean and covariance of all so far, and stand at the mean
     rotation of the next `ahead` positions. The expected weight of key k is exp(k . mean + k' covariance k / 2), a
-    softmax over the tokens that compete, and its mean over the query heads that share the key head.
+    softmax over the tokens that compete, and its mean over the query heads that share the key head. The covariances
+    take D^2 numbers for each query head of each layer: of SmolLM2-135M as many bytes as 192 cached tokens in bfloat16.
 
     Args:
       ahead: positions to come.
       skip: the first queries of a stream, which are like no others, do not count.
+      covariance: whether it counts; the mean alone decides where False, and D numbers are kept for each query head.
       epsilon: added to the attention before it is multiplied by the value's length.
     """
 
@@ -36,6 +38,7 @@ class ExpectedAttention(Score):
     ahead: Size = 512
     skip: Size = 4
     epsilon: NotNegative = 0.0
+    covariance: bool = dataclasses.field(default=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -44,10 +47,10 @@ class ExpectedAttention(Score):
         """Of the scaled queries of each head: how many, their sum, and the sum of their products."""
         rows, heads, width = spec.batch_size, spec.kv_heads * spec.group, spec.head_dim
         shapes = (rows, heads, 1), (rows, heads, width), (rows, heads, width, width)
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes[: 2 + self.covariance])
 
     def watched(self, memory: State, query: Query) -> State:
-        count, total, products = memory
+        count, total, *products = memory
         counts = query.index >= self.skip
         if query.valid is not None:
             counts &= query.valid
@@ -55,20 +58,21 @@ class ExpectedAttention(Score):
         return (
             count + jnp.sum(counts, axis=1, dtype=jnp.float32)[:, None, None],
             total + jnp.sum(q, axis=1),
-            products + jnp.einsum("bchd,bche->bhde", q, q, precision="highest"),
+            *(each + jnp.einsum("bchd,bche->bhde", q, q, precision="highest") for each in products),
         )
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        count, total, products = held.memory
+        count, total, *products = held.memory
         mean = total / jnp.maximum(count, 1)
-        spread = products / jnp.maximum(count, 1)[..., None] - mean[..., None] * mean[..., None, :]
-        mean, spread = self._turned(mean, held), self._turned(self._turned(spread, held).swapaxes(2, 3), held)
         heads, dtype = held.k.shape[1], accumulator(held.k.dtype)
         k = held.k.astype(dtype)
-        mean = rearrange(mean, "b (k g) d -> b k g d", k=heads)
-        spread = rearrange(spread, "b (k g) d e -> b k g d e", k=heads)
-        logits = jnp.einsum("bkgd,bksd->bkgs", mean, k, precision="highest")
-        logits += 0.5 * jnp.einsum("bksd,bkgde,bkse->bkgs", k, spread, k, precision="highest")
+        turned = rearrange(self._turned(mean, held), "b (k g) d -> b k g d", k=heads)
+        logits = jnp.einsum("bkgd,bksd->bkgs", turned, k, precision="highest")
+        for each in products:
+            spread = each / jnp.maximum(count, 1)[..., None] - mean[..., None] * mean[..., None, :]
+            spread = self._turned(self._turned(spread, held).swapaxes(2, 3), held)
+            spread = rearrange(spread, "b (k g) d e -> b k g d e", k=heads)
+            logits += 0.5 * jnp.einsum("bksd,bkgde,bkse->bkgs", k, spread, k, precision="highest")
         shares = jax.nn.softmax(jnp.where(held.valid[:, :, None], logits, -jnp.inf), axis=-1)
         length = jnp.linalg.norm(held.values.astype(dtype), axis=-1)
         return (jnp.mean(shares, axis=2) + self.epsilon) * length

@@ -84,6 +84,26 @@ def test_coupled_channels_are_the_nearest_entries_however_many_tokens_come_at_a_
             assert near < 1.01
 
 
+@pytest.mark.parametrize("role", ["k", "v"])
+def test_transformed_channels_come_back_as_a_plain_loop_says(role):
+    """Of 12 channels four at a time: half of +1 where two places share an even number of bits, of -1 elsewhere."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(8, 12)).astype(np.float32)
+    matrix = np.array([[(-1) ** (i & j).bit_count() / 2 for j in range(4)] for i in range(4)], np.float32)
+    parts = by_token((x.reshape(8, 3, 4) @ matrix).reshape(8, 12), 4, 12, "error")
+    expected = (parts.reshape(8, 3, 4) @ matrix).reshape(8, 12)
+
+    def coded(codec, x):
+        return np.asarray(codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role))[0, 0, 0]
+
+    codec, plain = sj.kv.Hadamard(Int(4, fit="error")), Int(4, fit="error").one_by_one()
+    np.testing.assert_allclose(coded(codec, x), expected, rtol=0, atol=2e-6 * np.abs(x).max())
+    wide = rng.normal(size=(8, 64)).astype(np.float32)
+    wide[:, ::16] *= 6  # channels that are large in every token
+    less, more = (np.linalg.norm(coded(each, wide) - wide) for each in (codec, plain))
+    assert less < 0.6 * more
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([8, 4, 2]), st.floats(1e-3, 1e4), st.floats(-1e4, 1e4))
 def test_no_number_moves_by_more_than_half_a_step(seed, bits, spread, middle):
@@ -119,6 +139,7 @@ def test_codes_share_bytes():
         (Int(4), 64, 64 + 8),
         (Int(2, group=32), 64, 32 + 8 + 8),
         (FP8(), 64, 128),
+        (sj.kv.Hadamard(Int(4)), 64, 64 + 8),
         (BlockFloats(4, block=16, group=64), 64, 2 * (32 + 4 + 1)),
         (FireQ(4, group=64), 64, 2 * (32 + 2) + 2),
         (Mixed(32, wide=0.5), 64, 8 + 4 + (32 * 6 + 64) / 32 + 13 + 4),

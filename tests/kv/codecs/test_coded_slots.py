@@ -19,6 +19,7 @@ CODECS = {"int8": Int(8, group=GROUP), "int2": Int(2, group=GROUP, residual=2 * 
 CODECS |= {
     "block floats": sj.kv.BlockFloats(4, block=4, group=GROUP),
     "fireq": sj.kv.FireQ(4, group=GROUP, top=1),
+    "hadamard": sj.kv.Hadamard(Int(4, group=GROUP)),
     "mixed": sj.kv.Mixed(GROUP, transform=False),
     "cq": CQ(
         2,
