@@ -45,6 +45,9 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def define(values: flags.FlagValues) -> None:
     define_engine(values)
+    flags.DEFINE_float("step_ms", None, "Milliseconds that streams may wait from a token to the next one while prompts "
+                       "are read: as few tokens of these are read at a time as that asks, at most --chunk_size. By "
+                       "default always --chunk_size.", lower_bound=1e-3, flag_values=values)  # fmt: skip
     flags.DEFINE_enum("policy", "fcfs", ["fcfs", "mlfq"], "Which requests run: those that came first, or short answers "
                       "before long ones.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's.",
@@ -93,6 +96,7 @@ def body(values: flags.FlagValues) -> None:
         engine = Engine(
             model, tokenizer, cache,
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
+            step_seconds=None if values.step_ms is None else values.step_ms / 1e3,
             state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
             draft=parse_draft(values.draft, model, tokenizer), draft_memory=parse_draft_memory(values),
         )  # fmt: skip

@@ -27,7 +27,7 @@ from streamjax.streaming.state import StreamState, init_state
 
 Stream = Any  # a stream of one row: a `StreamState`, or what another batch has in its place
 Beginning = Any  # what streams go on from: a `ParkedState`, or what another batch has in its place
-_LEAST_WIDTH = 16  # tokens; narrower chunks take as long, and would be programs of their own
+LEAST_WIDTH = 16  # tokens; narrower chunks take as long, and would be programs of their own
 
 
 class Batch:
@@ -119,7 +119,7 @@ class Batch:
 
     def width(self, tokens: int) -> int:
         """Of the chunk in which so many tokens are read, at most `chunk_size`."""
-        return padded_width(max(tokens, min(_LEAST_WIDTH, self.chunk_size)), self.chunk_size)
+        return padded_width(max(tokens, min(LEAST_WIDTH, self.chunk_size)), self.chunk_size)
 
     def read(
         self, stream: Stream, tokens: Int32[np.ndarray, " T"], scored: bool = False
@@ -183,7 +183,7 @@ class Batch:
     def warm_up(self, scored: bool = False, guesses: Guesses | None = None) -> None:
         """Compile and run every program once; rows are empty then. guesses: in the shape of those that will come."""
         most = min(self.chunk_size, self.capacity or self.chunk_size)  # no stream reads more at a time
-        width = min(_LEAST_WIDTH, most)
+        width = min(LEAST_WIDTH, most)
         while True:
             one, tokens = self.fresh(), np.zeros(min(width, most), np.int32)
             self.reserve(one, len(tokens))

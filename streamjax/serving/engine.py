@@ -25,6 +25,7 @@ from streamjax.models.files.peft import load_lora
 from streamjax.models.layer_stacking import unstack_layers
 from streamjax.models.lora.row_adapters import Factors, factors_of, require_only_adapters
 from streamjax.serving.admission import require_possible, require_room_for
+from streamjax.serving.batch import LEAST_WIDTH
 from streamjax.serving.conversations import Conversation, Conversations
 from streamjax.serving.drafts.grown import GrownGuesses
 from streamjax.serving.drafts.guessing import Guessing, TrainedGuessing
@@ -34,7 +35,7 @@ from streamjax.serving.loop import EngineLoop
 from streamjax.serving.paging.choosing import make_batch
 from streamjax.serving.requests import Event, KeptConversation, Overloaded, Request, Stats
 from streamjax.serving.row_states import ParkedState
-from streamjax.serving.scheduling import POLICIES
+from streamjax.serving.scheduling import POLICIES, ChunkPace
 from streamjax.streaming.speculative.drafter import Drafter
 from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
 from streamjax.streaming.speculative.memory.plan import DraftMemory, fitted
@@ -57,6 +58,9 @@ class Engine:
       cache: a cascade for all layers, or one a layer.
       rows: requests that decode at a time.
       chunk_size: tokens of prompts that are read in an iteration: more read faster, and keep the rows waiting longer.
+      step_seconds: that an iteration may take while rows decode, and at most so long they wait for their next tokens:
+        chunks are as small as that asks, by what is measured, and `chunk_size` where no row decodes. Where a prompt is
+        cut then depends on time, and with it rounding, but not what is computed. None: all have `chunk_size`.
       queue: requests that may wait.
       memory_bytes: what all states together may take; None does not ask.
       prefix_bytes: what states at the beginnings of prompts may take, in the host's memory; 0 keeps none.
@@ -99,6 +103,7 @@ class Engine:
         *,
         rows: int = 8,
         chunk_size: int = 64,
+        step_seconds: float | None = None,
         queue: int = 1024,
         memory_bytes: int | None = None,
         prefix_bytes: int = 1 << 28,
@@ -117,6 +122,8 @@ class Engine:
         for name, value in (("rows", rows), ("chunk_size", chunk_size), ("queue", queue), ("block", block)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if step_seconds is not None and not 0 < step_seconds < float("inf"):
+            raise ValueError(f"step_seconds must be a number above 0, got {step_seconds}")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: use one of {', '.join(POLICIES)}")
         if draft is not None and not isinstance(draft, NGrams | TreeDrafter):
@@ -139,9 +146,11 @@ class Engine:
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted
         self.draft_memory: DraftMemory | None = None
         self._guessing = self._guesses_by(draft, draft_memory)
+        pace = None if step_seconds is None else ChunkPace(step_seconds, LEAST_WIDTH, chunk_size)
         self._loop = EngineLoop(
-            self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed, self._guessing
-        )
+            self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed, self._guessing,
+            pace,
+        )  # fmt: skip
         self._queue, self._measure = queue, measure
         self._inbox: collections.deque[Job] = collections.deque()
         self._loading: dict[Job, concurrent.futures.Future[ParkedState | None]] = {}

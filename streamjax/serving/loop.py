@@ -21,7 +21,7 @@ from streamjax.serving.prefix_tree import PrefixTree
 from streamjax.serving.requests import Constraint, FinishReason, TokenLogprob
 from streamjax.serving.row_sampling import one_row
 from streamjax.serving.row_states import ParkedState
-from streamjax.serving.scheduling import Policy
+from streamjax.serving.scheduling import ChunkPace, Policy
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class EngineLoop:
         measure: bool,
         lock: threading.Condition,
         guessing: Guessing | None = None,
+        pace: ChunkPace | None = None,
     ):
         self.batch, self.lock = batch, lock
         self.prefixes = PrefixTree(batch.chunk_size, prefix_bytes, self._work, dropped=batch.drop)
@@ -53,7 +54,7 @@ class EngineLoop:
         self.seconds = 1.0
         self._drawing = False  # whether rows wait for what they draw, and must stay where they are
         self._policy, self._conversations, self._measure = policy, conversations, measure
-        self._guessing = guessing
+        self._guessing, self._pace = guessing, pace
         self._vocab = batch.model.config.vocab_size
         self._weights = sum(leaf.size for leaf in jax.tree.leaves(batch.model))
 
@@ -67,6 +68,7 @@ class EngineLoop:
 
     def iterate(self, others: bool) -> None:
         """Decode all rows once, and read a chunk's worth of prompts; `others`: whether more requests are coming."""
+        began, worked = time.perf_counter(), 0.0
         chosen = self._policy.choose(self.batch.rows + 1)  # one reads ahead, for the next row that is free
         self._seat(chosen)
         self._drawing = False
@@ -76,13 +78,21 @@ class EngineLoop:
         running = [job for job in self.rows if job is not None]
         drawn = self._decode(running, alone=len(running) == len(self.jobs) and not others, chosen=chosen)
         budget, room, self._drawing = self.batch.chunk_size, True, drawn is not None
+        if self._pace is not None:
+            self._pace.begin(decoding=drawn is not None)
         for job in chosen:
             while room and budget > 0 and job.row is None and job.reads and not job.finished:
-                room = self._prepare(job, chosen)  # those behind it do not take what it waits for
-                budget -= self._read_chunk(job) if room else 0
+                size = self._chunk_of(job)
+                if not size:
+                    budget = 0  # no time is left for more
+                elif room := self._prepare(job, chosen):  # those behind it do not take what it waits for
+                    worked += self._work(job.read, job.read + size)
+                    budget -= self._read_chunk(job, size)
         self._drawing = False
         if drawn is not None:
             self._hand_out(running, drawn)
+            if self._pace is not None:
+                self._pace.ran(time.perf_counter() - began, worked)
         for job in chosen:
             if job.request.max_new_tokens == 0 and job.row is None and not job.reads and not job.finished:
                 self.end(job, "length")
@@ -155,9 +165,16 @@ class EngineLoop:
         stream, more = job.state, len(job.prompt[job.read : job.read + self.batch.chunk_size])
         return self._with_room(job, chosen, lambda: self.batch.reserve(stream, more) or None) is not None
 
-    def _read_chunk(self, job: Job) -> int:
-        """Read the next chunk of a prompt; how much of the iteration's budget that took."""
+    def _chunk_of(self, job: Job) -> int:
+        """How many tokens of a prompt to read now; chunks end where beginnings of prompts are kept."""
         size = self.batch.chunk_size
+        if self._pace is None:
+            return size
+        start = job.read if job.state is not None else 0
+        return min(self._pace.tokens(lambda count: self._work(start, start + count)), size - start % size)
+
+    def _read_chunk(self, job: Job, size: int) -> int:
+        """Read the next chunk of a prompt; how much of the iteration's budget that took."""
         tokens = job.prompt[job.read : job.read + size]
         if not len(tokens):
             return 0

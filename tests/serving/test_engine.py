@@ -50,6 +50,27 @@ def test_a_request_does_not_depend_on_its_neighbours(order, pauses, policy, pref
         assert tokens(list(ticket.events())) == alone(MIXED[i])
 
 
+@pytest.mark.parametrize(("step_seconds", "beside"), [(1e-9, 16), (1e9, 64)])
+def test_chunks_beside_rows_that_decode_are_as_small_as_the_time_asks(monkeypatch, step_seconds, beside):
+    one, read = engine(chunk_size=64, step_seconds=step_seconds, prefix_bytes=1 << 20), []
+    take = one._batch.read
+    monkeypatch.setattr(one._batch, "read", lambda *given: (read.append(len(given[1])), take(*given))[1])
+    first, long = request("a", 30), request("Once upon a time, there was nobody. " * 5, 4)
+    served(one, long)
+    assert read == [64, 64, 53]  # nobody decodes
+    tickets = [one.submit(first)]
+    for _ in range(4):
+        one.step()
+    read.clear()
+    other = request("Some words that nobody has said so far. " * 5, 4)
+    tickets.append(one.submit(other))
+    finish(one)
+    assert max(read[2:]) == beside  # at first nothing is known
+    assert sum(read) == len(other.prompt)
+    for wanted, ticket in zip((first, other), tickets, strict=True):
+        assert tokens(list(ticket.events())) == alone(wanted)
+
+
 def test_nothing_is_compiled_while_it_serves():
     one = engine(prefix_bytes=1 << 20, policy="mlfq")
     one.warm_up()

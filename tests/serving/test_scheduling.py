@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamjax.serving.scheduling import FCFS, MLFQ, POLICIES, Policy
+from streamjax.serving.scheduling import FCFS, MLFQ, POLICIES, ChunkPace, Policy
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,3 +84,42 @@ def test_everybody_ends_and_no_row_is_idle(name, rows, works):
     made = [(at, Work(reading, decoding)) for at, reading, decoding in works]
     run(POLICIES[name](), made, rows)
     assert all(work.ended >= 0 for _, work in made)
+
+
+@given(st.floats(1e-3, 0.1), st.floats(1e-6, 1e-3), st.floats(0, 1e-6), st.sampled_from([1.5, 3.0, 20.0]))
+def test_chunks_are_as_large_as_the_time_allows_and_smaller_behind_a_long_context(decoding, token, pair, times):
+    """Against a machine whose iterations take what they take: none is longer than asked but for the smallest chunk."""
+    seconds, pace = times * decoding, ChunkPace(times * decoding, 16, 512)
+
+    def work(start: int, count: int) -> float:
+        return count * (token + pair * start)
+
+    pace.ran(decoding)
+    start, sizes = 0, []
+    while start < 100_000:
+        pace.begin(decoding=True)
+        size = pace.tokens(lambda count, at=start: work(at, count))
+        assert size > 0
+        done = work(start, size)
+        while more := pace.tokens(lambda count, at=start + size: work(at, count)):
+            done += work(start + size, more)
+            size += more
+        assert decoding + done <= seconds * (1 + 1e-9) or size == 16
+        if sizes and size < 512:  # twice as many would have been too many
+            assert size == 16 or decoding + work(start, 2 * size) > 0.9 * seconds
+        pace.ran(decoding + done, done)
+        start, sizes = start + size, [*sizes, size]
+    assert sizes[0] == 16  # nothing was known
+    pace.begin(decoding=False)
+    assert pace.tokens(lambda count: 1e9 * count) == 512
+
+
+def test_nothing_is_known_until_rows_have_decoded_alone():
+    pace = ChunkPace(1.0, 16, 64)
+    pace.ran(0.5, work=16.0)
+    pace.begin(decoding=True)
+    assert [pace.tokens(float) for _ in range(2)] == [16, 0]
+    pace.ran(0.5)
+    pace.ran(0.6, work=16.0)
+    pace.begin(decoding=True)
+    assert [pace.tokens(float) for _ in range(3)] == [64, 16, 0]
