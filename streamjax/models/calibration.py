@@ -18,6 +18,7 @@ from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import without_layers
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.parallel.mesh import make_mesh
 
@@ -43,6 +44,7 @@ def output_moments(model: Decoder, rows: Callable[[np.ndarray], Float[np.ndarray
         return usual
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, _ROWS * _LENGTH)
     embedded, device = rows(ids).reshape(_ROWS, _LENGTH, -1), jax.local_devices()[0]
+    model = with_bounds(model)
     with jax.set_mesh(make_mesh(devices=[device])):
         ends = without_layers(model)  # its embedding or output matrix may not be there yet
         ends.embedding_norm, ends.layer_inputs = jax.device_put((ends.embedding_norm, ends.layer_inputs), device)

@@ -26,6 +26,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
+from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.streaming.compacting.attention_layers import measure_layers
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 from streamjax.training.schedules import warmup_cosine
@@ -146,6 +147,7 @@ def projected_hidden(
         )  # fmt: skip
         return block.combine(x, heads)
 
+    model = with_bounds(model)
     x = model.embed(tokens)
     for i in range(model.config.num_layers):
         block = model.layer(i)

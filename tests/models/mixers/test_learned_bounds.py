@@ -9,6 +9,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.models import ModelConfig
+from streamjax.models.calibration import output_moments
 from streamjax.models.config import (
     AttentionConfig,
     BlockConfig,
@@ -53,6 +54,15 @@ def test_bounds_are_the_published_ones_and_rise():
         np.testing.assert_allclose(least, published(np.asarray(bounds.table[...])), atol=1e-15)
         np.testing.assert_allclose(least + rest, 1.0, atol=1e-15)
         assert (np.diff(least, axis=0) > 0).all()
+
+
+def test_what_the_last_layer_gives_is_measured_for_codes():
+    """`weights="int8"` reads the model's layers one by one."""
+    model = random_model(CONFIG, "float32")
+    random = np.random.default_rng(1)
+    moments = output_moments(model, lambda ids: random.standard_normal((len(ids), 16)).astype(np.float32))
+    assert moments.shape == (16, 16)
+    assert np.abs(moments - np.diag(np.diag(moments))).max() > 0  # and not what stands for a model that cannot be read
 
 
 @pytest.mark.parametrize("certain", [0, 2, 4])
