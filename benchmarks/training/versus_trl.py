@@ -4,7 +4,7 @@ and tokens, each side in a process of its own.
     python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python       # an hour on 2 quiet cores
     python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python --lengths 256 --turns 1 --output J
 
-The file of results is written behind every side, and what is in it already is not run again.
+The file of results is written behind every side, and a run that was ended goes on behind what is in it.
 
 `TRL/bin/python` is a Python with `pip install trl peft torch==2.13.0`; FOLDER has a model in Hugging Face's layout,
 such as SmolLM2-135M. A batch has 2,048 or 8,192 tokens: one row for SFT, of which all tokens count, and two for DPO, of
@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reporting import RESULTS, in_own_process, report
+from benchmarks.reporting import Record, in_own_process
 
 MODULE, RESULT = "benchmarks.training.versus_trl", "training/versus_trl"
 TASKS = ("sft", "dpo")
@@ -189,23 +189,21 @@ def main() -> None:
         known = (task, int(length), arguments.model, arguments.turns)
         print(json.dumps(trl_steps(*known) if side == "trl" else our_steps(*known, side)))
         return
-    output = arguments.output or RESULTS / f"{RESULT}.json"
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    record = Record(RESULT, arguments.output, **versions)
     for length, task in itertools.product(arguments.lengths, TASKS):
-        peer: dict[str, float] = {}
         for side in ("trl", *OURS):
-            key = {"tokens": length, "task": task, "side": side, "steps": arguments.turns}
-            known = [row for row in rows if key.items() <= row.items()]
-            if not known:
-                python = arguments.python if side == "trl" else sys.executable
-                given = ["--model", arguments.model, "--python", arguments.python, "--turns", arguments.turns]
-                found = in_own_process(MODULE, *given, "--child", side, task, length, python=python)
-                off = max(abs(found[name] / (peer or found)[name] - 1) for name in ("loss", "norm"))
-                known = [key | found | {"off by": off}]
-                rows += known
-                report(RESULT, rows, output, **versions)
-            peer = peer or known[0]
+            key = {"tokens": length, "task": task, "steps": arguments.turns}
+            if record.has(side=side, **key):
+                continue
+            python = arguments.python if side == "trl" else sys.executable
+            given = ["--model", arguments.model, "--python", arguments.python, "--turns", arguments.turns]
+            found = in_own_process(MODULE, *given, "--child", side, task, length, python=python)
+            peers = (row for row in record.rows if row.items() >= {**key, "side": "trl"}.items())
+            peer = next(peers, found)
+            off = max(abs(found[name] / peer[name] - 1) for name in ("loss", "norm"))
+            record.add({**key, "side": side, **found, "off by": off})
+    record.finish()
 
 
 if __name__ == "__main__":
