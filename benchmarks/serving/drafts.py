@@ -39,10 +39,20 @@ from streamjax.training.heads.prompting import prompts_beside
 DRAFTERS = ("ngrams", "ngrams, 15 at most", "ngrams, 3 ways", "small cache")
 
 
-def tokens_a_pass(model: sj.Decoder, drafter: Drafter, prompt: list[int], text: list[int]) -> float:
-    """Tokens of a text, which the model says behind a prompt, that each pass reads if all of them have guesses."""
-    whole = np.array([*prompt, *text], np.int32)
-    hidden, ahead = model.hidden(jnp.asarray(whole[None]))[0], None
+@jax.jit
+def hidden_states(model: sj.Decoder, tokens: jax.Array) -> jax.Array:
+    return model.hidden(tokens[None])[0]
+
+
+def tokens_a_pass(
+    model: sj.Decoder, drafter: Drafter, prompt: list[int], text: list[int], hidden: jax.Array
+) -> float:  # fmt: skip
+    """Tokens of a text, which the model says behind a prompt, that each pass reads if all of them have guesses.
+
+    Args:
+      hidden: the model's states at the prompt and the text.
+    """
+    whole, ahead = np.array([*prompt, *text], np.int32), None
     if drafter.prompts is not None:
         ahead = _ahead(model, drafter.prompts, whole)
     at, passes, history = len(prompt), 0, History()
@@ -116,7 +126,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder of SmolLM2-135M-Instruct, as Hugging Face has it")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--drafters", nargs="+", help="some of them, by name", default=[*DRAFTERS])
+    parser.add_argument("--drafters", nargs="*", help="some of them, by name", default=[*DRAFTERS])
     parser.add_argument("--heads", nargs="+", default=[], help="files of trained heads, which guess too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -126,7 +136,8 @@ def main() -> None:
     settings = {"model": Path(arguments.model).name, "tokens": arguments.tokens, "turns": arguments.turns}
     record = Record("serving/drafts", arguments.output, note=note, **settings)
     texts = answers(model, tokenizer, arguments.tokens)
-    for name in [*arguments.drafters, *(Path(file).stem for file in arguments.heads)]:
+    states = {kind: hidden_states(model, np.array([*prompt, *text])) for kind, (prompt, text) in texts.items()}
+    for name in [*(Path(file).stem for file in arguments.heads), *arguments.drafters]:
         left = [kind for kind in texts if not record.has(text=kind, **{"who guesses": name})]
         if not left:
             continue
@@ -134,7 +145,7 @@ def main() -> None:
         cost = median_ratio(costs(model, known[name](), plain, arguments.turns), plain)
         for kind in left:
             row = {"who guesses": name, "text": kind, "nodes": known[name]().pass_width}
-            row["a pass"] = round(tokens_a_pass(model, known[name](), *texts[kind]), 2)
+            row["a pass"] = round(tokens_a_pass(model, known[name](), *texts[kind], states[kind]), 2)
             record.add(row | {"cost": round(cost, 2), "over plain": round(row["a pass"] / cost, 2)})
     record.finish()
 

