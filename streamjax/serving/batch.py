@@ -133,8 +133,9 @@ class Batch:
         chunk = np.zeros((1, self.width(len(tokens))), np.int32)
         chunk[0, : len(tokens)] = tokens
         return read_chunk(
-            self.reading.model, state, jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32), scored=scored
-        )
+            self.reading.model, state, jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32),
+            scored=scored, flat=self.reading.flat,
+        )  # fmt: skip
 
     def enter(self, row: int, stream: Stream, sampling: RowSampling) -> None:
         """A stream and its request take a row."""
@@ -170,7 +171,8 @@ class Batch:
     ) -> tuple[StreamState, Drawn]:
         model, rows = self.decoding.model, self.sampling
         if guesses is None:
-            state, self.sampling, drawn = decode_rows(model, state, rows, active, np.int32(count), self.block)
+            flat = self.decoding.flat
+            state, self.sampling, drawn = decode_rows(flat, state, rows, active, np.int32(count), self.block)
             if self.grown is not None:
                 self.grown.forget()
         elif guesses.tokens is not None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from streamjax.models.decoder import Decoder
+from streamjax.models.flat_model import FlatModel
 from streamjax.serving.row_sampling import Choice, RowSampling, choose
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance
@@ -75,7 +75,7 @@ def put_choice(out: Choice, choice: Choice, alive: Bool[Array, " B"], step: Int3
 
 @partial(jax.jit, static_argnames="block", donate_argnames=("state", "rows"))
 def decode_rows(
-    model: Decoder,
+    flat: FlatModel,
     state: StreamState,
     rows: RowSampling,
     active: Bool[Array, " B"],
@@ -83,6 +83,7 @@ def decode_rows(
     block: int,
 ) -> tuple[StreamState, RowSampling, Drawn]:
     """Draw and read `count` <= `block` tokens of each row that is `active`, has tokens remaining and has not ended."""
+    model = flat.model
 
     def going(carry: tuple) -> Array:
         _, _, alive, _, _, i = carry

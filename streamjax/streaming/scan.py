@@ -14,6 +14,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
+from streamjax.models.flat_model import FlatModel
 from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.by_layer.layerwise import in_turn, read_layerwise
 from streamjax.streaming.rows import Rows, as_rows, require_ids
@@ -56,12 +57,13 @@ def cut(
 
 @partial(jax.jit, donate_argnames="state", static_argnames="memorise")
 def _read_chunks(
-    model: Decoder,
+    flat: FlatModel,
     state: StreamState,
     tokens: Int32[Array, "N B C"],
     count: Int32[Array, "N B"],
     memorise: int | None = None,
 ) -> StreamState:
+    model = flat.model
     return in_turn(lambda s, x: (advance(model, s, *x, memorise=memorise)[0], None), state, (tokens, count))[0]
 
 
@@ -106,10 +108,12 @@ def read_chunk(
     count: Int32[Array, " B"],
     *,
     scored: bool = False,
+    flat: FlatModel | None = None,
 ) -> tuple[StreamState, Float[Array, "B C"] | None]:
     """Read one chunk of tokens that were checked before; the state is donated. Nats a token if `scored`.
 
-    `read` in chunks of this width does the same, to the bit: by the same programs.
+    `read` in chunks of this width does the same, to the bit: by the same programs. `flat` is the model once more, for
+    who reads chunk after chunk.
     """
     piece = tokens[None], count[None]
     if model.by_layers:
@@ -118,7 +122,7 @@ def read_chunk(
     if scored:
         state, nats = _score_chunks(model, state, *piece)
         return state, nats[0]
-    return _read_chunks(model, state, *piece), None
+    return _read_chunks(FlatModel(model) if flat is None else flat, state, *piece), None
 
 
 def _group(model: Decoder, state: StreamState, chunk_size: int) -> int:
@@ -144,15 +148,16 @@ def read(
     require_ids(tokens, lengths, model.config.vocab_size)
     layer, last = passed_over(model, state) or (None, 0)
     early = 0 if layer is None else max(int(lengths.min()) - last, 0) // chunk_size * chunk_size
+    flat = FlatModel(model)
     for start, chunks, width in spans(early, chunk_size):
-        state = _read_chunks(model, state, *cut(tokens, lengths, start, chunks, width), memorise=layer)
+        state = _read_chunks(flat, state, *cut(tokens, lengths, start, chunks, width), memorise=layer)
     tokens, lengths = tokens[:, early:], lengths - early
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
         piece = cut(tokens, lengths, start, chunks, width)
         if model.by_layers:
             state, _ = read_layerwise(model, state, *piece)
         else:
-            state = _read_chunks(model, state, *piece)
+            state = _read_chunks(flat, state, *piece)
     return state
 
 

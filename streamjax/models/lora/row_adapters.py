@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
 from streamjax.models.decoder import Decoder
+from streamjax.models.flat_model import FlatModel
 from streamjax.models.layer_stacking import unstack_layers
 from streamjax.models.lora.adapters import Adapter
 from streamjax.models.lora.attaching import adapter_of, copy_of, places, ranks_of
@@ -72,6 +73,7 @@ class RowAdapters:
     def __init__(self, model: Decoder, known: Mapping[str, Factors], rows: int):
         self.model, self.known = model, known
         self._names: list[str | None] = [None] * rows
+        self._flat: FlatModel | None = None
         shapes: dict[Place, tuple[tuple[int, ...], tuple[int, ...], np.dtype]] = {}
         for factors in known.values():
             for place, (a, b) in factors.items():
@@ -103,7 +105,14 @@ class RowAdapters:
             for which, value in zip("ab", both, strict=True):
                 factor = getattr(self._modules[place], which)
                 setattr(self._modules[place], which, factor.replace(value))
-        self._names[row] = name
+        self._names[row], self._flat = name, None
+
+    @property
+    def flat(self) -> FlatModel:
+        """The model as it is now, for programs that are called once a token."""
+        if self._flat is None:
+            self._flat = FlatModel(self.model)
+        return self._flat
 
 
 def _filled_up(
