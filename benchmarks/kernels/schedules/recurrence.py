@@ -172,15 +172,24 @@ def main() -> None:
     if arguments.page:
         tables.put(PAGE, "kernels/schedules/recurrence", table(json.loads(output.read_text())["rows"]))
         return
-    rows = []
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
     for chip in arguments.chips:
         for model in MODELS:
-            rows += measure(chip, model)
-            print(rows[-2:], flush=True)
+            put(rows, measure(chip, model))
             if arguments.tokamax and chip == "v5e" and "Qwen3.5" in model:
-                rows += measure(chip, model, arguments.tokamax)
-                print(rows[-1], flush=True)
-    report("kernels/schedules/recurrence", rows)
+                put(rows, measure(chip, model, arguments.tokamax))
+            report("kernels/schedules/recurrence", rows)
+
+
+def put(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
+    """Add lines in the order of chips and models, in the place of those that are there for the same kernel."""
+
+    def place(row: dict[str, Any]) -> tuple[int, int, bool, int]:
+        models, chips = list(MODELS), list(CHIPS)
+        return chips.index(row["chip"]), models.index(row["model"]), row["kernel"] == TOKAMAX, PASSES.index(row["pass"])
+
+    kept = {place(row): row for row in [*rows, *lines]}
+    rows[:] = [kept[at] for at in sorted(kept)]
 
 
 if __name__ == "__main__":
