@@ -4,8 +4,8 @@
 
 InfiniteVL (2512.08829) has one layer of sliding-window attention to three of Gated DeltaNet, all that a stream keeps
 has a fixed size, and it reads streams many times longer than its rows. This one has 0.7 million parameters, rows of 256
-bytes of the built-in corpus and a window of 64, and takes two to three minutes of CPU time: models/delta_byte has
-the shipped model. `python -m benchmarks.training.delta_byte` reads streams of a hundred times that length, and `--dense`
+bytes of the built-in corpus and a window of 64, and takes two to three minutes of CPU time; models/delta_byte is such a
+model. `python -m benchmarks.training.delta_byte` reads streams of a hundred times that length, and with `--dense` it
 trains `dense()`, too, the same model with full attention in all layers.
 """
 
