@@ -5,7 +5,7 @@
 The first layers of SmolLM2-135M-Instruct in float32 read the text of Python's own help topics (`pydoc_data.topics`) in
 chunks of 512. Of each preset the chunk behind 1,024, 2,048 and 8,192 tokens is timed, compiled, in CPU seconds of all
 threads; the ratio is to the same chunk under `dense`, and below 1 the preset is faster. Presets have their own defaults
-and room for 16,384 tokens. Where every token chooses for itself (`quest`, `sentence_kv`, `dhsa`, `retro_infer`), 64
+and room for 16,384 tokens. Where every token chooses for itself (`quest`, `sentence_kv`, `dhsa`, `block=1`), 64
 neighbours gather together what any of them chose; with `block=64` they choose together. `inf_llm` holds a window of
 4,096 tokens and notes how much attention each of them gets, which costs their logits once more. `retro_infer` reads all
 of its open segment, here of 2,048 tokens.
@@ -35,6 +35,7 @@ CACHES = (
     "sentence_kv:ends=30+198",  # the full stop and the line break in this vocabulary
     "dhsa",
     "retro_infer:segment=2048",
+    "retro_infer:segment=2048,block=1",
 )
 
 

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 import streamjax as sj
+from streamjax.kv.codecs.codec import _shapes
+from streamjax.kv.codecs.integers import IntByToken
 from tests.streaming.tiny_models import GQA, build
 
 _UNSIZED = ("hsa", "minicache", "xkv")  # the model has no chunk memory; no stream begins with the others
@@ -36,6 +38,21 @@ def test_every_preset_is_as_large_as_the_bytes_allow(model, name):
     else:
         slot = 2 * (2 * 2 * 6 * 4 + 2 * 4 + 8)  # keys and values of two layers, what may be noted of them, positions
         assert left < 2 * slot
+
+
+def test_a_codec_is_traced_once_for_all_layers_and_sizes(model, monkeypatch):
+    """Keys and values: more would be most of the time that a leaderboard takes to find its sizes."""
+    traced, encode = [], IntByToken.encode
+
+    def counted(self, x, role, *tables):
+        traced.append(role)
+        return encode(self, x, role, *tables)
+
+    monkeypatch.setattr(IntByToken, "encode", counted)
+    _shapes.cache_clear()
+    cache = sj.kv.sized("knorm", model, 1e5, codec="int4")
+    assert sj.init_state(model, cache).cache_bytes <= 1e5
+    assert sorted(traced) == ["k", "v"]
 
 
 def test_parts_that_grow_keep_their_proportion(model):

@@ -21,7 +21,17 @@ CACHES = {
     "content": sj.kv.preset("dhsa", sinks=2, window=3, capacity=24, page=4, top_k=2, context=2, threshold=0.3, least=2),
     "scored": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(3), sj.kv.Scored(8, sj.kv.H2O(), every=4)),
     "clusters": sj.kv.preset(
-        "retro_infer", sinks=1, window=3, segment=6, capacity=12, retrieve=2, estimate=2, size=3, most=4, iterations=2
+        "retro_infer",
+        sinks=1,
+        window=3,
+        segment=6,
+        capacity=12,
+        retrieve=2,
+        estimate=2,
+        size=3,
+        most=4,
+        iterations=2,
+        block=1,
     ),
 }
 CONFIG = sj.UniformConfig(

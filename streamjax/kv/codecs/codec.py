@@ -7,6 +7,7 @@ into bytes and where it lies is the business of what stores by it (`grouped.py`,
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -142,7 +143,12 @@ def bytes_per_token(codec: Codec, head_dim: int, value_dim: int | None = None) -
 
 
 def shapes(codec: Codec, role: Role, width: int, dtype: DTypeLike = jnp.float32) -> Any:
-    """The shapes of one group's codes and numbers, in one head."""
+    """The shapes of one group's codes and numbers, in one head: traced once, and asked for by every layer."""
+    return _shapes(codec, role, width, np.dtype(dtype))
+
+
+@lru_cache(maxsize=1024)
+def _shapes(codec: Codec, role: Role, width: int, dtype: np.dtype) -> Any:
     group = jax.ShapeDtypeStruct((1, 1, 1, codec.tokens, width), dtype)
     tables = [jnp.zeros((1, 1, *shape)) for shape in codec.table_shapes(width)]
     return jax.eval_shape(lambda x: codec.encode(x, role, *tables), group)

@@ -9,7 +9,9 @@ everything lies on the device: there is no buffer that brings clusters from the 
 Segments fill as the stream goes on, in prefill and in
 decoding alike (the published code clusters a prompt at once after full attention, and then every 1,024 tokens:
 `segment=1024`); the open one is read as a whole, and the oldest goes beyond `capacity`. Clusters of more than `most`
-tokens are cut in pieces, each with a centroid of its own.
+tokens are cut in pieces, each with a centroid of its own. In a prefill, which the paper does with full attention,
+`block` neighbouring queries choose together; with `block=1` each chooses for itself, at several times the work. A
+decoding step has one query. Drafts that are verified side by side choose together too, unless `block=1`.
 """
 
 from streamjax.kv.cascade import Cascade
@@ -32,7 +34,7 @@ def _share(option: str, published: int) -> Rule:
 )
 def retro_infer(
     sinks: int = 4, window: int = 64, capacity: int = 131072, segment: int = 8192, retrieve: int = 150,
-    estimate: int = 1900, size: int = 16, most: int = 32, iterations: int = 10, block: int = 1,
+    estimate: int = 1900, size: int = 16, most: int = 32, iterations: int = 10, block: int = 16,
 ) -> Cascade:  # fmt: skip
     """Keep the newest `capacity` tokens in clusters; read the best `retrieve`, estimate the next by their means."""
     clusters = Clusters(segment, capacity, retrieve, estimate, size, most, iterations, block)

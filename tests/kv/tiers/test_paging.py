@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import streamjax as sj
 from streamjax.kv import (
     BestKey,
     BlendedBounds,
@@ -229,6 +230,33 @@ def test_what_is_gathered_of_short_pages_and_clusters_is_little_more_than_their_
         jax.block_until_ready(ask(tier, state, q))
         jax.effects_barrier()
         assert tokens // 2 < sum(gathered) <= 2 * tokens + 512
+
+
+def test_a_prefill_through_clusters_does_less_by_default_than_dense_attention(monkeypatch):
+    """Products of 64 queries with slots that are gathered and with clusters, counted as they run: half of those with
+    2,048 tokens at most, and one ranking for all queries of a block."""
+    gathered, ranked, tokens = [], [], 2048
+    (*_, tier) = sj.kv.preset("retro_infer", capacity=tokens, segment=256, iterations=1).tiers
+    gather, rank = Clusters._gather, Clusters._ranked
+
+    def counted_gather(self, closed, start, count, chosen, each):
+        jax.debug.callback(lambda places: gathered.append(places.shape[2] * each), chosen)
+        return gather(self, closed, start, count, chosen, each)
+
+    def counted_rank(self, closed, scores):
+        jax.debug.callback(lambda asked: ranked.append(asked.shape[2]), scores)
+        return rank(self, closed, scores)
+
+    monkeypatch.setattr(Clusters, "_gather", counted_gather)
+    monkeypatch.setattr(Clusters, "_ranked", counted_rank)
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((1, tokens, KEY_HEADS, WIDTH))
+    state = filled(tier, keys, keys, np.zeros((1, tokens), int))
+    jax.block_until_ready(ask(tier, state, random.standard_normal((1, 64, HEADS, WIDTH))))
+    jax.effects_barrier()
+    products = tier.block * sum(gathered) + 64 * 2 * tier.clusters  # logits of clusters and estimates by them
+    assert 0 < products < 0.5 * 64 * tokens
+    assert sum(ranked) == 64 / tier.block
 
 
 def poisoned(x):

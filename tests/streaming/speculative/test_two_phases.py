@@ -25,7 +25,17 @@ CACHES = {
     "noted pages": Cascade(Sink(1, reach=FAR), Window(6), sj.kv.Pages(3, 24, 2, sj.kv.Representative(1), distance=6)),
     "content": sj.kv.preset("sentence_kv", sinks=1, window=4, capacity=64, page=8, top_k=2, ends=(7, 9)),
     "clusters": sj.kv.preset(
-        "retro_infer", sinks=1, window=4, capacity=48, segment=12, retrieve=2, estimate=3, size=4, most=5, iterations=2
+        "retro_infer",
+        sinks=1,
+        window=4,
+        capacity=48,
+        segment=12,
+        retrieve=2,
+        estimate=3,
+        size=4,
+        most=5,
+        iterations=2,
+        block=1,
     ),
     "scored": sj.kv.preset("h2o", window=4, size=8, every=4),
     "scored by outputs": sj.kv.preset("criticalkv", window=4, size=8, kernel=3, every=4),
