@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from streamjax.models.flat_model import FlatModel
+from streamjax.models.decoder import FlatModel
 from streamjax.serving.row_sampling import Choice, RowSampling, choose
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance

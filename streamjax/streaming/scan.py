@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
-from streamjax.models.decoder import Decoder
-from streamjax.models.flat_model import FlatModel
+from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.by_layer.layerwise import in_turn, read_layerwise
 from streamjax.streaming.rows import Rows, as_rows, require_ids

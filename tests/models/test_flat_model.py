@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from streamjax.models.flat_model import FlatModel
+from streamjax.models.decoder import FlatModel
 from tests.streaming.tiny_models import GQA, build
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
-from streamjax.models.decoder import Decoder
-from streamjax.models.flat_model import FlatModel
+from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.models.layer_stacking import unstack_layers
 from streamjax.models.lora.adapters import Adapter
 from streamjax.models.lora.attaching import adapter_of, copy_of, places, ranks_of
