@@ -67,19 +67,19 @@ def main() -> None:
         target, pid = Target(url), listening_pid(int(url.rsplit(":", 1)[1].strip("/")))
         right = asyncio.run(alone(target, options.tokens))
         began = time.monotonic()
-        while (passed := (time.monotonic() - began) / 60) < options.minutes:
+        while (time.monotonic() - began) / 60 < options.minutes:
             with watched(pid) as mib:
                 talks = asyncio.run(load(target, options.conversations, options.tokens))
             names = [entry["id"] for entry in httpx.get(f"{url}/v1/conversations", timeout=60).json()["data"]]
             for name in names:  # as clients that are done with them do
                 httpx.delete(f"{url}/v1/conversations/{name}", timeout=60)
             now = (time.monotonic() - began) / 60
-            bar.update(now - passed)
             record.add({
                 "minutes": now, "answers": sum(len(talk.answers) for talk in talks),
                 "errors": sum(talk.errors for talk in talks), "wrong": wrong(talks, right),
                 "MiB of the server": resident_mib(pid), "most in the round": max(mib),
             })  # fmt: skip
+            bar.update(min(now, options.minutes) - bar.n)  # tqdm forgets a total that is passed
     about = f"{options.conversations} conversations at once, {options.tokens} tokens an answer"
     record.finish(note=f"{Path(options.model).name}, cache {options.cache}, {options.rows} rows; {about}.")
 
