@@ -63,7 +63,7 @@ FEW_READ = {
         sj.kv.preset("sentence_kv", **FEW, **PAGES, least=1, ends=ENDS),
     ],
     "retro_infer": [
-        sj.kv.preset("retro_infer", **FEW, segment=6, size=3, most=4, iterations=2, retrieve=2, estimate=2, block=1)
+        sj.kv.preset("retro_infer", **FEW, segment=6, size=3, most=4, iterations=2, retrieve=2, estimate=2)
     ],
 }
 
