@@ -1,5 +1,6 @@
-"""A step of SFT and of DPO against TRL on torch CPU: loss, gradient norm, seconds and peak memory, on the same weights
-and tokens, each side in a process of its own.
+"""A step of SFT and of DPO against TRL on torch CPU: loss, gradient norm, seconds and peak memory.
+
+The weights and tokens are the same, and each side is in a process of its own.
 
     python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python       # an hour on 2 quiet cores
     python -m benchmarks.training.versus_trl --model FOLDER --python TRL/bin/python --lengths 256 --turns 1 --output J

@@ -20,6 +20,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 
 import streamjax as sj
@@ -48,6 +49,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("step_ms", None, "Milliseconds that streams may wait from a token to the next one while prompts "
                        "are read: as few tokens of these are read at a time as that asks, at most --chunk_size. By "
                        "default always --chunk_size.", lower_bound=1e-3, flag_values=values)  # fmt: skip
+    flags.DEFINE_boolean("narrow", None, "Where few streams decode, compute few rows: a lone one is faster then, and "
+                         "the last bits of what a stream computes depend on how many others run. By default on CPUs.",
+                         flag_values=values)  # fmt: skip
     flags.DEFINE_enum("policy", "fcfs", ["fcfs", "mlfq"], "Which requests run: those that came first, or short answers "
                       "before long ones.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's.",
@@ -97,6 +101,7 @@ def body(values: flags.FlagValues) -> None:
             model, tokenizer, cache,
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
             step_seconds=None if values.step_ms is None else values.step_ms / 1e3,
+            narrow=jax.default_backend() == "cpu" if values.narrow is None else values.narrow,
             state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
             draft=parse_draft(values.draft, model, tokenizer), draft_memory=parse_draft_memory(values),
         )  # fmt: skip

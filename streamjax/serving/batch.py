@@ -27,6 +27,7 @@ from streamjax.streaming.state import StreamState, init_state
 
 Stream = Any  # a stream of one row: a `StreamState`, or what another batch has in its place
 Beginning = Any  # what streams go on from: a `ParkedState`, or what another batch has in its place
+_WIDTHS = (1, 4, 16, 64)  # rows of a pass; each is a program
 LEAST_WIDTH = 16  # tokens; narrower chunks take as long, and would be programs of their own
 
 
@@ -46,6 +47,7 @@ class Batch:
 
     Attributes:
       grown: who guesses on the device; None: nobody.
+      narrow: whether a pass computes no more rows than have to be; see `widths`.
       decoding, reading: the model with the adapters of the rows, and with that of the stream that is read.
     """
 
@@ -64,6 +66,7 @@ class Batch:
     ):
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
         self.grown: GrownGuesses | None = None
+        self.narrow = False
         self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
         self._cache = cache if held_in is None else held_in
         self._options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}
@@ -172,7 +175,8 @@ class Batch:
         model, rows = self.decoding.model, self.sampling
         if guesses is None:
             flat = self.decoding.flat
-            state, self.sampling, drawn = decode_rows(flat, state, rows, active, np.int32(count), self.block)
+            width = self._rows_of_a_pass(active)
+            state, self.sampling, drawn = decode_rows(flat, state, rows, active, np.int32(count), self.block, width)
             if self.grown is not None:
                 self.grown.forget()
         elif guesses.tokens is not None:
@@ -181,6 +185,21 @@ class Batch:
             assert self.grown is not None
             state, self.sampling, drawn = self.grown.decode(model, state, rows, active, guesses.lengths)
         return state, drawn
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many rows, the first ones, a pass may compute.
+
+        All, or, if the batch is `narrow`, fewer where few decode. Adapters lie in the model by row, so with them it is
+        all rows.
+        """
+        if self.decoding.known or not self.narrow:
+            return (self.rows,)
+        return (*(width for width in _WIDTHS if width < self.rows), self.rows)
+
+    def _rows_of_a_pass(self, active: Bool[np.ndarray, " B"]) -> int:
+        last = int(np.flatnonzero(active)[-1]) if active.any() else 0
+        return next(width for width in self.widths if width > last)
 
     def warm_up(self, scored: bool = False, guesses: Guesses | None = None) -> None:
         """Compile and run every program once; rows are empty then. guesses: in the shape of those that will come."""
@@ -202,7 +221,8 @@ class Batch:
         for name in self.decoding.known:
             self.decoding.set(0, name)
             self.reading.set(0, name)
-        self.decode(np.zeros(self.rows, bool), 1)
+        for width in self.widths:
+            self.decode(np.arange(self.rows) == width - 1, 1)  # nobody draws: no row has tokens remaining
         if guesses is not None:
             self.decode(np.zeros(self.rows, bool), 1, guesses)
         self.drop(self.fork(self.keep(self.leave(0))))

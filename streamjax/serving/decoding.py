@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from streamjax.models.decoder import FlatModel
+from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.serving.row_sampling import Choice, RowSampling, choose
+from streamjax.serving.row_states import batch_axes
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance
 
@@ -73,7 +74,7 @@ def put_choice(out: Choice, choice: Choice, alive: Bool[Array, " B"], step: Int3
     )
 
 
-@partial(jax.jit, static_argnames="block", donate_argnames=("state", "rows"))
+@partial(jax.jit, static_argnames=("block", "width"), donate_argnames=("state", "rows"))
 def decode_rows(
     flat: FlatModel,
     state: StreamState,
@@ -81,9 +82,43 @@ def decode_rows(
     active: Bool[Array, " B"],
     count: Int32[Array, ""],
     block: int,
+    width: int,
 ) -> tuple[StreamState, RowSampling, Drawn]:
-    """Draw and read `count` <= `block` tokens of each row that is `active`, has tokens remaining and has not ended."""
-    model = flat.model
+    """Draw and read `count` <= `block` tokens of each row that is `active`, has tokens remaining and has not ended.
+
+    Only the first `width` rows are computed: the others are not active.
+    """
+    if width < len(active):
+        axes = batch_axes(state)
+        first = jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, width, axis=axis), state, axes)
+        few, sampling, drawn = _decode(flat.model, first, _first(rows, width), active[:width], count, block)
+        put = jax.lax.dynamic_update_slice_in_dim
+        state = jax.tree.map(lambda x, part, axis: put(x, part, 0, axis), state, few, axes)
+        still = jnp.zeros_like(active)
+        nothing = Drawn(*no_choices(rows, block), still, still.astype(jnp.int32), still)
+        every = _with_first(nothing, drawn._replace(wide=drawn.bad))
+        return state, _with_first(rows, sampling), every._replace(wide=drawn.wide)
+    return _decode(flat.model, state, rows, active, count, block)
+
+
+def _first(rows: RowSampling, width: int) -> RowSampling:
+    return jax.tree.map(lambda x: x[:width], rows)
+
+
+def _with_first(whole: Any, part: Any) -> Any:
+    """Arrays of rows, the first of which are replaced by those of a part."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, 0, 0), whole, part)
+
+
+def _decode(
+    model: Decoder,
+    state: StreamState,
+    rows: RowSampling,
+    active: Bool[Array, " B"],
+    count: Int32[Array, ""],
+    block: int,
+) -> tuple[StreamState, RowSampling, Drawn]:
+    """All rows of what it is given."""
 
     def going(carry: tuple) -> Array:
         _, _, alive, _, _, i = carry

@@ -68,6 +68,9 @@ class Engine:
         one a new conversation is refused.
       pool_tokens: for caches that keep every token (`dense`): how many all streams may hold together, in pages of one
         pool. None: as many as `rows` streams of full length; 0: no pool, each row has room for its full length.
+      narrow: whether a pass over few rows computes few, the first 1, 4, 16 or 64, where that has a program of its own:
+        on CPUs a lone stream is twice as fast so. How many run then decides the last bits of what each computes. Not
+        with adapters or a pool.
       policy: which requests run: "fcfs", in the order in which they came, or "mlfq", short answers before long ones.
       state_dir: where conversations are saved, each after every request and before its last event, as sessions that
         `Session.load` reads too. Those that are there are taken up.
@@ -109,6 +112,7 @@ class Engine:
         prefix_bytes: int = 1 << 28,
         conversation_bytes: int = 1 << 30,
         pool_tokens: int | None = None,
+        narrow: bool = False,
         policy: str = "fcfs",
         state_dir: str | Path | None = None,
         block: int | None = None,
@@ -141,6 +145,7 @@ class Engine:
             pool_tokens=pool_tokens, prefix_bytes=prefix_bytes, conversation_bytes=conversation_bytes,
             memory_bytes=memory_bytes,
         )  # fmt: skip
+        self._batch.narrow = narrow
         self.model, self.tokenizer = model, tokenizer
         self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted

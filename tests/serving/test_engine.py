@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import streamjax as sj
+from streamjax.serving import batch
 from streamjax.serving.engine import Engine
 from streamjax.serving.requests import Overloaded, Request, Sampling
+from streamjax.serving.row_states import batch_axes
 from tests.serving.engines import GREEDY, alone, bytes_model, engine, finish, request, served, text, tokens
 from tests.streaming.tiny_sessions import CACHE, Endless
 
@@ -69,6 +72,47 @@ def test_chunks_beside_rows_that_decode_are_as_small_as_the_time_asks(monkeypatc
     assert sum(read) == len(other.prompt)
     for wanted, ticket in zip((first, other), tickets, strict=True):
         assert tokens(list(ticket.events())) == alone(wanted)
+
+
+def test_where_few_rows_decode_few_are_computed(monkeypatch):
+    """The first 1 or 4 of six, or all; a stream that is alone again in a later row is computed with those before it."""
+    widths, run = [], batch.decode_rows
+    monkeypatch.setattr(batch, "decode_rows", lambda *given: (widths.append(given[-1]), run(*given))[1])
+    one = engine(rows=6, narrow=True)
+    assert served(one, MIXED[0])
+    assert set(widths) == {1}
+    widths.clear()
+    several = [request(f"number {i} of them", 30 + 4 * (i == 5)) for i in range(6)]
+    for wanted, events in zip(several, served(one, *several), strict=True):
+        assert tokens(events) == alone(wanted)
+    assert set(widths) == {1, 4, 6}
+    assert widths[-1] == 6
+    for exact in (engine(rows=6), engine(rows=6, narrow=True, cache=sj.kv.preset("dense", capacity=64))):
+        assert exact._batch.widths == (6,)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_rows_behind_those_that_are_computed_keep_every_bit(width):
+    one = engine(rows=6, narrow=True)
+    tickets = [one.submit(request(f"number {i} of them", 20)) for i in range(6)]
+    while one.stats().running < 6:
+        one.step()
+
+    def arrays():
+        held = one._batch.state
+        axes = jax.tree.leaves(batch_axes(held))
+        return [np.moveaxis(np.array(x), axis, 0) for x, axis in zip(jax.tree.leaves(held), axes, strict=True)]
+
+    before, remaining = arrays(), np.array(one._batch.sampling.remaining)
+    drawn = jax.device_get(one._batch.decode(np.arange(6) < width, 1))
+    after, left = arrays(), np.array(one._batch.sampling.remaining)
+    assert (drawn.token[:width] >= 0).all()
+    assert (drawn.token[width:] == -1).all()
+    for row in range(6):
+        same = all(np.array_equal(old[row], new[row]) for old, new in zip(before, after, strict=True))
+        assert same == (row >= width)
+        assert (remaining[row] == left[row]) == (row >= width)
+    assert len(tickets) == 6
 
 
 def test_nothing_is_compiled_while_it_serves():

@@ -98,6 +98,11 @@ class PagedBatch(Batch):
         self.capacity = min(filter(None, (self.capacity, self._count * self._size)))
         self.cache_bytes = self.state.cache_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._pools))
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """All rows: the pool and its tables are those of the whole batch."""
+        return (self.rows,)
+
     def reset(self) -> None:
         """Empty rows and an empty pool."""
         super().reset()
