@@ -88,7 +88,7 @@ class LandmarkPages:
         parts = list(self._parts(visible, q.shape[1], start))
         if implementation == "pallas":
             found = [chunks._choices(retrieval[:, at], seen, top_k) for at, chunks, seen in parts]
-            chosen, weights = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
+            chosen, weights = (jnp.swapaxes(jnp.concatenate(x, axis=1), 1, 2) for x in zip(*found, strict=True))
             return per_device_call(
                 lambda *arrays: api.hsa_attention(*arrays, scale=scale), _NAMES, _NAMES[0],
                 (q, self.k, self.v, chosen, weights),
@@ -116,7 +116,7 @@ class LandmarkPages:
             return jnp.zeros_like(q, accumulator(q.dtype))
         top_k = min(top_k, count)
         if count > DENSE_CHUNKS * top_k if implementation is None else implementation == "gathered":
-            chosen, weights = (jnp.swapaxes(x, 1, 2) for x in self._choices(retrieval, visible, top_k))
+            chosen, weights = self._choices(retrieval, visible, top_k)
             block = max(1, min(QUERY_BLOCK, GATHERED // (rows * heads * top_k * size * channels)))
             return _by_blocks(partial(_gathered, self, scale), block, (q, chosen, weights))
 
@@ -127,11 +127,11 @@ class LandmarkPages:
 
     def _choices(
         self, retrieval: Array, visible: VisiblePages, top_k: int
-    ) -> tuple[Int32[Array, "B K C top_k"], Float[Array, "B K C top_k"]]:
+    ) -> tuple[Int32[Array, "B C K top_k"], Float[Array, "B C K top_k"]]:
         """Pages that each query reads, -1 for none, and their weights."""
         rows, heads, count, _ = self.landmarks.shape
         if not count:
-            none = jnp.full((rows, heads, retrieval.shape[1], top_k), -1, jnp.int32)
+            none = jnp.full((rows, retrieval.shape[1], heads, top_k), -1, jnp.int32)
             return none, jnp.zeros_like(none, accumulator(retrieval.dtype))
 
         def best(retrieval: Array, seen: VisiblePages) -> tuple[Array, Array]:
@@ -139,7 +139,7 @@ class LandmarkPages:
             chosen = jnp.where(weights > 0, chosen, -1)
             return jnp.swapaxes(chosen, 1, 2), jnp.swapaxes(weights, 1, 2)
 
-        chosen, weights = (jnp.swapaxes(x, 1, 2) for x in _by_blocks(best, QUERY_BLOCK, (retrieval,), visible))
+        chosen, weights = _by_blocks(best, QUERY_BLOCK, (retrieval,), visible)
         missing = ((0, 0), (0, 0), (0, 0), (0, top_k - chosen.shape[3]))
         return jnp.pad(chosen, missing, constant_values=-1), jnp.pad(weights, missing)
 

@@ -14,6 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.linalg import hadamard
 
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.integers import Int, IntByToken
@@ -63,11 +64,9 @@ def transformed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 def matrix(channels: int) -> Float[np.ndarray, "D D"]:
     """Sylvester's matrix, with rows of length 1, for each of the largest parts whose width is a power of two.
 
-    >>> matrix(2) * 2**0.5
+    >>> np.round(matrix(2) * 2**0.5)
     array([[ 1.,  1.],
            [ 1., -1.]], dtype=float32)
     """
-    width, one = channels & -channels, np.ones((1, 1))
-    while len(one) < width:
-        one = np.kron(np.array([[1, 1], [1, -1]]), one)
-    return np.kron(np.eye(channels // width), one * width**-0.5).astype(np.float32)
+    width = channels & -channels
+    return np.kron(np.eye(channels // width), hadamard(width) * width**-0.5).astype(np.float32)

@@ -25,6 +25,7 @@ from streamjax.models.config import (
     expanded,
 )
 from streamjax.models.config.recurrent import RecurrentConfig
+from streamjax.training.backprop.planning.layer_bytes import found_numbers
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 
 _BYTES = 2**26  # of an array whose way to the host and back is measured
@@ -70,7 +71,7 @@ def hidden_fraction(
     count = math.ceil(length / chunk)
     tokens, width = batch_size * count * chunk, 0
     if keep_attention:
-        width = max(_found_width(block) for block in config.blocks) // shards
+        width = max(map(found_numbers, config.blocks)) // shards
     size = tokens * (config.d_model * item + width * max(item, 4))
     flops = min(_forward_flops(block, config.d_model, batch_size, length) for block in config.blocks)
     seconds = flops / shards / rates.flops
@@ -107,12 +108,6 @@ def _seconds(run: Callable[[], Any]) -> float:
         jax.block_until_ready(run())
         found.append(time.perf_counter() - start)
     return statistics.median(found)
-
-
-def _found_width(block: BlockConfig) -> int:
-    """Numbers that attention finds of one token."""
-    mixer = block.mixer
-    return 0 if isinstance(mixer, RecurrentConfig) else mixer.num_heads * (mixer.head_dim + 1)
 
 
 def _forward_flops(block: BlockConfig, d_model: int, rows: int, length: int) -> float:

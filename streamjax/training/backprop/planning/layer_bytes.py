@@ -55,6 +55,12 @@ def saved_bytes(block: BlockConfig, d_model: int, tokens: int, item: int, wide: 
     return tokens * (norms + attention + operands + _mlp_saved(block.mlp, d_model, item, wide))
 
 
+def found_numbers(block: BlockConfig) -> int:
+    """What attention finds of one token: each head's output, and its log-sum-exp."""
+    mixer = block.mixer
+    return 0 if isinstance(mixer, RecurrentConfig) else mixer.num_heads * (mixer.head_dim + 1)
+
+
 def state_bytes(mixer: RecurrentConfig, item: int, wide: int) -> int:
     """A recurrent layer's state, of one row."""
     memory = math.prod(mixer.state_shape) * wide if mixer.state_shape else 0

@@ -31,7 +31,7 @@ from streamjax.models.config import (
 )
 from streamjax.models.config.recurrent import RecurrentConfig
 from streamjax.training.backprop.embedding_and_head import LOGITS_PER_CHUNK
-from streamjax.training.backprop.planning.layer_bytes import saved_bytes, state_bytes, working_bytes
+from streamjax.training.backprop.planning.layer_bytes import found_numbers, saved_bytes, state_bytes, working_bytes
 from streamjax.training.backprop.sequence_chunks import key_block
 from streamjax.training.backprop.storage.state_store import StateStore, Store, make_store
 
@@ -302,8 +302,7 @@ class _Terms:
 
     def found(self, tokens: int) -> int:
         """What attention finds in all layers for so many tokens of each row, where it is kept."""
-        mixers = [block.mixer for block in self.config.blocks if not isinstance(block.mixer, RecurrentConfig)]
-        width = sum(mixer.num_heads * (mixer.head_dim + 1) for mixer in mixers)
+        width = sum(map(found_numbers, self.config.blocks))
         return self.kept * self.batch * tokens * width * self.wide // self.tensor
 
     def by_jax(self, kept: Parts) -> Order:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
-from streamjax.models.config.recurrent import RecurrentConfig
+from streamjax.training.backprop.planning.layer_bytes import found_numbers
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, Memory, estimate
 
 HEADROOM = 0.9  # share of the memory that an estimate may fill; most are right within 10%
@@ -124,7 +124,7 @@ def _candidates(
 ) -> Iterator[dict[str, Any]]:
     """Arguments of `loss_and_grad`, the fastest first."""
     cpu_undoes = platform == "cpu" and not stacked  # its compiler finds that layers are computed twice, and keeps them
-    attends = any(not isinstance(block.mixer, RecurrentConfig) for block in config.blocks)
+    attends = any(map(found_numbers, config.blocks))
     yield {"method": "full"}
     layer = {"method": "layer", "chunk_size": chunk_size}
     for method in (layer,) if cpu_undoes else ({"method": "remat"}, layer):
