@@ -2,11 +2,10 @@
 
 A server in a process of its own, one client who streams an answer, and then so many requests over connections of their
 own, some hundred at a time. Counted are the answers by status, how many of those with 429 bring Retry-After, and the
-streaming client's longest gap between two pieces before the burst and in it.
+streaming client's longest gap between two pieces before the burst and in it, where it also waits for its next answer
+in the same queue. It takes a minute on 2 idle cores, most of it until the server is there.
 
     python -m benchmarks.serving.burst --model=FOLDER --requests=10000
-
-It takes a minute on 2 idle cores, most of it until the server is there.
 """
 
 from __future__ import annotations

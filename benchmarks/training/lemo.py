@@ -3,6 +3,8 @@
     python -m benchmarks.training.lemo --model FOLDER                # FOLDER: SmolLM2-135M; an hour on 2 quiet cores
     python -m benchmarks.training.lemo --model FOLDER --steps 24 --length 512 --rows 1
 
+The file of results is written behind every run, and one that was ended goes on.
+
 Runs of adapters of rank 16 on the built-in corpus, which differ in their share alone, each in a process of its own.
 `loss` and `eval loss` are nats a token, the first the mean over the last quarter of the steps, the second at the end
 with all tokens; `CPU s` is of all threads, the median of the steps behind the second. `found`: of the blocks that a
@@ -12,6 +14,7 @@ layer would compute by their true scores, the share that its predictor names. `r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -19,10 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting import in_own_process, report
+from benchmarks.reporting import Record, in_own_process
 
 MODULE = "benchmarks.training.lemo"
 SHARES = (1.0, 0.7, 0.5)
+SETTINGS = ("steps", "length", "rows", "block")
 
 
 def one_run(model: str, share: float, steps: int, length: int, rows: int, block: int, kind: str) -> dict[str, Any]:
@@ -95,18 +99,6 @@ def _keep_at_random(kept_tokens: Any) -> None:
     kept_tokens.highest = drawn
 
 
-def loss_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    kinds = [(1.0, "all")] + [(s, k) for s in SHARES[1:] for k in arguments.kinds]
-    for share, kind in kinds:
-        known = ["--model", arguments.model, "--steps", arguments.steps, "--length", arguments.length]
-        known += ["--rows", arguments.rows, "--block", arguments.block]
-        found = in_own_process(MODULE, *known, "--child", share, kind)
-        rows.append({"share": share, "kept": kind, **found})
-        print(rows[-1], flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder in Hugging Face's layout")
@@ -115,6 +107,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="of a batch")
     parser.add_argument("--block", type=int, default=32, help="tokens of a block")
     parser.add_argument("--kinds", nargs="+", default=["equal", "random"], choices=["equal", "thresholds", "random"])
+    parser.add_argument("--output", type=Path, help="of results; results/training/lemo.json if not given")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -122,7 +115,13 @@ def main() -> None:
         known = arguments.steps, arguments.length, arguments.rows, arguments.block
         print(json.dumps(one_run(arguments.model, float(share), *known, kind)))
         return
-    report("training/lemo", loss_rows(arguments), steps=arguments.steps, tokens=arguments.length)
+    record = Record("training/lemo", arguments.output, **{name: getattr(arguments, name) for name in SETTINGS})
+    for share, kind in [(1.0, "all"), *itertools.product(SHARES[1:], arguments.kinds)]:
+        if not record.has(share=share, kept=kind):
+            known = [part for name in ("model", *SETTINGS) for part in (f"--{name}", getattr(arguments, name))]
+            found = in_own_process(MODULE, *known, "--child", share, kind)
+            record.add({"share": share, "kept": kind, **found})
+    record.finish()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,16 @@ def join_blocks(x: Array, length: int) -> Array:
     return rearrange(x, "n b c ... -> b (n c) ...")[:, :length]
 
 
+def even_size(length: int, most: int) -> int:
+    """The size of as few equal blocks of at most `most` as `length` needs: so little is padded as can be.
+
+    Example:
+      >>> even_size(2048, 1365)  # two blocks; of 1,365 each they would hold 2,730
+      1024
+    """
+    return -(-length // -(-length // max(1, most)))
+
+
 def even_batch(blocks: int, most: int) -> int:
     """How many of so many blocks to work on at a time, at most `most` and at least 1: a divisor, where there is one.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamjax.attention.block_cutting import even_batch
+from streamjax.attention.block_cutting import even_batch, even_size
 
 pytestmark = pytest.mark.quick
 
@@ -22,6 +22,14 @@ def test_a_batch_is_at_most_what_fits_and_half_of_it_at_least(blocks, most):
 def test_a_chunk_of_a_usual_width_leaves_no_rest(blocks, most):
     """`jax.lax.map` has its body once then, and twice with a rest."""
     assert blocks % even_batch(blocks, most) == 0
+
+
+@given(length=st.integers(1, 9000), most=st.integers(1, 3000))
+def test_equal_blocks_are_as_few_and_as_small_as_can_be(length, most):
+    size = even_size(length, most)
+    fewest = next(count for count in range(1, length + 1) if count * most >= length)
+    assert size <= most
+    assert fewest * size >= length > fewest * (size - 1)
 
 
 def test_a_rest_is_a_second_body():

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
-from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.attention.block_cutting import cut_blocks, even_size, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers, without_layers
 from streamjax.parallel.rules import axes_of, free_spec
@@ -50,7 +50,8 @@ def stats_of(
     """Statistics of the tokens of a chunk whose hidden states, before the last norm, are given."""
     if loss_kernels.applicable(ends, hidden, targets):
         return loss_kernels.token_stats(ends, ends.norm(hidden), targets)
-    size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
+    length = hidden.shape[1]
+    size = even_size(length, logits_chunk)
     if size == length:
         return token_stats(ends.logits(ends.norm(hidden)), targets)
 
@@ -82,7 +83,8 @@ def loss_and_vjp(
     if loss_kernels.applicable(ends, hidden, prepared["targets"]):
         return _by_kernels(ends, options, hidden, prepared, objective, grads)
     params, rest = output_partition(ends, options.trainable)
-    size, length = min(options.logits_chunk, hidden.shape[1]), hidden.shape[1]
+    length = hidden.shape[1]
+    size = even_size(length, options.logits_chunk)
 
     def part(params: Decoder, hidden: Array, prepared: Batch) -> Array:
         model = combine(params, rest)
@@ -239,7 +241,8 @@ def whole_sequence_stats(
         return own(without_layers(model), hidden, targets)
     if loss_kernels.applicable(model, hidden, targets):
         return loss_kernels.token_stats(model, hidden, targets)
-    size, length = min(logits_chunk, hidden.shape[1]), hidden.shape[1]
+    length = hidden.shape[1]
+    size = even_size(length, logits_chunk)
 
     def one(hidden: Array, targets: Array) -> TokenStats:
         return token_stats(model.logits(hidden), targets)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from streamjax.attention.block_cutting import cut_blocks, join_blocks
+from streamjax.attention.block_cutting import cut_blocks, even_size, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.distillation.alignment import layer_examples
@@ -29,7 +29,7 @@ def predictions(
     """
     tokens = batch["tokens"]
     hidden = teacher.hidden(tokens, positions=batch.get("positions"), segment_ids=batch.get("segment_ids"))
-    size = min(logits_chunk or default_logits_chunk(teacher, tokens.shape[0]), tokens.shape[1])
+    size = even_size(tokens.shape[1], logits_chunk or default_logits_chunk(teacher, tokens.shape[0]))
 
     def best(hidden: Array) -> tuple[Array, Array]:
         logits = teacher.logits(hidden)

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.partial import accumulator
+from streamjax.attention.block_cutting import even_size
 from streamjax.models.config import (
     AttentionConfig,
     AttentionMixerConfig,
@@ -115,7 +116,7 @@ def estimate(
         param=jnp.dtype(param_dtype).itemsize,
         grad=jnp.dtype(grad_dtype or accumulator(param_dtype)).itemsize,
         kv_grad=jnp.dtype(kv_grad_dtype or accumulator(dtype)).itemsize,
-        stretch=min(logits_chunk or max(1, LOGITS_PER_CHUNK // (batch_size * config.vocab_size)), length),
+        stretch=even_size(length, logits_chunk or LOGITS_PER_CHUNK // (batch_size * config.vocab_size)),
     )
     orders = {"full": terms.full, "remat": terms.remat, "layer": terms.layer, "chunk": terms.chunks}
     if method not in orders:
