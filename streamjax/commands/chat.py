@@ -26,6 +26,7 @@ from streamjax.checkpoints import parse_json, user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.draft import define_draft, parse_draft, parse_draft_memory
+from streamjax.commands.flags.meshes import define_cache_mesh, meshes_of
 from streamjax.commands.flags.model import define_model, define_parse_special, define_side_network, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
 from streamjax.commands.shell.inputs import read_turn
@@ -62,6 +63,7 @@ def define(values: flags.FlagValues) -> None:
     define_side_network(values)
     define_parse_special(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
+    define_cache_mesh(values)
     flags.DEFINE_string("system", None, "Instructions that come before the conversation.", flag_values=values)
     flags.DEFINE_multi_string(
         "template_kwargs", [], "NAME=VALUE for the model's chat template, such as enable_thinking=false. VALUE is "
@@ -102,7 +104,8 @@ class Chat:
 
     def _start(self, cache: str) -> None:
         values = self._values
-        self._cache = parse_cache(cache, self._model.config.max_position)
+        mesh = meshes_of(values).cache
+        self._cache = parse_cache(cache, self._model.config.max_position, on_mesh=mesh is not None)
         draft = self._draft
         if draft is not None and self._draft_memory is not None:
             draft, memory = fit_draft(draft, self._model, self._cache, self._draft_memory, sampler=sampler_of(values))
@@ -116,6 +119,7 @@ class Chat:
             chunk_size=values.chunk_size,
             draft=draft,
             reselect=self._reselection(),
+            cache_mesh=mesh,
         )
         self.conversation = self._new_conversation()
 

@@ -34,7 +34,8 @@ from jax.typing import DTypeLike
 import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.commands import comparison
-from streamjax.commands.flags.model import define_model, load_model, parse_mesh
+from streamjax.commands.flags.meshes import parse_mesh
+from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.runner import give, run_command
 from streamjax.data import corpus_text

@@ -21,6 +21,7 @@ from streamjax.checkpoints import user_path
 from streamjax.commands import comparison
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.meshes import define_cache_mesh, meshes_of
 from streamjax.commands.flags.model import define_model, define_side_network, define_text, load_model
 from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.commands.shell.outputs import check_outputs, write_json
@@ -37,6 +38,7 @@ def define(values: flags.FlagValues) -> None:
     define_text(values)
     flags.DEFINE_multi_string("cache", ["dense", "window", "streaming_llm"], f"May be repeated. {CACHE_HELP}",
                               flag_values=values)  # fmt: skip
+    define_cache_mesh(values)
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("dense_capacity", None, "Tokens that a dense cache may hold; 8 times the length the model was "
                          "trained at by default.", lower_bound=1, flag_values=values)  # fmt: skip
@@ -57,9 +59,11 @@ def body(values: flags.FlagValues) -> None:
     capacity = min(values.dense_capacity or 8 * trained, len(ids) + 1)
     memory = None if values.dense_memory is None else values.dense_memory * 1e9
     capacity = comparison.dense_capacity(model, capacity, memory)
+    mesh = meshes_of(values).cache
+    caches = {spec: parse_cache(spec, trained, capacity, on_mesh=mesh is not None) for spec in values.cache}
     sessions = {
-        spec: sj.Session(model, tokenizer, parse_cache(spec, trained, capacity), chunk_size=values.chunk_size)
-        for spec in dict.fromkeys(values.cache)
+        spec: sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size, cache_mesh=mesh)
+        for spec, cache in caches.items()
     }
     made = {spec: partial(sessions.__getitem__, spec) for spec in sessions}
     trials, stopped = comparison.run_sessions(made, ids)

@@ -5,6 +5,7 @@
     tail -f server.log | python -m infer.stream --save_state=log.stream        # Ctrl-C ends it, and saves
     python -m infer.stream --input=more.txt --load_state=log.stream --json=curve.json
     python -m infer.stream --input=builtin --cache=window --max_tokens=100000
+    python -m infer.stream --input=book.txt --cache=dense --mesh=tensor=4 --cache_mesh=tensor=4     # eight devices
     python -m infer.stream --cache=snapkv --show_cache                         # what it holds, and its bytes
 
 Perplexity is a token's, bits are a byte's; both are of everything read so far. Memory is the cache's, which does not
@@ -29,6 +30,7 @@ import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.meshes import define_cache_mesh, meshes_of
 from streamjax.commands.flags.model import define_model, define_side_network, define_text, describe, load_model
 from streamjax.commands.shell.inputs import open_input
 from streamjax.commands.shell.outputs import check_outputs, write_json
@@ -48,6 +50,7 @@ def define(values: flags.FlagValues) -> None:
     define_side_network(values)
     define_text(values)
     flags.DEFINE_string("cache", "streaming_llm", CACHE_HELP, flag_values=values)
+    define_cache_mesh(values)
     flags.DEFINE_bool("show_cache", False, "Print what each layer caches and how many bytes that is, and end.",
                       flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_tokens", None, "Stop after so many tokens.", lower_bound=1, flag_values=values)
@@ -203,11 +206,12 @@ def body(values: flags.FlagValues) -> None:
     check_outputs(reads=values.input, json=values.json, save_state=values.save_state)
     data, total_bytes = open_input(values.input)
     model, tokenizer = load_model(values, [values.cache])
-    cache = parse_cache(values.cache, model.config.max_position)
+    mesh = meshes_of(values).cache
+    cache = parse_cache(values.cache, model.config.max_position, on_mesh=mesh is not None)
     if values.show_cache:
         print(sj.kv.describe(cache, model))
         return
-    session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size)
+    session = sj.Session(model, tokenizer, cache, chunk_size=values.chunk_size, cache_mesh=mesh)
     if values.load_state:
         session.load(user_path(values.load_state))
     print(describe(values.model, model, cache, session), file=sys.stderr)

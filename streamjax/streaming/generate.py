@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
+from streamjax.parallel.rules import constrain
+from streamjax.streaming.by_layer.reading_apart import decode_apart, refuse_apart
+from streamjax.streaming.by_layer.second_mesh import lies_apart
 from streamjax.streaming.decode_block import decode_block
 from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.sampling import Sampler
@@ -86,10 +89,14 @@ def generate_blocks(
     if bool(((lengths == 0) & (np.asarray(state.seen) == 0)).any()):
         raise ValueError("a stream that has seen nothing needs a prompt of at least one token, such as BOS")
     require_room(state, lengths + max_new_tokens)
+    if draft is not None:
+        refuse_apart(state, "a draft")
+    decode = decode_apart if lies_apart(state) else decode_block
     if sampler.repetition_penalty != 1.0:
         state = state.noting_used(vocab)
         if penalised is not None and state.used is not None:
-            state = dataclasses.replace(state, used=state.used | jnp.asarray(penalised)).placed()
+            used = constrain(state.used | jnp.asarray(penalised), "batch", "vocab")
+            state = dataclasses.replace(state, used=used)
     state = read(model, state, prompt, chunk_size, lengths=lengths)
     if draft is not None and max_new_tokens:
         streams = [History() for _ in prompt] if histories is None else histories
@@ -108,7 +115,7 @@ def generate_blocks(
     for first in range(0, max_new_tokens, block):
         count = min(block, max_new_tokens - first)
         index = jnp.int32(first_index + first)
-        state, done, out, bad = decode_block(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
+        state, done, out, bad = decode(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
         tokens, failed = jax.device_get((out, bad))
         tokens = tokens[:, :count]
         if failed.any():

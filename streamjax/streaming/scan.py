@@ -16,6 +16,8 @@ from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.by_layer.layerwise import in_turn, read_layerwise
+from streamjax.streaming.by_layer.reading_apart import read_chunk_apart
+from streamjax.streaming.by_layer.second_mesh import lies_apart
 from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room, surprise
@@ -126,6 +128,8 @@ def read_chunk(
 
 def _group(model: Decoder, state: StreamState, chunk_size: int) -> int:
     """How many full chunks are read by one call of each program."""
+    if lies_apart(state):
+        return 1
     a_chunk = state.batch_size * chunk_size * model.config.stream_width * model.dtype.itemsize
     return SCAN_CHUNKS if SCAN_CHUNKS * a_chunk <= HIDDEN_BYTES else 1
 
@@ -150,10 +154,12 @@ def read(
     flat = FlatModel(model)
     for start, chunks, width in spans(early, chunk_size):
         state = _read_chunks(flat, state, *cut(tokens, lengths, start, chunks, width), memorise=layer)
-    tokens, lengths = tokens[:, early:], lengths - early
+    tokens, lengths, apart = tokens[:, early:], lengths - early, lies_apart(state)
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
         piece = cut(tokens, lengths, start, chunks, width)
-        if model.by_layers:
+        if apart:
+            state, _ = read_chunk_apart(model, state, *(one[0] for one in piece))
+        elif model.by_layers:
             state, _ = read_layerwise(model, state, *piece)
         else:
             state = _read_chunks(flat, state, *piece)
@@ -214,10 +220,14 @@ def score_unwaited(
     """`score`, whose result is neither waited for nor looked at: it may not be finite."""
     require_room(state, lengths)
     require_ids(tokens, lengths, model.config.vocab_size)
-    pieces = [jnp.zeros((tokens.shape[0], 0), jnp.float32)]
+    pieces, apart = [jnp.zeros((tokens.shape[0], 0), jnp.float32)], lies_apart(state)
     for start, chunks, width in spans(int(lengths.max(initial=0)), chunk_size, _group(model, state, chunk_size)):
         piece = cut(tokens, lengths, start, chunks, width)
-        if model.by_layers:
+        if apart:
+            state, nll = read_chunk_apart(model, state, *(one[0] for one in piece), scored=True)
+            assert nll is not None
+            nll = nll[None]
+        elif model.by_layers:
             state, nll = read_layerwise(model, state, *piece, scored=True)
             assert nll is not None
         else:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from streamjax.data.text.tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.by_layer.second_mesh import init_apart
 from streamjax.streaming.compacting.compact import compact
 from streamjax.streaming.compacting.reselecting import Reselection, generate_reselecting
 from streamjax.streaming.generate import generate_blocks, stop_ids
@@ -58,10 +60,13 @@ class Session:
         the same, only faster. It may be replaced between calls.
       reselect: a smaller cache that answers read instead, chosen anew every few tokens of what `cache` holds
         (LoopServe); text then comes in pieces of so many tokens. It may be replaced between calls.
+      cache_mesh: devices without the model, on which the last tier of each layer's cache lies and is attended to
+        (`by_layer.second_mesh`); for dense and inst_infer:attend_on=mesh. Drafts, `reselect` and `compact` are not
+        there for it.
 
     Raises:
-      ValueError: the tokenizer has ids that the model lacks, a stop id among them, an unknown implementation, or both
-        `draft` and `reselect`.
+      ValueError: the tokenizer has ids that the model lacks, a stop id among them, an unknown implementation, two of
+        `draft`, `reselect` and `cache_mesh`, or a cache that cannot lie on a second mesh.
     """
 
     def __init__(
@@ -77,9 +82,14 @@ class Session:
         parse_special: bool = False,
         draft: Drafter | None = None,
         reselect: Reselection | None = None,
+        cache_mesh: Mesh | None = None,
     ):
         if draft is not None and reselect is not None:
             raise ValueError("guessed tokens are read by the stream's own cache: give draft or reselect, not both")
+        if cache_mesh is not None and (draft is not None or reselect is not None):
+            raise ValueError(
+                "neither a draft nor a smaller cache for answers reads a second mesh: leave cache_mesh away"
+            )
         if tokenizer.text_vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.text_vocab_size} ids and the model {model.config.vocab_size}: "
@@ -97,12 +107,17 @@ class Session:
         self.parse_special = parse_special
         self.draft = draft
         self.reselect = reselect
+        self.cache_mesh = cache_mesh
         self._history = History()
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
         """Start over, as if nothing had been read."""
-        state = init_state(self.model, self.cache, implementation=self.implementation, note_used=True)
+        if self.cache_mesh is None:
+            state = init_state(self.model, self.cache, implementation=self.implementation, note_used=True)
+        else:
+            state = init_apart(self.model, self.cache, self.cache_mesh, implementation=self.implementation)
+            state = state.noting_used(self.model.config.vocab_size)
         if self.draft is not None:
             self.draft.learn(self._history.tokens)
         with undisturbed():

@@ -93,7 +93,8 @@ class StreamState:
         """This state, which from now on notes the ids that its streams read; itself where it does so already."""
         if self.used is not None:
             return self
-        return dataclasses.replace(self, used=jnp.zeros((self.batch_size, vocab_size), bool)).placed()
+        used = jnp.zeros((self.batch_size, vocab_size), bool)
+        return dataclasses.replace(self, used=constrain(used, "batch", "vocab"))
 
     def placed(self) -> StreamState:
         """This state, its arrays asked to lie where the mesh of `jax.set_mesh` wants them."""

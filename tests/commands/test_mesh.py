@@ -1,12 +1,13 @@
-"""`--mesh`: commands split a model over devices and print what they print without."""
+"""`--mesh`, `--cache_mesh`: commands split a model and its cache over devices and print what they print without."""
 
 import jax
 import pytest
 
 import streamjax as sj
 from streamjax.commands import chat, perplexity, stream
-from streamjax.commands.flags.model import parse_mesh
+from streamjax.commands.flags.meshes import parse_mesh, parse_meshes
 from tests.commands.command_helpers import read_json
+from tests.covering import rest_slow
 
 SMALL = "--chunk_size=64"
 MESH = "--mesh=data=2,fsdp=2,tensor=2"  # of the suite's eight devices
@@ -126,3 +127,105 @@ def test_wrong_meshes_end_a_command_with_one_line(command, module, text, message
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.err.startswith(f"error: {message}")
     assert outcome.err.count("\n") == 1
+
+
+APART = ["--mesh=tensor=2", "--cache_mesh=data=1,tensor=2"]
+CACHES = {
+    "dense": "--cache=dense:capacity=200",
+    "inst_infer": "--cache=inst_infer:sinks=1,window=7,capacity=64,page=4,top_k=2",
+}
+
+
+def lies_on(tree) -> set[int]:
+    """The numbers of the devices that a tree lies on."""
+    return {device.id for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+
+
+def require_apart(session):
+    """The model lies on the first two devices, the cache's last tier on the next two, whatever was read."""
+    assert session.tokens_seen
+    assert lies_on(session.model) == {0, 1}
+    for *front, last in session.state.layers:
+        assert lies_on(front) <= {0, 1}
+        assert lies_on(last) == {2, 3}
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(last))
+
+
+@pytest.mark.parametrize("name", rest_slow(CACHES, "inst_infer"))
+def test_a_model_whose_cache_lies_on_a_second_mesh_answers_the_same(command, two_heads, sessions, name):
+    options = ["--chunk_size=32", "--max_new_tokens=12", "--temperature=1", "--repetition_penalty=1.1", CACHES[name]]
+    turns = "and what is there besides?\n/cache\n"
+    apart, whole = (command(chat, *options, *mesh, stdin=turns, model=two_heads) for mesh in (APART, []))
+    assert [apart.status, whole.status] == [0, 0], apart.err
+    assert apart.out == whole.out
+    assert len(apart.out) > 40
+    require_apart(sessions[0])
+    assert lies_on(sessions[1].state) == {0}
+
+
+@pytest.mark.slow
+def test_a_stream_on_a_second_mesh_costs_the_same_and_goes_on_with_it(
+    command, two_heads, text_file, tmp_path, sessions
+):
+    data, costs = text_file.read_bytes()[:128], []
+    for name, mesh in (("apart", APART), ("whole", [])):
+        options = [SMALL, CACHES["inst_infer"], *mesh]
+        saved = command(stream, *options, f"--save_state={tmp_path}/{name}", stdin=data[:80], model=two_heads)
+        assert saved.status == 0, saved.err
+        files = [f"--load_state={tmp_path}/{name}", f"--json={tmp_path}/{name}.json"]
+        then = command(stream, *options, *files, stdin=data[80:], model=two_heads)
+        assert then.status == 0, then.err
+        costs.append(read_json(tmp_path / f"{name}.json")["nats_per_token"])
+    assert costs[0] == pytest.approx(costs[1], rel=1e-5)
+    for session in sessions[:2]:
+        require_apart(session)
+    with pytest.raises(ValueError, match="compact is not there for streams whose tokens lie on a second mesh"):
+        sessions[0].compact(sj.kv.preset("window", window=4))
+
+
+def test_two_meshes_share_the_devices():
+    both = parse_meshes("tensor=2", "data=2,tensor=-1")
+    assert [d.id for d in both.model.devices.flat] == [0, 1]
+    assert [d.id for d in both.cache.devices.flat] == [2, 3, 4, 5, 6, 7]
+    assert both.cache.shape["tensor"] == 3
+    left = parse_meshes("tensor=-1", "tensor=2")
+    assert (left.model.size, [d.id for d in left.cache.devices.flat]) == (6, [6, 7])
+    alone = parse_meshes(None, "tensor=4")
+    assert (alone.model, [d.id for d in alone.cache.devices.flat]) == (None, [1, 2, 3, 4])
+    assert parse_meshes(None, None) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--cache_mesh=tensor=8"],
+            "--cache_mesh=tensor=8: the model takes 1 devices and the cache 8 others",
+        ),
+        (["--mesh=tensor=8", "--cache_mesh=tensor=-1"], "the model takes 8 devices and the cache 1 others"),
+        (["--mesh=tensor=-1", "--cache_mesh=tensor=-1"], "both take the devices that are left: number one"),
+        (["--cache_mesh=tensro=4"], "--cache_mesh=tensro=4: no mesh axis 'tensro'; did you mean 'tensor'?"),
+        (["--cache_mesh=tensor=2", "--cache=streaming_llm"], "--cache=streaming_llm has no part that lies on a second"),
+        (["--cache_mesh=tensor=2", "--cache=h2o"], "--cache=h2o has no part"),
+        (
+            ["--cache_mesh=tensor=2", "--cache=mikv:window=4,size=4,every=4,group=4,capacity=16"],
+            "only windows, sinks",
+        ),
+        (
+            ["--cache_mesh=tensor=2", "--cache=inst_infer:attend_on=host"],
+            "take dense, or inst_infer with attend_on=mesh",
+        ),
+        (["--cache_mesh=context=2", "--cache=dense"], "make its axis context 1"),
+        (["--cache_mesh="], "it is empty"),
+    ],
+)
+def test_a_second_mesh_that_cannot_be_is_one_line(command, two_heads, flags, message):
+    outcome = command(stream, *flags, stdin="text", model=two_heads)
+    assert outcome.status != 0
+    assert message in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_drafts_and_second_meshes_exclude_each_other(command, two_heads):
+    outcome = command(chat, "--cache_mesh=tensor=2", "--cache=dense", "--draft=ngram", stdin="hi\n", model=two_heads)
+    assert "neither a draft nor a smaller cache for answers reads a second mesh" in outcome.err

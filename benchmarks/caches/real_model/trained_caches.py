@@ -42,6 +42,7 @@ def caches(arguments: argparse.Namespace) -> dict[str, Built]:
         found["lococo, trained"] = sj.kv.preset("lococo", kernels=arguments.kernels, **options)
     found["dense"] = sj.kv.preset("dense", capacity=capacity)
     found["think, half of the keys' channels"] = sj.kv.preset("think", keep=0.5, capacity=capacity)
+    found["streaming_llm, half of the tokens"] = sj.kv.preset("streaming_llm", window=capacity // 2 - 4)
     for name, file in (("principal", arguments.principal), ("trained", arguments.projections)):
         if file:
             given = {"projections": file, "capacity": capacity}

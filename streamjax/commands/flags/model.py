@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from jax.sharding import Mesh
 
 import streamjax as sj
 from streamjax.checkpoints import user_path
 from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
+from streamjax.commands.flags.meshes import meshes_of
 from streamjax.commands.shell.inputs import BUILTIN
 from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.kv.description import describe_cache
 from streamjax.kv.presets.registry import Built
-from streamjax.parallel.mesh import make_mesh
 
 _MODELS = Path(__file__).parents[3] / "models"  # of the repository; an installation from a wheel has none
-_MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
 
 
 def shipped_model(name: str) -> str | None:
@@ -101,7 +97,7 @@ def define_parse_special(values: flags.FlagValues) -> None:
 def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj.Decoder, Tokenizer]:
     """The model and the tokenizer that the flags name; mistakes in `caches` come to light before anything is read."""
     for cache in caches:
-        parse_cache(cache, sys.maxsize)
+        parse_cache(cache, sys.maxsize, on_mesh=bool(values.cache_mesh) if "cache_mesh" in values else False)
     if values.model is None:
         raise no_model()
     path = user_path(values.model)
@@ -110,7 +106,7 @@ def load_model(values: flags.FlagValues, caches: Sequence[str] = ()) -> tuple[sj
             f"no model folder {path}: give --model=FOLDER with config.json and *.safetensors, or a .gguf file"
         )
     tokenizer = sj.load_tokenizer(user_path(values.tokenizer) if values.tokenizer else path)
-    model = sj.load(path, dtype=values.dtype, mesh=parse_mesh(values.mesh), weights=values.weights)
+    model = sj.load(path, dtype=values.dtype, mesh=meshes_of(values).model, weights=values.weights)
     require_tokenizer(
         tokenizer, model.config.vocab_size, f"{values.tokenizer or path} has no tokenizer.json: give --tokenizer=FOLDER"
     )
@@ -126,30 +122,6 @@ def define_side_network(values: flags.FlagValues) -> None:
         "the cache long_mem has remembered. None by default.", flag_values=values,
     )  # fmt: skip
     refuse_empty(values, "side_network")
-
-
-def parse_mesh(text: str | None) -> Mesh | None:
-    """The mesh that `--mesh` describes, over all devices; None where there is no text.
-
-    Raises:
-      ValueError: an unknown axis, a size that is no number, or sizes that do not fit the devices.
-    """
-    if not text:
-        return None
-    sizes: dict[str, int] = {}
-    for item in text.split(","):
-        axis, _, size = item.partition("=")
-        if axis not in _MESH_AXES:
-            raise ValueError(f"--mesh={text}: no mesh axis {axis!r}; {_nearest(axis, _MESH_AXES)}")
-        if axis in sizes or not re.fullmatch(r"-?\d+", size):
-            raise ValueError(f"--mesh={text}: give {axis} once, with a number of devices, such as {axis}=4")
-        sizes[axis] = int(size)
-    return make_mesh(**sizes)  # type: ignore[arg-type]  # every key is an axis
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def describe(path: str, model: sj.Decoder, cache: Built, session: sj.Session) -> str:

@@ -19,7 +19,7 @@ from absl import flags, logging
 from jax.experimental.compilation_cache import compilation_cache
 
 from streamjax.checkpoints import user_path
-from streamjax.commands.flags.model import parse_mesh
+from streamjax.commands.flags.meshes import meshes_of
 from streamjax.commands.shell.launch import leave, redirect_to_nowhere
 from streamjax.commands.shell.progress import end_progress_bars
 from streamjax.commands.shell.signals import Terminated
@@ -297,7 +297,7 @@ def require_device() -> None:
 
 
 def _mesh(values: flags.FlagValues) -> contextlib.AbstractContextManager:
-    mesh = parse_mesh(values.mesh) if "mesh" in values else None
+    mesh = meshes_of(values).model
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 

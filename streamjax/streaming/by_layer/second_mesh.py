@@ -12,11 +12,14 @@ to the question, the answer there, and the rest of the layer. Equal layers share
     with jax.set_mesh(mesh):
         state = init_apart(model, sj.kv.preset("inst_infer", attend_on="mesh"), other_mesh, batch_size=8)
         state, logits = step_apart(model, state, tokens)
+
+`sj.read`, `sj.score`, `sj.generate` and sessions know such a state by where it lies (`lies_apart`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +33,8 @@ from streamjax.attention.rotary import Rotary
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.layer_caches.recurrence import BesideRecurrence
+from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.tier import Implementation, KVTokens, Query, State, Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.pages import Pages
@@ -139,7 +144,12 @@ def goes(cache: Cache) -> bool:
 
 
 def init_apart(
-    model: Decoder, cache: Cache, mesh: Mesh, batch_size: int = 1, *, implementation: Implementation | None = None
+    model: Decoder,
+    cache: Cache | Sequence[Cache],
+    mesh: Mesh,
+    batch_size: int = 1,
+    *,
+    implementation: Implementation | None = None,
 ) -> StreamState:
     """The state of streams that have seen nothing, layers' last tiers on the devices of `mesh`.
 
@@ -147,8 +157,8 @@ def init_apart(
 
     Args:
       model: on a device, or on a mesh of its own.
-      cache: a cascade that ends in `Full` or in `Pages(attend_on="mesh")`, such as the preset `inst_infer` with
-        attend_on="mesh", or `dense`. Layers with a window of their own keep it where the model is.
+      cache: a cascade, or one a layer, that ends in `Full` or in `Pages(attend_on="mesh")`: the preset
+        `inst_infer` with attend_on="mesh", or `dense`. Layers with a window of their own keep it where the model is.
       mesh: devices that have none of the model. Rows are split along data, key heads along tensor.
       batch_size, implementation: as in `init_state`.
 
@@ -164,7 +174,17 @@ def init_apart(
         made = init_state(model, cache, batch_size, implementation=implementation)
     away = [goes(one) for one in made.caches]
     if not any(away) or model.config.hsa is not None:
-        raise ValueError('no layer has a cache that ends in Full or in Pages(attend_on="mesh"): none goes apart')
+        raise ValueError(
+            'no layer has a cache that ends in Full or in Pages(attend_on="mesh"): none goes apart; take dense, or '
+            "inst_infer:attend_on=mesh"
+        )
+    beside = next((what for what, there in (
+        ("a side network", model.remembered is not None),
+        ("layers that read another layer's keys", any(isinstance(one, SlotsOf) for one in made.caches)),
+        ("layers that keep more than attention reads", any(isinstance(one, BesideRecurrence) for one in made.caches)),
+    ) if there), None)  # fmt: skip
+    if beside is not None:
+        raise ValueError(f"a model with {beside} cannot be read over two meshes: leave the second one away")
 
     def placed(tree: Any, where: Sharding | Mesh) -> Any:
         return map_state_axes(lambda x, axes: jax.device_put(x, _sharding(where, axes, x.shape)), tree)
@@ -178,6 +198,15 @@ def init_apart(
     return dataclasses.replace(rest, layers=layers, caches=made.caches)
 
 
+def lies_apart(state: StreamState) -> bool:
+    """Whether a state is one of `init_apart`: some layer's last tier lies on no device that the rest lies on."""
+    if isinstance(state.position, jax.core.Tracer) or not isinstance(state.position, jax.Array):
+        return False
+    home = state.position.sharding.device_set
+    last = [layer[-1] for layer in state.layers if isinstance(layer, tuple) and layer]
+    return any(not home & leaf.sharding.device_set for leaf in jax.tree.leaves(last))
+
+
 def step_apart(
     model: Decoder,
     state: StreamState,
@@ -188,6 +217,17 @@ def step_apart(
 
     To be called from the host, not under `jax.jit`.
     """
+    state, hidden = advance_apart(model, state, tokens, count)
+    return state, _logits(without_layers(model), hidden)
+
+
+def advance_apart(
+    model: Decoder,
+    state: StreamState,
+    tokens: Int[Array, "B C"] | Int[np.ndarray, "B C"],
+    count: Int32[Array, " B"] | Int32[np.ndarray, " B"] | None = None,
+) -> tuple[StreamState, Float[Array, "B C E"]]:
+    """`step_apart` with the hidden states in the logits' place. The layers' states are donated, and nothing else."""
     check_rows(state, tokens.shape[0])
     count = np.full((tokens.shape[0],), tokens.shape[1], np.int32) if count is None else count
     model = with_bounds(model)
@@ -212,8 +252,8 @@ def step_apart(
         far = Partial(*send(tuple(far), tuple(_sharding(home, names, y.shape) for names, y in shapes)))
         x = _continued(block, row, x, near, far)
         layers[i] = (*front, last)
-    standing, logits = _left(ends, standing, x, tokens, count)
-    return dataclasses.replace(standing, layers=tuple(layers)), logits
+    standing, hidden = _left(ends, standing, x, tokens, count)
+    return dataclasses.replace(standing, layers=tuple(layers)), hidden
 
 
 def send(arrays: Any, shardings: Any) -> Any:
@@ -277,7 +317,11 @@ def _continued(block: Block, row: int | None, x: Array, part: Partial, far: Part
     return block.combine(x, add_sinks(merge(part, far), block.attention.sinks()).out)
 
 
-@partial(jax.jit, donate_argnames="state")
+@jax.jit
 def _left(ends: Decoder, state: StreamState, x: Array, tokens: Array, count: Array) -> tuple[StreamState, Array]:
-    state, hidden = leave(state, ends.norm(x), tokens, count)
-    return state, ends.logits(hidden)
+    return leave(state, ends.norm(x), tokens, count)
+
+
+@jax.jit
+def _logits(ends: Decoder, hidden: Array) -> Array:
+    return ends.logits(hidden)

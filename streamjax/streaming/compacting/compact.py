@@ -23,6 +23,7 @@ from streamjax.kv.layouts.lazy_layers import NearShare
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
+from streamjax.streaming.by_layer.reading_apart import refuse_apart
 from streamjax.streaming.compacting.across_layers import compact_across
 from streamjax.streaming.compacting.measure_budget import measured
 from streamjax.streaming.compacting.reading_layers import through_layers
@@ -72,8 +73,9 @@ def compact(
     Raises:
       ValueError: a cache whose tokens cannot be taken out, or into which they do not fit; a score that wants a query;
         rows that are not as described; a model with a chunk memory, or with a rotation that changes with the cache;
-        tokens to read again, by a model with recurrent layers.
+        tokens to read again, by a model with recurrent layers; tokens on a second mesh.
     """
+    refuse_apart(state, "compact")
     if model.config.hsa is not None:
         raise ValueError("a model with a chunk memory keeps it as it is: compact does not know it")
     if model.remembered is not None:

@@ -1,5 +1,7 @@
 """Streams whose tokens lie on four other devices than the model: the logits of one device, and what crosses."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +66,35 @@ def test_a_second_mesh_answers(name, monkeypatch):
         sizes_of += [question, ROWS * width * heads * (mixer.head_dim + 1)] * len(moved)
     assert crossed == sizes_of
     assert max(crossed[-2:]) < sizes(last) / 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_streams_are_scored_and_go_on_as_on_one_device(temperature):
+    """Rows of different lengths, of which some end before others, with a penalty on what was read."""
+    config, cache = CASES["pages"]
+    model, found = build(config), []
+    home, other = (make_mesh(data=2, tensor=2, devices=jax.devices()[i : i + 4]) for i in (0, 4))
+    sampler = sj.Sampler(temperature=temperature, repetition_penalty=1.2)
+    for mesh in (None, other):
+        with jax.set_mesh(home) if mesh is not None else contextlib.nullcontext():
+            read_by = model if mesh is None else shard_model(model, home)
+            state = sj.init_state(model, cache, ROWS) if mesh is None else init_apart(read_by, cache, mesh, ROWS)
+            lengths = np.array([19, 0, 7, 11])
+            state, nats = sj.score(read_by, state, random_tokens(ROWS, 19), 8, lengths=lengths)
+            state = sj.read(read_by, state, random_tokens(ROWS, 9, seed=1), 8)
+            state, tokens = sj.generate(
+                read_by, state, random_tokens(ROWS, 2, seed=2), max_new_tokens=40, sampler=sampler,
+                key=jax.random.key(3), stop_tokens=range(0, config.vocab_size, 9),
+            )  # fmt: skip
+            assert second_mesh.lies_apart(state) == (mesh is not None)
+            found.append((np.asarray(nats), np.asarray(tokens), np.asarray(state.seen)))
+    whole, apart = found
+    np.testing.assert_allclose(apart[0], whole[0], atol=1e-5)
+    np.testing.assert_array_equal(apart[1], whole[1])
+    np.testing.assert_array_equal(apart[2], whole[2])
+    assert (whole[1] == -1).any(axis=1).sum() >= 2
+    assert len(set(whole[2].tolist())) > 2
 
 
 @pytest.mark.slow
