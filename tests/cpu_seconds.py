@@ -1,13 +1,22 @@
-"""What tests take: at the end of a run, its CPU seconds and the dearest tests of those that take more than they may."""
+"""What tests take: at the end of a run, its CPU seconds and the dearest tests of those that take more than they may.
 
+`--cpu_seconds=FILE` writes those of all tests, as JSON.
+"""
+
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 MOST, SHOWN = 3.0, 10  # CPU seconds of a test, with its fixtures and processes; lines at the end
 STARTED = pytest.StashKey[float]()
 _found: dict[str, float] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu_seconds", metavar="FILE", type=Path, help="write all tests' CPU seconds to this file")
 
 
 def _now() -> float:
@@ -35,6 +44,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if file := terminalreporter.config.getoption("cpu_seconds"):
+        file.write_text(json.dumps(_found, indent=1, sort_keys=True) + "\n")
     dear = [name for name in sorted(_found, key=_found.__getitem__, reverse=True) if _found[name] > MOST]
     if not dear:
         return

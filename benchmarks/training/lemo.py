@@ -115,7 +115,7 @@ def main() -> None:
         known = arguments.steps, arguments.length, arguments.rows, arguments.block
         print(json.dumps(one_run(arguments.model, float(share), *known, kind)))
         return
-    record = Record("training/lemo", arguments.output, **{name: getattr(arguments, name) for name in SETTINGS})
+    record = Record("training/lemo", arguments.output, **{f"of {name}": getattr(arguments, name) for name in SETTINGS})
     for share, kind in [(1.0, "all"), *itertools.product(SHARES[1:], arguments.kinds)]:
         if not record.has(share=share, kept=kind):
             known = [part for name in ("model", *SETTINGS) for part in (f"--{name}", getattr(arguments, name))]

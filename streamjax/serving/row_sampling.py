@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.serving.requests import Request
+from streamjax.streaming.sampling import first_largest
 
 MOST_ALTERNATIVES = 20  # log-probabilities a token; what OpenAI's API allows at most
 
@@ -111,7 +112,7 @@ def choose(
         keys = jax.vmap(jax.random.fold_in)(keys, rows.index)
         return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
 
-    best = jnp.argmax(changed, axis=-1).astype(jnp.int32)
+    best = first_largest(changed)
     token = jnp.where(drawn, jax.lax.cond(jnp.any(drawn), draw, lambda: best), best)
     most = min(MOST_ALTERNATIVES, logits.shape[-1])
 
@@ -131,11 +132,15 @@ def choose(
 
 def penalised(logits: Float[Array, "B V"], rows: RowSampling, used: Bool[Array, "B V"]) -> Float[Array, "B V"]:
     """Logits after penalties and biases; what does nothing changes no bit."""
-    factor = rows.repetition_penalty[:, None]
-    logits = jnp.where(used, jnp.where(logits > 0, logits / factor, logits * factor), logits)
-    logits = logits - rows.presence_penalty[:, None] * (rows.counts > 0)
-    logits = logits - rows.frequency_penalty[:, None] * rows.counts
-    return logits + rows.bias
+
+    def changed() -> Array:
+        factor = rows.repetition_penalty[:, None]
+        found = jnp.where(used, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+        found = found - rows.presence_penalty[:, None] * (rows.counts > 0)
+        return found - rows.frequency_penalty[:, None] * rows.counts
+
+    some = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    return jax.lax.cond(jnp.any(some), changed, lambda: logits) + rows.bias
 
 
 def keep_likely(logits: Float[Array, "B V"], rows: RowSampling, drawn: Bool[Array, " B"]) -> Float[Array, "B V"]:

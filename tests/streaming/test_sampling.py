@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from streamjax.streaming.sampling import first_largest
 
 VOCAB = 50
 LOGITS = np.random.default_rng(0).normal(scale=3.0, size=(4, VOCAB)).astype(np.float32)
@@ -128,3 +129,14 @@ def test_sampling_says_what_it_lacks():
         sj.Sampler().sample(logits, None)
     with pytest.raises(ValueError, match="needs the tokens seen"):
         sj.Sampler(repetition_penalty=2.0).sample(logits, jax.random.key(0))
+
+
+def test_the_first_largest_is_argmax():
+    """Ties go to the first; of rows with NaN or without a finite logit an index of the row is given."""
+    logits = np.random.default_rng(0).integers(0, 5, (40, 300)).astype(np.float32)
+    logits[3] = -np.inf
+    np.testing.assert_array_equal(first_largest(jnp.asarray(logits)), logits.argmax(axis=1))
+    logits[:, 7] = np.nan
+    found = np.asarray(first_largest(jnp.asarray(logits)))
+    assert found.min() >= 0
+    assert found.max() < 300
