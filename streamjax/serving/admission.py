@@ -25,6 +25,8 @@ def require_possible(request: Request, vocab_size: int, adapters: Collection[str
             raise ValueError(f"{name} has {wrong!r}, which is no id of the model's vocabulary of {vocab_size}")
     if not request.prompt and request.conversation is None:
         raise ValueError("the prompt is empty: it needs at least one token, such as BOS")
+    if request.shared < 0:
+        raise ValueError(f"shared must not be negative, got {request.shared}")
     if request.max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {request.max_new_tokens}")
     if not all(isinstance(word, str) and word for word in request.stop):

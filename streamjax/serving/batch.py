@@ -47,6 +47,7 @@ class Batch:
 
     Attributes:
       grown: who guesses on the device; None: nobody.
+      cut: of what streams go on from, tokens come in multiples of so many.
       narrow: whether a pass computes no more rows than have to be; see `widths`.
       decoding, reading: the model with the adapters of the rows, and with that of the stream that is read.
     """
@@ -67,6 +68,7 @@ class Batch:
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
         self.grown: GrownGuesses | None = None
         self.narrow = False
+        self.cut = 1
         self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
         self._cache = cache if held_in is None else held_in
         self._options: dict[str, Any] = {"dtype": dtype, "implementation": implementation, "note_used": True}

@@ -186,7 +186,9 @@ class Engine:
         require_possible(request, self.model.config.vocab_size, self._adapters)
         number = None if request.adapter is None else list(self._adapters).index(request.adapter)
         vocab = self.model.config.vocab_size
-        job = Job(request, self.tokenizer, self._batch.chunk_size, on_event, self._cancel, vocab, number)
+        shared = min(request.shared, len(request.prompt))
+        shared -= shared % self._batch.cut
+        job = Job(request, self.tokenizer, self._batch.chunk_size, on_event, self._cancel, vocab, number, shared)
         with self._changed:
             if self._closed:
                 raise ValueError("the engine is closed")

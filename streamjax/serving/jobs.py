@@ -25,7 +25,8 @@ class Job:
     """One request. It waits, reads its prompt, decodes in a row, and may be preempted at any time.
 
     Attributes:
-      path: the prompt's ids, as the tree of prefixes has them. before: tokens that its conversation had read.
+      path: the prompt's ids, as the tree of prefixes has them: what is `shared` of them fills whole chunks. before:
+      tokens that its conversation had read.
       read: tokens of the prompt that its stream has read. cached: those of them that were not read for this request.
       state: its stream while it is in no row, on the device; parked: the same in the host's memory; both None before it
       begins and while it has a row. row: which one it has. line: what guesses know of it, where anybody guesses.
@@ -42,11 +43,14 @@ class Job:
         on_cancel: Callable[[Job], None],
         vocab_size: int = 0,
         adapter_number: int | None = None,
+        shared: int = 0,
     ):
         self.request = request
         self.prompt = np.asarray(request.prompt, np.int32)
         # what a prompt begins with was read with an adapter: to others it is another prompt
-        self.path = self.prompt if adapter_number is None else self.prompt + (adapter_number + 1) * vocab_size
+        path = self.prompt if adapter_number is None else self.prompt + (adapter_number + 1) * vocab_size
+        self._shared, self._filling = shared, -shared % chunk_size
+        self.path = np.insert(path, shared, np.full(self._filling, -1, np.int32))
         self.read = self.cached = self.before = 0
         self.state: Stream | None = None
         self.parked: ParkedState | None = None
@@ -67,7 +71,19 @@ class Job:
     @property
     def reading_steps(self) -> int:
         """Chunks that are left of its prompt."""
-        return -(-(len(self.prompt) - self.read) // self._chunk_size)
+        return -(-(len(self.path) - self.place(self.read)) // self._chunk_size)
+
+    def place(self, read: int) -> int:
+        """Where in its path it stands when it has read so many tokens of its prompt."""
+        return read if read < self._shared else read + self._filling
+
+    def read_at(self, place: int) -> int:
+        """How many tokens of its prompt it has read at a place of its path."""
+        return place if place < self._shared + self._filling else place - self._filling
+
+    def until_cut(self, read: int) -> int:
+        """Tokens from there on that a chunk may have at most: to the end of what is shared, or a whole chunk."""
+        return min(self._chunk_size, self._shared - read) if read < self._shared else self._chunk_size
 
     @property
     def begun(self) -> bool:

@@ -160,18 +160,18 @@ class EngineLoop:
         if job.state is None:
             depth, beginning = self.prefixes.match(job.path)
             job.state = self.batch.fresh() if beginning is None else self.batch.fork(beginning)
-            job.begin(depth, ())
-            self.cached += depth
+            job.begin(job.read_at(depth), ())
+            self.cached += job.read
         stream, more = job.state, len(job.prompt[job.read : job.read + self.batch.chunk_size])
         return self._with_room(job, chosen, lambda: self.batch.reserve(stream, more) or None) is not None
 
     def _chunk_of(self, job: Job) -> int:
         """How many tokens of a prompt to read now; chunks end where beginnings of prompts are kept."""
-        size = self.batch.chunk_size
+        size, start = self.batch.chunk_size, job.read if job.state is not None else 0
         if self._pace is None:
-            return size
-        start = job.read if job.state is not None else 0
-        return min(self._pace.tokens(lambda count: self._work(start, start + count)), size - start % size)
+            return job.until_cut(start)
+        fitting = self._pace.tokens(lambda count: self._work(start, start + count))
+        return min(fitting, size - job.place(start) % size, job.until_cut(start))
 
     def _read_chunk(self, job: Job, size: int) -> int:
         """Read the next chunk of a prompt; how much of the iteration's budget that took."""
@@ -186,8 +186,8 @@ class EngineLoop:
         job.read += len(tokens)
         self.read += len(tokens)
         self._policy.ran(job)
-        if job.starts_anew and self.prefixes.wants(job.path, job.read):
-            self.prefixes.keep(job.path, job.read, self.batch.keep(job.state))
+        if job.starts_anew and self.prefixes.wants(job.path, place := job.place(job.read)):
+            self.prefixes.keep(job.path, place, self.batch.keep(job.state))
         return self.batch.width(len(tokens))
 
     def _decode(self, running: Sequence[Job], alone: bool, chosen: Sequence[Job]) -> Drawn | None:

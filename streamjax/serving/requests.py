@@ -61,8 +61,10 @@ class Request:
     logprobs: so many alternatives a token are reported; None reports none, 0 the drawn token's alone. constraint: the
     form of the output. conversation: the name of a stream that the server keeps: the request goes on where it stands,
     and it stands behind the request's last token afterwards; None starts anew (a prefix that the engine knows is not
-    read again) and keeps nothing. adapter: the name of a LoRA adapter; None is the model as it is. extra: plain data
-    that is kept, and saved, with the conversation from this request's first token on.
+    read again) and keeps nothing. adapter: the name of a LoRA adapter; None is the model as it is. shared: so many of
+    the prompt's ids stand by themselves, as a system prompt does: they are read in chunks of their own, so that other
+    requests that begin with them go on from there. extra: plain data that is kept, and saved, with the conversation
+    from this request's first token on.
     """
 
     prompt: tuple[int, ...]
@@ -74,6 +76,7 @@ class Request:
     constraint: Constraint | None = None
     conversation: str | None = None
     adapter: str | None = None
+    shared: int = 0
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -74,6 +74,31 @@ def test_chunks_beside_rows_that_decode_are_as_small_as_the_time_asks(monkeypatc
         assert tokens(list(ticket.events())) == alone(wanted)
 
 
+@pytest.mark.parametrize("step_seconds", [None, 1e-9])
+def test_what_is_said_to_be_shared_is_read_twice_and_then_known(monkeypatch, step_seconds):
+    """Its end is no multiple of the chunk. Whoever goes on from there gets the tokens of a lone request."""
+    one, read = engine(prefix_bytes=1 << 20, step_seconds=step_seconds), []
+    take = one._batch.read
+    monkeypatch.setattr(one._batch, "read", lambda *given: (read.append(len(given[1])), take(*given))[1])
+    begins = [256, *b"You are a bee."]  # 15
+    every = [
+        request([*begins, *ends.encode()], shared=15) for ends in ("Hi. Who?", "Now, tell me more.", "No", "Hi. Who?")
+    ]
+    cached = []
+    for wanted in every:
+        read.clear()
+        (events,) = served(one, wanted)
+        cached.append(events[-1].usage.cached_tokens)
+        assert sum(read) == len(wanted.prompt) - cached[-1]
+        assert sum(read[:2]) == 15 or cached[-1]  # 8 and 7: a cut behind it
+        (lone,) = served(engine(), wanted)
+        assert tokens(events) == tokens(lone)
+        assert events[-1].usage.prompt_tokens == len(wanted.prompt)
+    assert cached == [0, 0, 15, 23]  # a state is kept where two prompts were seen to part
+    with pytest.raises(ValueError, match="shared must not be negative, got -1"):
+        one.submit(request("a", shared=-1))
+
+
 def test_where_few_rows_decode_few_are_computed(monkeypatch):
     """The first 1 or 4 of six, or all; a stream that is alone again in a later row is computed with those before it."""
     widths, run = [], batch.decode_rows

@@ -68,6 +68,18 @@ def test_tokens_are_those_of_a_stream_alone(order, pauses, policy, prefix_bytes)
     assert book(one).free == book(one).pages == 16
 
 
+def test_what_is_shared_ends_with_a_page():
+    """15 ids are cut to 8, a page: pages that go on differently are never shared."""
+    one, begins = paged(), [256, *b"You are a bee."]
+    every = [
+        request([*begins, *ends.encode()], shared=15) for ends in ("Hi. Who?", "Now, tell me more.", "No, and why?")
+    ]
+    found = [served(one, wanted)[0] for wanted in every]
+    assert [events[-1].usage.cached_tokens for events in found] == [0, 0, 8]
+    for wanted, events in zip(every, found, strict=True):
+        assert tokens(events) == tokens(served(paged(prefix_bytes=0), wanted)[0])
+
+
 def test_a_fork_copies_no_page():
     one = paged()
     first = one.submit(MIXED[1])

@@ -78,11 +78,14 @@ def prepare_chat(service: Service, body: dict[str, Any], conversation: str | Non
         raise wrong_value("n", "must be 1 where a conversation goes on")
     with service.plain_errors():
         extra: dict[str, Any] = {}
+        shared = 0
         if conversation is not None:
             prompt, extra = next_turn(service, conversation, messages, tools)
         else:
             told, values = tools.told(messages, service.tokenizer.chat_template)
-            prompt = encode_chat(service.tokenizer, told, **(service.template_values | values))
+            values = service.template_values | values
+            prompt = encode_chat(service.tokenizer, told, **values)
+            shared = service.beginnings.length(told, values, prompt)
     if service.tokenizer.chat_template is None:
         options = dataclasses.replace(options, stop=(*options.stop, DEFAULT_STOP))
     requests = options.requests(
@@ -91,6 +94,7 @@ def prepare_chat(service: Service, body: dict[str, Any], conversation: str | Non
         logprobs=(top or 0) if logprobs else None,
         conversation=conversation,
         adapter=adapter,
+        shared=shared,
         extra=extra,
     )
     if constraint is not None:

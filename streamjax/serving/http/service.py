@@ -16,6 +16,7 @@ from streamjax.serving.http.errors import ApiError, overloaded
 from streamjax.serving.http.generations import Generations
 from streamjax.serving.http.monitoring import Metrics
 from streamjax.serving.http.reading.constraints import Grammars
+from streamjax.serving.http.reading.shared_beginning import SharedBeginnings
 from streamjax.serving.requests import Overloaded, RequestEngine
 from streamjax.serving.simultaneous.streams import SimultaneousStreams
 
@@ -70,6 +71,7 @@ class Service:
         self.created = int(time.time())
         self.generations = Generations(engine)
         self.grammars = Grammars(tokenizer, vocab_size, stop_ids)
+        self.beginnings = SharedBeginnings(tokenizer)
         self.metrics = Metrics(engine)
         self.empty_conversations: dict[str, None] = {}  # created, and nothing said in them yet
         self.held: set[str] = set()  # conversations with a request under way

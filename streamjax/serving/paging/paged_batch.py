@@ -94,6 +94,7 @@ class PagedBatch(Batch):
         paged = in_pool(layer_caches(model.config, cache), pages, self._size)
         self._width = max(one.pages_of_a_stream for one in paged if isinstance(one, PagePool))
         super().__init__(model, cache, rows, chunk_size, block, dtype, implementation, adapters, held_in=paged)
+        self.cut = self._size  # pages are shared whole
         self._counts = [len(jax.tree.leaves(layer)) for layer in self.parking.empty.layers]
         self.capacity = min(filter(None, (self.capacity, self._count * self._size)))
         self.cache_bytes = self.state.cache_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._pools))
