@@ -35,7 +35,6 @@ ROOMS = """
     streamjax.attention
     streamjax.kv.ring_buffer
     streamjax.kv.codecs
-    streamjax.kv.slot_blocks
     streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks streamjax.kv.decode_kernels
     streamjax.kv.ring_state streamjax.kv.slot_state
     streamjax.kv.scores

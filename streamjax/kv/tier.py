@@ -20,10 +20,12 @@ from streamjax.attention.dense import attend, attention_shares, summed_over_quer
 from streamjax.attention.rotary import Rotary
 from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.codecs.slots import CodedSlots, Slots, attend_coded, mass_coded, turned
-from streamjax.kv.slot_blocks import slot_block
 
 State = Any  # a pytree of arrays
 Implementation = Literal["xla", "pallas"]
+SLOT_BLOCK = 512  # logits of one chunk against at most this many slots exist at a time
+DECODE_SLOT_BLOCK = 8192  # the same for a single token, whose logits are few
+CODED_SLOT_BLOCK = 1024  # the same where slots are codes: what is decoded stays in the cache
 QUERY_BLOCK = 256  # queries of a chunk that attend to the chunk at a time, to its keys up to their own end only
 Fold = Callable[[Float[Array, "B K G C S"]], Float[Array, "B N S"]]
 
@@ -201,15 +203,15 @@ class Query:
         """Attend causally to keys at these stream positions, at most `reach` positions back.
 
         `valid`: which slots hold tokens, or which of them each query may read. Distances are differences of uint32
-        positions read as int32: right across the wrap of the counter. Slots are taken a block at a time, see
-        `slot_block`; with `filled`, blocks of which no row has filled any slot are not visited, unless the query is
-        differentiable: a loop without a fixed end has no reverse mode. P is K, or 1 where one list has the keys of all
-        heads, and `valid` says whose each is.
+        positions read as int32: right across the wrap of the counter. Slots are taken `SLOT_BLOCK` at a time; with
+        `filled`, blocks of which no row has filled any slot are not visited, unless the query is differentiable: a loop
+        without a fixed end has no reverse mode. P is K, or 1 where one list has the keys of all heads, and `valid` says
+        whose each is.
         """
-        slots, single, coded = k.shape[2], self.q.shape[1] == 1, isinstance(k, CodedSlots)
+        slots, single = k.shape[2], self.q.shape[1] == 1
+        size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
         if self.differentiable:
             filled = None
-        size = slot_block(slots, single, filled is not None, coded)
         if not coded and slots == size and (filled is None or single):
             return self._attend(k, v, position, valid, reach)
         nothing = self.nothing()
@@ -219,7 +221,7 @@ class Query:
             def part(keys: Array, v: Array, position: Array, valid: Array) -> Partial:
                 return self._attend(turned(k, keys, position, self.rotary), v, position, valid, reach)
 
-            return attend_coded(part, k, v, position, valid, nothing, used, size)
+            return attend_coded(part, k, v, position, valid, nothing, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
 
         def block(index: Array, part: Partial) -> Partial:
             # The last block is moved back to fit; slots that the block before it had are masked.
@@ -274,19 +276,17 @@ class Query:
         Padding gives none. With `filled` only blocks of keys that hold any are read. `fold` makes a number for each key
         of N heads out of the shares that queries give; their sum for each query head.
         """
-        slots, single, coded = k.shape[2], self.q.shape[1] == 1, isinstance(k, CodedSlots)
-        if self.differentiable:
-            filled = None
-        size = slot_block(slots, single, filled is not None, coded)
+        slots, single = k.shape[2], self.q.shape[1] == 1
+        size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
 
         def folded(keys: Array, position: Array, valid: Array) -> Array:
             return fold(self.shares(turned(k, keys, position, self.rotary), position, valid, lse, reach))
 
         if not coded and slots == size and (filled is None or single):  # as `attend`: the compiler finds its logits
             return folded(k, position, valid)
-        used = slots if filled is None else jnp.max(filled)
+        used = slots if filled is None or self.differentiable else jnp.max(filled)
         if coded:
-            return mass_coded(folded, k, position, valid, used, size)
+            return mass_coded(folded, k, position, valid, used, CODED_SLOT_BLOCK if single else SLOT_BLOCK)
 
         def block(index: Array, masses: Array) -> Array:
             start = jnp.minimum(index * size, slots - size)  # the last block is moved back to fit

@@ -1,11 +1,11 @@
 """A query against cached keys: causality and reach by stream position, slots taken block by block."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.kv import Query, slot_blocks
+import streamjax.kv.tier as tier
+from streamjax.kv import Query
 from tests.kernels.test_partial import softmax64
 
 B, K, H, D, SLOTS = 2, 2, 4, 4, 23
@@ -41,8 +41,8 @@ def query(q, base: int) -> Query:
 @pytest.mark.parametrize("block", [4, 100])
 @pytest.mark.parametrize(("chunk", "reach", "base"), [(1, None, 50), (1, 9, 50), (3, 7, 7), (3, None, 2**32 - 1)])
 def test_blocks_of_slots_are_one_attention(monkeypatch, block, chunk, reach, base):
-    monkeypatch.setattr(slot_blocks, "SLOT_BLOCK", block)
-    monkeypatch.setattr(slot_blocks, "DECODE_SLOT_BLOCK", block)
+    monkeypatch.setattr(tier, "SLOT_BLOCK", block)
+    monkeypatch.setattr(tier, "DECODE_SLOT_BLOCK", block)
     q, k, v, behind, valid = world(chunk)
     position = jnp.asarray((base - behind) % 2**32, jnp.uint32)
     got = query(q, base).attend(jnp.asarray(k), jnp.asarray(v), position, jnp.asarray(valid), reach=reach)
@@ -54,45 +54,13 @@ def test_blocks_of_slots_are_one_attention(monkeypatch, block, chunk, reach, bas
 
 
 @pytest.mark.quick
-def test_a_single_query_reads_quarters_on_a_cpu_as_far_as_slots_are_filled(monkeypatch):
-    assert slot_blocks.slot_block(2048, single=True, bounded=True) == 512
-    assert slot_blocks.slot_block(300, single=True, bounded=True) == slot_blocks.LEAST_DECODE_BLOCK
-    assert slot_blocks.slot_block(100, single=True, bounded=True) == 100
-    assert slot_blocks.slot_block(2048, single=True, bounded=False) == 2048
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
-        assert slot_blocks.slot_block(2048, single=True, bounded=True) == 2048
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert slot_blocks.slot_block(2048, single=True, bounded=True) == 2048
-
-
-@pytest.mark.quick
-def test_how_far_others_are_filled_changes_no_bit(monkeypatch):
-    """A row's result is the same to the bit, however many blocks other rows make it visit."""
-    monkeypatch.setattr(slot_blocks, "LEAST_DECODE_BLOCK", 4)
-    q, k, v, _, _ = world(1, seed=2)
-    position = jnp.broadcast_to(jnp.arange(SLOTS, dtype=jnp.uint32), (B, 1, SLOTS))
-
-    def first_row(other: int):
-        filled = np.array([5, other])
-        valid = jnp.asarray(np.arange(SLOTS) < filled[:, None, None])
-        got = query(q, 25).attend(
-            jnp.asarray(k), jnp.asarray(v), position, valid, filled=jnp.asarray(filled, jnp.int32)
-        )
-        return np.asarray(got.out[0]), np.asarray(got.lse[0])
-
-    for few, many in zip(first_row(1), first_row(SLOTS), strict=True):
-        np.testing.assert_array_equal(few, many)
-
-
-@pytest.mark.quick
 @pytest.mark.parametrize("filled", [(0, 0), (8, 0), (9, 23)])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_blocks_behind_the_filled_slots_are_not_read(monkeypatch, chunk, filled):
     """Keys there are NaN, which would show in the output if a block of them were visited."""
     block = 8
-    monkeypatch.setattr(slot_blocks, "SLOT_BLOCK", block)
-    monkeypatch.setattr(slot_blocks, "DECODE_SLOT_BLOCK", block)
-    monkeypatch.setattr(slot_blocks, "LEAST_DECODE_BLOCK", block)
+    monkeypatch.setattr(tier, "SLOT_BLOCK", block)
+    monkeypatch.setattr(tier, "DECODE_SLOT_BLOCK", block)
     q, k, v, _, _ = world(chunk, seed=1)
     valid = np.arange(SLOTS) < np.array(filled)[:, None, None]
     visited = -(-max(filled) // block) * block

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import streamjax as sj
-from streamjax.kv import slot_blocks
+from streamjax.kv import tier
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tiers import full
 from streamjax.parallel.mesh import make_mesh, shard_model
@@ -66,7 +66,7 @@ def test_fsdp_gathers_weights_and_nothing_else():
 def test_slots_over_devices_exchange_one_sum_a_layer(width, monkeypatch):
     """Caches larger than what is read at once, too: no block of slots crosses. Maxima are too small to be listed."""
     for name in ("SLOT_BLOCK", "DECODE_SLOT_BLOCK"):
-        monkeypatch.setattr(slot_blocks, name, 16)
+        monkeypatch.setattr(tier, name, 16)
     jax.clear_caches()
     partial = BATCH, width, CONFIG.num_heads // 4, CONFIG.head_dim + 1
     found = [shape for _, shape in _collectives("context2-tensor4", "dense", width)]

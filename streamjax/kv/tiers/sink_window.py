@@ -116,15 +116,14 @@ class SinkWindow(Tier):
         return Stored(k, both(first.v, state.v), both(first.position, state.position), valid)
 
     def attend(self, state: SinkWindowState, query: Query, reach: int | None) -> Partial:
-        n, first = self.sinks, state.first
-        held = first.filled + state.filled  # a prefix: the ring fills when the sinks are full
-        if kernel_decodes(query, state.k):
-            return decode(query, state.k, state.v, held)
+        if kernel_decodes(query, state.k):  # the ring fills when the sinks are full: what is held is a prefix
+            return decode(query, state.k, state.v, state.first.filled + state.filled)
         slot = jnp.arange(self.slots)
+        n, first = self.sinks, state.first
         kept, filled = first.filled[:, None, None], state.filled[:, None, None]
         if query.q.shape[1] == 1:
             valid = jnp.where(slot < n, slot < kept, slot - n < filled)
-            return query.attend(state.k, state.v, state.position, valid, filled=held)
+            return query.attend(state.k, state.v, state.position, valid)
         placed = query.at(clamped(query, first.position, self.reach))
         keys = self._rotated(first, query.rotary, first.position)
         sinks = placed.attend(keys, first.v, first.position, slot[:n] < kept)

@@ -278,7 +278,7 @@ def test_empty_pages_are_not_read(name):
 
 @pytest.mark.parametrize("name", ["pages", "tree", "content by ids"])
 def test_only_slots_that_hold_tokens_are_read_while_they_are_few(monkeypatch, name):
-    monkeypatch.setattr("streamjax.kv.slot_blocks.SLOT_BLOCK", 4)
+    monkeypatch.setattr("streamjax.kv.tier.SLOT_BLOCK", 4)
     monkeypatch.setattr("streamjax.kv.pages.union_reading.SLOTS", 4)
     tier, (stream, _) = FEW_OR_MANY[name], wandering(1, 7)
     state = filled(tier, stream.k, stream.v, np.full((1, 7), 1))
