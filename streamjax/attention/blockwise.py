@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.partial import accumulator
 from pallas_kernels.patterns import Pattern
+from streamjax.attention.block_cutting import even_size
 
 
 class Blocks(NamedTuple):
@@ -76,7 +77,7 @@ def even_block(length: int, most: int) -> int:
     """
     if length <= most:
         return length
-    return min(-(-length // (-(-length // most) * 16)) * 16, most)
+    return min(-(-even_size(length, most) // 16) * 16, most)
 
 
 def forward(blocks: Blocks, queries: Queries, keys: Keys) -> tuple[Float[Array, "B K G C D"], Float[Array, "B K G C"]]:

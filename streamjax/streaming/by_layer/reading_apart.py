@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import without_layers
 from streamjax.streaming.by_layer.second_mesh import advance_apart, lies_apart
+from streamjax.streaming.decode_block import next_token
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import surprise
@@ -80,11 +81,7 @@ def _drawn(
     stop: tuple[int, ...],
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The next token of each stream, how many of it are read (0 or 1), what is shown of it, and who is done or bad."""
-    logits = ends.logits(hidden[:, None])[:, 0]
-    stood = jnp.any(bad)
-    bad = bad | (~done & ~stood & ~jnp.isfinite(jnp.max(logits, axis=-1)))
-    still = done | jnp.any(bad)
-    token = sampler.sample(logits, None if key is None else jax.random.fold_in(key, index), used)
-    if stop:
-        done = done | (~still & (token[:, None] == jnp.array(stop)).any(axis=1))
-    return token[:, None], jnp.where(still, 0, 1), jnp.where(still, -1, token), done, bad
+    stood = jnp.any(bad)  # before this token: nobody goes on
+    token, still, after, more = next_token(ends, hidden, used, done | stood, key, index, sampler, stop)
+    done = jnp.where(stood, done, after)
+    return token[:, None], jnp.where(still, 0, 1), jnp.where(still, -1, token), done, bad | more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ class SharedBeginnings:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._known: dict[str, list[int]] = {}
+        self._ids_of = functools.lru_cache(_MOST)(self._found)  # for several threads
 
     def length(self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], prompt: Sequence[int]) -> int:
         """Ids of `prompt` that the beginning has; 0 where it is short, or the prompt does not begin with it."""
@@ -41,22 +42,14 @@ class SharedBeginnings:
 
     def _ids(self, before: list[Mapping[str, Any]], values: Mapping[str, Any]) -> list[int]:
         try:
-            key = json.dumps([before, dict(values)], sort_keys=True)
-        except (TypeError, ValueError):
+            return self._ids_of(json.dumps([before, dict(values)]))
+        except (TypeError, ValueError):  # no plain data, or a template that wants more of a chat than this
             return []
-        if key not in self._known:
-            while len(self._known) >= _MOST:
-                del self._known[next(iter(self._known))]
-            self._known[key] = self._found(before, values)
-        return self._known[key]
 
-    def _found(self, before: list[Mapping[str, Any]], values: Mapping[str, Any]) -> list[int]:
-        try:
-            first, second = (
-                encode_chat(self._tokenizer, [*before, {"role": "user", "content": probe}], **values)
-                for probe in _PROBES
-            )
-        except ValueError:  # a template that wants more of a chat than this
-            return []
+    def _found(self, beginning: str) -> list[int]:
+        before, values = json.loads(beginning)
+        first, second = (
+            encode_chat(self._tokenizer, [*before, {"role": "user", "content": probe}], **values) for probe in _PROBES
+        )
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         return [token for token, _ in pairs]
