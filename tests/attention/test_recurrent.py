@@ -79,6 +79,7 @@ def test_padding_changes_no_state(delta, channels, length):
     assert np.asarray(state[1]).tobytes() == given["state"][1].tobytes()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("delta", "channels"), KINDS)
 def test_gradients_are_those_of_single_tokens(delta, channels):
     """In float64, through blocks with resets, of decays that underflow too."""

@@ -21,15 +21,17 @@ def model() -> sj.Decoder:
     return sj.Decoder(CONFIG, jax.random.key(0))
 
 
-def session(model, cache) -> sj.Session:
+CACHE = sj.kv.preset("streaming_llm", sinks=2, window=10)
+
+
+def session(model, cache=CACHE) -> sj.Session:
     return sj.Session(model, ByteTokenizer(), cache, chunk_size=16)
 
 
 def test_a_run_costs_what_score_says(model):
-    cache = sj.kv.preset("streaming_llm", sinks=2, window=10)
-    _, expected = sj.score(model, sj.init_state(model, cache), np.array([[256, *TEXT]]), chunk_size=16)
+    _, expected = sj.score(model, sj.init_state(model, CACHE), np.array([[256, *TEXT]]), chunk_size=16)
     seen = []
-    trial = run_trial("s", session(model, cache), TEXT, progress=lambda done, mean: seen.append((done, mean)))
+    trial = run_trial("s", session(model), TEXT, progress=lambda done, mean: seen.append((done, mean)))
     expected = np.asarray(expected)
     np.testing.assert_allclose(trial.nats, expected[0, 1:], atol=1e-5)
     assert trial.ended == ""
@@ -43,30 +45,30 @@ def test_a_run_costs_what_score_says(model):
 
 
 def test_a_run_that_goes_on_begins_no_text(model):
-    cache = sj.kv.preset("window", window=12)
-    one = session(model, cache)
+    one = session(model)
     first, second = run_trial("a", one, TEXT[:31]), run_trial("b", one, TEXT[31:])
-    whole = run_trial("c", session(model, cache), TEXT)
+    whole = run_trial("c", session(model), TEXT)
     np.testing.assert_allclose(np.concatenate([first.nats, second.nats]), whole.nats, atol=1e-4)
 
 
 def test_a_dense_run_ends_when_its_cache_is_full(model):
-    trial = run_trial("d", session(model, sj.kv.preset("dense", capacity=40)), TEXT)
-    assert trial.ended == "full at 40 tokens"
-    assert len(trial.nats) == 39  # BOS takes a place
-    assert np.isfinite(trial.nats).all()
-    assert trial.memory.slots == (40,)
-    enough = run_trial("d", session(model, sj.kv.preset("dense", capacity=len(TEXT) + 1)), TEXT)
+    cache = sj.kv.preset("dense", capacity=len(TEXT) + 1)  # BOS takes a place
+    enough = run_trial("d", session(model, cache), TEXT)
     assert enough.ended == ""
-    np.testing.assert_allclose(enough.nats[:39], trial.nats, atol=1e-5)
+    trial = run_trial("d", session(model, cache), [*TEXT, *TEXT[:7]])
+    assert trial.ended == f"full at {len(TEXT) + 1} tokens"
+    assert len(trial.nats) == len(TEXT)
+    assert np.isfinite(trial.nats).all()
+    assert trial.memory.slots == (len(TEXT) + 1,)
+    np.testing.assert_allclose(trial.nats, enough.nats, atol=1e-5)
 
 
 def test_a_run_ends_when_its_time_is_up(model):
-    trial = run_trial("t", session(model, sj.kv.preset("window", window=12)), TEXT, seconds=0.0)
+    trial = run_trial("t", session(model), TEXT, seconds=0.0)
     assert trial.ended == "out of time at 15 tokens"
     assert len(trial.nats) == 15
     with pytest.raises(ValueError, match="the text is empty"):
-        run_trial("t", session(model, sj.kv.preset("window", window=12)), [])
+        run_trial("t", session(model), [])
 
 
 def made_up(name: str, count: int, level: float, ended: str = "") -> Trial:
@@ -121,7 +123,7 @@ def test_a_run_ends_where_it_is_told_to(model):
         costs.append(nats)
         return "enough" if len(costs) == 3 else ""
 
-    trial = run_trial("t", session(model, sj.kv.preset("window", window=12)), TEXT, stop=stop)
+    trial = run_trial("t", session(model), TEXT, stop=stop)
     assert trial.ended == f"enough at {len(trial.nats)} tokens"
     assert len(costs) == 3
     np.testing.assert_array_equal(np.concatenate(costs), trial.nats)

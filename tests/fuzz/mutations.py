@@ -62,9 +62,9 @@ class TooSlow(BaseException):
     """A reader has not come back; no Exception, so that none takes it for a fault of the file."""
 
 
-def draws(few: int) -> pytest.MarkDecorator:
-    """Parametrizes a test over how many changes it draws: `few`, or ten times as many where slow tests run."""
-    return pytest.mark.parametrize("draws", [few, pytest.param(10 * few, marks=pytest.mark.slow)])
+def draws(few: int, many: int | None = None) -> pytest.MarkDecorator:
+    """Parametrizes a test over how many changes it draws: `few`, or `many`, ten times as many, where slow tests run."""
+    return pytest.mark.parametrize("draws", [few, pytest.param(many or 10 * few, marks=pytest.mark.slow)])
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:

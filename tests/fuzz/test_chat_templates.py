@@ -60,7 +60,7 @@ def template(rng, depth=3):
     return inner + template(rng, depth - 1) if depth else inner
 
 
-@draws(120)
+@draws(60, 1200)
 def test_a_drawn_template_is_rendered_or_refused_in_one_line(draws, monkeypatch):
     monkeypatch.setattr(template_process, "SECONDS", 0.2)  # 5 seconds each would take long
     rng = random.Random(0)

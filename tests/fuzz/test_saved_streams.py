@@ -105,8 +105,8 @@ def test_with_checksums_every_change_is_refused(saved, draws):
     assert_saved(read(), expected, "as it was")
 
 
-@pytest.mark.usual("session-20")
-@draws(20)
+@pytest.mark.usual("session-8")
+@draws(8, 200)
 def test_without_checksums_a_changed_file_is_read_or_refused_in_one_line(saved, draws, ignored, capfd):
     """What is read may have other numbers then: the arrays' bytes have no checksums of their own."""
     folder, read, expected = saved
@@ -124,8 +124,8 @@ def test_without_checksums_a_changed_file_is_read_or_refused_in_one_line(saved, 
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.usual("session-20")
-@draws(20)
+@pytest.mark.usual("session-8")
+@draws(8, 200)
 def test_without_checksums_changed_metadata_change_no_number(saved, draws, ignored):
     folder, read, expected = saved
     (folder / MANIFEST).unlink()

@@ -14,7 +14,7 @@ from tests.streaming.tiny_models import ALIBI, GQA, VOCAB, build
 
 CAPACITY, SIZE, ROWS, PAGES = 21, 4, 3, 20
 WIDTH = -(-CAPACITY // SIZE)
-MODELS = {"rope": build(GQA), "alibi": build(ALIBI)}
+MODELS = {"rope": build(GQA.replace(num_layers=1)), "alibi": build(ALIBI.replace(num_layers=1))}
 
 
 def tables(own: list[list[int]], shared: int = 0) -> PageTables:

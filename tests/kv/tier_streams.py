@@ -9,6 +9,7 @@ import numpy as np
 
 from streamjax.attention.rotary import Rotary
 from streamjax.kv import KVSpec, KVTokens, Query
+from tests.oracles.rotation import Turning
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 6
 SCALE = 0.7
@@ -69,17 +70,17 @@ def run(
 ):  # fmt: skip
     """Outputs [B, T, H, D] and the last state; chunk i holds `counts[i]` tokens, or `counts[i][row]` of each row.
 
-    Again from the first count when they run out, until all rows are read. Chunks are padded to `width` (the longest row
-    where None).
+    Again from the first count when they run out, until all rows are read. Chunks are padded to `width` (where None, to
+    the largest count), so that a stream is read by one program.
     """
     rows, length, heads = stream.q.shape[:3]
     rotary = None if frequencies is None else Rotary.from_frequencies(np.array(frequencies))
     state, seen, turn = empty(cascade, spec(rows, key_heads, heads)), np.zeros(rows, int), 0
     out = np.zeros(stream.q.shape)
+    wide = min(max(np.max(count) for count in counts), length) if width is None else width
     while (seen < length).any():
         count = np.minimum(np.broadcast_to(counts[turn % len(counts)], rows), length - seen)
         turn += 1
-        wide = int(count.max()) if width is None else width
         index = seen[:, None] + np.arange(wide)
         valid = np.arange(wide) < count[:, None]
 
@@ -109,17 +110,31 @@ def by_lists(kind, rule, stream):
     return np.array(rows)
 
 
+@partial(jax.jit, static_argnums=0)
+def _store(tier, k, v, ids):
+    shape = k.shape[0], 1, k.shape[2]
+    position = jnp.broadcast_to(jnp.arange(k.shape[2], dtype=jnp.uint32), shape)
+    return tier.store(tier.init(spec(k.shape[0])), KVTokens(k, v, k, position, jnp.ones(shape, bool), ids=ids))
+
+
 def filled(tier, keys, values, ids=None):
     """The tier with [B, T, K, D] tokens stored in one chunk; `ids` [B, T] where it asks for them."""
-    rows, length = keys.shape[:2]
-    shape = (rows, 1, length)
+    arrays = (jnp.asarray(np.swapaxes(x, 1, 2).astype(np.float32)) for x in (keys, values))
+    return _store(tier, *arrays, None if ids is None else jnp.asarray(ids, jnp.int32)[:, None])
 
-    def store(k, v):
-        position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.uint32), shape)
-        own = None if ids is None else jnp.asarray(ids, jnp.int32)[:, None]
-        return tier.store(tier.init(spec(rows)), KVTokens(k, v, k, position, jnp.ones(shape, bool), ids=own))
 
-    return jax.jit(store)(*(jnp.asarray(np.swapaxes(x, 1, 2).astype(np.float32)) for x in (keys, values)))
+def plain_attention(stream, *, frequencies=None, reach=None):
+    """Outputs [B, T, H, D] of plain attention in float64 to a token itself and all before it, or the last `reach`."""
+    turning = Turning()
+    turning.frequencies = frequencies
+    q, k = (np.stack([turning.turned(x[:, i].T, i).T for i in range(x.shape[1])], axis=1) for x in (stream.q, stream.k))
+    k, v = (np.repeat(x, HEADS // KEY_HEADS, axis=2) for x in (k, stream.v))
+    index = np.arange(q.shape[1])
+    away = index[:, None] - index
+    seen = (away >= 0) & (away <= (len(index) if reach is None else reach))
+    logits = np.where(seen, np.einsum("bthd,bshd->bhts", q, k) * SCALE, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.einsum("bhts,bshd->bthd", weights / weights.sum(axis=-1, keepdims=True), v)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -47,7 +47,7 @@ CASES = {
 @pytest.mark.parametrize("name", rest_slow(CASES, "own"))
 def test_tokens_are_coordinates_however_a_stream_is_cut(name):
     cache, ranks, group, bases = CASES[name]
-    out, state = run(cache, STREAM, [1], width=1, frequencies=FREQUENCIES)
+    out, state = run(cache, STREAM, [1], width=12, frequencies=FREQUENCIES)
     _, other = run(cache, STREAM, [(3, 12), (12, 1)], width=12, frequencies=FREQUENCIES)
     count = (LENGTH - WINDOW) // group * group
     for tier in (state[1], other[1]):

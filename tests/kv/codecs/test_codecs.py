@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,16 @@ Int, FP8, BlockFloats, FireQ, Mixed = sj.kv.Int, sj.kv.FP8, sj.kv.BlockFloats, s
 CQ, Codebooks = sj.kv.CQ, sj.kv.Codebooks
 
 
+@partial(jax.jit, static_argnums=(0, 2))
+def _coded(codec, x, role):
+    return codec.decode(codec.encode(x, role), role)
+
+
+def coded(codec, x, role):
+    """A group of tokens [G, D] as they come back."""
+    return np.asarray(_coded(codec, jnp.asarray(x)[None, None, None], role))[0, 0, 0]
+
+
 @pytest.mark.parametrize(("bits", "fit"), [(8, "range"), (4, "error"), (2, "error"), (1, "range")])
 @pytest.mark.parametrize("role", ["k", "v"])
 def test_codes_come_back_as_a_plain_loop_says(bits, fit, role):
@@ -23,8 +35,9 @@ def test_codes_come_back_as_a_plain_loop_says(bits, fit, role):
     x = rng.normal(size=(8, 16)).astype(np.float32) * rng.uniform(0.01, 30, 16).astype(np.float32) + 3
     x[:, 3], x[2] = 0.7, -1.3  # a channel that never changes, and a token
     codec = Int(bits=bits, group=8, fit=fit)
-    found = codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
-    np.testing.assert_array_equal(found, by_channel(x, bits, fit) if role == "k" else by_token(x, bits, 8, fit))
+    np.testing.assert_array_equal(
+        coded(codec, x, role), by_channel(x, bits, fit) if role == "k" else by_token(x, bits, 8, fit)
+    )
 
 
 @pytest.mark.parametrize("role", ["k", "v"])
@@ -32,12 +45,11 @@ def test_codes_come_back_as_a_plain_loop_says(bits, fit, role):
 def test_gear_keeps_what_codes_miss(role, rank, outliers):
     x = np.random.default_rng(rank).normal(size=(32, 16)).astype(np.float32) * np.linspace(0.5, 3, 16, dtype=np.float32)
     codec = sj.kv.Gear(2, group=32, rank=rank, outliers=outliers)
-    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role))[0, 0, 0]
+    found = coded(codec, x, role)
     expected, apart = gear(x, 2, rank, outliers, role == "k")
     assert (np.abs(found - x)[apart] <= np.abs(x)[apart] / 128).all()  # as bfloat16 has them
     assert np.linalg.norm(found - x) < 1.03 * np.linalg.norm(expected - x)
-    plain = codec.base.decode(codec.base.encode(jnp.asarray(x)[None, None, None], role), role)[0, 0, 0]
-    assert np.linalg.norm(found - x) < 0.95 * np.linalg.norm(plain - x)
+    assert np.linalg.norm(found - x) < 0.95 * np.linalg.norm(coded(codec.base, x, role) - x)
 
 
 @pytest.mark.parametrize("role", ["k", "v"])
@@ -57,7 +69,7 @@ def test_published_codes_come_back_as_plain_loops_say(codec, plain, most, role):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(8, 16)).astype(np.float32) * rng.uniform(0.1, 8, 16).astype(np.float32)
     x[:, 3], x[2] = 0.0, x[2] * 5
-    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role))[0, 0, 0]
+    found = coded(codec, x, role)
     expected = plain(x, role == "k")
     assert np.abs(found - expected).max() <= most * np.abs(x).max()
     assert 0 < np.linalg.norm(found - x) < (0.2 if codec.bits == 4 else 0.8) * np.linalg.norm(x)
@@ -68,13 +80,15 @@ def test_coupled_channels_are_the_nearest_entries_however_many_tokens_come_at_a_
     books = {role: rng.normal(size=(2 * 4, 16, 4)).astype(np.float32) * scale for role, scale in (("k", 3), ("v", 0.2))}
     own = Codebooks(books["k"].tobytes(), books["v"].tobytes(), 4, "a model")
     codec = CQ(4, 4, own)
+    encode = jax.jit(lambda codec, x, role, tables: codec.encode(x, role, *tables), static_argnums=(0, 2))
+    decode = jax.jit(lambda codec, codes, role, tables: codec.decode(codes, role, *tables), static_argnums=(0, 2))
     for role in "kv":
         tables = [jnp.asarray(table)[None] for table in codec.tables(role, 2, 16)]
         x = (rng.normal(size=(1, 2, 1, 300, 16)) * (3 if role == "k" else 0.2)).astype(np.float32)
-        codes = codec.encode(jnp.asarray(x), role, *tables)
-        few = codec.encode(jnp.asarray(x[:, :, :, 290:]), role, *tables)
+        codes = encode(codec, x, role, tables)
+        few = encode(codec, x[:, :, :, 290:], role, tables)
         np.testing.assert_array_equal(codes[0][:, :, :, 290:], few[0])
-        found = np.asarray(codec.without_numbers().decode(codes, role, *tables))[0, :, 0, :40]
+        found = np.asarray(decode(codec.without_numbers(), codes, role, tables))[0, :, 0, :40]
         for head in range(2):
             expected = coupled(x[0, head, 0, :40], books[role].reshape(2, 4, 16, 4)[head])
             # an entry lies on a grid of 511 steps, and of two that are as near either is taken
@@ -92,15 +106,11 @@ def test_transformed_channels_come_back_as_a_plain_loop_says(role):
     matrix = np.array([[(-1) ** (i & j).bit_count() / 2 for j in range(4)] for i in range(4)], np.float32)
     parts = by_token((x.reshape(8, 3, 4) @ matrix).reshape(8, 12), 4, 12, "error")
     expected = (parts.reshape(8, 3, 4) @ matrix).reshape(8, 12)
-
-    def coded(codec, x):
-        return np.asarray(codec.decode(codec.encode(jnp.asarray(x)[None, None, None], role), role))[0, 0, 0]
-
     codec, plain = sj.kv.Hadamard(Int(4, fit="error")), Int(4, fit="error").one_by_one()
-    np.testing.assert_allclose(coded(codec, x), expected, rtol=0, atol=2e-6 * np.abs(x).max())
+    np.testing.assert_allclose(coded(codec, x, role), expected, rtol=0, atol=2e-6 * np.abs(x).max())
     wide = rng.normal(size=(8, 64)).astype(np.float32)
     wide[:, ::16] *= 6  # channels that are large in every token
-    less, more = (np.linalg.norm(coded(each, wide) - wide) for each in (codec, plain))
+    less, more = (np.linalg.norm(coded(each, wide, role) - wide) for each in (codec, plain))
     assert less < 0.6 * more
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from streamjax.kv import H2O, Cascade, Full, Lines, Scored, Window
+from streamjax.kv import H2O, Cascade, Lines, Scored, Window
 from streamjax.kv.codecs.integers import Int
-from tests.kv.tier_streams import FREQUENCIES, HEADS, KEY_HEADS, SCALE, WIDTH, Stream, run
+from tests.kv.tier_streams import FREQUENCIES, HEADS, KEY_HEADS, SCALE, WIDTH, Stream, plain_attention, run
 from tests.oracles.lines import read_chunk
 
 
@@ -38,14 +38,16 @@ def test_a_chunk_reads_the_lines_that_hold_a_share(monkeypatch, seed):
     assert kinds == {"key", "band"}
 
 
-def test_with_all_lines_or_one_query_everything_is_read():
+@pytest.mark.weekly("whole")
+@pytest.mark.parametrize(
+    ("share", "counts"), [(1.0, [13]), (0.999999, [(13, 4)]), (0.3, [1])], ids=["whole", "almost", "one query"]
+)
+def test_with_all_lines_or_one_query_everything_is_read(share, counts):
     """However a stream is cut; a share of almost 1 reads all lines that hold anything."""
     stream = looking(2, 50, 2)
-    dense, _ = run(Cascade(Full(50)), stream, [50], frequencies=FREQUENCIES)
-    for share, counts, width in ((1.0, [13], None), (0.999999, [(13, 4)], 13), (0.3, [1], None)):
-        mine = Cascade(Window(3), Lines(50, share=share, sample=13, band=5, least=6))
-        found, _ = run(mine, stream, counts, width=width, frequencies=FREQUENCIES)
-        np.testing.assert_allclose(found, dense, atol=1e-4)
+    mine = Cascade(Window(3), Lines(50, share=share, sample=13, band=5, least=6))
+    found, _ = run(mine, stream, counts, frequencies=FREQUENCIES)
+    np.testing.assert_allclose(found, plain_attention(stream, frequencies=FREQUENCIES), atol=1e-4)
 
 
 def test_rows_choose_their_own_lines_and_padding_asks_nothing():
@@ -54,10 +56,10 @@ def test_rows_choose_their_own_lines_and_padding_asks_nothing():
     mine = Cascade(Lines(50, share=0.6, sample=4, band=4, least=8))
     together, state = run(mine, stream, [(20, 20), (8, 5), (20, 20), (0, 3)], width=20)
     for row, counts in ((0, [20, 8, 20]), (1, [20, 5, 20, 3])):
-        alone = Stream(*(x[row : row + 1] for x in (stream.q, stream.k, stream.v)))
+        alone = Stream(*(x[[row, row]] for x in (stream.q, stream.k, stream.v)))  # twice, for the same program
         found, own = run(mine, alone, counts, width=20)
-        np.testing.assert_allclose(together[row : row + 1], found, atol=1e-4)
-        np.testing.assert_allclose(state[0].k[row : row + 1], own[0].k, atol=1e-6)
+        np.testing.assert_allclose(together[row], found[0], atol=1e-4)
+        np.testing.assert_allclose(state[0].k[row], own[0].k[0], atol=1e-6)
 
 
 @pytest.mark.quick

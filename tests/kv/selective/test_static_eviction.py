@@ -7,8 +7,8 @@ import streamjax as sj
 from streamjax.kv import H2O, BlendedBounds, Cascade, Coarse, Full, KNorm, LagKV, Pages, Sink, StaticEviction, Window
 from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, run
 from tests.oracles import scored as oracle
-from tests.streaming.test_compact import LENGTH, QUERIES, prompt, shares  # noqa: F401
-from tests.streaming.tiny_models import random_tokens, read_stream
+from tests.streaming.test_compact import DENSE, LENGTH, ONE_LAYER, QUERIES, shares
+from tests.streaming.tiny_models import build, parts_of_layers, random_tokens, read_stream
 
 SINKS, WINDOW, SIZE, EVERY = 2, 3, 3, 5
 
@@ -28,8 +28,8 @@ def test_a_stream_token_by_token(score, rank, together):
         places.append([[e[2] for e in head] for head in lists.kept])
     eviction = StaticEviction(SIZE, score, per_head=not together, every=EVERY)
     cascade = Cascade(Sink(SINKS, reach=10**6), Window(WINDOW), eviction, Full(40))
-    for counts, width in ([1], None), ([(3, 1), (1, 6)], 6):
-        found, (*_, waits, full) = run(cascade, stream, counts, width=width, frequencies=FREQUENCIES)
+    for counts in ([1], [(3, 1), (1, 6)]):
+        found, (*_, waits, full) = run(cascade, stream, counts, width=6, frequencies=FREQUENCIES)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         for row in range(2):
             for head in range(1 if together else KEY_HEADS):
@@ -39,9 +39,10 @@ def test_a_stream_token_by_token(score, rank, together):
         assert int(full.filled.min()) > 15
 
 
-def test_a_prompt_loses_what_its_last_queries_pass_by(prompt):  # noqa: F811
-    """MPCache at a prompt's end: a share of the tokens of each layer lies in pages, in order; a stream goes on."""
-    model, tokens, state, found = prompt
+def test_a_prompt_loses_what_its_last_queries_pass_by():
+    """MPCache at a prompt's end: a share of a layer's tokens lies in pages, in order; a stream goes on."""
+    model, tokens = build(ONE_LAYER), random_tokens(2, LENGTH)
+    state, found = sj.read(model, sj.init_state(model, DENSE, 2), tokens, 16), parts_of_layers(model, tokens)
     cache = sj.kv.preset(
         "mpcache", sinks=2, window=4, keep=0.4, every=5, capacity=32, page=4, clusters=2, top_k=3
     )  # fmt: skip

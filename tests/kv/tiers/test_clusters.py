@@ -64,7 +64,12 @@ def test_no_run_is_too_long_and_none_is_lost():
 
 @pytest.mark.parametrize(
     ("positions", "estimate", "softcap"),
-    [("none", 0, None), ("rope", 4, None), ("alibi", 4, None), ("none", 3, 2.0)],
+    [
+        pytest.param("none", 0, None, marks=pytest.mark.slow),
+        ("rope", 4, None),
+        pytest.param("alibi", 4, None, marks=pytest.mark.slow),
+        ("alibi", 3, 2.0),
+    ],
 )
 def test_a_stream_token_by_token(positions, estimate, softcap):
     """Five segments fill in a ring of three; clusters are cut; of about 15 clusters a few are read, some estimated."""
@@ -80,17 +85,16 @@ def test_a_stream_token_by_token(positions, estimate, softcap):
 
 
 def test_what_is_stored_does_not_depend_on_the_chunks():
-    """Nor on the rows beside: bit for bit, except for what empty slots hold."""
+    """Nor on the rows beside: bit for bit, except for what empty slots hold. One chunk fills more than the ring has."""
     stream = gathered(2, 50)
-    cascade = Cascade(Window(3), Clusters(8, 24, 2, 3, size=3, most=4))
-    _, expected = run(cascade, stream, [1])
-    expected = expected[1]
-    assert expected.closed.cursor.tolist() == [2, 2]  # 47 tokens: five segments in a ring of three
-    assert expected.open.filled.tolist() == [7, 7]
-    for counts, width in ([3, 8, 0, 5], 8), ([50], None):
-        _, (_, found) = run(cascade, stream, counts, width=width)
+    cascade = Cascade(Window(3), Clusters(4, 12, 2, 3, size=2, most=3))
+    _, (_, expected) = run(cascade, stream, [1], width=20)
+    assert expected.closed.cursor.tolist() == [2, 2]  # 47 tokens: eleven segments in a ring of three
+    assert expected.open.filled.tolist() == [3, 3]
+    for counts in [3, 8, 0, 5], [20]:
+        _, (_, found) = run(cascade, stream, counts, width=20)
         jax.tree.map(np.testing.assert_array_equal, found.closed, expected.closed)
-        np.testing.assert_array_equal(found.open.k[:, :, :7], expected.open.k[:, :, :7])
+        np.testing.assert_array_equal(found.open.k[:, :, :3], expected.open.k[:, :, :3])
         np.testing.assert_array_equal(found.open.filled, expected.open.filled)
 
 
@@ -107,9 +111,12 @@ def test_estimates_of_identical_tokens_are_exact():
     state, q = filled(tier, keys, values), random.standard_normal((1, 2, HEADS, WIDTH))
     assert sorted(state.closed.count[0, 0].tolist())[-5:] == [0, 1, 3, 5, 7]
     found = ask(tier, state, q)
-    everything = ask(Full(16), filled(Full(16), keys, values), q)
-    np.testing.assert_allclose(found.out, everything.out, atol=1e-5)
-    np.testing.assert_allclose(found.lse, everything.lse, atol=1e-5)
+    for head in range(HEADS):
+        own = head * KEY_HEADS // HEADS
+        weights = np.exp(SCALE * q[0, :, head] @ keys[0, :, own].T)
+        whole = weights.sum(axis=1)
+        np.testing.assert_allclose(found.out[0, :, head], weights @ values[0, :, own] / whole[:, None], atol=1e-5)
+        np.testing.assert_allclose(found.lse[0, :, head], np.log(whole), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -135,16 +142,6 @@ def test_estimates_come_from_below_and_help():
     assert all_.mean() < 0.25 * ignored.mean()
     assert some.mean() < 0.7 * ignored.mean()
     assert error(most, 0)[0].max() < 1e-5
-
-
-def test_padding_does_not_choose_for_a_block():
-    stream = gathered(1, 48, seed=7)
-    each, blocks = (Clusters(24, 48, 2, 3, size=4, most=6, block=block) for block in (1, 3))
-    state, q = filled(each, stream.k, stream.v), stream.q[:, :8]
-    only = np.arange(8) % 3 == 1  # the only one of its block that asks
-    found = ask(blocks, state, q, valid=jnp.asarray(only[None]))
-    expected = ask(each, state, q)
-    np.testing.assert_allclose(found.out[:, only], expected.out[:, only], atol=1e-6)
 
 
 @pytest.mark.quick

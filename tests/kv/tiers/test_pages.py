@@ -35,6 +35,7 @@ from tests.kv.tier_streams import (
     ask,
     by_lists,
     filled,
+    plain_attention,
     run,
     spec,
 )  # fmt: skip
@@ -75,19 +76,19 @@ def test_a_stream_token_by_token(name, positions, distance):
     np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
 
 
-@pytest.mark.usual("alibi")
+@pytest.mark.usual("alibi-4")
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
-def test_pages_of_the_best_runs_compete(positions):
+def test_pages_of_the_best_runs_compete(positions, size):
     """Of six pages in runs of two, or of four and two, the best run is chosen, and two pages in it."""
     slopes = SLOPES if positions == "alibi" else None
     frequencies = FREQUENCIES if positions == "rope" else None
     stream = Stream.drawn(2, 61, seed=3)
-    for size in (2, 4):
-        mine = Pages(4, 20, 2, BlendedBounds(0.6), coarse=Coarse(1, pages=size))
-        cascade = Cascade(Sink(2, reach=10**6), Window(5), mine)
-        rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, blended(0.6), SCALE, slopes, frequencies, coarse=(size, 1))
-        found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
-        np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
+    mine = Pages(4, 20, 2, BlendedBounds(0.6), coarse=Coarse(1, pages=size))
+    cascade = Cascade(Sink(2, reach=10**6), Window(5), mine)
+    rule = Rule(KEY_HEADS, 2, 5, 4, 20, 2, blended(0.6), SCALE, slopes, frequencies, coarse=(size, 1))
+    found, _ = run(cascade, stream, [1], slopes=slopes, frequencies=frequencies)
+    np.testing.assert_allclose(found, by_lists(Lists, rule, stream), atol=2e-5)
 
 
 def test_the_most_attended_keys_stand_for_a_page():
@@ -104,8 +105,7 @@ def test_attention_is_noted_whatever_the_chunks():
     """Tokens get their scores from the queries of their own chunk and of those after it; padding gives none."""
     stream = Stream.drawn(2, 12, seed=7)
     cascade = Cascade(Window(20), Pages(4, 8, 2, Representative(1)))
-    cuts = ([1], None), ([5, 7], 8), ([12], None)
-    states = [run(cascade, stream, counts, width=width)[1] for counts, width in cuts]
+    states = [run(cascade, stream, counts, width=12)[1] for counts in ([1], [5, 7], [12])]
     for state in states:
         score, first = np.asarray(state[0].score), np.asarray(states[0][0].score)
         np.testing.assert_allclose(score[:, :, :12], first[:, :, :12], atol=1e-5)
@@ -121,11 +121,9 @@ def test_what_pages_lose_goes_on(size, pages, index, counts, start):
     stream = Stream.drawn(2, 40, seed=1)
     tiers = Window(4), Pages(size, size * pages, pages + 1, index)
     once, _ = run(Cascade(*tiers), stream, [1], start=start)
-    expected, _ = run(Cascade(Window(4 + size * pages)), stream, [1], start=start)
-    np.testing.assert_allclose(once, expected, atol=1e-5)
+    np.testing.assert_allclose(once, plain_attention(stream, reach=4 + size * pages), atol=1e-5)
     found, state = run(Cascade(*tiers, Full(60)), stream, counts, width=9, start=start)
-    dense, _ = run(Cascade(Full(60)), stream, [9], width=9)
-    np.testing.assert_allclose(found, dense, atol=1e-5)
+    np.testing.assert_allclose(found, plain_attention(stream), atol=1e-5)
     assert state[2].filled.tolist() == [max(40 - 4 - size * pages, 0)] * 2
 
 

@@ -71,7 +71,7 @@ def test_a_pool_in_codes_token_by_token():
         expected.append([lists.read(q[i], (k[i], v[i], i)) for i in range(len(q))])
         places.append([[e[2] for e in head] for head in lists.kept])
     mine = cascade(KNorm(), 0.2, codec=Int(4, group=6))
-    found, state = run(mine, stream, [1], width=1)
+    found, state = run(mine, stream, [1], width=6)
     np.testing.assert_allclose(found, np.array(expected), atol=1e-4)
     assert kept(state) == places
     slots = KEY_HEADS * (SIZE + EVERY)

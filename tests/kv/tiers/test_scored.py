@@ -29,7 +29,19 @@ from streamjax.kv import (
     Window,
     WindowKV,
 )
-from tests.kv.tier_streams import FREQUENCIES, HEADS, KEY_HEADS, SCALE, SLOPES, WIDTH, Stream, gradients, run, spec
+from tests.kv.tier_streams import (
+    FREQUENCIES,
+    HEADS,
+    KEY_HEADS,
+    SCALE,
+    SLOPES,
+    WIDTH,
+    Stream,
+    gradients,
+    plain_attention,
+    run,
+    spec,
+)
 from tests.oracles import scored as oracle
 
 SINKS, WINDOW, SIZE, EVERY, LENGTH = 2, 3, 7, 4, 45
@@ -59,7 +71,7 @@ SCORES = {
 
 # What these keep of a whole prompt is held to published rules in tests/streaming/test_compact.py.
 OF_PROMPTS = ("lagkv", "expected attention", "cur", "kvzip", "qfilters")
-ONE_BY_ONE = ("h2o", "lagkv", "finch")  # in chunks of one; with the others one token lies in a chunk of six
+ONE_BY_ONE = ("h2o", "lagkv")  # by heads in chunks of one; with the others one token lies in a chunk of six
 
 
 def cascade(score, size=SIZE, every=EVERY, **options):
@@ -113,7 +125,7 @@ def test_a_stream_token_by_token(name, positions, distance, together):
     )  # fmt: skip
     out, places = expected(rule, stream)
     mine = cascade(score, per_head=not together, distance=distance)
-    alone = None if distance or name in ONE_BY_ONE else 6  # wide
+    alone = 1 if distance or (name in ONE_BY_ONE and not together) else 6  # wide
     for counts, width in (([1], alone), ([(3, 1), (1, 6)], 6))[: 1 if distance else 2]:
         found, state = run(mine, stream, counts, width=width, slopes=slopes, frequencies=frequencies)
         np.testing.assert_allclose(found, out, atol=1e-4)
@@ -128,7 +140,7 @@ def test_any_number_of_tokens_between_two_choices(every):
     stream = Stream.drawn(1, 40)
     out, places = expected(oracle.Rule(KEY_HEADS, SINKS, WINDOW, 5, every, oracle.mass, SCALE), stream)
     for counts in ([1], [40]):
-        found, state = run(cascade(H2O(), 5, every), stream, counts)
+        found, state = run(cascade(H2O(), 5, every), stream, counts, width=40)
         np.testing.assert_allclose(found, out, atol=1e-4)
         assert kept(state) == places
 
@@ -141,17 +153,15 @@ def test_a_tier_of_its_own_needs_no_window():
     assert kept(state) == places
 
 
-@pytest.mark.parametrize(("positions", "distance"), [pytest.param("rope", None, marks=pytest.mark.slow), ("rope", 6)])
-def test_what_loses_falls_on(positions, distance):
+@pytest.mark.parametrize("distance", [None, pytest.param(6, marks=pytest.mark.slow)])
+def test_what_loses_falls_on(distance):
     """In front of a tier that keeps everything nothing is lost: at true distances that is dense attention."""
-    slopes, frequencies = SLOPES if positions == "alibi" else None, FREQUENCIES if positions == "rope" else None
     stream = Stream.drawn(2, 40)
-    dense, _ = run(Cascade(Full(40)), stream, [40], slopes=slopes, frequencies=frequencies)
     mine = Cascade(Window(3), Scored(4, H2O(), every=4, distance=distance), Scored(3, H2O(), every=4), Full(40))
-    for counts, width in ([1], None), ([(1, 5), (7, 2)], 7):
-        found, (*_, full) = run(mine, stream, counts, width=width, slopes=slopes, frequencies=frequencies)
+    for counts in ([1], [(1, 5), (7, 2)]):
+        found, (*_, full) = run(mine, stream, counts, width=7, frequencies=FREQUENCIES)
         if distance is None:
-            np.testing.assert_allclose(found, dense, atol=1e-5)
+            np.testing.assert_allclose(found, plain_attention(stream, frequencies=FREQUENCIES), atol=1e-5)
     assert full.filled.tolist() == [40 - 3 - 8 - 7] * 2
     heads = np.asarray(full.position)[0, :, : 40 - 3 - 8 - 7]
     assert len({tuple(head) for head in heads}) == KEY_HEADS
