@@ -72,9 +72,10 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as a GitHub table."""
-    heads = list(rows[0])
-    cells = [[f"{row[h]:.4g}" if isinstance(row[h], float) else str(row[h]) for h in heads] for row in rows]
+    """Rows as a GitHub table, with all columns that any of them has; a dash where one has nothing in it."""
+    heads = list(dict.fromkeys(head for row in sorted(rows, key=len, reverse=True) for head in row))
+    each = [[row.get(head, "-") for head in heads] for row in rows]
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in values] for values in each]
     widths = [max(len(h), *(len(c[i]) for c in cells)) for i, h in enumerate(heads)]
 
     def line(values: Sequence[str]) -> str:

@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--url", help="of a server that is there; one is started otherwise")
     parser.add_argument("--name", help="what that server calls the model; the first that it lists by default")
     parser.add_argument("--draft", help="who guesses in a server that is started, such as ngram")
+    parser.add_argument("--with", dest="more", action="append", default=[], metavar="FLAG", help="of our server, such "
+                        "as fused or chunk_size=128; several times")  # fmt: skip
     parser.add_argument("--stateless", action="store_true", help="send all messages with every turn")
     parser.add_argument("--peer", action="append", default=[], help=f"NAME:VENV, NAME one of {', '.join(PEERS)}")
     parser.add_argument("--output", type=Path)
@@ -249,9 +251,12 @@ def main() -> None:
         parser.error("--peer needs --stateless: other servers keep no conversations")
     settings = {name: getattr(options, name) for name in ("cache", "tokens", "conversations", "draft", "stateless")}
     settings["rows of the server"] = options.rows
+    flags = [f"--{flag}" for flag in options.more]
+    flags += [] if options.draft is None else [f"--draft={options.draft}"]
+    if options.more:
+        settings["with"] = ", ".join(options.more)
     record = Record("serving/load", options.output, model=Path(options.model).name, **settings)
     level = options.tokens, options.seconds
-    flags = [] if options.draft is None else [f"--draft={options.draft}"]
 
     def missing(name: str, counts: Sequence[int]) -> bool:
         return not all(record.has(server=name, conversations=count) for count in counts)

@@ -1,5 +1,4 @@
-"""What snapshots in memory cost: how long training waits, what keepers compute and hold, and how a lost machine's part
-comes back; beside a checkpoint of the same state on this machine's disk.
+"""What snapshots in memory cost, beside a checkpoint of the same state on this machine's disk.
 
     python -m benchmarks.training.snapshots                    # a minute
     python -m benchmarks.training.snapshots --megabytes=1024

@@ -69,7 +69,7 @@ def body(values: flags.FlagValues) -> None:
         engine = Engine(
             model, tokenizer, parse_cache(values.cache, model.config.max_position),
             rows=values.rows, chunk_size=values.chunk_size, queue=1 << 30, pool_tokens=values.pool_tokens,
-            prefix_bytes=values.prefix_mib << 20, adapters=adapters,
+            fused=values.fused, prefix_bytes=values.prefix_mib << 20, adapters=adapters,
             draft=parse_draft(values.draft, model, tokenizer), draft_memory=parse_draft_memory(values),
         )  # fmt: skip
         service = make_service(values, engine, model, tokenizer, adapters, most_requests=1 << 30)

@@ -102,7 +102,7 @@ def body(values: flags.FlagValues) -> None:
             rows=values.rows, chunk_size=values.chunk_size, queue=values.max_requests, policy=values.policy,
             step_seconds=None if values.step_ms is None else values.step_ms / 1e3,
             narrow=jax.default_backend() == "cpu" if values.narrow is None else values.narrow,
-            state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
+            fused=values.fused, state_dir=state_dir, pool_tokens=values.pool_tokens, adapters=adapters,
             draft=parse_draft(values.draft, model, tokenizer), draft_memory=parse_draft_memory(values),
         )  # fmt: skip
         about = f"{values.rows} rows, cache {describe_cache(cache)}, {human_bytes(engine.stats().cache_bytes)}"

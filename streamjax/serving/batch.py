@@ -20,6 +20,7 @@ from streamjax.serving.decoding import Drawn, decode_rows, enter_row, set_bias
 from streamjax.serving.drafts.decoding import decode_guessed
 from streamjax.serving.drafts.grown import GrownGuesses
 from streamjax.serving.drafts.guessing import Guesses
+from streamjax.serving.fused import can_be_fused, decode_and_read
 from streamjax.serving.row_sampling import RowSampling, no_rows
 from streamjax.serving.row_states import ParkedState, Parking, put_row, take_row
 from streamjax.streaming.scan import padded_width, read_chunk
@@ -49,6 +50,7 @@ class Batch:
       grown: who guesses on the device; None: nobody.
       cut: of what streams go on from, tokens come in multiples of so many.
       narrow: whether a pass computes no more rows than have to be; see `widths`.
+      fused: whether rows decode and a chunk is read in the same programs (`decode_and_read`).
       decoding, reading: the model with the adapters of the rows, and with that of the stream that is read.
     """
 
@@ -67,7 +69,7 @@ class Batch:
     ):
         self.model, self.rows, self.chunk_size, self.block = model, rows, chunk_size, block
         self.grown: GrownGuesses | None = None
-        self.narrow = False
+        self.narrow = self.fused = False
         self.cut = 1
         self.decoding, self.reading = RowAdapters(model, adapters, rows), RowAdapters(model, adapters, 1)
         self._cache = cache if held_in is None else held_in
@@ -135,12 +137,13 @@ class Batch:
     def _read(
         self, state: StreamState, tokens: Int32[np.ndarray, " T"], scored: bool
     ) -> tuple[StreamState, Float[Array, "1 W"] | None]:
+        return read_chunk(self.reading.model, state, *self._chunk(tokens), scored=scored, flat=self.reading.flat)
+
+    def _chunk(self, tokens: Int32[np.ndarray, " T"]) -> tuple[Int32[Array, "1 W"], Int32[Array, " 1"]]:
+        """Tokens in a chunk of one of few widths, and how many they are."""
         chunk = np.zeros((1, self.width(len(tokens))), np.int32)
         chunk[0, : len(tokens)] = tokens
-        return read_chunk(
-            self.reading.model, state, jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32),
-            scored=scored, flat=self.reading.flat,
-        )  # fmt: skip
+        return jnp.asarray(chunk), jnp.asarray([len(tokens)], jnp.int32)
 
     def enter(self, row: int, stream: Stream, sampling: RowSampling) -> None:
         """A stream and its request take a row."""
@@ -189,6 +192,23 @@ class Batch:
         return state, drawn
 
     @property
+    def can_be_fused(self) -> bool:
+        """Whether there is `decode_and_read`: not where adapters lie in the model by row."""
+        return not self.decoding.known and can_be_fused(self.model, self.state, self.parking.empty)
+
+    def decode_and_read(
+        self, active: Bool[np.ndarray, " B"], stream: Stream, tokens: Int32[np.ndarray, " T"]
+    ) -> tuple[Drawn, Stream]:
+        """`decode` of one token a row, and `read` of a stream beside it, in the same programs; its state is donated."""
+        width, chunk = self._rows_of_a_pass(active), self._chunk(tokens)
+        self.state, self.sampling, drawn, stream = decode_and_read(
+            self.model, self.state, self.sampling, active, width, stream, *chunk
+        )
+        if self.grown is not None:
+            self.grown.forget()
+        return drawn, stream
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """How many rows, the first ones, a pass may compute.
 
@@ -210,6 +230,8 @@ class Batch:
         while True:
             one, tokens = self.fresh(), np.zeros(min(width, most), np.int32)
             self.reserve(one, len(tokens))
+            for rows in self.widths if self.fused else ():
+                self.decode_and_read(np.arange(self.rows) == rows - 1, self.fresh(), tokens)
             one, _ = self.read(one, tokens, scored)
             if width >= most:
                 break

@@ -71,6 +71,9 @@ class Engine:
       narrow: whether a pass over few rows computes few, the first 1, 4, 16 or 64, where that has a program of its own:
         on CPUs a lone stream is twice as fast so. How many run then decides the last bits of what each computes. Not
         with adapters or a pool.
+      fused: whether rows draw and a chunk of a prompt is read in the same programs, so that weights are read once for
+        both. The last bits then depend on what is read beside a stream. Not with adapters, a pool or `measure`, nor
+        while guesses are read.
       policy: which requests run: "fcfs", in the order in which they came, or "mlfq", short answers before long ones.
       state_dir: where conversations are saved, each after every request and before its last event, as sessions that
         `Session.load` reads too. Those that are there are taken up.
@@ -113,6 +116,7 @@ class Engine:
         conversation_bytes: int = 1 << 30,
         pool_tokens: int | None = None,
         narrow: bool = False,
+        fused: bool = False,
         policy: str = "fcfs",
         state_dir: str | Path | None = None,
         block: int | None = None,
@@ -146,6 +150,7 @@ class Engine:
             memory_bytes=memory_bytes,
         )  # fmt: skip
         self._batch.narrow = narrow
+        self._batch.fused = fused and not measure and self._batch.can_be_fused
         self.model, self.tokenizer = model, tokenizer
         self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted

@@ -72,14 +72,19 @@ class EngineLoop:
         chosen = self._policy.choose(self.batch.rows + 1)  # one reads ahead, for the next row that is free
         self._seat(chosen)
         self._drawing = False
-        reader = next((job for job in chosen if job.row is None and job.reads), None)
+        reader, ready = next((job for job in chosen if job.row is None and job.reads), None), False
         if reader is not None:
-            self._prepare(reader, chosen)  # while rows may still give way: what they draw is not under way yet
+            ready = self._prepare(reader, chosen)  # while rows may still give way: what they draw is not under way yet
         running = [job for job in self.rows if job is not None]
-        drawn = self._decode(running, alone=len(running) == len(self.jobs) and not others, chosen=chosen)
-        budget, room, self._drawing = self.batch.chunk_size, True, drawn is not None
         if self._pace is not None:
-            self._pace.begin(decoding=drawn is not None)
+            self._pace.begin(decoding=bool(running))
+        fused = reader if ready and self.batch.fused and not self._measure else None
+        before = 0 if fused is None else fused.read
+        drawn, size = self._decode(running, len(running) == len(self.jobs) and not others, chosen, fused)
+        budget, room, self._drawing = self.batch.chunk_size, True, drawn is not None
+        if fused is not None and size:
+            worked += self._work(before, before + size)
+            budget -= self.batch.width(size)
         for job in chosen:
             while room and budget > 0 and job.row is None and job.reads and not job.finished:
                 size = self._chunk_of(job)
@@ -183,15 +188,25 @@ class EngineLoop:
         job.state, nats = self.batch.read(job.state, tokens, self._measure)
         if nats is not None:
             job.nats.append(nats)
-        job.read += len(tokens)
-        self.read += len(tokens)
+        self._was_read(job, len(tokens))
+        return self.batch.width(len(tokens))
+
+    def _was_read(self, job: Job, count: int) -> None:
+        """So many tokens of a prompt more are in its stream."""
+        job.read += count
+        self.read += count
         self._policy.ran(job)
         if job.starts_anew and self.prefixes.wants(job.path, place := job.place(job.read)):
             self.prefixes.keep(job.path, place, self.batch.keep(job.state))
-        return self.batch.width(len(tokens))
 
-    def _decode(self, running: Sequence[Job], alone: bool, chosen: Sequence[Job]) -> Drawn | None:
-        """Let rows draw; several tokens where nobody waits and no text, form or stop string has to be looked at."""
+    def _decode(
+        self, running: Sequence[Job], alone: bool, chosen: Sequence[Job], reader: Job | None
+    ) -> tuple[Drawn | None, int]:
+        """Let rows draw; several tokens where nobody waits and no text, form or stop string has to be looked at.
+
+        A chunk of a `reader`'s prompt is read in the same programs where they draw one token and guess nothing. Returns
+        what was drawn, if anything was, and how many tokens were read.
+        """
         looked_at = any(job.request.stop or job.request.constraint is not None for job in running)
         guesses = self._guesses(running)
         count = self.batch.block if alone and not looked_at and guesses is None else 1
@@ -203,10 +218,15 @@ class EngineLoop:
                 self._constrain(job, job.request.constraint)
         active = np.array([job is not None for job in self.rows])
         if not active.any():
-            return None
+            return None, 0
         if guesses is not None:
             self._fit_guesses(guesses)
-        return self.batch.decode(active, count, guesses)
+        elif reader is not None and not reader.finished and (size := self._chunk_of(reader)):
+            tokens = reader.prompt[reader.read : reader.read + size]
+            drawn, reader.state = self.batch.decode_and_read(active, reader.state, tokens)
+            self._was_read(reader, len(tokens))
+            return drawn, len(tokens)
+        return self.batch.decode(active, count, guesses), 0
 
     def _guesses(self, running: Sequence[Job]) -> Guesses | None:
         """How rows may go on, where it is worth a wider pass; rows that are held to a form guess nothing."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.reporting import Record
+from benchmarks.reporting import Record, table
 
 
 @pytest.mark.quick
@@ -25,3 +25,14 @@ def test_a_run_that_was_ended_goes_on(tmp_path, capsys):
     assert (written["note"], written["tokens"]) == ("both", 3)
     assert "unfinished" not in written
     assert Record("serving/x", path, tokens=3).rows == []  # that one is whole: this run is another
+
+
+def test_a_table_has_the_columns_of_all_rows():
+    rows = [{"a": 1, "c": 2.0}, {"a": 3, "b": 4, "c": 5.0}, {"a": 6, "d": 7}]
+    assert table(rows).splitlines() == [
+        "| a | b | c | d |",
+        "|---|---|---|---|",
+        "| 1 | - | 2 | - |",
+        "| 3 | 4 | 5 | - |",
+        "| 6 | - | - | 7 |",
+    ]

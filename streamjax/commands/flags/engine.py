@@ -31,6 +31,10 @@ def define_engine(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("pool_tokens", None, "Tokens that all streams together may hold, of caches that keep every "
                          "token (dense): they lie in pages of one pool. By default as many as --rows streams of full "
                          "length.", lower_bound=1, flag_values=values)  # fmt: skip
+    flags.DEFINE_boolean("fused", False, "Read prompts in the programs in which streams decode: weights are read once "
+                         "for both then. Starting takes longer, and the last bits of what a stream computes depend on "
+                         "what is read beside it. Not with --adapter, nor for caches in pages (dense), nor while "
+                         "guesses are read.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("name", None, "What requests call the model; the name of its folder by default.",
                         flag_values=values)  # fmt: skip
     flags.DEFINE_integer("max_new_tokens", 512, "Of an answer, where a request does not say.", lower_bound=1,

@@ -104,6 +104,11 @@ class PagedBatch(Batch):
         """All rows: the pool and its tables are those of the whole batch."""
         return (self.rows,)
 
+    @property
+    def can_be_fused(self) -> bool:
+        """Never: rows and what is read beside them write into one pool."""
+        return False
+
     def reset(self) -> None:
         """Empty rows and an empty pool."""
         super().reset()
