@@ -1,5 +1,6 @@
 """A small model, a small batch, and a run that takes seconds."""
 
+import functools
 import random
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 from streamjax.commands.shell.runner import keep_compiled
 from streamjax.data import DataConfig
 from streamjax.models import Decoder, UniformConfig
-from streamjax.training import OptimizerConfig, TrainConfig
+from streamjax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
 from streamjax.training.backprop import loss_and_grad, sequence_chunks
+from streamjax.training.run import loop
 
 CONFIG = UniformConfig(
     vocab_size=61, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
@@ -23,8 +25,21 @@ def compilation_cache(tmp_path_factory):
 
     Not for all: writing an executable to the cache has been seen to abort the process (JAX 0.10.2, eight devices).
     """
-    with keep_compiled(str(tmp_path_factory.mktemp("compiled")), seconds=0.1):
+    with keep_compiled(str(tmp_path_factory.mktemp("compiled")), seconds=0.1), pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
         yield
+
+
+def share_steps(patch):
+    """Runs of equal optimizers and options take one step function: each would trace and compile its own again."""
+    shared = functools.cache(make_train_step)
+
+    def make(optimizer, *, elimination=None, **options):
+        step = shared(optimizer, **options)  # without arrays, which are no key
+        return step if elimination is None else functools.partial(step, elimination=elimination)
+
+    patch.setattr(loop, "make_optimizer", functools.cache(make_optimizer))
+    patch.setattr(loop, "make_train_step", make)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +74,7 @@ def run_config(text_folder):
     """A run of 12 steps on that text."""
     return TrainConfig(
         name="test",
-        model=CONFIG.replace(vocab_size=259),
+        model=CONFIG.replace(vocab_size=259, num_layers=1),
         data=DataConfig(source=str(text_folder), seq_len=32, batch_size=4, shuffle_tokens=256),
         steps=12,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3, accumulation=2),

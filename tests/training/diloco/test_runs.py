@@ -24,6 +24,7 @@ def config(run_config):
     """Of 7 steps. Behind step 3, where a checkpoint lies, a fragment is on its way since step 2."""
     return dataclasses.replace(
         run_config,
+        model=run_config.model.replace(num_layers=2),
         steps=7,
         optimizer=dataclasses.replace(run_config.optimizer, accumulation=1),
         diloco=DiLoCoConfig(replicas=2, sync_interval=4, fragments=2, overlap=2),

@@ -16,6 +16,7 @@ from streamjax.training.elimination.learning import PredictorTraining, share_fou
 from streamjax.training.elimination.predictors import draw_predictor, guessed_scores
 from streamjax.training.elimination.predictors_file import LayerPredictor, LayerPredictors
 from streamjax.training.objectives.objective import CrossEntropy, token_stats
+from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, assert_same, random_batch, random_model
 
 SIZE, LENGTH, ROWS = 4, 24, 2
@@ -90,13 +91,21 @@ def expected():
         context = SequenceContext(jnp.asarray(batch["positions"], jnp.uint32), jnp.asarray(ids), LENGTH)
         known = [np.zeros((ROWS, LENGTH), bool) for _ in shares]
 
+        @jax.jit
+        def layer(block, x, kept):
+            return masked_layer(block, x, context, kept)
+
+        @jax.jit
+        def mixer_input(block, x):
+            return block.mixer_input(x)
+
         def forward(model, kept, read=None):
             x = model.embed(jnp.asarray(batch["tokens"]))
             for i in range(len(kept)):
                 block = model.layer(i)
                 if read is not None:
-                    read(i, block.mixer_input(x))
-                x = masked_layer(block, x, context, jnp.asarray(kept[i]))
+                    read(i, mixer_input(block, x))
+                x = layer(block, x, jnp.asarray(kept[i]))
             return model.norm(x)
 
         def choose(i, said):  # called while the arrays of the layers below are settled
@@ -115,7 +124,7 @@ def expected():
         return model, batch, file, shares, jax.jit(jax.value_and_grad(loss))(model)
 
 
-@pytest.mark.parametrize("method", ["full", "remat"])
+@pytest.mark.parametrize("method", rest_slow(["full", "remat"], "remat"))
 def test_the_gradient_is_that_of_layers_with_masks(expected, method):
     model, batch, file, shares, wanted = expected
     with jax.enable_x64(True):
@@ -185,12 +194,17 @@ def test_predictors_learn_the_scores():
     assert steps[-1].found > 0.6
     layer = training.result().layers[1]
     context = SequenceContext(jnp.asarray(batch["positions"], jnp.uint32), jnp.asarray(batch["segment_ids"]), LENGTH)
-    x = model.layer(0).parallel(model.embed(jnp.asarray(batch["tokens"])), context)[0]
-    block = model.layer(1)
-    q, k, _ = block.project(x, context)
-    last = last_seeing(ROWS, LENGTH, SIZE, context.segment_ids)
-    scores = block_scores(pair_scores(q, k, SIZE, 4**-0.5, context.segment_ids), seeing(last))
-    guesses = guessed_scores(layer.predictor, block.mixer_input(x), SIZE, last)
+
+    @jax.jit
+    def both(model, predictor):
+        x = model.layer(0).parallel(model.embed(jnp.asarray(batch["tokens"])), context)[0]
+        block = model.layer(1)
+        q, k, _ = block.project(x, context)
+        last = last_seeing(ROWS, LENGTH, SIZE, context.segment_ids)
+        scores = block_scores(pair_scores(q, k, SIZE, 4**-0.5, context.segment_ids), seeing(last))
+        return scores, guessed_scores(predictor, block.mixer_input(x), SIZE, last)
+
+    scores, guesses = both(model, layer.predictor)
     np.testing.assert_allclose(guesses, scores, rtol=0.35)
     np.testing.assert_allclose(
         layer.quantiles[0, [0, -1]], np.array([scores.min(), scores.max()]) / scores.mean(), 1e-4

@@ -1,6 +1,6 @@
 """A batch in pieces is the batch: microbatches, chunks of streams and devices, for every objective, in float64."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -63,6 +63,14 @@ def uneven_batch(objective):
     return batch
 
 
+@cache
+def whole(name):
+    """A model, a batch for an objective, and its loss and gradient at once."""
+    with jax.enable_x64(True):
+        model, batch = random_model(CONFIG), uneven_batch(OBJECTIVES[name])
+        return model, batch, jax.jit(partial(loss_and_grad, objective=OBJECTIVES[name]))(model, batch)
+
+
 def test_no_objective_is_left_out():
     inside = {kind for kind in Objective.__subclasses__() if kind.__module__.startswith("streamjax")}
     assert {type(objective) for objective in OBJECTIVES.values()} == inside - {Linear}
@@ -72,10 +80,8 @@ def test_no_objective_is_left_out():
 @pytest.mark.parametrize(("microbatches", "options"), [(4, {}), (2, {"method": "layer", "chunk_size": 4})])
 @pytest.mark.parametrize("name", rest_slow(OBJECTIVES, "mean", "another ignore_index", "pairs"))
 def test_microbatches_are_the_batch(name, microbatches, options):
-    objective = OBJECTIVES[name]
+    objective, (model, batch, expected) = OBJECTIVES[name], whole(name)
     with jax.enable_x64(True):
-        model, batch = random_model(CONFIG), uneven_batch(objective)
-        expected = jax.jit(partial(loss_and_grad, objective=objective))(model, batch)
         step = partial(accumulate_gradients, microbatches=microbatches, objective=objective, **options)
         assert_same(jax.jit(step)(model, batch), expected)
 
@@ -92,10 +98,8 @@ def test_rows_that_cannot_be_dealt_out_are_refused():
     rest_slow([name for name, objective in OBJECTIVES.items() if objective.separable], "another ignore_index"),
 )
 def test_a_stream_in_chunks_is_the_batch(name):
-    objective = OBJECTIVES[name]
+    objective, (model, batch, expected) = OBJECTIVES[name], whole(name)
     with jax.enable_x64(True):
-        model, batch = random_model(CONFIG), uneven_batch(objective)
-        expected = jax.jit(partial(loss_and_grad, objective=objective))(model, batch)
         state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), ROWS)
         loss, grads, _ = streaming_loss_and_grad(model, state, batch, objective=objective, chunk_size=4)
         assert_same((loss, grads), expected)
@@ -112,12 +116,10 @@ def test_a_stream_in_chunks_is_the_batch(name):
 )
 def test_devices_that_split_the_rows_are_one(name, method, microbatches):
     """Eight devices with a row each would part DPO's pairs."""
-    objective = OBJECTIVES[name]
+    objective, (model, batch, expected) = OBJECTIVES[name], whole(name)
     cut = {} if method == "full" else {"chunk_size": 4}
     mesh = make_mesh(data=4, fsdp=2)
     with jax.enable_x64(True):
-        model, batch = random_model(CONFIG), uneven_batch(objective)
-        expected = jax.jit(partial(loss_and_grad, objective=objective))(model, batch)
         step = partial(accumulate_gradients, microbatches=microbatches, objective=objective, method=method, **cut)
         with jax.set_mesh(mesh):
             found = jax.jit(step)(shard_model(model, mesh), shard_batch(batch, mesh))

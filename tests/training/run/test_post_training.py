@@ -25,7 +25,6 @@ from streamjax.training import (
     TrainConfig,
     apply_overrides,
     loss_and_grad,
-    token_log_probs,
     train,
 )
 from streamjax.training.post_training import reference
@@ -66,7 +65,8 @@ def data_dir(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
-    sj.save_hf(jax.jit(lambda key: sj.Decoder(CONFIG.replace(vocab_size=259), key))(jax.random.key(4)), folder)
+    config = CONFIG.replace(vocab_size=259, num_layers=1)
+    sj.save_hf(jax.jit(lambda key: sj.Decoder(config, key))(jax.random.key(4)), folder)
     return folder
 
 
@@ -140,12 +140,16 @@ def test_pairs_are_compared_with_the_model_at_the_start(runs, base, tmp_path, da
     model = sj.load(base, jnp.float32)
     stored = sorted((data_dir / "reference_logp").iterdir(), key=lambda file: file.stat().st_mtime_ns)
     for split, file in zip(("train", "validation"), stored, strict=True):
-        examples = prepare_examples(config.data, split)
-        expected = []
-        for text in (text for pair in examples.texts for text in pair):
-            row = {"tokens": text.ids[None, :-1], "targets": text.ids[None, 1:]}
-            weights = text.learnt[None, 1:].astype(np.float32)
-            expected.append(float(np.sum(token_log_probs(model, {**row, "weights": weights}))))
+        texts = [text for pair in prepare_examples(config.data, split).texts for text in pair]
+        rows = np.zeros((len(texts), 33), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            row[: len(text.ids)] = text.ids
+        logits = np.asarray(sj.forward(model, rows), np.float64)
+        logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+        expected = [
+            sum(logp[row, i, text.ids[i + 1]] for i in np.flatnonzero(text.learnt[1:]))
+            for row, text in enumerate(texts)
+        ]
         np.testing.assert_allclose(np.load(file).reshape(-1), expected, rtol=1e-5)
     monkeypatch.setattr(reference, "_write", None)  # nothing is written again
     train(config, tmp_path / "two")

@@ -15,10 +15,13 @@ from streamjax.training import RunStopped, train
 from streamjax.training.run.config import SnapshotConfig
 from streamjax.training.run.goodput import Goodput
 from streamjax.training.run.loop import _Run
+from tests.training.conftest import CONFIG as MODEL
 
 CLOCKS = {"tokens_per_second", *Goodput().metrics()}
 CONFIG = dataclasses.replace(
-    get_config(), steps=12, checkpoint_interval=1000, eval_interval=1000, eval_batches=1, log_interval=5,
+    get_config(), model=MODEL.replace(vocab_size=259, num_layers=1),
+    data=dataclasses.replace(get_config().data, seq_len=32, batch_size=4),
+    steps=12, checkpoint_interval=1000, eval_interval=1000, eval_batches=1, log_interval=5,
     snapshots=SnapshotConfig(interval=3, keep_minutes=2.0),
 )  # fmt: skip
 pytestmark = pytest.mark.usefixtures("compilation_cache")

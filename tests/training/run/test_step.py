@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.models import Decoder
+from streamjax.models import Decoder, UniformConfig
 from streamjax.parallel.mesh import build_sharded, make_mesh, shardings
 from streamjax.training import (
     BackpropConfig,
@@ -22,6 +22,7 @@ from streamjax.training import (
 )
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
+STEP = make_train_step(OPTIMIZER)
 
 
 def build(config, scan_layers=False):
@@ -46,11 +47,10 @@ def test_microbatches_add_up_to_the_batch(model, batch, microbatches, options):
 
 def test_a_step_follows_the_gradient_and_takes_the_state_over(model, batch):
     state = build_sharded(build(model.config), None, jax.random.key(0))
-    step = make_train_step(OPTIMIZER)
     before = jax.tree.leaves(state)
     losses = []
     for _ in range(10):
-        state, metrics = step(state, batch)
+        state, metrics = STEP(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
     assert int(state.step) == 10
@@ -66,9 +66,10 @@ def test_bfloat16_activations_leave_the_master_weights_float32(model, batch):
         return new_state(decoder, OPTIMIZER)
 
     half, whole = jax.jit(state)(jax.random.key(0)), jax.jit(build(model.config))(jax.random.key(0))
-    assert "bf16" in make_train_step(OPTIMIZER).lower(half, batch).as_text()
-    half, metrics = make_train_step(OPTIMIZER)(half, batch)
-    _, expected = make_train_step(OPTIMIZER)(whole, batch)
+    lowered = STEP.lower(half, batch)
+    assert "bf16" in lowered.as_text()
+    half, metrics = lowered.compile()(half, batch)
+    _, expected = STEP(whole, batch)
     assert float(metrics["loss"]) != float(expected["loss"])
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves((half.model, half.opt_state))} <= {np.dtype("f4"), np.dtype("i4")}
@@ -103,7 +104,7 @@ def test_eight_devices_do_what_one_does(batch, model, axes, scan_layers, accumul
 
 def test_parameters_and_moments_are_split(model):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    make = build(model.config.replace(vocab_size=64))
+    make = build(UniformConfig.of(model.config).replace(vocab_size=64, num_layers=1))
     state = build_sharded(make, mesh, jax.random.key(1))
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(jax.jit(make)(jax.random.key(1))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -114,8 +115,8 @@ def test_parameters_and_moments_are_split(model):
     for tree in (state.model, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
         assert shards(tree.embedding[...]) == {(32, 16)}  # [vocab / tensor, embed / fsdp]
         assert shards(tree.layers[0].mixer.projections.qkv[...]) == {(16, 1, 4, 8)}  # [embed / fsdp, kv / tensor, ...]
-        assert shards(tree.layers[1].mlp.up[...]) == {(16, 2, 24)}
-        assert shards(tree.layers[1].mlp.down[...]) == {(24, 16)}
+        assert shards(tree.layers[0].mlp.up[...]) == {(16, 2, 24)}
+        assert shards(tree.layers[0].mlp.down[...]) == {(24, 16)}
         assert shards(tree.norm.weight[...]) == {(32,)}
     rows = shard_batch({"tokens": np.zeros((8, 12), np.int32)}, mesh)["tokens"]
     assert shards(rows) == {(2, 12)}
@@ -123,7 +124,7 @@ def test_parameters_and_moments_are_split(model):
 
 def test_the_state_is_never_whole_on_one_device(model):
     mesh = make_mesh(fsdp=8)
-    config = model.config.replace(vocab_size=4096)
+    config = UniformConfig.of(model.config).replace(vocab_size=4096, num_layers=1)
     make = build(config)
     placement = shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
     with jax.set_mesh(mesh):
