@@ -70,7 +70,9 @@ ROOMS = """
     streamjax.training.backprop.sequence_chunks streamjax.training.backprop.gradient_*
     streamjax.training.backprop.chunk_attention
     streamjax.training.backprop.storage
-    streamjax.training.backprop.embedding_and_head streamjax.training.backprop.loss_kernels
+    streamjax.training.backprop.loss_kernels
+    streamjax.training.backprop.head
+    streamjax.training.backprop.embedding_and_head
     streamjax.training.backprop.planning
     streamjax.training.backprop
     streamjax.training.heads streamjax.training.sequence_groups

@@ -208,6 +208,7 @@ def loss_and_grad(
     ends = whole_ends(model, split, reduction)
     groups = [LayerGroup.make(rows, sequence) for rows in layer_stacks(model, options.trainable, split, reduction)]
     batch, steps = sequence.tokens.shape[1], jnp.arange(sequence.count)
+    counted = sequence.counted(objective)
 
     def read(carry: tuple[list[Buffers], Memories], i: Any) -> tuple[tuple[list[Buffers], Memories], TokenStats | None]:
         keys, remembered = carry
@@ -217,7 +218,9 @@ def loss_and_grad(
             new.append(mine)
         if objective.separable:
             return (new, remembered), None
-        return (new, remembered), stats_of(ends, x, chunk_at(sequence.prepared["targets"], i), options.logits_chunk)
+        mine = None if counted is None else chunk_at(counted, i)
+        targets = chunk_at(sequence.prepared["targets"], i)
+        return (new, remembered), stats_of(ends, x, targets, mine, options.logits_chunk)
 
     nothing = landmark_memory.empty_memories(model.config, sequence, model.dtype)
     empty = [group.empty(batch, model.dtype, False) for group in groups]

@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from streamjax.attention.block_cutting import join_blocks
+from streamjax.attention.block_cutting import cut_blocks, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import without_layers
-from streamjax.training.backprop.embedding_and_head import default_logits_chunk, stats_of
+from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.gradient_reduction import Reduction
+from streamjax.training.backprop.head.passes import head_stats
 from streamjax.training.backprop.layer_order import place_forward
 from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, chunk_at
@@ -71,9 +72,8 @@ def _token_log_probs(model: Decoder, batch: Batch, chunk_size: int, logits_chunk
     remembered = empty_memories(model.config, sequence, model.dtype)
     for rows in layer_stacks(model, nnx.Param, None, Reduction()):
         x = rows.loop(0, rows.count, partial(_row_forward, rows, sequence, remembered), x)
-    targets = sequence.prepared["targets"]
-    logp = jax.lax.map(lambda i: stats_of(ends, chunk_at(x, i), chunk_at(targets, i), logits_chunk).logp, steps)
-    return jnp.where(counted, join_blocks(logp, sequence.length), 0.0)
+    stats = head_stats(ends, x, sequence.prepared["targets"], cut_blocks(counted, chunk_size), logits_chunk)
+    return join_blocks(stats.logp, sequence.length)
 
 
 def _row_forward(

@@ -25,9 +25,10 @@ from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.handed_on.learned_bounds import table_gradient, with_bounds
 from streamjax.training.backprop import chunk_order, layer_order
-from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
+from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
+from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.planning.host_transfers import Rates, hidden_fraction
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, split_evenly
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS, Choice, choose, device_memory_bytes
@@ -306,7 +307,7 @@ def whole_loss(
         hidden = model.hidden(batch["tokens"], **known, remat=remat, keep_attention=keep_attention, exchange=exchange)
     else:
         hidden = hidden_of_kept(model, elimination, batch["tokens"], **known, remat=remat)
-    return objective.loss(whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk), prepared)
+    return whole_sequence_loss(model, hidden, prepared, objective, logits_chunk)
 
 
 def loss_sum(model: Decoder, batch: Batch, *, logits_chunk: int | None = None) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.block_cutting import cut_blocks
@@ -25,7 +25,7 @@ from streamjax.models.mixers.attention import SequenceContext
 from streamjax.models.mlps.routing_report import RoutingReport
 from streamjax.parallel.rules import constrain
 from streamjax.training.backprop.trainable_parameters import is_parameter
-from streamjax.training.objectives.objective import Batch
+from streamjax.training.objectives.objective import Batch, Objective
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +68,11 @@ class ChunkedSequence:
         shape = (self.tokens.shape[1], self.length)
         cut = {name: cut_blocks(x, self.chunk_size) for name, x in prepared.items() if x.shape[:2] == shape}
         return dataclasses.replace(self, prepared=cut, whole=prepared)
+
+    def counted(self, objective: Objective) -> Bool[Array, "N B C"] | None:
+        """Which tokens count for an objective; None: all, for what it says."""
+        found = objective.counted(self.whole)
+        return None if found is None else cut_blocks(found, self.chunk_size)
 
     @property
     def count(self) -> int:

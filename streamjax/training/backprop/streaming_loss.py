@@ -28,7 +28,8 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import unstack_layers
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance
-from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
+from streamjax.training.backprop.embedding_and_head import default_logits_chunk
+from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
 from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
@@ -127,8 +128,7 @@ def streaming_loss(
         if pad:
             # Behind a full `dense` cache padding is NaN, which a weight of 0 would not keep out of the gradient.
             hidden = jnp.where((jnp.arange(width) < count)[:, None], hidden, 0)
-        stats = whole_sequence_stats(model, hidden, prepared["targets"], logits_chunk)
-        return state, objective.loss(stats, prepared)
+        return state, whole_sequence_loss(model, hidden, prepared, objective, logits_chunk)
 
     counts = jnp.clip(length - jnp.arange(chunks, dtype=jnp.int32) * width, 0, width)
     pieces = cut(batch["tokens"]), jax.tree.map(cut, objective.prepare(batch)), counts

@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from streamjax.field_checks import Fraction, Size, check_fields
 from streamjax.training.objectives.objective import Batch, Objective, TokenStats, require_targets, shares, wide
@@ -75,6 +75,9 @@ class Distillation(Objective):
             "weights": shares(batch["weights"]),
             "teacher_logp": batch["teacher_logp"],
         }
+
+    def counted(self, prepared: Batch) -> Bool[Array, "B T"]:
+        return prepared["weights"] != 0
 
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         dtype, weights = stats.logp.dtype, prepared["weights"]

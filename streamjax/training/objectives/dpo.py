@@ -65,6 +65,9 @@ class DPO(Objective):
             "pair_shares": shares(jnp.asarray(_complete(weights), float)) * 2.0,
         }
 
+    def counted(self, prepared: Batch) -> Bool[Array, "B T"]:
+        return (prepared["weights"] != 0) & (prepared["pair_shares"] != 0)[:, None]
+
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         dtype = stats.logp.dtype
         weights = prepared["weights"].astype(dtype)

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from streamjax.field_checks import Fraction, NotNegative, Size, check_fields
 from streamjax.training.objectives.objective import (
@@ -119,6 +119,11 @@ class GRPO(Objective):
         }
         used = ("old_logp", "reference_logp") if self.kl else ("old_logp",)
         return arrays | {name: batch[name] for name in used if name in batch}
+
+    def counted(self, prepared: Batch) -> Bool[Array, "B T"]:
+        """Without a penalty an answer that was rewarded as its group was teaches nothing."""
+        taught = prepared["shares"] != 0
+        return taught if self.kl else taught & (prepared["advantages"] != 0)
 
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         dtype = stats.logp.dtype

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.field_checks import BelowOne, Interval, NotNegative, check_fields
 
@@ -72,6 +72,13 @@ class Objective:
         """
         raise NotImplementedError
 
+    def counted(self, prepared: Batch) -> Bool[Array, "B T"] | None:
+        """Which tokens the loss depends on: of others no logits are made, and `loss` reads zeros; None: all.
+
+        Of a separable objective that says so, `loss` is called with any tokens of any rows, [1, N].
+        """
+        return None
+
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         """The loss, or its part of the given rows and tokens."""
         raise NotImplementedError
@@ -108,6 +115,9 @@ class CrossEntropy(Objective):
         weights = self._weights(batch)
         return {"targets": jnp.where(weights == 0, 0, batch["targets"]), "weights": shares(weights)}
 
+    def counted(self, prepared: Batch) -> Bool[Array, "B T"]:
+        return prepared["weights"] != 0
+
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         nll = -stats.logp
         if self.label_smoothing:
@@ -126,9 +136,13 @@ class Linear(Objective):
     """
 
     @staticmethod
-    def prepared(targets: Int32[Array, "B T"], slopes: TokenStats) -> dict[str, Array]:
+    def prepared(targets: Int32[Array, "*chunk B T"], slopes: TokenStats) -> dict[str, Array]:
         """Arrays for the function with these slopes."""
         return {"targets": targets, **slopes._asdict()}
+
+    def counted(self, prepared: Batch) -> Bool[Array, "B T"]:
+        slopes = [prepared[name] != 0 for name in TokenStats._fields]
+        return jnp.any(slopes[0], axis=tuple(range(2, slopes[0].ndim))) | slopes[1] | slopes[2]
 
     def loss(self, stats: TokenStats, prepared: Batch) -> Float[Array, ""]:
         parts = (jnp.sum(x * prepared[name]) for name, x in stats._asdict().items())

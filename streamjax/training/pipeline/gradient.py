@@ -20,8 +20,9 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers, without_layers
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.parallel.rules import STAGE
-from streamjax.training.backprop.embedding_and_head import default_logits_chunk, whole_sequence_stats
+from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.gradient_reduction import batch_axes
+from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective
 from streamjax.training.pipeline.paths import WHOLE, PipelineConfig
@@ -253,8 +254,7 @@ class _Run:
     def loss(self, ends: Decoder, y: Float[Array, "B T E"], part: Batch) -> Float[Array, ""]:
         """What a microbatch adds to the loss."""
         prepared = {name.removeprefix("prepared_"): x for name, x in part.items() if name.startswith("prepared_")}
-        stats = whole_sequence_stats(ends, ends.norm(y), prepared["targets"], self.logits_chunk)
-        return self.objective.loss(stats, prepared)
+        return whole_sequence_loss(ends, ends.norm(y), prepared, self.objective, self.logits_chunk)
 
     def receive(self, held: Array, sent: Array, arrivals: Arrivals, slots: Int32[Array, "N 1"]) -> Array:
         """What the stage holds, with what other stages have sent in its place."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streamjax.training import CrossEntropy
-from streamjax.training.backprop.embedding_and_head import whole_sequence_stats
+from streamjax.training.backprop.head.whole_sequence import whole_sequence_stats
 from streamjax.training.objectives.objective import token_stats
 from tests.training.gradient_checks import check_objective, random_batch
 
