@@ -119,7 +119,7 @@ def _compiled(config: Any, device: Any, form: str) -> tuple[Any, float]:
     import streamjax as sj
     from pallas_kernels.api import platforms
     from streamjax.training.backprop import embedding_and_head
-    from streamjax.training.backprop.gradient_options import Options
+    from streamjax.training.backprop.gradient_options import GradientOptions
     from streamjax.training.objectives.objective import CrossEntropy
 
     platforms.platform_implementation = lambda: "tpu" if form == "fused" else None  # JAX runs on a CPU here
@@ -133,7 +133,7 @@ def _compiled(config: Any, device: Any, form: str) -> tuple[Any, float]:
         return whole, embedding_and_head.output_zeros(whole, options)
 
     size = TOKENS
-    options = Options(logits_chunk=size, kv_grad_dtype=jnp.float32)
+    options = GradientOptions(logits_chunk=size, kv_grad_dtype=jnp.float32)
     model, grads = placed(jax.eval_shape(shapes))
     if form == "xla":
         size = min(TOKENS, embedding_and_head.default_logits_chunk(model, 1))

@@ -11,15 +11,14 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.api import platforms
 from pallas_kernels.partial import add_sinks
-from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
+from pallas_kernels.patterns import Chunked, Full, Pattern
 from streamjax.attention import sharded
 from streamjax.attention.context.sequence import Exchange, context_attention
 from streamjax.attention.dense import attend
 from streamjax.attention.flash import flash_attention
 
 Implementation = Literal["dense", "xla", "pallas"]
-DENSE_LIMIT = 1024 * 1024  # logits per row and head up to which the dense form is used
-DENSE_LIMIT_LOCAL = 512 * 512  # the same where a window leaves most of them out
+DENSE_LIMIT = 512 * 512  # logits per row and head from which on the dense form is not used
 KERNEL_TOKENS = 256  # a kernel works in blocks; shorter sequences would be padding mostly
 
 
@@ -104,8 +103,7 @@ def choose(queries: int, keys: int, pattern: Pattern, dtype: str) -> Implementat
     """The best implementation on the platform that JAX runs on: a kernel where there is one for the arguments."""
     if queries >= KERNEL_TOKENS and platforms.takes(pattern, dtype):
         return logged("pallas")
-    local = isinstance(pattern, SlidingWindow | SinkWindow) and 4 * pattern.window <= keys
-    return "dense" if queries * keys <= (DENSE_LIMIT_LOCAL if local else DENSE_LIMIT) else logged("xla")
+    return "dense" if queries * keys < DENSE_LIMIT else logged("xla")
 
 
 def logged(choice: Implementation) -> Implementation:

@@ -43,8 +43,8 @@ def on_tpu(monkeypatch):
 
 
 def test_chooses_by_platform_size_and_arguments(monkeypatch):
-    assert dispatch.choose(1000, 1000, Full(), "float32") == "dense"
-    assert dispatch.choose(2000, 2000, Full(), "float32") == "xla"
+    assert dispatch.choose(511, 511, Full(), "float32") == "dense"
+    assert dispatch.choose(512, 512, Full(), "float32") == "xla"
     monkeypatch.setattr(platforms, "platform_implementation", lambda: "tpu")
     assert dispatch.choose(2000, 2000, Full(), "bfloat16") == "pallas"
     assert dispatch.choose(100, 100, Full(), "bfloat16") == "dense"

@@ -218,9 +218,8 @@ def loss_and_grad(
             new.append(mine)
         if objective.separable:
             return (new, remembered), None
-        mine = None if counted is None else chunk_at(counted, i)
-        targets = chunk_at(sequence.prepared["targets"], i)
-        return (new, remembered), stats_of(ends, x, targets, mine, options.logits_chunk)
+        targets, own = chunk_at(sequence.prepared["targets"], i), None if counted is None else chunk_at(counted, i)
+        return (new, remembered), stats_of(ends, x, targets, own, options.logits_chunk)
 
     nothing = landmark_memory.empty_memories(model.config, sequence, model.dtype)
     empty = [group.empty(batch, model.dtype, False) for group in groups]

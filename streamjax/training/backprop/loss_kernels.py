@@ -1,7 +1,7 @@
 """Statistics of tokens' logits by the platform's kernels, which never write the logits, where there are such kernels.
 
 They are taken for large vocabularies on TPUs, where the compiler's figures say that they win (docs/kernels.md). All
-else is left to XLA, in pieces (`ends.py`): GPUs, an output with a bias, and meshes that split the tokens, unless
+else is left to XLA, in pieces (`head/passes.py`): GPUs, an output with a bias, and meshes that split the tokens, unless
 `jax.shard_map` took their axes by hand, as every backprop method does. Where the vocabulary is split each device calls
 the kernel on its own part. Which it is, is logged once.
 """

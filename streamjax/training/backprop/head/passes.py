@@ -20,7 +20,7 @@ from streamjax.training.backprop.sequence_chunks import add
 from streamjax.training.backprop.trainable_parameters import combine, partition
 from streamjax.training.objectives.objective import Batch, Objective, TokenStats, token_stats
 
-KERNEL_BLOCK = 8192  # tokens at most that one call of a kernel takes: it reads and writes the matrix's gradient once
+KERNEL_BLOCK = 2048  # tokens at most that a call of a kernel takes: in each it reads the matrix for as many at a time
 
 
 def head_stats(
@@ -99,10 +99,10 @@ def _blocks(
     ends: Decoder, hidden: Array, targets: Array, counted: Array | None, logits_chunk: int
 ) -> tuple[bool, TokenBlocks]:
     """Whether kernels do it, and the blocks in which it is done."""
-    _, rows, length = shape = hidden.shape[:3]
+    chunks, rows, length, _ = hidden.shape
     kernels = loss_kernels.applicable(ends, hidden[0], targets[0])
     most = min(length, max(1, KERNEL_BLOCK // rows)) if kernels else logits_chunk
-    return kernels, TokenBlocks.of(counted, shape, most)
+    return kernels, TokenBlocks.of(counted, (chunks, rows, length), most)
 
 
 def _by_logits(

@@ -114,7 +114,8 @@ class _Parameters:
     def __init__(self, ends: Decoder):
         names = _OUTPUT - ({"head"} if ends.head is None else {"embedding"})
         params, rest = partition(ends, nnx.Variable, names)
-        self._nodes, self._tree = jax.tree.flatten(params, is_leaf=is_parameter)
+        self._nodes, tree = jax.tree.flatten(params, is_leaf=is_parameter)
+        self._tree: Any = tree
         self.arrays: list[list[Array]] = [jax.tree.leaves(node) for node in self._nodes]
         self.rest_arrays, self._rest_tree = jax.tree.flatten(rest)
 
