@@ -4,6 +4,7 @@ import jax
 
 import streamjax as sj
 from streamjax.models.config import RopeConfig
+from streamjax.models.layer_stacking import with_layers
 
 BATCH, SLOTS = 8, 12
 MESHES = {
@@ -59,3 +60,11 @@ _MODELS = {scan_layers: _build(scan_layers) for scan_layers in (False, True)}
 
 def small_model(scan_layers: bool = False) -> sj.Decoder:
     return _MODELS[scan_layers]
+
+
+def one_layer() -> sj.Decoder:
+    """The first layer of the model, and its two ends."""
+    model = small_model()
+    cut = with_layers(model, [], list(model.layers)[:1])
+    cut.config = model.config.replace(blocks=model.config.blocks[:1])
+    return cut

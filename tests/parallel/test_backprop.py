@@ -10,7 +10,7 @@ import pytest
 import streamjax as sj
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
-from tests.parallel.small_models import BATCH, CONFIG, small_model
+from tests.parallel.small_models import BATCH, CONFIG, one_layer, small_model
 
 LENGTH, CHUNK = 20, 4
 MESHES = {
@@ -97,8 +97,8 @@ def collectives_in_loops(text: str) -> set[str]:
     ],
 )
 def test_gradients_are_reduced_once_a_step(batch, mesh, order):
-    """Single layers: every loop there is walks chunks, blocks or pieces of logits, and none sums over devices."""
-    step, _ = compiled(make_mesh(**MESHES[mesh]), small_model(False), batch, order)
+    """A single layer: every loop there is walks chunks, blocks or pieces of logits, and none sums over devices."""
+    step, _ = compiled(make_mesh(**MESHES[mesh]), one_layer(), batch, order)
     text = step.as_text()
     assert re.search(r" (all-reduce|reduce-scatter)(-start)?\(", text)
     assert re.search(r" while\(", text)

@@ -15,7 +15,7 @@ from streamjax.kv import tier
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tiers import full
 from streamjax.parallel.mesh import make_mesh, shard_model
-from tests.parallel.small_models import BATCH, CONFIG, MESHES, small_model
+from tests.parallel.small_models import BATCH, CONFIG, MESHES, one_layer, small_model
 
 SLOTS = 62
 CACHES = {
@@ -26,11 +26,13 @@ CACHES = {
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-def _collectives(mesh: str, cache: str, width: int, rows: int = BATCH) -> list[tuple[str, tuple[int, ...]]]:
+def _collectives(
+    mesh: str, cache: str, width: int, rows: int = BATCH, make=small_model
+) -> list[tuple[str, tuple[int, ...]]]:
     """Operation and shape of every collective in a compiled step; those on less than 64 numbers left out."""
     mesh = make_mesh(**MESHES[mesh])
     with jax.set_mesh(mesh):
-        model = shard_model(small_model(), mesh)
+        model = shard_model(make(), mesh)
         state = sj.init_state(model, CACHES[cache], rows)
         tokens, count = jnp.zeros((rows, width), jnp.int32), jnp.ones((rows,), jnp.int32)
         text = sj.step.trace(model, state, tokens, count).lower().compile().as_text()
@@ -77,7 +79,7 @@ def test_slots_over_devices_exchange_one_sum_a_layer(width, monkeypatch):
 @pytest.mark.parametrize("cache", CACHES)
 def test_decode_with_slots_over_devices_keeps_them_there(cache):
     """Each device attends to its own slots; what is exchanged is as large as queries, not as the cache."""
-    for _, shape in _collectives("context2-tensor4", cache, 1):
+    for _, shape in _collectives("context2-tensor4", cache, 1, make=one_layer):
         assert math.prod(shape) <= BATCH * CONFIG.d_model
 
 
@@ -86,7 +88,7 @@ def test_a_stream_alone_writes_where_its_slots_lie(width, monkeypatch):
     """Its tokens go into a window of the slots, as on all platforms but CPUs, which no device has to gather."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **others: default(*arrays))
     jax.clear_caches()
-    for _, shape in _collectives("context2-tensor4", "dense", width, rows=1):
+    for _, shape in _collectives("context2-tensor4", "dense", width, rows=1, make=one_layer):
         assert math.prod(shape) <= width * CONFIG.d_model
     jax.clear_caches()
 

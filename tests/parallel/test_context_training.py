@@ -54,7 +54,7 @@ def expected(names, packed):
         return model, batch, gradient(model, batch, "full")
 
 
-ALL, LOCAL, RECURRENT = tuple(MIXERS)[:7], ("sinks", "chunk", "alibi", "nope"), ("delta", "ssd")
+ALL, LOCAL, RECURRENT = tuple(MIXERS)[:7], ("sinks", "chunk", "nope"), ("delta", "ssd")
 
 
 @pytest.mark.usual("axes0-names0-True-full-options0", "axes1-names1-False-remat-options1")

@@ -14,7 +14,7 @@ from streamjax.attention import sharded
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.attention.landmarks.page_choice import VisiblePages
 from streamjax.parallel.mesh import make_mesh, shard_model
-from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
+from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, one_layer
 
 PAGES = sj.kv.preset("quest", sinks=2, window=3, capacity=24, page=8, top_k=2)
 INTERPRETED = {"implementation": "triton", "interpret": True}
@@ -96,11 +96,11 @@ def test_decoding(interpreted, name, cache):
             out.append(np.asarray(found))
         return np.concatenate(out, axis=1)
 
-    expected = logits(small_model(), "xla")
+    expected = logits(one_layer(), "xla")
     assert not interpreted
     mesh = make_mesh(**MESHES[name])
     with jax.set_mesh(mesh):
-        found = logits(shard_model(small_model(), mesh), "pallas")
+        found = logits(shard_model(one_layer(), mesh), "pallas")
     rows = MESHES[name].get("data", 1) * MESHES[name].get("fsdp", 1)
     assert interpreted[-1] == (BATCH // rows, 1, CONFIG.num_heads // MESHES[name]["tensor"], CONFIG.head_dim)
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -109,7 +109,7 @@ def test_decoding(interpreted, name, cache):
 def test_rings_on_several_devices_are_not_for_kernels(interpreted):
     mesh = make_mesh(**MESHES["context2-tensor4"])
     with jax.set_mesh(mesh):
-        model = shard_model(small_model(), mesh)
+        model = shard_model(one_layer(), mesh)
         state = sj.init_state(model, CACHES["streaming_llm"], BATCH, implementation="pallas")
         with pytest.raises(ValueError, match="do not take slots on several devices"):
             sj.step(model, state, np.zeros((BATCH, 1), np.int32))

@@ -12,7 +12,8 @@ from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shard
 from streamjax.training.run.optimizer import OptimizerConfig, make_optimizer
 from streamjax.training.run.state import new_state, shard_batch
 from streamjax.training.run.step import make_train_step
-from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
+from tests.covering import rest_slow
+from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, one_layer, small_model
 
 
 def _tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -53,10 +54,11 @@ def _stream(model, cache):
 
 
 @functools.cache
-def _unsharded(cache):
-    return _stream(small_model(), cache)
+def _unsharded(cache, model):
+    return _stream(model(), cache)
 
 
+@pytest.mark.parametrize("model", rest_slow([one_layer, small_model], one_layer))
 @pytest.mark.parametrize(
     ("mesh", "cache"),
     [
@@ -72,11 +74,11 @@ def _unsharded(cache):
         pytest.param("data2-fsdp2-tensor2", "clusters", marks=pytest.mark.slow),
     ],
 )
-def test_step(mesh, cache):
-    expected, last = _unsharded(cache)
+def test_step(mesh, cache, model):
+    expected, last = _unsharded(cache, model)
     mesh = make_mesh(**MESHES[mesh])
     with jax.set_mesh(mesh):
-        got, state = _stream(shard_model(small_model(), mesh), cache)
+        got, state = _stream(shard_model(model(), mesh), cache)
     np.testing.assert_allclose(got, expected, atol=2e-5)
     np.testing.assert_array_equal(state.position, last.position)
     np.testing.assert_allclose(state.hidden, last.hidden, atol=2e-5)
@@ -88,7 +90,7 @@ def test_step(mesh, cache):
 
 
 def test_generate_and_score():
-    model, prompt = small_model(), _tokens(BATCH, 16)
+    model, prompt = one_layer(), _tokens(BATCH, 16)
     lengths = np.array([16, 4, 9, 1, 15, 16, 8, 13])
 
     def run(model):
@@ -158,9 +160,9 @@ def test_gradients_are_split_as_their_parameters():
     mesh = make_mesh(**MESHES["data2-fsdp2-tensor2"])
     tokens = _tokens(BATCH, 13)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((BATCH, 12), np.float32)}
-    loss, expected = sj.training.loss_and_grad(small_model(), jax.tree.map(jnp.asarray, batch))
+    loss, expected = sj.training.loss_and_grad(one_layer(), jax.tree.map(jnp.asarray, batch))
     with jax.set_mesh(mesh):
-        sharded, grads = sj.training.loss_and_grad(shard_model(small_model(), mesh), shard_batch(batch, mesh))
+        sharded, grads = sj.training.loss_and_grad(shard_model(one_layer(), mesh), shard_batch(batch, mesh))
     np.testing.assert_allclose(sharded, loss, atol=1e-6)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)

@@ -35,13 +35,17 @@ def test_patterns(config, length, chunk_size, packed):
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk_size", "packed", "orders"),
-    [(24, 8, False, ("chunk",)), pytest.param(19, 4, True, ORDERS, marks=pytest.mark.slow)],
+    ("length", "chunk_size", "packed", "orders", "sizes"),
+    [
+        (24, 8, False, ("chunk",), (3, 11)),
+        pytest.param(24, 8, False, ("chunk",), (3, 11, 50), marks=pytest.mark.slow),
+        pytest.param(19, 4, True, ORDERS, (3, 11, 50), marks=pytest.mark.slow),
+    ],
 )
-def test_attention_within_chunks(length, chunk_size, packed, orders):
+def test_attention_within_chunks(length, chunk_size, packed, orders, sizes):
     """Attention chunks shorter than those of backprop, longer, and longer than the sequence."""
-    config = WINDOWS.replace(windows=()).expand()
-    blocks = [block.with_mixer(chunk=size) for block, size in zip(config.blocks, (3, 11, 50), strict=True)]
+    config = WINDOWS.replace(num_layers=len(sizes), windows=()).expand()
+    blocks = [block.with_mixer(chunk=size) for block, size in zip(config.blocks, sizes, strict=True)]
     check(config.replace(blocks=tuple(blocks)), length, chunk_size=chunk_size, packed=packed, orders=orders)
 
 

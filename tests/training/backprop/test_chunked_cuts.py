@@ -24,22 +24,34 @@ def whole_sequence():
         return model, batch, gradient(model, batch, "full")
 
 
-def same_when_cut(order, **options):
-    model, batch, expected = whole_sequence()
+@cache
+def one_layer():
+    """A model with one layer, a batch, and their gradient."""
+    with jax.enable_x64(True):
+        model, batch = random_model(CONFIG.replace(num_layers=1)), random_batch(CONFIG.vocab_size, 2, 17)
+        return model, batch, gradient(model, batch, "full")
+
+
+def same_when_cut(order, *, given=whole_sequence, **options):
+    model, batch, expected = given()
     with jax.enable_x64(True):
         assert_same(gradient(model, batch, order, **options), expected)
 
 
-@pytest.mark.usual("layer-1")
+def test_chunks_of_one_token():
+    same_when_cut("layer", given=one_layer, chunk_size=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "chunk_size"),
     [
         ("layer", 1),
-        pytest.param("chunk", 1, marks=pytest.mark.slow),
-        pytest.param("layer", 16, marks=pytest.mark.slow),
+        ("chunk", 1),
+        ("layer", 16),
         ("chunk", 16),
-        pytest.param("layer", None, marks=pytest.mark.slow),
-        pytest.param("chunk", None, marks=pytest.mark.slow),
+        ("layer", None),
+        ("chunk", None),
     ],
 )
 def test_chunk_sizes(order, chunk_size):
@@ -79,8 +91,7 @@ def test_segments_of_layers_of_one_kind(layers, stacked, segment):
 def test_sums_over_chunks_have_the_dtype_that_was_asked_for(order, option, part):
     """In a float64 model the error is as large as float32's rounding, and no larger."""
     with jax.enable_x64(True):
-        model, batch = random_model(CONFIG.replace(num_layers=1)), random_batch(CONFIG.vocab_size, 2, 17)
-        _, expected = gradient(model, batch, "full")
+        model, batch, (_, expected) = one_layer()
         _, found = gradient(model, batch, order, chunk_size=5, **{option: jnp.float32})
         errors = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))), expected, found)
         assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(found))

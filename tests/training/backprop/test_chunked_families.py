@@ -35,6 +35,9 @@ REPEATED |= {
     "gpt_oss": "qwen3_next",  # its sinks: test_sink_logits.py
     "falcon-40b": "mpt",
     "olmo2": "gemma2",
+    "recurrent_gemma": "qwen3_next",  # states that chunks hand on, before a layer with attention
+    "lfm2": "qwen3_next",  # a convolution that begins in the chunk before
+    "llama4": "deepseek_v3",  # its attention within chunks: test_chunked.py
 }
 
 

@@ -31,6 +31,7 @@ CONFIG = with_sink_logits(
         attention_softcap=4.0,
     )
 )
+WINDOW = CONFIG.replace(blocks=CONFIG.blocks[1:])
 CHUNK = {"chunk_size": 256}
 
 
@@ -65,16 +66,17 @@ def take(model, batch, method, **options):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "method", "rows", "packed"),
+    ("kernels", "config", "method", "rows", "packed"),
     [
-        pytest.param("tpu", "layer", 1, False, marks=pytest.mark.slow),
-        ("triton", "chunk", 2, True),
-        pytest.param("triton", "layer", 2, True, marks=pytest.mark.slow),
+        pytest.param("tpu", CONFIG, "layer", 1, False, id="tpu-layer", marks=pytest.mark.slow),
+        pytest.param("triton", CONFIG.replace(blocks=CONFIG.blocks[:1]), "chunk", 2, True, id="triton-one-layer-chunk"),
+        pytest.param("triton", CONFIG, "chunk", 2, True, id="triton-chunk", marks=pytest.mark.slow),
+        pytest.param("triton", CONFIG, "layer", 2, True, id="triton-layer", marks=pytest.mark.slow),
     ],
     indirect=["kernels"],
 )
-def test_gradients_are_those_of_the_loops(kernels, method, rows, packed, monkeypatch):
-    model, batch = random_model(CONFIG, "float32"), random_batch(31, rows, 600, packed=packed)
+def test_gradients_are_those_of_the_loops(kernels, config, method, rows, packed, monkeypatch):
+    model, batch = random_model(config, "float32"), random_batch(31, rows, 600, packed=packed)
     found = take(model, batch, method, **CHUNK)
     assert set(kernels) == {"chunk_attention", "chunk_gradients"}
     monkeypatch.setattr(platforms, "platform_implementation", lambda: None)
@@ -92,8 +94,7 @@ def test_gradients_are_those_of_the_loops(kernels, method, rows, packed, monkeyp
     ],
 )
 def test_on_a_mesh(kernels, axes, monkeypatch):
-    config = CONFIG.replace(blocks=CONFIG.blocks[1:])
-    model, batch = random_model(config, "float32", stacked=True), random_batch(31, 4, 512)
+    model, batch = random_model(WINDOW, "float32", stacked=True), random_batch(31, 4, 512)
     mesh = make_mesh(**axes)
     with jax.set_mesh(mesh):
         found = take(shard_model(model, mesh), shard_batch(batch, mesh), "layer", **CHUNK)

@@ -16,6 +16,9 @@ from tests.training.gradient_checks import CONFIG, assert_same, gradient, random
 SHARED = CONFIG.replace(
     num_layers=3, windows=(5,) * 3, hsa=HSAConfig(layers=(1, 2), memory_layers=(0,), chunk_size=4, top_k=2)
 )
+TWO_READERS = SHARED.replace(
+    num_layers=2, windows=(5,) * 2, hsa=HSAConfig(layers=(0, 1), memory_layers=(0,), chunk_size=4, top_k=2)
+)
 OWN = CONFIG.replace(
     num_layers=3,
     windows=(4, None, 4),
@@ -49,7 +52,8 @@ def whole_sequence(config, packed):
         pytest.param(SHARED, "layer", 8, False, marks=pytest.mark.slow),
         pytest.param(SHARED, "chunk", 8, False, marks=pytest.mark.slow),
         pytest.param(SHARED, "chunk", 8, True, marks=pytest.mark.slow),
-        (SHARED, "layer", 11, True),
+        (TWO_READERS, "layer", 11, True),
+        pytest.param(SHARED, "layer", 11, True, marks=pytest.mark.slow),
         pytest.param(SHARED, "chunk", 29, True, marks=pytest.mark.slow),
         pytest.param(OWN, "layer", 6, False, marks=pytest.mark.slow),
         pytest.param(RAMBA, "chunk", 8, True, marks=pytest.mark.slow),
@@ -68,13 +72,13 @@ def test_every_method_gives_the_gradient(config, method, chunk_size, packed):
 @pytest.mark.parametrize("options", [{"segment": 2}, {"segment": 3, "offload": "host", "offload_fraction": 0.5}])
 def test_segments_and_offload_keep_the_gradient(options):
     with jax.enable_x64(True):
-        model, batch, expected = whole_sequence(SHARED, packed=False)
+        model, batch, expected = whole_sequence(SHARED, False)
         assert_same(gradient(model, batch, "layer", chunk_size=8, **options), expected)
 
 
 def test_the_gradient_reaches_every_part_of_the_memory():
     """No array of the encoder and of the readers is left out."""
-    _, _, (_, grads) = whole_sequence(SHARED, packed=True)
+    _, _, (_, grads) = whole_sequence(TWO_READERS, True)
     for block in grads.layers:
         for part in (block.encoder, block.reader):
             for path, leaf in jax.tree_util.tree_leaves_with_path(part):

@@ -40,7 +40,11 @@ PLAIN = CONFIG.replace(
     activation="gelu",
     tie_embeddings=False,
 )
-CASES = {"gated": (GATED, TARGETS), "plain": (PLAIN, tuple(t for t in TARGETS if t != "gate"))}
+CASES = {
+    "gated": (GATED, TARGETS),
+    "plain": (PLAIN, tuple(t for t in TARGETS if t != "gate")),
+    "window": (CONFIG.replace(windows=(5, 5)), TARGETS),
+}
 SCALE = 1.75  # alpha / rank
 CUT = {"layer": {"chunk_size": 4}, "chunk": {"chunk_size": 4}}
 
@@ -114,7 +118,7 @@ def pairs(*axes):
     ]
 
 
-@pytest.mark.usual("plain-layer-True", "gated-chunk-True")
+@pytest.mark.usual("plain-layer-True", "window-chunk-True")
 @pytest.mark.parametrize(("case", "method", "stacked"), pairs(tuple(CASES), METHODS, (False, True)))
 def test_gradients_of_all_targets(case, method, stacked):
     model, batch, (loss, grads) = expected(case)

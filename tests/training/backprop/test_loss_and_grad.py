@@ -1,6 +1,6 @@
 """Gradients against finite differences, remat against full, packed rows against rows of their own."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 import streamjax as sj
 from streamjax.attention import dispatch
 from streamjax.models import Decoder, UniformConfig, stack_layers
-from tests.training.gradient_checks import CONFIG, assert_same, compiled, random_batch, random_model
+from tests.training.gradient_checks import CONFIG, assert_same, compiled, gradient, random_batch, random_model
 
 
 def test_loss_is_the_weighted_mean_of_the_forward_pass(model, batch):
@@ -88,11 +88,19 @@ def test_errors_say_what_there_is(model, batch):
         sj.training.loss_and_grad(model, {"tokens": batch["tokens"], "targets": batch["targets"]})
 
 
+@cache
+def long_packed_rows():
+    """A model, a batch, and its gradient."""
+    model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(31, 1, 300, packed=True)
+    return model, batch, gradient(model, batch, "full")
+
+
 @pytest.mark.parametrize(
     ("method", "options", "saved"),
     [
         ("remat", {}, 2),  # loops over blocks of queries, and in it over blocks of keys
-        ("layer", {"chunk_size": 128}, 1),  # over the blocks of keys that a chunk sees
+        # over the blocks of keys that a chunk sees
+        pytest.param("layer", {"chunk_size": 128}, 1, marks=pytest.mark.slow),
         (
             "layer",
             {"chunk_size": 128, "offload": "host", "offload_fraction": 0.4},
@@ -102,9 +110,8 @@ def test_errors_say_what_there_is(model, batch):
 )
 def test_attention_that_is_kept_is_not_computed_again(monkeypatch, method, options, saved):
     monkeypatch.setattr(dispatch, "DENSE_LIMIT", 0)
-    model, batch = random_model(CONFIG, "float32", stacked=True), random_batch(31, 1, 300, packed=True)
+    model, batch, full = long_packed_rows()
     programs = {kept: compiled(model, batch, method, keep_attention=kept, **options) for kept in (False, True)}
-    full = compiled(model, batch, "full")(model, batch)
     for program in programs.values():
         assert_same(program(model, batch), full, "float32")
     loops = {kept: program.as_text().count(" while(") for kept, program in programs.items()}

@@ -19,7 +19,7 @@ from streamjax.training.run.state import shard_batch
 from tests.training.gradient_checks import random_batch, random_model
 
 CONFIG = sj.UniformConfig(
-    vocab_size=300, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, tie_embeddings=True
+    vocab_size=300, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, tie_embeddings=True
 )
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, logit_softcap=4.0, logit_scale=0.7)
 SMOOTH = CrossEntropy(label_smoothing=0.1, z_loss=1e-2)

@@ -1,5 +1,7 @@
 """What routers report of a step: their choices, counted token by token, and their losses; the same in every order."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +53,8 @@ def choices_of(model, tokens):
 
 
 def reports_of(model, batch, **options):
-    trainable = trainable_and_reports(nnx.Param)
-    return take_reports(sj.training.loss_and_grad(with_reports(model), batch, trainable=trainable, **options)[1])
+    compute = partial(sj.training.loss_and_grad, trainable=trainable_and_reports(nnx.Param), **options)
+    return take_reports(jax.jit(compute)(with_reports(model), batch)[1])
 
 
 @pytest.mark.usual("options2-True")

@@ -66,9 +66,8 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
     model, stream, name, scan_layers, chunk_size, capacity
 ):
     """A `dense` cache keeps everything, so that cutting into chunks changes nothing; 11 is no multiple of 4 or 6."""
-    model = Decoder(
-        UniformConfig.of(model.config).replace(**ARCHITECTURES[name]), jax.random.key(2), scan_layers=scan_layers
-    )
+    config = UniformConfig.of(model.config).replace(**ARCHITECTURES[name])
+    model = jax.jit(partial(Decoder, config, scan_layers=scan_layers))(jax.random.key(2))
     weights = np.random.default_rng(0).uniform(0.2, 2.0, (ROWS, LENGTH)).astype(np.float32)
     weights[0, 2:9] = 0.0
     batch = batch_of(stream, 0, weights=weights)
@@ -90,17 +89,17 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
 )
 def test_the_loss_is_what_streaming_costs(model, stream, cache, chunk_size):
     """Batch after batch, the tokens across their borders included, and the state behind them is the stream's own."""
-    _, nll = sj.score(model, sj.init_state(model, cache, ROWS), stream, chunk_size=17)  # 34 tokens: one program
+    scored, nll = sj.score(model, sj.init_state(model, cache, ROWS), stream, chunk_size=17)  # 34 tokens: one program
     state = sj.init_state(model, cache, ROWS)
     for start in range(0, 3 * LENGTH, LENGTH):
         loss, _, state = streaming_loss_and_grad(model, state, batch_of(stream, start), chunk_size=chunk_size)
         expected = nll[:, start + 1 : start + LENGTH + 1].mean()
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    read = sj.read(model, sj.init_state(model, cache, ROWS), stream[:, :-1], chunk_size=11)
-    np.testing.assert_array_equal(state.seen, read.seen)
-    np.testing.assert_array_equal(state.position, read.position)
-    _, after = sj.step(model, state, stream[:, -1:])
-    _, expected = sj.step(model, read, stream[:, -1:])
+    state, _ = sj.step(model, state, stream[:, -1:])  # the last one is a target, and was not read
+    np.testing.assert_array_equal(state.seen, scored.seen)
+    np.testing.assert_array_equal(state.position, scored.position)
+    _, after = sj.step(model, state, stream[:, :1])
+    _, expected = sj.step(model, scored, stream[:, :1])
     np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -116,17 +115,23 @@ def test_with_sinks_and_a_window_chunks_do_not_change_the_gradient(model, stream
 
 
 def test_the_gradient_ends_where_the_batch_begins(model, stream):
-    """Against differences of what the second batch costs with the first one's cache held fixed."""
+    """Against differences of what the second batch costs with the first one's cache held fixed.
+
+    All batches have the length of two, one half of them without weight: one program reads them all.
+    """
     dense = sj.kv.preset("dense", capacity=64)
-    model = Decoder(UniformConfig.of(model.config).replace(num_layers=1), jax.random.key(0))
+    config = UniformConfig.of(model.config).replace(num_layers=1)
+    model = jax.jit(partial(Decoder, config))(jax.random.key(0))
     state = sj.read(model, sj.init_state(model, dense, ROWS), batch_of(stream, 0)["tokens"])
-    second = batch_of(stream, LENGTH)
-    _, grads, _ = streaming_loss_and_grad(model, state, second)
-    # The same loss when both batches are one: now the gradient reaches the first half.
     weights = np.ones((ROWS, 2 * LENGTH), np.float32)
-    weights[:, :LENGTH] = 0.0
-    both = batch_of(stream, 0, 2 * LENGTH, weights)
-    _, through, _ = streaming_loss_and_grad(model, sj.init_state(model, dense, ROWS), both, chunk_size=LENGTH)
+    weights[:, LENGTH:] = 0.0
+    second = batch_of(stream, LENGTH, 2 * LENGTH, weights)
+    loss, grads, _ = streaming_loss_and_grad(model, state, second, chunk_size=LENGTH)
+    # The same loss when both batches are one: now the gradient reaches the first half.
+    both = batch_of(stream, 0, 2 * LENGTH, 1 - weights)
+    empty = sj.init_state(model, dense, ROWS)
+    same_loss, through, _ = streaming_loss_and_grad(model, empty, both, chunk_size=LENGTH)
+    assert float(same_loss) == pytest.approx(float(loss), rel=1e-5)
     direction = jax.tree.map(jnp.subtract, through, grads)
     norm = sum(float(jnp.vdot(d, d)) for d in jax.tree.leaves(direction)) ** 0.5
     assert norm > 1e-3
@@ -134,11 +139,7 @@ def test_the_gradient_ends_where_the_batch_begins(model, stream):
 
     def cost(step):
         moved = jax.tree.map(lambda p, d: p + step * d, model, direction)
-        tokens = second["targets"]
-        start = jax.tree.map(jnp.copy, state)
-        # One token in front: it was read with the batch's first chunk, and predicts the first target.
-        start = sj.read(moved, start, second["tokens"][:, :1])
-        return float(jnp.mean(sj.score(moved, start, tokens)[1]))
+        return float(streaming_loss_and_grad(moved, state, second, chunk_size=LENGTH)[0])
 
     slope = (cost(0.02) - cost(-0.02)) / 0.04
 
@@ -152,9 +153,9 @@ def test_the_gradient_ends_where_the_batch_begins(model, stream):
 
 def test_between_chunks_only_states_are_kept(model):
     """Twice the batch costs the states of the chunks that are more, and its tokens."""
-    deep = Decoder(UniformConfig.of(model.config).replace(num_layers=1, mlp_dim=512), jax.random.key(0))
-    cache = sj.kv.preset("streaming_llm", sinks=2, window=14)
-    state = sj.init_state(deep, cache, 1)
+    config = UniformConfig.of(model.config).replace(num_layers=1, mlp_dim=512)
+    deep = jax.jit(partial(Decoder, config))(jax.random.key(0))
+    state = sj.init_state(deep, sj.kv.preset("window", window=16), 1)
 
     def temporary(length):
         batch = {name: np.zeros((1, length), np.int32) for name in ("tokens", "targets")}

@@ -41,6 +41,7 @@ def trained(model, first):
 
 
 hidden = jax.jit(projected_hidden)
+whole_hidden = jax.jit(lambda model: model.hidden(jnp.asarray(TOKENS)))
 
 
 def test_matrices_turn_as_cayley_says_without_a_solver():
@@ -91,7 +92,7 @@ def test_heads_in_some_directions_are_a_model_with_other_weights(model, first):
     assert bounds == [None, None]
     ranks = drawn_ranks()
     found = hidden(model, bases, ranks, TOKENS)
-    np.testing.assert_allclose(found, folded(bases, ranks).hidden(jnp.asarray(TOKENS)), atol=2e-4)
+    np.testing.assert_allclose(found, whole_hidden(folded(bases, ranks)), atol=2e-4)
     k = model.layer(0).mixer.projections.keys(model.layer(0).mixer_input(model.embed(jnp.asarray(TOKENS))))[0]
     for head in range(2):  # the principal ones are numpy's singular vectors
         directions = np.linalg.svd(np.asarray(k, np.float64)[:, :, head].reshape(-1, 6))[2]
@@ -118,14 +119,13 @@ def test_a_search_takes_from_heads_that_move_the_model_least(model, first):
     bases, _ = first
     found = search_ranks(model, bases, TOKENS, 0.8, levels=3, together=0.25)
     left = {i: np.full((2, 2), 6) for i in range(2)}
-    read = jax.jit(lambda model: model.hidden(jnp.asarray(TOKENS)))
     while sum(x.sum() for x in left.values()) > 0.8 * 48:
-        now, moved = read(folded(bases, left)), {}
+        now, moved = whole_hidden(folded(bases, left)), {}
         for i, role, head in np.ndindex(2, 2, 2):
             if left[i][role, head] > 2:
                 one = {j: x.copy() for j, x in left.items()}
                 one[i][role, head] -= 2
-                moved[i, role, head] = np.linalg.norm(read(folded(bases, one)) - now)
+                moved[i, role, head] = np.linalg.norm(whole_hidden(folded(bases, one)) - now)
         steps = int(np.ceil((sum(x.sum() for x in left.values()) - 0.8 * 48) / 2))
         for i, role, head in sorted(moved, key=moved.get)[: min(2, steps)]:
             left[i][role, head] -= 2
