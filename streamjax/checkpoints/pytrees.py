@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -115,12 +116,20 @@ def restore_args(template: Any, about: Mapping[str, Any], path: Path, cast: bool
         for name, leaf in wanted.items()
         if leaf.size
     }
-    return ocp.args.PyTreeRestore(targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
+    found = ocp.checkpoint_utils.construct_restore_args(targets)
+    for name, leaf in wanted.items():
+        if name in found and isinstance(leaf, jax.Array) and not leaf.committed:
+            found[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.args.PyTreeRestore(targets, restore_args=found)
 
 
 def rebuild(template: Tree, arrays: Mapping[str, Any]) -> Tree:
+    """The tree of these arrays. What is not bound to a device in the template is not in the result either.
+
+    `jit` takes an array that is bound to one for another kind of argument, and compiles a second program for it.
+    """
     leaves = [
-        arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
+        jnp.asarray(arrays[name]) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
         for name, leaf in named_arrays(template).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -41,6 +41,21 @@ def test_a_cache_of_a_narrower_dtype():
     assert error.mean() < 0.05
 
 
+def test_what_is_loaded_runs_the_programs_of_what_was_made(tmp_path):
+    """A model and a state in files: neither is bound to a device, which would be another program to compile."""
+    model, tokens = build(GQA), random_tokens(1, 8)
+    sj.save_safetensors(model, tmp_path / "model")
+    state, _ = sj.step(model, sj.init_state(model, FUSED), tokens)
+    sj.save_stream(state, tmp_path / "stream")
+    programs = sj.step._cache_size()
+    loaded = sj.load(tmp_path / "model", dtype=jnp.float32)
+    again = sj.load_stream(tmp_path / "stream", sj.init_state(loaded, FUSED))
+    assert not any(leaf.committed for leaf in jax.tree.leaves((loaded, again)))
+    (_, mine), (_, theirs) = (sj.step(*pair, tokens) for pair in ((loaded, again), (model, state)))
+    np.testing.assert_array_equal(mine, theirs)
+    assert sj.step._cache_size() == programs
+
+
 @pytest.mark.quick
 def test_one_cache_serves_global_layers_and_a_sequence_every_layer():
     model = build(LOCAL)

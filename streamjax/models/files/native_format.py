@@ -132,7 +132,11 @@ def load_native(
             embeddings = partial(_rows, stored["embedding"])
             factor = output_factor(jax.tree.unflatten(structure, others), embeddings)
         arrays = _read(stored[name], variables[name], dtype, weights, factor)
-        found[name] = [jax.device_put(x, place.sharding) for x, place in zip(arrays, places[name], strict=True)]
+        # Without a mesh they are not bound to a device: `jit` compiles a second program for arguments that are.
+        found[name] = [
+            jax.device_put(x, None if mesh is None else place.sharding)
+            for x, place in zip(arrays, places[name], strict=True)
+        ]
     loaded = with_codes(jax.tree.unflatten(structure, [leaf for name in variables for leaf in found[name]]), packs())
     return stack_layers(loaded) if scan_layers else loaded
 
