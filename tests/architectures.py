@@ -159,6 +159,11 @@ def tiny_config(case: str) -> ModelConfig:
     return read_config({**CASES[case], "model_type": kind})
 
 
+def different_layers(config: ModelConfig) -> ModelConfig:
+    """The model with one layer where all of them are alike: for what each layer does by itself."""
+    return config.replace(blocks=config.blocks[:1]) if len(set(config.blocks)) == 1 else config
+
+
 def changes_with_length(config: ModelConfig) -> bool:
     """Whether a rotation depends on the length of the sequence, or in a stream on the span of the cache."""
     ropes = [block.mixer.rope for block in config.blocks]

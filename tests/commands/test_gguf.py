@@ -36,7 +36,8 @@ def test_stream_and_perplexity_read_a_text(command, model_file, text_file, tmp_p
     outcome = command(stream, f"--input={text_file}", f"--json={tmp_path}/s.json", model=model_file)
     assert outcome.status == 0, outcome.err
     assert read_json(tmp_path / "s.json")["tokens"] == len(sj.load_tokenizer(model_file).encode(text_file.read_text()))
-    outcome = command(perplexity, f"--input={text_file}", f"--json={tmp_path}/p.json", model=model_file)
+    flags = ["--cache=window:window=60", "--max_tokens=200", f"--json={tmp_path}/p.json", "--png="]
+    outcome = command(perplexity, f"--input={text_file}", *flags, model=model_file)
     assert outcome.status == 0, outcome.err
 
 

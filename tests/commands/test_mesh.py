@@ -151,7 +151,7 @@ def require_apart(session):
         assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(last))
 
 
-@pytest.mark.parametrize("name", rest_slow(CACHES, "inst_infer"))
+@pytest.mark.parametrize("name", rest_slow(CACHES, "dense"))
 def test_a_model_whose_cache_lies_on_a_second_mesh_answers_the_same(command, two_heads, sessions, name):
     options = ["--chunk_size=32", "--max_new_tokens=12", "--temperature=1", "--repetition_penalty=1.1", CACHES[name]]
     turns = "and what is there besides?\n/cache\n"

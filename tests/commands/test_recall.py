@@ -1,17 +1,23 @@
 """The recall command and what it measures: a shipped model that finds, caches that cannot, and a fair judgement."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import streamjax as sj
+import streamjax.evaluation.recall
 from streamjax.commands import recall
 from streamjax.commands.flags.model import shipped_model
+from streamjax.data import ByteTokenizer
 from streamjax.data.recall.tasks import make_problem, stream_context
 from streamjax.evaluation.recall import Cell, run_recall
 from streamjax.evaluation.recall_plot import plot_recall, short_count
 from tests.commands.command_helpers import read_json
+from tests.streaming.tiny_models import build
+from tests.streaming.tiny_sessions import BYTES
 
 
 @pytest.fixture(scope="module")
@@ -19,24 +25,55 @@ def shipped():
     return sj.load(shipped_model("hsa_recall")), sj.load_tokenizer(shipped_model("hsa_recall"))
 
 
+ROWS = 3  # alike: so that what `run_recall` asks and what is decoded here are one program
+
+
 def read_on(model, state, tokens):
-    """One stream reads tokens [T], 32 at a time and padded, so by one program, and says what is likeliest next."""
-    for start in range(0, len(tokens), 32):
-        part = np.asarray(tokens[start : start + 32], np.int32)
-        chunk = np.pad(part, (0, 32 - len(part)))[None]
-        state, logits = sj.step(model, state, chunk, jnp.array([len(part)], jnp.int32))
-    return state, int(logits[0, len(part) - 1].argmax())
+    """Streams read tokens [T], 64 at a time and padded: by one program. What is likeliest next for the first."""
+    for start in range(0, len(tokens), 64):
+        part = np.asarray(tokens[start : start + 64], np.int32)
+        chunk = np.tile(np.pad(part, (0, 64 - len(part))), (ROWS, 1))
+        state, logits = sj.step(model, state, chunk, jnp.full(ROWS, len(part), jnp.int32))
+    return state, int(np.asarray(logits)[0, len(part) - 1].argmax())
 
 
+def test_what_greedy_decoding_gives_counts_and_nothing_else(monkeypatch):
+    """Answers that a model of random weights decodes token by token, and of every other question one letter off."""
+    tokenizer, cache = ByteTokenizer(), sj.kv.preset("streaming_llm", sinks=2, window=60)
+    model, letters = build(BYTES.replace(logit_bias=True)), np.arange(ord("a"), ord("z") + 1)
+    model.head_bias[...] = jnp.asarray(np.where(np.isin(np.arange(259), letters), 0, -np.inf), jnp.float32)
+    problem, questions = make_problem("multi_turn", 1.0, 0), []
+    context = np.concatenate([*stream_context(problem, 300, tokenizer)])
+    state, _ = read_on(model, sj.init_state(model, cache, ROWS), context)
+    for i, question in enumerate(problem.questions):
+        asked, token = read_on(model, jax.tree.map(jnp.copy, state), tokenizer.encode(question.prompt))
+        found = [token]
+        for _ in question.answer[1:]:
+            asked, token = read_on(model, asked, found[-1:])
+            found.append(token)
+        found[-1] = found[-1] if i % 2 else found[-1] - 1
+        questions.append(dataclasses.replace(question, answer=bytes(found).decode()))
+        state, _ = read_on(model, state, [*tokenizer.encode(question.prompt), *found])
+    told = dataclasses.replace(problem, questions=tuple(questions))
+    monkeypatch.setattr(streamjax.evaluation.recall, "make_problem", lambda *_: told)
+    options = {"task": "multi_turn", "length": 300, "depths": [1.0], "samples": 1, "batch_size": ROWS}
+    (cell,) = run_recall(model, tokenizer, "x", cache, chunk_size=32, **options)
+    assert (cell.depth, cell.right, cell.asked) == (1.0, 2, 4)
+
+
+@pytest.mark.slow
 def test_an_answer_counts_if_greedy_decoding_gives_it(shipped):
-    """Decoded token by token, as somebody would who asks one problem after another; some are right, some wrong."""
+    """A trained model's, asked one problem after another; some are right, some wrong."""
     model, tokenizer = shipped
     cache = sj.kv.preset("hsa", capacity=512)  # the start of the context has been pushed out
     cells = run_recall(
-        model, tokenizer, "hsa", cache, task="multi_turn", length=700, depths=[1.0], samples=1, batch_size=3
-    )
+        model, tokenizer, "hsa", cache, task="multi_turn", length=700, depths=[1.0], samples=1, batch_size=ROWS,
+        chunk_size=64,
+    )  # fmt: skip
     problem, right = make_problem("multi_turn", 1.0, 0), 0
-    state, _ = read_on(model, sj.init_state(model, cache), np.concatenate([*stream_context(problem, 700, tokenizer)]))
+    state, _ = read_on(
+        model, sj.init_state(model, cache, ROWS), np.concatenate([*stream_context(problem, 700, tokenizer)])
+    )
     for question in problem.questions:
         asked = jax.tree.map(jnp.copy, state)  # a step takes what it is given
         prompt, answer = tokenizer.encode(question.prompt), tokenizer.encode(question.answer)

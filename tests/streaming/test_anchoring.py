@@ -1,5 +1,7 @@
 """Chunks behind a text that they were not read behind: against plain numbers, and against reading them there."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from tests.streaming.test_reuse import ROOM, assert_alike, dense
 from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
 FRONT, LENGTH = 7, 9
+PREFIX = random_tokens(1, 2, seed=51)
 
 
 class Rope(Turning):
@@ -37,13 +40,13 @@ def numbers(state, first, count):
 
 def test_a_chunk_is_placed_by_what_the_text_did_to_anchors(model):
     """Two chunks are read, of different lengths; what the third becomes is by their tokens at each place."""
-    front, prefix = text(50, FRONT), text(51, 2)
+    front = text(50, FRONT)
     pool = sj.AnchorPool(model, dense(model, front), threshold=1.0, temperature=0.3)
-    chunks = [sj.encode_chunk(model, text(n, length), prefix) for n, length in ((1, LENGTH + 2), (2, LENGTH))]
+    chunks = [sj.encode_chunk(model, text(n, length), PREFIX) for n, length in ((1, LENGTH + 2), (2, LENGTH))]
     exact = [dense(model, np.concatenate((front, chunk.tokens), axis=1)) for chunk in chunks]
     for chunk, there in zip(chunks, exact, strict=True):
         assert_alike(model, pool.place(chunk, capacity=ROOM), there)
-    third = sj.encode_chunk(model, text(3), prefix)
+    third = sj.encode_chunk(model, text(3), PREFIX)
     placed = pool.place(third, capacity=ROOM)
     assert (pool.placed, pool.read, len(pool.anchors)) == (3, 2, 2)
     alone = [numbers(chunk.state, 2, LENGTH) for chunk in chunks]
@@ -88,23 +91,26 @@ def test_a_chunk_that_is_an_anchor_is_what_reading_gives(model):
 def test_what_is_like_no_anchor_is_read_and_the_least_used_makes_room(model):
     pool = sj.AnchorPool(model, dense(model, text(50, FRONT)), most=2, threshold=0.0)
     for n in (1, 2, 3):
-        pool.place(sj.encode_chunk(model, text(n)))
+        pool.place(sj.encode_chunk(model, text(n), PREFIX), capacity=ROOM)
     assert (pool.placed, pool.read, len(pool.anchors)) == (3, 3, 2)
-    pool.place(sj.encode_chunk(model, text(4, LENGTH + 1)))  # longer than all anchors
+    pool.place(sj.encode_chunk(model, text(4, LENGTH + 2), PREFIX), capacity=ROOM)  # longer than all anchors
     assert pool.read == 4
-    assert [anchor.alone.length for anchor in pool.anchors] == [LENGTH, LENGTH + 1]
+    assert [anchor.alone.length for anchor in pool.anchors] == [LENGTH, LENGTH + 2]
 
 
 @pytest.mark.quick
 def test_what_has_no_place_is_refused(model):
     front = dense(model, text(50, FRONT))
-    pool = sj.AnchorPool(model, front)
+    pool, chunk = sj.AnchorPool(model, front), sj.encode_chunk(model, text(1), PREFIX)
+    several = sj.init_state(model, sj.kv.preset("dense", capacity=ROOM), 2)
+    rows = jax.tree.map(lambda x: jnp.asarray(np.repeat(x, 2, axis=0)), chunk.state)
+    rows = sj.streaming.reuse.EncodedChunk(*(np.repeat(ids, 2, axis=0) for ids in (chunk.tokens, chunk.prefix)), rows)
     for act, message in (
-        (lambda: sj.AnchorPool(model, dense(model, random_tokens(2, 3))), "behind one stream, and there are 2"),
+        (lambda: sj.AnchorPool(model, several), "behind one stream, and there are 2"),
         (lambda: sj.AnchorPool(model, front, threshold=1.5), "threshold is 1.5: it must be a number from 0 to 1"),
         (lambda: sj.AnchorPool(model, sj.init_state(model, sj.kv.preset("window", window=4))), "every token in every"),
-        (lambda: pool.place(sj.encode_chunk(model, [[1, 2], [3, 4]])), "this one has 2 rows"),
-        (lambda: pool.place(sj.encode_chunk(model, [[1, 2]]), capacity=4), "and the cache ends after 4"),
+        (lambda: pool.place(rows), "this one has 2 rows"),
+        (lambda: pool.place(chunk, capacity=4), "and the cache ends after 4"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             act()

@@ -12,6 +12,7 @@ from tests.streaming.tiny_sessions import BYTES, PROMPT, start
 
 SIZE = 9
 SNAP = sj.kv.Cascade(sj.kv.Window(QUERIES), sj.kv.Scored(SIZE, sj.kv.SnapKV(QUERIES, 3), every=8))
+ADA = sj.kv.preset("ada_kv", window=QUERIES, size=SIZE, kernel=3, floor=0.25, every=8)
 BUDGETS = [sj.kv.Preferences(tau1=2.0), sj.kv.Prefixes(), pytest.param(sj.kv.Density(), marks=pytest.mark.slow)]
 
 
@@ -27,21 +28,33 @@ def by_hand(budget, attention) -> list[float]:
     return [((variance - variance.min()) / (variance.max() - variance.min() + 1e-6)).mean()]
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: type(budget).__name__)
-def test_layers_share_what_the_prompt_says(prompt, budget):  # noqa: F811
-    """Numbers of every layer, sizes that follow from them, and in each layer the tokens that the score names."""
-    model, tokens, state, found = prompt
+def numbers(model, budget, found) -> list[np.ndarray]:
+    """What a budget measures of every layer, from all its queries and keys."""
     scale = model.config.blocks[0].mixer.softmax_scale
-    table = [
+    return [
         np.mean([by_hand(budget, shares(q[row], k[row], scale, QUERIES)) for row in range(2)], axis=0)
         for q, k, _ in found
     ]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: type(budget).__name__)
+def test_every_layer_is_measured(prompt, budget):  # noqa: F811
+    model, tokens, _, found = prompt
+    measured = sj.measure_budget(model, tokens, budget, queries=QUERIES)
+    table = numbers(model, budget, found)
+    np.testing.assert_allclose(measured.numbers, [row[: len(measured.table[0])] for row in table], rtol=2e-4)
+
+
+@pytest.mark.usual("Preferences")
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: type(budget).__name__)
+def test_layers_share_what_the_prompt_says(prompt, budget):  # noqa: F811
+    """Sizes that follow from numbers of every layer, and in each layer the tokens that the score names."""
+    model, tokens, state, found = prompt
+    scale, table = model.config.blocks[0].mixer.softmax_scale, numbers(model, budget, found)
     sizes = budget.sizes(SIZE * 2, 2, np.array(table), most=LENGTH - QUERIES)
     new = sj.compact(model, state, SNAP, tokens[:, -QUERIES:], budget=budget)
     assert [cache.tiers[-1].size for cache in new.caches] == list(sizes)
     assert sum(sizes) == 2 * SIZE
-    measured = sj.measure_budget(model, tokens, budget, queries=QUERIES)
-    np.testing.assert_allclose(measured.numbers, [row[: len(measured.table[0])] for row in table], rtol=2e-4)
     for size, (q, k, v), layer in zip(sizes, found, new.layers, strict=True):
         slots = layer[-1].slots
         for row in range(2):
@@ -53,11 +66,9 @@ def test_layers_share_what_the_prompt_says(prompt, budget):  # noqa: F811
 
 
 def test_heads_share_a_layer(prompt):  # noqa: F811
-    """The tokens that each head keeps of a prompt, in every row, against sorted lists; the stream goes on."""
+    """The tokens that each head keeps of a prompt, in every row, against sorted lists."""
     model, tokens, state, found = prompt
-    cache = sj.kv.preset("ada_kv", window=QUERIES, size=SIZE, kernel=3, floor=0.25, every=8)
-    new = sj.compact(model, state, cache, tokens[:, -QUERIES:])
-    sizes = []
+    new, sizes = sj.compact(model, state, ADA, tokens[:, -QUERIES:]), []
     for (q, k, v), layer in zip(found, new.layers, strict=True):
         slots = layer[-1].slots
         position, valid = np.asarray(slots.position)[:, 0], np.asarray(slots.valid)
@@ -75,6 +86,12 @@ def test_heads_share_a_layer(prompt):  # noqa: F811
                 sizes.append(mine.sum())
     assert sum(sizes) == 2 * 2 * 2 * SIZE
     assert len(set(sizes)) > 1
+
+
+@pytest.mark.slow
+def test_a_stream_of_heads_that_share_goes_on(prompt):  # noqa: F811
+    model, tokens, state, _ = prompt
+    new = sj.compact(model, state, ADA, tokens[:, -QUERIES:])
     _, logits = read_stream(model, new, random_tokens(2, 12, seed=1), [1])
     assert np.isfinite(logits).all()
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 import streamjax as sj
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_padded, read_stream
 
-LENGTH = 576
+LENGTH = 288
 CACHES = (
     sj.kv.preset("streaming_llm", sinks=3, window=20),
     sj.kv.preset("dense", capacity=LENGTH),
-    sj.kv.Cascade(sj.kv.Sink(5), sj.kv.Window(70), fuse=False),
+    sj.kv.Cascade(sj.kv.Sink(5), sj.kv.Window(25), fuse=False),
 )
-PADDED = 16
+PADDED = 32  # longer than all windows
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def local():
 
 
 @pytest.mark.usual("7")
-@pytest.mark.parametrize("cut", [[7] * 82 + [1, 1], [64], [512, 64]], ids=["7", "64", "512"])
+@pytest.mark.parametrize("cut", [[7] * 41 + [1], [32], [256, 32]], ids=["7", "32", "256"])
 def test_fixed_widths(mixed, cut):
     """From chunks inside the sinks to chunks that are longer than every window."""
     model, tokens, expected = mixed
@@ -49,7 +49,7 @@ def test_fixed_widths(mixed, cut):
 
 
 @settings(max_examples=10)
-@given(widths=st.lists(st.sampled_from([1, 7, 64]), min_size=1, max_size=9))
+@given(widths=st.lists(st.sampled_from([1, 7]), min_size=1, max_size=9))
 def test_drawn_widths(mixed, widths):
     model, tokens, expected = mixed
     total = sum(widths)
@@ -66,8 +66,8 @@ def test_drawn_counts_in_padded_chunks(mixed, counts):
 
 
 @settings(max_examples=10)
-@given(counts=st.lists(st.integers(0, PADDED), min_size=1, max_size=6).filter(any))
+@given(counts=st.lists(st.integers(0, PADDED // 2), min_size=1, max_size=6).filter(any))
 def test_drawn_counts_with_windows_of_the_models_own(local, counts):
     model, cache, tokens, expected = local
-    _, logits = read_padded(model, sj.init_state(model, cache), tokens[0], counts, PADDED)
+    _, logits = read_padded(model, sj.init_state(model, cache), tokens[0], counts, PADDED // 2)
     np.testing.assert_allclose(logits, expected[0, : sum(counts)], atol=1e-4, rtol=0)

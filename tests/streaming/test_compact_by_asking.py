@@ -97,10 +97,7 @@ def test_lazy_layers_keep_sinks_and_a_window(prompt):  # noqa: F811
     assert sj.lazy_layers(model, state, tokens[:, -3:], threshold=below, **asks) == (lazy, lazy)
     caches = sj.lazy_layers(model, state, tokens[:, -3:], threshold=above, **asks)
     assert sorted(cache == lazy for cache in caches) == [False, True]
-    new = sj.compact(model, state, caches)
-    assert new.cache_bytes < state.cache_bytes
-    _, logits = read_stream(model, new, random_tokens(2, 6, seed=1), [1])
-    assert np.isfinite(logits).all()
+    assert sj.compact(model, state, caches).cache_bytes < state.cache_bytes
     for options, message in (
         ({"threshold": 1.5}, "threshold is 1.5: it must be from 0 to 1"),
         ({"sinks": 0}, "size is 0"),

@@ -9,6 +9,7 @@ from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 LENGTH = 40
 FULL, NEAR = sj.kv.preset("dense", capacity=64), sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(5))
 KNORM = sj.kv.Cascade(sj.kv.Window(4), sj.kv.Scored(8, sj.kv.KNorm(), every=4))
+SNAP = sj.kv.Cascade(sj.kv.Window(6), sj.kv.Scored(7, sj.kv.SnapKV(6, 3), every=8))
 GROUPS = sj.kv.HeadGroups(((1,), FULL), ((0,), NEAR))
 
 
@@ -41,22 +42,28 @@ def test_queries_decide_for_each_group():
     """What a head keeps does not depend on how the others keep theirs."""
     model, tokens = build(GQA), random_tokens(2, LENGTH)
     state = sj.read(model, sj.init_state(model, FULL, batch_size=2), tokens, 16)
-    snap = sj.kv.Cascade(sj.kv.Window(6), sj.kv.Scored(7, sj.kv.SnapKV(6, 3), every=8))
-    alone = sj.compact(model, state, snap, tokens[:, -6:])
-    mixed = sj.compact(model, state, [sj.kv.HeadGroups(((1,), snap), ((0,), FULL)), snap], tokens[:, -6:])
+    alone = sj.compact(model, state, SNAP, tokens[:, -6:])
+    mixed = sj.compact(model, state, [sj.kv.HeadGroups(((1,), SNAP), ((0,), FULL)), SNAP], tokens[:, -6:])
     own, theirs = alone.layers[0][1].slots, mixed.layers[0][0][1].slots
     np.testing.assert_array_equal(own.position[:, 1:], theirs.position)
     np.testing.assert_allclose(own.k[:, 1:], theirs.k, atol=1e-5)
     np.testing.assert_array_equal(mixed.layers[0][1][0].k[:, 0], state.layers[0][0].k[:, 0])
+
+
+@pytest.mark.slow
+def test_several_queries_decide_for_each_group():
+    model, tokens = build(GQA), random_tokens(2, LENGTH)
+    state = sj.read(model, sj.init_state(model, FULL, batch_size=2), tokens, 16)
+    mixed = [sj.kv.HeadGroups(((1,), SNAP), ((0,), FULL)), SNAP]
     both = [tokens[:, :6], tokens[:, 6:12]]
-    alone, mixed = (sj.compact(model, state, cache, queries=both) for cache in (snap, mixed.caches))
+    alone, mixed = (sj.compact(model, state, cache, queries=both) for cache in (SNAP, mixed))
     np.testing.assert_array_equal(alone.layers[0][1].slots.position[:, 1:], mixed.layers[0][0][1].slots.position)
 
 
 @pytest.mark.quick
 def test_groups_that_do_not_fit_are_refused():
-    model, tokens = build(GQA.replace(num_layers=1)), random_tokens(1, 12)
-    state = sj.read(model, sj.init_state(model, [GROUPS]), tokens, 16)
+    model = build(GQA.replace(num_layers=1))
+    state = sj.init_state(model, [GROUPS])
     for cache, message in (
         ([FULL], "groups of heads hold different tokens: give each a cascade in HeadGroups, not"),
         ([sj.kv.HeadGroups(((0, 1), NEAR))], r"heads \[0, 1\] lie in several groups of the old cache"),

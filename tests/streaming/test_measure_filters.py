@@ -29,6 +29,13 @@ def test_filters_choose_as_published(prompt, tmp_path):  # noqa: F811
                 worth = k[row, : LENGTH - 4, head] @ mean
                 kept = np.asarray(layer[1].slots.position)[row, head][np.asarray(layer[1].slots.valid)[row, head]]
                 assert sorted(kept) == sorted(np.argsort(-worth)[:SIZE])
+
+
+@pytest.mark.slow
+def test_a_stream_reads_with_filters(prompt, tmp_path):  # noqa: F811
+    model, tokens, _, _ = prompt
+    sj.measure_filters(model, tokens).save(tmp_path / "filters.safetensors")
+    caches = sj.kv.preset("qfilters", filters=str(tmp_path / "filters.safetensors"), window=4, size=SIZE, every=8)
     assert np.isfinite(sj.read(model, sj.init_state(model, caches), tokens[:1], 16).hidden).all()
 
 

@@ -14,13 +14,15 @@ PLAIN = sj.kv.Cascade(sj.kv.Sink(SINKS), sj.kv.Window(WINDOW), fuse=False)
 STREAMING = oracle.Rule(SINKS, WINDOW)
 CASES = [
     pytest.param("gqa", FUSED, STREAMING, 1, marks=pytest.mark.quick),
-    ("alibi", FUSED, STREAMING, 1),
+    pytest.param("alibi", FUSED, STREAMING, 1, marks=pytest.mark.slow),
     ("alibi", PLAIN, STREAMING, 13),
     ("partial", FUSED, STREAMING, 13),
     ("local", FUSED, STREAMING, 1),
-    ("gqa", sj.kv.preset("window", window=WINDOW), oracle.Rule(0, WINDOW), 1),
+    pytest.param("gqa", sj.kv.preset("window", window=WINDOW), oracle.Rule(0, WINDOW), 1, marks=pytest.mark.slow),
     ("gqa", sj.kv.Cascade(sj.kv.Sink(SINKS), sj.kv.Window(3), sj.kv.Window(WINDOW - 3)), STREAMING, 13),
-    ("partial", sj.kv.Cascade(sj.kv.Window(5), sj.kv.Full(LENGTH - 5)), oracle.DENSE, 13),
+    pytest.param(
+        *("partial", sj.kv.Cascade(sj.kv.Window(5), sj.kv.Full(LENGTH - 5)), oracle.DENSE, 13), marks=pytest.mark.slow
+    ),
 ]
 
 

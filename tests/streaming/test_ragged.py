@@ -14,20 +14,23 @@ ROWS, WIDTH, LENGTH = 3, 6, 40
 CACHES = (
     sj.kv.preset("streaming_llm", sinks=2, window=5),
     sj.kv.preset("dense", capacity=LENGTH),
-    sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(3), sj.kv.Window(4)),
     sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(3), sj.kv.Scored(6, sj.kv.H2O(), every=4)),
 )
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """A model, tokens [ROWS, LENGTH], and every row's logits when it is read alone, token by token."""
+    """A model, tokens [ROWS, LENGTH], and every row's logits beside copies of itself, token by token.
+
+    So rows are read by one program whether they are alike or not: what comes from another row shows in these only.
+    """
     model, tokens = build(GQA.replace(num_layers=len(CACHES))), random_tokens(ROWS, LENGTH)
     logits = []
     for row in range(ROWS):
-        state, pieces = sj.init_state(model, CACHES), []
+        state, pieces = sj.init_state(model, CACHES, batch_size=ROWS), []
         for i in range(LENGTH):
-            state, out = sj.step(model, state, tokens[row : row + 1, i : i + 1])
+            same = np.full((ROWS, 1), tokens[row, i])
+            state, out = sj.step(model, state, same, jnp.ones(ROWS, jnp.int32))
             pieces.append(np.asarray(out)[0])
         logits.append(np.concatenate(pieces))
     return model, tokens, np.stack(logits)

@@ -82,7 +82,7 @@ def test_joined_chunks_of_one_layer_are_one_text(one_layer):
 
 def test_chunks_that_are_read_again_see_those_in_front(model):
     """All of them: the state of the whole text. Some: those whose values change most, and the others stay."""
-    prefix, parts = random_tokens(1, 3, seed=9), [random_tokens(1, n, seed=n) for n in (9, 6, 12)]
+    prefix, parts = random_tokens(1, 3, seed=9), [random_tokens(1, n, seed=n) for n in (9, 6, 9)]
     chunks = [sj.encode_chunk(model, part, prefix) for part in parts]
     exact = dense(model, np.concatenate((prefix, *parts), axis=1))
     again = sj.join(model, chunks, recompute=1.0, capacity=ROOM)
@@ -90,10 +90,10 @@ def test_chunks_that_are_read_again_see_those_in_front(model):
     np.testing.assert_allclose(again.hidden, exact.hidden, atol=1e-5)
     apart, some = (np.asarray(sj.join(model, chunks, recompute=r).layers[1][0].v) for r in (0.0, 0.3))
     changed = (apart != some).any(axis=(0, 1, 3))
-    assert changed.sum() == 2 + 4
+    assert changed.sum() == 2 + 3
     whole = np.asarray(exact.layers[1][0].v)[:, :, : apart.shape[2]]
     difference = np.square(whole - apart).sum(axis=(0, 1, 3))
-    for first, last, count in ((12, 18, 2), (18, 30, 4)):
+    for first, last, count in ((12, 18, 2), (18, 27, 3)):
         assert set(np.flatnonzero(changed[first:last])) == set(np.argsort(-difference[first:last])[:count])
 
 
@@ -122,15 +122,17 @@ def test_side_by_side_against_plain_numbers():
 
     def tokens(part):
         some = [jnp.asarray(x[part][None, None], jnp.float32) for x in (k, v, k)]
-        place = jnp.arange(some[0].shape[2], dtype=jnp.uint32)[None, None]
-        return sj.kv.KVTokens(*some, place, jnp.ones(place.shape, bool))
+        place = np.arange(some[0].shape[2], dtype=np.uint32)[None, None]
+        return sj.kv.KVTokens(*some, jnp.asarray(place), jnp.asarray(np.ones(place.shape, bool)))
 
     cascade = sj.kv.Cascade(tier, sj.kv.Full(8))
-    full = cascade.tiers[1].store(cascade.tiers[1].init(spec), tokens(slice(6, 8)))
+    full = jax.jit(cascade.tiers[1].store)(cascade.tiers[1].init(spec), tokens(slice(6, 8)))
     raw = jnp.asarray(q[None, :, None], jnp.float32)
     one = sj.kv.Query(raw, raw, jnp.full((1, 1), 20, jnp.uint32), jnp.full((1,), 8), None, None, 0.5, None)
     own = dataclasses.replace(tokens(slice(8, 9)), position=jnp.full((1, 1, 1), 20, jnp.uint32))
-    out, (after, _) = jax.jit(cascade.update)((tier.given(spec, tokens(slice(0, 6))), full), one, own)
+    out, (after, _) = jax.jit(cascade.update)(
+        (jax.jit(lambda x: tier.given(spec, x))(tokens(slice(0, 6))), full), one, own
+    )
     logits, parts = 0.5 * k @ q[0], []
     for part, sharp, weight in ((slice(0, 6), temperature, temperature * scale), (slice(6, 9), 1.0, 1.0)):
         mine = np.exp(logits[part] / sharp)

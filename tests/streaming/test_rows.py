@@ -36,16 +36,16 @@ def test_rows_of_different_lengths_are_streams_apart(model, rows):
     went_on, tokens = sj.generate(model, fresh(model), rows, max_new_tokens=6, sampler=GREEDY, chunk_size=4)
     assert nll.shape == (3, 9)
     assert state.seen.tolist() == read.seen.tolist() == [9, 1, 4]
-    for i, row in enumerate(RAGGED):
-        alone, cost = sj.score(model, fresh(model, 1), [row], chunk_size=4)
+    for i, row in enumerate(RAGGED):  # beside copies of itself: by the same programs
+        alone, cost = sj.score(model, fresh(model), [row] * 3, chunk_size=4)
         np.testing.assert_allclose(nll[i, : len(row)], cost[0], atol=1e-4)
         assert np.all(np.asarray(nll)[i, len(row) :] == 0)
         np.testing.assert_allclose(read.hidden[i], alone.hidden[0], atol=1e-4)
-        _, expected = sj.generate(model, fresh(model, 1), [row], max_new_tokens=6, sampler=GREEDY, chunk_size=4)
+        _, expected = sj.generate(model, fresh(model), [row] * 3, max_new_tokens=6, sampler=GREEDY, chunk_size=4)
         np.testing.assert_array_equal(tokens[i], expected[0])
     # a stream that has nothing more to read stands still
-    state, more = sj.generate(model, went_on, [[7, 7], [], [1]], max_new_tokens=2, sampler=GREEDY)
-    assert state.seen.tolist() == [9 + 6 + 4, 1 + 6 + 2, 4 + 6 + 3]
+    state, more = sj.generate(model, went_on, [[7], [], [1]], max_new_tokens=2, sampler=GREEDY)
+    assert state.seen.tolist() == [9 + 6 + 3, 1 + 6 + 2, 4 + 6 + 3]
     assert more.shape == (3, 2)
 
 

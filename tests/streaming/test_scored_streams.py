@@ -13,7 +13,7 @@ CACHE = sj.kv.preset("h2o", window=4, size=6, every=4)
 
 
 def test_with_everything_behind_it_a_stream_is_dense():
-    model, tokens = build(ALIBI), random_tokens(1, 40)
+    model, tokens = build(ALIBI.replace(num_layers=1)), random_tokens(1, 40)
     everything = sj.kv.Cascade(sj.kv.Window(3), sj.kv.Scored(5, sj.kv.SnapKV(2, 3), every=4), sj.kv.Full(40))
     _, logits = read_stream(model, sj.init_state(model, everything), tokens, [7, 1])
     np.testing.assert_allclose(logits[0], sj.forward(model, tokens)[0], atol=1e-4)

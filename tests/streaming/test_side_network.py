@@ -58,6 +58,7 @@ def test_a_stream_is_what_plain_lists_say(model, tokens, size):
     assert [len(layer) for layer in state.layers] == [1, 1, 3, 1, 1, 1, 1]  # one bank, and no more
 
 
+@pytest.mark.slow
 def test_with_nothing_of_its_own_a_side_network_says_what_the_model_says(tokens):
     base = build(BASE)
     side = SideDecoder(base, SideNetwork.beginning(base, SIDE, scale=0.0))

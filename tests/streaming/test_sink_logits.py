@@ -64,7 +64,7 @@ def test_caches_that_read_everything(tmp_path, mixed, name):
     np.testing.assert_allclose(found[0], expected(oracle.DENSE), atol=1e-4, rtol=0)
 
 
-@pytest.mark.usual("streaming_llm", "window")
+@pytest.mark.usual("streaming_llm")
 @pytest.mark.parametrize("name", [*DROPS])
 def test_caches_that_drop(mixed, name):
     model, tokens, expected = mixed

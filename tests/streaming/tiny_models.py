@@ -69,17 +69,21 @@ PARTIAL = GQA.replace(
 
 def build(config: sj.UniformConfig | sj.ModelConfig, seed: int = 0, scan_layers: bool = False) -> sj.Decoder:
     """A float32 model whose every parameter is random, biases and norms included, and whose attention is peaked."""
-
-    def make(key):
-        return sj.Decoder(config, key, dtype=jnp.float32, scan_layers=scan_layers)
-
     draw = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         spread = 0.2 if leaf.size <= 400 else 2.2 / np.sqrt(config.d_model)
         return jnp.asarray(draw.normal(scale=spread, size=leaf.shape) + (leaf.ndim == 1), leaf.dtype)
 
-    return jax.tree.map(fill, jax.eval_shape(make, jax.random.key(0)))
+    return jax.tree.map(fill, _shapes(config, scan_layers))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config: sj.UniformConfig | sj.ModelConfig, scan_layers: bool) -> sj.Decoder:
+    """A model whose parameters are shapes alone; what `build` fills is a copy."""
+    return jax.eval_shape(
+        lambda key: sj.Decoder(config, key, dtype=jnp.float32, scan_layers=scan_layers), jax.random.key(0)
+    )
 
 
 def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:

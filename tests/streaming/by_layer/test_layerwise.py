@@ -13,8 +13,10 @@ from streamjax.streaming import scan
 from streamjax.streaming.by_layer import layerwise
 from streamjax.streaming.by_layer.layerwise import layer_over
 from streamjax.streaming.scan import SCAN_CHUNKS
+from tests.covering import rest_slow
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens, read_stream
 
+SOFT = LOCAL.replace(windows=())  # layers alike: one stack
 DEEP = GQA.replace(num_layers=8)
 CACHES = {
     "streaming_llm": sj.kv.preset("streaming_llm", sinks=2, window=14),
@@ -37,7 +39,7 @@ def programs_for(model: sj.Decoder, state: sj.StreamState, width: int) -> int:
     [
         (DEEP, False, 1),
         (DEEP, True, 1),
-        (LOCAL.replace(windows=(5, None) * 4, num_layers=8), False, 2),
+        (LOCAL.replace(windows=(5, None) * 2, num_layers=4), False, 2),
         (ALIBI, True, 1),
     ],
 )
@@ -57,9 +59,9 @@ def heads_apart(far: tuple[int, ...], near: tuple[int, ...]) -> sj.kv.HeadGroups
 @pytest.mark.parametrize("config", [GQA, pytest.param(ALIBI.replace(num_kv_heads=2), marks=pytest.mark.slow)])
 def test_layers_with_groups_of_equal_sizes_are_compiled_once(config):
     """Whichever their heads are; and their numbers are those of steps, which have the layers' own heads in them."""
-    model = build(config.replace(num_layers=4))
-    caches = [heads_apart(*pair) for pair in (((0,), (1,)), ((1,), (0,)), ((1,), (0,)), ((0, 1), ()))]
-    assert programs_for(model, sj.init_state(model, caches), 17) == 2
+    model = build(config.replace(num_layers=3))
+    caches = [heads_apart(*pair) for pair in (((0,), (1,)), ((1,), (0,)), ((0, 1), ()))]
+    assert programs_for(model, sj.init_state(model, caches), 15) == 2
     tokens = random_tokens(1, 30)
     state, logits = read_stream(model, sj.init_state(model, caches), tokens, (15,))
     expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, :-1])), tokens[:, 1:, None], axis=-1)[..., 0]
@@ -86,12 +88,12 @@ def test_more_layers_take_no_longer_to_compile(untyped):
 @pytest.mark.usual("config1-True-pages")
 @pytest.mark.parametrize(
     ("config", "scan_layers", "name"),
-    [(ALIBI, False, "dense"), (LOCAL, True, "pages"), pytest.param(GQA, False, "sentences", marks=pytest.mark.slow)],
+    [(ALIBI, False, "dense"), (SOFT, True, "pages"), pytest.param(GQA, False, "sentences", marks=pytest.mark.slow)],
 )
 def test_layer_by_layer_is_what_steps_are(config, scan_layers, name):
     """Scores and states of two streams of unequal length, over a group of chunks, single ones and a padded end."""
-    model, width = build(config, scan_layers=scan_layers), 3
-    lengths = np.array([SCAN_CHUNKS * width + 2 * width + 2, width + 1])
+    model, width = build(config, scan_layers=scan_layers), 4
+    lengths = np.array([SCAN_CHUNKS * width + 2 * width + 3, width + 1])  # the end is padded to a chunk
     tokens = random_tokens(2, int(lengths.max()))
     stepped, logits = sj.init_state(model, CACHES[name], 2), []
     for start in range(0, tokens.shape[1], width):
@@ -127,7 +129,7 @@ def test_a_wide_batch_is_read_a_chunk_at_a_time(monkeypatch):
     assert [shape[0] for shape in shapes] == [SCAN_CHUNKS] * 2 + [1] * 2 * SCAN_CHUNKS
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "dense", "pages"])
+@pytest.mark.parametrize("name", rest_slow(["streaming_llm", "dense", "pages"], "pages"))
 def test_a_layer_keeps_its_donated_cache_in_place(untyped, name):
     """Every byte of its state is aliased, and no instruction copies a cache."""
     slots = {

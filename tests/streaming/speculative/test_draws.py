@@ -1,6 +1,7 @@
 """Sampled tokens: each place's own random numbers, and draws that are counted."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,13 @@ def test_places_are_chosen_as_one_after_another():
     logits = jax.random.normal(jax.random.key(0), (3, 4, VOCAB)) * 3
     used, tokens = jnp.arange(VOCAB) < jnp.array([[5], [0], [9]]), jnp.asarray(random_tokens(3, 4))
     index = jnp.array([7, 0, 30], jnp.int32)
-    found = choose(sampler, logits, key, index, seen_at(used, tokens))
+    found = np.asarray(jax.jit(lambda: choose(sampler, logits, key, index, seen_at(used, tokens)))())
+    sample = jax.jit(lambda place, index, seen: sampler.sample(logits[:, place], jax.random.fold_in(key, index), seen))
     for row in range(3):
-        seen = used
+        seen = np.array(used)
         for place in range(4):
-            seen = seen.at[row, tokens[row, place]].set(True)
-            drawn = sampler.sample(logits[:, place], jax.random.fold_in(key, index[row] + place), seen)
+            seen[row, tokens[row, place]] = True
+            drawn = sample(place, int(index[row]) + place, seen)
             assert int(found[row, place]) == int(drawn[row])
 
 
@@ -58,17 +60,21 @@ class Undecided(Stubborn):
         return Drafts(tokens, np.where(wanted, 4, 0).astype(np.int32), parents)
 
 
+@functools.partial(jax.jit, static_argnames="sampler")
+def probabilities(logits, sampler):
+    """Of each next token, behind all but the last of the tokens of B rows, and behind all."""
+    return tuple(jax.nn.softmax(sampler.filter(logits[:, place])) for place in (-2, -1))
+
+
 @pytest.mark.parametrize("rows", rest_slow([160, 512], 160))
 @pytest.mark.parametrize("kind", [Stubborn, Undecided])
 def test_counted_draws_have_the_models_distribution(rows, kind):
     """Three tokens of many streams, of which a guess is often right and often wrong: chi-square of pairs."""
-    model, sampler = build(GQA), sj.Sampler(temperature=1.5, top_k=4)
+    model, sampler = build(GQA.replace(num_layers=1)), sj.Sampler(temperature=1.5, top_k=4)
     prompt = random_tokens(1, 6)
-    probable = np.zeros((VOCAB, VOCAB))
-    first = jax.nn.softmax(sampler.filter(sj.forward(model, prompt)[:, -1]))[0]
     longer = np.concatenate((np.repeat(prompt, VOCAB, axis=0), np.arange(VOCAB, dtype=np.int32)[:, None]), axis=1)
-    second = jax.nn.softmax(sampler.filter(sj.forward(model, longer)[:, -1]))
-    probable = np.asarray(first)[:, None] * np.asarray(second)
+    first, second = map(np.asarray, probabilities(sj.forward(model, longer), sampler))
+    probable = first[:1].T * second
     second_best, guess = (int(token) for token in np.argsort(probable.sum(axis=0))[-2:])
     draft = Stubborn(token=guess) if kind is Stubborn else Undecided(token=guess, other=second_best)
     state = sj.init_state(model, sj.kv.preset("dense", capacity=9), rows)

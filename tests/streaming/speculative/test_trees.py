@@ -25,16 +25,19 @@ PARENTS = np.array([[0, 0, 0, 1, 1, 2, 3], [0, 0, 1, 2, 0, 4, 4]], np.int32)
 NODES = PARENTS.shape[1]
 
 
+tree_of = jax.jit(TokenTree.of, static_argnums=2)
+
+
 @pytest.mark.quick
 def test_shapes_of_trees():
     """The module's example, with a node of a missing parent and one that is too deep."""
     parents = jnp.array([[0, 0, 0, 1, 2, 4, 5]], jnp.int32)
-    tree = TokenTree.of(parents, jnp.array([[True, True, True, False, True, True, True]]), 4)
+    tree = tree_of(parents, jnp.array([[True, True, True, False, True, True, True]]), 4)
     assert tree.depth.tolist() == [[0, 1, 1, 2, 2, 3, 3]]
     assert tree.given.tolist() == [[True, True, True, False, True, True, False]]
     assert tree.sees[0, 4].tolist() == [True, False, True, False, True, False, False]
     assert tree.cut(jnp.array([2])).given.tolist() == [[True, True, True, False, False, False, False]]
-    path, valid = tree.paths()
+    path, valid = jax.jit(TokenTree.paths)(tree)
     assert path[0, 5].tolist() == [0, 2, 4, 5]
     assert path[0, 1, :2].tolist() == [0, 1]
     assert valid[0, 1].tolist() == [True, True, False, False]
@@ -51,7 +54,7 @@ def test_the_path_that_a_model_goes():
     given = jnp.array([[True] * 5, [True] * 5, [False] * 5])
     chosen = jnp.broadcast_to(jnp.array([6, 5, 7, 0, 0]), (3, 5))
     goes_on = jnp.ones((3, 5), bool).at[1, 2].set(False)
-    path, count = chosen_path(TokenTree.of(parents, given, 4), tokens, chosen, goes_on)
+    path, count = jax.jit(chosen_path)(tree_of(parents, given, 4), tokens, chosen, goes_on)
     assert count.tolist() == [3, 2, 0]
     assert path[0, :3].tolist() == [0, 2, 4]
     assert path[1, :2].tolist() == [0, 2]

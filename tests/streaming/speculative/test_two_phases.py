@@ -54,7 +54,7 @@ CACHES = {
 }
 MODELS = {name: tiny_config(name) for name in ("qwen3_next", "mamba2", "llama4", "deepseek_v3", "gemma3", "falcon_h1")}
 MODELS["chunk memory"] = GQA.replace(
-    num_layers=3, windows=(5,) * 3, hsa=sj.HSAConfig(layers=(1, 2), memory_layers=(0,), chunk_size=4, top_k=2)
+    num_layers=2, windows=(5,) * 2, hsa=sj.HSAConfig(layers=(1,), memory_layers=(0,), chunk_size=4, top_k=2)
 )
 
 GATHERED = {
@@ -106,7 +106,7 @@ def check(model, caches, seed=3, exact=True):
     assert int(state.seen.max()) > 14
 
 
-USUAL = ("pages", "merged")
+USUAL = ("pages", "chunk")
 RARER = tuple(name for name in CACHES if name not in USUAL)
 
 
@@ -114,10 +114,11 @@ RARER = tuple(name for name in CACHES if name not in USUAL)
 def test_every_cache_is_as_if_nothing_wrong_had_been_read(names):
     """One cache a layer."""
     model = build(GQA.replace(num_layers=len(names), head_dim=8))
-    check(model, [CACHES[name] for name in names], exact=GATHERED.isdisjoint(names))
+    caches = {**CACHES, "chunk": sj.kv.CurrentChunk(7)}
+    check(model, [caches[name] for name in names], exact=GATHERED.isdisjoint(names))
 
 
-@pytest.mark.usual("chunk memory", "qwen3_next", "llama4")
+@pytest.mark.usual("chunk memory", "qwen3_next")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in MODELS])
 def test_every_kind_of_layer_is_as_if_nothing_wrong_had_been_read(name):
     """Recurrent states, chunks, latent keys, windows of the model's own, and a memory that an encoder makes."""
