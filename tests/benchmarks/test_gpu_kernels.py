@@ -45,9 +45,8 @@ def error(name, dtype=jnp.float32):
     return part.errors(MODEL, name, "triton", dtype, length=LENGTHS[part], interpret=True)
 
 
-@pytest.mark.weekly("decode-int4", "scores")
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "decode-int8", "decode-int4", "paged", "scores"))
+@pytest.mark.parametrize("name", rest_slow(PARTS, "paged"))
 def test_the_kernels_are_right(name):
     for dtype in DTYPES["triton"]:
         assert 0 < error(name, dtype) < TOLERANCE[jnp.dtype(dtype).name]
@@ -57,9 +56,9 @@ def test_the_kernels_are_right(name):
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
-        ("sinks", "flash_attention"),
         ("chunk", "chunk_gradients"),
         ("paged", "paged_attention"),
+        pytest.param("sinks", "flash_attention", marks=pytest.mark.slow),
         pytest.param("chunk-sinks", "chunk_attention", marks=pytest.mark.slow),
         pytest.param("hsa", "hsa_attention", marks=pytest.mark.slow),
         pytest.param("decode-int4", "decode_attention", marks=pytest.mark.slow),
@@ -153,7 +152,7 @@ def test_calls_take_turns_over_the_inputs():
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "decode", "paged", "scores"))
+@pytest.mark.parametrize("name", rest_slow(PARTS, "local", "scores"))
 def test_measures_every_part(name, monkeypatch):
     """Every side is called, with the shapes of the last chunk, of whole sequences, of caches; no clock needed."""
     called = []

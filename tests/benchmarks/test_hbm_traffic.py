@@ -65,6 +65,7 @@ def test_main_memory_alone_counts_and_a_slice_as_its_own_size():
     assert moved_bytes(PROGRAM) == fetched + row + codes + written + expert
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")
 def test_a_product_reads_its_operands_once():
     code = """

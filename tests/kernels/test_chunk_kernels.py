@@ -76,7 +76,9 @@ def check(backend, pattern, queries, offset, *, rows=1, row=0, dtype="float32", 
         assert np.max(np.abs(mine - right)) < coarse * max(np.max(np.abs(right)), 1.0), name
 
 
-@pytest.mark.weekly("sinks-tpu", "window-tpu", "bf16-tpu", "first-chunk-of-a-row-tpu")
+@pytest.mark.weekly(
+    "last-chunk-packed-tpu", "window-tpu", "bf16-tpu", "first-chunk-of-a-row-tpu", "sinks-in-the-first-chunk-tpu"
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("pattern", "queries", "offset", "options"),
@@ -84,11 +86,14 @@ def check(backend, pattern, queries, offset, *, rows=1, row=0, dtype="float32", 
         pytest.param(Full(), 100, 0, {"rows": 3, "row": 2}, id="first-chunk-of-a-row"),
         pytest.param(Full(), 128, 256, {"heads": 4, "kv_heads": 2, "batch": 2, "packed": True}, id="last-chunk-packed"),
         pytest.param(SlidingWindow(40), 70, 210, {"slots": 512, "softcap": 2.0}, id="window"),
-        pytest.param(SinkWindow(3, 50), 130, 140, {"rows": 2, "row": 0, "width": 80}, id="sinks"),
+        pytest.param(
+            SinkWindow(3, 50), 130, 140,
+            {"rows": 2, "row": 1, "width": 80, "kv_heads": 2, "batch": 2, "packed": True}, id="sinks-packed",
+        ),
         pytest.param(SinkWindow(3, 50), 64, 0, {"alibi": True}, id="sinks-in-the-first-chunk"),
         pytest.param(Full(), 256, 128, {"dtype": "bfloat16", "width": 128, "sums": "bfloat16"}, id="bf16"),
     ],
-)
+)  # fmt: skip
 def test_matches_float64(backend, pattern, queries, offset, options):
     check(backend, pattern, queries, offset, **options)
 

@@ -74,7 +74,7 @@ def off(found, right):
     return max(np.abs(mine - x).max() / max(1.0, np.abs(x).max()) for mine, x in pairs)
 
 
-@pytest.mark.weekly("tpu-mamba-2", "triton-kda")
+@pytest.mark.weekly("tpu-mamba-2", "tpu-gated-delta", "triton-kda")
 @pytest.mark.parametrize("rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule == "gla")) for rule in RULES])
 @pytest.mark.parametrize("implementation", INTERPRETERS)
 def test_outputs_states_and_gradients_are_those_of_the_rule(implementation, rule, monkeypatch):

@@ -47,7 +47,7 @@ def check(backend, counts, slots, bits, group, *, first=None, width=128, queries
     assert_near(found, expected, dtype)
 
 
-@pytest.mark.weekly("int4-tpu", "one-bit-tpu", "bf16-tpu")
+@pytest.mark.weekly("int4-tpu", "one-bit-tpu", "bf16-tpu", "int8-ring-tpu", "bf16-triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",
@@ -68,7 +68,12 @@ def test_a_ring_in_codes_matches_float64(backend, arguments):
 
 @pytest.mark.parametrize(
     ("backend", "along"),
-    [("tpu", ("channel", "channel")), ("tpu", ("token",) * 2), ("triton", ("token", "channel"))],
+    [
+        ("tpu", ("token", "channel")),
+        ("triton", ("token", "channel")),
+        pytest.param("tpu", ("channel", "channel"), marks=pytest.mark.slow),
+        pytest.param("tpu", ("token", "token"), marks=pytest.mark.slow),
+    ],
 )
 def test_what_has_a_least_and_a_step_may_be_other(backend, along):
     check(backend, (300,), 320 if backend == "tpu" else 352, 4, 16, along=along, width=80)

@@ -104,28 +104,29 @@ def check(
     on_each(
         INTERPRETERS,
         [
-            pytest.param(Full(), 300, 300, {"learned": True}, id="full"),
-            pytest.param(SinkWindow(5, 100), 270, 270, {"heads": 4, "kv_heads": 2, "width": 80}, id="sinks"),
+            pytest.param(Full(), 300, 300, {"learned": True}, id="full", marks=pytest.mark.slow),
+            pytest.param(
+                SinkWindow(5, 100), 270, 270, {"heads": 4, "kv_heads": 2, "width": 80}, id="sinks",
+                marks=pytest.mark.slow,
+            ),
             pytest.param(SlidingWindow(1), 140, 140, {"width": 256}, id="itself-only"),
             pytest.param(Full(), 200, 700, {"offset": 390, "traced": True, "block_q": 256}, id="traced-offset"),
             pytest.param(
-                SinkWindow(3, 150), 200, 700, {"offset": 390, "traced": True, "alibi": True}, id="sinks-traced-alibi"
+                SinkWindow(3, 150), 200, 700,
+                {"offset": 390, "traced": True, "alibi": True, "learned": True, "heads": 4, "kv_heads": 2, "width": 80},
+                id="sinks-traced-alibi",
             ),
             pytest.param(SinkWindow(130, 60), 300, 300, {"packed": True, "softcap": 2.0}, id="many-sinks-packed"),
             pytest.param(SlidingWindow(40), 200, 100, {"offset": 80, "heads": 3, "kv_heads": 3}, id="some-see-nothing"),
             pytest.param(Full(), 300, 300, {"dtype": "bfloat16", "width": 128}, id="bf16"),
             pytest.param(
-                SinkWindow(4, 200),
-                600,
-                600,
-                {"dtype": "bfloat16", "width": 96, "block_k": 256},
-                id="bf16-sinks",
+                SinkWindow(4, 200), 600, 600, {"dtype": "bfloat16", "width": 96, "block_k": 256}, id="bf16-sinks",
                 marks=pytest.mark.slow,
             ),
         ],
-        weekly={"tpu": ("itself-only", "traced-offset", "full", "some-see-nothing")},
+        weekly={"tpu": ("itself-only", "traced-offset", "some-see-nothing")},
     ),
-)
+)  # fmt: skip
 def test_matches_float64(pattern, queries, keys, options, implementation):
     small = {"block_q": 64, "block_k": 32} if implementation == "triton" else {}
     check(pattern, queries, keys, **options | small, implementation=implementation)
@@ -162,16 +163,10 @@ def drawn(draw):
     }
 
 
-@settings(max_examples=2)
-@given(arguments=drawn())
-def test_drawn(arguments):
-    check(*arguments[0], **arguments[1])
-
-
 @pytest.mark.slow
 @settings(max_examples=150)
 @given(arguments=drawn())
-def test_many_drawn(arguments):
+def test_drawn(arguments):
     check(*arguments[0], **arguments[1])
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import api, reference
 from pallas_kernels.choice_tiles import most_tiles, stable_order, tiles
 from pallas_kernels.tpu import hsa_attention as tpu_hsa
-from tests.covering import on_each
+from tests.covering import on_each, rest_slow
 from tests.kernels.tolerances import RACES, TOLERANCE
 
 INTERPRETERS = {"tpu": RACES, "triton": True}
@@ -83,16 +83,18 @@ def check(queries, pages, most, *, dtype="float32", block=None, implementation="
     on_each(
         INTERPRETERS,
         [
-            pytest.param(11, 5, 3, {"idle": (0, 3)}, id="unread-pages"),
-            pytest.param(5, 4, 2, {"heads": 6, "kv_heads": 2, "size": 8}, id="three-heads-a-key-head"),
+            pytest.param(
+                11, 5, 3, {"idle": (0, 3), "heads": 6, "kv_heads": 2, "size": 8},
+                id="unread-pages-three-heads-a-key-head",
+            ),
             pytest.param(1, 6, 3, {"heads": 4, "kv_heads": 2, "seed": 3}, id="decode"),
             pytest.param(7, 4, 3, {"dtype": "bfloat16", "heads": 9, "width": 128}, id="bf16-mqa"),
             pytest.param(5, 3, 3, {"dtype": "bfloat16", "width": 96, "size": 64}, id="bf16-all-pages"),
             pytest.param(3, 3, 2, {"idle": (0, 1, 2)}, id="nothing-chosen"),
         ],
-        weekly={"tpu": ("bf16-mqa", "nothing-chosen")},
+        weekly={"tpu": ("decode", "bf16-mqa", "nothing-chosen"), "triton": ("bf16-all-pages",)},
     ),
-)
+)  # fmt: skip
 def test_matches_float64(queries, pages, most, options, implementation):
     check(queries, pages, most, block=16, **options, implementation=implementation)
 
@@ -111,14 +113,14 @@ def test_drawn(data):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", ["RESIDENT", "TABLE"])
+@pytest.mark.parametrize("limit", rest_slow(["RESIDENT", "TABLE"], "RESIDENT"))
 def test_spans_of_queries_share_the_gradients_of_keys(monkeypatch, limit):
     """More queries, or more tiles, than a TPU keeps in fast memory: several calls; gradients of k and v add up."""
     monkeypatch.setattr(tpu_hsa, limit, 8)
     check(7, 4, 2, heads=2, kv_heads=1, block=16)
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", rest_slow([1, 2], 2))
 def test_the_reference_is_the_published_sum(group):
     """Token by token, head by head: a softmax inside each chosen page, outputs times the pages' weights."""
     random = np.random.default_rng(0)

@@ -71,7 +71,7 @@ def test_matches_float64(backend, arguments):
     check(backend, counts, pages, named, **(more[0] if more else {}))
 
 
-@pytest.mark.usual("triton")
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=3)
 @given(data=st.data())

@@ -61,7 +61,7 @@ def test_matches_float64(backend, pages, queries, options):
     check(backend, pages, queries, **options)
 
 
-@pytest.mark.usual("triton")
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=3)
 @given(data=st.data())
@@ -74,7 +74,7 @@ def test_drawn(backend, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("index", [MinMax(), MinMax(parts=2), Mean()])
+@pytest.mark.parametrize("index", [pytest.param(MinMax(), marks=pytest.mark.slow), MinMax(parts=2), Mean()])
 def test_is_what_the_indexes_say(backend, index):
     random = np.random.default_rng(0)
     keys = jnp.asarray(random.standard_normal((2, 2, 9, 8, 64)), jnp.float32)

@@ -1,5 +1,6 @@
 """config.json: published files read as transformers reads them, every field is honoured or refused, and writing."""
 
+import itertools
 import json
 import warnings
 
@@ -121,22 +122,28 @@ def complaint(values):
     return str(unknown[0].message) if unknown else None
 
 
+PARTS = rest_slow(range(5), 0)  # every fifth of what may be wrong: with each field a few values, other ones in turn
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("family", BY_FAMILY)
-def test_numbers_that_cannot_be_meant_are_refused(family):
+def test_numbers_that_cannot_be_meant_are_refused(family, part):
     """Every number that a family reads: NaN, infinite, negative, 0, beyond all sizes, true, text, a list, an object."""
     values = BY_FAMILY[family]
     unread = HARMLESS - {"bos_token_id", "eos_token_id"} | {"embedding_fraction", *gemma._VISION_FIELDS.split()}
     places = [place for place in numbers(values) if place[-1] not in unread and place[0] not in unread]
     assert len(places) > 5
+    wrong = []
     for place in places:
         if place == ("sliding_window",) and not values.get("use_sliding_window", True):
             continue  # it plays no part
         bad = [float("nan"), float("inf"), -float("inf"), -1, 10**400, True, "8", [float("nan")], {"a": 1}]
-        for value in bad + [0, 0.0] * (place[-1] not in NO_SIZE):
-            said = complaint(changed(values, place, value))
-            assert said, f"{place} = {value!r} was read without a word"
-            assert "\n" not in said
-            assert len(said) < 700
+        wrong += [(place, value) for value in bad + [0, 0.0] * (place[-1] not in NO_SIZE)]
+    for place, value in wrong[part :: len(PARTS)]:
+        said = complaint(changed(values, place, value))
+        assert said, f"{place} = {value!r} was read without a word"
+        assert "\n" not in said
+        assert len(said) < 700
 
 
 @pytest.mark.parametrize("name", BY_FAMILY)
@@ -256,16 +263,17 @@ def mutations(values, path=()):
 
 
 @pytest.mark.filterwarnings("ignore:config.json has fields")
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", rest_slow([*PUBLISHED, "gemma-3-4b"], *ONE_OF_EACH_FAMILY.values()))
-def test_odd_values_are_read_or_refused_in_one_line(name):
+def test_odd_values_are_read_or_refused_in_one_line(name, part):
     values = GEMMA_3_4B if name == "gemma-3-4b" else {**PUBLISHED[name], "num_hidden_layers": 4, "n_layers": 4}
     refusals = []
-    for odd in mutations(values):
+    for odd in itertools.islice(mutations(values), part, None, len(PARTS)):
         try:
             read_config(odd)
         except ValueError as error:
             refusals.append(str(error))
-    assert len(refusals) > 50
+    assert len(refusals) > 50 / len(PARTS)
     assert all(len(message.splitlines()) == 1 for message in refusals)
 
 
@@ -348,7 +356,7 @@ def test_llama_dimensions():
 
 
 SMALL = UniformConfig(
-    vocab_size=20, d_model=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, max_position=64
+    vocab_size=20, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, max_position=64
 )
 
 
@@ -359,10 +367,10 @@ def test_what_a_family_cannot_express():
             "family 'llama' cannot express qk_norm = True .*; family qwen3 or lfm2 can",
         ),
         "windows": (
-            {"windows": (8,) * 4},
+            {"windows": (8,) * 2},
             "cannot express windows = .*; family mistral or phi3 or smollm3 or ministral3 can",
         ),
-        "sizes of window": ({"windows": (8, 4, 8, 4)}, r"windows = \(8, 4, 8, 4\)"),
+        "sizes of window": ({"windows": (8, 4)}, r"windows = \(8, 4\)"),
         "norm": ({"norm": "layer"}, r"norm = 'layer'"),
         "one bias": ({"qkv_bias": True}, r"out_bias = False.*; family qwen2 can"),
         "logit bias": ({"logit_bias": True}, r"logit_bias = True"),
@@ -382,7 +390,7 @@ def test_what_a_family_cannot_express():
 
 def test_equal_spellings_can_be_written():
     for changes in (
-        {"windows": (None,) * 4},
+        {"windows": (None,) * 2},
         {"attention_scale": 0.5},
         {"rope": RopeConfig(rotary_dim=4, beta_fast=7.0)},
         {"norm_bias": True},

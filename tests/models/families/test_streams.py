@@ -5,6 +5,7 @@ import pytest
 
 import streamjax as sj
 from tests.architectures import CASES, changes_with_length, tiny_config
+from tests.covering import rest_slow
 from tests.oracles import streaming_llm as oracle
 from tests.streaming.tiny_models import build, random_tokens, read_stream
 
@@ -18,6 +19,7 @@ REPEATED += ("granite", "ministral3", "glm4", "starcoder2", "smollm3", "lfm2_moe
 REPEATED += ("nemotron_h", "qwen2_moe", "falcon_h1", "kimi_linear", "olmo2")
 REPEATED += ("rwkv7", "gla")  # tests/models/mixers/test_linear_mixers.py
 SLOW = {"gemma4-experts", "gemma4-shared", *(case for case in CASES if case.split("-")[0] in OLDER + REPEATED)}
+DENSE = ("gemma4", "llama4")  # keys that are values, and chunks; windows and experts: tests/models/test_quantisation.py
 NAMES = [
     pytest.param(case, marks=pytest.mark.slow if case in SLOW else ())
     for case in CASES
@@ -26,13 +28,19 @@ NAMES = [
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_streams_of_a_family(case):
+def test_sinks_and_a_window_are_the_oracles(case):
+    config = tiny_config(case)
+    model, tokens = build(config), random_tokens(1, LENGTH) % config.vocab_size
+    state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=SINKS, window=WINDOW))
+    _, logits = read_stream(model, state, tokens, WIDTHS)
+    expected = oracle.run(model, tokens[0], oracle.Rule(SINKS, WINDOW))
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", rest_slow([case for case in CASES if not changes_with_length(tiny_config(case))], *DENSE))
+def test_a_dense_stream_is_the_whole_sequence(case):
     config = tiny_config(case)
     model, tokens = build(config), random_tokens(2, LENGTH) % config.vocab_size
     dense = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=2)
     _, logits = read_stream(model, dense, tokens, [6])
     np.testing.assert_allclose(logits, sj.forward(model, tokens), atol=1e-4, rtol=0)
-    state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=SINKS, window=WINDOW))
-    _, logits = read_stream(model, state, tokens[:1], WIDTHS)
-    expected = oracle.run(model, tokens[0], oracle.Rule(SINKS, WINDOW))
-    np.testing.assert_allclose(logits[0], expected, atol=1e-4, rtol=0)
