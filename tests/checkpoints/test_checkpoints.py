@@ -11,8 +11,9 @@ import pytest
 
 import streamjax as sj
 from streamjax.checkpoints import RunCheckpoints, restore_pytree, save_pytree
-from streamjax.models import Decoder, RopeConfig, UniformConfig, stack_layers
+from streamjax.models import RopeConfig, UniformConfig, stack_layers
 from streamjax.parallel.mesh import make_mesh
+from tests.streaming.tiny_models import build
 
 CONFIG = UniformConfig(
     vocab_size=64, d_model=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, windows=(4, None) * 2,
@@ -23,7 +24,7 @@ TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 
 @pytest.fixture(scope="module")
 def model():
-    return jax.jit(lambda key: Decoder(CONFIG, key))(jax.random.key(0))
+    return build(CONFIG)
 
 
 @pytest.fixture
@@ -96,8 +97,9 @@ for name, cache in caches.items():
 """
 
 
-def test_a_stream_goes_on_bit_for_bit_in_a_new_process(saved, tmp_path):
-    model = sj.load(saved)
+def test_a_stream_goes_on_bit_for_bit_in_a_new_process(tmp_path):
+    model = build(CONFIG.replace(num_layers=2, windows=(4, None)))
+    sj.save(model, tmp_path / "model")
     caches = {"sinks": sj.kv.preset("streaming_llm", sinks=2, window=6)}
     expected = {}
     for name, cache in caches.items():

@@ -11,7 +11,8 @@ import pytest
 
 import streamjax as sj
 from streamjax.checkpoints import SaveError, replacing
-from streamjax.models import Decoder, RopeConfig, UniformConfig
+from streamjax.models import RopeConfig, UniformConfig
+from tests.models.random_decoders import random_decoder
 
 CONFIG = UniformConfig(
     vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, tie_embeddings=True
@@ -24,14 +25,13 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def old():
-    return jax.jit(lambda key: Decoder(CONFIG, key))(jax.random.key(0))
+    return random_decoder(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def new():
     """Tensors of the same shapes; only the configuration tells that they mean something else."""
-    config = CONFIG.replace(rope=RopeConfig(theta=1e6))
-    return jax.jit(lambda key: Decoder(config, key))(jax.random.key(1))
+    return random_decoder(CONFIG.replace(rope=RopeConfig(theta=1e6)), 1)
 
 
 def save_adapters(model, path):
@@ -152,6 +152,7 @@ def test_a_link_to_a_folder_stays_a_link(old, new, tmp_path):
     assert same(sj.load(tmp_path / "real"), new)
 
 
+@pytest.mark.weekly("save-500", "save-3000")
 @pytest.mark.parametrize("limit", [0, 500, 3000, 20_000])
 @pytest.mark.parametrize("save", [sj.save_hf, sj.save_safetensors, sj.save, save_adapters])
 def test_a_disk_that_is_full(save, limit, old, new, tmp_path):

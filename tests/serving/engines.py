@@ -56,5 +56,8 @@ def alone(request: Request, cache: sj.kv.Cascade = CACHE) -> list[int]:
     sampler = sj.Sampler(chosen.repetition_penalty, chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
     state = sj.init_state(bytes_model(), cache, note_used=True)
     options = {"sampler": sampler, "key": jax.random.key(chosen.seed), "chunk_size": 8}
+    prompt = list(request.prompt)
+    while len(prompt) > 8:  # one by one: several chunks at once are a program for each number of them
+        state, prompt = sj.read(bytes_model(), state, [prompt[:8]], 8), prompt[8:]
     count = request.max_new_tokens
-    return sj.generate(bytes_model(), state, [request.prompt], max_new_tokens=count, **options)[1][0].tolist()
+    return sj.generate(bytes_model(), state, [prompt], max_new_tokens=count, **options)[1][0].tolist()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
@@ -35,6 +35,7 @@ def test_tokens_are_those_of_a_stream_alone(policy):
         assert events[-1].usage.completion_tokens == wanted.max_new_tokens
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     st.permutations(range(len(MIXED))),
     st.lists(st.integers(0, 9), min_size=len(MIXED), max_size=len(MIXED)),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
@@ -48,6 +48,7 @@ def book(one) -> PageBook:
     return one._batch.book
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     st.permutations(range(len(MIXED))),
     st.lists(st.integers(0, 9), min_size=len(MIXED), max_size=len(MIXED)),
@@ -217,7 +218,8 @@ def test_layers_with_windows_keep_them_in_their_rows(config):
     assert found[2][-1].usage.cached_tokens >= 32
 
 
-@pytest.mark.parametrize("capacity", [pytest.param(40, marks=pytest.mark.slow), 20])
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", [40, 20])
 def test_streams_may_be_shorter_than_what_is_read_to_warm_up(capacity):
     cache = sj.kv.preset("dense", capacity=capacity)
     one, wanted = paged(chunk_size=32, cache=cache), request("short", 6)
@@ -226,7 +228,8 @@ def test_streams_may_be_shorter_than_what_is_read_to_warm_up(capacity):
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("tpu", marks=pytest.mark.slow)])
-def test_a_kernel_reads_the_pool_by_its_tables(monkeypatch, backend):
+@pytest.mark.parametrize("widths", [pytest.param((3, 1), marks=pytest.mark.slow), (3,)])
+def test_a_kernel_reads_the_pool_by_its_tables(monkeypatch, backend, widths):
     """Chunks of several tokens and of one, behind pages of a row's own and pages that rows share."""
     draw, pool, called = np.random.default_rng(0), PagePool(64, 9, 8), set()
 
@@ -247,7 +250,7 @@ def test_a_kernel_reads_the_pool_by_its_tables(monkeypatch, backend):
 
     state = PoolState(array(2, 9, 8, 16), array(2, 9, 8, 16), jnp.array([19, 8, 0]))
     tables = tables_of([[3, 5, 1], [3, 7], [2]], 8)
-    for width in (3, 1):
+    for width in widths:
         q, k, v = array(3, width, 4, 16), array(3, 2, width, 16), array(3, 2, width, 16)
         position = (state.filled[:, None] + jnp.arange(width)).astype(jnp.uint32)
         query = Query(q, q, position, state.filled, None, None, 0.25, None, tables=tables)

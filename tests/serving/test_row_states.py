@@ -50,7 +50,7 @@ def test_streams_of_sinks_and_windows():
     check(bytes_model(), CACHE)
 
 
-@pytest.mark.parametrize("case", ["qwen3_next", "llama4"])
+@pytest.mark.parametrize("case", ["qwen3_next", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_streams_of_recurrent_and_chunked_layers(case):
     check(build(tiny_config(case)), CACHE)
 

@@ -96,7 +96,7 @@ def test_chunks_are_as_large_as_the_time_allows_and_smaller_behind_a_long_contex
 
     pace.ran(decoding)
     start, sizes = 0, []
-    while start < 100_000:
+    while start < 20_000:
         pace.begin(decoding=True)
         size = pace.tokens(lambda count, at=start: work(at, count))
         assert size > 0

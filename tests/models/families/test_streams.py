@@ -20,11 +20,8 @@ REPEATED += ("nemotron_h", "qwen2_moe", "falcon_h1", "kimi_linear", "olmo2")
 REPEATED += ("rwkv7", "gla")  # tests/models/mixers/test_linear_mixers.py
 SLOW = {"gemma4-experts", "gemma4-shared", *(case for case in CASES if case.split("-")[0] in OLDER + REPEATED)}
 DENSE = ("gemma4", "llama4")  # keys that are values, and chunks; windows and experts: tests/models/test_quantisation.py
-NAMES = [
-    pytest.param(case, marks=pytest.mark.slow if case in SLOW else ())
-    for case in CASES
-    if not changes_with_length(tiny_config(case))
-]
+ALL = [case for case in CASES if not changes_with_length(tiny_config(case))]
+NAMES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in ALL]
 
 
 @pytest.mark.parametrize("case", NAMES)
@@ -37,7 +34,7 @@ def test_sinks_and_a_window_are_the_oracles(case):
     np.testing.assert_allclose(logits[0], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", rest_slow([case for case in CASES if not changes_with_length(tiny_config(case))], *DENSE))
+@pytest.mark.parametrize("case", rest_slow(ALL, *DENSE))
 def test_a_dense_stream_is_the_whole_sequence(case):
     config = tiny_config(case)
     model, tokens = build(config), random_tokens(2, LENGTH) % config.vocab_size

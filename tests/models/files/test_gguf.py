@@ -103,7 +103,7 @@ METADATA = {
 }
 
 
-COMPARED = ("llama", "mistral", "mixtral", "gemma3", "falcon-40b", "smollm3", "granite")
+COMPARED = ("llama", "mistral", "mixtral", "gemma3", "falcon-40b")
 
 
 def plain(config):

@@ -45,7 +45,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return sj.load(FILES[0]), sj.load_tokenizer(FILES[0])
+    return sj.load(FILES[0], scan_layers=True), sj.load_tokenizer(FILES[0])
 
 
 def run(program, *arguments):
@@ -61,6 +61,7 @@ def test_it_answers_a_question(smollm2):
     assert answer == "The capital of France is Paris."
 
 
+@pytest.mark.slow
 def test_loading_takes_the_room_of_the_weights():
     peak, weights = map(int, run(MEASURE, FILES[0]))
     assert peak < weights + 300e6

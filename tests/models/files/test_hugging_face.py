@@ -87,6 +87,7 @@ def test_scan_layers_with_a_period_and_a_remainder(tmp_path):
     assert_same(load_hf(tmp_path / "b"), load_hf(tmp_path / "a"))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("tie", [False, True])
 def test_mesh(tmp_path, scan_layers, tie):
@@ -104,7 +105,7 @@ def test_mesh(tmp_path, scan_layers, tie):
     assert projections.qkv[...].addressable_shards[0].data.shape[-4:] == (8, 1, 4, 8)
 
 
-@pytest.mark.parametrize("case", ["cohere2", "glm4", "olmo2"])
+@pytest.mark.parametrize("case", rest_slow(["cohere2", "glm4", "olmo2"], "glm4", "olmo2"))
 def test_channels_in_pairs_and_norms_over_all_heads_on_a_mesh(tmp_path, case, monkeypatch):
     model = random_decoder(tiny_config(case))
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)

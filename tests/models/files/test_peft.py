@@ -22,6 +22,7 @@ from tests.architectures import tiny_config
 from tests.covering import rest_slow
 from tests.models import transformers_peers
 from tests.models.families.peer_cases import CASES
+from tests.streaming.tiny_models import build
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt_neox": ("query_key_value",), "falcon-40b": ("query_key_value",)}
@@ -79,7 +80,7 @@ def change_weights(model, folder):
     return model
 
 
-@pytest.mark.usual("llama-gqa-biases", "qwen2_moe-dense-no-biases")
+@pytest.mark.usual("llama-gqa-biases")
 @pytest.mark.parametrize("case", rest_slow(FAMILIES, "llama-gqa-biases", "qwen2_moe-dense-no-biases", "phi3", "mpt"))
 def test_the_folder_means_the_same_to_transformers(case, tmp_path):
     torch_model = transformers_peers.peer(CASES[case]())
@@ -109,7 +110,7 @@ def test_the_folder_means_the_same_to_transformers(case, tmp_path):
 
 
 def test_adapters_of_a_block_that_is_two_layers_of_a_file(tmp_path):
-    base = sj.Decoder(tiny_config("nemotron_h"), jax.random.key(0))
+    base = build(tiny_config("nemotron_h"))
     model = adapted(base, ("q", "up", "down"))
     sj.save_lora(model, tmp_path)
     modules = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in load_file(tmp_path / WEIGHTS)}
@@ -118,7 +119,7 @@ def test_adapters_of_a_block_that_is_two_layers_of_a_file(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, sj.load_lora(base, tmp_path), model)
 
 
-@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("case", rest_slow(FUSED, "phi3", "falcon-40b"))
 def test_an_adapter_that_peft_trained_on_a_module_of_several_projections(case, tmp_path):
     """One pair of factors for all of them, scaled by the root of the rank, in a file that tells nothing of parts."""
     torch_model = transformers_peers.peer(CASES[case]())
@@ -186,7 +187,7 @@ def test_ranks_and_alphas_by_patterns(folder):
 
 def resized(base, **sizes):
     """Another base."""
-    return sj.Decoder(UniformConfig.of(base.config).replace(**sizes), jax.random.key(0))
+    return build(UniformConfig.of(base.config).replace(**sizes))
 
 
 def test_what_is_refused(folder, tmp_path):

@@ -3,6 +3,7 @@
 `by_hand` is that: each weight of the base, changed as the papers say (2106.09685, 2402.09353), in transformers' model.
 """
 
+import functools
 import json
 import logging
 
@@ -15,7 +16,7 @@ import transformers
 from safetensors.numpy import save_file
 
 import streamjax as sj
-from streamjax.models import stack_layers
+from streamjax.models import stack_layers, unstack_layers
 from streamjax.models.files.hugging_face import load_hf
 from streamjax.models.lora.attaching import ranks_of
 from tests.models import transformers_peers
@@ -101,12 +102,18 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 12)).astype(np.int32)
 
 
 def same(base, folder, expected):
-    model = load_hf(base)
-    np.testing.assert_allclose(sj.forward(sj.load_lora(model, folder), TOKENS), expected, atol=2e-5, rtol=1e-4)
+    model, before = of_base(base)
     loaded = sj.load_lora(stack_layers(model), folder)
     np.testing.assert_allclose(sj.forward(loaded, TOKENS), expected, atol=2e-5, rtol=1e-4)
-    assert np.abs(expected - transformers_peers.logits_of(transformers_peers.reload(base), TOKENS)).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, sj.load_lora(model, folder), unstack_layers(loaded))
+    assert np.abs(expected - before).max() > 1e-3
     return loaded
+
+
+@functools.cache
+def of_base(folder):
+    """A base, and the logits of transformers."""
+    return load_hf(folder), transformers_peers.logits_of(transformers_peers.reload(folder), TOKENS)
 
 
 def test_ranks_and_alphas_by_layer(base, tmp_path):

@@ -78,7 +78,7 @@ def written_into(base, model, targets):
     return jax.tree.map(jnp.asarray, base)
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, "gqa", "clipped"))
+@pytest.mark.parametrize("case", rest_slow(CASES, "gqa"))
 def test_new_adapters_change_nothing(case):
     config, targets = CASES[case]
     model, tokens = build(config), random_tokens(2, 9)
@@ -132,8 +132,8 @@ def test_layers_whose_values_are_keys_have_no_adapter_of_values():
 @pytest.mark.parametrize("case", [pytest.param("gqa", marks=pytest.mark.slow), "local"])
 def test_a_stream_equals_the_forward_pass(case):
     config, targets = CASES[case]
-    model, tokens = adapted(build(config), targets), random_tokens(2, 13)
-    _, logits = read_stream(model, sj.init_state(model, sj.kv.preset("dense", capacity=16), 2), tokens, [5, 1, 3])
+    model, tokens = adapted(build(config), targets), random_tokens(2, 12)
+    _, logits = read_stream(model, sj.init_state(model, sj.kv.preset("dense", capacity=16), 2), tokens, [5, 1])
     np.testing.assert_allclose(logits, sj.forward(model, tokens), atol=1e-4)
 
 
@@ -217,15 +217,15 @@ def test_adapters_lie_on_the_mesh_of_their_model(name, stacked):
 
 
 def test_orbax_checkpoints_hold_adapters(tmp_path):
-    for stacked in (False, True):
-        model = adapted(build(GQA.replace(num_layers=3), scan_layers=stacked), ["q", "down"])
+    single = adapted(build(GQA.replace(num_layers=3)), ["q", "down"])
+    models = {False: single, True: stack_layers(single)}
+    for stacked, model in models.items():
         sj.save(model, tmp_path / "model")
         found = sj.load(tmp_path / "model", dtype="float32")
         jax.tree.map(np.testing.assert_array_equal, found, model)
         assert ranks_of(found) == ranks_of(model) == {"q": (RANK, ALPHA), "down": (RANK, ALPHA)}
         other = sj.load(tmp_path / "model", dtype="float32", scan_layers=not stacked)
-        tokens = random_tokens(1, 7)
-        np.testing.assert_allclose(sj.forward(other, tokens), sj.forward(model, tokens), atol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, other, models[not stacked])
 
 
 def test_errors_say_what_to_do(tmp_path):

@@ -15,6 +15,7 @@ from streamjax.models.quantisation import QuantisedArray
 from streamjax.models.quantising import quantised_model, weights_of
 from streamjax.training.backprop.trainable_parameters import partition
 from tests.models.test_quantisation import dequantised
+from tests.streaming.tiny_models import build
 
 pytestmark = pytest.mark.quick
 CONFIG = sj.UniformConfig(
@@ -25,8 +26,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @functools.cache
 def adapted(weights, scan_layers=False):
-    made = jax.jit(lambda key: sj.Decoder(CONFIG, key, scan_layers=scan_layers))(jax.random.key(0))
-    base = quantised_model(made, weights)
+    base = quantised_model(build(CONFIG, scan_layers=scan_layers), weights)
     model = sj.add_lora(base, 2, 4.0, TARGETS, jax.random.key(1))
     params, rest = partition(model, LoRAParam)
     draw = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def adapted(weights, scan_layers=False):
 
 
 def batch():
-    tokens = jax.random.randint(jax.random.key(3), (2, 25), 0, 64)
+    tokens = np.random.default_rng(3).integers(0, 64, (2, 25)).astype(np.int32)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": jnp.ones((2, 24))}
 
 
@@ -92,7 +92,7 @@ def test_adapters_over_codes_are_saved_and_loaded(save, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found, model)
     else:
         sj.save_lora(model, tmp_path / "adapters", "base")
-        base = quantised_model(sj.Decoder(CONFIG, jax.random.key(0)), "int4")
+        base = quantised_model(build(CONFIG), "int4")
         found = sj.load_lora(base, tmp_path / "adapters")
     assert weights_of(found) == "int4"
     np.testing.assert_allclose(sj.forward(found, tokens), expected, atol=1e-4)

@@ -225,7 +225,7 @@ def test_configs_go_through_json():
             "layer 1 has full attention: give it a cache of its own, one a layer",
         ),
         (
-            lambda: sj.init_state(Decoder(BASE, jax.random.key(0)), sj.kv.preset("hsa")),
+            lambda: sj.init_state(build(BASE), sj.kv.preset("hsa")),
             "this cache is the memory of hierarchical sparse attention (hsa), which the model does not have",
         ),
         (lambda: sj.kv.preset("hsa", capacity=0), "ChunkMemory.capacity_tokens is 0: it must be a whole"),

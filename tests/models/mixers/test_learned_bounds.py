@@ -21,6 +21,7 @@ from streamjax.models.config import (
 from streamjax.models.conversion import converted_config
 from streamjax.models.mixers.handed_on.learned_bounds import LearnedBounds, with_bounds
 from streamjax.models.mixers.hgrn import rising_bounds
+from tests.covering import rest_slow
 from tests.oracles import streaming_llm as oracle
 from tests.streaming.tiny_models import build, random_tokens, read_stream
 from tests.training.gradient_checks import assert_same, gradient, random_batch, random_model
@@ -96,7 +97,7 @@ def test_whole_in_pieces_and_layer_by_layer_it_is_the_published_recurrence():
     assert model.layers[0].mixer.bound is None  # what is stored is the table
 
 
-@pytest.mark.parametrize("order", ["full", "chunk", pytest.param("layer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", rest_slow(["full", "chunk", "layer"], "chunk"))
 def test_the_table_gets_its_gradient(order):
     """From stacked layers and single ones, of two kinds: that of the loss differentiated as it stands."""
     with jax.enable_x64(True):
