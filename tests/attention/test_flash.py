@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.patterns import Chunked, Full, SinkWindow, SlidingWindow
@@ -54,7 +54,9 @@ PATTERNS = st.one_of(
 
 
 @pytest.mark.quick
-@settings(max_examples=8)
+@settings(max_examples=settings().max_examples // 3)  # each is two programs
+@example(pattern=SinkWindow(3, 7), kv_heads=2, group=3, keys=17, offset=5, packed=True, softcap=2.0, alibi=True, seed=1)
+@example(pattern=Chunked(7), kv_heads=1, group=3, keys=48, offset=0, packed=False, softcap=None, alibi=False, seed=2)
 @given(
     pattern=PATTERNS,
     kv_heads=st.sampled_from([1, 2]),

@@ -1,13 +1,13 @@
 """Pages chosen by landmarks: both forms of the attention against a slow loop, and the choice itself."""
 
 import logging
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import api
@@ -49,6 +49,9 @@ def expected(q, retrieval, chunks, visible, top_k, scale):
     return np.stack([hierarchical_attention(*row, top_k, scale) for row in rows])
 
 
+@settings(max_examples=settings().max_examples // 2)  # each is a program
+@example(1, 2, 9, 2, 3, 9, 5, 4, "gathered")
+@example(2, 2, 7, 2, 1, 4, 3, 10, "dense")
 @given(
     st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 9), st.integers(1, 2), st.integers(1, 3),
     st.integers(1, 9), st.integers(1, 5), st.integers(1, 10), st.sampled_from(FORMS),
@@ -62,24 +65,30 @@ def test_both_forms_are_the_published_sum(seed, rows, queries, heads, group, pag
     np.testing.assert_allclose(found, expected(q, retrieval, chunks, visible, top_k, 0.7), atol=2e-5)
 
 
+@cache
+def chosen_with_gradients(in_spans):
+    """A function of landmarks, retrieval and what is visible; it is traced as it is called, `in_spans` or not."""
+
+    def loss(landmarks, retrieval, visible):
+        chosen, weights = choose(landmarks, retrieval, visible, 4)
+        return jnp.sum(jnp.cos(jnp.arange(4.0)) * weights**2), (chosen, weights)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
 @pytest.mark.parametrize("pages", [160, 141])  # whole spans of 32, and not
 @pytest.mark.parametrize("filled", [0.0, 0.3, 1.0])
 def test_pages_searched_in_spans_are_those_of_all_scores(monkeypatch, pages, filled):
     """The same pages, weights and gradients; memories that are empty behind some page, or quite."""
     _, retrieval, chunks, visible = draw(3, 2, 9, 2, 1, pages, 1)
-    number = jnp.where(jnp.arange(pages) < filled * pages, visible.number, -1)
-    segments, of_chunks = jnp.arange(18).reshape(2, 9) % 2, jnp.arange(2 * pages).reshape(2, pages) // 3 % 2
-    visible = VisiblePages(number, jnp.maximum(visible.limit, 40), segments, of_chunks)
-
-    def loss(landmarks, retrieval):
-        chosen, weights = choose(landmarks, retrieval, visible, 4)
-        return jnp.sum(jnp.cos(jnp.arange(4.0)) * weights**2), (chosen, weights)
-
-    take = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (_, (chosen, weights)), grads = take(chunks.landmarks, retrieval)
+    number = np.where(np.arange(pages) < filled * pages, visible.number, -1)
+    segments, of_chunks = np.arange(18).reshape(2, 9) % 2, np.arange(2 * pages).reshape(2, pages) // 3 % 2
+    parts = number, np.maximum(visible.limit, 40), segments, of_chunks
+    visible = VisiblePages(*(jnp.asarray(x, jnp.int32) for x in parts))
+    (_, (chosen, weights)), grads = chosen_with_gradients(False)(chunks.landmarks, retrieval, visible)
     monkeypatch.setattr(page_choice, "SPAN", 32)
     monkeypatch.setattr(page_choice, "GROUP", 8)
-    (_, (mine, found)), other = take(chunks.landmarks, retrieval)
+    (_, (mine, found)), other = chosen_with_gradients(True)(chunks.landmarks, retrieval, visible)
     np.testing.assert_allclose(found, weights, atol=1e-6)
     np.testing.assert_array_equal(np.where(found > 0, mine, -1), np.where(weights > 0, chosen, -1))
     assert (filled > 0) == bool(np.any(found > 0))
@@ -92,9 +101,11 @@ def test_spans_without_a_page_are_not_scored(monkeypatch):
     """What lies there is NaN here, and would be seen by a product."""
     monkeypatch.setattr(page_choice, "SPAN", 64)
     _, retrieval, chunks, visible = draw(3, 1, 5, 1, 1, 256, 1)
-    number = jnp.where(jnp.arange(256) < 70, jnp.arange(256), -1)[None]
-    landmarks = chunks.landmarks.at[:, :, 128:].set(jnp.nan)
-    chosen, weights = choose(landmarks, retrieval, VisiblePages(number, visible.limit + 60), 3)
+    number = np.where(np.arange(256) < 70, np.arange(256), -1)[None]
+    landmarks = np.array(chunks.landmarks)
+    landmarks[:, :, 128:] = np.nan
+    visible = VisiblePages(*(jnp.asarray(x, jnp.int32) for x in (number, np.asarray(visible.limit) + 60)))
+    chosen, weights = jax.jit(choose, static_argnums=3)(jnp.asarray(landmarks), retrieval, visible, 3)
     assert np.isfinite(np.asarray(weights)).all()
     assert np.asarray(chosen)[np.asarray(weights) > 0].max() < 70
 
@@ -102,17 +113,18 @@ def test_spans_without_a_page_are_not_scored(monkeypatch):
 def test_queries_in_blocks_are_queries_at_once(monkeypatch):
     """Blocks that do and do not divide the queries, with segments, in both forms."""
     q, retrieval, chunks, visible = draw(0, 2, 11, 2, 2, 7, 3)
-    segments, of_chunks = (
-        jnp.arange(22).reshape(2, 11) // 4,
-        jnp.asarray([[0, 1, 1, -1, 2, 0, 1], [3, 4, -1, 5, 3, 4, 2]]),
-    )
-    visible = VisiblePages(jnp.arange(7) * jnp.ones((2, 1), int), visible.limit, segments, of_chunks)
+    segments, of_chunks = np.arange(22).reshape(2, 11) // 4, [[0, 1, 1, -1, 2, 0, 1], [3, 4, -1, 5, 3, 4, 2]]
+    parts = np.tile(np.arange(7), (2, 1)), visible.limit, segments, of_chunks
+    visible = VisiblePages(*(jnp.asarray(x, jnp.int32) for x in parts))
     whole = expected(q, retrieval, chunks, visible, 2, 1.0)
     assert np.abs(whole).sum() > 1
     assert (whole == 0).all(axis=(2, 3)).any()
     monkeypatch.setattr(page_attention, "QUERY_BLOCK", 4)
     for form in FORMS:
-        np.testing.assert_allclose(chunks.read(q, retrieval, visible, 2, 1.0, form), whole, atol=2e-5)
+        found = jax.jit(lambda chunks, *given, form=form: chunks.read(*given, 2, 1.0, form))(
+            chunks, q, retrieval, visible
+        )
+        np.testing.assert_allclose(found, whole, atol=2e-5)
 
 
 @pytest.mark.parametrize("top_k", [2, 5])
@@ -193,6 +205,9 @@ def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
         getattr(LandmarkPages.read, "__wrapped__", LandmarkPages.read)(*draw(0, 1, 2, 1, 1, 3, 8), 1, 1.0, "sparse")
 
 
+largest = jax.jit(top_indices, static_argnums=1)
+
+
 @given(st.integers(0, 10**6), st.sampled_from([3, 64, 700, 3000]), st.sampled_from([1, 5]))
 def test_the_largest_are_found_through_their_groups(seed, total, count):
     """As a sort finds them, with many scores of -inf."""
@@ -200,6 +215,6 @@ def test_the_largest_are_found_through_their_groups(seed, total, count):
     scores = random.permutation(total).astype(np.float32)
     scores[random.random(total) < 0.5] = -np.inf
     count = min(count, total)
-    found = np.asarray(top_indices(jnp.asarray(scores)[None], count))[0]
+    found = np.asarray(largest(scores[None], count))[0]
     assert ((found >= 0) & (found < total)).all()
     np.testing.assert_array_equal(np.sort(scores)[::-1][:count], scores[found])

@@ -2,13 +2,13 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 import streamjax as sj
 from streamjax.data import ByteTokenizer
 from streamjax.evaluation import SlotMemory, Trial, human_bytes, log_bins, plot_trials, run_trial
+from tests.streaming.tiny_models import build
 
 CONFIG = sj.UniformConfig(
     vocab_size=259, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, bos_token_id=256
@@ -18,7 +18,7 @@ TEXT = list(b"It was the best of times, it was the worst of times, it was the ag
 
 @pytest.fixture(scope="module")
 def model() -> sj.Decoder:
-    return sj.Decoder(CONFIG, jax.random.key(0))
+    return build(CONFIG)
 
 
 CACHE = sj.kv.preset("streaming_llm", sinks=2, window=10)

@@ -11,6 +11,7 @@ from streamjax.evaluation import context_states
 from streamjax.evaluation.context_states import ContextReader, Encoded
 from streamjax.evaluation.leaderboard import answer, perplexity_behind
 from streamjax.evaluation.leaderboard_rows import mean_and_error, summarise
+from tests.streaming.tiny_models import build
 
 BYTES = ByteTokenizer()
 CHUNK = 128
@@ -22,7 +23,7 @@ def model():
         vocab_size=259, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16,
         tie_embeddings=True,
     )  # fmt: skip
-    return sj.Decoder(config, jax.random.key(2))
+    return build(config, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import streamjax as sj
 from tests.architectures import tiny_config
 from tests.commands.conftest import model_folder  # noqa: F401  (a fixture)
 from tests.fuzz.mutations import draws, mutate_bytes, mutate_json, read_or_refused
+from tests.streaming.tiny_models import build
 
 
 @pytest.fixture
@@ -46,8 +47,7 @@ def test_a_changed_file_is_read_or_refused_in_one_line(folder, name, draws):
 @draws(16)
 @pytest.mark.parametrize("case", ["mixtral", "deepseek_v3", "llama4"])
 def test_a_changed_config_of_experts_or_latent_attention_is_read_or_refused(tmp_path, case, draws):
-    config = tiny_config(case)
-    sj.save_hf(jax.jit(lambda key: sj.Decoder(config, key))(jax.random.key(0)), tmp_path / "m")
+    sj.save_hf(build(tiny_config(case)), tmp_path / "m")
     (tmp_path / "m" / "checksums.json").unlink()
     file = tmp_path / "m" / "config.json"
     whole, rng = json.loads(file.read_text()), random.Random(case)
