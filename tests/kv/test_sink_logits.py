@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamjax.kv import Cascade, Full, Pages, Representative, Sink, Window
@@ -30,7 +30,8 @@ def outputs(weights, stream):
     return np.einsum("bhts,bshd->bthd", weights, values)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=settings().max_examples // 3, deadline=None)  # each is a program
+@example(sinks=(4.0, -4.0, 0.5, 1.0), window=4, alibi=True, softcap=2.0, counts=[9, 1, 4], seed=3)
 @given(
     sinks=st.tuples(*[st.floats(-4, 4)] * HEADS),
     window=st.sampled_from([None, 4]),
