@@ -1,5 +1,7 @@
 """Tokens that do not count are not projected: the loss and its gradient are those of all logits all the same."""
 
+import math
+import re
 from functools import lru_cache
 
 import jax
@@ -140,6 +142,22 @@ def test_blocks_behind_the_last_token_that_counts_are_not_run(monkeypatch):
         assert set(ran) <= {(1, ROWS * BLOCK, CONFIG.d_model)}
 
 
+def test_a_block_copies_nothing_but_itself():
+    """The loop takes hidden states from where it puts their cotangents. A copy would cost each block all tokens."""
+    ends, shape = without_layers(random_model(CONFIG, "float32")), (16, 1, 512)
+
+    def gradients(ends, hidden, prepared):
+        params, rest = output_partition(ends, nnx.Param)
+        zeros, counted = jax.tree.map(jnp.zeros_like, params), prepared["weights"] != 0
+        return head_gradients(params, rest, hidden, prepared, OBJECTIVE, counted, 64, zeros)
+
+    prepared = {"targets": jnp.zeros(shape, jnp.int32), "weights": jnp.ones(shape)}
+    program = jax.jit(gradients).lower(ends, jnp.ones((*shape, CONFIG.d_model)), prepared).compile()
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in copies]
+    assert sizes.count(math.prod(shape) * CONFIG.d_model) <= 1  # of the result
+
+
 def test_what_is_not_trained_costs_no_product():
     """Of adapters the output matrix is a constant: two products for a loss that is a sum, three for one that is not."""
     ends, prepared = without_layers(random_model(CONFIG, "float32")), prepared_of(weights_of("holes"))
@@ -154,10 +172,10 @@ def test_what_is_not_trained_costs_no_product():
 
 def test_rows_stay_together_where_an_objective_does_not_say_what_counts():
     blocks = TokenBlocks.of(None, (1, 2, 5), 3)
-    x = jnp.arange(1, 11).reshape(1, 2, 5)
+    x = blocks.flat(jnp.arange(1, 11).reshape(1, 2, 5))
     np.testing.assert_array_equal(blocks.take(x, 0), [[1, 2, 3], [6, 7, 8]])
     np.testing.assert_array_equal(blocks.take(x, 1), [[4, 5, 0], [9, 10, 0]])
-    np.testing.assert_array_equal(blocks.put(x, 1, -blocks.take(x, 1))[0], [[1, 2, 3, -4, -5], [6, 7, 8, -9, -10]])
+    np.testing.assert_array_equal(blocks.put(x, 1, -blocks.take(x, 1)), [1, 2, 3, -4, -5, 6, 7, 8, -9, -10])
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"context": 2, "fsdp": 2}], ids=str)

@@ -64,15 +64,18 @@ class TokenBlocks:
         index = jnp.where(places < count, first, total + places)
         return cls(index.reshape(blocks, 1, size), _agreed(-(-count // size)), shape)
 
+    def flat(self, x: Array) -> Array:
+        """An array [N, B, C, ...] as one row of tokens: a loop that carries it so takes from it and puts into it in
+        place."""
+        return x.reshape(math.prod(self.shape), *x.shape[3:])
+
     def take(self, x: Array, i: Any) -> Array:
-        """Block i of an array [N, B, C, ...] as [R, S, ...]; zeros in places without a token."""
-        index = jax.lax.dynamic_index_in_dim(self.index, i, keepdims=False)
-        return self._flat(x).at[index].get(mode="fill", fill_value=0)
+        """Block i of a `flat` array as [R, S, ...]; zeros in places without a token."""
+        return x.at[self._block(i)].get(mode="fill", fill_value=0)
 
     def put(self, x: Array, i: Any, new: Array) -> Array:
-        """An array [N, B, C, ...] with block i, [R, S, ...], in the places of its tokens."""
-        index = jax.lax.dynamic_index_in_dim(self.index, i, keepdims=False)
-        return self._flat(x).at[index].set(new.astype(x.dtype), mode="drop").reshape(x.shape)
+        """A `flat` array with block i, [R, S, ...], in the places of its tokens."""
+        return x.at[self._block(i)].set(new.astype(x.dtype), mode="drop")
 
     def loop(self, body: Callable[[Any, Carry], Carry], carry: Carry) -> Carry:
         """`carry = body(i, carry)` for the blocks that hold tokens."""
@@ -80,8 +83,8 @@ class TokenBlocks:
             return body(0, carry)
         return jax.lax.fori_loop(0, self.used, body, carry)
 
-    def _flat(self, x: Array) -> Array:
-        return x.reshape(math.prod(self.shape), *x.shape[3:])
+    def _block(self, i: Any) -> Int32[Array, "R S"]:
+        return jax.lax.dynamic_index_in_dim(self.index, i, keepdims=False)
 
 
 def _agreed(blocks: Int32[Array, ""]) -> Int32[Array, ""]:

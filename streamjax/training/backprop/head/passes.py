@@ -43,6 +43,7 @@ def head_stats(
       normed: whether the last norm is done.
     """
     kernels, blocks = _blocks(ends, hidden, targets, counted, logits_chunk)
+    flat_hidden, flat_targets = blocks.flat(hidden), blocks.flat(targets)
 
     def one(hidden: Array, targets: Array) -> TokenStats:
         hidden = hidden if normed else ends.norm(hidden)
@@ -51,12 +52,13 @@ def head_stats(
         return token_stats(ends.logits(hidden), targets)
 
     def block(i: Any, stats: TokenStats) -> TokenStats:
-        new = one(blocks.take(hidden, i), blocks.take(targets, i))
+        new = one(blocks.take(flat_hidden, i), blocks.take(flat_targets, i))
         return TokenStats(*(blocks.put(x, i, y) for x, y in zip(stats, new, strict=True)))
 
     dtype, shape = accumulator(hidden.dtype), hidden.shape[:3]
-    start = TokenStats(jnp.zeros(targets.shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return blocks.loop(block, start)
+    shapes = targets.shape, shape, shape
+    found = blocks.loop(block, TokenStats(*(blocks.flat(jnp.zeros(shape, dtype)) for shape in shapes)))
+    return TokenStats(*(x.reshape(shape) for x, shape in zip(found, shapes, strict=True)))
 
 
 def head_gradients(
@@ -82,17 +84,18 @@ def head_gradients(
     """
     ends = combine(params, rest)
     kernels, blocks = _blocks(ends, hidden, prepared["targets"], counted, logits_chunk)
-    step = _by_kernels if kernels else _by_logits
+    step, flat = _by_kernels if kernels else _by_logits, {name: blocks.flat(x) for name, x in prepared.items()}
 
     def block(i: Any, carry: tuple[Array, Decoder, Array]) -> tuple[Array, Decoder, Array]:
         loss, grads, x = carry
-        own = {name: blocks.take(value, i) for name, value in prepared.items()}
+        own = {name: blocks.take(value, i) for name, value in flat.items()}
         more, grads, d_x = step(params, rest, blocks.take(x, i), own, objective, grads, normed)
         return loss + more, grads, blocks.put(x, i, d_x)
 
-    if counted is not None:
-        hidden = jnp.where(counted[..., None], hidden, 0)  # where no block puts a cotangent
-    return blocks.loop(block, (jnp.zeros((), accumulator(hidden.dtype)), grads, hidden))
+    x = hidden if counted is None else jnp.where(counted[..., None], hidden, 0)  # for where no cotangent is put
+    start = jnp.zeros((), accumulator(hidden.dtype)), grads, blocks.flat(x)
+    loss, grads, d_hidden = blocks.loop(block, start)
+    return loss, grads, d_hidden.reshape(hidden.shape)
 
 
 def _blocks(
