@@ -24,7 +24,7 @@ ROOMS = """
     pallas_kernels.tpu pallas_kernels.gpu pallas_kernels.reference
     pallas_kernels.api
     pallas_kernels
-    streamjax.field_checks streamjax.lazy_names streamjax.barriers streamjax.byte_units
+    streamjax.field_checks streamjax.lazy_names streamjax.barriers streamjax.byte_units streamjax.host_programs
     streamjax.parallel
     streamjax.checkpoints
     streamjax.snapshots

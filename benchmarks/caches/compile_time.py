@@ -4,9 +4,10 @@ A chunk of 512 tokens is scored twice, in a process of its own for each row, wit
 compiles, the second time only runs; the difference is the compiler's. `layer by layer` is what `score` and `read` do:
 equal layers share a program. With `--ways "one program"` all layers are in one, as in a decoding step; with `--decode`
 two tokens are generated as well, whose program has all layers in it. The weights are drawn: time does not depend on
-them. The shape is that of SmolLM2-135M (30 layers of 3 key heads). Presets by heads get gates that are drawn, half of
-the heads looking far back: layers whose groups of heads have equal sizes share a program, here in four sizes. `hsa`
-is for models with a memory of their own, which are read by one program, and is left out.
+them. The shape is that of SmolLM2-135M (30 layers of 3 key heads). Presets by heads get gates that are drawn, and of a
+layer 0 to 3 heads look far back, as many of all as is the preset's default: groups of equal sizes share a program, and
+all layers what is not attention to what groups store. `hsa` is for models with a memory of their own, which are read
+by one program, and is left out.
 
     python -m benchmarks.caches.compile_time
     python -m benchmarks.caches.compile_time --caches quest --layers 4 --decode

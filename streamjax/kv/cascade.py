@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.barriers import ordered_after
@@ -17,7 +17,7 @@ from streamjax.kv.channels.lent import Lent
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Tier
+from streamjax.kv.tier import QUERY_BLOCK, KVSpec, KVTokens, Query, State, Tier
 from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
@@ -124,8 +124,8 @@ class Cascade(Cache):
             def clock(state: tuple[State, ...]) -> Int32[Array, " B"]:
                 return state[chooser].clock
 
-            return read_in_blocks(self._update, clock, every, self.slots, state, query, tokens)
-        return self._update(state, query, tokens)
+            return read_in_blocks(self._update_whole, clock, every, self.slots, state, query, tokens)
+        return self._update_whole(state, query, tokens)
 
     @property
     def _chooser(self) -> int | None:
@@ -141,15 +141,44 @@ class Cascade(Cache):
         left = every - state[self._chooser].clock
         return left if most is None else jnp.minimum(left, most)
 
-    def _whole(self, state: Sequence[State], query: Query, rest: KVTokens) -> Partial:
+    def _update_whole(
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        whole, _, new = self._update(state, query, tokens)
+        return whole.out, new
+
+    def leaves_chunk(self, width: int) -> bool:
+        """Whether attention to a chunk of so many tokens itself can be computed elsewhere, see `update_stored`.
+
+        Not where tiers note attention or choose by it, nor where a query of the last block sees so few positions back
+        that keys of the chunk are left out, which needs the cascade's own reach.
+        """
+        asks = self._chooser is not None or any(tier.wants_noted is not None for tier in self.tiers)
+        return not asks and (self.reach is None or self.reach >= (width - 1) // QUERY_BLOCK * QUERY_BLOCK)
+
+    def update_stored(
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Partial, Bool[Array, "B #K C"], tuple[State, ...]]:
+        """`update` without attention to the chunk itself, for a cascade that `leaves_chunk`.
+
+        Returns:
+          Attention to what is stored, to be merged with attention to those tokens of the chunk that no tier has
+          absorbed, at most `reach` positions back, and with the sinks' logits; which tokens these are; the new state.
+        """
+        return self._update(state, query, tokens, own=False)
+
+    def _whole(self, state: Sequence[State], query: Query, rest: KVTokens, own: bool = True) -> Partial:
         """Attention to all tiers, and to those tokens of the chunk that none has absorbed."""
         parts = [tier.attend(part, query, self.reach) for tier, part in zip(self.tiers, state, strict=True)]
+        if not own:
+            return merge(*parts)
         parts.append(query.attend_own(rest, self.reach))
         return add_sinks(merge(*parts), query.sink_logits)
 
     def _update(
-        self, state: tuple[State, ...], query: Query, tokens: KVTokens
-    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        self, state: tuple[State, ...], query: Query, tokens: KVTokens, own: bool = True
+    ) -> tuple[Partial, Bool[Array, "B #K C"], tuple[State, ...]]:
+        """See `update_stored`; with attention to the chunk's `own` tokens, which is then the whole."""
         new = list(state)
         rest = tokens
         for i, tier in enumerate(self.tiers):
@@ -161,25 +190,25 @@ class Cascade(Cache):
                 falling = tier.insert(part, falling)[1]
             written = last.store(new[-1], falling)
             new[-1] = last.with_written(new[-1], written)
-        whole = self._whole(new, query, rest)
-        out, noted = whole.out, []
+        whole, left = self._whole(new, query, rest, own), rest.valid
+        noted: list[Array] = []
         noting = next(filter(None, (tier.wants_noted for tier in self.tiers)), None)
         if noting is not None and not noting.of_tokens:
-            own = noting.noted(None, query, rest.k, rest.position, rest.valid, whole.lse, self.reach)
-            rest = dataclasses.replace(rest, score=own)
+            score = noting.noted(None, query, rest.k, rest.position, rest.valid, whole.lse, self.reach)
+            rest = dataclasses.replace(rest, score=score)
         if noting is not None or query.block is not None:
             before = new
             new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
             pairs = zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True)
             noted = [b for a, b in pairs if a is not b and jnp.issubdtype(b.dtype, jnp.floating)]
         if not query.answered or noting is not None or query.block is not None:
-            rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, out, *noted))
+            rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, whole.out, *noted))
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)
         new[-1] = last.store(new[-1], rest)
         if isinstance(last, Pages) and written is not None:
             new[-1] = last.with_written(new[-1], written)
-        return out, tuple(new)
+        return whole, left, tuple(new)
 
 
 def _made_for(tier: Tier) -> str | None:

@@ -135,20 +135,27 @@ def update_in_order(
     """`cache.update` where the cache's key head i is the layer's head `order[i]`, which is data; see `renumbered`."""
     if order is None:
         return cache.update(state, query, tokens)
-    heads = order.shape[0]
+    out, state = cache.update(state, *of_chosen_heads(order, order.shape[0], query, tokens))
+    return _of_query_heads(out, jnp.argsort(order), order.shape[0], 2), state
 
-    def of_groups(x: Array, order: Array, axis: int) -> Array:
-        """Query heads, which follow their key heads, along `axis`."""
-        grouped = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
-        return jnp.take(grouped, order, axis=axis, mode="clip").reshape(x.shape)
 
-    slopes, sinks = (None if x is None else of_groups(x, order, 0) for x in (query.slopes, query.sink_logits))
-    q, raw_q = (of_groups(x, order, 2) for x in (query.q, query.raw_q))
+def of_chosen_heads(chosen: Int32[Array, " N"], count: int, query: Query, tokens: KVTokens) -> tuple[Query, KVTokens]:
+    """`of_heads` of key heads that are data."""
+    slopes, sinks = (
+        None if x is None else _of_query_heads(x, chosen, count, 0) for x in (query.slopes, query.sink_logits)
+    )
+    q, raw_q = (_of_query_heads(x, chosen, count, 2) for x in (query.q, query.raw_q))
     mine = dataclasses.replace(query, q=q, raw_q=raw_q, slopes=slopes, sink_logits=sinks)
-    k, v, raw_k = (jnp.take(x, order, axis=1, mode="clip") for x in (tokens.k, tokens.v, tokens.raw_k))
-    outputs = None if tokens.outputs is None else jnp.take(tokens.outputs, order, axis=0, mode="clip")
-    out, state = cache.update(state, mine, dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, outputs=outputs))
-    return of_groups(out, jnp.argsort(order), 2), state
+    k, v, raw_k = (jnp.take(x, chosen, axis=1, mode="clip") for x in (tokens.k, tokens.v, tokens.raw_k))
+    outputs = None if tokens.outputs is None else jnp.take(tokens.outputs, chosen, axis=0, mode="clip")
+    return mine, dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, outputs=outputs)
+
+
+def _of_query_heads(x: Array, chosen: Int32[Array, " N"], count: int, axis: int) -> Array:
+    """Query heads, which follow their `count` key heads, along `axis`."""
+    grouped = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+    taken = jnp.take(grouped, chosen, axis=axis, mode="clip")
+    return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def _index(heads: Sequence[int]) -> slice | np.ndarray:

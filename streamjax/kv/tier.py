@@ -146,7 +146,8 @@ class Query:
     differentiable: attend in a form that has a reverse mode, which computes its logits again; empty slots are visited.
     implementation: what decodes over long caches, XLA or a kernel, see `decode_kernels`; None chooses.
     sink_logits: learned logits that stand for no token, [H] or None; a cascade adds them to what its tiers gave.
-    back: how many positions back each query sees at most, int32 [B, C]; None: no bound of its own.
+    back: how many positions back each query sees at most, int32 [B, C], or [B, K, C] for each key head; None: no bound
+    of its own.
     block: where the chunk stands between two moments at which tiers choose what goes; None where none chooses.
     answered: the chunk has attended before, and the mask by which it is now stored was made from what it got.
     tree: how the chunk's tokens hang together that are a tree of guesses; None: each follows the one before it. A tree
@@ -165,7 +166,7 @@ class Query:
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})
     sink_logits: Float[Array, " H"] | None = None
-    back: Int32[Array, "B C"] | None = None
+    back: Int32[Array, "B *#K C"] | None = None
     block: EvictionBlock | None = None
     tables: Any = None
     shared: Any = None
@@ -212,7 +213,7 @@ class Query:
         size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
         if self.differentiable:
             filled = None
-        if not coded and slots == size and (filled is None or single):
+        if not coded and slots == size:  # a loop of one turn, with a merge in it, would be twice as much to compile
             return self._attend(k, v, position, valid, reach)
         nothing = self.nothing()
         used = slots if filled is None else jnp.max(filled)
@@ -255,7 +256,7 @@ class Query:
                 raw_q=self.raw_q[:, start:stop],
                 position=self.position[:, start:stop],
                 valid=None,
-                back=None if self.back is None else self.back[:, start:stop],
+                back=None if self.back is None else self.back[..., start:stop],
             )
             k, v, position, valid = (x[:, :, low:stop] for x in (tokens.k, tokens.v, tokens.position, tokens.valid))
             parts.append(queries._attend(k, v, position, valid, reach))
@@ -337,7 +338,7 @@ class Query:
         if reach is not None:
             visible &= distance <= reach
         if self.back is not None:
-            visible &= distance <= self.back[:, None, :, None]
+            visible &= distance <= (self.back if self.back.ndim == 3 else self.back[:, None])[..., None]
         return visible, None if self.slopes is None else distance.astype(jnp.float32)
 
     def _logit_options(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.models.nonfinite import not_finite
-from streamjax.streaming.by_layer.layerwise import in_turn, read_layerwise
+from streamjax.streaming.by_layer.in_turn import in_turn
+from streamjax.streaming.by_layer.layerwise import read_layerwise
 from streamjax.streaming.by_layer.reading_apart import read_chunk_apart
 from streamjax.streaming.by_layer.second_mesh import lies_apart
 from streamjax.streaming.rows import Rows, as_rows, require_ids

@@ -19,13 +19,23 @@ from streamjax.field_checks import Size, check_fields
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 from streamjax.kv.tiers.full import LinearState, append
 
-TRUE_DISTANCE = 2**30  # a reach that no stream gets to
+TRUE_DISTANCE = 2**30  # a reach behind which nothing is clamped: sinks stand where they are
 
 
 def clamped(query: Query, state_position: UInt32[Array, "B N S"], reach: int) -> UInt32[Array, "B C"]:
     """Where each query stands for the sinks: at most `reach` positions behind the first one."""
     first = state_position[:, 0, :1]
     return first + jnp.minimum(query.index, reach).astype(jnp.uint32)
+
+
+def placed(query: Query, state_position: UInt32[Array, "B N S"], reach: int) -> Query:
+    """The queries where they stand for the sinks: see `clamped`.
+
+    At their true distance they are rotated already. Their place is clamped all the same, so that differences of places
+    never wrap and sinks stay visible for ever.
+    """
+    place = clamped(query, state_position, reach)
+    return dataclasses.replace(query, position=place) if reach == TRUE_DISTANCE else query.at(place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,5 +72,5 @@ class Sink(Tier):
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         if self.reach is not None:
-            query = query.at(clamped(query, state.position, self.reach))
+            query = placed(query, state.position, self.reach)
         return query.attend(state.k, state.v, state.position, state.valid)

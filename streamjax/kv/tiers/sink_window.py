@@ -21,7 +21,7 @@ from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_ring
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 from streamjax.kv.tiers.full import LinearState, append
-from streamjax.kv.tiers.sink import clamped
+from streamjax.kv.tiers.sink import TRUE_DISTANCE, clamped, placed
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +79,7 @@ class SinkWindow(Tier):
             # Bring the sinks to the clamped distance from the one query, which stays at its true position.
             shift = query.position - clamped(query, first.position, self.reach)
             position = first.position + shift[:, None]
+            stand = first.position if self.reach == TRUE_DISTANCE else position  # see `placed`
 
             def place(buffer: Array, sinks: Array) -> Array:
                 # A row without a token keeps its state bit for bit.
@@ -90,7 +91,7 @@ class SinkWindow(Tier):
 
             state = dataclasses.replace(
                 state,
-                k=place(state.k, self._rotated(first, query.rotary, position)),
+                k=place(state.k, self._rotated(first, query.rotary, stand)),
                 v=place(state.v, first.v),
                 position=place(state.position, position),
             )
@@ -124,9 +125,8 @@ class SinkWindow(Tier):
         if query.q.shape[1] == 1:
             valid = jnp.where(slot < n, slot < kept, slot - n < filled)
             return query.attend(state.k, state.v, state.position, valid)
-        placed = query.at(clamped(query, first.position, self.reach))
         keys = self._rotated(first, query.rotary, first.position)
-        sinks = placed.attend(keys, first.v, first.position, slot[:n] < kept)
+        sinks = placed(query, first.position, self.reach).attend(keys, first.v, first.position, slot[:n] < kept)
         ring = query.attend(
             state.k[:, :, n:], state.v[:, :, n:], state.position[:, :, n:], slot[n:] - n < filled, reach=reach,
             filled=state.filled,

@@ -9,16 +9,14 @@ has read it, and its own cache holds all chunks before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32
 
+from streamjax.host_programs import program
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
+from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.page_pool import PageTables
 from streamjax.kv.tier import Implementation, State
 from streamjax.models.decoder import Block, Decoder
@@ -26,28 +24,13 @@ from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.parallel.rules import constrain, map_state_axes
+from streamjax.streaming.by_layer.grouped_heads import read_grouped, shares_parts
+from streamjax.streaming.by_layer.in_turn import Places, in_turn
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 from streamjax.streaming.step import enter, leave, surprise
 
 
-def in_turn(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan`, or the body alone for one chunk, which compiles faster and runs without the loop's copies."""
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
-        return carry, jax.tree.map(lambda leaf: leaf[None], y)
-    return jax.lax.scan(body, carry, xs)
-
-
-class Places(NamedTuple):
-    """The arrays of a `ChunkContext`, of N chunks."""
-
-    position: UInt32[Array, "N B C"]
-    valid: Bool[Array, "N B C"]
-    seen: Int32[Array, "N B"]
-    ids: Int32[Array, "N B C"] | None
-
-
-@jax.jit
+@program()
 def embedded(
     ends: Decoder, state: StreamState, tokens: Int32[Array, "N B C"], count: Int32[Array, "N B"]
 ) -> tuple[Float[Array, "N B C E"], Places]:
@@ -67,10 +50,10 @@ def embedded(
     return x, Places(*places)
 
 
-@partial(jax.jit, static_argnames=("cache", "span", "implementation"), donate_argnames="state")
+@program(static_argnames=("cache", "span", "implementation"), donate_argnames="state")
 def layer_over(
     block: Block,
-    row: Int32[Array, ""] | None,
+    row: int | Int32[Array, ""] | None,
     x: Float[Array, "N B C E"],
     state: State,
     places: Places,
@@ -107,7 +90,7 @@ def layer_over(
     return x, state
 
 
-@partial(jax.jit, donate_argnames="state", static_argnames="scored")
+@program(donate_argnames="state", static_argnames="scored")
 def finished(
     ends: Decoder,
     state: StreamState,
@@ -141,6 +124,9 @@ def read_layerwise(
     x, places = embedded(ends, standing, tokens, count)
     for i, cache in enumerate(state.caches):
         block, row = model.layer_and_row(i)
+        if isinstance(cache, HeadGroups) and shares_parts(block, cache, state):
+            x, layers[i] = read_grouped(block, row, x, layers[i], places, cache, state.span, state.implementation)
+            continue
         group = cache.borrows if isinstance(cache, Cascade) else None
         shared = None if group is None or state.shared is None else (state.shared[group],)
         cache, heads = cache.renumbered()  # layers whose groups of heads have equal sizes share a program
