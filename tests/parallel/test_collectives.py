@@ -15,6 +15,7 @@ from streamjax.kv import tier
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tiers import full
 from streamjax.parallel.mesh import make_mesh, shard_model
+from tests.covering import rest_slow
 from tests.parallel.small_models import BATCH, CONFIG, MESHES, one_layer, small_model
 
 SLOTS = 62
@@ -76,7 +77,7 @@ def test_slots_over_devices_exchange_one_sum_a_layer(width, monkeypatch):
     assert max(map(math.prod, found)) <= BATCH * width * CONFIG.d_model
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", rest_slow(CACHES, "streaming_llm"))  # "dense": the test above
 def test_decode_with_slots_over_devices_keeps_them_there(cache):
     """Each device attends to its own slots; what is exchanged is as large as queries, not as the cache."""
     for _, shape in _collectives("context2-tensor4", cache, 1, make=one_layer):

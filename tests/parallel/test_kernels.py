@@ -71,7 +71,8 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
         np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.usual("data2-fsdp2-tensor2-quest")
+@pytest.mark.usual("data2-fsdp2-tensor2-quest-1")
+@pytest.mark.parametrize("prompt", [1, 14])
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
@@ -84,14 +85,14 @@ def test_flash_attention(interpreted, axes, heads, kv_heads, share):
         pytest.param("data2-tensor4", "quest", marks=pytest.mark.slow),
     ],
 )
-def test_decoding(interpreted, name, cache):
+def test_decoding(interpreted, name, cache, prompt):
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (BATCH, 24)).astype(np.int32)
 
     def logits(model, implementation):
         state = sj.init_state(model, CACHES.get(cache, PAGES), BATCH, implementation=implementation)
-        state, _ = sj.step(model, state, tokens[:, :14])
+        state, _ = sj.step(model, state, tokens[:, :prompt])
         out = []
-        for i in range(14, 24):
+        for i in range(prompt, 24):
             state, found = sj.step(model, state, tokens[:, i : i + 1])
             out.append(np.asarray(found))
         return np.concatenate(out, axis=1)

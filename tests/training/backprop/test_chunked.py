@@ -9,6 +9,7 @@ from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, ORDERS, TOLERANCE, check
 
 WINDOWS = CONFIG.replace(num_layers=3, windows=(3, 11, 50))  # less than a chunk, more, and more than the sequence
+TWO_WINDOWS = WINDOWS.replace(num_layers=2, windows=(3, 11), sinks=2)
 SINKS = CONFIG.replace(windows=(4, None), sinks=10, num_kv_heads=1)  # of several chunks, and beyond a block
 
 
@@ -19,19 +20,18 @@ def always_small_blocks(small_blocks):
 
 @pytest.mark.usual("sinks-packed")
 @pytest.mark.parametrize(
-    ("config", "length", "chunk_size", "packed"),
+    ("config", "length", "chunk_size", "packed", "orders"),
     [
-        pytest.param(WINDOWS, 24, 8, False, id="windows", marks=pytest.mark.slow),
-        pytest.param(WINDOWS, 19, 4, True, id="windows-packed", marks=pytest.mark.slow),
-        pytest.param(
-            WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, id="sinks-capped", marks=pytest.mark.slow
-        ),
-        pytest.param(WINDOWS.replace(num_layers=2, windows=(3, 11), sinks=2), 23, 5, True, id="sinks-packed"),
-        pytest.param(SINKS, 45, 4, False, id="many-sinks-mqa"),
+        pytest.param(WINDOWS, 24, 8, False, ORDERS, id="windows"),
+        pytest.param(WINDOWS, 19, 4, True, ORDERS, id="windows-packed"),
+        pytest.param(WINDOWS.replace(sinks=2, attention_softcap=1.5), 21, 10, False, ORDERS, id="sinks-capped"),
+        pytest.param(TWO_WINDOWS, 23, 5, True, ("chunk",), id="sinks-packed"),  # "layer": test_chunked_cuts.py
+        pytest.param(TWO_WINDOWS, 23, 5, True, ("layer",), id="sinks-packed-layer"),
+        pytest.param(SINKS, 45, 4, False, ORDERS, id="many-sinks-mqa"),
     ],
 )
-def test_patterns(config, length, chunk_size, packed):
-    check(config, length, chunk_size=chunk_size, packed=packed)
+def test_patterns(config, length, chunk_size, packed, orders):
+    check(config, length, chunk_size=chunk_size, packed=packed, orders=orders)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamjax.models.families import FAMILIES
+from streamjax.models.families import FAMILIES, read_config
 from tests.architectures import CASES, tiny_config
 from tests.training.gradient_checks import ORDERS, check
 
@@ -38,6 +38,14 @@ REPEATED |= {
     "recurrent_gemma": "qwen3_next",  # states that chunks hand on, before a layer with attention
     "lfm2": "qwen3_next",  # a convolution that begins in the chunk before
     "llama4": "deepseek_v3",  # its attention within chunks: test_chunked.py
+    "gemma4-shared": "gemma2",  # with fewer layers: the test below
+}
+
+
+# Of four layers two take the keys of others; two layers of one kind are enough here.
+SHARING = {
+    **CASES["gemma4-shared"],
+    **{"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1},
 }
 
 
@@ -46,12 +54,19 @@ def test_every_family_has_a_case():
 
 
 def of_every_case():
-    """Both orders of every case; one of them is slow, by turns, and so is what repeats another case."""
+    """Both orders of every case; one of them is slow, by turns, and so is what repeats another case or test."""
     return [
         pytest.param(case, order, marks=pytest.mark.slow if case in REPEATED or index // 2 % 2 != turn else ())
         for index, case in enumerate(CASES)
         for turn, order in enumerate(ORDERS)
     ]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_layers_that_take_the_keys_of_another_give_the_gradient():
+    config = read_config({**SHARING, "model_type": "gemma4_text"})
+    assert [block.mixer.keys_of for block in config.blocks] == [None, 0]
+    check(config, 19, chunk_size=6, packed=True, orders=("chunk",))
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -44,7 +44,6 @@ def test_the_model_is_near_a_tpu_compiler(point):
             {"method": "remat"},
             {"method": "full"},
         ],
-        {"method": "layer", "chunk_size": 1024, "segment": 4},
         {"method": "chunk", "chunk_size": 1024},
     ),
     ids=lambda arguments: "-".join(map(str, arguments.values())),

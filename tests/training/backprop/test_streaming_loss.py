@@ -21,6 +21,7 @@ from streamjax.training import (
     streaming_loss_and_grad,
 )
 from streamjax.training.objectives.objective import CrossEntropy
+from tests.training.gradient_checks import random_model
 
 ROWS, LENGTH = 3, 11
 CACHE = sj.kv.preset("streaming_llm", sinks=2, window=7)
@@ -31,6 +32,12 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 
 def stream():
     """Tokens of three streams, enough for three batches."""
     return np.random.default_rng(1).integers(0, 61, (ROWS, 3 * LENGTH + 1)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def shallow(model):
+    """A model of one layer."""
+    return jax.jit(partial(Decoder, UniformConfig.of(model.config).replace(num_layers=1)))(jax.random.key(0))
 
 
 def batch_of(stream, start, length=LENGTH, weights=None):
@@ -46,6 +53,7 @@ def assert_same(grads, expected, rtol=1e-5):
 
 ARCHITECTURES = {
     "global": {},
+    "window": {"windows": (4,), "num_layers": 1},
     "windows": {"windows": (4, None)},
     "alibi": {"position": "alibi", "alibi_slopes": (0.5, 0.25, 0.125, 0.0625)},
     "softcap": {"attention_softcap": 5.0, "logit_softcap": 8.0, "tie_embeddings": False},
@@ -57,7 +65,8 @@ ARCHITECTURES = {
     [
         pytest.param("global", False, 4, LENGTH, marks=pytest.mark.slow),
         pytest.param("global", True, 1, LENGTH, marks=pytest.mark.slow),
-        ("windows", False, 6, 1200),
+        ("window", False, 6, 1200),
+        pytest.param("windows", False, 6, 1200, marks=pytest.mark.slow),
         pytest.param("alibi", False, 4, 1200, marks=pytest.mark.slow),
         pytest.param("softcap", True, None, LENGTH, marks=pytest.mark.slow),
     ],
@@ -67,7 +76,7 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
 ):
     """A `dense` cache keeps everything, so that cutting into chunks changes nothing; 11 is no multiple of 4 or 6."""
     config = UniformConfig.of(model.config).replace(**ARCHITECTURES[name])
-    model = jax.jit(partial(Decoder, config, scan_layers=scan_layers))(jax.random.key(2))
+    model = random_model(config, "float32", stacked=scan_layers)
     weights = np.random.default_rng(0).uniform(0.2, 2.0, (ROWS, LENGTH)).astype(np.float32)
     weights[0, 2:9] = 0.0
     batch = batch_of(stream, 0, weights=weights)
@@ -87,10 +96,10 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
         pytest.param(sj.kv.preset("dense", capacity=40), 4, marks=pytest.mark.slow),
     ],
 )
-def test_the_loss_is_what_streaming_costs(model, stream, cache, chunk_size):
+def test_the_loss_is_what_streaming_costs(shallow, stream, cache, chunk_size):
     """Batch after batch, the tokens across their borders included, and the state behind them is the stream's own."""
+    model, state = shallow, sj.init_state(shallow, cache, ROWS)
     scored, nll = sj.score(model, sj.init_state(model, cache, ROWS), stream, chunk_size=17)  # 34 tokens: one program
-    state = sj.init_state(model, cache, ROWS)
     for start in range(0, 3 * LENGTH, LENGTH):
         loss, _, state = streaming_loss_and_grad(model, state, batch_of(stream, start), chunk_size=chunk_size)
         expected = nll[:, start + 1 : start + LENGTH + 1].mean()
@@ -114,14 +123,12 @@ def test_with_sinks_and_a_window_chunks_do_not_change_the_gradient(model, stream
     assert_same(grads, expected)
 
 
-def test_the_gradient_ends_where_the_batch_begins(model, stream):
+def test_the_gradient_ends_where_the_batch_begins(shallow, stream):
     """Against differences of what the second batch costs with the first one's cache held fixed.
 
     All batches have the length of two, one half of them without weight: one program reads them all.
     """
-    dense = sj.kv.preset("dense", capacity=64)
-    config = UniformConfig.of(model.config).replace(num_layers=1)
-    model = jax.jit(partial(Decoder, config))(jax.random.key(0))
+    model, dense = shallow, sj.kv.preset("dense", capacity=64)
     state = sj.read(model, sj.init_state(model, dense, ROWS), batch_of(stream, 0)["tokens"])
     weights = np.ones((ROWS, 2 * LENGTH), np.float32)
     weights[:, LENGTH:] = 0.0
@@ -154,7 +161,7 @@ def test_the_gradient_ends_where_the_batch_begins(model, stream):
 def test_between_chunks_only_states_are_kept(model):
     """Twice the batch costs the states of the chunks that are more, and its tokens."""
     config = UniformConfig.of(model.config).replace(num_layers=1, mlp_dim=512)
-    deep = jax.jit(partial(Decoder, config))(jax.random.key(0))
+    deep = random_model(config, "float32")
     state = sj.init_state(deep, sj.kv.preset("window", window=16), 1)
 
     def temporary(length):

@@ -38,6 +38,7 @@ def answers(rows, length):
     return marks
 
 
+@pytest.mark.weekly("gqa")
 @pytest.mark.parametrize(
     "config", [GQA.expand(), LOCAL.expand(), with_sink_logits(GQA)], ids=["gqa", "local", "sink-logits"]
 )

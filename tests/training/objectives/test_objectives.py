@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamjax.training import CrossEntropy
+from streamjax.training import METHODS, CrossEntropy
 from streamjax.training.backprop.head.whole_sequence import whole_sequence_stats
 from streamjax.training.objectives.objective import token_stats
-from tests.training.gradient_checks import check_objective, random_batch
+from tests.covering import rest_slow
+from tests.training.gradient_checks import TWO_METHODS, check_objective, random_batch
 
 OBJECTIVES = [
     CrossEntropy(),
@@ -123,12 +124,13 @@ def plain_cross_entropy(logits, batch):
     return jnp.sum(weights * per_token) / jnp.sum(weights)
 
 
-def test_every_method_is_exact_and_never_has_all_logits():
+@pytest.mark.parametrize("methods", rest_slow([METHODS, TWO_METHODS], TWO_METHODS), ids=len)
+def test_every_method_is_exact_and_never_has_all_logits(methods):
     def batch(vocab_size):
         made = random_batch(vocab_size, 4, 12)
         return made | {"weights": made["weights"].astype(np.float64)}
 
-    check_objective(CrossEntropy(label_smoothing=0.1, z_loss=0.05), plain_cross_entropy, batch)
+    check_objective(CrossEntropy(label_smoothing=0.1, z_loss=0.05), plain_cross_entropy, batch, methods)
 
 
 @pytest.mark.parametrize(

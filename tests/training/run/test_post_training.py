@@ -7,7 +7,6 @@ import os
 import re
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from streamjax.training import (
 from streamjax.training.post_training import reference
 from tests.covering import rest_slow
 from tests.training.conftest import CONFIG
+from tests.training.gradient_checks import random_model
 from tests.training.run.test_loop import Killed, at_step, kill, read_metrics, same_bits  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -65,8 +65,7 @@ def data_dir(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
-    config = CONFIG.replace(vocab_size=259, num_layers=1)
-    sj.save_hf(jax.jit(lambda key: sj.Decoder(config, key))(jax.random.key(4)), folder)
+    sj.save_hf(random_model(CONFIG.replace(vocab_size=259, num_layers=1), "float32"), folder)
     return folder
 
 
