@@ -45,11 +45,11 @@ def test_a_recurrent_mixer_begins_with_attentions_projections(mixer):
 
 
 def test_beside_a_window_with_sinks_it_begins_as_the_window_and_streams_as_it_reads():
-    model = convert_layers(build(CONFIG), (1,), recurrent=SHARED)
-    windowed = convert_layers(model, (0, 2), window=5, sinks=2)
-    student = convert_layers(model, (0, 2), recurrent=DELTA, window=5, sinks=2)
+    model = convert_layers(build(CONFIG.replace(num_layers=2)), (1,), recurrent=SHARED)
+    windowed = convert_layers(model, (0,), window=5, sinks=2)
+    student = convert_layers(model, (0,), recurrent=DELTA, window=5, sinks=2)
     np.testing.assert_array_equal(sj.forward(student, TOKENS), sj.forward(windowed, TOKENS))
-    assert [student.config.blocks[layer].mixer.sinks for layer in (0, 2)] == [2, 2]
+    assert student.config.blocks[0].mixer.sinks == 2
     assert not np.allclose(sj.forward(student, TOKENS), sj.forward(model, TOKENS), atol=1e-3)
     out = student.layers[0].beside.out
     out[...] = jnp.asarray(np.random.default_rng(3).standard_normal(out.shape, np.float32))

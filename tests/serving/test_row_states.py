@@ -8,6 +8,7 @@ import streamjax as sj
 from streamjax.serving.batch import Batch
 from streamjax.serving.row_states import put_row, take_row
 from tests.architectures import tiny_config
+from tests.covering import rest_slow
 from tests.serving.engines import bytes_model
 from tests.streaming.tiny_models import build, random_tokens
 from tests.streaming.tiny_sessions import CACHE
@@ -50,14 +51,12 @@ def test_streams_of_sinks_and_windows():
     check(bytes_model(), CACHE)
 
 
-@pytest.mark.parametrize("case", ["qwen3_next", pytest.param("llama4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", rest_slow(["qwen3_next", "llama4"], "qwen3_next"))
 def test_streams_of_recurrent_and_chunked_layers(case):
     check(build(tiny_config(case)), CACHE)
 
 
-@pytest.mark.parametrize(
-    "name", [*list(SMALL)[:3], *(pytest.param(n, marks=pytest.mark.slow) for n in list(SMALL)[3:])]
-)
+@pytest.mark.parametrize("name", rest_slow(SMALL, "streaming_llm", "dense"))
 def test_streams_of_presets(name):
     check(bytes_model(), sj.kv.preset(name, **SMALL[name]))
 

@@ -87,11 +87,7 @@ def test_peer_shards(tmp_path):
 
 @pytest.mark.parametrize(
     "case",
-    rest_slow(
-        PACKED,
-        "mixtral",
-        "qwen3_moe-dense-biases",
-    ),
+    rest_slow(PACKED, "mixtral"),
 )
 def test_packed_experts_are_read_too(case, tmp_path):
     """transformers holds all experts' projections in one tensor, and some files on the hub do."""

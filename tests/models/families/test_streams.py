@@ -19,7 +19,7 @@ REPEATED += ("granite", "ministral3", "glm4", "starcoder2", "smollm3", "lfm2_moe
 REPEATED += ("nemotron_h", "qwen2_moe", "falcon_h1", "kimi_linear", "olmo2")
 REPEATED += ("rwkv7", "gla")  # tests/models/mixers/test_linear_mixers.py
 SLOW = {"gemma4-experts", "gemma4-shared", *(case for case in CASES if case.split("-")[0] in OLDER + REPEATED)}
-DENSE = ("gemma4", "llama4")  # keys that are values, and chunks; windows and experts: tests/models/test_quantisation.py
+DENSE = ("gemma4", "llama4", "gpt_oss")  # keys that are values, chunks, and windows with sinks beside a dense cache
 ALL = [case for case in CASES if not changes_with_length(tiny_config(case))]
 NAMES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in ALL]
 

@@ -11,6 +11,7 @@ import transformers
 import streamjax as sj
 from streamjax.parallel.mesh import make_mesh
 from tests.architectures import CASES, FALCON, GEMMA, GROUPED, MIXED, QWEN_MOE, SIZES
+from tests.covering import rest_slow
 from tests.models.files.gguf_peers import convert
 from tests.models.transformers_peers import logits_of, peer, tokens_for, write
 
@@ -104,6 +105,9 @@ METADATA = {
 
 
 COMPARED = ("llama", "mistral", "mixtral", "gemma3", "falcon-40b")
+# Of what a family may have beside, the ordinary run reads what a file's metadata say: rotations, widths, layouts.
+USUAL = [case for case in PARITY if case not in COMPARED and "-" not in case]
+USUAL += ["llama-biases", "llama-yarn", "llama-heads", "falcon-7b", "llama4-128"]
 
 
 def plain(config):
@@ -130,7 +134,7 @@ def assert_same_logits(model, other):
 
 
 @pytest.mark.filterwarnings("error:.*streamjax does not know")
-@pytest.mark.parametrize("case", [case for case in PARITY if case not in COMPARED])
+@pytest.mark.parametrize("case", rest_slow([case for case in PARITY if case not in COMPARED], *USUAL))
 def test_the_model_is_that_of_the_folder(case, tmp_path):
     """Whose logits are those of transformers: tests/models/families holds it."""
     other = make_peer(case, PARITY[case])

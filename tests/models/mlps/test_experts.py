@@ -30,6 +30,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.weekly("two", "all", "shared without a gate")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_token_by_itself(name):
     with jax.enable_x64(True):
@@ -89,13 +90,19 @@ def test_columns_in_several_dimensions():
         rows, weights = (jnp.asarray(draw.normal(size=s)) for s in ((9, 3), (3, 3, 2, 4)))
         cotangent = jnp.asarray(draw.normal(size=(9, 2, 4)))
         flat = (rows, weights.reshape(3, 3, 8))
-        expected, pull = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), *flat)
-        found, pull_found = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), rows, weights)
+
+        @jax.jit
+        def all_forms(rows, weights, cotangent):
+            expected, pull = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), *flat)
+            found, pull_found = jax.vjp(lambda r, w: grouped_product.grouped_product(r, w, sizes), rows, weights)
+            gradients = pull_found(cotangent), pull(cotangent.reshape(9, 8))
+            return expected, found, *gradients, grouped_product._ragged(rows, weights, sizes, False)
+
+        expected, found, mine, theirs, ragged = jax.tree.map(np.asarray, all_forms(rows, weights, cotangent))
         np.testing.assert_array_equal(found.reshape(9, 8), expected)
         np.testing.assert_array_equal(found[7:], 0)  # rows behind the last group's
-        for mine, theirs in zip(pull_found(cotangent), pull(cotangent.reshape(9, 8)), strict=True):
-            np.testing.assert_array_equal(mine.reshape(theirs.shape), theirs)
-        ragged = grouped_product._ragged(rows, weights, sizes, False)
+        for gradient, right in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(gradient.reshape(right.shape), right)
         np.testing.assert_allclose(ragged.reshape(9, 8), expected, atol=1e-12)
 
 

@@ -74,9 +74,14 @@ def test_words_come_before_the_text_has_ended(server):
         rest, usage = words(socket)
         assert first + rest == expected("some words")
         assert usage["completion_tokens"] == 6
+        assert turn(socket, "a", temperature=0)[0] == "hello"  # and as before, from the engine
+
+
+@pytest.mark.slow
+def test_waits_and_a_beginning_of_its_own(server):
+    with patient.socket(url(server)) as socket:
         text, _ = turn(socket, "some", " words", **{**GREEDY, "wait": 5, "between": 2, "template": False})
         assert text == expected("some words", 5, 2, template=False)
-        assert turn(socket, "a", temperature=0)[0] == "hello"  # and as before, from the engine
 
 
 def test_a_text_that_goes_on_behind_the_answer_is_dropped(server):
