@@ -52,8 +52,20 @@ RULES = {
 dense = jax.jit(slots.dense)
 
 
+def front(merge, **options):
+    """Sinks and a window, before one of the rules and before codes: the others' tier stands alone."""
+    return (SINKS, WINDOW) if merge == RULES["d2o"][0] or "codec" in options or "coded" in options else (0, 0)
+
+
 def cascade(merge, **options):
-    return Cascade(Sink(SINKS, reach=10**6), Window(WINDOW), Scored(SIZE, H2O(), every=EVERY, merge=merge, **options))
+    tier = Scored(SIZE, H2O(), every=EVERY, merge=merge, **options)
+    sinks, window = front(merge, **options)
+    return Cascade(Sink(sinks, reach=10**6), Window(window), tier) if window else Cascade(tier)
+
+
+def rule(merge, **options):
+    sizes = *front(merge, **options), SIZE, EVERY
+    return scored.Rule(KEY_HEADS, *sizes, scored.mass, SCALE, None, FREQUENCIES, **options)
 
 
 def by_lists(rule, join, stream, turned=False):
@@ -79,16 +91,14 @@ SLOW = pytest.mark.slow
 def test_a_stream_token_by_token(name, distance, together):
     merge, join = RULES[name]
     stream = Stream.drawn(2, LENGTH)
-    rule = scored.Rule(
-        KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, scored.mass, SCALE, None, FREQUENCIES, distance, together
-    )  # fmt: skip
-    out = by_lists(rule, join, stream, merge.turned)
+    lists = rule(merge, distance=distance, together=together)
+    out = by_lists(lists, join, stream, merge.turned)
     mine = cascade(merge, per_head=not together, distance=distance)
     # at a fixed distance what leaves the window is seen at its true one until its chunk is stored
     counts = [1] if distance else [(3, 1), (1, 6)]
     found, _ = run(mine, stream, counts, width=6, frequencies=FREQUENCIES)
     np.testing.assert_allclose(found, out, atol=2e-4)
-    dropped = by_lists(rule, lambda *_: None, stream)
+    dropped = by_lists(lists, lambda *_: None, stream)
     assert np.abs(dropped - out).max() > 1e-2
 
 
@@ -117,16 +127,10 @@ def test_what_has_come_together_is_coded_again(name):
     """Averages differ in their last bits, and so now and then a code by one."""
     merge, join = RULES[name]
     stream = Stream.drawn(2, LENGTH)
-
-    def rule(coded):
-        return scored.Rule(
-            KEY_HEADS, SINKS, WINDOW, SIZE, EVERY, scored.mass, SCALE, None, FREQUENCIES, coded=coded
-        )  # fmt: skip
-
     mine = cascade(merge, codec=Int(4, group=6))
     found, state = run(mine, stream, [1], width=6, frequencies=FREQUENCIES)
-    coded = by_lists(rule(lambda row: stored(row, 4).astype(np.float64)), join, stream)
-    exact = by_lists(rule(None), join, stream)
+    coded = by_lists(rule(merge, coded=lambda row: stored(row, 4).astype(np.float64)), join, stream)
+    exact = by_lists(rule(merge, coded=None), join, stream)
     off = np.abs(found - coded)
     assert np.quantile(off, 0.9) < 1e-3
     assert np.quantile(np.abs(coded - exact), 0.5) > 3e-3

@@ -89,8 +89,8 @@ def test_a_stream_token_by_token():
 @pytest.mark.parametrize("search", rest_slow(["all", "tree"], "tree"))
 def test_with_every_page_found_it_is_dense_attention(search):
     """And blocks of queries, padded ones too."""
-    stream = Stream.drawn(2, 50, seed=3)
-    found, _ = run(Cascade(Window(6), Pages(4, 44, 12, MinMax(), block=3, search=search)), stream, [7], width=8)
+    stream = Stream.drawn(2, 52, seed=3)
+    found, _ = run(Cascade(Pages(4, 52, 14, MinMax(), block=3, search=search)), stream, [7], width=8)
     np.testing.assert_allclose(found, plain_attention(stream), atol=2e-5)
 
 

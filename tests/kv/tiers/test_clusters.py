@@ -86,13 +86,13 @@ def test_a_stream_token_by_token(positions, estimate, softcap):
 
 def test_what_is_stored_does_not_depend_on_the_chunks():
     """Nor on the rows beside: bit for bit, except for what empty slots hold. One chunk fills more than the ring has."""
-    stream = gathered(2, 50)
-    cascade = Cascade(Window(3), Clusters(4, 12, 2, 3, size=2, most=3))
-    _, (_, expected) = run(cascade, stream, [1], width=20)
-    assert expected.closed.cursor.tolist() == [2, 2]  # 47 tokens: eleven segments in a ring of three
+    stream = gathered(2, 47)
+    cascade = Cascade(Clusters(4, 12, 2, 3, size=2, most=3))
+    _, (expected,) = run(cascade, stream, [1], width=20)
+    assert expected.closed.cursor.tolist() == [2, 2]  # eleven segments in a ring of three
     assert expected.open.filled.tolist() == [3, 3]
     for counts in [3, 8, 0, 5], [20]:
-        _, (_, found) = run(cascade, stream, counts, width=20)
+        _, (found,) = run(cascade, stream, counts, width=20)
         jax.tree.map(np.testing.assert_array_equal, found.closed, expected.closed)
         np.testing.assert_array_equal(found.open.k[:, :, :3], expected.open.k[:, :, :3])
         np.testing.assert_array_equal(found.open.filled, expected.open.filled)

@@ -95,8 +95,8 @@ def token_by_token(boundary, start):
     stream, ids = wandering(seed=3)
     rule, least, ends = BOUNDARIES[boundary]
     tier = ContentPages(4, 24, 6, rule)
-    _, (_, state) = run(Cascade(Window(3), tier), stream, [1], ids=ids, width=9, start=start)
-    _, lists = by_lists(stream, ids, Rule(KEY_HEADS, 0, 3, 4, 24, 6, means(0.5), SCALE, least=least), ends)
+    _, (state,) = run(Cascade(tier), stream, [1], ids=ids, width=9, start=start)
+    _, lists = by_lists(stream, ids, Rule(KEY_HEADS, 0, 0, 4, 24, 6, means(0.5), SCALE, least=least), ends)
     places = [[[(entry[2] + start) % 2**32 for entry in page] for page in row.pages] for row in lists]
     return stream, ids, tier, state, places
 
@@ -113,7 +113,7 @@ def token_by_token(boundary, start):
 def test_what_is_stored_does_not_depend_on_the_chunks(boundary, counts, start):
     """Rows stop where they like; a slot of a page that was used before never comes back."""
     stream, ids, tier, expected, places = token_by_token(boundary, start)
-    _, (_, state) = run(Cascade(Window(3), tier), stream, counts, ids=ids, width=9, start=start)
+    _, (state,) = run(Cascade(tier), stream, counts, ids=ids, width=9, start=start)
     assert held(tier, state) == held(tier, expected) == places
     np.testing.assert_array_equal(state.count, expected.count)
     np.testing.assert_array_equal(state.cursor, expected.cursor)
@@ -131,13 +131,13 @@ def test_a_chunk_that_opens_more_pages_than_there_are(monkeypatch):
     ids[1] = ENDS[0]  # every token of this row is a page
     tier = ContentPages(4, 44, 2, EndTokens(ENDS), Mean())
     monkeypatch.setattr("streamjax.kv.tiers.content_pages.SUMMARISED", 4)
-    _, (_, state) = run(Cascade(Window(1), tier), stream, [50], ids=ids)
+    _, (state,) = run(Cascade(tier), stream, [50], ids=ids)
     _, lists = by_lists(
-        stream, ids, Rule(KEY_HEADS, 0, 1, 4, 44, 2, means(0.0), SCALE), lambda own: end_tokens(own, ENDS)
+        stream, ids, Rule(KEY_HEADS, 0, 0, 4, 44, 2, means(0.0), SCALE), lambda own: end_tokens(own, ENDS)
     )
     pages = held(tier, state)
     assert pages == [[[entry[2] for entry in page] for page in row.pages] for row in lists]
-    assert pages[1] == [[i] for i in range(38, 49)]
+    assert pages[1] == [[i] for i in range(39, 50)]
     for row, own in enumerate(pages):
         order = (int(state.cursor[row]) + np.arange(tier.pages)) % tier.pages
         order = [page for page in order if state.count[row, 0, page]]
