@@ -51,10 +51,11 @@ class Compensation(Tier):
         return part._replace(lse=part.lse + jnp.log(jnp.maximum(state.count, 1).astype(jnp.float32))[:, None, None])
 
     def insert(self, state: CompensationState, tokens: KVTokens) -> tuple[CompensationState, KVTokens]:
-        _, more = tokens.run()
+        start, more = tokens.run()
         valid = tokens.valid[..., None]
         n = jnp.maximum(more, 1).astype(jnp.float32)[:, None, None, None]
-        newest = jnp.take_along_axis(tokens.position, jnp.argmax(jnp.cumsum(tokens.valid, 2), 2, keepdims=True), axis=2)
+        end = jnp.maximum(start + more - 1, 0)[:, None, None]
+        newest = jnp.take_along_axis(tokens.position, end, axis=2, mode="clip")
         last = jnp.where(more[:, None, None] > 0, newest, state.last)
         behind = jnp.where(tokens.valid, (last - tokens.position).astype(jnp.int32), 0).astype(jnp.float32)
         aged = state.age + (last - state.last).astype(jnp.int32).astype(jnp.float32)
