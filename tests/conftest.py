@@ -39,6 +39,7 @@ import pytest
 from hypothesis import settings
 from jax._src.interpreters import mlir
 
+from tests import host_arrays
 from tests.covering import mark_the_rest_slow
 
 pytest_plugins = ["tests.cpu_seconds"]
@@ -46,6 +47,9 @@ pytest_plugins = ["tests.cpu_seconds"]
 settings.register_profile("suite", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("weekly", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("suite")
+
+
+host_arrays.install()
 
 
 @functools.cache
