@@ -13,7 +13,7 @@ from streamjax.commands import comparison, demo
 from streamjax.evaluation import SlotMemory, Trial, run_trial
 from tests.commands.command_helpers import read_json
 
-FIRST = ("--chunk_size=64", "--tokens=200", "--seconds=1000")
+FIRST = ("--chunk_size=256", "--tokens=200", "--seconds=1000")
 SECOND = ("--pretrained_tokens=160", "--pretrained_window=16", "--pretrained_seconds=1000", "--dtype=float32")
 
 
@@ -24,7 +24,7 @@ def small_text(monkeypatch):
 
 
 def test_the_first_part(command, tmp_path):
-    outcome = command(demo, "--chunk_size=64", "--seconds=1000", f"--out={tmp_path}", "--pretrained=")
+    outcome = command(demo, "--chunk_size=1024", "--seconds=1000", f"--out={tmp_path}", "--pretrained=")
     assert outcome.status == 0
     assert "trained on 32 tokens at once, reads 1,600: 50 times as many" in outcome.out
     found = read_json(tmp_path / "demo.json")

@@ -29,7 +29,11 @@ def test_a_script_runs_the_command_of_its_name(script, monkeypatch):
     ("names", "unwanted"),
     [
         ("from streamjax.commands.shell import launch", "jax numpy"),  # Ctrl-C is answered before they are there
-        ("import streamjax as sj; sj.load; sj.load_tokenizer", "tensorflow_datasets grain jinja2"),
+        pytest.param(
+            "import streamjax as sj; sj.load; sj.load_tokenizer",
+            "tensorflow_datasets grain jinja2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_not_used_is_not_imported(names, unwanted):

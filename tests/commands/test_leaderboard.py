@@ -10,6 +10,7 @@ import pytest
 import streamjax as sj
 from streamjax.commands import leaderboard
 from tests.commands.command_helpers import read_json
+from tests.covering import rest_slow
 
 RUN = ("--tasks=passkey,scbench_kv,niah_single_1", "--length=1100", "--samples=2", "--batch_size=2", "--chunk_size=256",
        "--cache=streaming_llm", "--budget=0.25", "--answer_tokens=6")  # fmt: skip
@@ -26,7 +27,7 @@ def without_times(board):
     return [{key: value for key, value in row.items() if key != "timing"} for row in board["rows"]]
 
 
-@pytest.mark.parametrize("spec", ["snapkv", "finch", "ada_kv", "chunkkv"])
+@pytest.mark.parametrize("spec", rest_slow(["snapkv", "finch", "ada_kv", "chunkkv"], "snapkv", "ada_kv"))
 def test_room_for_answers_is_no_budget_for_contexts(model_folder, spec):
     """In fewer bits the room takes less, and nothing more is kept of the context for that."""
     model, length, room = sj.load(model_folder), 1100, 300

@@ -1,5 +1,7 @@
 """`python -m train.side_network`: a file that other commands read, errors of one line."""
 
+import pytest
+
 from streamjax.commands import perplexity
 from streamjax.commands.trained_parts import side_network
 from tests.commands.test_find_heads import folder, run  # noqa: F401
@@ -7,7 +9,8 @@ from tests.commands.test_find_heads import folder, run  # noqa: F401
 CACHE = "--cache=long_mem:sinks=2,window=8,page=2,capacity=32,top_k=2"
 
 
-def test_a_model_reads_with_what_the_command_writes(run, tmp_path):  # noqa: F811
+def trained(run, tmp_path) -> tuple[str, ...]:  # noqa: F811
+    """Flags with which a model reads what the command has written."""
     file = tmp_path / "new" / "side.safetensors"
     small = ("--steps=2", "--seq_len=16", "--batch_size=2", "--max_tokens=128")
     status, out, err = run(f"--output={file}", *small, CACHE, command=side_network)
@@ -15,10 +18,17 @@ def test_a_model_reads_with_what_the_command_writes(run, tmp_path):  # noqa: F81
     assert "step 2 of 2: " in out
     assert "the model without it: " in out
     assert f"use it: --side_network={file} {CACHE}" in out
-    read = (f"--side_network={file}", CACHE, "--max_tokens=40", f"--json={tmp_path}/x.json", "--png=")
-    status, out, err = run(*read, command=perplexity)
+    return f"--side_network={file}", CACHE, "--max_tokens=40", f"--json={tmp_path}/x.json", "--png="
+
+
+@pytest.mark.slow
+def test_a_model_reads_with_what_the_command_writes(run, tmp_path):  # noqa: F811
+    status, _, err = run(*trained(run, tmp_path), command=perplexity)
     assert status == 0, err
-    status, _, err = run(*read, model="deeper", command=perplexity)
+
+
+def test_what_the_command_writes_belongs_to_its_model(run, tmp_path):  # noqa: F811
+    status, _, err = run(*trained(run, tmp_path), model="deeper", command=perplexity)
     assert status == 1
     assert "no side network could be read: it belongs to model" in err.strip().splitlines()[-1]
 

@@ -30,7 +30,7 @@ def read(model, state, tokens: np.ndarray, counts) -> tuple[sj.StreamState, np.n
     return state, np.concatenate(pieces, axis=1)
 
 
-@pytest.mark.usual("gqa", "alibi")
+@pytest.mark.usual("gqa")
 @pytest.mark.parametrize("name", list(MODELS))
 def test_dense_is_forward_up_to_its_capacity_and_nan_beyond(name):
     """Token 20 (from 0) is the first too many; the four before it share its chunk. Padding is never too many."""

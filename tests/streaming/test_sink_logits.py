@@ -69,7 +69,7 @@ def test_caches_that_read_everything(tmp_path, mixed, name):
 def test_caches_that_drop(mixed, name):
     model, tokens, expected = mixed
     cache, rule = DROPS[name]
-    _, found = read_stream(model, sj.init_state(model, cache), tokens, [13])
+    _, found = read_stream(model, sj.init_state(model, cache), tokens, [14])
     np.testing.assert_allclose(found[0], expected(rule), atol=1e-4, rtol=0)
 
 

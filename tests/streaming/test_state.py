@@ -29,11 +29,12 @@ def test_both_layouts_of_the_model_give_the_same_stream():
 
 def test_a_cache_of_a_narrower_dtype():
     """Keys and values in bfloat16 under a float32 model, in every tier: half the bytes, nearly the same logits."""
-    model, tokens = build(GQA), random_tokens(1, 24)
-    wide, narrow = (sj.init_state(model, CACHES, dtype=dtype) for dtype in (None, jnp.bfloat16))
+    whole, model, tokens = build(GQA), build(GQA.replace(num_layers=1)), random_tokens(1, 24)
+    wide, narrow = (sj.init_state(whole, CACHES, dtype=dtype) for dtype in (None, jnp.bfloat16))
     kinds = {leaf.dtype for leaf in jax.tree.leaves(narrow.layers) if jnp.issubdtype(leaf.dtype, jnp.floating)}
     assert kinds == {jnp.dtype(jnp.bfloat16)}
     assert narrow.cache_bytes < 0.65 * wide.cache_bytes
+    wide, narrow = (sj.init_state(model, CACHES[1:], dtype=dtype) for dtype in (None, jnp.bfloat16))
     _, expected = read_stream(model, wide, tokens, [8])
     _, logits = read_stream(model, narrow, tokens, [8])
     error = np.abs(logits - expected)
