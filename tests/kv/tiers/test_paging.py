@@ -162,10 +162,10 @@ def test_what_is_read_at_once_is_what_would_be_chosen(name, positions):
 
 
 READ_TOGETHER = {
-    "pages": Pages(3, 24, 4),
-    "best keys": Pages(3, 24, 4, BestKey()),
-    "one head list": Pages(3, 24, 4, pool="mean", shared=True, read_newest=True, distance=9),
-    "in two levels": Pages(3, 24, 4, BlendedBounds(), coarse=Coarse(3)),
+    "pages": Pages(3, 12, 3),
+    "best keys": Pages(3, 12, 3, BestKey()),
+    "one head list": Pages(3, 12, 3, pool="mean", shared=True, read_newest=True, distance=9),
+    "in two levels": Pages(3, 12, 3, BlendedBounds(), coarse=Coarse(2)),
     "content by ids": ContentPages(4, 48, 3, EndTokens(ENDS)),
     "clusters": Clusters(20, 40, 3, 4, size=4, most=4),
 }
