@@ -170,6 +170,15 @@ def test_what_is_not_trained_costs_no_product():
     assert (products((0,)), products((0, 1))) == (2, 3)
 
 
+def test_tokens_that_count_are_packed():
+    counted = jnp.array([[[False, True, False], [True, True, False]]])
+    blocks = TokenBlocks.of(counted, (1, 2, 3), 2)
+    np.testing.assert_array_equal(blocks.index, [[[1, 3, 4, 9]], [[10, 11, 12, 13]]])
+    assert int(blocks.used) == 1
+    assert int(TokenBlocks.of(counted, (1, 2, 3), 1).used) == 2
+    assert int(TokenBlocks.of(counted & False, (1, 2, 3), 1).used) == 0
+
+
 def test_rows_stay_together_where_an_objective_does_not_say_what_counts():
     blocks = TokenBlocks.of(None, (1, 2, 5), 3)
     x = blocks.flat(jnp.arange(1, 11).reshape(1, 2, 5))

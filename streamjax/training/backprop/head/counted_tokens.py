@@ -35,7 +35,7 @@ class TokenBlocks:
 
     Example:
       >>> TokenBlocks.of(jnp.array([[[False, True, False], [True, True, False]]]), (1, 2, 3), 2).index
-      [[[1, 3]], [[4, 9]], [[10, 11]]]  # used: 2
+      [[[1, 3, 4, 9]], [[10, 11, 12, 13]]]  # blocks of two tokens of both rows; used: 1
     """
 
     index: Int32[Array, "blocks R S"]
