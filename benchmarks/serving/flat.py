@@ -55,15 +55,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--cache", default=CACHE)
+    parser.add_argument("--with", dest="more", action="append", default=[], metavar="FLAG", help="of the server, as "
+                        "fused; several times")  # fmt: skip
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("cache", "conversations", "tokens")}
-    settings["rows of the server"] = options.rows
+    settings["rows of the server"], settings["with"] = options.rows, options.more
+    flags = [f"--{flag}" for flag in options.more]
     record = Record("serving/flat", options.output, model=Path(options.model).name, resumes=False, **settings)
     minutes = tqdm(
         total=options.minutes, unit="min", bar_format="{l_bar}{bar}| {n:.1f} of {total:.0f} minutes{postfix}"
     )
-    with minutes as bar, server(options.model, options.cache, options.rows) as url:
+    with minutes as bar, server(options.model, options.cache, options.rows, *flags) as url:
         target, pid = Target(url), listening_pid(int(url.rsplit(":", 1)[1].strip("/")))
         right = asyncio.run(alone(target, options.tokens))
         began = time.monotonic()

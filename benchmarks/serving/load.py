@@ -6,7 +6,8 @@ one after another, the row of 1; `wrong` counts answers that differ from these, 
 those that did not come. First token: from the request to its first piece of text; between: from a piece to the next.
 `prompt tokens`: of an answer, in the mean; servers whose first rows differ in it have not read the same. `CPU ms`: of
 all threads of the server, a token that it wrote, prompts included. The load average says how much else the machine did.
---rows=16,64 measures two servers; the second one only at levels that fill it.
+--rows=16,64 measures two servers; the second one only at levels that fill it. --with=fused gives a server that flag,
+and rows of its own beside those without it.
 
     python -m benchmarks.serving.load --model=FOLDER --conversations=16,64 --rows=16,64
 
@@ -253,8 +254,6 @@ def main() -> None:
     settings["rows of the server"] = options.rows
     flags = [f"--{flag}" for flag in options.more]
     flags += [] if options.draft is None else [f"--draft={options.draft}"]
-    if options.more:
-        settings["with"] = ", ".join(options.more)
     record = Record("serving/load", options.output, model=Path(options.model).name, **settings)
     level = options.tokens, options.seconds
 
@@ -265,7 +264,8 @@ def main() -> None:
         if missing(options.url, (1, *counts)):
             measure(record, options.url, Target(options.url, options.name, not options.stateless), counts, *level)
     else:
-        servers = [(f"streamjax, {rows} rows", int(rows)) for rows in options.rows.split(",")]
+        named = "".join(f", {flag}" for flag in options.more)
+        servers = [(f"streamjax, {rows} rows{named}", int(rows)) for rows in options.rows.split(",")]
         wanted = {name: [count for count in counts if not i or count >= rows] for i, (name, rows) in enumerate(servers)}
         right = None  # answers that the first server gives a client that is alone
         if any(missing(name, some) for name, some in wanted.items()):
