@@ -23,7 +23,7 @@ from streamjax.serving.drafts.guessing import Guesses
 from streamjax.serving.fused import can_be_fused, decode_and_read
 from streamjax.serving.row_sampling import RowSampling, no_rows
 from streamjax.serving.row_states import ParkedState, Parking, put_row, take_row
-from streamjax.streaming.scan import padded_width, read_chunk
+from streamjax.streaming.scan import read_chunk
 from streamjax.streaming.state import StreamState, init_state
 
 Stream = Any  # a stream of one row: a `StreamState`, or what another batch has in its place
@@ -124,9 +124,17 @@ class Batch:
         """Make sure that a stream, or that in a row, can take so many tokens more; False where there is no room now."""
         return True
 
+    @property
+    def chunk_widths(self) -> tuple[int, ...]:
+        """Of the chunks in which prompts are read. Each is a program; at most a third of a chunk is padding."""
+        least = min(LEAST_WIDTH, self.chunk_size)
+        doubled = [least << i for i in range((self.chunk_size // least).bit_length())]
+        between = [width + width // 2 for width in doubled]
+        return (*sorted(width for width in (*doubled, *between) if width < self.chunk_size), self.chunk_size)
+
     def width(self, tokens: int) -> int:
         """Of the chunk in which so many tokens are read, at most `chunk_size`."""
-        return padded_width(max(tokens, min(LEAST_WIDTH, self.chunk_size)), self.chunk_size)
+        return next(width for width in self.chunk_widths if width >= tokens)
 
     def read(
         self, stream: Stream, tokens: Int32[np.ndarray, " T"], scored: bool = False
@@ -226,8 +234,7 @@ class Batch:
     def warm_up(self, scored: bool = False, guesses: Guesses | None = None) -> None:
         """Compile and run every program once; rows are empty then. guesses: in the shape of those that will come."""
         most = min(self.chunk_size, self.capacity or self.chunk_size)  # no stream reads more at a time
-        width = min(LEAST_WIDTH, most)
-        while True:
+        for width in self.chunk_widths:
             one, tokens = self.fresh(), np.zeros(min(width, most), np.int32)
             self.reserve(one, len(tokens))
             for rows in self.widths if self.fused else ():
@@ -236,7 +243,6 @@ class Batch:
             if width >= most:
                 break
             self.drop(one)
-            width *= 2
         one = self.resume(self.park(one))
         assert one is not None
         bias = np.zeros(self.model.config.vocab_size, np.float32)

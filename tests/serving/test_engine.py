@@ -353,3 +353,15 @@ def test_a_thread_of_its_own_serves_many_clients():
     assert tokens(heard) == alone(MIXED[0])
     with pytest.raises(ValueError, match="closed"):
         one.submit(MIXED[0])
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "widths"),
+    [(8, (8,)), (16, (16,)), (64, (16, 24, 32, 48, 64)), (100, (16, 24, 32, 48, 64, 96, 100))],
+)
+def test_prompts_are_read_in_few_widths_with_little_padding(chunk_size, widths):
+    one = engine(chunk_size=chunk_size)._batch
+    assert one.chunk_widths == widths
+    for count in range(1, chunk_size + 1):
+        assert one.width(count) == min(width for width in widths if width >= count)
+        assert one.width(count) <= max(1.5 * count, widths[0])
