@@ -26,7 +26,8 @@ from benchmarks.reporting import Record
 from pallas_kernels.api import platforms
 from streamjax.parallel.mesh import with_placement
 from streamjax.serving.fused import layer_over_both
-from streamjax.streaming.by_layer.layerwise import Places, layer_over
+from streamjax.streaming.by_layer.in_turn import Places
+from streamjax.streaming.by_layer.layerwise import layer_over
 
 CACHE = sj.kv.preset("streaming_llm", sinks=4, window=4092)
 MODELS, CHIPS = ("llama-3.1-8b", "qwen2.5-0.5b"), ("v5e", "v6e")

@@ -29,8 +29,10 @@ from streamjax.serving.decoding import Drawn, draw, no_choices, noted, put_choic
 from streamjax.serving.joint_products import jointly
 from streamjax.serving.row_sampling import Choice, RowSampling
 from streamjax.serving.row_states import batch_axes
-from streamjax.streaming.by_layer.layerwise import Places, embedded, finished
+from streamjax.streaming.by_layer.in_turn import Places
+from streamjax.streaming.by_layer.layerwise import embedded, finished
 from streamjax.streaming.state import StreamState
+from streamjax.streaming.step import leave
 
 
 def can_be_fused(model: Decoder, rows: StreamState, stream: StreamState) -> bool:
@@ -123,11 +125,7 @@ def _filled_up(tree: Any, rows: int) -> Any:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), tree)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("caches", "spans", "implementation"),
-    donate_argnames=("row_state", "state"),
-)
+@partial(jax.jit, static_argnames=("caches", "spans", "implementation"), donate_argnames=("row_state", "state"))
 def layer_over_both(
     block: Block,
     row: Int32[Array, ""] | None,
@@ -178,5 +176,5 @@ def _finished(
     count: Int32[Array, "1 W"],
 ) -> StreamState:
     """Where the rows stand behind their tokens."""
-    few, _ = finished(ends, _first(standing, x.shape[1]), x, tokens, count, False)
+    few, _ = leave(_first(standing, x.shape[1]), ends.norm(x[0]), tokens[0], count[0])
     return _with_first(standing, few)
