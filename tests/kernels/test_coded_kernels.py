@@ -47,7 +47,7 @@ def check(backend, counts, slots, bits, group, *, first=None, width=128, queries
     assert_near(found, expected, dtype)
 
 
-@pytest.mark.weekly("int4-tpu", "one-bit-tpu", "bf16-tpu", "int8-ring-tpu", "bf16-triton")
+@pytest.mark.weekly("int4-tpu", "int4-triton", "one-bit-tpu", "bf16-tpu", "int8-ring-tpu", "bf16-triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",

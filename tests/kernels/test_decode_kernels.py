@@ -62,7 +62,7 @@ def check(backend, counts, slots, *, bits=None, splits=None, block=128, dtype="f
     assert_near(found, expected, dtype)
 
 
-@pytest.mark.weekly("counts-tpu", "int4-tpu", "bf16-tpu", "int8-tpu")
+@pytest.mark.weekly("counts-tpu", "int4-tpu", "int4-triton", "bf16-tpu", "int8-tpu")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "arguments",

@@ -45,7 +45,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return sj.load(FILES[0], scan_layers=True), sj.load_tokenizer(FILES[0])
+    return sj.load(FILES[0]), sj.load_tokenizer(FILES[0])
 
 
 def run(program, *arguments):
@@ -77,6 +77,7 @@ def test_the_logits_are_those_of_transformers(smollm2, tmp_path):
     assert float(run(COMPARE, FILES[0], tmp_path / "tokens.npy", tmp_path / "logits.npy")[0]) < 2e-4
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_its_tokenizer(smollm2):
     """Digits alone, then GPT-2's words, as its tokenizer.json has them; transformers leaves the digits out here."""
     fields = gguf.GGUFReader(FILES[0]).fields

@@ -150,7 +150,7 @@ def test_targets_by_a_pattern(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rslora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dora(base, tmp_path, rslora, caplog):
     modules = [*Q, *V, *DOWN, *GATE, HEAD]
     tensors = factors(base, modules)
