@@ -15,6 +15,7 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.models.nonfinite import not_finite
+from streamjax.streaming.by_layer.grouped_heads import channels_between
 from streamjax.streaming.by_layer.in_turn import in_turn
 from streamjax.streaming.by_layer.layerwise import read_layerwise
 from streamjax.streaming.by_layer.reading_apart import read_chunk_apart
@@ -131,7 +132,8 @@ def _group(model: Decoder, state: StreamState, chunk_size: int) -> int:
     """How many full chunks are read by one call of each program."""
     if lies_apart(state):
         return 1
-    a_chunk = state.batch_size * chunk_size * model.config.stream_width * model.dtype.itemsize
+    channels = model.config.stream_width + channels_between(model, state)
+    a_chunk = state.batch_size * chunk_size * channels * model.dtype.itemsize
     return SCAN_CHUNKS if SCAN_CHUNKS * a_chunk <= HIDDEN_BYTES else 1
 
 

@@ -27,6 +27,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, of_chosen_heads
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.block import Block
+from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import layer_of
 from streamjax.models.mixers.attention import Attention, ChunkContext
 from streamjax.parallel.rules import constrain, map_state_axes
@@ -103,6 +104,19 @@ def shares_parts(block: Block, cache: HeadGroups, state: StreamState) -> bool:
     config = mixer.config  # behind attention a gate, and keys for other layers, would be computed once more
     again = config.output_gate or config.hands_on_keys or config.keys_of is not None
     return not (again or cache.needs_outputs or block.encoder or block.reader or block.beside)
+
+
+def channels_between(model: Decoder, state: StreamState) -> int:
+    """Channels of a token that lie between the parts of a layer at once, where layers are read in parts."""
+    most = 0
+    for i, cache in enumerate(state.caches):
+        block = model.layer_and_row(i)[0]
+        if isinstance(cache, HeadGroups) and shares_parts(block, cache, state):
+            config = (
+                block.attention.config
+            )  # queries twice, rotated and not, keys likewise, values, and what heads gave
+            most = max(most, 3 * (config.num_heads + config.num_kv_heads) * config.head_dim)
+    return most
 
 
 def read_grouped(

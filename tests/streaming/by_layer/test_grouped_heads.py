@@ -9,6 +9,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv import TOVA, Cascade, Compensation, Full, HeadGroups, Pages, Scored, Sink, Window
+from streamjax.streaming import scan
 from streamjax.streaming.by_layer import grouped_heads, layerwise
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
@@ -86,6 +87,17 @@ def test_parts_of_a_layer_are_the_layer(monkeypatch, rules, config, block):
     assert len(mine) == len(theirs) > 0
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_what_lies_between_parts_counts_in_how_many_chunks_are_read_at_once(monkeypatch):
+    """A layer in parts has queries, keys and values of all chunks of a call at once: 162 numbers a token beside 16."""
+    model = build(HEADS)
+    monkeypatch.setattr(scan, "HIDDEN_BYTES", scan.SCAN_CHUNKS * 4 * 100)
+    whole, parted = (sj.init_state(model, cache) for cache in (FAR, [groups(0)] * 4))
+    assert scan._group(model, whole, 1) == scan.SCAN_CHUNKS
+    assert scan._group(model, parted, 1) == 1
+    monkeypatch.setattr(scan, "HIDDEN_BYTES", scan.SCAN_CHUNKS * 4 * (16 + 3 * 9 * 6))
+    assert scan._group(model, parted, 1) == scan.SCAN_CHUNKS
 
 
 def test_a_group_keeps_its_donated_cache_in_place(untyped):
