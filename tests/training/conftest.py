@@ -1,9 +1,11 @@
 """A small model, a small batch, and a run that takes seconds."""
 
 import functools
+import json
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from streamjax.models import Decoder, UniformConfig
 from streamjax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
 from streamjax.training.backprop import loss_and_grad, sequence_chunks
 from streamjax.training.run import loop
+from streamjax.training.run.initial_state import initial_state
 
 CONFIG = UniformConfig(
     vocab_size=61, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=True
@@ -26,20 +29,33 @@ def compilation_cache(tmp_path_factory):
     Not for all: writing an executable to the cache has been seen to abort the process (JAX 0.10.2, eight devices).
     """
     with keep_compiled(str(tmp_path_factory.mktemp("compiled")), seconds=0.1), pytest.MonkeyPatch.context() as patch:
-        share_steps(patch)
+        share_programs(patch)
         yield
 
 
-def share_steps(patch):
-    """Runs of equal optimizers and options take one step function: each would trace and compile its own again."""
-    shared = functools.cache(make_train_step)
+def share_programs(patch):
+    """Runs of equal optimizers and options take one step function, and those of one configuration begin with copies of
+    one state: each would trace and compile its own again.
+
+    That a process which starts again begins with the same bits is asked of processes, in tests/commands/test_train.py.
+    """
+    shared, begun = functools.cache(make_train_step), {}
 
     def make(optimizer, *, elimination=None, **options):
         step = shared(optimizer, **options)  # without arrays, which are no key
         return step if elimination is None else functools.partial(step, elimination=elimination)
 
+    def begin(config, tokenizer, mesh):
+        if mesh is not None:
+            return initial_state(config, tokenizer, mesh)
+        key = json.dumps(config.to_json_dict())
+        if key not in begun:
+            begun[key] = initial_state(config, tokenizer, mesh)
+        return jax.tree.map(jnp.copy, begun[key])  # a step takes it over
+
     patch.setattr(loop, "make_optimizer", functools.cache(make_optimizer))
     patch.setattr(loop, "make_train_step", make)
+    patch.setattr(loop, "initial_state", begin)
 
 
 @pytest.fixture(scope="session")
