@@ -43,8 +43,8 @@ def compiled(mesh, model, batch, order):
         return jax.jit(step).lower(*args).compile(), args
 
 
-@pytest.mark.usual("data2-fsdp2-tensor2-segments-True")
-@pytest.mark.parametrize("stacked", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize(
     ("mesh", "order"), [("data8", "chunk"), ("fsdp8", "layer"), *[("data2-fsdp2-tensor2", name) for name in ORDERS]]
 )

@@ -38,14 +38,15 @@ REPEATED |= {
     "recurrent_gemma": "qwen3_next",  # states that chunks hand on, before a layer with attention
     "lfm2": "qwen3_next",  # a convolution that begins in the chunk before
     "llama4": "deepseek_v3",  # its attention within chunks: test_chunked.py
-    "gemma4-shared": "gemma2",  # with fewer layers: the test below
+    "gemma4-shared": "gemma2",  # with fewer layers in the test below, as deepseek_v3
+    "deepseek_v3": "qwen3_next",
 }
 
 
-# Of four layers two take the keys of others; two layers of one kind are enough here.
-SHARING = {
-    **CASES["gemma4-shared"],
-    **{"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1},
+# With fewer layers: the second takes the keys of the first; one layer with latent attention and experts.
+FEWER = {
+    "gemma4-shared": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1},
+    "deepseek_v3": {"num_hidden_layers": 1, "first_k_dense_replace": 0},
 }
 
 
@@ -63,10 +64,14 @@ def of_every_case():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_layers_that_take_the_keys_of_another_give_the_gradient():
-    config = read_config({**SHARING, "model_type": "gemma4_text"})
-    assert [block.mixer.keys_of for block in config.blocks] == [None, 0]
-    check(config, 19, chunk_size=6, packed=True, orders=("chunk",))
+@pytest.mark.parametrize(
+    ("case", "kind", "order"), [("gemma4-shared", "gemma4_text", "chunk"), ("deepseek_v3", "deepseek_v3", "layer")]
+)
+def test_gives_the_gradient_of_fewer_layers(case, kind, order):
+    config = read_config({**CASES[case], **FEWER[case], "model_type": kind})
+    assert len(config.blocks) == FEWER[case]["num_hidden_layers"]
+    kept = {"keep_attention": True, "offload": "host", "offload_fraction": 0.4} if order == "layer" else {}
+    check(config, 19, chunk_size=6, packed=True, orders=(order,), **kept)
 
 
 @pytest.mark.usefixtures("small_blocks")

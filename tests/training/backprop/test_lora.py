@@ -140,7 +140,7 @@ def products(jaxpr, found=None):
     return found
 
 
-@pytest.mark.covering
+@pytest.mark.usual("layer-False", "chunk-True")  # the others leave it to JAX
 @pytest.mark.parametrize(("method", "stacked"), pairs(METHODS, (False, True)))
 def test_frozen_weights_cost_no_gradient(method, stacked):
     """No product of the program makes an array of a weight's shape, as there is one for each in full training."""

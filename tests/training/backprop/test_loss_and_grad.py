@@ -10,6 +10,7 @@ import pytest
 import streamjax as sj
 from streamjax.attention import dispatch
 from streamjax.models import Decoder, UniformConfig, stack_layers
+from tests.covering import rest_slow
 from tests.training.gradient_checks import CONFIG, assert_same, compiled, gradient, random_batch, random_model
 
 
@@ -36,7 +37,7 @@ def test_gradient_against_central_differences(model, batch):
     assert along == pytest.approx(slope, rel=5e-3)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", rest_slow([False, True], True))
 def test_remat_gives_the_same_gradient(model, batch, stacked):
     model = stack_layers(model) if stacked else model
     loss, grads = sj.training.loss_and_grad(model, batch, method="full")
@@ -101,11 +102,10 @@ def long_packed_rows():
         ("remat", {}, 2),  # loops over blocks of queries, and in it over blocks of keys
         # over the blocks of keys that a chunk sees
         pytest.param("layer", {"chunk_size": 128}, 1, marks=pytest.mark.slow),
-        (
-            "layer",
-            {"chunk_size": 128, "offload": "host", "offload_fraction": 0.4},
-            1,
-        ),  # one chunk lies there: one block
+        # one chunk lies there: one block
+        pytest.param(
+            "layer", {"chunk_size": 128, "offload": "host", "offload_fraction": 0.4}, 1, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_attention_that_is_kept_is_not_computed_again(monkeypatch, method, options, saved):

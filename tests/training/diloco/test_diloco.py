@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamjax.checkpoints.pytrees import named_arrays
-from streamjax.models import Decoder, UniformConfig
-from streamjax.parallel.mesh import build_sharded, make_mesh
+from streamjax.models import Decoder, UniformConfig, stack_layers
+from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model
 from streamjax.training import DiLoCoConfig, OptimizerConfig, make_optimizer, new_state, shard_batch
 from streamjax.training.diloco.fragments import fragments_of
 from streamjax.training.diloco.messages import Message, decode, encode
@@ -24,6 +24,7 @@ from streamjax.training.diloco.replicas import one_model, replicate
 from streamjax.training.diloco.steps import Replicas
 from streamjax.training.run.step import step_function
 from tests.oracles import diloco as oracle
+from tests.training.gradient_checks import random_model
 
 CONFIG = UniformConfig(
     vocab_size=29, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24, tie_embeddings=True
@@ -38,10 +39,6 @@ def batches():
     for _ in range(STEPS):
         tokens = rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
         yield {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": rng.uniform(0.5, 1, (ROWS, LENGTH))}
-
-
-def decoder(key, scan_layers=False):
-    return Decoder(CONFIG, key, dtype=jnp.float64, param_dtype=jnp.float64, scan_layers=scan_layers)
 
 
 training_step = step_function(OPTIMIZER)
@@ -61,7 +58,9 @@ def small_step(state, batch):
 
 
 def trained(mesh=None, scan_layers=False, config=DILOCO, step=training_step):
-    model = build_sharded(partial(decoder, scan_layers=scan_layers), mesh, jax.random.key(0))
+    model = random_model(CONFIG)
+    model = stack_layers(model) if scan_layers else model
+    model = model if mesh is None else shard_model(model, mesh)
     state = build_sharded(lambda model: new_state(model, OPTIMIZER), mesh, model)
     state = replicate(state, config, nnx.Param, mesh)
     replicas = Replicas(config, step, state, nnx.Param, mesh)
@@ -75,8 +74,7 @@ def trained(mesh=None, scan_layers=False, config=DILOCO, step=training_step):
 def by_loops(step):
     """What the plain loop makes of replicas that are ordinary runs, and the mean of their last losses."""
     with jax.enable_x64(True):
-        start = jax.jit(decoder)(jax.random.key(0))
-        step, losses = jax.jit(step), {}
+        start, step, losses = random_model(CONFIG), jax.jit(step), {}
         states = [new_state(jax.tree.map(jnp.copy, start), OPTIMIZER) for _ in range(DILOCO.replicas)]
         given, share = list(batches()), ROWS // DILOCO.replicas
 
@@ -167,12 +165,17 @@ def test_stacked_layers_train_as_others_do():
             np.testing.assert_allclose(stacked[:, layer], right, atol=1e-10)
 
 
+@jax.jit
+def sent_and_read(x):
+    message = encode(x, "e3m0", 1)
+    return message, decode(message, 5, jnp.float32)
+
+
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=10, max_size=10))
 def test_a_number_arrives_as_the_nearest_of_four_bits(values):
     x = np.asarray(values, np.float32).reshape(2, 5)
-    message = encode(jnp.asarray(x), "e3m0", 1)
+    message, found = sent_and_read(x)
     assert (message.codes.dtype, message.codes.shape) == (np.uint8, (2, 3))
-    found = np.asarray(decode(message, 5, jnp.float32))
     # of two that are equally near either may come
     np.testing.assert_allclose(np.abs(x - found), np.abs(x - oracle.e3m0(x, 1)), rtol=1e-5, atol=1e-6)
 
@@ -191,7 +194,7 @@ def test_what_crosses_between_replicas_are_the_messages():
     mesh = make_mesh(replica=2, devices=jax.devices()[:2])
     config = DiLoCoConfig(replicas=2, sync_interval=4, fragments=2)
     with jax.set_mesh(mesh):
-        model = build_sharded(lambda key: Decoder(CONFIG, key), mesh, jax.random.key(0))
+        model = shard_model(random_model(CONFIG, "float32"), mesh)
         state = replicate(build_sharded(lambda m: new_state(m, OPTIMIZER), mesh, model), config, nnx.Param, mesh)
         replicas = Replicas(config, training_step, state, nnx.Param, mesh)
         batch = shard_batch({name: np.asarray(x, x.dtype if x.dtype == np.int32 else np.float32)

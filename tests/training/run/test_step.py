@@ -32,9 +32,9 @@ def build(config, scan_layers=False):
     return state
 
 
-@pytest.mark.covering
+@pytest.mark.usual("remat-4")
 @pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("options", [{}, BackpropConfig(method="remat", chunk_size=5).options()])
+@pytest.mark.parametrize("options", [{}, BackpropConfig(method="remat", chunk_size=5).options()], ids=["full", "remat"])
 def test_microbatches_add_up_to_the_batch(model, batch, microbatches, options):
     """Whatever the method; one of the four microbatches has no weight at all."""
     batch = {**batch, "weights": batch["weights"] * (np.arange(8) % 4 != 1)[:, None].astype(np.float32)}
