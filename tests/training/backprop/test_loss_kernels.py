@@ -60,7 +60,7 @@ def by_xla(monkeypatch, model, batch, **options):
     return sj.training.loss_and_grad(model, batch, "full", **options)
 
 
-@pytest.mark.usual("layer")
+@pytest.mark.slow  # on one device; test_on_a_mesh asks the same of four
 @pytest.mark.parametrize(
     ("config", "method", "objective"),
     [
