@@ -39,7 +39,7 @@ def read(cascade: Cascade, stream: Stream, widths: list[int]) -> np.ndarray:
     return np.concatenate(outs[1:], axis=1)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("fuse", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sinks_stand_where_they_are_however_far_away(fuse):
     stream = Stream.drawn(1, LENGTH)
     cascade = Cascade(Sink(SINKS, reach=TRUE_DISTANCE), Window(WINDOW), fuse=fuse)

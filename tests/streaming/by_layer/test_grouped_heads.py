@@ -44,13 +44,18 @@ RULES = {
 @pytest.mark.parametrize(
     ("rules", "config", "block"),
     [
-        ("streaming", {"position": "alibi", "alibi_slopes": (0.7, 0.5, 0.35, 0.2, 0.1, 0.05)}, 256),
+        pytest.param(
+            "streaming",
+            {"position": "alibi", "alibi_slopes": (0.7, 0.5, 0.35, 0.2, 0.1, 0.05)},
+            256,
+            marks=pytest.mark.slow,
+        ),
         (
             "streaming",
             {"attention_softcap": 3.0},
             4,
         ),  # the window is shorter than a chunk: each group reads the chunk itself
-        ("razor", {}, 256),
+        pytest.param("razor", {}, 256, marks=pytest.mark.slow),
         pytest.param("pages", {}, 256, marks=pytest.mark.slow),
         pytest.param("noted", {}, 256, marks=pytest.mark.slow),
     ],
