@@ -8,6 +8,7 @@ import pytest
 import streamjax as sj
 from streamjax.checkpoints.pytrees import named_arrays
 from streamjax.models.side_network import SideConfig, SideDecoder, SideNetwork
+from streamjax.streaming.scan import SCAN_CHUNKS, _group
 from streamjax.streaming.side_networks import save_side_network
 from tests.covering import rest_slow
 from tests.oracles import side_network as plain
@@ -104,6 +105,11 @@ def test_what_no_side_network_can_stand_beside_is_one_line():
     base = build(BASE)
     with pytest.raises(ValueError, match=r"reads streams, not whole sequences"):
         SideDecoder(base, SideNetwork.beginning(base, SIDE)).hidden(jnp.zeros((1, 2), jnp.int32))
+
+
+def test_how_many_chunks_are_read_at_once_is_known(model):
+    """A stream has more caches than the model has layers."""
+    assert _group(model, sj.init_state(model, CACHE), 5) == SCAN_CHUNKS
 
 
 def test_streams_are_not_laid_out_anew(model, tokens):

@@ -109,6 +109,8 @@ def shares_parts(block: Block, cache: HeadGroups, state: StreamState) -> bool:
 def channels_between(model: Decoder, state: StreamState) -> int:
     """Channels of a token that lie between the parts of a layer at once, where layers are read in parts."""
     most = 0
+    if not model.by_layers:  # a side network has more caches than the model has layers
+        return most
     for i, cache in enumerate(state.caches):
         block = model.layer_and_row(i)[0]
         if isinstance(cache, HeadGroups) and shares_parts(block, cache, state):
