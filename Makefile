@@ -28,7 +28,7 @@ test: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --hypothesis-profile weekly
+	PLAIN_JAX=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --hypothesis-profile weekly
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,7 @@
 
 An operation outside of `jit` is a program of its own for every shape, which takes 15 ms to trace and to compile. What
 tests do most often computes nothing: `jnp.asarray(x)`, `jnp.zeros(shape)`, `x[0]`, `jnp.copy(x)`. Here NumPy does that
-on one device, to the bit, and the result is bound to no device, as JAX's is.
+on one device, to the bit, and the result is bound to no device, as JAX's is. The weekly job runs without it.
 """
 
 from collections.abc import Callable
