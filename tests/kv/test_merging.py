@@ -124,7 +124,10 @@ def test_a_stream_is_the_same_however_it_is_cut(name, counts):
 
 @pytest.mark.parametrize("name", ["elastic cache", pytest.param("cam", marks=SLOW), pytest.param("d2o", marks=SLOW)])
 def test_what_has_come_together_is_coded_again(name):
-    """Averages differ in their last bits, and so now and then a code by one."""
+    """Averages differ in their last bits, and so now and then a code by one.
+
+    Tokens of a chunk see each other as they were before they were coded, so of another cut another token may stay.
+    """
     merge, join = RULES[name]
     stream = Stream.drawn(2, LENGTH)
     mine = cascade(merge, codec=Int(4, group=6))
@@ -135,7 +138,8 @@ def test_what_has_come_together_is_coded_again(name):
     assert np.quantile(off, 0.9) < 1e-3
     assert np.quantile(np.abs(coded - exact), 0.5) > 3e-3
     _, like = run(mine, stream, [(3, 1), (1, 6)], width=6, frequencies=FREQUENCIES)
-    np.testing.assert_allclose(dense(state[-1].slots.k), dense(like[-1].slots.k), atol=0.5)
+    same = np.isclose(dense(state[-1].slots.k), dense(like[-1].slots.k), atol=0.5).all(axis=-1)
+    assert same.mean() > 0.9
 
 
 @SLOW
