@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.serving.row_sampling import Choice, RowSampling, choose
-from streamjax.serving.row_states import batch_axes
+from streamjax.serving.row_states import first_rows, with_first_rows
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance
 
@@ -89,20 +89,23 @@ def decode_rows(
     Only the first `width` rows are computed: the others are not active.
     """
     if width < len(active):
-        axes = batch_axes(state)
-        first = jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, width, axis=axis), state, axes)
-        few, sampling, drawn = _decode(flat.model, first, _first(rows, width), active[:width], count, block)
-        put = jax.lax.dynamic_update_slice_in_dim
-        state = jax.tree.map(lambda x, part, axis: put(x, part, 0, axis), state, few, axes)
-        still = jnp.zeros_like(active)
-        nothing = Drawn(*no_choices(rows, block), still, still.astype(jnp.int32), still)
-        every = _with_first(nothing, drawn._replace(wide=drawn.bad))
-        return state, _with_first(rows, sampling), every._replace(wide=drawn.wide)
+        first = first_rows(state, width)
+        few, sampling, drawn = _decode(flat.model, first, first_sampling(rows, width), active[:width], count, block)
+        return with_first_rows(state, few), *of_all_rows(rows, sampling, drawn)
     return _decode(flat.model, state, rows, active, count, block)
 
 
-def _first(rows: RowSampling, width: int) -> RowSampling:
+def first_sampling(rows: RowSampling, width: int) -> RowSampling:
+    """That of the first rows."""
     return jax.tree.map(lambda x: x[:width], rows)
+
+
+def of_all_rows(rows: RowSampling, few: RowSampling, drawn: Drawn) -> tuple[RowSampling, Drawn]:
+    """Sampling of all rows, and what was drawn of them, where only the first ones drew."""
+    still = jnp.zeros(len(rows.index), bool)
+    nothing = Drawn(*no_choices(rows, drawn.token.shape[1]), still, still.astype(jnp.int32), still)
+    every = _with_first(nothing, drawn._replace(wide=drawn.bad))
+    return _with_first(rows, few), every._replace(wide=drawn.wide)
 
 
 def _with_first(whole: Any, part: Any) -> Any:

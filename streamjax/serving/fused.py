@@ -25,10 +25,10 @@ from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.parallel.rules import constrain, map_state_axes
-from streamjax.serving.decoding import Drawn, draw, no_choices, noted, put_choice
+from streamjax.serving.decoding import Drawn, draw, first_sampling, no_choices, noted, of_all_rows, put_choice
 from streamjax.serving.joint_products import jointly
-from streamjax.serving.row_sampling import Choice, RowSampling
-from streamjax.serving.row_states import batch_axes
+from streamjax.serving.row_sampling import RowSampling
+from streamjax.serving.row_states import first_rows, with_first_rows
 from streamjax.streaming.by_layer.in_turn import Places
 from streamjax.streaming.by_layer.layerwise import embedded, finished
 from streamjax.streaming.state import StreamState
@@ -89,40 +89,19 @@ def decode_and_read(
     return new_rows, sampling, drawn, dataclasses.replace(standing_stream, layers=tuple(layers))
 
 
-def _first(state: StreamState, width: int) -> StreamState:
-    """The first rows of a state."""
-    return jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, width, axis=axis), state, batch_axes(state))
-
-
-def _with_first(state: StreamState, few: StreamState) -> StreamState:
-    """A state whose first rows are replaced."""
-    put = jax.lax.dynamic_update_slice_in_dim
-    return jax.tree.map(lambda x, part, axis: put(x, part, 0, axis), state, few, batch_axes(state))
-
-
 @partial(jax.jit, static_argnames="width", donate_argnames="sampling")
 def _drawn(
     ends: Decoder, standing: StreamState, sampling: RowSampling, active: Bool[Array, " B"], width: int
 ) -> tuple[RowSampling, Drawn, Int32[Array, "W 1"], Int32[Array, " W"], StreamState]:
     """What rows draw: their sampling behind it, what the host gets, tokens and counts to read; and the first rows."""
-    few = _first(standing, width)
-    rows = jax.tree.map(lambda x: x[:width], sampling)
+    few, rows = first_rows(standing, width), first_sampling(sampling, width)
     logits = ends.logits(few.hidden[:, None])[:, 0]
     assert few.used is not None
     choice, alive, bad = draw(logits, rows, few.used, active[:width] & (rows.remaining > 0))
-    filled: tuple[Choice, Array] = _filled_up((choice, alive), len(active))
-    every = put_choice(no_choices(sampling, 1), *filled, jnp.int32(0))
-    broken = jnp.zeros_like(active).at[:width].set(bad)
-    drawn = Drawn(*every, broken, jnp.zeros(active.shape, jnp.int32), jnp.array(False))
-    rows = noted(rows, choice.token, alive)
-    put = jax.lax.dynamic_update_slice_in_dim
-    sampling = jax.tree.map(lambda x, part: put(x, part, 0, 0), sampling, rows)
+    chosen = put_choice(no_choices(rows, 1), choice, alive, jnp.int32(0))
+    drawn = Drawn(*chosen, bad, jnp.zeros(bad.shape, jnp.int32), jnp.array(False))
+    sampling, drawn = of_all_rows(sampling, noted(rows, choice.token, alive), drawn)
     return sampling, drawn, choice.token[:, None], alive.astype(jnp.int32), few
-
-
-def _filled_up(tree: Any, rows: int) -> Any:
-    """Arrays of the first rows as such of all, zeros for the others."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1))), tree)
 
 
 @partial(jax.jit, static_argnames=("caches", "spans", "implementation"), donate_argnames=("row_state", "state"))
@@ -176,5 +155,5 @@ def _finished(
     count: Int32[Array, "1 W"],
 ) -> StreamState:
     """Where the rows stand behind their tokens."""
-    few, _ = leave(_first(standing, x.shape[1]), ends.norm(x[0]), tokens[0], count[0])
-    return _with_first(standing, few)
+    few, _ = leave(first_rows(standing, x.shape[1]), ends.norm(x[0]), tokens[0], count[0])
+    return with_first_rows(standing, few)

@@ -35,6 +35,17 @@ def put_row(state: StreamState, row: Int32[Array, ""], one: StreamState) -> Stre
     )
 
 
+def first_rows(state: StreamState, width: int) -> StreamState:
+    """The first streams of a batch. For use under `jax.jit`."""
+    return jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, width, axis=axis), state, batch_axes(state))
+
+
+def with_first_rows(state: StreamState, few: StreamState) -> StreamState:
+    """The batch with other streams in the place of its first ones. For use under `jax.jit`."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    return jax.tree.map(lambda x, part, axis: put(x, part, 0, axis), state, few, batch_axes(state))
+
+
 @dataclasses.dataclass(frozen=True)
 class ParkedState:
     """A stream of one row in the host's memory: its arrays, each without the empty slots at its end.
