@@ -2,9 +2,11 @@
 
 XLA's CPU backend can write the loops of fused operations in two ways. The newer one, the default of jaxlib 0.10, takes
 up to two thirds longer to compile what a layer of a stream is, and the programs run as fast
-(`benchmarks.caches.compile_time`). So the older one is asked for, where there is a choice. A program is made in four
-parts at a time and not in 32, which takes a tenth off the CPU seconds and is done as soon. A jaxlib that knows no such
-option, and a user who has named it in XLA_FLAGS, are left alone.
+(`benchmarks.caches.compile_time`). So the older one is asked for, where there is a choice. LLVM optimises at its second
+level and not at its third, which is a third less work for a layer of pages; what such a layer computes is the same to
+the bit, and takes as long. A program is made in four parts at a time and not in 32, which takes a tenth off the CPU
+seconds and is done as soon. A jaxlib that knows no such option, and a user who has named it in XLA_FLAGS, are left
+alone.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ import jax
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_OPTIONS = {"xla_cpu_use_fusion_emitters": "False", "xla_cpu_parallel_codegen_split_count": "4"}
+_OPTIONS = {
+    "xla_cpu_use_fusion_emitters": "False",
+    "xla_backend_optimization_level": "2",
+    "xla_cpu_parallel_codegen_split_count": "4",
+}
 
 
 class Program(Generic[P, R]):
