@@ -47,7 +47,7 @@ def _size(kind: str, shape: str, _: str) -> int:
     return math.ceil(bits * math.prod(int(width) for width in shape.split(",") if width) / 8)
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """The instructions of each computation by name, and the name of the program's own."""
     found: dict[str, dict[str, Instruction]] = {}
     entry, inside = "", ""
@@ -70,8 +70,8 @@ def moved_bytes(text: str, turns: int = 1) -> int:
     A loop's body counts `turns` times. A slice inside of a fusion reads as many bytes as it has; what else a fusion
     reads, it reads whole.
     """
-    computations, entry = _computations(text)
-    return sum(_moved(computations, entry, turns))
+    found, entry = computations(text)
+    return sum(_moved(found, entry, turns))
 
 
 def _moved(computations: dict[str, dict[str, Instruction]], name: str, turns: int = 1) -> Iterator[int]:
@@ -130,11 +130,11 @@ def updated_in_place(text: str) -> int:
 
     They lie where they lay before (`input_output_alias`), and what is written is as large as the update.
     """
-    computations, entry = _computations(text)
+    found, entry = computations(text)
     total = 0
-    for one in computations[entry].values():
+    for one in found[entry].values():
         called = re.search(r"calls=(%[\w.\-]+)", one.rest) if one.operation == "fusion" else None
-        inside = computations[called.group(1)] if called else computations[entry]
+        inside = found[called.group(1)] if called else found[entry]
         change = next((other for other in inside.values() if other.root), None) if called else one
         if change is not None and change.operation in _UPDATES:
             update = inside.get(change.operands[_UPDATES[change.operation]])

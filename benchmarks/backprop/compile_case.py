@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,9 +26,11 @@ from jaxtyping import Array, Float, Int32
 
 import streamjax as sj
 from benchmarks import aot
+from benchmarks.estimated_cycles import estimate
 from pallas_kernels.api import platforms
 from streamjax.field_checks import from_plain
 from streamjax.models import ModelConfig
+from streamjax.training.backprop.head.passes import KERNEL_BLOCK
 from streamjax.training.elimination.kept_tokens import TokenElimination
 from streamjax.training.elimination.predictors import draw_predictor
 
@@ -78,20 +81,24 @@ def source() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_case(case: Case, known: str | None = None, *, until_assigned: bool = False) -> dict[str, Any]:
+def compile_case(
+    case: Case, known: str | None = None, *, until_assigned: bool = False, schedules: Path | None = None
+) -> dict[str, Any]:
     """Compile a case in a fresh process.
 
     Args:
       case: what to compile.
       known: a `program` of earlier figures; where the case still lowers to it, nothing is compiled.
       until_assigned: end the compiler once every buffer has its place, before it makes code: `fits` and `peak` alone.
+      schedules: a folder, into which a TPU's compiler writes the schedules of kernels.
 
     Returns:
       `fits`, whether the chip's memory holds it; `program`, a hash of the lowered program; `compile_s`; and in bytes
       `argument`, `output`, `alias`, `temp` and `code` on the chip, the first four as `host_*` in pinned host memory,
       and `peak` = argument + output - alias + temp. Where the compiler refuses a program that does not fit, only
       `peak` is there, as its message rounds it. Where the program is `known`, `program` alone. With kernels, also
-      `kernels`, how many calls of them there are.
+      `kernels`, how many calls of them there are. With `schedules`, of a program that fits also what
+      `benchmarks.estimated_cycles` reads: `cycles`, and `runs` of each kernel.
 
     Raises:
       ValueError: no compiler for the topology.
@@ -105,10 +112,10 @@ def compile_case(case: Case, known: str | None = None, *, until_assigned: bool =
         peak = json.loads(ended.printed[-1])["peak"] if ended.found is None else ended.found[1]["default"]
         return {"fits": peak <= aot.TOPOLOGIES[case.topology].memory_bytes, "peak": peak}
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.backprop.compile_case", known or ""],
+        [sys.executable, "-m", "benchmarks.backprop.compile_case", known or "", *(["cycles"] if schedules else [])],
         input=case.to_json(),
         cwd=aot.ROOT,
-        env=_environment(case),
+        env=_environment(case) | ({"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={schedules} {_FLAGS}"} if schedules else {}),
         capture_output=True,
         text=True,
     )
@@ -118,11 +125,14 @@ def compile_case(case: Case, known: str | None = None, *, until_assigned: bool =
     return json.loads(child.stdout.splitlines()[-1])
 
 
+_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+
+
 def _environment(case: Case) -> dict[str, str]:
     return {**aot.child_environment(case.topology), "JAX_TRACEBACK_FILTERING": "remove_frames"}
 
 
-def _compile_here(case: Case, known: str) -> dict[str, Any]:
+def _compile_here(case: Case, known: str, with_cycles: bool = False) -> dict[str, Any]:
     if case.kernels:  # JAX runs on a CPU here
         platforms.platform_implementation = lambda: (
             "tpu" if aot.TOPOLOGIES[case.topology].platform == "tpu" else "triton"
@@ -151,6 +161,10 @@ def _compile_here(case: Case, known: str) -> dict[str, Any]:
         figures = _figures(compiled, aot.TOPOLOGIES[case.topology].memory_bytes)
         if case.kernels:
             figures["kernels"] = len(re.findall(r"@(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)\b", lowered.as_text()))
+        if with_cycles:
+            pieces = -(-case.length // max(1, KERNEL_BLOCK // case.batch))  # of the loss: as many as have tokens
+            read = estimate(compiled.as_text(), turns=pieces)
+            figures |= {"cycles": read.cycles, "runs": dict(read.kernels)}
     except jax.errors.JaxRuntimeError as error:
         wanted = aot.wanted_bytes(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or wanted is None:
@@ -210,4 +224,4 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_here(Case.from_json(sys.stdin.read()), sys.argv[1])))
+    print(json.dumps(_compile_here(Case.from_json(sys.stdin.read()), sys.argv[1], "cycles" in sys.argv)))

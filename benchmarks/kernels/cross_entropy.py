@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import aot, tables
+from benchmarks.estimated_cycles import estimate
 from benchmarks.kernels.schedules import schedule_listing
 from benchmarks.reporting import RESULTS, report, table
 
@@ -55,21 +55,30 @@ def measure(chip: str, width: int, form: str) -> dict[str, Any]:
             raise RuntimeError(f"{chip}, {width}, {form}: {done.stderr.strip().splitlines()[-1]}")
         found = json.loads(done.stdout.splitlines()[-1])
         for kernel in KERNELS if "steps" in found else ():
-            (listing,) = (
-                path for path in Path(folder).glob(f"*{kernel}*-final_bundles.txt")
-                if "schedule-analysis" not in path.name
-            )  # fmt: skip
-            step, piece = (
-                loop.always + sum(region.size for region in loop.tiles)
-                for loop in (schedule_listing.read(listing), schedule_listing.innermost(listing))
-            )
-            steps, pieces = found["steps"][kernel]
-            found["cycles"] += steps * (step + (pieces - 1) * piece)
+            (listing,) = schedule_listing.listings(Path(folder), kernel)
+            found["cycles"] += bundles(listing, *found["steps"][kernel])
     least = max(found["flops"] / found["peak"], found["bytes"] / found["bandwidth"])
     return {
         "chip": chip, "width": width, "form": form, "TFLOP": found["flops"] / 1e12, "GB": found["bytes"] / 1e9,
         "at least, ms": 1e3 * least, **{name: found[key] / 1e6 if key in found else "-" for name, key in SHOWN.items()},
     }  # fmt: skip
+
+
+def bundles(listing: Path, steps: float, pieces: int) -> float:
+    """Bundles of all steps of one of the `KERNELS`, each of which takes a tile in pieces."""
+    step, piece = (
+        loop.always + sum(region.size for region in loop.tiles)
+        for loop in (schedule_listing.read(listing), schedule_listing.innermost(listing))
+    )
+    return steps * (step + (pieces - 1) * piece)
+
+
+def steps_of(kernel: str, tokens: int, width: int, vocabulary: int) -> tuple[int, int]:
+    """Steps of the grid of one of the `KERNELS` over tokens in bfloat16, and pieces of its tiles."""
+    from pallas_kernels.tpu import token_stats
+
+    tile, block = token_stats.sizes(tokens, width, vocabulary, 2, kernel == KERNELS[1])
+    return -(-tokens // tile) * -(-vocabulary // block), tile // token_stats.PIECE
 
 
 def _child(chip: str, width: int, form: str) -> None:
@@ -93,18 +102,17 @@ def _child(chip: str, width: int, form: str) -> None:
     found["temp"] = compiled.memory_analysis().temp_size_in_bytes
     if form == "fused":
         steps, passes = {}, []
-        for kernel, backward in zip(KERNELS, (False, True), strict=True):
-            tile, block = token_stats.sizes(TOKENS, width, vocabulary, 2, backward)
-            tiles = -(-TOKENS // tile)
-            steps[kernel] = tiles * -(-vocabulary // block) / cores, tile // token_stats.PIECE
-            passes.append(tiles)
+        for kernel in KERNELS:
+            turns, pieces = steps_of(kernel, TOKENS, width, vocabulary)
+            steps[kernel] = turns / cores, pieces
+            passes.append(-(-TOKENS // (pieces * token_stats.PIECE)))
         # both passes read the matrix once a tile, and the backward pass its gradient, which it writes
         moved = 2 * sum(passes) * entries + 2 * 4 * passes[1] * entries
         found |= {"flops": 4 * 2 * TOKENS * entries, "bytes": moved, "cycles": 0, "steps": steps}
     else:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX cannot read gathers on a v6e's sparse cores
             text = compiled.as_text()
-            found["cycles"] = pieces * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+            found["cycles"] = pieces * estimate(text, turns=1).cycles
         moved = pieces * compiled.cost_analysis()["bytes accessed"]
         found |= {"flops": 3 * 2 * TOKENS * entries, "bytes": moved}
     print(json.dumps(found))

@@ -62,10 +62,7 @@ def measure(case: Case) -> dict[str, Any]:
         done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{case}: {done.stderr.strip().splitlines()[-1]}")
-        (listing,) = (
-            path for path in Path(folder).glob(f"*{LIBRARIES[case.library]}*-final_bundles.txt")
-            if "schedule-analysis" not in path.name
-        )  # fmt: skip
+        (listing,) = schedule_listing.listings(Path(folder), LIBRARIES[case.library])
         found = bundles(case.library, schedule_listing.innermost(listing))
     heads = KEY_HEADS if "ragged" in case.library else 1
     return {

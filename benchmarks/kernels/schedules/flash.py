@@ -78,10 +78,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         steps = json.loads(done.stdout.strip().splitlines()[-1])
         found = {}
         for kernel, words in _NAMES[case.library].items():
-            listings = [
-                path for path in Path(folder).glob("*-final_bundles.txt")
-                if words in path.name and "schedule-analysis" not in path.name
-            ]  # fmt: skip
+            listings = schedule_listing.listings(Path(folder), words)
             if len(listings) != 1:
                 raise RuntimeError(f"{case}: {len(listings)} listings of {words}")
             loop = schedule_listing.read(listings[0])
@@ -144,9 +141,7 @@ def _child(case: Case) -> None:
 
 def _ours(length: int, window: int | None, sinks: int, block_q: int, block_k: int) -> tuple[Any, dict[str, Steps]]:
     from pallas_kernels import api
-    from pallas_kernels.block_ranges import Ranges
     from pallas_kernels.patterns import Full, SinkWindow, SlidingWindow
-    from pallas_kernels.tpu.schedule import Grid
 
     pattern: Any = Full()
     if window is not None:
@@ -155,16 +150,21 @@ def _ours(length: int, window: int | None, sinks: int, block_q: int, block_k: in
     def attention(q: Any, k: Any, v: Any) -> Any:
         return api.flash_attention(q, k, v, pattern, implementation="tpu", block_q=block_q, block_k=block_k).out
 
-    steps = {}
-    for kernel in KERNELS:
-        ranges = Ranges(length, length, block_q, block_k, window, transposed=kernel == "dkv")
-        low, high = ranges.range(np.arange(ranges.blocks), 0, np)
-        met = [(i, j) for i in range(ranges.blocks) for j in range(low[i], high[i])]
-        whole = sum(bool(ranges.interior(*((j, i) if ranges.transposed else (i, j)), 0)) for i, j in met)
-        late = sum((i + 1) * block_q > (window or length) for i in range(ranges.blocks))
-        total = Grid.make(ranges, 0).steps or 0
-        steps[kernel] = Steps(whole, len(met) - whole, total - len(met), ranges.blocks, late)
-    return attention, steps
+    return attention, {kernel: steps_of(kernel, length, window, block_q, block_k) for kernel in KERNELS}
+
+
+def steps_of(kernel: str, length: int, window: int | None, block_q: int, block_k: int) -> Steps:
+    """Steps that a kernel of this library, one of `KERNELS`, takes for one head of a causal sequence."""
+    from pallas_kernels.block_ranges import Ranges
+    from pallas_kernels.tpu.schedule import Grid
+
+    ranges = Ranges(length, length, block_q, block_k, window, transposed=kernel == "dkv")
+    low, high = ranges.range(np.arange(ranges.blocks), 0, np)
+    met = [(i, j) for i in range(ranges.blocks) for j in range(low[i], high[i])]
+    whole = sum(bool(ranges.interior(*((j, i) if ranges.transposed else (i, j)), 0)) for i, j in met)
+    late = sum((i + 1) * block_q > (window or length) for i in range(ranges.blocks))
+    total = Grid.make(ranges, 0).steps or 0
+    return Steps(whole, len(met) - whole, total - len(met), ranges.blocks, late)
 
 
 def _splash(length: int, window: int | None, block_q: int, block_k: int) -> tuple[Any, dict[str, Steps]]:

@@ -64,10 +64,7 @@ def measure(chip: str, rows: int) -> list[dict[str, Any]]:
         if done.returncode:
             raise RuntimeError(f"{chip}, {rows} rows: {done.stderr.strip().splitlines()[-1]}")
         for kernel, once in KERNELS.items():
-            (listing,) = (
-                path for path in Path(folder).glob(f"*{kernel}*-final_bundles.txt")
-                if "schedule-analysis" not in path.name
-            )  # fmt: skip
+            (listing,) = schedule_listing.listings(Path(folder), kernel)
             found = bundles(listing, once, rows // GROUP // 8)
             name = kernel.removeprefix("hsa_")
             lines.append({

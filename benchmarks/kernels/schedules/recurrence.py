@@ -58,10 +58,7 @@ def measure(chip: str, model: str, tokamax: str = "") -> list[dict[str, Any]]:
         made = json.loads(done.stdout.splitlines()[-1])
         lines = []
         for kernel in ("fused_conv1d_gdn_per_seq",) if tokamax else tuple(f"recurrence_{name}" for name in PASSES):
-            (listing,) = (
-                path for path in Path(folder).glob(f"*{kernel}*-final_bundles.txt")
-                if "schedule-analysis" not in path.name
-            )  # fmt: skip
+            (listing,) = schedule_listing.listings(Path(folder), kernel)
             found = bundles(listing, bool(tokamax))
             line = {"chip": chip, "model": model, "kernel": TOKAMAX if tokamax else "ours"}
             line |= {"pass": "forward" if tokamax else kernel.removeprefix("recurrence_"), **made}

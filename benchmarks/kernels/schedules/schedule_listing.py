@@ -42,6 +42,15 @@ class Loop(NamedTuple):
         return [region for region in self.regions if region.products]
 
 
+def listings(folder: Path, kernel: str) -> list[Path]:
+    """The files with the schedules of kernels whose names have `kernel` in them, where the compiler wrote them.
+
+    It does so with `--xla_jf_dump_to=FOLDER --xla_jf_dump_llo_text=true` in `LIBTPU_INIT_ARGS`.
+    """
+    found = folder.glob(f"*{kernel}*-final_bundles.txt")
+    return sorted(path for path in found if "schedule-analysis" not in path.name)
+
+
 def read(listing: Path) -> Loop:
     """The loop of a kernel from its `final_bundles` listing.
 
