@@ -204,6 +204,8 @@ class TrainConfig:
       eval_batches: batches of an evaluation; all of the validation split where it has fewer.
       checkpoint_interval: steps from one checkpoint to the next.
       keep_checkpoints: how many of the newest stay.
+      checkpoint_copies: an address to which each checkpoint is copied beside the steps ("gs://bucket/runs/mine", or
+        whatever else fsspec reaches); a workdir without checkpoints goes on from there.
       snapshots: what is kept in memory between two checkpoints.
     """
 
@@ -232,6 +234,7 @@ class TrainConfig:
     eval_batches: Size = 20
     checkpoint_interval: Size = 500
     keep_checkpoints: Size = 3
+    checkpoint_copies: str | None = None
     snapshots: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
 
     def __post_init__(self) -> None:

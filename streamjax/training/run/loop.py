@@ -38,7 +38,7 @@ from streamjax.training.run.goodput import Goodput
 from streamjax.training.run.initial_state import initial_state, mesh_sizes
 from streamjax.training.run.metrics import MetricsWriter, metrics_from_json, metrics_to_json
 from streamjax.training.run.optimizer import learning_rate_schedule, make_optimizer
-from streamjax.training.run.restoring import restored
+from streamjax.training.run.restoring import open_copies, restored
 from streamjax.training.run.signals import StopSignals
 from streamjax.training.run.state import TrainState
 from streamjax.training.run.step import make_train_step, step_function
@@ -143,6 +143,7 @@ class _Run:
         claim(workdir, config)
         self.elimination_line = ""
         elimination = self._token_elimination() if config.lemo.share < 1.0 else None
+        self.copies = open_copies(config, workdir, resume_from)
         self.checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
         self.snapshots, self.ended = open_snapshots(config.snapshots, workdir), False
         self.pending: list[dict[str, Any]] = []
@@ -155,6 +156,8 @@ class _Run:
             self._find_place(about["data"])
         if resume_from is not None:
             self.checkpoints.set_aside_after(self.step)
+            if self.copies is not None:
+                self.copies.set_aside_after(self.step)
         self.metrics = MetricsWriter(workdir, self.step) if jax.process_index() == 0 else None
         quiet = jax.process_index() > 0 or (None if progress is None else not progress)
         self.bar = tqdm.tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
@@ -387,6 +390,8 @@ class _Run:
         }
         with self.clock.spending("checkpoints"):
             self.checkpoints.save(self.step, self.state, about)
+        if self.copies is not None:
+            self.copies.send(self.workdir / "checkpoints", self.step)
 
     def take_snapshot(self) -> None:
         """Keep the state in the memory of this and of other machines; never one that a step has spoilt."""
@@ -408,6 +413,8 @@ class _Run:
         if self.metrics is not None:
             self.metrics.close()
         self.checkpoints.close()
+        if self.copies is not None:
+            self.copies.close()
 
     def _say(self, line: str) -> None:
         if not self.bar.disable:

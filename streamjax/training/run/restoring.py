@@ -1,17 +1,58 @@
-"""The state of a checkpoint, where the run goes on with other replicas, or skips steps and did not before."""
+"""The checkpoint that a run goes on from: fetched from its copies where the workdir lacks it, and its state.
+
+The run may go on with other replicas, or skip steps and did not before.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from streamjax.checkpoints import RunCheckpoints
+from streamjax.checkpoints.copies import CheckpointCopies
+from streamjax.checkpoints.pytrees import wait_for_others
 from streamjax.training.diloco.replicas import resized, shapes_with
 from streamjax.training.run.config import TrainConfig
 from streamjax.training.run.state import TrainState, no_skips
+from streamjax.training.run.workdir import CONFIG_FILE, check_unchanged
+
+_log = logging.getLogger(__name__)
+
+
+def open_copies(config: TrainConfig, workdir: Path, resume_from: int | None = None) -> CheckpointCopies | None:
+    """Those of the run, for the process that makes them; None for others, and where the configuration wants none.
+
+    The checkpoint that the run goes on from is fetched, where it is not in the workdir: the newest one, or that of
+    `resume_from`.
+
+    Raises:
+      ValueError: the address cannot be used, or it holds another run.
+    """
+    address = config.checkpoint_copies
+    if address is None:
+        return None
+    copies = None
+    if jax.process_index() == 0:
+        copies = CheckpointCopies(address, config.keep_checkpoints)
+        values = config.to_json_dict()
+        if (before := copies.read(CONFIG_FILE)) is not None:
+            check_unchanged(address, json.loads(before), values, "set checkpoint_copies to another address")
+        copies.write(CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
+        folder = workdir / "checkpoints"
+        here = [int(place.name) for place in folder.glob("*") if place.name.isdigit()]
+        there = copies.steps
+        wanted = max([0, *here, *there]) if resume_from is None else resume_from
+        if wanted and wanted not in here and wanted in there:
+            _log.info("step %d comes from %s", wanted, address)
+            copies.fetch(wanted, folder)
+    wait_for_others("open_copies")
+    return copies
 
 
 def restored(

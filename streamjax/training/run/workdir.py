@@ -45,6 +45,7 @@ _FREE_FIELDS = frozenset(
         "eval_batches",
         "checkpoint_interval",
         "keep_checkpoints",
+        "checkpoint_copies",
         "snapshots",
         "data.prefetch",
         "reference",
@@ -114,11 +115,7 @@ def claim(workdir: Path, config: TrainConfig) -> None:
     file = workdir / CONFIG_FILE
     values = config.to_json_dict()
     if file.exists():
-        for name, before, after in _changes(_read(file), values):
-            if name not in _FREE_FIELDS and name.split(".")[0] not in _FREE_FIELDS:
-                raise ValueError(
-                    f"{workdir} holds a run with config.{name}={before!r}, not {after!r}: choose another --workdir"
-                )
+        check_unchanged(workdir, _read(file), values, "choose another --workdir")
     elif foreign := next((workdir / name for name in _RESULTS if (workdir / name).exists()), None):
         raise ValueError(
             f"{foreign} is there, and no run has made it; a run would replace it: choose another --workdir"
@@ -126,6 +123,17 @@ def claim(workdir: Path, config: TrainConfig) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         replace_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def check_unchanged(place: str | Path, before: dict[str, Any], values: dict[str, Any], advice: str) -> None:
+    """Compare the configuration of a run that lies at a place with that of the one that is to go on there.
+
+    Raises:
+      ValueError: they differ in what a step depends on.
+    """
+    for name, old, new in _changes(before, values):
+        if name not in _FREE_FIELDS and name.split(".")[0] not in _FREE_FIELDS:
+            raise ValueError(f"{place} holds a run with config.{name}={old!r}, not {new!r}: {advice}")
 
 
 def open_snapshots(config: SnapshotConfig, workdir: Path) -> Snapshots | None:

@@ -10,6 +10,7 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 import streamjax as sj
 from streamjax.data.conversations.prepared import prepare_examples
@@ -194,6 +195,24 @@ def test_what_a_rollout_measures_is_what_its_answers_say(runs, tmp_path):
         assert line["reward"] == pytest.approx(np.mean([sample["reward"] for sample in said]))
         assert line["reward/length:4"] == pytest.approx(np.mean([sample["reward/length:4"] for sample in said]))
     assert "eval_reward" in read_metrics(tmp_path)[-1]
+    board = scalars(tmp_path / "tensorboard")
+    for name in ("reward", "reward/length:4", "kl", "loss"):  # TensorBoard has no ":"
+        shown = board[name.replace(":", "_")]
+        assert shown == pytest.approx({line["step"]: line[name] for line in lines}), name
+
+
+def scalars(folder):
+    """What TensorBoard would show, by name and step: length, checksum, event, checksum, and so on."""
+    found = {}
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
 
 
 @pytest.mark.parametrize(
