@@ -9,8 +9,8 @@ Every layer is Mamba-2 without an MLP (2405.21060), whose states forget; the inp
 chunks of 64 tokens, which the two upper layers read, 8 chunks a token (2504.16795). In rows of 256 tokens the model
 learns to copy a key within 70 steps; rows of 1,024 then teach it to choose among chunks. Half of the keys are cut by
 the boundaries of chunks. That takes ten minutes of CPU time; models/ramba_recall has the two runs of the shipped model.
-`mamba()` is the same model without the memory (configs/mamba_recall.py). `python -m infer.recall --model=FOLDER
---cache=hsa:capacity=TOKENS` asks the model.
+`python -m infer.recall --model=FOLDER --cache=hsa:capacity=TOKENS` asks the model; configs/mamba_recall.py is Mamba-2
+without a memory.
 """
 
 from streamjax.data import DataConfig

@@ -185,6 +185,9 @@ class SSDConfig(RecurrentConfig):
       none (Falcon-H1).
     out_scale: factor on the output.
     hands_on: layers above may take what the heads read, before their gates and norm (`GMUConfig`).
+    copies: a new layer begins as one that copies (mimetic initialisation, 2410.11135): it hardly forgets, and C is B.
+      B is made of the token before (not in the paper): a token reads what came behind its like. It says nothing of
+      weights that are loaded.
     """
 
     type_name: ClassVar[str] = "ssd"
@@ -202,9 +205,14 @@ class SSDConfig(RecurrentConfig):
     scales: tuple[Positive, ...] = ()
     out_scale: Positive = 1.0
     hands_on: bool = dataclasses.field(default=False, metadata=LATER)
+    copies: bool = dataclasses.field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.copies and self.conv_width < 2:
+            raise ValueError(
+                "SSDConfig.copies needs a convolution that reads the token before: give conv_width of at least 2"
+            )
         if self.norm_groups not in (None, 1, self.num_groups):
             raise ValueError(
                 f"SSDConfig.norm_groups is {self.norm_groups}: use 1 or num_groups, which is {self.num_groups}"

@@ -16,6 +16,9 @@ from streamjax.models.config import SSDConfig
 from streamjax.models.mixers.recurrent import RecurrentMixer, initial_rates
 from streamjax.models.mixers.short_conv import ShortConv
 
+COPYING_RATES = 1e-4, 1e-2  # of decay a token, between which the heads of a layer that begins by copying lie
+COPYING_NOISE = 0.3  # how much of a drawn convolution such a layer has beside its taps
+
 
 class SSD(RecurrentMixer):
     """A short convolution of inputs, B and C; a decaying sum of inputs times B, read by C; a gated norm.
@@ -35,6 +38,20 @@ class SSD(RecurrentMixer):
         shape = groups, config.group_size * config.head_dim
         weight = config.norm is not None and config.norm.weight
         self.norm = nnx.Param(jnp.ones(shape, dtype), axes=("kv_heads", "head_dim")) if weight else None
+        if config.copies:
+            self._begin_copying()
+
+    def _begin_copying(self) -> None:
+        """Steps of about one, slow decays, C as B; taps that hand a token on to inputs and C, the one before to B."""
+        c, inside, taps = self.config, self.inside[...], self.conv.weight[...]
+        inputs, keys, _, _ = c.group_channels
+        b, read = slice(inputs, inputs + c.state_dim), slice(inputs + c.state_dim, inputs + keys)
+        self.inside[...] = inside.at[..., read].set(inside[..., b])
+        taps = (taps * COPYING_NOISE).at[-1].add(1.0).at[-1, :, b].add(-1.0).at[-2, :, b].add(1.0)
+        self.conv.weight[...] = taps
+        rates = jnp.geomspace(*COPYING_RATES, c.num_heads, dtype=jnp.float32)
+        self.rate_log[...] = jnp.log(rates).astype(self.rate_log[...].dtype)
+        self.step_bias[...] = jnp.full_like(self.step_bias[...], np.log(np.expm1(1.0)))
 
     def recur(
         self,
