@@ -75,6 +75,7 @@ from streamjax.models.config import (
 from streamjax.models.side_network import SideConfig
 from streamjax.streaming import Sampler
 from streamjax.streaming.compacting.reselecting import Reselection
+from streamjax.streaming.speculative import Retrieval
 from streamjax.training import (
     DPO,
     GRPO,
@@ -133,6 +134,7 @@ EXAMPLES = [
     MeshConfig(),
     OptimizerConfig(),
     GateConfig(),
+    Retrieval(),
     RolloutConfig(),
     CrossEntropy(),
     DPO(),

@@ -25,6 +25,7 @@ ROOMS = """
     pallas_kernels.api
     pallas_kernels
     streamjax.field_checks streamjax.lazy_names streamjax.barriers streamjax.byte_units streamjax.host_programs
+    streamjax.host_memory
     streamjax.parallel
     streamjax.checkpoints
     streamjax.snapshots

@@ -18,6 +18,7 @@ import jax
 from jax.typing import DTypeLike
 
 from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
+from streamjax.host_memory import release_freed_memory
 from streamjax.kv.cache import Cache
 from streamjax.kv.tier import Implementation
 from streamjax.models.decoder import Decoder
@@ -27,9 +28,7 @@ from streamjax.models.lora.row_adapters import Factors, factors_of, require_only
 from streamjax.serving.admission import require_possible, require_room_for
 from streamjax.serving.batch import LEAST_WIDTH
 from streamjax.serving.conversations import Conversation, Conversations
-from streamjax.serving.drafts.grown import GrownGuesses
-from streamjax.serving.drafts.guessing import Guessing, TrainedGuessing
-from streamjax.serving.drafts.planning import pass_bytes
+from streamjax.serving.drafts.choosing import guessing_by, require_drafter
 from streamjax.serving.jobs import Job
 from streamjax.serving.loop import EngineLoop
 from streamjax.serving.paging.choosing import make_batch
@@ -37,9 +36,6 @@ from streamjax.serving.requests import Event, KeptConversation, Overloaded, Requ
 from streamjax.serving.row_states import ParkedState
 from streamjax.serving.scheduling import POLICIES, ChunkPace
 from streamjax.streaming.speculative.drafter import Drafter
-from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
-from streamjax.streaming.speculative.memory.plan import DraftMemory, fitted
-from streamjax.streaming.speculative.ngrams import NGrams
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +78,17 @@ class Engine:
       measure: whether what reading costs is measured (`costs`), which computes logits of every prompt token.
       adapters: folders of LoRA adapters (PEFT's, or `save_lora`'s) by the names with which requests ask for them. They
         lie in the host's memory, and each row has a copy of its own while it needs one.
-      draft: who guesses tokens that are then read several at a time: `sj.NGrams()`, or what was trained for the model
-        (`trained_drafter`); None: nobody. What requests get is the same. Guesses rest where they would make others
-        wait.
+      draft: who guesses tokens that are then read several at a time: `sj.NGrams()`, `sj.SmallModel(...)`, or what was
+        trained for the model (`trained_drafter`); None: nobody. What requests get is the same. Guesses rest where they
+        would make others wait.
       draft_memory: bytes that guesses may take: weights of their own, and a pass over them. As many tokens are guessed
         as fit. None does not ask.
+      draft_cost: how long a pass takes that reads guesses, in passes over one token a row: guesses are read where they
+        bring more. 1 reads all of them. None: by the platform.
       dtype, implementation: as in `init_state`.
 
     Raises:
-      ValueError: sizes that are none, an unknown policy, a drafter that runs a model, more than `memory_bytes`, too
+      ValueError: sizes that are none, an unknown policy, a drafter of another vocabulary, more than `memory_bytes`, too
         little `draft_memory`, or a `state_dir` that is none.
 
     Example:
@@ -124,20 +122,20 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         draft: Drafter | None = None,
         draft_memory: int | None = None,
+        draft_cost: float | None = None,
         dtype: DTypeLike | None = None,
         implementation: Implementation | None = None,
     ):
         for name, value in (("rows", rows), ("chunk_size", chunk_size), ("queue", queue), ("block", block)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if draft_cost is not None and not 1 <= draft_cost < float("inf"):
+            raise ValueError(f"draft_cost must be a number of at least 1, got {draft_cost}")
         if step_seconds is not None and not 0 < step_seconds < float("inf"):
             raise ValueError(f"step_seconds must be a number above 0, got {step_seconds}")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}: use one of {', '.join(POLICIES)}")
-        if draft is not None and not isinstance(draft, NGrams | TreeDrafter):
-            raise ValueError(
-                f"an engine takes guesses from n-grams (NGrams) and trained heads alone, got {type(draft).__name__}"
-            )
+        require_drafter(draft, model)
         require_tokenizer(tokenizer, model.config.vocab_size, "they do not belong together")
         if block is None:
             block = 1 if jax.default_backend() == "cpu" else 8
@@ -154,8 +152,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._conversations = Conversations(model, tokenizer, self._batch.parking, state_dir, conversation_bytes)
         self._changed = threading.Condition()  # guards the inbox, cancellations, and what is counted
-        self.draft_memory: DraftMemory | None = None
-        self._guessing = self._guesses_by(draft, draft_memory)
+        self._guessing, self.draft_memory = guessing_by(draft, self._batch, draft_memory, draft_cost)
         pace = None if step_seconds is None else ChunkPace(step_seconds, LEAST_WIDTH, chunk_size)
         self._loop = EngineLoop(
             self._batch, POLICIES[policy](), prefix_bytes, self._conversations, measure, self._changed, self._guessing,
@@ -167,17 +164,6 @@ class Engine:
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-
-    def _guesses_by(self, draft: Drafter | None, memory_bytes: int | None) -> Guessing | None:
-        rows, vocab = self._batch.rows, self.model.config.vocab_size
-        if draft is not None and memory_bytes is not None:
-            draft, self.draft_memory = fitted(
-                draft, self.model, rows, memory_bytes, lambda one: pass_bytes(one, self._batch)
-            )
-        if isinstance(draft, TreeDrafter):
-            self._batch.grown = GrownGuesses(draft, self.model, rows)
-            return TrainedGuessing(draft, rows, vocab)
-        return Guessing(draft, rows, vocab) if isinstance(draft, NGrams) else None
 
     # -- what clients call, from any thread
 
@@ -265,7 +251,10 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every program, so that no request waits for that. To be called before `start`."""
         with self._stepping:
+            if self._guessing is not None:
+                self._guessing.warm_up()
             self._batch.warm_up(self._measure, None if self._guessing is None else self._guessing.nothing())
+            release_freed_memory()
 
     def start(self) -> None:
         """Begin to serve, in a thread of its own."""

@@ -11,14 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from streamjax.streaming.state import StreamState
+from streamjax.streaming.state import StreamState, batch_axes
 
 _BLOCK = 64  # slots that are compared with empty ones at a time
-
-
-def batch_axes(state: StreamState) -> StreamState:
-    """The place of the batch among the dimensions of each array, in the array's place."""
-    return state.map_axes(lambda x, axes: np.ndim(x) - len(axes) + list(axes).index("batch"))
 
 
 @jax.jit

@@ -101,6 +101,11 @@ class StreamState:
         return self.map_axes(lambda x, axes: constrain(x, *axes))
 
 
+def batch_axes(state: StreamState) -> StreamState:
+    """The place of the batch among the dimensions of each array, in the array's place."""
+    return state.map_axes(lambda x, axes: np.ndim(x) - len(axes) + list(axes).index("batch"))
+
+
 def layer_caches(config: ModelConfig, cache: Cache | Sequence[Cache]) -> tuple[Cache, ...]:
     """The cascade of each layer.
 

@@ -6,8 +6,10 @@ from absl.flags import FlagValues
 import streamjax as sj
 from streamjax.commands.flags.draft import define_draft, parse_draft, parse_draft_memory
 from streamjax.commands.trained_parts import draft_heads
-from streamjax.streaming.speculative import Hydra, ParallelPrompts
+from streamjax.data.text.tokenizers import ByteTokenizer
+from streamjax.streaming.speculative import Hydra, ParallelPrompts, Retrieval
 from tests.commands.test_find_heads import folder, run  # noqa: F401
+from tests.streaming.tiny_models import GQA, build
 
 
 @pytest.mark.slow
@@ -56,3 +58,12 @@ def test_a_budget_is_bytes_with_a_unit():
     ):
         with pytest.raises(ValueError, match=message):
             parsed(text, draft)
+
+
+def test_a_small_cache_may_read_what_retrieval_finds():
+    model, tokenizer = build(GQA), ByteTokenizer()
+    small, found = (parse_draft(text, model, tokenizer) for text in ("small_cache", "retrieved"))
+    assert (small.retrieval, found.retrieval) == (None, Retrieval())
+    assert found.model is model
+    given = parse_draft("retrieved:streaming_llm:sinks=2,window=62", model, tokenizer)
+    assert given.cache == sj.kv.preset("streaming_llm", sinks=2, window=62)

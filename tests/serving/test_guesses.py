@@ -181,12 +181,6 @@ def test_recurrent_states_take_in_what_was_right(monkeypatch):
     assert knowing.stats().accepted_tokens > 5
 
 
-def test_an_engine_takes_no_guesses_of_a_small_model():
-    small = sj.SmallModel(model=bytes_model(), cache=CACHE)
-    with pytest.raises(ValueError, match=r"from n-grams .* got SmallModel"):
-        engine(draft=small)
-
-
 @pytest.mark.quick
 def test_a_full_batch_rests_where_few_rows_repeat_themselves():
     """Eight rows, a wide pass takes 2.5 times as long: one row's guesses would cost twelve tokens and bring four."""

@@ -12,24 +12,27 @@ from streamjax.checkpoints import user_path
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.data.text.tokenizers import Tokenizer
-from streamjax.streaming.speculative import Drafter, NGrams, SmallModel, trained_drafter
+from streamjax.streaming.speculative import Drafter, NGrams, Retrieval, SmallModel, trained_drafter
 
 DRAFT_HELP = (
     "Guess tokens, so that the model reads several in one pass; what it says is the same. ngram: from what was said "
     "before, for nothing; ngram:FILE asks a text too. model:FOLDER: by a smaller model of the same vocabulary. "
     "small_cache, or small_cache:NAME:OPTION=VALUE: by the model itself under a small cache, for long contexts in a "
-    "cache that keeps them. heads:FILE: by what python -m train.draft_heads has trained for the model. Guessing pauses "
-    "where it fails. Nobody guesses by default."
+    "cache that keeps them. retrieved, or retrieved:NAME:OPTION=VALUE: the same, which reads of a long context what "
+    "has most to do with its end, and not the end alone. heads:FILE: by what python -m train.draft_heads has trained "
+    "for the model. Guessing pauses where it fails. Nobody guesses by default."
 )
-_KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE, model:FOLDER or heads:FILE"
+_KINDS = "use ngram, ngram:FILE, small_cache, small_cache:CACHE, retrieved, retrieved:CACHE, model:FOLDER or heads:FILE"
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-_SMALL = "streaming_llm:sinks=4,window=508"
+_SMALL, _RETRIEVED = "streaming_llm:sinks=4,window=508", "streaming_llm:sinks=4,window=1020"
 
 
 ENGINE_DRAFT_HELP = (
     "Guess tokens, so that the model reads several of a row in one pass; answers are the same. ngram: from what was "
     "said before, for nothing; ngram:FILE asks a text too. heads:FILE: by what python -m train.draft_heads has trained "
-    "for the model. Guessing rests where it would make others wait. Nobody guesses by default."
+    "for the model. model:FOLDER: by a smaller model of the same vocabulary, with a stream beside each row; "
+    "small_cache[:CACHE] and retrieved[:CACHE]: by the model itself under a small cache, see infer.chat. Guessing "
+    "rests where it would make others wait. Nobody guesses by default."
 )
 
 
@@ -55,6 +58,9 @@ def parse_draft(text: str | None, model: sj.Decoder, tokenizer: Tokenizer) -> Dr
         return NGrams(text=tokenizer.encode(_text(rest)) if rest else ())
     if kind == "small_cache":
         return SmallModel(model=model, cache=parse_cache(rest or _SMALL, model.config.max_position), drafter=NGrams())
+    if kind == "retrieved":  # 512 tokens that were found, 256 newest ones, and room for an answer
+        cache = parse_cache(rest or _RETRIEVED, model.config.max_position)
+        return SmallModel(model=model, cache=cache, context=256, retrieval=Retrieval(), drafter=NGrams())
     if kind == "heads" and rest:
         try:
             return trained_drafter(model, user_path(rest))

@@ -81,27 +81,33 @@ class Guessing:
         loss = running * (self._cost - 1)
         if self._account < 0 or sum(line.hope for line in lines if line is not None) <= loss:
             return None
-        guesses, gain = self.nothing(), 0.0
-        for row, line in enumerate(lines):
-            if line is None:
-                continue
-            self._guess(line, row, guesses)
-            gain += line.hope * bool((guesses.lengths[row] > 1).any())
-        return guesses if gain > loss else None
+        guesses = self.nothing()
+        self._guess(lines, guesses)
+        gains = np.array([0.0 if line is None else line.hope for line in lines])
+        return guesses if gains[(guesses.lengths > 1).any(axis=1)].sum() > loss else None
+
+    def warm_up(self) -> None:
+        """Compile what guessing needs of its own."""
 
     def nothing(self) -> Guesses:
         """No guesses, in the shape of all that `propose` gives."""
         shape = (self._rows, WAYS)
         return Guesses(np.zeros((*shape, 1 + self._drafter.length), np.int32), np.zeros(shape, np.int32))
 
-    def _guess(self, line: Line, row: int, guesses: Guesses) -> None:
-        """Put guesses for a row in their place."""
+    def _guess(self, lines: Sequence[Line | None], guesses: Guesses) -> None:
+        """Put guesses for the rows that have a line in their places."""
+        for row, line in enumerate(lines):
+            if line is not None:
+                for way, found in enumerate(self._ngrams.ways(line.history.tokens, WAYS)):
+                    self._put(line, found, row, way, guesses)
+
+    def _put(self, line: Line, found: Int32[np.ndarray, " N"], row: int, way: int, guesses: Guesses) -> None:
+        """Put one way in its place, as far as its ids are the model's and may be read."""
         assert guesses.tokens is not None
-        for way, found in enumerate(self._ngrams.ways(line.history.tokens, WAYS)):
-            known = int(np.cumprod((found >= 0) & (found < self._vocab)).sum())
-            if line.limit is not None and known > 1:
-                known = line.limit(found[:known].tolist())
-            guesses.tokens[row, way, : len(found)], guesses.lengths[row, way] = found, known
+        known = int(np.cumprod((found >= 0) & (found < self._vocab)).sum())
+        if line.limit is not None and known > 1:
+            known = line.limit(found[:known].tolist())
+        guesses.tokens[row, way, : len(found)], guesses.lengths[row, way] = found, known
 
     def note(self, line: Line, tokens: Sequence[int], guessed: int) -> None:
         """A pass has read these tokens of a row, of which `guessed` guesses had been given."""
@@ -137,5 +143,7 @@ class TrainedGuessing(Guessing):
     def nothing(self) -> Guesses:
         return Guesses(None, np.zeros((self._rows, 1), np.int32))
 
-    def _guess(self, line: Line, row: int, guesses: Guesses) -> None:
-        guesses.lengths[row] = 1 + self._drafter.length if line.limit is None else 1
+    def _guess(self, lines: Sequence[Line | None], guesses: Guesses) -> None:
+        for row, line in enumerate(lines):
+            if line is not None:
+                guesses.lengths[row] = 1 + self._drafter.length if line.limit is None else 1

@@ -2,16 +2,19 @@
 
 It reads what the streams have read, so far as its cache holds it, and goes on by itself. It may have a drafter of its
 own, which guesses what it would guess: staged and cascaded drafting (2308.04623, 2312.11462), the n-grams at the end.
+Of a long stream it may read what retrieval finds in it, and not the newest tokens alone (RAPID, 2502.20330).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int32
 
 from streamjax.field_checks import Size
 from streamjax.kv.cache import Cache
@@ -20,7 +23,8 @@ from streamjax.streaming.scan import read
 from streamjax.streaming.speculative.decoding import Rounds
 from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws
 from streamjax.streaming.speculative.history import History
-from streamjax.streaming.state import StreamState, init_state
+from streamjax.streaming.speculative.retrieval import Retrieval
+from streamjax.streaming.state import StreamState, batch_axes, init_state
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,14 +32,17 @@ class SmallModel(Drafter):
     """A model that drafts.
 
     With the model itself and a small cache it is a draft of the same weights, cheaper where the cache of the stream is
-    what a token costs: `dense` or pages of a long context (a shortened context, 2502.20330).
+    what a token costs: `dense` or pages of a long context.
 
     Args:
       length: tokens guessed at most.
       model: who guesses; it has the vocabulary of the model that it guesses for.
       cache: what it keeps of the streams, as `init_state` takes it.
       context: newest tokens that it reads of a stream of which it knows nothing yet, or has missed more.
+      chunk_size: tokens that it reads at a time.
       drafter: who guesses for it; nobody where None.
+      retrieval: which older tokens it reads then, in front of those; none where None. What it finds must fit into the
+        cache, `context` included, or is soon forgotten.
 
     Example:
       >>> draft = SmallModel(model=small, cache=sj.kv.preset("streaming_llm", window=508), drafter=NGrams())
@@ -45,7 +52,9 @@ class SmallModel(Drafter):
     model: Decoder
     cache: Cache | Sequence[Cache]
     context: Size = 512
+    chunk_size: Size = 512
     drafter: Drafter | None = None
+    retrieval: Retrieval | None = None
     length: Size = 4
 
     def __post_init__(self) -> None:
@@ -83,17 +92,38 @@ class SmallModel(Drafter):
 
     def _catch_up(self, streams: Sequence[History]) -> None:
         """Read what the streams have read since, their newest tokens included."""
-        known = len(streams) == len(self._streams) and all(a is b for a, b in zip(streams, self._streams, strict=True))
-        missed = max((s.total - n for s, n in zip(streams, self._read, strict=True)), default=0) if known else 0
-        if not known or missed > self.context:
-            self._state = init_state(self.model, self.cache, len(streams), note_used=True)
-            self._streams, self._read = list(streams), [max(s.total - self.context, 0) for s in streams]
+        fresh = np.ones(len(streams), bool)
+        if len(streams) == len(self._streams):
+            known = zip(streams, self._streams, self._read, strict=True)
+            fresh = np.array([new is not old or new.total - n > self.context for new, old, n in known], bool)
+        if fresh.any():
+            empty = init_state(self.model, self.cache, len(streams), note_used=True)
+            self._state = empty if fresh.all() or self._state is None else _replaced(self._state, empty, fresh)
+        new = [
+            self._beginning(stream) if fresh[row] else stream.since(self._read[row]).copy()
+            for row, stream in enumerate(streams)
+        ]
         assert self._state is not None
-        new = [stream.since(n).copy() for stream, n in zip(streams, self._read, strict=True)]
         if any(map(len, new)):
-            self._state = read(self.model, self._state, new)
-            self._read = [stream.total for stream in streams]
+            self._state = read(self.model, self._state, new, self.chunk_size)
+        self._streams, self._read = list(streams), [stream.total for stream in streams]
+
+    def _beginning(self, stream: History) -> Int32[np.ndarray, " N"]:
+        """What is read of a stream of which nothing is known."""
+        if self.retrieval is None:
+            return stream.since(stream.total - self.context).copy()
+        return self.retrieval.read(stream.tokens, self.context)
 
     def learn(self, tokens: np.ndarray) -> None:
         if self.drafter is not None:
             self.drafter.learn(tokens)
+
+
+@partial(jax.jit, donate_argnames="state")
+def _replaced(state: StreamState, others: StreamState, which: Bool[Array, " B"]) -> StreamState:
+    """The streams, those of `which` by others."""
+
+    def choose(x: Array, other: Array, axis: int) -> Array:
+        return jnp.where(which.reshape(-1, *[1] * (x.ndim - 1 - axis)), other, x)
+
+    return jax.tree.map(choose, state, others, batch_axes(state))

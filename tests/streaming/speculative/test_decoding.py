@@ -9,7 +9,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.streaming.decode_block import decode_block
-from streamjax.streaming.speculative import Drafter, Drafts, NGrams, SmallModel, decoding
+from streamjax.streaming.speculative import Drafter, Drafts, NGrams, Retrieval, SmallModel, decoding
 from tests.covering import rest_slow
 from tests.streaming.tiny_models import GQA, VOCAB, build, random_tokens
 
@@ -161,6 +161,9 @@ DRAFTERS = {
         cache=sj.kv.preset("window", window=3),
         context=6,
         drafter=NGrams(length=2, shortest=1),
+    ),
+    "retrieval": lambda model: SmallModel(
+        length=LENGTH, model=model, cache=CACHE, context=4, retrieval=Retrieval(chunks=1, size=2, asked=4)
     ),
 }
 

@@ -5,7 +5,7 @@ over. Behind each round the server's memory is read, and the most that it had in
 is bounded: prefixes and conversations that are kept. `wrong` counts answers that differ from those of a client that is
 alone, `errors` those that did not come.
 
-    python -m benchmarks.serving.flat --model=FOLDER --minutes=30 --conversations=64
+    python -m benchmarks.serving.memory.flat --model=FOLDER --minutes=30 --conversations=64
 
 It takes its minutes, and those of its last round. Rows are written round by round, so what an ended run has found is
 there; the next one begins with a new server, and anew.
@@ -62,7 +62,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("cache", "conversations", "tokens")}
     settings["rows of the server"], settings["with"] = options.rows, options.more
     flags = [f"--{flag}" for flag in options.more]
-    record = Record("serving/flat", options.output, model=Path(options.model).name, resumes=False, **settings)
+    record = Record("serving/memory/flat", options.output, model=Path(options.model).name, resumes=False, **settings)
     minutes = tqdm(
         total=options.minutes, unit="min", bar_format="{l_bar}{bar}| {n:.1f} of {total:.0f} minutes{postfix}"
     )

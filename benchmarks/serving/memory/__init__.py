@@ -1,0 +1,1 @@
+"""What servers and engines hold in memory: over half an hour, and when everything is compiled."""
