@@ -32,8 +32,8 @@ def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
       **options: the preset's other options; those by which it grows, `Preset.scales`, are found here.
 
     Raises:
-      ValueError: a preset that there is not or that does not grow, an option by which it does, or a budget below the
-        smallest cache that there is.
+      ValueError: a preset that there is not or that does not grow (`long_mem`, in a model without a side network), an
+        option by which it does, or a budget below the smallest cache that there is.
     """
     if name not in presets():
         preset(name)  # raises, and says what there is
@@ -66,6 +66,8 @@ def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
     low, high = least, 2 * least
     while takes(high) <= budget:
         low, high = high, 2 * high
+    if math.isnan(takes(high)) and takes(low) == smallest:
+        raise ValueError(f"cache {name!r} takes {human_bytes(smallest)} with this model, however large it is made")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if takes(middle) <= budget else (low, middle)

@@ -18,7 +18,7 @@ from streamjax.training.pipeline.gradient import pipeline_loss_and_grad
 from streamjax.training.pipeline.paths import PipelineConfig
 from streamjax.training.post_training.rewards import Answer
 from streamjax.training.post_training.rollouts import RolloutConfig
-from streamjax.training.run.config import BackpropConfig, LoRAConfig, MeshConfig, TrainConfig
+from streamjax.training.run.config import BackpropConfig, LoRAConfig, MeshConfig, SnapshotConfig, TrainConfig
 from streamjax.training.run.evaluation import evaluate
 from streamjax.training.run.loop import RunStopped, train
 from streamjax.training.run.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -49,6 +49,7 @@ __all__ = [
     "PipelineConfig",
     "RolloutConfig",
     "RunStopped",
+    "SnapshotConfig",
     "TrainConfig",
     "TrainState",
     "accumulate_gradients",

@@ -28,6 +28,8 @@ def run(capsys, monkeypatch):
 
 
 TINY = "--config=configs/tiny.py"
+# of a configuration
+IMPORTS = "from streamjax.data import *\nfrom streamjax.models import *\nfrom streamjax.training import *\n"
 
 
 @pytest.mark.parametrize(
@@ -72,16 +74,19 @@ def test_help_lists_the_fields_of_the_configuration(run):
     assert "--config.optimizer.learning_rate = 0.01  (a number)" in out
 
 
+def test_the_parts_of_a_configuration_are_in_the_packages_that_configurations_import(run_config):
+    """`repr` of a configuration is one, as a configuration file writes it."""
+    names: dict = {}
+    exec(IMPORTS, names)
+    assert eval(repr(run_config), names) == run_config
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_and_started_again(run_config, tmp_path):
     """SIGKILL between checkpoints, then SIGTERM, then to the end: the model file is that of an undisturbed run."""
     train(run_config, tmp_path / "undisturbed")
     config = tmp_path / "config.py"
-    config.write_text(
-        "from streamjax.data import DataConfig\nfrom streamjax.models import UniformConfig, RopeConfig\n"
-        "from streamjax.training import *\n"
-        f"def get_config():\n    return {run_config!r}\n"
-    )
+    config.write_text(f"{IMPORTS}\ndef get_config():\n    return {run_config!r}\n")
     command = [sys.executable, "-m", "train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
 
     def start():

@@ -9,7 +9,7 @@ from streamjax.kv.codecs.codec import _shapes
 from streamjax.kv.codecs.integers import IntByToken
 from tests.streaming.tiny_models import GQA, build
 
-_UNSIZED = ("hsa", "minicache", "xkv")  # the model has no chunk memory; no stream begins with the others
+_UNSIZED = ("hsa", "long_mem", "minicache", "xkv")  # the model has no memory of its own; no stream begins with the last
 QUICK = ("streaming_llm", "h2o", "lagkv", "quest")
 
 
@@ -37,7 +37,16 @@ def test_every_preset_is_as_large_as_the_bytes_allow(model, name):
         assert left < 0.25 * budget
     else:
         slot = 2 * (2 * 2 * 6 * 4 + 2 * 4 + 8)  # keys and values of two layers, what may be noted of them, positions
-        assert left < 2 * slot
+        entry = sj.kv.presets()[name]  # a step makes all that it scales larger, in proportion
+        assert (
+            left < (1 + sum(entry.options[scaled] / entry.options[entry.scales[0]] for scaled in entry.scales)) * slot
+        )
+
+
+def test_a_cache_that_does_not_grow_with_a_model_is_refused(model):
+    """The bank of `long_mem` is its side network's, and there is none."""
+    with pytest.raises(ValueError, match="cache 'long_mem' takes 103 kB with this model, however large it is made"):
+        sj.kv.sized("long_mem", model, 3.1e5)
 
 
 def test_a_codec_is_traced_once_for_all_layers_and_sizes(model, monkeypatch):

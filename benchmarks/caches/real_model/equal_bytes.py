@@ -38,7 +38,7 @@ SINGLE = (
     "expected_attention:covariance=false", "chunkkv", "curdkv", "leverage", "criticalkv", "windowkv", "scissorhands",
     "cake", "d2o", "kvmerger", "ems", "elastic_cache", "cam", "random",
 )  # fmt: skip
-CACHES = tuple(f"{name}:codec=int4" for name in COMBINED) + SINGLE
+CACHES = ("kvzip:codec=int4,floor=0.2", *(f"{name}:codec=int4" for name in COMBINED), *SINGLE)
 
 
 def main() -> None:

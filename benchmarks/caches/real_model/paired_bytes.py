@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.caches.real_model.equal_bytes import BUDGET, EXAMPLES, TASKS, settings
 from benchmarks.reporting import RESULTS, report
 
-CACHES = ("kvzip:codec=int4", "leverage", "leverage:codec=int4", "kvzip")
+CACHES = ("kvzip:codec=int4,floor=0.2", "keydiff:codec=int4", "kvzip:codec=int4", "leverage")
 Scores = dict[str, list[float]]
 
 
