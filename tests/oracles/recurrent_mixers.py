@@ -285,13 +285,69 @@ def legendre_memory(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     row, column = np.indices((c.order, c.order))
     a = (2 * row + 1) * np.where(row < column, -1.0, (-1.0) ** (row - column + 1)) / c.theta
     b = (2 * np.arange(c.order) + 1) * (-1.0) ** np.arange(c.order) / c.theta
-    u = np.maximum(np.tensordot(x, _value(p.inside), axes=1) + _value(p.inside_bias), 0)
+    spiking = c.unit == "spiking"
+    if spiking:
+        cache += [{}] * (len(cache) == 1)
+        x = _spikes(cache[1], "input", x, 0.5)
+    u = np.tensordot(x, _value(p.inside), axes=1) + _value(p.inside_bias)
+    u = _spikes(cache[1], "u", _layer_normed(u, p.norms[0])) if spiking else np.maximum(u, 0)
     for _ in range(2000):  # the differential equation in small steps, each by the midpoint's slope
         here = np.einsum("nm,gmd->gnd", a, cache[0]) + b[:, None] * u[:, None]
         half = cache[0] + here / 4000
         cache[0] = cache[0] + (np.einsum("nm,gmd->gnd", a, half) + b[:, None] * u[:, None]) / 2000
-    y = np.tensordot(cache[0].reshape(c.num_groups, 1, -1), _value(p.out), axes=3)
-    return np.maximum(y + _value(p.out_bias) + x @ _value(p.direct), 0)
+    told = _spikes(cache[1], "memories", _layer_normed(cache[0], p.norms[1])) if spiking else cache[0]
+    y = np.tensordot(told.reshape(c.num_groups, 1, -1), _value(p.out), axes=3)
+    y = y + _value(p.out_bias) + x @ _value(p.direct)
+    y = _spikes(cache[1], "output", _layer_normed(y, p.norms[2])) if spiking else np.maximum(y, 0)
+    return y if c.unit == "plain" else y @ _value(p.after)
+
+
+def _spikes(potentials: dict, name: str, x: np.ndarray, threshold: float = 1.0) -> np.ndarray:
+    """One token of leaky neurons, each by itself; `potentials` by the names of layers of neurons."""
+    old, fired = potentials.get(name, np.zeros_like(x)), np.zeros_like(x)
+    new = old + (x - old) / 2
+    for at in np.ndindex(*x.shape):
+        if new[at] >= threshold:
+            fired[at], new[at] = 1.0, 0.0
+    potentials[name] = new
+    return fired
+
+
+def _layer_normed(x: np.ndarray, norm) -> np.ndarray:
+    """LayerNorm of all numbers of x together."""
+    flat = x.ravel() - x.mean()
+    flat = flat / np.sqrt(np.mean(flat * flat) + 1e-5) * _value(norm.weight) + _value(norm.bias)
+    return flat.reshape(x.shape)
+
+
+def conv_embedding(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+    """One token of LMUFormer's embedding; `cache` has the inputs of each convolution, and potentials."""
+    c, width = mixer.config, len(x)
+    if not cache:
+        cache += [[np.zeros((c.conv_width, width)) for _ in range(c.depth + 1)], {}]
+    inputs, potentials = cache
+
+    def convolved(x, at):
+        inputs[at] = np.concatenate((inputs[at][1:], x[None]))
+        weight = _value(mixer.convs[at]).reshape(c.conv_width, width, width)
+        return sum(inputs[at][tap] @ weight[tap] for tap in range(c.conv_width))
+
+    for at in range(c.depth):
+        made = convolved(x, at)
+        if c.spiking:
+            x = _spikes(potentials, at, _layer_normed(made, mixer.norms[at]))
+        else:
+            x = made = _layer_normed(np.maximum(made, 0), mixer.norms[at])
+    return made + convolved(x, c.depth)
+
+
+def spiking_mix(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+    """One token of LMUFormer's spiking channel mixer; `cache` has potentials."""
+    cache += [{}] * (not cache)
+    read = _spikes(cache[0], "input", x, 0.5)
+    hidden = np.tensordot(read, _value(mixer.inside), axes=1) + _value(mixer.inside_bias)
+    fired = _spikes(cache[0], "hidden", _layer_normed(hidden, mixer.norm))
+    return np.tensordot(fired[:, None], _value(mixer.out), axes=3) + _value(mixer.out_bias)
 
 
 HANDING = ("ssd", "gmu", "rwkv7")  # that take a list with what layers hand on, too
@@ -309,4 +365,6 @@ MIXERS = {
     "channel_mix": channel_mix,
     "mixture_of_memories": mixture_of_memories,
     "legendre_memory": legendre_memory,
+    "conv_embedding": conv_embedding,
+    "spiking_mix": spiking_mix,
 }

@@ -12,7 +12,7 @@ from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.latent import LatentAttentionConfig
-from streamjax.models.config.memories import LMUConfig, MoMConfig
+from streamjax.models.config.memories import ConvEmbeddingConfig, LMUConfig, MoMConfig, SpikingMixConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
     GatedConvConfig,
@@ -35,6 +35,8 @@ RecurrentMixerConfig: TypeAlias = (
     | RGLRUConfig
     | MoMConfig
     | LMUConfig
+    | ConvEmbeddingConfig
+    | SpikingMixConfig
     | RWKV7Config
     | ChannelMixConfig
     | GMUConfig

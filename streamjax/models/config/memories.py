@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from streamjax.field_checks import Positive, Size
+from streamjax.field_checks import LATER, Positive, Size
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import RecurrentConfig
 
@@ -68,6 +68,8 @@ class LMUConfig(RecurrentConfig):
     num_heads: as many as `num_groups`: parts of `channels` channels, each of which has a memory.
     order: numbers of a memory: polynomials that tell what the channel was.
     theta: how many tokens back they tell it.
+    unit: "plain"; "projected": with LMUFormer's product behind it; "spiking": that, and neurons that spike in place of
+      ReLUs, before the unit and behind its memories. Then all parts together are as wide as the model.
     """
 
     type_name: ClassVar[str] = "legendre_memory"
@@ -76,10 +78,12 @@ class LMUConfig(RecurrentConfig):
     channels: Size
     order: Size
     theta: Positive
+    unit: Literal["plain", "projected", "spiking"] = dataclasses.field(default="plain", metadata=LATER)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        return self.num_heads, self.order, self.channels
+        """Rows are polynomials and, of a spiking unit, as many potentials, and those of its input, u and its output."""
+        return self.num_heads, 2 * self.order + 3 if self.unit == "spiking" else self.order, self.channels
 
     @property
     def group_channels(self) -> tuple[int]:
@@ -88,4 +92,70 @@ class LMUConfig(RecurrentConfig):
 
     def parameter_count(self, d_model: int) -> int:
         inner = self.num_groups * self.channels
-        return (d_model + 1) * inner + inner * self.order * d_model + d_model + d_model * d_model
+        count = (d_model + 1) * inner + inner * self.order * d_model + d_model + d_model * d_model
+        count += 0 if self.unit == "plain" else d_model * d_model
+        return count + (2 * (inner + inner * self.order + d_model) if self.unit == "spiking" else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvEmbeddingConfig(RecurrentConfig):
+    """LMUFormer's convolutional embedding of patches (2402.04882): convolutions of all channels, one behind the other.
+
+    Each is followed by a ReLU and a norm, and one more stands beside the last. It has a layer to itself, the first one.
+
+    num_heads: as many as `num_groups`: parts of `channels` channels each, together as wide as the model.
+    depth: convolutions one behind the other.
+    conv_width: tokens that each reads: the newest ones, where the paper's reads one ahead.
+    spiking: neurons that spike in place of ReLUs, behind their norms; the last convolution has none.
+    """
+
+    type_name: ClassVar[str] = "conv_embedding"
+    single_heads: ClassVar[bool] = True
+
+    channels: Size
+    depth: Size = 4
+    conv_width: Size = 3
+    spiking: bool = False
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Potentials of the neurons in front of each convolution but the first."""
+        return (self.num_heads, self.depth, self.channels) if self.spiking else ()
+
+    @property
+    def group_channels(self) -> tuple[int]:
+        return (self.channels,)
+
+    @property
+    def conv_shape(self) -> tuple[int, int, int]:
+        """The newest inputs of each convolution."""
+        return (self.depth + 1) * (self.conv_width - 1), self.num_groups, self.channels
+
+    def parameter_count(self, d_model: int) -> int:
+        return (self.depth + 1) * self.conv_width * d_model * d_model + 2 * self.depth * d_model
+
+
+@dataclasses.dataclass(frozen=True)
+class SpikingMixConfig(RecurrentConfig):
+    """LMUFormer's channel mixer whose neurons spike (2402.04882), a layer without an MLP; without spikes it is an MLP.
+
+    num_heads: as many as `num_groups`: parts of `width` of the model's channels and `channels` hidden ones each.
+    """
+
+    type_name: ClassVar[str] = "spiking_mix"
+    single_heads: ClassVar[bool] = True
+
+    width: Size
+    channels: Size
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Potentials of the neurons in front of both products."""
+        return self.num_heads, 1, self.width + self.channels
+
+    @property
+    def group_channels(self) -> tuple[int]:
+        return (self.channels,)
+
+    def parameter_count(self, d_model: int) -> int:
+        return 2 * d_model * self.projected + self.projected + d_model + 2 * self.projected

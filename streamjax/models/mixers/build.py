@@ -10,6 +10,7 @@ from jaxtyping import Array
 from streamjax.models.config import (
     AttentionConfig,
     ChannelMixConfig,
+    ConvEmbeddingConfig,
     GatedConvConfig,
     GatedDeltaConfig,
     GatedLinearConfig,
@@ -23,6 +24,7 @@ from streamjax.models.config import (
     MoMConfig,
     RGLRUConfig,
     RWKV7Config,
+    SpikingMixConfig,
     SSDConfig,
 )
 from streamjax.models.mixers.attention import Attention
@@ -36,6 +38,7 @@ from streamjax.models.mixers.hgrn import HGRN, HGRN2
 from streamjax.models.mixers.kimi_delta import KimiDelta
 from streamjax.models.mixers.latent import LatentAttention
 from streamjax.models.mixers.memories.legendre import LMU
+from streamjax.models.mixers.memories.lmuformer import ConvEmbedding, SpikingMix
 from streamjax.models.mixers.memories.routed import MixtureOfMemories
 from streamjax.models.mixers.rg_lru import RGLRU
 from streamjax.models.mixers.ssd import SSD
@@ -53,6 +56,8 @@ Mixer: TypeAlias = (
     | HGRN2
     | MixtureOfMemories
     | LMU
+    | ConvEmbedding
+    | SpikingMix
     | RWKV7
     | ChannelMix
     | GMU
@@ -74,6 +79,8 @@ _MODULES: dict[type, Any] = {
     ChannelMixConfig: ChannelMix,
     MoMConfig: MixtureOfMemories,
     LMUConfig: LMU,
+    ConvEmbeddingConfig: ConvEmbedding,
+    SpikingMixConfig: SpikingMix,
 }
 
 

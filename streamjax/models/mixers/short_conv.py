@@ -51,6 +51,23 @@ def one_before(
     return _convolve(x, before, taps, None, valid, resets)
 
 
+def newest_inputs(
+    x: Float[Array, "B T G D"],
+    before: Float[Array, "B W G D"],
+    valid: Bool[Array, "B T"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T taps G D"], Float[Array, "B W G D"]]:
+    """For each of T tokens the W before it and itself, in this order, and the newest W that count.
+
+    What came before the first token of a document is zeros: of W = 1, `one_before` of each token and the token.
+    """
+    taps, found = before.shape[1] + 1, []
+    for tap in range(taps):
+        one = jnp.zeros((taps, *x.shape[2:]), x.dtype).at[tap].set(1)
+        found.append(_convolve(x, before, one, None, valid, resets))
+    return jnp.stack([seen for seen, _ in found], axis=2), found[0][1]
+
+
 def _over_devices(
     x: Float[Array, "B T G D"],
     before: Float[Array, "B W G D"],

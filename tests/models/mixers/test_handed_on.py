@@ -34,6 +34,19 @@ SAMBA = ModelConfig(
         BlockConfig(UNIT, None),
     ),
 )
+# SambaY's decoder-hybrid-decoder: Mamba-2, a window and one layer of full attention; above it units on what Mamba-2 has
+# read, and attention to the keys of the full layer.
+WHOLE = ModelConfig(
+    VOCAB,
+    12,
+    (
+        BlockConfig(SPACE, MLP),
+        BlockConfig(AttentionConfig(2, 1, 6, window=5), MLP),
+        BlockConfig(AttentionConfig(2, 1, 6, hands_on_keys=True), MLP),
+        BlockConfig(UNIT, MLP),
+        BlockConfig(AttentionConfig(2, 1, 6, keys_of=2), MLP),
+    ),
+)
 VALUES = ModelConfig(
     VOCAB,
     16,
@@ -53,6 +66,20 @@ def test_whole_and_in_pieces_it_is_the_published_rule(config):
     _, logits = read_stream(model, state, tokens, [5, 1])
     np.testing.assert_allclose(logits, whole, atol=1e-4)
     assert state.hidden.shape == (2, config.d_model)
+
+
+@pytest.mark.slow
+def test_a_decoder_on_a_decoder():
+    """Both kinds of what is handed on, in one model: the rule, a stream that keeps one layer's keys, the gradient."""
+    model, tokens = build(WHOLE), random_tokens(2, LENGTH) % VOCAB
+    whole = sj.forward(model, tokens)
+    np.testing.assert_allclose(whole[0], oracle.run(model, tokens[0], oracle.DENSE), atol=1e-4)
+    state = sj.init_state(model, sj.kv.preset("dense", capacity=LENGTH), batch_size=2)
+    slots = [getattr(cache, "slots", 0) for cache in state.caches]
+    assert slots[2] == LENGTH > sum(slots) - LENGTH
+    _, logits = read_stream(model, state, tokens, [5, 1])
+    np.testing.assert_allclose(logits, whole, atol=1e-4)
+    check(WHOLE, 13, chunk_size=6, packed=True, orders=("chunk",))
 
 
 def test_a_long_stretch_is_read_layer_by_layer():
