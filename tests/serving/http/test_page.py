@@ -86,7 +86,7 @@ def test_a_chat_in_a_browser(page_server, tmp_path):
         page.open(page_server.url)  # again: the conversation is there
         page.until("document.querySelectorAll('.message').length === 6")
         page_server.engine.answer, page_server.engine.pause = (lambda request: "x" * 2000), 0.02
-        page.type("Write much")
+        page.type("Write much")  # the page may not know yet what it talks to: then it sends when it does
         page.press("Enter", 13, "\r")
         page.until("document.querySelectorAll('.message').length === 8 && !document.getElementById('stop').hidden")
         page.press("Escape", 27)

@@ -14,6 +14,7 @@ let nats = []; // of the newest generated tokens
 let series = { tokens: [], perplexity: [], seen: [] };
 let began = null; // of the first answer that the page has seen
 let drawing = false;
+let waiting = false; // whether what is in the box was sent before the server had said what it is
 
 function stored(key, otherwise) {
   try { return JSON.parse(localStorage.getItem(key)) ?? otherwise; } catch { return otherwise; }
@@ -236,12 +237,14 @@ async function start() {
   at("model").textContent = `${about.model}, trained at ${about.trained_length.toLocaleString("en")} tokens`;
   at("cache-words").textContent = about.cache.name;
   await refresh();
+  if (waiting) { waiting = false; at("ask").requestSubmit(); }
 }
 
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = at("text").value;
-  if (!text.trim() || running || !about) return;
+  if (!text.trim() || running) return;
+  if (!about) { waiting = true; return; }
   at("text").value = "";
   ask(text);
 });
