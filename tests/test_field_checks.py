@@ -239,7 +239,7 @@ EXAMPLES = [
 # Dataclasses of plain values that no user fills in: results, descriptions of architectures and files, what is derived
 # from a checked configuration. Cascade and HeadGroups check their parts in a constructor of their own.
 NO_CONFIGURATIONS = {
-    *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups"),
+    *("Rotary", "KeyStore", "ReadablePages", "ClustersState", "Interval", "Cascade", "HeadGroups", "SharedFront"),
     *("Question", "Problem", "Part", "Cell", "Curve", "SlotMemory", "Source", "Place", "ChatFrame"),
     *("Quantisation", "TurnedTensor", "KeyValueTensor", "Compaction", "Split"),
     *("GroupedCompaction", "Measuring", "NearShare", "Rearrangement", "StateStore", "KeptAttention", "CacheSizes"),

@@ -43,7 +43,7 @@ ROOMS = """
     streamjax.kv.pages
     streamjax.kv.tiers
     streamjax.kv.channels streamjax.kv.selective
-    streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.layer_caches
+    streamjax.kv.cascade streamjax.kv.head_groups streamjax.kv.shared_front streamjax.kv.layer_caches
     streamjax.kv.budgets
     streamjax.kv.compaction streamjax.kv.budgets.measuring
     streamjax.kv.layouts

@@ -99,9 +99,9 @@ def describe(cache: Cache | Sequence[Cache], model: Decoder, dtype: DTypeLike | 
 
 def _parts(cache: Cache, state: Any) -> Iterator[PartSize]:
     if isinstance(cache, HeadGroups):
-        for (heads, cascade), own in zip(cache.groups, state, strict=True):
+        for cascade, heads, own in cache.parts(state):
             for part in _parts(cascade, own):
-                yield dataclasses.replace(part, part=f"{part.part} in {len(heads)} heads")
+                yield dataclasses.replace(part, part=f"{part.part} in {heads} heads")
     elif isinstance(cache, BesideRecurrence):
         yield from _parts(cache.attention, state[0])
         yield from _parts(cache.recurrence, state[1])

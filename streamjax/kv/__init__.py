@@ -67,6 +67,7 @@ from streamjax.kv.scores.tova import TOVA
 from streamjax.kv.scores.windowkv import WindowKV
 from streamjax.kv.selective.lines import Lines
 from streamjax.kv.selective.static_eviction import StaticEviction
+from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.clusters import Clusters
@@ -174,6 +175,7 @@ __all__ = [
     "Score",
     "Scored",
     "Shadow",
+    "SharedFront",
     "Side",
     "Sink",
     "SlotsOf",

@@ -167,10 +167,14 @@ class Cascade(Cache):
         """
         return self._update(state, query, tokens, own=False)
 
-    def _whole(self, state: Sequence[State], query: Query, rest: KVTokens, own: bool = True) -> Partial:
+    def attend_stored(self, state: tuple[State, ...], query: Query) -> Partial:
+        """Attention to what is stored; nothing is stored in addition."""
+        return self._whole(state, query, None, own=False)
+
+    def _whole(self, state: Sequence[State], query: Query, rest: KVTokens | None, own: bool = True) -> Partial:
         """Attention to all tiers, and to those tokens of the chunk that none has absorbed."""
         parts = [tier.attend(part, query, self.reach) for tier, part in zip(self.tiers, state, strict=True)]
-        if not own:
+        if not own or rest is None:
             return merge(*parts)
         parts.append(query.attend_own(rest, self.reach))
         return add_sinks(merge(*parts), query.sink_logits)

@@ -21,6 +21,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.head_groups import HeadGroups, in_layer_order, of_heads
 from streamjax.kv.scores.score import Score
+from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.slot_state import take_slots
 from streamjax.kv.tier import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
 from streamjax.kv.tiers.scored import Scored
@@ -209,6 +210,8 @@ class GroupedCompaction(Cache):
         self, state: tuple[State, tuple[Asked | None, ...] | None], query: Query, tokens: KVTokens
     ) -> tuple[Float[Array, "B C H D"], tuple]:
         held, before = state
+        if isinstance(self.old, SharedFront):
+            held = self.old.apart(held)
         outs, made = [], []
         for i, (heads, cascade) in enumerate(self.new.groups):
             at, own, old = self._before(heads)

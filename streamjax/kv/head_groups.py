@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -90,6 +90,13 @@ class HeadGroups(Cache):
             states.append(new)
         return in_layer_order([heads for heads, _ in self.groups], outs), tuple(states)
 
+    def update_in_order(
+        self, order: Int32[Array, " K"], state: tuple[State, ...], query: Query, tokens: KVTokens
+    ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
+        """`update` where key head i of the groups is the layer's head `order[i]`, which is data; see `renumbered`."""
+        out, state = self.update(state, *of_chosen_heads(order, order.shape[0], query, tokens))
+        return of_query_heads(out, jnp.argsort(order), order.shape[0], 2), state
+
     def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
         every = [cascade.levels(part) for (_, cascade), part in zip(self.groups, state, strict=True)]
         some = [most for most in every if most is not None]
@@ -104,7 +111,11 @@ class HeadGroups(Cache):
         return HeadGroups(*groups), order
 
     def sizes(self, state: tuple[State, ...]) -> Sequence[tuple[int, int]]:
-        return [size for (_, c), part in zip(self.groups, state, strict=True) for size in c.sizes(part)]
+        return [size for cascade, _, part in self.parts(state) for size in cascade.sizes(part)]
+
+    def parts(self, state: tuple[State, ...]) -> Sequence[tuple[Cascade, int, State]]:
+        """Of each part of the state the tiers, key heads, and what they hold."""
+        return [(cascade, len(heads), part) for (heads, cascade), part in zip(self.groups, state, strict=True)]
 
 
 def of_heads(heads: Sequence[int], count: int, query: Query, tokens: KVTokens) -> tuple[Query, KVTokens]:
@@ -135,24 +146,24 @@ def update_in_order(
     """`cache.update` where the cache's key head i is the layer's head `order[i]`, which is data; see `renumbered`."""
     if order is None:
         return cache.update(state, query, tokens)
-    out, state = cache.update(state, *of_chosen_heads(order, order.shape[0], query, tokens))
-    return _of_query_heads(out, jnp.argsort(order), order.shape[0], 2), state
+    assert isinstance(cache, HeadGroups), "only groups of heads have them in another order"
+    return cache.update_in_order(order, state, query, tokens)
 
 
 def of_chosen_heads(chosen: Int32[Array, " N"], count: int, query: Query, tokens: KVTokens) -> tuple[Query, KVTokens]:
     """`of_heads` of key heads that are data."""
     slopes, sinks = (
-        None if x is None else _of_query_heads(x, chosen, count, 0) for x in (query.slopes, query.sink_logits)
+        None if x is None else of_query_heads(x, chosen, count, 0) for x in (query.slopes, query.sink_logits)
     )
-    q, raw_q = (_of_query_heads(x, chosen, count, 2) for x in (query.q, query.raw_q))
+    q, raw_q = (of_query_heads(x, chosen, count, 2) for x in (query.q, query.raw_q))
     mine = dataclasses.replace(query, q=q, raw_q=raw_q, slopes=slopes, sink_logits=sinks)
     k, v, raw_k = (jnp.take(x, chosen, axis=1, mode="clip") for x in (tokens.k, tokens.v, tokens.raw_k))
     outputs = None if tokens.outputs is None else jnp.take(tokens.outputs, chosen, axis=0, mode="clip")
     return mine, dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, outputs=outputs)
 
 
-def _of_query_heads(x: Array, chosen: Int32[Array, " N"], count: int, axis: int) -> Array:
-    """Query heads, which follow their `count` key heads, along `axis`."""
+def of_query_heads(x: Array, chosen: Int32[Array, " N"], count: int, axis: int) -> Array:
+    """The query heads of chosen ones of `count` key heads, which lie along `axis` one key head after another."""
     grouped = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
     taken = jnp.take(grouped, chosen, axis=axis, mode="clip")
     return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
@@ -165,20 +176,28 @@ def _index(heads: Sequence[int]) -> slice | np.ndarray:
     return np.array(heads)
 
 
-def split_by_gates(name: str, file: str | Path, share: float, far: Cascade, near: Cascade) -> tuple[HeadGroups, ...]:
+def split_by_gates(
+    name: str,
+    file: str | Path,
+    share: float,
+    far: Cascade,
+    near: Cascade,
+    group: Callable[..., HeadGroups] = HeadGroups,
+) -> tuple[HeadGroups, ...]:
     """For each layer of the model that `file` is for: `far` in the heads that look far back, `near` in the others.
 
     Args:
       name: of the cache that asks, for the message.
       file: see `read_gates`.
       share, far, near: see `far_heads`.
+      group: makes a layer's cache of pairs of heads and cascades.
 
     Raises:
       ValueError: no file is named, or what `read_gates` and `far_heads` refuse.
     """
     if not file:
         raise ValueError(f"cache {name!r} needs a file of head gates: heads=FILE.json, or DuoAttention's own .tsv")
-    return tuple(HeadGroups((looking, far), (others, near)) for looking, others in far_heads(read_gates(file), share))
+    return tuple(group((looking, far), (others, near)) for looking, others in far_heads(read_gates(file), share))
 
 
 def read_gates(path: str | Path) -> Float[np.ndarray, "L K"]:

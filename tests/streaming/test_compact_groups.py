@@ -72,3 +72,19 @@ def test_groups_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message) as error:
             sj.compact(model, state, cache)
         assert "\n" not in str(error.value)
+
+
+def test_heads_that_shared_a_front_come_apart():
+    """Each group goes on as `HeadGroups` of the same cascades, and into other ones."""
+    model, tokens = build(GQA.replace(num_layers=1)), random_tokens(2, LENGTH + 8)
+    front = sj.kv.Sink(2, reach=2**30), sj.kv.Window(5)
+    far, near = sj.kv.Cascade(*front, sj.kv.Full(64)), sj.kv.Cascade(*front)
+    before = sj.kv.SharedFront(2, ((1,), far), ((0,), near))
+    after = sj.kv.HeadGroups(((1,), FULL), ((0,), near))
+    state = sj.read(model, sj.init_state(model, [before], batch_size=2), tokens[:, :LENGTH], 16)
+    _, expected = read_stream(model, sj.init_state(model, [after], batch_size=2), tokens, [LENGTH, 1])
+    for cache, kept in ((after, after), (before, before.plain())):
+        compacted = sj.compact(model, state, [cache])
+        assert compacted.caches == (kept,)
+        _, logits = read_stream(model, compacted, tokens[:, LENGTH:], [1])
+        np.testing.assert_allclose(logits, expected[:, LENGTH:], atol=1e-4)

@@ -37,6 +37,13 @@ CACHES = {
     ),
     "key norms": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Scored(SLOTS - 64, sj.kv.KNorm())),
     "clusters": sj.kv.Cascade(sj.kv.Window(32), sj.kv.Clusters(32, SLOTS, 4, 4)),
+    "shared front": (
+        sj.kv.SharedFront(
+            2,
+            ((1,), sj.kv.Cascade(sj.kv.Sink(4, 2**30), sj.kv.Window(SLOTS - 4), sj.kv.Pages(16, SLOTS, 8))),
+            ((0,), sj.kv.Cascade(sj.kv.Sink(4, 2**30), sj.kv.Window(SLOTS - 4))),
+        ),
+    ),
 }
 
 # Of scored slots the compiler counts what a choice reads too, every 64 tokens: notes, or keys once more.

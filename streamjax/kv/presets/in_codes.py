@@ -18,6 +18,7 @@ from streamjax.kv.codecs.fp8 import FP8
 from streamjax.kv.codecs.hadamard import Hadamard
 from streamjax.kv.codecs.integers import Int
 from streamjax.kv.head_groups import HeadGroups
+from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.sink import Sink
@@ -47,7 +48,8 @@ def in_codes(cache: Cache, codec: Codec) -> Cache:
         return dataclasses.replace(cache, cascade=_cascade(cache.cascade, codec))
     coded: Cache = cache
     if isinstance(cache, HeadGroups):
-        coded = HeadGroups(*((heads, _cascade(cascade, codec)) for heads, cascade in cache.groups))
+        groups = [(heads, _cascade(cascade, codec)) for heads, cascade in cache.groups]
+        coded = SharedFront(cache.front, *groups) if isinstance(cache, SharedFront) else HeadGroups(*groups)
     elif isinstance(cache, Cascade):
         coded = _cascade(cache, codec)
     if coded == cache:

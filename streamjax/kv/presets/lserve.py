@@ -3,16 +3,19 @@
 The published rule for decoding: DuoAttention's gates choose the streaming heads; the other heads keep all tokens in
 pages, which hold logical pages with a smallest and a largest key value each; a page is worth what its best logical page
 is worth, and a constant number of pages is read. Published sizes: pages of 64 tokens, logical pages of 16, 4,096 tokens
-read. The paper chooses pages again every few tokens and shares the choice between; here every token chooses. It keeps
-weights and caches in few bits, which is a matter of codecs.
+read. Sinks and windows of all heads lie together (`SharedFront`). The paper chooses pages again every few tokens and
+shares the choice between; here every token chooses. It keeps weights and caches in few bits, which is a matter of
+codecs.
 """
 
+from functools import partial
 from pathlib import Path
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, split_by_gates
 from streamjax.kv.pages.indexes import MinMax
 from streamjax.kv.presets.registry import at_most, dividing, pages, register
+from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.tiers.pages import Pages, Placement
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
@@ -32,7 +35,7 @@ def lserve(
     """Stream in some heads; in those of the file `heads` that retrieve, read the `top_k` best pages of `capacity`."""
     if logical < 1 or page % logical:
         raise ValueError(f"cache 'lserve': logical pages of {logical} tokens do not divide pages of {page}")
-    streaming = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent))
+    streaming = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent), fuse=False)
     pages = Pages(page, capacity, top_k, MinMax(parts=page // logical), block, placement=placement)
     retrieving = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(recent), pages)
-    return split_by_gates("lserve", heads, full, retrieving, streaming)
+    return split_by_gates("lserve", heads, full, retrieving, streaming, partial(SharedFront, len(streaming.tiers)))

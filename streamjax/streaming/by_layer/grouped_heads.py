@@ -7,6 +7,11 @@ of a layer in it: projections, MLP, and both rules. Here the host calls what dep
     group_over  a group of heads: attention to what it stores   one for each cascade and number of heads
     continued   attention to the chunk itself, and the rest     one for all layers
 
+Where cascades begin with the same tiers (`SharedFront`), these are read for all heads at once:
+
+    front_over  all heads: attention to what the front stores   one for all layers
+    behind_over a group of heads: what is behind the front      one for each cascade and number of heads
+
 Which heads a group has is data. What a group gives is put into an `Answer` of all heads, in the layer's own order.
 """
 
@@ -25,6 +30,7 @@ from streamjax.host_programs import program
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, of_chosen_heads
+from streamjax.kv.shared_front import ANY_DISTANCE, SharedFront, read_behind, read_front
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
@@ -33,8 +39,6 @@ from streamjax.models.mixers.attention import Attention, ChunkContext
 from streamjax.parallel.rules import constrain, map_state_axes
 from streamjax.streaming.by_layer.in_turn import Places, in_turn
 from streamjax.streaming.state import StreamState
-
-ANY_DISTANCE = 2**31 - 1  # how far back heads see whose cascade has no bound
 
 
 class Answer(NamedTuple):
@@ -65,6 +69,12 @@ class Answer(NamedTuple):
             jnp.where((place >= 0)[:, None], left, self.left),  # equal for all heads of a group
         )
 
+    def merged(self, place: Int32[Array, " K"], part: Partial) -> Answer:
+        """With a group's part beside what its heads have already; see `with_group`."""
+        nothing = Answer(jnp.zeros_like(self.out), jnp.full_like(self.lse, -jnp.inf), self.left)
+        mine = nothing.with_group(place, part, self.left)
+        return self._replace(**merge(Partial(self.out, self.lse), Partial(mine.out, mine.lse))._asdict())
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +85,14 @@ class Asked:
     structure: Any = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, query: Query, tokens: KVTokens) -> Asked:
+    def of(cls, *parts: Query | KVTokens) -> Asked:
         """Of one chunk."""
-        arrays, structure = jax.tree.flatten((query, tokens))
+        arrays, structure = jax.tree.flatten(parts)
         return cls(tuple(arrays), structure)
 
-    def restored(self) -> tuple[Query, KVTokens]:
-        """Of one chunk."""
-        found: tuple[Query, KVTokens] = jax.tree.unflatten(self.structure, self.arrays)
+    def restored(self) -> tuple[Any, ...]:
+        """Of one chunk: what `of` was given."""
+        found: tuple[Any, ...] = jax.tree.unflatten(self.structure, self.arrays)
         return found
 
 
@@ -134,6 +144,9 @@ def read_grouped(
     """One layer over N chunks, called from the host: its outputs and its new state. See `layer_over`."""
     tempered = block.attention.config.temperature is not None
     chunks, answer = asked(block, row, x, places, span, implementation, cache.span if tempered else 0)
+    if isinstance(cache, SharedFront):
+        answer, new = _read_shared(chunks, state, cache)
+        return continued(block, row, x, chunks, answer, jnp.asarray(cache.reaches), True), new
     leaves = all(cascade.leaves_chunk(x.shape[2]) for _, cascade in cache.groups)
     reach, states = np.full(cache.heads, ANY_DISTANCE, np.int32), []
     for (heads, cascade), part in zip(cache.groups, state, strict=True):
@@ -146,6 +159,22 @@ def read_grouped(
         part, answer = group_over(part, answer, chunks, own, jnp.asarray(place), cascade, leaves)
         states.append(part)
     return continued(block, row, x, chunks, answer, jnp.asarray(reach), leaves), tuple(states)
+
+
+def _read_shared(chunks: Asked, state: tuple[State, ...], cache: SharedFront) -> tuple[Answer, tuple[State, ...]]:
+    """What all tiers of a layer give whose groups share a front, and the new state."""
+    front, _ = cache.shared.renumbered()
+    first, answer, fallen = front_over(state[0], chunks, jnp.asarray(cache.reaches), front)
+    states = [first]
+    for (heads, cascade), part in zip(cache.groups, state[1:], strict=True):
+        if (behind := cache.behind(cascade)) is not None:
+            place = np.full(cache.heads, -1, np.int32)
+            place[list(heads)] = range(len(heads))
+            behind, _ = behind.renumbered()
+            own = jnp.array(heads, jnp.int32)
+            part, answer = behind_over(part, answer, chunks, fallen, own, jnp.asarray(place), behind)
+        states.append(part)
+    return answer, tuple(states)
 
 
 @program(static_argnames=("span", "implementation", "cache_span"))
@@ -204,6 +233,46 @@ def group_over(
         return state, answer.with_group(place, part, left[:, :1])
 
     return in_turn(one, state, (chunks, answer))
+
+
+@program(static_argnames="front", donate_argnames="state")
+def front_over(state: State, chunks: Asked, reaches: Int32[Array, " K"], front: Cascade) -> tuple[State, Answer, Asked]:
+    """The new state of the tiers in front of all heads, an answer with their part, and N chunks of what fell out.
+
+    Key head i sees `reaches[i]` positions back. Attention to the chunk itself is not in it.
+    """
+
+    def one(state: State, chunk: Asked) -> tuple[State, tuple[Answer, Asked]]:
+        query, tokens = chunk.restored()
+        read = read_front(front, state, query, tokens, reaches, falls=True, own=False)
+        state = map_state_axes(lambda leaf, axes: constrain(leaf, *axes), read.state)
+        left = jnp.broadcast_to(read.left, tokens.k.shape[:3])
+        return state, (Answer(*read.part, left), Asked.of(read.fallen))
+
+    state, (answer, fallen) = in_turn(one, state, chunks)
+    return state, answer, fallen
+
+
+@program(static_argnames="behind", donate_argnames=("state", "answer"))
+def behind_over(
+    state: State,
+    answer: Answer,
+    chunks: Asked,
+    fallen: Asked,
+    heads: Int32[Array, " M"],
+    place: Int32[Array, " K"],
+    behind: Cascade,
+) -> tuple[State, Answer]:
+    """The new state of what M heads have behind the front, and the answer with attention to it; see `group_over`."""
+
+    def one(state: State, chunk: tuple[Asked, Answer, Asked]) -> tuple[State, Answer]:
+        asked, answer, fallen = chunk
+        query, (tokens,) = asked.restored()[0], fallen.restored()
+        part, state = read_behind(behind, state, *of_chosen_heads(heads, place.shape[0], query, tokens))
+        state = map_state_axes(lambda leaf, axes: constrain(leaf, *axes), state)
+        return state, answer.merged(place, part)
+
+    return in_turn(one, state, (chunks, answer, fallen))
 
 
 @program(static_argnames="leaves")

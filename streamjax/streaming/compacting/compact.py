@@ -20,6 +20,7 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.layouts.across_layers import AcrossLayers
 from streamjax.kv.layouts.lazy_layers import NearShare
+from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
@@ -94,7 +95,8 @@ def compact(
     require_own_calibration(model, cache)
     if isinstance(cache, Budgeted):
         cache = _for_these_streams(model, state, cache, queries if query is None else (query,), stored)
-    caches = layer_caches(model.config, cache)
+    # heads that share a front come apart: what each group kept so far may differ
+    caches = tuple(new.plain() if isinstance(new, SharedFront) else new for new in layer_caches(model.config, cache))
     works = [_compaction(old, new, asked, stored) for old, new in zip(state.caches, caches, strict=True)]
     span = max(new.span for new in caches)
     if (layer := rotated_otherwise(model.config, state.span, span)) is not None:
@@ -110,7 +112,7 @@ def compact(
     layers = through_layers(model, state, queries[-1] if queries else query, stored, works, said)
     # What is as it was is copied: both states can be read on, and reading consumes a state.
     kept = jax.tree.map(jnp.copy, dataclasses.replace(state, layers=()))
-    same = [isinstance(work, Recurrence) or work.old == work.new for work in works]
+    same = [isinstance(work, Recurrence | GroupedCompaction) or work.old == work.new for work in works]
     layers = [jax.tree.map(jnp.copy, x) if is_same else x for is_same, x in zip(same, layers, strict=True)]
     return dataclasses.replace(kept, layers=tuple(layers), caches=caches, span=span).placed()
 

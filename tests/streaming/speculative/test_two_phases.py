@@ -48,6 +48,11 @@ CACHES = {
     "groups of heads": sj.kv.HeadGroups(
         ((1,), sj.kv.preset("dense", capacity=80)), ((0,), sj.kv.preset("streaming_llm", sinks=2, window=5))
     ),
+    "shared front": sj.kv.SharedFront(
+        2,
+        ((1,), Cascade(Sink(1, reach=FAR), Window(4), sj.kv.Pages(2, 80, 6))),
+        ((0,), Cascade(Sink(1, reach=FAR), Window(4))),
+    ),
     "compensated": sj.kv.HeadGroups(
         ((0,), sj.kv.preset("dense", capacity=80)), ((1,), Cascade(Sink(1, reach=FAR), Window(4), sj.kv.Compensation()))
     ),
