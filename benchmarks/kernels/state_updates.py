@@ -15,14 +15,16 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 from benchmarks import aot
 from benchmarks.reporting import report
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
 TOPOLOGIES = {**CHIPS, "h100": "h100"}
-MODELS = {  # groups, heads of a group, rows and columns of a state, a decay for each row, the delta rule
+Shape: TypeAlias = tuple[int, int, int, int, bool, bool]
+# Groups, heads of a group, rows and columns of a state, a decay for each row, the delta rule.
+MODELS: dict[str, Shape] = {
     "Qwen3-Next 80B": (16, 2, 128, 128, False, True),
     "Kimi-Linear 48B": (32, 1, 128, 128, True, True),
     "Mamba-2 2.7B": (1, 80, 128, 64, False, False),
@@ -33,15 +35,25 @@ FORMS = ("product", "as used")
 
 def program(chip: str, model: str, form: str) -> tuple[str, int]:
     """The compiled program's text, and the bytes of the states; for a process of `aot.child_environment`."""
+    from jax.sharding import SingleDeviceSharding
+
+    place = SingleDeviceSharding(aot.devices(TOPOLOGIES[chip])[0])
+    traced = trace(chip, MODELS[model], place, form)
+    platform = "tpu" if TOPOLOGIES[chip].startswith("v") else "cuda"
+    groups, shared, rows, columns, _, _ = MODELS[model]
+    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    return compiled.as_text(), STREAMS * groups * shared * rows * columns * 4
+
+
+def trace(chip: str, shape: Shape, place: Any, form: str = "as used") -> Any:
+    """The update at a layer's shape, traced; for a process of `aot.child_environment`."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
 
     from pallas_kernels.api import platforms
     from streamjax.attention.recurrent import recurrence
 
-    place = SingleDeviceSharding(aot.devices(TOPOLOGIES[chip])[0])
-    groups, shared, rows, columns, channels, delta = MODELS[model]
+    groups, shared, rows, columns, channels, delta = shape
 
     def array(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((STREAMS, *shape), jnp.float32, sharding=place)
@@ -54,9 +66,7 @@ def program(chip: str, model: str, form: str) -> tuple[str, int]:
         platforms.platform_implementation = lambda: "tpu" if tpu else "triton"
     pair, heads, state = (1, groups, rows), (1, groups, shared), array(groups * shared, rows, columns)
     given = array(*pair), array(*pair), array(*heads, columns), array(*heads, *([rows] if channels else []))
-    traced = jax.jit(update, donate_argnums=5).trace(*given, array(*heads) if delta else None, state)
-    compiled = traced.lower(lowering_platforms=("tpu" if tpu else "cuda",)).compile()
-    return compiled.as_text(), STREAMS * groups * shared * rows * columns * 4
+    return jax.jit(update, donate_argnums=5).trace(*given, array(*heads) if delta else None, state)
 
 
 def moved(chip: str, model: str, form: str) -> float:

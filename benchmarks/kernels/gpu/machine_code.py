@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import aot
 
-KERNELS = "((?:flash|decode|paged|pool|shared_pool|hsa|page|token)_[a-z]+(?:_[a-z]+)?)"
+KERNELS = "((?:flash|decode|paged|pool|shared_pool|hsa|page|token|recurrence|delta)_[a-z]+(?:_[a-z]+)?)"
 SPECIAL_CYCLES = 8
 _ENTRY = rf"{KERNELS}(?:_mosaic_gpu_kernel)?"
 _LAUNCH = re.compile(rf"\b{KERNELS} grid: .*? threads: \[(\d+), .*?shared_memory: (\d+) bytes")

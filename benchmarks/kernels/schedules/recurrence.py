@@ -1,21 +1,22 @@
 """Recurrences over matrix states on TPUs by their static schedules, beside tokamax's gated delta rule: no TPU needed.
 
-    python -m benchmarks.kernels.schedules.recurrence                    # some minutes on 2 quiet cores
+    python -m benchmarks.kernels.schedules.recurrence                    # some minutes on 2 quiet cores; or --chips v5e
     python -m benchmarks.kernels.schedules.recurrence --tokamax FOLDER   # with tokamax, of an unpacked wheel
     python -m benchmarks.kernels.schedules.recurrence --page             # write the table into docs/kernels.md
 
 `chunkwise_recurrence` of 2,048 tokens in bfloat16, forwards and backwards, at the heads of Qwen3-Next 80B, Kimi-Linear
-48B, Mamba-2 1.3B and Codestral Mamba, and of Qwen3.5 397B's eighth of 8 value heads. A TPU executes one bundle a cycle
-but for stalls (`schedule_listing.py`); counted is a step of the grid in the midst of a sequence, a block of tokens of
-some heads. tokamax (0.0.17) has its rule in one kernel with the layer's short convolution, norms and gates, which here
-XLA fuses into what makes the kernel's operands; it has no backward pass, and it takes all heads of a tile of tokens,
-as many as its own heuristic says, at once.
+48B, Mamba-2 1.3B and Codestral Mamba, and of 8 value heads of Qwen3.5 397B and Kimi-Linear. A TPU executes one bundle a
+cycle but for stalls (`schedule_listing.py`); counted is a step of the grid in the midst of a sequence, a block of
+tokens of some heads. tokamax (0.0.17) has the delta rule, with a decay a head or a channel, in one kernel with the
+layer's short convolution, norms and gates, which here XLA fuses into what makes the kernel's operands; that kernel has
+no backward pass, and it takes all heads of a tile of tokens, as many as its own heuristic says, at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ MODELS = {  # groups, heads of a group, rows and columns of a state, a decay for
     "Qwen3-Next 80B": (16, 2, 128, 128, False, True),
     "Qwen3.5 397B, an eighth": (2, 4, 128, 128, False, True),
     "Kimi-Linear 48B": (32, 1, 128, 128, True, True),
+    "Kimi-Linear 48B, a quarter": (8, 1, 128, 128, True, True),
     "Mamba-2 1.3B": (1, 64, 128, 64, False, False),
     "Codestral Mamba": (8, 16, 128, 64, False, False),
 }
@@ -57,8 +59,11 @@ def measure(chip: str, model: str, tokamax: str = "") -> list[dict[str, Any]]:
             raise RuntimeError(f"{chip}, {model}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         made = json.loads(done.stdout.splitlines()[-1])
         lines = []
-        for kernel in ("fused_conv1d_gdn_per_seq",) if tokamax else tuple(f"recurrence_{name}" for name in PASSES):
-            (listing,) = schedule_listing.listings(Path(folder), kernel)
+        for kernel in ("fused_conv1d_*_per_seq",) if tokamax else tuple(f"recurrence_{name}" for name in PASSES):
+            (listing,) = (
+                path for path in Path(folder).glob(f"*{kernel}*-final_bundles.txt")
+                if "schedule-analysis" not in path.name
+            )  # fmt: skip
             found = bundles(listing, bool(tokamax))
             line = {"chip": chip, "model": model, "kernel": TOKAMAX if tokamax else "ours"}
             line |= {"pass": "forward" if tokamax else kernel.removeprefix("recurrence_"), **made}
@@ -87,14 +92,15 @@ def compile_for(chip: str, model: str, tokamax: str) -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     function, arrays, made = (
-        _tokamax(model, array, tokamax, device.device_kind) if tokamax else _ours(chip, model, array)
+        _tokamax(model, array, tokamax, device.device_kind) if tokamax else both_passes(chip, model, array)
     )
     platform = "cuda" if chip == "h100" else "tpu"
     compiled = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).compile()
     print(json.dumps({**made, "temporaries, MB": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)}))
 
 
-def _ours(chip: str, model: str, array: Any) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+def both_passes(chip: str, model: str, array: Any) -> tuple[Any, tuple[Any, ...], dict[str, int]]:
+    """A function, what it is given, and the tokens and heads of a step."""
     import jax
 
     from pallas_kernels import api
@@ -129,8 +135,10 @@ def _tokamax(model: str, array: Any, folder: str, kind: str) -> tuple[Any, tuple
         sys.modules[name] = module
     tpu_info.get_device_kind, tpu_info.get_num_device_cores = (lambda: kind, lambda: 1)  # it asks while it traces
     wrapper = __import__("tokamax._src.ops.causal_conv1d_gated_delta_rule.wrapper", fromlist=["wrapper"])
-    groups, shared, rows, columns, _, _ = MODELS[model]
+    config = __import__("tokamax._src.ops.causal_conv1d_gated_delta_rule.config", fromlist=["config"])
+    groups, shared, rows, columns, channels, _ = MODELS[model]
     heads, narrow = groups * shared, {"dtype": "bfloat16"}
+    decays = (heads, rows) if channels else (heads,)
     width, made, sizes = 2 * groups * rows + heads * columns, {"heads": heads}, wrapper.tiling.get_tile_sizes
 
     def tiles(**known: Any) -> Any:
@@ -146,10 +154,11 @@ def _tokamax(model: str, array: Any, folder: str, kind: str) -> tuple[Any, tuple
 
         places = numbers(0, TOKENS), numbers(1), numbers(0, 1, 1), numbers(TOKENS)
         known = {"n_kq": groups, "n_v": heads, "d_k": rows, "d_v": columns, "kernel_size": 4}
+        known["attention_mode"] = config.AttentionMode.KDA if channels else config.AttentionMode.GDN
         return wrapper.fused_conv1d_gdn(*arrays, *places, **known)
 
-    shapes = (TOKENS, width), (TOKENS, heads), (TOKENS, heads), (2, 3, width), (2, heads, rows, columns)
-    shapes += (width, 1, 4), (width,), (heads,), (heads,)
+    shapes = (TOKENS, width), (TOKENS, heads), (TOKENS, math.prod(decays)), (2, 3, width), (2, heads, rows, columns)
+    shapes += (width, 1, 4), (width,), (heads,), decays
     arrays = [array(*shape, **({} if place in (4, 7) else narrow)) for place, shape in enumerate(shapes)]
     return layer, tuple(arrays), made
 
@@ -158,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tpus = [chip for chip in CHIPS if chip != "h100"]
     parser.add_argument("--chips", nargs="+", choices=tpus, default=tpus)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokamax", default="", help="the folder that tokamax's wheel was unpacked into")
     parser.add_argument("--page", action="store_true", help="write the table into docs/kernels.md, compile nothing")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -171,9 +181,9 @@ def main() -> None:
         return
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
     for chip in arguments.chips:
-        for model in MODELS:
+        for model in arguments.models:
             put(rows, measure(chip, model))
-            if arguments.tokamax and chip == "v5e" and "Qwen3.5" in model:
+            if arguments.tokamax and chip == "v5e" and MODELS[model][-1]:
                 put(rows, measure(chip, model, arguments.tokamax))
             report("kernels/schedules/recurrence", rows)
 
