@@ -54,6 +54,25 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
+def on_host(tree: Any) -> Any:
+    """The arrays of a tree whole, as NumPy arrays; where they lie over several processes all of these must ask.
+
+    Example:
+      >>> on_host(jax.numpy.arange(3))
+      array([0, 1, 2], dtype=int32)
+    """
+
+    def is_here(leaf: Any) -> bool:
+        return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+    if all(map(is_here, jax.tree.leaves(tree))):
+        return jax.device_get(tree)  # at once
+    return jax.tree.map(
+        lambda leaf: jax.device_get(leaf) if is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True),
+        tree,
+    )
+
+
 def addresses() -> list[str | None]:
     """By which address each process can be reached by the others; None where there are no others."""
     if jax.process_count() == 1:

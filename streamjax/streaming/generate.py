@@ -7,13 +7,13 @@ import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
+from streamjax.parallel.multiprocess import on_host
 from streamjax.parallel.rules import constrain
 from streamjax.streaming.by_layer.reading_apart import decode_apart, refuse_apart
 from streamjax.streaming.by_layer.second_mesh import lies_apart
@@ -86,7 +86,7 @@ def generate_blocks(
     prompt, lengths = as_rows(prompt, prompt_lengths)
     if prompt.shape[0] != state.batch_size:
         raise ValueError(f"{prompt.shape[0]} prompts for {state.batch_size} streams")
-    if bool(((lengths == 0) & (np.asarray(state.seen) == 0)).any()):
+    if bool(((lengths == 0) & (on_host(state.seen) == 0)).any()):
         raise ValueError("a stream that has seen nothing needs a prompt of at least one token, such as BOS")
     require_room(state, lengths + max_new_tokens)
     if draft is not None:
@@ -116,7 +116,7 @@ def generate_blocks(
         count = min(block, max_new_tokens - first)
         index = jnp.int32(first_index + first)
         state, done, out, bad = decode(model, state, done, key, index, jnp.int32(count), sampler, stop, block)
-        tokens, failed = jax.device_get((out, bad))
+        tokens, failed = on_host((out, bad))
         tokens = tokens[:, :count]
         if failed.any():
             tokens = tokens[:, : int((tokens >= 0).any(axis=0).sum())]

@@ -15,6 +15,7 @@ from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder, FlatModel
 from streamjax.models.nonfinite import not_finite
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.by_layer.grouped_heads import channels_between
 from streamjax.streaming.by_layer.in_turn import in_turn
 from streamjax.streaming.by_layer.layerwise import read_layerwise
@@ -207,8 +208,9 @@ def require_finite(model: Decoder, nll: Float[Array, "B T"] | np.ndarray, tokens
     """Raise a `NotFiniteError` unless what the tokens cost is finite; it waits for the result."""
     finite = np.isfinite(nll) if isinstance(nll, np.ndarray) else jnp.isfinite(nll)
     if not bool(finite.all()):
-        row = int(np.argmin(np.asarray(finite.all(axis=1))))
-        first = int(np.argmin(np.asarray(finite[row])))
+        found = on_host(finite)
+        row = int(np.argmin(found.all(axis=1)))
+        first = int(np.argmin(found[row]))
         raise not_finite(model, tokens[row, : first + 1])
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.attention.token_tree import TokenTree
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import ChunkContext
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.state import SEEN_LIMIT, StreamState
 
 
@@ -158,7 +159,7 @@ def require_room(state: StreamState, tokens: np.ndarray) -> None:
     """Raise a ValueError unless each stream can take its number of `tokens` [B] more; endless caches always can."""
     check_rows(state, len(tokens))
     if state.capacity is not None:
-        for used, more in zip(np.asarray(state.seen).tolist(), tokens.tolist(), strict=True):
+        for used, more in zip(on_host(state.seen).tolist(), tokens.tolist(), strict=True):
             if more and used + more > state.capacity:
                 raise ValueError(
                     f"the cache holds {state.capacity} tokens: {used} are used and {more} more do not fit; "

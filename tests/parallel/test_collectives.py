@@ -24,6 +24,12 @@ CACHES = {
     "window": sj.kv.Cascade(sj.kv.Window(SLOTS)),
     "dense": sj.kv.preset("dense", capacity=SLOTS),
 }
+MORE = {
+    "scored": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(4), sj.kv.Scored(SLOTS - 6, sj.kv.H2O(), every=8)),
+    "coded": sj.kv.Cascade(
+        sj.kv.Window(6), sj.kv.Full(SLOTS - 6, codec=sj.kv.Int(8, keys="token", values="token", group=6))
+    ),
+}
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
@@ -34,7 +40,7 @@ def _collectives(
     mesh = make_mesh(**MESHES[mesh])
     with jax.set_mesh(mesh):
         model = shard_model(make(), mesh)
-        state = sj.init_state(model, CACHES[cache], rows)
+        state = sj.init_state(model, (CACHES | MORE)[cache], rows)
         tokens, count = jnp.zeros((rows, width), jnp.int32), jnp.ones((rows,), jnp.int32)
         text = sj.step.trace(model, state, tokens, count).lower().compile().as_text()
     found = []
@@ -77,7 +83,7 @@ def test_slots_over_devices_exchange_one_sum_a_layer(width, monkeypatch):
     assert max(map(math.prod, found)) <= BATCH * width * CONFIG.d_model
 
 
-@pytest.mark.parametrize("cache", rest_slow(CACHES, "streaming_llm"))  # "dense": the test above
+@pytest.mark.parametrize("cache", rest_slow(CACHES | MORE, "streaming_llm"))  # "dense": the test above
 def test_decode_with_slots_over_devices_keeps_them_there(cache):
     """Each device attends to its own slots; what is exchanged is as large as queries, not as the cache."""
     for _, shape in _collectives("context2-tensor4", cache, 1, make=one_layer):

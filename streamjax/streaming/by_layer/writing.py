@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import without_layers
 from streamjax.models.nonfinite import not_finite
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.scan import read, read_chunk
 from streamjax.streaming.state import StreamState
@@ -61,7 +62,7 @@ def write_layerwise(
     written: list[list[int]] = [[] for _ in prompt]
     done = np.zeros(len(prompt), bool)
     for _ in range(max_new_tokens):
-        tokens, finite = jax.device_get(_best(ends, state.hidden))
+        tokens, finite = on_host(_best(ends, state.hidden))
         for row in np.flatnonzero(~done):
             if not finite[row]:
                 raise not_finite(model, np.array([*prompt[row, : lengths[row]], *written[row]], np.int32))

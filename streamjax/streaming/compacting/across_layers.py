@@ -19,6 +19,7 @@ from streamjax.kv.layouts.across_layers import AcrossLayers, AllHeld
 from streamjax.kv.tier import KVSpec, State
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.compacting.reading_layers import through_layers
 from streamjax.streaming.state import StreamState, budgeted_layers, rotated_otherwise
 
@@ -30,7 +31,7 @@ def compact_across(model: Decoder, state: StreamState, rule: AcrossLayers) -> St
       ValueError: caches that are no cascades, or whose tokens cannot be taken out; layers of a group that differ in
         their heads or hold different tokens; a model without a group; a rotation that changes with the cache.
     """
-    free, seen = budgeted_layers(model.config), int(np.asarray(state.seen).max())
+    free, seen = budgeted_layers(model.config), int(on_host(state.seen).max())
     groups = rule.groups(free)
     grouped = {layer: number for number, group in enumerate(groups) for layer in group}
     if not groups or not seen:

@@ -24,6 +24,7 @@ from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.by_layer.reading_apart import refuse_apart
 from streamjax.streaming.compacting.across_layers import compact_across
 from streamjax.streaming.compacting.measure_budget import measured
@@ -101,7 +102,7 @@ def compact(
     span = max(new.span for new in caches)
     if (layer := rotated_otherwise(model.config, state.span, span)) is not None:
         raise ValueError(f"layer {layer} rotates keys by what fits the cache: they cannot go to one of another span")
-    seen = np.asarray(state.seen)
+    seen = on_host(state.seen)
     end = min((new.capacity for new in caches if new.capacity is not None), default=None)
     if end is not None and seen.max() > end:
         raise ValueError(f"a stream has read {seen.max():,} tokens, and the new cache ends after {end:,}")
@@ -131,7 +132,7 @@ def _for_these_streams(
         found = [measured(model, state, cache.budget, query, stored) for query in queries]
         table = np.mean([one.numbers for one in found], axis=0)
         cache = dataclasses.replace(cache, calibration=Calibration.of(table, cache.budget, found[0].model))
-    held = [min(int(np.asarray(state.seen).max()), state.caches[i].slots) for i in budgeted_layers(model.config)]
+    held = [min(int(on_host(state.seen).max()), state.caches[i].slots) for i in budgeted_layers(model.config)]
     beside = cache.cascade.slots - scored_tier(cache.cascade).slots
     return dataclasses.replace(cache, most=max(min(held, default=1) - beside, 1))
 

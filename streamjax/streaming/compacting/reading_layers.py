@@ -20,6 +20,7 @@ from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
 from streamjax.streaming.state import StreamState
 
@@ -68,8 +69,8 @@ def standing(
     if lengths is not None:
         require_one_length(lengths, "query needs")
         require_ids(ids, lengths, model.config.vocab_size)
-        if stored and np.asarray(state.seen).min() < count:
-            raise ValueError(f"query has {count} tokens, and a stream has read {np.asarray(state.seen).min()}")
+        if stored and on_host(state.seen).min() < count:
+            raise ValueError(f"query has {count} tokens, and a stream has read {on_host(state.seen).min()}")
     width = max(count, 2)
     behind = count if stored or query is None else 0  # tokens of the query that the streams have read
     offset = np.arange(width) - (width - count) - behind

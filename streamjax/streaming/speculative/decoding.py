@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from streamjax.models.decoder import Decoder
 from streamjax.models.nonfinite import not_finite
+from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.decode_block import decode_block
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws, ways_of_tree
@@ -65,7 +65,7 @@ class Rounds:
         self._index = np.asarray(index, np.int64)
         self._ahead: Array | None = None  # what the drafter's prompt tokens say behind where the streams stand
         certain, failed = choose_first(model, state, key, self._draws().index, sampler)
-        self.certain, self._failed = (np.array(x) for x in jax.device_get((certain, failed)))
+        self.certain, self._failed = (np.array(x) for x in on_host((certain, failed)))
         self._pace = Pace(len(streams), 1 if drafter is None else drafter.pass_width)
 
     def _draws(self) -> Draws:
@@ -96,7 +96,7 @@ class Rounds:
         else:
             done, guesses = self._read_tree(tokens, drafts.parents, drafts.count, goes, most, prompts)
         self.state, self._ahead = done.state, done.ahead
-        tokens, count, following, failed = jax.device_get((done.tokens, done.count, done.following, done.failed))
+        tokens, count, following, failed = on_host((done.tokens, done.count, done.following, done.failed))
         self._index += np.where(goes, count - 1, -1)
         self.certain = np.where(goes, following, self.certain)
         self._failed = np.where(goes, failed, self._failed)
