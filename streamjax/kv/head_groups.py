@@ -75,9 +75,17 @@ class HeadGroups(Cache):
     def needs_outputs(self) -> bool:
         return any(cascade.needs_outputs for _, cascade in self.groups)
 
-    def init(self, spec: KVSpec) -> tuple[State, ...]:
+    def check(self, spec: KVSpec) -> None:
+        """Refuse a layer of another number of key heads.
+
+        Raises:
+          ValueError: such a layer.
+        """
         if spec.kv_heads != self.heads:
             raise ValueError(f"HeadGroups places {self.heads} key heads, the model's layers have {spec.kv_heads}")
+
+    def init(self, spec: KVSpec) -> tuple[State, ...]:
+        self.check(spec)
         return tuple(c.init(dataclasses.replace(spec, kv_heads=len(heads))) for heads, c in self.groups)
 
     def update(

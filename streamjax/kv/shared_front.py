@@ -33,8 +33,9 @@ ANY_DISTANCE = 2**31 - 1  # how far back heads see whose cascade has no bound
 class SharedFront(HeadGroups):
     """`HeadGroups` whose cascades begin with the same `front` tiers: what these hold lies together, for all heads.
 
-        SharedFront(2, ((0, 2), Cascade(Sink(64), Window(256), Pages(64, 8192, 16))),
-                       ((1,), Cascade(Sink(64), Window(256))))
+        sinks = Sink(64, reach=TRUE_DISTANCE)
+        SharedFront(2, ((0, 2), Cascade(sinks, Window(256), Pages(64, 8192, 16))),
+                       ((1,), Cascade(sinks, Window(256))))
 
     It computes what `HeadGroups` of the same groups does. Its state is what the front holds, and of each group what
     the tiers behind hold.
@@ -82,8 +83,7 @@ class SharedFront(HeadGroups):
         return reach
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
-        if spec.kv_heads != self.heads:
-            raise ValueError(f"SharedFront places {self.heads} key heads, the model's layers have {spec.kv_heads}")
+        self.check(spec)
         states = [self.shared.init(spec)]
         for heads, cascade in self.groups:
             rest = self.behind(cascade)
