@@ -1,5 +1,6 @@
 """The engine behind the API: many at once say what each says alone, and conversations outlive the server."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2 as httpx
 import jax
 import openai
 import pytest
@@ -18,7 +20,7 @@ from streamjax.data.text.tokenizers import ByteTokenizer
 from streamjax.serving.engine import Engine
 from streamjax.serving.http.service import Service
 from tests.processes import one_device_flags
-from tests.serving.http.conftest import PATIENCE, TEMPLATE, serving
+from tests.serving.http.conftest import PATIENCE, TEMPLATE, serving, until
 from tests.serving.http.test_chat import HI
 from tests.streaming.tiny_models import build
 from tests.streaming.tiny_sessions import BYTES, CACHE
@@ -160,6 +162,61 @@ def test_a_conversation_goes_on_behind_kill_9_and_behind_sigterm(tmp_path):
     listed = second.client.get("/conversations", cast_to=object)["data"]
     assert {each["id"] for each in listed} == {"whole", "killed"}
     assert len({each["tokens_seen"] for each in listed}) == 1
+    assert second.end(signal.SIGTERM) == 0
+    assert "Traceback" not in second.words
+
+
+@pytest.mark.slow
+def test_32_streams_outlive_kill_9(tmp_path):
+    """Each stands behind the last answer whose end its client has seen, or behind one more, and says what it would."""
+    config = BYTES.replace(eos_token_ids=(257,), max_position=32)
+    sj.save_hf(build(config), tmp_path / "tiny")
+    options = (
+        f"--model={tmp_path / 'tiny'}",
+        f"--state_dir={tmp_path / 'state'}",
+        f"--compilation_cache={tmp_path / 'compiled'}",
+        "--cache=streaming_llm:sinks=2,window=30",
+        "--rows=8",
+        "--nonarrow",
+    )
+    names, turns = [f"talk-{i}" for i in range(32)], 12
+
+    def say_in_pieces(server, name, turn):
+        asked = {"temperature": 0, "max_tokens": 8, "extra_body": {"conversation": name}, "stream": True}
+        messages = [{"role": "user", "content": f"{turn}, {turn * 7}?"}]
+        pieces = server.client.chat.completions.create(model="tiny", messages=messages, **asked)
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces)
+
+    def tokens_seen(server):
+        listed = server.client.get("/conversations", cast_to=object)["data"]
+        return {each["id"]: each["tokens_seen"] for each in listed}
+
+    first = Process(*options)
+    expected, seen, ended = [], [0], dict.fromkeys(names, 0)
+    for turn in range(turns + 1):
+        expected.append(say_in_pieces(first, "alone", turn))
+        seen.append(tokens_seen(first)["alone"])
+    assert len(set(expected)) > 3
+
+    def talk(name):
+        with contextlib.suppress(openai.APIError, httpx.TransportError):  # the server is gone
+            for turn in range(turns):
+                assert say_in_pieces(first, name, turn) == expected[turn]
+                ended[name] += 1
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = [pool.submit(talk, name) for name in names]
+        until(lambda: min(ended.values()) > 0 and sum(ended.values()) > 40)
+        assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    for each in found:
+        each.result()
+    assert min(ended.values()) < turns
+    second = Process(*options)
+    kept = tokens_seen(second)
+    for name in names:
+        assert kept[name] in seen[ended[name] : ended[name] + 2]
+        turn = seen.index(kept[name])
+        assert say_in_pieces(second, name, turn) == expected[turn]
     assert second.end(signal.SIGTERM) == 0
     assert "Traceback" not in second.words
 
