@@ -85,8 +85,6 @@ def metrics(workdir):
     [
         (2, ("mesh.fsdp=2",), (1, ("mesh.fsdp=1",))),
         (2, ("diloco.replicas=2", "mesh.replica=2"), (1, ("diloco.replicas=2",))),
-        (4, ("mesh.data=2", "mesh.tensor=2"), (2, ("mesh.fsdp=2",))),
-        (4, ("diloco.replicas=4", "mesh.replica=4"), (2, ("diloco.replicas=2", "mesh.replica=2"))),
     ],
 )
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, count, mesh, afterwards):
