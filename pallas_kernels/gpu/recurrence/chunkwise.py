@@ -219,9 +219,12 @@ def _states(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
     refs["new state"][...] = jax.lax.fori_loop(0, blocks, step, refs["state"][...])
 
 
-def _write(products: Products, segments: Any, own: _Block, state: Array) -> tuple[Array, Array]:
-    """What a block's tokens write, and the state behind them."""
-    found, values = _weights(products, own.decay, own.coarse, segments), own.v
+def _write(
+    products: Products, segments: Any, own: _Block, state: Array, weights: core.Weights | None = None
+) -> tuple[Array, Array]:
+    """What a block's tokens write, and the state behind them; `weights` are made where they are not given."""
+    found = _weights(products, own.decay, own.coarse, segments) if weights is None else weights
+    values = own.v
     if own.beta is not None:
         beta = own.beta[:, None]
         inverse = core.erasing(products, own.k, beta, found, segments) if own.inverse is None else own.inverse
@@ -259,7 +262,9 @@ def _state_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
         n = blocks - 1 - i
         own, segments = _read(call, refs, n)
         refs["new kept"][n] = behind
-        _, pull = jax.vjp(partial(_write, call.products, segments, own), jnp.zeros_like(behind))
+        weights = _weights(call.plain, own.decay, own.coarse, segments)  # no state is in them: see `_Call.plain`
+        write = partial(_write, call.products, segments, own, weights=weights)
+        _, pull = jax.vjp(write, jnp.zeros_like(behind))
         return refs["kept:read"][n] + pull((refs["v:values"][pl.ds(n * call.size, call.size)], behind))[0]
 
     refs["new state"][...] = jax.lax.fori_loop(0, blocks, step, refs["state:last"][...])
