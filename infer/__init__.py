@@ -1,1 +1,1 @@
-"""Command lines that run models: `python -m infer.stream`, `chat`, `perplexity`, `recall` and `demo`."""
+"""Commands that run models: `python -m infer.stream`, `chat`, `serve`, `batch`, `perplexity`, `recall` and others."""

@@ -1,10 +1,12 @@
-"""What tests take: at the end of a run, its CPU seconds and the dearest tests of those that take more than they may.
+"""What tests take: at the end of a run, its CPU seconds, the memory of its largest worker, and the dearest tests.
 
 `--cpu_seconds=FILE` writes those of all tests, as JSON.
 """
 
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 MOST, SHOWN = 3.0, 10  # CPU seconds of a test, with its fixtures and processes; lines at the end
 STARTED = pytest.StashKey[float]()
 _found: dict[str, float] = {}
+_peaks: list[float] = [0.0]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,11 +39,19 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:  # workers send a report with its properties to the process that writes the summary
         item.user_properties.append(("cpu_seconds", _now() - item.stash[STARTED]))
+        item.user_properties.append(("peak_bytes", _peak_bytes()))
+
+
+def _peak_bytes() -> int:
+    """The most that this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call":
-        _found[report.nodeid] = float(dict(report.user_properties).get("cpu_seconds", 0.0))
+        taken = dict(report.user_properties)
+        _found[report.nodeid] = float(taken.get("cpu_seconds", 0.0))
+        _peaks[0] = max(_peaks[0], float(taken.get("peak_bytes", 0.0)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -49,7 +60,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     dear = [name for name in sorted(_found, key=_found.__getitem__, reverse=True) if _found[name] > MOST]
     if not dear:
         return
-    total = sum(_found.values())
-    terminalreporter.section(f"{total:,.0f} CPU seconds; {len(dear)} tests of {len(_found):,} took over {MOST:.0f}")
+    total, peak = sum(_found.values()), _peaks[0] / 1e9
+    terminalreporter.section(
+        f"{total:,.0f} CPU seconds, {peak:.1f} GB in a worker; {len(dear)} of {len(_found):,} tests over {MOST:.0f}"
+    )
     for name in dear[:SHOWN]:
         terminalreporter.write_line(f"{_found[name]:6.1f}  {name}")

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from benchmarks.reporting import Record
 from benchmarks.serving.peers import PEERS, peer
-from benchmarks.serving.processes import cpu_seconds, listening_pid
+from benchmarks.serving.process_usage import cpu_seconds, listening_pid
 
 _TURNS = ("Tell me about {}.", "Why is that so? Think of {}.", "Sum it up in a list.")
 SUBJECTS = ("rivers", "bread", "chess", "the moon", "copper", "glass", "bees", "ships")

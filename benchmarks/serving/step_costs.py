@@ -29,7 +29,7 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import Record
 from benchmarks.serving.load import CACHE, Target, load, server
-from benchmarks.serving.processes import listening_pid, thread_cpu_seconds
+from benchmarks.serving.process_usage import listening_pid, thread_cpu_seconds
 from streamjax.serving.batch import Batch
 from streamjax.serving.requests import Request, Sampling
 from streamjax.serving.row_sampling import one_row

@@ -26,7 +26,7 @@ from websockets.sync.client import connect
 import streamjax as sj
 from benchmarks.reporting import Record
 from benchmarks.serving.load import CACHE, server
-from benchmarks.serving.processes import cpu_seconds, listening_pid
+from benchmarks.serving.process_usage import cpu_seconds, listening_pid
 from benchmarks.serving.speculative import TEXT
 
 QUESTION = " What is this text about?"

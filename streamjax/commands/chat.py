@@ -29,7 +29,7 @@ from streamjax.commands.flags.draft import define_draft, parse_draft, parse_draf
 from streamjax.commands.flags.meshes import define_cache_mesh, meshes_of
 from streamjax.commands.flags.model import define_model, define_parse_special, define_side_network, describe, load_model
 from streamjax.commands.flags.sampling import define_sampling, sampler_of, sampling_was_chosen, stop_strings
-from streamjax.commands.shell.inputs import read_turn
+from streamjax.commands.shell.input_files import read_turn
 from streamjax.commands.shell.outputs import check_outputs
 from streamjax.commands.shell.runner import Stopped, complain, run_command
 from streamjax.commands.shell.signals import ending_signals

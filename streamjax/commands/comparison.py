@@ -12,7 +12,7 @@ import tqdm
 from jaxtyping import Float
 
 import streamjax as sj
-from streamjax.commands.shell.inputs import open_input
+from streamjax.commands.shell.input_files import open_input
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation import SlotMemory, StreamEncoder, Trial, human_bytes, run_trial

@@ -37,7 +37,7 @@ from streamjax.commands.comparison import read_text
 from streamjax.commands.flags.cache import CACHE_HELP
 from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.recall import parse_length
-from streamjax.commands.shell.inputs import BUILTIN
+from streamjax.commands.shell.input_files import BUILTIN
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import give, run_command

@@ -32,7 +32,7 @@ from streamjax.commands.flags.cache import CACHE_HELP, parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.meshes import define_cache_mesh, meshes_of
 from streamjax.commands.flags.model import define_model, define_side_network, define_text, describe, load_model
-from streamjax.commands.shell.inputs import open_input
+from streamjax.commands.shell.input_files import open_input
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped, attempt, complain, run_command

@@ -27,8 +27,8 @@ from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
 from streamjax.streaming import Sampler, StreamState, generate_blocks
 from streamjax.streaming.by_layer.writing import Enough, write_layerwise
-from streamjax.streaming.rows import Rows
 from streamjax.streaming.scan import score as score_stream
+from streamjax.streaming.token_rows import Rows
 
 Progress = Callable[[int], None]
 _ASKED = 64  # tokens

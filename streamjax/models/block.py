@@ -107,10 +107,10 @@ class Block(nnx.Module):
         """What the token mixer reads of the layer's input; behind it what it takes of a layer below."""
         x, handed = self._apart(x)
         normed = x if self.mixer_norm is None else self.mixer_norm(x)
-        taken = self.config.taken
-        if handed is None or not taken:
+        received = self.config.received
+        if handed is None or not received:
             return normed
-        return jnp.concatenate((normed, handed[..., self.handed_at : self.handed_at + taken]), axis=-1)
+        return jnp.concatenate((normed, handed[..., self.handed_at : self.handed_at + received]), axis=-1)
 
     def _apart(self, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T E"], Float[Array, "B T S"] | None]:
         """The residual stream, and what layers hand on behind it, if they do."""

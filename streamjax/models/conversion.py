@@ -63,9 +63,9 @@ def _converted(
         return block
     if not isinstance(block.mixer, AttentionConfig) or block.beside is not None:
         raise ValueError(f"layers names layer {index}, which has no attention alone: it cannot become another mixer")
-    if block.handed_on or block.taken:
+    if block.handed_on or block.received:
         raise ValueError(f"layers names layer {index}, which shares keys with others: it cannot become another mixer")
-    if recurrent is not None and (recurrent.handed_on or recurrent.taken):
+    if recurrent is not None and (recurrent.handed_on or recurrent.received):
         raise ValueError("recurrent hands something on, or takes it: such a mixer cannot take attention's place")
     if recurrent is not None and recurrent.bounds_shape:
         raise ValueError("recurrent has learned bounds, which all layers of a model share: give lower_bound a number")

@@ -18,7 +18,6 @@ from streamjax.parallel.rules import constrain
 from streamjax.streaming.by_layer.reading_apart import decode_apart, refuse_apart
 from streamjax.streaming.by_layer.second_mesh import lies_apart
 from streamjax.streaming.decode_block import decode_block
-from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.scan import read
 from streamjax.streaming.speculative.decoding import Limit, Rounds, speculate
@@ -26,6 +25,7 @@ from streamjax.streaming.speculative.drafter import Drafter
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import require_room
+from streamjax.streaming.token_rows import Rows, as_rows
 
 BLOCK = 32  # tokens between two looks at the host
 

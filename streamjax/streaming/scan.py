@@ -21,9 +21,9 @@ from streamjax.streaming.by_layer.in_turn import in_turn
 from streamjax.streaming.by_layer.layerwise import read_layerwise
 from streamjax.streaming.by_layer.reading_apart import read_chunk_apart
 from streamjax.streaming.by_layer.second_mesh import lies_apart
-from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, require_room, surprise
+from streamjax.streaming.token_rows import Rows, as_rows, require_ids
 
 SCAN_CHUNKS = 16  # full chunks that one call of a compiled program reads,
 HIDDEN_BYTES = 2**27  # unless what a layer makes of them takes more than this

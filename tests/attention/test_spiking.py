@@ -10,7 +10,7 @@ ROWS, LENGTH, WIDTH = 3, 17, 6
 read = jax.jit(leaky_spikes, static_argnames="threshold")
 
 
-def by_hand(x, state, resets, threshold):
+def oracle(x, state, resets, threshold):
     """Neuron by neuron, token by token, in float64."""
     spikes, state = np.zeros(x.shape), np.array(state, np.float64)
     for row, neuron in np.ndindex(x.shape[0], x.shape[2]):
@@ -32,7 +32,7 @@ def drawn():
 
 def test_spikes_are_those_of_a_loop_whole_and_in_pieces():
     x, state, resets = drawn()
-    expected, last = by_hand(x, state, resets, 0.7)
+    expected, last = oracle(x, state, resets, 0.7)
     assert 0.2 < expected.mean() < 0.7
     found, new = read(x, state, threshold=0.7, resets=resets)
     np.testing.assert_array_equal(found, expected)

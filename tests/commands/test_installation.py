@@ -53,14 +53,17 @@ def test_no_module_hides_a_name_of_its_package(package):
 
 
 @pytest.mark.slow
-def test_what_pip_installs_runs_in_any_folder(tmp_path):
-    """Dependencies are those of this environment; no network is needed."""
+@pytest.mark.parametrize("source", [str(ROOT), f"git+file://{ROOT}"], ids=["folder", "git"])
+def test_what_pip_installs_runs_in_any_folder(tmp_path, source):
+    """Dependencies are those of this environment; no network is needed. What is not committed, git does not give."""
+    if source.startswith("git") and not (ROOT / ".git").exists():
+        pytest.skip("this copy is no clone")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     (packages / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]))
     python = tmp_path / "venv" / "bin" / "python"
     options = ["--no-deps", "--no-build-isolation", "--ignore-installed", "--quiet"]
-    install = [sys.executable, "-m", "pip", "--python", python, "install", *options, ROOT]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", *options, source]
     subprocess.run(install, check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 

@@ -36,7 +36,7 @@ def keeping(model):
     return ContextReader(model, BYTES, "prompt", CHUNK, keep_bytes=10**9)
 
 
-def by_hand(model, cache, examples, compacted=lambda state: state):
+def oracle(model, cache, examples, compacted=lambda state: state):
     """What the library's own steps give."""
     state = sj.read(model, sj.init_state(model, cache, len(examples)), [e.context for e in examples], CHUNK)
     sampler = sj.Sampler(temperature=0)
@@ -76,7 +76,7 @@ def test_a_prompt_is_compacted_as_its_paper_says(model, keeping, examples, name)
         return sj.compact(model, state, cache, [ids[-width:] for ids in contexts])
 
     found = answer(keeping, cache, examples, batch_size=2)
-    assert found.said == by_hand(model, sj.kv.preset("dense", capacity=max(map(len, contexts))), examples, compacted)
+    assert found.said == oracle(model, sj.kv.preset("dense", capacity=max(map(len, contexts))), examples, compacted)
 
 
 @pytest.mark.parametrize(("keep_bytes", "reads"), [(10**9, 2), (0, 4), (50_000, 3)], ids=["both", "none", "one"])
@@ -125,7 +125,7 @@ def test_batches_are_filled_and_say_what_the_steps_say(model, examples):
     reader = ContextReader(model, BYTES, chunk_size=CHUNK)
     found = answer(reader, cache, [*examples, examples[1]], batch_size=2, progress=told.append)
     assert told == [2, 1]
-    first, second = by_hand(model, cache, examples)
+    first, second = oracle(model, cache, examples)
     assert found.said == [first, second, second]
     assert found.read_per_second > 0
     assert found.written_per_second > 0

@@ -14,7 +14,7 @@ from tests.kernels.tolerances import BACKENDS, TOLERANCE
 TPU = BACKENDS["tpu"]
 
 
-def near(found, expected, dtype):
+def assert_close(found, expected, dtype):
     error = np.max(np.abs(np.asarray(found, np.float64) - expected))
     assert error < TOLERANCE[dtype] * np.max(np.abs(expected))
 
@@ -49,16 +49,16 @@ def check(
         expected, gradients = jax.tree.map(np.asarray, (expected, gradients))
     found = jax.jit(lambda x, w: api.token_stats(x, w, targets, block=block, **TPU, **known))(x, w)
     for mine, right in zip(found, expected, strict=True):
-        near(mine, right, dtype)
+        assert_close(mine, right, dtype)
     d_x, grown = jax.jit(
         lambda x, w, lse, d_w: api.token_stats_gradients(
             x, w, targets, lse, api.LogitStats(*slopes), d_w, block=block, **TPU, **known
         )
     )(x, w, found.lse, d_w)
-    near(d_x, gradients[0], dtype)
+    assert_close(d_x, gradients[0], dtype)
     if trained:
         assert grown.dtype == d_w.dtype
-        near(grown, np.asarray(d_w, np.float64) + gradients[1], max(sums, dtype, key=TOLERANCE.get))
+        assert_close(grown, np.asarray(d_w, np.float64) + gradients[1], max(sums, dtype, key=TOLERANCE.get))
     else:
         assert grown is None
 
@@ -108,7 +108,7 @@ def test_is_differentiable():
 
     found, right = both(x, w)
     for mine, other in zip(found, right, strict=True):
-        near(mine, np.asarray(other, np.float64), "float32")
+        assert_close(mine, np.asarray(other, np.float64), "float32")
 
 
 def test_a_target_outside_counts_nothing():

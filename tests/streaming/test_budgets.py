@@ -16,7 +16,7 @@ ADA = sj.kv.preset("ada_kv", window=QUERIES, size=SIZE, kernel=3, floor=0.25, ev
 BUDGETS = [sj.kv.Preferences(tau1=2.0), sj.kv.Prefixes(), pytest.param(sj.kv.Density(), marks=pytest.mark.slow)]
 
 
-def by_hand(budget, attention) -> list[float]:
+def oracle(budget, attention) -> list[float]:
     """What a budget measures of one layer and stream, from the attention [K, G, C, T] of its last queries."""
     if isinstance(budget, sj.kv.Preferences):
         before = attention[..., : LENGTH - QUERIES]
@@ -32,7 +32,7 @@ def numbers(model, budget, found) -> list[np.ndarray]:
     """What a budget measures of every layer, from all its queries and keys."""
     scale = model.config.blocks[0].mixer.softmax_scale
     return [
-        np.mean([by_hand(budget, shares(q[row], k[row], scale, QUERIES)) for row in range(2)], axis=0)
+        np.mean([oracle(budget, shares(q[row], k[row], scale, QUERIES)) for row in range(2)], axis=0)
         for q, k, _ in found
     ]
 

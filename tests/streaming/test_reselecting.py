@@ -19,7 +19,7 @@ def model():
     return build(BYTES)
 
 
-def by_hand(model, ids, cache, every, asked, count):
+def oracle(model, ids, cache, every, asked, count):
     """Greedy tokens, one at a time, from a choice that is made behind every `every` of them by all that was read."""
     ids, said = list(ids), []
     while len(said) < count:
@@ -39,7 +39,7 @@ def test_every_few_tokens_are_chosen_for_anew(model):
     choice = Reselection(SMALL, every=4, asked=3)
     pieces = list(generate_reselecting(model, state, ids, choice, max_new_tokens=10, sampler=GREEDY))
     state, said = pieces[-1][0], [int(token) for _, tokens in pieces for token in tokens[0]]
-    assert said == by_hand(model, ids, SMALL, 4, 3, 10)
+    assert said == oracle(model, ids, SMALL, 4, 3, 10)
     plain = np.asarray(sj.forward(model, np.array([[*ids, *said]])))[0, len(ids) - 1 : -1].argmax(axis=-1)
     assert said != plain.tolist()  # the choice is one
     whole = sj.read(model, sj.init_state(model, DENSE), np.array([[*ids, *said]]), 32)  # and nothing is lost by it
@@ -49,7 +49,7 @@ def test_every_few_tokens_are_chosen_for_anew(model):
 @pytest.mark.slow
 def test_a_session_answers_so(model):
     ids = [256, *PROMPT[:19].encode()]
-    said = by_hand(model, ids, SMALL, 4, 3, 10)
+    said = oracle(model, ids, SMALL, 4, 3, 10)
     session = start(model, DENSE, chunk_size=32, sampler=GREEDY, reselect=Reselection(SMALL, every=4, asked=3))
     list(session.generate(PROMPT[:19], max_new_tokens=10))
     assert session.tokens_seen == 30

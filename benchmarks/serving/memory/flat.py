@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.reporting import Record
 from benchmarks.serving.load import CACHE, Target, alone, load, server, wrong
-from benchmarks.serving.processes import listening_pid, resident_mib
+from benchmarks.serving.process_usage import listening_pid, resident_mib
 
 
 @contextlib.contextmanager

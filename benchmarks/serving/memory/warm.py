@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from benchmarks.reporting import Record, in_own_process
-from benchmarks.serving.processes import resident_mib
+from benchmarks.serving.process_usage import resident_mib
 
 ROWS = 16
 

@@ -14,7 +14,7 @@ from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.commands.flags.cache import parse_cache
 from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.meshes import meshes_of
-from streamjax.commands.shell.inputs import BUILTIN
+from streamjax.commands.shell.input_files import BUILTIN
 from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.evaluation import human_bytes
 from streamjax.kv.description import describe_cache

@@ -66,7 +66,7 @@ class GroupedLayers(Lent):
         k, v = (jnp.zeros((*shape, x.shape[3]), spec.dtype) for x in (own.k, own.v))
         return SharedCoordinates(k, v, jnp.zeros(shape, jnp.uint32), spec.counter())
 
-    def taken(self, held: Sequence[Stored], raw_k: Sequence[Array]) -> tuple[SharedCoordinates, list[State]]:
+    def shared_and_own(self, held: Sequence[Stored], raw_k: Sequence[Array]) -> tuple[SharedCoordinates, list[State]]:
         valid, heads = held[0].valid[:, 0], held[0].k.shape[1]
 
         def shortened(parts: Sequence[Array], share: float) -> tuple[Array, list[Array]]:

@@ -57,7 +57,7 @@ class HostSlots(WholeSlots):
         run = run_of_pages(self._pages(), first, units * self.codec.tokens // self.page)
         return rearrange(run, "b k n s d -> b k (n s) d")
 
-    def taken(self, pages: Int32[Array, "B K N"]) -> Float[Array, "B K n D"]:
+    def fetched_pages(self, pages: Int32[Array, "B K N"]) -> Float[Array, "B K n D"]:
         """The values of the pages that each key head names, on the device."""
         return rearrange(take_pages(self._pages(), pages), "b k n s d -> b k (n s) d")
 

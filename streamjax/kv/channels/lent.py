@@ -44,7 +44,7 @@ class Lent(Tier):
         """What a group of layers shares, empty: a dataclass with `position`, uint32 [B, 1, S], and `count`, [B]."""
         raise NotImplementedError
 
-    def taken(self, held: Sequence[Stored], raw_k: Sequence[Array]) -> tuple[State, list[State]]:
+    def shared_and_own(self, held: Sequence[Stored], raw_k: Sequence[Array]) -> tuple[State, list[State]]:
         """What a group of layers shares of the tokens that they hold, and what each has itself.
 
         Args:

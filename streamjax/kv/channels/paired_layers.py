@@ -70,7 +70,7 @@ class PairedLayers(Lent):
         position = jnp.zeros((spec.batch_size, 1, self.size), jnp.uint32)
         return Directions(spec.buffer(self.size), spec.values(self.size), position, spec.counter(), apart)
 
-    def taken(self, held: Sequence[Stored], raw_k: Sequence[Array]) -> tuple[Directions, list[State]]:
+    def shared_and_own(self, held: Sequence[Stored], raw_k: Sequence[Array]) -> tuple[Directions, list[State]]:
         low, high = held
         k, *k_lengths, k_angle = between(low.k, high.k, self.toward)
         v, *v_lengths, v_angle = between(low.v, high.v, self.toward)

@@ -217,7 +217,7 @@ class Shadow(LowRank):
 def _values(v: WholeSlots, pages: Int32[Array, "B K n"], tokens: Int32[Array, "B K m"]) -> Float[Array, "B K m V"]:
     """The values of these pages, which are these tokens, on the device."""
     if isinstance(v, HostSlots) and in_host_memory(v.codes):
-        return v.taken(pages)
+        return v.fetched_pages(pages)
     return jnp.take_along_axis(v.codes, tokens[..., None], axis=2)
 
 

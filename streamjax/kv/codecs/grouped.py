@@ -188,7 +188,7 @@ class GroupedSlots(CodedSlots):
         line = jnp.concatenate(planes, axis=3).reshape(*self.shape[:2], groups * size, -1)
         return _at(line, first[:, None] % size + jnp.arange(width, dtype=jnp.int32))
 
-    def settled(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
+    def decoded_run(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
         slots = (first[:, None] + jnp.arange(width, dtype=jnp.int32)) % self.shape[2]
         age = (self.cursor[:, None] - 1 - slots) % self.shape[2]
         tail = _at(self.tail, (self.place[:, None] - 1 - age) % self.tail.shape[2])

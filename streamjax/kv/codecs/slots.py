@@ -94,7 +94,7 @@ class CodedSlots:
         """The slots of these pages of `size` of each head, which are no ring; nothing waits there."""
         raise NotImplementedError
 
-    def settled(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
+    def decoded_run(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
         """The slots from `first` on, decoded or as they wait; they wrap."""
         raise NotImplementedError
 

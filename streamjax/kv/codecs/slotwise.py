@@ -120,7 +120,7 @@ class SlotwiseSlots(CodedSlots):
         codes, *numbers = (read_ring(x, first, width, axis=2) for x in (self.codes, *self.numbers))
         return self._decoded((codes, tuple(numbers)))
 
-    def settled(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
+    def decoded_run(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
         return self.read_run(first, width)
 
     def gathered(self, pages: Int32[Array, "B K N"], size: int) -> SlotwiseSlots:

@@ -197,7 +197,7 @@ class Pages(PagedTier):
             keys, score = jax.lax.optimization_barrier((ring.k, ring.score))
             ring = dataclasses.replace(ring, k=keys, score=score)
             if isinstance(keys, CodedSlots):
-                touched = self._cut(keys.settled(first * self.size, most * self.size))
+                touched = self._cut(keys.decoded_run(first * self.size, most * self.size))
             else:
                 touched = self._run_of(keys, first, most)
         score = None if ring.score is None else self._run_of(ring.score, first, most)

@@ -129,7 +129,7 @@ class AttentionConfig:
         return self.key_channels if self.hands_on_keys else 0
 
     @property
-    def taken(self) -> int:
+    def received(self) -> int:
         """Channels of a token that the layer takes of the one below whose keys it reads."""
         return 0 if self.keys_of is None else self.key_channels
 

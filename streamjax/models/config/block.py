@@ -12,7 +12,7 @@ from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.latent import LatentAttentionConfig
-from streamjax.models.config.memories import ConvEmbeddingConfig, LMUConfig, MoMConfig, SpikingMixConfig
+from streamjax.models.config.memory_mixers import ConvEmbeddingConfig, LMUConfig, MoMConfig, SpikingMixConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
     GatedConvConfig,
@@ -99,11 +99,11 @@ class BlockConfig:
             raise ValueError("BlockConfig.shared_norm needs residual='parallel'")
         if self.beside is not None and isinstance(self.mixer, RecurrentConfig):
             raise ValueError("BlockConfig.beside is for layers that attend: the token mixer is a recurrent one itself")
-        if self.beside is not None and (self.beside.handed_on or self.beside.taken):
+        if self.beside is not None and (self.beside.handed_on or self.beside.received):
             raise ValueError(
                 "BlockConfig.beside hands nothing on and takes nothing: such a mixer has a layer to itself"
             )
-        if self.beside is not None and (self.mixer.handed_on or self.mixer.taken):
+        if self.beside is not None and (self.mixer.handed_on or self.mixer.received):
             raise ValueError("BlockConfig.beside is for layers that have their keys and values to themselves")
         if self.mlp is None and self.residual == "parallel":
             raise ValueError("BlockConfig.mlp is None: residual='parallel' is for layers with an MLP beside the mixer")
@@ -145,9 +145,9 @@ class BlockConfig:
         return self.mixer.handed_on
 
     @property
-    def taken(self) -> int:
+    def received(self) -> int:
         """Channels that the layer takes of what one below has handed on."""
-        return self.mixer.taken
+        return self.mixer.received
 
     @property
     def own_norms(self) -> bool:

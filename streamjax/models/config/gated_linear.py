@@ -123,7 +123,7 @@ class RWKV7Config(RecurrentConfig):
         return self.num_heads * self.head_dim if self.values == "hands_on" else 0
 
     @property
-    def taken(self) -> int:
+    def received(self) -> int:
         return self.num_heads * self.head_dim if self.values == "takes" else 0
 
     @property

@@ -56,7 +56,7 @@ class LatentAttentionConfig:
     keys_of: ClassVar[None] = None
     bounds_shape: ClassVar[tuple[int, ...]] = ()
     handed_on: ClassVar[int] = 0
-    taken: ClassVar[int] = 0
+    received: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -83,9 +83,9 @@ class ModelConfig:
             if isinstance(block.mixer, AttentionConfig):
                 self._check_keys_of(i, block.mixer)
                 continue
-            if block.taken and block.taken != found:
+            if block.received and block.received != found:
                 made = f"layers below hand on {found}" if found else "no layer below hands any on"
-                raise ValueError(f"ModelConfig.blocks: layer {i} takes {block.taken} channels, and {made}")
+                raise ValueError(f"ModelConfig.blocks: layer {i} takes {block.received} channels, and {made}")
             if block.handed_on and found not in (0, block.handed_on):
                 raise ValueError(
                     f"ModelConfig.blocks: layer {i} hands on {block.handed_on} channels, and one below {found}"
@@ -165,7 +165,7 @@ class ModelConfig:
     def handed_at(self, layer: int) -> int:
         """Channels of `stream_width` in front of those that a layer hands on, or takes."""
         start, mixer = self.d_model + self.layer_inputs, self.blocks[layer].mixer
-        if not isinstance(mixer, AttentionConfig) or not (mixer.handed_on or mixer.taken):
+        if not isinstance(mixer, AttentionConfig) or not (mixer.handed_on or mixer.received):
             return start
         place = layer if mixer.keys_of is None else mixer.keys_of
         return start + self._recurrent_channels + sum(m.handed_on for i, m in self._lenders if i < place)

@@ -79,7 +79,7 @@ class RecurrentConfig:
         return 0
 
     @property
-    def taken(self) -> int:
+    def received(self) -> int:
         """Channels that the mixer takes of what a layer below has handed on."""
         return 0
 
@@ -298,7 +298,7 @@ class GMUConfig(RecurrentConfig):
         return ()
 
     @property
-    def taken(self) -> int:
+    def received(self) -> int:
         return self.num_groups * self.channels
 
     @property
@@ -307,4 +307,4 @@ class GMUConfig(RecurrentConfig):
         return (self.channels,)
 
     def parameter_count(self, d_model: int) -> int:
-        return 2 * d_model * self.taken
+        return 2 * d_model * self.received

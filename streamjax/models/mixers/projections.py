@@ -73,11 +73,11 @@ class Projections(nnx.Module):
 
     def _apart(self, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T E"], tuple[Array, Array] | None]:
         """The layer's own input, and the keys and values [B, T, K, D] behind it of the layer whose keys it reads."""
-        taken = self.config.taken
-        if not taken:
+        received = self.config.received
+        if not received:
             return x, None
-        k, v = rearrange(x[..., -taken:], "b t (n k d) -> n b t k d", n=2, d=self.config.head_dim)
-        return x[..., :-taken], (k, v)
+        k, v = rearrange(x[..., -received:], "b t (n k d) -> n b t k d", n=2, d=self.config.head_dim)
+        return x[..., :-received], (k, v)
 
     def _product(self, x: Float[Array, "B T E"], first: int) -> Float[Array, "B T K g D"]:
         """The fused product, from member `first` of each group on."""

@@ -18,10 +18,10 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import without_layers
 from streamjax.models.nonfinite import not_finite
 from streamjax.parallel.multiprocess import on_host
-from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.scan import read, read_chunk
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import require_room
+from streamjax.streaming.token_rows import Rows, as_rows
 
 Enough = Callable[[int, list[int]], bool]
 

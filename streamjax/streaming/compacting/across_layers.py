@@ -86,7 +86,7 @@ def _together(
 
 @partial(jax.jit, static_argnums=0)
 def _taken(tier: Lent, parts: list[Any], raw_k: list[Any]) -> tuple[State, list[State]]:
-    return tier.taken(parts, raw_k)
+    return tier.shared_and_own(parts, raw_k)
 
 
 def _behind(held: Any, room: int) -> State:

@@ -13,7 +13,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
-from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
+from streamjax.streaming.token_rows import Rows, as_rows, require_ids, require_one_length
 
 T = TypeVar("T")
 

@@ -29,7 +29,6 @@ from streamjax.streaming.by_layer.reading_apart import refuse_apart
 from streamjax.streaming.compacting.across_layers import compact_across
 from streamjax.streaming.compacting.measure_budget import measured
 from streamjax.streaming.compacting.reading_layers import through_layers
-from streamjax.streaming.rows import Rows, as_rows, require_one_length
 from streamjax.streaming.state import (
     StreamState,
     budgeted_layers,
@@ -37,6 +36,7 @@ from streamjax.streaming.state import (
     require_own_calibration,
     rotated_otherwise,
 )
+from streamjax.streaming.token_rows import Rows, as_rows, require_one_length
 
 
 def compact(

@@ -14,10 +14,10 @@ from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.compacting.reading_layers import through_layers
-from streamjax.streaming.rows import Rows, as_rows, require_one_length
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState, budgeted_layers, init_state
+from streamjax.streaming.token_rows import Rows, as_rows, require_one_length
 
 
 def measure_budget(model: Decoder, text: Rows, budget: Budget, *, queries: int | None = 32) -> Calibration:

@@ -19,8 +19,8 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.streaming.compacting.attention_layers import measure_layers
 from streamjax.streaming.compacting.key_gradients import key_gradients, unrotated
-from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
+from streamjax.streaming.token_rows import Rows, as_rows
 
 
 def measure_codebooks(

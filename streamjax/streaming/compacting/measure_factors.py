@@ -17,8 +17,8 @@ from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
 from streamjax.streaming.compacting.attention_layers import measure_layers
-from streamjax.streaming.rows import Rows
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
+from streamjax.streaming.token_rows import Rows
 
 
 def measure_factors(model: Decoder, text: Rows, most: float = 0.5) -> LayerFactors:

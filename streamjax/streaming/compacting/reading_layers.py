@@ -21,8 +21,8 @@ from streamjax.models.layer_stacking import layer_of
 from streamjax.models.mixers.attention import ChunkContext
 from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.parallel.multiprocess import on_host
-from streamjax.streaming.rows import Rows, as_rows, require_ids, require_one_length
 from streamjax.streaming.state import StreamState
+from streamjax.streaming.token_rows import Rows, as_rows, require_ids, require_one_length
 
 
 def through_layers(

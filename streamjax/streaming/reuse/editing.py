@@ -10,8 +10,8 @@ import numpy as np
 
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.reuse.rearranging import Taken, dense_capacity, rearranged
-from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.state import StreamState
+from streamjax.streaming.token_rows import Rows, as_rows, require_ids
 
 
 def edit(

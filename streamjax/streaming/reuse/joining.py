@@ -20,9 +20,9 @@ from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.streaming.reuse.rearranging import Taken, dense_capacity, rearranged
-from streamjax.streaming.rows import Rows, as_rows
 from streamjax.streaming.scan import read
 from streamjax.streaming.state import StreamState, init_state
+from streamjax.streaming.token_rows import Rows, as_rows
 
 
 @dataclasses.dataclass(frozen=True)

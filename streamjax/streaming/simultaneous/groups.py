@@ -27,10 +27,10 @@ from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
 from streamjax.models.config import AttentionConfig, LatentAttentionConfig
 from streamjax.models.decoder import Decoder
-from streamjax.streaming.rows import Rows, as_rows, require_ids
 from streamjax.streaming.scan import cut, spans
 from streamjax.streaming.state import StreamState, init_state, layer_caches
 from streamjax.streaming.step import advance, require_room
+from streamjax.streaming.token_rows import Rows, as_rows, require_ids
 
 Group = Literal["source", "output"]
 

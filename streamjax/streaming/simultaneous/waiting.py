@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Int32
 
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.generate import stop_ids
-from streamjax.streaming.rows import require_ids
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.simultaneous.groups import GroupedState, advance_group, read_group
 from streamjax.streaming.step import require_room
+from streamjax.streaming.token_rows import require_ids
 
 
 def generate_while_reading(

@@ -13,7 +13,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import Attention, SequenceContext
-from streamjax.training.simultaneous.rows import GroupedRows
+from streamjax.training.simultaneous.grouped_rows import GroupedRows
 
 
 def group_positions(outputs: Bool[Array, "B T"] | np.ndarray, first_output: int = 0) -> Int32[Array, "B T"]:

@@ -1,6 +1,6 @@
 """Every kind of LoRA folder that PEFT writes, held against what PEFT computes with it, written plainly.
 
-`by_hand` is that: each weight of the base, changed as the papers say (2106.09685, 2402.09353), in transformers' model.
+`oracle` is that: each weight of the base, changed as the papers say (2106.09685, 2402.09353), in transformers' model.
 """
 
 import functools
@@ -75,7 +75,7 @@ def write(folder, tensors, prefix="base_model.model.", **fields):
     return folder
 
 
-def by_hand(folder, tensors, scale=lambda name: 2.0):
+def oracle(folder, tensors, scale=lambda name: 2.0):
     """Logits of a model of transformers whose weights are changed as the tensors say."""
     model = transformers_peers.reload(folder)
     if any(name.startswith(HEAD) for name in tensors) or any(name.startswith(f"{EMBEDDING}.lora") for name in tensors):
@@ -122,10 +122,10 @@ def test_ranks_and_alphas_by_layer(base, tmp_path):
     alphas = {r"layers\.[12]\..*q_proj": 5}
     write(tmp_path, tensors, rank_pattern=ranks, alpha_pattern=alphas, target_modules=["q_proj", "v_proj"])
     scales = dict(zip(Q, (8 / 4, 5 / 2, 5 / 7), strict=True))
-    loaded = same(base, tmp_path, by_hand(base, tensors, lambda name: scales.get(name, 8 / 3)))
+    loaded = same(base, tmp_path, oracle(base, tensors, lambda name: scales.get(name, 8 / 3)))
     assert ranks_of(loaded) == {"q": (7, 5.0), "v": (3, 8.0)}
     sj.save_lora(loaded, tmp_path / "again")
-    same(base, tmp_path / "again", by_hand(base, tensors, lambda name: scales.get(name, 8 / 3)))
+    same(base, tmp_path / "again", oracle(base, tensors, lambda name: scales.get(name, 8 / 3)))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_ranks_and_alphas_by_layer(base, tmp_path):
 )
 def test_adapters_in_some_layers(base, tmp_path, fields):
     tensors = factors(base, Q[1:2])
-    same(base, write(tmp_path, tensors, **fields), by_hand(base, tensors))
+    same(base, write(tmp_path, tensors, **fields), oracle(base, tensors))
 
 
 def test_targets_by_a_pattern(base, tmp_path):
@@ -146,7 +146,7 @@ def test_targets_by_a_pattern(base, tmp_path):
     same(
         base,
         write(tmp_path, tensors, target_modules="model.layers.(0.self_attn.q|2.mlp.down)_proj"),
-        by_hand(base, tensors),
+        oracle(base, tensors),
     )
 
 
@@ -159,7 +159,7 @@ def test_dora(base, tmp_path, rslora, caplog):
     targets = ["q_proj", "v_proj", "down_proj", "gate_proj", "lm_head"]
     write(tmp_path, tensors, use_dora=True, use_rslora=rslora, target_modules=targets)
     with caplog.at_level(logging.INFO, "streamjax"):
-        loaded = same(base, tmp_path, by_hand(base, tensors, lambda name: 4.0 if rslora else 2.0))
+        loaded = same(base, tmp_path, oracle(base, tensors, lambda name: 4.0 if rslora else 2.0))
     assert ranks_of(loaded) == {}
     assert "merged into the weights: lm_head.weight, model.layers.*.mlp.down_proj.weight, " in caplog.text
 
@@ -179,7 +179,7 @@ def test_adapters_on_embedding_and_head(bases, tmp_path, tied, modules, along):
     bases_own[names[HEAD]] = weights.get(f"{HEAD}.weight", weights[f"{EMBEDDING}.weight"]).copy()
     stored = tensors | bases_own if along else tensors
     write(tmp_path, stored, target_modules=["q_proj", "lm_head", "embed_tokens"])
-    loaded = same(bases[tied], tmp_path, by_hand(bases[tied], tensors))
+    loaded = same(bases[tied], tmp_path, oracle(bases[tied], tensors))
     assert not loaded.config.tie_embeddings
     assert ranks_of(loaded) == {"q": (4, 8.0)}
 
@@ -192,38 +192,38 @@ def test_modules_that_were_trained_whole(bases, tmp_path, tied, infix):
     tensors = factors(bases[tied], Q) | whole
     stored = {name.replace(".weight", f"{infix}.weight") if name in whole else name: x for name, x in tensors.items()}
     write(tmp_path, stored, modules_to_save=["lm_head", "norm"])
-    loaded = same(bases[tied], tmp_path, by_hand(bases[tied], tensors))
+    loaded = same(bases[tied], tmp_path, oracle(bases[tied], tensors))
     assert not loaded.config.tie_embeddings
     sj.save_hf(sj.merge_lora(loaded), tmp_path / "merged")
     np.testing.assert_allclose(
         transformers_peers.logits_of(transformers_peers.reload(tmp_path / "merged"), TOKENS),
-        by_hand(bases[tied], tensors), atol=2e-5, rtol=1e-4,
+        oracle(bases[tied], tensors), atol=2e-5, rtol=1e-4,
     )  # fmt: skip
 
 
 def test_embeddings_that_were_saved_along_stay_tied(bases, tmp_path):
     new = {f"{EMBEDDING}.weight": drawn(VOCAB, WIDTH)}
     tensors = factors(bases[True], Q) | new
-    loaded = same(bases[True], write(tmp_path, tensors), by_hand(bases[True], tensors))
+    loaded = same(bases[True], write(tmp_path, tensors), oracle(bases[True], tensors))
     assert loaded.config.tie_embeddings
     write(tmp_path, tensors | {f"{HEAD}.weight": new[f"{EMBEDDING}.weight"].copy()})
-    assert same(bases[True], tmp_path, by_hand(bases[True], tensors)).config.tie_embeddings
+    assert same(bases[True], tmp_path, oracle(bases[True], tensors)).config.tie_embeddings
 
 
 def test_biases(base, tmp_path):
     biases = {f"{name}.bias": drawn(WIDTH) for name in Q}
     tensors = factors(base, Q)
     stored = tensors | {name.replace(".bias", ".base_layer.bias"): bias for name, bias in biases.items()}
-    same(base, write(tmp_path, stored, bias="lora_only"), by_hand(base, tensors | biases))
-    same(base, write(tmp_path, tensors, bias="all"), by_hand(base, tensors))
+    same(base, write(tmp_path, stored, bias="lora_only"), oracle(base, tensors | biases))
+    same(base, write(tmp_path, tensors, bias="all"), oracle(base, tensors))
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.model.language_"])
 def test_names_of_other_tools(base, tmp_path, prefix):
     tensors = factors(base, Q)
-    same(base, write(tmp_path, tensors, prefix=prefix), by_hand(base, tensors))
+    same(base, write(tmp_path, tensors, prefix=prefix), oracle(base, tensors))
     named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
-    same(base, write(tmp_path, named), by_hand(base, tensors))
+    same(base, write(tmp_path, named), oracle(base, tensors))
 
 
 def test_weights_keep_their_dtype_and_the_base_its_weights(base, tmp_path):

@@ -20,7 +20,7 @@ def sent():
     return model, state, measure_profile(model, state)
 
 
-def by_hand(x, deviation, step):
+def oracle(x, deviation, step):
     """One channel's numbers after they were sent, in loops; `step` is in standard deviations."""
     scale = max(abs(number) for number in x[::10]) / 127
     out = []
@@ -45,7 +45,7 @@ def test_what_comes_out_is_rounded_as_the_rule_says(sent, level):
             old, found = (np.asarray(getattr(s.layers[layer][0], name), np.float64) for s in (state, new))
             for head, channel in ((0, 0), (1, 3), (1, 5)):
                 x = old[1, head, :LENGTH, channel]
-                expected = by_hand(x, float(profile.deviation[2 * layer + i, 6 * head + channel]), step)
+                expected = oracle(x, float(profile.deviation[2 * layer + i, 6 * head + channel]), step)
                 np.testing.assert_allclose(found[0, head, :LENGTH, channel], expected, atol=1e-4)
 
 

@@ -19,7 +19,7 @@ from tests.streaming.tiny_models import GQA, build, random_tokens
 CACHE = sj.kv.preset("window", window=64)
 
 
-def by_hand(chunks: list[list[int]], question: list[int]) -> list[float]:
+def oracle(chunks: list[list[int]], question: list[int]) -> list[float]:
     """BM25 as it is written down: a sum over the question's words, chunk by chunk."""
     mean = sum(len(chunk) for chunk in chunks) / len(chunks)
     found = []
@@ -40,7 +40,7 @@ WORDS = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 @given(st.lists(WORDS, min_size=1, max_size=6), WORDS)
 def test_chunks_are_ranked_by_bm25(chunks, question):
     found = relevance([np.array(chunk, np.int32) for chunk in chunks], np.array(question, np.int32))
-    np.testing.assert_allclose(found, by_hand(chunks, question), rtol=1e-12)
+    np.testing.assert_allclose(found, oracle(chunks, question), rtol=1e-12)
 
 
 @pytest.mark.quick

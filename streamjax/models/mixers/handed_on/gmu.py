@@ -27,6 +27,6 @@ class GMU(RecurrentMixer):
         valid: Bool[Array, "B T"] | None = None,
         resets: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], RecurrentState]:
-        x, memory = x[..., : -self.config.taken], x[..., -self.config.taken :]
+        x, memory = x[..., : -self.config.received], x[..., -self.config.received :]
         gated = jax.nn.silu(self.enter(x)) * rearrange(memory, "b t (g c) -> b t g c", g=self.config.num_groups)
         return self.leave(gated[:, :, :, None], x.dtype), state

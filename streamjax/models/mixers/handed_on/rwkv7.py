@@ -63,7 +63,7 @@ class RWKV7(RecurrentMixer):
         c, wide = self.config, accumulator(x.dtype)
         assert state.memory is not None
         assert state.conv is not None
-        x, first = (x[..., : -c.taken], x[..., -c.taken :]) if c.taken else (x, None)
+        x, first = (x[..., : -c.received], x[..., -c.received :]) if c.received else (x, None)
         by_head = rearrange(x, "b t (g d) -> b t g d", g=c.num_groups)
         earlier, newest = one_before(by_head, state.conv, valid, resets)
         earlier = rearrange(earlier, "b t g d -> b t (g d)")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamjax as sj
-from streamjax.streaming.rows import as_rows
+from streamjax.streaming.token_rows import as_rows
 from tests.streaming.tiny_models import GQA, VOCAB, build
 
 CACHE = sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(14))

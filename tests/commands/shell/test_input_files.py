@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers
 
 import streamjax as sj
 from streamjax.commands import chat, comparison, perplexity, stream
-from streamjax.commands.shell import inputs
+from streamjax.commands.shell import input_files
 from streamjax.data import ByteTokenizer
 from tests.commands.command_helpers import numbers, read_json
 
@@ -76,7 +76,7 @@ def test_bytes_that_are_no_text_end_a_comparison_or_are_replaced(command, flags,
     ],
 )
 def test_what_is_no_turn_of_a_conversation_is_one_line(command, monkeypatch, said, message):
-    monkeypatch.setattr(inputs, "_LONGEST_TURN", 64)
+    monkeypatch.setattr(input_files, "_LONGEST_TURN", 64)
     outcome = command(chat, stdin=said)
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.err.splitlines()[-1] == f"error: {message}"
