@@ -15,6 +15,7 @@ of a block is ever in main memory but what it begins with.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -201,6 +202,9 @@ class _Weights(NamedTuple):
 
 def _weights(blocks: _Blocks) -> _Weights:
     decay, segment = blocks.log_decay, blocks.segment
+    if decay.shape[-1] > 1:
+        # Differences of sums are rounded as the sum of all decays of the block is: what forgets all is to add little.
+        decay = jnp.maximum(decay, 2 * math.log(jnp.finfo(decay.dtype).eps))
     size, start = decay.shape[-2], jnp.cumsum(decay, axis=-2)
     seen = jnp.tril(jnp.ones((size, size), bool))
     if decay.shape[-1] == 1:
