@@ -62,13 +62,16 @@ def compiler_options() -> dict[str, str] | None:
     if jax.default_backend() != "cpu":
         return None
     flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in _OPTIONS.items() if name not in flags and _known(name, value)} or None
+    options = {name: value for name, value in _OPTIONS.items() if name not in flags}
+    if not _known(options):
+        options = {name: value for name, value in options.items() if _known({name: value})}
+    return options or None
 
 
-def _known(name: str, value: str) -> bool:
-    """Whether the compiler takes an option."""
+def _known(options: dict[str, str]) -> bool:
+    """Whether the compiler takes options."""
     try:
-        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

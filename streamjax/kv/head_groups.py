@@ -21,6 +21,8 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
+ANY_DISTANCE = 2**31 - 1  # how far back heads see whose cascade has no bound
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadGroups(Cache):
@@ -117,6 +119,15 @@ class HeadGroups(Cache):
             groups.append((range(first, first + len(heads)), cascade))
             first += len(heads)
         return HeadGroups(*groups), order
+
+    @property
+    def reaches(self) -> Int32[np.ndarray, " K"]:
+        """How far back each key head sees, sinks apart."""
+        reach = np.full(self.heads, ANY_DISTANCE, np.int32)
+        for heads, cascade in self.groups:
+            if cascade.reach is not None:
+                reach[list(heads)] = cascade.reach
+        return reach
 
     def sizes(self, state: tuple[State, ...]) -> Sequence[tuple[int, int]]:
         return [size for cascade, _, part in self.parts(state) for size in cascade.sizes(part)]

@@ -20,13 +20,11 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.partial import Partial, add_sinks, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.head_groups import HeadGroups, of_chosen_heads, of_heads, of_query_heads
+from streamjax.kv.head_groups import ANY_DISTANCE, HeadGroups, of_chosen_heads, of_heads, of_query_heads
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window
-
-ANY_DISTANCE = 2**31 - 1  # how far back heads see whose cascade has no bound
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -72,15 +70,6 @@ class SharedFront(HeadGroups):
         """What a group's cascade has behind the front; None where that is all."""
         rest = cascade.tiers[self.front :]
         return Cascade(*rest, fuse=False) if rest else None
-
-    @property
-    def reaches(self) -> Int32[np.ndarray, " K"]:
-        """How far back each key head sees, sinks apart."""
-        reach = np.full(self.heads, ANY_DISTANCE, np.int32)
-        for heads, cascade in self.groups:
-            if cascade.reach is not None:
-                reach[list(heads)] = cascade.reach
-        return reach
 
     def init(self, spec: KVSpec) -> tuple[State, ...]:
         self.check(spec)
@@ -140,9 +129,6 @@ class SharedFront(HeadGroups):
     def levels(self, state: tuple[State, ...]) -> int | None:
         """None of its tiers chooses what goes: the reach alone counts."""
         return None if (least := int(self.reaches.min())) == ANY_DISTANCE else least + 1
-
-    def sizes(self, state: tuple[State, ...]) -> Sequence[tuple[int, int]]:
-        return [size for cascade, _, part in self.parts(state) for size in cascade.sizes(part)]
 
     def parts(self, state: tuple[State, ...]) -> Sequence[tuple[Cascade, int, State]]:
         """Of each part of the state the tiers, key heads, and what they hold."""

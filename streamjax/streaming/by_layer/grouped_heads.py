@@ -18,6 +18,7 @@ Which heads a group has is data. What a group gives is put into an `Answer` of a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from streamjax.host_programs import program
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, of_chosen_heads
-from streamjax.kv.shared_front import ANY_DISTANCE, SharedFront, read_behind, read_front
+from streamjax.kv.shared_front import SharedFront, read_behind, read_front
 from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
@@ -148,17 +149,19 @@ def read_grouped(
         answer, new = _read_shared(chunks, state, cache)
         return continued(block, row, x, chunks, answer, jnp.asarray(cache.reaches), True), new
     leaves = all(cascade.leaves_chunk(x.shape[2]) for _, cascade in cache.groups)
-    reach, states = np.full(cache.heads, ANY_DISTANCE, np.int32), []
+    states = []
     for (heads, cascade), part in zip(cache.groups, state, strict=True):
-        place = np.full(cache.heads, -1, np.int32)
-        place[list(heads)] = range(len(heads))
-        if cascade.reach is not None:
-            reach[list(heads)] = cascade.reach
         cascade, _ = cascade.renumbered()
-        own = jnp.array(heads, jnp.int32)
-        part, answer = group_over(part, answer, chunks, own, jnp.asarray(place), cascade, leaves)
+        part, answer = group_over(part, answer, chunks, *_as_data(heads, cache.heads), cascade, leaves)
         states.append(part)
-    return continued(block, row, x, chunks, answer, jnp.asarray(reach), leaves), tuple(states)
+    return continued(block, row, x, chunks, answer, jnp.asarray(cache.reaches), leaves), tuple(states)
+
+
+def _as_data(heads: Sequence[int], count: int) -> tuple[Int32[Array, " M"], Int32[Array, " K"]]:
+    """Which of a layer's `count` key heads a group has, and which head of the group each of them is, or -1."""
+    place = np.full(count, -1, np.int32)
+    place[list(heads)] = range(len(heads))
+    return jnp.array(heads, jnp.int32), jnp.asarray(place)
 
 
 def _read_shared(chunks: Asked, state: tuple[State, ...], cache: SharedFront) -> tuple[Answer, tuple[State, ...]]:
@@ -168,11 +171,8 @@ def _read_shared(chunks: Asked, state: tuple[State, ...], cache: SharedFront) ->
     states = [first]
     for (heads, cascade), part in zip(cache.groups, state[1:], strict=True):
         if (behind := cache.behind(cascade)) is not None:
-            place = np.full(cache.heads, -1, np.int32)
-            place[list(heads)] = range(len(heads))
             behind, _ = behind.renumbered()
-            own = jnp.array(heads, jnp.int32)
-            part, answer = behind_over(part, answer, chunks, fallen, own, jnp.asarray(place), behind)
+            part, answer = behind_over(part, answer, chunks, fallen, *_as_data(heads, cache.heads), behind)
         states.append(part)
     return answer, tuple(states)
 
