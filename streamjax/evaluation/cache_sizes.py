@@ -73,7 +73,11 @@ def describe(cache: Cache | Sequence[Cache], model: Decoder, dtype: DTypeLike | 
     Nothing is allocated; the total is `sj.init_state(model, cache).cache_bytes`, in host memory too where tiers keep
     some of it there. Files on disk are not counted.
 
-    >>> print(sj.kv.describe(sj.kv.preset("streaming_llm"), model))
+    >>> print(sj.kv.describe(sj.kv.preset("streaming_llm"), model))  # of a tiny model
+    layers  part                    tokens  keys and values  beside them    bytes  bytes a token
+    0-1     Sink(4) > Window(1020)   1,024           98,688        4,124  102,812          100.4
+            the stream itself                             0           72       72
+    205,696 bytes a stream in all (206 kB)
 
     Args:
       cache: for all layers, or one a layer.

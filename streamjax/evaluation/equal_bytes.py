@@ -23,7 +23,10 @@ def total_bytes(cache: Built, model: Decoder) -> int:
 def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
     """The largest cache of a preset whose state for one stream takes at most `budget` bytes.
 
-    >>> sj.kv.sized("snapkv", model, sj.kv.describe(sj.kv.preset("dense", capacity=4096), model).total / 8)
+    >>> dense = sj.kv.describe(sj.kv.preset("dense", capacity=4096), model).total
+    >>> cache = sj.kv.sized("snapkv", model, dense / 8)
+    >>> sj.kv.describe(cache, model).total <= dense / 8
+    True
 
     Args:
       name: one of `sj.kv.presets()`.

@@ -110,9 +110,8 @@ class Deferred(Cache):
     ring has overwritten or a recurrent state has taken in cannot be taken back. So the chunk attends, and the caches
     stay as they are. What they would have been given is kept: a chunk's queries, keys and values are few.
 
-    Example:
-      >>> out, waiting = Deferred(cache).update(state, query, tokens)  # `state` is as before
-      >>> state = take_in(cache, state, waiting, valid)  # as if only the valid tokens had come
+        out, waiting = Deferred(cache).update(state, query, tokens)  # `state` is as before
+        state = take_in(cache, state, waiting, valid)  # as if only the valid tokens had come
     """
 
     cache: Cache

@@ -51,6 +51,14 @@ class Decoder(nnx.Module):
       dtype: of activations; `default_dtype()` where None.
       param_dtype: of parameters; `dtype` where None.
       scan_layers: stack repeating layers (see the module's text).
+
+    Example:
+      >>> config = sj.UniformConfig(
+      ...     vocab_size=259, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
+      ... )
+      >>> shapes = jax.eval_shape(lambda key: sj.Decoder(config, key), jax.random.key(0))  # without memory
+      >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
+      107200
     """
 
     def __init__(
@@ -254,6 +262,10 @@ def forward(
       positions: position of each token; 0, 1, ... where None.
       segment_ids: tokens see only their own segment (packed sequences).
       remat: keep only each layer's input for a backward pass.
+
+    Example:
+      >>> sj.forward(model, prompt).shape  # [B, T, V]
+      (1, 16, 259)
     """
     return model.logits(model.hidden(tokens, positions=positions, segment_ids=segment_ids, remat=remat))
 
@@ -270,7 +282,8 @@ class FlatModel:
 
     Example:
       >>> flat = FlatModel(model)
-      >>> jax.jit(lambda flat, tokens: flat.model.hidden(tokens))(flat, tokens)
+      >>> jax.jit(lambda flat, tokens: flat.model.hidden(tokens))(flat, prompt).shape
+      (1, 16, 16)
     """
 
     def __init__(self, model: Decoder):

@@ -73,6 +73,12 @@ def generate_blocks(
     only the newest, or copy it. To continue an earlier call as if it had not ended, pass its key and, as `first_index`,
     how many tokens it drew. `penalised` marks ids that the repetition penalty meets besides those that the state has
     noted (`StreamState.used`); it notes them.
+
+    Example:
+      >>> for state, tokens in sj.generate_blocks(model, state, prompt, max_new_tokens=8, block=4, sampler=greedy):
+      ...     print(tokens.shape)
+      (1, 4)
+      (1, 4)
     """
     sampler = sampler or Sampler()
     if max_new_tokens < 0:
@@ -171,8 +177,10 @@ def generate(
         continuation, or logits that are not finite (`NotFiniteError`, which says where they first were).
 
     Example:
-      >>> state = init_state(model, preset("streaming_llm"), batch_size=2)
-      >>> state, tokens = generate(model, state, [[1, 5, 9], [1]], max_new_tokens=8, sampler=Sampler(temperature=0))
+      >>> state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=4, window=60), batch_size=2)
+      >>> state, tokens = sj.generate(model, state, [[1, 5, 9], [1]], max_new_tokens=8, sampler=greedy)
+      >>> tokens.shape, state.seen.tolist()
+      ((2, 8), [11, 9])
     """
     blocks = generate_blocks(
         model,

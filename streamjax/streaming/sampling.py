@@ -31,6 +31,12 @@ class Sampler:
     (CTRL, 1909.05858); 1 does nothing. temperature: 0 is greedy. top_k: keep the k best tokens; 0 keeps all. top_p:
     keep the smallest set of best tokens that holds this probability (1904.09751); 1 keeps all. min_p: keep tokens at
     least this share as likely as the best one (2407.01082); 0 keeps all.
+
+    Example:
+      >>> sampler = sj.Sampler(temperature=0.7, top_p=0.9)
+      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=8, sampler=sampler, key=jax.random.key(0))
+      >>> tokens.shape
+      (1, 8)
     """
 
     repetition_penalty: Positive = 1.0

@@ -149,6 +149,11 @@ def read(
     """Read a stretch of each stream and return the state behind it: prefill. Arguments as in `score`.
 
     Of a model with a chunk memory the upper layers run for the last tokens alone, where that is exact (`passed_over`).
+
+    Example:
+      >>> state = sj.read(model, state, prompt)
+      >>> state.seen.tolist()
+      [16]
     """
     tokens, lengths = as_rows(tokens, lengths)
     require_room(state, lengths)
@@ -197,6 +202,11 @@ def score(
       ValueError: more tokens than a `dense` cache has room for, lengths that do not fit the rows, or an id outside the
         vocabulary; nothing has been read then. A result that is not finite (`NotFiniteError`, which says where the
         model first went wrong).
+
+    Example:
+      >>> state, nats = sj.score(model, state, prompt)
+      >>> nats.shape, round(float(nats[0, 0]), 3)  # the first token costs log(259)
+      ((1, 16), 5.557)
     """
     tokens, lengths = as_rows(tokens, lengths)
     state, nll = score_unwaited(model, state, tokens, chunk_size, lengths=lengths)

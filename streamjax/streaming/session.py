@@ -67,6 +67,14 @@ class Session:
     Raises:
       ValueError: the tokenizer has ids that the model lacks, a stop id among them, an unknown implementation, two of
         `draft`, `reselect` and `cache_mesh`, or a cache that cannot lie on a second mesh.
+
+    Example:
+      >>> session = sj.Session(model, tokenizer, sj.kv.preset("streaming_llm", sinks=4, window=60), sampler=greedy)
+      >>> session.read("Once upon a time")  # tokens; the first is the tokenizer's BOS
+      17
+      >>> answer = "".join(session.generate(max_new_tokens=8))
+      >>> session.tokens_seen
+      25
     """
 
     def __init__(

@@ -42,15 +42,16 @@ def save_side_network(model: SideDecoder, path: str | Path, tokens: int) -> None
 def with_side_network(model: Decoder, path: str | Path) -> SideDecoder:
     """The model with the side network of a file, whose logits it gives from now on.
 
-        model = sj.with_side_network(sj.load(FOLDER), "side.safetensors")
-        state = sj.init_state(model, sj.kv.preset("long_mem", window=508, capacity=65536))
-
     Args:
       model: the model that it was trained beside; it stays as it is.
       path: what `python -m train.side_network` wrote.
 
     Raises:
       ValueError: no such file, another model's, or a damaged one; one line that names it.
+
+    Example:
+      >>> model = sj.with_side_network(model, "side.safetensors")
+      >>> state = sj.init_state(model, sj.kv.preset("long_mem", sinks=4, window=28, capacity=256))
     """
     with measured_file(path, _KIND, "side network", "it has no side network") as (file, about):
         if about["model"] != (own := fingerprint_in_any_dtype(model)):

@@ -48,6 +48,11 @@ class StreamState:
     (static). used: which ids each stream has read, bool [B, V], for the repetition penalty; None where nobody asked.
     tables: where streams in a `PagePool` have their pages; None where no layer has one. shared: what groups of layers
     hold together (`Lent`), once each; None where no layers do.
+
+    Example:
+      >>> state = sj.read(model, state, prompt)
+      >>> state.seen.tolist(), state.capacity, state.batch_size
+      ([16], 128, 1)
     """
 
     layers: tuple[State, ...]
@@ -270,6 +275,11 @@ def init_state(
     Raises:
       ValueError: `cache` is not a cascade or has the wrong number of entries; batch_size below 1; an unknown
         implementation.
+
+    Example:
+      >>> state = sj.init_state(model, sj.kv.preset("streaming_llm", sinks=4, window=60), batch_size=2)
+      >>> state.batch_size, [cache.slots for cache in state.caches]
+      (2, [64, 64])
     """
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f"unknown implementation {implementation!r}: use 'xla', 'pallas' or None")

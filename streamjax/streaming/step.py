@@ -144,6 +144,11 @@ def step(
 
     Returns:
       The new state and float32 logits [B, C, V].
+
+    Example:
+      >>> state, logits = sj.step(model, state, prompt)
+      >>> logits.shape, int(logits[0, -1].argmax()) < 259
+      ((1, 16, 259), True)
     """
     state, hidden = advance(model, state, tokens, count)
     return state, model.logits(hidden)

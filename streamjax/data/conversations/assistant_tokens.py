@@ -57,7 +57,7 @@ def encode_conversation(
 
     Example:
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-      >>> encode_conversation(load_tokenizer(), talk).learnt.count(True)  # "hello" and the line's end, in bytes
+      >>> encode_conversation(sj.load_tokenizer(), talk).learnt.count(True)  # "hello" and the line's end, in bytes
       7
     """
     rendered = _Renderings(tokenizer, messages, parse_special, values)

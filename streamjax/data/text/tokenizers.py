@@ -153,6 +153,11 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
 
     Raises:
       ValueError: nothing at `path`, a damaged file, or a vocabulary in a format that is not `tokenizer.json`.
+
+    Example:
+      >>> tokenizer = sj.load_tokenizer()  # of bytes; a model's own is sj.load_tokenizer(FOLDER)
+      >>> tokenizer.encode("né"), tokenizer.decode([110, 195, 169])
+      ([110, 195, 169], 'né')
     """
     if path is None:
         return ByteTokenizer()

@@ -50,6 +50,11 @@ class AttentionConfig:
     out_scale: factor on the output (Falcon-H1).
     hands_on_keys: layers above may read its keys and values (Gemma 4 E2B and E4B).
     keys_of: the layer below whose keys and values it reads, having none of its own; None: its own.
+
+    Example:
+      >>> attention = sj.AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64, rope=sj.RopeConfig(theta=100_000.0))
+      >>> attention.softmax_scale  # 1 / sqrt(64)
+      0.125
     """
 
     type_name: ClassVar[str] = "attention"

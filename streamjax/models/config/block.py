@@ -79,6 +79,11 @@ class BlockConfig:
     residual_scale: factor on what a branch adds to the residual stream.
     layer_scale: the layer's output is multiplied by a number that its weights hold and training leaves alone (Gemma 4).
     layer_input: what the layer is told of its token apart from the residual stream; all layers of a model or none.
+
+    Example:
+      >>> attention = sj.AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=64)
+      >>> sj.BlockConfig(mixer=attention, mlp=sj.DenseConfig(mlp_dim=1536)).residual
+      'sequential'
     """
 
     mixer: MixerConfig

@@ -15,6 +15,10 @@ class DenseConfig:
     """An MLP of width `mlp_dim`: gated (SwiGLU, 2002.05202) or plain.
 
     gate_scale, out_scale: factors on the gate before its activation, and on the output (Falcon-H1).
+
+    Example:
+      >>> sj.DenseConfig(mlp_dim=1536).parameter_count(d_model=576)  # gate, up and down
+      2654208
     """
 
     type_name: ClassVar[str] = "dense"

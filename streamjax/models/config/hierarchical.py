@@ -22,6 +22,11 @@ class HSAConfig:
 
     attention, mlp: the heads and the MLP of the encoder's layers, and the heads of what reads; those of the layer in
     question where None. Layers with a recurrent mixer have neither (RAMba, 2504.16795: Mamba-2 with HSA).
+
+    Example:
+      >>> hsa = sj.HSAConfig(layers=(15, 20, 25), memory_layers=(15,))  # for a model of 30 layers
+      >>> hsa.chunk_size, hsa.top_k
+      (64, 8)
     """
 
     layers: tuple[Count, ...]

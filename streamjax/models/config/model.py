@@ -21,15 +21,17 @@ class ModelConfig:
 
     Shapes: `vocab_size` tokens, `d_model` channels of the residual stream; the blocks have their own.
 
-        attention = AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32)
-        block = BlockConfig(mixer=attention, mlp=DenseConfig(mlp_dim=512))
-        config = ModelConfig(vocab_size=259, d_model=256, blocks=(block,) * 4)
-
     blocks: the layers, from the input upwards. Equal ones, or a repeating period of them, can be stacked and scanned.
     norm: behind the last layer. embedding_norm: of what the first layer reads (RWKV); None: there is none.
     logit_scale: factor on the logits, before `logit_softcap`.
     max_position: the length the model was trained at; nothing stops there.
     sink_token: it was trained with a dedicated first token that serves as attention sink.
+
+    Example:
+      >>> attention = sj.AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32)
+      >>> block = sj.BlockConfig(mixer=attention, mlp=sj.DenseConfig(mlp_dim=512))
+      >>> sj.ModelConfig(vocab_size=259, d_model=256, blocks=(block,) * 4).num_layers
+      4
     """
 
     vocab_size: Size

@@ -13,6 +13,10 @@ class NormConfig:
     """RMSNorm (1910.07467) or LayerNorm. `offset` is added to the stored weight: 1.0 for Gemma.
 
     weight: whether there is one. Without, the norm has no parameters.
+
+    Example:
+      >>> sj.NormConfig(kind="layer", bias=True).parameter_count(576)  # a weight and a bias a channel
+      1152
     """
 
     kind: Literal["rms", "layer"] = "rms"

@@ -19,6 +19,13 @@ class RopeConfig:
     rotate, spread over both halves of the head: pairs and frequencies are the whole head's, and those of the rest are
     0. Fields that a kind does not use play no part. Names follow Hugging Face's `rope_scaling`, whose meaning they
     have.
+
+    Example:
+      >>> sj.RopeConfig(theta=500_000.0, kind="llama3", factor=8.0, original_max_position=8192).factor
+      8.0
+      >>> sj.RopeConfig(kind="yarn", factor=4.0)
+      Traceback (most recent call last):
+      ValueError: RopeConfig.kind 'yarn' needs a positive original_max_position
     """
 
     theta: Annotated[float, Interval(1, above=True)] = 10_000.0

@@ -32,10 +32,12 @@ class UniformConfig:
     of width `mlp_dim`, `vocab_size` tokens. `windows` has one entry a layer, Hugging Face's `sliding_window` (a key
     is visible at distance < W) or `None`; an empty tuple means full attention everywhere.
 
-        config = UniformConfig(
-            vocab_size=259, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
-        )
-        model = Decoder(config, jax.random.key(0))
+    Example:
+      >>> config = sj.UniformConfig(
+      ...     vocab_size=259, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128
+      ... )
+      >>> len(config.expand().blocks)
+      2
     """
 
     vocab_size: Size

@@ -34,6 +34,11 @@ def save(model: Decoder, path: str | Path) -> None:
 
     Raises:
       ValueError: `path` holds something that is no checkpoint.
+
+    Example:
+      >>> sj.save(model, "checkpoint")
+      >>> sj.load("checkpoint").config == model.config
+      True
     """
     about = {"kind": "model", "model": model.config.to_json_dict(), "stacked": bool(len(model.stack))}
     about["lora"], about["weights"] = ranks_of(model), weights_of(model)
@@ -60,6 +65,10 @@ def load(
 
     Raises:
       ValueError: one line that says what is wrong with the folder, or the file.
+
+    Example:
+      >>> sj.load("SmolLM2-135M", dtype=jnp.bfloat16).dtype
+      dtype(bfloat16)
     """
     kind = check_weights(weights)
     path = whole(user_path(path))

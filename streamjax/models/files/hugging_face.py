@@ -102,6 +102,12 @@ def save_hf(model: Decoder, path: str | Path, max_shard_size: int = 5_000_000_00
     Raises:
       ValueError: the architecture cannot express the model's config, or the model has adapters; nothing was written.
       SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
+
+    Example:
+      >>> import os
+      >>> sj.save_hf(model, "exported")
+      >>> sorted(os.listdir("exported"))
+      ['checksums.json', 'config.json', 'model.safetensors']
     """
     refuse_adapters(model)
     refuse_quantised(model, "Hugging Face's folders have no such; write them with streamjax.save or save_safetensors")

@@ -58,6 +58,11 @@ def save_safetensors(model: Decoder, path: str | Path, max_shard_size: int = 5_0
     Raises:
       ValueError: the model has adapters; nothing was written.
       SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
+
+    Example:
+      >>> sj.save_safetensors(model, "native")
+      >>> sj.load("native").config == model.config
+      True
     """
     refuse_adapters(model)
     weights = weights_of(model)

@@ -73,6 +73,13 @@ def save_lora(model: Decoder, path: str | Path, base: str | None = None) -> None
     Raises:
       ValueError: the model has no adapters.
       SaveError: the disk is full, or does not let itself be written to; what was there before is as it was.
+
+    Example:
+      >>> import os
+      >>> tuned = sj.add_lora(model, rank=4, alpha=8.0, targets=("q", "v"), key=jax.random.key(0))
+      >>> sj.save_lora(tuned, "adapter", base="HuggingFaceTB/SmolLM2-135M")
+      >>> sorted(os.listdir("adapter"))
+      ['adapter_config.json', 'adapter_model.safetensors', 'checksums.json']
     """
     ranks = ranks_of(model)
     if not ranks:
@@ -118,6 +125,12 @@ def load_lora(model: Decoder, path: str | Path) -> Decoder:
     Raises:
       ValueError: one line that names the file, and the tensor or field, that is missing, damaged, made for another base
         model, or of a method that is not implemented.
+
+    Example:
+      >>> tuned = sj.add_lora(model, rank=4, alpha=8.0, targets=("q", "v"), key=jax.random.key(0))
+      >>> sj.save_lora(tuned, "adapter")
+      >>> sj.load_lora(model, "adapter").config == model.config
+      True
     """
     refuse_adapters(model)
     folder = whole(path)

@@ -16,7 +16,14 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # projections that can hav
 
 
 class LoRAParam(nnx.Param):
-    """A factor of an adapter: `loss_and_grad(..., trainable=LoRAParam)` trains these and nothing else."""
+    """A factor of an adapter: `loss_and_grad(..., trainable=LoRAParam)` trains these and nothing else.
+
+    Example:
+      >>> from flax import nnx
+      >>> tuned = sj.add_lora(model, rank=4, alpha=8.0, targets=("q", "v"), key=jax.random.key(0))
+      >>> len(jax.tree.leaves(nnx.state(tuned, sj.LoRAParam)))  # two factors of two projections in two layers
+      8
+    """
 
 
 class Adapter(nnx.Module):

@@ -76,6 +76,12 @@ def compact(
       ValueError: a cache whose tokens cannot be taken out, or into which they do not fit; a score that wants a query;
         rows that are not as described; a model with a chunk memory, or with a rotation that changes with the cache;
         tokens to read again, by a model with recurrent layers; tokens on a second mesh.
+
+    Example:
+      >>> state = sj.read(model, state, prompt)
+      >>> state = sj.compact(model, state, sj.kv.preset("snapkv", window=4, size=8), query=prompt[:, -4:])
+      >>> state.caches[0].tiers[1].size  # of the 12 tokens in front of the last 4 each head keeps 8
+      8
     """
     refuse_apart(state, "compact")
     if model.config.hsa is not None:
@@ -157,8 +163,6 @@ def reconstruction(
 ) -> list[np.ndarray]:
     """Queries that ask a model to repeat what it has read, chunk by chunk (KVzip, Kim et al., 2505.23416).
 
-        sj.compact(model, state, sj.kv.preset("kvzip"), queries=sj.reconstruction(prompt, request=ids))
-
     Args:
       tokens: what was read, rows of one length.
       chunk: tokens that are repeated at a time.
@@ -169,6 +173,11 @@ def reconstruction(
 
     Raises:
       ValueError: rows of several lengths or of none; a chunk of no tokens.
+
+    Example:
+      >>> state = sj.read(model, state, prompt)
+      >>> queries = sj.reconstruction(prompt, chunk=8, request=tokenizer.encode("Repeat:"))
+      >>> state = sj.compact(model, state, sj.kv.preset("kvzip", sinks=2, size=8), queries=queries)
     """
     ids, lengths = as_rows(tokens)
     require_one_length(lengths, "what is to be repeated needs")
@@ -198,8 +207,6 @@ def lazy_layers(
     and the newest `window` tokens is more than `threshold` of all, on average over heads, queries and streams. What
     comes back is for `compact`, or for `init_state` of other streams.
 
-        state = sj.compact(model, state, sj.lazy_layers(model, state, prompt[:, -1:]))
-
     Args:
       model, state, query, stored: see `compact`; cascades alone are asked.
       threshold: in 0..1. The paper's: 0.9 for Llama 3, 0.65 for Llama 2, 0.8 for Mistral.
@@ -207,6 +214,11 @@ def lazy_layers(
 
     Raises:
       ValueError: what `compact` refuses of a query; a threshold or sizes that make no sense.
+
+    Example:
+      >>> state = sj.read(model, state, prompt)
+      >>> caches = sj.lazy_layers(model, state, prompt[:, -4:], threshold=0.65, sinks=2, window=4)
+      >>> state = sj.compact(model, state, caches)
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"lazy_layers: threshold is {threshold}: it must be from 0 to 1, a share of attention")

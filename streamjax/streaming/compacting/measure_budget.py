@@ -35,6 +35,10 @@ def measure_budget(model: Decoder, text: Rows, budget: Budget, *, queries: int |
 
     Raises:
       ValueError: rows of different lengths, or shorter than two tokens; a budget that measures nothing.
+
+    Example:
+      >>> sj.measure_budget(model, prompt, sj.kv.Preferences(), queries=8).save("cake.safetensors")
+      >>> cache = sj.kv.preset("cake", window=4, size=8, calibration="cake.safetensors")
     """
     if not budget.measures:
         raise ValueError(f"{budget!r} measures nothing: it needs no calibration")

@@ -38,8 +38,6 @@ def measure_codebooks(
     `by_gradients` a token weighs, in each run, the sum of the squares of the loss's gradients there (Fisher), as in the
     paper, which reads 16 texts of 2,048 tokens; the model is then read backwards too.
 
-        sj.measure_codebooks(model, ids).save("books.safetensors")   # then --cache=cq:codebooks=books.safetensors
-
     Args:
       model: whose keys and values are read.
       text: ids, rows of one length; each is read by itself, from position 0.
@@ -53,6 +51,10 @@ def measure_codebooks(
       ValueError: rows that are not as described or fewer tokens than entries, channels that do not divide a head, or a
         layer that is no attention with heads of its own; by gradients also one with another mixer beside it, or a
         memory.
+
+    Example:
+      >>> sj.measure_codebooks(model, prompt, coupled=2, bits=2, rounds=2).save("books.safetensors")
+      >>> cache = sj.kv.preset("cq", codebooks="books.safetensors")  # --cache=cq:codebooks=FILE
     """
     codec, own = CQ(coupled, bits), fingerprint_in_any_dtype(model)
     if rounds < 1:

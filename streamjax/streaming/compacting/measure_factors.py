@@ -27,8 +27,6 @@ def measure_factors(model: Decoder, text: Rows, most: float = 0.5) -> LayerFacto
     They are the least-squares answer to what CSKV trains its factors for: `x A B` nearest to the keys or values of the
     text, over all inputs x. Directions span the channels of all key heads of a layer.
 
-        sj.measure_factors(model, ids).save("factors.safetensors")   # then --cache=cskv:factors=factors.safetensors
-
     Args:
       model: whose keys and values are read.
       text: ids, rows of one length; each is read by itself, from position 0.
@@ -37,6 +35,10 @@ def measure_factors(model: Decoder, text: Rows, most: float = 0.5) -> LayerFacto
     Raises:
       ValueError: rows that are not as described or fewer tokens than directions, a share that is none, or a layer that
         is no attention with heads of its own.
+
+    Example:
+      >>> sj.measure_factors(model, prompt).save("factors.safetensors")
+      >>> cache = sj.kv.preset("cskv", factors="factors.safetensors")  # --cache=cskv:factors=FILE
     """
     if not 0 < most <= 1:
         raise ValueError(f"measure_factors: most is {most}: it must be a number above 0 and at most 1, a share")

@@ -22,14 +22,16 @@ def measure_filters(model: Decoder, text: Rows) -> QueryFilters:
 
     Queries are rotated; heads that share a key head have the mean of theirs. The paper reads 20 texts of 2,048 tokens.
 
-        sj.measure_filters(model, ids).save("filters.safetensors")   # then --cache=qfilters:filters=filters.safetensors
-
     Args:
       model: whose queries are read.
       text: ids, rows of one length, of at least two tokens; each is read by itself, from position 0.
 
     Raises:
       ValueError: rows that are not as described, or a layer that is no attention with heads of its own.
+
+    Example:
+      >>> sj.measure_filters(model, prompt).save("filters.safetensors")
+      >>> cache = sj.kv.preset("qfilters", filters="filters.safetensors")  # --cache=qfilters:filters=FILE
     """
     own = fingerprint_in_any_dtype(model)
 

@@ -56,9 +56,6 @@ class Anchor:
 class AnchorPool:
     """Chunks behind one text, most of them without being read there.
 
-        pool = sj.AnchorPool(model, front)                  # front: a dense stream that has read the text
-        state = pool.place(sj.encode_chunk(model, chunk), capacity=8192)
-
     The keys of a chunk turn to their places, exactly. What the text adds to keys and to values is, token by token, the
     mean of what it added to the anchors' tokens at that place, weighted by softmax(-d / temperature); d is the mean
     distance of their keys, or values, over layers, heads and channels. Where it is not clear whom a chunk is like, it
@@ -78,6 +75,12 @@ class AnchorPool:
 
     Raises:
       ValueError: several streams, caches that do not keep everything, layers with latents, or numbers out of range.
+
+    Example:
+      >>> pool = sj.AnchorPool(model, sj.read(model, state, prompt))  # what stands in front of every chunk
+      >>> state = pool.place(sj.encode_chunk(model, prompt), capacity=64)
+      >>> pool.placed, pool.read
+      (1, 1)
     """
 
     def __init__(

@@ -24,9 +24,6 @@ def edit(
     behind. The prediction of the next token is that of before, unless the edit reaches the end. The state is not
     donated.
 
-        state = sj.edit(model, state, 120, 123, ids)      # three tokens become others
-        state = sj.edit(model, state, 120, 123, [[]])     # or go
-
     Args:
       model: the model that read the streams.
       state: of streams that have read equally many tokens into a `dense` cache.
@@ -37,6 +34,12 @@ def edit(
     Raises:
       ValueError: a cache that does not keep everything, indices that are not in the stream, rows that are not as
         described, or more tokens than there is room for.
+
+    Example:
+      >>> state = sj.read(model, state, prompt)
+      >>> state = sj.edit(model, state, 5, 9, [tokenizer.encode("at")])  # "upon" becomes "at"
+      >>> sj.edit(model, state, 0, 5, [[]]).seen.tolist()  # and "Once " goes
+      [9]
     """
     room = dense_capacity(model, state, "an edit")
     total = int(np.asarray(state.seen)[0])

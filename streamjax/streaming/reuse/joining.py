@@ -30,6 +30,11 @@ class EncodedChunk:
     """Tokens that were read behind a prefix which all chunks share; `state` has both.
 
     tokens, prefix: ids, one row a stream.
+
+    Example:
+      >>> chunk = sj.encode_chunk(model, prompt, prefix=[[1, 2]])
+      >>> chunk.tokens.shape, chunk.prefix.shape, chunk.state.seen.tolist()
+      ((1, 16), (1, 2), [18])
     """
 
     tokens: Int64[np.ndarray, "B T"]
@@ -51,6 +56,11 @@ def encode_chunk(
 
     Raises:
       ValueError: rows that are not as described, ids that the model does not have, or layers with windows of their own.
+
+    Example:
+      >>> chunk = sj.encode_chunk(model, [tokenizer.encode("Once upon a time")])
+      >>> chunk.state.seen.tolist()
+      [16]
     """
     ids, lengths = as_rows(tokens)
     front, in_front = (np.zeros((len(ids), 0), np.int64), 0) if prefix is None else as_rows(prefix)
@@ -74,9 +84,6 @@ def join(
     CacheBlend, 2405.16444; Cache-Craft chooses by attention that it noted elsewhere). With `recompute=1` the state is
     that of reading everything in order.
 
-        state = sj.join(model, [chunks[i] for i in found], recompute=0.15, capacity=8192)
-        state, answer = sj.generate(model, state, question)
-
     Args:
       model: the model that read the chunks.
       chunks: in order; their prefixes are the same.
@@ -85,6 +92,13 @@ def join(
 
     Raises:
       ValueError: no chunks, or of different prefixes or rows; a share outside 0..1; too little room.
+
+    Example:
+      >>> texts = "Once upon a time", "there was a king"
+      >>> chunks = [sj.encode_chunk(model, [tokenizer.encode(text)]) for text in texts]
+      >>> state = sj.join(model, chunks, recompute=0.15, capacity=128)
+      >>> state.seen.tolist()  # 16 tokens of each; the question comes next
+      [32]
     """
     prefix = require_one_prefix(chunks)
     if not 0 <= recompute <= 1:

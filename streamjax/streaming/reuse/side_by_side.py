@@ -29,9 +29,6 @@ def side_by_side(
     Nothing is computed. Attention to the chunks is sharpened by `temperature` and weighted by `scale`, which the paper
     searches for each model and task; see `sj.kv.Parallel`. Read the question next: there is no token to predict yet.
 
-        state = sj.side_by_side(model, [sj.encode_chunk(model, text, prefix) for text in texts])
-        state, answer = sj.generate(model, state, question)
-
     Args:
       model: the model that read the chunks.
       chunks: in any order; their prefixes are the same.
@@ -40,6 +37,13 @@ def side_by_side(
 
     Raises:
       ValueError: no chunks, or of different prefixes; a rotation that changes with what fits the cache.
+
+    Example:
+      >>> texts = "Once upon a time", "there was a king"
+      >>> chunks = [sj.encode_chunk(model, [tokenizer.encode(text)]) for text in texts]
+      >>> state = sj.side_by_side(model, chunks, room=64)
+      >>> state.capacity  # both chunks, which begin at one position, and the room
+      96
     """
     prefix = require_one_prefix(chunks)
     if room < 1:

@@ -42,6 +42,9 @@ def save_stream(state: StreamState, path: str | Path) -> None:
 
     Raises:
       ValueError: `path` holds something that is no checkpoint.
+
+    Example:
+      >>> sj.save_stream(sj.read(model, state, prompt), "stream")
     """
     save_pytree(state, path, {"kind": "stream", "caches": [described(cache) for cache in state.caches]})
 
@@ -55,6 +58,12 @@ def load_stream(path: str | Path, like: StreamState) -> StreamState:
 
     Raises:
       ValueError: the stream was saved with other caches, or another model.
+
+    Example:
+      >>> sj.save_stream(sj.read(model, state, prompt), "stream")
+      >>> like = sj.init_state(model, sj.kv.preset("dense", capacity=128))
+      >>> sj.load_stream("stream", like).seen.tolist()
+      [16]
     """
     about = read_about(Path(path), "stream")
     if not isinstance(about.get("caches"), list):

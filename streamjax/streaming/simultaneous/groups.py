@@ -92,9 +92,11 @@ def init_groups(
         are distances (ALiBi).
 
     Example:
-      >>> groups = init_groups(model, preset("dense", capacity=1024), first_output=0)
-      >>> groups = read_group(model, groups, source_ids, "source")
-      >>> groups, logits = group_step(model, groups, output_ids, "output")  # of what comes behind each output token
+      >>> groups = init_groups(model, sj.kv.preset("dense", capacity=1024), first_output=0)
+      >>> groups = read_group(model, groups, prompt, "source")
+      >>> groups, logits = group_step(model, groups, prompt[:, :4], "output")  # of what follows each output token
+      >>> logits.shape
+      (1, 4, 259)
     """
     _require_groups(model)
     pairs = [layer_caches(model.config, source), layer_caches(model.config, source if output is None else output)]

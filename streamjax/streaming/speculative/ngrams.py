@@ -33,7 +33,7 @@ class NGrams(Drafter):
       ValueError: `longest` below `shortest`.
 
     Example:
-      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=NGrams())
+      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=8, sampler=greedy, draft=sj.NGrams())
     """
 
     shortest: Size = 2

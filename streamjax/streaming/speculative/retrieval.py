@@ -29,7 +29,7 @@ class Retrieval:
 
     Example:
       >>> Retrieval(chunks=1, size=4, asked=2).read([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 6, 7], newest=2)
-      array([ 5,  6,  7,  8,  6,  7], dtype=int32)
+      array([5, 6, 7, 8, 6, 7], dtype=int32)
     """
 
     chunks: Size = 8

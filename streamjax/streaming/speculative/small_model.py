@@ -45,8 +45,8 @@ class SmallModel(Drafter):
         cache, `context` included, or is soon forgotten.
 
     Example:
-      >>> draft = SmallModel(model=small, cache=sj.kv.preset("streaming_llm", window=508), drafter=NGrams())
-      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=draft)
+      >>> draft = sj.SmallModel(model=model, cache=sj.kv.preset("streaming_llm", window=60), drafter=sj.NGrams())
+      >>> session = sj.Session(model, tokenizer, sj.kv.preset("streaming_llm"), draft=draft)
     """
 
     model: Decoder

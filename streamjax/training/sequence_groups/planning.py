@@ -57,9 +57,9 @@ def plan_groups(
       ValueError: a sequence that all devices together cannot hold; devices that are no power of two.
 
     Example:
-      >>> costs = GroupCosts(quadratic=1e-9, linear=1e-6, exchanged=1e-6, tokens_per_device=4096)
+      >>> costs = GroupCosts(quadratic=1e-9, linear=1e-6, exchanged=1e-5, tokens_per_device=4096)
       >>> [(group.degree, group.sequences) for group in plan_groups([8000, 900, 1000], 4, costs).rounds[0]]
-      [(2, (0,)), (1, (2,)), (1, (1,))]
+      [(2, (0,)), (2, (2, 1))]
     """
     _check(lengths, devices, devices, costs)
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])

@@ -20,7 +20,8 @@ def group_positions(outputs: Bool[Array, "B T"] | np.ndarray, first_output: int 
     """Each token's place among those of its group, the output's counted from `first_output`.
 
     Example:
-      >>> group_positions(jnp.array([[False, False, True, False, True]]), 10)  # [[0, 1, 10, 2, 11]]
+      >>> group_positions(jnp.array([[False, False, True, False, True]]), 10).tolist()
+      [[0, 1, 10, 2, 11]]
     """
     outputs = jnp.asarray(outputs)
     counts = jnp.where(outputs, jnp.cumsum(outputs, axis=1) + first_output, jnp.cumsum(~outputs, axis=1))
@@ -100,7 +101,8 @@ def grouped_loss(
     """Nats an output token, on average over all targets of the rows; differentiable in the model.
 
     Example:
-      >>> rows = wait_k_rows([(source, output)], wait=3)
+      >>> from streamjax.training.simultaneous.grouped_rows import wait_k_rows
+      >>> rows = wait_k_rows([([1, 2, 3, 4], [5, 6, 7])], wait=3)
       >>> loss, slope = jax.jit(jax.value_and_grad(grouped_loss))(model, rows)
     """
     nats = grouped_nats(model, rows, position, mutual)

@@ -23,9 +23,9 @@ class SharedBeginnings:
     messages before it, the template's values and the template alone, so equal chats are always cut alike.
 
     Example:
-      >>> beginnings = SharedBeginnings(tokenizer)  # doctest: +SKIP
-      >>> beginnings.length([{"role": "system", "content": "Answer briefly."}, user], {}, prompt)  # doctest: +SKIP
-      17
+      >>> talk = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "Who?"}]
+      >>> SharedBeginnings(tokenizer).length(talk, {}, encode_chat(tokenizer, talk))  # up to the user's first letter
+      31
     """
 
     def __init__(self, tokenizer: Tokenizer):

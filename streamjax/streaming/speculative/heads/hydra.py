@@ -96,7 +96,7 @@ class Hydra(TreeDrafter):
 
     Example:
       >>> draft = Hydra(model=model, heads="heads.safetensors")
-      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=draft)
+      >>> session = sj.Session(model, tokenizer, sj.kv.preset("streaming_llm"), draft=draft)
     """
 
     heads: HydraHeads | str | Path

@@ -79,7 +79,7 @@ class ParallelPrompts(TreeDrafter):
 
     Example:
       >>> draft = ParallelPrompts(model=model, heads="prompts.safetensors")
-      >>> state, tokens = sj.generate(model, state, prompt, max_new_tokens=64, sampler=greedy, draft=draft)
+      >>> session = sj.Session(model, tokenizer, sj.kv.preset("streaming_llm"), draft=draft)
     """
 
     heads: PromptTokens | str | Path

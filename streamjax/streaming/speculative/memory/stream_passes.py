@@ -43,8 +43,9 @@ def fit_draft(
       ValueError: nothing fits; one line that says what the least takes.
 
     Example:
-      >>> draft, memory = fit_draft(NGrams(length=15), model, cache, 20_000_000)
-      >>> print(memory)  # 9 guesses for a stream: 19.1 MB, ...
+      >>> draft, memory = fit_draft(sj.NGrams(length=3), model, sj.kv.preset("dense", capacity=64), 100_000)
+      >>> print(memory)
+      3 guesses for a stream: ... kB, ... kB a pass over 4 tokens
     """
     how = sampler or Sampler()
     state = jax.eval_shape(lambda: init_state(model, cache, rows, dtype=dtype, note_used=True))

@@ -34,8 +34,10 @@ class TokenBlocks:
     tokens. shape: N, B, C.
 
     Example:
-      >>> TokenBlocks.of(jnp.array([[[False, True, False], [True, True, False]]]), (1, 2, 3), 2).index
-      [[[1, 3, 4, 9]], [[10, 11, 12, 13]]]  # blocks of two tokens of both rows; used: 1
+      >>> counted = jnp.array([[[False, True, False], [True, True, False]]])
+      >>> index = jax.jit(lambda counted: TokenBlocks.of(counted, (1, 2, 3), 2).index)(counted)
+      >>> index.tolist()  # blocks of two tokens of both rows; used: 1
+      [[[1, 3, 4, 9]], [[10, 11, 12, 13]]]
     """
 
     index: Int32[Array, "blocks R S"]
