@@ -120,10 +120,13 @@ def whole_on_each_device(name: str, size: int) -> bool:
     return splits(name) and free_spec((name,), (size,), jax.sharding.get_abstract_mesh())[0] is None
 
 
-def a_key_head_for_each_device(x: Float[Array, "B T K D"], heads: int) -> Float[Array, "B T R D"]:
-    """Keys whose heads can be split as `heads` query heads are: where there are fewer than devices, repeated."""
+def a_key_head_for_each_device(x: Float[Array, "B ..."], heads: int, axis: int = 2) -> Float[Array, "B ..."]:
+    """Keys whose heads can be split as `heads` query heads are: where there are fewer than devices, repeated.
+
+    axis: which dimension is that of the key heads.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    width = math.prod(mesh.shape[axis] for axis in axes_of(free_spec(("heads",), (heads,), mesh)[0]))
-    return jnp.repeat(x, width // x.shape[2], axis=2) if width % x.shape[2] == 0 else x
+    width = math.prod(mesh.shape[name] for name in axes_of(free_spec(("heads",), (heads,), mesh)[0]))
+    return jnp.repeat(x, width // x.shape[axis], axis=axis) if width % x.shape[axis] == 0 else x

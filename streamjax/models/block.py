@@ -15,7 +15,7 @@ from streamjax.models.config import BlockConfig, HSAConfig
 from streamjax.models.layer_inputs import LayerInput
 from streamjax.models.mixers.attention import Attention, ChunkContext, SequenceContext
 from streamjax.models.mixers.build import build_mixer
-from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages, whole_view
+from streamjax.models.mixers.hierarchical import HierarchicalAttention, PageEncoder, ReadablePages
 from streamjax.models.mixers.latent import LatentAttention
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.models.mlps.build import build_mlp
@@ -87,8 +87,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T E"], ReadablePages | None]:
         """The layer over a whole sequence, and the chunk memory for the layers above: `memory`, or its own."""
         if self.encoder is not None:
-            made = self.encoder.parallel(x, context.segment_ids)
-            memory = whole_view(*made, context.segment_ids, self.encoder.hsa, 0, x.shape[1])
+            memory = self.encoder.parallel(x, context.segment_ids)
         return self.join(x, self.mix(x, context), memory), memory
 
     def join(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
-from streamjax.attention.landmarks import page_attention, page_choice
+from streamjax.attention.landmarks import page_choice, page_forms
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.attention.landmarks.page_choice import VisiblePages, choose, top_indices
 from tests.oracles.hierarchical import hierarchical_attention
@@ -119,7 +119,7 @@ def test_queries_in_blocks_are_queries_at_once(monkeypatch):
     whole = expected(q, retrieval, chunks, visible, 2, 1.0)
     assert np.abs(whole).sum() > 1
     assert (whole == 0).all(axis=(2, 3)).any()
-    monkeypatch.setattr(page_attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(page_forms, "QUERY_BLOCK", 4)
     for form in FORMS:
         found = jax.jit(lambda chunks, *given, form=form: chunks.read(*given, 2, 1.0, form))(
             chunks, q, retrieval, visible
@@ -156,8 +156,8 @@ def test_both_forms_have_the_same_gradients(top_k):
 def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
     """With gradients, through the weights into the retrieval too; by blocks of queries, some of which see no chunk."""
     kernel = partial(api.hsa_attention, implementation="triton", interpret=True)
-    monkeypatch.setattr(page_attention.api, "hsa_attention", kernel)
-    monkeypatch.setattr(page_attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(page_forms.api, "hsa_attention", kernel)
+    monkeypatch.setattr(page_forms, "QUERY_BLOCK", 4)
     q, retrieval, chunks, visible = draw(2, 2, queries, 2, 2, 5, 8)
     if start is not None:  # chunks in order, as a sequence has them
         number = jnp.tile(jnp.arange(5, dtype=jnp.int32), (2, 1))
@@ -179,7 +179,7 @@ def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
 def test_takes_the_kernel_where_it_pays(monkeypatch, caplog):
     """A platform with kernels, many chunks, and as many choices; it says so once."""
     taken = []
-    monkeypatch.setattr(page_attention.api, "hsa_attention", lambda q, *_, **__: taken.append(q.shape[1]) or 0.0 * q)
+    monkeypatch.setattr(page_forms.api, "hsa_attention", lambda q, *_, **__: taken.append(q.shape[1]) or 0.0 * q)
 
     def read(queries, pages, size=8, dtype=jnp.float32, **known):
         q, retrieval, chunks, visible = draw(0, 1, queries, 1, 1, pages, size, dtype)

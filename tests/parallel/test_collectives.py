@@ -14,9 +14,12 @@ import streamjax as sj
 from streamjax.kv import tier
 from streamjax.kv.ring_buffer import write_linear
 from streamjax.kv.tiers import full
+from streamjax.models import HSAConfig
 from streamjax.parallel.mesh import make_mesh, shard_model
+from streamjax.training import shard_batch
 from tests.covering import rest_slow
 from tests.parallel.small_models import BATCH, CONFIG, MESHES, one_layer, small_model
+from tests.training.gradient_checks import compiled, random_batch, random_model
 
 SLOTS = 62
 CACHES = {
@@ -43,13 +46,16 @@ def _collectives(
         state = sj.init_state(model, (CACHES | MORE)[cache], rows)
         tokens, count = jnp.zeros((rows, width), jnp.int32), jnp.ones((rows,), jnp.int32)
         text = sj.step.trace(model, state, tokens, count).lower().compile().as_text()
-    found = []
-    for result, operation in COLLECTIVE.findall(text):
-        for shape in re.findall(r"\w+\[([\d,]*)\]", result):
-            shape = tuple(int(size) for size in shape.split(",") if size)
-            if math.prod(shape) >= 64:
-                found.append((operation, shape))
-    return found
+    return [(operation, shape) for operation, shape in _crossing(text) if math.prod(shape) >= 64]
+
+
+def _crossing(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Operation and shape of every collective in a compiled program."""
+    return [
+        (operation, tuple(int(size) for size in shape.split(",") if size))
+        for result, operation in COLLECTIVE.findall(text)
+        for shape in re.findall(r"\w+\[([\d,]*)\]", result)
+    ]
 
 
 @pytest.mark.covering
@@ -115,3 +121,20 @@ def test_writing_over_devices_is_writing(rows):
         with jax.set_mesh(mesh):
             found = over(placed, chunk, filled, start, count)
         np.testing.assert_array_equal(found, write(buffer, chunk, filled, start, count))
+
+
+@pytest.mark.parametrize("size", [4, pytest.param(5, marks=pytest.mark.slow)])  # whole pages in a stretch, and not
+def test_of_a_sequence_over_devices_only_landmarks_are_gathered(size):
+    """By a gradient with hierarchical sparse attention; keys and values of pages go from device to device."""
+    rows, length, devices = 2, 64, 4
+    hsa = HSAConfig(layers=(0,), memory_layers=(0,), chunk_size=size, top_k=2)
+    config, mesh = CONFIG.replace(num_layers=1, windows=(4,), hsa=hsa), make_mesh(context=devices, tensor=2)
+    with jax.set_mesh(mesh):
+        model = shard_model(random_model(config, "float32"), mesh)
+        batch = shard_batch(random_batch(config.vocab_size, rows, length, packed=True), mesh)
+        found = _crossing(compiled(model, batch, "remat").as_text())
+    pages, heads, width = -(-length // devices // size), config.num_kv_heads // 2, config.head_dim
+    of_landmarks, of_numbers = (rows, heads, devices * pages, width), (rows, devices * pages)
+    assert {shape for operation, shape in found if operation == "all-gather"} == {of_landmarks, of_numbers}
+    assert ("collective-permute", (rows, heads, pages, size, width)) in found
+    assert "all-to-all" not in dict(found)

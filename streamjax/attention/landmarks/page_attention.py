@@ -4,41 +4,31 @@ HSA of "Hardware-aligned Hierarchical Sparse Attention" (2504.16795), as HSA-Ult
 papers' chunk) of S tokens has keys, values and one landmark. A token scores pages by `r = retrieval . landmark /
 sqrt(D)`, takes the best `top_k`, attends to each of them by a softmax of its own, and sums the outputs weighted by the
 softmax of their scores. So the scores get gradients through the weights.
-
-Three forms of the same sum: over all pages with most weights zero, which is products of matrices; over gathered pages,
-whose work does not grow with the context; and the platform's kernel, which sorts queries by the pages that they chose,
-so that its work is products of matrices and does not grow with the context either.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-from pallas_kernels import api
 from pallas_kernels.api import platforms
-from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.partial import accumulator
-from streamjax.attention.block_cutting import cut_blocks, join_blocks
-from streamjax.attention.landmarks.page_choice import VisiblePages, choose
+from streamjax.attention.landmarks import page_forms
+from streamjax.attention.landmarks.page_choice import VisiblePages
 from streamjax.attention.sharded import per_device_call
 
 Implementation = Literal["dense", "gathered", "pallas"]
-QUERY_BLOCK = 128  # queries whose logits exist at a time
 SPANS = 8  # parts of a sequence that each work with as many pages as their last query needs
-GATHERED = 2**23  # keys times channels that are gathered at a time
-DENSE_CHUNKS = 8  # the dense form works on at most so many times more pages than are chosen
 _NAMES = (  # of the dimensions of queries, keys, values, choices and weights
     ("batch", "length", "heads", None),
     *(("batch", "kv_heads", None, None, None),) * 2,
-    *(("batch", "kv_heads", "length", None),) * 2,
+    *(("batch", "length", "kv_heads", None),) * 2,
 )
 
 
@@ -82,72 +72,39 @@ class LandmarkPages:
         """
         if implementation not in (None, "dense", "gathered", "pallas"):
             raise ValueError(f"unknown implementation {implementation!r}; use 'dense', 'gathered' or 'pallas'")
-        if implementation is None and self._kernel_pays(q, top_k):
+        if implementation is None and page_forms.kernel_pays(q, self.k, self.k.shape[2], top_k):
             platforms.log_choice("hierarchical attention over many chunks", "pallas")
             implementation = "pallas"
-        parts = list(self._parts(visible, q.shape[1], start))
-        if implementation == "pallas":
-            found = [chunks._choices(retrieval[:, at], seen, top_k) for at, chunks, seen in parts]
-            chosen, weights = (jnp.swapaxes(jnp.concatenate(x, axis=1), 1, 2) for x in zip(*found, strict=True))
-            return per_device_call(
-                lambda *arrays: api.hsa_attention(*arrays, scale=scale), _NAMES, _NAMES[0],
-                (q, self.k, self.v, chosen, weights),
-            )  # fmt: skip
-        outs = [
-            chunks._attend(q[:, at], retrieval[:, at], seen, top_k, scale, implementation) for at, chunks, seen in parts
-        ]
-        return jnp.concatenate(outs, axis=1)
-
-    def _kernel_pays(self, q: Array, top_k: int) -> bool:
-        """Whether there is a kernel, and it beats the others: there are too many pages to work with all of them, but
-        not so many that none has two readers.
-        """
-        count, size = self.k.shape[2:4]
-        if not q.shape[1] * min(top_k, count) >= count > DENSE_CHUNKS * top_k or size % (32 // self.k.dtype.itemsize):
-            return False
-        return platforms.platform_implementation() is not None and q.dtype == self.k.dtype and q.dtype.name in DTYPES
+        outs, choices = [], []
+        for at, pages, seen in self._parts(visible, q.shape[1], start):
+            choice = page_forms.choose_in_blocks(pages.landmarks, retrieval[:, at], seen, top_k)
+            if implementation == "pallas":
+                choices.append(choice)
+            else:
+                outs.append(pages._attend(q[:, at], *choice, scale, implementation))
+        if outs:
+            return jnp.concatenate(outs, axis=1)
+        chosen, weights = (jnp.concatenate(x, axis=1) for x in zip(*choices, strict=True))
+        arrays = q, self.k, self.v, chosen, weights
+        return per_device_call(partial(page_forms.attend_by_kernel, scale), _NAMES, _NAMES[0], arrays)
 
     def _attend(
-        self, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float, implementation: str | None
+        self, q: Array, chosen: Array, weights: Array, scale: float, implementation: str | None
     ) -> Float[Array, "B C H D"]:
         """The dense or the gathered form."""
-        rows, heads, count, size, channels = self.k.shape
+        count, top_k = self.k.shape[2], chosen.shape[3]
         if not count:
             return jnp.zeros_like(q, accumulator(q.dtype))
-        top_k = min(top_k, count)
-        if count > DENSE_CHUNKS * top_k if implementation is None else implementation == "gathered":
-            chosen, weights = self._choices(retrieval, visible, top_k)
-            block = max(1, min(QUERY_BLOCK, GATHERED // (rows * heads * top_k * size * channels)))
-            return _by_blocks(partial(_gathered, self, scale), block, (q, chosen, weights))
-
-        def attend(q: Array, retrieval: Array, seen: VisiblePages) -> Array:
-            return _dense(self, q, retrieval, seen, top_k, scale)
-
-        return _by_blocks(attend, QUERY_BLOCK, (q, retrieval), visible)
-
-    def _choices(
-        self, retrieval: Array, visible: VisiblePages, top_k: int
-    ) -> tuple[Int32[Array, "B C K top_k"], Float[Array, "B C K top_k"]]:
-        """Pages that each query reads, -1 for none, and their weights."""
-        rows, heads, count, _ = self.landmarks.shape
-        if not count:
-            none = jnp.full((rows, retrieval.shape[1], heads, top_k), -1, jnp.int32)
-            return none, jnp.zeros_like(none, accumulator(retrieval.dtype))
-
-        def best(retrieval: Array, seen: VisiblePages) -> tuple[Array, Array]:
-            chosen, weights = choose(self.landmarks, retrieval, seen, min(top_k, count))
-            chosen = jnp.where(weights > 0, chosen, -1)
-            return jnp.swapaxes(chosen, 1, 2), jnp.swapaxes(weights, 1, 2)
-
-        chosen, weights = _by_blocks(best, QUERY_BLOCK, (retrieval,), visible)
-        missing = ((0, 0), (0, 0), (0, 0), (0, top_k - chosen.shape[3]))
-        return jnp.pad(chosen, missing, constant_values=-1), jnp.pad(weights, missing)
+        few = count <= page_forms.DENSE_CHUNKS * min(top_k, count)
+        dense = few if implementation is None else implementation == "dense"
+        attend = page_forms.attend_dense if dense else page_forms.attend_gathered
+        return attend(scale, q, self.k, self.v, chosen, weights)
 
     def _parts(
         self, visible: VisiblePages, width: int, start: int | None
     ) -> Iterator[tuple[slice, LandmarkPages, VisiblePages]]:
         """Some queries at a time, with the pages before the last of them; all at once where `start` is None."""
-        step = width if start is None else max(-(-width // SPANS), QUERY_BLOCK)
+        step = width if start is None else max(-(-width // SPANS), page_forms.QUERY_BLOCK)
         if start is None or step >= width:
             yield slice(None), self, visible
             return
@@ -162,61 +119,3 @@ class LandmarkPages:
                 of_chunks=None if visible.of_chunks is None else visible.of_chunks[:, :count],
             )
             yield at, jax.tree.map(lambda x, count=count: x[:, :, :count], self), seen
-
-
-def _by_blocks(
-    function: Callable[..., Any], size: int, queries: tuple[Array, ...], visible: VisiblePages | None = None
-) -> Any:
-    """`function(*queries)`, with `visible` behind them if there is one, for `size` queries at a time.
-
-    Its results have queries second, as its arguments have.
-    """
-    width, function = queries[0].shape[1], jax.checkpoint(function)
-    seen = None if visible is None else (visible.limit, visible.segments)
-
-    def piece(x: tuple[tuple[Array, ...], Any]) -> Any:
-        if visible is None:
-            return function(*x[0])
-        return function(*x[0], dataclasses.replace(visible, limit=x[1][0], segments=x[1][1]))
-
-    if width <= size:
-        return piece((queries, seen))
-    cut = jax.tree.map(lambda x: cut_blocks(x, size), (queries, seen))
-    return jax.tree.map(lambda x: join_blocks(x, width), jax.lax.map(piece, cut))
-
-
-def _dense(
-    chunks: LandmarkPages, q: Array, retrieval: Array, visible: VisiblePages, top_k: int, scale: float
-) -> Float[Array, "B C H D"]:
-    """Over all pages, those that are not chosen with a weight of zero."""
-    dtype, heads = accumulator(q.dtype), chunks.k.shape[1]
-    chosen, weights = choose(chunks.landmarks, retrieval, visible, top_k)
-    spread = jnp.zeros((*chosen.shape[:-1], chunks.k.shape[2]), dtype)
-    spread = jnp.put_along_axis(spread, chosen, weights, axis=-1, inplace=False)
-    grouped = rearrange(q, "b c (k g) d -> b k g c d", k=heads)
-    logits = jnp.einsum("bkgcd,bkpsd->bkgcps", grouped, chunks.k, preferred_element_type=dtype) * scale
-    attention = jax.nn.softmax(logits, axis=-1) * spread[:, :, None, :, :, None]
-    out = jnp.einsum("bkgcps,bkpsd->bckgd", attention.astype(q.dtype), chunks.v, preferred_element_type=dtype)
-    return rearrange(out, "b c k g d -> b c (k g) d")
-
-
-def _gathered(
-    chunks: LandmarkPages,
-    scale: float,
-    q: Float[Array, "B C H D"],
-    chosen: Int32[Array, "B C K n"],
-    weights: Float[Array, "B C K n"],
-) -> Float[Array, "B C H D"]:
-    """Over the chosen pages alone; those of -1 have no weight."""
-    dtype, heads, top_k = accumulator(q.dtype), chunks.k.shape[1], chosen.shape[3]
-    flat = rearrange(jnp.maximum(chosen, 0), "b c k n -> b k (c n) 1 1")
-
-    def take(x: Array) -> Array:
-        found = jnp.take_along_axis(x, flat, axis=2, mode="clip")
-        return rearrange(found, "b k (c n) s d -> b k c n s d", n=top_k)
-
-    grouped = rearrange(q, "b c (k g) d -> b k g c d", k=heads)
-    logits = jnp.einsum("bkgcd,bkcnsd->bkgcns", grouped, take(chunks.k), preferred_element_type=dtype) * scale
-    attention = jax.nn.softmax(logits, axis=-1) * rearrange(weights, "b c k n -> b k 1 c n 1")
-    out = jnp.einsum("bkgcns,bkcnsd->bckgd", attention.astype(q.dtype), take(chunks.v), preferred_element_type=dtype)
-    return rearrange(out, "b c k g d -> b c (k g) d")

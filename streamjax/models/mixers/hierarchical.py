@@ -17,9 +17,11 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from streamjax.attention.context.landmarks import cut_pages, read_over_devices
 from streamjax.attention.dense import attend
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.attention.landmarks.page_choice import VisiblePages
+from streamjax.attention.sharded import context_shards
 from streamjax.kv.tiers.landmark_memory import ChunkMemory, ChunkMemoryState
 from streamjax.models.config import AttentionConfig, BlockConfig, HSAConfig, NormConfig
 from streamjax.models.mixers.projections import Projections
@@ -36,13 +38,14 @@ class ReadablePages:
     """What some tokens may read: pages, and which of them each token sees.
 
     top_k: pages that each reads. start: index of the first token in the sequence whose pages these are, in order,
-    where it is known to the compiler.
+    where it is known to the compiler. over_devices: tokens and pages lie over the mesh axis `context`.
     """
 
     chunks: LandmarkPages
     visible: VisiblePages
     top_k: int = dataclasses.field(metadata={"static": True})
     start: int | None = dataclasses.field(default=None, metadata={"static": True})
+    over_devices: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class EncoderLayer(nnx.Module):
@@ -58,17 +61,28 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = Norm(d_model, config.norm, dtype)
         self.mlp = build_mlp(config.mlp, d_model, key_mlp, dtype, gain)
 
-    def __call__(self, x: Float[Array, "N S E"]) -> Float[Array, "N S E"]:
+    def __call__(self, x: Float[Array, "N T E"], size: int) -> Float[Array, "N T E"]:
+        """Of rows of T tokens, in which pages of `size` tokens follow each other."""
         q, k, v, gate = self.projections.split_gated(self.mixer_norm(x))
         if self.config.rope is not None:
-            rotary = make_rotary(self.config.rope, self.config.head_dim, x.shape[1])
-            position = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32), x.shape[:2])
+            rotary = make_rotary(self.config.rope, self.config.head_dim, size)
+            position = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32) % size, x.shape[:2])
             q, k = rotary(q, position), rotary(k, position)
-        k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
-        everything = jnp.ones((1, 1, 1, x.shape[1]), bool)
-        heads = attend(q, k, v, everything, scale=self.config.softmax_scale, softcap=self.config.softcap).out
-        x = x + self.projections.join(heads, x.dtype, gate)
+        x = x + self.projections.join(self._attend(q, k, v, size=size), x.dtype, gate)
         return x + self.mlp(self.mlp_norm(x))
+
+    def _attend(self, *heads: Float[Array, "N T _ D"], size: int) -> Float[Array, "N T H D"]:
+        """Attention of queries to keys and values, page by page."""
+        everything = jnp.ones((1, 1, 1, size), bool)
+
+        def of_page(q: Array, k: Array, v: Array) -> Array:
+            k, v = (jnp.swapaxes(y, 1, 2) for y in (k, v))
+            return attend(q, k, v, everything, scale=self.config.softmax_scale, softcap=self.config.softcap).out
+
+        if heads[0].shape[1] == size:
+            return of_page(*heads)
+        pages = (rearrange(y, "n (p s) h d -> n p s h d", s=size) for y in heads)
+        return rearrange(jax.vmap(of_page, 1, 1)(*pages), "n p s h d -> n (p s) h d")
 
 
 class PageEncoder(nnx.Module):
@@ -93,24 +107,32 @@ class PageEncoder(nnx.Module):
     def encode(self, x: Float[Array, "B P S E"]) -> LandmarkPages:
         """The memory of P pages of a layer's input."""
         b, p, s, d = x.shape
-        token = jnp.broadcast_to(self.token[...].astype(x.dtype), (b * p, 1, d))
-        y = jnp.concatenate((x.reshape(b * p, s, d), token), axis=1)
+        token = jnp.broadcast_to(self.token[...].astype(x.dtype), (b, p, 1, d))
+        y = jnp.concatenate((x, token), axis=2)
+        # Pages are rows; where devices share a sequence they follow each other, since a mesh splits rows otherwise.
+        shared = context_shards(p) > 1
+        y = rearrange(y, "b p s e -> b (p s) e" if shared else "b p s e -> (b p) s e")
         for layer in self.layers:
-            y = layer(y)
-        y = self.norm(y)
-        pairs = product("nse,ekgd->nskgd", y[:, :s], self.out[:, :, :2])
-        landmarks = product("ne,ekd->nkd", y[:, s], self.out[:, :, 2])
-        k, v = (rearrange(pairs[..., i, :], "(b p) s k d -> b k p s d", b=b) for i in range(2))
-        return LandmarkPages(self.k_norm(k), v, rearrange(landmarks, "(b p) k d -> b k p d", b=b))
+            y = layer(y, s + 1)
+        y = self.norm(y).reshape(b, p, s + 1, d)
+        pairs = product("bpse,ekgd->bpskgd", y[:, :, :s], self.out[:, :, :2])
+        k, v = rearrange(pairs, "b p s k g d -> g b k p s d")
+        landmarks = product("bpe,ekd->bpkd", y[:, :, s], self.out[:, :, 2])
+        return LandmarkPages(self.k_norm(k), v, jnp.swapaxes(landmarks, 1, 2))
 
-    def parallel(
-        self, x: Float[Array, "B T E"], segments: Int32[Array, "B T"] | None = None
-    ) -> tuple[LandmarkPages, Int32[Array, "B P"] | None]:
-        """The memory of whole sequences, without what is behind the last full page, and the pages' segments."""
-        size = self._size
-        count = x.shape[1] // size
+    def parallel(self, x: Float[Array, "B T E"], segments: Int32[Array, "B T"] | None = None) -> ReadablePages:
+        """What tokens of whole sequences may read: all pages of them; what is behind the last full page is in none."""
+        size, length = self._size, x.shape[1]
+        if context_shards(length) > 1:
+            cut, number, of_tokens = cut_pages(x, segments, size)
+            of_pages = None if of_tokens is None else page_segments(rearrange(of_tokens, "b n s -> b (n s)"), size)
+            limit = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // size, x.shape[:2])
+            visible = VisiblePages(number, limit, segments, of_pages)
+            return ReadablePages(self.encode(cut), visible, self.hsa.top_k, over_devices=True)
+        count = length // size
         chunks = self.encode(rearrange(x[:, : count * size], "b (p s) e -> b p s e", s=size))
-        return chunks, None if segments is None else page_segments(segments[:, : count * size], size)
+        of_pages = None if segments is None else page_segments(segments[:, : count * size], size)
+        return whole_view(chunks, of_pages, segments, self.hsa, 0, length)
 
     def stream(
         self, x: Float[Array, "B C E"], state: ChunkMemoryState, memory: ChunkMemory, count: Int32[Array, " B"]
@@ -175,8 +197,10 @@ class HierarchicalAttention(nnx.Module):
             return jnp.zeros_like(x)
         found = product("bce,ekgd->bckgd", self.norm(x), self.query[...])
         q = self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d"))
-        heads = memory.chunks.read(
-            q, found[..., -1, :], memory.visible, memory.top_k, self.config.softmax_scale, start=memory.start
-        )
+        known = q, found[..., -1, :], memory.visible, memory.top_k, self.config.softmax_scale
+        if memory.over_devices:
+            heads = read_over_devices(memory.chunks, *known)
+        else:
+            heads = memory.chunks.read(*known, start=memory.start)
         heads = rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype)
         return product("bcf,fe->bce", heads, merge_axes(self.out[...], 0, 3))
