@@ -121,6 +121,18 @@ def compile_until_assigned(lowered: jax.stages.Lowered, options: Mapping[str, st
     lowered.compile(compiler_options={**(options or {}), "xla_dump_to": os.environ[DUMP], "xla_dump_hlo_as_text": True})
 
 
+def compiled_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """A program compiled for a TPU, and its text as the compiler writes it, with what it estimates.
+
+    `compiled.as_text()` is the same where JAX can read the program; it refuses asynchronous instructions of several
+    operands, which the compiler makes for a v5p.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        written = max(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        return compiled, written.read_text()
+
+
 class Assigned(NamedTuple):
     """What a process had to say that was ended once the compiler had placed its buffers.
 

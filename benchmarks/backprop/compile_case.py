@@ -157,13 +157,13 @@ def _compile_here(case: Case, known: str, with_cycles: bool = False) -> dict[str
     try:
         if os.environ.get(aot.DUMP):
             aot.compile_until_assigned(lowered)
-        compiled = lowered.compile()
+        compiled, text = aot.compiled_with_text(lowered) if with_cycles else (lowered.compile(), "")
         figures = _figures(compiled, aot.TOPOLOGIES[case.topology].memory_bytes)
         if case.kernels:
             figures["kernels"] = len(re.findall(r"@(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)\b", lowered.as_text()))
         if with_cycles:
             pieces = -(-case.length // max(1, KERNEL_BLOCK // case.batch))  # of the loss: as many as have tokens
-            read = estimate(compiled.as_text(), turns=pieces)
+            read = estimate(text, turns=pieces)
             figures |= {"cycles": read.cycles, "runs": dict(read.kernels)}
     except jax.errors.JaxRuntimeError as error:
         wanted = aot.wanted_bytes(str(error))

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from streamjax.parallel.rules import STAGE, NamedState, partition_spec
+from streamjax.parallel.rules import RULES, STAGE, NamedState, partition_spec
 
 Tree = TypeVar("Tree")
 
@@ -73,6 +74,54 @@ def make_mesh(
     # Eight devices along an axis are half of a dimension, or one and a half, of a torus of 4 x 4 x 4.
     placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+class RowShare(NamedTuple):
+    """A process has part `index` of the `count` equal parts of a batch's rows."""
+
+    index: int
+    count: int
+
+
+def row_shares(
+    mesh: Mesh | None, process_of: Callable[[jax.Device], int] = lambda device: device.process_index
+) -> dict[int, RowShare]:
+    """Which rows of a batch each process reads, by its number.
+
+    Rows lie over the mesh axes of `batch` alone. Processes whose devices differ along another axis, such as `tensor`
+    or `context`, have the same rows, and must read the same ones.
+
+    Raises:
+      ValueError: the rows of two processes overlap and are not the same, or some have more of them.
+
+    Example:
+      >>> mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+      >>> row_shares(mesh, process_of=lambda device: device.id)[1]
+      RowShare(index=0, count=2)
+    """
+    if mesh is None:
+        return {jax.process_index(): RowShare(0, 1)}
+    names = [name for name in RULES["batch"] if name in mesh.shape]
+    order = [mesh.axis_names.index(name) for name in names]
+    sizes = [mesh.shape[name] for name in names]
+    rows: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        row = int(np.ravel_multi_index([place[axis] for axis in order], sizes))
+        rows.setdefault(process_of(device), set()).add(row)
+    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    every = [row for part in parts for row in part]
+    if len(every) != len(set(every)) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"the devices of {len(rows)} processes lie across this mesh ({dict(mesh.shape)}) so that their shares of a "
+            "batch's rows overlap or differ in size: let the devices of a process be neighbours on data and fsdp"
+        )
+    numbers = {row: number for number, part in enumerate(parts) for row in part}
+    return {process: RowShare(numbers[min(own)], len(parts)) for process, own in rows.items()}
+
+
+def row_share(mesh: Mesh | None) -> RowShare:
+    """This process's share of a batch's rows; see `row_shares`."""
+    return row_shares(mesh)[jax.process_index()]
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
 
 import streamjax as sj
-from streamjax.parallel.mesh import build_sharded, make_mesh, shard_model, shardings
+from streamjax.parallel.mesh import build_sharded, make_mesh, row_share, row_shares, shard_model, shardings
 from streamjax.parallel.rules import RULES, partition_spec
 from tests.parallel.small_models import BATCH, CACHES, CONFIG, MESHES, small_model
 
@@ -140,3 +140,38 @@ def test_what_was_compiled_without_a_mesh_compiles_again_under_one():
     again = sj.forward(model, tokens)
     assert len(again.sharding.device_set) == 1
     assert (again == alone).all()
+
+
+def by_halves(device):
+    """Of two devices each, four processes."""
+    return device.id // 2
+
+
+@pytest.mark.parametrize(
+    ("axes", "shares"),
+    [
+        ({"data": 8}, [0, 1, 2, 3]),
+        ({"fsdp": 4, "tensor": 2}, [0, 1, 2, 3]),
+        ({"data": 2, "tensor": 4}, [0, 0, 1, 1]),
+        ({"data": 2, "context": 2, "tensor": 2}, [0, 0, 1, 1]),
+        ({"replica": 2, "context": 4}, [0, 0, 1, 1]),
+        ({"tensor": 8}, [0, 0, 0, 0]),
+        ({"tensor": 4, "expert": 2}, [0, 0, 0, 0]),  # each process has both parts
+        ({"stage": 2, "data": 4}, [0, 1, 0, 1]),
+    ],
+)
+def test_processes_that_differ_along_other_axes_have_the_same_rows(axes, shares):
+    found = row_shares(make_mesh(**axes), by_halves)
+    assert [found[process].index for process in range(4)] == shares
+    assert {share.count for share in found.values()} == {len(set(shares))}
+    assert row_share(make_mesh(**axes)) == row_share(None) == (0, 1)
+
+
+def test_shares_of_rows_that_overlap_are_refused():
+    """A process of three devices, and one of five."""
+    with pytest.raises(
+        ValueError, match=r"^the devices of 2 processes lie across this mesh .* overlap or differ in size"
+    ):
+        row_shares(make_mesh(data=8), lambda device: int(device.id > 2))
+    with pytest.raises(ValueError, match="overlap"):
+        row_shares(make_mesh(data=4, tensor=2), lambda device: (device.id + 1) // 2 % 4)

@@ -1,8 +1,6 @@
 """Streams of a model that lies over several processes: they score and write what one process does."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 
@@ -13,7 +11,7 @@ import pytest
 import streamjax as sj
 from streamjax.models.config import RopeConfig
 from tests.parallel.small_models import BATCH, CONFIG
-from tests.processes import one_device_flags
+from tests.processes import environments, wait_for
 
 PROGRAM = """
 import json, sys
@@ -56,34 +54,11 @@ DENSE = ("dense", {"capacity": 48})
 
 def results(folder, axes, cache):
     """What each process found: costs, tokens, logits, positions, and the share of the model that it held."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    count, processes = int(np.prod(list(axes.values()))), []
-    for rank in range(count):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device_flags()}
-        if axes:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
-                "OMPI_COMM_WORLD_SIZE": str(count),
-                "OMPI_COMM_WORLD_RANK": str(rank),
-                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-            }
-        command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(axes), json.dumps(cache)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))
-    found = []
-    try:
-        for process in processes:
-            said, errors = process.communicate(timeout=540)
-            assert process.returncode == 0, errors
-            found.append(json.loads(said.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return found
+    command = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(axes), json.dumps(cache)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    count = int(np.prod(list(axes.values())))
+    processes = [subprocess.Popen(command, env=each, **pipes) for each in environments(count)]
+    return [json.loads(said.splitlines()[-1]) for said in wait_for(processes, 540)]
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32
 
 from streamjax.checkpoints import user_path
@@ -41,11 +40,6 @@ def answer_log_probs(
     """The weighted sum of the log-probabilities of each row's targets, in nats."""
     logp = token_log_probs(model, batch, chunk_size=chunk_size)
     return jnp.sum(jnp.where(jnp.asarray(batch["weights"]) == 0, 0.0, batch["weights"] * logp), axis=1)
-
-
-def on_host(x: Array) -> np.ndarray:
-    """A device array as NumPy's; of several processes each gets all of it."""
-    return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def stored_log_probs(

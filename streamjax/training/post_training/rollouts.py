@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int32
 
@@ -14,6 +15,7 @@ from streamjax.field_checks import Count, Finite, Interval, Positive, Size, chec
 from streamjax.kv.presets import parse_preset, preset
 from streamjax.kv.presets.registry import Built
 from streamjax.models.decoder import Decoder
+from streamjax.parallel.multiprocess import gather_json, on_host
 from streamjax.streaming.generate import generate
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.state import init_state
@@ -104,7 +106,10 @@ class Rollouts:
         records: Sequence[Mapping[str, Any]],
         key: Array | None,
     ) -> Rewarded:
-        """An answer to each prompt, sampled with the key, or the likeliest tokens without one."""
+        """An answer to each prompt, sampled with the key, or the likeliest tokens without one.
+
+        Of several processes the first one asks the rewards, and tells the others.
+        """
         longest = self._seq_len - self.config.max_new_tokens
         rows = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -121,12 +126,15 @@ class Rollouts:
             stop_tokens=[token for token in ends if token < model.config.vocab_size],
         )
         answers = []
-        for prompt, record, row in zip(prompts, records, np.asarray(tokens), strict=True):
+        for prompt, record, row in zip(prompts, records, on_host(tokens), strict=True):
             ids = [int(token) for token in row if token >= 0]
             text = self._tokenizer.decode(ids)
             asked = self._tokenizer.decode(prompt.tolist())
             answers.append(Answer(asked, text, ids, record, bool(ids) and ids[-1] in ends))
-        each = rewards_of(answers, self.config.rewards, self._functions)
+        each = np.zeros((len(self._functions), len(answers)))
+        if jax.process_index() == 0:
+            each = rewards_of(answers, self.config.rewards, self._functions)
+        each = np.asarray(gather_json(each.tolist())[0])
         return Rewarded(answers, each, self._weights @ each)
 
     def batch(self, prompts: Sequence[Int32[np.ndarray, " _"]], rewarded: Rewarded) -> dict[str, np.ndarray]:

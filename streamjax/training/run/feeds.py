@@ -24,7 +24,8 @@ from streamjax.data.conversations.prepared import PreparedExamples, prepare_exam
 from streamjax.data.pipeline import evaluate_on_examples, train_on_examples
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import load
-from streamjax.parallel.mesh import build_sharded
+from streamjax.parallel.mesh import build_sharded, row_share
+from streamjax.parallel.multiprocess import on_host
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.log_probs import token_log_probs
 from streamjax.training.backprop.loss_and_grad import whole_loss
@@ -37,7 +38,6 @@ from streamjax.training.objectives.objective import TokenStats
 from streamjax.training.post_training.reference import (
     answer_log_probs,
     base_model,
-    on_host,
     reference_key,
     stored_log_probs,
 )
@@ -80,9 +80,10 @@ def make_feed(config: TrainConfig, tokenizer: Tokenizer, model: Decoder, mesh: M
     """The feed of a run that starts from `model`; `make_feed` is called before a checkpoint is restored.
 
     Raises:
-      ValueError: data that cannot be read, a reward that is not there, or several processes for GRPO.
+      ValueError: data that cannot be read, or a reward that is not there.
     """
-    shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
+    share = row_share(mesh)
+    shard = grain.sharding.ShardOptions(share.index, share.count) if share.count > 1 else None
     if isinstance(config.objective, DPO):
         return PairFeed(config, config.objective, tokenizer, model, mesh, shard)
     if isinstance(config.objective, GRPO):
@@ -265,7 +266,10 @@ def _compare(model: Decoder, batch: Batch, objective: DPO, chunk_size: int | Non
 
 
 class RolloutFeed:
-    """Prompts that the model answers, for GRPO; its answers serve `updates` steps."""
+    """Prompts that the model answers, for GRPO; its answers serve `updates` steps.
+
+    Of several processes each has all prompts and answers, which all of their devices write together.
+    """
 
     def __init__(
         self,
@@ -276,8 +280,6 @@ class RolloutFeed:
         mesh: Mesh | None,
         workdir: Path,
     ):
-        if jax.process_count() > 1:
-            raise ValueError("GRPO writes its answers in one process: start one, with a mesh over its devices")
         self._config, self._objective, self._mesh = config, objective, mesh
         self._settings = config.rollouts
         self._rollouts = Rollouts(config.rollouts, tokenizer, config.data.seq_len)
@@ -299,7 +301,7 @@ class RolloutFeed:
             self._batch, self._found = self._write(model, step)
             self._left = self._settings.updates
         self._left -= 1
-        return shard_batch(self._batch, self._mesh), self._found
+        return self._placed(self._batch), self._found
 
     def evaluate(self, model: Decoder) -> Found:
         """The reward of the likeliest answers to held-out prompts."""
@@ -340,19 +342,26 @@ class RolloutFeed:
         rewarded = self._answer(model, self._prompts, numbers, key)
         batch = self._rollouts.batch(self._ids(self._prompts, numbers), rewarded)
         found = self._rollouts.metrics(rewarded)
-        self._samples.write(step, self._rollouts.samples(rewarded))
-        placed = shard_batch(batch, self._mesh)
+        if jax.process_index() == 0:
+            self._samples.write(step, self._rollouts.samples(rewarded))
+        placed = self._placed(batch)
         chunk_size = self._config.backprop.chunk_size
         several, penalised = self._settings.updates > 1, self._objective.kl > 0
         logp = token_log_probs(model, placed, chunk_size=chunk_size) if several or penalised else None
         if several:
-            batch["old_logp"] = np.asarray(logp)
+            batch["old_logp"] = on_host(logp)
         if penalised:
             reference = base_model(model) if self._reference is None else self._reference
-            batch["reference_logp"] = np.asarray(token_log_probs(reference, placed, chunk_size=chunk_size))
+            batch["reference_logp"] = on_host(token_log_probs(reference, placed, chunk_size=chunk_size))
             assert logp is not None
-            found["kl"] = divergence(np.asarray(logp), batch["reference_logp"], batch["weights"])
+            found["kl"] = divergence(on_host(logp), batch["reference_logp"], batch["weights"])
         return batch, found
+
+    def _placed(self, batch: dict[str, np.ndarray]) -> Batch:
+        """All rows of a batch on the devices; each of several processes has all of them, and passes its own."""
+        index, count = row_share(self._mesh)
+        size = self._config.data.batch_size // count
+        return shard_batch({name: x[index * size : (index + 1) * size] for name, x in batch.items()}, self._mesh)
 
     def _answer(self, model: Decoder, examples: PreparedExamples, numbers: list[int], key: Any) -> Any:
         records = [examples.values[number] for number in numbers]

@@ -21,7 +21,7 @@ import tqdm
 
 from streamjax.checkpoints import RunCheckpoints
 from streamjax.data import load_tokenizer
-from streamjax.parallel.mesh import make_mesh
+from streamjax.parallel.mesh import make_mesh, row_share
 from streamjax.parallel.multiprocess import gather_json, max_over_processes
 from streamjax.parallel.rules import STAGE
 from streamjax.training.backprop.loss_and_grad import choice_for, offload_fraction_for
@@ -133,6 +133,7 @@ class _Run:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         sizes, self.mesh_line = mesh_sizes(config)
         self.mesh = None if sizes == MeshConfig() else make_mesh(**dataclasses.asdict(sizes))
+        self.rows = row_share(self.mesh)
         config.check_context(1 if self.mesh is None else self.mesh.shape["context"])  # -1 is a number now
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.state = initial_state(config, self.tokenizer, self.mesh)
@@ -153,7 +154,7 @@ class _Run:
         if self.step and not in_memory:
             self.state, about = restored(self.checkpoints, self.step, self.state, config, self.mesh)
             self.clock.set_state(about.get("goodput", self.clock.get_state()))
-            self._find_place(about["data"])
+            self._find_place(about["data"], about.get("rows"))
         if resume_from is not None:
             self.checkpoints.set_aside_after(self.step)
             if self.copies is not None:
@@ -196,6 +197,8 @@ class _Run:
             return False
         if (snapshots.newest_step or 0) >= max(self.step, 1):
             found = snapshots.restore(self.state)
+        if found is not None and not all(gather_json(found[1].get("rows") == list(self.rows))):
+            found = None  # another mesh, whose processes read other rows
         if found is not None:
             self.step, (self.state, about) = snapshots.newest_step or 0, found
             self.clock.set_state(about["goodput"])
@@ -206,13 +209,19 @@ class _Run:
             self.take_snapshot()
         return found is not None
 
-    def _find_place(self, places: list[Any]) -> None:
-        """Go to the place in the input that a checkpoint has of each of its processes, or of as many others."""
-        if len(places) == jax.process_count():
-            self.feed.set_state(places[jax.process_index()])
+    def _find_place(self, places: list[Any], rows: list[list[int]] | None) -> None:
+        """Go to the place in the input that a checkpoint has of each of its processes, or of as many others.
+
+        `rows` says which share of a batch's rows each of them read; where None, each read its own.
+        """
+        rows = rows or [[number, len(places)] for number in range(len(places))]
+        if list(self.rows) in rows:
+            self.feed.set_state(places[rows.index(list(self.rows))])
             return
         if jax.process_index() == 0:
-            here = f"{len(places)} processes saved step {self.step}, and there are {jax.process_count()} now"
+            here = (
+                f"{rows[0][1]} shares of the rows were read up to step {self.step}, and there are {self.rows.count} now"
+            )
             _log.info("%s: reading the input up to there, as it is dealt out now", here)
         self.feed.skip(self.step)
 
@@ -385,6 +394,7 @@ class _Run:
         about: dict[str, Any] = {
             "tokenizer": self.tokenizer.name,
             "data": places,
+            "rows": gather_json(self.rows),
             "goodput": self.clock.get_state(),
             "replicas": count_replicas(self.state),
         }
@@ -398,6 +408,7 @@ class _Run:
         assert self.snapshots is not None
         about = {
             "data": self.feed.get_state(),
+            "rows": list(self.rows),
             "goodput": self.clock.get_state(),
             "metrics": metrics_to_json(self._finite_metrics()),
             "measured": self.measured,

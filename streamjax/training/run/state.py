@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.models.decoder import Decoder
-from streamjax.parallel.rules import partition_spec
+from streamjax.parallel.mesh import row_share
+from streamjax.parallel.rules import RULES, partition_spec
 from streamjax.streaming.state import StreamState
 from streamjax.training.backprop.trainable_parameters import Trainable, partition
 
@@ -113,13 +115,24 @@ def _placed_alike(state: TrainState) -> TrainState:
 def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Host arrays [B, T] or [B] to device arrays, rows split over the mesh's batch axes.
 
-    With several processes each passes its own rows.
+    With several processes each passes its own rows (`streamjax.parallel.mesh.row_share`), and those that have the same
+    ones pass the same.
+
+    Raises:
+      ValueError: several processes, and rows that the mesh cannot divide among its devices.
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
+    parts = row_share(mesh).count
+    over = math.prod(mesh.shape.get(name, 1) for name in RULES["batch"])
 
     def place(x: Any) -> Array:
-        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        shape = (x.shape[0] * parts, *x.shape[1:])
+        if jax.process_count() > 1 and shape[0] % over:
+            raise ValueError(
+                f"a batch of {shape[0]} rows cannot be divided among {over} groups of devices of several processes: "
+                f"set data.batch_size to a multiple of {over}"
+            )
         sharding = NamedSharding(mesh, partition_spec(("batch", *(None,) * (x.ndim - 1)), shape, mesh))
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
