@@ -21,7 +21,8 @@ def get_config():
                       shuffle_seed=None)
     diloco = DiLoCoConfig(replicas={count}, sync_interval=6, overlap=3)
     return TrainConfig(name="t", model=None, init_from={model!r}, data=data, steps={steps}, objective=CrossEntropy(),
-                       log_interval=1, eval_batches=2, diloco=diloco)
+                       log_interval=1, eval_batches=2, diloco=diloco,
+                       optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1))
 """
 
 
