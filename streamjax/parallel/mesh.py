@@ -77,10 +77,10 @@ def make_mesh(
 
 
 class RowShare(NamedTuple):
-    """A process has part `index` of the `count` equal parts of a batch's rows."""
+    """A process has number `part` of the `parts` equal parts of a batch's rows."""
 
-    index: int
-    count: int
+    part: int
+    parts: int
 
 
 def row_shares(
@@ -97,7 +97,7 @@ def row_shares(
     Example:
       >>> mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
       >>> row_shares(mesh, process_of=lambda device: device.id)[1]
-      RowShare(index=0, count=2)
+      RowShare(part=0, parts=2)
     """
     if mesh is None:
         return {jax.process_index(): RowShare(0, 1)}

@@ -162,8 +162,8 @@ def by_halves(device):
 )
 def test_processes_that_differ_along_other_axes_have_the_same_rows(axes, shares):
     found = row_shares(make_mesh(**axes), by_halves)
-    assert [found[process].index for process in range(4)] == shares
-    assert {share.count for share in found.values()} == {len(set(shares))}
+    assert [found[process].part for process in range(4)] == shares
+    assert {share.parts for share in found.values()} == {len(set(shares))}
     assert row_share(make_mesh(**axes)) == row_share(None) == (0, 1)
 
 

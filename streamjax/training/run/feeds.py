@@ -83,7 +83,7 @@ def make_feed(config: TrainConfig, tokenizer: Tokenizer, model: Decoder, mesh: M
       ValueError: data that cannot be read, or a reward that is not there.
     """
     share = row_share(mesh)
-    shard = grain.sharding.ShardOptions(share.index, share.count) if share.count > 1 else None
+    shard = grain.sharding.ShardOptions(share.part, share.parts) if share.parts > 1 else None
     if isinstance(config.objective, DPO):
         return PairFeed(config, config.objective, tokenizer, model, mesh, shard)
     if isinstance(config.objective, GRPO):

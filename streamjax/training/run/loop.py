@@ -220,7 +220,7 @@ class _Run:
             return
         if jax.process_index() == 0:
             here = (
-                f"{rows[0][1]} shares of the rows were read up to step {self.step}, and there are {self.rows.count} now"
+                f"{rows[0][1]} shares of the rows were read up to step {self.step}, and there are {self.rows.parts} now"
             )
             _log.info("%s: reading the input up to there, as it is dealt out now", here)
         self.feed.skip(self.step)

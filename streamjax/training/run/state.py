@@ -123,7 +123,7 @@ def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    parts = row_share(mesh).count
+    parts = row_share(mesh).parts
     over = math.prod(mesh.shape.get(name, 1) for name in RULES["batch"])
 
     def place(x: Any) -> Array:
