@@ -7,8 +7,9 @@ same slots on the mean over layers and heads, those that wait for a choice and t
 and `h2o` are what the others build on, with the same windows. `stream` is the nats of a token where the text is one
 stream, on average over the tokens behind the first 1,024. `prompt` is that of the last 512 where all before them
 are read by `dense` first and then compacted at once, by the last 32. In streams `cake`, `prefix_kv` and the layers of
-`d2o` are calibrated on another part of the text; at a prompt they measure it. Sizes are multiples of a quarter of the
-mean, so that layers share their programs. `MB` are of the stream's state.
+`d2o` are calibrated on another part of the text; at a prompt they measure it. Their sizes are multiples of a quarter of
+the mean, so that layers share their programs; `pyramid_kv` has 3 sizes, and `a size a layer` is the published line.
+`MB` are of the stream's state.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ def caches(slots: int, every: int) -> dict[str, Built]:
     named |= {"prefix_kv": {"sinks": 4, "window": ASKED, "size": kept - ASKED - 4, "every": every}}
     named |= {"h2o": heavy, "kvmerger": heavy, "ems": heavy, "d2o": heavy, "elastic_cache": sunk, "cam": sunk}
     found = {name: sj.kv.preset(name, **options) for name, options in named.items()}
+    found["pyramid_kv, a size a layer"] = sj.kv.preset("pyramid_kv", **snap, levels=0)
     found["d2o, layers by density"] = sj.kv.Budgeted(found["d2o"], sj.kv.Density())
     return {
-        name: dataclasses.replace(cache, multiple=snap["size"] // 4) if isinstance(cache, sj.kv.Budgeted) else cache
+        name: dataclasses.replace(cache, multiple=snap["size"] // 4)
+        if isinstance(cache, sj.kv.Budgeted) and not isinstance(cache.budget, sj.kv.Pyramid)
+        else cache
         for name, cache in found.items()
     }
 

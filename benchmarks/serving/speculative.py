@@ -27,8 +27,9 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import median_ratio, report
 from streamjax.data.text.chat_templates import encode_chat
+from streamjax.kv.cache import Cache
 from streamjax.streaming.generate import BLOCK
-from streamjax.streaming.speculative import Drafter, trained_drafter
+from streamjax.streaming.speculative import Drafter, Retrieval, trained_drafter
 from streamjax.streaming.speculative.decoding import Rounds, speculate
 from streamjax.streaming.speculative.history import History
 
@@ -58,28 +59,34 @@ ASKED = {
 
 def drafters(model: sj.Decoder, heads: Sequence[str] = ()) -> dict[str, Callable[[], Drafter]]:
     """Who guesses, by name; trained heads by the names of their files."""
-    small = sj.kv.preset("streaming_llm", sinks=4, window=252)
+    small = sj.kv.preset("streaming_llm", sinks=4, window=764)
+    itself = partial(sj.SmallModel, model=model, cache=small, context=128)
     return {
         "ngrams": sj.NGrams,
         "ngrams, 15 at most": partial(sj.NGrams, length=15),
         "ngrams, 3 ways": partial(sj.NGrams, length=5, branches=3),
-        "small cache": partial(sj.SmallModel, model=model, cache=small, context=128),
-        "small cache, ngrams": partial(sj.SmallModel, model=model, cache=small, context=128, drafter=sj.NGrams()),
+        "small cache": itself,
+        "retrieved": partial(itself, retrieval=Retrieval(chunks=8, size=64, asked=64)),
+        "staged": lambda: itself(drafter=sj.NGrams()),
         **{Path(file).stem: partial(trained_drafter, model, file) for file in heads},
     }
 
 
 def answers(model: sj.Decoder, tokenizer: sj.Tokenizer, most: int) -> dict[str, tuple[list[int], list[int]]]:
     """Prompt and greedy answer to each question: at most so many tokens, the last of them the end of the turn."""
-    found, ends = {}, {*tokenizer.eos_ids, *model.config.eos_token_ids}
-    for kind, question in ASKED.items():
-        prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
-        state = sj.init_state(model, CACHE)
-        text = sj.generate(model, state, [prompt], max_new_tokens=most, sampler=GREEDY, stop_tokens=tuple(ends))[1]
-        said = np.asarray(text)[0].tolist()
-        end = next((i + 1 for i, token in enumerate(said) if token in ends), most)
-        found[kind] = prompt, said[:end]
-    return found
+    return {kind: answered(model, tokenizer, question, most) for kind, question in ASKED.items()}
+
+
+def answered(
+    model: sj.Decoder, tokenizer: sj.Tokenizer, question: str, most: int, cache: Cache | Sequence[Cache] = CACHE
+) -> tuple[list[int], list[int]]:
+    """Prompt and greedy answer to a question."""
+    ends = {*tokenizer.eos_ids, *model.config.eos_token_ids}
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
+    state = sj.init_state(model, cache)
+    text = sj.generate(model, state, [prompt], max_new_tokens=most, sampler=GREEDY, stop_tokens=tuple(ends))[1]
+    said = np.asarray(text)[0].tolist()
+    return prompt, said[: next((i + 1 for i, token in enumerate(said) if token in ends), most)]
 
 
 def pass_costs(model: sj.Decoder, widths: list[int]) -> str:

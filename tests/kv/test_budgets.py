@@ -65,6 +65,16 @@ def test_a_pyramid_is_the_published_line():
     assert Pyramid().sizes(7, 1) == (7,)
 
 
+def test_a_pyramid_of_levels_keeps_what_the_line_keeps():
+    line, levels = Pyramid().sizes(928 * 30, 30), Pyramid(levels=4).sizes(928 * 30, 30)
+    assert len(set(levels)) == 4
+    assert sum(line) - 30 < sum(levels) <= sum(line)
+    for start, stop in ((0, 8), (8, 16), (16, 23), (23, 30)):
+        assert levels[start:stop] == (sum(line[start:stop]) // (stop - start),) * (stop - start)
+    assert Pyramid(levels=3).sizes(1000, 6, multiple=16) == (288, 288, 160, 160, 48, 48)
+    assert Pyramid(levels=9).sizes(100, 4) == Pyramid().sizes(100, 4)
+
+
 def test_sizes_may_be_multiples():
     sizes = Pyramid().sizes(1000, 4, multiple=16)
     assert sum(sizes) == 62 * 16

@@ -14,9 +14,11 @@ from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import LATER, Count, Fraction, Size
 from streamjax.kv.channels.bases import BasisSlots, WholeSlots
 from streamjax.kv.channels.host_slots import HostSlots
+from streamjax.kv.channels.landmark_shares import landmark_shares
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.codecs.slots import at_slots, over_blocks
 from streamjax.kv.pages.host_memory import in_host_memory
+from streamjax.kv.pages.kth_largest import kth_largest
 from streamjax.kv.ring_buffer import put_tokens
 from streamjax.kv.tier import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
 from streamjax.kv.tiers.full import LinearState, append
@@ -153,16 +155,18 @@ class Shadow(LowRank):
         """How much each query and key head wants each page; -inf where it does not read it, as it does `top_k`."""
         heads, pages = state.landmarks.shape[1:3]
         q = rearrange(query.q, "b c (k g) d -> b k g c d", k=heads)
-        logits = jnp.einsum("bkgcd,bkpd->bkgcp", q, state.landmarks, preferred_element_type=jnp.float32) * query.scale
         number = jnp.arange(pages, dtype=jnp.int32)
         held = (state.outliers.page[..., None] == number) & jnp.isfinite(state.outliers.likeness)[..., None]
         free = (number < coded[:, None])[:, None] & ~held.any(axis=2)
-        logits = jnp.where(free[:, :, None, None], logits, -jnp.inf)
-        whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        wants = jnp.max(jnp.where(jnp.isfinite(whole), logits - whole, -jnp.inf), axis=2)
+        wants = landmark_shares(q, state.landmarks, free, query.scale, jnp.max(coded))
         if self.top_k >= pages:
             return wants
-        least = jax.lax.top_k(wants, self.top_k)[0][..., -1:]
+        least = jax.lax.cond(
+            jnp.max(coded) > self.top_k,
+            lambda wants: kth_largest(wants, self.top_k),
+            lambda wants: jnp.full((*wants.shape[:3], 1), -jnp.inf, wants.dtype),
+            wants,
+        )
         return jnp.where(wants >= least, wants, -jnp.inf)
 
     def _read_outliers(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Partial:
@@ -203,11 +207,12 @@ class Shadow(LowRank):
     def _read_all(self, state: ShadowState, query: Query, wants: Float[Array, "B K C P"]) -> Partial:
         """Attention of a chunk's queries: keys are rebuilt once, and a mask says who reads what."""
         slots = state.slots
-        mine = jnp.repeat(wants > -jnp.inf, self.page, axis=3)
+        mine, pages = wants > -jnp.inf, self.group // self.page  # of a unit of slots, which is a group
 
         def block(part: Partial, start: Array, units: int, fresh: Bool[Array, " m"]) -> Partial:
             k, v = (x.part(start, units, 0) for x in (slots.k, slots.v))
-            position, valid = (slots.k.side(x, start, units, 0) for x in (slots.position, mine))
+            position = slots.k.side(slots.position, start, units, 0)
+            valid = jnp.repeat(jax.lax.dynamic_slice_in_dim(mine, start * pages, units * pages, 3), self.page, axis=3)
             k = k if query.rotary is None else query.rotary.moved(k, position)
             return merge(part, query.attend(k, v, position, valid & fresh))
 

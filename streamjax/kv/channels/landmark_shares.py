@@ -1,0 +1,56 @@
+"""How much of its attention a query would give to each page, if a page were its landmark."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+BLOCK = 128  # pages whose logits exist at a time, where a chunk asks
+
+
+def landmark_shares(
+    q: Float[Array, "B K G C D"],
+    landmarks: Float[Array, "B K P D"],
+    free: Bool[Array, "B K P"],
+    scale: float | Float[Array, ""],
+    held: Int32[Array, ""],
+) -> Float[Array, "B K C P"]:
+    """The logarithm of each page's share in the softmax over the pages that are `free`: of G heads, the largest.
+
+    Args:
+      q: queries, by the key head that they share.
+      landmarks: one key a page.
+      free: the pages among which heads choose; the others have -inf.
+      held: no page from this one on is free. A chunk looks at no more, so it costs what is held and not the capacity.
+    """
+
+    def logits(start: Int32[Array, ""] | int, width: int) -> Float[Array, "B K G C w"]:
+        some, open_ = (jax.lax.dynamic_slice_in_dim(x, start, width, 2) for x in (landmarks, free))
+        found = jnp.einsum("bkgcd,bkpd->bkgcp", q, some, preferred_element_type=jnp.float32) * scale
+        return jnp.where(open_[:, :, None, None], found, -jnp.inf)
+
+    def shares(found: Float[Array, "B K G C w"], whole: Float[Array, "B K G C 1"]) -> Float[Array, "B K C w"]:
+        return jnp.max(jnp.where(jnp.isfinite(whole), found - whole, -jnp.inf), axis=2)
+
+    pages = landmarks.shape[2]
+    if q.shape[3] == 1 or pages <= BLOCK:
+        every = logits(0, pages)
+        return shares(every, jax.nn.logsumexp(every, axis=-1, keepdims=True))
+
+    def start(turn: Int32[Array, ""]) -> Int32[Array, ""]:
+        return jnp.minimum(turn * BLOCK, pages - BLOCK)  # the last ones are moved back to fit
+
+    def add(turn: Int32[Array, ""], whole: Float[Array, "B K G C 1"]) -> Float[Array, "B K G C 1"]:
+        fresh = start(turn) + jnp.arange(BLOCK, dtype=jnp.int32) >= turn * BLOCK
+        found = jnp.where(fresh, logits(start(turn), BLOCK), -jnp.inf)
+        return jnp.logaddexp(whole, jax.nn.logsumexp(found, axis=-1, keepdims=True))
+
+    def put(turn: Int32[Array, ""], found: Float[Array, "B K C P"]) -> Float[Array, "B K C P"]:
+        some = shares(logits(start(turn), BLOCK), whole)
+        return jax.lax.dynamic_update_slice_in_dim(found, some, start(turn), 3)
+
+    turns = (held + BLOCK - 1) // BLOCK
+    whole = jax.lax.fori_loop(0, turns, add, jnp.full((*q.shape[:4], 1), -jnp.inf, jnp.float32))
+    nothing = jnp.full((*landmarks.shape[:2], q.shape[3], pages), -jnp.inf, jnp.float32)
+    return jax.lax.fori_loop(0, turns, put, nothing)
