@@ -107,5 +107,5 @@ PARAMETERS: Mapping[str, int] = {
     "gemma-3-4b": 3_880_263_168,
 }
 SHAPES: Mapping[str, UniformConfig] = {
-    name: UniformConfig.of(read_config(values)) for name, values in PUBLISHED.items()
+    name: UniformConfig.from_model_config(read_config(values)) for name, values in PUBLISHED.items()
 }

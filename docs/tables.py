@@ -56,7 +56,7 @@ def presets() -> str:
         gates = Path(folder) / "gates.json"
         gates.write_text(json.dumps({"gates": [[head / 20 for head in range(20)]]}))
         networks = Path(folder) / "retaining.safetensors"
-        one = sj.kv.RetainingHeads.of(np.ones((8, 2)), np.ones((2, 1)), "any")
+        one = sj.kv.RetainingHeads.from_arrays(np.ones((8, 2)), np.ones((2, 1)), "any")
         LayerRetainingHeads((one,), "any", 1).save(networks)
         books = Path(folder) / "books.safetensors"
         entries = np.ones(256, np.float32).tobytes()
@@ -65,7 +65,7 @@ def presets() -> str:
         layer = Projections(np.eye(8)[None], np.eye(8)[None], np.full((2, 1), 4))
         HeadProjections((layer,), "any", 1).save(turns)
         flows = Path(folder) / "kernels.safetensors"
-        kernels = sj.kv.Kernels.of(np.ones((2, 8, 3)), np.ones(2), 0.5, "any")
+        kernels = sj.kv.Kernels.from_arrays(np.ones((2, 8, 3)), np.ones(2), 0.5, "any")
         LayerKernels((kernels,), "any", 1).save(flows)
         written = {"kernels": flows, "heads": gates, "retaining": networks, "codebooks": books, "projections": turns}
         files = {option: str(file) for option, file in written.items()}

@@ -63,7 +63,7 @@ def merge(*parts: Partial) -> Partial:
     return Partial(out, jnp.where(some, top + jnp.log(divisor), -jnp.inf))
 
 
-def add_sinks(part: Partial, logits: Float[Array, " H"] | None) -> Partial:
+def add_sink_logits(part: Partial, logits: Float[Array, " H"] | None) -> Partial:
     """`part` with one more logit a head in the softmax, which has no value: a learned attention sink.
 
     It is the merge with `Partial(out=0, lse=logits)`. Where nothing was attended the sink takes all the weight, and the

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 class Full:
     """Causal attention: query i sees keys j <= i."""
 
-    def visible(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def mask(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return key <= query
 
     def key_range(self, first: Array | int, last: Array | int) -> tuple[Array | int, Array | int]:
@@ -42,7 +42,7 @@ class SlidingWindow:
         if self.window < 1:
             raise ValueError(f"SlidingWindow.window must be at least 1, got {self.window}")
 
-    def visible(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def mask(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return (key <= query) & (key > query - self.window)
 
     def key_range(self, first: Array | int, last: Array | int) -> tuple[Array | int, Array | int]:
@@ -64,7 +64,7 @@ class SinkWindow:
         if self.sinks < 0 or self.window < 1:
             raise ValueError(f"SinkWindow needs sinks >= 0 and window >= 1, got {self.sinks} and {self.window}")
 
-    def visible(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def mask(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return (key <= query) & ((key > query - self.window) | (key < self.sinks))
 
     def key_range(self, first: Array | int, last: Array | int) -> tuple[Array | int, Array | int]:
@@ -84,7 +84,7 @@ class Chunked:
         if self.size < 1:
             raise ValueError(f"Chunked.size must be at least 1, got {self.size}")
 
-    def visible(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def mask(self, query: Int[Array, "..."], key: Int[Array, "..."]) -> Bool[Array, "..."]:
         return (key <= query) & (key >= query - query % self.size)
 
     def key_range(self, first: Array | int, last: Array | int) -> tuple[Array | int, Array | int]:

@@ -33,7 +33,7 @@ def flash_attention(
         logits = softcap * jnp.tanh(logits / softcap)
     if slopes is not None:
         logits -= slopes[:, None, None] * (query - key)
-    seen = pattern.visible(query, key)[None]
+    seen = pattern.mask(query, key)[None]
     if segment_ids is not None:
         seen = seen & (segment_ids[0][:, :, None] == segment_ids[1][:, None])
     logits = jnp.where(seen[:, None], logits, -jnp.inf)

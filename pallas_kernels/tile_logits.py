@@ -87,7 +87,7 @@ def logits(
     return x, derivative
 
 
-def visible(
+def tile_mask(
     settings: Settings, shape: tuple[int, ...], query: Any, key: Any, segments: Any = None, transposed: bool = False
 ) -> jax.Array:
     """Which pairs of a tile count: by window, by the end of the keys, and by segment.

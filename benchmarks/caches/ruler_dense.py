@@ -51,7 +51,7 @@ def main() -> None:
             except ValueError:
                 done[name] = None
                 continue
-            examples = [Encoded.of(tokenizer, example, frame) for example in made]
+            examples = [Encoded.from_example(tokenizer, example, frame) for example in made]
             limit = {"batch_size": min(count, 6), "answer_tokens": arguments.answer_tokens}
             done[name] = answer(reader, cache, examples, **limit).scores
             print(name, done[name], flush=True)

@@ -112,7 +112,9 @@ def make_request(arguments: argparse.Namespace) -> dict[str, Any]:
     examples = []
     for task in arguments.tasks:
         for seed in range(arguments.examples):
-            encoded = Encoded.of(tokenizer, make_example(task, arguments.length, tokenizer, seed, frame), frame)
+            encoded = Encoded.from_example(
+                tokenizer, make_example(task, arguments.length, tokenizer, seed, frame), frame
+            )
             turn = encoded.example.turns[0]
             examples.append(
                 {

@@ -28,7 +28,7 @@ from benchmarks.reporting import report
 from streamjax.checkpoints import RunCheckpoints
 from streamjax.snapshots.choosing import Reader, held_by
 from streamjax.snapshots.client import HOST, find_or_start
-from streamjax.snapshots.messages import call
+from streamjax.snapshots.messages import request
 from streamjax.snapshots.shards import from_bytes, sealed, to_parts
 
 KEY, SECONDS, LEAVES = b"a benchmark's key", 600.0, 16
@@ -62,7 +62,7 @@ class Machine:
         self.pid = self.ask(op="status")["pid"]
 
     def ask(self, data: Any = (), **head: Any) -> dict[str, Any]:
-        return call(self.connection, head, data)[0]
+        return request(self.connection, head, data)[0]
 
 
 def measure(hosts: int, megabytes: int, snapshots: int) -> dict[str, Any]:

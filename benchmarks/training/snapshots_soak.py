@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.reporting import report
 from streamjax.commands import train as command
 from streamjax.snapshots.client import HOST, socket_path
-from streamjax.snapshots.messages import call, connect
+from streamjax.snapshots.messages import connect, request
 
 CLOCKS = ("tokens_per_second", "goodput", "seconds_")
 STEPS_A_KILL = 16
@@ -89,7 +89,7 @@ class Run:
         key = bytes.fromhex((self.folder / "snapshots_key").read_text())
         before, os.environ[HOST] = os.environ.get(HOST, ""), f"machine{rank}"
         with connect(str(socket_path(key)), key) as connection:
-            pid = call(connection, {"op": "status"})[0]["pid"]
+            pid = request(connection, {"op": "status"})[0]["pid"]
         os.environ[HOST] = before
         os.kill(pid, signal.SIGKILL)
 

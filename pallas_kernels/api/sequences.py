@@ -13,7 +13,7 @@ from pallas_kernels.gpu import chunk_attention as gpu_chunk
 from pallas_kernels.gpu import flash_attention as gpu_flash
 from pallas_kernels.gpu import hsa_attention as gpu_hsa
 from pallas_kernels.gpu.hopper import attention as hopper_attention
-from pallas_kernels.partial import Partial, add_sinks
+from pallas_kernels.partial import Partial, add_sink_logits
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.tpu import chunk_attention as tpu_chunk
 from pallas_kernels.tpu import flash_attention as tpu_flash
@@ -76,7 +76,7 @@ def flash_attention(
         q, k, v, pattern, scale=scale, segment_ids=segment_ids, offset=offset, softcap=softcap, slopes=slopes,
         block_q=block_q, block_k=block_k, interpret=interpret,
     )  # fmt: skip
-    return add_sinks(found, sink_logits)
+    return add_sink_logits(found, sink_logits)
 
 
 def chunk_attention(

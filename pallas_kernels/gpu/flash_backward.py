@@ -30,7 +30,7 @@ from pallas_kernels.gpu.flash_operands import (
     specs,
     store,
 )
-from pallas_kernels.tile_logits import LOG2E, Settings, logits, sink_visible, visible
+from pallas_kernels.tile_logits import LOG2E, Settings, logits, sink_visible, tile_mask
 
 SHARES = 64  # of the queries, for the sinks' gradients
 BY_QUERY = ("offset", "q", "d_out", "k", "v", "lse", "shift", "slopes", "query_ids", "key_ids")
@@ -80,7 +80,7 @@ def _query_kernel(settings: Settings, ranges: Ranges, names: list[str], width: i
         return add(pl.ds(j * SINK_BLOCK, SINK_BLOCK), j * SINK_BLOCK, sink_visible, sums)
 
     def keys(masked: bool, j: Any, sums: jax.Array) -> jax.Array:
-        return add(pl.ds(j * ranges.block_k, ranges.block_k), j * ranges.block_k, visible if masked else None, sums)
+        return add(pl.ds(j * ranges.block_k, ranges.block_k), j * ranges.block_k, tile_mask if masked else None, sums)
 
     sums = jnp.zeros((ranges.block_q, d_q.shape[-1]), jnp.float32)
     sums = over_keys(settings, ranges, i, offset, keys, over_sinks(settings, ranges, i, offset, sinks, sums))
@@ -181,9 +181,9 @@ def _key_kernel(settings: Settings, ranges: Ranges, names: list[str], width: int
         return _pull(settings, read, width, g, rows, offset + i * block, key, mask, carry)
 
     def head(g: Any, carry: Any) -> Any:
-        carry = lax.fori_loop(low, whole, partial(queries, g, visible), carry)
+        carry = lax.fori_loop(low, whole, partial(queries, g, tile_mask), carry)
         carry = lax.fori_loop(whole, stop, partial(queries, g, None), carry)
-        return lax.fori_loop(stop, high, partial(queries, g, visible), carry)
+        return lax.fori_loop(stop, high, partial(queries, g, tile_mask), carry)
 
     def all_heads() -> None:
         zeros = jnp.zeros((ranges.block_k, d_k.shape[-1]), jnp.float32)

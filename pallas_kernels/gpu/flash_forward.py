@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.block_ranges import Ranges
 from pallas_kernels.gpu.exponentials import MASKED, exp2, tanh
 from pallas_kernels.gpu.flash_operands import SINK_BLOCK, Operands, dot, load, over_keys, over_sinks, specs, store
-from pallas_kernels.tile_logits import LOG2E, Settings, logits, sink_visible, visible
+from pallas_kernels.tile_logits import LOG2E, Settings, logits, sink_visible, tile_mask
 
 READS = ("offset", "q", "k", "v", "slopes", "query_ids", "key_ids")
 
@@ -77,7 +77,7 @@ def _kernel(settings: Settings, ranges: Ranges, names: list[str], width: int, *r
         rows = pl.ds(key, ranges.block_k)
         found, segments = scores(rows, key)
         if masked:
-            found = jnp.where(visible(settings, found.shape, query, key, segments), found, MASKED)
+            found = jnp.where(tile_mask(settings, found.shape, query, key, segments), found, MASKED)
         return add(rows, found, carry)
 
     carry = (

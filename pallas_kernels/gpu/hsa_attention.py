@@ -47,20 +47,20 @@ def hsa_attention(
     key_heads, pages, slots = k.shape[1:4]
     group, choices = heads // key_heads, chosen.shape[3]
     members = 1 << (group - 1).bit_length()
-    rows = block or _rows(queries * choices * members // pages)
+    rows = block or _tile_rows(queries * choices * members // pages)
     shape = Shape(scale, heads, group, queries, choices, pages, slots, width, max(rows // members, 1), interpret)
     if shape.rows < LEAST:
         shape = dataclasses.replace(shape, block=LEAST // members)
     return _attention(shape, q, k, v, weights.astype(jnp.float32), chosen)
 
 
-def _rows(each: int) -> int:
+def _tile_rows(each: int) -> int:
     """Of a tile, for pages that have `each` rows on average."""
     return min(max(1 << max(each - 1, 1).bit_length(), LEAST), MOST)
 
 
-def _operands(shape: Shape, chosen: Array, **arrays: Array) -> dict[str, Array]:
-    return hsa_kernels.operands(shape, tiles(chosen, shape.pages, shape.block), **arrays)
+def _kernel_operands(shape: Shape, chosen: Array, **arrays: Array) -> dict[str, Array]:
+    return hsa_kernels.hsa_operands(shape, tiles(chosen, shape.pages, shape.block), **arrays)
 
 
 def _summed(shape: Shape, pairs: Float[Array, "B N C H *D"], chosen: Int32[Array, "B K C N"]) -> Array:
@@ -72,7 +72,7 @@ def _summed(shape: Shape, pairs: Float[Array, "B N C H *D"], chosen: Int32[Array
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(shape: Shape, q: Array, k: Array, v: Array, weights: Array, chosen: Array) -> Array:
-    operands = _operands(shape, chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v)
+    operands = _kernel_operands(shape, chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v)
     return _summed(shape, hsa_kernels.forward(shape, operands), chosen)
 
 
@@ -82,7 +82,9 @@ def _forward(shape: Shape, q: Array, k: Array, v: Array, weights: Array, chosen:
 
 def _backward(shape: Shape, saved: Any, d_out: Array) -> Any:
     q, k, v, weights, chosen = saved
-    operands = _operands(shape, chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v, d_out=d_out.astype(q.dtype))
+    operands = _kernel_operands(
+        shape, chosen, weights=jnp.swapaxes(weights, 2, 3), q=q, k=k, v=v, d_out=d_out.astype(q.dtype)
+    )
     d_pairs, d_weights = hsa_kernels.query_gradients(shape, operands)
     d_q = _summed(shape, d_pairs, chosen).astype(q.dtype)
     d_k, d_v = hsa_kernels.key_gradients(shape, operands)

@@ -59,7 +59,7 @@ class Shape:
         return max(pl.next_power_of_2(self.slots), LEAST), max(pl.next_power_of_2(self.width), LEAST)
 
 
-def operands(shape: Shape, tiles: Tiles, **arrays: jax.Array) -> dict[str, jax.Array]:
+def hsa_operands(shape: Shape, tiles: Tiles, **arrays: jax.Array) -> dict[str, jax.Array]:
     """By name: pair, first, page; weights [B, K, N C]; q, d_out [B, C H, D]; k, v [B, K, P S, D]."""
     batch, key_heads = tiles.total.shape
     flat = {
@@ -76,7 +76,7 @@ def operands(shape: Shape, tiles: Tiles, **arrays: jax.Array) -> dict[str, jax.A
 def forward(shape: Shape, arrays: Mapping[str, jax.Array]) -> jax.Array:
     """Weighted output of each pair, of q's dtype: [B, N, C, H, D]; what is written where a query chose none is open."""
     tiles, dtype = arrays["page"].shape[2], arrays["q"].dtype
-    (out,) = _call(_forward_kernel, shape, arrays, tiles, {"rows": dtype}, "hsa_forward")
+    (out,) = _run_kernel(_forward_kernel, shape, arrays, tiles, {"rows": dtype}, "hsa_forward")
     return out.reshape(-1, shape.choices, shape.queries, shape.heads, shape.width)
 
 
@@ -95,7 +95,7 @@ def _forward_kernel(shape: Shape, read: Reads, out: Any) -> None:
 def query_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Gradients of each pair: of q, [B, N, C, H, D] of its dtype, and of the weight by head, float32 [B, N, C, H]."""
     tiles, outputs = arrays["page"].shape[2], {"rows": arrays["q"].dtype, "line": jnp.float32}
-    d_q, d_weights = _call(_query_kernel, shape, arrays, tiles, outputs, "hsa_query_gradients")
+    d_q, d_weights = _run_kernel(_query_kernel, shape, arrays, tiles, outputs, "hsa_query_gradients")
     leading = (-1, shape.choices, shape.queries, shape.heads)
     return d_q.reshape(*leading, shape.width), d_weights.reshape(leading)
 
@@ -118,7 +118,7 @@ def _query_kernel(shape: Shape, read: Reads, d_q: Any, d_weight: Any) -> None:
 def key_gradients(shape: Shape, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Float32 gradients of k and v, [B, K, P, S, D]; 0 for pages that nobody chose."""
     outputs = {"d_k": jnp.float32, "d_v": jnp.float32}
-    d_k, d_v = _call(_key_kernel, shape, arrays, shape.pages, outputs, "hsa_key_gradients")
+    d_k, d_v = _run_kernel(_key_kernel, shape, arrays, shape.pages, outputs, "hsa_key_gradients")
     each = (*d_k.shape[:2], shape.pages, shape.slots, shape.width)
     return d_k.reshape(each), d_v.reshape(each)
 
@@ -166,14 +166,14 @@ class _Rows:
     def mask(self) -> jax.Array:
         return self.some[:, None] & (jnp.arange(self.shape.padded[1]) < self.shape.width)[None]
 
-    def _at(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _indices(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         return row[:, None], jnp.arange(self.shape.padded[1])[None]
 
     def load(self, name: str) -> jax.Array:
-        return plgpu.load(self.read[name].at[self._at(self.query)], mask=self.mask, other=0.0)
+        return plgpu.load(self.read[name].at[self._indices(self.query)], mask=self.mask, other=0.0)
 
     def store(self, ref: Any, value: jax.Array) -> None:
-        plgpu.store(ref.at[self._at(self.place)], value.astype(ref.dtype), mask=self.mask)
+        plgpu.store(ref.at[self._indices(self.place)], value.astype(ref.dtype), mask=self.mask)
 
 
 def _slots(shape: Shape, page: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -197,7 +197,7 @@ def _softmax(shape: Shape, dots: jax.Array, axis: int) -> jax.Array:
     return weights / jnp.sum(weights, axis=axis, keepdims=True)
 
 
-def _call(
+def _run_kernel(
     kernel: Callable[..., None],
     shape: Shape,
     arrays: Mapping[str, jax.Array],

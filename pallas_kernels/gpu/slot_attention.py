@@ -64,7 +64,7 @@ class Coding:
     kept: int
 
     @classmethod
-    def of(cls, x: Coded) -> Coding:
+    def from_coded(cls, x: Coded) -> Coding:
         """How they lie."""
         runs = 1 if x.step is None else x.step.shape[3]
         channels = 1 if x.along == "channel" else x.shape[3] // runs
@@ -121,7 +121,7 @@ def attend(
     Raises:
       ValueError: heads wider than the kernel takes, blocks of another size, or a cache beyond 32-bit offsets.
     """
-    coded = {name: Coding.of(x) for name, x in operands.items() if isinstance(x, Coded)}
+    coded = {name: Coding.from_coded(x) for name, x in operands.items() if isinstance(x, Coded)}
     operands = _flat(operands)
     cache = operands["k"]
     if q.shape[3] > MAX_WIDTH:

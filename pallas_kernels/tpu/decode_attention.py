@@ -75,7 +75,7 @@ def decode_attention(
     lying: tuple[Any, Any] = (None, None)
     cache: dict[str, Any] = {"k": k, "v": v}
     if isinstance(k, Coded) and isinstance(v, Coded):
-        lying, cache = codes.lying(k, v), codes.operands(k, v)
+        lying, cache = codes.lying(k, v), codes.cache_operands(k, v)
         whole = codes.TILE * math.lcm(k.group, v.group)  # slots whose leasts and steps fill tiles
         block = slots if slots <= whole else -(-block // whole) * whole
     elif k_scale is not None and v_scale is not None:
@@ -84,12 +84,12 @@ def decode_attention(
     static = _Static(scale, softcap, window, slots, queries, block, blocks, *lying)
     grouped = online_softmax.grouped(q, key_heads)
     held = jnp.stack([count, jnp.zeros_like(count) if first is None else first])
-    out, lse = _call(static, splits, interpret, held.astype(jnp.int32), {"q": grouped, **cache})
+    out, lse = _run_kernel(static, splits, interpret, held.astype(jnp.int32), {"q": grouped, **cache})
 
     return merge(*(online_softmax.ungrouped(out[:, :, i], lse[:, :, i], q) for i in range(splits)))
 
 
-def _call(
+def _run_kernel(
     static: _Static, splits: int, interpret: Any, held: Int32[Array, "2 B"], arrays: Mapping[str, Array]
 ) -> tuple[Array, Array]:
     """Output [B, K, splits, rows, D] and log-sum-exp [B, K, splits, rows, LANES]."""
@@ -118,7 +118,7 @@ def _call(
         lying, number = static.k if name[0] == "k" else static.v, name[2:]
         if not number:
             return by_rows(name, 1 if lying is None else lying.planes)
-        return by_rows(name, lying.group) if lying and lying.of(number) == "channel" else by_columns(name)
+        return by_rows(name, lying.group) if lying and lying.numbers_along(number) == "channel" else by_columns(name)
 
     def result(columns: int) -> Any:
         return pl.BlockSpec((None, None, None, rows, columns), lambda b, h, share, n, held: (b, h, share, 0, 0))
@@ -149,7 +149,7 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
     row, n = pl.program_id(0), pl.program_id(3)
     count, first = held_ref[0, row], held_ref[1, row]
     slot = (pl.program_id(2) * static.blocks + n) * static.block
-    pl.when(n == 0)(partial(online_softmax.start, state))
+    pl.when(n == 0)(partial(online_softmax.clear, state))
     wrapped = first + count > static.slots
 
     @pl.when((slot < static.filled(count, first)) & (wrapped | (slot + static.block > first)))

@@ -16,7 +16,7 @@ from pallas_kernels.patterns import Pattern
 from pallas_kernels.tile_logits import Settings
 from pallas_kernels.tpu import flash_backward
 from pallas_kernels.tpu.flash_forward import forward
-from pallas_kernels.tpu.flash_operands import columns, rows
+from pallas_kernels.tpu.flash_operands import along_lanes, along_sublanes
 from pallas_kernels.tpu.tiles import LANES
 
 MAX_SINKS = 1024  # they stay in the chip's memory
@@ -94,7 +94,7 @@ def all_operands(call: Call, q: Array, k: Array, v: Array, extra: dict[str, Arra
     if "slopes" in extra:
         found["slopes"] = extra["slopes"]
     if call.settings.segmented:
-        found |= {"query_rows": rows(extra["query_ids"]), "key_columns": columns(extra["key_ids"])}
+        found |= {"query_rows": along_sublanes(extra["query_ids"]), "key_columns": along_lanes(extra["key_ids"])}
         if call.settings.sinks:
             found["sink_columns"] = padded(found["key_columns"][:, :, :held], 2, held)
     return found
@@ -143,7 +143,7 @@ def gradients(
     }
     d_q, *d_sinks = flash_backward.query_gradients(settings, call.ranges(), operands, offset, run, row)
     if settings.segmented:
-        operands |= {"query_columns": columns(extra["query_ids"]), "key_rows": rows(extra["key_ids"])}
+        operands |= {"query_columns": along_lanes(extra["query_ids"]), "key_rows": along_sublanes(extra["key_ids"])}
     if sums is not None:
         operands |= {"d_k": sums[0], "d_v": sums[1]}
     d_k, d_v = flash_backward.key_gradients(settings, call.ranges(transposed=True), operands, offset, run, row)

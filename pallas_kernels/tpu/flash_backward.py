@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_ranges import Ranges
-from pallas_kernels.tile_logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.tile_logits import LOG2E, MASKED, Settings, logits, sink_visible, tile_mask
 from pallas_kernels.tpu.flash_forward import VMEM_BYTES
 from pallas_kernels.tpu.flash_operands import Operands, key_outer, query_outer, scalars
 from pallas_kernels.tpu.schedule import Grid
@@ -77,7 +77,7 @@ def _query_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: 
         scores, derivative = logits(settings, dot(read["q"][at], k, NT), query + at.start, key, slope)
         if masked:
             segments = (read["query_rows"][at][:, :1], read["key_columns"][:1]) if settings.segmented else None
-            scores = jnp.where(visible(settings, scores.shape, query + at.start, key, segments), scores, MASKED)
+            scores = jnp.where(tile_mask(settings, scores.shape, query + at.start, key, segments), scores, MASKED)
         weights = jnp.exp2((scores - across(lse[at], scores.shape[1])) * settings.exact)
         d_scores = weights * (dot(read["d_out"][at], v, NT) + across(shift[at], scores.shape[1]))
         return d_scores if derivative is None else d_scores * derivative
@@ -184,7 +184,7 @@ def _key_kernel(settings: Settings, grid: Grid, names: list[str], offset_ref: An
             scores, derivative = logits(settings, dot(read["k"][at], q, NT), query, key, slope, transposed=True)
             if masked:
                 segments = (read["query_columns"][:1], read["key_rows"][at][:, :1]) if settings.segmented else None
-                scores = jnp.where(visible(settings, scores.shape, query, key, segments, True), scores, MASKED)
+                scores = jnp.where(tile_mask(settings, scores.shape, query, key, segments, True), scores, MASKED)
             d_weights = dot(read["v"][at], d_out, NT)  # before the weights: fewer bundles so
             weights = jnp.exp2((scores - line_lse) * settings.exact)
             d_scores = weights * (d_weights + line_shift)

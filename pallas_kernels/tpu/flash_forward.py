@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_ranges import Ranges
-from pallas_kernels.tile_logits import LOG2E, MASKED, Settings, logits, sink_visible, visible
+from pallas_kernels.tile_logits import LOG2E, MASKED, Settings, logits, sink_visible, tile_mask
 from pallas_kernels.tpu.flash_operands import Operands, query_outer, scalars
 from pallas_kernels.tpu.schedule import Grid, Step
 from pallas_kernels.tpu.tiles import LANES, NN, NT, across, dot, pieces, when_runs
@@ -117,7 +117,7 @@ class _Tile:
             dots = dot(self.read["q"][at], self.read["k"][...], NT)
             scores, _ = logits(self.settings, dots, query, key, self.slope)
             if masked:
-                seen = visible(self.settings, scores.shape, query, key, self._ids("key_columns", at))
+                seen = tile_mask(self.settings, scores.shape, query, key, self._ids("key_columns", at))
                 scores = jnp.where(seen, scores, MASKED)
             self._add(at, scores, self.read["v"][...])
 

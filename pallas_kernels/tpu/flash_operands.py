@@ -24,12 +24,12 @@ from pallas_kernels.tpu.tiles import LANES, SUBLANES
 Operands = Mapping[str, jax.Array]
 
 
-def rows(ids: jax.Array) -> jax.Array:
+def along_sublanes(ids: jax.Array) -> jax.Array:
     """[B, n] along sublanes."""
     return jnp.broadcast_to(ids[:, :, None], (*ids.shape, LANES))
 
 
-def columns(ids: jax.Array) -> jax.Array:
+def along_lanes(ids: jax.Array) -> jax.Array:
     """[B, n] along lanes."""
     return jnp.broadcast_to(ids[:, None], (ids.shape[0], SUBLANES, ids.shape[1]))
 

@@ -89,7 +89,7 @@ def hsa_attention(
 
     def pairs(span: int) -> int:
         """Of a tile."""
-        rows = block or _rows(span * choices * slab // pages)
+        rows = block or _tile_rows(span * choices * slab // pages)
         return min(-(-rows // (slab * TOGETHER)), -(-span * choices // TOGETHER)) * TOGETHER
 
     span = min(q.shape[1], max(1, RESIDENT // (slab * -(-q.shape[3] // LANES))))
@@ -99,7 +99,7 @@ def hsa_attention(
     return _attention(static, q, k, v, weights.astype(jnp.float32), chosen)
 
 
-def _rows(each: int) -> int:
+def _tile_rows(each: int) -> int:
     """Of a tile, for pages with `each` rows on average: room for half as many more costs less than another tile."""
     return min(max(1 << (each + each // 2).bit_length(), LEAST), MOST)
 

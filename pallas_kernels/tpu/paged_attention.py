@@ -101,7 +101,7 @@ def paged_attention(
         numbers = _gathered(k, v, table, page_size, steps)
     held_as = [x.codes if isinstance(x, Coded) else x for x in (k, v)]
     cache = [x.reshape(len(q) * key_heads, slots // page_size, -1, x.shape[3]) for x in held_as]
-    return _call(static, held, table, named, q, cache, numbers, interpret)
+    return _run_kernel(static, held, table, named, q, cache, numbers, interpret)
 
 
 def pool_attention(
@@ -124,7 +124,7 @@ def pool_attention(
     count = jnp.minimum(count, pages.shape[1] * size).astype(jnp.int32)
     held = jnp.stack([count, jnp.zeros_like(count)])
     table, named = _filled(pages, steps * together, last), (count + size - 1) // size
-    return _call(static, held, table, named, q, [k, v], {}, interpret)
+    return _run_kernel(static, held, table, named, q, [k, v], {}, interpret)
 
 
 def shared_pool_attention(
@@ -156,7 +156,7 @@ def shared_pool_attention(
     rows = online_softmax.grouped(one, key_heads).shape[2]
     whose = jnp.arange(rows, dtype=jnp.int32) % one.shape[1] // q.shape[1]
     numbers = {"whose": jnp.broadcast_to(whose[None, :, None], (key_heads, rows, static.bounds))}
-    part = _call(static, held, table, count[None].astype(jnp.int32), one, [k, v], numbers, interpret, padded)
+    part = _run_kernel(static, held, table, count[None].astype(jnp.int32), one, [k, v], numbers, interpret, padded)
     return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:3]))
 
 
@@ -177,7 +177,7 @@ def _filled(pages: Int32[Array, "*tables N"], width: int, count: int) -> Int32[A
     return jnp.where(table < 0, jnp.maximum(pages[..., :1], 0), jnp.minimum(table, count - 1)).astype(jnp.int32)
 
 
-def _call(
+def _run_kernel(
     static: _Static,
     held: Int32[Array, "2 B"],
     table: Int32[Array, "*tables N"],
@@ -278,7 +278,7 @@ def _kernel(static: _Static, names: list[str], *refs: Any) -> None:
         turn[0] = 0
         fetch(head, static.table(head) * each, 0)
 
-    online_softmax.start(state)
+    online_softmax.clear(state)
 
     def step(n: Any, carry: None) -> None:
         now = turn[0]

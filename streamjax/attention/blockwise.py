@@ -175,7 +175,7 @@ def _logits(blocks: Blocks, queries: Queries, keys: Keys, i: Array, j: Array) ->
     key, held = _key_index(blocks, keys, j)
     if queries.slopes is not None:
         logits = logits - queries.slopes[..., None, None].astype(logits.dtype) * (query - key).astype(logits.dtype)
-    visible = (blocks.pattern.visible(query, key) & held)[None]
+    visible = (blocks.pattern.mask(query, key) & held)[None]
     if queries.segments is not None and keys.segments is not None:
         ids_q = jax.lax.dynamic_slice_in_dim(queries.segments, i * blocks.block_q, blocks.block_q, 1)
         ids_k = jax.lax.dynamic_slice_in_dim(keys.segments, j * blocks.block_k, blocks.block_k, 1)
@@ -212,15 +212,15 @@ def _over_keys(blocks: Blocks, queries: Queries, keys: Keys, i: Array, body: Any
 def _take(buffer: Float[Array, "R B K S D"], row: Any, j: Array, size: int) -> Float[Array, "B K s D"]:
     """Block j of a layer's slots."""
     _, b, heads, _, width = buffer.shape
-    return jax.lax.dynamic_slice(buffer, _start(row, j, size), (1, b, heads, size, width))[0]
+    return jax.lax.dynamic_slice(buffer, _slice_start(row, j, size), (1, b, heads, size, width))[0]
 
 
 def _add(total: Float[Array, "R B K S D"], part: Float[Array, "B K s D"], row: Any, j: Array) -> Array:
     """Add `part` to block j of a layer's slots."""
     size = part.shape[2]
     new = (_take(total, row, j, size) + part).astype(total.dtype)
-    return jax.lax.dynamic_update_slice(total, new[None], _start(row, j, size))
+    return jax.lax.dynamic_update_slice(total, new[None], _slice_start(row, j, size))
 
 
-def _start(row: Any, j: Array, size: int) -> tuple[Array, ...]:
+def _slice_start(row: Any, j: Array, size: int) -> tuple[Array, ...]:
     return tuple(jnp.asarray(index, jnp.int32) for index in (row, 0, 0, j * size, 0))

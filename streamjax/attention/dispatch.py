@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.api import platforms
-from pallas_kernels.partial import add_sinks
+from pallas_kernels.partial import add_sink_logits
 from pallas_kernels.patterns import Chunked, Full, Pattern
 from streamjax.attention import sharded
 from streamjax.attention.context.sequence import Exchange, context_attention
@@ -43,7 +43,7 @@ def sequence_attention(
       pattern: which keys a query sees, by index in the sequence. Chunks (`Chunked`) become rows with full attention.
       scale, softcap, slopes: as in `dense.attend`; ALiBi distances are index differences.
       segment_ids: tokens see only their own segment.
-      sink_logits: one more logit a head in every softmax, without a value; see `pallas_kernels.partial.add_sinks`.
+      sink_logits: a logit more a head in every softmax, without a value (`add_sink_logits` of pallas_kernels.partial).
       implementation: `"dense"` (all logits at once), `"xla"` (blockwise, memory linear in T), `"pallas"` (the kernel of
         the platform); None chooses, and logs the choice once.
       exchange: how devices that have a stretch of the sequence each come to each other's keys, where the mesh axis
@@ -68,17 +68,17 @@ def sequence_attention(
     if implementation in ("pallas", "xla"):
         blocks = sharded.flash_attention if implementation == "pallas" else flash_attention
         part = blocks(q, k, v, pattern, segment_ids=segment_ids, scale=scale, softcap=softcap, slopes=slopes)
-        return add_sinks(part, sink_logits).out
+        return add_sink_logits(part, sink_logits).out
     if implementation != "dense":
         raise ValueError(f"unknown attention implementation {implementation!r}; use 'dense', 'xla' or 'pallas'")
     index = jnp.arange(q.shape[1], dtype=jnp.int32)
-    visible = pattern.visible(index[:, None], index[None, :])[None, None]
+    visible = pattern.mask(index[:, None], index[None, :])[None, None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     distance = (index[:, None] - index[None, :]).astype(jnp.float32)[None, None]
     heads_first = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     part = attend(q, *heads_first, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance)
-    return add_sinks(part, sink_logits).out
+    return add_sink_logits(part, sink_logits).out
 
 
 def _by_chunks(arrays: tuple[Array | None, ...], size: int, **options: Any) -> Float[Array, "B T H D"]:

@@ -35,7 +35,7 @@ class TokenTree:
     levels: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, parent: Int32[Array, "B N"], given: Bool[Array, "B N"], levels: int) -> TokenTree:
+    def from_parents(cls, parent: Int32[Array, "B N"], given: Bool[Array, "B N"], levels: int) -> TokenTree:
         """The tree of these parents, `parent[b, i] < i`; nodes as deep as `levels`, or of a missing parent, are not
         given."""
         nodes = parent.shape[1]

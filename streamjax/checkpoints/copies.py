@@ -55,7 +55,7 @@ class CheckpointCopies:
         self._fs.invalidate_cache()
         names = (posixpath.basename(place.rstrip("/")) for place in self._fs.ls(self._root, detail=False))
         found = sorted(int(name) for name in names if name.isdigit())
-        return [step for step in found if self._fs.exists(self._at(step, MANIFEST))]
+        return [step for step in found if self._fs.exists(self._step_path(step, MANIFEST))]
 
     def fetch(self, step: int, folder: Path) -> None:
         """Bring the copy of a step into the folder of the checkpoints, under its name once it is there as a whole.
@@ -66,8 +66,8 @@ class CheckpointCopies:
         partial = folder.with_name(f"{folder.name}_{_FETCHED}") / str(step)
         shutil.rmtree(partial.parent, ignore_errors=True)
         try:
-            for place in self._fs.find(self._at(step)):
-                file = partial / posixpath.relpath(place, self._at(step))
+            for place in self._fs.find(self._step_path(step)):
+                file = partial / posixpath.relpath(place, self._step_path(step))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 self._fs.get_file(place, str(file))
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ class CheckpointCopies:
             while self._fs.exists(place):
                 place += "_"
             self._fs.makedirs(posixpath.dirname(place), exist_ok=True)
-            for file in self._fs.find(self._at(later)):
-                target = posixpath.join(place, posixpath.relpath(file, self._at(later)))
+            for file in self._fs.find(self._step_path(later)):
+                target = posixpath.join(place, posixpath.relpath(file, self._step_path(later)))
                 self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
                 self._fs.copy(file, target)
             self._remove(later)
@@ -129,19 +129,19 @@ class CheckpointCopies:
                 _log.warning("step %d was not copied to %s: %s", step, self.address, error)
 
     def _copy(self, source: Path, step: int) -> None:
-        if self._fs.exists(self._at(step)):
+        if self._fs.exists(self._step_path(step)):
             self._remove(step)
         files = [file for file in sorted(source.rglob("*")) if file.is_file()]
         for file in sorted(files, key=lambda file: file == source / MANIFEST):
-            target = self._at(step, file.relative_to(source).as_posix())
+            target = self._step_path(step, file.relative_to(source).as_posix())
             self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
             self._fs.put_file(str(file), target)
 
     def _remove(self, step: int) -> None:
         """The manifest first: what is left, if this ends half way, is not whole."""
-        if self._fs.exists(self._at(step, MANIFEST)):
-            self._fs.rm_file(self._at(step, MANIFEST))
-        self._fs.rm(self._at(step), recursive=True)
+        if self._fs.exists(self._step_path(step, MANIFEST)):
+            self._fs.rm_file(self._step_path(step, MANIFEST))
+        self._fs.rm(self._step_path(step), recursive=True)
 
-    def _at(self, step: int, *names: Any) -> str:
+    def _step_path(self, step: int, *names: Any) -> str:
         return posixpath.join(self._root, str(step), *names)

@@ -96,13 +96,13 @@ class Chat:
         self._model, self._tokenizer = load_model(values, [values.cache])
         self._draft = parse_draft(values.draft, self._model, self._tokenizer)
         self._draft_memory = parse_draft_memory(values)
-        self._start(values.cache)
+        self._start_session(values.cache)
         self.commands: dict[str, Callable[[str], None]] = {
             "save": self.save, "load": self.load, "cache": self.cache, "compact": self.compact,
             "reset": self.reset, "help": self.help, "quit": self.quit,
         }  # fmt: skip
 
-    def _start(self, cache: str) -> None:
+    def _start_session(self, cache: str) -> None:
         values = self._values
         mesh = meshes_of(values).cache
         self._cache = parse_cache(cache, self._model.config.max_position, on_mesh=mesh is not None)
@@ -188,7 +188,7 @@ class Chat:
     def cache(self, rest: str) -> None:
         """/cache [NAME:OPTION=VALUE,...]"""
         if rest:
-            self._start(rest)
+            self._start_session(rest)
             self._say("a new conversation: ")
         self._tell_cache()
 
@@ -205,7 +205,7 @@ class Chat:
     def _tell_cache(self) -> None:
         slots = max(cache.slots for cache in self.session.state.caches)
         seen = self.session.tokens_seen
-        in_use = SlotMemory.of(self.session.state).in_use(seen)
+        in_use = SlotMemory.from_state(self.session.state).in_use(seen)
         self._say(
             f"{describe_cache(self._cache)}: {min(seen, slots):,} of {seen:,} tokens visible, "
             f"{human_bytes(in_use)} in use of {human_bytes(self.session.cache_bytes)}\n"

@@ -51,7 +51,7 @@ def dense_capacity(model: sj.Decoder, tokens: int, memory_bytes: float | None) -
     """How many tokens a dense cache may hold: `tokens`, or what fits into so much memory."""
     if memory_bytes is None or math.isinf(memory_bytes):
         return tokens
-    one = SlotMemory.of(sj.init_state(model, sj.kv.preset("dense", capacity=1)))
+    one = SlotMemory.from_state(sj.init_state(model, sj.kv.preset("dense", capacity=1)))
     fit = int(memory_bytes // sum(one.slot_bytes))
     if fit < 1:
         raise ValueError(f"a dense cache of one token takes {human_bytes(sum(one.slot_bytes))}: raise --dense_memory")

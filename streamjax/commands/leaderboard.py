@@ -177,7 +177,7 @@ def make_tasks(
     for task in names:
         try:
             tasks[task] = [
-                Encoded.of(
+                Encoded.from_example(
                     tokenizer, make_example(task, length, tokenizer, seed * samples + i, frame, documents), frame
                 )
                 for i in range(samples)

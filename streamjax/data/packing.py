@@ -93,7 +93,7 @@ class FinishRow(grain.transforms.Map):
         if self._bos_id is None:
             tokens = element["tokens"]
         else:
-            tokens = _behind(self._bos_id, targets)
+            tokens = _moved_right(self._bos_id, targets)
         row = {"tokens": tokens, "targets": targets, "weights": weights}
         if self._segments:
             row |= {"segment_ids": segment_ids, "positions": element["targets_positions"]}
@@ -182,7 +182,7 @@ def _shifted(ids: Sequence[int]) -> Row:
     return {"tokens": array[:-1], "targets": array[1:]}
 
 
-def _behind(first: int, row: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+def _moved_right(first: int, row: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
     """The row moved one to the right, behind `first`."""
     return np.concatenate([np.asarray([first], row.dtype), row[:-1]])
 

@@ -55,13 +55,13 @@ def make_train_iterator(
     if config.packing == "streams":
         _require_documents(config, source, split, config.batch_size, "streams")
         streams = [
-            _rows(config, tokenizer, source, config.shuffle_seed, config.epochs, row, config.batch_size)
+            _token_rows(config, tokenizer, source, config.shuffle_seed, config.epochs, row, config.batch_size)
             for row in range(index * share, (index + 1) * share)
         ]
         batches = grain.experimental.ZipIterDataset(streams, strict=False).map(_stack)
     else:
         _require_documents(config, source, split, count, "processes")
-        rows = _rows(config, tokenizer, source, config.shuffle_seed, config.epochs, index, count)
+        rows = _token_rows(config, tokenizer, source, config.shuffle_seed, config.epochs, index, count)
         window = min(config.shuffle_tokens // config.seq_len, _MOST_SHUFFLED_ROWS)
         window = 0 if isinstance(source, RecallRows) else window
         if config.shuffle_seed is not None and window > 1:
@@ -161,9 +161,9 @@ def make_eval_batches(
     mine = slice(index * share, (index + 1) * share)
     if config.packing == "streams":
         total = min(config.batch_size, len(source))
-        streams = [_rows(config, tokenizer, source, _EVAL_SEED, 1, row, total, False) for row in range(total)]
+        streams = [_token_rows(config, tokenizer, source, _EVAL_SEED, 1, row, total, False) for row in range(total)]
         return _EvalBatches(_EvalStreams(streams, config, num_batches), config, split, mine)
-    rows = _rows(config, tokenizer, source, _EVAL_SEED, 1, 0, 1, False)
+    rows = _token_rows(config, tokenizer, source, _EVAL_SEED, 1, 0, 1, False)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     batches = grain.experimental.LimitIterDataset(rows.batch(config.batch_size, batch_fn=fill), num_batches)
     return _EvalBatches(batches, config, split, mine)
@@ -226,7 +226,7 @@ def _require_documents(
         )
 
 
-def _rows(
+def _token_rows(
     config: DataConfig,
     tokenizer: Tokenizer,
     source: DocumentSource | RecallRows,

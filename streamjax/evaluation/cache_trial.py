@@ -125,7 +125,7 @@ def run_trial(
     return Trial(
         name=name,
         nats=np.concatenate(pieces),
-        memory=SlotMemory.of(session.state),
+        memory=SlotMemory.from_state(session.state),
         ended=ended,
         seconds=times[-1] - times[0],
         tokens_per_second=min(chunk, total) / float(np.median(whole)),

@@ -44,7 +44,7 @@ class Encoded:
     prompts: list[list[int]]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, example: Example, frame: ChatFrame | None = None) -> Encoded:
+    def from_example(cls, tokenizer: Tokenizer, example: Example, frame: ChatFrame | None = None) -> Encoded:
         return cls(example, *encode_example(tokenizer, example, frame))
 
     @property

@@ -36,7 +36,7 @@ class SlotMemory:
     slot_bytes: tuple[float, ...]
 
     @classmethod
-    def of(cls, state: StreamState) -> SlotMemory:
+    def from_state(cls, state: StreamState) -> SlotMemory:
         """Measured on a state; counters count as parts of the slots."""
         layers = zip(state.caches, state.layers, strict=True)
         parts = [part for cache, layer in layers for part in cache.sizes(layer)]

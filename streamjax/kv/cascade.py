@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.partial import Partial, add_sinks, merge
+from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
 from streamjax.kv.channels.lent import Lent
@@ -177,7 +177,7 @@ class Cascade(Cache):
         if not own or rest is None:
             return merge(*parts)
         parts.append(query.attend_own(rest, self.reach))
-        return add_sinks(merge(*parts), query.sink_logits)
+        return add_sink_logits(merge(*parts), query.sink_logits)
 
     def _update(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens, own: bool = True

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from pallas_kernels.partial import Partial, add_sinks, merge
+from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import LowRank
@@ -247,7 +247,7 @@ def attended(old: Cascade, state: tuple[State, ...], query: Query, tokens: KVTok
     parts = [tier.attend(part, query, old.reach) for tier, part in zip(old.tiers, state, strict=True)]
     if not stored:
         parts.append(query.attend_own(tokens, old.reach))
-    return add_sinks(merge(*parts), query.sink_logits)
+    return add_sink_logits(merge(*parts), query.sink_logits)
 
 
 def all_held(old: Cascade, state: tuple[State, ...], query: Query, stored: bool) -> tuple[Stored, UInt32[Array, " B"]]:

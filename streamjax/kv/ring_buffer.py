@@ -33,7 +33,7 @@ def _blend(buffer: Array, chunk: Array, at: Array, shift: Array, start: Array, c
     return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(write, turned, old), at, axis)
 
 
-def _rows(write, buffer: Array, chunk: Array, *counters: Array) -> Array:
+def _row_by_row(write, buffer: Array, chunk: Array, *counters: Array) -> Array:
     """Apply a one-row write to every row; one row alone needs no batching, which keeps its update in place."""
     if buffer.shape[0] == 1:
         return write(buffer[0], chunk[0], *(c[0] for c in counters))[None]
@@ -115,7 +115,7 @@ def _linear_window(buffer: Array, chunk: Array, cursor: Array, start: Array, cou
         at = jnp.minimum(cursor, slots - width)
         return _blend(row, new, at, cursor - at, start, count, axis - 1)
 
-    return _rows(write, buffer, chunk, cursor, start, count)
+    return _row_by_row(write, buffer, chunk, cursor, start, count)
 
 
 def write_ring(
@@ -173,7 +173,7 @@ def _ring_windows(
         return _blend(row, new, jnp.int32(offset), jnp.int32(0), start + done, count - done, axis - 1)
 
     if width == 1:
-        return _rows(write, buffer, chunk, cursor, start, count)
+        return _row_by_row(write, buffer, chunk, cursor, start, count)
     # Batched even for one row: two windows as scatters stay in place, as updates of a slice they copy the buffer.
     return jax.vmap(write)(buffer, chunk, cursor, start, count)
 

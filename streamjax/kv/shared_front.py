@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.partial import Partial, add_sinks, merge
+from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import ANY_DISTANCE, HeadGroups, of_chosen_heads, of_heads, of_query_heads
@@ -58,7 +58,9 @@ class SharedFront(HeadGroups):
         for tier in (tier for _, cascade in self.groups for tier in cascade.tiers):
             if tier.wants_noted or tier.chooses_every or tier.evicts_per_head or tier.needs_outputs:
                 raise ValueError(f"SharedFront has tiers that choose nothing by attention, not {tier!r}")
-        if bounded := next((c for _, c in self.groups if self.behind(c) is not None and c.reach is not None), None):
+        if bounded := next(
+            (c for _, c in self.groups if self.behind_front(c) is not None and c.reach is not None), None
+        ):
             raise ValueError(f"behind a SharedFront is a tier without a bound such as Pages, not {bounded.tiers[-1]!r}")
 
     @property
@@ -66,7 +68,7 @@ class SharedFront(HeadGroups):
         """The tiers in front."""
         return Cascade(*self.groups[0][1].tiers[: self.front], fuse=False)
 
-    def behind(self, cascade: Cascade) -> Cascade | None:
+    def behind_front(self, cascade: Cascade) -> Cascade | None:
         """What a group's cascade has behind the front; None where that is all."""
         rest = cascade.tiers[self.front :]
         return Cascade(*rest, fuse=False) if rest else None
@@ -75,7 +77,7 @@ class SharedFront(HeadGroups):
         self.check(spec)
         states = [self.shared.init(spec)]
         for heads, cascade in self.groups:
-            rest = self.behind(cascade)
+            rest = self.behind_front(cascade)
             states.append(() if rest is None else rest.init(dataclasses.replace(spec, kv_heads=len(heads))))
         return tuple(states)
 
@@ -93,7 +95,7 @@ class SharedFront(HeadGroups):
         self, order: Int32[Array, " K"] | None, state: tuple[State, ...], query: Query, tokens: KVTokens
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...]]:
         """`update`; the front lies in the layer's order in any case, and what is behind in the groups' own."""
-        rests = [self.behind(cascade) for _, cascade in self.groups]
+        rests = [self.behind_front(cascade) for _, cascade in self.groups]
         reaches = jnp.asarray(self.reaches)
         if order is not None:
             reaches = jnp.zeros_like(reaches).at[order].set(reaches)
@@ -116,7 +118,7 @@ class SharedFront(HeadGroups):
         whole = read.part
         if any(rests):
             whole = merge(whole, self._in_layer_order(order, parts))
-        return add_sinks(whole, query.sink_logits).out, tuple(states)
+        return add_sink_logits(whole, query.sink_logits).out, tuple(states)
 
     def _in_layer_order(self, order: Int32[Array, " K"] | None, parts: Sequence[Partial]) -> Partial:
         """What the groups gave, each for its own query heads, as the layer has them."""
@@ -134,7 +136,7 @@ class SharedFront(HeadGroups):
         """Of each part of the state the tiers, key heads, and what they hold."""
         found = [(self.shared, self.heads, state[0])]
         for (heads, cascade), part in zip(self.groups, state[1:], strict=True):
-            if (rest := self.behind(cascade)) is not None:
+            if (rest := self.behind_front(cascade)) is not None:
                 found.append((rest, len(heads), part))
         return found
 

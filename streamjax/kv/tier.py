@@ -183,7 +183,7 @@ class Query:
         """Index of each query in its stream, saturating: never wraps, unlike `position`."""
         return self.seen[:, None] + self.offset
 
-    def at(self, position: UInt32[Array, "B C"]) -> Query:
+    def at_position(self, position: UInt32[Array, "B C"]) -> Query:
         """These queries as if they stood at `position`."""
         q = self.raw_q if self.rotary is None else self.rotary(self.raw_q, position)
         return dataclasses.replace(self, q=q, position=position)
@@ -307,7 +307,7 @@ class Query:
         reach: int | None = None,
     ) -> Float[Array, "B K G C S"]:
         """How much of its attention, of which `lse` is the whole, each query gives to each key; padding gives none."""
-        visible, distance = self.visible(position, valid, reach)
+        visible, distance = self.visible_keys(position, valid, reach)
         if self.valid is not None:
             visible &= self.valid[:, None, :, None]
         heads = max(k.shape[1], visible.shape[1])
@@ -321,7 +321,7 @@ class Query:
 
     def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
         v = v if v.shape[-1] else k
-        visible, distance = self.visible(position, valid, reach)
+        visible, distance = self.visible_keys(position, valid, reach)
         visible = self._by_query_head(visible, k)
         return attend(self.q, k, v, visible, distance=distance, **self._logit_options())
 
@@ -331,7 +331,7 @@ class Query:
             return visible
         return jnp.repeat(visible, self.q.shape[2] // visible.shape[1], axis=1)[:, None]
 
-    def visible(self, position: Array, valid: Array, reach: int | None) -> tuple[Array, Array | None]:
+    def visible_keys(self, position: Array, valid: Array, reach: int | None) -> tuple[Array, Array | None]:
         """Which keys each query sees, and with ALiBi how far away they are."""
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
         visible = (valid if valid.ndim == 4 else valid[:, :, None, :]) & (distance >= 0)

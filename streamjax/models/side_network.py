@@ -47,7 +47,7 @@ class SideConfig:
         check_fields(self)
 
     @classmethod
-    def of(cls, config: ModelConfig, layer: int | None = None, reduction: int = 2) -> SideConfig:
+    def for_model(cls, config: ModelConfig, layer: int | None = None, reduction: int = 2) -> SideConfig:
         """With the layer of the published models, seven tenths of the way up, where none is given.
 
         Raises:

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from streamjax.snapshots.generations import Name
-from streamjax.snapshots.messages import Address, call, connect
+from streamjax.snapshots.messages import Address, connect, request
 from streamjax.snapshots.stripes import Layout, piece_bounds
 
 
@@ -123,4 +123,4 @@ class Reader:
         place = str(address)
         if place not in self._connections:
             self._connections[place] = connect(address, self._key)
-        return call(self._connections[place], {**head, **self._about})[1]
+        return request(self._connections[place], {**head, **self._about})[1]

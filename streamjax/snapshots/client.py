@@ -69,7 +69,7 @@ def find_or_start(key: bytes, seconds: float) -> Connection:
             return connect(str(path), key)
         except OSError:
             path.unlink(missing_ok=True)  # of a keeper that was killed
-        process, deadline = _start(path, key, seconds), time.monotonic() + _SECONDS
+        process, deadline = _start_keeper(path, key, seconds), time.monotonic() + _SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             try:
                 return connect(str(path), key)
@@ -80,7 +80,7 @@ def find_or_start(key: bytes, seconds: float) -> Connection:
         os.close(folder)
 
 
-def _start(path: Path, key: bytes, seconds: float) -> subprocess.Popen:
+def _start_keeper(path: Path, key: bytes, seconds: float) -> subprocess.Popen:
     command = [sys.executable, "-m", "streamjax.snapshots.keeper", str(path), str(seconds)]
     environment = {**os.environ, KEY: key.hex()}
     with open(f"{path}.log", "ab") as log:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from streamjax.snapshots.generations import Generation, Name
-from streamjax.snapshots.messages import Address, call, connect, receive, send
+from streamjax.snapshots.messages import Address, connect, receive, request, send
 from streamjax.snapshots.stripes import Layout
 
 KEY = "STREAMJAX_KEEPER_KEY"
@@ -54,8 +54,8 @@ class Keeper:
 
     def run(self) -> None:
         """Serve until there is no more need."""
-        self._start(self._accept, self._listener, True)
-        self._start(self._send)
+        self._in_thread(self._accept, self._listener, True)
+        self._in_thread(self._send)
         with self._changed:
             while not self._stopped or self._visitors:
                 patience = self._seconds if self._generations else min(self._seconds, _EMPTY)
@@ -68,13 +68,13 @@ class Keeper:
             self._listener.close()  # and its file is gone
         Path(f"{self._socket}.log").unlink(missing_ok=True)
 
-    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _in_thread(self, work: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=work, args=arguments, daemon=True).start()
 
     def _accept(self, listener: Listener, local: bool) -> None:
         while not self._ended:
             with contextlib.suppress(OSError):
-                self._start(self._serve, listener.accept(), local)
+                self._in_thread(self._serve, listener.accept(), local)
 
     def _serve(self, connection: Connection, local: bool) -> None:
         """Answer one training process, or another keeper."""
@@ -106,7 +106,7 @@ class Keeper:
             if host not in self._ports:
                 listener = Listener((host, 0), "AF_INET", backlog=_BACKLOG)
                 self._ports[host] = listener.address[1]  # type: ignore[index]
-                self._start(self._accept, listener, False)
+                self._in_thread(self._accept, listener, False)
             return {"port": self._ports[host]}, []
 
     def _on_join(self, head: dict[str, Any], _: bytearray) -> tuple[dict[str, Any], list]:
@@ -214,7 +214,7 @@ class Keeper:
         common = {"op": "piece", "start_id": name[0], "step": name[1], "head": found.heads[found.machine]}
         for stripe, block, machine, piece, data in found.pieces():
             with connect(self._others[found.group[machine]], self._key) as connection:
-                call(connection, {**common, "stripe": stripe, "block": block, "piece": piece}, data)
+                request(connection, {**common, "stripe": stripe, "block": block, "piece": piece}, data)
         self._tell_if_complete(name, found)
 
     def _tell_if_complete(self, name: Name, found: Generation) -> None:
@@ -229,7 +229,7 @@ class Keeper:
 
     def _tell(self, address: Address, head: dict[str, Any]) -> None:
         with connect(address, self._key) as connection:
-            call(connection, head)
+            request(connection, head)
 
 
 def main(argv: list[str]) -> int:

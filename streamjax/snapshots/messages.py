@@ -31,7 +31,7 @@ def receive(connection: Connection) -> tuple[dict[str, Any], bytearray]:
     return head, data
 
 
-def call(connection: Connection, head: dict[str, Any], data: Iterable[Any] = ()) -> tuple[dict[str, Any], bytearray]:
+def request(connection: Connection, head: dict[str, Any], data: Iterable[Any] = ()) -> tuple[dict[str, Any], bytearray]:
     """Ask, and wait for the answer.
 
     Raises:

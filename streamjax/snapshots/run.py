@@ -13,7 +13,7 @@ from streamjax.parallel.multiprocess import addresses, gather_json
 from streamjax.snapshots.choosing import Reader, held_by, newest
 from streamjax.snapshots.client import find_or_start, host_name, socket_path
 from streamjax.snapshots.generations import Name
-from streamjax.snapshots.messages import call, connect
+from streamjax.snapshots.messages import connect, request
 from streamjax.snapshots.shards import from_bytes, sealed, to_parts
 from streamjax.snapshots.stripes import Layout, require_zfec
 
@@ -45,8 +45,8 @@ class Snapshots:
         own = addresses()[jax.process_index()]
         address: Any = str(socket_path(key))
         if own is not None:
-            address = [own, call(self._keeper, {"op": "listen", "host": own})[0]["port"]]
-        held = call(self._keeper, {"op": "status"})[0]["held"]
+            address = [own, request(self._keeper, {"op": "listen", "host": own})[0]["port"]]
+        held = request(self._keeper, {"op": "status"})[0]["held"]
         mine = {"host": host_name(), "address": address, "held": held, "start_id": secrets.token_hex(8)}
         everyone = gather_json(mine)
         self._start_id: str = everyone[0]["start_id"]
@@ -93,7 +93,7 @@ class Snapshots:
         """Tell keepers where the others are; of earlier snapshots they `keep` the one that was restored, or none."""
         kept: Name | None = self._newest if keep else None
         head = {"op": "join", "start_id": self._start_id, "layout": [*vars(self._layout).values()], "host": self._host}
-        call(self._keeper, {**head, "others": self._places, "keep": kept})
+        request(self._keeper, {**head, "others": self._places, "keep": kept})
         gather_json(None)  # no keeper hears of a snapshot before it knows the others
 
     def take(self, step: int, tree: Any, about: dict[str, Any]) -> None:
@@ -121,14 +121,14 @@ class Snapshots:
             self._thread.join(_PATIENCE)
         try:
             if ended:
-                call(self._keeper, {"op": "stop"})
+                request(self._keeper, {"op": "stop"})
         except OSError:
             pass  # it has gone already
         self._keeper.close()
 
     def _put(self, head: dict[str, Any], parts: list[Any]) -> None:
         try:
-            call(self._keeper, head, sealed(parts))
+            request(self._keeper, head, sealed(parts))
         except OSError as error:
             self._fail(str(error))
 
@@ -142,7 +142,7 @@ class Snapshots:
             return
         head = {"op": "wait", "start_id": self._start_id, "step": self._taken, "seconds": _PATIENCE}
         try:
-            if not call(self._keeper, head)[0]["complete"]:
+            if not request(self._keeper, head)[0]["complete"]:
                 self._fail(f"other machines did not take their part in {_PATIENCE} seconds")
         except OSError as error:
             self._fail(str(error))
@@ -155,4 +155,4 @@ class Snapshots:
 def keepers_memory(key: bytes) -> list[Any]:
     """What this machine's keeper holds, for tests and benchmarks."""
     with connect(str(socket_path(key)), key) as connection:
-        return call(connection, {"op": "status"})[0]["held"]
+        return request(connection, {"op": "status"})[0]["held"]

@@ -124,7 +124,7 @@ _LATER = {"qk_norm_over": "head", "pre_norms": True, "residual_scale": 1.0, "log
 def fingerprint(model: Decoder) -> str:
     """A short text that differs between models: of the configuration and of the embedding's first rows."""
     try:
-        values = dataclasses.asdict(UniformConfig.of(model.config))
+        values = dataclasses.asdict(UniformConfig.from_model_config(model.config))
         values = {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
     except ValueError:
         values = model.config.to_json_dict()

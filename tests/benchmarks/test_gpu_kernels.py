@@ -36,7 +36,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("pattern", [Full(), SlidingWindow(7), SlidingWindow(90), SinkWindow(3, 7), SinkWindow(20, 4)])
 def test_counts_the_pairs_of_a_pattern(pattern, first):
     index = jnp.arange(40)
-    visible = pattern.visible(index[first:, None], index[None])
+    visible = pattern.mask(index[first:, None], index[None])
     assert flash.pairs(pattern, 40, first) == int(jnp.sum(visible))
 
 

@@ -41,7 +41,7 @@ def test_dense_ends_where_its_memory_does(model_folder):
     assert comparison.dense_capacity(model, 500, None) == 500
     for tokens in (1, 77):
         state = sj.init_state(model, sj.kv.preset("dense", capacity=tokens))
-        memory = SlotMemory.of(state).allocated
+        memory = SlotMemory.from_state(state).allocated
         assert abs(comparison.dense_capacity(model, 500, memory * 1.02) - tokens) <= 4
     assert comparison.dense_capacity(model, 500, 1e9) == 500
 

@@ -62,5 +62,5 @@ def write_example_files(folder: Path) -> None:
     inward, outward = tuple(drawn((1 + i) * width, 8) for i in (1, 2)), (drawn(8, width), drawn(8, width))
     HydraHeads(inward, outward, ids, owner, tokens=1).save(folder / "heads.safetensors")
     PromptTokens(drawn(2, width), ids, owner, tokens=1).save(folder / "prompts.safetensors")
-    side = SideNetwork.beginning(model, SideConfig.of(model.config))
+    side = SideNetwork.beginning(model, SideConfig.for_model(model.config))
     save_side_network(SideDecoder(model, side), folder / "side.safetensors", tokens=1)

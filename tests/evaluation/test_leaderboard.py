@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def examples():
-    return [Encoded.of(BYTES, make_example("passkey", 500, BYTES, seed)) for seed in range(2)]
+    return [Encoded.from_example(BYTES, make_example("passkey", 500, BYTES, seed)) for seed in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ MODEL = jax.jit(lambda key: sj.Decoder(CONFIG, key))(jax.random.key(0))
 
 
 def test_a_cache_in_use_takes_what_a_cache_of_that_size_takes():
-    memory = SlotMemory.of(sj.init_state(MODEL, sj.kv.preset("dense", capacity=1000), batch_size=3))
+    memory = SlotMemory.from_state(sj.init_state(MODEL, sj.kv.preset("dense", capacity=1000), batch_size=3))
     assert memory.slots == (5, 1000)
     for tokens in (1, 5, 100, 1000):
         exact = 0
@@ -29,7 +29,7 @@ def test_a_cache_in_use_takes_what_a_cache_of_that_size_takes():
 def test_what_is_allocated_is_what_the_layers_hold():
     state = sj.init_state(MODEL, sj.kv.preset("streaming_llm", sinks=2, window=30), batch_size=1)
     total = sum(leaf.nbytes for layer in state.layers for leaf in jax.tree.leaves(layer))
-    assert abs(SlotMemory.of(state).allocated - total) <= 1
+    assert abs(SlotMemory.from_state(state).allocated - total) <= 1
 
 
 def test_the_peak_is_never_below_what_there_is(monkeypatch):
@@ -55,6 +55,6 @@ def test_a_recurrent_state_is_there_from_the_first_token_on():
         return empty_state(shapes, sj.kv.preset("dense", capacity=100))
 
     state = state_of("mamba2")
-    held, memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers)), SlotMemory.of(state)
+    held, memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers)), SlotMemory.from_state(state)
     assert (memory.in_use(0), memory.in_use(1), memory.in_use(100), memory.allocated) == (0, held, held, held)
-    assert SlotMemory.of(state_of("gemma4-shared")).slots == (5, 100)
+    assert SlotMemory.from_state(state_of("gemma4-shared")).slots == (5, 100)

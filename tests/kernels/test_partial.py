@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.partial import Partial, add_sinks, merge, merge_stacked
+from pallas_kernels.partial import Partial, add_sink_logits, merge, merge_stacked
 from streamjax.attention import dense
 
 attend = jax.jit(dense.attend, static_argnames=("scale", "softcap"))
@@ -178,10 +178,10 @@ def test_sinks_are_one_more_part_without_a_value():
         found = combine(some, sinks)
         return jnp.sum(jnp.sin(3 * found.out)) + jnp.sum(jnp.cos(found.lse))
 
-    assert_same(add_sinks(drawn, sinks), *merged(drawn, sinks))
-    assert np.all(add_sinks(drawn, sinks).out[0, 1] == 0)
-    mine, right = (jax.grad(partial(loss, combine), (0, 1))(drawn, sinks) for combine in (add_sinks, merged))
+    assert_same(add_sink_logits(drawn, sinks), *merged(drawn, sinks))
+    assert np.all(add_sink_logits(drawn, sinks).out[0, 1] == 0)
+    mine, right = (jax.grad(partial(loss, combine), (0, 1))(drawn, sinks) for combine in (add_sink_logits, merged))
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(right), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, atol=2e-6)
-    assert add_sinks(drawn, None) is drawn
+    assert add_sink_logits(drawn, None) is drawn

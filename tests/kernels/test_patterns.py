@@ -28,7 +28,7 @@ PATTERNS += [Chunked(1), Chunked(5), Chunked(99)]
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_visible_pairs(pattern):
     index = jnp.arange(LENGTH)
-    visible = np.asarray(pattern.visible(index[:, None], index[None, :]))
+    visible = np.asarray(pattern.mask(index[:, None], index[None, :]))
     expected = [[brute_force(pattern, q, k) for k in range(LENGTH)] for q in range(LENGTH)]
     np.testing.assert_array_equal(visible, expected)
 

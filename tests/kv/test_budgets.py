@@ -108,7 +108,7 @@ def test_layers_share_by_what_each_needs_by_itself():
     for held, needs in ((0.5, (1, 3)), (0.85, (4, 6))):
         sizes = Important(held).sizes(1000, 2, np.stack((steep, even)))
         np.testing.assert_allclose(sizes, [1000 * need / sum(needs) for need in needs], atol=1.0)
-    calibration = Calibration.of(np.stack((steep, even)), Prefixes(), "0123456789abcdef")
+    calibration = Calibration.from_table(np.stack((steep, even)), Prefixes(), "0123456789abcdef")
     cascades = Budgeted(KEPT, Important(0.5), calibration).for_layers(2)
     assert [c.tiers[-1].size for c in cascades] == [5, 15]
 
@@ -130,7 +130,7 @@ def test_layers_get_cascades_of_their_sizes():
 
 def test_a_calibration_is_a_file(tmp_path):
     file = tmp_path / "cake.safetensors"
-    measured = Calibration.of(np.array([[1.0, 2.0], [3.0, 4.0]]), Preferences(), "0123456789abcdef")
+    measured = Calibration.from_table(np.array([[1.0, 2.0], [3.0, 4.0]]), Preferences(), "0123456789abcdef")
     measured.save(file)
     assert Calibration.load(file) == measured
     cache = preset("cake", calibration=str(file), size=10)

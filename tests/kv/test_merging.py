@@ -44,7 +44,7 @@ RULES = {
     "elastic cache": (Anchors(), oracle.anchors),
     "ems": (ZeroClass(threshold=0.1), oracle.zero_class(0.1)),
     "cam": (IntoFollowing(count=3, seed=4), oracle.into_following(3, 4)),
-    "lococo": (Convolved(kernels=Kernels.of(KERNEL, BIAS, 0.4, "whose")), oracle.convolved(KERNEL, BIAS, 0.4)),
+    "lococo": (Convolved(kernels=Kernels.from_arrays(KERNEL, BIAS, 0.4, "whose")), oracle.convolved(KERNEL, BIAS, 0.4)),
     "d2o, turned": (NearestAbove(turned=True), oracle.nearest_above(0.7)),
 }
 

@@ -29,16 +29,16 @@ def test_every_preset_builds_and_names_its_paper(tmp_path):
     gates = tmp_path / "gates.json"
     gates.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')
     networks = tmp_path / "retaining.safetensors"
-    LayerRetainingHeads((sj.kv.RetainingHeads.of(np.ones((8, 2)), np.ones((2, 1)), "whose"),), "whose", 1).save(
-        networks
-    )
+    LayerRetainingHeads(
+        (sj.kv.RetainingHeads.from_arrays(np.ones((8, 2)), np.ones((2, 1)), "whose"),), "whose", 1
+    ).save(networks)
     for name, entry in sj.kv.presets().items():
         assert entry.name == name
         assert "arXiv" in entry.paper
         assert entry.summary.endswith((".", ";"))
         files = {"retaining": networks, "codebooks": codebooks(tmp_path), "projections": projections(tmp_path)}
         flows = tmp_path / "kernels.safetensors"
-        LayerKernels((sj.kv.Kernels.of(np.ones((2, 8, 3)), np.ones(2), 0.5, "whose"),), "whose", 1).save(flows)
+        LayerKernels((sj.kv.Kernels.from_arrays(np.ones((2, 8, 3)), np.ones(2), 0.5, "whose"),), "whose", 1).save(flows)
         files["kernels"] = flows
         needed = {option: str(files.get(option, gates)) for option in entry.needs}
         assert sj.kv.preset(name, **{**entry.options, **needed}) == sj.kv.preset(name, **needed)

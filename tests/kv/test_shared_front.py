@@ -42,7 +42,7 @@ def test_codes_reach_the_window_and_what_is_behind_it():
     rules = [Cascade(FRONT[0], Window(128), *behind) for behind in ((Pages(64, 256, 2),), ())]
     coded = in_codes(SharedFront(2, ((1,), rules[0]), ((0,), rules[1])), Int(8))
     assert isinstance(coded, SharedFront)
-    assert coded.shared.tiers[1].codec == coded.behind(coded.groups[0][1]).tiers[0].codec == Int(8)
+    assert coded.shared.tiers[1].codec == coded.behind_front(coded.groups[0][1]).tiers[0].codec == Int(8)
     short = in_codes(SharedFront(2, ((1,), FAR), ((0,), NEAR)), Int(8))
     assert short.shared == Cascade(*FRONT, fuse=False)
 

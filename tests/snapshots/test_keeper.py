@@ -7,7 +7,7 @@ import pytest
 from streamjax.snapshots import client
 from streamjax.snapshots.choosing import Reader, held_by, newest
 from streamjax.snapshots.keeper import Keeper
-from streamjax.snapshots.messages import call, connect
+from streamjax.snapshots.messages import connect, request
 
 KEY = b"of this run"
 SECONDS = 120  # a generous deadline for what keepers do
@@ -25,7 +25,7 @@ class Machine:
         self.address = ["127.0.0.1", self.ask(op="listen", host="127.0.0.1")["port"]]
 
     def ask(self, data=(), **head):
-        return call(self.connection, head, data)[0]
+        return request(self.connection, head, data)[0]
 
     def status(self):
         return self.ask(op="status")["held"]

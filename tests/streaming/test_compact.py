@@ -224,7 +224,10 @@ MERGES = {
     "elastic_cache": (sj.kv.Anchors(), merging.anchors),
     "ems": (sj.kv.ZeroClass(threshold=0.2), merging.zero_class(0.2)),
     "d2o": (sj.kv.NearestAbove(), merging.nearest_above(0.7)),
-    "lococo": (sj.kv.Convolved(kernels=sj.kv.Kernels.of(KERNEL, BIAS, 0.4, "")), merging.convolved(KERNEL, BIAS, 0.4)),
+    "lococo": (
+        sj.kv.Convolved(kernels=sj.kv.Kernels.from_arrays(KERNEL, BIAS, 0.4, "")),
+        merging.convolved(KERNEL, BIAS, 0.4),
+    ),
 }
 
 

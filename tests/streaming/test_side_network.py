@@ -101,7 +101,7 @@ def test_what_no_side_network_can_stand_beside_is_one_line():
         with pytest.raises(ValueError, match=message):
             SideConfig(layer).check(build(config).config)
     with pytest.raises(ValueError, match="reduction is 9: the model has 5 layers"):
-        SideConfig.of(build(BASE).config, reduction=9)
+        SideConfig.for_model(build(BASE).config, reduction=9)
     base = build(BASE)
     with pytest.raises(ValueError, match=r"reads streams, not whole sequences"):
         SideDecoder(base, SideNetwork.beginning(base, SIDE)).hidden(jnp.zeros((1, 2), jnp.int32))

@@ -84,7 +84,7 @@ def main() -> None:
 
     tell("the model, sinks and a window", model, local)
     config = SideTraining(given.steps, given.learning_rate, scale=given.scale)
-    side = SideConfig.of(model.config)
+    side = SideConfig.for_model(model.config)
     for name, cache in (("with a bank", bank), ("without a bank", local)):
         start, losses = time.process_time(), []
         whole = stretches_of(text_of("train", 1 << 22), given.streams, given.stretch)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu
 from pallas_kernels.block_ranges import Ranges
 from pallas_kernels.gpu.exponentials import MASKED
 from pallas_kernels.gpu.flash_operands import dot, over_keys
-from pallas_kernels.tile_logits import LOG2E, Settings, sink_visible, visible
+from pallas_kernels.tile_logits import LOG2E, Settings, sink_visible, tile_mask
 
 plgpu: Any = mosaic_gpu  # 0.11.2's or newer; with an older one, which lacks some of it, nobody comes here
 
@@ -123,7 +123,7 @@ class _Steps:
     low: Any
     high: Any
 
-    def of(self, j: Any) -> Any:
+    def of_block(self, j: Any) -> Any:
         """The step that works on block j of the keys."""
         return self.sinks + j - self.low
 
@@ -177,7 +177,7 @@ def _produce(form: Form, steps: _Steps, keys: tuple[Any, Any], place: tuple[Any,
         fill(j, j * SINK_BLOCK, SINK_BLOCK)
 
     def blocks(j: Any, carry: None) -> None:
-        fill(steps.of(j), j * form.ranges.block_k, form.ranges.block_k)
+        fill(steps.of_block(j), j * form.ranges.block_k, form.ranges.block_k)
 
     if form.sink_blocks:
         lax.fori_loop(jnp.int32(0), steps.sinks, sinks, None)
@@ -238,7 +238,7 @@ def _consume(
         return now, total, sums
 
     def keys(masked: bool, j: Any, carry: Any) -> Any:
-        return add(visible if masked else None, steps.of(j), j * ranges.block_k, ranges.block_k, carry)
+        return add(tile_mask if masked else None, steps.of_block(j), j * ranges.block_k, ranges.block_k, carry)
 
     def sinks(j: Any, carry: Any) -> Any:
         return add(sink_visible, j, j * SINK_BLOCK, SINK_BLOCK, carry)
@@ -264,9 +264,9 @@ def _consume(
         mine = _sink_steps(form, ranges, i, offset)
         carry = lax.fori_loop(jnp.int32(0), mine, sinks, carry)
         lax.fori_loop(mine, steps.sinks, leave, None)
-    lax.fori_loop(steps.of(steps.low), steps.of(low), leave, None)
+    lax.fori_loop(steps.of_block(steps.low), steps.of_block(low), leave, None)
     top, total, sums = over_keys(settings, ranges, i, offset, keys, carry)
-    lax.fori_loop(steps.of(high), steps.of(steps.high), leave, None)
+    lax.fori_loop(steps.of_block(high), steps.of_block(steps.high), leave, None)
     pl.when(consumer == 0)(take_turn)
 
     some = top > 0.5 * MASKED * settings.exact

@@ -35,7 +35,7 @@ class Lying(NamedTuple):
         """Codes in a byte."""
         return 8 // self.bits
 
-    def of(self, name: str) -> Along | None:
+    def numbers_along(self, name: str) -> Along | None:
         """Along what some numbers are; None where there are none."""
         return dict(self.along).get(name)
 
@@ -63,7 +63,7 @@ def lying(k: Coded, v: Coded) -> tuple[Lying, Lying]:
     return first, second
 
 
-def operands(k: Coded, v: Coded) -> dict[str, Array]:
+def cache_operands(k: Coded, v: Coded) -> dict[str, Array]:
     """Arrays by name: k and v, and k_least, v_step and so on; numbers along tokens with slots behind."""
     found = {"k": k.codes, "v": v.codes}
     for of, x in (("k", k), ("v", v)):
@@ -81,12 +81,12 @@ def widen(k: Lying, v: Lying, block: dict[str, Any]) -> None:
     for name, lying in (("k", k), ("v", v)):
         given = {of: block.pop(f"{name}_{of}") for of, _ in lying.along}
         numbers, dtype = _numbers(block[name], lying), block["q"].dtype
-        to_weights = name == "v" and not lying.others and lying.of("step") == "token"
+        to_weights = name == "v" and not lying.others and lying.numbers_along("step") == "token"
         if to_weights and not jnp.issubdtype(given["step"].dtype, jnp.integer):
             block |= {f"v_{of}": x for of, x in given.items()}
         else:
             extra = set(given) - {"step", "stretch"}
-            if name == "k" and lying.of("step") == "token" and not extra and len(given["step"]) == 1:
+            if name == "k" and lying.numbers_along("step") == "token" and not extra and len(given["step"]) == 1:
                 block["k_scale"] = _steps(given.pop("step"), lying)
             numbers = _meant(numbers, lying, given)
         block[name] = numbers.reshape(-1, numbers.shape[-1]).astype(dtype)
@@ -98,7 +98,7 @@ def _meant(numbers: jax.Array, lying: Lying, given: dict[str, jax.Array]) -> jax
 
     def wide(name: str) -> jax.Array:
         x = _steps(given[name], lying) if name == "step" else given[name].astype(jnp.float32)
-        return x[:, None] if lying.of(name) == "channel" else _spread(x, width).reshape(numbers.shape)
+        return x[:, None] if lying.numbers_along(name) == "channel" else _spread(x, width).reshape(numbers.shape)
 
     if "step" in given:
         numbers = numbers * wide("step")

@@ -57,7 +57,7 @@ def scratch(rows: int, width: int) -> list[Any]:
     return [narrow, narrow, pltpu.VMEM((rows, width), jnp.float32)]
 
 
-def start(state: Sequence[Any]) -> None:
+def clear(state: Sequence[Any]) -> None:
     """Nothing seen yet."""
     top, total, sums = state
     top[...] = jnp.full_like(top, MASKED)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.partial import Partial, accumulator, add_sinks, named
+from pallas_kernels.partial import Partial, accumulator, add_sink_logits, named
 from streamjax.attention.context.blocks import Given, KeyBlock, Rule, attend, constants, gradients, sink_gradient
 from streamjax.attention.context.exchange import AXIS, place
 
@@ -39,7 +39,7 @@ def gathered_attention(rule: Rule, own: Own) -> Float[Array, "N B c H D"]:
 def _forward(rule: Rule, own: Own) -> tuple[Float[Array, "N B c H D"], Any]:
     keys = _all_keys(own)
     parts = [attend(rule, own.q[i], keys, 0, _given(own, i)) for i in range(own.q.shape[0])]
-    whole = named(add_sinks(jax.tree.map(lambda *xs: jnp.stack(xs), *parts), own.sinks))
+    whole = named(add_sink_logits(jax.tree.map(lambda *xs: jnp.stack(xs), *parts), own.sinks))
     return whole.out, (own, whole)
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.partial import Partial, accumulator, add_sinks, merge, named
+from pallas_kernels.partial import Partial, accumulator, add_sink_logits, merge, named
 from streamjax.attention.context.blocks import Given, KeyBlock, Rule, attend, constants, gradients, sink_gradient
 from streamjax.attention.context.exchange import place, to_next
 
@@ -25,7 +25,7 @@ LOW, HIGH = 0, 1
 
 
 class Own(NamedTuple):
-    """What a device has, in the zigzag layout. Sinks are learned logits, see `add_sinks`."""
+    """What a device has, in the zigzag layout. Sinks are learned logits, see `add_sink_logits`."""
 
     q: Float[Array, "2 B c H D"]
     k: Float[Array, "2 B c K D"]
@@ -69,7 +69,7 @@ def _forward(rule: Rule, own: Own) -> tuple[Float[Array, "2 B c H D"], Any]:
     size = place()[1]
     keys, parts = jax.lax.fori_loop(1, size - 1, one, (keys, parts))
     parts = turn(size - 1, keys, parts)
-    whole = named(add_sinks(parts, own.sinks))
+    whole = named(add_sink_logits(parts, own.sinks))
     return whole.out, (own, whole)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.partial import accumulator, add_sinks
+from pallas_kernels.partial import accumulator, add_sink_logits
 from pallas_kernels.patterns import Chunked, Full, Pattern, SinkWindow, SlidingWindow
 from streamjax.attention.context.blocks import Rule
 from streamjax.attention.context.exchange import from_zigzag, place, to_zigzag
@@ -79,7 +79,7 @@ def _of_a_stretch(
             pattern = Full()
         elif pattern.window - 1 <= (size - 1) * length and pattern.sinks <= length:
             known: dict[str, Any] = {"scale": rule.scale, "softcap": rule.softcap, "kernels": rule.kernels}
-            return add_sinks(window_attention(q, k, v, pattern, ids=ids, slopes=slopes, **known), sinks).out
+            return add_sink_logits(window_attention(q, k, v, pattern, ids=ids, slopes=slopes, **known), sinks).out
     rule = Rule(pattern, rule.scale, rule.softcap, rule.kernels)
     even = length % 2 == 0
     bytes_gathered = 2 * k.size * size * k.dtype.itemsize

@@ -96,7 +96,7 @@ def _run(
         print(help_text(about or "", values) + (extend_help(values) if extend_help else ""))
         return 0
     _check_numbers(values)
-    _start(values)
+    _start_command(values)
     if "distributed" not in values:  # processes find each other before they look for devices
         require_device()
     with keep_compiled(values.compilation_cache), _mesh(values):
@@ -245,7 +245,7 @@ def _check_numbers(values: flags.FlagValues) -> None:
             raise flags.Error(f"flag --{name}={value}: it must be a number")
 
 
-def _start(values: flags.FlagValues) -> None:
+def _start_command(values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -52,7 +52,7 @@ def body(values: flags.FlagValues) -> None:
     check_outputs(output=values.output)
     model, tokenizer = load_model(values, [values.cache])
     config = SideTraining(values.steps, values.learning_rate, values.weight_decay, values.scale)
-    side = SideConfig.of(model.config, values.layer, values.reduction)
+    side = SideConfig.for_model(model.config, values.layer, values.reduction)
     cache = parse_cache(values.cache, model.config.max_position)
     if not isinstance(cache, Cascade) or not isinstance(cache.tiers[-1], Bank):
         raise ValueError(f"--cache={values.cache} remembers nothing for a side network: use long_mem")

@@ -69,7 +69,7 @@ def encode_conversation(
         context = _shared(text, rendered.prefix(first, False) or "") if first else 0
         spans = [span for span in blocks if span[0] >= context]
     else:
-        ends = [place for token, place in zip(ids, places, strict=True) if token in _ends(tokenizer)]
+        ends = [place for token, place in zip(ids, places, strict=True) if token in _turn_end_ids(tokenizer)]
         turns = (i for i in range(first, len(messages)) if messages[i].get("role") == "assistant")
         spans = [_turn(rendered, text, ends, i) for i in turns]
     learnt = [stop > start and any(start < end and begin < stop for begin, end in spans) for start, stop in places]
@@ -188,7 +188,7 @@ def _shared(one: str, other: str) -> int:
     return next((i for i in range(most) if one[i] != other[i]), most)
 
 
-def _ends(tokenizer: Tokenizer) -> frozenset[int]:
+def _turn_end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that may end a turn."""
     return tokenizer.special_ids | frozenset(tokenizer.eos_ids)
 

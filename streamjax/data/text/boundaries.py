@@ -83,7 +83,7 @@ class Borders:
         left = "".join(self._token(j) for j in ids[max(i - 4, 0) : i] if j not in self._added)
         right = "".join(self._token(j) for j in ids[i : i + 4] if j not in self._added)
         before, after = self._surface(left)[-1:], self._surface(right)[:1]
-        return not any((a, b) in self._pairs for a in _ends(before, -1) for b in _ends(after, 0))
+        return not any((a, b) in self._pairs for a in _with_edge_byte(before, -1) for b in _with_edge_byte(after, 0))
 
     def _token(self, token_id: int) -> str:
         return self._tokenizer._tokenizer.id_to_token(token_id) or ""
@@ -109,7 +109,7 @@ def _ends_word(text: str, at: int) -> bool:
     return at < len(text) and text[at].isspace() and text[at - 1].isalnum()
 
 
-def _ends(character: str, side: int) -> tuple[str, ...]:
+def _with_edge_byte(character: str, side: int) -> tuple[str, ...]:
     """The character, and its last (-1) or first (0) byte alone, as a token that holds a part of it would have it."""
     data = character.encode("utf-8", "surrogateescape")
     part = data[side:] if side else data[:1]

@@ -47,7 +47,7 @@ def turn_ids(
     if previous is None and begins:
         return encode_chat(tokenizer, [*opening, *turn], parse_special=parse_special, **values)
     added = _added(tokenizer, turn, opening, previous, parse_special, values)
-    return _behind(tokenizer, added, None if previous is None else stopped_by)
+    return _ids_behind_answer(tokenizer, added, None if previous is None else stopped_by)
 
 
 def turn_around(
@@ -77,7 +77,7 @@ def turn_around(
         bos = tokenizer.chat_template is None and tokenizer.adds_bos
         first = encode_typed(tokenizer, ChatText(before, added.mark), add_bos=bos)
     else:
-        first = _behind(tokenizer, ChatText(before, added.mark), None if previous is None else stopped_by)
+        first = _ids_behind_answer(tokenizer, ChatText(before, added.mark), None if previous is None else stopped_by)
     return first, encode_typed(tokenizer, ChatText(behind, added.mark), continues=True)
 
 
@@ -108,7 +108,7 @@ def _added(
     return ChatText(rendered.rpartition(mark)[2], typed)
 
 
-def _behind(tokenizer: Tokenizer, added: ChatText, stopped_by: str | int | None) -> list[int]:
+def _ids_behind_answer(tokenizer: Tokenizer, added: ChatText, stopped_by: str | int | None) -> list[int]:
     """Ids of what is added, without the end of the answer before it that the stream has read."""
     if isinstance(stopped_by, str):
         return encode_typed(tokenizer, ChatText(added.text.removeprefix(stopped_by), added.mark), continues=True)

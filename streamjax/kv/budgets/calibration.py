@@ -26,7 +26,7 @@ class Calibration:
     model: str
 
     @classmethod
-    def of(cls, table: Float[np.ndarray, "L M"], budget: Budget, model: str) -> Calibration:
+    def from_table(cls, table: Float[np.ndarray, "L M"], budget: Budget, model: str) -> Calibration:
         rows = tuple(tuple(float(x) for x in row) for row in np.asarray(table, np.float32))
         return cls(rows, budget.measured_by, model)
 

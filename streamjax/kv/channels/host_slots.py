@@ -27,7 +27,7 @@ class HostSlots(WholeSlots):
     page: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
-    def of(cls, spec: KVSpec, codec: Codec, slots: int, page: int) -> HostSlots:
+    def allocate(cls, spec: KVSpec, codec: Codec, slots: int, page: int) -> HostSlots:
         """Empty slots for `slots` values, rounded up to whole groups."""
         there = WholeSlots.empty(codec, "v", spec.values(slots))
         wide = dataclasses.replace(spec, head_dim=there.shape[3])

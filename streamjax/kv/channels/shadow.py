@@ -87,7 +87,7 @@ class Shadow(LowRank):
     def init(self, spec: KVSpec) -> ShadowState:  # type: ignore[override]
         slots = super().init(spec)
         if self.placement == "host":
-            slots = dataclasses.replace(slots, v=HostSlots.of(spec, slots.v.codec, self.capacity, self.page))
+            slots = dataclasses.replace(slots, v=HostSlots.allocate(spec, slots.v.codec, self.capacity, self.page))
         shape = spec.batch_size, spec.kv_heads, self.outliers
         outliers = Outliers(
             jnp.zeros(shape, jnp.int32),

@@ -102,7 +102,9 @@ class GroupedSlots(CodedSlots):
             waited, before = index < self.count[:, None], self.count[:, None]
             own = jnp.clip(start[:, None] + index - before, 0, chunk.shape[2] - 1)
             old = (self.place[:, None] - before + index) % length
-            line = jnp.where(waited[:, None, :, None], _at(self.tail, old), _at(chunk.astype(self.dtype), own))
+            line = jnp.where(
+                waited[:, None, :, None], _gather_slots(self.tail, old), _gather_slots(chunk.astype(self.dtype), own)
+            )
             line = line.reshape(*line.shape[:2], groups, size, -1)
             coded = self._put(coded, self._packed(line), oldest, closed)
         codes, numbers = coded
@@ -186,12 +188,12 @@ class GroupedSlots(CodedSlots):
         codes, numbers = run(self.codes), tuple(map(run, self.numbers))
         planes = [self._decoded_plane(codes, numbers, plane) for plane in range(self.planes)]
         line = jnp.concatenate(planes, axis=3).reshape(*self.shape[:2], groups * size, -1)
-        return _at(line, first[:, None] % size + jnp.arange(width, dtype=jnp.int32))
+        return _gather_slots(line, first[:, None] % size + jnp.arange(width, dtype=jnp.int32))
 
     def decoded_run(self, first: Int32[Array, " B"], width: int) -> Float[Array, "B K n D"]:
         slots = (first[:, None] + jnp.arange(width, dtype=jnp.int32)) % self.shape[2]
         age = (self.cursor[:, None] - 1 - slots) % self.shape[2]
-        tail = _at(self.tail, (self.place[:, None] - 1 - age) % self.tail.shape[2])
+        tail = _gather_slots(self.tail, (self.place[:, None] - 1 - age) % self.tail.shape[2])
         return jnp.where((age < self.count[:, None])[:, None, :, None], tail, self.read_run(first, width))
 
     def gathered(self, pages: Int32[Array, "B K N"], size: int) -> GroupedSlots:
@@ -200,5 +202,5 @@ class GroupedSlots(CodedSlots):
         return dataclasses.replace(self, codes=codes, numbers=tuple(numbers), waits=False)
 
 
-def _at(x: Shaped[Array, "B K S D"], slots: Int32[Array, "B m"]) -> Shaped[Array, "B K m D"]:
+def _gather_slots(x: Shaped[Array, "B K S D"], slots: Int32[Array, "B m"]) -> Shaped[Array, "B K m D"]:
     return jnp.take_along_axis(x, slots[:, None, :, None], axis=2, mode="clip")

@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.partial import Partial, add_sinks, merge
+from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
@@ -65,7 +65,7 @@ class CurrentChunk(Cache):
         place = state.filled[:, None] + query.offset
         query = dataclasses.replace(query, back=place % self.size)
         parts = self._attend(state, query), query.attend_own(tokens, self.reach)
-        out = add_sinks(merge(*parts), query.sink_logits).out
+        out = add_sink_logits(merge(*parts), query.sink_logits).out
         valid = tokens.valid if query.answered else ordered_after(tokens.valid, out)
         return out, self._store(state, dataclasses.replace(tokens, valid=valid))
 

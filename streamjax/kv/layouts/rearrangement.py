@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
-from pallas_kernels.partial import add_sinks, merge
+from pallas_kernels.partial import add_sink_logits, merge
 from streamjax.kv.cache import Cache
 from streamjax.kv.slot_state import take_slots
 from streamjax.kv.tier import KVSpec, KVTokens, Query, State
@@ -56,7 +56,7 @@ class Rearrangement(Cache):
             found.append((k, held.v, held.position + by, held.valid & source.keep[:, None]))
         k, v, position, valid = (jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True))
         parts = query.attend(k, v, position, valid), query.attend_own(tokens, None)
-        whole = add_sinks(merge(*parts), query.sink_logits)
+        whole = add_sink_logits(merge(*parts), query.sink_logits)
         given = (k, v, position, valid), (tokens.k, tokens.v, tokens.position, tokens.valid)
         k, v, position, valid = (jnp.concatenate((x, y.astype(x.dtype)), axis=2) for x, y in zip(*given, strict=True))
         place = jnp.where(valid, (position - first[:, None, None]).astype(jnp.int32), jnp.iinfo(jnp.int32).max)

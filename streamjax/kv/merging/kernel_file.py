@@ -37,4 +37,4 @@ class LayerKernels(MeasuredLayers[Kernels]):
         slots = bias.shape[1]
         if len(kernel) % slots or bias.shape[0] != 1 or blend.size != 1:
             raise ValueError(f"tables of {kernel.shape}, {bias.shape} and {blend.shape}")
-        return Kernels.of(kernel.reshape(slots, -1, kernel.shape[1]), bias[0], float(blend[0, 0]), model)
+        return Kernels.from_arrays(kernel.reshape(slots, -1, kernel.shape[1]), bias[0], float(blend[0, 0]), model)

@@ -34,7 +34,9 @@ class Kernels:
         return f"Kernels({self.slots} slots, width {self.width}, of model {self.model})"
 
     @classmethod
-    def of(cls, kernel: Float[np.ndarray, "M C w"], bias: Float[np.ndarray, " M"], blend: float, model: str) -> Kernels:
+    def from_arrays(
+        cls, kernel: Float[np.ndarray, "M C w"], bias: Float[np.ndarray, " M"], blend: float, model: str
+    ) -> Kernels:
         """The convolution with these weights."""
         found = [np.ascontiguousarray(x, np.float32).tobytes() for x in (kernel, bias)]
         return cls(found[0], found[1], float(blend), kernel.shape[2], model)

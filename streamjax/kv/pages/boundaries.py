@@ -55,7 +55,7 @@ class Boundary:
         """What the rule keeps of each token."""
         raise NotImplementedError
 
-    def ends(self, marks: Shaped[Array, "B #K T ..."]) -> Bool[Array, "B C L"]:
+    def page_ends(self, marks: Shaped[Array, "B #K T ..."]) -> Bool[Array, "B C L"]:
         """Whether a page ends before each of C tokens, if it has 1, 2, ... `look_back` or more tokens.
 
         `marks` are of T = `look_back` + C tokens: those before them, and theirs.
@@ -92,7 +92,7 @@ class KeyChange(Boundary):
         # Turned back: tiers hand on the keys that they store, which are rotated.
         return jax.lax.stop_gradient(tokens.moved(back=True).k)
 
-    def ends(self, marks: Shaped[Array, "B K T D"]) -> Bool[Array, "B C L"]:
+    def page_ends(self, marks: Shaped[Array, "B K T D"]) -> Bool[Array, "B C L"]:
         keys = rearrange(marks, "b k t d -> b t (k d)").astype(accumulator(marks.dtype))
         width = keys.shape[1] - self.context
         new = keys[:, self.context :]
@@ -147,5 +147,5 @@ class EndTokens(Boundary):
             )
         return jnp.isin(tokens.ids, jnp.array(self.ids, jnp.int32))
 
-    def ends(self, marks: Shaped[Array, "B 1 T"]) -> Bool[Array, "B C L"]:
+    def page_ends(self, marks: Shaped[Array, "B 1 T"]) -> Bool[Array, "B C L"]:
         return marks[:, 0, :-1, None]

@@ -31,7 +31,7 @@ def attend_in_host(
     position, valid = (take_chosen(x, chosen) for x in pages[2:])
     if some is not None:
         valid &= jnp.repeat(some, pages.position.shape[3], axis=2)
-    visible, distance = query.visible(position, valid, None)
+    visible, distance = query.visible_keys(position, valid, None)
     visible = visible[:, :, None, 0]
     worth = jnp.zeros((), jnp.float32)
     if query.slopes is not None and distance is not None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.partial import Partial, add_sinks, merge
+from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
@@ -122,7 +122,7 @@ class PagePool(Cache):
         parts = [self._attend_own(state, query), query.attend_own(tokens, None)]
         if query.tables.shared.size:
             parts.append(self._attend_shared(state, query))
-        out = add_sinks(merge(*parts), query.sink_logits).out
+        out = add_sink_logits(merge(*parts), query.sink_logits).out
         valid = tokens.valid if query.answered else ordered_after(tokens.valid, out)
         return out, self._store(state, query.tables, dataclasses.replace(tokens, valid=valid))
 

@@ -38,7 +38,7 @@ def at_distance(query: Query, pages: PageTokens, distance: int | None) -> tuple[
     """Queries and pages, all tokens that far behind every query; their keys lie at position 0. As they are if None."""
     if distance is None:
         return query, pages
-    query = query.at(jnp.full_like(query.position, distance))
+    query = query.at_position(jnp.full_like(query.position, distance))
     return query, pages._replace(position=jnp.zeros_like(pages.position))
 
 

@@ -35,7 +35,9 @@ class RetainingHeads:
         return f"RetainingHeads(width {self.width}, of model {self.model})"
 
     @classmethod
-    def of(cls, inward: Float[np.ndarray, "I W"], outward: Float[np.ndarray, "W K"], model: str) -> RetainingHeads:
+    def from_arrays(
+        cls, inward: Float[np.ndarray, "I W"], outward: Float[np.ndarray, "W K"], model: str
+    ) -> RetainingHeads:
         """The network of these matrices."""
         found = [np.ascontiguousarray(x, np.float32) for x in (inward, outward)]
         return cls(found[0].tobytes(), found[1].tobytes(), found[1].shape[0], model)

@@ -35,4 +35,4 @@ class LayerRetainingHeads(MeasuredLayers[RetainingHeads]):
         inward, outward = tables
         if inward.shape[1] != outward.shape[0]:
             raise ValueError(f"matrices of {inward.shape} and {outward.shape}")
-        return RetainingHeads.of(inward, outward, model)
+        return RetainingHeads.from_arrays(inward, outward, model)

@@ -71,13 +71,13 @@ class OtherGroup(Tier):
 
     def attend(self, state: Any, query: Query, reach: int | None) -> Partial:
         assert isinstance(state, LentGroup), "a group's state is lent by streamjax.streaming.simultaneous"
-        near = query if self.apart is None else query.at(self._near(query, state.position))
+        near = query if self.apart is None else query.at_position(self._near(query, state.position))
         parts = []
         for tier, held in zip(self.tiers, state.states, strict=True):
             tokens = tier.stored(held, query.rotary)
             here = near
             if isinstance(tier, Sink) and tier.reach is not None:
-                here = query.at(_behind_first(query, tokens.position, tier.reach))
+                here = query.at_position(_behind_first(query, tokens.position, tier.reach))
             # Distances are no longer those of an order: all keys lie where the query does, so that it sees them.
             here = dataclasses.replace(here, position=jnp.zeros_like(query.position), back=None)
             filled = None if getattr(tier, "codec", None) is not None else held.filled

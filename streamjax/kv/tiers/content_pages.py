@@ -145,7 +145,7 @@ class ContentPages(PagedTier):
         )
         last = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, look, axis=1))(line, start + some)
 
-        ends = self.boundary.ends(line)
+        ends = self.boundary.page_ends(line)
 
         def place(held: Array, token: tuple[Array, Array]) -> tuple[Array, Array]:
             """How many tokens the open page holds behind a token."""

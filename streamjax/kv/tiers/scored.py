@@ -173,7 +173,7 @@ class Scored(Tier):
 
     def _placed(self, query: Query) -> Query:
         """The queries as they stand towards the stored tokens."""
-        return query if self.distance is None else query.at(jnp.full_like(query.position, self.distance))
+        return query if self.distance is None else query.at_position(jnp.full_like(query.position, self.distance))
 
     def _positions(self, slots: SlotState) -> UInt32[Array, "B N S"]:
         return slots.position if self.distance is None else jnp.zeros_like(slots.position)

@@ -35,7 +35,7 @@ def placed(query: Query, state_position: UInt32[Array, "B N S"], reach: int) -> 
     never wrap and sinks stay visible for ever.
     """
     place = clamped(query, state_position, reach)
-    return dataclasses.replace(query, position=place) if reach == TRUE_DISTANCE else query.at(place)
+    return dataclasses.replace(query, position=place) if reach == TRUE_DISTANCE else query.at_position(place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ class UniformConfig:
         )
 
     @classmethod
-    def of(cls, config: ModelConfig) -> UniformConfig:
+    def from_model_config(cls, config: ModelConfig) -> UniformConfig:
         """The flat description of a model.
 
         Raises:

@@ -185,7 +185,7 @@ def _difference(mine: ModelConfig, theirs: ModelConfig) -> str | None:
     if mine == theirs:
         return None
     with contextlib.suppress(ValueError):
-        flat = [UniformConfig.of(config) for config in (mine, theirs)]
+        flat = [UniformConfig.from_model_config(config) for config in (mine, theirs)]
         for field in dataclasses.fields(UniformConfig):
             one, other = (getattr(config, field.name) for config in flat)
             if one != other:

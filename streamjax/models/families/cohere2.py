@@ -56,7 +56,7 @@ def _check_layout(fields: Fields) -> None:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    flat = UniformConfig.of(with_rope(config)[0])
+    flat = UniformConfig.from_model_config(with_rope(config)[0])
     shapes = write_shapes(flat)
     shapes["layer_norm_eps"] = shapes.pop("rms_norm_eps")
     return {

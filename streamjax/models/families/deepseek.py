@@ -194,7 +194,7 @@ def _tensors(block: BlockConfig) -> Table:
     mixer = block.mixer
     assert isinstance(mixer, LatentAttentionConfig)
     table = {
-        **tensor_tables.ends("model.embed_tokens", "model.norm"),
+        **tensor_tables.embedding_and_head("model.embed_tokens", "model.norm"),
         **tensor_tables.norm("layers.mixer_norm", f"{tensor_tables.BLOCK}.input_layernorm"),
         **tensor_tables.norm("layers.mlp_norm", f"{tensor_tables.BLOCK}.post_attention_layernorm"),
         **latent_tensors(mixer),

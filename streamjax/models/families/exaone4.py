@@ -48,7 +48,7 @@ def _default_types(fields: Fields, num_layers: int, window: int | None) -> list[
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     turning, still = with_rope(config)
-    flat = UniformConfig.of(turning)
+    flat = UniformConfig.from_model_config(turning)
     layers = write_layer_types(flat, unused=4096 if all(still) else None)  # with a window, full layers have no position
     return {**write_shapes(flat), **write_positions(flat), **layers}
 

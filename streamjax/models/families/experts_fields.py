@@ -80,4 +80,4 @@ def without_experts(config: ModelConfig) -> tuple[UniformConfig, ExpertsConfig, 
     blocks = tuple(
         dataclasses.replace(block, mlp=mlp) if one else block for block, one in zip(config.blocks, sparse, strict=True)
     )
-    return UniformConfig.of(config.replace(blocks=blocks)), experts, sparse
+    return UniformConfig.from_model_config(config.replace(blocks=blocks)), experts, sparse

@@ -119,7 +119,7 @@ def _tensors(block: BlockConfig) -> Table:
     mixer_norm, mlp_norm = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "post_attention_layernorm")
     qkv = f"{BLOCK}.self_attention.query_key_value"
     return {
-        **tensor_tables.ends("transformer.word_embeddings", "transformer.ln_f"),
+        **tensor_tables.embedding_and_head("transformer.word_embeddings", "transformer.ln_f"),
         **tensor_tables.norm("layers.mixer_norm", f"{BLOCK}.{mixer_norm}"),
         **tensor_tables.norm("layers.mlp_norm", f"{BLOCK}.{mlp_norm}"),
         **tensor_tables.fused("layers.mixer.projections.qkv", qkv, "(k g d) e -> e k g d", "(k g d) -> k g d"),

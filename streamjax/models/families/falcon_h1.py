@@ -150,7 +150,7 @@ def _key_factor(attention: AttentionConfig) -> float:
 def _tensors(block: BlockConfig) -> Table:
     table = {
         **tensor_tables.without_mlp(block),
-        **tensor_tables.ends("model.embed_tokens", "model.final_layernorm"),
+        **tensor_tables.embedding_and_head("model.embed_tokens", "model.final_layernorm"),
         **tensor_tables.norm("layers.mlp_norm", f"{_LAYER}.pre_ff_layernorm"),
         **tensor_tables.gate_up(f"{_LAYER}.feed_forward"),
         **tensor_tables.down(f"{_LAYER}.feed_forward.down_proj"),

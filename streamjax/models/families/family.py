@@ -168,4 +168,4 @@ class Family:
 
 def of_uniform(write: Callable[[UniformConfig], dict[str, Any]]) -> Callable[[ModelConfig], dict[str, Any]]:
     """A family's writer, from one that takes the flat form of models with equal layers."""
-    return lambda config: write(UniformConfig.of(config))
+    return lambda config: write(UniformConfig.from_model_config(config))

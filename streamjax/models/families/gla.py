@@ -83,7 +83,7 @@ def _tensors(block: BlockConfig) -> Table:
     ends.append(ends[-1] + mixer.value_dim)
     parts = zip("qkvg", ends[:-1], ends[1:], strict=True)
     return {
-        **tensor_tables.ends("model.embeddings", "model.norm"),
+        **tensor_tables.embedding_and_head("model.embeddings", "model.norm"),
         **tensor_tables.norm("layers.mixer_norm", f"{tensor_tables.BLOCK}.attn_norm"),
         **tensor_tables.norm("layers.mlp_norm", f"{tensor_tables.BLOCK}.mlp_norm"),
         **tensor_tables.gate_up(f"{tensor_tables.BLOCK}.mlp"),

@@ -74,7 +74,7 @@ def _write(config: UniformConfig) -> dict[str, Any]:
 def _tensors(block: BlockConfig) -> Table:
     qkv = f"{BLOCK}.attention.query_key_value"
     return {
-        **tensor_tables.ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out"),
+        **tensor_tables.embedding_and_head("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out"),
         **tensor_tables.norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
         **tensor_tables.norm("layers.mlp_norm", f"{BLOCK}.post_attention_layernorm"),
         **tensor_tables.fused("layers.mixer.projections.qkv", qkv, "(k g d) e -> e k g d", "(k g d) -> k g d"),

@@ -175,7 +175,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _tensors(block: BlockConfig) -> Table:
     table = {
-        **tensor_tables.ends("model.embed_tokens", "model.norm"),
+        **tensor_tables.embedding_and_head("model.embed_tokens", "model.norm"),
         **tensor_tables.norm("layers.mixer_norm", f"{_LAYER}.input_layernorm"),
         **tensor_tables.norm("layers.mlp_norm", f"{_LAYER}.post_attention_layernorm"),
     }

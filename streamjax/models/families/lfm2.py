@@ -154,7 +154,7 @@ def _write_experts(config: ModelConfig) -> dict[str, Any]:
 def _tensors(block: BlockConfig) -> Table:
     attention = f"{_LAYER}.self_attn"
     table = {
-        **tensor_tables.ends("model.embed_tokens", "model.embedding_norm"),
+        **tensor_tables.embedding_and_head("model.embed_tokens", "model.embedding_norm"),
         **tensor_tables.norm("layers.mixer_norm", f"{_LAYER}.operator_norm"),
         **tensor_tables.norm("layers.mlp_norm", f"{_LAYER}.ffn_norm"),
         **tensor_tables.qkv(block, attention),

@@ -113,7 +113,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         dataclasses.replace(block.with_mixer(chunk=None, temperature=None, qk_norm=None), mlp=plain)
         for block in turning.blocks
     ]
-    flat = UniformConfig.of(turning.replace(blocks=tuple(blocks)))
+    flat = UniformConfig.from_model_config(turning.replace(blocks=tuple(blocks)))
     return {
         **write_shapes(flat),
         **write_positions(flat),

@@ -100,7 +100,7 @@ def write_step_limits(mixer: SSDConfig) -> list[Any]:
 def _tensors(block: BlockConfig) -> Table:
     mixer = block.mixer
     return {
-        **tensor_tables.ends("backbone.embeddings", "backbone.norm_f"),
+        **tensor_tables.embedding_and_head("backbone.embeddings", "backbone.norm_f"),
         **tensor_tables.norm("layers.mixer_norm", f"{_LAYER}.norm"),
         **(recurrent_tables.ssd(mixer, f"{_LAYER}.mixer") if isinstance(mixer, SSDConfig) else {}),
     }

@@ -55,7 +55,7 @@ def _with(config: ModelConfig, rule: TemperatureConfig | None) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    flat, rule = UniformConfig.of(_with(config, None)), config.blocks[0].mixer.temperature
+    flat, rule = UniformConfig.from_model_config(_with(config, None)), config.blocks[0].mixer.temperature
     parameters = {
         "rope_type": "default",
         _ORIGINAL: flat.max_position if rule is None else rule.length,

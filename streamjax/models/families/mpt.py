@@ -96,7 +96,7 @@ def _write(config: UniformConfig) -> dict[str, Any]:
 def _tensors(block: BlockConfig) -> Table:
     wqkv = f"{BLOCK}.attn.Wqkv"
     return {
-        **tensor_tables.ends("transformer.wte", "transformer.norm_f"),
+        **tensor_tables.embedding_and_head("transformer.wte", "transformer.norm_f"),
         **tensor_tables.norm("layers.mixer_norm", f"{BLOCK}.norm_1"),
         **tensor_tables.fused("layers.mixer.projections.qkv", wqkv, "(g k d) e -> e k g d", "(g k d) -> k g d"),
         **tensor_tables.out(f"{BLOCK}.attn.out_proj"),

@@ -220,7 +220,7 @@ def _numbers(config: ModelConfig) -> Sequence[Mapping[str, int]]:
 def _tensors(block: BlockConfig) -> Table:
     mixer, mlp = f"{_MIXER}.mixer", f"{_MLP}.mixer"
     table = {
-        **tensor_tables.ends("backbone.embeddings", "backbone.norm_f"),
+        **tensor_tables.embedding_and_head("backbone.embeddings", "backbone.norm_f"),
         **tensor_tables.norm("layers.mixer_norm", f"{_MIXER}.norm"),
         **tensor_tables.norm("layers.mlp_norm", f"{_MLP}.norm"),
         **tensor_tables.up(f"{mlp}.up_proj"),

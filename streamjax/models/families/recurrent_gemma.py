@@ -115,7 +115,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _tensors(block: BlockConfig) -> Table:
     mixer, mlp = f"{_LAYER}.temporal_block", f"{_LAYER}.mlp_block"
     table = {
-        **tensor_tables.ends("model.embed_tokens", "model.final_norm"),
+        **tensor_tables.embedding_and_head("model.embed_tokens", "model.final_norm"),
         **tensor_tables.norm("layers.mixer_norm", f"{_LAYER}.temporal_pre_norm"),
         **tensor_tables.norm("layers.mlp_norm", f"{_LAYER}.channel_pre_norm"),
         **tensor_tables.gate_up(mlp),

@@ -115,7 +115,7 @@ def _numbers(config: ModelConfig) -> Sequence[Mapping[str, int]]:
 
 def _tensors(block: BlockConfig) -> Table:
     ends = {
-        **tensor_tables.ends("model.embeddings", "model.norm"),
+        **tensor_tables.embedding_and_head("model.embeddings", "model.norm"),
         **tensor_tables.norm("embedding_norm", "model.layers.0.pre_norm"),
     }
     if isinstance(block.mixer, RWKV7Config):

@@ -37,7 +37,7 @@ def _read(fields: Fields) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     turning, still = with_rope(config)
-    flat = UniformConfig.of(turning)
+    flat = UniformConfig.from_model_config(turning)
     layers = write_layer_types(flat)
     return {
         **write_shapes(flat),

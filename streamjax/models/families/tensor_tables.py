@@ -85,7 +85,7 @@ def packed_experts(prefix: str, path: str = "layers.mlp") -> Entries:
     }
 
 
-def ends(embedding: str, final_norm: str, head: str = "lm_head") -> Entries:
+def embedding_and_head(embedding: str, final_norm: str, head: str = "lm_head") -> Entries:
     """Embedding, last norm and output head."""
     return {
         "embedding": (Source(f"{embedding}.weight", "v e -> v e"),),
@@ -106,7 +106,7 @@ def qk_norms(prefix: str, name: str = "norm") -> Entries:
 def without_mlp(block: BlockConfig) -> Entries:
     """Llama's layout of all but the MLP."""
     return {
-        **ends("model.embed_tokens", "model.norm"),
+        **embedding_and_head("model.embed_tokens", "model.norm"),
         **norm("layers.mixer_norm", f"{BLOCK}.input_layernorm"),
         **qkv(block, f"{BLOCK}.self_attn"),
         **out(f"{BLOCK}.self_attn.o_proj"),

@@ -247,7 +247,7 @@ def _check_tied(head: AnyTensor, embedding: AnyTensor) -> None:
     """A tied head that is stored all the same must be the embedding."""
     if head.shape == embedding.shape:
         blocks = head.blocks(0, head.shape[0])
-        if all(np.array_equal(head.rows(*block), embedding.rows(*block)) for block in blocks):
+        if all(np.array_equal(head.read_rows(*block), embedding.read_rows(*block)) for block in blocks):
             return
     raise ValueError(
         f"{head.file}: tensor {head.name!r} differs from {embedding.name!r}, although config.json ties them; "
@@ -376,19 +376,19 @@ def _read(
         if any(part.start == part.stop for part in filled):
             continue
         if source.one_row:
-            _copy(values[tuple(filled)], source.load(stored.rows(0, 1), sizes)[tuple(taken)])
+            _copy(values[tuple(filled)], source.load(stored.read_rows(0, 1), sizes)[tuple(taken)])
             continue
         letter, axis = source.outermost(sizes)
         unit = source.shape(shape)[0] // sizes[letter]  # rows of the tensor for one place on the parameter's axis
         above = source.rows[0] if source.rows else 0
         into = filled[axis].start
         if source.pairs and letter == "d":  # one head: its channels change places
-            view = source.load(stored.rows(above, above + sizes["d"]), sizes)
+            view = source.load(stored.read_rows(above, above + sizes["d"]), sizes)
             _copy(values[tuple(filled)], view[tuple(taken)])
             continue
         for first, last in stored.blocks(above + unit * taken[axis].start, above + unit * taken[axis].stop, unit):
             count = (last - first) // unit
-            view = source.load(stored.rows(first, last), {**sizes, letter: count})
+            view = source.load(stored.read_rows(first, last), {**sizes, letter: count})
             filled[axis], taken[axis] = slice(into, into + count), slice(count)
             _copy(values[tuple(filled)], view[tuple(taken)])
             into += count

@@ -134,7 +134,7 @@ def load_native(
         factor = None
         if name == output:
             others = [leaf for each in variables for leaf in found.get(each, places[each])]
-            embeddings = partial(_rows, stored["embedding"])
+            embeddings = partial(_read_single_rows, stored["embedding"])
             factor = output_factor(jax.tree.unflatten(structure, others), embeddings)
         arrays = _read(stored[name], variables[name], dtype, weights, factor)
         # Without a mesh they are not bound to a device: `jit` compiles a second program for arguments that are.
@@ -160,8 +160,8 @@ def _variables(source: Decoder) -> dict[str, nnx.Variable]:
     return dict(zip(named_arrays(source), variables, strict=True))
 
 
-def _rows(tensor: StoredTensor, places: np.ndarray) -> np.ndarray:
-    return np.concatenate([tensor.rows(i, i + 1) for i in places.tolist()])
+def _read_single_rows(tensor: StoredTensor, places: np.ndarray) -> np.ndarray:
+    return np.concatenate([tensor.read_rows(i, i + 1) for i in places.tolist()])
 
 
 def _by_variable(
@@ -187,6 +187,6 @@ def _read(
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(tensor.shape[0])
-        return whole()[index] if stop - start == tensor.shape[0] else tensor.rows(start, stop)
+        return whole()[index] if stop - start == tensor.shape[0] else tensor.read_rows(start, stop)
 
     return quantised_parts(part, tensor.shape, inputs, weights, packs(), factor)

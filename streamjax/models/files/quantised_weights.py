@@ -110,7 +110,7 @@ class MXFP4Tensor(Float32Rows):
     def code(self) -> str:
         return "F32"
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The matrices of experts [start, stop), float32.
 
         Raises:
@@ -144,7 +144,7 @@ class FP8Tensor(Float32Rows):
     def code(self) -> str:
         return "F32"
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The values [start, stop) along the first axis, float32.
 
         Raises:

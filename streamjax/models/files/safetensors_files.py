@@ -43,7 +43,7 @@ class AnyTensor(Protocol):
     def code(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def rows(self, start: int, stop: int) -> np.ndarray: ...
+    def read_rows(self, start: int, stop: int) -> np.ndarray: ...
     def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]: ...
 
 
@@ -57,7 +57,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The values [start, stop) along the first axis, read into memory.
 
         Raises:
@@ -85,10 +85,10 @@ class StoredTensor:
         whole = dataclasses.replace(self, shape=self.shape or (1,))
         count = whole.shape[0]
         if dtype is None or self.code not in DTYPES or np.dtype(dtype) == np.dtype(DTYPES[self.code]):
-            return whole.rows(0, count).reshape(self.shape)
+            return whole.read_rows(0, count).reshape(self.shape)
         values = np.empty(whole.shape, dtype)
         for start, stop in whole.blocks(0, count):
-            values[start:stop] = whole.rows(start, stop)
+            values[start:stop] = whole.read_rows(start, stop)
         return values.reshape(self.shape)
 
 

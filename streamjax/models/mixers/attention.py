@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         self.projections = Projections(config, d_model, key, dtype, gain)
         self.sink_logits = zeros((config.num_heads,), ("heads",), dtype) if config.sink_logits else None
 
-    def sinks(self) -> Float[Array, " H"] | None:
+    def learned_sinks(self) -> Float[Array, " H"] | None:
         """Learned logits that stand for no token, one a query head."""
         return None if self.sink_logits is None else self.sink_logits[...]
 
@@ -117,7 +117,7 @@ class Attention(nnx.Module):
             scale=self.config.softmax_scale,
             softcap=self.config.softcap,
             slopes=self.slopes(),
-            sink_logits=self.sinks(),
+            sink_logits=self.learned_sinks(),
             exchange=context.exchange,
         )
         return self._handed_on(self.projections.join(out, x.dtype, gate), k, v)
@@ -190,7 +190,7 @@ class AttentionMixer(Protocol):
 
     def slopes(self) -> Float[Array, " H"] | None: ...
 
-    def sinks(self) -> Float[Array, " H"] | None: ...
+    def learned_sinks(self) -> Float[Array, " H"] | None: ...
 
     def value_outputs(self) -> Float[Array, "K G V E"]: ...
 
@@ -241,7 +241,7 @@ def query_and_tokens(
         position=context.position,
         seen=context.seen,
         slopes=mixer.slopes(),
-        sink_logits=mixer.sinks(),
+        sink_logits=mixer.learned_sinks(),
         rotary=rotary,
         scale=config.softmax_scale,
         softcap=config.softcap,

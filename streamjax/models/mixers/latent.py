@@ -47,7 +47,7 @@ class LatentAttention(nnx.Module):
         out = (c.num_heads, c.value_dim, d)
         self.out = kernel(keys[5], out, (*heads, "embed"), c.num_heads * c.value_dim, dtype, gain, (0, 1))
 
-    def sinks(self) -> None:
+    def learned_sinks(self) -> None:
         """No learned logits."""
         return
 

@@ -61,7 +61,7 @@ class Placement:
     gathers: bool
 
     @classmethod
-    def of(cls, weights: ExpertWeights, rows: int, length: int, experts: int) -> Placement | None:
+    def on_current_mesh(cls, weights: ExpertWeights, rows: int, length: int, experts: int) -> Placement | None:
         """Under the mesh of `jax.set_mesh`; None where one device computes by itself."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
@@ -93,7 +93,7 @@ class Placement:
         """Whether weights are to be gathered along fsdp."""
         return "fsdp" in _axes(self.weights.up)
 
-    def call(self, fn: Callable[..., Any], arrays: tuple[Any, ...], out: Any) -> Any:
+    def shard_map(self, fn: Callable[..., Any], arrays: tuple[Any, ...], out: Any) -> Any:
         """`fn(weights, *arrays)` by each device; `out` has True in the place of tokens, False in that of weights."""
         specs = (self.weights, *(self.tokens for _ in arrays[1:]))
         out_specs = tuple(self.tokens if is_tokens else self.weights for is_tokens in out)
@@ -206,7 +206,7 @@ def sum_on_mesh(
       x, experts, shares: tokens, the experts that each has chosen, and their weights.
       config: how an expert computes, and how many there are.
     """
-    place = Placement.of(weights, x.shape[0], x.shape[1], config.num_experts)
+    place = Placement.on_current_mesh(weights, x.shape[0], x.shape[1], config.num_experts)
     if place is None:
         tokens, experts, shares = (a.reshape(-1, a.shape[-1]) for a in (x, experts, shares))
         return sum_of_choices(weights, tokens, experts, shares, config).reshape(x.shape)
@@ -227,7 +227,7 @@ def _sum(
         y = own.walk(add, jnp.zeros(tokens.shape, accumulator(x.dtype)))
         return (place.total(y, x),)
 
-    return place.call(compute, (weights, x, experts, shares), (True,))[0]
+    return place.shard_map(compute, (weights, x, experts, shares), (True,))[0]
 
 
 def _forward(place: Placement, config: ExpertsConfig, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -259,7 +259,7 @@ def _backward(place: Placement, config: ExpertsConfig, saved: tuple[Any, ...], c
         d_shares = d_shares.reshape(-1, shares.shape[-1])
         return place.own(d_weights, weights), place.total(d_tokens, x), place.total(d_shares, shares)
 
-    d_weights, d_x, d_shares = place.call(compute, (*saved, cotangent), (False, True, True))
+    d_weights, d_x, d_shares = place.shard_map(compute, (*saved, cotangent), (False, True, True))
     return d_weights, d_x, None, d_shares
 
 

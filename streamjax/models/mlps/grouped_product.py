@@ -106,14 +106,14 @@ class _Tiles:
     def pad(self, rows: Array) -> Array:
         return jnp.pad(rows, ((0, self.padding), (0, 0)))
 
-    def of(self, tile: Array) -> tuple[Array, Array, Array]:
+    def group_of(self, tile: Array) -> tuple[Array, Array, Array]:
         """The group of a tile, its first row, and which rows of its block [block, 1] are the group's."""
         group = jnp.searchsorted(self.before, tile, side="right")
         start = (self.first[group] + tile - self.offset[group]) * self.block
         places = start + jnp.arange(self.block, dtype=start.dtype)
         return group, start, ((places >= self.starts[group]) & (places < self.ends[group]))[:, None]
 
-    def rows(self, padded: Array, start: Array) -> Array:
+    def block_at(self, padded: Array, start: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(padded, start, self.block)
 
 
@@ -124,13 +124,13 @@ def _tiled(rows: Array, weights: Array | QuantisedWeight, sizes: Array, transpos
     width = depth if transposed else math.prod(weights.shape[2:])
 
     def add(tile: Array, out: Array) -> Array:
-        group, start, own = tiles.of(tile)
+        group, start, own = tiles.group_of(tile)
         matrix = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, group, keepdims=False), weights)
         matrix = matrix.astype(rows.dtype).reshape(depth, -1)
-        block = jnp.where(own, tiles.rows(padded, start), 0)
+        block = jnp.where(own, tiles.block_at(padded, start), 0)
         dims = (((1,), (axis,)), ((), ()))
         y = jax.lax.dot_general(block, matrix, dims, preferred_element_type=accumulator(rows.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(out, tiles.rows(out, start) + y.astype(out.dtype), start, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, tiles.block_at(out, start) + y.astype(out.dtype), start, 0)
 
     out = jnp.zeros((len(padded), width), rows.dtype)
     return jax.lax.fori_loop(0, tiles.count, add, out)[: len(rows)]
@@ -142,10 +142,10 @@ def _tiled_outer(rows: Array, cotangent: Array, sizes: Array) -> Array:
     dtype = accumulator(rows.dtype)
 
     def add(tile: Array, out: Array) -> Array:
-        group, start, own = tiles.of(tile)
-        block = jnp.where(own, tiles.rows(rows, start), 0)
+        group, start, own = tiles.group_of(tile)
+        block = jnp.where(own, tiles.block_at(rows, start), 0)
         dims = (((0,), (0,)), ((), ()))
-        y = jax.lax.dot_general(block, tiles.rows(cotangent, start), dims, preferred_element_type=dtype)
+        y = jax.lax.dot_general(block, tiles.block_at(cotangent, start), dims, preferred_element_type=dtype)
         old = jax.lax.dynamic_index_in_dim(out, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(out, old + y, group, 0)
 

@@ -38,7 +38,7 @@ class Report(NamedTuple):
         return 2 * experts + 2
 
     @classmethod
-    def of(cls, report: Float[Array, " S"]) -> Report:
+    def from_array(cls, report: Float[Array, " S"]) -> Report:
         """The numbers of a `RoutingReport` by name."""
         experts = report.shape[0] // 2 - 1
         return cls(report[:experts], report[experts:-2], report[-2], report[-1])

@@ -66,7 +66,7 @@ def decode_grown(
     guesses, parents = trees.grow(model, state.hidden, ahead, first.token)
     tokens = jnp.concatenate((first.token[:, None], guesses), axis=1)
     parents = jnp.pad(parents, ((0, 0), (1, 0)))
-    tree = TokenTree.of(parents, jnp.broadcast_to(alive[:, None], tokens.shape), levels)
+    tree = TokenTree.from_parents(parents, jnp.broadcast_to(alive[:, None], tokens.shape), levels)
     tree = tree.cut(jnp.where(on, jnp.clip(most, 1, 1 + rows.remaining), 1))
     if takes_trees(model):
         tree = tree.cut(allowed_levels(state, levels))

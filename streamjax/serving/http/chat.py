@@ -16,7 +16,7 @@ from streamjax.serving.http.logprobs import chat_logprobs
 from streamjax.serving.http.reading.constraints import read_response_format
 from streamjax.serving.http.reading.fields import Fields, wrong_value
 from streamjax.serving.http.reading.messages import read_messages
-from streamjax.serving.http.reading.options import Options, read_options
+from streamjax.serving.http.reading.request_options import Options, read_options
 from streamjax.serving.http.reading.tools import Call, CallParser, read_tools, require_no_form
 from streamjax.serving.http.sending import Answer
 from streamjax.serving.http.service import Service

@@ -14,7 +14,7 @@ from streamjax.serving.http.errors import ApiError
 from streamjax.serving.http.generations import Generation
 from streamjax.serving.http.logprobs import completion_logprobs
 from streamjax.serving.http.reading.fields import Fields, wrong_type, wrong_value
-from streamjax.serving.http.reading.options import MOST_CHOICES, Options, read_options
+from streamjax.serving.http.reading.request_options import MOST_CHOICES, Options, read_options
 from streamjax.serving.http.sending import Answer
 from streamjax.serving.http.service import Service
 from streamjax.serving.requests import Event, Request, Usage

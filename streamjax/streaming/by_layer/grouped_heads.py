@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.partial import Partial, accumulator, add_sinks, merge
+from pallas_kernels.partial import Partial, accumulator, add_sink_logits, merge
 from streamjax.host_programs import program
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
@@ -170,7 +170,7 @@ def _read_shared(chunks: Asked, state: tuple[State, ...], cache: SharedFront) ->
     first, answer, fallen = front_over(state[0], chunks, jnp.asarray(cache.reaches), front)
     states = [first]
     for (heads, cascade), part in zip(cache.groups, state[1:], strict=True):
-        if (behind := cache.behind(cascade)) is not None:
+        if (behind := cache.behind_front(cascade)) is not None:
             behind, _ = behind.renumbered()
             part, answer = behind_over(part, answer, chunks, fallen, *_as_data(heads, cache.heads), behind)
         states.append(part)
@@ -299,7 +299,7 @@ def continued(
             back = jnp.broadcast_to(reach[:, None], answer.left.shape)
             rest = dataclasses.replace(tokens, valid=answer.left)
             own = dataclasses.replace(query, back=back).attend_own(rest, None)
-            part = add_sinks(merge(part, own), query.sink_logits)
+            part = add_sink_logits(merge(part, own), query.sink_logits)
         return (), block.combine(x, part.out)
 
     return in_turn(one, (), (x, chunks, answer))[1]

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from pallas_kernels.partial import Partial, add_sinks, merge
+from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.attention.rotary import Rotary
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache
@@ -101,7 +101,7 @@ class Asked:
             self.q, self.q, self.position, self.seen, self.slopes, self.rotary, self.scale, self.softcap, self.valid,
             implementation=self.implementation,
         )  # fmt: skip
-        return query.at(self.position), KVTokens(self.k, self.v, self.k, self.places, self.there, self.rotary)
+        return query.at_position(self.position), KVTokens(self.k, self.v, self.k, self.places, self.there, self.rotary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _answered(tier: Tier, reach: int | None, state: State, asked: Asked) -> tupl
 def _continued(block: Block, row: int | None, x: Array, part: Partial, far: Partial) -> Array:
     """The layer behind attention."""
     block = layer_of(block, row)
-    return block.combine(x, add_sinks(merge(part, far), block.attention.sinks()).out)
+    return block.combine(x, add_sink_logits(merge(part, far), block.attention.learned_sinks()).out)
 
 
 @jax.jit

@@ -59,7 +59,7 @@ def compact_across(model: Decoder, state: StreamState, rule: AcrossLayers) -> St
         made, tier = _together([found[i] for i in group], rule, number, group)
         shared.append(made[0])
         for i, own in zip(group, made[1], strict=True):
-            layers[i] = (own, _behind(found[i][0], rule.room))
+            layers[i] = (own, _empty_full(found[i][0], rule.room))
             caches[i] = Cascade(tier, Full(rule.room))
     span = max(cache.span for cache in caches)
     if (layer := rotated_otherwise(model.config, state.span, span)) is not None:
@@ -89,6 +89,6 @@ def _taken(tier: Lent, parts: list[Any], raw_k: list[Any]) -> tuple[State, list[
     return tier.shared_and_own(parts, raw_k)
 
 
-def _behind(held: Any, room: int) -> State:
+def _empty_full(held: Any, room: int) -> State:
     rows, heads, _, width = held.k.shape
     return Full(room).init(KVSpec(rows, heads, width, held.k.dtype, value_dim=held.v.shape[-1]))

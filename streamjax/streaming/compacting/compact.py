@@ -137,7 +137,7 @@ def _for_these_streams(
             raise ValueError(f"{cache.budget!r} measures attention: give query=, such as the newest tokens of streams")
         found = [measured(model, state, cache.budget, query, stored) for query in queries]
         table = np.mean([one.numbers for one in found], axis=0)
-        cache = dataclasses.replace(cache, calibration=Calibration.of(table, cache.budget, found[0].model))
+        cache = dataclasses.replace(cache, calibration=Calibration.from_table(table, cache.budget, found[0].model))
     held = [min(int(on_host(state.seen).max()), state.caches[i].slots) for i in budgeted_layers(model.config)]
     beside = cache.cascade.slots - scored_tier(cache.cascade).slots
     return dataclasses.replace(cache, most=max(min(held, default=1) - beside, 1))

@@ -67,7 +67,7 @@ def _layer(
     config = mixer.config
     heads = sequence_attention(
         q, k + more_k, v + more_v, config.pattern, scale=config.softmax_scale, softcap=config.softcap,
-        slopes=mixer.slopes(), sink_logits=mixer.sinks(), implementation="xla",
+        slopes=mixer.slopes(), sink_logits=mixer.learned_sinks(), implementation="xla",
     )  # fmt: skip
     return block.combine(x, heads)
 

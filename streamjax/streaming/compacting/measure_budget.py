@@ -68,4 +68,4 @@ def measured(model: Decoder, state: StreamState, budget: Budget, query: Rows, st
     tables = [np.asarray(found[i], np.float32) for i in own]
     width = max(table.shape[1] for table in tables)
     rows = [np.pad(table.mean(axis=0), (0, width - table.shape[1]), mode="edge") for table in tables]
-    return Calibration.of(np.stack(rows), budget, fingerprint_in_any_dtype(model))
+    return Calibration.from_table(np.stack(rows), budget, fingerprint_in_any_dtype(model))

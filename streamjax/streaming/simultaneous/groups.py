@@ -48,7 +48,7 @@ class GroupedState:
         """Bytes of all arrays in the state."""
         return self.source.cache_bytes + self.output.cache_bytes
 
-    def of(self, group: Group) -> StreamState:
+    def stream(self, group: Group) -> StreamState:
         """The state of one group.
 
         Raises:
@@ -240,7 +240,7 @@ def read_group(
     """
     array, held = as_rows(tokens, lengths)
     require_ids(array, held, model.config.vocab_size)
-    require_room(groups.of(group), held)
+    require_room(groups.stream(group), held)
     for start, chunks, width in spans(int(held.max(initial=0)), chunk_size, 1):
         (piece,), (count,) = cut(array, held, start, chunks, width)
         groups = _read_chunk(model, groups, piece, count, group)

@@ -80,7 +80,7 @@ def verify_tree_pass(
       stop: ids behind which a row reads nothing more.
       prompts: embeddings of tokens that the model reads behind each node too, see `ParallelPrompts`.
     """
-    tree = TokenTree.of(parents, given, levels)
+    tree = TokenTree.from_parents(parents, given, levels)
     tree = tree.cut(allowed_levels(state, levels))
     if prompts is None:
         hidden, waiting = look_ahead_in_tree(model, state, tokens, tree)
@@ -122,7 +122,7 @@ def with_prompts(
     parent = jnp.concatenate((tree.parent, jnp.broadcast_to(behind, (rows, nodes * most))), axis=1)
     given = jnp.concatenate((tree.given, jnp.repeat(tree.given, most, axis=1)), axis=1)
     tokens, x = prompts_behind(model, tokens, prompts, nodes)
-    return tokens, TokenTree.of(parent, given, tree.levels + most), x
+    return tokens, TokenTree.from_parents(parent, given, tree.levels + most), x
 
 
 def prompts_behind(

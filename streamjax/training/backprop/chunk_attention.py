@@ -40,7 +40,7 @@ def attention_blocks(block: Block, chunk_size: int, block_k: int, leading: int =
 def attend(
     block: Block, blocks: Blocks, q: Float[Array, "B C H D"], buffer: KVBuffer, view: KVView, segments: Array | None
 ) -> Partial:
-    """Attention of a chunk's queries to tokens; its own keys are in the buffer. `add_sinks` makes it the layer's."""
+    """Attention of a chunk's queries to tokens; its own keys are in the buffer. `add_sink_logits` completes it."""
     if _kernels_take(block, blocks, q, buffer, view):
 
         def call(q: Array, k: Array, v: Array, ids: Any, key_ids: Any, slopes: Any, offset: Any, row: Any) -> Partial:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.partial import accumulator, add_sinks
+from pallas_kernels.partial import accumulator, add_sink_logits
 from streamjax.kv.layer_caches.recurrence import RecurrentState
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
@@ -128,7 +128,7 @@ class LayerGroup(NamedTuple):
                 buffer, view = store.view(held, k, v, place, i, sequence)
                 blocks = store.blocks(block)
                 part = attend(block, blocks, q, buffer, view, context.segment_ids)
-                heads = add_sinks(part, block.attention.sinks()).out
+                heads = add_sink_logits(part, block.attention.learned_sinks()).out
                 x = block.combine(x, heads, landmark_memory.view(memory, block, sequence, i), mixed)
             return x, keys, inputs
 

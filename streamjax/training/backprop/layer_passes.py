@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.partial import Partial, accumulator, add_sinks
+from pallas_kernels.partial import Partial, accumulator, add_sink_logits
 from streamjax.attention.blockwise import Blocks
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.kv.layer_caches.recurrence import RecurrentState
@@ -74,7 +74,7 @@ def chunk_vjp(
     buffer, view = visible_kv(k, v)
     seen = combine(params, rest), blocks, q, buffer, view, context.segment_ids
     tokens = attend(*seen) if found is None else found
-    part = add_sinks(tokens, seen[0].attention.sinks())
+    part = add_sink_logits(tokens, seen[0].attention.learned_sinks())
 
     def after_attention(
         params: Block, x: Array, heads: Array, memory: LandmarkPages | None, beside: Array | None
@@ -92,7 +92,7 @@ def chunk_vjp(
         from_pages, d_x_pages = landmark_memory.encode_back(params, rest, x, d_memory, i)
         d_params, d_x = jax.tree.map(jnp.add, d_params, from_pages), d_x + d_x_pages
     if params.attention.sink_logits is not None:
-        _, sinks_vjp = jax.vjp(lambda p: add_sinks(tokens, combine(p, rest).mixer.sinks()).out, params)
+        _, sinks_vjp = jax.vjp(lambda p: add_sink_logits(tokens, combine(p, rest).mixer.learned_sinks()).out, params)
         d_params = jax.tree.map(jnp.add, d_params, sinks_vjp(d_heads)[0])
     d_q, grads = gradients(*seen, part, d_heads, grads)
     d_k, d_v = grads.own(view, length, blocks.leading).tokens(k.dtype)
@@ -128,7 +128,7 @@ def layer_forward(
             memory = landmark_memory.write(memory, landmark_memory.encode(block, own), i)
         read = landmark_memory.view(memory, block, sequence, i)
         tokens = attend(block, blocks, q, buffer, view, context.segment_ids)
-        part = add_sinks(tokens, block.attention.sinks())
+        part = add_sink_logits(tokens, block.attention.learned_sinks())
         if found is not None:
             found = jax.tree.map(lambda kept, new: jax.lax.dynamic_update_index_in_dim(kept, new, i, 0), found, tokens)
         mixed = None

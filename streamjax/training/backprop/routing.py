@@ -73,7 +73,7 @@ def routing_metrics(reports: dict[int, Float[Array, " S"]]) -> dict[str, Float[A
     """
     if not reports:
         return {}
-    found = {index: Report.of(report) for index, report in reports.items()}
+    found = {index: Report.from_array(report) for index, report in reports.items()}
     load = {f"expert_load/{index}": report.load for index, report in found.items()}
     losses = {
         "router_balance_loss": jnp.mean(jnp.stack([report.balance_loss for report in found.values()])),

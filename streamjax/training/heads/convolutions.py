@@ -149,7 +149,7 @@ def stream_loss(
 def _fresh(model: Decoder, config: ConvolutionConfig, weights: Weights, rows: int) -> StreamState:
     """Streams that have read nothing, whose weights are still to be put in."""
     kernel, bias, _ = next(iter(weights.values()))
-    merge = Convolved(kernels=Kernels.of(np.zeros(kernel.shape), np.zeros(bias.shape), 0.0, ""))
+    merge = Convolved(kernels=Kernels.from_arrays(np.zeros(kernel.shape), np.zeros(bias.shape), 0.0, ""))
     kept = Scored(config.size, SnapKV(config.every, 1), every=config.every, merge=merge)
     state = init_state(model, Cascade(Window(config.window), kept), rows)
     return dataclasses.replace(state, caches=tuple(cache.renumbered()[0] for cache in state.caches))
@@ -162,7 +162,7 @@ def as_file(model: Decoder, step: ConvolutionStep, tokens: int) -> LayerKernels:
     for i, block in enumerate(model.config.blocks):
         if i in step.weights:
             kernel, bias, blend = (np.asarray(x) for x in step.weights[i])
-            layers.append(Kernels.of(kernel, bias, float(blend[0]), own))
+            layers.append(Kernels.from_arrays(kernel, bias, float(blend[0]), own))
         else:
             window, chunk = block.mixer.window, block.mixer.chunk
             layers.append(("chunk", chunk) if chunk is not None else ("window", window))

@@ -108,7 +108,7 @@ def train_draft_heads(
         if (asked := _shapes(weights)) != (found := _shapes(start)):
             raise ValueError(f"heads to go on from have matrices of {found}, and {asked} are asked for")
         weights = jax.tree.map(jnp.array, start)
-    moments, vocabulary = config.optimizer.init(weights), DraftVocabulary.of(model, jnp.asarray(ids))
+    moments, vocabulary = config.optimizer.init(weights), DraftVocabulary.from_model(model, jnp.asarray(ids))
     states = HiddenStates(model, kept_bytes)
     for _, tokens in zip(range(config.steps), batches, strict=False):
         hidden = jnp.asarray(states(tokens))
@@ -133,9 +133,9 @@ class HiddenStates:
         self._known: dict[bytes, Float[np.ndarray, "T E"]] = {}
 
     def __call__(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T E"]:
-        return np.stack([self._of(row) for row in np.asarray(tokens, np.int32)])
+        return np.stack([self._hidden_of(row) for row in np.asarray(tokens, np.int32)])
 
-    def _of(self, row: Int32[np.ndarray, " T"]) -> Float[np.ndarray, "T E"]:
+    def _hidden_of(self, row: Int32[np.ndarray, " T"]) -> Float[np.ndarray, "T E"]:
         key = row.tobytes()
         found = self._known.get(key)
         if found is None:

@@ -120,7 +120,7 @@ def gated_hidden(
         def heads(pattern: Pattern) -> Float[Array, "B T H D"]:
             config, slopes = block.attention.config, block.attention.slopes()
             scale, softcap = config.softmax_scale, config.softcap
-            sinks = block.attention.sinks()
+            sinks = block.attention.learned_sinks()
             return sequence_attention(q, k, v, pattern, scale=scale, softcap=softcap, slopes=slopes, sink_logits=sinks)
 
         share = jnp.repeat(gate, block.mixer.config.group_size)[:, None]

@@ -143,7 +143,7 @@ def projected_hidden(
         config = block.mixer.config
         heads = sequence_attention(
             q, k, v, config.pattern, scale=config.softmax_scale, softcap=config.softcap, slopes=block.mixer.slopes(),
-            sink_logits=block.mixer.sinks(),
+            sink_logits=block.mixer.learned_sinks(),
         )  # fmt: skip
         return block.combine(x, heads)
 

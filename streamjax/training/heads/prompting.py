@@ -60,7 +60,7 @@ def train_prompt_tokens(
     draw = np.random.default_rng(seed)
     first = jnp.asarray(draw.choice(ids, (1, config.heads)))
     weights = model.embed(first)[0, :, : model.config.d_model].astype(jnp.float32)
-    moments, vocabulary = config.optimizer.init(weights), DraftVocabulary.of(model, jnp.asarray(ids))
+    moments, vocabulary = config.optimizer.init(weights), DraftVocabulary.from_model(model, jnp.asarray(ids))
     for _, tokens in zip(range(config.steps), batches, strict=False):
         rows, length = tokens.shape
         at = draw.integers(0, length - config.heads, (rows, places))

@@ -119,7 +119,7 @@ def as_file(model: Decoder, step: RetainingStep, tokens: int) -> LayerRetainingH
             layers.append(layer)
         else:
             inward, outward = layer
-            layers.append(RetainingHeads.of(np.asarray(inward), np.asarray(outward), own))
+            layers.append(RetainingHeads.from_arrays(np.asarray(inward), np.asarray(outward), own))
     return LayerRetainingHeads(tuple(layers), own, tokens)  # type: ignore[arg-type]
 
 

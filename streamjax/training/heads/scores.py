@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from pallas_kernels.partial import add_sinks
+from pallas_kernels.partial import add_sink_logits
 from pallas_kernels.patterns import Full
 from streamjax.attention.dense import attention_shares, summed_over_queries
 from streamjax.attention.flash import flash_attention
@@ -84,7 +84,7 @@ def head_scores(model: Decoder, tokens: Int[Array, "B T"]) -> HeadScores:
         q, k, v = block.project(x, context)
         mixer, slopes = block.attention.config, block.attention.slopes()
         part = flash_attention(q, k, v, Full(), scale=mixer.softmax_scale, softcap=mixer.softcap, slopes=slopes)
-        out, lse = add_sinks(part, block.attention.sinks())
+        out, lse = add_sink_logits(part, block.attention.learned_sinks())
         found.append(_scores(q, jnp.swapaxes(k, 1, 2), lse, tokens, mixer, slopes))
         x = block.combine(x, out)
     echo, induction = jnp.stack(found, axis=1)

@@ -83,7 +83,7 @@ def choose_mesh(
       ValueError: nothing fits, or no mesh splits the step evenly; one line with what comes closest.
     """
     config = expanded(config)
-    work = Work.of(config, rows, length)
+    work = Work.from_config(config, rows, length)
     limit = chip.memory_bytes if memory_bytes is None else memory_bytes
     if rows % microbatches:
         raise ValueError(f"{rows} rows cannot be dealt out to {microbatches} microbatches")

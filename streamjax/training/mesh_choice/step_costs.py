@@ -54,7 +54,7 @@ class Work:
     width: int
 
     @classmethod
-    def of(cls, config: ModelConfig, rows: int, length: int) -> Work:
+    def from_config(cls, config: ModelConfig, rows: int, length: int) -> Work:
         """Of `rows` sequences of `length` tokens."""
         ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
         matrix = config.vocab_size * config.d_model + sum(_used(block, config.d_model) for block in config.blocks)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.partial import add_sinks
+from pallas_kernels.partial import add_sink_logits
 from streamjax.attention.dense import attend
 from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
@@ -71,7 +71,7 @@ def grouped_hidden(
         heads = attend(
             q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible[:, None], scale=config.softmax_scale, softcap=config.softcap
         )  # fmt: skip
-        return block.combine(x, add_sinks(heads, mixer.sinks()).out)
+        return block.combine(x, add_sink_logits(heads, mixer.learned_sinks()).out)
 
     x = model.embed(tokens)
     for i in range(model.config.num_layers):

@@ -39,7 +39,7 @@ def test_published_configs(name):
 
 def test_multimodal_gemma():
     config = read_config(GEMMA_3_4B)
-    flat = UniformConfig.of(config)
+    flat = UniformConfig.from_model_config(config)
     newer = {**GEMMA_3_4B, "text_config": parse(GEMMA_3_4B).text_config.to_dict()}
     assert read_config(newer) == config.replace(bos_token_id=2)
     assert config.eos_token_ids == (1, 106)

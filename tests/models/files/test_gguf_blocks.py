@@ -45,20 +45,22 @@ def test_rows_are_what_the_package_makes_of_them(kind, tmp_path):
         stored = read_header(file).tensors["w.weight"]
         assert stored.shape == expected.shape == (24, 2 * WIDTH)
         tensor = DequantisedTensor(file, "w.weight", stored.shape, stored)
-        np.testing.assert_array_equal(tensor.rows(0, 24), expected)
-        np.testing.assert_array_equal(tensor.rows(5, 9), expected[5:9])
+        np.testing.assert_array_equal(tensor.read_rows(0, 24), expected)
+        np.testing.assert_array_equal(tensor.read_rows(5, 9), expected[5:9])
         order = rng.permutation(24)
         mixed = DequantisedTensor(file, "w.weight", stored.shape, stored, order=order, shift=0.5)
-        np.testing.assert_array_equal(mixed.rows(3, 6), expected[order[3:6]] + np.float32(0.5))
+        np.testing.assert_array_equal(mixed.read_rows(3, 6), expected[order[3:6]] + np.float32(0.5))
 
 
 def test_three_axes_are_rows_of_rows(tmp_path):
     values = np.arange(3 * 4 * 8, dtype=np.float32).reshape(3, 4, 8)
     file = write_gguf(tmp_path / "x.gguf", "x", {}, {"w.weight": values})
     stored = read_header(file).tensors["w.weight"]
-    np.testing.assert_array_equal(DequantisedTensor(file, "w", (3, 4, 8), stored).rows(1, 3), values[1:])
-    np.testing.assert_array_equal(DequantisedTensor(file, "w", (12, 8), stored).rows(2, 7), values.reshape(12, 8)[2:7])
-    np.testing.assert_array_equal(DequantisedTensor(file, "w", (4, 8), stored, first=4).rows(1, 4), values[1, 1:])
+    np.testing.assert_array_equal(DequantisedTensor(file, "w", (3, 4, 8), stored).read_rows(1, 3), values[1:])
+    np.testing.assert_array_equal(
+        DequantisedTensor(file, "w", (12, 8), stored).read_rows(2, 7), values.reshape(12, 8)[2:7]
+    )
+    np.testing.assert_array_equal(DequantisedTensor(file, "w", (4, 8), stored, first=4).read_rows(1, 4), values[1, 1:])
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16", "BF16", "Q6_K"])
@@ -148,4 +150,4 @@ def test_a_file_that_is_cut_while_it_is_read_is_one_line(tmp_path):
     tensor = DequantisedTensor(file, stored.name, stored.shape, stored)
     file.write_bytes(file.read_bytes()[: stored.offset + 100])
     with pytest.raises(ValueError, match="has become shorter while tensor 'token_embd"):
-        tensor.rows(0, 8)
+        tensor.read_rows(0, 8)

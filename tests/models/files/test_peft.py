@@ -187,7 +187,7 @@ def test_ranks_and_alphas_by_patterns(folder):
 
 def resized(base, **sizes):
     """Another base."""
-    return build(UniformConfig.of(base.config).replace(**sizes))
+    return build(UniformConfig.from_model_config(base.config).replace(**sizes))
 
 
 def test_what_is_refused(folder, tmp_path):

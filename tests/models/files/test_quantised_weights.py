@@ -53,14 +53,14 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path_factory, shape, seed, d
     assert found["w"].shape == expected.shape
     start = data.draw(st.integers(0, shape[0] - 1))
     stop = data.draw(st.integers(start + 1, shape[0]))
-    np.testing.assert_array_equal(found["w"].rows(start, stop), expected[start:stop])
+    np.testing.assert_array_equal(found["w"].read_rows(start, stop), expected[start:stop])
 
 
 def test_mxfp4_by_hand(tmp_path):
     """0x2F: the first number is 15, -6, the second 2, 1; with exponent 127 + 3 they are -48 and 8."""
     blocks = torch.full((1, 1, 1, 16), 0x2F, dtype=torch.uint8)
     tensors = stored(tmp_path, w_blocks=blocks, w_scales=torch.tensor([[[130]]], dtype=torch.uint8))
-    values = dequantised(tensors, MXFP4)["w"].rows(0, 1)
+    values = dequantised(tensors, MXFP4)["w"].read_rows(0, 1)
     np.testing.assert_array_equal(values, np.tile([-48.0, 8.0], 16).reshape(1, 32, 1))
 
 
@@ -82,7 +82,7 @@ def test_fp8_is_what_transformers_makes_of_it(tmp_path, shape, kind):
     assert list(found) == ["a.weight"]
     expected = Fp8Dequantize(None)._dequantize_one(weight, scales, torch.float32).numpy()
     for start, stop in [(0, shape[0]), (1, 3), (shape[0] - 1, shape[0])]:
-        np.testing.assert_array_equal(found["a.weight"].rows(start, stop), expected[start:stop])
+        np.testing.assert_array_equal(found["a.weight"].read_rows(start, stop), expected[start:stop])
 
 
 @settings(max_examples=10, deadline=None)
@@ -97,7 +97,7 @@ def test_fp8_blocks_that_do_not_divide_the_weight(tmp_path_factory, shape, block
     tensors = stored(tmp_path_factory.mktemp("f"), weight=weight, weight_scale_inv=scales)
     start = data.draw(st.integers(0, shape[0] - 1))
     stop = data.draw(st.integers(start + 1, shape[0]))
-    rows = dequantised(tensors, Quantisation("fp8", block))["weight"].rows(start, stop)
+    rows = dequantised(tensors, Quantisation("fp8", block))["weight"].read_rows(start, stop)
     for i, j in np.ndindex(stop - start, shape[1]):
         factor = scales[(start + i) // block[0], j // block[1]]
         assert rows[i, j] == np.float32(weight[start + i, j].float()) * np.float32(factor)
@@ -107,7 +107,7 @@ def test_one_factor_a_tensor(tmp_path):
     weight, _ = fp8((3, 4), (1, 1))
     for scale in (torch.tensor(0.25), torch.tensor([0.25])):
         tensors = stored(tmp_path, weight=weight, weight_scale_inv=scale)
-        found = dequantised(tensors, Quantisation("fp8"))["weight"].rows(1, 3)
+        found = dequantised(tensors, Quantisation("fp8"))["weight"].read_rows(1, 3)
         np.testing.assert_array_equal(found, 0.25 * weight[1:].float().numpy())
 
 
@@ -203,7 +203,7 @@ def test_a_file_that_becomes_shorter_is_one_line(tmp_path):
     found = dequantised(tensors, MXFP4)["w"]
     far = dataclasses.replace(found, stored=dataclasses.replace(found.stored, offset=10**6))
     with pytest.raises(ValueError, match="has become shorter while tensor 'w_blocks' was read"):
-        far.rows(0, 1)
+        far.read_rows(0, 1)
 
 
 BASE = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,

@@ -158,7 +158,7 @@ def test_a_shared_front_and_what_is_behind_it_stay_in_place(untyped):
     reaches = jnp.asarray(cache.reaches)
     fallen = jax.eval_shape(lambda *x: grouped_heads.front_over._function(*x, cache.shared), first, chunks, reaches)[2]
     some = np.zeros(2, np.int32), np.zeros(3, np.int32)
-    rest = cache.behind(cache.groups[0][1])
+    rest = cache.behind_front(cache.groups[0][1])
     for given, lowered in (
         ((first,), grouped_heads.front_over.lower(first, chunks, reaches, cache.shared)),
         ((behind, answer), grouped_heads.behind_over.lower(behind, answer, chunks, fallen, *some, rest)),

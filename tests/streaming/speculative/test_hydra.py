@@ -88,11 +88,11 @@ def test_the_best_nodes_keep_their_parents():
 
 def test_some_rows_of_the_vocabulary_say_what_the_model_says(model):
     hidden = jax.random.normal(jax.random.key(1), (1, 2, model.config.d_model))
-    vocabulary = DraftVocabulary.of(model, jnp.asarray(IDS))
+    vocabulary = DraftVocabulary.from_model(model, jnp.asarray(IDS))
     expected = model.logits(hidden)[..., IDS]
     np.testing.assert_allclose(vocabulary.logits(model, hidden), expected, rtol=1e-4, atol=1e-5)
     untied = build(GQA)
-    vocabulary = DraftVocabulary.of(untied, jnp.asarray(IDS))
+    vocabulary = DraftVocabulary.from_model(untied, jnp.asarray(IDS))
     np.testing.assert_allclose(vocabulary.logits(untied, hidden), untied.logits(hidden)[..., IDS], rtol=1e-4, atol=1e-5)
 
 

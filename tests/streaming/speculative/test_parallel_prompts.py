@@ -35,7 +35,7 @@ def prompts(model):
 def test_prompts_stand_behind_each_node(model, prompts):
     @jax.jit
     def found(parents, given, tokens):
-        return with_prompts(model, tokens, TokenTree.of(parents, given, 3), jnp.asarray(prompts.prompts))[:2]
+        return with_prompts(model, tokens, TokenTree.from_parents(parents, given, 3), jnp.asarray(prompts.prompts))[:2]
 
     given = np.array([[True, True, False]])
     tokens, whole = found(np.array([[0, 0, 1]], np.int32), given, np.array([[3, 4, 99]], np.int32))
@@ -76,7 +76,7 @@ def test_what_prompts_say_is_what_the_model_says_behind_them(model, prompts):
 
 def test_the_most_probable_pairs(model):
     ahead, certain = jax.random.normal(jax.random.key(4), (1, 2, 16)), jnp.array([3], jnp.int32)
-    vocabulary = DraftVocabulary.of(model, jnp.asarray(IDS))
+    vocabulary = DraftVocabulary.from_model(model, jnp.asarray(IDS))
     tokens, parents = tree_of_prompts(model, vocabulary, ahead, certain, 3, 5)
     one, two = np.asarray(jax.nn.log_softmax(vocabulary.logits(model, ahead)))[0]
     paths = {(int(IDS[i]),): one[i] for i in np.argsort(-one)[:3]}

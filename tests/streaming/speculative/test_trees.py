@@ -72,7 +72,7 @@ def test_the_first_way_of_a_tree():
 def in_tree_and_in_chain(model, state, tokens, given, nodes):
     """Hidden states of the path to a node of each row, as far as it is given, and the state behind it, by the tree and
     by a chunk."""
-    tree = TokenTree.of(jnp.asarray(PARENTS), given, LEVELS)
+    tree = TokenTree.from_parents(jnp.asarray(PARENTS), given, LEVELS)
     tree = tree.cut(allowed_levels(state, LEVELS))
     hidden, waiting = look_ahead_in_tree(model, state, tokens, tree)
     rows = jnp.arange(2)

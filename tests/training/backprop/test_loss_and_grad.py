@@ -49,7 +49,7 @@ def test_remat_gives_the_same_gradient(model, batch, stacked):
 
 def test_remat_keeps_less(model, batch):
     """With stacked layers: where they are not, the CPU compiler undoes recomputation."""
-    config = UniformConfig.of(model.config).replace(num_layers=4)
+    config = UniformConfig.from_model_config(model.config).replace(num_layers=4)
     deep = jax.eval_shape(lambda key: Decoder(config, key, scan_layers=True), jax.random.key(0))
     long = {name: np.tile(x, (1, 10)) for name, x in batch.items()}
 

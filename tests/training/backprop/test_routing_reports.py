@@ -76,7 +76,7 @@ def test_choices_are_counted_once(options, stacked):
     expected = counted(model, batch["tokens"])
     assert reports.keys() == expected.keys()
     for index, choices in expected.items():
-        report = Report.of(reports[index])
+        report = Report.from_array(reports[index])
         np.testing.assert_array_equal(report.choices, choices)
         assert float(report.tokens) == ROWS * LENGTH
 

@@ -37,7 +37,9 @@ def stream():
 @pytest.fixture(scope="module")
 def shallow(model):
     """A model of one layer."""
-    return jax.jit(partial(Decoder, UniformConfig.of(model.config).replace(num_layers=1)))(jax.random.key(0))
+    return jax.jit(partial(Decoder, UniformConfig.from_model_config(model.config).replace(num_layers=1)))(
+        jax.random.key(0)
+    )
 
 
 def batch_of(stream, start, length=LENGTH, weights=None):
@@ -75,7 +77,7 @@ def test_the_gradient_of_a_first_batch_is_that_of_the_whole_model(
     model, stream, name, scan_layers, chunk_size, capacity
 ):
     """A `dense` cache keeps everything, so that cutting into chunks changes nothing; 11 is no multiple of 4 or 6."""
-    config = UniformConfig.of(model.config).replace(**ARCHITECTURES[name])
+    config = UniformConfig.from_model_config(model.config).replace(**ARCHITECTURES[name])
     model = random_model(config, "float32", stacked=scan_layers)
     weights = np.random.default_rng(0).uniform(0.2, 2.0, (ROWS, LENGTH)).astype(np.float32)
     weights[0, 2:9] = 0.0
@@ -160,7 +162,7 @@ def test_the_gradient_ends_where_the_batch_begins(shallow, stream):
 
 def test_between_chunks_only_states_are_kept(model):
     """Twice the batch costs the states of the chunks that are more, and its tokens."""
-    config = UniformConfig.of(model.config).replace(num_layers=1, mlp_dim=512)
+    config = UniformConfig.from_model_config(model.config).replace(num_layers=1, mlp_dim=512)
     deep = random_model(config, "float32")
     state = sj.init_state(deep, sj.kv.preset("window", window=16), 1)
 

@@ -30,7 +30,7 @@ def test_the_loss_of_each_place():
     model, tokens = build(GQA), random_tokens(1, 6)
     weights = first_weights(DraftHeadsConfig(heads=2, width=5), 16)
     weights = HydraWeights(weights.inward, tuple(x + 0.3 for x in weights.outward))
-    vocabulary = DraftVocabulary.of(model, jnp.asarray(IDS))
+    vocabulary = DraftVocabulary.from_model(model, jnp.asarray(IDS))
     hidden = jax.jit(lambda model, tokens: model.hidden(tokens))(model, jnp.asarray(tokens))
     said, own = vocabulary.logits(model, hidden), embedded(model, jnp.asarray(tokens))
     loss, right = jax.jit(hydra_loss)(weights, model, vocabulary, jnp.asarray(tokens), hidden, said)

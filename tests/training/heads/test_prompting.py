@@ -20,7 +20,7 @@ IDS = np.arange(VOCAB, dtype=np.int32)
 def test_the_loss_of_each_place():
     """Prompts that are tokens of the model: what it says at them is what it says of a row that has them."""
     model, tokens, places = build(GQA), random_tokens(1, 9), [2, 5]
-    vocabulary, mine = DraftVocabulary.of(model, jnp.asarray(IDS)), [7, 30]
+    vocabulary, mine = DraftVocabulary.from_model(model, jnp.asarray(IDS)), [7, 30]
     prompts = model.embed(jnp.array([mine]))[0]
     loss, right = jax.jit(prompt_loss)(
         prompts, model, vocabulary, _empty(model, 1, 11), jnp.asarray(tokens), jnp.array([places], jnp.int32)

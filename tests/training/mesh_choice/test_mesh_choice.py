@@ -111,7 +111,7 @@ def test_an_unknown_device_is_told_in_a_line():
 )
 def test_no_mesh_that_fits_is_faster(devices, rows, length, chip, method):
     config = expanded(SMALL)
-    work = Work.of(config, rows, length)
+    work = Work.from_config(config, rows, length)
     seconds = []
     for sizes in itertools.product((n for n in range(1, devices + 1) if devices % n == 0), repeat=4):
         axes = dict(zip(AXES, sizes, strict=True))

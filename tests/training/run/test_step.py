@@ -104,7 +104,7 @@ def test_eight_devices_do_what_one_does(batch, model, axes, scan_layers, accumul
 
 def test_parameters_and_moments_are_split(model):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    make = build(UniformConfig.of(model.config).replace(vocab_size=64, num_layers=1))
+    make = build(UniformConfig.from_model_config(model.config).replace(vocab_size=64, num_layers=1))
     state = build_sharded(make, mesh, jax.random.key(1))
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(jax.jit(make)(jax.random.key(1))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -124,7 +124,7 @@ def test_parameters_and_moments_are_split(model):
 
 def test_the_state_is_never_whole_on_one_device(model):
     mesh = make_mesh(fsdp=8)
-    config = UniformConfig.of(model.config).replace(vocab_size=4096, num_layers=1)
+    config = UniformConfig.from_model_config(model.config).replace(vocab_size=4096, num_layers=1)
     make = build(config)
     placement = shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
     with jax.set_mesh(mesh):

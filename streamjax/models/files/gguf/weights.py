@@ -75,7 +75,7 @@ class DequantisedTensor(Float32Rows):
         """The dtype of `rows`, or the name of a kind of blocks that cannot be read."""
         return "F32" if can_dequantise(self.stored.kind) else self.stored.kind.name
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The values [start, stop) along the first axis, float32.
 
         Raises:
@@ -153,9 +153,9 @@ class TurnedTensor(Float32Rows):
         shape = shape if len(shape) < 3 else (shape[0], shape[2], shape[1])
         return (*shape[:-1], shape[-1] * len(self.parts))
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The values [start, stop) along the first axis, float32; see `DequantisedTensor.rows`."""
-        values = [part.rows(start, stop) for part in self.parts]
+        values = [part.read_rows(start, stop) for part in self.parts]
         if len(self.parts[0].shape) == 3:
             values = [part.swapaxes(1, 2) for part in values]
         if len(values) == 1:
@@ -203,11 +203,11 @@ class KeyValueTensor(Float32Rows):
         heads, latent, width = self.keys.shape
         return heads * (width + self.values.shape[1]), latent
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The values [start, stop) along the first axis, float32; see `DequantisedTensor.rows`."""
         each = self.shape[0] // self.keys.shape[0]
         first, last = start // each, -(-stop // each)
-        parts = self.keys.rows(first, last).swapaxes(1, 2), self.values.rows(first, last)
+        parts = self.keys.read_rows(first, last).swapaxes(1, 2), self.values.read_rows(first, last)
         return np.concatenate(parts, axis=1).reshape(-1, self.shape[1])[start - first * each : stop - first * each]
 
 

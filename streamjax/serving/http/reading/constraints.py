@@ -125,7 +125,7 @@ def read_response_format(fields: Fields, grammars: Grammars) -> TokenConstraint 
         return None
     about = Fields(given, "response_format.")
     about.required("type", str)
-    kind = about.choice("type", ("text", "json_object", "json_schema"))
+    kind = about.one_of("type", ("text", "json_object", "json_schema"))
     if kind == "json_schema":
         named = Fields(about.required("json_schema", dict), "response_format.json_schema.")
         schema = named.required("schema", dict)

@@ -79,7 +79,7 @@ class Fields:
             self._require_range(name, value, low, high)
         return value
 
-    def choice(self, name: str, allowed: Iterable[str], default: str | None = None) -> str | None:
+    def one_of(self, name: str, allowed: Iterable[str], default: str | None = None) -> str | None:
         """One of some words."""
         value, allowed = self.take(name, str, default=default), list(allowed)
         if value is not None and value not in allowed:

@@ -30,11 +30,11 @@ def read_messages(fields: Fields) -> Messages:
 
 def _message(fields: Fields) -> dict[str, Any]:
     fields.required("role", str)
-    role = fields.choice("role", _ROLES)
+    role = fields.one_of("role", _ROLES)
     message: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _content(fields)}
     calls = fields.take("tool_calls", list) if role == "assistant" else None
     if calls:
-        message["tool_calls"] = [_call(call, fields.path(f"tool_calls[{i}].")) for i, call in enumerate(calls)]
+        message["tool_calls"] = [_tool_call(call, fields.path(f"tool_calls[{i}].")) for i, call in enumerate(calls)]
     elif fields.take("content") is None:
         fields.required("content")
     if role == "tool":
@@ -62,9 +62,9 @@ def _content(fields: Fields) -> str:
     return "".join(texts)
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
+def _tool_call(value: Any, where: str) -> dict[str, Any]:
     call = Fields(value, where)
-    call.choice("type", ("function",))
+    call.one_of("type", ("function",))
     call.ignore("index")
     function = Fields(call.required("function", dict), f"{where}function.")
     name, text = function.required("name", str), function.required("arguments", str)

@@ -103,7 +103,7 @@ def read_tools(fields: Fields) -> Tools:
     choice = fields.take("tool_choice", str, dict, default="auto" if offered else "none")
     if isinstance(choice, dict):
         about = Fields(choice, "tool_choice.")
-        about.choice("type", ("function",))
+        about.one_of("type", ("function",))
         choice = Fields(about.required("function", dict), "tool_choice.function.").required("name", str)
         if choice not in names:
             raise wrong_value("tool_choice", f"must name one of the tools, and names {choice[:64]!r}")
@@ -115,7 +115,7 @@ def read_tools(fields: Fields) -> Tools:
 
 
 def _tool(tool: Fields) -> dict[str, Any]:
-    tool.choice("type", ("function",))
+    tool.one_of("type", ("function",))
     function = Fields(tool.required("function", dict), tool.path("function."))
     name = function.required("name", str)
     if not _NAME.fullmatch(name) or name in ("none", "auto", "required"):

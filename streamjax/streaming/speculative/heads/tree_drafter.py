@@ -75,7 +75,7 @@ class TreeDrafter(Drafter):
         if trained.model != fingerprint_in_any_dtype(self.model):
             raise ValueError(f"these {what} were trained for another model")
         self.length, self.width = min(self.length, levels), min(self.width, len(trained.ids))
-        self._vocabulary = DraftVocabulary.of(self.model, jnp.asarray(trained.ids))
+        self._vocabulary = DraftVocabulary.from_model(self.model, jnp.asarray(trained.ids))
 
     @property
     def guesses_trees(self) -> bool:

@@ -26,7 +26,7 @@ class DraftVocabulary(NamedTuple):
     bias: Float[Array, " V"] | None
 
     @classmethod
-    def of(cls, model: Decoder, ids: Int[Array, " V"]) -> DraftVocabulary:
+    def from_model(cls, model: Decoder, ids: Int[Array, " V"]) -> DraftVocabulary:
         """The rows of these ids, in the dtype of the model's activations."""
         ids = jnp.asarray(ids, jnp.int32)
         if model.head is None:
