@@ -77,7 +77,7 @@ class StoredTensor:
         return math.prod(self.shape[1:]) * np.dtype(DTYPES[self.code]).itemsize
 
     def blocks(self, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `rows`."""
+        """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `read_rows`."""
         return row_blocks(start, stop, unit, self.row_bytes)
 
     def read(self, dtype: Any = None) -> np.ndarray:
@@ -98,10 +98,10 @@ def code_of(dtype: Any) -> str:
 
 
 class Float32Rows:
-    """A tensor whose `rows` are made, float32, from what a file has in another form."""
+    """A tensor whose rows are made, float32, from what a file has in another form."""
 
     def blocks(self: AnyTensor, start: int, stop: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `rows`."""
+        """[start, stop) in ranges of whole units of `unit` rows, of 4 MB or one unit, for `read_rows`."""
         return row_blocks(start, stop, unit, 4 * math.prod(self.shape[1:]))
 
 

@@ -72,7 +72,7 @@ class DequantisedTensor(Float32Rows):
 
     @property
     def code(self) -> str:
-        """The dtype of `rows`, or the name of a kind of blocks that cannot be read."""
+        """The dtype of `read_rows`, or the name of a kind of blocks that cannot be read."""
         return "F32" if can_dequantise(self.stored.kind) else self.stored.kind.name
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
