@@ -1,7 +1,7 @@
 """A Transformer whose layers differ in no more than their windows, in one flat list of sizes and switches.
 
 Most published models are such; `configs/` and the families describe them so, and the command line changes a field of
-one by its name. `UniformConfig(...).expand()` is the `ModelConfig`; `UniformConfig.of` goes back.
+one by its name. `UniformConfig(...).expand()` is the `ModelConfig`; `UniformConfig.from_model_config` goes back.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ PARENTS = np.array([[0, 0, 0, 1, 1, 2, 3], [0, 0, 1, 2, 0, 4, 4]], np.int32)
 NODES = PARENTS.shape[1]
 
 
-tree_of = jax.jit(TokenTree.of, static_argnums=2)
+tree_of = jax.jit(TokenTree.from_parents, static_argnums=2)
 
 
 @pytest.mark.quick
