@@ -84,7 +84,7 @@ class Engine:
       draft_memory: bytes that guesses may take: weights of their own, and a pass over them. As many tokens are guessed
         as fit. None does not ask.
       draft_cost: how long a pass takes that reads guesses, in passes over one token a row: guesses are read where they
-        bring more. 1 reads all of them. None: by the platform.
+        bring more. 1 reads all of them. None: as it is measured meanwhile.
       dtype, implementation: as in `init_state`.
 
     Raises:

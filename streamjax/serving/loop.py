@@ -52,6 +52,7 @@ class EngineLoop:
         self.read = self.cached = self.generated = 0
         self.finished: collections.Counter[str] = collections.Counter()
         self.seconds = 1.0
+        self._steps = 1  # tokens that each row draws in the pass that runs
         self._drawing = False  # whether rows wait for what they draw, and must stay where they are
         self._policy, self._conversations, self._measure = policy, conversations, measure
         self._guessing, self._pace = guessing, pace
@@ -95,7 +96,7 @@ class EngineLoop:
                     budget -= self._read_chunk(job, size)
         self._drawing = False
         if drawn is not None:
-            self._hand_out(running, drawn)
+            self._hand_out(running, drawn, None if worked else began)
             if self._pace is not None:
                 self._pace.ran(time.perf_counter() - began, worked)
         for job in chosen:
@@ -209,7 +210,7 @@ class EngineLoop:
         """
         looked_at = any(job.request.stop or job.request.constraint is not None for job in running)
         guesses = self._guesses(running)
-        count = self.batch.block if alone and not looked_at and guesses is None else 1
+        count = self._steps = self.batch.block if alone and not looked_at and guesses is None else 1
         for job in sorted(running, key=lambda job: self._rank(job, chosen)):
             if job.row is not None and not self._room_in_row(job, count, chosen):
                 self._set_aside(job)
@@ -268,11 +269,12 @@ class EngineLoop:
         bias = np.asarray(one_row(job.request, [], self._vocab).bias)
         self.batch.set_bias(job.row, np.where(allowed, bias, -np.inf).astype(np.float32))
 
-    def _hand_out(self, running: Sequence[Job], drawn: Drawn) -> None:
-        """Give what was drawn to the requests, and end those that are over."""
+    def _hand_out(self, running: Sequence[Job], drawn: Drawn, began: float | None) -> None:
+        """Give what was drawn to the requests, and end those that are over; `began`: where nothing else was done."""
         found = jax.device_get(drawn)
         if self._guessing is not None:
-            self._guessing.ran(len(running), several=bool(found.wide))
+            seconds = None if began is None else (time.perf_counter() - began) / self._steps
+            self._guessing.ran(len(running), bool(found.wide), seconds)
         for job in running:
             row = job.row
             if row is None or job.finished:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import streamjax as sj
 from streamjax.models.config import AttentionConfig, BlockConfig, DenseConfig, GatedDeltaConfig, ModelConfig
+from streamjax.serving import loop
 from streamjax.serving.drafts import guessing
 from streamjax.serving.drafts.decoding import decode_guessed
 from streamjax.serving.drafts.guessing import Guessing
+from streamjax.serving.drafts.pass_times import PassTimes
 from streamjax.serving.requests import Sampling
 from streamjax.serving.row_sampling import no_rows
 from tests.serving import engines
@@ -57,7 +59,8 @@ def prompter(*known) -> Prompter:
 
 
 def never_rests(monkeypatch) -> None:
-    monkeypatch.setattr(guessing, "pass_cost", lambda tokens: 1.0)
+    monkeypatch.setattr(PassTimes, "cost", lambda times, running: 1.0)
+    monkeypatch.setattr(PassTimes, "unknown", lambda times, running: False)
 
 
 @functools.cache
@@ -179,6 +182,52 @@ def test_recurrent_states_take_in_what_was_right(monkeypatch):
     for one in (guessing_one, knowing):
         assert [tokens(events) for events in served(one, *wanted)] == expected
     assert knowing.stats().accepted_tokens > 5
+
+
+@pytest.mark.quick
+def test_passes_cost_what_they_were_measured_to_take():
+    times = PassTimes(rows=4, width=8)
+    before = times.cost(4)
+    assert before == PassTimes(4, 8).cost(1) > 1  # by the platform
+    assert times.unknown(4)
+    for seconds in (5.0, 0.02, 0.5, 0.02):  # the first one compiled; one of the others was disturbed
+        times.took(seconds, 4, several=False)
+    assert not times.unknown(4)
+    assert times.unknown(3)
+    for seconds in (7.0, 0.06):
+        times.took(seconds, 4, several=True)
+        assert times.cost(4) == before
+    times.took(0.06, 3, several=True)
+    assert times.cost(4) == times.cost(1) == pytest.approx(3)  # one row alone was never timed
+    for seconds in (5.0, 0.01, 0.01, 0.01):
+        times.took(seconds, 1, several=False)
+    assert times.cost(1) == times.cost(2) == pytest.approx(6)
+    assert times.cost(3) == pytest.approx(3)
+    for _ in range(9):
+        times.took(0.001, 4, several=True)
+    assert times.cost(4) == 1
+    assert PassTimes(4, 8, fixed=2.5).cost(4) == 2.5
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_engine_whose_wide_passes_are_slow_rests(monkeypatch, slow):
+    """All guesses are right, but a pass that reads them takes 100 times as long."""
+    wanted = request("ab", 60)
+    expected = tokens(served(engine(cache=CACHE), wanted)[0])
+    drafter = Prompter(length=4)
+    drafter.known = [[*wanted.prompt, *expected]]
+    one = engine(cache=CACHE, draft=drafter)
+    decode, clock, wide = one._batch.decode, [0.0], [0]
+
+    def timed(active, count, guesses=None):
+        wide[0] += guesses is not None
+        clock[0] += count * (0.01 if guesses is None else 1.0 if slow else 0.011)
+        return decode(active, count, guesses)
+
+    monkeypatch.setattr(one._batch, "decode", timed)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    assert tokens(served(one, wanted)[0]) == expected
+    assert wide[0] <= 6 if slow else wide[0] > 6
 
 
 @pytest.mark.quick

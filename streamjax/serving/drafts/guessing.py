@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from streamjax.serving.drafts.pass_times import PassTimes
 from streamjax.streaming.speculative.drafter import Drafter
 from streamjax.streaming.speculative.heads.tree_drafter import TreeDrafter
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.speculative.ngrams import NGrams
-from streamjax.streaming.speculative.pace import MOST, SHARE, START, pass_cost
+from streamjax.streaming.speculative.pace import MOST, SHARE, START
 
 WAYS = 4  # in which a row may go on; the token that it draws says which
 LEARNING = 0.25  # of a new figure, in the mean of guesses that were right
@@ -54,7 +55,8 @@ class Guessing:
       drafter: who guesses.
       rows: of the batch.
       vocab_size: of the model; guesses of other ids are dropped.
-      cost: of a pass over several tokens a row, in passes over one token a row; by the platform where None.
+      cost: of a pass over several tokens a row, in passes over one token a row. Where None it is measured, and until
+        then the platform says it (`PassTimes`).
 
     Attributes:
       guessed, right: tokens that were guessed and read, and those of them that rows would have drawn.
@@ -64,12 +66,13 @@ class Guessing:
         self._ngrams = drafter
         self._begin(drafter, 1 + drafter.length, rows, vocab_size, cost)
 
-    def _begin(self, drafter: Drafter, width: int, rows: int, vocab_size: int, cost: float | None) -> None:
-        """width: tokens that a pass with guesses reads of a row."""
+    def _begin(
+        self, drafter: Drafter, width: int, rows: int, vocab_size: int, cost: float | None, more: float = 0.0
+    ) -> None:
+        """width: tokens that a pass with guesses reads of a row. more: what guessing takes beside it, as a cost."""
         self.guessed = self.right = 0
         self._drafter, self._rows, self._vocab = drafter, rows, vocab_size
-        single = 1.0 if rows == 1 else pass_cost(rows)
-        self._cost = pass_cost(rows * width) / single if cost is None else cost
+        self._times = PassTimes(rows, width, cost, more)
         self._account = START
 
     def begin(self, tokens: Sequence[int] | np.ndarray, limit: Callable[[Sequence[int]], int] | None) -> Line:
@@ -78,8 +81,8 @@ class Guessing:
 
     def propose(self, lines: Sequence[Line | None], running: int) -> Guesses | None:
         """Guesses for the rows that have a line, while so many are `running`; None where they are not worth it."""
-        loss = running * (self._cost - 1)
-        if self._account < 0 or sum(line.hope for line in lines if line is not None) <= loss:
+        loss, hope = running * (self._times.cost(running) - 1), sum(line.hope for line in lines if line is not None)
+        if self._times.unknown(running) or self._account < 0 or hope <= loss:
             return None
         guesses = self.nothing()
         self._guess(lines, guesses)
@@ -122,9 +125,12 @@ class Guessing:
         else:
             line.hope += SHARE * (self._drafter.length / 2 - line.hope)  # what follows may be another kind of text
 
-    def ran(self, rows: int, several: bool) -> None:
-        """A pass is over, of so many rows that ran; whether it read several tokens."""
-        self._account = min(self._account - rows * (self._cost - 1) * several, MOST * max(rows, 1))
+    def ran(self, rows: int, several: bool, seconds: float | None = None) -> None:
+        """A pass is over, of so many rows that ran; whether it read several tokens, and what it took by itself."""
+        if seconds is not None:
+            self._times.took(seconds, rows, several)
+        loss = rows * (self._times.cost(rows) - 1) * several
+        self._account = min(self._account - loss, MOST * max(rows, 1))
 
     def learn(self, tokens: Sequence[int]) -> None:
         """A request has ended, which had generated these tokens."""

@@ -31,14 +31,13 @@ class SmallModelGuessing(Guessing):
     Args:
       drafter: who guesses.
       model: that the engine serves.
-      rows, vocab_size, cost: as in `Guessing`. By itself a pass of the drafter takes as much of one of the model as it
-        has of its weights.
+      rows, vocab_size, cost: as in `Guessing`. Until that is measured, a pass of the drafter takes as
+        much of one of the model as it has of its weights.
     """
 
     def __init__(self, drafter: SmallModel, model: Decoder, rows: int, vocab_size: int, cost: float | None = None):
-        self._begin(drafter, 1 + drafter.length, rows, vocab_size, cost)
-        if cost is None:
-            self._cost += (1 + drafter.length) * _nbytes(drafter.model) / _nbytes(model)
+        more = (1 + drafter.length) * _nbytes(drafter.model) / _nbytes(model)
+        self._begin(drafter, 1 + drafter.length, rows, vocab_size, cost, more)
         chunk = min(drafter.chunk_size, CHUNK)
         self._small = dataclasses.replace(drafter, length=1 + drafter.length, chunk_size=chunk)
         self._nobody = [History() for _ in range(rows)]
