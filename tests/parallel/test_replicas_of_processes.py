@@ -45,8 +45,9 @@ def test_four_replicas_as_processes_are_those_of_virtual_devices(tmp_path):
     for name, own in (("processes", records), ("devices", beside)):
         folder = tmp_path / f"data_{name}"
         folder.mkdir()
-        (folder / "records.jsonl").write_text("\n".join(own) + "\n")
-        text = CONFIG.format(source=str(folder / "records.jsonl"), model=str(tmp_path / "model"), steps=STEPS,
+        (folder / "train.jsonl").write_text("\n".join(own) + "\n")
+        (folder / "validation.jsonl").write_text("\n".join(records[:ROWS]) + "\n")
+        text = CONFIG.format(source=str(folder), model=str(tmp_path / "model"), steps=STEPS,
                              rows=ROWS, count=COUNT)  # fmt: skip
         (folder / "config.py").write_text(text)
         command = [sys.executable, "-m", "train", f"--config={folder}/config.py", f"--workdir={tmp_path}/{name}",

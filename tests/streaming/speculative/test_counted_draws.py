@@ -53,7 +53,8 @@ def chances(logits):
 def paths(model, cache, prompt):
     """All ways to go on by three tokens, [P, 3], and how likely each is, [P]."""
     state = sj.init_state(model, cache, TOP * TOP)
-    state, logits = sj.step(model, state, np.repeat(prompt, TOP * TOP, axis=0))
+    for token in prompt[0]:
+        state, logits = sj.step(model, state, np.full((TOP * TOP, 1), token))
     chance, ways = np.ones(TOP * TOP), []
     for turn in (TOP, 1):  # the first token differs from block to block, the second within one
         found = np.asarray(chances(logits), np.float64)
