@@ -156,7 +156,9 @@ x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=place)
 f = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0])
 for turns in (12, 24):
     w = jax.ShapeDtypeStruct((turns, 2048, 2048), jnp.bfloat16, sharding=place)
-    print(estimate(f.trace(x, w).lower(lowering_platforms=("tpu",)).compile().as_text()).cycles)
+    compiled, text = aot.compiled_with_text(f.trace(x, w).lower(lowering_platforms=("tpu",)))
+    assert estimate(text) == estimate(compiled.as_text())
+    print(estimate(text).cycles)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=aot.child_environment("v5e:1x1"), capture_output=True, text=True, check=True
