@@ -37,7 +37,7 @@ ROOMS = """
     streamjax.kv.ring_buffer
     streamjax.kv.codecs
     streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks streamjax.kv.decode_kernels
-    streamjax.kv.ring_state streamjax.kv.slot_state
+    streamjax.kv.ring_state streamjax.kv.slot_state streamjax.kv.slots_over_devices
     streamjax.kv.scores
     streamjax.kv.merging
     streamjax.kv.pages

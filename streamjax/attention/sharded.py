@@ -82,7 +82,9 @@ def per_device_call(
     whole |= HEADS if any(None in splits.get(name, ()) for name in HEADS) else set()
 
     def spec(dims: Names) -> PartitionSpec:
-        return PartitionSpec(*(None if name in whole else next(iter(splits[name or ""]), None) for name in dims))
+        return PartitionSpec(
+            *(None if name is None or name in whole else next(iter(splits[name]), None) for name in dims)
+        )
 
     in_specs = tuple(None if x is None else spec(dims) for dims, x in zip(names, arrays, strict=True))
     out_specs = jax.tree.map(spec, out_names, is_leaf=_are_names)

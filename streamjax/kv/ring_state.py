@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from streamjax.barriers import materialized_once, ordered_after
 from streamjax.kv.codecs.slots import CodedSlots, Slots
 from streamjax.kv.ring_buffer import read_ring, write_ring
+from streamjax.kv.slots_over_devices import on_several_devices, read_ring_over_devices, write_ring_over_devices
 from streamjax.kv.tier import KVTokens
 
 
@@ -66,7 +67,7 @@ def push(state: RingState, tokens: KVTokens, keep: int | None = None) -> tuple[R
             return buffer.read_run(oldest, width)
         # The oldest `fallen` of what was stored followed by the run: stored ones first, then the run's own.
         if width <= (keep or slots):
-            return read_ring(buffer, oldest, width, axis=2)  # none of the run falls
+            return read_slots(buffer, oldest, width)  # none of the run falls
         index = jnp.arange(width, dtype=jnp.int32)[None] - state.filled[:, None]
         own = jnp.clip(start[:, None] + index, 0, width - 1)
         index = jnp.where(index < 0, (state.cursor[:, None] + index) % slots, slots + own)
@@ -130,7 +131,7 @@ def write(
     def put(buffer: Any, chunk: Array) -> Any:
         if isinstance(buffer, CodedSlots):
             return buffer.write(chunk, start, count)
-        return write_ring(buffer, chunk, state.cursor, start, count, axis=2)
+        return write_slots(buffer, chunk, state.cursor, start, count)
 
     return RingState(
         put(state.k, tokens.k),
@@ -141,3 +142,25 @@ def write(
         None if state.score is None or tokens.score is None else put(state.score, tokens.score),
         None if state.ids is None or tokens.ids is None else put(state.ids, tokens.ids),
     )
+
+
+def write_slots(
+    ring: Shaped[Array, "B K S ..."],
+    chunk: Shaped[Array, "B K C ..."],
+    cursor: Int32[Array, " B"],
+    start: Int32[Array, " B"],
+    count: Int32[Array, " B"],
+) -> Shaped[Array, "B K S ..."]:
+    """`write_ring` along slots that may lie over several devices."""
+    if on_several_devices(ring):
+        return write_ring_over_devices(ring, chunk, cursor, start, count)
+    return write_ring(ring, chunk, cursor, start, count, axis=2)
+
+
+def read_slots(
+    ring: Shaped[Array, "B K S ..."], oldest: Int32[Array, " B"], width: int
+) -> Shaped[Array, "B K width ..."]:
+    """`read_ring` along slots that may lie over several devices."""
+    if on_several_devices(ring):
+        return read_ring_over_devices(ring, oldest, width)
+    return read_ring(ring, oldest, width, axis=2)

@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import streamjax as sj
 from streamjax.kv import tier
 from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.tiers import full
+from streamjax.kv.slots_over_devices import (
+    write_linear_over_devices,
+)
 from streamjax.models import HSAConfig
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
@@ -113,7 +115,7 @@ def test_writing_over_devices_is_writing(rows):
     buffer = jnp.asarray(random.standard_normal((rows, 1, 24, 2)), jnp.float32)
     mesh = make_mesh(context=8)
     placed = jax.device_put(buffer, NamedSharding(mesh, PartitionSpec(None, None, "context")))
-    write, over = jax.jit(partial(write_linear, axis=2)), jax.jit(full._write_over_devices)
+    write, over = jax.jit(partial(write_linear, axis=2)), jax.jit(write_linear_over_devices)
     for _ in range(20):
         chunk = jnp.asarray(random.standard_normal((rows, 1, 7, 2)), jnp.float32)
         filled, start = (jnp.asarray(random.integers(0, most, rows), jnp.int32) for most in (25, 4))

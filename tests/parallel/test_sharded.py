@@ -68,6 +68,8 @@ def _unsharded(cache, model):
         ("context2-tensor4", "streaming_llm"),
         ("context2-tensor4", "dense"),
         pytest.param("data2-fsdp2-tensor2", "pages", marks=pytest.mark.slow),
+        pytest.param("context2-tensor4", "window", marks=pytest.mark.slow),
+        pytest.param("context2-tensor4", "cascade", marks=pytest.mark.slow),
         pytest.param("context2-tensor4", "pages", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "content", marks=pytest.mark.slow),
         pytest.param("data2-fsdp2-tensor2", "scored", marks=pytest.mark.slow),

@@ -17,6 +17,7 @@ from streamjax.field_checks import Size, check_fields
 from streamjax.kv.codecs.slots import CodedSlots, Slots, at_slots
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
+from streamjax.kv.pages.over_devices import shared_scores
 from streamjax.kv.pages.page_scores import score_pages
 from streamjax.kv.tier import Query
 
@@ -94,6 +95,7 @@ def choose_pages(
     always: Bool[Array, "B P"] | None = None,
     held: Int32[Array, " B"] | None = None,
     coarse: Coarse | None = None,
+    over_devices: bool = False,
 ) -> tuple[Int32[Array, "B K n top_k"], Choice]:
     """The pages that each block of queries reads, best first, for each key head; and the same as a rule.
 
@@ -109,10 +111,19 @@ def choose_pages(
       always: pages that come before all others.
       held: pages of each row that hold tokens, the first ones, where that is known: a chunk scores no others.
       coarse: pages elsewhere than in the best runs have a score of -inf.
+      over_devices: the slots lie over the mesh axis `context`, each of whose devices scores its share of the pages.
     """
     heads, total = pages.k.shape[1], pages.position.shape[2]
     by_turns = total > SCORED and query.q.shape[1] > 1 and not query.differentiable
-    if held is None or not by_turns:
+    if over_devices and query.slopes is None and not (shared or index.reads_keys):
+
+        def score(summary: Summary, some: Array, mine: Query) -> Array:
+            own_heads = heads * mine.q.shape[2] // query.q.shape[2]
+            nowhere = jnp.zeros((*some.shape, 1), jnp.uint32)  # positions are for slopes
+            return _scores(own_heads, summary, nowhere, some[..., None], mine, index, block, pool, shared)
+
+        scores = shared_scores(score, summary, pages.valid.any(axis=3), query)
+    elif held is None or not by_turns:
         scores = _scores(heads, summary, pages.position, pages.valid, query, index, block, pool, shared)
     else:
 

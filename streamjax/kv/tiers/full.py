@@ -7,22 +7,29 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.context.exchange import AXIS
 from streamjax.attention.context.merging import merge_over_devices
 from streamjax.attention.rotary import Rotary
-from streamjax.attention.sharded import Names, context_shards, names_of_partial, per_device_call
+from streamjax.attention.sharded import Names, names_of_partial, per_device_call
 from streamjax.field_checks import LATER, Size, check_fields
 from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.slots import CodedSlots, Slots, dense, turned
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.ring_buffer import write_linear
+from streamjax.kv.slots_over_devices import (
+    QUERY,
+    on_several_devices,
+    query_arrays,
+    query_names,
+    query_of,
+    write_linear_over_devices,
+)
 from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
 
-_QUERY: Names = ("batch", None, "heads", None)
 _KEYS: Names = ("batch", "kv_heads", "slots", None)
 
 
@@ -54,8 +61,8 @@ def append(state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]
     taken = jnp.minimum(count, slots - state.filled)
 
     def write(buffer: Any, chunk: Array) -> Any:
-        if _on_several_devices(buffer):
-            return _write_over_devices(buffer, chunk, state.filled, start, taken)
+        if on_several_devices(buffer):
+            return write_linear_over_devices(buffer, chunk, state.filled, start, taken)
         if isinstance(buffer, CodedSlots):
             return buffer.write(chunk, start, taken)
         return write_linear(buffer, chunk, state.filled, start, taken, axis=2)
@@ -101,7 +108,7 @@ class Full(Tier):
         return Stored(k, dense(state.v), state.position, state.valid)
 
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
-        if _on_several_devices(state.k):
+        if on_several_devices(state.k):
             return _attend_over_devices(query, state.k, state.v, state.position, state.filled)
         if kernel_decodes(query, state.k):
             return decode(query, state.k, state.v, state.filled)
@@ -110,38 +117,6 @@ class Full(Tier):
     def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:
         unrotated = self.codec is not None and self.codec.unrotated
         return append(state, tokens.moved(back=True) if unrotated else tokens)
-
-
-def _write_over_devices(
-    buffer: Shaped[Array, "B K S ..."],
-    chunk: Shaped[Array, "B K C ..."],
-    filled: Int32[Array, " B"],
-    start: Int32[Array, " B"],
-    count: Int32[Array, " B"],
-) -> Shaped[Array, "B K S ..."]:
-    """`write_linear` along the slots, of which each device writes its own.
-
-    Left to the compiler, a window that may begin anywhere gathers them all.
-    """
-
-    def own(buffer: Array, chunk: Array, filled: Array, start: Array, count: Array) -> Array:
-        size = buffer.shape[2]
-        first = filled - jax.lax.axis_index(AXIS) * size  # from here on, counted from this device's first slot
-        before = jnp.maximum(-first, 0)  # tokens of the run for devices in front
-        cursor = jnp.clip(first, 0, size)
-        mine = jnp.clip(count - before, 0, size - cursor)
-        return write_linear(buffer, chunk, cursor, start + before, mine, axis=2)
-
-    heads, rest = None if buffer.shape[1] == 1 else "kv_heads", (None,) * (buffer.ndim - 3)
-    slots, tokens, rows = ("batch", heads, "slots", *rest), ("batch", heads, None, *rest), ("batch",)
-    arrays = buffer, chunk, filled, start, count
-    written: Array = per_device_call(own, (slots, tokens, rows, rows, rows), slots, arrays)
-    return written
-
-
-def _on_several_devices(slots: Slots) -> bool:
-    """Whether the mesh splits these slots, which are no codes."""
-    return not isinstance(slots, CodedSlots) and context_shards(slots.shape[2]) > 1
 
 
 def _attend_over_devices(
@@ -156,28 +131,16 @@ def _attend_over_devices(
     What devices exchange is as large as the queries.
     """
 
-    def own(
-        q: Array, at: Array, seen: Array, slopes: Any, back: Any, k: Array, v: Array, position: Array, filled: Any
-    ) -> Partial:
+    def own(*arrays: Any) -> Partial:
+        *of_query, k, v, position, filled = arrays
         size = k.shape[2]
         mine = jnp.clip(filled - jax.lax.axis_index(AXIS) * size, 0, size)
-        here = dataclasses.replace(
-            query,
-            q=q,
-            raw_q=q,
-            position=at,
-            seen=seen,
-            slopes=slopes,
-            back=back,
-            valid=None,
-            sink_logits=None,
-            block=None,
-        )
+        here = query_of(query, *of_query)
         if kernel_decodes(here, k):
             return merge_over_devices(decode(here, k, v, mine))
         return merge_over_devices(here.attend(k, v, position, jnp.arange(size) < mine[:, None, None], filled=mine))
 
-    rows, heads = ("batch", None), None if position.shape[1] == 1 else "kv_heads"
-    names = (_QUERY, rows, rows[:1], ("heads",), rows, _KEYS, _KEYS, ("batch", heads, "slots"), rows[:1])
-    arrays = (query.q, query.position, query.seen, query.slopes, query.back, k, v, position, filled)
-    return per_device_call(own, names, names_of_partial(_QUERY), arrays)
+    heads = None if position.shape[1] == 1 else "kv_heads"
+    names = (*query_names(query), _KEYS, _KEYS, ("batch", heads, "slots"), ("batch",))
+    arrays = (*query_arrays(query), k, v, position, filled)
+    return per_device_call(own, names, names_of_partial(QUERY), arrays)

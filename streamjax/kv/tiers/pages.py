@@ -24,6 +24,7 @@ from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
 from streamjax.kv.pages.host_attention import attend_in_host
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
+from streamjax.kv.pages.over_devices import read_chosen_slots
 from streamjax.kv.pages.selection import (
     Choice,
     Coarse,
@@ -36,8 +37,9 @@ from streamjax.kv.pages.selection import (
 )
 from streamjax.kv.pages.tree_search import tree_search
 from streamjax.kv.pages.union_reading import read_union
-from streamjax.kv.ring_buffer import read_ring, write_ring
-from streamjax.kv.ring_state import RingState, push, write
+from streamjax.kv.ring_buffer import read_ring
+from streamjax.kv.ring_state import RingState, push, read_slots, write, write_slots
+from streamjax.kv.slots_over_devices import on_several_devices
 from streamjax.kv.tier import KVSpec, KVTokens, Query
 from streamjax.kv.tiers.paged import PagedTier
 
@@ -201,10 +203,11 @@ class Pages(PagedTier):
             else:
                 touched = self._run_of(keys, first, most)
         score = None if ring.score is None else self._run_of(ring.score, first, most)
-        fresh = self.index.summarise(touched, self._run_of(ring.held, first, most), score)
+        held = read_ring(self._cut(ring.held), first, most, axis=2)
+        fresh = self.index.summarise(touched, held, score)
         nothing = jnp.zeros_like(first)
         summary = jax.tree.map(
-            lambda stored, new: write_ring(stored, new, first, nothing, jnp.minimum(changed, most), axis=2),
+            lambda stored, new: write_slots(stored, new, first, nothing, jnp.minimum(changed, most)),
             old.summary,
             fresh,
         )
@@ -238,6 +241,8 @@ class Pages(PagedTier):
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k, self.size):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest, self.size)
+            if query.q.shape[1] == 1 and on_several_devices(ring.k):
+                return read_chosen_slots(ring, query, chosen, some, self.size, at_zero=self.distance is not None)
             if self._read_by_host(state, query):
                 return attend_in_host(pages, query, chosen[:, :, 0], None if some is None else some[:, :, 0])
             return read_pages(pages, query, chosen, block, some)
@@ -256,6 +261,7 @@ class Pages(PagedTier):
         return choose_pages(
             pages, summary, query, self.index, self.top_k,
             block=block, pool=self.pool, shared=self.shared, always=newest, held=held, coarse=self.coarse,
+            over_devices=query.q.shape[1] == 1 and on_several_devices(state.tokens.k),
         )  # fmt: skip
 
     def _descend(
@@ -288,7 +294,7 @@ class Pages(PagedTier):
 
     def _run_of(self, x: Array, first: Int32[Array, " B"], count: int) -> Array:
         """So many pages in a row of an array with one entry a slot."""
-        return read_ring(self._cut(x), first, count, axis=2)
+        return self._cut(read_slots(x, first * self.size, count * self.size))
 
     def _cut(self, x: Any) -> Any:
         """The pages of an array with one entry a slot; codes lie in them as they are."""
