@@ -114,8 +114,9 @@ def tiers(cache: sj.kv.Cache) -> str:
 
 
 def papers(text: str) -> str:
-    """Links to the papers whose numbers a preset names."""
-    return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", text))
+    """Links to the papers whose numbers a preset names; where a paper has none, where it appeared."""
+    links = [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\d{4}\.\d{5}", text)]
+    return ", ".join(links) or text.rpartition(", ")[2].partition(" (")[0]
 
 
 def families() -> str:

@@ -41,7 +41,8 @@ def test_a_page_without_the_marks_is_refused():
 @pytest.mark.quick
 @pytest.mark.parametrize("name", sorted(sj.kv.presets()))
 def test_presets_are_in_readme_and_among_the_systems(name):
-    assert f"| `{name}` |" in text("README.md")
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", text("README.md"), re.MULTILINE)
+    assert all(cell.strip() for cell in row.strip("|").split(" | "))
     assert re.search(rf"`{name}`|presets/{name}\.py", text("docs/systems.md"))
 
 
@@ -60,8 +61,14 @@ def test_commands_that_train_are_described():
 
 
 @pytest.mark.quick
-def test_console_scripts_are_described():
-    assert set(re.findall(r"`(streamjax-[a-z-]+)`", text("README.md"))) == set(pyproject["project"]["scripts"])
+@pytest.mark.parametrize("page", ["README.md", "docs/inference.md"])
+def test_console_scripts_are_described(page):
+    assert set(re.findall(r"`(streamjax-[a-z-]+)`", text(page))) == set(pyproject["project"]["scripts"])
+
+
+@pytest.mark.quick
+def test_the_package_of_commands_names_them():
+    assert set(re.findall(r"`(\w+)`", text("infer/__init__.py"))) == set(stems("infer"))
 
 
 @pytest.mark.quick
