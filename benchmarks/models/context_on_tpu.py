@@ -116,7 +116,14 @@ CASES = {
     **_cases(_QWEN, "v6e-64", "fsdp4-context16"),
     **_cases(_LLAMA, "v5p-256", "fsdp8-context32", kept=True),
     **_cases(_LLAMA, "v6e-256", "context32-tensor8", kept=True),
+    **_cases(_LLAMA, "v5p-64", "fsdp8-context8", method="layer"),
+    **_cases(_LLAMA, "v5p-64", "fsdp8-context8", method="chunk"),
+    **_cases(_LLAMA, "v6e-64", "context8-tensor8", method="chunk"),
+    **_cases(_LLAMA, "v6e-256", "fsdp8-context32", method="layer"),
 }
+CASES["llama-v5p-64-fsdp8-context8-layer-host"] = dataclasses.replace(
+    CASES["llama-v5p-64-fsdp8-context8-layer"], offload=True
+)
 
 
 def compile_case(case: Case) -> None:
@@ -225,7 +232,7 @@ def received(text: str) -> dict[str, dict[str, Any]]:
 def ring_floor(case: Case) -> float:
     """Bytes of keys and values that a chip must receive for full attention in a step, by a ring; see the docstring."""
     config, axes = SHAPES[case.model], dict(case.mesh)
-    turns = axes.get("context", 1) - 1
+    turns = 0 if case.method == "chunk" else axes.get("context", 1) - 1
     keys = 2 * LENGTH // (turns + 1) * config.num_kv_heads // axes.get("tensor", 1) * config.head_dim
     return config.num_layers * keys * (turns * (2 if case.kept else 3) * 2 + (turns + 1) * 4) if turns else 0.0
 
@@ -269,7 +276,10 @@ def chosen_row(model: str, chips: str, rows: int) -> dict[str, str]:
     return {
         **first,
         "mesh": " ".join(f"{axis}={size}" for axis, size in found.axes.items() if size > 1),
-        "order": str(found.arguments["method"]) + ", kept" * found.arguments.get("keep_attention", False),
+        "order": str(found.arguments["method"])
+        + ", kept" * found.arguments.get("keep_attention", False)
+        + (f", segment {found.arguments['segment']}" if "segment" in found.arguments else "")
+        + (f", {found.arguments['offload_fraction']:.2g} in the host" if "offload" in found.arguments else ""),
         "GB a chip": f"{found.device_bytes / 1e9:.1f}",
         "seconds": f"{sum(found.seconds.values()):.1f}",
         "of it": ", ".join(f"{name} {found.seconds[name]:.3g}" for name in longest if found.seconds[name] >= 0.01),
@@ -284,7 +294,10 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
         "model": case.model,
         "chips": f"{case.chips} {case.topology.partition(':')[0]}",
         "mesh": " ".join(f"{axis}={size}" for axis, size in case.mesh),
-        "order": case.method + f", {case.exchange}" * (axes.get("context", 1) > 1) + ", kept" * case.kept,
+        "order": case.method
+        + f", {_exchange(case)}" * (axes.get("context", 1) > 1)
+        + ", kept" * case.kept
+        + ", host" * case.offload,
         "tokens a chip": f"{LENGTH // axes.get('context', 1):,}",
         "weights, moments": f"{figures['state'] / 1e9:.1f}",
     }
@@ -310,6 +323,10 @@ def row(name: str, figures: dict[str, Any]) -> dict[str, str]:
         "sent": sent,
         "beside products": covered,
     }
+
+
+def _exchange(case: Case) -> str:
+    return "pipeline" if case.method == "chunk" else case.exchange
 
 
 def write_page(found: dict[str, dict[str, Any]]) -> None:

@@ -7,8 +7,10 @@ of whose devices reads the keys of all. No device talks to another but to gather
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from streamjax.parallel.rules import axes_of, free_spec
 Names = tuple[str | None, ...]  # of dimensions, as in `streamjax.parallel.rules`
 CONTEXT = "context"  # the mesh axis along which devices share sequences
 HEADS = {"heads", "kv_heads"}  # split together or not at all: a key head stays with its query heads
+_STRETCHES: ContextVar[bool] = ContextVar("stretches", default=False)
 
 
 def flash_attention(
@@ -72,7 +75,7 @@ def per_device_call(
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if mesh.size <= 1 or not free:
-        return call(*arrays)
+        return _alone(call)(*arrays)
     splits: dict[str, set[Any]] = {}
     for dims, x in zip(names, arrays, strict=True):
         if x is not None:
@@ -89,17 +92,49 @@ def per_device_call(
     in_specs = tuple(None if x is None else spec(dims) for dims, x in zip(names, arrays, strict=True))
     out_specs = jax.tree.map(spec, out_names, is_leaf=_are_names)
     return jax.shard_map(
-        call, mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        _alone(call), mesh=mesh, axis_names=free, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*arrays)  # fmt: skip
 
 
+@contextlib.contextmanager
+def as_stretches(stretches: bool = True) -> Iterator[None]:
+    """Inside, within `jax.shard_map` over the axis `context`: what layers call sequences are each device's stretches of
+    them, and attention, recurrences and convolutions go over the devices."""
+    token = _STRETCHES.set(stretches)
+    try:
+        yield
+    finally:
+        _STRETCHES.reset(token)
+
+
+def _alone(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, for which what a device has is all there is."""
+
+    def run(*arrays: Any) -> Any:
+        with as_stretches(False):
+            return call(*arrays)
+
+    return run
+
+
 def context_shards(length: int) -> int:
-    """Over how many devices the mesh splits sequences of `length` tokens; 1 within `jax.shard_map` over the axis."""
+    """Over how many devices the mesh splits sequences of `length` tokens.
+
+    Within `jax.shard_map` over the axis that is 1, or with `as_stretches` all devices along it, each of which has
+    `length` tokens.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or CONTEXT in mesh.manual_axes:
+    if mesh.empty:
         return 1
     size: int = mesh.shape.get(CONTEXT, 1)
+    if CONTEXT in mesh.manual_axes:
+        return size if _STRETCHES.get() else 1
     return size if length % size == 0 else 1
+
+
+def are_stretches() -> bool:
+    """Whether this is inside `as_stretches`."""
+    return _STRETCHES.get() and CONTEXT in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def names_of_partial(query: Names) -> Any:

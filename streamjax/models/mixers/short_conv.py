@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.context import exchange
-from streamjax.attention.sharded import context_shards, per_device_call
+from streamjax.attention.sharded import are_stretches, context_shards, per_device_call
 from streamjax.models.parameters import kernel, zeros
 
 
@@ -34,10 +34,7 @@ class ShortConv(nnx.Module):
         them.
         """
         weight, bias = self.weight[...], None if self.bias is None else self.bias[...]
-        shards = context_shards(x.shape[1])
-        if valid is None and shards > 1 and x.shape[1] // shards >= before.shape[1]:
-            return _over_devices(x, before, weight, bias, resets)
-        return _convolve(x, before, weight, bias, valid, resets)
+        return _anywhere(x, before, weight, bias, valid, resets)
 
 
 def one_before(
@@ -48,7 +45,7 @@ def one_before(
 ) -> tuple[Float[Array, "B T G D"], Float[Array, "B 1 G D"]]:
     """For each of T tokens the one before it, and the newest that counts; zeros in front of the first of a document."""
     taps = jnp.zeros((2, *x.shape[2:]), x.dtype).at[0].set(1)
-    return _convolve(x, before, taps, None, valid, resets)
+    return _anywhere(x, before, taps, None, valid, resets)
 
 
 def newest_inputs(
@@ -64,8 +61,23 @@ def newest_inputs(
     taps, found = before.shape[1] + 1, []
     for tap in range(taps):
         one = jnp.zeros((taps, *x.shape[2:]), x.dtype).at[tap].set(1)
-        found.append(_convolve(x, before, one, None, valid, resets))
+        found.append(_anywhere(x, before, one, None, valid, resets))
     return jnp.stack([seen for seen, _ in found], axis=2), found[0][1]
+
+
+def _anywhere(
+    x: Float[Array, "B T G D"],
+    before: Float[Array, "B W G D"],
+    weight: Float[Array, "taps G D"],
+    bias: Float[Array, "G D"] | None,
+    valid: Bool[Array, "B T"] | None,
+    resets: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T G D"], Float[Array, "B W G D"]]:
+    """The convolution of `ShortConv`, also of a sequence whose tokens lie over devices."""
+    shards = context_shards(x.shape[1])
+    if valid is None and shards > 1 and (are_stretches() or x.shape[1] // shards >= before.shape[1]):
+        return _over_devices(x, before, weight, bias, resets)
+    return _convolve(x, before, weight, bias, valid, resets)
 
 
 def _over_devices(

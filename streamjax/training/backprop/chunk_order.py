@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator, add_sink_logits
 from streamjax.kv.layer_caches.recurrence import RecurrentState
@@ -147,9 +147,18 @@ class LayerGroup(NamedTuple):
         d_remembered: Memories,
         i: Any,
         sequence: ChunkedSequence,
+        counts: Bool[Array, ""] | None = None,
     ) -> tuple[Chunk, list[Block], Buffers, Memories]:
-        """Chunk i back through the layers: cotangent of its input, and the kinds of gradients with its part added."""
+        """Chunk i back through the layers: cotangent of its input, and the kinds of gradients with its part added.
+
+        counts: whether the gradients of parameters get the chunk's part; None: they do.
+        """
         rows, d_remembered = self.rows, dict(d_remembered)
+
+        def summed(grads: list[Block], row: Any, position: int, new: Block) -> list[Block]:
+            if counts is not None:
+                new = jax.tree.map(lambda x: jnp.where(counts, x, 0), new)
+            return rows.put(grads, row, position, add(rows.take(grads, row, position), new))
 
         def row(row: Any, carry: tuple[Chunk, list[Block], Buffers]) -> tuple[Chunk, list[Block], Buffers]:
             d_x, grads, d_keys = carry
@@ -171,7 +180,7 @@ class LayerGroup(NamedTuple):
                     if source is not None and d_memory is not None:
                         d_remembered[source] = d_memory
                     d_keys[index] = Held(d_held)
-                    grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
+                    grads = summed(grads, row, position, new)
                     continue
                 assert isinstance(held, KVBuffer)
                 assert isinstance(d_held, KVBuffer)
@@ -190,7 +199,7 @@ class LayerGroup(NamedTuple):
                 if source is not None and d_memory is not None:
                     d_remembered[source] = d_memory
                 d_keys[index] = Held(store.close(d_held, opened, place), d_states)
-                grads = rows.put(grads, row, position, add(rows.take(grads, row, position), new))
+                grads = summed(grads, row, position, new)
             return d_x, grads, d_keys
 
         return *rows.loop_back(0, rows.count, row, (d_x, grads, d_keys)), d_remembered

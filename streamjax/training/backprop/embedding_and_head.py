@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -127,10 +126,10 @@ def objective_of_chunks(
     """
     if stats is None:
         return None, objective, sequence
-    whole = TokenStats(*(rearrange(x, "n b c -> b (n c)")[:, : sequence.length] for x in stats))
+    whole = TokenStats(*map(sequence.joined, stats))
     loss, slopes = jax.value_and_grad(objective.loss)(whole, sequence.whole)
     prepared = Linear.prepared(sequence.whole["targets"], slopes)
-    return loss, Linear(), sequence.with_prepared(prepared)
+    return sequence.once(loss), Linear(), sequence.with_prepared(prepared)
 
 
 def embed_backward(

@@ -11,37 +11,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from streamjax.attention.sharded import CONTEXT
 from streamjax.models.decoder import Decoder
-from streamjax.parallel.rules import axes_of, free_spec, partition_spec
+from streamjax.models.layer_stacking import with_layers
+from streamjax.parallel.rules import axes_of, constrain, free_spec, partition_spec
 from streamjax.training.backprop.trainable_parameters import is_parameter
 from streamjax.training.objectives.objective import Batch
 
 Tree = TypeVar("Tree")
+Shared = Literal["stretches", "stages"]  # what the devices along `context` have each: of sequences, or of the layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The dimensions of a parameter that mesh axes split, counted from the last one (-1); None: not split.
 
-    expert: each device keeps its own part, and the gradient of that part is complete along this axis.
+    expert, context: each device keeps its own part, and the gradient of that part is complete along this axis.
     """
 
     fsdp: int | None = None
     expert: int | None = None
+    context: int | None = None
 
 
 class Reduction:
     """How parameters that are split over mesh axes become whole, and gradients of whole ones become split.
 
     Args:
-      axes: mesh axes over which the rows of the batch are split; without any nothing has to be done.
+      axes: mesh axes over which the batch is split; without any nothing has to be done.
     """
 
     def __init__(self, axes: tuple[str, ...] = ()):
@@ -82,6 +86,7 @@ def over_rows(
     prepared: Batch,
     trained: Decoder,
     together: int = 1,
+    shared: Shared | None = None,
 ) -> tuple[Float[Array, ""], Decoder]:
     """`compute(model, batch, prepared, split, reduction)`, by hand over the axes of the mesh that split the batch.
 
@@ -90,19 +95,27 @@ def over_rows(
       model, batch, prepared: whole.
       trained: the parameters that get a gradient.
       together: consecutive rows that must lie on one device, because the loss is a sum over groups of so many.
+      shared: what is by hand along `context` too. Each device along it gets its rows whole, and works on its stretch of
+        them, or is a stage with a part of the stacked layers, whose gradients it returns. None: the axis is the
+        compiler's.
     """
     mesh, rows = jax.sharding.get_abstract_mesh(), batch["tokens"].shape[0]
     axes = () if mesh.empty or rows % together else batch_axes(mesh, rows // together)
-    if not axes:
+    if not axes and shared is None:
         return compute(model, batch, prepared, None, Reduction())
+    rows_axes, axes = axes, (*axes, *([CONTEXT] if shared else []))
     split = split_dimensions(model, mesh, axes)
+    if shared == "stages":
+        split = _staged(model, split)
 
     def specs(tree: Decoder) -> Decoder:
         return jax.tree.map(lambda x, split: _spec(x.ndim, split), tree, keep_like(split, tree))
 
     def row_specs(arrays: Batch) -> dict[str, PartitionSpec]:
         split_rows = {name: x.ndim > 0 and x.shape[0] == rows for name, x in arrays.items()}
-        return {name: PartitionSpec(axes) if is_split else PartitionSpec() for name, is_split in split_rows.items()}
+        return {
+            name: PartitionSpec(rows_axes) if is_split else PartitionSpec() for name, is_split in split_rows.items()
+        }
 
     manual = jax.shard_map(
         lambda model, batch, prepared: compute(model, batch, prepared, split, Reduction(axes)),
@@ -112,7 +125,8 @@ def over_rows(
         out_specs=(PartitionSpec(), specs(trained)),
         check_vma=False,
     )
-    return manual(model, batch, prepared)
+    loss, grads = manual(model, batch, prepared)
+    return loss, jax.tree.map(_as_parameter, grads, is_leaf=is_parameter) if shared == "stages" else grads
 
 
 def batch_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
@@ -129,6 +143,22 @@ def split_dimensions(model: Decoder, mesh: AbstractMesh, axes: tuple[str, ...]) 
         return jax.tree.map(lambda _: Split(**found), variable)
 
     return jax.tree.map(dimensions, model, is_leaf=is_parameter)
+
+
+def _as_parameter(grad: nnx.Variable) -> nnx.Variable:
+    """A gradient where its parameter lies: gathered here, and not within `jax.shard_map`, where the compiler would
+    gather it along its own axes too."""
+    return jax.tree.map(lambda x: constrain(x, *grad.get_metadata("axes")), grad)
+
+
+def _staged(model: Decoder, split: Decoder) -> Decoder:
+    """`split` with stacked layers split along `context` too."""
+
+    def stage(x: Array, split: Split) -> Split:
+        return dataclasses.replace(split, context=-x.ndim)
+
+    stack = [jax.tree.map(stage, block, own) for block, own in zip(model.stack, split.stack, strict=True)]
+    return with_layers(split, stack, list(split.layers))
 
 
 def keep_like(tree: Tree, other: Tree) -> Tree:

@@ -18,6 +18,8 @@ from streamjax.models.block import Block
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.parallel.rules import constrain
 from streamjax.training.backprop.chunk_attention import attend, attention_blocks, gradients
+from streamjax.training.backprop.context.stretch import Stretch
+from streamjax.training.backprop.context.stretch_passes import stretch_backward, stretch_forward
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.sequence_chunks import (
     ChunkedSequence,
@@ -113,6 +115,8 @@ def layer_forward(
     `memory`: the pages that the layer reads. A layer that makes them fills them in, unless they are `known`. Third is
     what attention to tokens found, [N, B, C, ...], for a layer that attends and if it is to `keep` it.
     """
+    if isinstance(sequence, Stretch):
+        return stretch_forward(block, x, sequence), None, None
     if isinstance(block.mixer, RecurrentMixer):
         return *recurrent_forward(block, x, sequence, memory, known), None
     blocks = attention_blocks(block, sequence.chunk_size, sequence.block_k)
@@ -168,6 +172,8 @@ def layer_backward(
     gradients from the layers above, to which the layer's are added. `found`: what attention found of each chunk, if
     that was kept.
     """
+    if isinstance(sequence, Stretch):
+        return *stretch_backward(params, rest, inputs, d_y, sequence, options), None
     block = combine(params, rest)
     if isinstance(block.mixer, RecurrentMixer):
         return recurrent_backward(params, rest, inputs, d_y, sequence, options, memory, d_memory)

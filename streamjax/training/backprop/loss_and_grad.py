@@ -25,6 +25,8 @@ from streamjax.models.config import ExpertsConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.handed_on.learned_bounds import table_gradient, with_bounds
 from streamjax.training.backprop import chunk_order, layer_order
+from streamjax.training.backprop.context import chunk_pipeline
+from streamjax.training.backprop.context.stretch import Stretch
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.gradient_options import GradientOptions
 from streamjax.training.backprop.gradient_reduction import batch_axes, over_rows
@@ -32,6 +34,7 @@ from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.planning.host_transfers import Rates, hidden_fraction
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, split_evenly
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS, Choice, choose, device_memory_bytes
+from streamjax.training.backprop.planning.shared_sequences import NOTHING_KEPT, even_chunk, how_shared
 from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
@@ -215,7 +218,6 @@ def choice_for(
         model.config,
         batch_size=rows // math.prod(axes[name] for name in split),
         length=length // shards,
-        whole_sequences=shards > 1,
         memory_bytes=memory_bytes,
         platform=jax.default_backend(),
         stacked=len(model.stack) > 0,
@@ -270,13 +272,24 @@ def _loss_and_grad(
     model = with_bounds(model)
     params, rest = partition(model, options.trainable)
     if method in ("layer", "chunk"):
-        order = layer_order if method == "layer" else chunk_order
+        order = layer_order.loss_and_grad if method == "layer" else chunk_order.loss_and_grad
+        length = batch["tokens"].shape[1]
+        devices = context_shards(length)
+        shared = how_shared(model.config, len(model.stack) > 0, method, devices)
+        if shared is not None:
+            chunk_size = even_chunk(length, chunk_size, devices)
+            if options.keep_attention:
+                raise ValueError(NOTHING_KEPT)
+        if shared == "stages":
+            order = chunk_pipeline.loss_and_grad
 
         def compute(model: Decoder, batch: Batch, prepared: Batch, split: Any, reduction: Any) -> Any:
             sequence = ChunkedSequence.cut(batch, prepared, chunk_size)
-            return order.loss_and_grad(model, sequence, objective, options, split, reduction)
+            if shared == "stretches":
+                sequence = Stretch.of(sequence, options.context_exchange)
+            return order(model, sequence, objective, options, split, reduction)
 
-        value, grads = over_rows(compute, model, batch, prepared, params, objective.rows)
+        value, grads = over_rows(compute, model, batch, prepared, params, objective.rows, shared)
         return value, table_gradient(stored, grads)
 
     def loss(params: Decoder) -> Array:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import accumulator
@@ -73,6 +74,14 @@ class ChunkedSequence:
         """Which tokens count for an objective; None: all, for what it says."""
         found = objective.counted(self.whole)
         return None if found is None else cut_blocks(found, self.chunk_size)
+
+    def joined(self, x: Array) -> Array:
+        """What there is for each token, [N, B, C], of all tokens, [B, T]."""
+        return rearrange(x, "n b c -> b (n c)")[:, : self.length]
+
+    def once(self, loss: Float[Array, ""]) -> Float[Array, ""]:
+        """A loss of all tokens, as this device's part of a sum over those that share the sequences."""
+        return loss
 
     @property
     def count(self) -> int:

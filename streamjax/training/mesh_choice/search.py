@@ -13,6 +13,7 @@ from streamjax.training.backprop.planning.method_choice import (
     WHOLE_METHODS,
     best_or_closest,
 )
+from streamjax.training.backprop.planning.shared_sequences import why_not_shared
 from streamjax.training.mesh_choice.chips import Chip
 from streamjax.training.mesh_choice.step_costs import AXES, Work, step_seconds
 
@@ -90,8 +91,8 @@ def choose_mesh(
     best: MeshChoice | None = None
     closest: tuple[int, Mapping[str, int]] | None = None
     for axes in meshes(config, devices, rows // microbatches, length):
-        whole = axes["context"] > 1
-        if whole and method not in (*WHOLE_METHODS, "auto"):
+        cuts = axes["context"] > 1 and method not in (*WHOLE_METHODS, "auto")
+        if cuts and why_not_shared(config, stacked, method, axes["context"]):
             continue
         shards = axes["fsdp"] * axes["tensor"]
         moments = int(trained * _MOMENTS * config.parameter_count / shards)
@@ -104,7 +105,6 @@ def choose_mesh(
             chip.host_bytes,
             batch_size=rows // microbatches // (axes["data"] * axes["fsdp"]),
             length=length // axes["context"],
-            whole=whole,
             stacked=stacked,
             platform=platform,
             dtype=dtype,
@@ -149,12 +149,12 @@ def choose_mesh(
 
 
 def _fitting(
-    config: ModelConfig, method: str, memory_bytes: int, host_bytes: float, *, whole: bool, **known: Any
+    config: ModelConfig, method: str, memory_bytes: int, host_bytes: float, **known: Any
 ) -> tuple[Mapping[str, Any], Memory, bool]:
     """Arguments of `loss_and_grad`, what they need, and whether that is there."""
     if method == "auto":
         known = {"chunk_size": None, **known}
-        found, fits = best_or_closest(config, memory_bytes=memory_bytes, whole_sequences=whole, **known)
+        found, fits = best_or_closest(config, memory_bytes=memory_bytes, **known)
         if found.memory.host_bytes <= host_bytes:
             return found.arguments, found.memory, fits
         method = "remat"  # does not fit, or it had been taken; for the message

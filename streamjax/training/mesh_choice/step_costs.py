@@ -125,8 +125,14 @@ def step_seconds(
     linear = max(linear, read)
 
     size = (work.layers + work.ends) / tensor
-    # The chunk order has every layer anew for each chunk.
-    times = microbatches * (math.ceil(length / DEFAULT_CHUNK) if method == "chunk" else 1)
+    chunks = math.ceil(length / DEFAULT_CHUNK)
+    staged = method == "chunk" and context > 1  # each device along context has a part of the layers
+    if staged:
+        idle = (chunks + context - 1) / chunks
+        linear, attention = linear * idle, attention * idle
+        size = (work.layers / context + work.ends) / tensor
+    # The chunk order has every layer anew for each chunk, but a stage's, which are few.
+    times = microbatches * (chunks if method == "chunk" and not staged else 1)
     gathers = times * 2 * _ITEM * size * (fsdp - 1) / fsdp
     gather = crossing("fsdp", gathers, 2.0 * times * work.count)
     scatter = crossing("fsdp", microbatches * _WIDE * size * (fsdp - 1) / fsdp, microbatches * work.count)
@@ -135,7 +141,11 @@ def step_seconds(
     ring = crossing(
         "context", own * ((context - 1) * (rounds + 2) + context * 2), float(rounds * microbatches * work.count)
     )
-    laid = 8 * _ITEM * tokens * work.heads / tensor * min(1, context - 1)
+    stages = 0.0
+    if staged:  # activations and their cotangents, to the next stage and to the devices that have the ends
+        handed = 6.0 * _ITEM * rows * length / (data * fsdp) * work.width
+        ring, stages = 0.0, crossing("context", handed, 6.0 * microbatches * chunks / (context - 1))
+    laid = 8 * _ITEM * tokens * work.heads / tensor * min(1, context - 1) * (not staged)
     zigzag = crossing("context", laid, 8.0 * microbatches * work.count / max(1, context - 1))
     summed = 2 * _WIDE * size / fsdp * microbatches
     reduce = sum(crossing(name, summed * (axes[name] - 1) / axes[name], 2.0) for name in ("data", "context"))
@@ -146,6 +156,7 @@ def step_seconds(
         "ring beyond attention": max(0.0, ring - attention),
         "gathered weights": gather,
         "zigzag": zigzag,
+        "stages": stages,
         "gradients": scatter + reduce,
         "tensor": crossing("tensor", sums, 6.0 * microbatches * work.count),
     }

@@ -19,7 +19,9 @@ from streamjax.models.lora.adapters import LoRAParam
 from streamjax.models.lora.attaching import check_lora
 from streamjax.models.rounding import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free, check_keeping
+from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
+from streamjax.training.backprop.planning.shared_sequences import NOTHING_KEPT, even_chunk, why_not_shared
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.diloco.config import DiLoCoConfig
 from streamjax.training.distillation.config import DistillConfig
@@ -389,8 +391,11 @@ class TrainConfig:
                 given = 'mesh "auto"' if self.mesh == "auto" else f"mesh.{name} {getattr(self.mesh, name)}"
                 raise ValueError(f"{say} {given} does not go with it: give mesh.data, mesh.fsdp or mesh.tensor")
 
-    def check_context(self, devices: int) -> None:
-        """Raise ValueError for what cannot be trained with sequences over so many devices along `mesh.context`."""
+    def check_context(self, devices: int, model: ModelConfig | UniformConfig | None = None) -> None:
+        """Raise ValueError for what cannot be trained with sequences over so many devices along `mesh.context`.
+
+        model: what a folder says of a pretrained one; None: that is not known yet.
+        """
         if devices <= 1:
             return
         if self.data.seq_len % devices:
@@ -398,17 +403,20 @@ class TrainConfig:
                 f"data.seq_len {self.data.seq_len} is not a multiple of mesh.context {devices}: each device along it "
                 "has an equal part of every sequence"
             )
-        method = self.backprop.method
-        if method not in (*WHOLE_METHODS, "auto"):
-            raise ValueError(
-                f"backprop.method {method!r} cuts sequences, which mesh.context {devices} spreads over devices: use "
-                '"remat" or "full", whose memory a device grows with its own tokens only'
-            )
         if self.backprop.carry_state:
             raise ValueError(
                 f"backprop.carry_state reads streams in chunks, and mesh.context {devices} splits whole sequences: "
                 "use the other mesh axes"
             )
+        method, model = self.backprop.method, model or self.model
+        if method in (*WHOLE_METHODS, "auto"):
+            return
+        refused = None if model is None else why_not_shared(model, self.scan_layers, method, devices)
+        if refused is not None:
+            raise ValueError(refused)
+        if self.backprop.keep_attention:
+            raise ValueError(NOTHING_KEPT)
+        even_chunk(self.data.seq_len, self.backprop.chunk_size or DEFAULT_CHUNK, devices)
 
     def _check_streams(self) -> None:
         if self.data.packing != "streams":

@@ -137,6 +137,7 @@ class _Run:
         config.check_context(1 if self.mesh is None else self.mesh.shape["context"])  # -1 is a number now
         self.schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.state = initial_state(config, self.tokenizer, self.mesh)
+        config.check_context(1 if self.mesh is None else self.mesh.shape["context"], self.state.model.config)
         with self.on_mesh():
             self.feed = make_feed(config, self.tokenizer, self.state.model, self.mesh, workdir)
         if config.diloco.replicas:

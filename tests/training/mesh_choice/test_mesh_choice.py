@@ -14,6 +14,7 @@ from streamjax.data import DataConfig
 from streamjax.models.config import UniformConfig, expanded
 from streamjax.models.files.description import describe_model
 from streamjax.training import MeshConfig, TrainConfig, apply_overrides, chip_of, choose_mesh, estimate
+from streamjax.training.backprop.planning.method_choice import choose
 from streamjax.training.mesh_choice.step_costs import AXES, Work, step_seconds
 from streamjax.training.run.loop import _Run
 
@@ -55,8 +56,10 @@ def test_one_long_row_is_shared():
     assert axes["context"] > axes["tensor"] > 1  # its weights must be split too
 
 
-def test_orders_that_cut_sequences_go_without_context():
-    assert axes_of(LLAMA, 64, V5P, rows=8, length=2**17, method="chunk")["context"] == 1
+def test_stages_are_of_stacked_layers():
+    known = {"rows": 8, "length": 2**17, "method": "chunk"}
+    assert axes_of(LLAMA, 64, V5P, **known)["context"] > 1
+    assert axes_of(LLAMA, 64, V5P, **known, stacked=False)["context"] == 1
 
 
 @pytest.mark.parametrize(
@@ -82,9 +85,9 @@ def test_what_the_compiler_fits_is_taken():
 
 
 def test_what_fits_nowhere_is_told_in_a_line():
-    message = r'^mesh "auto": 1 x 1048576 tokens fit 64 devices in no way; closest: context=\d+ tensor=\d+, estimated'
+    message = r'^mesh "auto": 1 x 16777216 tokens fit 64 devices in no way; closest: context=\d+ tensor=\d+, estimated'
     with pytest.raises(ValueError, match=message) as error:
-        choose_mesh(LLAMA, 64, V6E, rows=1, length=2**20)
+        choose_mesh(LLAMA, 64, V6E, rows=1, length=2**24)
     assert "\n" not in str(error.value)
 
 
@@ -183,3 +186,24 @@ def test_a_model_on_disk_tells_what_it_is(tmp_path):
         assert (found.d_model, found.blocks[0].mlp, found.num_layers) == (32, model.config.blocks[0].mlp, 1)
     with pytest.raises(ValueError, match=r"no model at .*nothing: neither config.json"):
         describe_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("method", "offload", "gigabytes"), [("layer", None, 72.6), ("layer", "host", 38.3), ("chunk", None, 83.0)]
+)
+def test_the_memory_of_orders_over_context_is_about_the_compilers(method, offload, gigabytes):
+    """As above, on fsdp=8 context=8."""
+    parts = {"batch_size": 1, "length": 2**17, "method": method, "offload": offload, "param_dtype": "float32"}
+    gradient = estimate(LLAMA, **parts, shards=8, context=8).device_bytes
+    assert 0.97 * gigabytes < (gradient + LLAMA.parameter_count) / 1e9 < 1.1 * gigabytes
+
+
+def test_orders_are_chosen_for_shared_sequences_that_they_can_cut():
+    """Less memory than `remat` needs: what is taken is what the mesh allows, and a prime stretch stays whole."""
+    known = {"batch_size": 1, "memory_bytes": 80 * 10**9, "param_dtype": "float32", "shards": 8, "context": 8}
+    found = choose(LLAMA, length=2**17, **known).arguments
+    assert found == {"method": "layer", "chunk_size": 2048}
+    prime = choose(LLAMA, length=131_071, **{**known, "memory_bytes": 110 * 10**9}).arguments
+    assert prime == {"method": "remat"}
+    with pytest.raises(ValueError, match="no backprop method fits 1 x 131071 tokens"):
+        choose(LLAMA, length=131_071, **known)

@@ -104,7 +104,10 @@ def test_errors_are_one_line_that_says_what_to_do(argument, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["backprop.method=layer"], r"backprop.method 'layer' cuts sequences, which mesh.context 4 .*: use \"remat\""),
+        (
+            ["backprop.method=chunk"],
+            r"backprop.method .chunk. with mesh.context 4 deals layers out .*: set scan_layers=True",
+        ),
         (["data.packing=streams", "backprop.carry_state=true"], r"backprop.carry_state reads .* mesh.context 4 splits"),
     ],
 )

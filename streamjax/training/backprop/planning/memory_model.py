@@ -345,13 +345,11 @@ class _Terms:
             "attention found": self.found(self.padded - moved),
         }
         head = self.sums("head", self.end_parameters, self.grad)
-        slots = self.whole_slots()
         layers = {
             **kept,
             **head,
             "inputs computed again": again * self.states(self.padded),
-            "keys and values": self.key_values(slots, self.item),
-            "keys' gradients": self.key_values(slots, self.kv_grad),
+            **self.visible(),
             **self.sums("layer", self.layer_parameters, self.grad),
             **self.part("layer", self.layer_parameters),
             **self.work(self.chunk),
@@ -365,7 +363,45 @@ class _Terms:
         host = away * self.states(moved) + self.found(moved)
         return both, [{**kept, **head, **self.logits()}, layers, {**head, **ends}], host
 
+    def visible(self) -> Parts:
+        """What chunks of one layer need of each other."""
+        if self.context == 1:
+            slots = self.whole_slots()
+            return {
+                "keys and values": self.key_values(slots, self.item),
+                "keys' gradients": self.key_values(slots, self.kv_grad),
+            }
+        mixers = [dataclasses.replace(block, mlp=None) for block in self.kinds]  # over a stretch at once
+        sizes = self.config.d_model, self.batch * self.length, self.item, self.wide
+        work = max(working_bytes(mixer, *sizes) for mixer in mixers) // self.tensor
+        return {"ring's work": max(work, *self.ring().values(), 0)}
+
+    def stages(self) -> Order:
+        """The chunk order with the layers dealt out to the devices along `context`."""
+        whole = self.length * self.context
+        chunk = min(self.chunk, self.length)
+        stores = [(block, make_store(block.mixer, chunk, math.ceil(whole / chunk))) for block in self.config.blocks]
+        layers = self.config.num_layers * self.layer_parameters // self.context
+        always = self.always()
+        gradients = {"gradients": always.pop("gradients")}
+        ticks = {
+            **self.gathered_ends(),
+            "stage's weights": layers * self.param if self.shards > self.tensor else 0,
+            "keys and values": sum(self.stored(*pair, False, self.item) for pair in stores) // self.context,
+            "keys' gradients": sum(self.stored(*pair, True, self.kv_grad) for pair in stores) // self.context,
+            "chunk's inputs": self.config.num_layers * self.states(chunk) // self.context,
+            "stage's inputs": self.states(whole),
+            "hidden states": 2 * self.states(self.length),
+            **self.sums("all", layers + self.end_parameters, self.grad),
+            **self.part("layer", self.layer_parameters),
+            **self.work(chunk),
+        }
+        end = {**gradients, **self.sums("all", layers + 2 * self.end_parameters, self.grad)}
+        return always, [ticks, end], 0
+
     def chunks(self) -> Order:
+        if self.context > 1:
+            return self.stages()
         stores = [(block, make_store(block.mixer, self.chunk, self.count)) for block in self.config.blocks]
         apart = self.grad != self.param or self.shards > 1  # else the sums are the result
         sums = self.sums("all", self.config.parameter_count // self.tensor, self.grad)

@@ -13,6 +13,7 @@ import jax
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.training.backprop.planning.layer_bytes import found_numbers
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, Memory, estimate
+from streamjax.training.backprop.planning.shared_sequences import divides, why_not_shared
 
 HEADROOM = 0.9  # share of the memory that an estimate may fill; most are right within 10%
 UNSTACKED_HEADROOM = (
@@ -49,7 +50,6 @@ def choose(
     chunk_size: int | None = None,
     platform: str = "tpu",
     stacked: bool = True,
-    whole_sequences: bool = False,
     **known: Any,
 ) -> Choice:
     """The fastest way to take the gradient of a batch that fits in the memory.
@@ -63,7 +63,6 @@ def choose(
       config, batch_size, length, platform, stacked, known: as for `estimate`; rows and tokens on one device.
       memory_bytes: of one device, all that the step may use: parameters and gradients are part of it.
       chunk_size: tokens of a chunk where a method cuts the sequence; as in `loss_and_grad` where None.
-      whole_sequences: only methods that do not cut the sequence, because several devices share one.
 
     Raises:
       ValueError: nothing fits; the message has what comes closest.
@@ -76,7 +75,6 @@ def choose(
         chunk_size=chunk_size,
         platform=platform,
         stacked=stacked,
-        whole_sequences=whole_sequences,
         **known,
     )
     if fits:
@@ -97,7 +95,6 @@ def best_or_closest(
     chunk_size: int | None,
     platform: str,
     stacked: bool,
-    whole_sequences: bool,
     **known: Any,
 ) -> tuple[Choice, bool]:
     """What `choose` takes and True; where nothing fits, what needs the least memory and False."""
@@ -105,7 +102,7 @@ def best_or_closest(
     size = min(chunk_size or DEFAULT_CHUNK, length)
     closest: Choice | None = None
     for arguments in _candidates(config, size, math.ceil(length / size), platform, stacked):
-        if whole_sequences and arguments["method"] not in WHOLE_METHODS:
+        if not _shares(config, arguments, length, stacked, known.get("context", 1)):
             continue
         memory = estimate(
             config, batch_size=batch_size, length=length, platform=platform, stacked=stacked, **arguments, **known
@@ -117,6 +114,16 @@ def best_or_closest(
             closest = found
     assert closest is not None
     return closest, False
+
+
+def _shares(config: ModelConfig, arguments: Mapping[str, Any], length: int, stacked: bool, devices: int) -> bool:
+    """Whether so many devices can share sequences, of which each has `length` tokens, with these arguments."""
+    method = arguments["method"]
+    if devices == 1 or method in WHOLE_METHODS:
+        return True
+    if arguments.get("keep_attention") or why_not_shared(config, stacked, method, devices):
+        return False
+    return divides(length, arguments["chunk_size"])
 
 
 def _candidates(

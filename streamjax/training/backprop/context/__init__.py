@@ -1,0 +1,1 @@
+"""Chunked backprop where devices along the mesh axis `context` share sequences."""
