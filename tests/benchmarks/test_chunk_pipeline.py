@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.training.chunk_pipeline import schedule
+from benchmarks.backprop.chunk_pipeline import schedule
 from streamjax.training.backprop.context.chunk_pipeline import ticks
 
 

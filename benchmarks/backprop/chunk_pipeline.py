@@ -1,6 +1,6 @@
 """The chunk order as a pipeline over the mesh axis `context`: how long its devices idle, and what they hold.
 
-    python -m benchmarks.training.chunk_pipeline
+    python -m benchmarks.backprop.chunk_pipeline
 
 Llama-3.1-8B, all layers, one sequence, backprop chunks of 2,048 tokens. `ticks` is how many chunk's times one way
 through the stages takes, counted on a schedule in which a chunk goes on to the next device once it is through and
@@ -67,4 +67,4 @@ def rows() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    report("training/chunk_pipeline", rows())
+    report("backprop/chunk_pipeline", rows())
