@@ -85,9 +85,9 @@ def test_what_the_compiler_fits_is_taken():
 
 
 def test_what_fits_nowhere_is_told_in_a_line():
-    message = r'^mesh "auto": 1 x 16777216 tokens fit 64 devices in no way; closest: context=\d+ tensor=\d+, estimated'
+    message = r'^mesh "auto": 1 x 4194304 tokens fit 64 devices in no way; closest: context=\d+ tensor=\d+, estimated'
     with pytest.raises(ValueError, match=message) as error:
-        choose_mesh(LLAMA, 64, V6E, rows=1, length=2**24)
+        choose_mesh(LLAMA, 64, V6E, rows=1, length=2**22)
     assert "\n" not in str(error.value)
 
 
