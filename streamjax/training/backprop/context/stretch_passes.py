@@ -80,33 +80,41 @@ def stretch_backward(
 
 def before_mixing(block: Block, x: Float[Array, "B C E"], sequence: Stretch, i: Any) -> Any:
     """What the mixers read of chunk i, token by token: queries, keys and values, or the mixer's input, or all four."""
-    read = () if isinstance(block.mixer, RecurrentMixer) else block.project(x, sequence.context(i))
+    read: tuple[Array, ...] = ()
+    if not isinstance(block.mixer, RecurrentMixer):
+        read = block.project(x, sequence.context(i))
     return read if read and block.beside is None else (*read, block.mixer_input(x))
 
 
 def mix(block: Block, read: Any, sequence: Stretch) -> Any:
     """What the mixers make of a stretch, from what they read of its chunks: the heads' outputs, what a recurrent mixer
     gives, or both."""
-    found, context = [], sequence.all_chunks()
-    *attended, beside = map(_joined, read) if len(read) != 3 else (*map(_joined, read), None)
+    found: list[Any] = []
+    attended: list[Any] = [_joined(x) for x in read]
+    context = sequence.all_chunks()
+    beside = None if len(attended) == 3 else attended.pop()
     with as_stretches():
         if attended:
+            q, k, v = attended
             config = block.attention.config
             heads = sequence_attention(
-                *attended,
+                q,
+                k,
+                v,
                 config.pattern,
                 scale=config.softmax_scale,
                 segment_ids=context.segment_ids,
                 softcap=config.softcap,
                 slopes=block.attention.slopes(),
-                sink_logits=block.attention.sinks(),
+                sink_logits=block.attention.learned_sinks(),
                 exchange=context.exchange,
             )
             # Without a gate, what is behind rounds it as its first step.
             gated = getattr(config, "output_gate", False)
-            found.append(heads if gated else heads.astype(attended[0].dtype))
+            found.append(heads if gated else heads.astype(q.dtype))
         if beside is not None:
             recurrent = block.mixer if block.beside is None else block.beside
+            assert isinstance(recurrent, RecurrentMixer)
             found.append(recurrent.parallel(beside, context))
     return tuple(_cut(x, sequence) for x in found)
 
