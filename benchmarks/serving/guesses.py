@@ -2,15 +2,15 @@
 
     python -m benchmarks.serving.guesses --model=FOLDER --heads hydra.safetensors    # 2 idle cores: some 15 minutes
 
-SmolLM2-135M-Instruct in float32 under 4 sinks and a window of 508 tokens answers greedily through its own template:
-all requests are a text that is to be said again (`repeated`), or questions (`chat`), or half of both (`mixed`), and
-come at one moment. The engine has as many rows as requests come. Who guesses are n-grams, and trained heads by the
-names of their files (`python -m train.draft_heads`; the note says what they were trained on). Guesses rest where they
-cost more than they bring; `always` they do not (`sj.Engine(draft_cost=1)`). `a pass`: tokens of a row
-that runs, in the mean. `right`: of the tokens that were guessed and read. `CPU ms`: of all threads, a token, prompts
-included, the median of the turns; `over plain`: that of the engine without guesses by these, the median of turns in one
-process. `same`: answers that are equal to those without guesses. Rows are written as they come, and a run that was
-ended goes on behind them.
+SmolLM2-135M-Instruct in float32 under 4 sinks and a window of 508 tokens answers greedily through its own template: all
+requests are a text that is to be said again (`repeated`), or questions (`chat`), or half of both (`mixed`), and come at
+one moment. The engine has as many rows as requests come, and is new each time: it has to find out what passes take, and
+rows whose answers are over stay empty. Who guesses are n-grams, and trained heads by the names of their files (`python
+-m train.draft_heads`; the note says what they were trained on). Guesses rest where they cost more than they bring;
+`always` they do not (`sj.Engine(draft_cost=1)`). `a pass`: tokens of a row that runs, in the mean. `right`: of the
+tokens that were guessed and read. `CPU ms`: of all threads, a token, prompts included, the median of the turns; `over
+plain`: that of the engine without guesses by these, the median of turns in one process. `same`: answers that are equal
+to those without guesses. Rows are written as they come, and a run that was ended goes on behind them.
 """
 
 from __future__ import annotations

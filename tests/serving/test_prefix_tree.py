@@ -19,8 +19,8 @@ def state(nbytes: int = 8) -> ParkedState:
 class PlainTree:
     """The same by looking at all prompts and all states each time."""
 
-    def __init__(self, budget: int, alpha: float):
-        self.budget, self.alpha, self.clock = budget, alpha, 0
+    def __init__(self, budget: int, alpha: float, passed_first: bool):
+        self.budget, self.alpha, self.passed_first, self.clock = budget, alpha, passed_first, 0
         self.prompts: list[tuple[int, ...]] = []
         self.used: dict[tuple[int, ...], int] = {}
         self.states: dict[tuple[int, ...], ParkedState] = {}
@@ -42,9 +42,6 @@ class PlainTree:
     def add(self, prompt) -> None:
         self.clock += 1
         self.prompts.append(self.whole(prompt))
-        for place in self.places():
-            if self.whole(prompt)[: len(place)] == place:
-                self.used[place] = self.clock
 
     def match(self, prompt) -> tuple[int, ParkedState | None]:
         self.clock += 1
@@ -64,21 +61,36 @@ class PlainTree:
         place = tuple(prompt[:depth])
         self.states[place], self.used[place] = one, self.clock
         while sum(one.nbytes for one in self.states.values()) > self.budget:
-            del self.states[min(self.states, key=self.utility)]
+            del self.states[min(sorted(self.states, key=self.used.__getitem__), key=self.utility)]
+
+    def passed(self, place) -> bool:
+        """Whether all that goes on from here goes through one next place, and so on to one with a state."""
+        while self.passed_first:
+            further = [p for p in self.places() if len(p) > len(place) and p[: len(place)] == place]
+            first = min(further, key=len, default=None)
+            if first is None or any(p[: len(first)] != first for p in further):
+                return False
+            if first in self.states:
+                return True
+            place = first
+        return False
 
     def utility(self, place) -> float:
         def saved(place) -> float:
-            before = max((len(p) for p in self.states if len(p) < len(place) and place[: len(p)] == p), default=0)
-            return (len(place) - before) / self.states[place].nbytes
+            before = (p for p in self.states if len(p) < len(place) and place[: len(p)] == p and not self.passed(p))
+            return (len(place) - max(map(len, before), default=0)) / self.states[place].nbytes
 
+        if self.passed(place):
+            return 0.0
         newest_last = sorted(self.states, key=lambda place: self.used[place])
         recency = (newest_last.index(place) + 1) / len(self.states)
         return recency + self.alpha * saved(place) / max(map(saved, self.states))
 
 
-@given(st.lists(PROMPTS, min_size=1, max_size=12), st.integers(8, 60), st.sampled_from([0.0, 1.0, 3.0]))
-def test_it_is_what_plain_lists_say(prompts, budget, alpha):
-    tree, plain = PrefixTree(CHUNK, budget, alpha=alpha), PlainTree(budget, alpha)
+@given(st.lists(PROMPTS, min_size=1, max_size=12), st.integers(8, 60), st.sampled_from([0.0, 1.0, 3.0]), st.booleans())
+def test_it_is_what_plain_lists_say(prompts, budget, alpha, passed_first):
+    tree = PrefixTree(CHUNK, budget, alpha=alpha, passed_first=passed_first)
+    plain = PlainTree(budget, alpha, passed_first)
     for i, prompt in enumerate(prompts):
         tree.add(prompt)
         plain.add(prompt)
@@ -113,6 +125,21 @@ def test_a_state_that_saves_much_per_byte_outlives_newer_ones():
             tree.add(prompt)
             tree.keep(prompt, len(prompt), state())
         assert (tree.match(trace[0])[0] == 64) == stays
+
+
+def test_states_that_are_passed_go_first():
+    """A session's earlier turns, but not where somebody went another way."""
+    tree = PrefixTree(CHUNK, 24)
+    other, turns = [9, 9, 8, 8], [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
+    for prompt in (other, *turns):
+        tree.add(prompt)
+        tree.keep(prompt, len(prompt), state())
+    assert [tree.match(prompt)[0] for prompt in (other, *turns)] == [4, 0, 4, 8]  # [1, 2] went, the oldest passed one
+    tree.add([1, 2, 3, 4, 0, 0])  # parts behind [1, 2, 3, 4]: it is not passed any more
+    tree.match(other)
+    tree.add([7, 7])
+    tree.keep([7, 7], 2, state())
+    assert tree.match(turns[1])[0] == 4
 
 
 def test_a_state_above_the_budget_has_no_place():

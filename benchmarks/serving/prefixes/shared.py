@@ -1,6 +1,6 @@
 """A prefix that many requests share, read once: the engine with its tree of prefixes, and without.
 
-    python -m benchmarks.serving.prefixes --model FOLDER
+    python -m benchmarks.serving.prefixes.shared --model FOLDER
 
 Requests come at once. All begin with the same tokens, each goes on with 16 of its own, and draws one. One cache is
 streaming_llm of 4 + 508, whose window has turned over when the requests part: what is forked is a state, and no list of
@@ -87,7 +87,7 @@ def main() -> None:
                     "log-probabilities": "the same bits" if drawn[:some] == plain else "others",
                 }
             )
-    report("serving/prefixes", rows)
+    report("serving/prefixes/shared", rows)
 
 
 if __name__ == "__main__":

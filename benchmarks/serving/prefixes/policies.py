@@ -1,6 +1,6 @@
 """Which states of prefixes are kept: tokens that need not be read again, by policy, on traces of long sessions.
 
-    python -m benchmarks.serving.prefix_policies    # some 10 minutes; no model is run
+    python -m benchmarks.serving.prefixes.policies    # some 15 minutes; no model is run
 
 The states are of a hybrid model of 7B (24 Mamba-2 layers and 4 of attention, d_model 4,096, 2406.07887), here under
 windows of 4,096 tokens, so each takes the same bytes. Requests come as in Marconi's evaluation (2411.19379): sessions
@@ -11,10 +11,11 @@ sessions share, a task, then up to 50 turns with what tools print, 700 tokens on
 seconds apart; sessions end at 32,768 tokens. A turn finds the states that earlier turns left, in the order in which
 they came.
 
-`blocks` keeps a state behind each 256 tokens, the least recently used one goes. The others keep states where a prompt
-ended or where two of them part (`sj.Engine`), and drop by recency plus `alpha` times the work that a state saves per
-byte; `alpha 0` is the least recently used one, `alpha 1` what the engine does. `hit`: percent of the prompts' tokens
-that were not read. `works`: percent of the operations. `ideal`: the hits of a budget without end.
+`blocks` keeps a state behind each 256 tokens, and drops the one whose last use is longest ago. The others keep states
+where a prompt ended or where two of them part. `recency` drops that one too. `work 1` adds the work that a state saves
+per byte, as Marconi does, and `work 2` and `work 4` so many times of it. `passed first` is recency, but states from
+which one way goes on, on which another state stands, go before all others; the `engine` adds the work twice. Figures
+are percent of the prompts' tokens that were not read. `ideal` is a budget without end.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ from streamjax.serving.prefix_tree import PrefixTree
 CHUNK, BLOCK, LONGEST = 64, 256, 32_768
 D_MODEL, SSM_LAYERS, ATTENTION_LAYERS, STATE, WINDOW = 4096, 24, 4, 128, 4096
 LAYERS = SSM_LAYERS + ATTENTION_LAYERS
-POLICIES: dict[str, float] = {"blocks": 0, "alpha 0": 0, "alpha 1": 1, "alpha 2": 2, "alpha 4": 4}
+POLICIES: dict[str, tuple[float, bool]] = {  # alpha, and whether states that are passed go first
+    "blocks": (0, False),
+    "recency": (0, False),
+    "work 1": (1, False),
+    "work 2": (2, False),
+    "work 4": (4, False),
+    "passed first": (0, True),
+    "engine": (2, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +102,11 @@ def trace(kind: str, sessions: int, seed: int = 0) -> list[Turn]:
     return sorted(turns, key=lambda turn: turn.seconds)
 
 
-def replayed(turns: list[Turn], budget: int, policy: str) -> tuple[float, float]:
-    """Shares of tokens and of operations that are not read again."""
-    tree = PrefixTree(CHUNK, budget, operations, POLICIES[policy], most_tokens=1 << 62)
-    state, hit, whole, saved, work = HybridState(), 0, 0, 0.0, 0.0
+def replayed(turns: list[Turn], budget: int, policy: str) -> float:
+    """The share of tokens that are not read again."""
+    alpha, passed_first = POLICIES[policy]
+    tree = PrefixTree(CHUNK, budget, operations, alpha, passed_first, most_tokens=1 << 62)
+    state, hit, whole = HybridState(), 0, 0
     for turn in turns:
         prompt = turn.prompt
         tree.add(prompt)
@@ -105,32 +115,29 @@ def replayed(turns: list[Turn], budget: int, policy: str) -> tuple[float, float]
                 tree.add(prompt[:depth])
         depth, _ = tree.match(prompt)
         hit, whole = hit + depth, whole + len(prompt)
-        saved, work = saved + operations(0, depth), work + operations(0, len(prompt))
         step = BLOCK if policy == "blocks" else CHUNK
         for place in range(depth - depth % step + step, len(prompt) + 1, step):
             if tree.wants(prompt, place):
                 tree.keep(prompt, place, state)
-    return hit / whole, saved / work
+    return hit / whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sessions", type=int, default=100)
-    parser.add_argument("--states", type=int, nargs="+", default=[25, 50, 100, 200], help="that the budget holds")
+    parser.add_argument("--sessions", type=int, default=60)
+    parser.add_argument("--states", type=int, nargs="+", default=[25, 50, 100], help="that the budget holds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     one, rows = HybridState().nbytes, []
     for kind in ("chat", "agent"):
         turns = trace(kind, arguments.sessions)
-        ideal = replayed(turns, 1 << 62, "alpha 0")[0]
+        ideal = replayed(turns, 1 << 62, "recency")
         for states in tqdm(arguments.states, desc=kind):
-            row = {"trace": f"{kind}, {len(turns)} requests", "states": states, "GB": round(states * one / 1e9, 1)}
-            for policy in POLICIES:
-                hit, work = replayed(turns, states * one, policy)
-                row |= {f"{policy}: hit": round(100 * hit, 1), f"{policy}: works": round(100 * work, 1)}
+            row = {"trace": f"{kind}, {len(turns):,} requests", "states": states, "GB": round(states * one / 1e9, 1)}
+            row |= {policy: round(100 * replayed(turns, states * one, policy), 1) for policy in POLICIES}
             rows.append(row | {"ideal": round(100 * ideal, 1)})
             print(rows[-1], flush=True)
-    report("serving/prefix_policies", rows, arguments.output, sessions=arguments.sessions)
+    report("serving/prefixes/policies", rows, arguments.output, sessions=arguments.sessions)
 
 
 if __name__ == "__main__":
