@@ -110,7 +110,7 @@ def test_of_an_objective_of_pairs(kernels, monkeypatch):
         ({"data": 2, "tensor": 2}, "layer", True),
         pytest.param({"tensor": 4}, "full", True, marks=pytest.mark.slow),
         pytest.param({"data": 2, "tensor": 2}, "full", True, marks=pytest.mark.slow),
-        ({"context": 2, "tensor": 2}, "layer", False),
+        ({"context": 2, "tensor": 2}, "layer", True),
         pytest.param({"tensor": 8}, "layer", False, marks=pytest.mark.slow),
     ],
     ids=str,
