@@ -34,6 +34,7 @@ import streamjax as sj
 from benchmarks import aot
 from benchmarks.reporting import report
 from pallas_kernels.api import platforms
+from streamjax.models.decoder import FlatModel
 from streamjax.parallel.mesh import with_placement
 from streamjax.parallel.rules import partition_spec
 from streamjax.streaming.scan import _read_chunks
@@ -178,7 +179,9 @@ def _trace(case: Case, mesh: Mesh, model: sj.Decoder, state: sj.StreamState) -> 
         return jax.ShapeDtypeStruct((*lead, *shape), jnp.int32, sharding=sharding)
 
     tokens, count = integers(case.batch, case.width), integers(case.batch)
-    return (step if case.width == 1 else _read_chunks).trace(model, state, tokens, count)
+    if case.width == 1:
+        return step.trace(model, state, tokens, count)
+    return _read_chunks.trace(FlatModel(model), state, tokens, count)
 
 
 def _of_the_text(compiled: Any) -> dict[str, Any]:

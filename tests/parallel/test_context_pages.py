@@ -27,7 +27,7 @@ CACHES = {
     "inf_llm": sj.kv.preset("inf_llm", **SMALL, representatives=2, block=4),
     "mpcache": sj.kv.preset("mpcache", **SMALL, keep=0.5, every=4, clusters=3),
     "hip": sj.kv.preset("hip", **SMALL, block=4),
-    "topk_attention": sj.kv.preset("topk_attention", **SMALL | {"page": 2}),
+    "topk_attention": sj.kv.preset("topk_attention", **SMALL | {"page": 2, "capacity": 22}),
     "lserve": sj.kv.Cascade(sj.kv.Sink(2), sj.kv.Window(3), sj.kv.Pages(4, 24, 3, sj.kv.MinMax(2), read_newest=True)),
     "then_full": sj.kv.Cascade(sj.kv.Window(3), sj.kv.Pages(4, 24, 3), sj.kv.Full(48)),  # what pages lose is read
 }
