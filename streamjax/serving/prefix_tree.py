@@ -86,6 +86,7 @@ class PrefixTree:
         self._dropped = dropped
         self._work, self._most_tokens = work, most_tokens
         self._root = Node(np.zeros(0, np.int32), 0, None)
+        self._held: set[Node] = set()  # those with states, which are few of all
         self._clock = 0
         self.nbytes = 0
         self.tokens = 0
@@ -137,6 +138,7 @@ class PrefixTree:
             return
         self._clock += 1
         node.state, node.used = state, self._clock
+        self._held.add(node)
         self.nbytes += state.nbytes
         while self.nbytes > self.budget:
             self._drop(min(self.holding(), key=self.utilities().__getitem__))
@@ -155,7 +157,7 @@ class PrefixTree:
 
     def holding(self) -> list[Node]:
         """The nodes that hold states, those longest unused first."""
-        return sorted((node for node in self._nodes() if node.state is not None), key=lambda node: node.used)
+        return sorted(self._held, key=lambda node: node.used)
 
     def utilities(self) -> dict[Node, float]:
         """What each state is worth: recency plus work saved per byte; 0 where it is passed."""
@@ -181,6 +183,7 @@ class PrefixTree:
     def _drop(self, node: Node) -> None:
         state, node.state = node.state, None
         assert state is not None
+        self._held.remove(node)
         self.nbytes -= state.nbytes
         self._dropped(state)
 
