@@ -1,6 +1,6 @@
 """Which states of prefixes are kept: tokens that need not be read again, by policy, on traces of long sessions.
 
-    python -m benchmarks.serving.prefixes.policies    # some 15 minutes; no model is run
+    python -m benchmarks.serving.prefixes.policies    # some 5 minutes; no model is run
 
 The states are of a hybrid model of 7B (24 Mamba-2 layers and 4 of attention, d_model 4,096, 2406.07887), here under
 windows of 4,096 tokens, so each takes the same bytes. Requests come as in Marconi's evaluation (2411.19379): sessions
@@ -13,9 +13,10 @@ they came.
 
 `blocks` keeps a state behind each 256 tokens, and drops the one whose last use is longest ago. The others keep states
 where a prompt ended or where two of them part. `recency` drops that one too. `work 1` adds the work that a state saves
-per byte, as Marconi does, and `work 2` and `work 4` so many times of it. `passed first` is recency, but states from
-which one way goes on, on which another state stands, go before all others; the `engine` adds the work twice. Figures
-are percent of the prompts' tokens that were not read. `ideal` is a budget without end.
+per byte, `work 2` and `work 4` so many times of it, as Marconi does, which tunes the number while it runs. `passed
+first` is recency, but states from which one way goes on, on which another state stands, go before all others; the
+`engine` adds the work twice. Figures are percent of the prompts' tokens that were not read. `ideal` is a budget without
+end.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def replayed(turns: list[Turn], budget: int, policy: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sessions", type=int, default=60)
-    parser.add_argument("--states", type=int, nargs="+", default=[25, 50, 100], help="that the budget holds")
+    parser.add_argument("--sessions", type=int, default=20)
+    parser.add_argument("--states", type=int, nargs="+", default=[10, 20, 40], help="that the budget holds")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     one, rows = HybridState().nbytes, []
