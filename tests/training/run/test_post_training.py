@@ -262,6 +262,9 @@ def test_packed_conversations_cost_what_they_cost_apart(runs, base):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+OVER_CONTEXT = [("mesh.context", "2"), ("mesh.tensor", "2"), ("mesh.data", "2")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 @pytest.mark.parametrize(
@@ -274,8 +277,10 @@ def test_packed_conversations_cost_what_they_cost_apart(runs, base):
         [("lora.rank", "2"), ("weights", "int8")],
         [("optimizer.accumulation", "2")],
         [("mesh.data", "2"), ("mesh.fsdp", "2"), ("mesh.tensor", "2")],
+        [*OVER_CONTEXT, ("backprop.method", "remat")],
+        [*OVER_CONTEXT, ("backprop.chunk_size", "8"), ("backprop.method", "layer")],
     ],
-    ids=lambda changes: changes[0][1] + changes[0][0],
+    ids=lambda changes: "-".join(value + name for name, value in (changes[0], changes[-1])),
 )
 def test_every_way_to_train(runs, kind, changes, tmp_path):
     """Finite losses, and those of the plain way but where weights are quantised or others are trained."""
