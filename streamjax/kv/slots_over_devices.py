@@ -61,9 +61,9 @@ def write_ring_over_devices(
 def _written(buffer: Array, chunk: Array, *runs: tuple[Array, Array, Array]) -> Array:
     """The buffer with runs of the chunk's tokens in it: (slot of the first, its number, how many)."""
 
-    def own(buffer: Array, chunk: Array, *runs: tuple[Array, Array, Array]) -> Array:
+    def own(buffer: Array, chunk: Array, *flat: Array) -> Array:
         size = buffer.shape[2]
-        for slot, start, count in runs:
+        for slot, start, count in zip(*[iter(flat)] * 3, strict=True):
             first = slot - place()[0] * size  # from here on, counted from this device's first slot
             before = jnp.maximum(-first, 0)  # tokens of the run for devices in front
             cursor = jnp.clip(first, 0, size)
@@ -71,13 +71,10 @@ def _written(buffer: Array, chunk: Array, *runs: tuple[Array, Array, Array]) -> 
             buffer = write_linear(buffer, chunk, cursor, start + before, mine, axis=2)
         return buffer
 
-    def of_runs(buffer: Array, chunk: Array, *flat: Array) -> Array:
-        return own(buffer, chunk, *(tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)))  # type: ignore[arg-type]
-
     slots, tokens = slot_names(buffer, "slots"), slot_names(buffer, None)
     flat = [x for run in runs for x in run]
     names = slots, tokens, *[_ROWS] * len(flat)
-    written: Array = per_device_call(of_runs, names, slots, (buffer, chunk, *flat))
+    written: Array = per_device_call(own, names, slots, (buffer, chunk, *flat))
     return written
 
 

@@ -141,13 +141,14 @@ class PrefixTree:
         self._held.add(node)
         self.nbytes += state.nbytes
         while self.nbytes > self.budget:
-            self._drop(min(self.holding(), key=self.utilities().__getitem__))
+            utilities = self.utilities()
+            self._drop(min(utilities, key=utilities.__getitem__))
 
     def drop_least(self, useful: Callable[[Any], bool]) -> bool:
         """Give up the state whose utility is least among those that are `useful` to give up; whether there was one."""
-        found = [node for node in self.holding() if useful(node.state)]
+        found = {node: utility for node, utility in self.utilities().items() if useful(node.state)}
         if found:
-            self._drop(min(found, key=self.utilities().__getitem__))
+            self._drop(min(found, key=found.__getitem__))
         return bool(found)
 
     def clear(self) -> None:
@@ -160,13 +161,15 @@ class PrefixTree:
         return sorted(self._held, key=lambda node: node.used)
 
     def utilities(self) -> dict[Node, float]:
-        """What each state is worth: recency plus work saved per byte; 0 where it is passed."""
+        """What each state is worth, as `holding` has them: recency plus work saved per byte; 0 where it is passed."""
         holding = self.holding()
+        passed = {node for node in holding if self._passed(node)}
         recency = {node: (i + 1) / len(holding) for i, node in enumerate(holding)}
-        saved = {node: self._saved(node) / max(node.state.nbytes, 1) for node in holding if node.state is not None}
+        saved = {
+            node: self._saved(node, passed) / max(node.state.nbytes, 1) for node in holding if node.state is not None
+        }
         most = max(saved.values(), default=0.0) or 1.0
-        worth = {node: recency[node] + self.alpha * saved[node] / most for node in holding}
-        return {node: 0.0 if self._passed(node) else worth[node] for node in holding}
+        return {node: 0.0 if node in passed else recency[node] + self.alpha * saved[node] / most for node in holding}
 
     def _passed(self, node: Node) -> bool:
         """Whether one way goes on from a node, and a state stands on it before it parts."""
@@ -176,8 +179,8 @@ class PrefixTree:
                 return True
         return False
 
-    def _saved(self, node: Node) -> float:
-        before = (n.depth for n in list(node.chain())[1:] if n.state is not None and not self._passed(n))
+    def _saved(self, node: Node, passed: set[Node]) -> float:
+        before = (n.depth for n in list(node.chain())[1:] if n.state is not None and n not in passed)
         return self._work(next(before, 0), node.depth)
 
     def _drop(self, node: Node) -> None:

@@ -26,6 +26,12 @@ def to_next(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % size) for i in range(size)])
 
 
+def to_previous(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """What the next device has; the last one gets the first one's."""
+    size = jax.lax.axis_size(AXIS)
+    return jax.lax.ppermute(x, AXIS, [((i + 1) % size, i) for i in range(size)])
+
+
 def to_zigzag(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "2 B c ..."]:
     """From stretches to the zigzag layout, T = 2 c."""
     (index, size), halves = place(), jnp.split(x, 2, axis=1)
@@ -64,6 +70,6 @@ def before(x: Shaped[Array, "B T ..."], count: int) -> Shaped[Array, "B count ..
     return jnp.concatenate(pieces, axis=1) if pieces else x[:, :0]
 
 
-def of_device(number: int, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """What the first device has, or that with another number, on all of them."""
+def of_device(number: Int[Array, ""] | int, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """What the device with this number has, on all of them; zeros where no device has it."""
     return jax.lax.psum(jnp.where(jax.lax.axis_index(AXIS) == number, x, jnp.zeros_like(x)), AXIS)

@@ -52,9 +52,9 @@ class PassTimes:
 
     def cost(self, running: int) -> float:
         """Of a pass with guesses while so many rows run; by the platform until it is measured. At least 1."""
-        known = [rows for rows, times in self._single.items() if len(times) >= LEAST]
         if self._fixed is not None:
             return self._fixed
+        known = [rows for rows, times in self._single.items() if len(times) >= LEAST]
         if len(self._several) < LEAST or not known:
             return self._guessed
         nearest = min(known, key=lambda rows: (abs(rows - running), rows))

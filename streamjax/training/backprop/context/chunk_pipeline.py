@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.attention.context.exchange import AXIS, of_device, place, to_next
+from streamjax.attention.context.exchange import of_device, place, to_next, to_previous
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import with_layers
@@ -127,7 +127,7 @@ def _backward(
         sent, grads, d_keys, d_first = carry
         number = count - 1 - (t - (stages - 1 - stage))
         real, i = (number >= 0) & (number < count), jnp.clip(number, 0, count - 1)
-        d_x = jnp.where(stage == stages - 1, _give(d_outputs, count - 1 - t), _to_previous(sent))
+        d_x = jnp.where(stage == stages - 1, _give(d_outputs, count - 1 - t), to_previous(sent))
         d_x = jnp.where(real, d_x, 0)
         *_, held = group.forward(chunk_at(inputs, i), keys, {}, i, sequence, write=False)
         d_x, grads, d_keys, _ = group.backward(d_x, held, keys, {}, grads, d_keys, {}, i, sequence, real)
@@ -146,25 +146,12 @@ def _backward(
 
 def _keep(mine: OwnChunks, x: Chunk, i: Any) -> OwnChunks:
     """The chunks of this device's stretch with chunk i of the sequence among them, if it is one of them."""
-    at, own = _place_in_stretch(mine, i)
-    new = jnp.where(own, x, chunk_at(mine, at))
+    number = i - place()[0] * mine.shape[0]
+    at = jnp.clip(number, 0, mine.shape[0] - 1)
+    new = jnp.where(number == at, x, chunk_at(mine, at))
     return jax.lax.dynamic_update_index_in_dim(mine, new, at, 0)
 
 
 def _give(mine: OwnChunks, i: Any) -> Chunk:
     """Chunk i of the sequence, from the device that has it; zeros where there is none."""
-    at, own = _place_in_stretch(mine, i)
-    return jax.lax.psum(jnp.where(own, chunk_at(mine, at), 0), AXIS)
-
-
-def _place_in_stretch(mine: OwnChunks, i: Any) -> tuple[Any, Any]:
-    """Which chunk of this device's stretch chunk i of the sequence is, and whether it is one."""
-    number = i - place()[0] * mine.shape[0]
-    at = jnp.clip(number, 0, mine.shape[0] - 1)
-    return at, number == at
-
-
-def _to_previous(x: Array) -> Array:
-    """What the next device has; the last one gets the first one's."""
-    size = place()[1]
-    return jax.lax.ppermute(x, AXIS, [((i + 1) % size, i) for i in range(size)])
+    return of_device(i // mine.shape[0], chunk_at(mine, i % mine.shape[0]))
