@@ -1,13 +1,19 @@
 """The notebooks beside the quickstart, each executed in its small setting by a kernel of its own."""
 
 import base64
+import importlib.util
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbclient
 import nbformat
 import pytest
+
+from docs.address import stated
 
 FOLDER = Path(__file__).parents[2] / "colab"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -57,6 +63,29 @@ def test_begins_by_installing_and_says_what_it_computes_with(name):
     first = code(name)[0].source
     assert first == code("quickstart")[0].source
     assert "jax.devices()[0].device_kind" in first.splitlines()[-1]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("found", [0, 128])
+def test_outside_a_clone_the_stated_address_is_installed(found, monkeypatch, tmp_path):
+    """`found` is git's answer; 128: nothing is there. No line of a cell behind installing is run."""
+    cell, _, _ = code("quickstart")[0].source.partition("\nimport jax\n")
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STREAMJAX_SOURCE", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or SimpleNamespace(returncode=found))
+    if found:
+        with pytest.raises(SystemExit, match=rf"^Nothing to clone at {re.escape(stated())}: set SOURCE above to the"):
+            exec(cell, {})
+    else:
+        exec(cell, {})
+        assert str(tmp_path / "streamjax_repository") in ran.pop()
+    clone = ran.pop()
+    assert clone[:2] == ["git", "clone"]
+    assert clone[-2:] == [stated(), str(tmp_path / "streamjax_repository")]
+    assert not ran
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The commands that an installation brings: every one is there, and runs outside the repository."""
 
 import importlib
+import json
 import os
 import pkgutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.address import stated
 from streamjax.commands.shell import launch
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +84,32 @@ def test_what_pip_installs_runs_in_any_folder(tmp_path, source):
     done = run("streamjax-train", "--config=configs/tiny.py", "--workdir=w")
     assert done.returncode == 2
     assert done.stderr.startswith("error: no file configs/tiny.py; write a Python file with get_config()")
+
+
+@pytest.mark.slow
+def test_pip_from_git_brings_all_that_it_needs(tmp_path):
+    """A fresh environment that sees no other: dependencies come from the package index. Git gives what is committed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this copy is no clone")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
+
+    def run(*command):
+        return subprocess.run([*command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    asked = run(*pip, "--dry-run", "--retries=0", "jax")
+    if asked.returncode:
+        pytest.skip(f"no package index here: {asked.stderr.strip().splitlines()[-1]}")
+    installed = run(*pip, f"git+file://{ROOT}")
+    assert installed.returncode == 0, installed.stderr
+    code = "import importlib.metadata as m, streamjax as s; print(s.__file__, m.metadata('streamjax')['Project-URL'])"
+    shown = run(python, "-c", code)
+    assert shown.stdout.startswith(str(tmp_path)), shown.stderr
+    assert shown.stdout.endswith(f"Repository, {stated()}\n")
+    (tmp_path / "text.txt").write_text("def main():\n    return 1\n" * 40)
+    options = ["--input=text.txt", "--cache=streaming_llm:window=60", "--json=out.json", "--png=out.png"]
+    done = run(python.with_name("streamjax-perplexity"), f"--model={ROOT / 'models' / 'stdlib_byte'}", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())
