@@ -34,10 +34,11 @@ ROOMS = """
     streamjax.data.ruler
     streamjax.data
     streamjax.attention
-    streamjax.kv.ring_buffer
+    streamjax.kv.slots.ring_buffer
     streamjax.kv.codecs
-    streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks streamjax.kv.decode_kernels
-    streamjax.kv.ring_state streamjax.kv.slot_state streamjax.kv.slots_over_devices
+    streamjax.kv.query streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks
+    streamjax.kv.decode_kernels
+    streamjax.kv.slots.ring_state streamjax.kv.slots.slot_state streamjax.kv.slots.over_devices
     streamjax.kv.scores
     streamjax.kv.merging
     streamjax.kv.pages

@@ -29,7 +29,7 @@ import streamjax as sj
 from benchmarks.reporting import report
 from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.integers import IntByToken
-from streamjax.kv.tier import KVTokens
+from streamjax.kv.query import KVTokens
 
 SKIPPED, CHUNK, WINDOW, CACHED, DECODED, RUNS = 1024, 64, 2044, 8064, 16, 5
 FITTED, ROUNDS = 4096, 8

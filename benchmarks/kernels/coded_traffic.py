@@ -39,7 +39,7 @@ from streamjax.kv.codecs.gear import Gear
 from streamjax.kv.codecs.integers import Int
 from streamjax.kv.codecs.measured.coupled import CQ, Codebooks
 from streamjax.kv.codecs.mixed import Mixed
-from streamjax.kv.tier import CODED_SLOT_BLOCK, KVSpec, KVTokens, Query
+from streamjax.kv.query import CODED_SLOT_BLOCK, KVSpec, KVTokens, Query
 from streamjax.kv.tiers.full import Full
 from streamjax.models.config import RopeConfig
 from streamjax.models.rope import make_rotary

@@ -45,6 +45,7 @@ from streamjax.kv.pages.boundaries import EndTokens, KeyChange
 from streamjax.kv.pages.indexes import BestKey, BlendedBounds, Index, Mean, Middle, MinMax, Representative
 from streamjax.kv.pages.selection import Coarse
 from streamjax.kv.presets import Preset, parse_preset, preset, presets
+from streamjax.kv.query import KVSpec, KVTokens, Query
 from streamjax.kv.scores.chunkkv import ChunkKV
 from streamjax.kv.scores.criticalkv import CriticalKV
 from streamjax.kv.scores.cur import CUR
@@ -68,7 +69,7 @@ from streamjax.kv.scores.windowkv import WindowKV
 from streamjax.kv.selective.lines import Lines
 from streamjax.kv.selective.static_eviction import StaticEviction
 from streamjax.kv.shared_front import SharedFront
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.clusters import Clusters
 from streamjax.kv.tiers.compensation import Compensation

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.kv.eviction_blocks import by_token
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
 
 class Cache:

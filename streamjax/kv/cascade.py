@@ -17,7 +17,8 @@ from streamjax.kv.channels.lent import Lent
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noting import Noting
-from streamjax.kv.tier import QUERY_BLOCK, KVSpec, KVTokens, Query, State, Tier
+from streamjax.kv.query import QUERY_BLOCK, KVSpec, KVTokens, Query, State
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink

@@ -20,10 +20,10 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.head_groups import HeadGroups, in_layer_order, of_heads
+from streamjax.kv.query import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
 from streamjax.kv.scores.score import Score
 from streamjax.kv.shared_front import SharedFront
-from streamjax.kv.slot_state import take_slots
-from streamjax.kv.tier import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
+from streamjax.kv.slots.slot_state import take_slots
 from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow

@@ -22,7 +22,7 @@ from pallas_kernels.partial import Partial, merge
 from streamjax.attention.dense import attend
 from streamjax.attention.sharded import Names, names_of_partial, per_device_call, splits
 from streamjax.kv.codecs.slots import CodedSlots, Slots
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 
 KERNEL_SLOTS = 1024  # below, a kernel would be called for little
 POOL_QUERIES = 128  # of a key head, that a kernel takes at once; more are a prompt's, whose products fill the hardware

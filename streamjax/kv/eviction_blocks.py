@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import accumulator
-from streamjax.kv.tier import EvictionBlock, KVTokens, Query, State
+from streamjax.kv.query import EvictionBlock, KVTokens, Query, State
 
 Update = Callable[[State, Query, KVTokens], tuple[Float[Array, "B C H D"], State]]
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int32
 from streamjax.checkpoints import read_json, require_file, user_path
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
 ANY_DISTANCE = 2**31 - 1  # how far back heads see whose cascade has no bound
 

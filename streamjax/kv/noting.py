@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.dense import summed_over_queries
 from streamjax.kv.codecs.slots import Slots
-from streamjax.kv.tier import KVSpec, Query
+from streamjax.kv.query import KVSpec, Query
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import ANY_DISTANCE, HeadGroups, of_chosen_heads, of_heads, of_query_heads
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.sink_window import SinkWindow
 from streamjax.kv.tiers.window import Window

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.layer_caches.recurrence import BesideRecurrence, RecurrentState
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.models.config import BlockConfig, HSAConfig
 from streamjax.models.layer_inputs import LayerInput

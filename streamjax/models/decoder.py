@@ -24,7 +24,7 @@ from streamjax.attention.context.sequence import Exchange
 from streamjax.barriers import ordered_after
 from streamjax.kv.cache import Cache, Deferred, take_in
 from streamjax.kv.layer_caches.slots_of import SlotsOf
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
 from streamjax.models.block import Block
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.models.layer_inputs import LayerInputs

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache, Deferred
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
 from streamjax.kv.tiers.bank import Bank
 from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig, ModelConfig

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import Implementation
+from streamjax.kv.query import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.row_adapters import Factors, RowAdapters
 from streamjax.serving.decoding import Drawn, decode_rows, enter_row, set_bias

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from streamjax.data.text.tokenizers import Tokenizer, require_tokenizer
 from streamjax.host_memory import release_freed_memory
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import Implementation
+from streamjax.kv.query import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.models.files.peft import load_lora
 from streamjax.models.layer_stacking import unstack_layers

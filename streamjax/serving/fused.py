@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import Implementation, State
+from streamjax.kv.query import Implementation, State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext

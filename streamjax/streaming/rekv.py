@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.pages.disk_files import PageFiles, PageLayout, PageWriter
-from streamjax.kv.ring_buffer import read_ring
-from streamjax.kv.ring_state import RingState
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
+from streamjax.kv.slots.ring_buffer import read_ring
+from streamjax.kv.slots.ring_state import RingState
 from streamjax.kv.tiers.full import Full, LinearState
 from streamjax.kv.tiers.window import Window
 from streamjax.models.block import Block

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import Implementation
+from streamjax.kv.query import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.streaming.by_layer.second_mesh import init_apart
 from streamjax.streaming.compacting.compact import compact

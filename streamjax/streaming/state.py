@@ -22,7 +22,7 @@ from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.layer_caches.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.pages.page_pool import PageTables
-from streamjax.kv.tier import Implementation, KVSpec, State
+from streamjax.kv.query import Implementation, KVSpec, State
 from streamjax.kv.tiers.bank import Bank
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.sink import Sink

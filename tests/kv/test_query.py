@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import streamjax.kv.tier as tier
 from streamjax.kv import Query
+from streamjax.kv import query as kv_query
 from tests.kernels.test_partial import softmax64
 
 B, K, H, D, SLOTS = 2, 2, 4, 4, 23
@@ -41,8 +41,8 @@ def query(q, base: int) -> Query:
 @pytest.mark.parametrize("block", [4, 100])
 @pytest.mark.parametrize(("chunk", "reach", "base"), [(1, None, 50), (1, 9, 50), (3, 7, 7), (3, None, 2**32 - 1)])
 def test_blocks_of_slots_are_one_attention(monkeypatch, block, chunk, reach, base):
-    monkeypatch.setattr(tier, "SLOT_BLOCK", block)
-    monkeypatch.setattr(tier, "DECODE_SLOT_BLOCK", block)
+    monkeypatch.setattr(kv_query, "SLOT_BLOCK", block)
+    monkeypatch.setattr(kv_query, "DECODE_SLOT_BLOCK", block)
     q, k, v, behind, valid = world(chunk)
     position = jnp.asarray((base - behind) % 2**32, jnp.uint32)
     got = query(q, base).attend(jnp.asarray(k), jnp.asarray(v), position, jnp.asarray(valid), reach=reach)
@@ -59,8 +59,8 @@ def test_blocks_of_slots_are_one_attention(monkeypatch, block, chunk, reach, bas
 def test_blocks_behind_the_filled_slots_are_not_read(monkeypatch, chunk, filled):
     """Keys there are NaN, which would show in the output if a block of them were visited."""
     block = 8
-    monkeypatch.setattr(tier, "SLOT_BLOCK", block)
-    monkeypatch.setattr(tier, "DECODE_SLOT_BLOCK", block)
+    monkeypatch.setattr(kv_query, "SLOT_BLOCK", block)
+    monkeypatch.setattr(kv_query, "DECODE_SLOT_BLOCK", block)
     q, k, v, _, _ = world(chunk, seed=1)
     valid = np.arange(SLOTS) < np.array(filled)[:, None, None]
     visited = -(-max(filled) // block) * block

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamjax.kv.ring_buffer import _linear_window, _ring_windows, read_ring, write_linear, write_ring
+from streamjax.kv.slots.ring_buffer import _linear_window, _ring_windows, read_ring, write_linear, write_ring
 
 write_ring = jax.jit(write_ring, static_argnames=("axis", "offset"))
 write_linear = jax.jit(write_linear, static_argnames="axis")

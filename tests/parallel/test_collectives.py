@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import streamjax as sj
-from streamjax.kv import tier
-from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.slots_over_devices import (
+from streamjax.kv import query as kv_query
+from streamjax.kv.slots.over_devices import (
     write_linear_over_devices,
 )
+from streamjax.kv.slots.ring_buffer import write_linear
 from streamjax.models import HSAConfig
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
@@ -83,7 +83,7 @@ def test_fsdp_gathers_weights_and_nothing_else():
 def test_slots_over_devices_exchange_one_sum_a_layer(width, monkeypatch):
     """Caches larger than what is read at once, too: no block of slots crosses. Maxima are too small to be listed."""
     for name in ("SLOT_BLOCK", "DECODE_SLOT_BLOCK"):
-        monkeypatch.setattr(tier, name, 16)
+        monkeypatch.setattr(kv_query, name, 16)
     jax.clear_caches()
     partial = BATCH, width, CONFIG.num_heads // 4, CONFIG.head_dim + 1
     found = [shape for _, shape in _collectives("context2-tensor4", "dense", width)]

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import streamjax as sj
-from streamjax.kv.ring_buffer import read_ring, write_ring
-from streamjax.kv.slots_over_devices import read_ring_over_devices, write_ring_over_devices
+from streamjax.kv.slots.over_devices import read_ring_over_devices, write_ring_over_devices
+from streamjax.kv.slots.ring_buffer import read_ring, write_ring
 from streamjax.parallel.mesh import make_mesh, shard_model
 from tests.covering import rest_slow
 from tests.parallel.small_models import CONFIG, one_layer

@@ -16,7 +16,7 @@ from pallas_kernels.api import platforms
 from streamjax.kv import Query
 from streamjax.kv.decode_kernels import kernel_reads_pool
 from streamjax.kv.pages.page_pool import PagePool, PoolState
-from streamjax.kv.tier import KVTokens
+from streamjax.kv.query import KVTokens
 from streamjax.serving.paging.page_book import PageBook, tables_of
 from streamjax.serving.paging.paged_batch import page_size_for
 from tests.architectures import tiny_config

@@ -9,7 +9,7 @@ from streamjax.kv.budgets.budget import Budget, scored_tier
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.query import KVSpec, State
 
 
 @dataclasses.dataclass(frozen=True)

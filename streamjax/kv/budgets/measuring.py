@@ -11,7 +11,7 @@ from streamjax.kv.budgets.budget import Budget
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import all_held, attended, leading
-from streamjax.kv.tier import KVTokens, Query, State
+from streamjax.kv.query import KVTokens, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pallas_kernels.partial import Partial, merge
 from streamjax.field_checks import Fraction, Size
 from streamjax.kv.channels.bases import best_basis
 from streamjax.kv.channels.lent import Lent
-from streamjax.kv.tier import SLOT_BLOCK, KVSpec, Query, State, Stored
+from streamjax.kv.query import SLOT_BLOCK, KVSpec, Query, State, Stored
 
 
 @jax.tree_util.register_dataclass

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int32
 from streamjax.kv.channels.bases import WholeSlots
 from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, run_of_pages, take_pages, write_run
-from streamjax.kv.ring_buffer import write_linear, write_ring
-from streamjax.kv.tier import KVSpec
+from streamjax.kv.query import KVSpec
+from streamjax.kv.slots.ring_buffer import write_linear, write_ring
 
 
 @jax.tree_util.register_dataclass

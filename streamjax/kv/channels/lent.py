@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from streamjax.field_checks import Count, Size, check_fields
-from streamjax.kv.tier import KVSpec, Query, State, Stored, Tier
+from streamjax.kv.query import KVSpec, Query, State, Stored
+from streamjax.kv.tier import Tier
 
 
 @dataclasses.dataclass(frozen=True)

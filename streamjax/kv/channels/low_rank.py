@@ -16,7 +16,8 @@ from streamjax.kv.channels.bases import BasisSlots, Coordinates, WholeSlots
 from streamjax.kv.codecs.codec import Role
 from streamjax.kv.codecs.grouped import GroupedSlots
 from streamjax.kv.codecs.slots import attend_coded, dense
-from streamjax.kv.tier import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.query import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int32, UInt32
 from pallas_kernels.partial import Partial, merge
 from streamjax.field_checks import Fraction
 from streamjax.kv.channels.lent import Lent
-from streamjax.kv.slot_state import take_slots
-from streamjax.kv.tier import KVSpec, Query, State, Stored
+from streamjax.kv.query import KVSpec, Query, State, Stored
+from streamjax.kv.slots.slot_state import take_slots
 
 _PARALLEL = 1e-6  # of a sine, below which directions are interpolated in a line
 

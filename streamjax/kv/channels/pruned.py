@@ -18,7 +18,8 @@ from streamjax.kv.channels.bases import WholeSlots
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.grouped import GroupedSlots
 from streamjax.kv.codecs.slots import dense
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
 
 

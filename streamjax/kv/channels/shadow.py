@@ -19,8 +19,8 @@ from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.codecs.slots import at_slots, over_blocks
 from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.pages.kth_largest import kth_largest
-from streamjax.kv.ring_buffer import put_tokens
-from streamjax.kv.tier import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
+from streamjax.kv.query import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
+from streamjax.kv.slots.ring_buffer import put_tokens
 from streamjax.kv.tiers.full import LinearState, append
 from streamjax.kv.tiers.pages import Placement
 

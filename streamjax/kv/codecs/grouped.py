@@ -18,7 +18,7 @@ from pallas_kernels.coded import Coded
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.packing import packed
 from streamjax.kv.codecs.slots import CodedSlots, empty_arrays, page_rows
-from streamjax.kv.ring_buffer import read_ring, write_ring
+from streamjax.kv.slots.ring_buffer import read_ring, write_ring
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from pallas_kernels.coded import Coded
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.packing import with_plane
 from streamjax.kv.codecs.slots import CodedSlots, empty_arrays, page_rows
-from streamjax.kv.ring_buffer import put_tokens, read_ring, write_ring
+from streamjax.kv.slots.ring_buffer import put_tokens, read_ring, write_ring
 
 
 @jax.tree_util.register_dataclass

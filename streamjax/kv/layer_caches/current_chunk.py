@@ -17,8 +17,8 @@ from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.decode_kernels import decode, kernel_decodes
-from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.query import KVSpec, KVTokens, Query
+from streamjax.kv.slots.ring_buffer import write_linear
 from streamjax.kv.tiers.full import LinearState
 
 

@@ -14,7 +14,7 @@ from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.layer_caches.no_slots import NoSlots
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.query import KVSpec, State
 
 
 class RecurrentState(NamedTuple):

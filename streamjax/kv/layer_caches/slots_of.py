@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from streamjax.field_checks import Count, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.layer_caches.no_slots import NoSlots
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

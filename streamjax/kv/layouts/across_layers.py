@@ -14,7 +14,7 @@ from streamjax.kv.channels.grouped_layers import GroupedLayers
 from streamjax.kv.channels.lent import Lent
 from streamjax.kv.channels.paired_layers import PairedLayers
 from streamjax.kv.compaction import all_held, attended
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Stored
+from streamjax.kv.query import KVSpec, KVTokens, Query, State, Stored
 
 
 @dataclasses.dataclass(frozen=True)

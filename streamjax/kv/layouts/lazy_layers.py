@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.compaction import all_held, attended
-from streamjax.kv.tier import KVTokens, Query, State
+from streamjax.kv.query import KVTokens, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

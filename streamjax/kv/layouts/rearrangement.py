@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from pallas_kernels.partial import add_sink_logits, merge
 from streamjax.kv.cache import Cache
-from streamjax.kv.slot_state import take_slots
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
+from streamjax.kv.slots.slot_state import take_slots
 from streamjax.kv.tiers.full import Full
 
 

@@ -12,8 +12,8 @@ from pallas_kernels.partial import accumulator
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size
 from streamjax.kv.merging.merge import Merge, Side
+from streamjax.kv.query import State
 from streamjax.kv.scores.random_choice import hashed
-from streamjax.kv.tier import State
 
 
 @dataclasses.dataclass(frozen=True)

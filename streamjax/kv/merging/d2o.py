@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from streamjax.field_checks import Fraction
 from streamjax.kv.merging.merge import Joining, Merge, Side, most_alike
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.query import KVSpec, State
 
 
 @dataclasses.dataclass(frozen=True)

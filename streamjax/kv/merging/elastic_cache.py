@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from streamjax.kv.merging.merge import Joining, Merge, Side, in_blocks, positions_apart
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
 
 
 @dataclasses.dataclass(frozen=True)

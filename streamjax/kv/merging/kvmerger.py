@@ -10,8 +10,8 @@ from jaxtyping import Array
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Finite
 from streamjax.kv.merging.merge import Joining, Merge, Side, in_blocks, positions_apart, summed, unit
-from streamjax.kv.slot_state import take_slots
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
+from streamjax.kv.slots.slot_state import take_slots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import accumulator
 from streamjax.attention.rotary import Rotary
 from streamjax.kv.merging.merge import Merge, Side
-from streamjax.kv.slot_state import take_slots
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.query import KVSpec, State
+from streamjax.kv.slots.slot_state import take_slots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import accumulator
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import check_fields
-from streamjax.kv.slot_state import SlotState, take_slots
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.query import KVSpec, State
+from streamjax.kv.slots.slot_state import SlotState, take_slots
 
 LEAVING_BLOCK = 256  # tokens that leave of which logits against all that stay exist at a time
 

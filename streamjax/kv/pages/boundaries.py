@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import Count, Interval, Size, check_fields
-from streamjax.kv.tier import KVSpec, KVTokens
+from streamjax.kv.query import KVSpec, KVTokens
 
 
 class Boundary:

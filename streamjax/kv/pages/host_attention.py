@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.partial import Partial
 from streamjax.kv.pages.host_memory import compute_in_host, flat_index
 from streamjax.kv.pages.selection import PageTokens, take_chosen
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 
 UNSEEN = -1e30  # in the place of -inf, of which the host would have to take care
 

@@ -18,9 +18,9 @@ from einops import rearrange
 from jax.experimental import compute_on
 from jaxtyping import Array, Float, Int32
 
-from streamjax.kv.ring_buffer import read_ring, write_linear
-from streamjax.kv.ring_state import RingState, push, write
-from streamjax.kv.tier import KVSpec, KVTokens
+from streamjax.kv.query import KVSpec, KVTokens
+from streamjax.kv.slots.ring_buffer import read_ring, write_linear
+from streamjax.kv.slots.ring_state import RingState, push, write
 
 UNDER_WAY = 16  # copies that are begun before the first has to be there
 PLAIN = ("cpu",)  # platforms whose device memory is the host's

@@ -18,9 +18,9 @@ from pallas_kernels.partial import Partial, merge
 from streamjax.attention.context.exchange import AXIS, place
 from streamjax.attention.context.merging import merge_over_devices
 from streamjax.attention.sharded import CONTEXT, names_of_partial, per_device_call
-from streamjax.kv.ring_state import RingState
-from streamjax.kv.slots_over_devices import QUERY, query_arrays, query_names, query_of, slot_names
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
+from streamjax.kv.slots.over_devices import QUERY, query_arrays, query_names, query_of, slot_names
+from streamjax.kv.slots.ring_state import RingState
 
 
 def shared_scores(

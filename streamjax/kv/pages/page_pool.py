@@ -22,8 +22,8 @@ from streamjax.barriers import ordered_after
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.cache import Cache
 from streamjax.kv.decode_kernels import decode_pool, decode_shared, kernel_reads_pool
-from streamjax.kv.ring_buffer import put_tokens
-from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.query import KVSpec, KVTokens, Query
+from streamjax.kv.slots.ring_buffer import put_tokens
 
 _TOGETHER = 512  # slots that are read at a time: what is gathered of them stays in a processor's cache
 

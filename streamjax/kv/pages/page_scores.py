@@ -10,7 +10,7 @@ from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from streamjax.attention.sharded import per_device_call, splits
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 
 
 def score_pages(index: Index, summary: Summary, query: Query, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:

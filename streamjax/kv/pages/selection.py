@@ -19,7 +19,7 @@ from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
 from streamjax.kv.pages.over_devices import shared_scores
 from streamjax.kv.pages.page_scores import score_pages
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 
 GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
 SCORED = 256  # pages that the queries of a chunk score at a time, and those only that hold tokens

@@ -21,7 +21,7 @@ from pallas_kernels.partial import Partial, merge
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
 from streamjax.kv.codecs.slots import Slots
 from streamjax.kv.pages.selection import Choice, PageTokens, gather_pages, parted
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 
 QUERIES = 64  # neighbours that read together
 SLOTS = 512  # slots that are gathered at a time, whole pages

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import accumulator
 from streamjax.attention.rotary import rotate
 from streamjax.field_checks import LATER, NotNegative, Size, check_fields
+from streamjax.kv.query import KVSpec, Query, State
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.tier import KVSpec, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

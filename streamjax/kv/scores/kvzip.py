@@ -8,8 +8,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from streamjax.kv.query import Query
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.tier import Query
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import check_fields
+from streamjax.kv.query import KVSpec, Query, State
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.tier import KVSpec, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from pallas_kernels.partial import accumulator
 from streamjax.field_checks import check_fields
 from streamjax.kv.codecs.slots import Slots
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

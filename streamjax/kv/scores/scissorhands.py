@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.kv.noting import kept_within_block
+from streamjax.kv.query import Query
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.tier import Query
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from streamjax.attention.rotary import Rotary
 from streamjax.kv.noting import Noting
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
 
 class Held(NamedTuple):

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int32
 
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.noting import kept_within_block
+from streamjax.kv.query import Query
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.scores.tova import newest_queries
-from streamjax.kv.tier import Query
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import dataclasses
 from jaxtyping import Array, Float
 
 from streamjax.field_checks import check_fields
+from streamjax.kv.query import KVSpec, Query, State
 from streamjax.kv.scores.score import Score
-from streamjax.kv.tier import KVSpec, Query, State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.field_checks import Fraction, Size
-from streamjax.kv.tier import KVSpec, Query
+from streamjax.kv.query import KVSpec, Query
 from streamjax.kv.tiers.full import Full, LinearState
 
 TILE = 256  # vertical lines that are gathered at a time

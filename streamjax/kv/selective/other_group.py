@@ -17,7 +17,8 @@ from jaxtyping import Array, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.field_checks import Size, check_fields
-from streamjax.kv.tier import KVSpec, Query, State, Tier
+from streamjax.kv.query import KVSpec, Query, State
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.sink import Sink
 from streamjax.kv.tiers.window import Window

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from streamjax.attention.rotary import Rotary
-from streamjax.kv.slot_state import SlotState, take_slots
-from streamjax.kv.tier import KVSpec, KVTokens, State, Stored
+from streamjax.kv.query import KVSpec, KVTokens, State, Stored
+from streamjax.kv.slots.slot_state import SlotState, take_slots
 from streamjax.kv.tiers.scored import Scored, ScoredState, lowest
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from pallas_kernels.partial import Partial
 from streamjax.field_checks import Size
 from streamjax.kv.pages.indexes import Index, Mean
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 from streamjax.kv.tiers.pages import Pages, PagesState
 
 

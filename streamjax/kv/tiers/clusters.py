@@ -25,8 +25,9 @@ from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.pages.selection import Choice
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
 from streamjax.kv.pages.union_reading import QUERIES, read_union_of_neighbours
-from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query
+from streamjax.kv.slots.ring_buffer import write_linear
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
 
 UNIT = 8  # slots that neighbours gather together: a cluster seldom has as many tokens as it may

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query
+from streamjax.kv.tier import Tier
 
 COUNT_LIMIT = 2**30  # where the count saturates: later tokens still move the means, as little as they should
 

@@ -21,8 +21,8 @@ from streamjax.kv.pages.boundaries import Boundary
 from streamjax.kv.pages.indexes import Index, Mean, Summary
 from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
 from streamjax.kv.pages.union_reading import read_held, read_union
-from streamjax.kv.ring_buffer import put_tokens, read_ring, write_ring
-from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.query import KVSpec, KVTokens, Query
+from streamjax.kv.slots.ring_buffer import put_tokens, read_ring, write_ring
 from streamjax.kv.tiers.paged import PagedTier
 
 UNIT = 16  # slots of a page that are read together, at most

@@ -19,8 +19,8 @@ from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.slots import CodedSlots, Slots, dense, turned
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
-from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.slots_over_devices import (
+from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
+from streamjax.kv.slots.over_devices import (
     QUERY,
     on_several_devices,
     query_arrays,
@@ -28,7 +28,8 @@ from streamjax.kv.slots_over_devices import (
     query_of,
     write_linear_over_devices,
 )
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.slots.ring_buffer import write_linear
+from streamjax.kv.tier import Tier
 
 _KEYS: Names = ("batch", "kv_heads", "slots", None)
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int32
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.cache import Cache
-from streamjax.kv.ring_buffer import write_ring
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State
+from streamjax.kv.query import KVSpec, KVTokens, Query, State
+from streamjax.kv.slots.ring_buffer import write_ring
 
 Encode = Callable[[Float[Array, "B P S E"]], LandmarkPages]
 

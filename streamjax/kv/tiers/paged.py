@@ -15,7 +15,8 @@ from streamjax.kv.noting import Noting
 from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.pages.indexes import Index
 from streamjax.kv.pages.selection import PageTokens, read_first_pages
-from streamjax.kv.tier import KVTokens, Query, Tier
+from streamjax.kv.query import KVTokens, Query
+from streamjax.kv.tier import Tier
 
 
 class PagedTier(Tier):

@@ -37,10 +37,10 @@ from streamjax.kv.pages.selection import (
 )
 from streamjax.kv.pages.tree_search import tree_search
 from streamjax.kv.pages.union_reading import read_union
-from streamjax.kv.ring_buffer import read_ring
-from streamjax.kv.ring_state import RingState, push, read_slots, write, write_slots
-from streamjax.kv.slots_over_devices import on_several_devices
-from streamjax.kv.tier import KVSpec, KVTokens, Query
+from streamjax.kv.query import KVSpec, KVTokens, Query
+from streamjax.kv.slots.over_devices import on_several_devices
+from streamjax.kv.slots.ring_buffer import read_ring
+from streamjax.kv.slots.ring_state import RingState, push, read_slots, write, write_slots
 from streamjax.kv.tiers.paged import PagedTier
 
 Placement = Literal["device", "host"]

@@ -8,7 +8,8 @@ from typing import ClassVar
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Positive, Size, check_fields
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
 
 

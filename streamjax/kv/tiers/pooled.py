@@ -20,9 +20,10 @@ from streamjax.field_checks import Fraction
 from streamjax.kv.codecs.slots import Slots, dense
 from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.codecs.stores import stores
-from streamjax.kv.ring_buffer import put_tokens
-from streamjax.kv.slot_state import SlotState, take_slots
-from streamjax.kv.tier import KVSpec, KVTokens, State, Stored, Tier
+from streamjax.kv.query import KVSpec, KVTokens, State, Stored
+from streamjax.kv.slots.ring_buffer import put_tokens
+from streamjax.kv.slots.slot_state import SlotState, take_slots
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.scored import Scored, ScoredState, lowest
 
 PARTS = 1000  # `floor` counts in thousandths, so that sizes are whole numbers' sums

@@ -28,9 +28,10 @@ from streamjax.kv.codecs.slotwise import SlotwiseSlots
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.merging.merge import Merge, side
 from streamjax.kv.noting import Noting
+from streamjax.kv.query import KVSpec, KVTokens, Query, State, Stored
 from streamjax.kv.scores.score import Held, Score
-from streamjax.kv.slot_state import SlotState, exchange, take_slots, write
-from streamjax.kv.tier import KVSpec, KVTokens, Query, State, Stored, Tier
+from streamjax.kv.slots.slot_state import SlotState, exchange, take_slots, write
+from streamjax.kv.tier import Tier
 
 
 @jax.tree_util.register_dataclass

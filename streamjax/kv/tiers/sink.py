@@ -16,7 +16,8 @@ from jaxtyping import Array, UInt32
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
 
 TRUE_DISTANCE = 2**30  # a reach behind which nothing is clamped: sinks stand where they are

@@ -18,8 +18,9 @@ from pallas_kernels.partial import Partial, merge
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.decode_kernels import decode, kernel_decodes
-from streamjax.kv.ring_buffer import write_ring
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
+from streamjax.kv.slots.ring_buffer import write_ring
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, clamped, placed
 

@@ -16,8 +16,9 @@ from streamjax.kv.codecs.slots import dense, turned
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.noting import Noting
-from streamjax.kv.ring_state import RingState, push, write
-from streamjax.kv.tier import KVSpec, KVTokens, Query, Stored, Tier
+from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
+from streamjax.kv.slots.ring_state import RingState, push, write
+from streamjax.kv.tier import Tier
 
 
 @dataclasses.dataclass(frozen=True)

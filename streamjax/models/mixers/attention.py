@@ -21,7 +21,7 @@ from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.cache import Cache
 from streamjax.kv.head_groups import update_in_order
 from streamjax.kv.pages.page_pool import PageTables
-from streamjax.kv.tier import Implementation, KVTokens, Query, State
+from streamjax.kv.query import Implementation, KVTokens, Query, State
 from streamjax.models.config import AttentionConfig
 from streamjax.models.mixers.projections import Projections
 from streamjax.models.parameters import zeros

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
 from streamjax.models.config import LatentAttentionConfig
 from streamjax.models.mixers.attention import ChunkContext, SequenceContext, stream_attention
 from streamjax.models.norms import Norm

@@ -8,7 +8,7 @@ import jax
 from jax.typing import DTypeLike
 
 from streamjax.kv.cache import Cache
-from streamjax.kv.tier import Implementation
+from streamjax.kv.query import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.row_adapters import Factors
 from streamjax.serving.admission import nbytes, require_memory

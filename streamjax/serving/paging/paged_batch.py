@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.pages.page_pool import PagePool, PageTables
-from streamjax.kv.tier import Implementation
+from streamjax.kv.query import Implementation
 from streamjax.models.decoder import Decoder
 from streamjax.models.lora.row_adapters import Factors
 from streamjax.serving.batch import Batch

@@ -31,8 +31,8 @@ from streamjax.host_programs import program
 from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups, of_chosen_heads
+from streamjax.kv.query import Implementation, KVTokens, Query, State
 from streamjax.kv.shared_front import SharedFront, read_behind, read_front
-from streamjax.kv.tier import Implementation, KVTokens, Query, State
 from streamjax.models.block import Block
 from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import layer_of

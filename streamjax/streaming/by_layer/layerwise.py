@@ -18,7 +18,7 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.pages.page_pool import PageTables
-from streamjax.kv.tier import Implementation, State
+from streamjax.kv.query import Implementation, State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of, without_layers
 from streamjax.models.mixers.attention import ChunkContext

@@ -35,7 +35,8 @@ from streamjax.kv.cache import Cache
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.layer_caches.recurrence import BesideRecurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
-from streamjax.kv.tier import Implementation, KVTokens, Query, State, Tier
+from streamjax.kv.query import Implementation, KVTokens, Query, State
+from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.pages import Pages
 from streamjax.models.block import Block

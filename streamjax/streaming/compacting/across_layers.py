@@ -16,7 +16,7 @@ from streamjax.kv.channels.lent import Lent
 from streamjax.kv.compaction import Compaction
 from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.layouts.across_layers import AcrossLayers, AllHeld
-from streamjax.kv.tier import KVSpec, State
+from streamjax.kv.query import KVSpec, State
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
 from streamjax.parallel.multiprocess import on_host

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.kv.cache import Cache
 from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
-from streamjax.kv.tier import State
+from streamjax.kv.query import State
 from streamjax.models.decoder import Block, Decoder
 from streamjax.models.layer_stacking import layer_of
 from streamjax.models.mixers.attention import ChunkContext

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from streamjax.kv.cascade import Cascade
-from streamjax.kv.tier import KVSpec, KVTokens, State, Stored
+from streamjax.kv.query import KVSpec, KVTokens, State, Stored
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.parallel import Parallel
 from streamjax.models.decoder import Decoder

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
 from tests.kv.tier_streams import SCALE, Stream, plain_attention, run
 from tests.oracles.codecs import kivi
 

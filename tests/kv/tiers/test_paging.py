@@ -279,7 +279,7 @@ def poisoned(x):
 @pytest.mark.parametrize("name", FEW_OR_MANY)
 def test_empty_pages_are_not_read(monkeypatch, name):
     """Keys and values of empty slots are NaN, which would show: 0 times NaN is NaN."""
-    monkeypatch.setattr("streamjax.kv.tier.SLOT_BLOCK", 4)  # what one block holds is read as a whole
+    monkeypatch.setattr("streamjax.kv.query.SLOT_BLOCK", 4)  # what one block holds is read as a whole
     tier = FEW_OR_MANY[name]
     nothing = empty(tier, spec(2))
     state = jax.tree.map(poisoned, nothing)
@@ -292,7 +292,7 @@ def test_empty_pages_are_not_read(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["pages", "tree", "content by ids"])
 def test_only_slots_that_hold_tokens_are_read_while_they_are_few(monkeypatch, name):
-    monkeypatch.setattr("streamjax.kv.tier.SLOT_BLOCK", 4)
+    monkeypatch.setattr("streamjax.kv.query.SLOT_BLOCK", 4)
     monkeypatch.setattr("streamjax.kv.pages.union_reading.SLOTS", 4)
     tier, (stream, _) = FEW_OR_MANY[name], wandering(1, 7)
     state = filled(tier, stream.k, stream.v, np.full((1, 7), 1))

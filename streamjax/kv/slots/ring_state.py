@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from streamjax.barriers import materialized_once, ordered_after
 from streamjax.kv.codecs.slots import CodedSlots, Slots
-from streamjax.kv.ring_buffer import read_ring, write_ring
-from streamjax.kv.slots_over_devices import on_several_devices, read_ring_over_devices, write_ring_over_devices
-from streamjax.kv.tier import KVTokens
+from streamjax.kv.query import KVTokens
+from streamjax.kv.slots.over_devices import on_several_devices, read_ring_over_devices, write_ring_over_devices
+from streamjax.kv.slots.ring_buffer import read_ring, write_ring
 
 
 @jax.tree_util.register_dataclass

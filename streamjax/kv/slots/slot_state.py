@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 from streamjax.barriers import materialized_once, ordered_after
 from streamjax.kv.codecs.slots import Slots
 from streamjax.kv.codecs.slotwise import SlotwiseSlots
-from streamjax.kv.ring_buffer import put_tokens
-from streamjax.kv.tier import KVTokens
+from streamjax.kv.query import KVTokens
+from streamjax.kv.slots.ring_buffer import put_tokens
 
 
 @jax.tree_util.register_dataclass

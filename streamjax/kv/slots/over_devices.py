@@ -17,8 +17,8 @@ from pallas_kernels.partial import accumulator
 from streamjax.attention.context.exchange import AXIS, place
 from streamjax.attention.sharded import Names, context_shards, per_device_call
 from streamjax.kv.codecs.slots import CodedSlots, Slots
-from streamjax.kv.ring_buffer import write_linear
-from streamjax.kv.tier import Query
+from streamjax.kv.query import Query
+from streamjax.kv.slots.ring_buffer import write_linear
 
 QUERY: Names = ("batch", None, "heads", None)
 _ROWS: Names = ("batch",)
