@@ -2,6 +2,7 @@
 
     python -m benchmarks.training.lemo_memory            # half an hour on 2 quiet cores
     python -m benchmarks.training.lemo_memory --chips v5e --methods remat      # these rows anew, the others as they are
+    python -m benchmarks.training.lemo_memory --chips v5p --methods remat --shares 0.5      # one row anew
 
 Qwen2.5-0.5B, bf16 parameters and gradients, layers stacked, attention by kernels; every layer has the same share.
 `full` keeps all activations, `remat` layers' inputs. `temporaries GB` is what the compiler assigns beside parameters
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a row; by default one for each chip")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--shares", type=float, nargs="+", choices=SHARES, default=list(SHARES), help="of the tokens")
     parser.add_argument("--output", type=Path, default=RESULTS / "training" / "lemo_memory.json", help="of the rows")
     arguments = parser.parse_args()
     saved = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
@@ -79,7 +81,7 @@ def main() -> None:
     for chip in arguments.chips:
         for length in arguments.lengths or [CHIPS[chip][1]]:
             for method in arguments.methods:
-                for share in SHARES:
+                for share in arguments.shares:
                     row = measure(chip, method, length, share)
                     print(row, flush=True)
                     rows[chip, method, length, -share] = row
