@@ -22,6 +22,8 @@ from streamjax.models.mlps.build import build_mlp
 from streamjax.models.norms import Norm
 from streamjax.parallel.rules import constrain
 
+ToRead = ReadablePages | Float[Array, "B C H D"]  # pages of a chunk memory, or what was read in them
+
 
 class Block(nnx.Module):
     """One layer: a token mixer and an MLP around a residual stream, sequential or parallel.
@@ -91,7 +93,7 @@ class Block(nnx.Module):
         return self.join(x, self.mix(x, context), memory), memory
 
     def join(
-        self, x: Float[Array, "B T E"], mixed: Float[Array, "B T V"], memory: ReadablePages | None = None
+        self, x: Float[Array, "B T E"], mixed: Float[Array, "B T V"], memory: ToRead | None = None
     ) -> Float[Array, "B T E"]:
         """The layer's output, from its input and what its token mixers have made of it."""
         return self._residual(x, self.mixer_input(x), mixed, memory)
@@ -131,16 +133,30 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T E"],
         heads: Float[Array, "B T H D"],
-        memory: ReadablePages | None = None,
+        memory: ToRead | None = None,
         beside: Float[Array, "B T V"] | None = None,
     ) -> Float[Array, "B T E"]:
         """The layer behind attention, token by token: from its input and the heads' outputs to its output.
 
         beside: what `recur_beside` gives, where the layer has a recurrent mixer beside its attention.
         """
-        normed = self.mixer_input(x)
-        mixed = self.attention.join(heads, normed)
-        return self._residual(x, normed, mixed if beside is None else mixed + beside, memory)
+        return self._residual(x, self.mixer_input(x), self.attended(x, heads, beside), memory)
+
+    def attended(
+        self, x: Float[Array, "B T E"], heads: Float[Array, "B T H D"], beside: Float[Array, "B T V"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """What the token mixers make of the layer's input, where it attends; arguments as of `combine`."""
+        mixed = self.attention.join(heads, self.mixer_input(x))
+        return mixed if beside is None else mixed + beside
+
+    def page_queries(
+        self, x: Float[Array, "B T E"], mixed: Float[Array, "B T V"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"]]:
+        """What the layer asks its chunk memory, from its input and what its token mixers have made of that."""
+        assert self.reader is not None
+        (x, _), (mixed, _) = map(self._apart, (x, mixed))
+        mixed = self._branch(mixed, self.mixer_post_norm)
+        return self.reader.queries(x if self.config.residual == "parallel" else x + mixed)
 
     def recur(
         self,
@@ -198,7 +214,7 @@ class Block(nnx.Module):
         made, memory = self.encoder.stream(x, state[1], cache, count)
         return (state[0], made), memory
 
-    def _residual(self, x: Array, normed: Array, mixed: Array, memory: ReadablePages | None) -> Array:
+    def _residual(self, x: Array, normed: Array, mixed: Array, memory: ToRead | None) -> Array:
         parallel = self.config.residual == "parallel"
         (x, handed), (normed, _), (mixed, own) = map(self._apart, (x, normed, mixed))
         if own is not None and handed is not None:

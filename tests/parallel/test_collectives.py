@@ -125,8 +125,14 @@ def test_writing_over_devices_is_writing(rows):
         np.testing.assert_array_equal(found, write(buffer, chunk, filled, start, count))
 
 
-@pytest.mark.parametrize("size", [4, pytest.param(5, marks=pytest.mark.slow)])  # whole pages in a stretch, and not
-def test_of_a_sequence_over_devices_only_landmarks_are_gathered(size):
+@pytest.mark.parametrize(
+    ("size", "method"),  # whole pages in a stretch, and not
+    [
+        (4, "remat"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, "remat"), (4, "layer"), (5, "layer"))),
+    ],
+)
+def test_of_a_sequence_over_devices_only_landmarks_are_gathered(size, method):
     """By a gradient with hierarchical sparse attention; keys and values of pages go from device to device."""
     rows, length, devices = 2, 64, 4
     hsa = HSAConfig(layers=(0,), memory_layers=(0,), chunk_size=size, top_k=2)
@@ -134,7 +140,7 @@ def test_of_a_sequence_over_devices_only_landmarks_are_gathered(size):
     with jax.set_mesh(mesh):
         model = shard_model(random_model(config, "float32"), mesh)
         batch = shard_batch(random_batch(config.vocab_size, rows, length, packed=True), mesh)
-        found = _crossing(compiled(model, batch, "remat").as_text())
+        found = _crossing(compiled(model, batch, method).as_text())
     pages, heads, width = -(-length // devices // size), config.num_kv_heads // 2, config.head_dim
     of_landmarks, of_numbers = (rows, heads, devices * pages, width), (rows, devices * pages)
     assert {shape for operation, shape in found if operation == "all-gather"} == {of_landmarks, of_numbers}

@@ -43,7 +43,8 @@ def test_a_page_is_cut_where_its_last_token_lies(size):
         jnp.arange(ROWS * LENGTH, dtype=jnp.int32).reshape(ROWS, -1),
     )
     with jax.set_mesh(make_mesh(**CONTEXT4)):
-        cut, number, of_tokens = jax.jit(functools.partial(cut_pages, size=size))(x, segments)
+        of_size = jax.jit(functools.partial(cut_pages, size=size))
+        (cut, number), (of_tokens, _) = of_size(x), of_size(segments)
     room, pages = -(-12 // size), LENGTH // size
     expected = np.full((4, room), -1)
     for page in range(pages):
@@ -173,19 +174,33 @@ def expected(name, packed):
 
 
 @pytest.mark.parametrize(
-    ("axes", "name", "packed", "method"),
+    ("axes", "name", "packed", "method", "options"),
     [
-        ({"data": 2, "context": 2, "tensor": 2}, "shared", True, "full"),
-        ({"fsdp": 2, "context": 4}, "own", True, "remat"),
-        pytest.param({"context": 8}, "own", False, "full", marks=pytest.mark.slow),
-        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, "ramba", True, "remat", marks=pytest.mark.slow),
-        pytest.param({"context": 2, "tensor": 4}, "shared", False, "remat", marks=pytest.mark.slow),
-        pytest.param({"data": 2, "context": 2, "expert": 2}, "experts", False, "remat", marks=pytest.mark.slow),
+        ({"data": 2, "context": 2, "tensor": 2}, "shared", True, "full", {}),
+        ({"fsdp": 2, "context": 4}, "own", True, "remat", {}),
+        ({"data": 2, "context": 2, "tensor": 2}, "own", True, "layer", {"chunk_size": 6}),
+        pytest.param({"context": 8}, "own", False, "full", {}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, "ramba", True, "remat", {}, marks=pytest.mark.slow),
+        pytest.param({"context": 2, "tensor": 4}, "shared", False, "remat", {}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "context": 2, "expert": 2}, "experts", False, "remat", {}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 4}, "shared", True, "layer", {"chunk_size": 4}, marks=pytest.mark.slow),
+        pytest.param({"context": 8}, "own", False, "layer", {"chunk_size": 3, "segment": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"fsdp": 2, "context": 2, "tensor": 2},
+            "ramba",
+            True,
+            "layer",
+            {"chunk_size": 6, "offload": "host"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"data": 2, "context": 2, "expert": 2}, "experts", False, "layer", {"chunk_size": 8}, marks=pytest.mark.slow
+        ),
     ],
 )
-def test_the_gradient_is_that_of_one_device(axes, name, packed, method):
+def test_the_gradient_is_that_of_one_device(axes, name, packed, method, options):
     model, batch, right = expected(name, packed)
     mesh = make_mesh(**axes)
     with jax.enable_x64(True), jax.set_mesh(mesh):
-        found = gradient(shard_model(model, mesh), shard_batch(batch, mesh), method)
+        found = gradient(shard_model(model, mesh), shard_batch(batch, mesh), method, **options)
     assert_same(found, right)

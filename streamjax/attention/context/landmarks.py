@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.api import platforms
 from pallas_kernels.partial import accumulator
@@ -31,21 +31,28 @@ from streamjax.attention.landmarks.page_forms import (
     choose_in_blocks,
     kernel_pays,
 )
-from streamjax.attention.sharded import a_key_head_for_each_device, context_shards, per_device_call
+from streamjax.attention.sharded import a_key_head_for_each_device, are_stretches, context_shards, per_device_call
 
 
-def cut_pages(
-    x: Float[Array, "B T E"], segments: Int32[Array, "B T"] | None, size: int
-) -> tuple[Float[Array, "B N S E"], Int32[Array, "B N"], Int32[Array, "B N S"] | None]:
-    """Pages of `size` tokens, each where its last token lies; their numbers, and the segments of their tokens.
+def room_for_pages(stretch: int, size: int) -> int:
+    """Places for pages of `size` tokens on a device that has a stretch of the sequence.
+
+    Example:
+      >>> room_for_pages(12, 5)  # the stretch of tokens 12 .. 23 has the ends of two pages, 14 and 19
+      3
+    """
+    return -(-stretch // size)
+
+
+def cut_pages(x: Shaped[Array, "B T *E"], size: int) -> tuple[Shaped[Array, "B N S *E"], Int32[Array, "B N"]]:
+    """Pages of `size` tokens, each where its last token lies, and their numbers.
 
     Every device has room for equally many. Where a stretch ends within a page, one place may be empty: its number is
     -1. For that up to `size - 1` tokens in front of a stretch come from the devices before it.
     """
-    shards = context_shards(x.shape[1])
-    room = -(-x.shape[1] // shards // size)
+    room = room_for_pages(x.shape[1] if are_stretches() else x.shape[1] // context_shards(x.shape[1]), size)
 
-    def own(x: Array, segments: Array | None) -> tuple[Array, Array, Array | None]:
+    def own(x: Array) -> tuple[Array, Array]:
         index, length = place()[0], x.shape[1]
         first, stop = index * length // size, (index + 1) * length // size
         number = first + jnp.arange(room, dtype=jnp.int32)
@@ -59,12 +66,26 @@ def cut_pages(
                 x = jax.lax.dynamic_slice_in_dim(x, start, room * size, 1)
             return rearrange(x, "b (n s) ... -> b n s ...", s=size)
 
-        return cut(x), number, None if segments is None else cut(segments)
+        return cut(x), number
 
-    tokens, pages = ("batch", "length"), ("batch", "length", None)
-    names = (*pages, None), pages[:2], None if segments is None else pages
-    cut: tuple[Array, Array, Array | None] = per_device_call(own, ((*tokens, None), tokens), names, (x, segments))
+    tokens, channels = ("batch", "length"), (None,) * (x.ndim - 2)
+    cut: tuple[Array, Array] = per_device_call(own, ((*tokens, *channels),), ((*tokens, None, *channels), tokens), (x,))
     return cut
+
+
+def pages_over_devices(segments: Int32[Array, "B T"] | None, shape: tuple[int, ...], size: int) -> VisiblePages:
+    """Which of the pages that `cut_pages` makes each token sees: those that are complete before it.
+
+    Args:
+      segments: of the tokens, where sequences are packed.
+      shape: rows and tokens.
+      size: tokens of a page.
+    """
+    cut, number = cut_pages(jnp.zeros(shape, jnp.int32) if segments is None else segments, size)
+    first = place()[0] * shape[1] if are_stretches() else 0
+    limit = jnp.asarray((first + jnp.arange(shape[1], dtype=jnp.int32)) // size, jnp.int32)
+    of_pages = None if segments is None else jnp.where((cut == cut[:, :, :1]).all(axis=-1), cut[:, :, 0], -1)
+    return VisiblePages(number, jnp.broadcast_to(limit, shape), segments, of_pages)
 
 
 def read_over_devices(

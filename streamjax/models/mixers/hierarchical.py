@@ -17,7 +17,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from streamjax.attention.context.landmarks import cut_pages, read_over_devices
+from streamjax.attention.context.landmarks import cut_pages, pages_over_devices, read_over_devices
 from streamjax.attention.dense import attend
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.attention.landmarks.page_choice import VisiblePages
@@ -124,11 +124,8 @@ class PageEncoder(nnx.Module):
         """What tokens of whole sequences may read: all pages of them; what is behind the last full page is in none."""
         size, length = self._size, x.shape[1]
         if context_shards(length) > 1:
-            cut, number, of_tokens = cut_pages(x, segments, size)
-            of_pages = None if of_tokens is None else page_segments(rearrange(of_tokens, "b n s -> b (n s)"), size)
-            limit = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // size, x.shape[:2])
-            visible = VisiblePages(number, limit, segments, of_pages)
-            return ReadablePages(self.encode(cut), visible, self.hsa.top_k, over_devices=True)
+            visible = pages_over_devices(segments, x.shape[:2], size)
+            return ReadablePages(self.encode(cut_pages(x, size)[0]), visible, self.hsa.top_k, over_devices=True)
         count = length // size
         chunks = self.encode(rearrange(x[:, : count * size], "b (p s) e -> b p s e", s=size))
         of_pages = None if segments is None else page_segments(segments[:, : count * size], size)
@@ -191,16 +188,27 @@ class HierarchicalAttention(nnx.Module):
         self.out = kernel(key_out, (heads, group, width, d), axes, mixer.num_heads * width, dtype, gain, (0, 1, 2))
         self.q_norm = Norm(width, _head_norm(config.norm), dtype, "head_dim")
 
-    def __call__(self, x: Float[Array, "B C E"], memory: ReadablePages) -> Float[Array, "B C E"]:
-        """What the tokens read; zero where there is no page yet."""
-        if not memory.chunks.k.shape[2]:
-            return jnp.zeros_like(x)
-        found = product("bce,ekgd->bckgd", self.norm(x), self.query[...])
-        q = self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d"))
-        known = q, found[..., -1, :], memory.visible, memory.top_k, self.config.softmax_scale
-        if memory.over_devices:
-            heads = read_over_devices(memory.chunks, *known)
-        else:
-            heads = memory.chunks.read(*known, start=memory.start)
-        heads = rearrange(heads, "b c h d -> b c (h d)").astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "B C E"], memory: ReadablePages | Float[Array, "B C H D"]
+    ) -> Float[Array, "B C E"]:
+        """What the tokens read, which is zero where there is no page yet; the heads' outputs may be known."""
+        if isinstance(memory, ReadablePages):
+            if not memory.chunks.k.shape[2]:
+                return jnp.zeros_like(x)
+            memory = self.read(*self.queries(x), memory)
+        heads = rearrange(memory, "b c h d -> b c (h d)").astype(x.dtype)
         return product("bcf,fe->bce", heads, merge_axes(self.out[...], 0, 3))
+
+    def queries(self, x: Float[Array, "B C E"]) -> tuple[Float[Array, "B C H D"], Float[Array, "B C K D"]]:
+        """Queries of the attention inside pages, and of the landmarks."""
+        found = product("bce,ekgd->bckgd", self.norm(x), self.query[...])
+        return self.q_norm(rearrange(found[..., :-1, :], "b c k g d -> b c (k g) d")), found[..., -1, :]
+
+    def read(
+        self, q: Float[Array, "B C H D"], retrieval: Float[Array, "B C K D"], memory: ReadablePages
+    ) -> Float[Array, "B C H D"]:
+        """The heads' outputs, in the dtype of sums."""
+        known = q, retrieval, memory.visible, memory.top_k, self.config.softmax_scale
+        if memory.over_devices:
+            return read_over_devices(memory.chunks, *known)
+        return memory.chunks.read(*known, start=memory.start)

@@ -100,6 +100,10 @@ class ChunkedSequence:
         """Slots of a buffer for the keys of all tokens: whole blocks."""
         return math.ceil(self.count * self.chunk_size / self.block_k) * self.block_k
 
+    def pages(self, size: int) -> int:
+        """Places for pages of `size` tokens of a chunk memory."""
+        return self.count * self.chunk_size // size
+
     @property
     def block_k(self) -> int:
         return min(key_block(), self.count * self.chunk_size)

@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.attention.context.exchange import AXIS, place
+from streamjax.attention.context.landmarks import room_for_pages
 from streamjax.attention.context.sequence import Exchange
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
@@ -73,6 +74,10 @@ class Stretch(ChunkedSequence):
 
     def once(self, loss: Float[Array, ""]) -> Float[Array, ""]:
         return jnp.where(place()[0] == 0, loss, 0)
+
+    def pages(self, size: int) -> int:
+        """Of this device, whose stretch may begin and end within a page."""
+        return room_for_pages(self.count * self.chunk_size, size)
 
     def context(self, i: Any) -> SequenceContext:
         """Where the tokens of chunk i stand, for what layers do token by token."""

@@ -6,10 +6,14 @@ gathered keys, a halo, states of stretches); and what is behind them, the MLP wi
 the parts are made and pulled back in turn. Of a whole stretch there is what mixers read and give, and its gradient; all
 else of a layer exists for one chunk at a time. It is StreamBP (2506.03077) with attention for all chunks at once,
 because each visit to another device's keys costs as much for one chunk as for all.
+
+Chunk memories are read likewise: queries chunk by chunk, pages by all of a stretch at once, which go round, and what is
+behind chunk by chunk. A device keeps the pages that end in its stretch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -17,9 +21,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from streamjax.attention.context.landmarks import cut_pages, pages_over_devices
 from streamjax.attention.dispatch import sequence_attention
+from streamjax.attention.landmarks.page_attention import LandmarkPages
+from streamjax.attention.landmarks.page_forms import by_blocks
 from streamjax.attention.sharded import as_stretches
 from streamjax.models.block import Block
+from streamjax.models.mixers.hierarchical import ReadablePages
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.training.backprop.context.stretch import Stretch
 from streamjax.training.backprop.gradient_options import GradientOptions
@@ -31,51 +39,129 @@ Chunks = Float[Array, "N B C E"]
 Tree = TypeVar("Tree")
 
 
-def stretch_forward(block: Block, x: Chunks, sequence: Stretch) -> Chunks:
-    """A layer over all chunks of this device; each output takes its input's place."""
+def stretch_forward(
+    block: Block, x: Chunks, sequence: Stretch, memory: LandmarkPages | None = None, known: bool = False
+) -> tuple[Chunks, LandmarkPages | None]:
+    """A layer over all chunks of this device; each output takes its input's place.
+
+    `memory`: this device's pages of what the layer reads. A layer that makes them returns its own, unless they are
+    `known`.
+    """
+    if block.encoder is not None and not known:
+        memory = encode_stretch(block, x, sequence)
     read = jax.lax.map(lambda i: before_mixing(block, chunk_at(x, i), sequence, i), jnp.arange(sequence.count))
     mixed = mix(block, read, sequence)
+    if block.reader is not None and memory is not None:
+        asked = jax.lax.map(lambda i: ask(block, chunk_at(x, i), _take(mixed, i)), jnp.arange(sequence.count))
+        mixed = (*mixed, read_pages(block, asked, memory, sequence))
 
     def chunk(i: Any, x: Chunks) -> Chunks:
         y = after_mixing(block, chunk_at(x, i), _take(mixed, i))
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
 
-    return jax.lax.fori_loop(0, sequence.count, chunk, x)
+    return jax.lax.fori_loop(0, sequence.count, chunk, x), memory
 
 
 def stretch_backward(
-    params: Block, rest: Block, inputs: ActivationReader, d_y: Chunks, sequence: Stretch, options: GradientOptions
-) -> tuple[Block, Chunks]:
+    params: Block,
+    rest: Block,
+    inputs: ActivationReader,
+    d_y: Chunks,
+    sequence: Stretch,
+    options: GradientOptions,
+    memory: LandmarkPages | None = None,
+    d_memory: LandmarkPages | None = None,
+) -> tuple[Block, Chunks, LandmarkPages | None]:
     """Gradient of a layer's trained parameters from this device's chunks, and the cotangent of its input in the place
-    of that of its output."""
+    of that of its output; `d_memory` with what the layer adds to the gradients of the pages that it reads."""
 
     def before(params: Block, x: Array, i: Any) -> Any:
         return before_mixing(combine(params, rest), x, sequence, i)
 
-    def fill(i: Any, x: Array, read: Any) -> Any:
-        return _put(read, before(params, x, i), i)
+    def asks(params: Block, x: Array, mixed: Any) -> Any:
+        return ask(combine(params, rest), x, mixed)
 
-    shape = jax.eval_shape(before, params, d_y[0], 0)
-    empty = jax.tree.map(lambda one: jnp.zeros((sequence.count, *one.shape), one.dtype), shape)
-    read = inputs.each(fill, empty)
+    read = _each(inputs, lambda i, x: before(params, x, i), jax.eval_shape(before, params, d_y[0], 0))
     mixed, pull_mixing = jax.vjp(lambda params, read: mix(combine(params, rest), read, sequence), params, read)
+    found, pull_pages = mixed, None
+    if rest.reader is not None and memory is not None:
+        shape = jax.eval_shape(asks, params, d_y[0], _take(mixed, 0))
+        asked = _each(inputs, lambda i, x: asks(params, x, _take(mixed, i)), shape)
+        heads, pull_pages = jax.vjp(
+            lambda asked, memory: read_pages(combine(params, rest), asked, memory, sequence), asked, memory
+        )
+        found = (*mixed, heads)
 
     def behind(i: Any, x: Array, carry: tuple[Block, Chunks, Any]) -> tuple[Block, Chunks, Any]:
-        total, d_y, mixed = carry
-        _, pull = jax.vjp(lambda p, x, mixed: after_mixing(combine(p, rest), x, mixed), params, x, _take(mixed, i))
-        part, d_x, d_mixed = pull(chunk_at(d_y, i))
-        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), _put(mixed, d_mixed, i)
+        total, d_y, found = carry
+        _, pull = jax.vjp(lambda p, x, found: after_mixing(combine(p, rest), x, found), params, x, _take(found, i))
+        part, d_x, d_found = pull(chunk_at(d_y, i))
+        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_y, d_x, i, 0), _put(found, d_found, i)
 
-    total, d_x, d_mixed = inputs.each_back(behind, (zeros_like(params, options.grad_dtype), d_y, mixed))
+    total, d_x, d_mixed = inputs.each_back(behind, (zeros_like(params, options.grad_dtype), d_y, found))
+    if pull_pages is not None:
+        *d_mixed, d_heads = d_mixed
+        d_asked, d_pages = pull_pages(d_heads)
+        d_memory = None if d_memory is None else add(d_memory, d_pages)
+
+        def in_question(i: Any, x: Array, carry: tuple[Block, Chunks, Any]) -> tuple[Block, Chunks, Any]:
+            total, d_x, d_mixed = carry
+            _, pull = jax.vjp(asks, params, x, _take(mixed, i))
+            part, more, d_more = pull(_take(d_asked, i))
+            d_mixed = _put(d_mixed, jax.tree.map(jnp.add, _take(d_mixed, i), d_more), i)
+            return add(total, part), _plus(d_x, more, i), d_mixed
+
+        total, d_x, d_mixed = inputs.each(in_question, (total, d_x, tuple(d_mixed)))
     part, d_read = pull_mixing(d_mixed)
 
     def in_front(i: Any, x: Array, carry: tuple[Block, Chunks]) -> tuple[Block, Chunks]:
         total, d_x = carry
         _, pull = jax.vjp(lambda p, x: before(p, x, i), params, x)
         part, more = pull(_take(d_read, i))
-        return add(total, part), jax.lax.dynamic_update_index_in_dim(d_x, chunk_at(d_x, i) + more, i, 0)
+        return add(total, part), _plus(d_x, more, i)
 
-    return inputs.each(in_front, (add(total, part), d_x))
+    total, d_x = inputs.each(in_front, (add(total, part), d_x))
+    if rest.encoder is not None and d_memory is not None:
+        whole = _each(inputs, lambda i, x: x, jax.eval_shape(lambda: d_x[0]))
+        made, pull = jax.vjp(lambda p, x: encode_stretch(combine(p, rest), x, sequence), params, whole)
+        part, more = pull(jax.tree.map(lambda d, like: d.astype(like.dtype), d_memory, made))
+        total, d_x = add(total, part), d_x + more
+    return total, d_x, d_memory
+
+
+def encode_stretch(block: Block, x: Chunks, sequence: Stretch) -> LandmarkPages:
+    """The pages that end in this device's stretch, of about a chunk's tokens at a time."""
+    encoder = block.encoder
+    assert encoder is not None
+    size = encoder.hsa.chunk_size
+    with as_stretches():
+        cut, _ = cut_pages(_joined(x), size)
+
+    def some(x: Array) -> tuple[Array, ...]:
+        made = encoder.encode(x)
+        return tuple(jnp.swapaxes(y, 1, 2) for y in (made.k, made.v, made.landmarks))
+
+    made = by_blocks(some, max(1, sequence.chunk_size // size), (cut,))
+    return LandmarkPages(*(jnp.swapaxes(y, 1, 2) for y in made))
+
+
+def ask(block: Block, x: Float[Array, "B C E"], mixed: Any) -> Any:
+    """Queries of a chunk for the pages of a memory."""
+    if isinstance(block.mixer, RecurrentMixer):
+        return block.page_queries(x, *mixed)
+    return block.page_queries(x, block.attended(x, *mixed))
+
+
+def read_pages(block: Block, asked: Any, memory: LandmarkPages, sequence: Stretch) -> Float[Array, "N B C H D"]:
+    """What the queries of this device's chunks read, in the pages of all devices; in the dtype of queries."""
+    reader, hsa = block.reader, block.hsa
+    assert reader is not None
+    assert hsa is not None
+    q, retrieval = map(_joined, asked)
+    with as_stretches():
+        visible = pages_over_devices(sequence.segments, q.shape[:2], hsa.chunk_size)
+        heads = reader.read(q, retrieval, ReadablePages(memory, visible, hsa.top_k, over_devices=True))
+    return _cut(heads.astype(q.dtype), sequence)
 
 
 def before_mixing(block: Block, x: Float[Array, "B C E"], sequence: Stretch, i: Any) -> Any:
@@ -120,11 +206,23 @@ def mix(block: Block, read: Any, sequence: Stretch) -> Any:
 
 
 def after_mixing(block: Block, x: Float[Array, "B C E"], mixed: Any) -> Float[Array, "B C E"]:
-    """The layer's output for a chunk."""
+    """The layer's output for a chunk. Behind what the mixers give, `mixed` has what a layer with a reader has read."""
+    first, *beside = mixed
+    pages = None if block.reader is None else beside.pop()
     if isinstance(block.mixer, RecurrentMixer):
-        return block.join(x, *mixed)
-    heads, *beside = mixed
-    return block.combine(x, heads, None, *beside)
+        return block.join(x, first, pages)
+    return block.combine(x, first, pages, *beside)
+
+
+def _each(inputs: ActivationReader, make: Callable[[Any, Array], Tree], shape: Tree) -> Tree:
+    """What `make` gives for each chunk, all chunks together; it is of this shape for one."""
+    empty = jax.tree.map(lambda one: jnp.zeros((inputs.count, *one.shape), one.dtype), shape)
+    return inputs.each(lambda i, x, made: _put(made, make(i, x), i), empty)
+
+
+def _plus(total: Chunks, x: Array, i: Any) -> Chunks:
+    """`total` with `x` added to chunk i."""
+    return jax.lax.dynamic_update_index_in_dim(total, chunk_at(total, i) + x, i, 0)
 
 
 def _joined(x: Float[Array, "N B C ..."]) -> Float[Array, "B NC ..."]:

@@ -21,10 +21,10 @@ def why_not_shared(config: ModelConfig | UniformConfig, stacked: bool, method: s
     stacked: whether repeating layers are stacked (`scan_layers`).
     """
     config, say = expanded(config), f"backprop.method {method!r} with mesh.context {devices}"
-    if config.hsa is not None:
-        return f'{say} is not for models with a chunk memory: use "remat"'
     if method == "layer":
         return None
+    if config.hsa is not None:
+        return f'{say} is not for models with a chunk memory: use "layer"'
     if not stacked or config.repeats * config.period != config.num_layers:
         return f'{say} deals layers out to devices and needs stacked ones: set scan_layers=True, or use "layer"'
     if config.repeats % devices:

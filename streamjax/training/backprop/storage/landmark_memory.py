@@ -38,14 +38,14 @@ def source_of(config: ModelConfig, layer: int) -> int | None:
 
 
 def empty_memories(config: ModelConfig, sequence: ChunkedSequence, dtype: Any) -> Memories:
-    """Zeros for all pages of a sequence, or for their gradients."""
+    """Zeros for all pages of a sequence, or of a device's stretch of it, or for their gradients."""
     if config.hsa is None:
         return {}
     size = config.hsa.chunk_size
 
     def zeros(layer: int) -> LandmarkPages:
         mixer = config.memory_block(layer).attention
-        shape = (sequence.batch_size, mixer.num_kv_heads, sequence.count * sequence.chunk_size // size)
+        shape = (sequence.batch_size, mixer.num_kv_heads, sequence.pages(size))
         width = mixer.head_dim
         pages = jnp.zeros((*shape, size, width), dtype)
         return LandmarkPages(pages, pages, jnp.zeros((*shape, width), dtype))
