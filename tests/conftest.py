@@ -36,7 +36,7 @@ jaxtyping.install_import_hook(["streamjax", "pallas_kernels"], "tests.typecheck.
 
 import jax
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from jax._src.interpreters import mlir
 
 from tests import host_arrays
@@ -46,6 +46,8 @@ pytest_plugins = ["tests.cpu_seconds"]
 
 settings.register_profile("suite", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("weekly", deadline=None, max_examples=50, derandomize=True)
+# To see that a test fails: what was drawn first will do.
+settings.register_profile("unshrunk", settings.get_profile("suite"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("suite")
 
 

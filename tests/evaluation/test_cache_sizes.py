@@ -14,7 +14,7 @@ def model():
 
 
 UNMEASURED = ("cake", "prefix_kv", "zipvl", "locret", "cq", "matryoshka_kv", "lococo")  # a file says
-LAID_OUT = ("minicache", "xkv")  # with which no stream begins: tests/streaming/test_compact_across.py
+LAID_OUT = ("minicache", "xkv")  # with which no stream begins: tests/streaming/compacting/test_compact_across.py
 
 
 @pytest.mark.parametrize("name", [name for name in sj.kv.presets() if name not in ("hsa", *UNMEASURED, *LAID_OUT)])

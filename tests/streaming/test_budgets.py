@@ -6,7 +6,7 @@ import pytest
 
 import streamjax as sj
 from tests.oracles import pooled, scored
-from tests.streaming.test_compact import DENSE, LENGTH, QUERIES, prompt, shares, snapkv  # noqa: F401
+from tests.streaming.compacting.test_compact import DENSE, LENGTH, QUERIES, prompt, shares, snapkv  # noqa: F401
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens, read_stream
 from tests.streaming.tiny_sessions import BYTES, PROMPT, start
 

@@ -7,7 +7,7 @@ import streamjax as sj
 from streamjax.kv import H2O, BlendedBounds, Cascade, Coarse, Full, KNorm, LagKV, Pages, Sink, StaticEviction, Window
 from tests.kv.tier_streams import FREQUENCIES, KEY_HEADS, SCALE, Stream, run
 from tests.oracles import scored as oracle
-from tests.streaming.test_compact import DENSE, LENGTH, ONE_LAYER, QUERIES, shares
+from tests.streaming.compacting.test_compact import DENSE, LENGTH, ONE_LAYER, QUERIES, shares
 from tests.streaming.tiny_models import build, parts_of_layers, random_tokens, read_stream
 
 SINKS, WINDOW, SIZE, EVERY = 2, 3, 3, 5

@@ -69,7 +69,7 @@ SCORES = {
     "retaining": (Retaining(RetainingHeads.from_arrays(*NETWORK, "whose")), oracle.retained(*NETWORK)),
 }
 
-# What these keep of a whole prompt is held to published rules in tests/streaming/test_compact.py.
+# What these keep of a whole prompt is held to published rules in tests/streaming/compacting/test_compact.py.
 OF_PROMPTS = ("lagkv", "expected attention", "cur", "kvzip", "qfilters")
 # These note nothing, or what others note: no sinks and no window stand before their tier.
 ALONE = ("mean attention", "chunkkv", "knorm", "keydiff", "random", "leverage", "retaining")

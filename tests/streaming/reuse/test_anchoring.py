@@ -7,7 +7,7 @@ import pytest
 
 import streamjax as sj
 from tests.oracles.rotation import Turning
-from tests.streaming.test_reuse import ROOM, assert_alike, dense
+from tests.streaming.reuse.test_reuse import ROOM, assert_alike, dense
 from tests.streaming.tiny_models import GQA, build, random_tokens, read_stream
 
 FRONT, LENGTH = 7, 9

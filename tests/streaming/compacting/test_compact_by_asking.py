@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
-from tests.streaming.test_compact import DENSE, LENGTH, QUERIES, prompt, shares, snapkv  # noqa: F401
+from tests.streaming.compacting.test_compact import DENSE, LENGTH, QUERIES, prompt, shares, snapkv  # noqa: F401
 from tests.streaming.tiny_models import GQA, build, parts_of_layers, random_tokens, read_stream
 
 SIZE = 9

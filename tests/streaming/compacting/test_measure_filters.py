@@ -5,7 +5,7 @@ import pytest
 
 import streamjax as sj
 from streamjax.kv.scores.filter_file import QueryFilters
-from tests.streaming.test_compact import LENGTH, SIZE, prompt  # noqa: F401
+from tests.streaming.compacting.test_compact import LENGTH, SIZE, prompt  # noqa: F401
 from tests.streaming.tiny_models import GQA, LOCAL, build, random_tokens
 
 
