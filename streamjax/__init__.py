@@ -66,8 +66,8 @@ _HOMES = {
     "streamjax.serving.engine": ("Engine",),
     "streamjax.streaming": (
         "Sampler", "StreamState", "compact", "generate", "generate_blocks", "init_state", "lazy_layers",
-        "measure_budget", "measure_codebooks", "measure_factors", "measure_filters", "read", "reconstruction", "score",
-        "step",
+        "measure_budget", "measure_codebooks", "measure_factors", "measure_filters", "read", "read_prefix",
+        "reconstruction", "score", "step",
     ),
     "streamjax.streaming.reuse": ("AnchorPool", "EncodedChunk", "edit", "encode_chunk", "join", "side_by_side"),
     "streamjax.streaming.saving.saved_streams": ("load_stream", "save_stream"),
@@ -118,6 +118,7 @@ __all__ = [
     "measure_filters",
     "merge_lora",
     "read",
+    "read_prefix",
     "reconstruction",
     "save",
     "save_hf",

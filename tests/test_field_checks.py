@@ -172,6 +172,7 @@ EXAMPLES = [
     gated_linear.HGRN2Config(2, 2, 4, 4),
     elementwise.HGRNConfig(2, 2, 4),
     memory_mixers.MoMConfig(2, 2, 4, 4),
+    memory_mixers.PrefixLinearConfig(2, 2),
     memory_mixers.LMUConfig(2, 2, 4, 3, 8.0),
     memory_mixers.ConvEmbeddingConfig(2, 2, 4),
     memory_mixers.SpikingMixConfig(2, 2, 4, 8),

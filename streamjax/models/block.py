@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from streamjax.kv.cache import Cache
 from streamjax.kv.layer_caches.recurrence import BesideRecurrence, RecurrentState
@@ -168,7 +168,7 @@ class Block(nnx.Module):
         """A recurrent layer over a stretch of a sequence, behind the state that those before it left."""
         assert isinstance(self.mixer, RecurrentMixer)
         normed = self.mixer_input(x)
-        mixed, state = self.mixer.recur(normed, state, resets=context.resets())
+        mixed, state = self.mixer.over(normed, state, context)
         return self._residual(x, normed, mixed, memory), state
 
     def recur_beside(
@@ -176,7 +176,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B C V"], RecurrentState]:
         """What the recurrent mixer beside attention makes of a stretch of a sequence, and the state behind it."""
         assert self.beside is not None
-        return self.beside.recur(self.mixer_input(x), state, resets=context.resets())
+        return self.beside.over(self.mixer_input(x), state, context)
 
     def stream(
         self,
@@ -203,6 +203,15 @@ class Block(nnx.Module):
             more, beside = self.beside.stream(normed, beside, cache.recurrence, context)
             mixed, state = mixed + more, (own, beside)
         return self._residual(x, normed, mixed, memory), state, memory
+
+    def look_ahead(self, x: Float[Array, "B C W"], state: State, prefix: Bool[Array, "B C"]) -> State:
+        """The layer's state when its recurrent mixer has looked at a part of a prefix; see `RecurrentMixer`."""
+        if isinstance(self.mixer, RecurrentMixer):
+            return self.mixer.look_ahead(self.mixer_input(x), state, prefix)
+        if self.beside is None:
+            return state
+        own, beside = state
+        return own, self.beside.look_ahead(self.mixer_input(x), beside, prefix)
 
     def memorise(
         self, x: Float[Array, "B C E"], state: State, cache: Cache, context: ChunkContext

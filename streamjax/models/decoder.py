@@ -8,6 +8,7 @@ depth. The two hold the same numbers; `unstack` and `stack_layers` convert.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -158,18 +159,22 @@ class Decoder(nnx.Module):
         remat: bool = False,
         keep_attention: bool = False,
         exchange: Exchange = "auto",
+        prefix: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T E"]:
         """Hidden states after the last norm, over a whole sequence.
 
         `positions` defaults to 0, 1, ...; tokens of different `segment_ids` do not see each other. `remat` keeps only
         each layer's input for the backward pass, with `keep_attention` also what its attention found, which the
         backward pass then does not compute again. `exchange`: between devices that share a sequence, see
-        `attention.context.sequence`.
+        `attention.context.sequence`. `prefix`: see `forward`.
         """
         self = with_bounds(self)
         position = jnp.arange(tokens.shape[1]) if positions is None else positions
         positions = jnp.broadcast_to(position, tokens.shape).astype(jnp.uint32)
         context = SequenceContext(positions, segment_ids, tokens.shape[1], exchange=exchange)
+        if prefix is not None:
+            require_looking_ahead(self.config, segment_ids)
+            context = dataclasses.replace(context, prefix=jnp.arange(tokens.shape[1]) < prefix[:, None])
 
         def apply(
             block: Block, x: Array, memory: ReadablePages | None = None
@@ -245,6 +250,14 @@ class Decoder(nnx.Module):
         return constrain(logits, "batch", "length", "vocab")
 
 
+def require_looking_ahead(config: ModelConfig, segment_ids: Any = None) -> None:
+    """Raise a ValueError unless a model looks at a prefix before it reads it, and rows have one document each."""
+    if not config.looks_ahead:
+        raise ValueError("no layer of this model looks at a prefix ahead (PrefixLinearConfig): leave prefix out")
+    if segment_ids is not None:
+        raise ValueError("packed rows have several documents, and a prefix is a row's: leave segment_ids or prefix out")
+
+
 @partial(jax.jit, static_argnames="remat")
 def forward(
     model: Decoder,
@@ -253,6 +266,7 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int32[Array, "B T"] | None = None,
     remat: bool = False,
+    prefix: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of the model as pretrained, over whole sequences, float32.
 
@@ -262,12 +276,15 @@ def forward(
       positions: position of each token; 0, 1, ... where None.
       segment_ids: tokens see only their own segment (packed sequences).
       remat: keep only each layer's input for a backward pass.
+      prefix: tokens of each row that layers of prefix linear attention (`PrefixLinearConfig`) look at before they read
+        the first: a prompt, each of whose tokens then sees all of it.
 
     Example:
       >>> sj.forward(model, prompt).shape  # [B, T, V]
       (1, 16, 259)
     """
-    return model.logits(model.hidden(tokens, positions=positions, segment_ids=segment_ids, remat=remat))
+    known = {"positions": positions, "segment_ids": segment_ids, "prefix": prefix}
+    return model.logits(model.hidden(tokens, **known, remat=remat))
 
 
 @jax.tree_util.register_pytree_node_class

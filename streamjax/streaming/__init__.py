@@ -7,7 +7,7 @@ from streamjax.streaming.compacting.measure_factors import measure_factors
 from streamjax.streaming.compacting.measure_filters import measure_filters
 from streamjax.streaming.generate import generate, generate_blocks
 from streamjax.streaming.sampling import Sampler
-from streamjax.streaming.scan import read, score
+from streamjax.streaming.scan import read, read_prefix, score
 from streamjax.streaming.state import StreamState, init_state, layer_caches
 from streamjax.streaming.step import advance, step
 
@@ -26,6 +26,7 @@ __all__ = [
     "measure_factors",
     "measure_filters",
     "read",
+    "read_prefix",
     "reconstruction",
     "score",
     "step",

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Int32
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
 from streamjax.kv.tiers.window import Window
-from streamjax.models.decoder import Decoder, FlatModel
+from streamjax.models.decoder import Decoder, FlatModel, require_looking_ahead
 from streamjax.models.nonfinite import not_finite
 from streamjax.parallel.multiprocess import on_host
 from streamjax.streaming.by_layer.grouped_heads import channels_between
@@ -173,6 +173,49 @@ def read(
         else:
             state = _read_chunks(flat, state, *piece)
     return state
+
+
+def read_prefix(
+    model: Decoder,
+    state: StreamState,
+    tokens: Rows,
+    chunk_size: int = 512,
+    *,
+    lengths: Int[Array, " B"] | np.ndarray | Sequence[int] | None = None,
+) -> StreamState:
+    """Read a stretch of each stream as a prefix: layers of prefix linear attention look at all of it first.
+
+    Each of its tokens then sees the whole stretch (JRT-RNN, 2407.05483), and what is read behind it, by any function,
+    is read one token after the other. The call says where a prompt ends, and nothing else does: what has to be seen
+    whole goes into one call. A stream may have several prefixes, one behind the other, and a row of no tokens none.
+
+    The result does not depend on `chunk_size`. Inputs of a layer are held for the whole stretch, E channels a token:
+    its length is bounded by memory, what comes behind it is not. Arguments and the state are those of `score`.
+
+    Raises:
+      ValueError: as in `score`; a model without such layers, or with layers that read what another one stores.
+
+    Example:
+      >>> mixer = sj.models.config.PrefixLinearConfig(num_heads=2, num_groups=2, key_dim=4, value_dim=8)
+      >>> block = sj.BlockConfig(mixer=mixer, mlp=None)
+      >>> model = sj.Decoder(sj.ModelConfig(vocab_size=259, d_model=16, blocks=(block,) * 2), jax.random.key(0))
+      >>> state = sj.init_state(model, sj.kv.preset("window", window=64))
+      >>> state = sj.read_prefix(model, state, [[5, 6, 7]])
+      >>> state.seen.tolist()
+      [3]
+    """
+    require_looking_ahead(model.config)
+    tokens, lengths = as_rows(tokens, lengths)
+    require_room(state, lengths)
+    require_ids(tokens, lengths, model.config.vocab_size)
+    if not model.by_layers or lies_apart(state):
+        raise ValueError("a prefix is read layer by layer, which models whose layers read what another stores are not")
+    length = int(lengths.max(initial=0))
+    if length == 0:
+        return state
+    width = padded_width(length, chunk_size)
+    chunks = 1 << (-(-length // width) - 1).bit_length()  # a power of two, so that there are few programs
+    return read_layerwise(model, state, *cut(tokens, lengths, 0, chunks, width), ahead=True)[0]
 
 
 def score(

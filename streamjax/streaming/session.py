@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.cache import Cache
 from streamjax.kv.query import Implementation
-from streamjax.models.decoder import Decoder
+from streamjax.models.decoder import Decoder, require_looking_ahead
 from streamjax.streaming.by_layer.second_mesh import init_apart
 from streamjax.streaming.compacting.compact import compact
 from streamjax.streaming.compacting.reselecting import Reselection, generate_reselecting
@@ -29,11 +29,13 @@ from streamjax.streaming.generate import generate_blocks, stop_ids
 from streamjax.streaming.interrupts import undisturbed
 from streamjax.streaming.sampling import Sampler
 from streamjax.streaming.saving.saved_streams import SavedSession, read_saved_session, restore_stream, save_session
-from streamjax.streaming.scan import read, require_finite, score_unwaited
+from streamjax.streaming.scan import read, read_prefix, require_finite, score_unwaited
 from streamjax.streaming.speculative.drafter import Drafter
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.state import init_state
 from streamjax.streaming.text_output import TextOutput
+
+Text: TypeAlias = str | Sequence[int] | np.ndarray  # text, or token ids
 
 
 class Session:
@@ -164,35 +166,37 @@ class Session:
         tail = self._output.tail
         return self.tokens_seen > len(tail) or not self.tokenizer.special_ids.issuperset(tail)
 
-    def read(self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None, twice: bool = False) -> int:
+    def read(self, text: Text, *, add_bos: bool | None = None, twice: bool = False, prefix: bool = False) -> int:
         """Read a text, or token ids as they are; returns how many tokens that were.
 
             session.read(document + question, twice=True)
+            session.read(document, prefix=True)
 
         Args:
           text: text, or token ids.
           add_bos: as in `encode`.
           twice: read it again behind itself (JRT, 2407.05483): a state of fixed size chooses what to keep, and the
             second time it is known what is asked. BOS comes before the first time alone.
+          prefix: layers of prefix linear attention look at all of it first, as at their prompt (`read_prefix`).
 
         Raises:
-          ValueError: more tokens than a `dense` cache has room for; nothing has been read then.
+          ValueError: no room in a `dense` cache, or no layer that looks ahead; nothing has been read then.
         """
         ids = self._ids(text, add_bos)
         if twice and isinstance(text, str):
             ids += self.tokenizer.encode(text, add_bos=False, parse_special=self.parse_special, continues=bool(ids))
         elif twice:
             ids += ids
-        for piece in self._pieces(ids):
+        if prefix:
+            require_looking_ahead(self.model.config)
+        for piece in self._pieces(ids, whole=prefix):
             with undisturbed():
-                self.state = read(self.model, self.state, piece[None], self.chunk_size)
+                self.state = (read_prefix if prefix else read)(self.model, self.state, piece[None], self.chunk_size)
                 self.tokens_seen += len(piece)
                 self._history.extend(piece)
         return len(ids)
 
-    def score(
-        self, text: str | Sequence[int] | np.ndarray, *, add_bos: bool | None = None, wait: bool = True
-    ) -> Float[Array, " T"]:
+    def score(self, text: Text, *, add_bos: bool | None = None, wait: bool = True) -> Float[Array, " T"]:
         """Read a text and return what each of its tokens cost: negative log-likelihoods in nats.
 
         A BOS that is put before the text is not part of the result. The first token of a stream without BOS costs
@@ -226,14 +230,14 @@ class Session:
             self.require_finite(parts[-1], before)
         return jnp.concatenate(parts)[skip:]
 
-    def require_finite(self, nats: Float[Array, " T"] | np.ndarray, text: str | Sequence[int] | np.ndarray) -> None:
+    def require_finite(self, nats: Float[Array, " T"] | np.ndarray, text: Text) -> None:
         """Raise a `NotFiniteError` unless what a text cost, by `score`, is finite; it waits for the result."""
         ids = self._ids(text, add_bos=False)
         require_finite(self.model, np.asarray(nats)[None], np.asarray(ids, np.int32)[None])
 
     def generate(
         self,
-        prompt: str | Sequence[int] | np.ndarray = "",
+        prompt: Text = "",
         *,
         max_new_tokens: int,
         stop: str | Sequence[str] = (),
@@ -326,7 +330,7 @@ class Session:
     def compact(
         self,
         cache: Cache | Sequence[Cache],
-        query: str | Sequence[int] | np.ndarray | None = None,
+        query: Text | None = None,
         *,
         stored: bool = False,
     ) -> None:
@@ -407,7 +411,7 @@ class Session:
         wanted = self.tokens_seen == 0 and self.tokenizer.adds_bos if add_bos is None else add_bos
         return wanted and self.tokenizer.bos_id is not None
 
-    def _ids(self, text: str | Sequence[int] | np.ndarray, add_bos: bool | None) -> list[int]:
+    def _ids(self, text: Text, add_bos: bool | None) -> list[int]:
         """Token ids, all checked before the first piece is read."""
         ids = self.encode(text, add_bos) if isinstance(text, str) else [int(token) for token in text]
         vocab = self.model.config.vocab_size
@@ -416,16 +420,17 @@ class Session:
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab}")
         return ids
 
-    def _pieces(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Tokens to be read step by step; text that was held back is over."""
+    def _pieces(self, ids: Sequence[int], whole: bool = False) -> Iterator[np.ndarray]:
+        """Tokens to be read step by step, or all at once; text that was held back is over."""
         self._require_room(len(ids))
         if ids:
             self._turn = object()
             self._output.restart(ids)
             self.stopped_by = None
         tokens = np.asarray(ids, np.int32)
-        for start in range(0, len(ids), self.chunk_size):
-            yield tokens[start : start + self.chunk_size]
+        size = max(len(ids), 1) if whole else self.chunk_size
+        for start in range(0, len(ids), size):
+            yield tokens[start : start + size]
 
     def _until_end(self, stop: tuple[str, ...], ends: tuple[int, ...], tokens: Sequence[int]) -> int:
         """How many of the tokens that may come next are read at most: none behind the end of the text."""

@@ -277,6 +277,33 @@ def mixture_of_memories(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     return np.tensordot(out, _value(p.out), axes=3)
 
 
+def _linear_weight(config, q: np.ndarray, k: np.ndarray) -> float:
+    """How much a query reads of a key: without features, where there is a formula without them."""
+    if config.features == "elu":
+        return np.dot(*(np.where(x > 0, 1 + x, np.exp(np.minimum(x, 0))) for x in (q, k)))
+    product = q @ k / np.sqrt(len(q))
+    return 1 + product + product**2 / 2
+
+
+def first_look(mixer, prefix: list, cache: list) -> None:
+    """Keys and values of a prefix's inputs, as prefix linear attention has them before it reads the first."""
+    for x in prefix:
+        made = np.tensordot(x, _value(mixer.first), axes=1)
+        cache.append(np.split(made, [mixer.config.key_dim], axis=-1))
+
+
+def prefix_linear(mixer, x: np.ndarray, cache: list) -> np.ndarray:
+    """One token of prefix linear attention; `cache` has keys and values of all that came before, and no state."""
+    p, c = mixer, mixer.config
+    q, k, v = np.split(np.tensordot(x, _value(p.inside), axes=1), [c.key_dim, 2 * c.key_dim], axis=-1)
+    cache.append((k, v))
+    out = np.zeros((c.num_heads, 1, c.value_dim))
+    for head in range(c.num_heads):
+        weights = [_linear_weight(c, q[head], keys[head]) for keys, _ in cache]
+        out[head, 0] = sum(w * values[head] for w, (_, values) in zip(weights, cache, strict=True)) / sum(weights)
+    return np.tensordot(out, _value(p.out), axes=3)
+
+
 def legendre_memory(mixer, x: np.ndarray, cache: list) -> np.ndarray:
     """One token of the Legendre memory unit; `cache` has the memories."""
     p, c = mixer, mixer.config
@@ -364,6 +391,7 @@ MIXERS = {
     "rwkv7": rwkv7,
     "channel_mix": channel_mix,
     "mixture_of_memories": mixture_of_memories,
+    "prefix_linear": prefix_linear,
     "legendre_memory": legendre_memory,
     "conv_embedding": conv_embedding,
     "spiking_mix": spiking_mix,

@@ -17,7 +17,13 @@ from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.latent import LatentAttentionConfig
-from streamjax.models.config.memory_mixers import ConvEmbeddingConfig, LMUConfig, MoMConfig, SpikingMixConfig
+from streamjax.models.config.memory_mixers import (
+    ConvEmbeddingConfig,
+    LMUConfig,
+    MoMConfig,
+    PrefixLinearConfig,
+    SpikingMixConfig,
+)
 from streamjax.models.config.model import ModelConfig
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import GatedConvConfig, GatedDeltaConfig, GMUConfig, KimiDeltaConfig, SSDConfig
@@ -49,6 +55,7 @@ __all__ = [
     "MoMConfig",
     "ModelConfig",
     "NormConfig",
+    "PrefixLinearConfig",
     "RGLRUConfig",
     "RWKV7Config",
     "RopeConfig",

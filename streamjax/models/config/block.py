@@ -12,7 +12,13 @@ from streamjax.models.config.elementwise import HGRNConfig, RGLRUConfig
 from streamjax.models.config.experts import DenseAndExpertsConfig, ExpertsConfig
 from streamjax.models.config.gated_linear import ChannelMixConfig, GatedLinearConfig, HGRN2Config, RWKV7Config
 from streamjax.models.config.latent import LatentAttentionConfig
-from streamjax.models.config.memory_mixers import ConvEmbeddingConfig, LMUConfig, MoMConfig, SpikingMixConfig
+from streamjax.models.config.memory_mixers import (
+    ConvEmbeddingConfig,
+    LMUConfig,
+    MoMConfig,
+    PrefixLinearConfig,
+    SpikingMixConfig,
+)
 from streamjax.models.config.norm import NormConfig
 from streamjax.models.config.recurrent import (
     GatedConvConfig,
@@ -34,6 +40,7 @@ RecurrentMixerConfig: TypeAlias = (
     | GatedConvConfig
     | RGLRUConfig
     | MoMConfig
+    | PrefixLinearConfig
     | LMUConfig
     | ConvEmbeddingConfig
     | SpikingMixConfig

@@ -62,6 +62,45 @@ class MoMConfig(RecurrentConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class PrefixLinearConfig(RecurrentConfig):
+    """Prefix linear attention (JRT-RNN, 2407.05483): linear attention that has looked at all of a prompt first.
+
+    num_heads: as many as `num_groups`.
+    key_dim: channels of a head's query and key, before their features; the paper has 16.
+    features: "taylor": those whose product is 1 + s + s^2 / 2, s = q k / sqrt(key_dim) (Based, 2402.18668); "elu":
+      1 + elu of each channel (2006.16236).
+    """
+
+    type_name: ClassVar[str] = "prefix_linear"
+    single_heads: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
+
+    key_dim: Size = 16
+    value_dim: Size = 64
+    features: Literal["taylor", "elu"] = "taylor"
+
+    @property
+    def feature_dim(self) -> int:
+        """Features of a key: of "taylor" a one, each channel, and each pair of channels once."""
+        d = self.key_dim
+        return 1 + d + d * (d + 1) // 2 if self.features == "taylor" else d
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Features, and the channels of a value with the sum of features behind them."""
+        return self.num_heads, self.feature_dim, self.value_dim + 1
+
+    @property
+    def group_channels(self) -> tuple[int, int]:
+        """Of a group: the query and as many of the key, and its value."""
+        return 2 * self.key_dim, self.value_dim
+
+    def parameter_count(self, d_model: int) -> int:
+        first_look = self.num_heads * (self.key_dim + self.value_dim)
+        return d_model * (self.projected + first_look + self.num_heads * self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True)
 class LMUConfig(RecurrentConfig):
     """The Legendre memory unit in its parallel form (2102.11417), which LMUFormer (2402.04882) has in its blocks.
 

@@ -12,6 +12,7 @@ from streamjax.models.config.attention import AttentionConfig
 from streamjax.models.config.block import BlockConfig
 from streamjax.models.config.hierarchical import HSAConfig
 from streamjax.models.config.norm import NormConfig
+from streamjax.models.config.recurrent import RecurrentConfig
 
 
 @hashed_once
@@ -176,6 +177,12 @@ class ModelConfig:
     def reads_layerwise(self) -> bool:
         """Whether a long stretch can be read one layer after the other: no layer reads what another one stores."""
         return self.hsa is None and not self._lenders
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a layer reads a prefix before its first token (`PrefixLinearConfig`)."""
+        mixers = (mixer for block in self.blocks for mixer in (block.mixer, block.beside))
+        return any(isinstance(mixer, RecurrentConfig) and mixer.looks_ahead for mixer in mixers)
 
     @property
     def stream_width(self) -> int:

@@ -19,6 +19,7 @@ class RecurrentConfig:
     recurrent: ClassVar[bool] = True
     keys_of: ClassVar[None] = None
     single_heads: ClassVar[bool] = False  # whether every head is a group of its own
+    looks_ahead: ClassVar[bool] = False  # whether a prefix is read before its first token is
 
     num_heads: Size
     num_groups: Size

@@ -36,7 +36,8 @@ class SequenceContext:
 
     position: stream positions. segment_ids: tokens see only their own segment. length: tokens of the whole sequence,
     which `dynamic` and `longrope` depend on. before: segment of the token in front of the stretch; None: there is none.
-    exchange: how devices that share a sequence come to each other's keys, see `attention.context.sequence`.
+    exchange: how devices that share a sequence come to each other's keys, see `attention.context.sequence`. prefix: the
+    tokens that layers of prefix linear attention look at before they read the first; None: there are none.
     """
 
     position: UInt32[Array, "B T"]
@@ -44,6 +45,7 @@ class SequenceContext:
     length: int = dataclasses.field(metadata={"static": True})
     before: Int32[Array, " B"] | None = None
     exchange: Exchange = dataclasses.field(default="auto", metadata={"static": True})
+    prefix: Bool[Array, "B T"] | None = None
 
     def resets(self) -> Bool[Array, "B T"] | None:
         """The tokens at which another segment begins than that of the token before; None: there is one segment."""

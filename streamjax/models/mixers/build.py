@@ -22,6 +22,7 @@ from streamjax.models.config import (
     LMUConfig,
     MixerConfig,
     MoMConfig,
+    PrefixLinearConfig,
     RGLRUConfig,
     RWKV7Config,
     SpikingMixConfig,
@@ -39,6 +40,7 @@ from streamjax.models.mixers.kimi_delta import KimiDelta
 from streamjax.models.mixers.latent import LatentAttention
 from streamjax.models.mixers.memories.legendre import LMU
 from streamjax.models.mixers.memories.lmuformer import ConvEmbedding, SpikingMix
+from streamjax.models.mixers.memories.prefix_linear import PrefixLinear
 from streamjax.models.mixers.memories.routed import MixtureOfMemories
 from streamjax.models.mixers.rg_lru import RGLRU
 from streamjax.models.mixers.ssd import SSD
@@ -55,6 +57,7 @@ Mixer: TypeAlias = (
     | HGRN
     | HGRN2
     | MixtureOfMemories
+    | PrefixLinear
     | LMU
     | ConvEmbedding
     | SpikingMix
@@ -78,6 +81,7 @@ _MODULES: dict[type, Any] = {
     RWKV7Config: RWKV7,
     ChannelMixConfig: ChannelMix,
     MoMConfig: MixtureOfMemories,
+    PrefixLinearConfig: PrefixLinear,
     LMUConfig: LMU,
     ConvEmbeddingConfig: ConvEmbedding,
     SpikingMixConfig: SpikingMix,

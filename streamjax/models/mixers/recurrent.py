@@ -73,13 +73,25 @@ class RecurrentMixer(nnx.Module):
         """
         raise NotImplementedError
 
+    def look_ahead(self, x: Float[Array, "B T W"], state: RecurrentState, prefix: Bool[Array, "B T"]) -> RecurrentState:
+        """The state in front of tokens of which the mixer has looked at those of a prefix; as it is, if it does not."""
+        return state
+
+    def over(
+        self, x: Float[Array, "B T W"], state: RecurrentState, context: SequenceContext
+    ) -> tuple[Float[Array, "B T V"], RecurrentState]:
+        """A stretch of a sequence behind `state`, and the state behind it."""
+        if context.prefix is not None:
+            state = self.look_ahead(x, state, context.prefix)
+        return self.recur(x, state, resets=context.resets())
+
     def empty(self, batch_size: int, dtype: Any) -> RecurrentState:
         """The state in front of the first token."""
         return Recurrence(self.config.state_shape, self.config.conv_shape).empty(batch_size, dtype)
 
     def parallel(self, x: Float[Array, "B T W"], context: SequenceContext) -> Float[Array, "B T V"]:
         """A whole sequence."""
-        return self.recur(x, self.empty(x.shape[0], x.dtype), resets=context.resets())[0]
+        return self.over(x, self.empty(x.shape[0], x.dtype), context)[0]
 
     def stream(
         self, x: Float[Array, "B C W"], state: RecurrentState, cache: Cache, context: ChunkContext

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.host_programs import program
 from streamjax.kv.cache import Cache
@@ -48,6 +48,19 @@ def embedded(
 
     x, places = in_turn(one, state, (tokens, count))[1]
     return x, Places(*places)
+
+
+@program(donate_argnames="state")
+def looked_ahead(
+    block: Block,
+    row: int | Int32[Array, ""] | None,
+    x: Float[Array, "N B C E"],
+    state: State,
+    valid: Bool[Array, "N B C"],
+) -> State:
+    """The state of one layer when it has looked at N chunks of a prefix, of which it has read none yet."""
+    block = layer_of(block, row)
+    return in_turn(lambda state, chunk: (block.look_ahead(chunk[0], state, chunk[1]), None), state, (x, valid))[0]
 
 
 @program(static_argnames=("cache", "span", "implementation"), donate_argnames="state")
@@ -116,14 +129,20 @@ def read_layerwise(
     count: Int32[Array, "N B"],
     *,
     scored: bool = False,
+    ahead: bool = False,
 ) -> tuple[StreamState, Float[Array, "N B C"] | None]:
-    """Read N chunks; the state is donated. For models in which no layer reads what another one remembers."""
+    """Read N chunks; the state is donated. For models in which no layer reads what another one remembers.
+
+    ahead: layers that can look at all of them before they read the first (`PrefixLinearConfig`).
+    """
     model = with_bounds(model)
     ends, layers = without_layers(model), list(state.layers)
     standing = dataclasses.replace(state, layers=())
     x, places = embedded(ends, standing, tokens, count)
     for i, cache in enumerate(state.caches):
         block, row = model.layer_and_row(i)
+        if ahead:
+            layers[i] = looked_ahead(block, row, x, layers[i], places.valid)
         if isinstance(cache, HeadGroups) and shares_parts(block, cache, state):
             x, layers[i] = read_grouped(block, row, x, layers[i], places, cache, state.span, state.implementation)
             continue

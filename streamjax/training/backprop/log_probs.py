@@ -23,7 +23,7 @@ from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence, chunk_at
 from streamjax.training.backprop.storage.landmark_memory import Memories, empty_memories, whole_pages
 from streamjax.training.backprop.storage.layer_stack import LayerStack, layer_stacks
-from streamjax.training.objectives.objective import Batch, require_arrays, require_targets
+from streamjax.training.objectives.objective import Batch, require_arrays, require_no_prefix, require_targets
 
 
 def token_log_probs(
@@ -52,6 +52,7 @@ def token_log_probs(
     """
     require_arrays(batch, ("tokens", "targets", "weights"))
     require_targets(batch, model.config.vocab_size)
+    require_no_prefix(batch)
     rows, length = batch["tokens"].shape
     if chunk_size is not None and not 1 <= chunk_size <= length:
         raise ValueError(f"chunk_size is {chunk_size}: use 1 to {length}, the length of the batch's sequences")

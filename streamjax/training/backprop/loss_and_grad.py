@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.partial import accumulator
 from streamjax.attention.context.sequence import Exchange
 from streamjax.attention.sharded import context_shards
-from streamjax.models.config import ExpertsConfig
-from streamjax.models.decoder import Decoder
+from streamjax.models.config import ExpertsConfig, ModelConfig
+from streamjax.models.decoder import Decoder, require_looking_ahead
 from streamjax.models.mixers.handed_on.learned_bounds import table_gradient, with_bounds
 from streamjax.training.backprop import chunk_order, layer_order
 from streamjax.training.backprop.context import chunk_pipeline
@@ -40,7 +40,7 @@ from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
 from streamjax.training.elimination.kept_tokens import TokenElimination, hidden_of_kept
-from streamjax.training.objectives.objective import CrossEntropy, Objective
+from streamjax.training.objectives.objective import CrossEntropy, Objective, is_known, require_arrays
 
 Batch = Mapping[str, Array]
 Method = Literal["full", "remat", "layer", "chunk", "auto"]
@@ -77,6 +77,7 @@ def loss_and_grad(
     Args:
       model: the model.
       batch: tokens, targets int32 [B, T] and weights float32 [B, T]; segment_ids and positions int32 [B, T] if packed;
+        prefix int32 [B], tokens of a row that layers of prefix linear attention look at first (`sj.forward`);
         what else the objective asks for.
       method: "full" keeps all activations, "remat" the inputs of layers, "layer" too, but cuts the sequence into chunks
         inside each layer; "chunk" keeps keys and values alone and cuts it into chunks of all layers; "auto" takes
@@ -152,12 +153,15 @@ def loss_and_grad(
             raise ValueError("keep_attention is not for layers that leave tokens out (lemo.share): set it to False")
     if elimination is not None:
         _check_elimination(method, length)
+    size = whole_pages(model.config, min(chunk_size or DEFAULT_CHUNK, length))
+    if "prefix" in batch:
+        check_prefix(model.config, batch, None if method in WHOLE_METHODS else size, elimination)
     loss, grads = _loss_and_grad(
         with_routing_total(model, batch["tokens"].size),
         {name: jnp.asarray(x) for name, x in batch.items()},
         method,
         objective,
-        whole_pages(model.config, min(chunk_size or DEFAULT_CHUNK, length)),
+        size,
         GradientOptions(
             logits_chunk=logits_chunk or default_logits_chunk(model, batch["tokens"].shape[0]),
             trainable=trainable,
@@ -183,6 +187,27 @@ def _check_elimination(method: str, length: int) -> None:
         )
     if context_shards(length) > 1:
         raise ValueError("a layer chooses its tokens from a whole row, which the mesh axis context splits: set it to 1")
+
+
+def check_prefix(
+    config: ModelConfig,
+    batch: Mapping[str, Array | np.ndarray],
+    chunk_size: int | None,
+    elimination: TokenElimination | None,
+) -> None:
+    """Raise ValueError unless layers can look at the prefixes of a batch; chunk_size: None where rows stay whole."""
+    require_looking_ahead(config, batch.get("segment_ids"))
+    require_arrays(batch, (), ("prefix",))
+    if elimination is not None:
+        raise ValueError("a prefix is looked at whole, and layers leave tokens out: set lemo.share to 1.0")
+    if chunk_size is not None and context_shards(batch["tokens"].shape[1]) > 1:
+        raise ValueError('a prefix over the mesh axis context is for the methods "full" and "remat": use one of these')
+    longest = int(np.max(batch["prefix"], initial=0)) if is_known(batch["prefix"]) else 0
+    if chunk_size is not None and longest > chunk_size:
+        raise ValueError(
+            f"a prefix has {longest} tokens and a chunk {chunk_size}, and the first chunk must have all of it: use "
+            f'chunk_size={longest} or more, or method "remat"'
+        )
 
 
 def check_keeping(method: str, segment: int) -> None:
@@ -290,6 +315,8 @@ def _loss_and_grad(
             return order(model, sequence, objective, options, split, reduction)
 
         value, grads = over_rows(compute, model, batch, prepared, params, objective.rows, shared)
+        if "prefix" in batch:  # of which lengths are not known before, under `jax.jit`
+            value = jnp.where(jnp.any(batch["prefix"] > chunk_size), jnp.nan, value)
         return value, table_gradient(stored, grads)
 
     def loss(params: Decoder) -> Array:
@@ -317,6 +344,7 @@ def whole_loss(
     """The loss by one pass over the whole sequence, for `jax.grad`."""
     known = {name: batch.get(name) for name in ("positions", "segment_ids")}
     if elimination is None:
+        known["prefix"] = batch.get("prefix")
         hidden = model.hidden(batch["tokens"], **known, remat=remat, keep_attention=keep_attention, exchange=exchange)
     else:
         hidden = hidden_of_kept(model, elimination, batch["tokens"], **known, remat=remat)

@@ -35,7 +35,7 @@ class ChunkedSequence:
     """B sequences of `length` tokens, cut into N chunks of C tokens, the last one padded with zeros.
 
     tokens, position: [N, B, C]. segments: [B, N * C] or None. prepared: the objective's arrays, [N, B, C]. whole: the
-    same uncut, and those that are not [B, T].
+    same uncut, and those that are not [B, T]. prefix: tokens of a row that layers look at first; all in chunk 0.
     """
 
     tokens: Int32[Array, "N B C"]
@@ -44,6 +44,7 @@ class ChunkedSequence:
     prepared: Batch
     whole: Batch
     length: int = dataclasses.field(metadata={"static": True})
+    prefix: Int32[Array, " B"] | None = None
 
     @classmethod
     def cut(cls, batch: Batch, prepared: Batch, chunk_size: int) -> ChunkedSequence:
@@ -62,6 +63,7 @@ class ChunkedSequence:
             prepared={},
             whole=prepared,
             length=length,
+            prefix=batch.get("prefix"),
         ).with_prepared(prepared)
 
     def with_prepared(self, prepared: Batch) -> ChunkedSequence:
@@ -114,7 +116,9 @@ class ChunkedSequence:
         if self.segments is not None:
             last = jnp.maximum(jnp.asarray(i * self.chunk_size - 1, jnp.int32), 0)
             before = jax.lax.dynamic_index_in_dim(self.segments, last, 1, keepdims=False)
-        return SequenceContext(chunk_at(self.position, i), self.chunk_segments(i), self.length, before)
+        index = jnp.arange(self.chunk_size) + i * self.chunk_size
+        prefix = None if self.prefix is None else index < self.prefix[:, None]
+        return SequenceContext(chunk_at(self.position, i), self.chunk_segments(i), self.length, before, prefix=prefix)
 
     def chunk_segments(self, i: Any) -> Int32[Array, "B C"] | None:
         if self.segments is None:

@@ -33,7 +33,7 @@ from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.loss_and_grad import DEFAULT_CHUNK
 from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
-from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective
+from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective, require_no_prefix
 
 
 def streaming_loss_and_grad(
@@ -69,6 +69,7 @@ def streaming_loss_and_grad(
     """
     objective = CrossEntropy() if objective is None else objective
     objective.check(batch, model.config.vocab_size)
+    require_no_prefix(batch)
     if "segment_ids" in batch:
         raise ValueError("the batch has segments, which a stream has not: leave segment_ids and positions out")
     if not objective.separable:

@@ -22,11 +22,12 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.mixers.attention import SequenceContext
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
-from streamjax.training.objectives.objective import Batch
+from streamjax.training.objectives.objective import Batch, require_no_prefix
 
 
 def sequence_context(batch: Batch) -> SequenceContext:
     """Where the tokens of a batch stand."""
+    require_no_prefix(batch)
     tokens = batch["tokens"]
     positions = batch["positions"] if "positions" in batch else jnp.arange(tokens.shape[1])
     return SequenceContext(

@@ -12,7 +12,7 @@ from streamjax.attention.block_cutting import cut_blocks, even_size, join_blocks
 from streamjax.models.decoder import Decoder
 from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.distillation.alignment import layer_examples
-from streamjax.training.objectives.objective import Batch
+from streamjax.training.objectives.objective import Batch, require_no_prefix
 
 
 @partial(jax.jit, static_argnames=("top_k", "logits_chunk"))
@@ -27,6 +27,7 @@ def predictions(
       top_k: N, at most the vocabulary.
       logits_chunk: tokens of a row whose logits exist at once; by default as many as make 256 MiB.
     """
+    require_no_prefix(batch)
     tokens = batch["tokens"]
     hidden = teacher.hidden(tokens, positions=batch.get("positions"), segment_ids=batch.get("segment_ids"))
     size = even_size(tokens.shape[1], logits_chunk or default_logits_chunk(teacher, tokens.shape[0]))

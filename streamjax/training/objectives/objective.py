@@ -176,6 +176,12 @@ def require_arrays(
             raise ValueError(f"{name} is {list(found)}, tokens {list(shape)}: {name} must be {list(wanted)}")
 
 
+def require_no_prefix(batch: Mapping[str, np.ndarray | Array]) -> None:
+    """Raise a ValueError for a batch whose rows begin with prefixes that layers would have to look at first."""
+    if "prefix" in batch:
+        raise ValueError("the batch has prefixes, which only sj.training.loss_and_grad looks at: leave prefix out")
+
+
 def is_known(x: np.ndarray | Array) -> bool:
     """Whether an array's values can be looked at: not under `jax.jit`, nor where other processes hold parts of it."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

@@ -24,7 +24,7 @@ from streamjax.training.backprop.embedding_and_head import default_logits_chunk
 from streamjax.training.backprop.gradient_reduction import batch_axes
 from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.trainable_parameters import Trainable, combine, partition
-from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective
+from streamjax.training.objectives.objective import Batch, CrossEntropy, Objective, require_no_prefix
 from streamjax.training.pipeline.paths import WHOLE, PipelineConfig
 from streamjax.training.pipeline.schedule import Schedule, plan
 from streamjax.training.pipeline.tables import Arrivals, Passes, Tables, tables_of
@@ -67,6 +67,7 @@ def pipeline_loss_and_grad(
     """
     objective = CrossEntropy() if objective is None else objective
     objective.check(batch, model.config.vocab_size)
+    require_no_prefix(batch)
     mesh = jax.sharding.get_abstract_mesh()
     stages = check_pipeline(model, dict(mesh.shape), method, objective)
     rows = batch["tokens"].shape[0]
