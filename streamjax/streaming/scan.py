@@ -196,7 +196,8 @@ def read_prefix(
       ValueError: as in `score`; a model without such layers, or with layers that read what another one stores.
 
     Example:
-      >>> mixer = sj.models.config.PrefixLinearConfig(num_heads=2, num_groups=2, key_dim=4, value_dim=8)
+      >>> from streamjax.models.config import PrefixLinearConfig
+      >>> mixer = PrefixLinearConfig(num_heads=2, num_groups=2, key_dim=4, value_dim=8)
       >>> block = sj.BlockConfig(mixer=mixer, mlp=None)
       >>> model = sj.Decoder(sj.ModelConfig(vocab_size=259, d_model=16, blocks=(block,) * 2), jax.random.key(0))
       >>> state = sj.init_state(model, sj.kv.preset("window", window=64))

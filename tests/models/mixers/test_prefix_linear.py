@@ -103,6 +103,7 @@ WEEKLY = [("remat", {}), ("layer", {}), ("layer", {"data": 2}), ("chunk", {"tens
     ("method", "axes"), [("chunk", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in WEEKLY)]
 )
 def test_every_order_gives_the_gradient(method, axes):
+    """Of a layer that is the mixer, and of one with the mixer beside attention: two programs of three seconds."""
     config = CONFIG.replace(blocks=(BlockConfig(TAYLOR, None), CONFIG.blocks[1]))
     with jax.enable_x64(True):
         model, batch = random_model(config), random_batch(VOCAB, 2, 14) | {"prefix": np.array([6, 4], np.int32)}

@@ -71,12 +71,14 @@ def _recurrent_working(mixer: RecurrentConfig, item: int, wide: int) -> int:
     """`working_bytes` of a recurrent mixer, for one token.
 
     What its input becomes, before and behind the convolution and in the accumulator's dtype; of each head a row of the
-    block's pairs a few times; and its share of the states at the borders of blocks.
+    block's pairs a few times; its share of the states at the borders of blocks; and of prefix linear attention features
+    in 14 arrays.
     """
     projected = mixer.projected * (2 * item + 2 * wide)
     if not mixer.state_shape:
         return projected
     heads, rows, columns = mixer.state_shape
+    projected += 14 * heads * rows * wide * mixer.looks_ahead
     return projected + 3 * heads * BLOCK * wide + 2 * heads * rows * columns * wide // BLOCK
 
 
