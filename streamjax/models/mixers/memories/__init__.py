@@ -1,5 +1,4 @@
-"""Token mixers with memories of special kinds: several that tokens are routed to, a window
-told by polynomials, and one that has looked at all of a prompt.
+"""Token mixers with memories of special kinds: routed ones, a window told by polynomials, a prompt that is seen first.
 
 They are recurrent mixers as those of the folder above are; `models.mixers.build` alone imports them.
 """
