@@ -283,8 +283,8 @@ def forward(
       >>> sj.forward(model, prompt).shape  # [B, T, V]
       (1, 16, 259)
     """
-    known = {"positions": positions, "segment_ids": segment_ids, "prefix": prefix}
-    return model.logits(model.hidden(tokens, **known, remat=remat))
+    hidden = model.hidden(tokens, positions=positions, segment_ids=segment_ids, remat=remat, prefix=prefix)
+    return model.logits(hidden)
 
 
 @jax.tree_util.register_pytree_node_class
