@@ -125,6 +125,24 @@ def test_writing_over_devices_is_writing(rows):
         np.testing.assert_array_equal(found, write(buffer, chunk, filled, start, count))
 
 
+@pytest.mark.slow  # its numbers: test_context_landmarks.py
+def test_a_pipeline_of_chunks_sends_their_pages_and_no_keys():
+    """By a gradient in chunk order; the head is by stretches, so nothing else is as large as a chunk's activations."""
+    rows, length, chunk, size = 2, 128, 8, 4
+    hsa = HSAConfig(layers=(0, 1), memory_layers=(0,), chunk_size=size, top_k=2)
+    config, mesh = CONFIG.replace(num_layers=2, windows=(4, None), hsa=hsa), make_mesh(context=2, data=4)
+    with jax.set_mesh(mesh):
+        model = shard_model(random_model(config, "float32"), mesh)
+        batch = shard_batch(random_batch(config.vocab_size, 4 * rows, length, packed=True), mesh)
+        found = _crossing(compiled(model, batch, "chunk", chunk_size=chunk).as_text())
+    pages = (rows, config.num_kv_heads, chunk // size, size, config.head_dim)
+    of_chunks = {(rows, chunk, config.d_model), pages, pages[:3] + pages[4:]}
+    assert {shape for operation, shape in found if operation == "collective-permute"} == of_chunks
+    parameters = {leaf.shape for leaf in jax.tree.leaves(model)} | {()}
+    assert {shape for operation, shape in found if operation == "all-reduce"} <= parameters | of_chunks
+    assert {operation for operation, _ in found} == {"collective-permute", "all-reduce"}
+
+
 @pytest.mark.parametrize(
     ("size", "method"),  # whole pages in a stretch, and not
     [

@@ -24,7 +24,7 @@ from streamjax.models.config import (
     SSDConfig,
 )
 from streamjax.parallel.mesh import make_mesh, shard_model
-from streamjax.training import shard_batch
+from streamjax.training import loss_and_grad, shard_batch
 from tests.oracles.hierarchical import hierarchical_attention
 from tests.training.gradient_checks import assert_same, gradient, random_batch, random_model
 
@@ -160,6 +160,16 @@ CONFIGS = {
             HSA, attention=AttentionConfig(4, 2, 4, rope=RopeConfig(theta=100.0)), mlp=DenseConfig(24)
         ),
     ),
+    # Two memories with heads of their own. Over 4 devices the first goes through one that does not read it.
+    "far": ModelConfig(
+        32,
+        16,
+        tuple(
+            BlockConfig(dataclasses.replace(ATTENTION, num_kv_heads=heads), DenseConfig(24))
+            for heads in (2,) * 6 + (4,) * 2
+        ),
+        hsa=HSAConfig((0, 5, 6, 7), (0, 6), 4, 2),
+    ),
     "experts": ModelConfig(32, 16, (BlockConfig(ATTENTION, ExpertsConfig(4, 2, 8)),), hsa=HSAConfig((0,), (0,), 4, 2)),
 }
 
@@ -179,6 +189,11 @@ def expected(name, packed):
         ({"data": 2, "context": 2, "tensor": 2}, "shared", True, "full", {}),
         ({"fsdp": 2, "context": 4}, "own", True, "remat", {}),
         ({"data": 2, "context": 2, "tensor": 2}, "own", True, "layer", {"chunk_size": 6}),
+        ({"data": 2, "context": 2, "tensor": 2}, "shared", True, "chunk", {"chunk_size": 8}),
+        pytest.param({"fsdp": 2, "context": 4}, "far", True, "chunk", {"chunk_size": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            {"fsdp": 2, "context": 2, "tensor": 2}, "ramba", True, "chunk", {"chunk_size": 12}, marks=pytest.mark.slow
+        ),
         pytest.param({"context": 8}, "own", False, "full", {}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, "ramba", True, "remat", {}, marks=pytest.mark.slow),
         pytest.param({"context": 2, "tensor": 4}, "shared", False, "remat", {}, marks=pytest.mark.slow),
@@ -204,3 +219,26 @@ def test_the_gradient_is_that_of_one_device(axes, name, packed, method, options)
     with jax.enable_x64(True), jax.set_mesh(mesh):
         found = gradient(shard_model(model, mesh), shard_batch(batch, mesh), method, **options)
     assert_same(found, right)
+
+
+@pytest.mark.parametrize(
+    ("axes", "name", "message"),
+    [
+        (
+            {"context": 2, "tensor": 4},
+            "own",
+            "a stretch of 24 tokens .* holds no whole pages of 5 tokens: choose a length that 10",
+        ),
+        (
+            {"context": 4, "tensor": 2},
+            "shared",
+            "deals layers out to devices, and the model has 2: use at most 2 devices",
+        ),
+    ],
+)
+def test_what_chunks_cannot_be_is_one_line(axes, name, message):
+    model, mesh = jax.eval_shape(lambda: random_model(CONFIGS[name], "float32")), make_mesh(**axes)
+    batch = random_batch(CONFIGS[name].vocab_size, ROWS, LENGTH)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message) as error:
+        jax.eval_shape(lambda model: loss_and_grad(model, batch, "chunk"), model)
+    assert "\n" not in str(error.value)

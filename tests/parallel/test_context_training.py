@@ -95,6 +95,10 @@ ORDERS = [
     ({"context": 4, "tensor": 2}, ("latent",), 4, True, "chunk", {"chunk_size": 4}),
     ({"fsdp": 2, "context": 4}, ("sinks", "full", "delta"), 4, True, "chunk", {"chunk_size": 4}),
     ({"context": 8}, ("alibi",), 8, True, "chunk", {"chunk_size": 2}),
+    # Layers that differ, one or more a device, and stacked ones that devices do not divide: branches of a program.
+    ({"context": 8}, (*KINDS, *RECURRENT), 1, True, "chunk", {"chunk_size": 2}),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, ("sinks", "full", "delta"), 1, True, "chunk", {"chunk_size": 12}),
+    ({"context": 4, "data": 2}, ("window", "ssd"), 3, True, "chunk", {"chunk_size": 6}),
 ]
 
 

@@ -84,13 +84,13 @@ class LayerGroup(NamedTuple):
 
     def empty(self, batch: int, dtype: Any, local: bool) -> Buffers:
         """Zeros for the keys of all tokens and states, or (`local`) for the gradients of those that a chunk may see."""
-        rows = self.rows.count if self.rows.stacked else 1
+        return [self.empty_buffer(index, batch, dtype, local) for index in range(len(self.stores))]
 
-        def empty(own: Store, beside: StateStore | None) -> Held:
-            states = None if beside is None else beside.empty(rows, batch, dtype, local)
-            return Held(own.empty(rows, batch, dtype, local), states)
-
-        return list(map(empty, self.stores, self.beside))
+    def empty_buffer(self, index: int, batch: int, dtype: Any, local: bool) -> Held:
+        """The same of one buffer."""
+        rows, beside = self.rows.count if self.rows.stacked else 1, self.beside[index]
+        states = None if beside is None else beside.empty(rows, batch, dtype, local)
+        return Held(self.stores[index].empty(rows, batch, dtype, local), states)
 
     def forward(
         self, x: Chunk, keys: Buffers, remembered: Memories, i: Any, sequence: ChunkedSequence, write: bool

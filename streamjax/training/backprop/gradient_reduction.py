@@ -26,7 +26,8 @@ from streamjax.training.backprop.trainable_parameters import is_parameter
 from streamjax.training.objectives.objective import Batch
 
 Tree = TypeVar("Tree")
-Shared = Literal["stretches", "stages"]  # what the devices along `context` have each: of sequences, or of the layers
+# What the devices along `context` have each: of sequences, or of the layers, of which they are given a part or all.
+Shared = Literal["stretches", "stages", "branches"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ def over_rows(
       trained: the parameters that get a gradient.
       together: consecutive rows that must lie on one device, because the loss is a sum over groups of so many.
       shared: what is by hand along `context` too. Each device along it gets its rows whole, and works on its stretch of
-        them, or is a stage with a part of the stacked layers, whose gradients it returns. None: the axis is the
-        compiler's.
+        them, or is a stage. Then it has a part of the stacked layers, whose gradients it returns, or takes its own of
+        all layers. None: the axis is the compiler's.
     """
     mesh, rows = jax.sharding.get_abstract_mesh(), batch["tokens"].shape[0]
     axes = () if mesh.empty or rows % together else batch_axes(mesh, rows // together)
@@ -126,7 +127,7 @@ def over_rows(
         check_vma=False,
     )
     loss, grads = manual(model, batch, prepared)
-    return loss, jax.tree.map(_as_parameter, grads, is_leaf=is_parameter) if shared == "stages" else grads
+    return loss, as_parameters(grads) if shared == "stages" else grads
 
 
 def batch_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
@@ -145,10 +146,14 @@ def split_dimensions(model: Decoder, mesh: AbstractMesh, axes: tuple[str, ...]) 
     return jax.tree.map(dimensions, model, is_leaf=is_parameter)
 
 
-def _as_parameter(grad: nnx.Variable) -> nnx.Variable:
-    """A gradient where its parameter lies: gathered here, and not within `jax.shard_map`, where the compiler would
-    gather it along its own axes too."""
-    return jax.tree.map(lambda x: constrain(x, *grad.get_metadata("axes")), grad)
+def as_parameters(tree: Tree) -> Tree:
+    """Gradients where their parameters lie: gathered here, and not within `jax.shard_map`, where the compiler would
+    gather them along its own axes too."""
+
+    def placed(variable: nnx.Variable) -> nnx.Variable:
+        return jax.tree.map(lambda x: constrain(x, *variable.get_metadata("axes")), variable)
+
+    return jax.tree.map(placed, tree, is_leaf=is_parameter)
 
 
 def _staged(model: Decoder, split: Decoder) -> Decoder:

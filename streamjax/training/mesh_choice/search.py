@@ -10,10 +10,9 @@ from streamjax.training.backprop.planning.memory_model import Memory, estimate, 
 from streamjax.training.backprop.planning.method_choice import (
     HEADROOM,
     UNSTACKED_HEADROOM,
-    WHOLE_METHODS,
     best_or_closest,
 )
-from streamjax.training.backprop.planning.shared_sequences import why_not_shared
+from streamjax.training.backprop.planning.shared_sequences import dealt_by_mesh
 from streamjax.training.mesh_choice.chips import Chip
 from streamjax.training.mesh_choice.step_costs import AXES, Work, step_seconds
 
@@ -91,8 +90,7 @@ def choose_mesh(
     best: MeshChoice | None = None
     closest: tuple[int, Mapping[str, int]] | None = None
     for axes in meshes(config, devices, rows // microbatches, length):
-        cuts = axes["context"] > 1 and method not in (*WHOLE_METHODS, "auto")
-        if cuts and why_not_shared(config, stacked, method, axes["context"]):
+        if method == "chunk" and axes["context"] > 1 and not dealt_by_mesh(config, stacked, axes["context"]):
             continue
         shards = axes["fsdp"] * axes["tensor"]
         moments = int(trained * _MOMENTS * config.parameter_count / shards)

@@ -106,7 +106,7 @@ def test_errors_are_one_line_that_says_what_to_do(argument, message):
     [
         (
             ["backprop.method=chunk"],
-            r"backprop.method .chunk. with mesh.context 4 deals layers out .*: set scan_layers=True",
+            r"backprop.method .chunk. with mesh.context 4 deals layers out .* the model has 2: use at most 2 devices",
         ),
         (["data.packing=streams", "backprop.carry_state=true"], r"backprop.carry_state reads .* mesh.context 4 splits"),
     ],

@@ -13,7 +13,7 @@ import jax
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.training.backprop.planning.layer_bytes import found_numbers
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, Memory, estimate
-from streamjax.training.backprop.planning.shared_sequences import divides, why_not_shared
+from streamjax.training.backprop.planning.shared_sequences import dealt_by_mesh, divides
 
 HEADROOM = 0.9  # share of the memory that an estimate may fill; most are right within 10%
 UNSTACKED_HEADROOM = (
@@ -121,7 +121,7 @@ def _shares(config: ModelConfig, arguments: Mapping[str, Any], length: int, stac
     method = arguments["method"]
     if devices == 1 or method in WHOLE_METHODS:
         return True
-    if arguments.get("keep_attention") or why_not_shared(config, stacked, method, devices):
+    if arguments.get("keep_attention") or (method == "chunk" and not dealt_by_mesh(config, stacked, devices)):
         return False
     return divides(length, arguments["chunk_size"])
 

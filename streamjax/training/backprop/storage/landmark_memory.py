@@ -41,16 +41,19 @@ def empty_memories(config: ModelConfig, sequence: ChunkedSequence, dtype: Any) -
     """Zeros for all pages of a sequence, or of a device's stretch of it, or for their gradients."""
     if config.hsa is None:
         return {}
-    size = config.hsa.chunk_size
+    return {layer: empty_memory(config, layer, sequence, dtype) for layer in config.hsa.memory_layers}
 
-    def zeros(layer: int) -> LandmarkPages:
-        mixer = config.memory_block(layer).attention
-        shape = (sequence.batch_size, mixer.num_kv_heads, sequence.pages(size))
-        width = mixer.head_dim
-        pages = jnp.zeros((*shape, size, width), dtype)
-        return LandmarkPages(pages, pages, jnp.zeros((*shape, width), dtype))
 
-    return {layer: zeros(layer) for layer in config.hsa.memory_layers}
+def empty_memory(
+    config: ModelConfig, layer: int, sequence: ChunkedSequence, dtype: Any, chunks: int | None = None
+) -> LandmarkPages:
+    """The same of one layer, or of so many chunks."""
+    assert config.hsa is not None
+    size, mixer = config.hsa.chunk_size, config.memory_block(layer).attention
+    count = sequence.pages(size) if chunks is None else chunks * sequence.chunk_size // size
+    shape, width = (sequence.batch_size, mixer.num_kv_heads, count), mixer.head_dim
+    pages = jnp.zeros((*shape, size, width), dtype)
+    return LandmarkPages(pages, pages, jnp.zeros((*shape, width), dtype))
 
 
 def encode(block: Block, x: Float[Array, "B C E"]) -> LandmarkPages:
@@ -71,6 +74,11 @@ def own_pages(memory: LandmarkPages, i: Any, like: LandmarkPages) -> LandmarkPag
     """The pages of chunk i, in the dtypes of `like`."""
     count = like.k.shape[2]
     return jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * count, count, 2).astype(y.dtype), memory, like)
+
+
+def add_pages(memory: LandmarkPages, more: LandmarkPages, i: Any) -> LandmarkPages:
+    """`memory` with these added to the pages of chunk i."""
+    return write(memory, jax.tree.map(jnp.add, own_pages(memory, i, more), more), i)
 
 
 def encode_back(
