@@ -13,6 +13,7 @@ A process warms up and takes the median of its turns; the table has the medians 
 wall seconds, the median over pairs of processes that followed each other. `load` is the system's load average when a
 process began to measure, the highest of its side: much more than what the process before has left means that the
 machine was not quiet, and that the figures are worth little. CPU seconds are of all threads.
+`benchmarks.kernels.prefill_products` says how far a prefill can be ahead: its products alone take most of it.
 """
 
 from __future__ import annotations
