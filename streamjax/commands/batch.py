@@ -26,6 +26,7 @@ from streamjax.commands.flags.checks import refuse_empty
 from streamjax.commands.flags.draft import parse_draft, parse_draft_memory
 from streamjax.commands.flags.engine import define_engine, make_service, refuse_mesh
 from streamjax.commands.flags.model import load_model
+from streamjax.commands.shell.outputs import in_made_folder
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import run_command
 from streamjax.serving.engine import Engine
@@ -61,7 +62,7 @@ def body(values: flags.FlagValues) -> None:
     if not left:
         return
     try:
-        file = target.open("a", encoding="utf-8")
+        file = in_made_folder(values.output).open("a", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{target}: it cannot be written ({error.strerror})") from error
     with file:

@@ -24,8 +24,10 @@ from streamjax.commands.flags.model import define_model, load_model
 from streamjax.commands.shell.outputs import check_outputs, write_json
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped, run_command
+from streamjax.commands.shell.training_steps import no_loss
 from streamjax.data.recall.training_rows import RecallRows
 from streamjax.data.text.tokenizers import Tokenizer
+from streamjax.models.nonfinite import not_finite
 from streamjax.training.heads.gates import GateConfig, answer_batches, far_layers, optimise_gates
 from streamjax.training.heads.scores import head_scores, protected_heads, repeated_tokens
 from streamjax.training.run.signals import StopSignals
@@ -89,7 +91,7 @@ def _optimised(
         for done, step in enumerate(optimise_gates(model, batches, config), 1):
             loss, distance, gates = float(step.loss), float(step.distance), np.asarray(step.gates, np.float64)
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
+                raise no_loss(model, done)
             metrics = f"loss {loss:.4f}, distance {distance:.4f}, mean gate {gates.mean():.3f}"
             bar.set_postfix_str(metrics, refresh=False)
             bar.update()
@@ -110,6 +112,8 @@ def _scored(values: flags.FlagValues, model: sj.Decoder) -> tuple[np.ndarray, np
     length = min(PAPERS_TOKENS, max(fitting, 2)) if values.tokens is None else values.tokens
     tokens = repeated_tokens(model.config, length, values.repeats, values.rows, values.seed)
     scores = head_scores(model, tokens)
+    if not all(bool(np.isfinite(score).all()) for score in scores):
+        raise not_finite(model, tokens[0], "the scores of the model's heads")
     gates, far = protected_heads(scores, model.config, values.echo, values.induction)
     echo, induction = (np.asarray(score, np.float64) for score in scores)
     print(f"{length} tokens {values.repeats} times: best echo score {echo.max():.3f}, induction {induction.max():.3f}")

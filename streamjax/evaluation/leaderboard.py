@@ -104,7 +104,7 @@ def _ask(
         turns = [row.example.turns[index] for row in rows]
         budgets = [int(min(turn.answer_tokens, most)) for turn in turns]
         texts = partial(_text, tokenizer, budgets, stop)
-        enough = partial(_settled, turns, texts) if index == last else None
+        enough = partial(_already_right, turns, texts) if index == last else None
         prompts = [row.prompts[index] for row in rows]
         state, tokens = _write(model, state, prompts, max(budgets), stop, chunk_size, enough)
         written += sum(map(len, tokens))
@@ -140,7 +140,7 @@ def _text(tokenizer: Tokenizer, budgets: Sequence[int], stop: tuple[int, ...], r
     return tokenizer.decode([token for token in tokens[: budgets[row]] if token not in stop])
 
 
-def _settled(turns: Sequence[Turn], texts: Callable[[int, list[int]], str], row: int, tokens: list[int]) -> bool:
+def _already_right(turns: Sequence[Turn], texts: Callable[[int, list[int]], str], row: int, tokens: list[int]) -> bool:
     """A text that contains all the answers is right whatever follows it."""
     return turns[row].rule != "ratio" and score(turns[row], texts(row, tokens)) == 1.0
 

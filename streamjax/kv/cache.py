@@ -162,12 +162,12 @@ def along(waiting: Waiting, path: Int32[Array, "B D"]) -> Waiting:
     """Of a tree that has attended, the nodes of one path of each row, as a chunk that has."""
     own, stored = by_token(waiting.query, waiting.tokens)
 
-    def taken(x: Array, axis: int) -> Array:
+    def along_path(x: Array, axis: int) -> Array:
         index = jnp.expand_dims(path, [i for i in range(x.ndim) if i not in (0, axis)])
         return jnp.take_along_axis(x, index, axis, mode="clip")
 
-    mine: dict[str, Any] = {name: taken(x, 1) for name, x in own.items()}
-    theirs: dict[str, Any] = {name: taken(x, 2) for name, x in {**stored, "valid": waiting.tokens.valid}.items()}
+    mine: dict[str, Any] = {name: along_path(x, 1) for name, x in own.items()}
+    theirs: dict[str, Any] = {name: along_path(x, 2) for name, x in {**stored, "valid": waiting.tokens.valid}.items()}
     query = dataclasses.replace(waiting.query, **mine, valid=None, tree=None)
     return Waiting(query, dataclasses.replace(waiting.tokens, **theirs))
 

@@ -1,4 +1,4 @@
-"""Where a model's numbers stop being numbers: a second look, taken only when logits were seen that are not finite."""
+"""Where a model's numbers stop being numbers: a second look, taken only when something was seen that is not finite."""
 
 from __future__ import annotations
 
@@ -21,13 +21,28 @@ class NotFiniteError(ValueError):
     """A model computed NaN or infinity."""
 
 
-def not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"]) -> NotFiniteError:
-    """The error that says in one line where a model that gave logits which are not finite first went wrong.
+def not_finite(
+    model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"], what: str = "the model's logits"
+) -> NotFiniteError:
+    """The error that says in one line where a model first went wrong.
 
     Args:
       model: the model.
-      tokens: the newest ids that it read, the last 64 of which are read again, from the beginning of a sequence; where
-        there are none, one id stands for them.
+      tokens: the newest ids that it read, as in `where_not_finite`.
+      what: was seen to be not finite.
+    """
+    count = min(len(tokens), _NEWEST) or 1
+    why = where_not_finite(model, tokens)
+    why = why or f"the newest {count} tokens alone give none: what the cache holds is not finite"
+    return NotFiniteError(f"{what} are not finite; {why}")
+
+
+def where_not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"] = ()) -> str:
+    """The first part of a model whose output is not finite, and why, in words; "" where all are.
+
+    Args:
+      model: the model.
+      tokens: the last 64 of these ids are read, from the beginning of a sequence; where there are none, one id.
     """
     ids = np.asarray(tokens, np.int32).ravel()[-_NEWEST:]
     if not ids.size:
@@ -35,14 +50,11 @@ def not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T"]) ->
     place, part = _first(model, ids)
     damage = _damage(part)
     if place and damage:
-        why = f"first in {place}, where {damage}: the weights are damaged"
-    elif place:
-        why = f"first in {place}, whose weights are finite: values overflow {model.dtype}; try float32"
-    elif damage := _damage(model):
-        why = f"{damage}: the weights are damaged"
-    else:
-        why = f"the newest {ids.size} tokens alone give none: what the cache holds is not finite"
-    return NotFiniteError(f"the model's logits are not finite; {why}")
+        return f"first in {place}, where {damage}: the weights are damaged"
+    if place:
+        return f"first in {place}, whose weights are finite: values overflow {model.dtype}; try float32"
+    damage = _damage(model)
+    return damage and f"{damage}: the weights are damaged"
 
 
 def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:

@@ -86,7 +86,7 @@ FAULTS = [
                 "            settled = borders_of(self._tokenizer)",
             ),
         ),
-        "tests/data/text/test_stream_encoder.py -k test_ids_do_not_depend",
+        "tests/data/text/test_stream_encoder.py -k 'test_ids_do_not_depend and blank_lines'",
     ),
     Fault(
         "training rows begin with BOS where the tokenizer adds none",
@@ -132,6 +132,22 @@ FAULTS = [
         "a NaN weight is not noticed",
         (Edit("streamjax/streaming/scan.py", "    if not bool(finite.all()):", "    if False:"),),
         "tests/streaming/test_not_finite.py",
+    ),
+    Fault(
+        "scores of a damaged model's heads are written",
+        (
+            Edit(
+                "streamjax/commands/find_heads.py",
+                "    if not all(bool(np.isfinite(score).all()) for score in scores):",
+                "    if False:",
+            ),
+        ),
+        "tests/commands/test_not_finite.py -k 'test_nothing_is_measured and scores'",
+    ),
+    Fault(
+        "a budget is measured of a damaged model",
+        (Edit("streamjax/streaming/compacting/measure_budget.py", "        if not finite:", "        if False:"),),
+        "tests/commands/test_not_finite.py -k 'test_nothing_is_measured and prefix_kv'",
     ),
     Fault(
         "a flipped bit of a checkpoint loads",

@@ -52,7 +52,7 @@ def body(values: flags.FlagValues) -> None:
     model, tokenizer = load_model(values)
     ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
     batches = text_rows(np.array(ids), length, values.batch_size, values.seed)
-    ran = run_steps(train_convolutions(model, batches, config, values.seed), config.steps)
+    ran = run_steps(model, train_convolutions(model, batches, config, values.seed), config.steps)
     as_file(model, ran.step, ran.done * length * values.batch_size).save(in_made_folder(values.output))
     print(ran)
     options = f"window={config.window},size={config.size},every={config.every}"

@@ -59,7 +59,7 @@ def body(values: flags.FlagValues) -> None:
     bases, bounds = principal_bases(model, text[None, :length])
     done = 0
     if values.steps:
-        ran = run_steps(train_projections(model, bases, batches, config, values.seed), config.steps)
+        ran = run_steps(model, train_projections(model, bases, batches, config, values.seed), config.steps)
         bases, done = ran.step.bases, ran.done
         print(ran)
     compared = text[None, -min(values.search_tokens, length) :]

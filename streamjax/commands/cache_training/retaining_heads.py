@@ -57,6 +57,7 @@ def body(values: flags.FlagValues) -> None:
     length = values.seq_len or min(model.config.max_position, LONGEST_ROWS)
     batches = _batches(values, tokenizer, length)
     ran = run_steps(
+        model,
         train_retaining_heads(model, batches, config, values.seed),
         config.steps,
         lambda step: f"loss {step.loss:.4f}, {step.found:.3f} of the largest found",

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from streamjax.commands.shell.progress import progress_bar
 from streamjax.commands.shell.runner import Stopped
+from streamjax.models.decoder import Decoder
+from streamjax.models.nonfinite import NotFiniteError, where_not_finite
 from streamjax.training.run.signals import StopSignals
 
 
@@ -40,23 +42,33 @@ class Ran(NamedTuple):
             raise Stopped(128 + self.received)
 
 
+def no_loss(model: Decoder, step: int) -> NotFiniteError:
+    """The error about a loss that is not finite; it says what of the model is not finite either."""
+    why = where_not_finite(model)
+    return NotFiniteError(f"the loss is not finite at step {step}: nothing is written{'; ' * bool(why)}{why}")
+
+
 def run_steps(
-    trained: Iterable[AnyStep], steps: int, describe: Callable[[AnyStep], str] = lambda step: f"loss {step.loss:.4f}"
+    model: Decoder,
+    trained: Iterable[AnyStep],
+    steps: int,
+    describe: Callable[[AnyStep], str] = lambda step: f"loss {step.loss:.4f}",
 ) -> Ran:
     """Run training to its end, or until a signal comes.
 
     Args:
+      model: the frozen model, which is asked where a loss that is not finite comes from.
       trained: one entry a step, `steps` of them, and one at least.
       steps: of the bar.
       describe: what is said of a step.
 
     Raises:
-      ValueError: a loss that is not finite.
+      NotFiniteError: a loss that is not finite.
     """
     with StopSignals() as stop, progress_bar(total=steps, unit="step") as bar:
         for done, step in enumerate(trained, 1):
             if not math.isfinite(step.loss):
-                raise ValueError(f"the loss is not finite at step {done}: nothing is written")
+                raise no_loss(model, done)
             metrics = describe(step)
             bar.set_postfix_str(metrics, refresh=False)
             bar.update()

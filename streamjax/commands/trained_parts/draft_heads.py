@@ -88,7 +88,7 @@ def body(values: flags.FlagValues) -> None:
     else:
         before, rows = 0, text_rows(text, values.seq_len, values.batch_size, values.seed)
         steps = train_prompt_tokens(model, ids, rows, config, values.seed)
-    ran = run_steps(steps, config.steps, _describe)
+    ran = run_steps(model, steps, config.steps, _describe)
     weights, tokens = ran.step.weights, before + ran.done * values.seq_len * values.batch_size
     file: HydraHeads | PromptTokens
     if isinstance(weights, HydraWeights):

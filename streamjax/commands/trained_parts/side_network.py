@@ -64,7 +64,7 @@ def body(values: flags.FlagValues) -> None:
         losses.append(step.loss)
         return f"{np.mean(losses[-LATEST:]):.4f} nats a token"
 
-    ran = run_steps(train_side_network(model, side, cache, stretches, config), config.steps, describe)
+    ran = run_steps(model, train_side_network(model, side, cache, stretches, config), config.steps, describe)
     done = ran.done
     save_side_network(ran.step.model, in_made_folder(values.output), done * values.seq_len * values.batch_size)
     print(f"{ran} in the latest {min(done, LATEST)}")

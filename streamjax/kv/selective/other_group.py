@@ -72,7 +72,7 @@ class OtherGroup(Tier):
 
     def attend(self, state: Any, query: Query, reach: int | None) -> Partial:
         assert isinstance(state, LentGroup), "a group's state is lent by streamjax.streaming.simultaneous"
-        near = query if self.apart is None else query.at_position(self._near(query, state.position))
+        near = query if self.apart is None else query.at_position(self._capped_positions(query, state.position))
         parts = []
         for tier, held in zip(self.tiers, state.states, strict=True):
             tokens = tier.stored(held, query.rotary)
@@ -86,7 +86,7 @@ class OtherGroup(Tier):
             parts.append(here.attend(tokens.k, tokens.v, anywhere, tokens.valid, filled=filled))
         return merge(*parts)
 
-    def _near(self, query: Query, there: UInt32[Array, " B"]) -> UInt32[Array, "B C"]:
+    def _capped_positions(self, query: Query, there: UInt32[Array, " B"]) -> UInt32[Array, "B C"]:
         """The queries' positions, at most `apart` from the other group's next one."""
         ahead = (query.position - there[:, None]).astype(jnp.int32)
         assert self.apart is not None

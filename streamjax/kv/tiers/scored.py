@@ -317,7 +317,7 @@ class Scored(Tier):
         split = max(rank.shape[2] - self.size, 0)
         falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))
 
-        k, v, joining = _taken(given.k, stays), _taken(given.v, stays), state.joining
+        k, v, joining = _at_slots(given.k, stays), _at_slots(given.v, stays), state.joining
         if self.merge is not None:
             both = side(given, rank, stays), side(given, rank, falls)
             k, v, joining = self.merge.merged(*both, joining, tokens.rotary)
@@ -331,23 +331,23 @@ class Scored(Tier):
         slots = SlotState(
             k=put(state.slots.k, k),
             v=put(state.slots.v, v),
-            position=put(state.slots.position, _taken(position, stays)),
-            valid=put(state.slots.valid, _taken(valid, stays)),
+            position=put(state.slots.position, _at_slots(position, stays)),
+            valid=put(state.slots.valid, _at_slots(valid, stays)),
             filled=jnp.minimum(count, self.size),
-            note=None if state.slots.note is None or note is None else put(state.slots.note, _taken(note, stays)),
+            note=None if state.slots.note is None or note is None else put(state.slots.note, _at_slots(note, stays)),
         )
         # slots that hold nothing are as many as are needed, and come first
         free = lowest(jnp.zeros(slots.valid.shape, jnp.float32), slots.position, slots.valid, now, self.every)
         new = dataclasses.replace(state, slots=slots, free=free, memory=memory, now=now, joining=joining)
 
-        k, v, raw_k = (_taken(x, falls) for x in (tokens.k, tokens.v, tokens.raw_k))
-        score = None if self.score.remembers or tokens.score is None else _taken(tokens.score, falls)
-        places, there = _taken(position, falls), _taken(valid, falls)[:, :1]
+        k, v, raw_k = (_at_slots(x, falls) for x in (tokens.k, tokens.v, tokens.raw_k))
+        score = None if self.score.remembers or tokens.score is None else _at_slots(tokens.score, falls)
+        places, there = _at_slots(position, falls), _at_slots(valid, falls)[:, :1]
         rest = dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, position=places, valid=there, score=score)
         return new, rest if self.distance is None else rest.moved(back=False)
 
 
-def _taken(x: Array, at: Int32[Array, "B N M"]) -> Array:
+def _at_slots(x: Array, at: Int32[Array, "B N M"]) -> Array:
     return take_slots(x, jnp.broadcast_to(at, (*x.shape[:2], at.shape[2])))
 
 

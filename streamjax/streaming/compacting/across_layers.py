@@ -81,11 +81,11 @@ def _together(
         if not all(same):
             raise ValueError(f"layers {group[0]} and {layer} hold different tokens: they cannot share them")
     tier = rule.tier(parts[0].k.shape[2], number, len(group))
-    return _taken(tier, parts, [raw for _, raw in held]), tier
+    return _shared_and_own(tier, parts, [raw for _, raw in held]), tier
 
 
 @partial(jax.jit, static_argnums=0)
-def _taken(tier: Lent, parts: list[Any], raw_k: list[Any]) -> tuple[State, list[State]]:
+def _shared_and_own(tier: Lent, parts: list[Any], raw_k: list[Any]) -> tuple[State, list[State]]:
     return tier.shared_and_own(parts, raw_k)
 
 

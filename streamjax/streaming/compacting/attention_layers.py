@@ -13,6 +13,7 @@ from streamjax.models.block import Block
 from streamjax.models.config import AttentionConfig
 from streamjax.models.decoder import Decoder
 from streamjax.models.mixers.attention import SequenceContext
+from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.token_rows import Rows, as_rows, require_ids, require_one_length
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ def measure_layers(
 
     Raises:
       ValueError: rows that are not as described, or a layer that is no attention with heads of its own.
+      NotFiniteError: what the model makes of the text is not finite.
     """
     ids, lengths = as_rows(text)
     require_one_length(lengths, needs, least=2)
@@ -50,6 +52,8 @@ def measure_layers(
         bound = mixer.bound
         layers.append(measure(block, mixer, x, context) if bound is None else bound)
         x = _next(block, x, context)
+    if not bool(jnp.isfinite(x).all()):
+        raise not_finite(model, ids[0], "the model's hidden states")
     return tuple(layers), ids.size
 
 

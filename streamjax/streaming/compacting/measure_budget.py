@@ -13,6 +13,7 @@ from streamjax.kv.compaction import Compaction
 from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.tiers.full import Full
 from streamjax.models.decoder import Decoder
+from streamjax.models.nonfinite import not_finite
 from streamjax.streaming.compacting.reading_layers import through_layers
 from streamjax.streaming.saving.fingerprints import fingerprint_in_any_dtype
 from streamjax.streaming.scan import read
@@ -35,6 +36,7 @@ def measure_budget(model: Decoder, text: Rows, budget: Budget, *, queries: int |
 
     Raises:
       ValueError: rows of different lengths, or shorter than two tokens; a budget that measures nothing.
+      NotFiniteError: what the model makes of the text is not finite.
 
     Example:
       >>> sj.measure_budget(model, prompt, sj.kv.Preferences(), queries=8).save("cake.safetensors")
@@ -45,6 +47,9 @@ def measure_budget(model: Decoder, text: Rows, budget: Budget, *, queries: int |
     ids, lengths = as_rows(text)
     length = require_one_length(lengths, "a calibration needs", least=2)
     state = read(model, init_state(model, Cascade(Full(length)), batch_size=len(ids)), ids)
+    for row, finite in zip(ids, np.isfinite(np.asarray(state.hidden, np.float32)).all(axis=1), strict=True):
+        if not finite:
+            raise not_finite(model, row, "the model's hidden states")
     asked = ids[:, -min(queries or length, length) :]
     return measured(model, state, budget, asked, stored=True)
 

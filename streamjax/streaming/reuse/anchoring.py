@@ -119,13 +119,13 @@ class AnchorPool:
         first, length = chunk.prefix.shape[1], chunk.tokens.shape[1]
         before = int(np.asarray(self._front.seen)[0])
         whole = before + length if capacity is None else capacity
-        alone = self._taken(chunk.state, first, length)
+        alone = self._tokens_of(chunk.state, first, length)
         fitting = [anchor for anchor in self.anchors if anchor.alone.length >= length]
         weights = None if len(fitting) < 2 else _likeness(alone, [anchor.alone.first(length) for anchor in fitting])
         if weights is None or _entropy(weights) > self._threshold * np.log2(len(fitting)):
             state = rearranged(self._model, [self._all(self._front, before)], whole, _no_ids(), _no_places())
             state = read(self._model, state, chunk.tokens)
-            there = self._taken(state, before, length)
+            there = self._tokens_of(state, before, length)
             self._keep(Anchor(alone, jax.tree.map(jnp.subtract, there, alone)))
             self.read += 1
         else:
@@ -154,7 +154,7 @@ class AnchorPool:
         mixers = [block.attention for block in self._model.config.blocks]
         return [None if m.rope is None else make_rotary(m.rope, m.head_dim, state.span) for m in mixers]
 
-    def _taken(self, state: StreamState, first: int, count: int) -> Tokens:
+    def _tokens_of(self, state: StreamState, first: int, count: int) -> Tokens:
         """Some tokens of a dense stream."""
         keys, values = [], []
         for (held,), rotary in zip(state.layers, self._rotaries(state), strict=True):

@@ -60,14 +60,14 @@ def look_ahead_in_tree(
 def waiting_along(waiting: tuple[Any, ...], path: Int32[Array, "B D"]) -> tuple[Any, ...]:
     """Of what each layer has waiting of a tree, the nodes of one path of each row, as if they had been a chunk."""
 
-    def taken(part: Any) -> Any:
+    def on_path(part: Any) -> Any:
         if isinstance(part, Waiting):
             return along(part, path)
         if isinstance(part, tuple):
-            return tuple(map(taken, part))
+            return tuple(map(on_path, part))
         return jnp.take_along_axis(part, path[:, :, None], axis=1, mode="clip")
 
-    return tuple(map(taken, waiting))
+    return tuple(map(on_path, waiting))
 
 
 def takes_trees(model: Decoder) -> bool:
