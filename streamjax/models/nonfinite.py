@@ -57,6 +57,17 @@ def where_not_finite(model: Decoder, tokens: Sequence[int] | Int[np.ndarray, " T
     return damage and f"{damage}: the weights are damaged"
 
 
+def damaged_weights(model: Decoder) -> str:
+    """The first parameter of a model that is not finite, in words; "" where all are."""
+    numbers = [leaf for leaf in named_arrays(model).values() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return "" if bool(_all_finite(numbers)) else _damage(model)
+
+
+@jax.jit
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+
 def _first(model: Decoder, ids: Int[np.ndarray, " T"]) -> tuple[str, object]:
     """The first part of the model whose output is not finite, in words and as a module; "" where all are."""
     model, tokens = with_bounds(model), jnp.asarray(ids)[None]

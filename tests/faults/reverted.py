@@ -146,8 +146,13 @@ FAULTS = [
     ),
     Fault(
         "a budget is measured of a damaged model",
-        (Edit("streamjax/streaming/compacting/measure_budget.py", "        if not finite:", "        if False:"),),
+        (Edit("streamjax/streaming/compacting/measure_budget.py", "(damaged := ", "False and (damaged := "),),
         "tests/commands/test_not_finite.py -k 'test_nothing_is_measured and prefix_kv'",
+    ),
+    Fault(
+        "a damaged model is trained",
+        (Edit("streamjax/training/run/initial_state.py", "if damage := damaged_weights(model):", 'if damage := "":'),),
+        "tests/training/run/test_loop.py -k test_a_damaged_model_is_not_trained",
     ),
     Fault(
         "a flipped bit of a checkpoint loads",

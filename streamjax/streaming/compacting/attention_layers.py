@@ -52,8 +52,8 @@ def measure_layers(
         bound = mixer.bound
         layers.append(measure(block, mixer, x, context) if bound is None else bound)
         x = _next(block, x, context)
-    if not bool(jnp.isfinite(x).all()):
-        raise not_finite(model, ids[0], "the model's hidden states")
+        if not bool(jnp.isfinite(x).all()):  # before the next layer's measure meets it
+            raise not_finite(model, ids[0], "the model's hidden states")
     return tuple(layers), ids.size
 
 

@@ -47,9 +47,8 @@ def measure_budget(model: Decoder, text: Rows, budget: Budget, *, queries: int |
     ids, lengths = as_rows(text)
     length = require_one_length(lengths, "a calibration needs", least=2)
     state = read(model, init_state(model, Cascade(Full(length)), batch_size=len(ids)), ids)
-    for row, finite in zip(ids, np.isfinite(np.asarray(state.hidden, np.float32)).all(axis=1), strict=True):
-        if not finite:
-            raise not_finite(model, row, "the model's hidden states")
+    if (damaged := np.flatnonzero(~np.isfinite(np.asarray(state.hidden, np.float32)).all(axis=1))).size:
+        raise not_finite(model, ids[damaged[0]], "the model's hidden states")
     asked = ids[:, -min(queries or length, length) :]
     return measured(model, state, budget, asked, stored=True)
 

@@ -13,6 +13,7 @@ from streamjax.models.decoder import Decoder
 from streamjax.models.files.checkpoint import load
 from streamjax.models.files.description import describe_model
 from streamjax.models.lora.attaching import add_lora
+from streamjax.models.nonfinite import damaged_weights
 from streamjax.parallel.mesh import build_sharded
 from streamjax.parallel.multiprocess import gather_json
 from streamjax.streaming.state import StreamState, init_state
@@ -65,8 +66,8 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
     """The state before the first step, each array made or read in its place on the mesh.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the model, or the model of `init_from` cannot be read, has no place
-        for the adapters, or layers that cannot be changed.
+      ValueError: the tokenizer has more tokens than the model, or the model of `init_from` cannot be read, has weights
+        that are not finite, no place for the adapters, or layers that cannot be changed.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     dtype, skipping = jnp.dtype(config.dtype), config.optimizer.skip_nonfinite > 0
@@ -85,6 +86,8 @@ def initial_state(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None) 
 
     lora = config.lora
     model = load(config.init_from, dtype if lora.rank else jnp.float32, mesh, config.scan_layers, config.weights)
+    if damage := damaged_weights(model):
+        raise ValueError(f"config.init_from={config.init_from}: {damage}: the weights are damaged")
     model.dtype = dtype
     _check_vocabulary(model.config.vocab_size, tokenizer)
     missing = f"config.init_from={config.init_from}: set config.data.tokenizer to its tokenizer's folder"

@@ -287,6 +287,17 @@ def test_training_goes_on_from_a_model(run_config, reference, tmp_path):
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-2)
 
 
+def test_a_damaged_model_is_not_trained(run_config, tmp_path):
+    model = sj.Decoder(run_config.model, jax.random.key(0))
+    down = model.layers[0].mlp.down
+    down[...] = down[...].at[0, 1].set(np.inf)
+    sj.save_safetensors(model, tmp_path / "damaged")
+    config = dataclasses.replace(run_config, model=None, init_from=str(tmp_path / "damaged"))
+    with pytest.raises(ValueError, match=r"damaged: layers\.0\.mlp\.down has 1 of [\d,]+ values that are not finite"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_does_not_fit_is_said_before_anything_runs(run_config, tmp_path):
     for field, value, message in (
         ("model.vocab_size", "100", "the model's vocab_size is 100; tokenizer 'bytes' needs 259"),
