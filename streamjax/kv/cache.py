@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from streamjax.kv.eviction_blocks import by_token
+from streamjax.kv.eviction_blocks import by_token, read_in_pieces
 from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
 
@@ -72,16 +73,34 @@ class Cache:
         """
         raise NotImplementedError
 
-    def deferred(self) -> Cache:
+    def deferred(self, one_by_one: bool = False) -> Cache:
         """This cache as a chunk sees it that is not stored yet; see `Deferred`."""
-        return Deferred(self)
+        return Deferred(self, one_by_one)
+
+    @property
+    def alters_every(self) -> int | None:
+        """How many tokens lie at least between two moments at which what queries read of old tokens may change.
+
+        A chunk's tokens see each other as they came. What has been stored meanwhile may be read otherwise: it has been
+        coded, moved, or lies in pages that are not chosen. None: a stream gives the same however it is cut.
+        """
+        return 1
+
+    @property
+    def notes_attention(self) -> bool:
+        """Whether what is stored depends on the attention that tokens got."""
+        return True
+
+    def unaltered(self, state: State) -> Int32[Array, " B"] | int:
+        """How many tokens see the cache, one after another, as they would in one chunk: at least 1."""
+        return 1
 
     def levels(self, state: State) -> Int32[Array, " B"] | int | None:
         """How many levels of a token tree each stream may be asked at once; None: as many as one likes.
 
         So many tokens, one after another, would see the cache as it is now.
         """
-        return None
+        return None if self.alters_every is None else self.unaltered(state)
 
     def renumbered(self) -> tuple[Cache, tuple[int, ...] | None]:
         """A cache that is equal for layers with equal states, and which key heads its heads 0, 1, ... are.
@@ -93,6 +112,12 @@ class Cache:
     def sizes(self, state: State) -> Sequence[tuple[int, int]]:
         """Slots and bytes of each part of the state that fills at a pace of its own."""
         return [(self.slots, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))]
+
+
+def least(numbers: Iterable[Int32[Array, " B"] | int | None]) -> Int32[Array, " B"] | int | None:
+    """The least of those that are numbers, for each stream; None where none is."""
+    some = [number for number in numbers if number is not None]
+    return functools.reduce(jnp.minimum, some) if some else None
 
 
 class Waiting(NamedTuple):
@@ -112,9 +137,13 @@ class Deferred(Cache):
 
         out, waiting = Deferred(cache).update(state, query, tokens)  # `state` is as before
         state = take_in(cache, state, waiting, valid)  # as if only the valid tokens had come
+
+    With `one_by_one` each token sees what it would see if those before it had come and been stored one by one. Where
+    the cache changes under a chunk (`Cache.alters_every`) a copy of the state takes the tokens in, piece by piece.
     """
 
     cache: Cache
+    one_by_one: bool = False
 
     @property
     def slots(self) -> int:
@@ -151,11 +180,34 @@ class Deferred(Cache):
     def init(self, spec: KVSpec) -> State:
         return self.cache.init(spec)
 
-    def deferred(self) -> Deferred:
+    def deferred(self, one_by_one: bool = False) -> Deferred:
         return self
 
     def update(self, state: State, query: Query, tokens: KVTokens) -> tuple[Float[Array, "B C H D"], Waiting]:
-        return self.cache.update(state, query, tokens)[0], Waiting(query, tokens)
+        cache, waiting = self.cache, Waiting(query, tokens)
+        every, width = cache.alters_every, query.q.shape[1]
+        if not self.one_by_one or every is None or query.tree is not None or width == 1:
+            return cache.update(state, query, tokens)[0], waiting
+
+        def whole(state: State) -> Array:
+            return cache.update(state, query, tokens)[0]
+
+        def in_pieces(state: State) -> Array:
+            return _in_pieces(cache, state, query, tokens)[0]
+
+        fits = (cache.unaltered(state) >= tokens.run()[1]).all()
+        return jax.lax.cond(fits, whole, in_pieces, state), waiting
+
+
+def _in_pieces(cache: Cache, state: State, query: Query, tokens: KVTokens) -> tuple[Float[Array, "B C H D"], State]:
+    """`cache.update` of a chunk, cut where the cache changes under it."""
+    assert cache.alters_every is not None
+    _, count = tokens.run()
+
+    def left(state: State) -> Int32[Array, " B"]:
+        return jnp.broadcast_to(jnp.asarray(cache.unaltered(state), jnp.int32), count.shape)
+
+    return read_in_pieces(cache.update, left, min(cache.alters_every, query.q.shape[1]), state, query, tokens)
 
 
 def along(waiting: Waiting, path: Int32[Array, "B D"]) -> Waiting:
@@ -172,11 +224,14 @@ def along(waiting: Waiting, path: Int32[Array, "B D"]) -> Waiting:
     return Waiting(query, dataclasses.replace(waiting.tokens, **theirs))
 
 
-def take_in(cache: Cache, state: State, waiting: Waiting, valid: Bool[Array, "B C"]) -> State:
+def take_in(cache: Cache, state: State, waiting: Waiting, valid: Bool[Array, "B C"], one_by_one: bool = False) -> State:
     """The state of a cache that takes in a chunk which waited, of which the `valid` tokens count, a prefix of each row.
 
-    Equal to `cache.update` of a chunk that had no other tokens: what a token was computed from lies before it.
+    Equal to `cache.update` of a chunk that had no other tokens: what a token was computed from lies before it. With
+    `one_by_one` equal to that of these tokens one by one, which is another state where attention is noted.
     """
     query = dataclasses.replace(waiting.query, valid=valid, answered=True, tree=None)
     tokens = dataclasses.replace(waiting.tokens, valid=valid[:, None])
+    if one_by_one and cache.alters_every is not None and cache.notes_attention and valid.shape[1] > 1:
+        return _in_pieces(cache, state, query, tokens)[1]
     return cache.update(state, query, tokens)[1]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
-from streamjax.kv.cache import Cache
+from streamjax.kv.cache import Cache, least
 from streamjax.kv.channels.lent import Lent
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
@@ -133,14 +133,33 @@ class Cascade(Cache):
         """The first of the tiers that choose what goes after so many tokens."""
         return next((i for i, tier in enumerate(self.tiers) if tier.chooses_every is not None), None)
 
+    @property
+    def alters_every(self) -> int | None:
+        return min((tier.alters_every for tier in self.tiers if tier.alters_every is not None), default=None)
+
+    @property
+    def notes_attention(self) -> bool:
+        return any(tier.wants_noted for tier in self.tiers)
+
+    def unaltered(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int:
+        """A token sees what those before it in its chunk have changed: one more than may come before a change."""
+        found: list[Int32[Array, " B"] | int] = []
+        before: Int32[Array, " B"] | int = 0
+        for tier, part in zip(self.tiers, state, strict=True):
+            if tier.alters_every is not None:
+                found.append(before + tier.unaltered(part) + 1)
+            before = before + tier.room(part)
+        return 1 if (some := least(found)) is None else some
+
     def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
-        most = None if self.reach is None else self.reach + 1
-        if self._chooser is None:
-            return most
-        every = self.tiers[self._chooser].chooses_every
-        assert every is not None
-        left = every - state[self._chooser].clock
-        return left if most is None else jnp.minimum(left, most)
+        most: list[Int32[Array, " B"] | int | None] = [None if self.reach is None else self.reach + 1]
+        if self.alters_every is not None:
+            most.append(self.unaltered(state))
+        if self._chooser is not None:
+            every = self.tiers[self._chooser].chooses_every
+            assert every is not None
+            most.append(every - state[self._chooser].clock)
+        return least(most)
 
     def _update_whole(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens

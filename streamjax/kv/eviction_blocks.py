@@ -1,8 +1,9 @@
-"""Reading a chunk in pieces that end where tiers choose what goes, so that no choice depends on how a stream is cut.
+"""Reading a chunk in pieces that end where a cache changes what queries read, each row of a batch in pieces of its own.
 
-Blocks of `every` tokens follow each other from a stream's first token on. Each row of a batch stands somewhere in a
-block of its own: with `every = 4`, a row that has read 6 tokens takes 2 tokens of the next chunk in the first piece, 4
-in the next one, and so on. A piece is `every` wide, or as wide as the chunk if that is less, padded on the right.
+Where tiers choose what goes, blocks of `every` tokens follow each other from a stream's first token on, and no choice
+depends on how a stream is cut. With `every = 4`, a row that has read 6 tokens takes 2 tokens of the next chunk in the
+first piece, 4 in the next one, and so on. A piece is `every` wide, or as wide as the chunk if that is less, padded on
+the right.
 """
 
 from __future__ import annotations
@@ -46,20 +47,46 @@ def read_in_blocks(
 
     if width == 1:
         return step(state, query, tokens)
+    most = -(-(width + every - 1) // every) if query.differentiable else None
+
+    def left(state: State) -> Int32[Array, " B"]:
+        return every - clock(state)
+
+    return read_in_pieces(step, left, min(every, width), state, query, tokens, most)
+
+
+def read_in_pieces(
+    update: Update,
+    left: Callable[[State], Int32[Array, " B"]],
+    piece: int,
+    state: State,
+    query: Query,
+    tokens: KVTokens,
+    most: int | None = None,
+) -> tuple[Float[Array, "B C H D"], State]:
+    """`update` of a chunk, piece by piece.
+
+    Args:
+      update: attends a piece and stores it.
+      left: tokens that each row's next piece has at most, at least 1.
+      piece: tokens a piece at most.
+      state, query, tokens: what `update` takes, of a whole chunk.
+      most: so many turns are taken, where there is a reverse mode: a loop without a fixed end has none.
+    """
+    width = query.q.shape[1]
     _, count = tokens.run()
-    piece = min(every, width)
     own, stored = by_token(query, tokens)
     own, stored = _padded(own, 1, piece), _padded(stored, 2, piece)
     channels = tokens.v.shape[-1] or tokens.k.shape[-1]
     shape = (query.q.shape[0], width + piece, query.q.shape[2], channels)
     out = jnp.zeros(shape, accumulator(query.q.dtype))
 
-    def read(_: Array | int, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+    def read(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
         state, out, start = carry
-        some = jnp.minimum(every - clock(state), count - start)
+        some = jnp.minimum(jnp.minimum(left(state), piece), count - start)
         valid = jnp.arange(piece, dtype=jnp.int32) < some[:, None]
         mine, theirs = _cut(own, start, 1, piece), _cut(stored, start, 2, piece)
-        found, state = step(
+        found, state = update(
             state,
             dataclasses.replace(query, **mine, seen=query.seen + start, valid=valid),
             dataclasses.replace(tokens, **theirs, valid=valid[:, None]),
@@ -71,11 +98,10 @@ def read_in_blocks(
         return state, out, start + some
 
     first = (state, out, jnp.zeros_like(count))
-    if query.differentiable:  # a loop without a fixed end has no reverse mode
-        most = -(-(width + every - 1) // every)
-        last, _ = jax.lax.scan(lambda carry, i: (read(i, carry), None), first, jnp.arange(most))
+    if most is not None:
+        last, _ = jax.lax.scan(lambda carry, _: (read(carry), None), first, None, length=most)
     else:
-        last = jax.lax.fori_loop(0, jnp.max(-(-(clock(state) + count) // every)), read, first)
+        last = jax.lax.while_loop(lambda carry: (carry[2] < count).any(), read, first)
     return last[1][:, :width], last[0]
 
 

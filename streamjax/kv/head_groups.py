@@ -7,7 +7,6 @@ Some heads of a trained model look far back, most look at the first tokens and a
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
 from streamjax.checkpoints import read_json, require_file, user_path
-from streamjax.kv.cache import Cache
+from streamjax.kv.cache import Cache, least
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
@@ -107,10 +106,26 @@ class HeadGroups(Cache):
         out, state = self.update(state, *of_chosen_heads(order, order.shape[0], query, tokens))
         return of_query_heads(out, jnp.argsort(order), order.shape[0], 2), state
 
+    @property
+    def alters_every(self) -> int | None:
+        every = [cascade.alters_every for _, cascade in self.groups]
+        return min((each for each in every if each is not None), default=None)
+
+    @property
+    def notes_attention(self) -> bool:
+        return any(cascade.notes_attention for _, cascade in self.groups)
+
+    def unaltered(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int:
+        groups = zip((cascade for _, cascade in self.groups), self.states_of_groups(state), strict=True)
+        some = least(cascade.unaltered(part) for cascade, part in groups if cascade.alters_every is not None)
+        return 1 if some is None else some
+
+    def states_of_groups(self, state: tuple[State, ...]) -> Sequence[tuple[State, ...]]:
+        """What each group's cascade holds, tier by tier."""
+        return state
+
     def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
-        every = [cascade.levels(part) for (_, cascade), part in zip(self.groups, state, strict=True)]
-        some = [most for most in every if most is not None]
-        return functools.reduce(jnp.minimum, some) if some else None
+        return least(cascade.levels(part) for (_, cascade), part in zip(self.groups, state, strict=True))
 
     def renumbered(self) -> tuple[HeadGroups, tuple[int, ...]]:
         order = tuple(head for heads, _ in self.groups for head in heads)

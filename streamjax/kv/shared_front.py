@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
+from streamjax.kv.cache import least
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import ANY_DISTANCE, HeadGroups, of_chosen_heads, of_heads, of_query_heads
 from streamjax.kv.query import KVSpec, KVTokens, Query, State
@@ -128,9 +129,14 @@ class SharedFront(HeadGroups):
         out, lse = (jnp.concatenate(each, axis=2) for each in zip(*parts, strict=True))
         return Partial(*(of_query_heads(x, place, self.heads, 2) for x in (out, lse)))
 
-    def levels(self, state: tuple[State, ...]) -> int | None:
-        """None of its tiers chooses what goes: the reach alone counts."""
-        return None if (least := int(self.reaches.min())) == ANY_DISTANCE else least + 1
+    def states_of_groups(self, state: tuple[State, ...]) -> Sequence[tuple[State, ...]]:
+        return [(*state[0], *part) for part in state[1:]]
+
+    def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
+        """None of its tiers chooses what goes."""
+        reach = int(self.reaches.min())
+        unaltered = None if self.alters_every is None else self.unaltered(state)
+        return least((None if reach == ANY_DISTANCE else reach + 1, unaltered))
 
     def parts(self, state: tuple[State, ...]) -> Sequence[tuple[Cascade, int, State]]:
         """Of each part of the state the tiers, key heads, and what they hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
@@ -57,6 +57,24 @@ class Tier:
         Its state has `clock`, the tokens since then, int32 [B].
         """
         return None
+
+    @property
+    def alters_every(self) -> int | None:
+        """How many tokens it takes in at least between two changes of what queries read of those that it holds.
+
+        None: a token that has come is read as it is read in its own chunk, whole and at its true position, until it
+        falls or a choice ends (`chooses_every`). Of tiers that choose what is read, or code or move what they hold, it
+        is the number of tokens that are coded together, or 1.
+        """
+        return 1
+
+    def unaltered(self, state: State) -> Int32[Array, " B"] | int:
+        """How many tokens it can take in before such a change."""
+        return 0
+
+    def room(self, state: State) -> Int32[Array, " B"] | int:
+        """How many tokens it can take in before one falls to the next tier, at least."""
+        return 0
 
     @property
     def needs_ids(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -27,6 +27,8 @@ class Lent(Tier):
       size: tokens that were laid out, at most.
       group: which of the stream's shared parts is this layer's.
     """
+
+    alters_every: ClassVar[int | None] = None
 
     size: Size
     group: Count = 0

@@ -17,7 +17,7 @@ from streamjax.field_checks import Fraction, Size, check_fields
 from streamjax.kv.channels.bases import WholeSlots
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.grouped import GroupedSlots
-from streamjax.kv.codecs.slots import dense
+from streamjax.kv.codecs.slots import dense, unaltered
 from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import LinearState, append
@@ -125,6 +125,13 @@ class PrunedKeys(Tier):
     @property
     def chooses_every(self) -> int:
         return self.group
+
+    @property
+    def alters_every(self) -> int:
+        return self.group
+
+    def unaltered(self, state: PrunedState) -> Int32[Array, " B"] | int:
+        return unaltered(state.slots.k)
 
     def init(self, spec: KVSpec) -> PrunedState:
         codec = Channels(math.ceil(round(self.keep * spec.head_dim, 6)), self.group)

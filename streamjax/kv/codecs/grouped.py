@@ -68,6 +68,9 @@ class GroupedSlots(CodedSlots):
     def width(self) -> int:
         return self.codec.tokens // self.planes
 
+    def unaltered(self) -> Int32[Array, " B"]:
+        return self.codec.tokens + self.codec.waiting - 1 - self.count
+
     def write(
         self, chunk: Float[Array, "B K C D"], start: Int32[Array, " B"], count: Int32[Array, " B"]
     ) -> GroupedSlots:

@@ -82,6 +82,10 @@ class CodedSlots:
         coded = self.coded()
         return valid if coded is None else valid & coded
 
+    def unaltered(self) -> Int32[Array, " B"] | int:
+        """How many tokens can be written before one that is there, or one of them, becomes a code."""
+        return 0
+
     def waiting(self) -> tuple[Float[Array, "B K T D"], Int32[Array, "B T"], Bool[Array, "B T"]] | None:
         """What waits: keys or values, the slots that they will have, and which of them are there."""
         return None
@@ -131,6 +135,11 @@ def turned(
     if rotary is None or not isinstance(slots, CodedSlots) or not slots.codec.unrotated:
         return k
     return rotary.moved(k, position)
+
+
+def unaltered(slots: Slots) -> Int32[Array, " B"] | int:
+    """How many tokens can be written before queries read one otherwise than it was written; see `Tier.unaltered`."""
+    return slots.unaltered() if isinstance(slots, CodedSlots) else 0
 
 
 def require_rotated(tier: object, codec: Codec) -> None:

@@ -8,6 +8,7 @@ never runs out, and no counter has to reach further than one chunk.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,6 +34,8 @@ class CurrentChunk(Cache):
     Raises:
       ValueError: a size below 2, with which a token would see itself alone.
     """
+
+    alters_every: ClassVar[int | None] = None
 
     size: Size
 

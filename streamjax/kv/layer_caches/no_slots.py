@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from streamjax.kv.cache import Cache
 
 
 class NoSlots(Cache):
     """A layer that keeps keys and values of no token: a stream never fills it, and it bounds nothing."""
+
+    alters_every: ClassVar[int | None] = None
 
     @property
     def slots(self) -> int:

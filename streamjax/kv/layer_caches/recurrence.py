@@ -109,11 +109,22 @@ class BesideRecurrence(Cache):
     def init(self, spec: KVSpec) -> tuple[State, RecurrentState]:
         return self.attention.init(spec), self.recurrence.init(spec)
 
+    @property
+    def alters_every(self) -> int | None:
+        return self.attention.alters_every
+
+    @property
+    def notes_attention(self) -> bool:
+        return self.attention.notes_attention
+
+    def unaltered(self, state: tuple[State, RecurrentState]) -> Int32[Array, " B"] | int:
+        return self.attention.unaltered(state[0])
+
     def levels(self, state: tuple[State, RecurrentState]) -> Int32[Array, " B"] | int | None:
         return self.attention.levels(state[0])
 
-    def deferred(self) -> BesideRecurrence:
-        return BesideRecurrence(self.attention.deferred(), self.recurrence.deferred())
+    def deferred(self, one_by_one: bool = False) -> BesideRecurrence:
+        return BesideRecurrence(self.attention.deferred(one_by_one), self.recurrence.deferred(one_by_one))
 
     def renumbered(self) -> tuple[Cache, tuple[int, ...] | None]:
         attention, heads = self.attention.renumbered()

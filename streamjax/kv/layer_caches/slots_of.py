@@ -33,7 +33,7 @@ class SlotsOf(NoSlots):
     def update(self, state: State, query: Query, tokens: KVTokens) -> tuple[Float[Array, "B C H D"], State]:
         raise ValueError(f"the slots that this layer reads are those of layer {self.layer}: ask its cache")
 
-    def deferred(self) -> Cache:
+    def deferred(self, one_by_one: bool = False) -> Cache:
         return self
 
     def sizes(self, state: State) -> Sequence[tuple[int, int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,8 @@ class PagePool(Cache):
     It computes what `Cascade(Full(tokens))` computes, but for the last bits of sums. Streams begin with no page, and
     need `StreamState.tables` that name enough of them before they are read.
     """
+
+    alters_every: ClassVar[int | None] = None
 
     tokens: Size
     pages: Size

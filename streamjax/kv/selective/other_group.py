@@ -49,6 +49,7 @@ class OtherGroup(Tier):
     """
 
     shares_values: ClassVar[bool] = True
+    alters_every: ClassVar[int | None] = None
 
     tiers: tuple[Tier, ...]
     apart: Size | None = None

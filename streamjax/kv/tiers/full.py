@@ -16,7 +16,7 @@ from streamjax.attention.rotary import Rotary
 from streamjax.attention.sharded import Names, names_of_partial, per_device_call
 from streamjax.field_checks import LATER, Size, check_fields
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import CodedSlots, Slots, dense, turned
+from streamjax.kv.codecs.slots import CodedSlots, Slots, dense, turned, unaltered
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.query import KVSpec, KVTokens, Query, Stored
@@ -100,6 +100,13 @@ class Full(Tier):
     @property
     def slots(self) -> int:
         return self.capacity
+
+    @property
+    def alters_every(self) -> int | None:
+        return None if self.codec is None else self.codec.tokens
+
+    def unaltered(self, state: LinearState) -> Int32[Array, " B"] | int:
+        return unaltered(state.k)
 
     def init(self, spec: KVSpec) -> LinearState:
         return LinearState.empty(spec, self.capacity, self.codec)

@@ -93,6 +93,18 @@ class ChunkMemory(Cache):
     def needs_ids(self) -> bool:
         return self.own is not None and self.own.needs_ids
 
+    @property
+    def alters_every(self) -> int | None:
+        """Of the layer's own cache; pages of the memory complete between chunks (`speculative.two_phases.harmless`)."""
+        return None if self.own is None else self.own.alters_every
+
+    @property
+    def notes_attention(self) -> bool:
+        return self.own is not None and self.own.notes_attention
+
+    def unaltered(self, state: tuple[State, ChunkMemoryState]) -> Int32[Array, " B"] | int:
+        return 1 if self.own is None else self.own.unaltered(state[0])
+
     def init(self, spec: KVSpec) -> tuple[State, ChunkMemoryState]:
         if self.own is None or not self.size:
             raise ValueError("a chunk memory is for models with hierarchical sparse attention: ModelConfig.hsa is None")

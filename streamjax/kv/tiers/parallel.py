@@ -27,6 +27,7 @@ class Parallel(Tier):
     """
 
     shares_values: ClassVar[bool] = True
+    alters_every: ClassVar[int | None] = None
 
     capacity: Size
     temperature: Positive = 0.9

@@ -106,6 +106,10 @@ class Scored(Tier):
         return self.every
 
     @property
+    def alters_every(self) -> int | None:
+        return None if self.codec is None and self.distance is None else 1
+
+    @property
     def evicts_per_head(self) -> bool:
         return self.per_head
 

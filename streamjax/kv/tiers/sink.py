@@ -47,6 +47,7 @@ class Sink(Tier):
     """
 
     shares_values: ClassVar[bool] = True
+    alters_every: ClassVar[int | None] = None
 
     size: Size
     reach: Size | None = None

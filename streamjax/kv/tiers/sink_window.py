@@ -47,6 +47,7 @@ class SinkWindow(Tier):
     """The first `sinks` tokens and the newest `window`; `reach` is the farthest place behind the first sink."""
 
     shares_values: ClassVar[bool] = True
+    alters_every: ClassVar[int | None] = None
 
     sinks: Size
     window: Size

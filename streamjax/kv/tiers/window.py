@@ -12,7 +12,7 @@ from pallas_kernels.partial import Partial
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import LATER, Size, check_fields
 from streamjax.kv.codecs.codec import Codec
-from streamjax.kv.codecs.slots import dense, turned
+from streamjax.kv.codecs.slots import dense, turned, unaltered
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode, kernel_decodes
 from streamjax.kv.noting import Noting
@@ -67,6 +67,16 @@ class Window(Tier):
         if isinstance(self.observe_attention, Noting):
             return self.observe_attention
         return Noting() if self.observe_attention else None
+
+    @property
+    def alters_every(self) -> int | None:
+        return None if self.codec is None else self.codec.tokens
+
+    def unaltered(self, state: RingState) -> Int32[Array, " B"] | int:
+        return unaltered(state.k)
+
+    def room(self, state: RingState) -> Int32[Array, " B"]:
+        return self.size - state.filled
 
     def init(self, spec: KVSpec) -> RingState:
         k, v = stores(spec.buffer(self.size), spec.values(self.size), self.codec)

@@ -41,7 +41,7 @@ def guessing_by(
     if draft is not None and memory_bytes is not None:
         draft, memory = fitted(draft, batch.model, rows, memory_bytes, lambda one: pass_bytes(one, batch))
     if isinstance(draft, TreeDrafter):
-        batch.grown = GrownGuesses(draft, batch.model, rows)
+        batch.grown = GrownGuesses(draft, batch.model, rows, batch.caches)
         return TrainedGuessing(draft, rows, vocab, cost), memory
     if isinstance(draft, SmallModel):
         return SmallModelGuessing(draft, batch.model, rows, vocab, cost), memory

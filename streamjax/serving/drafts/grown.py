@@ -6,6 +6,7 @@ each row may go.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from streamjax.attention.token_tree import TokenTree
+from streamjax.kv.cache import Cache
 from streamjax.models.decoder import Decoder
 from streamjax.serving.decoding import Drawn, draw, goes_on, no_choices, noted, put_choice
 from streamjax.serving.drafts.walking import go_along
@@ -21,6 +23,7 @@ from streamjax.serving.row_sampling import RowSampling
 from streamjax.streaming.speculative.heads.tree_drafter import GrownTrees, TreeDrafter
 from streamjax.streaming.speculative.tree_verification import with_prompts
 from streamjax.streaming.speculative.two_phases import (
+    NO_TREES,
     allowed_levels,
     harmless,
     look_ahead,
@@ -68,7 +71,8 @@ def decode_grown(
     parents = jnp.pad(parents, ((0, 0), (1, 0)))
     tree = TokenTree.from_parents(parents, jnp.broadcast_to(alive[:, None], tokens.shape), levels)
     tree = tree.cut(jnp.where(on, jnp.clip(most, 1, 1 + rows.remaining), 1))
-    if takes_trees(model):
+    trees_too = takes_trees(model, state.caches)
+    if trees_too:
         tree = tree.cut(allowed_levels(state, levels))
         if prompts is None:
             hidden, waiting = look_ahead_in_tree(model, state, tokens, tree)
@@ -86,7 +90,7 @@ def decode_grown(
     count = jnp.sum(out.token >= 0, axis=1, dtype=jnp.int32)
     read = jnp.take_along_axis(tokens, path, axis=1)
     along = jnp.take_along_axis(hidden, path[:, :, None], axis=1)
-    waiting = waiting_along(waiting, path) if takes_trees(model) else waiting
+    waiting = waiting_along(waiting, path) if trees_too else waiting
     state = take_in_first(model, state, waiting, along, read, count)
     if prompts is not None and ahead is not None:
         last = jnp.take_along_axis(path, jnp.maximum(count - 1, 0)[:, None], axis=1)
@@ -105,21 +109,22 @@ class GrownGuesses:
 
     Args:
       draft: who guesses.
-      model, rows: of the batch.
+      model, rows, caches: of the batch.
 
     Attributes:
       trees, prompts: as `decode_grown` takes them. ahead: what was said there.
 
     Raises:
-      ValueError: it guesses for another model, or has prompt tokens that the model cannot read.
+      ValueError: it guesses for another model, or has prompt tokens that the model, or a cache, cannot read.
     """
 
-    def __init__(self, draft: TreeDrafter, model: Decoder, rows: int):
+    def __init__(self, draft: TreeDrafter, model: Decoder, rows: int, caches: Sequence[Cache]):
         if draft.model.config != model.config:
             raise ValueError("what guesses was trained for another model")
-        if draft.prompts is not None and not takes_trees(model):
-            raise ValueError("prompt tokens are read as trees, which this model does not take: train heads (hydra)")
-        self.trees = draft.trees if takes_trees(model) else draft.trees.chains()
+        trees = takes_trees(model, caches)
+        if draft.prompts is not None and not trees:
+            raise ValueError(NO_TREES)
+        self.trees = draft.trees if trees else draft.trees.chains()
         self.prompts, self._rows, self._dtype = draft.prompts, rows, model.dtype
         self.reset()
 

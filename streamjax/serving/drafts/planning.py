@@ -23,7 +23,7 @@ def pass_bytes(drafter: Drafter, batch: Batch) -> int:
     state, sampling = jax.tree.map(_shape, (batch.whole(), batch.sampling))
     active = jax.ShapeDtypeStruct((rows,), jnp.bool_)
     if isinstance(drafter, TreeDrafter):
-        grown = GrownGuesses(drafter, batch.model, rows)
+        grown = GrownGuesses(drafter, batch.model, rows, batch.caches)
 
         def read_trees(state: Any, sampling: Any, active: Any, most: Any, ahead: Any) -> Any:
             return decode_grown(model, state, sampling, active, most, grown.trees, grown.prompts, ahead)

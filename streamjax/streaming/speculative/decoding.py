@@ -17,7 +17,7 @@ from streamjax.streaming.speculative.drafter import Drafter, Drafts, Draws, ways
 from streamjax.streaming.speculative.history import History
 from streamjax.streaming.speculative.pace import Pace
 from streamjax.streaming.speculative.tree_verification import verify_tree_pass
-from streamjax.streaming.speculative.two_phases import takes_trees
+from streamjax.streaming.speculative.two_phases import NO_TREES, takes_trees
 from streamjax.streaming.speculative.verification import Verified, choose_first, verify_pass
 from streamjax.streaming.state import StreamState
 
@@ -42,6 +42,9 @@ class Rounds:
       stop: ids behind which a stream reads nothing more.
       limit: see `Limit`; for a single stream.
       block: tokens that may be read without a look at the host, while nobody guesses.
+
+    Raises:
+      ValueError: the drafter has prompt tokens that the model, or a cache, cannot read.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Rounds:
         limit: Limit | None = None,
         block: int = 1,
     ):
+        if drafter is not None and drafter.prompts is not None and not takes_trees(model, state.caches):
+            raise ValueError(NO_TREES)
         self.state = state
         self.passes = self.guessed = self.right = 0
         self._model, self._drafter, self._streams = model, drafter, streams
@@ -182,7 +187,7 @@ class Rounds:
             rows = len(self._streams)
             return Drafts(np.zeros((rows, width), np.int32), np.zeros(rows, np.int32))
         drafts = self._drafter.propose(self._streams, wanted.tolist(), self._draws())
-        if not takes_trees(self._model):
+        if not takes_trees(self._model, self.state.caches):
             drafts = drafts.first_ways(self._drafter.length)
         known = (drafts.tokens >= 0) & (drafts.tokens < self._model.config.vocab_size)  # others would make NaN
         count = np.minimum(drafts.count, np.cumprod(known, axis=1).sum(axis=1))

@@ -7,13 +7,14 @@ wrong leaves no trace in any of them. The second phase stores what the first has
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from streamjax.attention.token_tree import TokenTree
-from streamjax.kv.cache import Waiting, along, take_in
+from streamjax.kv.cache import Cache, Waiting, along, take_in
 from streamjax.kv.layer_caches.recurrence import BesideRecurrence
 from streamjax.kv.layer_caches.slots_of import SlotsOf
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
@@ -22,6 +23,11 @@ from streamjax.models.mixers.handed_on.learned_bounds import with_bounds
 from streamjax.models.mixers.recurrent import RecurrentMixer
 from streamjax.streaming.state import StreamState
 from streamjax.streaming.step import advance, check_rows, enter, leave, nan_beyond_capacity
+
+NO_TREES = (
+    "prompt tokens are read as trees, which this model or its cache does not take: train heads (--kind=hydra), "
+    "or use --draft=ngram"
+)
 
 
 def look_ahead(
@@ -32,7 +38,7 @@ def look_ahead(
     if model.config.hsa is not None:  # an encoder makes a memory of whole pages: it reads the chunk again
         return advance(model, state, tokens, count)[1], ()
     context, tokens = enter(state, tokens, count)
-    caches = [cache.deferred() for cache in state.caches]
+    caches = [cache.deferred(one_by_one=True) for cache in state.caches]
     hidden, waiting = model.stream(tokens, state.layers, caches, context)
     return leave(state, hidden, tokens, count)[1], waiting
 
@@ -70,9 +76,12 @@ def waiting_along(waiting: tuple[Any, ...], path: Int32[Array, "B D"]) -> tuple[
     return tuple(map(on_path, waiting))
 
 
-def takes_trees(model: Decoder) -> bool:
-    """Whether guesses may be a tree. An encoder makes a chunk memory of tokens in their order, and so does a bank."""
-    return model.config.hsa is None and model.remembered is None
+def takes_trees(model: Decoder, caches: Sequence[Cache]) -> bool:
+    """Whether guesses may be a tree. An encoder makes a chunk memory of tokens in their order, and so does a bank.
+
+    Nor where caches change with every token: what the ways of a tree see is then not the same.
+    """
+    return model.config.hsa is None and model.remembered is None and all(cache.alters_every != 1 for cache in caches)
 
 
 def allowed_levels(state: StreamState, levels: int) -> Int32[Array, " B"]:
@@ -112,19 +121,23 @@ def take_in_first(
         elif isinstance(cache, BesideRecurrence):
             assert block.beside is not None
             beside = block.beside.recur(chunk[1], own[1], context.valid)[1]
-            layers.append((take_in(cache.attention, own[0], chunk[0], context.valid), beside))
+            layers.append((take_in(cache.attention, own[0], chunk[0], context.valid, one_by_one=True), beside))
         else:
-            layers.append(take_in(cache, own, chunk, context.valid))
+            layers.append(take_in(cache, own, chunk, context.valid, one_by_one=True))
     return leave(dataclasses.replace(state, layers=tuple(layers)), hidden, tokens, count)[0]
 
 
 def harmless(model: Decoder, state: StreamState, given: Int32[Array, " B"]) -> Int32[Array, " B"]:
     """How many of the tokens that each row is given may be read ahead: guesses must not change what others see.
 
-    They do in one place. A token does not see a page of a chunk memory that later tokens of its chunk push out, so a
-    chunk that holds guesses completes no page.
+    They do in two places. A token does not see a page of a chunk memory that later tokens of its chunk push out, so a
+    chunk that holds guesses completes no page. And where layers read more than their own cache, a memory or a bank, no
+    copy of a cache can take the tokens in one by one.
     """
+    apart = model.config.hsa is None and model.remembered is None
     for cache, own in zip(state.caches, state.layers, strict=True):
         if isinstance(cache, ChunkMemory):
             given = jnp.minimum(given, jnp.maximum(cache.size - own[1].filled - 1, 1))
+        if not apart and cache.alters_every is not None:
+            given = jnp.minimum(given, cache.unaltered(own))
     return given

@@ -9,10 +9,9 @@ distance of the two models.
 
 A tree of guesses is read in the same way (`tree_verification.py`).
 
-Two things differ. Logits of a pass over several tokens are rounded in another order than those of single tokens: where
-two tokens are equally good to the last bits, the other one may win. And a pass is a chunk: where a window stands before
-pages, tokens that it is about to drop stay visible until the chunk is stored, so what is drawn behind a right guess is
-what a stream draws that is read in such chunks (`tests/streaming/speculative/test_counted_draws.py` counts it).
+One thing differs. Logits of a pass over several tokens are rounded in another order than those of single tokens: where
+two tokens are equally good to the last bits, the other one may win. Where a cache changes under a chunk each guess sees
+what it would see if those before it had been read one by one (`kv.cache.Deferred`).
 """
 
 from __future__ import annotations

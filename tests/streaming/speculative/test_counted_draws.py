@@ -29,9 +29,6 @@ KINDS = {
     "int8": (ONE, sj.kv.preset("kivi", bits=8, group=8, residual=8, capacity=80)),
     "qwen3_next": (MODELS["qwen3_next"], sj.kv.preset("streaming_llm", sinks=2, window=7)),
 }
-# A token that a window is about to drop stays visible until its chunk is stored, and of pages a query reads some: what
-# it sees depends on how the stream is cut. Guesses are read as a chunk.
-CHUNKED = {"pages"}
 
 
 @dataclasses.dataclass
@@ -56,17 +53,13 @@ def chances(logits):
     return jax.nn.softmax(SAMPLER.filter(logits[:, -1].astype(jnp.float32)))
 
 
-def paths(model, cache, prompt, in_chunks=False):
-    """All ways to go on by three tokens, [P, 3], how likely each is, [P], and the likeliest second token, the guess.
-
-    With `in_chunks` a guess that is right is read in one chunk with the token before it, else every token by itself.
-    """
+def paths(model, cache, prompt):
+    """All ways to go on by three tokens, [P, 3], how likely each is, [P], and the likeliest second token, the guess."""
     rows = np.arange(TOP * TOP)
     state = sj.init_state(model, cache, len(rows))
     state, _ = sj.generate(
         model, state, np.repeat(prompt, len(rows), axis=0), max_new_tokens=0, sampler=SAMPLER, key=jax.random.key(0)
     )
-    behind = jax.tree.map(jnp.copy, state)
     found = np.asarray(chances(jax.jit(lambda: model.logits(state.hidden[:, None]))()), np.float64)
     first = np.argsort(-found, axis=1)[rows, rows // TOP].astype(np.int32)
     chance = found[rows, first]
@@ -77,9 +70,6 @@ def paths(model, cache, prompt, in_chunks=False):
     guess = int(np.argmax(np.bincount(second, weights=chance)))
     _, logits = sj.step(model, state, second[:, None])
     found = np.asarray(chances(logits), np.float64)
-    if in_chunks:
-        _, logits = sj.step(model, behind, np.stack((first, second), axis=1))
-        found = np.where(second[:, None] == guess, np.asarray(chances(logits), np.float64), found)
     row, third = np.nonzero(found)
     return np.stack((first[row], second[row], third), axis=1), chance[row] * found[row, third], guess
 
@@ -117,7 +107,7 @@ def drawn(model, cache, prompt, draft):
 def test_counted_draws_behind_guesses(name):
     config, cache = KINDS[name]
     model, prompt = build(config), random_tokens(1, PROMPT) % config.vocab_size
-    ways, chance, guess = paths(model, cache, prompt, name in CHUNKED)
+    ways, chance, guess = paths(model, cache, prompt)
     assert np.sum(chance) == pytest.approx(1, abs=1e-5)
     draft = Stubborn(token=guess)
     tokens = drawn(model, cache, prompt, draft)

@@ -17,7 +17,7 @@ from streamjax.streaming.speculative.memory.plan import DraftMemory, fitted
 from streamjax.streaming.speculative.tree_verification import verify_tree_pass
 from streamjax.streaming.speculative.two_phases import takes_trees
 from streamjax.streaming.speculative.verification import verify_pass
-from streamjax.streaming.state import init_state
+from streamjax.streaming.state import StreamState, init_state
 
 
 def fit_draft(
@@ -56,15 +56,15 @@ def fit_draft(
     return fitted(drafter, model, rows, memory_bytes, work)
 
 
-def pass_bytes(drafter: Drafter, model: Decoder, state: object, sampler: Sampler) -> int:
+def pass_bytes(drafter: Drafter, model: Decoder, state: StreamState, sampler: Sampler) -> int:
     """What the program holds that reads a drafter's guesses for streams in such a state."""
-    rows, width = state.batch_size, 1 + drafter.nodes  # type: ignore[attr-defined]  # a `StreamState` of shapes
+    rows, width = state.batch_size, 1 + drafter.nodes
 
     def whole(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    if takes_trees(model) and (drafter.prompts is not None or drafter.guesses_trees):
+    if takes_trees(model, state.caches) and (drafter.prompts is not None or drafter.guesses_trees):
 
         def read(state, tokens, parents, given, index, key):  # type: ignore[no-untyped-def]  # arrays of shapes above
             return verify_tree_pass(
