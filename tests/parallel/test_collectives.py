@@ -125,6 +125,22 @@ def test_writing_over_devices_is_writing(rows):
         np.testing.assert_array_equal(found, write(buffer, chunk, filled, start, count))
 
 
+@pytest.mark.slow  # its numbers: test_context_training.py
+def test_what_attention_found_is_not_computed_again():
+    """In layer order keys go round forwards, backwards and, where nothing was kept, once more in front of that."""
+    rows, length, mesh = 2, 64, make_mesh(context=4, data=2)
+    config = CONFIG.replace(num_layers=2, windows=(None, None))
+    with jax.set_mesh(mesh):
+        model = shard_model(random_model(config, "float32", stacked=True), mesh)
+        batch = shard_batch(random_batch(config.vocab_size, 2 * rows, length), mesh)
+        known = {"chunk_size": 8, "context_exchange": "ring"}
+        texts = [compiled(model, batch, "layer", keep_attention=kept, **known).as_text() for kept in (True, False)]
+    going = ("collective-permute", (2, rows, config.num_kv_heads, length // 4 // 2, config.head_dim))
+    kept, again = (_crossing(text).count(going) for text in texts)
+    # The loop over turns sends keys and values. In front of it the first turn is that of the way back.
+    assert again - kept == 2
+
+
 @pytest.mark.slow  # its numbers: test_context_landmarks.py
 def test_a_pipeline_of_chunks_sends_their_pages_and_no_keys():
     """By a gradient in chunk order; the head is by stretches, so nothing else is as large as a chunk's activations."""

@@ -95,6 +95,24 @@ ORDERS = [
     ({"context": 4, "tensor": 2}, ("latent",), 4, True, "chunk", {"chunk_size": 4}),
     ({"fsdp": 2, "context": 4}, ("sinks", "full", "delta"), 4, True, "chunk", {"chunk_size": 4}),
     ({"context": 8}, ("alibi",), 8, True, "chunk", {"chunk_size": 2}),
+    # What attention found is kept, of that which goes over all devices.
+    (
+        {"data": 2, "context": 2, "tensor": 2},
+        ("full", "window"),
+        1,
+        True,
+        "layer",
+        {"chunk_size": 8, "keep_attention": True, "context_exchange": "ring"},
+    ),
+    (
+        {"fsdp": 2, "context": 4},
+        ("full", "nope", "delta"),
+        2,
+        False,
+        "layer",
+        {"chunk_size": 4, "keep_attention": True, "offload": "host", "offload_fraction": 0.5},
+    ),
+    ({"context": 8}, ("alibi", "sinks"), 1, True, "layer", {"chunk_size": 3, "keep_attention": True}),
     # Layers that differ, one or more a device, and stacked ones that devices do not divide: branches of a program.
     ({"context": 8}, (*KINDS, *RECURRENT), 1, True, "chunk", {"chunk_size": 2}),
     ({"fsdp": 2, "context": 2, "tensor": 2}, ("sinks", "full", "delta"), 1, True, "chunk", {"chunk_size": 12}),

@@ -31,16 +31,24 @@ class Own(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gathered_attention(rule: Rule, own: Own) -> Float[Array, "N B c H D"]:
-    """Attention of a sequence over the devices of the axis, in the dtype of sums."""
-    return _forward(rule, own)[0]
+def gathered_attention(rule: Rule, own: Own, known: Partial | None = None) -> Float[Array, "N B c H D"]:
+    """Attention of a sequence over the devices of the axis, in the dtype of sums.
+
+    known: what `found` gave for these arguments; then nothing is gathered, but backwards.
+    """
+    return _forward(rule, own, known)[0]
 
 
-def _forward(rule: Rule, own: Own) -> tuple[Float[Array, "N B c H D"], Any]:
+def _forward(rule: Rule, own: Own, known: Partial | None = None) -> tuple[Float[Array, "N B c H D"], Any]:
+    whole = named(found(rule, own)) if known is None else known
+    return whole.out, (own, whole, known)
+
+
+def found(rule: Rule, own: Own) -> Partial:
+    """The output of `gathered_attention`, and the log-sum-exp of the logits, sinks among them."""
     keys = _all_keys(own)
     parts = [attend(rule, own.q[i], keys, 0, _given(own, i)) for i in range(own.q.shape[0])]
-    whole = named(add_sink_logits(jax.tree.map(lambda *xs: jnp.stack(xs), *parts), own.sinks))
-    return whole.out, (own, whole)
+    return add_sink_logits(jax.tree.map(lambda *xs: jnp.stack(xs), *parts), own.sinks)
 
 
 def _all_keys(own: Own) -> KeyBlock:
@@ -55,8 +63,8 @@ def _given(own: Own, i: int) -> Given:
     return Given(None if own.query_ids is None else own.query_ids[i], own.slopes, block * own.q.shape[2])
 
 
-def _backward(rule: Rule, saved: tuple[Own, Partial], d_out: Float[Array, "N B c H D"]) -> tuple[Own]:
-    own, whole = saved
+def _backward(rule: Rule, saved: Any, d_out: Float[Array, "N B c H D"]) -> tuple[Own, Partial | None]:
+    own, whole, known = saved
     keys, d_q = _all_keys(own), []
     d_k, d_v = (jnp.zeros(x.shape, accumulator(own.q.dtype)) for x in keys[:2])
     for i in range(own.q.shape[0]):
@@ -67,7 +75,8 @@ def _backward(rule: Rule, saved: tuple[Own, Partial], d_out: Float[Array, "N B c
     d_k, d_v = (jnp.swapaxes(x[0], 1, 2).astype(own.k.dtype) for x in (d_k, d_v))
     query_ids, key_ids, slopes = constants(own.query_ids, own.key_ids, own.slopes)
     d_sinks = sink_gradient(whole, d_out, own.sinks)
-    return (Own(jnp.stack(d_q).astype(own.q.dtype), d_k, d_v, query_ids, key_ids, slopes, d_sinks),)
+    d_own = Own(jnp.stack(d_q).astype(own.q.dtype), d_k, d_v, query_ids, key_ids, slopes, d_sinks)
+    return d_own, jax.tree.map(jnp.zeros_like, known)
 
 
 gathered_attention.defvjp(_forward, _backward)

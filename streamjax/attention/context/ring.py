@@ -36,12 +36,22 @@ class Own(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ring_attention(rule: Rule, own: Own) -> Float[Array, "2 B c H D"]:
-    """Full causal attention of a sequence over the devices of the axis, in the dtype of sums."""
-    return _forward(rule, own)[0]
+def ring_attention(rule: Rule, own: Own, known: Partial | None = None) -> Float[Array, "2 B c H D"]:
+    """Full causal attention of a sequence over the devices of the axis, in the dtype of sums.
+
+    known: what `found` gave for these arguments; then nothing goes round, but backwards.
+    """
+    return _forward(rule, own, known)[0]
 
 
-def _forward(rule: Rule, own: Own) -> tuple[Float[Array, "2 B c H D"], Any]:
+def _forward(rule: Rule, own: Own, known: Partial | None = None) -> tuple[Float[Array, "2 B c H D"], Any]:
+    whole = named(found(rule, own)) if known is None else known
+    return whole.out, (own, whole, known)
+
+
+def found(rule: Rule, own: Own) -> Partial:
+    """The output of `ring_attention`, and the log-sum-exp of the logits, sinks among them."""
+
     def visit(keys: KeyBlock, meeting: _Meeting, parts: Any) -> Any:
         q, given = own.q[meeting.query], _given(own, meeting)
         out, lse = merge(Partial(*(x[meeting.query] for x in parts)), attend(rule, q, keys, meeting.key, given))
@@ -69,8 +79,7 @@ def _forward(rule: Rule, own: Own) -> tuple[Float[Array, "2 B c H D"], Any]:
     size = place()[1]
     keys, parts = jax.lax.fori_loop(1, size - 1, one, (keys, parts))
     parts = turn(size - 1, keys, parts)
-    whole = named(add_sink_logits(parts, own.sinks))
-    return whole.out, (own, whole)
+    return add_sink_logits(parts, own.sinks)
 
 
 class _Meeting(NamedTuple):
@@ -99,8 +108,8 @@ def _given(own: Own, meeting: _Meeting) -> Given:
     return Given(None if own.ids is None else own.ids[meeting.query], own.slopes, meeting.offset)
 
 
-def _backward(rule: Rule, saved: tuple[Own, Partial], d_out: Float[Array, "2 B c H D"]) -> tuple[Own]:
-    own, whole = saved
+def _backward(rule: Rule, saved: Any, d_out: Float[Array, "2 B c H D"]) -> tuple[Own, Partial | None]:
+    own, whole, known = saved
     keys, size = KeyBlock.of(own.k, own.v, own.ids), place()[1]
     dtype = accumulator(own.q.dtype)
 
@@ -129,7 +138,8 @@ def _backward(rule: Rule, saved: tuple[Own, Partial], d_out: Float[Array, "2 B c
     d_k, d_v = (to_next(x + y) for x, y in zip(sums, found, strict=True))
     d_k, d_v = (jnp.swapaxes(x, 2, 3).astype(own.k.dtype) for x in (d_k, d_v))
     ids, slopes = constants(own.ids, own.slopes)
-    return (Own(d_q.astype(own.q.dtype), d_k, d_v, ids, slopes, sink_gradient(whole, d_out, own.sinks)),)
+    d_own = Own(d_q.astype(own.q.dtype), d_k, d_v, ids, slopes, sink_gradient(whole, d_out, own.sinks))
+    return d_own, jax.tree.map(jnp.zeros_like, known)
 
 
 ring_attention.defvjp(_forward, _backward)

@@ -116,7 +116,7 @@ def layer_forward(
     what attention to tokens found, [N, B, C, ...], for a layer that attends and if it is to `keep` it.
     """
     if isinstance(sequence, Stretch):
-        return *stretch_forward(block, x, sequence, memory, known), None
+        return stretch_forward(block, x, sequence, memory, known, keep)
     if isinstance(block.mixer, RecurrentMixer):
         return *recurrent_forward(block, x, sequence, memory, known), None
     blocks = attention_blocks(block, sequence.chunk_size, sequence.block_k)
@@ -173,7 +173,7 @@ def layer_backward(
     that was kept.
     """
     if isinstance(sequence, Stretch):
-        return stretch_backward(params, rest, inputs, d_y, sequence, options, memory, d_memory)
+        return stretch_backward(params, rest, inputs, d_y, sequence, options, memory, d_memory, found)
     block = combine(params, rest)
     if isinstance(block.mixer, RecurrentMixer):
         return recurrent_backward(params, rest, inputs, d_y, sequence, options, memory, d_memory)

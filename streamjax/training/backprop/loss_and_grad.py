@@ -34,7 +34,7 @@ from streamjax.training.backprop.head.whole_sequence import whole_sequence_loss
 from streamjax.training.backprop.planning.host_transfers import Rates, hidden_fraction
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK, split_evenly
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS, Choice, choose, device_memory_bytes
-from streamjax.training.backprop.planning.shared_sequences import NOTHING_KEPT, how_shared, shared_chunk
+from streamjax.training.backprop.planning.shared_sequences import how_shared, shared_chunk
 from streamjax.training.backprop.routing import with_routing_total
 from streamjax.training.backprop.sequence_chunks import ChunkedSequence
 from streamjax.training.backprop.storage.landmark_memory import whole_pages
@@ -303,8 +303,6 @@ def _loss_and_grad(
         shared = how_shared(model.config, len(model.stack) > 0, method, devices)
         if shared is not None:
             chunk_size = shared_chunk(model.config, method, length, chunk_size, devices)
-            if options.keep_attention:
-                raise ValueError(NOTHING_KEPT)
         if shared in ("stages", "branches"):
             order = chunk_pipeline.loss_and_grad
 

@@ -21,7 +21,7 @@ from streamjax.models.rounding import Weights
 from streamjax.training.backprop.loss_and_grad import Method, check_free, check_keeping
 from streamjax.training.backprop.planning.memory_model import DEFAULT_CHUNK
 from streamjax.training.backprop.planning.method_choice import WHOLE_METHODS
-from streamjax.training.backprop.planning.shared_sequences import NOTHING_KEPT, shared_chunk
+from streamjax.training.backprop.planning.shared_sequences import shared_chunk
 from streamjax.training.backprop.trainable_parameters import Trainable
 from streamjax.training.diloco.config import DiLoCoConfig
 from streamjax.training.distillation.config import DistillConfig
@@ -411,8 +411,6 @@ class TrainConfig:
         method, model = self.backprop.method, model or self.model
         if method in (*WHOLE_METHODS, "auto"):
             return
-        if self.backprop.keep_attention:
-            raise ValueError(NOTHING_KEPT)
         shared_chunk(model, method, self.data.seq_len, self.backprop.chunk_size or DEFAULT_CHUNK, devices)
 
     def _check_streams(self) -> None:

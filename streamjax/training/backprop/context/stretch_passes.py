@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from pallas_kernels.partial import Partial
 from streamjax.attention.context.landmarks import cut_pages, pages_over_devices
+from streamjax.attention.context.sequence import context_attention, found_attention
 from streamjax.attention.dispatch import sequence_attention
 from streamjax.attention.landmarks.page_attention import LandmarkPages
 from streamjax.attention.landmarks.page_forms import by_blocks
@@ -40,17 +42,24 @@ Tree = TypeVar("Tree")
 
 
 def stretch_forward(
-    block: Block, x: Chunks, sequence: Stretch, memory: LandmarkPages | None = None, known: bool = False
-) -> tuple[Chunks, LandmarkPages | None]:
+    block: Block,
+    x: Chunks,
+    sequence: Stretch,
+    memory: LandmarkPages | None = None,
+    known: bool = False,
+    keep: bool = False,
+) -> tuple[Chunks, LandmarkPages | None, Partial | None]:
     """A layer over all chunks of this device; each output takes its input's place.
 
     `memory`: this device's pages of what the layer reads. A layer that makes them returns its own, unless they are
-    `known`.
+    `known`. Third is what attention found, [N, B, C, ...], each device's in an order of its own; if it is to `keep`
+    that, and of attention that goes over all devices.
     """
     if block.encoder is not None and not known:
         memory = encode_stretch(block, x, sequence)
     read = jax.lax.map(lambda i: before_mixing(block, chunk_at(x, i), sequence, i), jnp.arange(sequence.count))
-    mixed = mix(block, read, sequence)
+    found = find(block, read, sequence) if keep else None
+    mixed = mix(block, read, sequence, found)
     if block.reader is not None and memory is not None:
         asked = jax.lax.map(lambda i: ask(block, chunk_at(x, i), _take(mixed, i)), jnp.arange(sequence.count))
         mixed = (*mixed, read_pages(block, asked, memory, sequence))
@@ -59,7 +68,7 @@ def stretch_forward(
         y = after_mixing(block, chunk_at(x, i), _take(mixed, i))
         return jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
 
-    return jax.lax.fori_loop(0, sequence.count, chunk, x), memory
+    return jax.lax.fori_loop(0, sequence.count, chunk, x), memory, found
 
 
 def stretch_backward(
@@ -71,9 +80,13 @@ def stretch_backward(
     options: GradientOptions,
     memory: LandmarkPages | None = None,
     d_memory: LandmarkPages | None = None,
+    kept: ActivationReader | None = None,
 ) -> tuple[Block, Chunks, LandmarkPages | None]:
     """Gradient of a layer's trained parameters from this device's chunks, and the cotangent of its input in the place
-    of that of its output; `d_memory` with what the layer adds to the gradients of the pages that it reads."""
+    of that of its output; `d_memory` with what the layer adds to the gradients of the pages that it reads.
+
+    kept: what attention found of each chunk, if that was kept.
+    """
 
     def before(params: Block, x: Array, i: Any) -> Any:
         return before_mixing(combine(params, rest), x, sequence, i)
@@ -82,7 +95,13 @@ def stretch_backward(
         return ask(combine(params, rest), x, mixed)
 
     read = _each(inputs, lambda i, x: before(params, x, i), jax.eval_shape(before, params, d_y[0], 0))
-    mixed, pull_mixing = jax.vjp(lambda params, read: mix(combine(params, rest), read, sequence), params, read)
+    attended = None
+    if kept is not None:
+        read_one = kept.away if kept.away is not None and kept.split else kept.here
+        attended = _each(kept, lambda i, x: x, jax.eval_shape(read_one, 0))
+    mixed, pull_mixing = jax.vjp(
+        lambda params, read: mix(combine(params, rest), read, sequence, attended), params, read
+    )
     found, pull_pages = mixed, None
     if rest.reader is not None and memory is not None:
         shape = jax.eval_shape(asks, params, d_y[0], _take(mixed, 0))
@@ -172,37 +191,49 @@ def before_mixing(block: Block, x: Float[Array, "B C E"], sequence: Stretch, i: 
     return read if read and block.beside is None else (*read, block.mixer_input(x))
 
 
-def mix(block: Block, read: Any, sequence: Stretch) -> Any:
+def mix(block: Block, read: Any, sequence: Stretch, known: Partial | None = None) -> Any:
     """What the mixers make of a stretch, from what they read of its chunks: the heads' outputs, what a recurrent mixer
-    gives, or both."""
+    gives, or both. known: what `find` gave."""
     found: list[Any] = []
     attended: list[Any] = [_joined(x) for x in read]
     context = sequence.all_chunks()
     beside = None if len(attended) == 3 else attended.pop()
     with as_stretches():
         if attended:
-            q, k, v = attended
-            config = block.attention.config
-            heads = sequence_attention(
-                q,
-                k,
-                v,
-                config.pattern,
-                scale=config.softmax_scale,
-                segment_ids=context.segment_ids,
-                softcap=config.softcap,
-                slopes=block.attention.slopes(),
-                sink_logits=block.attention.learned_sinks(),
-                exchange=context.exchange,
-            )
+            whole = None if known is None else Partial(*map(_joined, known))
+            config, arguments = block.attention.config, _attention_arguments(block, sequence)
+            heads = context_attention(*attended, **arguments, known=whole, local=sequence_attention)
             # Without a gate, what is behind rounds it as its first step.
             gated = getattr(config, "output_gate", False)
-            found.append(heads if gated else heads.astype(q.dtype))
+            found.append(heads if gated else heads.astype(attended[0].dtype))
         if beside is not None:
             recurrent = block.mixer if block.beside is None else block.beside
             assert isinstance(recurrent, RecurrentMixer)
             found.append(recurrent.parallel(beside, context))
     return tuple(_cut(x, sequence) for x in found)
+
+
+def find(block: Block, read: Any, sequence: Stretch) -> Partial | None:
+    """What attention finds of a stretch, all chunks apart; None where it does not go over all devices."""
+    if isinstance(block.mixer, RecurrentMixer):
+        return None
+    with as_stretches():
+        q, k, v = map(_joined, read[:3])
+        found = found_attention(q, k, v, **_attention_arguments(block, sequence))
+    return None if found is None else Partial(*(_cut(x, sequence) for x in found))
+
+
+def _attention_arguments(block: Block, sequence: Stretch) -> dict[str, Any]:
+    config, context = block.attention.config, sequence.all_chunks()
+    return {
+        "pattern": config.pattern,
+        "scale": config.softmax_scale,
+        "segment_ids": context.segment_ids,
+        "softcap": config.softcap,
+        "slopes": block.attention.slopes(),
+        "sink_logits": block.attention.learned_sinks(),
+        "exchange": context.exchange,
+    }
 
 
 def after_mixing(block: Block, x: Float[Array, "B C E"], mixed: Any) -> Float[Array, "B C E"]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from streamjax.models.config import ModelConfig, UniformConfig, expanded
 from streamjax.training.backprop.gradient_reduction import Shared
 
-NOTHING_KEPT = 'keep_attention is not for "layer" where devices along context share sequences: set it to False'
-
 
 def how_shared(config: ModelConfig | UniformConfig, stacked: bool, method: str, devices: int) -> Shared | None:
     """What each of the devices along `context` has with "layer" or "chunk"; None: there is but one.
