@@ -1,12 +1,14 @@
-"""Bytes that one token moves for the states of recurrent layers, on TPUs, compiled ahead of time.
+"""Bytes that one token moves for the states of recurrent layers, on TPUs and an H100, compiled ahead of time.
 
-    python -m benchmarks.kernels.state_updates       # a minute; no TPU is needed
+    python -m benchmarks.kernels.state_updates       # a minute; no TPU or GPU is needed
 
 A layer's update for 16 streams, at the shapes of Qwen3-Next 80B (Gated DeltaNet), Kimi-Linear 48B (a decay for each
 channel) and Mamba-2 2.7B. What a program's text moves to and from main memory (`benchmarks.hbm_traffic`), over the
 bytes of the states: 2 is each state read once and written once. `product` reads what states hold under queries and keys
-by a product of matrices, before it changes them; `as used` is the form that streams take on a TPU: with the delta rule
-a kernel, `api.delta_update`, and else a sum over the new state, of which and of the update the compiler makes one pass.
+by a product of matrices, before it changes them; `as used` is the form that streams take there: with the delta rule a
+kernel, `api.delta_update`, and else a sum over the new state, of which and of the update the compiler makes one pass.
+What a kernel is given counts once: no two of its programs read the same part of a state. On an H100 all that goes from
+one kernel to the next counts as main memory's, what its cache keeps too.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from typing import Any, TypeAlias
 from benchmarks import aot
 from benchmarks.reporting import report
 
-CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
-TOPOLOGIES = {**CHIPS, "h100": "h100"}
+TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "h100": "h100"}
 Shape: TypeAlias = tuple[int, int, int, int, bool, bool]
 # Groups, heads of a group, rows and columns of a state, a decay for each row, the delta rule.
 MODELS: dict[str, Shape] = {
@@ -70,7 +71,7 @@ def trace(chip: str, shape: Shape, place: Any, form: str = "as used") -> Any:
 
 
 def moved(chip: str, model: str, form: str) -> float:
-    """Bytes moved over bytes of the states, on a TPU; for a process of `aot.child_environment`."""
+    """Bytes moved over bytes of the states; for a process of `aot.child_environment`."""
     from benchmarks.hbm_traffic import moved_bytes
 
     text, size = program(chip, model, form)
@@ -79,7 +80,7 @@ def moved(chip: str, model: str, form: str) -> float:
 
 def main() -> None:
     rows = []
-    for chip, topology in CHIPS.items():
+    for chip, topology in TOPOLOGIES.items():
         command = [sys.executable, "-m", "benchmarks.kernels.state_updates", "--child", chip]
         environment = aot.child_environment(topology)
         done = subprocess.run(command, env=environment, cwd=aot.ROOT, capture_output=True, text=True, check=True)

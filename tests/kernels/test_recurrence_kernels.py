@@ -127,3 +127,10 @@ def test_a_tpu_moves_every_state_in_and_out_once(model):
 def test_an_h100_takes_the_kernel(model):
     text = compiled("h100", "s.program", "h100", model)
     assert text.count("custom_call_target") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", state_updates.MODELS)
+@pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
+def test_an_h100_moves_every_state_in_and_out_once(model):
+    assert 2 <= float(compiled("h100", "s.moved", "h100", model)) < 2.1
