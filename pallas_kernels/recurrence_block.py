@@ -14,6 +14,7 @@ between the halves, which is a sum of decays for each, and never a difference.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +64,10 @@ class Products(NamedTuple):
     def tn(self, a: Array, b: Array) -> Array:
         return self._product("tn", a, b)
 
-    def inverse(self, below: Float[Array, "C C"]) -> Float[Array, "C C"]:
-        """The inverse of 1 + `below`, which is strictly lower; C is a power of two."""
+    def inverse(self, below: Float[Array, "C C"], known: Float[Array, "C C"] | None = None) -> Float[Array, "C C"]:
+        """The inverse of 1 + `below`, which is strictly lower; C is a power of two. known: it, if it was made before."""
+        if known is not None:
+            return _known_inverse(self.dtype, below, known)
         return (_differentiable_inverse if self.differentiable else _inverse)(self.dtype, below)
 
     def sums(self, taken: Bool[Array, "C C"], steps: Float[Array, "C K"]) -> Float[Array, "C K"]:
@@ -126,6 +129,19 @@ def _inverse_backward(dtype: Any, found: Array, given: Array) -> tuple[Array]:
 
 
 _differentiable_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _known_inverse(dtype: Any, below: Float[Array, "C C"], known: Float[Array, "C C"]) -> Float[Array, "C C"]:
+    """The inverse of 1 + `below` where it has been made before."""
+    return known
+
+
+def _known_inverse_backward(dtype: Any, known: Array, given: Array) -> tuple[Array, Array]:
+    return *_inverse_backward(dtype, known, given), jnp.zeros_like(known)
+
+
+_known_inverse.defvjp(lambda dtype, below, known: (known, known), _known_inverse_backward)
 
 
 def _sums(kind: str, ones: Array, x: Array) -> Array:
@@ -239,10 +255,18 @@ def scores(
 
 
 def erasing(
-    products: Products, k: Float[Array, "C K"], beta: Float[Array, "C _"], found: Weights, segments: Segments | None
+    products: Products,
+    k: Float[Array, "C K"],
+    beta: Float[Array, "C _"],
+    found: Weights,
+    segments: Segments | None,
+    known: Float[Array, "C C"] | None = None,
 ) -> Float[Array, "C C"]:
-    """The inverse of 1 + M: what each token of the block writes, from what all would write behind the first state."""
-    return products.inverse(beta * scores(products, k, k, found, segments, diagonal=False))
+    """The inverse of 1 + M: what each token of the block writes, from what all would write behind the first state.
+
+    known: it was made before, and is wanted with its derivatives.
+    """
+    return products.inverse(beta * scores(products, k, k, found, segments, diagonal=False), known)
 
 
 def written(

@@ -7,8 +7,9 @@ made for all blocks at once, a program a block and head. Forwards
     states     from block to block: the state in front of each, and what its tokens write
     outputs    what tokens read of both
 
-and backwards the cotangents of the last, of the states from the last block to the first, and of the second's operands.
-A head's gradients of the query and the key that several heads share are added up by XLA.
+and backwards the cotangents of the last, of the states from the last block to the first, and of the second's operands,
+whose kernels go over a few columns of a block's values and state at a time, so that threads spill less. A head's
+gradients of the query and the key that several heads share are added up by XLA.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pallas_kernels.recurrence_block import Operands, Products
 
 MAX_STATE = 128  # rows and columns of a state
 COLUMNS = 32  # of a state, of a program that goes from block to block
+WARPS = {"output_gradients": 8, "state_gradients": 8}  # of a program, 4 of others: with what spills least on an H100
 AXES = {  # b: rows of the batch, t: tokens, n: blocks, c: a block's tokens, g, h: groups and heads, k, v: as in a state
     "q": "btgk",
     "k": "btgk",
@@ -109,7 +111,7 @@ class _Call(NamedTuple):
             in_specs=[spec(name) for name in given],
             out_specs=[spec(name) for name in makes],
             out_shape=[shape(*item) for item in makes.items()],
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            compiler_params=plgpu.CompilerParams(num_warps=WARPS.get(name, 4), num_stages=1),
             interpret=self.interpret,
             name=f"recurrence_{name}",
         )(*given.values())
@@ -224,37 +226,60 @@ def _write(
 ) -> tuple[Array, Array]:
     """What a block's tokens write, and the state behind them; `weights` are made where they are not given."""
     found = _weights(products, own.decay, own.coarse, segments) if weights is None else weights
-    values = own.v
-    if own.beta is not None:
-        beta = own.beta[:, None]
-        inverse = core.erasing(products, own.k, beta, found, segments) if own.inverse is None else own.inverse
-        values = core.written(products, own.k, own.v, beta, inverse, found, state)
+    values = _written(products, own, found, own.v, state)
     return values, core.next_state(products, own.k, values, found, state)
 
 
-def _reads(
-    products: Products, segments: Any, coarse: Any, q: Array, k: Array, decay: Array, values: Array, state: Array
-) -> Array:
-    found = _weights(products, decay, coarse, segments)
-    return core.read(products, q, core.scores(products, q, k, found, segments, True), values, found, state)
+def _written(products: Products, own: _Block, found: core.Weights, v: Array, state: Array) -> Array:
+    """What a block's tokens write to some columns of the state."""
+    if own.beta is None:
+        return v
+    assert own.inverse is not None
+    return core.written(products, own.k, v, own.beta[:, None], own.inverse, found, state)
 
 
 def _outputs(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
     own, segments = _read(call, refs)
     q, values = (refs[name][...].astype(jnp.float32) for name in ("q", "v:values"))
-    out = _reads(call.products, segments, own.coarse, q, own.k, own.decay, values, refs["kept"][...])
+    found = _weights(call.products, own.decay, own.coarse, segments)
+    pairs = core.scores(call.products, q, own.k, found, segments, True)
+    out = core.read(call.products, q, pairs, values, found, refs["kept"][...])
     refs["new v:out"][...] = out.astype(refs["new v:out"].dtype)
 
 
+def _over_columns(columns: Any, refs: dict[str, Any], like: Any) -> Any:
+    """Sums, shaped as `like`, over some columns of values and of the state at a time: so a thread holds few of them."""
+    width = refs["v"].shape[-1]
+    part = min(COLUMNS, width)
+
+    def step(i: Any, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, columns(pl.ds(i * part, part)))
+
+    return jax.lax.fori_loop(0, width // part, step, jax.tree.map(jnp.zeros_like, like))
+
+
 def _output_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
+    """A few columns of values and of the state at a time, as `_write_gradients` has them."""
     own, segments = _read(call, refs)
-    q, state, given = (refs[name][...].astype(jnp.float32) for name in ("q", "kept", "v:out"))
-    values = _write(call.plain, segments, own, state)[0]
-    _, pull = jax.vjp(partial(_reads, call.products, segments, own.coarse), q, own.k, own.decay, values, state)
-    decay = "steps" if "steps" in refs else "decay"
-    names = "d_pair:q", "d_pair:k", decay, "v:values", "kept:read"
-    for name, found in zip(names, pull(given), strict=True):
-        refs[f"new {name}"][...] = found
+    products, q = call.products, refs["q"][...].astype(jnp.float32)
+
+    def shared(q: Array, k: Array, decay: Array) -> tuple[core.Weights, Array]:
+        found = _weights(products, decay, own.coarse, segments)
+        return found._replace(pairs=None), core.scores(products, q, k, found, segments, True)
+
+    def columns(at: Any) -> Any:
+        state, v, given = refs["kept"][at], refs["v"][:, at].astype(jnp.float32), refs["v:out"][:, at]
+        values = _written(call.plain, own, found, v, state)
+        read = partial(core.read, products)
+        *parts, d_values, d_found, d_state = jax.vjp(read, q, pairs, values, found, state)[1](given.astype(jnp.float32))
+        refs["new v:values"][:, at], refs["new kept:read"][at] = d_values, d_state
+        return *parts, d_found
+
+    (found, pairs), pull = jax.vjp(shared, q, own.k, own.decay)
+    d_q, d_pairs, d_found = _over_columns(columns, refs, (q, pairs, found))
+    more, d_k, d_decay = pull((d_found, d_pairs))
+    refs["new d_pair:q"][...], refs["new d_pair:k"][...] = d_q + more, d_k
+    refs["new steps" if "steps" in refs else "new decay"][...] = d_decay
 
 
 def _state_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
@@ -271,10 +296,32 @@ def _state_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
 
 
 def _write_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
+    """A few columns of values and of the state at a time; what these share is differentiated behind them."""
     own, segments = _read(call, refs)
-    _, pull = jax.vjp(lambda own: _write(call.products, segments, own, refs["kept"][...]), own._replace(inverse=None))
-    (found,) = pull((refs["v:values"][...], refs["kept:behind"][...]))
-    decay = "steps" if "steps" in refs else "decay"
-    for name, value in (("d_pair:k", found.k), ("v", found.v), (decay, found.decay), ("beta", found.beta)):
-        if value is not None:
-            refs[f"new {name}"][...] = value.astype(refs[f"new {name}"].dtype)
+    products = call.products
+
+    def shared(k: Array, decay: Array, beta: Array | None) -> tuple[core.Weights, Array | None]:
+        found, inverse = _weights(products, decay, own.coarse, segments), None
+        if beta is not None:
+            inverse = core.erasing(products, k, beta[:, None], found, segments, own.inverse)
+        return found._replace(pairs=None), inverse
+
+    def columns(at: Any) -> Any:
+        state, v = refs["kept"][at], refs["v"][:, at].astype(jnp.float32)
+
+        def write(own: _Block, found: core.Weights, v: Array) -> tuple[Array, Array]:
+            values = _written(products, own, found, v, state)
+            return values, core.next_state(products, own.k, values, found, state)
+
+        *parts, d_v = jax.vjp(write, given, found, v)[1]((refs["v:values"][:, at], refs["kept:behind"][at]))
+        refs["new v"][:, at] = d_v.astype(refs["new v"].dtype)
+        return tuple(parts)
+
+    given = own._replace(v=None, decay=None, coarse=None)
+    found = _weights(call.plain, own.decay, own.coarse, segments)._replace(pairs=None)
+    d_own, d_found = _over_columns(columns, refs, (given, found))
+    d_k, d_decay, d_beta = jax.vjp(shared, own.k, own.decay, own.beta)[1]((d_found, d_own.inverse))
+    refs["new d_pair:k"][...] = d_own.k + d_k
+    refs["new steps" if "steps" in refs else "new decay"][...] = d_decay
+    if d_beta is not None:
+        refs["new beta"][...] = d_own.beta + d_beta
