@@ -65,7 +65,7 @@ class Products(NamedTuple):
         return self._product("tn", a, b)
 
     def inverse(self, below: Float[Array, "C C"], known: Float[Array, "C C"] | None = None) -> Float[Array, "C C"]:
-        """The inverse of 1 + `below`, which is strictly lower; C is a power of two. known: it, if it was made before."""
+        """The inverse of 1 + `below`, which is strictly lower; C is a power of two. known: it, where it is there."""
         if known is not None:
             return _known_inverse(self.dtype, below, known)
         return (_differentiable_inverse if self.differentiable else _inverse)(self.dtype, below)
