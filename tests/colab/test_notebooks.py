@@ -106,6 +106,19 @@ def test_recall(monkeypatch, text_file):
 
 
 @pytest.mark.slow
+def test_fixed_state(monkeypatch, text_file):
+    printed = run("fixed_state", monkeypatch, text_file)
+    sizes = re.findall(r"^ *([\d,]+) tokens: a state of (.+), keys and values (.+)$", printed, re.MULTILINE)
+    assert len(sizes) == 3
+    assert len({size for _, size, _ in sizes}) == 1
+    assert len({keys for _, _, keys in sizes}) == 3
+    for name, length, right in (("Mamba-2", "1,024", 2), ("Mamba-2", "4,096", 0)):
+        assert re.search(rf"^{name} +{length} tokens: {right} of 2, a stream holds ", printed, re.MULTILINE)
+    for length in ("1,024", "4,096"):
+        assert re.search(rf"^Mamba-2 and HSA +{length} tokens: 2 of 2, a stream holds ", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_new_cache(monkeypatch, text_file):
     printed = run("new_cache", monkeypatch, text_file)
     assert "the same tokens are stored however the stream is cut" in printed
