@@ -309,19 +309,19 @@ def _write_gradients(call: _Call, blocks: int, refs: dict[str, Any]) -> None:
     def columns(at: Any) -> Any:
         state, v = refs["kept"][at], refs["v"][:, at].astype(jnp.float32)
 
-        def write(own: _Block, found: core.Weights, v: Array) -> tuple[Array, Array]:
-            values = _written(products, own, found, v, state)
-            return values, core.next_state(products, own.k, values, found, state)
+        def write(k: Array, beta: Any, inverse: Any, found: core.Weights, v: Array) -> tuple[Array, Array]:
+            values = _written(products, own._replace(k=k, beta=beta, inverse=inverse), found, v, state)
+            return values, core.next_state(products, k, values, found, state)
 
-        *parts, d_v = jax.vjp(write, given, found, v)[1]((refs["v:values"][:, at], refs["kept:behind"][at]))
+        *parts, d_v = jax.vjp(write, *given, found, v)[1]((refs["v:values"][:, at], refs["kept:behind"][at]))
         refs["new v"][:, at] = d_v.astype(refs["new v"].dtype)
         return tuple(parts)
 
-    given = own._replace(v=None, decay=None, coarse=None)
+    given = own.k, own.beta, own.inverse
     found = _weights(call.plain, own.decay, own.coarse, segments)._replace(pairs=None)
-    d_own, d_found = _over_columns(columns, refs, (given, found))
-    d_k, d_decay, d_beta = jax.vjp(shared, own.k, own.decay, own.beta)[1]((d_found, d_own.inverse))
-    refs["new d_pair:k"][...] = d_own.k + d_k
+    own_k, own_beta, d_inverse, d_found = _over_columns(columns, refs, (*given, found))
+    d_k, d_decay, d_beta = jax.vjp(shared, own.k, own.decay, own.beta)[1]((d_found, d_inverse))
+    refs["new d_pair:k"][...] = own_k + d_k
     refs["new steps" if "steps" in refs else "new decay"][...] = d_decay
     if d_beta is not None:
-        refs["new beta"][...] = d_own.beta + d_beta
+        refs["new beta"][...] = own_beta + d_beta
