@@ -40,7 +40,7 @@ def resident(name: str) -> int:
 def our_load(folder: str, dtype: str) -> Callable[[], int]:
     """What loads with streamjax and returns the bytes of the weights; all that it needs is imported."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     import streamjax as sj
 
@@ -49,7 +49,8 @@ def our_load(folder: str, dtype: str) -> Callable[[], int]:
 
     def run() -> int:
         leaves = jax.tree.leaves(load(folder, dtype=dtype))
-        jax.block_until_ready([jnp.max(leaf) for leaf in leaves])
+        for leaf in leaves:
+            np.asarray(leaf).reshape(-1).view(np.uint8).max()  # where it lies: nothing is compiled for it
         return sum(leaf.nbytes for leaf in leaves)
 
     return run
