@@ -35,9 +35,9 @@ def qwen3_5(**options):
     return hf.models.qwen3_5.Qwen3_5TextConfig(**{**sizes, **options})
 
 
-def lfm2(kind=hf.Lfm2Config, **options):
+def lfm2(kind=None, **options):
     sizes = {"intermediate_size": 56, "layer_types": ["conv", "full_attention"], "bos_token_id": 1, "eos_token_id": 2}
-    return kind(**{**SIZES, **ATTENTION, **sizes, **options})
+    return (kind or hf.Lfm2Config)(**{**SIZES, **ATTENTION, **sizes, **options})
 
 
 def lfm2_moe(**options):

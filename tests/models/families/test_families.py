@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import transformers as hf
 from safetensors.numpy import load_file
 from transformers.models.mpt import modeling_mpt
 
@@ -28,7 +29,7 @@ LENGTH = 40  # beyond every window and every original_max_position_embeddings ab
 
 @pytest.mark.parametrize("case", rest_slow(CASES, *BASE_AND_A_LAYOUT))
 def test_logits_and_round_trip(case, tmp_path):
-    model = transformers_peers.peer(CASES[case]())
+    model = transformers_peers.peer(CASES[case])
     tokens = transformers_peers.tokens_for(model, LENGTH)
     expected = transformers_peers.logits_of(model, tokens)
     loaded = load_hf(transformers_peers.write(model, tmp_path / "theirs"))
@@ -47,7 +48,7 @@ def test_logits_and_round_trip(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["llama-longrope", "phi3-longrope-partial", "llama-dynamic"])
 def test_short_regime(case, tmp_path):
-    model = transformers_peers.peer(CASES[case]())
+    model = transformers_peers.peer(CASES[case])
     tokens = transformers_peers.tokens_for(model, 16)
     loaded = load_hf(transformers_peers.write(model, tmp_path))
     np.testing.assert_allclose(
@@ -58,6 +59,18 @@ def test_short_regime(case, tmp_path):
 def test_every_family_has_a_case():
     others = {"rwkv7", "gla"}  # which transformers lacks, see test_rwkv7.py and test_gla.py
     assert {case.split("-")[0] for case in CASES} | others == set(FAMILIES)
+
+
+def test_a_family_that_transformers_lacks_is_skipped_with_the_reason():
+    """And no other fault is."""
+    no_class, no_kind = lambda: hf.LlamaNineConfig(), lambda: hf.AutoConfig.for_model("llama9")
+    for make, name in ((no_class, "LlamaNineConfig"), (no_kind, "llama9")):
+        with pytest.raises(pytest.skip.Exception, match=f"^transformers .* has no {name}$"):
+            transformers_peers.known(make)
+    with pytest.raises(AttributeError, match="hidden"):
+        transformers_peers.known(lambda: hf.LlamaConfig().hidden)
+    with pytest.raises(ValueError, match="wide"):
+        transformers_peers.known(lambda: int("wide"))
 
 
 def test_mpt_bias_max(tmp_path, monkeypatch):
@@ -91,7 +104,7 @@ def test_peer_shards(tmp_path):
 )
 def test_packed_experts_are_read_too(case, tmp_path):
     """transformers holds all experts' projections in one tensor, and some files on the hub do."""
-    theirs = transformers_peers.peer(CASES[case]())
+    theirs = transformers_peers.peer(CASES[case])
     transformers_peers.write(theirs, tmp_path / "apart")
     transformers_peers.write(theirs, tmp_path / "packed", save_original_format=False)
     names = [set(load_file(tmp_path / form / "model.safetensors")) for form in ("apart", "packed")]

@@ -9,12 +9,13 @@ import transformers as hf
 
 from streamjax.models.families import FAMILIES, read_config, write_config
 from tests.architectures import CASES
+from tests.models import transformers_peers
 from tests.models.families import recurrent_peers
 
 
 @pytest.mark.parametrize("case", recurrent_peers.CASES)
 def test_fields_and_sizes_are_those_of_transformers(case):
-    theirs = recurrent_peers.CASES[case]()
+    theirs = transformers_peers.known(recurrent_peers.CASES[case])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a field that nobody read
         config = read_config(json.loads(theirs.to_json_string()))

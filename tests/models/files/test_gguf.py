@@ -118,7 +118,8 @@ def plain(config):
 def make_peer(case, values):
     kind = case.split("-")[0]
     kind += "_text" if kind in ("gemma3", "llama4", "gemma4") else ""
-    return peer(transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"}))
+    fields = {k: v for k, v in values.items() if k != "model_type"}
+    return peer(lambda: transformers.AutoConfig.for_model(kind, **fields))
 
 
 def assert_same_model(file, folder, atol=0.0):

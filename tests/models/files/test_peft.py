@@ -83,7 +83,7 @@ def change_weights(model, folder):
 @pytest.mark.usual("llama-gqa-biases")
 @pytest.mark.parametrize("case", rest_slow(FAMILIES, "llama-gqa-biases", "qwen2_moe-dense-no-biases", "phi3", "mpt"))
 def test_the_folder_means_the_same_to_transformers(case, tmp_path):
-    torch_model = transformers_peers.peer(CASES[case]())
+    torch_model = transformers_peers.peer(CASES[case])
     tokens = transformers_peers.tokens_for(torch_model, 20)
     base = load_hf(transformers_peers.write(torch_model, tmp_path / "base"))
     unchanged = transformers_peers.logits_of(torch_model, tokens)
@@ -122,7 +122,7 @@ def test_adapters_of_a_block_that_is_two_layers_of_a_file(tmp_path):
 @pytest.mark.parametrize("case", rest_slow(FUSED, "phi3", "falcon-40b"))
 def test_an_adapter_that_peft_trained_on_a_module_of_several_projections(case, tmp_path):
     """One pair of factors for all of them, scaled by the root of the rank, in a file that tells nothing of parts."""
-    torch_model = transformers_peers.peer(CASES[case]())
+    torch_model = transformers_peers.peer(CASES[case])
     tokens = transformers_peers.tokens_for(torch_model, 20)
     base = load_hf(transformers_peers.write(torch_model, tmp_path / "base"))
     random, tensors = np.random.default_rng(0), {}
