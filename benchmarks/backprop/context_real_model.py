@@ -1,6 +1,6 @@
 """A pretrained model's gradient over the mesh axis `context`, by each order, against that of one device.
 
-    python -m benchmarks.backprop.context_real_model --model FOLDER                  # 15 minutes on 2 quiet cores
+    python -m benchmarks.backprop.context_real_model --model FOLDER          # three quarters of an hour on 2 busy cores
     python -m benchmarks.backprop.context_real_model --model FOLDER --lengths 256 --output J
 
 FOLDER has a model in Hugging Face's layout, such as SmolLM2-135M. The tokens are those of the source of Python's
