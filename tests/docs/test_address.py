@@ -35,7 +35,7 @@ def test_all_files_name_the_address_that_is_stated():
 def test_it_is_set_everywhere_and_back(copy):
     before = {path: path.read_bytes() for path in files(copy)}
     name = stated().removeprefix("https://github.com/")
-    assert len(before) == 7
+    assert len(before) == 8
     assert set_everywhere(stated(), copy) == []
     assert {*set_everywhere(OTHER, copy)} == {*before}
     assert stated(copy) == OTHER
