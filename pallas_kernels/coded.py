@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -64,6 +65,16 @@ class Coded:
     def shape(self) -> tuple[int, ...]:
         batch, heads, rows, width = self.codes.shape
         return batch, heads, rows * self.planes, width
+
+    def in_pages(self, page: int) -> Coded:
+        """The same slots in groups of which a page has whole ones, where every token is coded by itself, in bytes.
+
+        The size of such groups means nothing; of others the codes depend on it.
+        """
+        groupwise = self.order, self.stretch, self.directions
+        if self.planes > 1 or self.along != "token" or any(x is not None for x in groupwise):
+            return self
+        return dataclasses.replace(self, group=math.gcd(self.group, page))
 
     @property
     def numbers(self) -> dict[str, tuple[Array, Along]]:

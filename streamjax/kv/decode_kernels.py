@@ -55,7 +55,8 @@ def kernel_decodes(query: Query, k: Slots, top_k: int | None = None, page: int |
     if refused is not None or read < KERNEL_SLOTS:
         return False
     if isinstance(k, CodedSlots):
-        taken = platforms.takes_codes(k.for_kernels(), page)
+        coded = k.for_kernels()
+        taken = platforms.takes_codes(coded if page is None or coded is None else coded.in_pages(page), page)
     else:
         taken = platforms.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
     platforms.log_choice(f"decoding over long {'paged' if page else 'contiguous'} caches", "pallas" if taken else "xla")
@@ -100,7 +101,7 @@ def decode_pages(
     if some is not None:
         chosen = -jnp.sort(-jnp.where(some, chosen, -1), axis=3)  # the kernel wants those that are none behind
     waits, count = _waiting(query, k, v, count, lambda slot: (slot[:, None] // size)[..., None] == chosen)
-    slots, lying = jax.tree.flatten(tuple(map(_read, (k, v))))
+    slots, lying = jax.tree.flatten((_read(k, size), _read(v, size)))
 
     def own(q: Array, pages: Array, count: Array, first: Array, *slots: Array) -> Partial:
         k, v = jax.tree.unflatten(lying, slots)
@@ -175,12 +176,12 @@ def decode_shared(
     return per_device_call(own, names, _OUT, (query.q, pages, readers, k, v if v.shape[-1] else k))
 
 
-def _read(x: Slots) -> Array | Coded:
-    """Keys or values as a kernel reads them, [B, K, S, D]."""
+def _read(x: Slots, page: int | None = None) -> Array | Coded:
+    """Keys or values as a kernel reads them, [B, K, S, D], or in pages of so many slots."""
     if isinstance(x, CodedSlots):
         coded = x.for_kernels()
         assert coded is not None  # `_refused`
-        return coded
+        return coded if page is None else coded.in_pages(page)
     return x if x.ndim == 4 else rearrange(x, "b k p s d -> b k (p s) d")
 
 

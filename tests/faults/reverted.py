@@ -79,11 +79,12 @@ FAULTS = [
         (
             Edit(
                 "streamjax/data/text/stream_encoder.py",
-                "            settled = borders_of(self._tokenizer)",
-                "            if (cut := text.rfind('\\n\\n') + 2) > 1:\n"
-                "                return self._take(self._encode(text[:cut]), cut, '')\n"
-                "            return []\n"
-                "            settled = borders_of(self._tokenizer)",
+                "            settled = borders_of(self._tokenizer)"
+                ".settle(text, self._lead(text), self._parse_special)\n"
+                "            if settled.length:\n"
+                "                return self._take(settled.ids, settled.length, settled.behind)\n",
+                '            if (cut := text.rfind("\\n\\n") + 2) > 1:\n'
+                "                return self._take(self._encode(text[:cut]), cut, text[:cut])\n",
             ),
         ),
         "tests/data/text/test_stream_encoder.py -k 'test_ids_do_not_depend and blank_lines'",
@@ -251,6 +252,11 @@ FAULTS = [
             ),
         ),
         "tests/models/families/test_configs.py -k test_what_transformers_writes",
+    ),
+    Fault(
+        "decoding kernels refuse pages of tokens that are coded by themselves",
+        (Edit("pallas_kernels/coded.py", "group=math.gcd(self.group, page))", "group=self.group)"),),
+        "tests/streaming/test_kernel_decoding.py -k 'test_kernels_give and coded'",
     ),
     Fault(
         "weights are views of their file",

@@ -26,6 +26,7 @@ CACHES = {
     "pages at a distance": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=1, distance=9, search="tree")),
     "wrapped window in codes": sj.kv.Cascade(sj.kv.Window(14, codec=sj.kv.Int(2, group=4, residual=4))),
     "pages in codes": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2, codec=sj.kv.Int(8, group=8))),
+    "pages of coded tokens": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 24, top_k=2, codec=sj.kv.FP8())),
 }
 ONE_LAYER = GQA.replace(num_layers=1)
 # Rings that wrap, as those behind sinks and in codes do, and pages, as those in codes.

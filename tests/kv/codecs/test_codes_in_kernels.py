@@ -69,6 +69,7 @@ def test_kernels_read_codes(case):
     if where == "pages":
         pages = np.array([[[3, 0, 7, -1], [9, 5, 4, 2]]], np.int32)
         seen = seen & np.stack([np.isin(np.arange(SLOTS) // PAGE, row) for row in pages[0]])
+        k, v = k.in_pages(PAGE), v.in_pages(PAGE)
         call = partial(
             api.paged_attention,
             pages=jnp.asarray(pages),
