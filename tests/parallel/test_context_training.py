@@ -22,6 +22,8 @@ from streamjax.models.config import (
     SSDConfig,
 )
 from streamjax.models.config.attention import TemperatureConfig
+from streamjax.models.lora.adapters import TARGETS, LoRAParam
+from streamjax.models.lora.attaching import add_lora
 from streamjax.parallel.mesh import make_mesh, shard_model
 from streamjax.training import shard_batch
 from tests.training.gradient_checks import assert_same, gradient, random_batch, random_model
@@ -130,4 +132,20 @@ def test_orders_that_cut_sequences(axes, names, repeats, packed, method, options
     mesh = make_mesh(**axes)
     with jax.enable_x64(True), jax.set_mesh(mesh):
         found = gradient(shard_model(model, mesh), shard_batch(batch, mesh), method, **options)
+    assert_same(found, right)
+
+
+@pytest.mark.slow
+def test_adapters_of_layers_that_differ():
+    """Over a pipeline in branches, where what is not trained has no gradient."""
+    blocks = tuple(BlockConfig(MIXERS["full"], DenseConfig(width)) for width in (24, 20))
+    mesh = make_mesh(data=2, fsdp=2, context=2)
+    with jax.enable_x64(True):
+        model = add_lora(random_model(ModelConfig(32, 16, blocks)), 2, 4.0, TARGETS, jax.random.key(1))
+        model = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), model)
+        batch = random_batch(32, 4, LENGTH, packed=True)
+        right = gradient(model, batch, "full", trainable=LoRAParam)
+        with jax.set_mesh(mesh):
+            arrays = shard_model(model, mesh), shard_batch(batch, mesh)
+            found = gradient(*arrays, "chunk", chunk_size=8, trainable=LoRAParam)
     assert_same(found, right)
