@@ -187,7 +187,7 @@ def expected(name, packed):
     ("axes", "name", "packed", "method", "options"),
     [
         ({"data": 2, "context": 2, "tensor": 2}, "shared", True, "full", {}),
-        ({"fsdp": 2, "context": 4}, "own", True, "remat", {}),
+        pytest.param({"fsdp": 2, "context": 4}, "own", True, "remat", {}, marks=pytest.mark.slow),
         ({"data": 2, "context": 2, "tensor": 2}, "own", True, "layer", {"chunk_size": 6}),
         ({"data": 2, "context": 2, "tensor": 2}, "shared", True, "chunk", {"chunk_size": 8}),
         pytest.param({"fsdp": 2, "context": 4}, "far", True, "chunk", {"chunk_size": 4}, marks=pytest.mark.slow),
