@@ -152,9 +152,7 @@ class Cascade(Cache):
         return 1 if (some := least(found)) is None else some
 
     def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
-        most: list[Int32[Array, " B"] | int | None] = [None if self.reach is None else self.reach + 1]
-        if self.alters_every is not None:
-            most.append(self.unaltered(state))
+        most = [super().levels(state), None if self.reach is None else self.reach + 1]
         if self._chooser is not None:
             every = self.tiers[self._chooser].chooses_every
             assert every is not None

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial, add_sink_logits, merge
 from streamjax.barriers import ordered_after
-from streamjax.kv.cache import least
+from streamjax.kv.cache import Cache, least
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.head_groups import ANY_DISTANCE, HeadGroups, of_chosen_heads, of_heads, of_query_heads
 from streamjax.kv.query import KVSpec, KVTokens, Query, State
@@ -135,8 +135,7 @@ class SharedFront(HeadGroups):
     def levels(self, state: tuple[State, ...]) -> Int32[Array, " B"] | int | None:
         """None of its tiers chooses what goes."""
         reach = int(self.reaches.min())
-        unaltered = None if self.alters_every is None else self.unaltered(state)
-        return least((None if reach == ANY_DISTANCE else reach + 1, unaltered))
+        return least((Cache.levels(self, state), None if reach == ANY_DISTANCE else reach + 1))
 
     def parts(self, state: tuple[State, ...]) -> Sequence[tuple[Cascade, int, State]]:
         """Of each part of the state the tiers, key heads, and what they hold."""
