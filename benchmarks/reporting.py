@@ -44,6 +44,22 @@ def in_own_process(module: str, *arguments: Any, python: str = sys.executable) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def in_turn(
+    module: str, rounds: int, cases: Mapping[tuple[str, str], Sequence[Any]], *common: Any
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What `module --child` says of each case, by rounds in which each has a process of its own; `common` comes first.
+
+    Args:
+      cases: what is compared and the side, with the arguments behind `--child`.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    for turn in range(rounds):
+        for (kind, side), own in cases.items():
+            found[kind, side].append(in_own_process(module, *common, "--child", *own))
+            print(f"round {turn + 1} of {rounds}, {side}, {kind}: {found[kind, side][-1]}", flush=True)
+    return found
+
+
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Median over turns of slow / fast: each turn is a pair under the same load."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))

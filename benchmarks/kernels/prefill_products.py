@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reporting import RESULTS, in_own_process, report
+from benchmarks.reporting import RESULTS, in_turn, report
 
 MODULE = "benchmarks.kernels.prefill_products"
 SIDES, DTYPES = ("transformers", "streamjax"), ("float32", "bfloat16")
@@ -110,12 +110,8 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.turns)))
         return
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for turn in range(arguments.rounds):
-        for dtype, side in itertools.product(DTYPES, SIDES):
-            one = in_own_process(MODULE, "--turns", arguments.turns, "--child", side, dtype)
-            found.setdefault((dtype, side), []).append(one)
-            print(f"round {turn + 1} of {arguments.rounds}, {side}, {dtype}: {one}", flush=True)
+    cases = {(dtype, side): (side, dtype) for dtype, side in itertools.product(DTYPES, SIDES)}
+    found = in_turn(MODULE, arguments.rounds, cases, "--turns", arguments.turns)
     whole = {
         (row["dtype"], row["side"]): row["CPU seconds"]
         for row in json.loads((RESULTS / "models/vs_transformers.json").read_text())["rows"]

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.models.drawn import write_drawn
 from benchmarks.models.vs_transformers import NEW, SIDES, Phases, comparison, our_phases, prompt, timed
-from benchmarks.reporting import in_own_process, report
+from benchmarks.reporting import in_turn, report
 
 MODULE = "benchmarks.models.recurrent_vs_transformers"
 MODELS: Mapping[str, Mapping[str, Any]] = {
@@ -95,14 +95,10 @@ def main() -> None:
         phases = torch_phases(folder) if side == "transformers" else our_phases(folder, "float32")
         print(json.dumps(timed(phases, arguments.turns)))
         return
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: write_drawn(values, str(Path(temporary) / name)) for name, values in MODELS.items()}
-        for turn in range(arguments.rounds):
-            for name, side in itertools.product(MODELS, SIDES):
-                one = in_own_process(MODULE, "--turns", arguments.turns, "--child", side, folders[name])
-                found.setdefault((name, side), []).append(one)
-                print(f"round {turn + 1} of {arguments.rounds}, {side}, {name}: {one}", flush=True)
+        cases = {(name, side): (side, folders[name]) for name, side in itertools.product(MODELS, SIDES)}
+        found = in_turn(MODULE, arguments.rounds, cases, "--turns", arguments.turns)
     kinds = itertools.product(MODELS, SIDES)
     sides = [({"model": name, "side": side}, (name, side), (name, SIDES[0])) for name, side in kinds]
     rows = comparison(found, sides, "transformers' time / this")

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models.drawn import SMOLLM2, write_drawn
-from benchmarks.reporting import in_own_process, median_ratio, report
+from benchmarks.reporting import in_turn, median_ratio, report
 
 MODULE = "benchmarks.models.vs_transformers"
 SIDES = ("transformers", "streamjax")
@@ -157,12 +157,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or write_drawn(SMOLLM2, temporary)
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for turn in range(arguments.rounds):
-            for dtype, side in itertools.product(DTYPES, SIDES):
-                one = in_own_process(MODULE, "--turns", arguments.turns, "--child", side, dtype, folder)
-                found.setdefault((dtype, side), []).append(one)
-                print(f"round {turn + 1} of {arguments.rounds}, {side}, {dtype}: {one}", flush=True)
+        cases = {(dtype, side): (side, dtype, folder) for dtype, side in itertools.product(DTYPES, SIDES)}
+        found = in_turn(MODULE, arguments.rounds, cases, "--turns", arguments.turns)
     kinds = itertools.product(DTYPES, SIDES)
     sides = [({"dtype": dtype, "side": side}, (dtype, side), (dtype, SIDES[0])) for dtype, side in kinds]
     rows = comparison(found, sides, "transformers' time / this")
