@@ -42,6 +42,7 @@ from streamjax.evaluation.context_states import Encoded, compacted, wholly
 from streamjax.evaluation.leaderboard_rows import mean_and_error
 from streamjax.kv.presets.registry import Built
 from streamjax.kv.tiers.sink import TRUE_DISTANCE
+from streamjax.streaming.by_layer.writing import write_layerwise
 
 SIDE = Path(__file__).parent / "kvpress_side.py"
 FIRST = sj.kv.Sink(4, reach=TRUE_DISTANCE)
@@ -179,13 +180,27 @@ def our_scores(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
                 state = laid_out(model, tokenizer, read[whole], cache, rows, longest)
             tokens = max(row["answer_tokens"] for row in rows)
             prompts = [row["prompt"] for row in rows]
-            options = {"max_new_tokens": tokens, "sampler": GREEDY, "stop_tokens": tokenizer.eos_ids}
-            _, said = sj.generate(model, state, prompts, **options)
+            # token by token and layer by layer: layers of equal sizes share one program, where `generate` has all of
+            # them in one for each method and share
+            options = {"max_new_tokens": tokens, "stop_tokens": tokenizer.eos_ids, "enough": right(tokenizer, rows)}
+            _, said = write_layerwise(model, state, prompts, **options)
             for i, ids in zip(numbers, said, strict=True):
-                text = tokenizer.decode([int(t) for t in ids if t >= 0 and t not in tokenizer.eos_ids])
-                done.setdefault(str(i), {})[key] = text
+                done.setdefault(str(i), {})[key] = plain(tokenizer, ids)
             path.write_text(json.dumps(done))
             print(task, key, file=sys.stderr, flush=True)
+
+
+def plain(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode([token for token in ids if token not in tokenizer.eos_ids])
+
+
+def right(tokenizer: Any, rows: list[dict[str, Any]]) -> Callable[[int, list[int]], bool]:
+    """Whether a row's text has all the answers, so that nothing behind it counts."""
+    return lambda row, ids: score(asked(rows[row]), plain(tokenizer, ids)) == 1.0
+
+
+def asked(row: dict[str, Any]) -> Turn:
+    return Turn("", "", tuple(row["answers"]), row["answer_tokens"])
 
 
 def our_choices(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
@@ -265,8 +280,8 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
 
     def cell(side: str, key: str) -> str:
         texts = [said[side].get(str(i), {}).get(key) for i in range(len(request["examples"]))]
-        turns = [Turn("", "", tuple(row["answers"]), row["answer_tokens"]) for row in request["examples"]]
-        scores = [score(turn, text) for turn, text in zip(turns, texts, strict=True) if text is not None]
+        pairs = zip(request["examples"], texts, strict=True)
+        scores = [score(asked(row), text) for row, text in pairs if text is not None]
         if len(scores) < len(texts):
             return "-"
         mean, error = mean_and_error(scores)
@@ -307,8 +322,7 @@ def leaderboard_row(
         text = said.get(str(i), {}).get(f"{name} {ratio}")
         if text is None:
             return None
-        turn = Turn("", "", tuple(example["answers"]), example["answer_tokens"])
-        scores.setdefault(example["task"], []).append(score(turn, text))
+        scores.setdefault(example["task"], []).append(score(asked(example), text))
     pairs = {task: mean_and_error(found) for task, found in scores.items()}
     tasks = {task: {"mean": mean, "standard_error": error} for task, (mean, error) in pairs.items()}
     return {"method": name, "budget": ratio, "source": "kvpress 0.5.5", "tasks": tasks}

@@ -1,5 +1,7 @@
 """How a total is divided over layers: by formula, by what was measured, and from a file."""
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -25,7 +27,7 @@ from streamjax.kv import (
     Window,
     preset,
 )
-from streamjax.kv.budgets.budget import divided
+from streamjax.kv.budgets.budget import divided, in_levels
 
 pytestmark = pytest.mark.quick
 KEPT = Cascade(Sink(2), Window(3), Scored(10, KNorm(), every=4))
@@ -66,13 +68,62 @@ def test_a_pyramid_is_the_published_line():
 
 
 def test_a_pyramid_of_levels_keeps_what_the_line_keeps():
-    line, levels = Pyramid().sizes(928 * 30, 30), Pyramid(levels=4).sizes(928 * 30, 30)
-    assert len(set(levels)) == 4
-    assert sum(line) - 30 < sum(levels) <= sum(line)
-    for start, stop in ((0, 8), (8, 16), (16, 23), (23, 30)):
-        assert levels[start:stop] == (sum(line[start:stop]) // (stop - start),) * (stop - start)
-    assert Pyramid(levels=3).sizes(1000, 6, multiple=16) == (288, 288, 160, 160, 48, 48)
-    assert Pyramid(levels=9).sizes(100, 4) == Pyramid().sizes(100, 4)
+    line, levels = Pyramid().sizes(928 * 30, 30), Pyramid().sizes(928 * 30, 30, levels=3)
+    assert len(set(levels)) == 3
+    assert sum(line) - 10 < sum(levels) <= sum(line)
+    for start in (0, 10, 20):
+        assert levels[start : start + 10] == (round(sum(line[start : start + 10]) / 10),) * 10
+    assert Pyramid().sizes(1000, 6, multiple=16, levels=3) == (288, 288, 160, 160, 48, 48)
+    assert Pyramid().sizes(100, 4, levels=9) == Pyramid().sizes(100, 4)
+    assert len({c.slots for c in Budgeted(KEPT, Pyramid(), levels=2).for_layers(9)}) == 2
+    assert len({c.slots for c in preset("ada_kv", pyramid=True).for_layers(30)}) == 3
+    assert len({c.slots for c in preset("pyramid_kv", levels=0).for_layers(30)}) == 30
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.sampled_from([1, 8]),
+)
+def test_levels_are_the_nearest_groups_and_keep_the_total(parts, levels, multiple):
+    """Beside every way to cut the layers, in order of their sizes, into so many groups."""
+    sizes = tuple(part * multiple for part in parts)
+    found = in_levels(sizes, levels, multiple)
+    if len(set(sizes)) <= levels:
+        assert found == sizes
+        return
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    ways = []
+    for cuts in itertools.combinations(range(1, len(sizes)), levels - 1):
+        groups = [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(sizes)))]
+        means = {i: sum(sizes[j] for j in group) / len(group) for group in groups for i in group}
+        ways.append((sum((sizes[i] - mean) ** 2 for i, mean in means.items()), groups, means))
+    least = min(ways)[0]
+    groups, means = next(
+        (groups, means) for cost, groups, means in ways
+        if cost <= least + 1e-6 and all(len({found[i] for i in group}) == 1 for group in groups)
+    )  # fmt: skip
+    assert all(abs(found[i] - means[i]) <= multiple * len(sizes) for i in means)
+    assert all(size % multiple == 0 and multiple <= size <= max(sizes) for size in found)
+    left = sum(sizes) - sum(found)
+    assert 0 <= left < multiple * max(map(len, groups))
+    assert len(set(found)) <= levels
+
+
+def test_sizes_of_prompts_come_from_a_short_list():
+    """Whatever a prompt's layers weigh, what its programs are compiled for is an eighth of the mean, times a number."""
+    shape, seen = (30, 2), set()
+    for seed in range(20):
+        table = np.random.default_rng(seed).uniform(0.5, 2, shape)
+        measured = Calibration.from_table(table, Preferences(), "0123456789abcdef")
+        cascades = dataclasses.replace(preset("cake", size=96), calibration=measured).for_layers(30)
+        sizes = [c.tiers[-1].size for c in cascades]
+        assert len(set(sizes)) <= 4
+        assert 96 * 30 - 30 * 12 < sum(sizes) <= 96 * 30
+        seen |= set(sizes)
+    assert all(size % 12 == 0 for size in seen)
+    assert preset("cake", levels=0).multiple == 1
 
 
 def test_sizes_may_be_multiples():
@@ -162,6 +213,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: Budgeted(KEPT, Preferences()).for_layers(4), "Preferences measures a model: give it a calibration"),
         (lambda: Pyramid().sizes(3, 4), "a budget of 3 tokens for 4 layers: each needs at least 1"),
         (lambda: divided(9, np.array([1.0, float("nan")])), "a budget's layers weigh \\[1.0, nan\\]"),
+        (lambda: preset("cake", levels=-1), "levels is -1"),
         (lambda: Pyramid(beta=0), "Pyramid.beta is 0: it must be a number above 0"),
         (lambda: OverHeads(floor=1.5), "OverHeads.floor is 1.5: it must be a number from 0 to 1"),
         (lambda: preset("ada_kv", floor=-0.1), "floor is -0.1"),

@@ -12,6 +12,7 @@ a calibration (`sj.measure_budget`) for streams, whose sizes never change, or fr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -61,10 +62,11 @@ class Budget:
         measured: Float[np.ndarray, "L M"] | None = None,
         most: int | None = None,
         multiple: int = 1,
+        levels: int = 0,
     ) -> tuple[int, ...]:
         """Tokens that each layer keeps, `total` together, in multiples of `multiple`: one of these at least.
 
-        No layer keeps more than `most`, where that can be.
+        No layer keeps more than `most`, where that can be. With `levels` there are so many sizes at most (`in_levels`).
 
         Raises:
           ValueError: a total that is too small; a rule that measures, of which nothing is measured.
@@ -73,7 +75,7 @@ class Budget:
             name = type(self).__name__
             raise ValueError(f"{name} measures a model: give it a calibration, sj.measure_budget(...), or sj.compact")
         most = total if most is None else most
-        return divided(total, self.weights(total, layers, measured, most), most, multiple)
+        return in_levels(divided(total, self.weights(total, layers, measured, most), most, multiple), levels, multiple)
 
     def layer(self, cascade: Cascade, size: int) -> Cascade:
         """The cache of a layer that keeps so many tokens."""
@@ -111,6 +113,50 @@ def divided(
         open_to = [i for i in order if sizes[i] < top][:missing]
         sizes[open_to] += 1
     return tuple(int(size) * multiple for size in sizes)
+
+
+def in_levels(sizes: tuple[int, ...], levels: int, multiple: int = 1) -> tuple[int, ...]:
+    """The sizes in so many groups of layers at most, all of a group alike; as they are where `levels` is 0.
+
+    Groups are of neighbours in size, those with the least squares between their sizes and their means. What is rounded
+    off the means goes to whole groups, those first that lost the most; less than `multiple` for each layer of a group
+    is not given out. No layer gets more than the largest had.
+
+    Example:
+      >>> in_levels((195, 157, 119, 81, 43, 5), levels=3)
+      (176, 176, 100, 100, 24, 24)
+    """
+    count = len(sizes)
+    if not 0 < levels < len(set(sizes)):
+        return sizes
+    order = np.argsort(sizes, kind="stable")
+    ordered = np.array(sizes, np.float64)[order]
+    sums, squares = (np.concatenate(([0.0], np.cumsum(part))) for part in (ordered, ordered**2))
+
+    def spread(start: int, end: int) -> float:
+        return squares[end] - squares[start] - (sums[end] - sums[start]) ** 2 / (end - start)
+
+    # the least spread of the first n layers in so many groups, and where the last group starts
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *((np.inf, ()) for _ in range(count))]
+    for _ in range(levels):
+        best = [(np.inf, ())] + [
+            min((best[start][0] + spread(start, end), (*best[start][1], start)) for start in range(end))
+            for end in range(1, count + 1)
+        ]
+    ends = [*best[count][1], count]
+    groups = [order[start:end] for start, end in itertools.pairwise(ends)]
+    means = [sum(sizes[i] for i in group) / len(group) for group in groups]
+    values = [int(mean // multiple) * multiple for mean in means]
+    left = sum(sizes) - sum(value * len(group) for value, group in zip(values, groups, strict=True))
+    while open_to := [i for i, group in enumerate(groups)
+                      if len(group) * multiple <= left and values[i] + multiple <= max(sizes)]:  # fmt: skip
+        most = max(open_to, key=lambda i: means[i] - values[i])
+        values[most] += multiple
+        left -= len(groups[most]) * multiple
+    found = np.zeros(count, int)
+    for value, group in zip(values, groups, strict=True):
+        found[group] = value
+    return tuple(map(int, found))
 
 
 def scored_tier(cascade: Cascade) -> Scored:

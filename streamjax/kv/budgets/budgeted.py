@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.budgets.budget import Budget, scored_tier
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.cache import Cache
@@ -20,7 +20,9 @@ class Budgeted(Cache):
       cascade: what a layer keeps; the total is the size of its `Scored` tier times the number of layers.
       budget: how the total is divided.
       calibration: what the budget has measured of the model, where it measures; in `sj.compact` the prompt says it.
-      multiple: of which sizes are multiples: layers of equal sizes share their compiled programs.
+      multiple: of which sizes are multiples: layers of equal sizes share their compiled programs, and prompts whose
+        sizes come from one short list do, too.
+      levels: how many sizes there are at most; 0: one a layer.
       most: tokens that a layer can make use of, where that is known.
 
     Raises:
@@ -31,6 +33,7 @@ class Budgeted(Cache):
     budget: Budget
     calibration: Calibration | None = None
     multiple: Size = 1
+    levels: Count = 0
     most: Size | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +58,8 @@ class Budgeted(Cache):
         table = None if self.calibration is None or not self.budget.measures else self.calibration.numbers
         if table is not None and len(table) != layers:
             raise ValueError(f"this calibration is of {len(table)} layers, and the model has {layers} that keep tokens")
-        sizes = self.budget.sizes(scored_tier(self.cascade).size * layers, layers, table, self.most, self.multiple)
+        total = scored_tier(self.cascade).size * layers
+        sizes = self.budget.sizes(total, layers, table, self.most, self.multiple, self.levels)
         return tuple(self.budget.layer(self.cascade, size) for size in sizes)
 
     @property
@@ -80,3 +84,14 @@ class Budgeted(Cache):
 
     def init(self, spec: KVSpec) -> State:
         raise ValueError("a budget is divided over the layers of a model: sj.init_state and sj.compact do so")
+
+
+def few_sizes(size: int, levels: int) -> tuple[int, int]:
+    """`multiple` and `levels` of a `Budgeted` that measures prompts: an eighth of the mean, so that prompts whose
+    layers weigh differently still take their sizes from one short list; with `levels=0` every layer has its own.
+
+    Example:
+      >>> few_sizes(928, levels=4), few_sizes(928, levels=0)
+      ((116, 4), (1, 0))
+    """
+    return (max(size // 8, 1) if levels else 1, levels)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from streamjax.field_checks import Count, Positive
+from streamjax.field_checks import Positive
 from streamjax.kv.budgets.budget import Budget
 
 
@@ -20,30 +20,13 @@ class Pyramid(Budget):
 
     Args:
       beta: the mean over the last layer's size.
-      levels: so many sizes in the place of one a layer, which 0 is: neighbours have the mean of theirs. Layers of
-        equal sizes share their compiled programs, so a stream starts sooner. Less than a token a layer is rounded off.
 
     Example:
-      >>> Pyramid().sizes(total=600, layers=6), Pyramid(levels=3).sizes(total=600, layers=6)
+      >>> Pyramid().sizes(total=600, layers=6), Pyramid().sizes(total=600, layers=6, levels=3)
       ((195, 157, 119, 81, 43, 5), (176, 176, 100, 100, 24, 24))
     """
 
     beta: Positive = 20.0
-    levels: Count = 0
-
-    def sizes(
-        self,
-        total: int,
-        layers: int,
-        measured: Float[np.ndarray, "L M"] | None = None,
-        most: int | None = None,
-        multiple: int = 1,
-    ) -> tuple[int, ...]:
-        line = super().sizes(total, layers, measured, most, multiple)
-        if not 0 < self.levels < layers:
-            return line
-        groups = [group.tolist() for group in np.array_split(line, self.levels)]
-        return tuple(sum(group) // len(group) // multiple * multiple for group in groups for _ in group)
 
     def weights(
         self, total: int, layers: int, measured: Float[np.ndarray, "L M"] | None, most: int

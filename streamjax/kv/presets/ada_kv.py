@@ -4,7 +4,7 @@ The published rule, for the end of a prompt: the scores of all heads of a layer 
 number that a head gets so, `1 - floor` counts, and `floor` of an equal share is sure. Scores are SnapKV's. Here sizes
 add up to the total exactly, query heads that share a key head vote together, and in a stream the heads compete anew
 after every `every` tokens, however it is cut. All heads share one list of slots, so the bytes are those of the total.
-With `pyramid=True` layers share the total as in PyramidKV.
+With `pyramid=True` layers share the total as in PyramidKV, in `levels` sizes, as there.
 """
 
 from streamjax.kv.budgets.ada_kv import OverHeads
@@ -20,10 +20,12 @@ from streamjax.kv.tiers.window import Window
 
 @register(paper="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation, arXiv 2407.11550")
 def ada_kv(
-    window: int = 32, size: int = 928, kernel: int = 5, floor: float = 0.2, every: int = 64, pyramid: bool = False
-) -> Cascade | Budgeted:
+    window: int = 32, size: int = 928, kernel: int = 5, floor: float = 0.2, every: int = 64, pyramid: bool = False,
+    levels: int = 3,
+) -> Cascade | Budgeted:  # fmt: skip
     """Keep the newest `window` tokens, and of all heads together the best others, `size` on the mean."""
     score = SnapKV(window, kernel)
     if pyramid:
-        return Budgeted(Cascade(Window(window), Scored(size, score, every=every)), OverHeads(floor, Pyramid()))
+        kept = Cascade(Window(window), Scored(size, score, every=every))
+        return Budgeted(kept, OverHeads(floor, Pyramid()), levels=levels)
     return Cascade(Window(window), Pooled(size, score, every=every, floor=floor))

@@ -6,8 +6,8 @@ mean weighs), and is dropped otherwise. Weights are exponentials of the cosines.
 own, room is made after every `every` tokens, and the tokens that take others in are the heavy hitters, not the
 window's. Layers share the total by how dense their attention is where `calibration` names a file with what was measured
 on a text (`sj.measure_budget(..., sj.kv.Density(), queries=None)`), or where `sj.compact` is given that budget; without
-they keep as many each. Keys are compared and averaged rotated, as in the published code, and stand at the kept token's
-position.
+they keep as many each. There are `levels` sizes at most, so that layers share compiled programs; 0: one a layer. Keys
+are compared and averaged rotated, as in the published code, and stand at the kept token's position.
 """
 
 from pathlib import Path
@@ -28,8 +28,9 @@ from streamjax.kv.tiers.window import Window
     "arXiv 2406.13035"
 )
 def d2o(
-    window: int = 512, size: int = 448, momentum: float = 0.7, every: int = 64, calibration: str | Path = ""
-) -> Cascade | Budgeted:
+    window: int = 512, size: int = 448, momentum: float = 0.7, every: int = 64, calibration: str | Path = "",
+    levels: int = 4,
+) -> Cascade | Budgeted:  # fmt: skip
     """Keep the newest `window` tokens and `size` heavy hitters in each head, which take in what is like them."""
     kept = Cascade(Window(window), Scored(size, H2O(), every=every, merge=NearestAbove(momentum=momentum)))
-    return Budgeted(kept, Density(), Calibration.load(calibration)) if calibration else kept
+    return Budgeted(kept, Density(), Calibration.load(calibration), levels=levels) if calibration else kept

@@ -4,12 +4,13 @@ The published rule: on a few samples, the attention that tokens get is sorted an
 finds the share at which the sizes that hold it add up to the total; these sizes are used for every prompt. Sinks and
 the last token stay. Here `calibration` names a file with what was measured on a text (`sj.measure_budget(...,
 queries=None)`); without one `sj.compact` measures the prompt itself. A token's attention is the mean over heads, so all
-heads keep the same tokens, as in the published code.
+heads keep the same tokens, as in the published code. By default there are `levels` sizes at most, in eighths of the
+mean, so that layers and prompts share compiled programs; with `levels=0` each layer has its own, as published.
 """
 
 from pathlib import Path
 
-from streamjax.kv.budgets.budgeted import Budgeted
+from streamjax.kv.budgets.budgeted import Budgeted, few_sizes
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.budgets.prefix_kv import Prefixes
 from streamjax.kv.cascade import Cascade
@@ -25,9 +26,11 @@ from streamjax.kv.tiers.window import Window
     "Generation, arXiv 2412.03409"
 )
 def prefix_kv(
-    calibration: str | Path = "", sinks: int = 4, window: int = 32, size: int = 924, every: int = 64
-) -> Budgeted:
+    calibration: str | Path = "", sinks: int = 4, window: int = 32, size: int = 924, every: int = 64,
+    levels: int = 4,
+) -> Budgeted:  # fmt: skip
     """Keep sinks, the newest tokens and heavy hitters: as many in each layer as hold the same share of attention."""
     kept = Scored(size, H2O(), per_head=False, every=every)
     cascade = Cascade(Sink(sinks, reach=TRUE_DISTANCE), Window(window), kept)
-    return Budgeted(cascade, Prefixes(), Calibration.load(calibration) if calibration else None)
+    measured = Calibration.load(calibration) if calibration else None
+    return Budgeted(cascade, Prefixes(), measured, *few_sizes(size, levels))

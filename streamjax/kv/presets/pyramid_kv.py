@@ -22,4 +22,5 @@ def pyramid_kv(
     window: int = 32, size: int = 928, kernel: int = 5, beta: float = 20.0, every: int = 64, levels: int = 3
 ) -> Budgeted:
     """As `snapkv`, with `size` others on the mean over layers: twice as many in the first, few in the last."""
-    return Budgeted(Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every)), Pyramid(beta, levels))
+    kept = Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every))
+    return Budgeted(kept, Pyramid(beta), levels=levels)
