@@ -42,7 +42,7 @@ def caches(slots: int, every: int) -> dict[str, Built]:
     found["pyramid_kv, a size a layer"] = sj.kv.preset("pyramid_kv", **snap, levels=0)
     found["d2o, layers by density"] = sj.kv.Budgeted(found["d2o"], sj.kv.Density())
     return {
-        name: dataclasses.replace(cache, multiple=snap["size"] // 4, levels=0)
+        name: dataclasses.replace(cache, multiple=snap["size"] // 4, distinct=0)
         if isinstance(cache, sj.kv.Budgeted) and not isinstance(cache.budget, sj.kv.Pyramid)
         else cache
         for name, cache in found.items()

@@ -7,7 +7,8 @@ then the question is asked and answered greedily, and nothing more goes: kvpress
 cache. `same tokens` is the share of what kvpress keeps of one context, at the first share, that is kept here too, over
 layers and heads. Scores are per cent with standard errors, over the tasks together. `CPU s` is one context read,
 compacted to the first share, and an answer of 16 tokens: medians after a first run, which compiles. The environment of
---python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes on from --work, and
+--python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes on from --work, task
+by task and method by method; the same command with fewer --tasks, the first ones, gives the table of what they have.
 `kvpress_rows.json` there is for `infer.leaderboard --beside`.
 
 Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
@@ -85,19 +86,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="of the table; what is done stays")
     parser.add_argument("--side", choices=PARTS, help="for the script itself: one half of the work")
     arguments = parser.parse_args()
-    request = make_request(arguments)
+    request = taken_up(arguments, make_request(arguments))
     if arguments.side:
         {"scores": our_scores, "choices": our_choices, "times": our_times}[arguments.side](arguments, request)
         return
-    arguments.work.mkdir(parents=True, exist_ok=True)
     path = arguments.work / "request.json"
-    text = json.dumps(request)
-    # other methods may join a run; what is asked stays
-    same = ("examples", "ratios", "model")
-    before = json.loads(path.read_text() if path.exists() else text)
-    if any(before[key] != json.loads(text)[key] for key in same):
-        raise SystemExit(f"{arguments.work} holds a run with other settings: name another folder by --work")
-    path.write_text(text)
     for what in arguments.parts:
         ours = [sys.executable, "-m", "benchmarks.caches.versus_kvpress", *sys.argv[1:], f"--side={what}"]
         theirs = [arguments.python, str(SIDE), what, str(path), str(arguments.work / f"kvpress_{what}.json")]
@@ -138,6 +131,30 @@ def make_request(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "timed_tokens": 16,
     }
+
+
+def taken_up(arguments: argparse.Namespace, request: dict[str, Any]) -> dict[str, Any]:
+    """The request, of which a run in --work may have done a part: its first tasks, or some of its methods.
+
+    Sizes of caches are those of the run's first request, so that what is done stands beside what joins it.
+
+    Raises:
+      SystemExit: a run with other settings.
+    """
+    request = json.loads(json.dumps(request))
+    path = arguments.work / "request.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        common = min(len(before["examples"]), len(request["examples"]))
+        if any(before[key] != request[key] for key in ("ratios", "model")) or (
+            before["examples"][:common] != request["examples"][:common]
+        ):
+            raise SystemExit(f"{arguments.work} holds a run with other settings: name another folder by --work")
+        request["shortest"] = before["shortest"]
+        request |= {key: max(before[key], request[key]) for key in ("room", "longest")}
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(request))
+    return request
 
 
 def our_cache(request: dict[str, Any], name: str, ratio: float) -> Built:

@@ -75,7 +75,7 @@ def test_a_pyramid_of_levels_keeps_what_the_line_keeps():
         assert levels[start : start + 10] == (round(sum(line[start : start + 10]) / 10),) * 10
     assert Pyramid().sizes(1000, 6, multiple=16, levels=3) == (288, 288, 160, 160, 48, 48)
     assert Pyramid().sizes(100, 4, levels=9) == Pyramid().sizes(100, 4)
-    assert len({c.slots for c in Budgeted(KEPT, Pyramid(), levels=2).for_layers(9)}) == 2
+    assert len({c.slots for c in Budgeted(KEPT, Pyramid(), distinct=2).for_layers(9)}) == 2
     assert len({c.slots for c in preset("ada_kv", pyramid=True).for_layers(30)}) == 3
     assert len({c.slots for c in preset("pyramid_kv", levels=0).for_layers(30)}) == 30
 

@@ -22,7 +22,7 @@ class Budgeted(Cache):
       calibration: what the budget has measured of the model, where it measures; in `sj.compact` the prompt says it.
       multiple: of which sizes are multiples: layers of equal sizes share their compiled programs, and prompts whose
         sizes come from one short list do, too.
-      levels: how many sizes there are at most; 0: one a layer.
+      distinct: how many different sizes there are at most; 0: one a layer.
       most: tokens that a layer can make use of, where that is known.
 
     Raises:
@@ -33,7 +33,7 @@ class Budgeted(Cache):
     budget: Budget
     calibration: Calibration | None = None
     multiple: Size = 1
-    levels: Count = 0
+    distinct: Count = 0
     most: Size | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class Budgeted(Cache):
         if table is not None and len(table) != layers:
             raise ValueError(f"this calibration is of {len(table)} layers, and the model has {layers} that keep tokens")
         total = scored_tier(self.cascade).size * layers
-        sizes = self.budget.sizes(total, layers, table, self.most, self.multiple, self.levels)
+        sizes = self.budget.sizes(total, layers, table, self.most, self.multiple, self.distinct)
         return tuple(self.budget.layer(self.cascade, size) for size in sizes)
 
     @property
@@ -87,7 +87,7 @@ class Budgeted(Cache):
 
 
 def few_sizes(size: int, levels: int) -> tuple[int, int]:
-    """`multiple` and `levels` of a `Budgeted` that measures prompts: an eighth of the mean, so that prompts whose
+    """`multiple` and `distinct` of a `Budgeted` that measures prompts: an eighth of the mean, so that prompts whose
     layers weigh differently still take their sizes from one short list; with `levels=0` every layer has its own.
 
     Example:

@@ -27,5 +27,5 @@ def ada_kv(
     score = SnapKV(window, kernel)
     if pyramid:
         kept = Cascade(Window(window), Scored(size, score, every=every))
-        return Budgeted(kept, OverHeads(floor, Pyramid()), levels=levels)
+        return Budgeted(kept, OverHeads(floor, Pyramid()), distinct=levels)
     return Cascade(Window(window), Pooled(size, score, every=every, floor=floor))

@@ -33,4 +33,4 @@ def d2o(
 ) -> Cascade | Budgeted:  # fmt: skip
     """Keep the newest `window` tokens and `size` heavy hitters in each head, which take in what is like them."""
     kept = Cascade(Window(window), Scored(size, H2O(), every=every, merge=NearestAbove(momentum=momentum)))
-    return Budgeted(kept, Density(), Calibration.load(calibration), levels=levels) if calibration else kept
+    return Budgeted(kept, Density(), Calibration.load(calibration), distinct=levels) if calibration else kept

@@ -23,4 +23,4 @@ def pyramid_kv(
 ) -> Budgeted:
     """As `snapkv`, with `size` others on the mean over layers: twice as many in the first, few in the last."""
     kept = Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every))
-    return Budgeted(kept, Pyramid(beta), levels=levels)
+    return Budgeted(kept, Pyramid(beta), distinct=levels)
