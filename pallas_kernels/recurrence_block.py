@@ -6,21 +6,21 @@ for two decays: one a head, and one for each channel of a key. All is float32; p
 nothing overflows.
 
 With the delta rule what a token writes depends on what those before it wrote: `(1 + M) u = beta (v - S^T k)`, with M
-strictly lower. 1 + M is inverted by halves: the inverse of `[[A, 0], [B, D]]` has `-D^-1 B A^-1` below, from blocks of
-1 up. That is as stable as substitution, where powers of M would grow, and it takes masks and products alone, which both
-compilers have. Decays of channels go the same way: of a pair of tokens in two halves, both are decayed up to the border
-between the halves, which is a sum of decays for each, and never a difference.
+strictly lower. 1 + M is inverted by halves (`recurrence_products.py`). Decays of channels go the same way: of a pair of
+tokens in two halves, both are decayed up to the border between the halves, which is a sum of decays for each, and never
+a difference.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.recurrence_products import Products, levels, met_at, places, product, second_half, sums
 
 
 class Operands(NamedTuple):
@@ -41,131 +41,8 @@ class Operands(NamedTuple):
     state: Float[Array, "B G R V K"]
 
 
-_DIMENSIONS = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 NEVER = -1e30  # the logarithm of a decay to 0
 COARSE = 2.0**-8  # whole steps of it are exact in float32 up to 65,536, and so are their differences
-
-
-class Products(NamedTuple):
-    """Products of matrices, plain or with one or the other transposed (`nn`, `nt`, `tn`), of operands in `dtype`.
-
-    differentiable: for `jax.vjp` in a kernel; cotangents are rounded to `dtype` as operands are.
-    """
-
-    dtype: Any
-    differentiable: bool = False
-
-    def nn(self, a: Array, b: Array) -> Array:
-        return self._product("nn", a, b)
-
-    def nt(self, a: Array, b: Array) -> Array:
-        return self._product("nt", a, b)
-
-    def tn(self, a: Array, b: Array) -> Array:
-        return self._product("tn", a, b)
-
-    def inverse(self, below: Float[Array, "C C"], known: Float[Array, "C C"] | None = None) -> Float[Array, "C C"]:
-        """The inverse of 1 + `below`, which is strictly lower; C is a power of two. known: it, where it is there."""
-        if known is not None:
-            return _known_inverse(self.dtype, below, known)
-        return (_differentiable_inverse if self.differentiable else _inverse)(self.dtype, below)
-
-    def sums(self, taken: Bool[Array, "C C"], steps: Float[Array, "C K"]) -> Float[Array, "C K"]:
-        """For each token, of the steps of those that are `taken`, as float32 sums them."""
-        return (_differentiable_sums if self.differentiable else _sums)("nn", jnp.where(taken, 1.0, 0.0), steps)
-
-    def _product(self, kind: str, a: Array, b: Array) -> Array:
-        return (_differentiable_product if self.differentiable else _product)(kind, self.dtype, a, b)
-
-
-def _product(kind: str, dtype: Any, a: Array, b: Array) -> Array:
-    whole = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-    operands = a.astype(dtype), b.astype(dtype)
-    dimensions = (_DIMENSIONS[kind], ((), ()))
-    return lax.dot_general(*operands, dimensions, precision=whole, preferred_element_type=jnp.float32)
-
-
-_differentiable_product = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
-
-
-def _product_forward(kind: str, dtype: Any, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(kind, dtype, a, b), (a, b)
-
-
-def _product_backward(kind: str, dtype: Any, kept: tuple[Array, Array], given: Array) -> tuple[Array, Array]:
-    a, b = kept
-    if kind == "nn":
-        return _product("nt", dtype, given, b), _product("tn", dtype, a, given)
-    if kind == "nt":
-        return _product("nn", dtype, given, b), _product("tn", dtype, given, a)
-    return _product("nt", dtype, b, given), _product("nn", dtype, a, given)
-
-
-_differentiable_product.defvjp(_product_forward, _product_backward)
-
-
-def _inverse(dtype: Any, below: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    size = below.shape[0]
-    row, column = _places(size)
-    found = jnp.where(row == column, 1.0, jnp.where(_met_at(0, size), -below, 0.0))
-    for level in range(1, _levels(size)):
-        part = _product("nn", dtype, jnp.where(_met_at(level, size), below, 0.0), found)
-        found = found - _product("nn", dtype, found, part)
-    return found
-
-
-_differentiable_inverse = jax.custom_vjp(_inverse, nondiff_argnums=(0,))
-
-
-def _inverse_forward(dtype: Any, below: Array) -> tuple[Array, Array]:
-    found = _inverse(dtype, below)
-    return found, found
-
-
-def _inverse_backward(dtype: Any, found: Array, given: Array) -> tuple[Array]:
-    row, column = _places(found.shape[0])
-    whole = _product("nt", dtype, _product("tn", dtype, found, given), found)
-    return (jnp.where(row > column, -whole, 0.0),)
-
-
-_differentiable_inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _known_inverse(dtype: Any, below: Float[Array, "C C"], known: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """The inverse of 1 + `below` where it has been made before."""
-    return known
-
-
-def _known_inverse_backward(dtype: Any, known: Array, given: Array) -> tuple[Array, Array]:
-    return *_inverse_backward(dtype, known, given), jnp.zeros_like(known)
-
-
-_known_inverse.defvjp(lambda dtype, below, known: (known, known), _known_inverse_backward)
-
-
-def _sums(kind: str, ones: Array, x: Array) -> Array:
-    """A product with zeros and ones: three of bfloat16, whose digits together are those of float32."""
-    high = x.astype(jnp.bfloat16)
-    rest = x - high.astype(jnp.float32)
-    middle = rest.astype(jnp.bfloat16)
-    low = rest - middle.astype(jnp.float32)
-    low, middle, high = (_product(kind, jnp.bfloat16, ones, part) for part in (low, middle, high))
-    return (low + middle) + high
-
-
-_differentiable_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
-
-
-def _sums_forward(kind: str, ones: Array, x: Array) -> tuple[Array, Array]:
-    return _sums(kind, ones, x), ones
-
-
-def _sums_backward(kind: str, ones: Array, given: Array) -> tuple[Array, Array]:
-    return jnp.zeros_like(ones), _sums("tn", ones, given)
-
-
-_differentiable_sums.defvjp(_sums_forward, _sums_backward)
 
 
 class HeadDecay(NamedTuple):
@@ -198,8 +75,8 @@ class Weights(NamedTuple):
     """What a block's tokens and its first state weigh.
 
     pairs: of an earlier token for a later one or itself: of a head; or of channels, for each level at which two halves
-    meet, what is left of a token at the border between them. start: of the first state for a token. end: of a token in
-    the last state. whole: of the first state in the last.
+    meet, what is left of a token at the border between them, or the decays, of which a loop over levels makes it.
+    start: of the first state for a token. end: of a token in the last state. whole: of the first state in the last.
     """
 
     pairs: Any
@@ -210,7 +87,7 @@ class Weights(NamedTuple):
 
 def weights(products: Products, decay: HeadDecay | ChannelDecay, segments: Segments | None) -> Weights:
     size = decay[0].shape[0]
-    row, column = _places(size)
+    row, column = places(size)
     if isinstance(decay, HeadDecay):
         at = lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         coarse, fine = decay.coarse_column, decay.column
@@ -221,7 +98,8 @@ def weights(products: Products, decay: HeadDecay | ChannelDecay, segments: Segme
     else:
         whole = jnp.sum(decay.steps, axis=0, keepdims=True)
         start, end = (products.sums(taken, decay.steps) for taken in (row >= column, row < column))
-        pairs = tuple(jnp.exp(products.sums(_up_to_border(level, size), decay.steps)) for level in range(_levels(size)))
+        left = (jnp.exp(products.sums(_up_to_border(level, size), decay.steps)) for level in range(levels(size)))
+        pairs = decay if products.rolled else tuple(left)
     if segments is not None:
         last = jnp.max(segments.row, axis=1, keepdims=True)
         start = jnp.where(segments.column == 0, start, NEVER)
@@ -240,18 +118,67 @@ def scores(
 ) -> Float[Array, "C C"]:
     """Products of each `a` with the keys before it and, with `diagonal`, its own, each decayed on its way."""
     size = a.shape[0]
-    row, column = _places(size)
+    row, column = places(size)
     if not isinstance(found.pairs, tuple):
         whole = products.nt(a, k) * found.pairs
         whole = whole if diagonal else jnp.where(row > column, whole, 0.0)
     else:
         own = jnp.sum(a * k, axis=1, keepdims=True) if diagonal else jnp.zeros((size, 1), jnp.float32)
         whole = jnp.where(row == column, own, 0.0)
-        for level, left in enumerate(found.pairs):
-            second = _second_half(level, lax.broadcasted_iota(jnp.int32, (size, 1), 0))
-            met = products.nt(jnp.where(second, a * left, 0.0), jnp.where(second, 0.0, k * left))
-            whole = whole + jnp.where(_met_at(level, size), met, 0.0)
+        if isinstance(found.pairs, ChannelDecay):
+            met = _differentiable_met_in_loop if products.differentiable else _met_in_loop
+            whole = whole + met(products.dtype, a, k, found.pairs.steps)
+        else:
+            for level, left in enumerate(found.pairs):
+                whole = whole + _met(products, level, a, k, left)
     return whole if segments is None else jnp.where(segments.column == segments.row, whole, 0.0)
+
+
+def _met(products: Products, level: Any, a: Array, k: Array, left: Float[Array, "C K"]) -> Float[Array, "C C"]:
+    """Of a level's pairs, the products of `a` and a key, both decayed up to the border between their halves."""
+    size = a.shape[0]
+    second = second_half(level, lax.broadcasted_iota(jnp.int32, (size, 1), 0))
+    met = products.nt(jnp.where(second, a * left, 0.0), jnp.where(second, 0.0, k * left))
+    return jnp.where(met_at(level, size), met, 0.0)
+
+
+def _met_in_loop(dtype: Any, a: Array, k: Array, steps: Float[Array, "C K"]) -> Float[Array, "C C"]:
+    """Of all levels."""
+    size = a.shape[0]
+
+    def add(level: Any, whole: Array) -> Array:
+        left = jnp.exp(sums("nn", jnp.where(_up_to_border(level, size), 1.0, 0.0), steps))
+        return whole + _met(Products(dtype), level, a, k, left)
+
+    return lax.fori_loop(0, levels(size), add, jnp.zeros((size, size), jnp.float32))
+
+
+_differentiable_met_in_loop = jax.custom_vjp(_met_in_loop, nondiff_argnums=(0,))
+
+
+def _met_in_loop_backward(
+    dtype: Any, kept: tuple[Array, Array, Array], given: Float[Array, "C C"]
+) -> tuple[Array, Array, Array]:
+    """A level at a time again: what is left of a token is made anew."""
+    a, k, steps = kept
+    size = a.shape[0]
+
+    def add(level: Any, total: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        d_a, d_k, d_steps = total
+        ones = jnp.where(_up_to_border(level, size), 1.0, 0.0)
+        second = second_half(level, lax.broadcasted_iota(jnp.int32, (size, 1), 0))
+        left, met = jnp.exp(sums("nn", ones, steps)), jnp.where(met_at(level, size), given, 0.0)
+        own = product(
+            "nn", dtype, met, jnp.where(second, 0.0, k * left)
+        )  # 0 in first halves, as `met` has no rows there
+        other = product("tn", dtype, met, jnp.where(second, a * left, 0.0))  # and 0 in second halves
+        d_left = own * a + other * k
+        return d_a + own * left, d_k + other * left, d_steps + sums("tn", ones, d_left * left)
+
+    return lax.fori_loop(0, levels(size), add, tuple(jnp.zeros_like(x) for x in kept))
+
+
+_differentiable_met_in_loop.defvjp(lambda dtype, *given: (_met_in_loop(dtype, *given), given), _met_in_loop_backward)
 
 
 def erasing(
@@ -319,27 +246,8 @@ def block(
     return read(products, q, pairs, values, found, state), next_state(products, k, values, found, state)
 
 
-def _places(size: int) -> tuple[Int32[Array, "C C"], Int32[Array, "C C"]]:
-    return tuple(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))  # type: ignore[return-value]
-
-
-def _levels(size: int) -> int:
-    return size.bit_length() - 1
-
-
-def _second_half(level: int, place: Array) -> Array:
-    """Whether places are in the second half of their block of 2^(level + 1)."""
-    return (place >> level) & 1 == 1
-
-
-def _met_at(level: int, size: int) -> Array:
-    """The pairs of a token in the second half of a block of 2^(level + 1) with one in its first."""
-    row, column = _places(size)
-    return ((row >> level) ^ (column >> level) == 1) & (row > column)
-
-
 def _up_to_border(level: int, size: int) -> Array:
     """The tokens between each token and the border of its block's halves: itself in the second, not in the first."""
-    row, column = _places(size)
-    beside = jnp.where(_second_half(level, row), row >= column, row < column)
+    row, column = places(size)
+    beside = jnp.where(second_half(level, row), row >= column, row < column)
     return (row >> level == column >> level) & beside

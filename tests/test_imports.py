@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = """
     pallas_kernels.partial pallas_kernels.patterns pallas_kernels.padding pallas_kernels.block_ranges
     pallas_kernels.tile_logits pallas_kernels.choice_tiles pallas_kernels.flash_call pallas_kernels.coded
-    pallas_kernels.argument_checks pallas_kernels.recurrence_block
+    pallas_kernels.argument_checks pallas_kernels.recurrence_products pallas_kernels.recurrence_block
     pallas_kernels.tpu pallas_kernels.gpu pallas_kernels.reference
     pallas_kernels.api
     pallas_kernels

@@ -15,7 +15,8 @@ from pallas_kernels.api.platforms import Implementation, find
 from pallas_kernels.flash_call import no_gradient
 from pallas_kernels.gpu.recurrence import chunkwise as gpu_chunkwise
 from pallas_kernels.gpu.recurrence import delta_update as gpu_update
-from pallas_kernels.recurrence_block import COARSE, Operands, Products
+from pallas_kernels.recurrence_block import COARSE, Operands
+from pallas_kernels.recurrence_products import Products
 from pallas_kernels.tpu.recurrence import chunkwise as tpu_chunkwise
 from pallas_kernels.tpu.recurrence import delta_update as tpu_update
 

@@ -25,11 +25,16 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import recurrence_block as core
-from pallas_kernels.recurrence_block import Operands, Products
+from pallas_kernels.recurrence_block import Operands
+from pallas_kernels.recurrence_products import Products
 
 MAX_STATE = 128  # rows and columns of a state
 COLUMNS = 32  # of a state, of a program that goes from block to block
-WARPS = {"output_gradients": 8, "state_gradients": 8}  # of a program, 4 of others: with what spills least on an H100
+# Of a program, 4 of others, and what makes the pairs of channels' decays in a loop: what spills least on an H100. Where
+# all levels of pairs are unrolled in `write_gradients`, a thread spills 109 KB.
+WARPS = {"output_gradients": 8, "state_gradients": 8}
+CHANNEL_WARPS = {**WARPS, "write_gradients": 8}
+ROLLED = {"erasing", "write_gradients"}
 AXES = {  # b: rows of the batch, t: tokens, n: blocks, c: a block's tokens, g, h: groups and heads, k, v: as in a state
     "q": "btgk",
     "k": "btgk",
@@ -104,14 +109,16 @@ class _Call(NamedTuple):
         def shape(name: str, dtype: Any) -> Any:
             return jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in AXES[name.partition(":")[0]]), dtype)
 
-        given = {**self.arrays, **reads}
+        given, channels = {**self.arrays, **reads}, "steps" in self.arrays
+        call = self._replace(products=self.products._replace(rolled=channels and name in ROLLED))
+        warps = (CHANNEL_WARPS if channels else WARPS).get(name, 4)
         return pl.pallas_call(
-            partial(_by_name, kernel, self, blocks, list(given), list(makes)),
+            partial(_by_name, kernel, call, blocks, list(given), list(makes)),
             grid=(batch, heads, width // columns if walks else blocks),
             in_specs=[spec(name) for name in given],
             out_specs=[spec(name) for name in makes],
             out_shape=[shape(*item) for item in makes.items()],
-            compiler_params=plgpu.CompilerParams(num_warps=WARPS.get(name, 4), num_stages=1),
+            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
             interpret=self.interpret,
             name=f"recurrence_{name}",
         )(*given.values())

@@ -19,7 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import recurrence_block as core
-from pallas_kernels.recurrence_block import Operands, Products
+from pallas_kernels.recurrence_block import Operands
+from pallas_kernels.recurrence_products import Products
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 
 HEADS = 8  # that a step of the grid takes, if a group or some make so many
