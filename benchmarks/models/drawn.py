@@ -36,6 +36,16 @@ TWO_GIGABYTES: Mapping[str, Any] = {  # about a billion parameters, with a vocab
     "intermediate_size": 8192,
 }
 
+STDLIB_BYTE: Mapping[str, Any] = {  # the shape of models/stdlib_byte
+    **SMOLLM2,
+    "vocab_size": 259,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 704,
+}
+
 
 def write_drawn(values: Mapping[str, Any], folder: str) -> str:
     """Write a model of a `config.json` with bfloat16 weights, in a process of its own; returns the folder."""

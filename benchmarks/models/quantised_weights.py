@@ -13,9 +13,7 @@ The last columns are a decode step of two layers of the model and its head, or o
 activations (on CPU float32) and 64 cached tokens, compiled ahead of time: the bytes that the program accesses over the
 bytes of the step's bfloat16 weights, without the lookup of the embedding. On TPU they are what the program's text moves
 to and from main memory (`benchmarks.hbm_traffic`). On GPU and CPU they are the program's arguments and twice its
-temporaries. More than the share of the codes means that the compiler unpacks a weight in memory. On CPU int4's
-temporaries are its scales: XLA's CPU backend takes no slices of bfloat16 in a loop, so a step copies them as integers,
-which is 0.06 of the 0.38. Weights are not copied.
+temporaries. More than the share of the codes means that the compiler unpacks a weight in memory.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import aot
 from benchmarks.hbm_traffic import moved_bytes
@@ -36,7 +34,7 @@ from benchmarks.reporting import in_own_process, report
 
 MODULE = "benchmarks.models.quantised_weights"
 KINDS = ("float32", "bfloat16", "int8", "int4")
-TOPOLOGIES = ("cpu", "v5e:1x1", "h100")
+LAYOUTS: Mapping[str, Literal["cpu", "gpu", "tpu"]] = {"cpu": "cpu", "v5e:1x1": "tpu", "h100": "gpu"}
 
 
 def load(folder: str, kind: str) -> Any:
@@ -94,7 +92,7 @@ def accessed(topology: str, kind: str, folder: str) -> dict[str, float]:
     model = jax.eval_shape(lambda: sj.Decoder(config, jax.random.key(0), dtype=dtype))
     plain = 2 * sum(leaf.size for leaf in jax.tree.leaves(model if model.head is None else (model.layers, model.head)))
     if kind in ("int8", "int4"):
-        model = quantised_shapes(model, kind, packed=topology in ("cpu", "h100"))
+        model = quantised_shapes(model, kind, LAYOUTS[topology])
     state = jax.eval_shape(lambda model: sj.init_state(model, sj.kv.preset("window", window=64)), model)
     placement = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(
@@ -145,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             timed = in_own_process(MODULE, "--child", "seconds", values.model, kind, values.turns)
             row |= {"decode, CPU ms": 1e3 * timed["decode"], "prefill, CPU s": timed["prefill"]}
         print(row, flush=True)
-        shares = {name: compiled_for(name, kind, values.model) for name in TOPOLOGIES if kind != "float32"}
+        shares = {name: compiled_for(name, kind, values.model) for name in LAYOUTS if kind != "float32"}
         if kind == "bfloat16":
             shares.pop("cpu")  # weights there are float32
         rows.append(row | {f"{name}, of bfloat16": share for name, share in shares.items() if share is not None})

@@ -52,7 +52,8 @@ class QuantisedWeight:
       codes: int8 or int4, shaped as the weight; or uint8 with half as many places along `axis`, two codes plus 8 in a
         byte. The lower halves of a group's bytes are its first codes, the upper halves the others.
       offsets: of int4, in sixteenths, int8; shaped as the scales. None of int8.
-      scales: of the same axes, with one place for all weights that share a scale.
+      scales: of the same axes, with one place for all weights that share a scale. Those of int4 are bfloat16; on CPUs
+        its bits, uint16: XLA's CPU backend takes no slices of bfloat16 in a loop, and would copy all of them first.
       axis: the last input axis, counted from the end.
     """
 
@@ -105,16 +106,22 @@ class QuantisedWeight:
 
     def _scaled(self, codes: Array, dtype: Any) -> Array:
         if self.offsets is None:
-            return codes * self.scales.astype(dtype)
+            return codes * self.factors(dtype)
         scales, offsets = (
-            jnp.expand_dims(x, self.axis % self.ndim + 1) for x in (self.scales.astype(dtype), self.shifts(dtype))
+            jnp.expand_dims(x, self.axis % self.ndim + 1) for x in (self.factors(dtype), self.shifts(dtype))
         )
         return ((self._grouped(codes) + offsets) * scales).reshape(codes.shape)
 
     def without_offsets(self, dtype: Any) -> Float[Array, "..."]:
         """Codes that are not packed, times their scales."""
-        scales = jnp.expand_dims(self.scales.astype(dtype), self.axis % self.ndim + 1)
+        scales = jnp.expand_dims(self.factors(dtype), self.axis % self.ndim + 1)
         return (self._grouped(self.codes.astype(dtype)) * scales).reshape(self.codes.shape)
+
+    def factors(self, dtype: Any) -> Float[Array, "..."]:
+        """The scales as numbers."""
+        bits = self.scales.dtype == jnp.uint16
+        scales = jax.lax.bitcast_convert_type(self.scales, jnp.bfloat16) if bits else self.scales
+        return scales.astype(dtype)
 
     def shifts(self, dtype: Any) -> Float[Array, "..."]:
         """The offsets of int4 as numbers."""
@@ -224,7 +231,7 @@ def _on_gpu(equation: str, dtype: Any, x: Array, weight: QuantisedWeight) -> Arr
         more = jnp.pad(found.rows, ((0, _MORE_ROWS - 1), (0, 0)))
         y = _fused("ab,cb->ac" if found.outputs_first else "ab,bc->ac", dtype, more, found.weight)
         return y[:1].reshape(found.shape)
-    codes, offsets, scales = found.weight.codes, found.weight.offsets, found.weight.scales
+    codes, offsets, scales = found.weight.codes, found.weight.offsets, found.weight.factors(jnp.bfloat16)
     known = {"outputs_first": found.outputs_first, "implementation": "triton"}
     y = api.grouped_product(found.rows.astype(x.dtype), codes, offsets, scales, **known)
     return y.reshape(found.shape).astype(dtype)
@@ -290,7 +297,7 @@ def _pieces(x: Float[Array, "R n"], weight: QuantisedWeight) -> Iterator[tuple[A
     for i, nibbles in enumerate((weight.codes & 15, weight.codes >> 4)):
         half = dataclasses.replace(weight, codes=nibbles.astype(jnp.int8))
         yield halves[:, :, i].reshape(len(x), -1), half.without_offsets(x.dtype)
-    yield jnp.sum(halves, axis=(2, 3)), (weight.shifts(x.dtype) - 8) * weight.scales.astype(x.dtype)
+    yield jnp.sum(halves, axis=(2, 3)), (weight.shifts(x.dtype) - 8) * weight.factors(x.dtype)
 
 
 def _by_inputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, "R m"]:
@@ -300,17 +307,16 @@ def _by_inputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, 
     (count, width), grouped = weight.shape, weight.offsets is not None
     group = count // len(weight.scales) if grouped else math.gcd(count, _ROWS)
     step = group * _at_a_time(count // group, group * width)
-    bits = _as_bits(weight)
 
     def add(i: Array, total: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(x, i * step, step, axis=1)
         if not grouped:
             return total + part @ _block(weight.codes, i, step).astype(x.dtype)
-        block = _from_bits(jax.tree.map(lambda leaf: _block(leaf, i, len(leaf) * step // count), bits))
+        block = jax.tree.map(lambda leaf: _block(leaf, i, len(leaf) * step // count), weight)
         return sum((piece @ dense for piece, dense in _pieces(part, block)), total)
 
     total = jax.lax.fori_loop(0, count // step, add, jnp.zeros((len(x), width), x.dtype))
-    return total if grouped else total * weight.scales.astype(x.dtype)
+    return total if grouped else total * weight.factors(x.dtype)
 
 
 def _at_a_time(count: int, size: int) -> int:
@@ -323,20 +329,6 @@ def _block(x: Array, index: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, index * size, size)
 
 
-def _as_bits(weight: QuantisedWeight) -> QuantisedWeight:
-    """With scales of sixteen bits as integers: XLA's CPU backend makes float32 copies of others in front of a loop."""
-    if weight.scales.dtype != jnp.bfloat16:
-        return weight
-    return dataclasses.replace(weight, scales=jax.lax.bitcast_convert_type(weight.scales, jnp.uint16))
-
-
-def _from_bits(weight: QuantisedWeight) -> QuantisedWeight:
-    """The inverse of `_as_bits`."""
-    if weight.scales.dtype != jnp.uint16:
-        return weight
-    return dataclasses.replace(weight, scales=jax.lax.bitcast_convert_type(weight.scales, jnp.bfloat16))
-
-
 def take_rows(table: Any, ids: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B E"]:
     """Rows of a table of embeddings of either kind."""
 
@@ -344,9 +336,8 @@ def take_rows(table: Any, ids: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B
         leaf = constrain(leaf, "vocab", "activation_embed")  # rows lie whole where they are looked up
         return jnp.take(leaf, ids, axis=0)
 
-    if isinstance(table, QuantisedWeight):
-        return _from_bits(jax.tree.map(take, _as_bits(table))).astype(dtype)
-    return take(table).astype(dtype)
+    rows = jax.tree.map(take, table) if isinstance(table, QuantisedWeight) else take(table)
+    return rows.astype(dtype)
 
 
 def _by_outputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array, "R m"]:
@@ -355,9 +346,9 @@ def _by_outputs(x: Float[Array, "R n"], weight: QuantisedWeight) -> Float[Array,
         return sum((part @ dense.T for part, dense in _pieces(x, weight)), jnp.zeros((), x.dtype))
     size = _at_a_time(*weight.shape)
 
-    def block(bits: QuantisedWeight) -> Array:
-        pieces = _pieces(x, _from_bits(bits))
+    def block(part: QuantisedWeight) -> Array:
+        pieces = _pieces(x, part)
         return sum((jnp.einsum("rn,mn->mr", part, dense) for part, dense in pieces), jnp.zeros((), x.dtype))
 
-    cut = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), _as_bits(weight))
+    cut = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), weight)
     return jax.lax.map(block, cut).reshape(-1, len(x)).T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from streamjax.parallel.rules import partition_spec
 Model = TypeVar("Model", bound=nnx.Module)
 Index = tuple[slice, ...]
 
+Layout = Literal["cpu", "gpu", "tpu"]
+FILES: Layout = "gpu"  # what files hold: packed codes, and scales as numbers
 _ALIGNMENT = 64  # bytes
 _BLOCK = 1 << 18  # weights that are quantised at a time
 _ROWS_BLOCK = 1 << 21  # the same of whole rows, which are walked along weight by weight
@@ -68,7 +70,7 @@ def quantised_parts(
     shape: tuple[int, ...],
     inputs: Sequence[int],
     weights: Weights,
-    packed: bool,
+    layout: Layout,
     factor: Float[np.ndarray, "n n"] | None = None,
 ) -> list[np.ndarray]:
     """Codes, offsets if any, and scales, as they lie on a device, of a weight that is read a part at a time.
@@ -78,19 +80,21 @@ def quantised_parts(
       shape: of the weight.
       inputs: its input axes, counted from the end.
       weights: "int8" or "int4".
-      packed: whether two codes of int4 share a byte.
+      layout: of int4 on a platform, see `shapes_of`.
       factor: see `quantise`.
     """
     ndim = len(shape)
     along = max((i for i in range(ndim) if i - ndim not in inputs), key=lambda i: shape[i])
     block = _BLOCK if factor is None else _ROWS_BLOCK
     step = max(1, block // max(1, math.prod(shape) // max(1, shape[along])))
-    wanted = jax.tree.leaves(shapes_of(shape, inputs, weights, packed))
+    wanted = jax.tree.leaves(shapes_of(shape, inputs, weights, layout))
     arrays = [aligned_empty(part.shape, np.dtype(part.dtype)) for part in wanted]
     for start in range(0, shape[along], step):
         place = tuple(slice(start, start + step) if i == along else slice(None) for i in range(ndim))
         codes, *others = quantise(read(place), inputs, weights, factor)
-        codes = pack(codes, inputs[-1]) if weights == "int4" and packed else codes
+        if weights == "int4":
+            codes = codes if layout == "tpu" else pack(codes, inputs[-1])
+            others[-1] = others[-1].view(np.uint16) if layout == "cpu" else others[-1]
         for array, part in zip(arrays, (codes, *others), strict=True):
             array[place] = part
     return arrays
@@ -104,21 +108,23 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def shapes_of(shape: tuple[int, ...], inputs: Sequence[int], weights: Weights, packed: bool) -> QuantisedWeight:
-    """What `quantised_parts` gives for a weight, as `jax.ShapeDtypeStruct`s."""
+def shapes_of(shape: tuple[int, ...], inputs: Sequence[int], weights: Weights, layout: Layout) -> QuantisedWeight:
+    """What `quantised_parts` gives for a weight, as `jax.ShapeDtypeStruct`s.
+
+    Codes of int4 lie two in a byte, but on TPUs, whose compiler has a type of four bits. On CPUs scales are their bits.
+    """
     axis, codes, scales = inputs[-1], list(shape), list(shape)
     for i in inputs if weights == "int8" else ():
         scales[i] = 1
     if weights == "int4":
         scales[axis] //= group_size(shape[axis])
-        codes[axis] //= 2 if packed else 1
+        codes[axis] //= 1 if layout == "tpu" else 2
     codes_of: Any = partial(jax.ShapeDtypeStruct, tuple(codes))
     scales_of: Any = partial(jax.ShapeDtypeStruct, tuple(scales))
     if weights == "int8":
         return QuantisedWeight(codes_of(jnp.int8), None, scales_of(jnp.float32), axis)
-    return QuantisedWeight(
-        codes_of(jnp.uint8 if packed else jnp.int4), scales_of(jnp.int8), scales_of(jnp.bfloat16), axis
-    )
+    in_codes, in_scales = jnp.int4 if layout == "tpu" else jnp.uint8, jnp.uint16 if layout == "cpu" else jnp.bfloat16
+    return QuantisedWeight(codes_of(in_codes), scales_of(jnp.int8), scales_of(in_scales), axis)
 
 
 def as_weight(parts: Sequence[Any], axis: int) -> QuantisedWeight:
@@ -132,9 +138,10 @@ def output_of(model: Any) -> str:
     return "embedding" if model.head is None else "head"
 
 
-def packs() -> bool:
-    """Whether codes of int4 lie two in a byte: but on TPUs, whose compiler has a type of four bits."""
-    return jax.default_backend() != "tpu"
+def layout_here() -> Layout:
+    """How codes of int4 lie on the default backend."""
+    backend = jax.default_backend()
+    return backend if backend in ("cpu", "tpu") else "gpu"
 
 
 def weights_of(model: nnx.Module) -> Weights | None:
@@ -149,8 +156,8 @@ def refuse_quantised(model: nnx.Module, what: str) -> None:
         raise ValueError(f"the model's weights are {weights}: {what}")
 
 
-def quantised_shapes(model: Model, weights: Weights | None, packed: bool | None = None) -> Model:
-    """A model of `jax.ShapeDtypeStruct`s with codes and scales in the place of its kernels.
+def quantised_shapes(model: Model, weights: Weights | None, layout: Layout | None = None) -> Model:
+    """A model of `jax.ShapeDtypeStruct`s with codes and scales in the place of its kernels; laid out for here if None.
 
     Raises:
       ValueError: one that names a kernel that int4 has no groups for.
@@ -161,7 +168,7 @@ def quantised_shapes(model: Model, weights: Weights | None, packed: bool | None 
 
     def shapes(name: str, parameter: nnx.Param, inputs: Sequence[int]) -> QuantisedWeight:
         try:
-            return shapes_of(parameter.shape, inputs, weights, packs() if packed is None else packed)
+            return shapes_of(parameter.shape, inputs, weights, layout or layout_here())
         except ValueError as error:
             raise ValueError(f"weights is {weights!r}, and {name}: {error}") from None
 
@@ -187,7 +194,7 @@ def quantised_model(model: Model, weights: Weights | None) -> Model:
         read = lambda index: np.asarray(value[index])  # noqa: E731
         if name == output and factor is None:
             return None
-        parts = quantised_parts(read, value.shape, inputs, weights, packs(), factor)
+        parts = quantised_parts(read, value.shape, inputs, weights, layout_here(), factor)
         return as_weight([_beside(parameter, part) for part in parts], inputs[-1])
 
     output = output_of(model) if weights == "int4" else ""
@@ -199,17 +206,21 @@ def quantised_model(model: Model, weights: Weights | None) -> Model:
     return _replaced(others, partial(quantised, factor))
 
 
-def with_codes(model: Model, packed: bool) -> Model:
-    """A model whose codes of int4 lie two in a byte, or have a type of four bits; as it is without such codes."""
+def with_codes(model: Model, layout: Layout) -> Model:
+    """A model whose codes and scales of int4 lie as on a platform; as it is without such codes."""
     if weights_of(model) != "int4":
         return model
     leaves, structure = jax.tree.flatten(model)
     copy: Model = jax.tree.unflatten(structure, leaves)
     for _, _, node in list(_attributes(copy)):
-        if isinstance(node, QuantisedKernel) and node.value.packed != packed:
-            codes = np.asarray(node.codes.get_value())
-            codes = pack(codes.astype(np.int8), node.axis) if packed else unpack(codes, node.axis)
-            node.codes.set_value(_beside(node.codes, codes if packed else codes.astype(ml_dtypes.int4)))
+        if isinstance(node, QuantisedKernel):
+            if node.value.packed != (layout != "tpu"):
+                codes = np.asarray(node.codes.get_value())
+                codes = unpack(codes, node.axis) if layout == "tpu" else pack(codes.astype(np.int8), node.axis)
+                node.codes.set_value(_beside(node.codes, codes.astype(ml_dtypes.int4) if layout == "tpu" else codes))
+            scales, kind = node.scales.get_value(), jnp.uint16 if layout == "cpu" else jnp.bfloat16
+            if scales.dtype != kind:
+                node.scales.set_value(_beside(node.scales, np.asarray(scales).view(kind)))
     return copy
 
 

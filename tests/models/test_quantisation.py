@@ -46,9 +46,9 @@ def drawn(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def quantised(values, inputs, weights, packed=True):
+def quantised(values, inputs, weights, layout="cpu"):
     inputs = [axis - values.ndim for axis in inputs]
-    parts = quantised_parts(values.__getitem__, values.shape, inputs, weights, packed)
+    parts = quantised_parts(values.__getitem__, values.shape, inputs, weights, layout)
     return as_weight([jnp.asarray(part) for part in parts], inputs[-1])
 
 
@@ -199,13 +199,13 @@ PRODUCTS = {
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layout", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("weights", KINDS)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_are_those_of_the_dequantised_weight(name, weights, packed):
+def test_products_are_those_of_the_dequantised_weight(name, weights, layout):
     equation, x_shape, shape, inputs = PRODUCTS[name]
     x = jnp.asarray(drawn(x_shape, 1))
-    weight = quantised(drawn(shape), inputs, weights, packed)
+    weight = quantised(drawn(shape), inputs, weights, layout)
     if name == "heads":  # as the output projection of attention has them
         equation, x = "btf,fe->bte", x.reshape(2, 3, -1)
         weight = merge_axes(weight, 0, 2)
@@ -262,10 +262,10 @@ def test_a_quantised_model_is_its_dequantised_one_whole_and_streamed(name, weigh
     for start, stop in ((0, 13), (13, 14)):
         state, logits = sj.step(packed, state, tokens[:, start:stop])
         np.testing.assert_allclose(logits, expected[:, start:stop], atol=3e-4)
-    native = with_codes(packed, packed=False)
+    native = with_codes(packed, "tpu")
     if name == "llama":
         np.testing.assert_allclose(sj.forward(native, tokens), expected, atol=3e-4)
-    jax.tree.map(np.testing.assert_array_equal, with_codes(native, packed=True), packed)
+    jax.tree.map(np.testing.assert_array_equal, with_codes(with_codes(native, "gpu"), "cpu"), packed)
 
 
 @pytest.mark.parametrize("weights", rest_slow(KINDS, "int4"))
@@ -295,7 +295,7 @@ def test_decoding_holds_no_dequantised_weight(weights):
     moved = {"int8": 0.55, "int4": 0.32}[weights] * plain
     assert parts < moved  # all of which is read, and nothing of the size of a weight is written beside it
     temporaries = compiled.memory_analysis().temp_size_in_bytes  # of int4, both halves of a group's 32 rows
-    assert temporaries < 2 * 256 * 2048  # the smallest weight of the MLP, dequantised, has twice that
+    assert temporaries < 1.2 * 256 * 2048  # a copy of the scales alone takes it to 1.9; the smallest weight has 4
 
 
 def test_quantising_twice_is_refused():
@@ -306,7 +306,7 @@ def test_quantising_twice_is_refused():
 
 
 def test_int4_codes_of_accelerators_have_four_bits():
-    weight = quantised(drawn((64, 8)), (0,), "int4", packed=False)
+    weight = quantised(drawn((64, 8)), (0,), "int4", "tpu")
     assert weight.codes.dtype == jnp.int4
     assert np.asarray(weight.codes).dtype == ml_dtypes.int4
     assert dataclasses.replace(weight).shape == (64, 8)

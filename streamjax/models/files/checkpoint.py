@@ -19,8 +19,9 @@ from streamjax.models.files.native_format import check_saved, is_native, load_na
 from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import empty_adapters, ranks_of
 from streamjax.models.quantising import (
+    Layout,
     check_weights,
-    packs,
+    layout_here,
     quantised_model,
     quantised_shapes,
     weights_of,
@@ -94,15 +95,16 @@ def load(
     dtype = jnp.dtype(dtype or default_dtype())
     saved = about.get("weights")
     check_saved(path / ABOUT, saved, kind)
-    packed = any(kind == "uint8" for kind, *_ in about["arrays"].values())
+    kinds = {kind for kind, *_ in about["arrays"].values()}
+    layout: Layout = "cpu" if "uint16" in kinds else "gpu" if "uint8" in kinds else "tpu"
 
     def build(key: jax.Array) -> Decoder:
         model = Decoder(config, key, dtype=dtype, scan_layers=stacked)
         return empty_adapters(model, adapters)
 
-    template = quantised_shapes(jax.eval_shape(build, jax.random.key(0)), saved, packed)
+    template = quantised_shapes(jax.eval_shape(build, jax.random.key(0)), saved, layout)
     model: Decoder = restore_pytree(with_placement(template, mesh), path, cast=True)
-    model = quantised_model(with_codes(model, packs()), kind)
+    model = quantised_model(with_codes(model, layout_here()), kind)
     if scan_layers is None or scan_layers == stacked:
         return model
     return stack_layers(model) if scan_layers else unstack_layers(model)

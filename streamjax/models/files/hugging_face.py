@@ -40,8 +40,8 @@ from streamjax.models.lora.attaching import refuse_adapters
 from streamjax.models.quantising import (
     aligned_empty,
     input_axes,
+    layout_here,
     output_of,
-    packs,
     quantised_parts,
     quantised_shapes,
     refuse_quantised,
@@ -303,7 +303,7 @@ def _load_parameter(
         read = partial(_read, tensors, sources, slot.shape, np.dtype(np.float32))
         return (
             _place(part.__getitem__, part.shape, axes, mesh)
-            for part in quantised_parts(read, slot.shape, inputs, weights, packs(), factor)
+            for part in quantised_parts(read, slot.shape, inputs, weights, layout_here(), factor)
         )
 
     if not slot.stacked:

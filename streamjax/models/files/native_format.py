@@ -31,9 +31,10 @@ from streamjax.models.layer_stacking import stack_layers, unstack_layers
 from streamjax.models.lora.attaching import refuse_adapters
 from streamjax.models.quantisation import QuantisedArray
 from streamjax.models.quantising import (
+    FILES,
     input_axes,
+    layout_here,
     output_of,
-    packs,
     quantised_parts,
     quantised_shapes,
     weights_of,
@@ -68,7 +69,7 @@ def save_safetensors(model: Decoder, path: str | Path, max_shard_size: int = 5_0
     weights = weights_of(model)
     tensors = [
         PendingTensor(name, leaf.shape, np.dtype(leaf.dtype), partial(np.asarray, leaf))
-        for name, leaf in named_arrays(with_codes(unstack_layers(model), packed=True)).items()
+        for name, leaf in named_arrays(with_codes(unstack_layers(model), FILES)).items()
     ]
     values = {"model_type": MODEL_TYPE, "model": model.config.to_json_dict()}
     with replaced_model(path, values | ({"weights": weights} if weights else {})) as folder:
@@ -112,7 +113,7 @@ def load_native(
     check_saved(folder / CONFIG, saved, weights)
     dtype = jnp.dtype(dtype or default_dtype())
     model = jax.eval_shape(partial(Decoder, config, dtype=dtype), jax.random.key(0))
-    source = quantised_shapes(model, saved, packed=True)
+    source = quantised_shapes(model, saved, FILES)
     wanted, variables = named_arrays(source), _variables(source)
     for name in sorted({*wanted, *stored}):
         if name not in stored:
@@ -142,7 +143,8 @@ def load_native(
             jax.device_put(x, None if mesh is None else place.sharding)
             for x, place in zip(arrays, places[name], strict=True)
         ]
-    loaded = with_codes(jax.tree.unflatten(structure, [leaf for name in variables for leaf in found[name]]), packs())
+    read = jax.tree.unflatten(structure, [leaf for name in variables for leaf in found[name]])
+    loaded = with_codes(read, layout_here())
     return stack_layers(loaded) if scan_layers else loaded
 
 
@@ -189,4 +191,4 @@ def _read(
         start, stop, _ = index[0].indices(tensor.shape[0])
         return whole()[index] if stop - start == tensor.shape[0] else tensor.read_rows(start, stop)
 
-    return quantised_parts(part, tensor.shape, inputs, weights, packs(), factor)
+    return quantised_parts(part, tensor.shape, inputs, weights, layout_here(), factor)
