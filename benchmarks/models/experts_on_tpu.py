@@ -29,9 +29,9 @@ from jax.sharding import NamedSharding
 
 import streamjax as sj
 from benchmarks import aot, tables
+from benchmarks.expert_shapes import shape
 from benchmarks.hbm_traffic import moved_bytes, updated_in_place
 from benchmarks.models import aot_cases
-from benchmarks.models.expert_shapes import shape
 from benchmarks.reporting import RESULTS, table
 from pallas_kernels.api import platforms
 from streamjax.models.config import ExpertsConfig, ModelConfig
