@@ -1,7 +1,7 @@
 """Speed and compile time of models as lists of blocks, beside those of the flat `ModelConfig` before them.
 
     git worktree add ../before 1860c407^; git worktree add ../blocks 1860c407
-    python -m benchmarks.models.blocks_before_after --before ../before --blocks ../blocks    # 20 minutes of 2 busy cores
+    python -m benchmarks.models.blocks_before_after --before ../before --blocks ../blocks    # half an hour
 
 Commit 1860c407 made a model a list of blocks, each of a mixer and an MLP with configurations of their own. `before` is
 its parent, `blocks` that commit, `today` this checkout. Every side reads the same two folders with drawn float32
