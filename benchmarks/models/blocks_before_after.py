@@ -11,7 +11,8 @@ window of 1,020, `decode` 32 tokens behind them, `step` the loss and its gradien
 which keeps the inputs of layers (`remat`).
 
 A step of `today` has more to compile than before, and runs faster: since f08cd9c2 rows of 512 tokens and more attend
-block by block on CPUs, in loops of their own. `blocks` is the same program as `before`, line for line.
+block by block on CPUs, in loops of their own. The lowered
+programs of a step of training and of decoding are the same text in `blocks` as in `before`.
 
 Figures are CPU seconds of all threads, which other work on the machine disturbs less than wall time. `compile` is what
 the first run takes above later ones: tracing, lowering and XLA. `run` is the median of later ones, in the median

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -140,8 +140,8 @@ def output_of(model: Any) -> str:
 
 def layout_here() -> Layout:
     """How codes of int4 lie on the default backend."""
-    backend = jax.default_backend()
-    return backend if backend in ("cpu", "tpu") else "gpu"
+    layouts: Mapping[str, Layout] = {"cpu": "cpu", "tpu": "tpu"}
+    return layouts.get(jax.default_backend(), "gpu")
 
 
 def weights_of(model: nnx.Module) -> Weights | None:
