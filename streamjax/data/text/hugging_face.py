@@ -15,6 +15,7 @@ import tokenizers
 
 from streamjax.checkpoints.gguf_header import is_gguf
 from streamjax.data.text.gguf.reading import read_gguf_tokenizer
+from streamjax.data.text.rust_panics import without_panic_reports
 from streamjax.data.text.tokenizer_files import guarded, read_parts, special_token
 
 DecodingKind = Literal["bytes", "byte_fallback", "text"]
@@ -51,7 +52,7 @@ class HFTokenizer:
         self.chat_template = parts.chat_template
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        begin = guarded(self._file, "cannot encode", self._tokenizer.encode, "").ids[:1]
+        begin = guarded(self._file, "cannot encode", without_panic_reports()(self._tokenizer.encode), "").ids[:1]
         self.adds_bos = self.bos_id is not None and begin == [self.bos_id]
         self._tokenizer.post_processor = None  # it adds tokens, which `encode` does, and cuts spaces out of spans
         self.decoding: DecodingKind = _decoding_kind(content.get("decoder"))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import tokenizers
 
 from streamjax.checkpoints import json_files
+from streamjax.data.text.rust_panics import without_panic_reports
 
 T = TypeVar("T")
 _MOST_IDS = 2**31  # token ids are int32 everywhere else
@@ -86,7 +87,7 @@ def parse_tokenizer(
             raise ValueError(f"token {word!r} has the id {largest}: ids must be below {_MOST_TOKENS}")
         return tokenizer, json.loads(tokenizer.to_str())
 
-    return guarded(file, what, parse)
+    return guarded(file, what, without_panic_reports()(parse))
 
 
 def read_json(file: Path) -> dict[str, Any]:
