@@ -7,7 +7,7 @@
 
 Each --cache is made as large as each --budget allows, in bytes: a share of what a dense cache of --length tokens takes,
 counting everything in the state, what a method notes beside keys and values too. A cache that keeps everything comes
-first, and --fixed are caches as they are, whatever their bytes.
+first, and --fixed are caches as they are, whatever their bytes; with --fixed alone no other caches are sized.
 
 --moment=stream lets a cache hold the stream from its first token on. --moment=prompt reads the context into a dense
 cache and compacts that when the question comes, as the papers of many methods and kvpress do; the question's and the
@@ -92,7 +92,8 @@ def define(values: flags.FlagValues) -> None:
 def body(values: flags.FlagValues) -> None:
     check_outputs(json=values.json, png=values.png)
     length, budgets, names = parse_length(values.length), parse_budgets(values.budget), task_names(values.tasks)
-    for spec in (*values.cache, *values.fixed):  # a wrong name is told before the work
+    specs = [] if values.fixed and values["cache"].using_default_value else values.cache
+    for spec in (*specs, *values.fixed):  # a wrong name is told before the work
         parse_preset(spec)
     beside = [row for name in values.beside for row in read_rows(name)]
     settings = {name: values[name].value for name in _SETTINGS} | {"length": length}
@@ -104,7 +105,7 @@ def body(values: flags.FlagValues) -> None:
         raise ValueError(f"--tasks={','.join(values.tasks)}: nothing is left; {next(iter(left_out.values()))}")
     scored = min(_SCORED, length // 4) if values.text else 0
     room = max([scored, *(encoded.room for examples in tasks.values() for encoded in examples)])
-    caches, refused = make_caches(model, values.cache, values.fixed, budgets, length, room, values.moment)
+    caches, refused = make_caches(model, specs, values.fixed, budgets, length, room, values.moment)
     board["left_out"] = {**left_out, **refused}
     text = read_text(values.text, tokenizer, 4 * (length + scored))[0] if values.text else []
     with StopSignals() as signals:

@@ -43,6 +43,24 @@ def test_room_for_answers_is_no_budget_for_contexts(model_folder, spec):
     assert kept[0] < kept[1] <= 8 * kept[0]  # 4 bits for 32, and scales
 
 
+@pytest.mark.parametrize(
+    ("arguments", "specs"),
+    [
+        (["--fixed=window:window=64"], []),
+        (["--fixed=window:window=64", "--cache=h2o"], ["h2o"]),
+        ([], leaderboard._CACHES),
+    ],
+)
+def test_caches_as_they_are_come_alone(command, model_folder, tmp_path, monkeypatch, arguments, specs):
+    def make_caches(model, given, fixed, *rest):
+        raise ValueError(f"{list(given)} and {list(fixed)}")
+
+    monkeypatch.setattr(leaderboard, "make_caches", make_caches)
+    rest = ("--tasks=passkey", "--length=1100", "--samples=1", "--text=", "--png=", f"--json={tmp_path}/new.json")
+    done = command(leaderboard, f"--model={model_folder}", *rest, *arguments)
+    assert f"{specs} and {['window:window=64'] if arguments else []}" in done.err
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_ends_as_one_that_was_not(command, model_folder, long_text, tmp_path, monkeypatch):
     whole = command(leaderboard, *RUN, f"--text={long_text}", f"--json={tmp_path}/a.json", f"--png={tmp_path}/a.png")
