@@ -1,6 +1,8 @@
 """Beside kvpress: the same weights, prompts and shares of tokens, each side in processes of its own.
 
     python -m benchmarks.caches.versus_kvpress --model=FOLDER --python=VENV/bin/python
+    python -m benchmarks.caches.versus_kvpress ... --parts programs   # compiles what `times` runs, on any machine
+    python -m benchmarks.caches.versus_kvpress ... --parts times      # then this is short, and wants a quiet one
 
 SmolLM2-135M-Instruct in float32 answers tasks of RULER. A context is read, then compacted to a share of its tokens,
 then the question is asked and answered greedily, and nothing more goes: kvpress's form; here `sj.compact` on a dense
@@ -37,6 +39,7 @@ import numpy as np
 import streamjax as sj
 from benchmarks.reporting import report
 from streamjax.checkpoints.plain_json import to_json
+from streamjax.commands.shell.runner import keep_compiled
 from streamjax.data.recall.chat_frames import chat_frame
 from streamjax.data.ruler import Turn, make_example, score
 from streamjax.evaluation.context_states import Encoded, compacted, wholly
@@ -66,6 +69,7 @@ METHODS: dict[str, Callable[[int, int], Built]] = {
     "random": lambda kept, room: sj.kv.Cascade(sj.kv.Scored(kept, sj.kv.RandomChoice(1), every=room)),
 }
 PARTS = ["choices", "scores", "times"]
+PROGRAMS = "programs"  # all that `times` compiles here, kept in a folder of --work
 SIDES = ("streamjax", "kvpress")
 GREEDY = sj.Sampler(temperature=0)
 
@@ -83,18 +87,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("out/versus_kvpress"), help="where what is done stands")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="of the table; what is done stays")
-    parser.add_argument("--side", choices=PARTS, help="for the script itself: one half of the work")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, PROGRAMS], help="what is done stays")
+    parser.add_argument("--side", choices=[*PARTS, PROGRAMS], help="for the script itself: one half of the work")
     arguments = parser.parse_args()
     request = taken_up(arguments, make_request(arguments))
     if arguments.side:
-        {"scores": our_scores, "choices": our_choices, "times": our_times}[arguments.side](arguments, request)
+        sides = {"scores": our_scores, "choices": our_choices, "times": our_times, PROGRAMS: our_programs}
+        with keep_compiled(str(arguments.work / "compiled"), seconds=0.1):
+            sides[arguments.side](arguments, request)
         return
     path = arguments.work / "request.json"
     for what in arguments.parts:
         ours = [sys.executable, "-m", "benchmarks.caches.versus_kvpress", *sys.argv[1:], f"--side={what}"]
         theirs = [arguments.python, str(SIDE), what, str(path), str(arguments.work / f"kvpress_{what}.json")]
-        for command in (ours, theirs):
+        for command in (ours, theirs)[: 1 if what == PROGRAMS else 2]:
             subprocess.run(command, check=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     give(arguments, request)
 
@@ -263,24 +269,33 @@ def agreement(ours: list[list[list[int]]], theirs: list[list[list[int]]]) -> flo
     return statistics.fmean(len(a & b) / len(b) for a, b in pairs)
 
 
+def our_programs(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
+    """Every method once, so that its programs are in the folder of compiled ones; no time is noted."""
+    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
+    for name in request["methods"]:
+        print(name, one_turn(model, tokenizer, request, name), file=sys.stderr, flush=True)
+
+
+def one_turn(model: sj.Decoder, tokenizer: Any, request: dict[str, Any], name: str) -> float:
+    """CPU seconds of a context that is read, compacted and answered about."""
+    cache, row = our_cache(request, name, request["ratios"][0]), request["examples"][0]
+    longest = request["longest"] + request["timed_tokens"]
+    began = time.process_time()
+    state = sj.read(model, sj.init_state(model, wholly(cache, longest, 512)), [row["context"]])
+    state = laid_out(model, tokenizer, state, cache, [row], longest)
+    _, said = sj.generate(model, state, [row["prompt"]], max_new_tokens=request["timed_tokens"], sampler=GREEDY)
+    jax.block_until_ready(said)
+    return time.process_time() - began
+
+
 def our_times(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
     path = arguments.work / "streamjax_times.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
-    row = request["examples"][0]
-    longest = request["longest"] + request["timed_tokens"]
     for name in request["methods"]:
         if name in done:
             continue
-        cache = our_cache(request, name, request["ratios"][0])
-        spent = []
-        for _ in range(request["repeats"] + 1):
-            began = time.process_time()
-            state = sj.read(model, sj.init_state(model, wholly(cache, longest, 512)), [row["context"]])
-            state = laid_out(model, tokenizer, state, cache, [row], longest)
-            _, said = sj.generate(model, state, [row["prompt"]], max_new_tokens=request["timed_tokens"], sampler=GREEDY)
-            jax.block_until_ready(said)
-            spent.append(time.process_time() - began)
+        spent = [one_turn(model, tokenizer, request, name) for _ in range(request["repeats"] + 1)]
         done[name] = statistics.median(spent[1:])
         path.write_text(json.dumps(done))
         print(name, done[name], file=sys.stderr, flush=True)

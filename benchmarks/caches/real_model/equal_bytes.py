@@ -12,7 +12,8 @@ behind 1,024 others. Rows are sorted by the mean, then by perplexity.
 
 `kvpress` beside a method is kvpress 0.5.5 on the same weights in float32, at one eighth of the tokens and on the same
 examples (`benchmarks.caches.versus_kvpress`), the mean over the tasks that both have done; `ours` is ours there.
-An interrupted run goes on from --work.
+An interrupted run goes on from --work. Rows that --work lacks stay in the table as --output has them: the examples and
+the settings are always the same.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, help="rows of kvpress")
     parser.add_argument("--work", type=Path, default=Path("out/equal_bytes.json"), help="where what is done stands")
     parser.add_argument("--no_run", action="store_true", help="only the table of what is done")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS / "caches" / "real_model" / "equal_bytes.json")
     arguments = parser.parse_args()
     if not arguments.no_run:
         caches = [f"--cache={name}" for name in arguments.cache or [*CACHES, with_filters(arguments)]]
@@ -58,9 +59,11 @@ def main() -> None:
     beside = json.loads(arguments.beside.read_text())["rows"] if arguments.beside else []
     theirs = {row["method"]: row for row in beside if row["budget"] == BUDGET}
     done = [row for row in board["rows"] if all(task in row["tasks"] for task in TASKS)]
-    rows = [line(row, theirs.get(row["method"].replace("_kv", "kv"))) for row in sorted(done, key=rank)]
-    report("caches/real_model/equal_bytes", rows, arguments.output or RESULTS / "caches" / "real_model" /
-           "equal_bytes.json", **({"torch": "2.13.0", "transformers": "5.2.0"} if theirs else {}))  # fmt: skip
+    rows = [line(row, theirs.get(row["method"].replace("_kv", "kv"))) for row in done]
+    kept = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    rows += [row for row in kept if row["cache"] not in {new["cache"] for new in rows}]
+    versions = {"torch": "2.13.0", "transformers": "5.2.0"} if theirs else {}
+    report("caches/real_model/equal_bytes", sorted(rows, key=rank), arguments.output, **versions)
 
 
 def settings(model: str, work: Path, tasks: Sequence[str]) -> list[str]:
@@ -82,8 +85,8 @@ def with_filters(arguments: argparse.Namespace) -> str:
 
 
 def rank(row: dict[str, Any]) -> tuple[bool, float, float]:
-    """The dense cache first, then the best."""
-    return row["method"] != "dense", -mean(row, TASKS), row.get("perplexity", 0.0)
+    """The dense cache first, then the best, as the table's cells have it."""
+    return row["cache"] != "dense", -float(row["mean"]), float(row["perplexity"].replace("-", "0"))
 
 
 def mean(row: dict[str, Any], tasks: tuple[str, ...]) -> float:
