@@ -7,6 +7,7 @@ after every `every` tokens, however it is cut. All heads share one list of slots
 With `pyramid=True` layers share the total as in PyramidKV, in `levels` sizes, as there.
 """
 
+from streamjax.field_checks import Count
 from streamjax.kv.budgets.ada_kv import OverHeads
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.budgets.pyramid import Pyramid
@@ -21,7 +22,7 @@ from streamjax.kv.tiers.window import Window
 @register(paper="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation, arXiv 2407.11550")
 def ada_kv(
     window: int = 32, size: int = 928, kernel: int = 5, floor: float = 0.2, every: int = 64, pyramid: bool = False,
-    levels: int = 3,
+    levels: Count = 3,
 ) -> Cascade | Budgeted:  # fmt: skip
     """Keep the newest `window` tokens, and of all heads together the best others, `size` on the mean."""
     score = SnapKV(window, kernel)

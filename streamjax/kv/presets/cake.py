@@ -12,6 +12,7 @@ layers that are alike in size share it and their compiled programs, and so do pr
 
 from pathlib import Path
 
+from streamjax.field_checks import Count
 from streamjax.kv.budgets.budgeted import Budgeted, few_sizes
 from streamjax.kv.budgets.cake import Preferences
 from streamjax.kv.budgets.calibration import Calibration
@@ -25,7 +26,7 @@ from streamjax.kv.tiers.window import Window
 @register(paper="CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences, arXiv 2503.12491")
 def cake(
     calibration: str | Path = "", window: int = 32, size: int = 928, kernel: int = 5, tau1: float = 1.0,
-    tau2: float = 1.0, every: int = 64, levels: int = 4,
+    tau2: float = 1.0, every: int = 64, levels: Count = 4,
 ) -> Budgeted:  # fmt: skip
     """As `snapkv`, with `size` others on the mean over layers, by the entropy and the variance of their attention."""
     kept = Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every))

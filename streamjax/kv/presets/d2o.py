@@ -12,6 +12,7 @@ are compared and averaged rotated, as in the published code, and stand at the ke
 
 from pathlib import Path
 
+from streamjax.field_checks import Count
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.budgets.d2o import Density
@@ -29,7 +30,7 @@ from streamjax.kv.tiers.window import Window
 )
 def d2o(
     window: int = 512, size: int = 448, momentum: float = 0.7, every: int = 64, calibration: str | Path = "",
-    levels: int = 4,
+    levels: Count = 4,
 ) -> Cascade | Budgeted:  # fmt: skip
     """Keep the newest `window` tokens and `size` heavy hitters in each head, which take in what is like them."""
     kept = Cascade(Window(window), Scored(size, H2O(), every=every, merge=NearestAbove(momentum=momentum)))

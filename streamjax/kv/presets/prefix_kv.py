@@ -10,6 +10,7 @@ mean, so that layers and prompts share compiled programs; with `levels=0` each l
 
 from pathlib import Path
 
+from streamjax.field_checks import Count
 from streamjax.kv.budgets.budgeted import Budgeted, few_sizes
 from streamjax.kv.budgets.calibration import Calibration
 from streamjax.kv.budgets.prefix_kv import Prefixes
@@ -27,7 +28,7 @@ from streamjax.kv.tiers.window import Window
 )
 def prefix_kv(
     calibration: str | Path = "", sinks: int = 4, window: int = 32, size: int = 924, every: int = 64,
-    levels: int = 4,
+    levels: Count = 4,
 ) -> Budgeted:  # fmt: skip
     """Keep sinks, the newest tokens and heavy hitters: as many in each layer as hold the same share of attention."""
     kept = Scored(size, H2O(), per_head=False, every=every)

@@ -8,6 +8,7 @@ all: layers of one size share their compiled programs, and 30 layers of 30 sizes
 `levels=0` is the published line.
 """
 
+from streamjax.field_checks import Count
 from streamjax.kv.budgets.budgeted import Budgeted
 from streamjax.kv.budgets.pyramid import Pyramid
 from streamjax.kv.cascade import Cascade
@@ -19,7 +20,7 @@ from streamjax.kv.tiers.window import Window
 
 @register(paper="PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling, arXiv 2406.02069")
 def pyramid_kv(
-    window: int = 32, size: int = 928, kernel: int = 5, beta: float = 20.0, every: int = 64, levels: int = 3
+    window: int = 32, size: int = 928, kernel: int = 5, beta: float = 20.0, every: int = 64, levels: Count = 3
 ) -> Budgeted:
     """As `snapkv`, with `size` others on the mean over layers: twice as many in the first, few in the last."""
     kept = Cascade(Window(window), Scored(size, SnapKV(window, kernel), every=every))
