@@ -1,6 +1,7 @@
 """The floor of a prefill of SmolLM2-135M on CPUs: its matrix products alone, in XLA and in torch.
 
-    python -m benchmarks.kernels.prefill_products    # some 2 minutes on 2 quiet cores
+    python -m benchmarks.kernels.prefill_products                  # some 2 minutes on 2 quiet cores
+    python -m benchmarks.kernels.prefill_products --dtypes int8    # joined to the rows that the results have of others
 
 A prefill of 1,024 tokens multiplies by four matrices in each of 30 layers, 217 GFLOP, and by causal attention's logits
 and probabilities, 36 GFLOP where no masked pair is computed. Here each runtime does these products and nothing else:
@@ -12,6 +13,10 @@ its threads wait for each other by running on. `products, CPU s` are what the pr
 `prefill, CPU s` all of one (`benchmarks.models.vs_transformers`), `left` what the prefill takes beside them. `most` is
 transformers' whole prefill over this side's products: how many times as fast this side could be if nothing but products
 took time. `left for 1.3` is what a prefill that takes transformers' CPU seconds over 1.3 may take beside its products.
+
+There is no prefill in int8: the row says what its products would take, of int8 times int8 in int32, which XLA hands to
+YNNPACK. They are slower than those of bfloat16 on a CPU that has instructions for both (avx512_vnni, avx512_bf16), so
+activations rounded to 8 bits would gain nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import numpy as np
 from benchmarks.reporting import RESULTS, in_turn, report
 
 MODULE = "benchmarks.kernels.prefill_products"
-SIDES, DTYPES = ("transformers", "streamjax"), ("float32", "bfloat16")
+SIDES, DTYPES = ("transformers", "streamjax"), ("float32", "bfloat16", "int8")
 TOKENS, CHUNK, LAYERS = 1024, 512, 30
 MATRICES = ((576, 960), (576, 576), (576, 3072), (1536, 576))  # qkv, out, gate and up, down
 KEY_HEADS, QUERIES, WIDTH = 3, 3 * CHUNK, 64
@@ -50,12 +55,15 @@ def xla_product(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any], int
 
     @program(static_argnames="equation")
     def multiply(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        if dtype == "int8":
+            return jnp.einsum(equation, x, w, preferred_element_type=jnp.int32)
         return product(equation, x, w)
 
     def run(x: jax.Array, w: jax.Array) -> None:
         multiply("tn,nm->tm" if x.ndim == 2 else "btn,bnm->btm", x, w).block_until_ready()
 
-    return run, lambda x: jnp.asarray(x, dtype), CHUNK
+    scale = 32 if dtype == "int8" else 1
+    return run, lambda x: jnp.asarray(scale * x, dtype), CHUNK
 
 
 def torch_product(dtype: str) -> tuple[Callable[..., Any], Callable[..., Any], int]:
@@ -101,16 +109,26 @@ def measure(side: str, dtype: str, turns: int) -> dict[str, float]:
     return {"layers": layers, "attention": attention}
 
 
+def joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and those of other dtypes that the results have, in the order of `DTYPES`."""
+    path = RESULTS / "kernels/prefill_products.json"
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = {(row["dtype"], row["side"]): row for row in [*old, *rows]}
+    return [found[key] for key in itertools.product(DTYPES, SIDES) if key in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side; the median counts")
     parser.add_argument("--turns", type=int, default=5, help="turns of a process, behind one that warms up")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments.turns)))
         return
-    cases = {(dtype, side): (side, dtype) for dtype, side in itertools.product(DTYPES, SIDES)}
+    sides = itertools.product(arguments.dtypes, SIDES)
+    cases = {(dtype, side): (side, dtype) for dtype, side in sides if (dtype, side) != ("int8", SIDES[0])}
     found = in_turn(MODULE, arguments.rounds, cases, "--turns", arguments.turns)
     whole = {
         (row["dtype"], row["side"]): row["CPU seconds"]
@@ -120,22 +138,25 @@ def main() -> None:
     rows = []
     for (dtype, side), runs in found.items():
         layers, attention = (statistics.median(run[key] for run in runs) for key in ("layers", "attention"))
-        both, theirs = layers + attention, whole[dtype, SIDES[0]]
-        rows.append(
-            {
-                "dtype": dtype,
-                "side": side,
-                "GFLOP/s, matrices": LAYER_FLOP / layers / 1e9,
-                "GFLOP/s, attention": ATTENTION_FLOP / attention / 1e9,
-                "products, CPU s": both,
+        both = layers + attention
+        row = {
+            "dtype": dtype,
+            "side": side,
+            "GFLOP/s, matrices": LAYER_FLOP / layers / 1e9,
+            "GFLOP/s, attention": ATTENTION_FLOP / attention / 1e9,
+            "products, CPU s": both,
+        }
+        if dtype != "int8":
+            theirs = whole[dtype, SIDES[0]]
+            row |= {
                 "prefill, CPU s": whole[dtype, side],
                 "left": whole[dtype, side] - both,
                 "most": theirs / both,
                 "left for 1.3": theirs / ASKED - both,
             }
-        )
+        rows.append(row)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    report("kernels/prefill_products", rows, rounds=arguments.rounds, turns=arguments.turns, **versions)
+    report("kernels/prefill_products", joined(rows), rounds=arguments.rounds, turns=arguments.turns, **versions)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@ bfloat16 and in the system's page cache. `peak` is the largest resident memory o
 that is above what `import streamjax` alone takes, which imports nothing else (or torch and `transformers`), and `over
 weights` what of that is not the weights in their dtype: with streamjax, JAX and all that loading imports. `seconds`
 begin when everything is imported and end when every weight has been read once.
+
+`transformers` maps the file, so bfloat16 weights are the system's pages and are not copied. streamjax reads them into
+memory of its own, lays matrices input-major and checks the folder's checksums, where it has any. `system` is the part
+of the CPU seconds that the kernel takes, above all to find and clear pages. On a virtual machine that gives free memory
+back to its host it is most of it, and two to three times as much with the huge pages that NumPy asks for as without:
+`NUMPY_MADVISE_HUGEPAGE=0` in the environment takes them away.
 """
 
 from __future__ import annotations
@@ -81,12 +87,13 @@ def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
     before = resident("VmRSS")
     run = (our_load if side == "streamjax" else torch_load)(folder, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    start, cpu, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
+    start, cpu, system, load = time.perf_counter(), time.process_time(), os.times().system, os.getloadavg()[0]
     weights = run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {
         "seconds": seconds,
         "cpu": cpu,
+        "system": os.times().system - system,
         "before": before,
         "peak": resident("VmHWM"),
         "weights": weights,
@@ -107,6 +114,7 @@ def row(model: str, dtype: str, side: str, runs: list[dict[str, float]]) -> dict
         "side": side,
         "seconds": median("seconds"),
         "CPU seconds": median("cpu"),
+        "system": median("system"),
         "weights MB": round(median("weights") / 1e6),
         "peak MB": round(median("peak") / 1e6),
         "over import MB": round(over / 1e6),
