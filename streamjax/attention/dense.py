@@ -16,7 +16,7 @@ def attend(
     q: Float[Array, "B C H D"],
     k: Float[Array, "B K S D"],
     v: Float[Array, "B K S D"],
-    visible: Bool[Array, "#B #K #C S"] | Bool[Array, "#B #K #G #C S"],
+    visible: Bool[Array, "#B #K #C S"] | Bool[Array, "#B #K #G #C S"] | Bool[Array, "#B #K #G #C #N #M"],
     *,
     scale: float,
     softcap: float | None = None,
@@ -27,22 +27,41 @@ def attend(
 
     Args:
       q, k, v: already rotated, any float dtype; dot products accumulate in float32.
-      visible: which keys count, for each row, key head and query, broadcast where a size is 1; or for each query head.
+      visible: which keys count, for each row, key head and query, broadcast where a size is 1; or for each query head;
+        or for each query head and N runs of M keys, where all of a run often share what is said of them.
       scale: factor on the logits.
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), before masking.
       slopes, distance: ALiBi (2108.12409): `-slope * distance` is added to the scaled logits of each head.
     """
+    return attend_weighted(q, k, v, visible, scale=scale, softcap=softcap, slopes=slopes, distance=distance)[0]
+
+
+def attend_weighted(
+    q: Float[Array, "B C H D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    visible: Bool[Array, "#B #K #C S"] | Bool[Array, "#B #K #G #C S"] | Bool[Array, "#B #K #G #C #N #M"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    distance: Float[Array, "#B #K #C S"] | None = None,
+) -> tuple[Partial, Float[Array, "B K G C S"], Float[Array, "B K G C 1"]]:
+    """`attend`, the exponentials that it summed, and the logit of each query above which they are."""
     dtype = accumulator(q.dtype)
     logits = _logits(q, k, visible, scale, softcap, slopes, distance)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    keys = tuple(range(4, logits.ndim))
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=keys, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.sum(weights, axis=keys, keepdims=True)
+    weights, top, total = (x.reshape(*x.shape[:4], -1) for x in (weights, top, total))
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
     out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=dtype) / divisor
     lse = jnp.where(some, top + jnp.log(divisor), -jnp.inf)[..., 0]
-    return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))
+    part = Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))
+    return part, weights, top
 
 
 def attention_shares(
@@ -65,9 +84,22 @@ def attention_shares(
     return jnp.exp(logits - jnp.where(jnp.isneginf(whole), 0.0, whole))
 
 
-def summed_over_queries(shares: Float[Array, "B K G C S"]) -> Float[Array, "B H S"]:
-    """How much attention each key gets from each query head."""
-    return rearrange(jnp.sum(shares, axis=3), "b k g s -> b (k g) s")
+def summed_over_queries(
+    shares: Float[Array, "B K G C S"], factor: Float[Array, "B K G C"] | None = None
+) -> Float[Array, "B H S"]:
+    """How much attention each key gets from each query head; each query's share times its `factor`."""
+
+    def by_product(shares: Array, factor: Array) -> Array:
+        """The CPU compiler's sum over an axis in the middle takes 40 times as long."""
+        return jnp.einsum("bkgcs,bkgc->bkgs", shares, factor, precision="highest")
+
+    def by_sum(shares: Array, factor: Array) -> Array:
+        return jnp.sum(shares * factor[..., None], axis=3)
+
+    if factor is None:
+        factor = jnp.ones(shares.shape[:4], shares.dtype)
+    found = jax.lax.platform_dependent(shares, factor, cpu=by_product, default=by_sum)
+    return rearrange(found, "b k g s -> b (k g) s")
 
 
 def _logits(
@@ -78,8 +110,8 @@ def _logits(
     softcap: float | None,
     slopes: Array | None,
     distance: Array | None,
-) -> Float[Array, "B K G C S"]:
-    """Every logit; -inf where a key does not count."""
+) -> Float[Array, "B K G C *S"]:
+    """Every logit; -inf where a key does not count. Keys lie in runs where `visible` says so."""
     dtype = accumulator(q.dtype)
     grouped = rearrange(q, "b c (k g) d -> b k g c d", k=k.shape[1])
     if grouped.shape[2] * grouped.shape[3] <= FEW_QUERIES:
@@ -88,10 +120,15 @@ def _logits(
         logits = jnp.einsum("bksd,bknd->bksn", k, few, preferred_element_type=dtype)
         logits = rearrange(logits, "b k s (g c) -> b k g c s", g=grouped.shape[2]) * scale
     else:
-        logits = jnp.einsum("bkgcd,bksd->bkgcs", grouped, k, preferred_element_type=dtype) * scale
+        # One axis of rows: with two the CPU compiler lays keys down transposed before the product.
+        rows = rearrange(grouped, "b k g c d -> b k (g c) d")
+        logits = jnp.einsum("bknd,bksd->bkns", rows, k, preferred_element_type=dtype) * scale
+        logits = rearrange(logits, "b k (g c) s -> b k g c s", g=grouped.shape[2])
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if slopes is not None:
         assert distance is not None, "ALiBi needs distances"
         logits -= rearrange(slopes, "(k g) -> k g 1 1", k=k.shape[1]) * distance[:, :, None]
-    return jnp.where(visible if visible.ndim == 5 else visible[:, :, None], logits, -jnp.inf)
+    if visible.ndim == 6:
+        logits = logits.reshape(*logits.shape[:4], -1, visible.shape[5])
+    return jnp.where(visible if visible.ndim > 4 else visible[:, :, None], logits, -jnp.inf)

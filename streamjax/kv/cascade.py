@@ -16,8 +16,9 @@ from streamjax.kv.cache import Cache, least
 from streamjax.kv.channels.lent import Lent
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.eviction_blocks import read_in_blocks
+from streamjax.kv.noted_attention import QUERIES, attend_and_note
 from streamjax.kv.noting import Noting
-from streamjax.kv.query import QUERY_BLOCK, KVSpec, KVTokens, Query, State
+from streamjax.kv.query import QUERY_BLOCK, KVSpec, KVTokens, Query, State, Stored
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.scored import Scored
@@ -197,6 +198,28 @@ class Cascade(Cache):
         parts.append(query.attend_own(rest, self.reach))
         return add_sink_logits(merge(*parts), query.sink_logits)
 
+    def _notes_while_reading(self, query: Query) -> int | None:
+        """Which window notes attention from the logits by which a chunk attends; None where they are computed again."""
+        many = query.q.shape[1] > QUERIES and not query.differentiable and query.tree is None
+        found = [i for i, tier in enumerate(self.tiers) if isinstance(tier, Window) and tier.noting is not None]
+        if not many or len(found) != 1 or not isinstance(self.tiers[-1], Pages):
+            return None
+        window = self.tiers[found[0]]
+        assert isinstance(window, Window)
+        return found[0] if type(window.noting) is Noting and window.codec is None else None
+
+    def _read_and_note(
+        self, joint: int, state: list[State], query: Query, rest: KVTokens
+    ) -> tuple[State, KVTokens, Partial]:
+        """The window's state and the chunk's tokens with what was noted of the chunk's attention, and all of that."""
+        tiers = [(tier, part) for i, (tier, part) in enumerate(zip(self.tiers, state, strict=True)) if i != joint]
+        others = merge(query.nothing(), *(tier.attend(part, query, self.reach) for tier, part in tiers))
+        window = state[joint]
+        stored = Stored(window.k, window.v, window.position, window.valid)
+        others = add_sink_logits(others, query.sink_logits)
+        whole, more, own = attend_and_note(query, stored, rest, others, self.reach, window.filled)
+        return dataclasses.replace(window, score=window.score + more), dataclasses.replace(rest, score=own), whole
+
     def _update(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens, own: bool = True
     ) -> tuple[Partial, Bool[Array, "B #K C"], tuple[State, ...]]:
@@ -212,15 +235,22 @@ class Cascade(Cache):
                 falling = tier.insert(part, falling)[1]
             written = last.store(new[-1], falling)
             new[-1] = last.with_written(new[-1], written)
-        whole, left = self._whole(new, query, rest, own), rest.valid
-        noted: list[Array] = []
         noting = next(filter(None, (tier.wants_noted for tier in self.tiers)), None)
-        if noting is not None and not noting.of_tokens:
+        joint, left = self._notes_while_reading(query), rest.valid
+        if joint is None:
+            whole = self._whole(new, query, rest, own)
+        else:
+            observed, rest, whole = self._read_and_note(joint, new, query, rest)
+        noted: list[Array] = []
+        if joint is None and noting is not None and not noting.of_tokens:
             score = noting.noted(None, query, rest.k, rest.position, rest.valid, whole.lse, self.reach)
             rest = dataclasses.replace(rest, score=score)
         if noting is not None or query.block is not None:
             before = new
-            new = [tier.observe(part, query, whole.lse, self.reach) for tier, part in zip(self.tiers, new, strict=True)]
+            new = [
+                observed if i == joint else tier.observe(part, query, whole.lse, self.reach)
+                for i, (tier, part) in enumerate(zip(self.tiers, new, strict=True))
+            ]
             pairs = zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True)
             noted = [b for a, b in pairs if a is not b and jnp.issubdtype(b.dtype, jnp.floating)]
         if not query.answered or noting is not None or query.block is not None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
-from streamjax.attention.dense import attend, attention_shares, summed_over_queries
+from streamjax.attention.dense import attend_weighted, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
 from streamjax.attention.token_tree import TokenTree
 from streamjax.kv.codecs.slots import CodedSlots, Slots, attend_coded, mass_coded, turned
@@ -319,10 +319,16 @@ class Query:
         return again(self, k, v, position, valid, reach)
 
     def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
+        return self.attend_weighted(k, v, position, valid, reach)[0]
+
+    def attend_weighted(
+        self, k: Array, v: Array, position: Array, valid: Array, reach: int | None
+    ) -> tuple[Partial, Float[Array, "B K G C S"], Float[Array, "B K G C 1"]]:
+        """`attend` to all keys at once, the exponentials that it summed, and the logits above which they are."""
         v = v if v.shape[-1] else k
         visible, distance = self.visible_keys(position, valid, reach)
         visible = self._by_query_head(visible, k)
-        return attend(self.q, k, v, visible, distance=distance, **self._logit_options())
+        return attend_weighted(self.q, k, v, visible, distance=distance, **self._logit_options())
 
     def _by_query_head(self, visible: Array, k: Array) -> Array:
         """What each query head sees of one list of keys, of which some are each key head's; `visible` otherwise."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -31,7 +33,9 @@ def landmark_shares(
         return jnp.where(open_[:, :, None, None], found, -jnp.inf)
 
     def shares(found: Float[Array, "B K G C w"], whole: Float[Array, "B K G C 1"]) -> Float[Array, "B K C w"]:
-        return jnp.max(jnp.where(jnp.isfinite(whole), found - whole, -jnp.inf), axis=2)
+        # Head by head: a reduction over so few takes the CPU compiler longer than the product that made them.
+        heads = (jnp.where(jnp.isfinite(whole), found - whole, -jnp.inf)[:, :, g] for g in range(found.shape[2]))
+        return reduce(jnp.maximum, heads)
 
     pages = landmarks.shape[2]
     if q.shape[3] == 1 or pages <= BLOCK:
@@ -41,16 +45,13 @@ def landmark_shares(
     def start(turn: Int32[Array, ""]) -> Int32[Array, ""]:
         return jnp.minimum(turn * BLOCK, pages - BLOCK)  # the last ones are moved back to fit
 
-    def add(turn: Int32[Array, ""], whole: Float[Array, "B K G C 1"]) -> Float[Array, "B K G C 1"]:
+    def add(turn: Int32[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        every, whole = carry
+        some = logits(start(turn), BLOCK)
         fresh = start(turn) + jnp.arange(BLOCK, dtype=jnp.int32) >= turn * BLOCK
-        found = jnp.where(fresh, logits(start(turn), BLOCK), -jnp.inf)
-        return jnp.logaddexp(whole, jax.nn.logsumexp(found, axis=-1, keepdims=True))
+        more = jax.nn.logsumexp(jnp.where(fresh, some, -jnp.inf), axis=-1, keepdims=True)
+        return jax.lax.dynamic_update_slice_in_dim(every, some, start(turn), 4), jnp.logaddexp(whole, more)
 
-    def put(turn: Int32[Array, ""], found: Float[Array, "B K C P"]) -> Float[Array, "B K C P"]:
-        some = shares(logits(start(turn), BLOCK), whole)
-        return jax.lax.dynamic_update_slice_in_dim(found, some, start(turn), 3)
-
-    turns = (held + BLOCK - 1) // BLOCK
-    whole = jax.lax.fori_loop(0, turns, add, jnp.full((*q.shape[:4], 1), -jnp.inf, jnp.float32))
-    nothing = jnp.full((*landmarks.shape[:2], q.shape[3], pages), -jnp.inf, jnp.float32)
-    return jax.lax.fori_loop(0, turns, put, nothing)
+    nothing = jnp.full((*q.shape[:4], pages), -jnp.inf, jnp.float32)
+    every, whole = jax.lax.fori_loop(0, (held + BLOCK - 1) // BLOCK, add, (nothing, nothing[..., :1]))
+    return shares(every, whole)

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.partial import Partial, merge
+from streamjax.attention.block_cutting import cut_blocks
 from streamjax.attention.rotary import Rotary
 from streamjax.field_checks import LATER, Count, Fraction, Size
 from streamjax.kv.channels.bases import BasisSlots, WholeSlots
@@ -19,10 +20,13 @@ from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.codecs.slots import at_slots, over_blocks
 from streamjax.kv.pages.host_memory import in_host_memory
 from streamjax.kv.pages.kth_largest import kth_largest
+from streamjax.kv.pages.union_reading import attend_units
 from streamjax.kv.query import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
 from streamjax.kv.slots.ring_buffer import put_tokens
 from streamjax.kv.tiers.full import LinearState, append
 from streamjax.kv.tiers.pages import Placement
+
+CHOOSING = 64  # queries of a chunk that choose at a time
 
 
 @jax.tree_util.register_dataclass
@@ -143,23 +147,19 @@ class Shadow(LowRank):
         position, valid = at_slots(slots.position, places), there[:, None]
         whole = query.attend(keys if rotary is None else rotary.moved(keys, position), v.tail, position, valid)
         coded = (slots.filled - k.count) // self.page  # pages that no longer wait
-        chosen = self._choose(state, query, coded)
         parts = [whole, self._read_outliers(state, query, coded)]
         if query.q.shape[1] == 1:
-            parts.append(self._read_chosen(state, query, chosen[:, :, 0]))
+            parts.append(self._read_chosen(state, query, self._choose(state, query, coded)[:, :, 0]))
         else:
-            parts.append(self._read_all(state, query, chosen))
+            parts.append(self._read_all(state, query, self._chosen(state, query, coded)))
         return merge(*parts)
 
     def _choose(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Float[Array, "B K C P"]:
         """How much each query and key head wants each page; -inf where it does not read it, as it does `top_k`."""
-        heads, pages = state.landmarks.shape[1:3]
+        heads = state.landmarks.shape[1]
         q = rearrange(query.q, "b c (k g) d -> b k g c d", k=heads)
-        number = jnp.arange(pages, dtype=jnp.int32)
-        held = (state.outliers.page[..., None] == number) & jnp.isfinite(state.outliers.likeness)[..., None]
-        free = (number < coded[:, None])[:, None] & ~held.any(axis=2)
-        wants = landmark_shares(q, state.landmarks, free, query.scale, jnp.max(coded))
-        if self.top_k >= pages:
+        wants = landmark_shares(q, state.landmarks, self._free(state, coded), query.scale, jnp.max(coded))
+        if self.top_k >= wants.shape[3]:
             return wants
         least = jax.lax.cond(
             jnp.max(coded) > self.top_k,
@@ -168,6 +168,30 @@ class Shadow(LowRank):
             wants,
         )
         return jnp.where(wants >= least, wants, -jnp.inf)
+
+    def _free(self, state: ShadowState, coded: Int32[Array, " B"]) -> Bool[Array, "B K P"]:
+        """The pages among which heads choose: those that no longer wait, and are not held whole."""
+        number = jnp.arange(state.landmarks.shape[2], dtype=jnp.int32)
+        held = (state.outliers.page[..., None] == number) & jnp.isfinite(state.outliers.likeness)[..., None]
+        return (number < coded[:, None])[:, None] & ~held.any(axis=2)
+
+    def _chosen(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Bool[Array, "B K C P"]:
+        """Which pages each query and key head of a chunk reads; nothing is scored while that is all of them."""
+        width = query.q.shape[1]
+
+        def every() -> Array:
+            free = self._free(state, coded)
+            return jnp.broadcast_to(free[:, :, None], (*free.shape[:2], width, free.shape[2]))
+
+        def best() -> Array:
+            fixed, q = jax.lax.stop_gradient((state, cut_blocks(query.q, min(CHOOSING, width))))
+            wants = jax.lax.map(lambda q: self._choose(fixed, dataclasses.replace(query, q=q), coded) > -jnp.inf, q)
+            return rearrange(wants, "n b k c p -> b k (n c) p")[:, :, :width]
+
+        if self.top_k >= state.landmarks.shape[2]:
+            return every()
+        chosen: Array = jax.lax.cond(jnp.max(coded) > self.top_k, best, every)
+        return chosen
 
     def _read_outliers(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Partial:
         outliers, slots = state.outliers, state.slots
@@ -204,16 +228,21 @@ class Shadow(LowRank):
         v = _values(slots.v, page.astype(jnp.int32), token)
         return query.attend(k, v, position, jnp.repeat(best > -jnp.inf, self.page, axis=2))
 
-    def _read_all(self, state: ShadowState, query: Query, wants: Float[Array, "B K C P"]) -> Partial:
+    def _read_all(self, state: ShadowState, query: Query, mine: Bool[Array, "B K C P"]) -> Partial:
         """Attention of a chunk's queries: keys are rebuilt once, and a mask says who reads what."""
-        slots = state.slots
-        mine, pages = wants > -jnp.inf, self.group // self.page  # of a unit of slots, which is a group
+        slots, pages = state.slots, self.group // self.page  # pages of a unit of slots, which is a group
 
         def block(part: Partial, start: Array, units: int, fresh: Bool[Array, " m"]) -> Partial:
             k, v = (x.part(start, units, 0) for x in (slots.k, slots.v))
             position = slots.k.side(slots.position, start, units, 0)
-            valid = jnp.repeat(jax.lax.dynamic_slice_in_dim(mine, start * pages, units * pages, 3), self.page, axis=3)
+            reads = jax.lax.dynamic_slice_in_dim(mine, start * pages, units * pages, 3)
             k = k if query.rotary is None else query.rotary.moved(k, position)
+            if query.slopes is None and query.back is None:  # what lies here comes before all queries
+                fresh = fresh.reshape(1, 1, -1, self.page)
+                return merge(
+                    part, attend_units(query, k, v, reads, jnp.broadcast_to(fresh, (len(k), *fresh.shape[1:])))
+                )
+            valid = jnp.repeat(reads, self.page, axis=3)
             return merge(part, query.attend(k, v, position, valid & fresh))
 
         return over_blocks(slots.k, block, query.nothing(), jnp.max(slots.filled), SLOT_BLOCK)

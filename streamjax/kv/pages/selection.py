@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.codecs.slots import CodedSlots, Slots, at_slots
+from streamjax.kv.pages.choice import among_best
 from streamjax.kv.pages.host_memory import in_host_memory, take_pages
 from streamjax.kv.pages.indexes import Index, Summary
 from streamjax.kv.pages.over_devices import shared_scores
@@ -51,22 +52,6 @@ def pooled(scores: Array, asks: Bool[Array, "..."], axis: int, pool: Pool) -> Ar
     return jnp.sum(jnp.where(asks, scores, 0), axis=axis) / jnp.maximum(jnp.sum(asks, axis=axis), 1)
 
 
-class Choice(NamedTuple):
-    """The best of P pages for each of n blocks of queries: those above `least`, or as good and no later than `last`.
-
-    Of equal scores the first come first, as `jax.lax.top_k` takes them. A page of score -inf is none.
-    """
-
-    scores: Float[Array, "B #K n P"]
-    least: Float[Array, "B #K n 1"]
-    last: Int32[Array, "B #K n 1"]
-
-    def has(self, page: Int32[Array, "*#n N"], scores: Float[Array, "B #K n N"]) -> Bool[Array, "B #K n N"]:
-        """Whether these pages, whose scores are given, are among the best."""
-        best = (scores > self.least) | ((scores == self.least) & (page <= self.last))
-        return best & (scores > -jnp.inf)
-
-
 @dataclasses.dataclass(frozen=True)
 class Coarse:
     """A choice in two levels: pages compete only in the `top_k` best runs of `pages` neighbours (MPCache, 2501.06807).
@@ -82,12 +67,11 @@ class Coarse:
         check_fields(self)
 
 
-def choose_pages(
+def scores_of_pages(
     pages: PageTokens,
     summary: Summary,
     query: Query,
     index: Index,
-    top_k: int,
     *,
     block: int = 1,
     pool: Pool = "max",
@@ -96,15 +80,14 @@ def choose_pages(
     held: Int32[Array, " B"] | None = None,
     coarse: Coarse | None = None,
     over_devices: bool = False,
-) -> tuple[Int32[Array, "B K n top_k"], Choice]:
-    """The pages that each block of queries reads, best first, for each key head; and the same as a rule.
+) -> Float[Array, "B #K n P"]:
+    """How much each block of queries wants each page, for each key head; -inf where a page cannot be read.
 
     Args:
       pages: the tokens; pages without any come last.
       summary: what `index` keeps of each page.
       query: queries of a chunk.
       index: scores the pages.
-      top_k: pages that are read.
       block: that many queries choose together, n blocks in all.
       pool: how several queries or heads agree, see `pooled`.
       shared: one choice for all key heads.
@@ -114,7 +97,6 @@ def choose_pages(
       over_devices: the slots lie over the mesh axis `context`, each of whose devices scores its share of the pages.
     """
     heads, total = pages.k.shape[1], pages.position.shape[2]
-    by_turns = total > SCORED and query.q.shape[1] > 1 and not query.differentiable
     if over_devices and query.slopes is None and not (shared or index.reads_keys):
 
         def score(summary: Summary, some: Array, mine: Query) -> Array:
@@ -123,7 +105,7 @@ def choose_pages(
             return _scores(own_heads, summary, nowhere, some[..., None], mine, index, block, pool, shared)
 
         scores = shared_scores(score, summary, pages.valid.any(axis=3), query)
-    elif held is None or not by_turns:
+    elif held is None or not scored_by_turns(total, query):
         scores = _scores(heads, summary, pages.position, pages.valid, query, index, block, pool, shared)
     else:
 
@@ -148,20 +130,12 @@ def choose_pages(
         )
     if always is not None:
         scores = jnp.where(always[:, None, None], jnp.inf, scores)
+    return scores
 
-    def ranked(scores: Array, first: int = total) -> tuple[Array, Array]:
-        best, chosen = jax.lax.top_k(scores[..., :first], top_k)
-        return best, chosen.astype(jnp.int32)
 
-    if held is not None and by_turns:  # ranking a long list takes longer than scoring a short one
-        sizes = [size for size in (SCORED // 2, SCORED, 4 * SCORED) if top_k < size < total]
-        enough = sum(most > size for size in sizes)
-        ways = [partial(ranked, first=size) for size in (*sizes, total)]
-        best, chosen = jax.lax.switch(jnp.asarray(enough, jnp.int32), ways, scores)
-    else:
-        best, chosen = ranked(scores)
-    rule = Choice(scores, best[..., -1:], chosen[..., -1:])
-    return jnp.broadcast_to(chosen, (chosen.shape[0], heads, *chosen.shape[2:])), rule
+def scored_by_turns(pages: int, query: Query) -> bool:
+    """Whether so many pages are scored some at a time, and those without tokens not at all."""
+    return pages > SCORED and query.q.shape[1] > 1 and not query.differentiable
 
 
 def _in_good_runs(
@@ -184,9 +158,7 @@ def _in_good_runs(
     runs = index.joined(jax.tree.map(padded, summary), padded(pages.valid.any(axis=3)), size)
     position, valid = (rearrange(padded(x), "b k (p n) s -> b k p (n s)", n=size) for x in pages[2:])
     scores = _scores(heads, runs, position, valid, query, index, block, pool, shared)
-    best, run = jax.lax.top_k(scores, min(coarse.top_k, scores.shape[3]))
-    rule = Choice(scores, best[..., -1:], run[..., -1:].astype(jnp.int32))
-    good = rule.has(jnp.arange(scores.shape[3], dtype=jnp.int32), scores)
+    good = among_best(scores, min(coarse.top_k, scores.shape[3]))
     return jnp.repeat(good, size, axis=3)[..., :total]
 
 
@@ -213,7 +185,10 @@ def _scores(
         scores -= slopes * near[:, :, None].astype(scores.dtype)
     if shared:
         scores = rearrange(scores, "b k g c p -> b 1 (k g) c p")
-    scores = pooled(scores, jnp.ones((1, 1, 1, 1, 1), bool), 2, pool)
+    # Head by head: a reduction over so few takes the CPU compiler longer than the product that made them.
+    scores = reduce(jnp.maximum if pool == "max" else jnp.add, (scores[:, :, i] for i in range(scores.shape[2])))
+    if pool == "mean":
+        scores = scores / (query.q.shape[2] if shared else query.q.shape[2] // heads)
     asks = jnp.ones((1, width), bool) if query.valid is None else query.valid  # padding must not choose for others
     short = -width % block
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, short), (0, 0)))

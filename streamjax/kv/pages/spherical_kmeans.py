@@ -32,12 +32,12 @@ def nearest_centroids(keys: Float[Array, "B K S D"], count: int, iterations: int
         """The sum of the tokens of each centroid, and the centroid of each token."""
 
         def block(sums: Array, some: Array) -> tuple[Array, Array]:
-            nearest = jnp.argmax(jnp.einsum("bksd,bknd->bksn", some, centroids, precision="highest"), axis=-1)
-            mine = jax.nn.one_hot(nearest, count, dtype=some.dtype)
-            return sums + jnp.einsum("bksn,bksd->bknd", mine, some, precision="highest"), nearest
+            nearest = _first_largest(jnp.einsum("bksd,bknd->bksn", some, centroids, precision="highest"))
+            mine = (nearest[:, :, None] == jnp.arange(count, dtype=jnp.int32)[:, None]).astype(some.dtype)
+            return sums + jnp.einsum("bkns,bksd->bknd", mine, some, precision="highest"), nearest
 
         sums, nearest = jax.lax.scan(block, jnp.zeros_like(centroids), cut)
-        return sums, rearrange(nearest, "n b k s -> b k (n s)")[:, :, :length].astype(jnp.int32)
+        return sums, rearrange(nearest, "n b k s -> b k (n s)")[:, :, :length]
 
     def improved(_: Array | int, centroids: Array) -> Array:
         sums = _directions(assign(centroids)[0])
@@ -64,6 +64,14 @@ def runs_of(
     starts = jnp.sort(jnp.where((index - begin) % most == 0, index, length), axis=2)
     starts = jnp.concatenate((starts, jnp.full_like(starts[..., :1], length)), axis=2)[..., : runs + 1]
     return order, starts[..., :-1], jnp.diff(starts, axis=2)
+
+
+def _first_largest(x: Float[Array, "B K S N"]) -> Int32[Array, "B K S"]:
+    """`jnp.argmax` of the last axis by two reductions, which the CPU compiler vectorises, as it does not that one."""
+    count = x.shape[-1]
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(x == largest, jnp.arange(count, dtype=jnp.int32), count), axis=-1)
+    return jnp.minimum(first, count - 1)
 
 
 def _directions(x: Float[Array, "B K N D"]) -> Float[Array, "B K N D"]:

@@ -10,7 +10,9 @@ left is not read.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, accumulator, merge
 from streamjax.attention.block_cutting import cut_blocks, even_batch, join_blocks
-from streamjax.attention.dense import FEW_QUERIES
+from streamjax.attention.dense import FEW_QUERIES, summed_over_queries
 from streamjax.barriers import ordered_after
 from streamjax.field_checks import Count, Size, check_fields
-from streamjax.kv.pages.selection import Choice
+from streamjax.kv.pages.choice import among_best, best_pages
 from streamjax.kv.pages.spherical_kmeans import nearest_centroids, runs_of
 from streamjax.kv.pages.union_reading import QUERIES, read_union_of_neighbours
 from streamjax.kv.query import KVSpec, KVTokens, Query
@@ -202,20 +204,18 @@ class Clusters(Tier):
         if width == 1 or query.differentiable:
             return merge(exact, self._attend_by_blocks(closed, query))
         # For many tokens a stream has no cluster to choose, and for many more few.
-        few = max(self.capacity // self.segment // 4, 1)
-        some, more = (jnp.any(closed.count[:, :, first * self._pieces :] > 0) for first in (0, few))
+        segments = self.capacity // self.segment
+        sizes = sorted({max(segments // 4, 1), max(segments // 2, 1), segments})
+        more = [jnp.any(closed.count[:, :, first * self._pieces :] > 0) for first in (0, *sizes[:-1])]
 
-        def read(segments: int | None) -> Partial:
+        def read(segments: int) -> Partial:
             return merge(exact, self._attend_by_blocks(self._first(closed, segments), query))
 
-        ways = [lambda: exact, lambda: read(few), lambda: read(None)]
-        return jax.lax.switch(some.astype(jnp.int32) + more, ways)
+        ways: list[Callable[[], Partial]] = [lambda: exact, *(partial(read, size) for size in sizes)]
+        return jax.lax.switch(sum(x.astype(jnp.int32) for x in more), ways)
 
-    def _first(self, closed: ClosedSegments, segments: int | None) -> ClosedSegments:
-        """The first segments alone; all where None."""
-        if segments is None:
-            return closed
-
+    def _first(self, closed: ClosedSegments, segments: int) -> ClosedSegments:
+        """The first segments alone."""
         tokens = ("k", "v", "position")
         cut = {}
         for field in dataclasses.fields(closed):
@@ -247,19 +247,23 @@ class Clusters(Tier):
 
     def _attend_clusters(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of queries that choose together to the clusters."""
-        shares, whole = _shares(_logits(closed, query))
-        wanted = shares
+        weights = _weights(_logits(closed, query))
+        each = weights.reciprocal()
         if query.valid is not None:  # padding must not choose for others
-            wanted = jnp.where(query.valid[:, None, None, :, None], shares, 0.0)
-        first, both, ranked = self._ranked(closed, jnp.sum(wanted, axis=(2, 3))[:, :, None])
-        chosen = ranked[:, :, 0, : self.retrieve]
+            each = jnp.where(query.valid[:, None, None, :, None], each, 0.0)
+        heads = summed_over_queries(weights.each, each[..., 0])
+        scores = _of_clusters(
+            closed, jnp.sum(rearrange(heads, "b (k g) m -> b k g m", k=each.shape[1]), axis=2)[:, :, None]
+        )
+        _, zone = self._zones(scores)
+        chosen = best_pages(scores, min(self.retrieve, scores.shape[3]))[:, :, 0]
         retrieved = query.attend(*self._gather(closed, closed.start, closed.count, chosen, self.most))
-        return self._with_estimate(closed, shares, whole, retrieved, first, both)
+        return self._with_estimate(closed, weights, retrieved, zone)
 
     def _attend_each(self, closed: ClosedSegments, query: Query) -> Partial:
         """Attention of neighbouring queries, each of which chooses by itself; they read what any has chosen."""
-        shares, whole = _shares(_logits(closed, query))
-        first, both, _ = self._ranked(closed, jnp.sum(shares, axis=2))
+        weights = _weights(_logits(closed, query))
+        first, zone = self._zones(_of_clusters(closed, jnp.sum(weights.each * weights.reciprocal(), axis=2)))
         heads, unit = closed.k.shape[1], min(UNIT, self.most)
         parts = -(-self.most // unit)
         begins = unit * jnp.arange(parts, dtype=jnp.int32)
@@ -270,19 +274,14 @@ class Clusters(Tier):
             return self._gather(closed, start, count, chosen, unit)
 
         retrieved = read_union_of_neighbours(gather, query, first, heads, unit, count > 0)
-        return self._with_estimate(closed, shares, whole, retrieved, first, both)
+        return self._with_estimate(closed, weights, retrieved, zone)
 
-    def _ranked(
-        self, closed: ClosedSegments, scores: Float[Array, "B K N M"]
-    ) -> tuple[Choice, Choice, Int32[Array, "B K N R"]]:
-        """The clusters that are retrieved, those with the ones that are estimated, and all of these, best first."""
-        scores = jax.lax.stop_gradient(jnp.where(closed.count[:, :, None] > 0, scores, -jnp.inf))
-        counts = [min(n, scores.shape[3]) for n in (self.retrieve, self.retrieve + self.estimate)]
-        best, ranked = jax.lax.top_k(scores, counts[1])
+    def _zones(self, scores: Float[Array, "B K N M"]) -> tuple[Bool[Array, "B K N M"], Bool[Array, "B K N M"]]:
+        """The clusters that are retrieved, and those that are estimated."""
         first, both = (
-            Choice(scores, best[..., n - 1 : n], ranked[..., n - 1 : n].astype(jnp.int32)) for n in counts
-        )  # fmt: skip
-        return first, both, ranked
+            among_best(scores, min(n, scores.shape[3])) for n in (self.retrieve, self.retrieve + self.estimate)
+        )
+        return first, both & ~first
 
     def _gather(
         self,
@@ -303,18 +302,14 @@ class Clusters(Tier):
     def _with_estimate(
         self,
         closed: ClosedSegments,
-        shares: Float[Array, "B K G C M"],
-        whole: Float[Array, "B K G C 1"],
+        weights: Weights,
         retrieved: Partial,
-        first: Choice,
-        both: Choice,
+        zone: Bool[Array, "B K #C M"],
     ) -> Partial:
         """What was retrieved with the estimate of the clusters that follow."""
         if not self.estimate:
             return retrieved
-        every = jnp.arange(both.scores.shape[3], dtype=jnp.int32)
-        zone = both.has(every, both.scores) & ~first.has(every, first.scores)
-        return merge(retrieved, _estimate(closed, shares, whole, zone))
+        return merge(retrieved, _estimate(closed, weights, zone))
 
     def _slots(
         self, start: Int32[Array, "B K M"], count: Int32[Array, "B K M"], each: int
@@ -351,27 +346,38 @@ def _logits(closed: ClosedSegments, query: Query) -> Float[Array, "B K G C M"]:
     return jnp.where(closed.count[:, :, None, None] > 0, logits, -jnp.inf)
 
 
-def _shares(
-    logits: Float[Array, "B K G C M"],
-) -> tuple[Float[Array, "B K G C M"], Float[Array, "B K G C 1"]]:
-    """The share that each cluster has in a query's softmax over all, and the logarithm of the whole."""
-    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return jnp.exp(logits - jnp.where(jnp.isneginf(whole), 0.0, whole)), whole
+def _of_clusters(closed: ClosedSegments, scores: Float[Array, "B K N M"]) -> Float[Array, "B K N M"]:
+    """Scores by which clusters are chosen; -inf where there is none."""
+    return jax.lax.stop_gradient(jnp.where(closed.count[:, :, None] > 0, scores, -jnp.inf))
 
 
-def _estimate(
-    closed: ClosedSegments,
-    shares: Float[Array, "B K G C M"],
-    whole: Float[Array, "B K G C 1"],
-    zone: Bool[Array, "B K #C M"],
-) -> Partial:
+class Weights(NamedTuple):
+    """The exponentials of logits above `top`, and their sum: a softmax before its division."""
+
+    each: Float[Array, "B K G C M"]
+    total: Float[Array, "B K G C 1"]
+    top: Float[Array, "B K G C 1"]
+
+    def reciprocal(self) -> Float[Array, "B K G C 1"]:
+        return jnp.where(self.total > 0, 1 / jnp.where(self.total > 0, self.total, 1.0), 0.0)
+
+
+def _weights(logits: Float[Array, "B K G C M"]) -> Weights:
+    """How much each cluster counts in a query's softmax over all."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    each = jnp.exp(logits - top)
+    return Weights(each, jnp.sum(each, axis=-1, keepdims=True), top)
+
+
+def _estimate(closed: ClosedSegments, weights: Weights, zone: Bool[Array, "B K #C M"]) -> Partial:
     """One entry for each cluster of the zone: its mean value, which counts as often as the cluster has tokens."""
-    often = jnp.where(zone, closed.count[:, :, None], 0).astype(shares.dtype)
-    weights = shares * often[:, :, None]
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    often = jnp.where(zone, closed.count[:, :, None], 0).astype(weights.each.dtype)
+    each = weights.each * often[:, :, None]
+    total = jnp.sum(each, axis=-1, keepdims=True)
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    weights = (weights / total).astype(closed.value.dtype)
-    out = jnp.einsum("bkgcm,bkmd->bkgcd", weights, closed.value, preferred_element_type=shares.dtype)
-    lse = jnp.where(some, whole + jnp.log(total), -jnp.inf)[..., 0]
+    dtype, each = each.dtype, each.astype(closed.value.dtype)
+    out = jnp.einsum("bkgcm,bkmd->bkgcd", each, closed.value, preferred_element_type=dtype) / total
+    lse = jnp.where(some, weights.top + jnp.log(total), -jnp.inf)[..., 0]
     return Partial(rearrange(out, "b k g c d -> b c (k g) d"), rearrange(lse, "b k g c -> b c (k g)"))

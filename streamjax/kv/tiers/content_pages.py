@@ -18,8 +18,16 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 from pallas_kernels.partial import Partial
 from streamjax.field_checks import Size
 from streamjax.kv.pages.boundaries import Boundary
+from streamjax.kv.pages.choice import among_best, best_pages
 from streamjax.kv.pages.indexes import Index, Mean, Summary
-from streamjax.kv.pages.selection import PageTokens, Pool, at_distance, choose_pages, read_pages
+from streamjax.kv.pages.selection import (
+    PageTokens,
+    Pool,
+    at_distance,
+    read_pages,
+    scored_by_turns,
+    scores_of_pages,
+)
 from streamjax.kv.pages.union_reading import read_held, read_union
 from streamjax.kv.query import KVSpec, KVTokens, Query
 from streamjax.kv.slots.ring_buffer import put_tokens, read_ring, write_ring
@@ -204,12 +212,17 @@ class ContentPages(PagedTier):
 
         def read_chosen() -> Partial:
             summary = (pages.k, pages.valid) if self.index.reads_keys else state.summary
-            chosen, rule = choose_pages(
-                pages, summary, query, self.index, self.top_k,
-                block=block, pool=self.pool, shared=self.shared, held=held,
-            )  # fmt: skip
+            most = jnp.max(held) if scored_by_turns(self.pages, query) else None
+
+            def scores(query: Query, block: int) -> Array:
+                return scores_of_pages(
+                    pages, summary, query, self.index, block=block, pool=self.pool, shared=self.shared, held=held
+                )
+
             if block == 1 < query.q.shape[1] and not query.differentiable:
-                return read_union(pages, query, rule, self._unit)
+                return read_union(pages, query, lambda some: among_best(scores(some, 1), self.top_k, most), self._unit)
+            chosen = best_pages(scores(query, block), self.top_k, most)
+            chosen = jnp.broadcast_to(chosen, (chosen.shape[0], k.shape[1], *chosen.shape[2:]))
             return read_pages(pages, query, chosen, block)
 
         return self.read(pages, query, held, read_chosen)

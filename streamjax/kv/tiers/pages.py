@@ -8,6 +8,7 @@ head whose summaries score best. What a page is good for is the index's business
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -21,19 +22,20 @@ from streamjax.kv.codecs.codec import Codec
 from streamjax.kv.codecs.slots import CodedSlots, require_rotated
 from streamjax.kv.codecs.stores import stores
 from streamjax.kv.decode_kernels import decode_pages, kernel_decodes
+from streamjax.kv.pages.choice import among_best, best_pages
 from streamjax.kv.pages.host_attention import attend_in_host
 from streamjax.kv.pages.host_memory import host_buffer, in_host_memory, push_pages, touched_pages, write_pages
 from streamjax.kv.pages.indexes import Index, MinMax, Summary
 from streamjax.kv.pages.over_devices import read_chosen_slots
 from streamjax.kv.pages.selection import (
-    Choice,
     Coarse,
     PageTokens,
     Pool,
     at_distance,
-    choose_pages,
     pooled,
     read_pages,
+    scored_by_turns,
+    scores_of_pages,
 )
 from streamjax.kv.pages.tree_search import tree_search
 from streamjax.kv.pages.union_reading import read_union
@@ -233,11 +235,13 @@ class Pages(PagedTier):
             if self.search == "tree":
                 chosen, some = self._descend(state, query, block)
             else:
-                chosen, rule = self._choose(state, pages, query, block, held)
                 if block == 1 < query.q.shape[1] and not query.differentiable and self.placement == "device":
-                    return read_union(pages, query, rule)
+                    return read_union(pages, query, partial(self._wanted, state, pages, held=held))
+                scores, most = self._scores(state, pages, query, block, held)
+                chosen = best_pages(scores, self.top_k, most)
                 if self.coarse is not None:
-                    some = jnp.take_along_axis(rule.scores, chosen, axis=3) > -jnp.inf
+                    some = jnp.take_along_axis(scores, chosen, axis=3) > -jnp.inf
+                chosen = jnp.broadcast_to(chosen, (chosen.shape[0], ring.k.shape[1], *chosen.shape[2:]))
             if self.placement == "device" and kernel_decodes(query, pages.k, self.top_k, self.size):
                 oldest = (ring.cursor - ring.filled) % ring.k.shape[2]
                 return decode_pages(query, pages.k, pages.v, chosen, some, ring.filled, oldest, self.size)
@@ -249,20 +253,28 @@ class Pages(PagedTier):
 
         return self.read(pages, query, held, read_chosen)
 
-    def _choose(
+    def _wanted(
+        self, state: PagesState, pages: PageTokens, query: Query, held: Int32[Array, " B"]
+    ) -> Bool[Array, "B #K C P"]:
+        """Which pages each query reads, for each key head."""
+        scores, most = self._scores(state, pages, query, 1, held)
+        return among_best(scores, self.top_k, most)
+
+    def _scores(
         self, state: PagesState, pages: PageTokens, query: Query, block: int, held: Int32[Array, " B"]
-    ) -> tuple[Int32[Array, "B K n top_k"], Choice]:
-        """The pages that each block of queries reads, best first, for each key head; and the same as a rule."""
+    ) -> tuple[Float[Array, "B #K n P"], Int32[Array, ""] | None]:
+        """How much each block of queries wants each page; after how many pages there is none, where that is known."""
         newest = None
         if self.read_newest:
             cursor = state.tokens.cursor[:, None]
             newest = (jnp.arange(self.pages) == cursor // self.size) & (cursor % self.size > 0)
         summary = (pages.k, pages.valid) if self.index.reads_keys else state.summary
-        return choose_pages(
-            pages, summary, query, self.index, self.top_k,
+        scores = scores_of_pages(
+            pages, summary, query, self.index,
             block=block, pool=self.pool, shared=self.shared, always=newest, held=held, coarse=self.coarse,
             over_devices=query.q.shape[1] == 1 and on_several_devices(state.tokens.k),
         )  # fmt: skip
+        return scores, jnp.max(held) if scored_by_turns(self.pages, query) else None
 
     def _descend(
         self, state: PagesState, query: Query, block: int

@@ -248,18 +248,18 @@ def test_a_prefill_through_clusters_does_less_by_default_than_dense_attention(mo
     2,048 tokens at most, and one ranking for all queries of a block."""
     gathered, ranked, tokens = [], [], 2048
     (*_, tier) = sj.kv.preset("retro_infer", capacity=tokens, segment=256, iterations=1).tiers
-    gather, rank = Clusters._gather, Clusters._ranked
+    gather, rank = Clusters._gather, Clusters._zones
 
     def counted_gather(self, closed, start, count, chosen, each):
         jax.debug.callback(lambda places: gathered.append(places.shape[2] * each), chosen)
         return gather(self, closed, start, count, chosen, each)
 
-    def counted_rank(self, closed, scores):
+    def counted_rank(self, scores):
         jax.debug.callback(lambda asked: ranked.append(asked.shape[2]), scores)
-        return rank(self, closed, scores)
+        return rank(self, scores)
 
     monkeypatch.setattr(Clusters, "_gather", counted_gather)
-    monkeypatch.setattr(Clusters, "_ranked", counted_rank)
+    monkeypatch.setattr(Clusters, "_zones", counted_rank)
     random = np.random.default_rng(0)
     keys = random.standard_normal((1, tokens, KEY_HEADS, WIDTH))
     state = filled(tier, keys, keys, np.zeros((1, tokens), int))
