@@ -37,6 +37,7 @@ ROOMS = """
     streamjax.kv.slots.ring_buffer
     streamjax.kv.codecs
     streamjax.kv.query streamjax.kv.tier streamjax.kv.cache streamjax.kv.noting streamjax.kv.eviction_blocks
+    streamjax.kv.noted_attention
     streamjax.kv.decode_kernels
     streamjax.kv.slots.ring_state streamjax.kv.slots.slot_state streamjax.kv.slots.over_devices
     streamjax.kv.scores

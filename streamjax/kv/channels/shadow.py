@@ -149,16 +149,18 @@ class Shadow(LowRank):
         coded = (slots.filled - k.count) // self.page  # pages that no longer wait
         parts = [whole, self._read_outliers(state, query, coded)]
         if query.q.shape[1] == 1:
-            parts.append(self._read_chosen(state, query, self._choose(state, query, coded)[:, :, 0]))
+            parts.append(self._read_chosen(state, query, self._choose(state, query.q, query.scale, coded)[:, :, 0]))
         else:
             parts.append(self._read_all(state, query, self._chosen(state, query, coded)))
         return merge(*parts)
 
-    def _choose(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Float[Array, "B K C P"]:
+    def _choose(
+        self, state: ShadowState, q: Float[Array, "B C H D"], scale: float, coded: Int32[Array, " B"]
+    ) -> Float[Array, "B K C P"]:
         """How much each query and key head wants each page; -inf where it does not read it, as it does `top_k`."""
         heads = state.landmarks.shape[1]
-        q = rearrange(query.q, "b c (k g) d -> b k g c d", k=heads)
-        wants = landmark_shares(q, state.landmarks, self._free(state, coded), query.scale, jnp.max(coded))
+        q = rearrange(q, "b c (k g) d -> b k g c d", k=heads)
+        wants = landmark_shares(q, state.landmarks, self._free(state, coded), scale, jnp.max(coded))
         if self.top_k >= wants.shape[3]:
             return wants
         least = jax.lax.cond(
@@ -185,7 +187,7 @@ class Shadow(LowRank):
 
         def best() -> Array:
             fixed, q = jax.lax.stop_gradient((state, cut_blocks(query.q, min(CHOOSING, width))))
-            wants = jax.lax.map(lambda q: self._choose(fixed, dataclasses.replace(query, q=q), coded) > -jnp.inf, q)
+            wants = jax.lax.map(lambda q: self._choose(fixed, q, query.scale, coded) > -jnp.inf, q)
             return rearrange(wants, "n b k c p -> b k (n c) p")[:, :, :width]
 
         if self.top_k >= state.landmarks.shape[2]:
