@@ -48,7 +48,9 @@ def attend_and_note(
 
         def some(masses: tuple[Array, ...], piece: tuple[dict[str, Any], Partial]) -> tuple[tuple[Array, ...], Partial]:
             asked = dataclasses.replace(query, **piece[0])
-            found = [asked.attend_weighted(*part[:4], reach) for part in (first, chunk)]
+            found = [
+                asked.attend_weighted(*part[:4], reach, before) for part, before in ((first, True), (chunk, False))
+            ]
             whole = merge(piece[1], *(part for part, _, _ in found))
             lse = rearrange(whole.lse, "b c (k g) -> b k g c 1", g=found[0][1].shape[2])
             counts = rearrange(piece[0]["valid"], "b c -> b 1 1 c 1") & ~jnp.isneginf(lse)

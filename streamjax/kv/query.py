@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
+from streamjax.attention.block_cutting import even_size
 from streamjax.attention.dense import attend_weighted, attention_shares, summed_over_queries
 from streamjax.attention.rotary import Rotary
 from streamjax.attention.token_tree import TokenTree
@@ -212,6 +213,8 @@ class Query:
         size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
         if self.differentiable:
             filled = None
+        if filled is None and not coded:
+            size = even_size(slots, size)  # so the last block has few slots again that the one before it had
         if not coded and slots == size:  # a loop of one turn, with a merge in it, would be twice as much to compile
             return self._attend(k, v, position, valid, reach)
         nothing = self.nothing()
@@ -322,11 +325,11 @@ class Query:
         return self.attend_weighted(k, v, position, valid, reach)[0]
 
     def attend_weighted(
-        self, k: Array, v: Array, position: Array, valid: Array, reach: int | None
+        self, k: Array, v: Array, position: Array, valid: Array, reach: int | None, before: bool = False
     ) -> tuple[Partial, Float[Array, "B K G C S"], Float[Array, "B K G C 1"]]:
         """`attend` to all keys at once, the exponentials that it summed, and the logits above which they are."""
         v = v if v.shape[-1] else k
-        visible, distance = self.visible_keys(position, valid, reach)
+        visible, distance = self.visible_keys(position, valid, reach, before)
         visible = self._by_query_head(visible, k)
         return attend_weighted(self.q, k, v, visible, distance=distance, **self._logit_options())
 
@@ -336,8 +339,15 @@ class Query:
             return visible
         return jnp.repeat(visible, self.q.shape[2] // visible.shape[1], axis=1)[:, None]
 
-    def visible_keys(self, position: Array, valid: Array, reach: int | None) -> tuple[Array, Array | None]:
-        """Which keys each query sees, and with ALiBi how far away they are."""
+    def visible_keys(
+        self, position: Array, valid: Array, reach: int | None, before: bool = False
+    ) -> tuple[Array, Array | None]:
+        """Which keys each query sees, and with ALiBi how far away they are; `before`: all keys come before all queries.
+
+        Where nothing else depends on distances either, no query is then compared with a key.
+        """
+        if before and reach is None and self.back is None and self.slopes is None:
+            return valid if valid.ndim == 4 else valid[:, :, None], None
         distance = (self.position[:, None, :, None] - position[:, :, None, :]).astype(jnp.int32)
         visible = (valid if valid.ndim == 4 else valid[:, :, None, :]) & (distance >= 0)
         if reach is not None:
