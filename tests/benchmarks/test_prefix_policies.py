@@ -17,6 +17,7 @@ def test_a_session_finds_what_its_last_turn_left():
         assert replayed(turns, 0, policy) == 0
 
 
+@pytest.mark.slow
 def test_work_per_byte_beats_recency_and_passed_states_are_worth_little():
     turns = trace("chat", 6)
     assert [turn.seconds for turn in turns] == sorted(turn.seconds for turn in turns)

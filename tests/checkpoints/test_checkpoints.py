@@ -97,6 +97,7 @@ for name, cache in caches.items():
 """
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_bit_for_bit_in_a_new_process(tmp_path):
     model = build(CONFIG.replace(num_layers=2, windows=(4, None)))
     sj.save(model, tmp_path / "model")

@@ -37,6 +37,7 @@ def test_the_first_part(command, tmp_path):
     assert not (tmp_path / "demo_pretrained.json").exists()
 
 
+@pytest.mark.slow
 def test_the_second_part(command, model_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "small_model", lambda *_: None)  # which the test above runs
     monkeypatch.setattr(demo, "GONE", 1e9)  # the model's weights are drawn: nothing is to be expected of them

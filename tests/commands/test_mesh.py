@@ -7,7 +7,6 @@ import streamjax as sj
 from streamjax.commands import chat, perplexity, stream
 from streamjax.commands.flags.meshes import parse_mesh, parse_meshes
 from tests.commands.command_helpers import read_json
-from tests.covering import rest_slow
 
 SMALL = "--chunk_size=64"
 MESH = "--mesh=data=2,fsdp=2,tensor=2"  # of the suite's eight devices
@@ -151,7 +150,8 @@ def require_apart(session):
         assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(last))
 
 
-@pytest.mark.parametrize("name", rest_slow(CACHES, "dense"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CACHES)
 def test_a_model_whose_cache_lies_on_a_second_mesh_answers_the_same(command, two_heads, sessions, name):
     options = ["--chunk_size=32", "--max_new_tokens=12", "--temperature=1", "--repetition_penalty=1.1", CACHES[name]]
     turns = "and what is there besides?\n/cache\n"

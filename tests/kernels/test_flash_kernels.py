@@ -124,7 +124,7 @@ def check(
                 marks=pytest.mark.slow,
             ),
         ],
-        weekly={"tpu": ("itself-only", "traced-offset", "some-see-nothing")},
+        weekly={"tpu": ("itself-only", "traced-offset", "some-see-nothing", "many-sinks-packed", "bf16")},
     ),
 )  # fmt: skip
 def test_matches_float64(pattern, queries, keys, options, implementation):

@@ -63,6 +63,7 @@ def test_tpus_take_the_kernels_of_losses(chip):
     assert calls(chip, "llama-3.1-8b", "tokens", 4096) == {"token_stats_forward": 1, "token_stats_backward": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", rest_slow(["llama-3.1-8b", "gemma-3-4b"], "llama-3.1-8b"))
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
 def test_an_h100_takes_the_kernels(model):
@@ -70,6 +71,7 @@ def test_an_h100_takes_the_kernels(model):
     assert calls("h100", model, "sinks", 4096) == dict.fromkeys(names, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", rest_slow(["llama-3.1-8b", "gemma-3-4b"], "llama-3.1-8b"))
 @pytest.mark.skipif(not machine_code.tool("nvdisasm"), reason="no disassembler: `make aot-compilers` installs it")
 def test_an_h100s_tensor_cores_have_more_to_do_than_the_rest(model):
@@ -89,8 +91,9 @@ def test_an_h100_takes_the_hopper_kernel(pattern):
     assert calls("h100", "gemma-3-4b", pattern, 4096) == dict.fromkeys(names, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available("cuda"), reason="no compiler for GPUs: `make aot-compilers` installs it")
-@pytest.mark.parametrize("case", rest_slow(DECODING, DECODING[-1]), ids="-".join)
+@pytest.mark.parametrize("case", DECODING, ids="-".join)
 def test_an_h100_takes_the_decoding_kernels(case):
     model, name, kernel = case
     assert calls("h100", model, name.replace("int8", "int4"), 8192) == {kernel: 1}

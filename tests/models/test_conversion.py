@@ -64,6 +64,7 @@ def test_beside_a_window_with_sinks_it_begins_as_the_window_and_streams_as_it_re
     np.testing.assert_allclose(logits, sj.forward(student, TOKENS), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stacked_layers_and_files(tmp_path):
     model = build(CONFIG)
     student = convert_layers(model, (1,), recurrent=DELTA)

@@ -268,7 +268,8 @@ def test_a_quantised_model_is_its_dequantised_one_whole_and_streamed(name, weigh
     jax.tree.map(np.testing.assert_array_equal, with_codes(with_codes(native, "gpu"), "cpu"), packed)
 
 
-@pytest.mark.parametrize("weights", rest_slow(KINDS, "int4"))
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", KINDS)
 def test_codes_and_scales_lie_on_a_mesh_as_the_weight_does(weights):
     model = quantised_model(build(CONFIG), weights)
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])

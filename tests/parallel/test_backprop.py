@@ -89,7 +89,7 @@ def collectives_in_loops(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.usual("fsdp8-layer", "data8-chunk")
+@pytest.mark.usual("fsdp8-layer")
 @pytest.mark.parametrize(
     ("mesh", "order"),
     [

@@ -159,11 +159,14 @@ def test_a_pipeline_of_chunks_sends_their_pages_and_no_keys():
     assert {operation for operation, _ in found} == {"collective-permute", "all-reduce"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "method"),  # whole pages in a stretch, and not
     [
         (4, "remat"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, "remat"), (4, "layer"), (5, "layer"))),
+        (5, "remat"),
+        (4, "layer"),
+        (5, "layer"),
     ],
 )
 def test_of_a_sequence_over_devices_only_landmarks_are_gathered(size, method):

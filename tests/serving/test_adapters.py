@@ -54,8 +54,9 @@ def test_rows_have_their_own_adapters(folders, options):
     cached = [events[-1].usage.cached_tokens for events in found]
     assert cached[0] == cached[1] == cached[2] == 0
     assert min(cached[3:]) >= 32
-    whole = [tokens(served(engine(adapters=folders, **options), one)[0]) for one in wanted[:3]]
-    assert [tokens(events) for events in found[:3]] == whole
+    if options:
+        whole = [tokens(served(engine(adapters=folders, **options), one)[0]) for one in wanted[:3]]
+        assert [tokens(events) for events in found[:3]] == whole
 
 
 def test_a_conversation_stays_with_its_adapter(folders, tmp_path):

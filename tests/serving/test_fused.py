@@ -16,7 +16,9 @@ PROMPTS = ["a", "Once upon a time, there was one", "some words here", "xyz" * 9,
 CACHES = sj.kv.preset("streaming_llm", sinks=2, window=9)
 
 
-@pytest.mark.parametrize("options", [{"rows": 3, "narrow": True}, {"rows": 1, "policy": "mlfq"}])
+@pytest.mark.parametrize(
+    "options", [{"rows": 3, "narrow": True}, pytest.param({"rows": 1, "policy": "mlfq"}, marks=pytest.mark.slow)]
+)
 def test_requests_get_what_they_get_alone(monkeypatch, options):
     one, read = engine(fused=True, prefix_bytes=1 << 20, **options), []
     take = one._batch.decode_and_read

@@ -105,7 +105,7 @@ def test_neighbours_preemption_and_a_short_pool_change_nothing(order, pauses, po
         }
 
 
-@pytest.mark.usual("rings")
+@pytest.mark.usual("pool")
 @pytest.mark.parametrize("cache", [CACHE, DENSE], ids=["rings", "pool"])
 def test_a_conversation_stands_where_it_stood_without_guesses(monkeypatch, cache):
     """Behind a stop string or a stop id nothing is read, and what a next request gets is the same."""

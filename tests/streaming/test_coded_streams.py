@@ -49,7 +49,7 @@ def test_compaction_takes_tokens_out_of_codes_and_into_them(model, nats):
     assert 0 < off.max() < 1
 
 
-@pytest.mark.usual("axes1")
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 2}, {"tensor": 2}])
 def test_on_a_mesh_a_stream_is_the_same(model, nats, axes):
     mesh = make_mesh(**axes, devices=jax.devices()[:2])

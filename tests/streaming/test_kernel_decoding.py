@@ -30,7 +30,7 @@ CACHES = {
 }
 ONE_LAYER = GQA.replace(num_layers=1)
 # Rings that wrap, as those behind sinks and in codes do, and pages, as those in codes.
-REPEATED = ("wrapped windows", "pages at a distance")
+REPEATED = ("wrapped windows", "wrapped window in codes", "pages at a distance")
 
 
 @pytest.fixture

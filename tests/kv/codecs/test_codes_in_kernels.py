@@ -24,7 +24,8 @@ CODECS = {
 }
 CASES = [(name, backend, where) for where in ("ring", "pages") for name in CODECS for backend in BACKENDS]
 OFTEN = [
-    *((name, backend, "ring") for name in ("k_sort", "gear") for backend in BACKENDS),
+    *(("k_sort", backend, "ring") for backend in BACKENDS),
+    ("gear", "triton", "ring"),
     ("fireq", "tpu", "ring"),
     ("fp8", "triton", "ring"),
     ("k_sort", "triton", "pages"),

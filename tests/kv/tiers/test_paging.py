@@ -111,7 +111,7 @@ def dense_gradients():
     return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
 
 
-@pytest.mark.usual("pages", "clusters")
+@pytest.mark.usual("pages")
 @pytest.mark.parametrize(
     "tier",
     [Pages(2, 12, 7), ContentPages(3, 36, 12, KeyChange(0.3, 2)), Clusters(6, 12, 8, size=3, most=2)],

@@ -189,12 +189,13 @@ def test_adapters_are_float32_and_merge_in_the_dtype_of_the_weights(dtype):
     assert apart < (1e-5 if dtype == "float32" else 0.1) * np.abs(sj.forward(merged, tokens)).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stacked"),
     [
         ("data2-fsdp2-tensor2", False),
-        pytest.param("fsdp8", True, marks=pytest.mark.slow),
-        pytest.param("data2-tensor4", True, marks=pytest.mark.slow),
+        ("fsdp8", True),
+        ("data2-tensor4", True),
     ],
 )
 def test_adapters_lie_on_the_mesh_of_their_model(name, stacked):

@@ -21,7 +21,7 @@ def effects(config, seed):
     def read(x):
         return mixer.recur(x[None], mixer.empty(1, x.dtype))[0][0, AGAIN, WIDTH:]
 
-    return np.linalg.norm(np.asarray(jax.jacobian(read)(x)), axis=(0, 2))
+    return np.linalg.norm(np.asarray(jax.jit(jax.jacobian(read))(x)), axis=(0, 2))
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -82,6 +82,7 @@ def test_a_decoder_on_a_decoder():
     check(WHOLE, 13, chunk_size=6, packed=True, orders=("chunk",))
 
 
+@pytest.mark.slow
 def test_a_long_stretch_is_read_layer_by_layer():
     """By other programs than single chunks are; what is handed on goes from one to the next."""
     model, tokens = build(SAMBA), random_tokens(1, LENGTH) % VOCAB

@@ -71,9 +71,10 @@ def test_rows_of_different_lengths():
 
 @pytest.mark.parametrize(
     ("spiking", "order"),
-    [(False, "chunk"), (True, "chunk"), pytest.param(True, "layer", marks=pytest.mark.slow)],
+    [(False, "chunk"), *(pytest.param(True, order, marks=pytest.mark.slow) for order in ("chunk", "layer"))],
 )
 def test_gives_the_gradient(spiking, order):
+    """Of the spiking kind weekly: its units hand on the same memory, beside potentials."""
     check(config(spiking), 13, chunk_size=6, packed=True, orders=(order,))
 
 

@@ -47,6 +47,7 @@ def say(client, text, **options):
     return [choice.message.content for choice in answer.choices]
 
 
+@pytest.mark.slow
 def test_many_at_once_say_what_each_says_alone(server):
     client = server.client()
     texts = [f"number {i}" for i in range(10)]

@@ -23,6 +23,7 @@ def groups(*far: int, rules: tuple[Cascade, Cascade] = (FAR, NEAR)) -> HeadGroup
     return HeadGroups((far, rules[0]), (tuple(h for h in range(3) if h not in far), rules[1]))
 
 
+@pytest.mark.slow
 def test_few_programs_for_layers_with_any_number_of_heads():
     """Four layers of which 0 to 3 heads look far: one program up to attention, one behind it, and six of groups."""
     model = build(HEADS)

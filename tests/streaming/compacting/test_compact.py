@@ -337,6 +337,7 @@ def test_what_cannot_be_compacted_is_refused(prompt):
         sj.compact(model, kept, sj.kv.preset("window", window=4))
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_under_another_cache(tmp_path):
     """A question decides what stays, is not read by that, and what is saved then goes on in a session of that cache."""
     model, kept = build(BYTES), sj.kv.preset("tova", size=12, every=4)

@@ -86,7 +86,7 @@ def plain(model):
     return functools.cache(lambda name: run(model, SAMPLERS[name]))
 
 
-USUAL = (("greedy", Prompter), ("filtered", Branching))
+USUAL = (("filtered", Branching),)  # greedy tokens are those of the drafters below
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ DRAFTERS = {
 
 
 @pytest.mark.parametrize("name", rest_slow(["greedy", "filtered"], "greedy"))
-@pytest.mark.parametrize("drafter", rest_slow(DRAFTERS, "ngrams", "text", "staged"))
+@pytest.mark.parametrize("drafter", rest_slow(DRAFTERS, "ngrams", "text"))
 def test_drafters_change_nothing(model, plain, drafter, name):
     _, tokens = run(model, SAMPLERS[name], DRAFTERS[drafter](model))
     np.testing.assert_array_equal(tokens, plain(name)[1])

@@ -67,7 +67,7 @@ def probabilities(logits, sampler):
 
 
 @pytest.mark.parametrize("rows", rest_slow([160, 512], 160))
-@pytest.mark.parametrize("kind", [Stubborn, Undecided])
+@pytest.mark.parametrize("kind", [Stubborn, pytest.param(Undecided, marks=pytest.mark.slow)])
 def test_counted_draws_have_the_models_distribution(rows, kind):
     """Three tokens of many streams, of which a guess is often right and often wrong: chi-square of pairs."""
     model, sampler = build(GQA.replace(num_layers=1)), sj.Sampler(temperature=1.5, top_k=4)

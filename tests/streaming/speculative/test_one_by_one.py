@@ -64,7 +64,7 @@ def check(model, caches, prompt=0, rounds=8, rows=2):
     np.testing.assert_array_equal(state.seen, plain.seen)
 
 
-USUAL = ("pages", "coded")
+USUAL = ("coded",)
 
 
 @pytest.mark.usual(*USUAL)
