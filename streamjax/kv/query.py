@@ -200,14 +200,15 @@ class Query:
         valid: Bool[Array, "B #K S"] | Bool[Array, "B #K C S"],
         reach: int | None = None,
         filled: Int32[Array, " B"] | None = None,
+        before: bool = False,
     ) -> Partial:
         """Attend causally to keys at these stream positions, at most `reach` positions back.
 
         `valid`: which slots hold tokens, or which of them each query may read. Distances are differences of uint32
         positions read as int32: right across the wrap of the counter. Slots are taken `SLOT_BLOCK` at a time; with
         `filled`, blocks of which no row has filled any slot are not visited, unless the query is differentiable: a loop
-        without a fixed end has no reverse mode. P is K, or 1 where one list has the keys of all heads, and `valid` says
-        whose each is.
+        without a fixed end has no reverse mode. `before`: see `visible_keys`. P is K, or 1 where one list has the keys
+        of all heads, and `valid` says whose each is.
         """
         slots, single = k.shape[2], self.q.shape[1] == 1
         size, coded = min(slots, DECODE_SLOT_BLOCK if single else SLOT_BLOCK), isinstance(k, CodedSlots)
@@ -216,7 +217,7 @@ class Query:
         if filled is None and not coded:
             size = even_size(slots, size)  # so the last block has few slots again that the one before it had
         if not coded and slots == size:  # a loop of one turn, with a merge in it, would be twice as much to compile
-            return self._attend(k, v, position, valid, reach)
+            return self._attend(k, v, position, valid, reach, before)
         nothing = self.nothing()
         used = slots if filled is None else jnp.max(filled)
         if coded:
@@ -234,7 +235,7 @@ class Query:
                 return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
             fresh = start + jnp.arange(size) >= index * size
-            some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, -1) & fresh, reach)
+            some = self._attend(take(k, 2), take(v, 2), take(position, 2), take(valid, -1) & fresh, reach, before)
             return merge(part, some)
 
         return jax.lax.fori_loop(0, (used + size - 1) // size, block, nothing)
@@ -317,12 +318,16 @@ class Query:
         found = attention_shares(self.q, k, lse, visible, distance=distance, **self._logit_options())
         return found.reshape(found.shape[0], heads, -1, *found.shape[3:])
 
-    def _attend(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
-        again = jax.checkpoint(Query._attend_all, static_argnums=5) if self.differentiable else Query._attend_all
-        return again(self, k, v, position, valid, reach)
+    def _attend(
+        self, k: Array, v: Array, position: Array, valid: Array, reach: int | None, before: bool = False
+    ) -> Partial:
+        again = jax.checkpoint(Query._attend_all, static_argnums=(5, 6)) if self.differentiable else Query._attend_all
+        return again(self, k, v, position, valid, reach, before)
 
-    def _attend_all(self, k: Array, v: Array, position: Array, valid: Array, reach: int | None) -> Partial:
-        return self.attend_weighted(k, v, position, valid, reach)[0]
+    def _attend_all(
+        self, k: Array, v: Array, position: Array, valid: Array, reach: int | None, before: bool
+    ) -> Partial:
+        return self.attend_weighted(k, v, position, valid, reach, before)[0]
 
     def attend_weighted(
         self, k: Array, v: Array, position: Array, valid: Array, reach: int | None, before: bool = False

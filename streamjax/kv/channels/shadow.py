@@ -145,13 +145,14 @@ class Shadow(LowRank):
         assert waits is not None
         keys, places, there = waits
         position, valid = at_slots(slots.position, places), there[:, None]
-        whole = query.attend(keys if rotary is None else rotary.moved(keys, position), v.tail, position, valid)
+        keys = keys if rotary is None else rotary.moved(keys, position)
+        whole = query.attend(keys, v.tail, position, valid, before=True)
         coded = (slots.filled - k.count) // self.page  # pages that no longer wait
         parts = [whole, self._read_outliers(state, query, coded)]
         if query.q.shape[1] == 1:
             parts.append(self._read_chosen(state, query, self._choose(state, query.q, query.scale, coded)[:, :, 0]))
         else:
-            parts.append(self._read_all(state, query, self._chosen(state, query, coded)))
+            parts.append(self._read_all(state, query, self._chosen(state, query, coded), jnp.max(coded) * self.page))
         return merge(*parts)
 
     def _choose(
@@ -206,7 +207,7 @@ class Shadow(LowRank):
         position = jnp.take_along_axis(
             jnp.broadcast_to(slots.position, (*k.shape[:2], slots.k.shape[2])), token, axis=2
         )
-        return query.attend(k, v, position, jnp.repeat(there, self.page, axis=2))
+        return query.attend(k, v, position, jnp.repeat(there, self.page, axis=2), before=True)
 
     def _read_chosen(self, state: ShadowState, query: Query, wants: Float[Array, "B K P"]) -> Partial:
         """Attention of single queries: keys of the pages that they chose are rebuilt, and no others."""
@@ -230,8 +231,10 @@ class Shadow(LowRank):
         v = _values(slots.v, page.astype(jnp.int32), token)
         return query.attend(k, v, position, jnp.repeat(best > -jnp.inf, self.page, axis=2))
 
-    def _read_all(self, state: ShadowState, query: Query, mine: Bool[Array, "B K C P"]) -> Partial:
-        """Attention of a chunk's queries: keys are rebuilt once, and a mask says who reads what."""
+    def _read_all(
+        self, state: ShadowState, query: Query, mine: Bool[Array, "B K C P"], used: Int32[Array, ""]
+    ) -> Partial:
+        """Attention of a chunk's queries to the first `used` slots: keys are rebuilt once, a mask says who reads."""
         slots, pages = state.slots, self.group // self.page  # pages of a unit of slots, which is a group
 
         def block(part: Partial, start: Array, units: int, fresh: Bool[Array, " m"]) -> Partial:
@@ -247,7 +250,7 @@ class Shadow(LowRank):
             valid = jnp.repeat(reads, self.page, axis=3)
             return merge(part, query.attend(k, v, position, valid & fresh))
 
-        return over_blocks(slots.k, block, query.nothing(), jnp.max(slots.filled), SLOT_BLOCK)
+        return over_blocks(slots.k, block, query.nothing(), used, SLOT_BLOCK)
 
 
 def _values(v: WholeSlots, pages: Int32[Array, "B K n"], tokens: Int32[Array, "B K m"]) -> Float[Array, "B K m V"]:

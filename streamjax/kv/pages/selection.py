@@ -200,7 +200,7 @@ def _scores(
 def read_first_pages(pages: PageTokens, query: Query, held: Int32[Array, " B"]) -> Partial:
     """Attention of all queries to all tokens of the first `held` pages of each row."""
     k, v, position, valid = map(_in_a_row, pages)
-    return query.attend(k, v, position, valid, filled=held * pages.position.shape[3])
+    return query.attend(k, v, position, valid, filled=held * pages.position.shape[3], before=True)
 
 
 def _in_a_row(x: Any) -> Any:
@@ -272,7 +272,7 @@ def read_pages(
         k, v, position, valid = gather_pages(settled, chosen)
         if some is not None:
             valid &= jnp.repeat(some, size, axis=2)
-        part = query.attend(k, v, position, valid)
+        part = query.attend(k, v, position, valid, before=query.q.shape[1] > 1)
         if waiting is None:
             return part
         mine = chosen[:, :, None] == waiting.page[:, None, :, None]
