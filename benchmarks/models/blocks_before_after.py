@@ -11,8 +11,9 @@ window of 1,020, `decode` 32 tokens behind them, `step` the loss and its gradien
 which keeps the inputs of layers (`remat`).
 
 The lowered programs of a step of training and of decoding are the same text in `blocks` as in `before`: what differs
-there is the machine's noise. A step of `today` has a fourth more to compile and takes less to run, which is made up for
-by the second step: since f08cd9c2 rows of 512 tokens and more attend block by block on CPUs, in loops of their own.
+there is the machine's noise. A step of `today` has a fourth more to compile and takes less to run: with SmolLM2's shape
+that is made up for by the second step, with the small model by the fifteenth. Since f08cd9c2 rows of 512 tokens and
+more attend block by block on CPUs, in loops of their own, which is the likely cause of both.
 
 Figures are CPU seconds of all threads, which other work on the machine disturbs less than wall time. `compile` is what
 the first run takes above later ones: tracing, lowering and XLA. `run` is the median of later ones, in the median

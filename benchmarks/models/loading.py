@@ -11,8 +11,8 @@ begin when everything is imported and end when every weight has been read once.
 
 `transformers` maps the file, so bfloat16 weights are the system's pages and are not copied. streamjax reads them into
 memory of its own, lays matrices input-major and checks the folder's checksums, where it has any. `system` is the part
-of the CPU seconds that the kernel takes, above all to find and clear pages. On a virtual machine that gives free memory
-back to its host it is most of it, and two to three times as much with the huge pages that NumPy asks for as without:
+of the CPU seconds that the kernel takes, above all to find and clear pages. On the virtual machine of this table it is
+most of it, and was two to three times as much with the huge pages that NumPy asks for as without them:
 `NUMPY_MADVISE_HUGEPAGE=0` in the environment takes them away.
 """
 
