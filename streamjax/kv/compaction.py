@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ from streamjax.kv.tiers.window import Window
 class Compaction(Cache):
     """`update` lets queries read the state of `old`, and returns what they read and the state of `new`.
 
-    Its state is that of `old`, and what earlier queries said: `Asked`, or None where there were none.
+    Its state is that of `old`, and what earlier queries said: `Asked`, or None where there were none. Behind these the
+    new state of another layer may stand: then `Scored` tiers keep the positions that it keeps.
 
     Args:
       old, new: how tokens are kept before and after.
@@ -94,9 +96,9 @@ class Compaction(Cache):
         return self.old.shares_values
 
     def update(
-        self, state: tuple[tuple[State, ...], Asked | None], query: Query, tokens: KVTokens
+        self, state: tuple[Any, ...], query: Query, tokens: KVTokens
     ) -> tuple[Float[Array, "B C H D"], tuple[State, ...] | Asked]:
-        state, before = state
+        state, before, *leader = state
         whole = attended(self.old, state, query, tokens, self.stored)
         if self.old == self.new:
             return whole.out, Asked(None, ()) if self.more else state
@@ -118,7 +120,7 @@ class Compaction(Cache):
             for i, tier in enumerate(tier for tier in self.new.tiers if isinstance(tier, Scored))
         )
         asked = Asked(held.note, memories)
-        return whole.out, asked if self.more else self._laid_out(rest, spec, asked, query, now)
+        return whole.out, asked if self.more else self._laid_out(rest, spec, asked, query, now, *leader)
 
     def _said_again(self, score: Score, held: Stored, query: Query, tokens: KVTokens) -> Float[Array, "B K S"]:
         """What a score says of tokens that are read again; of others that they are worth least."""
@@ -150,14 +152,20 @@ class Compaction(Cache):
         return rest, spec
 
     def _laid_out(
-        self, rest: KVTokens, spec: KVSpec, asked: Asked, query: Query, now: UInt32[Array, " B"]
+        self,
+        rest: KVTokens,
+        spec: KVSpec,
+        asked: Asked,
+        query: Query,
+        now: UInt32[Array, " B"],
+        leader: tuple[State, ...] | None = None,
     ) -> tuple[State, ...]:
         memories, per_head = iter(asked.memories), spec.per_head
         new, shared = [], per_head
-        for tier in self.new.tiers:
+        for i, tier in enumerate(self.new.tiers):
             empty = tier.init(dataclasses.replace(spec, per_head=per_head))
             if isinstance(tier, Scored):
-                filled, rest = tier.filled(empty, rest, next(memories), now)
+                filled, rest = tier.filled(empty, rest, next(memories), now, leader and leader[i])
                 per_head, shared = per_head or tier.per_head, False
             else:
                 empty = tier.fitted(empty, rest) if isinstance(tier, LowRank) else empty

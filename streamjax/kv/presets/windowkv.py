@@ -2,9 +2,10 @@
 
 The published rule, for the end of a prompt: the attention of the last `suffix` queries, all heads of a layer together,
 judges windows of `length` tokens, by the mean of their `best` tokens where a question looks for something, and of all
-where a text is to be summed up (`best` equal to `length`). `sj.compact` with this cache is that rule. A trained
-classifier chooses between both in the paper; here the caller does. There neighbouring layers share a choice to save
-time, and lower layers keep more: here each layer has its own choice, and what it keeps is what you give it.
+where a text is to be summed up (`best` equal to `length`). `sj.compact` with this cache is that rule, and with
+`group=8` so many neighbouring layers keep what the first of them chooses, as in the paper; in a stream each layer has
+its own choice. A trained classifier chooses between both ways to judge in the paper; here the caller does. There lower
+layers keep more; here what a layer keeps is what you give it.
 """
 
 from streamjax.kv.cascade import Cascade

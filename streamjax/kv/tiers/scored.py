@@ -301,7 +301,12 @@ class Scored(Tier):
         return rank if slots.valid.shape[1] > 1 or rank.shape[1] == 1 else jnp.mean(rank, axis=1, keepdims=True)
 
     def filled(
-        self, state: ScoredState, tokens: KVTokens, memory: State, now: UInt32[Array, " B"]
+        self,
+        state: ScoredState,
+        tokens: KVTokens,
+        memory: State,
+        now: UInt32[Array, " B"],
+        leader: ScoredState | None = None,
     ) -> tuple[ScoredState, KVTokens]:
         """An empty state with the best of all these tokens, in one choice, and the tokens that it leaves.
 
@@ -309,6 +314,7 @@ class Scored(Tier):
           tokens: in the order of the stream, those that are valid first.
           memory: the score's.
           now: the position of the stream's next token.
+          leader: what another layer made of the same positions; those that it keeps stay here, too.
         """
         tokens = self._entering(tokens)
         shape = (*state.slots.valid.shape[:2], tokens.valid.shape[2])
@@ -316,7 +322,10 @@ class Scored(Tier):
         _, count = tokens.run()
         note = tokens.score if state.slots.note is not None else None
         given = SlotState(tokens.k, tokens.v, position, valid, count, note)
-        rank = self._ranked(given, memory, now, tokens, whole=True)
+        if leader is None:
+            rank = self._ranked(given, memory, now, tokens, whole=True)
+        else:
+            rank = _are_kept(position, leader.slots, now).astype(jnp.float32)
         worst_first = lowest(rank, position, valid, now, rank.shape[2])
         split = max(rank.shape[2] - self.size, 0)
         falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))
@@ -349,6 +358,14 @@ class Scored(Tier):
         places, there = _at_slots(position, falls), _at_slots(valid, falls)[:, :1]
         rest = dataclasses.replace(tokens, k=k, v=v, raw_k=raw_k, position=places, valid=there, score=score)
         return new, rest if self.distance is None else rest.moved(back=False)
+
+
+def _are_kept(position: UInt32[Array, "B N S"], slots: SlotState, now: UInt32[Array, " B"]) -> Bool[Array, "B N S"]:
+    """Which positions are among those of the slots."""
+    age, held = ((now[:, None, None] - x).astype(jnp.int32) for x in (position, slots.position))
+    held = jnp.sort(jnp.where(slots.valid, held, jnp.iinfo(jnp.int32).max), axis=2)
+    at = jax.vmap(jax.vmap(jnp.searchsorted))(held, age).clip(max=held.shape[2] - 1)
+    return jnp.take_along_axis(held, at, axis=2) == age
 
 
 def _at_slots(x: Array, at: Int32[Array, "B N M"]) -> Array:

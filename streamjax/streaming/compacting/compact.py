@@ -21,6 +21,7 @@ from streamjax.kv.layer_caches.recurrence import Recurrence
 from streamjax.kv.layouts.across_layers import AcrossLayers
 from streamjax.kv.layouts.lazy_layers import NearShare
 from streamjax.kv.shared_front import SharedFront
+from streamjax.kv.tiers.scored import Scored
 from streamjax.kv.tiers.sink import TRUE_DISTANCE, Sink
 from streamjax.kv.tiers.window import Window
 from streamjax.models.decoder import Decoder
@@ -48,6 +49,7 @@ def compact(
     stored: bool = True,
     queries: Sequence[Rows] = (),
     budget: Budget | None = None,
+    group: int = 1,
 ) -> StreamState:
     """The same streams under another cache, for instance at the end of a prompt or between two turns.
 
@@ -71,10 +73,13 @@ def compact(
         `reconstruction` makes those of KVzip.
       budget: divides the size of the cache's `Scored` tier, times the number of layers, over the layers or the heads;
         one that measures does so of the attention of the queries. New sizes are new programs to compile.
+      group: so many layers with one cache, in their order, keep the positions that the first of them chooses, each with
+        keys and values of its own. WindowKV shares choices so, which spares the others' scores.
 
     Raises:
       ValueError: a cache whose tokens cannot be taken out, or into which they do not fit; a score that wants a query;
-        rows that are not as described; a model with a chunk memory, or with a rotation that changes with the cache;
+        rows that are not as described; a group without two layers that could share a choice; a model with a chunk
+        memory, or with a rotation that changes with the cache;
         tokens to read again, by a model with recurrent layers; tokens on a second mesh.
 
     Example:
@@ -89,8 +94,8 @@ def compact(
     if model.remembered is not None:
         raise ValueError("a model with a side network keeps what it reads as it is: compact does not know it")
     if isinstance(cache, AcrossLayers):
-        if query is not None or queries or budget is not None:
-            raise ValueError(f"{type(cache).__name__} takes all that layers hold: give no query and no budget")
+        if query is not None or queries or budget is not None or group != 1:
+            raise ValueError(f"{type(cache).__name__} takes all that layers hold: give no query, budget or group")
         return compact_across(model, state, cache)
     if query is not None and queries:
         raise ValueError("give compact a query or several queries, not both")
@@ -105,6 +110,7 @@ def compact(
     # heads that share a front come apart: what each group kept so far may differ
     caches = tuple(new.plain() if isinstance(new, SharedFront) else new for new in layer_caches(model.config, cache))
     works = [_compaction(old, new, asked, stored) for old, new in zip(state.caches, caches, strict=True)]
+    leaders = _leaders(works, group)
     span = max(new.span for new in caches)
     if (layer := rotated_otherwise(model.config, state.span, span)) is not None:
         raise ValueError(f"layer {layer} rotates keys by what fits the cache: they cannot go to one of another span")
@@ -116,7 +122,7 @@ def compact(
     for other in queries[:-1]:
         asking = [work if isinstance(work, Recurrence) else dataclasses.replace(work, more=True) for work in works]
         said = through_layers(model, state, other, stored, asking, said)
-    layers = through_layers(model, state, queries[-1] if queries else query, stored, works, said)
+    layers = through_layers(model, state, queries[-1] if queries else query, stored, works, said, leaders)
     # What is as it was is copied: both states can be read on, and reading consumes a state.
     kept = jax.tree.map(jnp.copy, dataclasses.replace(state, layers=()))
     same = [isinstance(work, Recurrence | GroupedCompaction) or work.old == work.new for work in works]
@@ -141,6 +147,24 @@ def _for_these_streams(
     held = [min(int(on_host(state.seen).max()), state.caches[i].slots) for i in budgeted_layers(model.config)]
     beside = cache.cascade.slots - scored_tier(cache.cascade).slots
     return dataclasses.replace(cache, most=max(min(held, default=1) - beside, 1))
+
+
+def _leaders(works: Sequence[Cache], group: int) -> dict[int, int]:
+    """The layer whose choice a layer takes, for those that take another's.
+
+    Raises:
+      ValueError: a group of none, or no two layers that choose among the same tokens in the same way.
+    """
+    if group < 1:
+        raise ValueError(f"group is {group}: so many layers share a choice, at least 1")
+    alike: dict[Cache, list[int]] = {}
+    for i, work in enumerate(works):
+        if isinstance(work, Compaction) and any(isinstance(tier, Scored) for tier in work.new.tiers):
+            alike.setdefault(work, []).append(i)
+    leaders = {i: layers[j - j % group] for layers in alike.values() for j, i in enumerate(layers) if j % group}
+    if group > 1 and not leaders:
+        raise ValueError(f"group is {group}, but no two layers choose among the same tokens by the same score and size")
+    return leaders
 
 
 def _compaction(old: Cache, new: Cache, asked: bool, stored: bool) -> Compaction | GroupedCompaction | Recurrence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,17 @@ from streamjax.streaming.token_rows import Rows, as_rows, require_ids, require_o
 
 
 def through_layers(
-    model: Decoder, state: StreamState, query: Rows | None, stored: bool, works: Sequence[Cache], said: Sequence[Any]
+    model: Decoder,
+    state: StreamState,
+    query: Rows | None,
+    stored: bool,
+    works: Sequence[Cache],
+    said: Sequence[Any],
+    leaders: Mapping[int, int] | None = None,
 ) -> list[Any]:
     """What each layer's work makes of its state, and of what was said before, when these queries read it.
+
+    leaders: layers whose work is given what that of an earlier layer has made, too.
 
     A recurrent layer keeps its state, and queries go through it as tokens that come next.
 
@@ -46,7 +54,8 @@ def through_layers(
         if isinstance(work, Recurrence):
             x, new = x if query is None else passed(block, row, x, part, context, work), part
         else:
-            x, new = layer_read(block, row, x, (part, before), context, work)
+            led = (made[leaders[i]],) if leaders and i in leaders else ()
+            x, new = layer_read(block, row, x, (part, before, *led), context, work)
         made.append(new)
     return made
 

@@ -208,6 +208,25 @@ def test_methods_for_prompts_as_published(prompt, name):
                 np.testing.assert_allclose(kept_v[row, head, :size], v[row, kept, head], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["windowkv", pytest.param("snapkv", marks=pytest.mark.slow)])
+def test_layers_of_a_group_keep_what_the_first_chooses(prompt, name):
+    model, tokens, state, found = prompt
+    cache = CASES[name][0]
+    apart = sj.compact(model, state, cache, tokens[:, -QUERIES:])
+    new = sj.compact(model, state, cache, tokens[:, -QUERIES:], group=2)
+    first, second = (layer[-1].slots for layer in new.layers)
+    valid = np.asarray(first.valid)
+    np.testing.assert_array_equal(valid, second.valid)
+    kept = np.asarray(second.position)
+    np.testing.assert_array_equal(kept[valid], np.asarray(first.position)[valid])
+    np.testing.assert_array_equal(kept, np.asarray(apart.layers[0][-1].slots.position))
+    assert (kept != np.asarray(apart.layers[1][-1].slots.position)).any()  # by itself it would keep others
+    for buffer, own in ((second.k, found[1][1]), (second.v, found[1][2])):
+        for row, head in np.ndindex(2, 2):
+            at = kept[row, min(head, kept.shape[1] - 1)][: cache.tiers[-1].size]
+            np.testing.assert_allclose(np.asarray(buffer)[row, head, : len(at)], own[row, at, head], atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
 def test_streams_go_on_behind_a_choice(prompt, name):
@@ -332,6 +351,9 @@ def test_what_cannot_be_compacted_is_refused(prompt):
         with pytest.raises(ValueError, match=message) as error:
             sj.compact(model, state, cache, query)
         assert "\n" not in str(error.value)
+    for caches, group, message in ((snap, 0, "group is 0: so many"), ((snap, DENSE), 2, "no two layers choose among")):
+        with pytest.raises(ValueError, match=message):
+            sj.compact(model, state, caches, tokens[:, -QUERIES:], group=group)
     kept = sj.compact(model, state, CASES["knorm"][0])
     with pytest.raises(ValueError, match="the heads hold different tokens beyond Window\\(0\\): Window\\(4\\) cannot"):
         sj.compact(model, kept, sj.kv.preset("window", window=4))
