@@ -15,8 +15,9 @@ by task and method by method; the same command with fewer --tasks, the first one
 
 Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
 takes the mean over the queries that see a token and keeps no recent ones. `leverage` is exact here, with the first and
-newest tokens kept; there keys are sketched. `random` draws other numbers. docs/leaderboard.md has the others. torch has
-one thread: with more, their waiting for each other counts as CPU seconds.
+newest tokens kept; there keys are sketched. `random` draws other numbers. docs/leaderboard.md has the others. PyramidKV
+has no answers there: its layers differ in length, and transformers makes one mask of the first one's. torch has one
+thread: with more, their waiting for each other counts as CPU seconds.
 """
 
 from __future__ import annotations

@@ -165,7 +165,8 @@ class Compaction(Cache):
         for i, tier in enumerate(self.new.tiers):
             empty = tier.init(dataclasses.replace(spec, per_head=per_head))
             if isinstance(tier, Scored):
-                filled, rest = tier.filled(empty, rest, next(memories), now, leader and leader[i])
+                fill = tier.filled if leader is None else partial(tier.filled_as, leader[i])
+                filled, rest = fill(empty, rest, next(memories), now)
                 per_head, shared = per_head or tier.per_head, False
             else:
                 empty = tier.fitted(empty, rest) if isinstance(tier, LowRank) else empty

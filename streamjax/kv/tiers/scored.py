@@ -301,12 +301,7 @@ class Scored(Tier):
         return rank if slots.valid.shape[1] > 1 or rank.shape[1] == 1 else jnp.mean(rank, axis=1, keepdims=True)
 
     def filled(
-        self,
-        state: ScoredState,
-        tokens: KVTokens,
-        memory: State,
-        now: UInt32[Array, " B"],
-        leader: ScoredState | None = None,
+        self, state: ScoredState, tokens: KVTokens, memory: State, now: UInt32[Array, " B"]
     ) -> tuple[ScoredState, KVTokens]:
         """An empty state with the best of all these tokens, in one choice, and the tokens that it leaves.
 
@@ -314,18 +309,38 @@ class Scored(Tier):
           tokens: in the order of the stream, those that are valid first.
           memory: the score's.
           now: the position of the stream's next token.
-          leader: what another layer made of the same positions; those that it keeps stay here, too.
         """
+        tokens, given = self._all_entering(state, tokens)
+        return self._split(state, tokens, given, self._ranked(given, memory, now, tokens, whole=True), memory, now)
+
+    def filled_as(
+        self, leader: ScoredState, state: ScoredState, tokens: KVTokens, memory: State, now: UInt32[Array, " B"]
+    ) -> tuple[ScoredState, KVTokens]:
+        """As `filled`, with the positions that another layer's state keeps, which had the same tokens to choose of."""
+        tokens, given = self._all_entering(state, tokens)
+        kept = _are_kept(given.position, leader.slots, now).astype(jnp.float32)
+        return self._split(state, tokens, given, kept, memory, now)
+
+    def _all_entering(self, state: ScoredState, tokens: KVTokens) -> tuple[KVTokens, SlotState]:
+        """Tokens as they are cached here, and the same as slots."""
         tokens = self._entering(tokens)
         shape = (*state.slots.valid.shape[:2], tokens.valid.shape[2])
         position, valid = (jnp.broadcast_to(x, shape) for x in (tokens.position, tokens.valid))
         _, count = tokens.run()
         note = tokens.score if state.slots.note is not None else None
-        given = SlotState(tokens.k, tokens.v, position, valid, count, note)
-        if leader is None:
-            rank = self._ranked(given, memory, now, tokens, whole=True)
-        else:
-            rank = _are_kept(position, leader.slots, now).astype(jnp.float32)
+        return tokens, SlotState(tokens.k, tokens.v, position, valid, count, note)
+
+    def _split(
+        self,
+        state: ScoredState,
+        tokens: KVTokens,
+        given: SlotState,
+        rank: Float[Array, "B N S"],
+        memory: State,
+        now: UInt32[Array, " B"],
+    ) -> tuple[ScoredState, KVTokens]:
+        """The state with the highest ranks of all these tokens, and the others."""
+        position, valid, note = given.position, given.valid, given.note
         worst_first = lowest(rank, position, valid, now, rank.shape[2])
         split = max(rank.shape[2] - self.size, 0)
         falls, stays = (jnp.sort(x, axis=2) for x in (worst_first[..., :split], worst_first[..., split:]))
@@ -346,7 +361,7 @@ class Scored(Tier):
             v=put(state.slots.v, v),
             position=put(state.slots.position, _at_slots(position, stays)),
             valid=put(state.slots.valid, _at_slots(valid, stays)),
-            filled=jnp.minimum(count, self.size),
+            filled=jnp.minimum(given.filled, self.size),
             note=None if state.slots.note is None or note is None else put(state.slots.note, _at_slots(note, stays)),
         )
         # slots that hold nothing are as many as are needed, and come first

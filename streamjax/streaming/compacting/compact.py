@@ -159,7 +159,10 @@ def _leaders(works: Sequence[Cache], group: int) -> dict[int, int]:
         raise ValueError(f"group is {group}: so many layers share a choice, at least 1")
     alike: dict[Cache, list[int]] = {}
     for i, work in enumerate(works):
-        if isinstance(work, Compaction) and any(isinstance(tier, Scored) for tier in work.new.tiers):
+        scored = (
+            [type(tier) for tier in work.new.tiers if isinstance(tier, Scored)] if isinstance(work, Compaction) else []
+        )
+        if scored and set(scored) == {Scored}:  # other rules hold what they chose in other ways
             alike.setdefault(work, []).append(i)
     leaders = {i: layers[j - j % group] for layers in alike.values() for j, i in enumerate(layers) if j % group}
     if group > 1 and not leaders:

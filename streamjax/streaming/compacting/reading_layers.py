@@ -48,7 +48,8 @@ def through_layers(
             "a model with recurrent layers cannot read tokens again: give a query that comes next, with stored=False"
         )
     model, (tokens, context) = with_bounds(model), standing(model, state, query, stored)
-    x, made = embedded(model, tokens), []
+    x = embedded(model, tokens)
+    made: list[Any] = []
     for i, (work, part, before) in enumerate(zip(works, state.layers, said, strict=True)):
         block, row = model.layer_and_row(i)
         if isinstance(work, Recurrence):
