@@ -1,23 +1,24 @@
 """Beside kvpress: the same weights, prompts and shares of tokens, each side in processes of its own.
 
     python -m benchmarks.caches.versus_kvpress --model=FOLDER --python=VENV/bin/python
-    python -m benchmarks.caches.versus_kvpress ... --parts programs   # compiles what `times` runs, on any machine
-    python -m benchmarks.caches.versus_kvpress ... --parts times      # then this is short, and wants a quiet one
+    python -m benchmarks.caches.versus_kvpress ... --parts programs      # compiles what follows, on any machine
+    python -m benchmarks.caches.versus_kvpress ... --parts times wall    # then this is short, and wants a quiet one
 
 SmolLM2-135M-Instruct in float32 answers tasks of RULER. A context is read, then compacted to a share of its tokens,
 then the question is asked and answered greedily, and nothing more goes: kvpress's form; here `sj.compact` on a dense
 cache. `same tokens` is the share of what kvpress keeps of one context, at the first share, that is kept here too, over
-layers and heads. Scores are per cent with standard errors, over the tasks together. `CPU s` is one context read,
-compacted to the first share, and an answer of 16 tokens: medians after a first run, which compiles. The environment of
---python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes on from --work, task
-by task and method by method; the same command with fewer --tasks, the first ones, gives the table of what they have.
+layers and heads. Scores are per cent with standard errors, over the tasks together. `CPU s` and `s` are one context
+read, compacted to the first share, and an answer of 16 tokens: medians after a first run, which compiles. `s` are
+seconds with all cores, whose `ratio` is theirs over ours; `CPU s` those of all threads, of which torch has one there:
+with more, their waiting for each other would count. The environment of --python has kvpress 0.5.5, transformers 5.2.0
+and torch 2.13.0. An interrupted run goes on from --work, task by task and method by method; the same command with fewer
+--tasks, the first ones, gives the table of what they have.
 `kvpress_rows.json` there is for `infer.leaderboard --beside`.
 
 Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
 takes the mean over the queries that see a token and keeps no recent ones. `leverage` is exact here, with the first and
 newest tokens kept; there keys are sketched. `random` draws other numbers. docs/leaderboard.md has the others. PyramidKV
-has no answers there: its layers differ in length, and transformers makes one mask of the first one's. torch has one
-thread: with more, their waiting for each other counts as CPU seconds.
+has no answers there: its layers differ in length, and transformers makes one mask of the first one's.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ METHODS: dict[str, Callable[[int, int], Built]] = {
     "criticalkv": lambda kept, room: sj.kv.preset("criticalkv", window=32, size=kept - 32, kernel=5, every=room),
     "random": lambda kept, room: sj.kv.Cascade(sj.kv.Scored(kept, sj.kv.RandomChoice(1), every=room)),
 }
-PARTS = ["choices", "scores", "times"]
-PROGRAMS = "programs"  # all that `times` compiles here, kept in a folder of --work
+CLOCKS = {"times": time.process_time, "wall": time.perf_counter}
+PARTS = ["choices", "scores", *CLOCKS]
+PROGRAMS = "programs"  # all that `times` and `wall` compile here, kept in a folder of --work
 SIDES = ("streamjax", "kvpress")
 GREEDY = sj.Sampler(temperature=0)
 
@@ -93,7 +95,12 @@ def main() -> None:
     arguments = parser.parse_args()
     request = taken_up(arguments, make_request(arguments))
     if arguments.side:
-        sides = {"scores": our_scores, "choices": our_choices, "times": our_times, PROGRAMS: our_programs}
+        sides = {
+            "scores": our_scores,
+            "choices": our_choices,
+            **dict.fromkeys(CLOCKS, our_times),
+            PROGRAMS: our_programs,
+        }
         with keep_compiled(str(arguments.work / "compiled"), seconds=0.1):
             sides[arguments.side](arguments, request)
         return
@@ -274,29 +281,35 @@ def our_programs(arguments: argparse.Namespace, request: dict[str, Any]) -> None
     """Every method once, so that its programs are in the folder of compiled ones; no time is noted."""
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
     for name in request["methods"]:
-        print(name, one_turn(model, tokenizer, request, name), file=sys.stderr, flush=True)
+        print(name, one_turn(model, tokenizer, request, name, time.process_time), file=sys.stderr, flush=True)
 
 
-def one_turn(model: sj.Decoder, tokenizer: Any, request: dict[str, Any], name: str) -> float:
-    """CPU seconds of a context that is read, compacted and answered about."""
+def one_turn(
+    model: sj.Decoder, tokenizer: Any, request: dict[str, Any], name: str, clock: Callable[[], float]
+) -> float:
+    """Seconds of a context that is read, compacted and answered about."""
     cache, row = our_cache(request, name, request["ratios"][0]), request["examples"][0]
     longest = request["longest"] + request["timed_tokens"]
-    began = time.process_time()
-    state = sj.read(model, sj.init_state(model, wholly(cache, longest, 512)), [row["context"]])
+    length = len(row["context"])
+    even = -(-length // -(-length // 512))  # chunks of one width, at most 512, that leave little to pad
+    chunk = -(-even // 16) * 16
+    began = clock()
+    state = sj.read(model, sj.init_state(model, wholly(cache, longest, chunk)), [row["context"]], chunk)
     state = laid_out(model, tokenizer, state, cache, [row], longest)
     _, said = sj.generate(model, state, [row["prompt"]], max_new_tokens=request["timed_tokens"], sampler=GREEDY)
     jax.block_until_ready(said)
-    return time.process_time() - began
+    return clock() - began
 
 
 def our_times(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
-    path = arguments.work / "streamjax_times.json"
+    path = arguments.work / f"streamjax_{arguments.side}.json"
+    clock = CLOCKS[arguments.side]
     done = json.loads(path.read_text()) if path.exists() else {}
     model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
     for name in request["methods"]:
         if name in done:
             continue
-        spent = [one_turn(model, tokenizer, request, name) for _ in range(request["repeats"] + 1)]
+        spent = [one_turn(model, tokenizer, request, name, clock) for _ in range(request["repeats"] + 1)]
         done[name] = statistics.median(spent[1:])
         path.write_text(json.dumps(done))
         print(name, done[name], file=sys.stderr, flush=True)
@@ -309,7 +322,7 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
         paths = {side: arguments.work / f"{side}_{what}.json" for side in SIDES}
         return {side: json.loads(path.read_text()) if path.exists() else {} for side, path in paths.items()}
 
-    kept, said, spent = map(left, PARTS)
+    kept, said, spent, took = map(left, PARTS)
 
     def cell(side: str, key: str) -> str:
         texts = [said[side].get(str(i), {}).get(key) for i in range(len(request["examples"]))]
@@ -323,14 +336,16 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
     def row(name: str, keys: list[str]) -> dict[str, Any]:
         cells = {f"{'ours' if side == 'streamjax' else side} at {share:g}": cell(side, key)
                  for key, share in zip(keys, request["ratios"], strict=True) for side in SIDES}  # fmt: skip
-        ours, theirs = (spent[side].get(name) for side in SIDES)
+        ours, theirs = (took[side].get(name) for side in SIDES)
         chosen = [kept[side].get(name) for side in SIDES]
         return {
             "method": name,
             "same tokens, %": 100 * agreement(*chosen) if all(chosen) else "-",
             **cells,
-            "our CPU s": ours or "-",
-            "kvpress CPU s": theirs or "-",
+            "our CPU s": spent["streamjax"].get(name, "-"),
+            "kvpress CPU s": spent["kvpress"].get(name, "-"),
+            "our s": ours or "-",
+            "kvpress s": theirs or "-",
             "ratio": theirs / ours if ours and theirs else "-",
         }
 
