@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -55,7 +57,7 @@ def attend_weighted(
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=keys, keepdims=True)
-    weights, top, total = (x.reshape(*x.shape[:4], -1) for x in (weights, top, total))
+    weights, top, total = (x.reshape(*x.shape[:4], math.prod(x.shape[4:])) for x in (weights, top, total))
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
     out = jnp.einsum("bkgcs,bksd->bkgcd", weights.astype(v.dtype), v, preferred_element_type=dtype) / divisor
@@ -130,5 +132,6 @@ def _logits(
         assert distance is not None, "ALiBi needs distances"
         logits -= rearrange(slopes, "(k g) -> k g 1 1", k=k.shape[1]) * distance[:, :, None]
     if visible.ndim == 6:
-        logits = logits.reshape(*logits.shape[:4], -1, visible.shape[5])
+        run = visible.shape[5]
+        logits = logits.reshape(*logits.shape[:4], logits.shape[4] // run, run)
     return jnp.where(visible if visible.ndim > 4 else visible[:, :, None], logits, -jnp.inf)
