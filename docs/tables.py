@@ -56,7 +56,7 @@ def presets() -> str:
         gates = Path(folder) / "gates.json"
         gates.write_text(json.dumps({"gates": [[head / 20 for head in range(20)]]}))
         networks = Path(folder) / "retaining.safetensors"
-        one = sj.kv.RetainingHeads.from_arrays(np.ones((8, 2)), np.ones((2, 1)), "any")
+        one = sj.kv.RetainingHeads.from_arrays(np.ones((8, 2)), np.ones((2, 1)), model="any")
         LayerRetainingHeads((one,), "any", 1).save(networks)
         books = Path(folder) / "books.safetensors"
         entries = np.ones(256, np.float32).tobytes()

@@ -56,8 +56,11 @@ class Noting:
     ) -> Float[Array, "B N S"]:
         """The notes of stored tokens after a chunk's queries, whose whole attention is `lse`; of new ones where None.
 
-        Rows without queries keep theirs bit for bit.
+        Rows without queries keep theirs bit for bit, and so do all where no query changes what was said of a token.
         """
+        if self.of_tokens:
+            assert note is not None, "what is said of new tokens comes with them"
+            return note
         more = query.mass(k, position, valid, lse, reach, filled, fold=partial(self.fold, query=query))
         return more if note is None else self.joined(self.kept(note, query), more)
 

@@ -30,7 +30,7 @@ def test_every_preset_builds_and_names_its_paper(tmp_path):
     gates.write_text('{"gates": [[0.9, 0.1], [0.2, 0.8]]}')
     networks = tmp_path / "retaining.safetensors"
     LayerRetainingHeads(
-        (sj.kv.RetainingHeads.from_arrays(np.ones((8, 2)), np.ones((2, 1)), "whose"),), "whose", 1
+        (sj.kv.RetainingHeads.from_arrays(np.ones((8, 2)), np.ones((2, 1)), model="whose"),), "whose", 1
     ).save(networks)
     for name, entry in sj.kv.presets().items():
         assert entry.name == name

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
 from streamjax.kv.scores.score import Held, Score
 from streamjax.kv.scores.stretches import over_stretches
 
@@ -30,19 +30,15 @@ class CUR(Score):
     local: Size = 16
     by: Literal["product", "mean", "keys", "values"] = "product"
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def check(self, every: int) -> None:
         if every % self.local:
             raise ValueError(f"CUR.local is {self.local}, but the tier makes room after every {every} tokens: it must "
                              "be a multiple, so that tokens are judged beside all of their neighbours")  # fmt: skip
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
-        fresh = jnp.broadcast_to(held.valid, held.note.shape) & (held.note == 0)
-        judged = self.rank_all(held._replace(valid=fresh))
-        return jnp.where(fresh, jnp.maximum(judged, jnp.finfo(judged.dtype).tiny), held.note)  # 0 would be a new token
+        judged = self.rank_all(held._replace(valid=held.fresh))
+        least = jnp.finfo(judged.dtype).tiny  # 0 would be a new token
+        return jnp.where(held.fresh, jnp.maximum(judged, least), held.noted)
 
     def rank_all(self, held: Held) -> Float[Array, "B K S"]:
         of_keys, of_values = (self._by_mean(x, held) for x in (held.k, held.values))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
 from streamjax.attention.rotary import rotate
-from streamjax.field_checks import LATER, NotNegative, Size, check_fields
-from streamjax.kv.query import KVSpec, Query, State
-from streamjax.kv.scores.score import Held, Score
+from streamjax.field_checks import LATER, NotNegative, Size
+from streamjax.kv.query import Query
+from streamjax.kv.scores.query_moments import QueryMoments
+from streamjax.kv.scores.score import Held
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpectedAttention(Score):
+class ExpectedAttention(QueryMoments):
     """The attention that a query drawn like those before would give on average, times the length of the value.
 
     Queries before rotation are taken for normal with the mean and covariance of all so far, and stand at the mean
@@ -33,44 +33,25 @@ class ExpectedAttention(Score):
       epsilon: added to the attention before it is multiplied by the value's length.
     """
 
-    needs_queries: ClassVar[bool] = True
-
     ahead: Size = 512
     skip: Size = 4
     epsilon: NotNegative = 0.0
     covariance: bool = dataclasses.field(default=True, metadata=LATER)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    @property
+    def keeps_products(self) -> bool:
+        return self.covariance
 
-    def memory(self, spec: KVSpec) -> State:
-        """Of the scaled queries of each head: how many, their sum, and the sum of their products."""
-        rows, heads, width = spec.batch_size, spec.kv_heads * spec.group, spec.head_dim
-        shapes = (rows, heads, 1), (rows, heads, width), (rows, heads, width, width)
-        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes[: 2 + self.covariance])
-
-    def watched(self, memory: State, query: Query) -> State:
-        count, total, *products = memory
-        counts = query.index >= self.skip
-        if query.valid is not None:
-            counts &= query.valid
-        q = query.raw_q.astype(jnp.float32) * query.scale * counts[..., None, None]
-        return (
-            count + jnp.sum(counts, axis=1, dtype=jnp.float32)[:, None, None],
-            total + jnp.sum(q, axis=1),
-            *(each + jnp.einsum("bchd,bche->bhde", q, q, precision="highest") for each in products),
-        )
+    def counted(self, query: Query) -> tuple[Float[Array, "B C H D"], Bool[Array, "B C"]]:
+        return query.raw_q.astype(jnp.float32) * query.scale, query.index >= self.skip
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        count, total, *products = held.memory
-        mean = total / jnp.maximum(count, 1)
-        heads, dtype = held.k.shape[1], accumulator(held.k.dtype)
+        moments, heads, dtype = self.moments(held), held.k.shape[1], accumulator(held.k.dtype)
         k = held.k.astype(dtype)
-        turned = rearrange(self._turned(mean, held), "b (k g) d -> b k g d", k=heads)
-        logits = jnp.einsum("bkgd,bksd->bkgs", turned, k, precision="highest")
-        for each in products:
-            spread = each / jnp.maximum(count, 1)[..., None] - mean[..., None] * mean[..., None, :]
-            spread = self._turned(self._turned(spread, held).swapaxes(2, 3), held)
+        mean = rearrange(self._turned(moments.mean, held), "b (k g) d -> b k g d", k=heads)
+        logits = jnp.einsum("bkgd,bksd->bkgs", mean, k, precision="highest")
+        if self.covariance:
+            spread = self._turned(self._turned(moments.covariance, held).swapaxes(2, 3), held)
             spread = rearrange(spread, "b (k g) d e -> b k g d e", k=heads)
             logits += 0.5 * jnp.einsum("bksd,bkgde,bkse->bkgs", k, spread, k, precision="highest")
         shares = jax.nn.softmax(jnp.where(held.valid[:, :, None], logits, -jnp.inf), axis=-1)

@@ -27,9 +27,8 @@ class QueryFilters(MeasuredLayers[Filters]):
 
     @staticmethod
     def tables_of(layer: Filters) -> Sequence[np.ndarray]:
-        return (layer.array,)
+        return layer.arrays
 
     @staticmethod
     def layer_of(tables: Sequence[np.ndarray], model: str) -> Filters:
-        (directions,) = tables
-        return Filters(directions.tobytes(), len(directions), model)
+        return Filters.from_arrays(*tables, model=model)

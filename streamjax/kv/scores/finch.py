@@ -8,10 +8,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
 from streamjax.kv.noting import kept_within_block
 from streamjax.kv.query import Query
-from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.scores.score import Score
 from streamjax.kv.scores.tova import newest_queries
 
 
@@ -27,9 +27,6 @@ class Finch(Score):
 
     window: Size = 64
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def check(self, every: int) -> None:
         if every < self.window:
             raise ValueError(f"Finch.window is {self.window}, but the tier makes room after every {every} tokens")
@@ -41,7 +38,3 @@ class Finch(Score):
 
     def kept(self, note: Float[Array, "B K S"], query: Query) -> Float[Array, "B K S"]:
         return kept_within_block(note, query)
-
-    def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
-        return held.note

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from jaxtyping import Array, Float
-
-from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.scores.score import Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +13,3 @@ class H2O(Score):
     """The sum of a token's attention, its own query's included. Query heads that share a key head vote together."""
 
     needs_attention: ClassVar[bool] = True
-
-    def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
-        return held.note

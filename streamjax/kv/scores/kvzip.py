@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from streamjax.kv.query import Query
-from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.scores.score import Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,3 @@ class KVzip(Score):
 
     def joined(self, note: Float[Array, "B K S"], more: Float[Array, "B K S"]) -> Float[Array, "B K S"]:
         return jnp.maximum(note, more)
-
-    def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
-        return held.note

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
+from streamjax.kv.scores.blocks import Blocks, next_is_whole
 from streamjax.kv.scores.score import Held, Score
 
 
@@ -28,55 +28,19 @@ class LagKV(Score):
 
     lag: Size = 128
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
-        there = jnp.broadcast_to(held.valid, held.note.shape)
-        fresh, waiting = there & (held.note == 0), there & jnp.isinf(held.note)
-        of_keys, of_values = (_worth(x, waiting, _range(x, fresh)) for x in (held.k, held.values))
-        ranked = jnp.where(fresh, jnp.inf, jnp.where(waiting, _ranked(of_keys + of_values, waiting), held.note))
+        fresh, waiting = held.fresh, held.there & jnp.isinf(held.noted)
+        keys, values = (_worth(x, waiting, _range(x, fresh)) for x in (held.k, held.values))
+        ranked = jnp.where(fresh, jnp.inf, jnp.where(waiting, _ranked(keys + values, waiting), held.noted))
         # without a block to measure by they go on waiting
         return jnp.where(waiting & ~fresh.any(axis=2, keepdims=True), jnp.inf, ranked)
 
     def rank_all(self, held: Held) -> Float[Array, "B K S"]:
-        # Blocks begin with the first token that competes: what stays in front, such as sinks, is in none of them.
-        slots, first = held.k.shape[2], jnp.argmax(held.valid, axis=2, keepdims=True)
-        index = jnp.arange(slots)
-        turned = held._replace(
-            k=_turned(held.k, index + first), v=_turned(held.v, index + first), valid=_turned(held.valid, index + first)
-        )
-        return _turned(self._rank_from_start(turned), index - first)
-
-    def _rank_from_start(self, held: Held) -> Float[Array, "B K S"]:
-        slots = held.k.shape[2]
-        blocks = -(-slots // self.lag)
-
-        def cut(x: Array) -> Array:
-            x = jnp.pad(x, [(0, blocks * self.lag - slots if axis == 2 else 0) for axis in range(x.ndim)])
-            return rearrange(x, "b k (n s) ... -> (b n) k s ...", n=blocks)
-
-        there = cut(jnp.broadcast_to(held.valid, held.k.shape[:3]))
-
-        def following(x: Array) -> Array:
-            whole = rearrange(x, "(b n) ... -> b n ...", n=blocks)
-            return rearrange(jnp.roll(whole, -1, axis=1), "b n ... -> (b n) ...")
-
-        of_keys, of_values = (
-            _worth(mine, there, tuple(following(edge) for edge in _range(mine, there)))
-            for mine in (cut(held.k), cut(held.values))
-        )
-        ranked = rearrange(_ranked(of_keys + of_values, there), "(b n) k s -> b k (n s)", n=blocks)[:, :, :slots]
+        blocks = Blocks.of(held, self.lag)
+        there, *both = map(blocks.cut, (held.there, held.k, held.values))
+        keys, values = (_worth(x, there, tuple(map(blocks.following, _range(x, there)))) for x in both)
         # a block is measured where the next one is whole; those behind it stay
-        index, count = jnp.arange(slots), jnp.sum(held.valid, axis=2, keepdims=True)
-        return jnp.where((index // self.lag + 2) * self.lag <= count, ranked, jnp.inf)
-
-
-def _turned(x: Array, index: Int32[Array, "B #K S"]) -> Array:
-    """`x` [B, K, S, ...] with its places along S taken from `index`, modulo S."""
-    index = jnp.broadcast_to(index % index.shape[2], (*x.shape[:2], index.shape[2]))
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=2)
+        return blocks.joined(jnp.where(next_is_whole(blocks, there), _ranked(keys + values, there), jnp.inf))
 
 
 def _range(x: Float[Array, "B K S D"], some: Bool[Array, "B K S"]) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.partial import accumulator
-from streamjax.field_checks import Count, Positive, check_fields
+from streamjax.field_checks import Count, Positive
 from streamjax.kv.scores.score import Held, Score
 
 
@@ -25,9 +25,6 @@ class Leverage(Score):
 
     sketch: Count = 0
     ridge: Positive = 1e-4
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
         k = held.raw_k.astype(accumulator(held.k.dtype))

@@ -17,6 +17,5 @@ class MeanAttention(Score):
     needs_attention: ClassVar[bool] = True
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
         seen = held.now[:, None, None] - held.position
-        return held.note / seen.astype(held.note.dtype)
+        return held.noted / seen.astype(held.noted.dtype)

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
 from streamjax.kv.scores.score import Held, Score
 
 
@@ -16,9 +16,6 @@ class RandomChoice(Score):
     """A number in [0, 1) for each position and key head, the same at every look: a hash of them and of the seed."""
 
     seed: Size = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
         return hashed(jnp.broadcast_to(held.position, held.k.shape[:3]), self.seed)

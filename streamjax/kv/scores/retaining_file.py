@@ -28,11 +28,11 @@ class LayerRetainingHeads(MeasuredLayers[RetainingHeads]):
 
     @staticmethod
     def tables_of(layer: RetainingHeads) -> Sequence[np.ndarray]:
-        return layer.matrices
+        return layer.arrays
 
     @staticmethod
     def layer_of(tables: Sequence[np.ndarray], model: str) -> RetainingHeads:
         inward, outward = tables
         if inward.shape[1] != outward.shape[0]:
             raise ValueError(f"matrices of {inward.shape} and {outward.shape}")
-        return RetainingHeads.from_arrays(inward, outward, model)
+        return RetainingHeads.from_arrays(inward, outward, model=model)

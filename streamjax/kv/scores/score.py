@@ -7,7 +7,9 @@
 
 `rank` is called when a tier has to make room, and sees all that the tier holds. A score that wants to know how much
 attention tokens got says `needs_attention`, and may say how it is noted (`fold`, `kept`, see `Noting`). One that wants
-to know the queries of the stream keeps what it needs of them in a `memory`.
+to know the queries of the stream keeps what it needs of them in a `memory`; their mean and covariance are there for a
+score that derives from `QueryMoments`. Fields are checked. One that is `LayerTables` has numbers of the layer, which
+states hold, so that layers share their programs: `memory` gives them with `in_state`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from streamjax.attention.rotary import Rotary
+from streamjax.field_checks import check_fields
+from streamjax.kv.layer_tables import LayerTables
 from streamjax.kv.noting import Noting
 from streamjax.kv.query import KVSpec, KVTokens, Query, State
 
@@ -50,6 +54,22 @@ class Held(NamedTuple):
         return self.v if self.v.shape[-1] else self.k
 
     @property
+    def noted(self) -> Float[Array, "B N S"]:
+        """The notes, for a score that asks for them."""
+        assert self.note is not None, "there are notes where a score `needs_attention`, or `remembers`"
+        return self.note
+
+    @property
+    def there(self) -> Bool[Array, "B K S"]:
+        """`valid`, for each key head."""
+        return jnp.broadcast_to(self.valid, self.k.shape[:3])
+
+    @property
+    def fresh(self) -> Bool[Array, "B K S"]:
+        """The tokens of which nothing has been said so far, where the score `remembers`."""
+        return self.there & (self.noted == 0)
+
+    @property
     def raw_k(self) -> Float[Array, "B K S D"]:
         """Keys before rotation."""
         position = self.position if self.distance is None else jnp.zeros_like(self.position)
@@ -65,10 +85,21 @@ class Score(Noting):
     remembers: ClassVar[bool] = False  # whether `held.note` has what `rank` said last, 0 for a new token
     needs_outputs: ClassVar[bool] = False  # whether `held.outputs` has what takes values to the layer's output
 
+    at_true_distance: ClassVar[bool] = False  # whether keys mean nothing to it that all stand at one distance
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def _tables(self) -> dict[str, LayerTables]:
+        """The fields that have numbers of the layer."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, LayerTables)}
+
     @property
     def made_for(self) -> str | None:
         """A fingerprint of the model that it was measured with; None where it serves every model."""
-        return None
+        return next((tables.model for tables in self._tables.values() if tables.model), None)
 
     @property
     def counts_all_queries(self) -> bool:
@@ -77,7 +108,8 @@ class Score(Noting):
 
     def without_numbers(self) -> Score:
         """A score that is equal for layers whose measured numbers differ; where there are any, states hold them."""
-        return self
+        own = {name: tables.without_numbers() for name, tables in self._tables.items()}
+        return dataclasses.replace(self, **own) if own else self
 
     def judged(self, memory: State, query: Query, tokens: KVTokens) -> Float[Array, "B K C"]:
         """The notes of tokens that come, where they are of the tokens themselves (`of_tokens`)."""
@@ -98,7 +130,7 @@ class Score(Noting):
         return jnp.sum(shares, axis=(2, 3))
 
     def memory(self, spec: KVSpec) -> State:
-        """What is kept of the stream's queries, before there are any: a pytree of arrays [B, K or H, ...]."""
+        """What is kept of the stream's queries, before there are any: a pytree of arrays [B, K or H or 1, ...]."""
         return ()
 
     def watched(self, memory: State, query: Query) -> State:
@@ -106,8 +138,11 @@ class Score(Noting):
         return memory
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        """The worth of each token: the highest stay, of equals the newest. Anything for slots that hold none."""
-        raise NotImplementedError
+        """The worth of each token: the highest stay, of equals the newest. Anything for slots that hold none.
+
+        By default what is noted of its attention.
+        """
+        return held.noted
 
     def rank_all(self, held: Held) -> Float[Array, "B K S"]:
         """The same where all of a stream's tokens compete at once, in the order of the stream."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from streamjax.field_checks import Size, check_fields
+from streamjax.field_checks import Size
 from streamjax.kv.noting import kept_within_block
 from streamjax.kv.query import Query
 from streamjax.kv.scores.score import Held, Score
@@ -30,7 +30,7 @@ class SnapKV(Score):
     pool: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.kernel % 2 == 0:
             raise ValueError(f"SnapKV.kernel is {self.kernel}: it must be odd, a token and as many on either side")
 
@@ -45,9 +45,8 @@ class SnapKV(Score):
         return kept_within_block(note, query)
 
     def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
         order = in_stream_order(held)
-        in_order = jnp.take_along_axis(jnp.where(held.valid, held.note, 0.0), order, axis=2)
+        in_order = jnp.take_along_axis(jnp.where(held.valid, held.noted, 0.0), order, axis=2)
         start, combine = (0.0, jax.lax.add) if self.pool == "mean" else (-jnp.inf, jax.lax.max)
         pooled = jax.lax.reduce_window(in_order, start, combine, (1, 1, self.kernel), (1, 1, 1), "SAME")
         return jnp.take_along_axis(pooled, jnp.argsort(order, axis=2), axis=2)

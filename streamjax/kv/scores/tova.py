@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from streamjax.kv.noting import kept_within_block
 from streamjax.kv.query import Query
-from streamjax.kv.scores.score import Held, Score
+from streamjax.kv.scores.score import Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,6 @@ class TOVA(Score):
 
     def kept(self, note: Float[Array, "B K S"], query: Query) -> Float[Array, "B K S"]:
         return kept_within_block(note, query)
-
-    def rank(self, held: Held) -> Float[Array, "B K S"]:
-        assert held.note is not None
-        return held.note
 
 
 def newest_queries(shares: Float[Array, "B K G C S"], query: Query, count: int) -> Float[Array, "B K S"]:

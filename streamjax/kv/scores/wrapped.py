@@ -6,7 +6,6 @@ import dataclasses
 
 from jaxtyping import Array, Float
 
-from streamjax.field_checks import check_fields
 from streamjax.kv.query import KVSpec, Query, State
 from streamjax.kv.scores.score import Score
 
@@ -22,7 +21,7 @@ class Wrapped(Score):
     score: Score
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.score.remembers:
             raise ValueError(f"{type(self).__name__}.score is {self.score!r}: it cannot be one that remembers")
 

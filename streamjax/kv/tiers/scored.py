@@ -85,6 +85,9 @@ class Scored(Tier):
     def __post_init__(self) -> None:
         check_fields(self)
         self.score.check(self.every)
+        if self.score.at_true_distance and self.distance is not None:
+            raise ValueError(f"{type(self).__name__}.distance is {self.distance}: it must be None, since "
+                             f"{type(self.score).__name__} judges keys at their true places")  # fmt: skip
         if self.merge is not None:  # of this one, where the class says of all
             object.__setattr__(self, "last_because", f"{type(self.merge).__name__} merges what would fall")
         if self.codec is not None:

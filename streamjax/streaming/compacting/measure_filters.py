@@ -37,7 +37,7 @@ def measure_filters(model: Decoder, text: Rows) -> QueryFilters:
 
     def measure(block: Block, mixer: AttentionConfig, x: Float[Array, "B T E"], context: SequenceContext) -> Filters:
         found = _filters(np.asarray(block.project(x, context)[0], np.float64), mixer.num_kv_heads)
-        return Filters(found.astype(np.float32).tobytes(), len(found), own)
+        return Filters.from_arrays(found, model=own)
 
     layers, tokens = measure_layers(model, text, measure, needs="filters need", lacks="keys could be filtered")
     return QueryFilters(layers, own, tokens)

@@ -21,6 +21,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from streamjax.field_checks import NotNegative, Positive, Size, check_fields
+from streamjax.kv.pages.kth_largest import kth_largest
 from streamjax.kv.scores.retaining import RetainingHeads, retaining_scores
 from streamjax.kv.scores.retaining_file import LayerRetainingHeads
 from streamjax.models.block import Block
@@ -119,7 +120,7 @@ def as_file(model: Decoder, step: RetainingStep, tokens: int) -> LayerRetainingH
             layers.append(layer)
         else:
             inward, outward = layer
-            layers.append(RetainingHeads.from_arrays(np.asarray(inward), np.asarray(outward), own))
+            layers.append(RetainingHeads.from_arrays(np.asarray(inward), np.asarray(outward), model=own))
     return LayerRetainingHeads(tuple(layers), own, tokens)  # type: ignore[arg-type]
 
 
@@ -229,6 +230,6 @@ def _found(said: Float[Array, "B T K"], wanted: Float[Array, "B T K"], asked: Bo
 
     def best(x: Array) -> Bool[Array, "B K T"]:
         x = jnp.where(asked[..., None], x, -jnp.inf).swapaxes(1, 2)
-        return x >= jax.lax.top_k(x, count)[0][..., -1:]
+        return x >= kth_largest(x, count)
 
     return jnp.mean(jnp.sum(best(said) & best(wanted), axis=2) / count)

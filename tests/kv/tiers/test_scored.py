@@ -66,7 +66,7 @@ SCORES = {
     "finch": (Finch(window=3), oracle.weighted(3, SINKS + WINDOW + SIZE + EVERY)),
     "kvzip": (KVzip(), oracle.largest),
     "qfilters": (QFilters(), oracle.along_queries),
-    "retaining": (Retaining(RetainingHeads.from_arrays(*NETWORK, "whose")), oracle.retained(*NETWORK)),
+    "retaining": (Retaining(RetainingHeads.from_arrays(*NETWORK, model="whose")), oracle.retained(*NETWORK)),
 }
 
 # What these keep of a whole prompt is held to published rules in tests/streaming/compacting/test_compact.py.

@@ -24,7 +24,7 @@ def test_filters_choose_as_published(prompt, tmp_path):  # noqa: F811
             for h in (2 * head, 2 * head + 1):
                 u, _, v = np.linalg.svd(q[:, :, h].reshape(-1, 6), full_matrices=False)
                 mean += v[0] * (1 if np.mean(u[:, 0] > 0) > 0.5 else -1) / 2
-            np.testing.assert_allclose(own.array[head], mean, atol=1e-4)
+            np.testing.assert_allclose(own.arrays[0][head], mean, atol=1e-4)
             for row in range(2):
                 worth = k[row, : LENGTH - 4, head] @ mean
                 kept = np.asarray(layer[1].slots.position)[row, head][np.asarray(layer[1].slots.valid)[row, head]]
@@ -36,6 +36,8 @@ def test_a_stream_reads_with_filters(prompt, tmp_path):  # noqa: F811
     model, tokens, _, _ = prompt
     sj.measure_filters(model, tokens).save(tmp_path / "filters.safetensors")
     caches = sj.kv.preset("qfilters", filters=str(tmp_path / "filters.safetensors"), window=4, size=SIZE, every=8)
+    assert caches[0] != caches[1]
+    assert caches[0].renumbered()[0] == caches[1].renumbered()[0]  # one program for both
     assert np.isfinite(sj.read(model, sj.init_state(model, caches), tokens[:1], 16).hidden).all()
 
 
