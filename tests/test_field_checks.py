@@ -40,7 +40,7 @@ from streamjax.kv.scores import (
     snapkv,
     windowkv,
 )
-from streamjax.kv.selective import lines, other_group, static_eviction
+from streamjax.kv.selective import lines, noted, other_group, static_eviction
 from streamjax.kv.tiers import (
     bank,
     clusters,
@@ -224,6 +224,7 @@ EXAMPLES = [
     indexes.BlendedBounds(),
     selection.Coarse(4),
     lines.Lines(64),
+    noted.Noted(64, h2o.H2O()),
     static_eviction.StaticEviction(8, h2o.H2O(), every=16),
     other_group.OtherGroup((window.Window(8),)),
     Reselection(current_chunk.CurrentChunk(8)),

@@ -24,6 +24,7 @@ from streamjax.kv.cascade import Cascade
 from streamjax.kv.presets.registry import Built
 from streamjax.kv.scores.finch import Finch
 from streamjax.kv.scores.kvzip import KVzip
+from streamjax.kv.selective.noted import Noted, can_note
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.scored import Scored
 from streamjax.models.decoder import Decoder
@@ -160,6 +161,10 @@ def _of_layer(cache: Cache, capacity: int, chunk_size: int) -> Cache:
         return Cascade(Full(capacity))
     cascade = cache.cascade if isinstance(cache, Budgeted) else cache
     assert isinstance(cascade, Cascade)
+
+    tellers = {tier.score for tier in _scored(cache)}
+    if len(tellers) == 1 and can_note(score := tellers.pop()) and all(t.distance is None for t in _scored(cache)):
+        return Cascade(Noted(capacity, score))
 
     # Attention must be noted as the context is read: a tier that never has to choose notes it.
     def larger(tier: Any) -> Any:

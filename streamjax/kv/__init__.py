@@ -67,6 +67,7 @@ from streamjax.kv.scores.snapkv import SnapKV
 from streamjax.kv.scores.tova import TOVA
 from streamjax.kv.scores.windowkv import WindowKV
 from streamjax.kv.selective.lines import Lines
+from streamjax.kv.selective.noted import Noted
 from streamjax.kv.selective.static_eviction import StaticEviction
 from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.tier import Tier
@@ -156,6 +157,7 @@ __all__ = [
     "MinMax",
     "Mixed",
     "NearestAbove",
+    "Noted",
     "OverHeads",
     "Pages",
     "PairedLayers",

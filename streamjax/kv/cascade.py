@@ -19,6 +19,7 @@ from streamjax.kv.eviction_blocks import read_in_blocks
 from streamjax.kv.noted_attention import QUERIES, attend_and_note
 from streamjax.kv.noting import Noting
 from streamjax.kv.query import QUERY_BLOCK, KVSpec, KVTokens, Query, State, Stored
+from streamjax.kv.selective.noted import Noted
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.pages import Pages
 from streamjax.kv.tiers.scored import Scored
@@ -172,7 +173,7 @@ class Cascade(Cache):
         Not where tiers note attention or choose by it, nor where a query of the last block sees so few positions back
         that keys of the chunk are left out, which needs the cascade's own reach.
         """
-        asks = self._chooser is not None or any(tier.wants_noted is not None for tier in self.tiers)
+        asks = self._chooser is not None or any(tier.wants_noted is not None or tier.watches for tier in self.tiers)
         return not asks and (self.reach is None or self.reach >= (width - 1) // QUERY_BLOCK * QUERY_BLOCK)
 
     def update_stored(
@@ -199,8 +200,12 @@ class Cascade(Cache):
         return add_sink_logits(merge(*parts), query.sink_logits)
 
     def _notes_while_reading(self, query: Query) -> int | None:
-        """Which window notes attention from the logits by which a chunk attends; None where they are computed again."""
+        """Which tier notes attention from the logits by which a chunk attends; None where they are computed again."""
         many = query.q.shape[1] > QUERIES and not query.differentiable and query.tree is None
+        if isinstance(self.tiers[-1], Noted):
+            noting = self.tiers[-1].wants_noted
+            alone = len(self.tiers) == 1 and noting is not None and noting.sums_attention
+            return 0 if many and alone else None
         found = [i for i, tier in enumerate(self.tiers) if isinstance(tier, Window) and tier.noting is not None]
         if not many or len(found) != 1 or not isinstance(self.tiers[-1], Pages):
             return None
@@ -214,11 +219,17 @@ class Cascade(Cache):
         """The window's state and the chunk's tokens with what was noted of the chunk's attention, and all of that."""
         tiers = [(tier, part) for i, (tier, part) in enumerate(zip(self.tiers, state, strict=True)) if i != joint]
         others = merge(query.nothing(), *(tier.attend(part, query, self.reach) for tier, part in tiers))
-        window = state[joint]
-        stored = Stored(window.k, window.v, window.position, window.valid)
         others = add_sink_logits(others, query.sink_logits)
+        noted = self.tiers[joint]
+        window = state[joint].slots if isinstance(noted, Noted) else state[joint]
+        stored = Stored(window.k, window.v, window.position, window.valid)
         whole, more, own = attend_and_note(query, stored, rest, others, self.reach, window.filled)
-        return dataclasses.replace(window, score=window.score + more), dataclasses.replace(rest, score=own), whole
+        if not isinstance(noted, Noted):
+            return dataclasses.replace(window, score=window.score + more), dataclasses.replace(rest, score=own), whole
+        heads = state[joint].note.shape[1]  # query heads that share a key head vote together
+        more, own = (jnp.sum(x.reshape(len(x), heads, -1, x.shape[2]), axis=2) for x in (more, own))
+        new = noted.watched(dataclasses.replace(state[joint], note=state[joint].note + more), query)
+        return new, dataclasses.replace(rest, score=own), whole
 
     def _update(
         self, state: tuple[State, ...], query: Query, tokens: KVTokens, own: bool = True
@@ -245,7 +256,8 @@ class Cascade(Cache):
         if joint is None and noting is not None and not noting.of_tokens:
             score = noting.noted(None, query, rest.k, rest.position, rest.valid, whole.lse, self.reach)
             rest = dataclasses.replace(rest, score=score)
-        if noting is not None or query.block is not None:
+        told = noting is not None or query.block is not None or any(tier.watches for tier in self.tiers)
+        if told:
             before = new
             new = [
                 observed if i == joint else tier.observe(part, query, whole.lse, self.reach)
@@ -253,7 +265,7 @@ class Cascade(Cache):
             ]
             pairs = zip(jax.tree.leaves(before), jax.tree.leaves(new), strict=True)
             noted = [b for a, b in pairs if a is not b and jnp.issubdtype(b.dtype, jnp.floating)]
-        if not query.answered or noting is not None or query.block is not None:
+        if not query.answered or told:
             rest = dataclasses.replace(rest, valid=ordered_after(rest.valid, whole.out, *noted))
         for i, tier in enumerate(self.tiers[:-1]):
             new[i], rest = tier.insert(new[i], rest)

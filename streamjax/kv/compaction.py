@@ -23,6 +23,7 @@ from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.head_groups import HeadGroups, in_layer_order, of_heads
 from streamjax.kv.query import EvictionBlock, KVSpec, KVTokens, Query, State, Stored
 from streamjax.kv.scores.score import Score
+from streamjax.kv.selective.noted import Noted
 from streamjax.kv.shared_front import SharedFront
 from streamjax.kv.slots.slot_state import take_slots
 from streamjax.kv.tiers.scored import Scored
@@ -68,7 +69,7 @@ class Compaction(Cache):
 
     def _knows(self, score: Score) -> bool:
         """Whether the old cascade has written down what a score wants to know."""
-        if score.needs_queries and not any(isinstance(t, Scored) and t.score == score for t in self.old.tiers):
+        if score.needs_queries and not any(isinstance(t, Scored | Noted) and t.score == score for t in self.old.tiers):
             return False
         if not score.needs_attention:
             return True
@@ -179,7 +180,7 @@ class Compaction(Cache):
         """What the score knows of the stream's queries: what it knew, or what those that are asked say."""
         if not self.asked:
             for other, part in zip(self.old.tiers, state, strict=True):
-                if isinstance(other, Scored) and other.score == tier.score:
+                if isinstance(other, Scored | Noted) and other.score == tier.score:
                     return part.memory
         return tier.score.watched(so_far, query)
 

@@ -17,6 +17,7 @@ from streamjax.kv.head_groups import HeadGroups
 from streamjax.kv.layer_caches.current_chunk import CurrentChunk
 from streamjax.kv.layer_caches.recurrence import BesideRecurrence, Recurrence
 from streamjax.kv.presets.registry import Built
+from streamjax.kv.selective.noted import Noted
 from streamjax.kv.tier import Tier
 from streamjax.kv.tiers.full import Full
 from streamjax.kv.tiers.landmark_memory import ChunkMemory
@@ -69,6 +70,8 @@ def describe_tier(tier: Tier) -> str:
             return f"GroupedLayers({size:,} of {layers} layers with {shares})"
         case Pages(size=size, capacity=capacity, top_k=top_k):
             return f"{type(tier).__name__}({capacity:,} in {size}s, top {top_k}{_codec(tier)})"
+        case Noted(capacity=size, score=score):
+            return f"Noted({size:,} for {score!r})"
         case Scored(size=size, score=score, every=every, merge=merge):
             merged = "" if merge is None else f", merged by {merge!r}"
             return f"{type(tier).__name__}({size:,} by {score!r}, every {every}{merged}{_codec(tier)})"

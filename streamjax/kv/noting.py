@@ -39,6 +39,12 @@ class Noting:
         """What is left of notes when the queries of a chunk come: all of it."""
         return note
 
+    @property
+    def sums_attention(self) -> bool:
+        """Whether what queries add to notes is the attention that they give, summed, and nothing is ever forgotten."""
+        own = type(self)
+        return (own.fold, own.kept, own.joined) == (Noting.fold, Noting.kept, Noting.joined)
+
     def joined(self, note: Float[Array, "B N S"], more: Float[Array, "B N S"]) -> Float[Array, "B N S"]:
         """A note, and what the queries of a chunk say: their sum."""
         return note + more

@@ -46,6 +46,11 @@ class Tier:
         return False
 
     @property
+    def watches(self) -> bool:
+        """Whether it is told of every chunk's queries (`observe`), also where it asks for no attention."""
+        return False
+
+    @property
     def evicts_per_head(self) -> bool:
         """Whether each key head keeps tokens of its own, so that the tiers behind it get other ones from each."""
         return False

@@ -106,6 +106,11 @@ class Score(Noting):
         """Whether notes are of all queries that ever came, and not only of those since the last choice."""
         return type(self).kept is Score.kept
 
+    @property
+    def sums_attention(self) -> bool:
+        own = type(self)
+        return (own.fold, own.kept, own.joined) == (Score.fold, Score.kept, Score.joined)
+
     def without_numbers(self) -> Score:
         """A score that is equal for layers whose measured numbers differ; where there are any, states hold them."""
         own = {name: tables.without_numbers() for name, tables in self._tables.items()}

@@ -1,1 +1,1 @@
-"""Tiers that pass on, or read, a part of what they get."""
+"""Tiers that pass on, or read, a part of what they get, or note something beside it."""
