@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.coded import Coded
+from pallas_kernels.unpacking.protocol import Unpackable
 
 DTYPES = ("bfloat16", "float32")
+CODES = (Coded, Unpackable)
 
 
 def scale(given: float | None, q: Array) -> float:
@@ -50,14 +52,14 @@ def chunk(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
 
 
-def decode(q: Array, k: Array | Coded, v: Array | Coded, k_scale: Array | None, v_scale: Array | None) -> None:
+def decode(q: Array, k: Array | Coded | Unpackable, v: Array | Coded | Unpackable, k_scale: Any, v_scale: Any) -> None:
     """Refuse arguments of `decode_attention` that do not fit together."""
-    packed = not isinstance(k, Coded) and k.dtype == jnp.uint8
+    packed = not isinstance(k, CODES) and k.dtype == jnp.uint8
     if q.ndim != 4 or len(k.shape) != 4 or k.shape != v.shape or k.shape[3] * (2 if packed else 1) != q.shape[3]:
         raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
     if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1]:
         raise ValueError(f"q {q.shape} and k {k.shape}: use the same rows, and a multiple of the key heads")
-    if isinstance(k, Coded) or isinstance(v, Coded):
+    if isinstance(k, CODES) or isinstance(v, CODES):
         return _coded(q, k, v, k_scale, v_scale)
     if q.dtype.name not in DTYPES or k.dtype != v.dtype or k.dtype not in (q.dtype, jnp.int8, jnp.uint8):
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: bfloat16 or float32; k and v also int8, uint8")
@@ -67,13 +69,16 @@ def decode(q: Array, k: Array | Coded, v: Array | Coded, k_scale: Array | None, 
 
 
 def _coded(q: Array, k: Any, v: Any, k_scale: Array | None = None, v_scale: Array | None = None) -> None:
-    """Refuse codes that do not fit together; each of both has to be `Coded`."""
-    if not (isinstance(k, Coded) and isinstance(v, Coded)) or k_scale is not None or v_scale is not None:
-        raise ValueError("keys and values in codes: give `Coded` for both, and no scales beside them")
+    """Refuse codes that do not fit together; each of both has to be codes."""
+    if not (isinstance(k, CODES) and isinstance(v, CODES)) or k_scale is not None or v_scale is not None:
+        raise ValueError("keys and values in codes: give `Coded` for both, or `Unpackable`, and no scales beside them")
     if q.dtype.name not in DTYPES:
         raise ValueError(f"dtype q {q.dtype}: use bfloat16 or float32")
     for name, x in (("k", k), ("v", v)):
         _, _, slots, width = x.shape
+        if isinstance(x, Unpackable):
+            _unpackable(name, x)
+            continue
         if x.codes.dtype != jnp.uint8 or x.bits not in (8, 4, 2, 1) or x.group % x.planes or slots % x.group:
             raise ValueError(
                 f"{name}: {slots} slots of {x.bits} bits in groups of {x.group}: use bytes of whole groups, and 8, 4, "
@@ -93,17 +98,31 @@ def _coded(q: Array, k: Any, v: Any, k_scale: Array | None = None, v_scale: Arra
                 raise ValueError(f"{name}: {number} in {array.dtype}: use bfloat16, or bytes for whole numbers")
 
 
-def paged(q: Array, k: Array | Coded, v: Array | Coded, pages: Array, page_size: int) -> None:
+def _unpackable(name: str, x: Unpackable) -> None:
+    """Refuse numbers that are not there, or not as many as their groups or slots."""
+    slots, lies = x.shape[2], x.unpacking.lies
+    if x.codes.dtype != jnp.uint8 or slots % x.group or set(x.numbers) != set(lies):
+        raise ValueError(
+            f"{name}: {slots} slots in groups of {x.group}, with {sorted(x.numbers)}: use bytes of whole groups, and "
+            f"numbers {sorted(lies)}"
+        )
+    for number, where in lies.items():
+        array, wanted = x.numbers[number], slots // x.group if where == "group" else slots
+        if array.ndim != 4 or (where != "all" and array.shape[2] != wanted):
+            raise ValueError(f"{name}: {number} {array.shape}: use [B, K, {wanted}, e]")
+
+
+def paged(q: Array, k: Array | Coded | Unpackable, v: Array | Coded | Unpackable, pages: Array, page_size: int) -> None:
     """Refuse arguments of `paged_attention` that do not fit together."""
     if q.ndim != 4 or len(k.shape) != 4 or k.shape != v.shape or k.shape[3] != q.shape[3]:
         raise ValueError(f"shapes q {q.shape}, k {k.shape}, v {v.shape}: use [B, C, H, D] and twice [B, K, S, D]")
     if q.shape[0] != k.shape[0] or q.shape[2] % k.shape[1] or pages.shape[:2] != k.shape[:2]:
         raise ValueError(f"q {q.shape}, k {k.shape}, pages {pages.shape}: use the same rows and key heads")
-    if isinstance(k, Coded) or isinstance(v, Coded):
+    if isinstance(k, CODES) or isinstance(v, CODES):
         _coded(q, k, v)
     elif not (q.dtype == k.dtype == v.dtype) or q.dtype.name not in DTYPES:
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: use bfloat16 or float32 for all")
-    least = max(x.group for x in (k, v)) if isinstance(k, Coded) and isinstance(v, Coded) else 32 // q.dtype.itemsize
+    least = max(x.group for x in (k, v)) if isinstance(k, CODES) and isinstance(v, CODES) else 32 // q.dtype.itemsize
     if page_size < 1 or page_size % least or k.shape[2] % page_size:
         raise ValueError(f"page_size {page_size} and {k.shape[2]} slots: use a multiple of {least} that divides them")
 

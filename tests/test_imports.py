@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 ROOMS = """
     pallas_kernels.partial pallas_kernels.patterns pallas_kernels.padding pallas_kernels.block_ranges
     pallas_kernels.tile_logits pallas_kernels.choice_tiles pallas_kernels.flash_call pallas_kernels.coded
-    pallas_kernels.argument_checks pallas_kernels.recurrence_products pallas_kernels.recurrence_block
+    pallas_kernels.unpacking.protocol pallas_kernels.argument_checks
+    pallas_kernels.recurrence_products pallas_kernels.recurrence_block
     pallas_kernels.tpu pallas_kernels.gpu pallas_kernels.reference
+    pallas_kernels.unpacking
     pallas_kernels.api
     pallas_kernels
     streamjax.field_checks streamjax.lazy_names streamjax.barriers streamjax.byte_units streamjax.host_programs

@@ -7,7 +7,9 @@ step` is what one token's attention moves: on TPUs what the program's text moves
 (`benchmarks.hbm_traffic`), on GPUs the program's arguments and twice its temporaries. Where XLA reads the codes, it
 does so in a loop over blocks of slots: its body counts as often as there are blocks, and on GPUs so do temporaries.
 `copied` are the temporaries of the step with the new token stored, over the bfloat16 slots: where a kernel reads the
-codes, no array of slots is among them. `stored` is what the codes and all that belongs to them take, over the same.
+codes, no array of slots is among them; with `cq` a GPU writes a new token's distances to all entries. `stored` is what
+the codes and all that belongs to them take, over the same. `presets`: which caches have these codes. Important
+tokens of `mikv`, `zipcache`, `zipvl` and `vidkv`, 384 or so, lie in a tier that XLA reads.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from streamjax.kv.tiers.full import Full
 from streamjax.models.config import RopeConfig
 from streamjax.models.rope import make_rotary
 
-CHIPS = {"v5e": "v5e:1x1", "H100": "h100"}
+CHIPS = {"v5e": "v5e:1x1", "H100": "h100", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
+SHOWN = ("v5e", "H100")
 STREAMS, HEADS, GROUP, WIDTH, SLOTS = 8, 8, 4, 128, 8192
 COUPLED = 4  # channels that share a code of `CQ`
 CODECS: dict[str, Codec | None] = {
@@ -53,13 +56,17 @@ CODECS: dict[str, Codec | None] = {
     "int8": Int(8),
     "int4": Int(4),
     "int4, keys by token": Int(4, keys="token"),
-    "int2, groups of 32": Int(2, group=32),
+    "kivi": Int(2, group=32, residual=128),
     "fireq": FireQ(4),
     "k_sort": BlockFloats(4),
     "gear": Gear(2),
     "vidkv": Mixed(32),
     "cq": CQ(COUPLED, 8),
 }
+PRESETS = {
+    "int8": "staircase", "int4": "comet, staircase",
+    **{name: name for name in ("kivi", "fireq", "k_sort", "gear", "vidkv", "cq")},
+}  # fmt: skip
 
 
 def codec_of(name: str) -> Codec | None:
@@ -118,7 +125,7 @@ def compiled(chip: str, name: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--chips", nargs="+", default=list(SHOWN), choices=CHIPS)
     parser.add_argument("--slots", nargs="+", default=list(CODECS), choices=CODECS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -133,7 +140,12 @@ def main() -> None:
             found = compiled(chip, name)
             exact = exact or found["moved"]
             slots = 4 * STREAMS * HEADS * WIDTH * SLOTS
-            row = {"chip": chip, "slots": name, "read by": "kernel" if found["kernel"] else "XLA"}
+            row = {
+                "chip": chip,
+                "slots": name,
+                "presets": PRESETS.get(name, ""),
+                "read by": "kernel" if found["kernel"] else "XLA",
+            }
             row |= {"MB a step": found["moved"] / 1e6, "x bfloat16": found["moved"] / exact}
             rows.append(row | {name: found[name] / slots for name in ("stored", "copied")})
             print(rows[-1], flush=True)

@@ -23,12 +23,14 @@ from pallas_kernels.api.recurrence import chunkwise_recurrence, delta_update
 from pallas_kernels.api.sequences import chunk_attention, chunk_gradients, flash_attention, hsa_attention
 from pallas_kernels.api.weights import grouped_product
 from pallas_kernels.coded import Coded
+from pallas_kernels.unpacking.protocol import Unpackable
 
 __all__ = [
     "MOST_READERS",
     "Coded",
     "Implementation",
     "LogitStats",
+    "Unpackable",
     "chunk_attention",
     "chunk_gradients",
     "chunkwise_recurrence",

@@ -18,6 +18,7 @@ from pallas_kernels.partial import Partial
 from pallas_kernels.tpu import decode_attention as tpu_decode
 from pallas_kernels.tpu import page_scores as tpu_scores
 from pallas_kernels.tpu import paged_attention as tpu_paged
+from pallas_kernels.unpacking.protocol import Unpackable
 
 MOST_READERS = 32  # rows that may have a shared page: bits of a number
 _DECODING = {"tpu": tpu_decode.decode_attention, "triton": gpu_decode.decode_attention}
@@ -29,8 +30,8 @@ _SCORES = {"tpu": tpu_scores.page_scores, "triton": gpu_scores.page_scores}
 
 def decode_attention(
     q: Float[Array, "B C H D"],
-    k: Array | Coded,
-    v: Array | Coded,
+    k: Array | Coded | Unpackable,
+    v: Array | Coded | Unpackable,
     count: Int32[Array, " B"],
     *,
     scale: float | None = None,
@@ -53,7 +54,8 @@ def decode_attention(
       q: queries of the tokens that follow the cached ones.
       k, v: [B, K, S, D] of q's dtype or int8, or uint8 [B, K, S, D / 2] with two numbers of four bits in a byte
         (`pack_int4`), as which they come with scales; or both `Coded`, in 8 to 1 bits with what belongs to them, and
-        what they stand for is made in registers. TPUs take channels in an order where there are 128 of them.
+        what they stand for is made in registers, or both `Unpackable`, in codes that a codec unpacks itself. TPUs take
+        channels in an order where there are 128 of them.
       count: tokens in the cache, at most S.
       first: slot of the oldest token; 0 where None.
       scale, softcap: of the logits, as in `flash_attention`.
@@ -78,8 +80,8 @@ def decode_attention(
 
 def paged_attention(
     q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"] | Coded,
-    v: Float[Array, "B K S D"] | Coded,
+    k: Float[Array, "B K S D"] | Coded | Unpackable,
+    v: Float[Array, "B K S D"] | Coded | Unpackable,
     pages: Int32[Array, "B K N"],
     count: Int32[Array, " B"],
     *,
@@ -98,7 +100,7 @@ def paged_attention(
 
     Args:
       q: queries of the tokens that follow the cached ones.
-      k, v: the cache, of q's dtype, or both `Coded`, as in `decode_attention`.
+      k, v: the cache, of q's dtype, or both in codes, as in `decode_attention`; TPUs take no `Unpackable` ones here.
       pages: numbers of pages, none twice; -1 for none, behind those that are named.
       count: tokens in the cache; slots of a page that hold none are not seen.
       page_size: tokens a page, a multiple of 8 (16 for bfloat16), or of the groups of codes.

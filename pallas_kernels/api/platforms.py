@@ -18,6 +18,7 @@ from pallas_kernels.patterns import Chunked, Pattern
 from pallas_kernels.tpu.flash_attention import MAX_SINKS
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
 from pallas_kernels.tpu.token_stats import MAX_BYTES
+from pallas_kernels.unpacking.protocol import Unpackable
 
 Implementation = Literal["tpu", "triton", "mosaic_gpu"]
 
@@ -49,11 +50,14 @@ def takes_cache(width: int, slots: int, dtype: str) -> bool:
     return width % LANES == 0 and slots % (32 // jnp.dtype(dtype).itemsize) == 0
 
 
-def takes_codes(k: Coded | None, page: int | None = None) -> bool:
+def takes_codes(k: Coded | Unpackable | None, page: int | None = None) -> bool:
     """Whether `decode_attention`, or `paged_attention` of pages, takes these keys on the platform that JAX runs on."""
     chosen = platform_implementation()
-    if chosen is None or k is None:
+    if chosen not in ("tpu", "triton") or k is None:
         return False
+    if isinstance(k, Unpackable):
+        fits = k.shape[3] <= MAX_WIDTH if chosen == "triton" else page is None and k.shape[3] % LANES == 0
+        return fits and k.unpacking.refused_by(chosen) is None
     if chosen == "triton":
         return k.shape[3] <= MAX_WIDTH
     if k.shape[3] % LANES or k.rows % SUBLANES or (k.order is not None and k.shape[3] != LANES):

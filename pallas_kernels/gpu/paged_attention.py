@@ -15,12 +15,13 @@ from pallas_kernels.block_ranges import divide
 from pallas_kernels.coded import Coded
 from pallas_kernels.gpu import slot_attention
 from pallas_kernels.partial import Partial
+from pallas_kernels.unpacking.protocol import Unpackable
 
 
 def paged_attention(
     q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"] | Coded,
-    v: Float[Array, "B K S D"] | Coded,
+    k: Float[Array, "B K S D"] | Coded | Unpackable,
+    v: Float[Array, "B K S D"] | Coded | Unpackable,
     pages: Int32[Array, "B K N"],
     count: Int32[Array, " B"],
     *,
@@ -36,7 +37,7 @@ def paged_attention(
     Slots of a page that hold nothing are not read either.
     """
     slots, entries = k.shape[2], pages.shape[2]
-    operands: dict[str, Array | Coded] = {
+    operands: dict[str, Array | Coded | Unpackable] = {
         "k": k,
         "v": v,
         "count": count.astype(jnp.int32),

@@ -7,8 +7,8 @@ any order cost the same, and what is not there is not loaded.
 
 The rows of a product are all queries of a key head together, sixteen at least. Quantised slots are widened in
 registers; scales multiply logits and weights. Two numbers in a byte make two parts of the channels, each with products
-of its own; of `Coded` slots, of which several share a byte, each reads its byte. Triton's blocks are powers of two:
-channels beyond the width read as 0.
+of its own; of `Coded` slots, of which several share a byte, each reads its byte; others are unpacked as their codec
+says. Triton's blocks are powers of two: channels beyond the width read as 0.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_ranges import divide
-from pallas_kernels.coded import Along, Coded, Kind, float8, power
+from pallas_kernels.coded import Coded
+from pallas_kernels.gpu import slot_codes
 from pallas_kernels.gpu.exponentials import MASKED, exp2
 from pallas_kernels.gpu.flash_operands import dot
 from pallas_kernels.partial import Partial, merge_stacked
 from pallas_kernels.tile_logits import LOG2E
+from pallas_kernels.unpacking.protocol import Unpackable, Unpacking, broadcast_index
 
 LEAST = 16  # the smallest side of a product
 ROWS, ROW_BYTES = 64, 2**14  # of a product, at most, and of its queries
@@ -42,7 +44,7 @@ SHARE = 256  # slots for which a program of their own is worth it
 MAX_WIDTH = 256
 INDEXED = 2**31  # numbers that a 32-bit offset reaches
 
-Reads = Mapping[str, Any]  # references of a kernel by name
+Reads = slot_codes.Reads
 Place = Callable[[jax.Array], tuple[jax.Array, jax.Array | None, jax.Array | None]]
 # What rows of queries see, by their numbers, as `low, stop, place`: entries low to stop - 1 of a list of slots. `place`
 # of some of these entries is their slots, which of them hold something and which each row sees; None for all.
@@ -50,33 +52,10 @@ Find = Callable[[Reads, jax.Array], tuple[Any, Any, Place]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Coding:
-    """bits, group, along, zero, kind: of `Coded` slots. channels: that share a least and a step. rank: of factors.
-    kept: channels of each slot that are kept beside the codes."""
-
-    bits: int
-    group: int
-    along: Along
-    zero: int
-    kind: Kind
-    channels: int
-    rank: int
-    kept: int
-
-    @classmethod
-    def from_coded(cls, x: Coded) -> Coding:
-        """How they lie."""
-        runs = 1 if x.step is None else x.step.shape[3]
-        channels = 1 if x.along == "channel" else x.shape[3] // runs
-        rank, kept = (0 if y is None else y.shape[3] for y in (x.tokens, x.kept))
-        return cls(x.bits, x.group, x.along, x.zero, x.kind, channels, rank, kept)
-
-
-@dataclasses.dataclass(frozen=True)
 class Few:
     """scale, softcap: of the logits. block: slots at once. shares: programs for the slots of a key head.
     width: channels of a part. rows: of queries of a key head. interpreted: whether an interpreter runs it. coded: of k
-    and v, how they lie where they are codes."""
+    and v, how they lie where they are codes. together: of how many slots shares are."""
 
     scale: float
     softcap: float | None
@@ -85,7 +64,8 @@ class Few:
     width: int
     rows: int
     interpreted: bool
-    coded: Mapping[str, Coding]
+    coded: Mapping[str, slot_codes.Coding | Unpacking]
+    together: int
 
     @property
     def exponent(self) -> float:
@@ -97,7 +77,7 @@ def attend(
     name: str,
     find: Find,
     q: Float[Array, "B C H D"],
-    operands: Mapping[str, Array | Coded],
+    operands: Mapping[str, Array | Coded | Unpackable],
     *,
     scale: float,
     softcap: float | None,
@@ -112,7 +92,7 @@ def attend(
     Args:
       name: of the kernel.
       find: see `Find`.
-      operands: k, v [B, K, S, D or D / 2], or `Coded`; k_scale, v_scale [B, K, S]; others [B], [B, N] or [B, K, N]. A
+      operands: k, v [B, K, S, D or D / 2], or codes; k_scale, v_scale [B, K, S]; others [B], [B, N] or [B, K, N]. A
         buffer [1, K, S, D] is that of all rows.
       splits: shares; as many as fill the GPU where None. most: entries that a key head can have.
       block: slots that are read at once, a power of two from 16.
@@ -121,8 +101,9 @@ def attend(
     Raises:
       ValueError: heads wider than the kernel takes, blocks of another size, or a cache beyond 32-bit offsets.
     """
-    coded = {name: Coding.from_coded(x) for name, x in operands.items() if isinstance(x, Coded)}
-    operands = _flat(operands)
+    coded = slot_codes.codings(operands)
+    together = slot_codes.slots_together(operands)
+    operands = slot_codes.flat(operands)
     cache = operands["k"]
     if q.shape[3] > MAX_WIDTH:
         raise ValueError(f"heads of width {q.shape[3]}: the Triton kernel takes {MAX_WIDTH} at most")
@@ -136,12 +117,15 @@ def attend(
         itemsize = q.dtype.itemsize if coded else cache.dtype.itemsize  # codes take room as what is made of them
         block = BLOCK_BYTES // (2 * parts * padded * itemsize)
         block = min(max(block, LEAST), BLOCK // 2 if listed or coded else BLOCK, max(pl.next_power_of_2(most), LEAST))
+        block = min(block, together) if together > 1 else block
+    if together > 1 and block > together:
+        raise ValueError(f"blocks of {block} slots: these codes take up to {together} at once")
     if block < LEAST or block & (block - 1):
         raise ValueError(f"blocks of {block} slots: use a power of two from {LEAST}")
     rows = min(max(pl.next_power_of_2(count), LEAST), ROWS, ROW_BYTES // (parts * padded * q.dtype.itemsize))
     if splits is None:
         splits = max(min(PROGRAMS // (batch * heads * pl.cdiv(count, rows)), most // SHARE), 1)
-    few = Few(scale, softcap, block, splits, width, count, interpret, coded)
+    few = Few(scale, softcap, block, splits, width, count, interpret, coded, max(LEAST, together))
 
     arrays = {**{f"q{n}": part for n, part in enumerate(grouped)}, **operands}
     specs = {name: _spec(x.shape, shared=len(x) == 1 and x.ndim > 2) for name, x in arrays.items()}
@@ -177,7 +161,10 @@ def _spec(shape: tuple[int, ...], shared: bool) -> pl.BlockSpec:
     if len(shape) == 2:
         return pl.BlockSpec((None, shape[1]), lambda r, s, b, h: (b, 0))
     rest = [0] * (len(shape) - 2)
-    return pl.BlockSpec((None, None, *shape[2:]), lambda r, s, b, h: (0 if shared else b, h, *rest))
+    heads = shape[1]
+    return pl.BlockSpec(
+        (None, None, *shape[2:]), lambda r, s, b, h: (0 if shared else b, broadcast_index(h, heads), *rest)
+    )
 
 
 def _kernel(few: Few, find: Find, names: list[str], *refs: Any) -> None:
@@ -189,7 +176,8 @@ def _kernel(few: Few, find: Find, names: list[str], *refs: Any) -> None:
     q = [plgpu.load(read[f"q{n}"], mask=inside, other=0.0) for n in range(len(out))]
 
     low, stop, place = find(read, row)
-    each = divide(divide(jnp.maximum(stop - low, 0) + few.shares - 1, few.shares) + LEAST - 1, LEAST) * LEAST
+    share = divide(jnp.maximum(stop - low, 0) + few.shares - 1, few.shares)
+    each = divide(share + few.together - 1, few.together) * few.together
     low += pl.program_id(1) * each
     stop = jnp.minimum(low + each, stop)
     steps = divide(jnp.maximum(stop - low, 0) + few.block - 1, few.block)
@@ -224,7 +212,8 @@ def _add(
 
     def load(name: str) -> list[jax.Array]:
         if name in few.coded:
-            return [_decoded(few, read, name, slot, channel, there).astype(q[0].dtype)]
+            found = slot_codes.decoded(few.coded[name], read, name, slot, channel, there, few.width, q[0].dtype)
+            return [found.astype(q[0].dtype)]
         block = plgpu.load(read[name].at[slot[:, None], channel[None]], mask=mask, other=0)
         return _widened(block, q[0].dtype)
 
@@ -246,61 +235,6 @@ def _add(
     weights = weights.astype(q[0].dtype)
     sums = tuple(part * shrink[:, None] + dot(weights, v) for part, v in zip(sums, load("v"), strict=True))
     return now, total, sums
-
-
-def _flat(operands: Mapping[str, Array | Coded]) -> dict[str, Array]:
-    """Codes and numbers of what is `Coded` as operands of their own."""
-    found: dict[str, Array] = {}
-    for name, x in operands.items():
-        if isinstance(x, Coded):
-            found |= {name: x.codes, **{f"{name}_{of}": array for of, (array, _) in x.numbers.items()}}
-        else:
-            found[name] = x
-    return found
-
-
-def _decoded(few: Few, read: Reads, name: str, slot: jax.Array, channel: jax.Array, there: jax.Array) -> jax.Array:
-    """What the codes of slots stand for, in float32."""
-    coding = few.coded[name]
-    planes = 8 // coding.bits
-    rows, unit = coding.group // planes, divide(slot, coding.group)
-    inside = slot - unit * coding.group
-    plane = divide(inside, rows)
-    row = unit * rows + inside - plane * rows
-    mask = there[:, None] & (channel < few.width)[None]
-
-    def load(of: str, row: jax.Array, column: jax.Array) -> jax.Array:
-        """Rows' numbers in these columns; whole ones as int32."""
-        place = tuple(jnp.broadcast_to(x, mask.shape) for x in (row[:, None], column))
-        found = plgpu.load(read[of].at[place], mask=mask, other=0)
-        return found.astype(jnp.int32 if found.dtype == jnp.uint8 else jnp.float32)
-
-    def number(of: str, column: jax.Array) -> jax.Array:
-        return load(f"{name}_{of}", unit if coding.along == "channel" else slot, column)
-
-    def of_slot(of: str, i: int) -> jax.Array:
-        return plgpu.load(read[f"{name}_{of}"].at[slot, i], mask=there, other=0).astype(jnp.float32)[:, None]
-
-    column = load(f"{name}_order", unit, channel[None]) if f"{name}_order" in read else channel[None]
-    whole = load(name, row, column)
-    if planes > 1:
-        whole = lax.shift_right_logical(whole, jnp.broadcast_to((plane * coding.bits)[:, None], whole.shape))
-        whole = whole & (2**coding.bits - 1)
-    found = (whole - coding.zero).astype(jnp.float32) if coding.kind == "int" else float8(whole, coding.kind)
-    run = divide(column, coding.channels)
-    if f"{name}_step" in read:
-        step = number("step", run)
-        found *= power(step, coding.bits) if step.dtype == jnp.int32 else step
-    if f"{name}_least" in read:
-        found += number("least", run)
-    if f"{name}_stretch" in read:
-        found *= load(f"{name}_stretch", unit, channel[None])
-    for i in range(coding.rank):
-        found += of_slot("tokens", i) * load(f"{name}_directions", unit, (i * few.width + channel)[None])
-    for i in range(coding.kept):
-        here = of_slot("channels", i).astype(jnp.int32) == channel[None]
-        found = jnp.where(here, of_slot("kept", i), found)
-    return found
 
 
 def _widened(x: jax.Array, dtype: Any) -> list[jax.Array]:

@@ -24,6 +24,7 @@ from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
 from pallas_kernels.tpu.slots import codes, online_softmax
 from pallas_kernels.tpu.tiles import LANES
+from pallas_kernels.unpacking.protocol import Unpackable, Unpacking, broadcast_index, in_order
 
 BLOCK = 1024  # slots
 
@@ -41,8 +42,8 @@ class _Static:
     queries: int
     block: int
     blocks: int
-    k: codes.Lying | None = None
-    v: codes.Lying | None = None
+    k: codes.Lying | Unpacking | None = None
+    v: codes.Lying | Unpacking | None = None
 
     def filled(self, count: Any, first: Any) -> Any:
         """How many slots from the first on may hold something."""
@@ -51,8 +52,8 @@ class _Static:
 
 def decode_attention(
     q: Float[Array, "B C H D"],
-    k: Array | Coded,
-    v: Array | Coded,
+    k: Array | Coded | Unpackable,
+    v: Array | Coded | Unpackable,
     count: Int32[Array, " B"],
     *,
     scale: float,
@@ -74,7 +75,8 @@ def decode_attention(
     block = min(block or BLOCK, slots if slots < LANES else slots // LANES * LANES)
     lying: tuple[Any, Any] = (None, None)
     cache: dict[str, Any] = {"k": k, "v": v}
-    if isinstance(k, Coded) and isinstance(v, Coded):
+    kinds = Coded, Unpackable
+    if isinstance(k, kinds) and isinstance(v, kinds):
         lying, cache = codes.lying(k, v), codes.cache_operands(k, v)
         whole = codes.TILE * math.lcm(k.group, v.group)  # slots whose leasts and steps fill tiles
         block = slots if slots <= whole else -(-block // whole) * whole
@@ -82,11 +84,13 @@ def decode_attention(
         cache |= {"k_scale": k_scale[:, :, None], "v_scale": v_scale[:, :, None]}
     blocks = -(-slots // (block * splits))
     static = _Static(scale, softcap, window, slots, queries, block, blocks, *lying)
-    grouped = online_softmax.grouped(q, key_heads)
+    orders = [x.order if isinstance(x, Unpacking) else None for x in lying]
+    grouped = online_softmax.grouped(in_order(q, orders[0]), key_heads)
     held = jnp.stack([count, jnp.zeros_like(count) if first is None else first])
     out, lse = _run_kernel(static, splits, interpret, held.astype(jnp.int32), {"q": grouped, **cache})
 
-    return merge(*(online_softmax.ungrouped(out[:, :, i], lse[:, :, i], q) for i in range(splits)))
+    part = merge(*(online_softmax.ungrouped(out[:, :, i], lse[:, :, i], q) for i in range(splits)))
+    return Partial(in_order(part.out, orders[1], back=True), part.lse)
 
 
 def _run_kernel(
@@ -102,23 +106,22 @@ def _run_kernel(
         last = jnp.maximum(lax.div(filled + static.block - 1, jnp.int32(static.block)) - 1, 0)
         return jnp.minimum(share * static.blocks + n, last)
 
-    def by_rows(name: str, each: int) -> Any:
-        """The rows of a block, each of which is of `each` slots."""
-        shape = (None, None, static.block // each, arrays[name].shape[-1])
-        return pl.BlockSpec(shape, lambda b, h, share, n, held: (b, h, at(b, share, n, held), 0))
-
-    def by_columns(name: str) -> Any:
-        """The columns of a block, one a slot."""
-        shape = (None, None, arrays[name].shape[2], static.block)
-        return pl.BlockSpec(shape, lambda b, h, share, n, held: (b, h, 0, at(b, share, n, held)))
-
     def spec(name: str) -> Any:
+        """The rows or the columns of a block of slots, or all that there is of a head."""
         if name == "q":
             return pl.BlockSpec((None, None, rows, width), lambda b, h, share, n, held: (b, h, 0, 0))
-        lying, number = static.k if name[0] == "k" else static.v, name[2:]
-        if not number:
-            return by_rows(name, 1 if lying is None else lying.planes)
-        return by_rows(name, lying.group) if lying and lying.numbers_along(number) == "channel" else by_columns(name)
+        shape = arrays[name].shape
+        place = codes.lies(static.k if name[0] == "k" else static.v, name[2:])
+
+        def index(b: Any, h: Any, share: Any, n: Any, held: Any) -> Any:
+            block = at(b, share, n, held)
+            of = (0, 0) if place == "all" else (0, block) if place == "columns" else (block, 0)
+            return broadcast_index(b, shape[0]), broadcast_index(h, shape[1]), *of
+
+        if place == "all":
+            return pl.BlockSpec((None, None, *shape[2:]), index)
+        block = (shape[2], static.block) if place == "columns" else (static.block // place, shape[3])
+        return pl.BlockSpec((None, None, *block), index)
 
     def result(columns: int) -> Any:
         return pl.BlockSpec((None, None, None, rows, columns), lambda b, h, share, n, held: (b, h, share, 0, 0))
@@ -157,15 +160,18 @@ def _kernel(static: _Static, names: list[str], held_ref: Any, *refs: Any) -> Non
         block = {name: ref[...] for name, ref in read.items()}
         beyond = static.slots % static.block != 0  # slots of the last block have weights of 0, but might be NaN
         if static.k is not None and static.v is not None:
-            for name, lying in (("k_directions", static.k), ("v_directions", static.v)):
-                if beyond and name in block:  # of which each slot's product has all groups
-                    block[name] = _inside(static, block[name].astype(jnp.float32), slot, 0, lying.group)
+            for of, lying in (("k", static.k), ("v", static.v)):
+                for name in codes.across_groups(lying) if beyond else ():  # each slot's product has all groups
+                    some = block[f"{of}_{name}"]
+                    wide = some.astype(jnp.int32 if some.dtype == jnp.uint8 else jnp.float32)
+                    block[f"{of}_{name}"] = _inside(static, wide, slot, 0, lying.group)
             codes.widen(static.k, static.v, block)
         if beyond:
             scaled: list[str] = [name for name in ("v_scale", "v_least", "v_step") if name in block]
-            for name in scaled or ["v"]:
+            columns = bool(scaled) or "v_columns" in block
+            for name in scaled or ["v_columns" if columns else "v"]:
                 x = block[name].astype(jnp.float32) if scaled else block[name]
-                block[name] = _inside(static, x, slot, 1 if scaled else 0)
+                block[name] = _inside(static, x, slot, 1 if columns else 0)
         shape = block["q"].shape[0], static.block
         index = slot + lax.broadcasted_iota(jnp.int32, shape, 1)
         age = online_softmax.age(index, first, static.slots)

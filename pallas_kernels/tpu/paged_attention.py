@@ -29,6 +29,7 @@ from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial
 from pallas_kernels.tpu.slots import codes, online_softmax
 from pallas_kernels.tpu.tiles import LANES, SUBLANES
+from pallas_kernels.unpacking.protocol import Unpackable
 
 TOGETHER = 1024  # slots that are worked on at once
 NOWHERE = -(2**30)  # slots before a ring
@@ -76,8 +77,8 @@ class _Static:
 
 def paged_attention(
     q: Float[Array, "B C H D"],
-    k: Float[Array, "B K S D"] | Coded,
-    v: Float[Array, "B K S D"] | Coded,
+    k: Float[Array, "B K S D"] | Coded | Unpackable,
+    v: Float[Array, "B K S D"] | Coded | Unpackable,
     pages: Int32[Array, "B K N"],
     count: Int32[Array, " B"],
     *,
@@ -88,7 +89,13 @@ def paged_attention(
     block: int | None = None,
     interpret: Any = False,
 ) -> Partial:
-    """`pallas_kernels.api.paged_attention` on a TPU; see there for the arguments. block: slots of one step."""
+    """`pallas_kernels.api.paged_attention` on a TPU; see there for the arguments. block: slots of one step.
+
+    Raises:
+      ValueError: codes that a codec unpacks itself: their slots lie along lanes, of which a page is no whole tile.
+    """
+    if isinstance(k, Unpackable) or isinstance(v, Unpackable):
+        raise ValueError("pages of codes that lie with slots behind: TPUs do not take them")
     key_heads, slots = k.shape[1:3]
     together, steps = _steps(block, page_size, pages.shape[2])
     lying: tuple[Any, Any] = codes.lying(k, v) if isinstance(k, Coded) and isinstance(v, Coded) else (None, None)

@@ -12,14 +12,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels import api
 from pallas_kernels.api import platforms
 from pallas_kernels.argument_checks import DTYPES
 from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
+from pallas_kernels.unpacking.protocol import Unpackable
 from streamjax.attention.dense import attend
+from streamjax.attention.rotary import Rotary
 from streamjax.attention.sharded import Names, names_of_partial, per_device_call, splits
 from streamjax.kv.codecs.slots import CodedSlots, Slots
 from streamjax.kv.query import Query
@@ -27,14 +29,20 @@ from streamjax.kv.query import Query
 KERNEL_SLOTS = 1024  # below, a kernel would be called for little
 POOL_QUERIES = 128  # of a key head, that a kernel takes at once; more are a prompt's, whose products fill the hardware
 _QUERY: Names = ("batch", None, "heads", None)
-_SLOTS: Names = ("batch", "kv_heads", None, None)  # of keys, values, codes and what these stand for
 _OUT = names_of_partial(_QUERY)
 
 
-def kernel_decodes(query: Query, k: Slots, top_k: int | None = None, page: int | None = None) -> bool:
+def kernel_decodes(
+    query: Query,
+    k: Slots,
+    top_k: int | None = None,
+    page: int | None = None,
+    position: UInt32[Array, "B #K S"] | None = None,
+) -> bool:
     """Whether a kernel reads the slots [S] of these keys for a query, or `top_k` of the pages that they lie in, [P, S].
 
-    Codes are [S] in any case; `page` is how many of them are a page.
+    Codes are [S] in any case; `page` is how many of them are a page. `position`: of the slots, by which a kernel turns
+    keys whose codes are of unrotated ones.
 
     The query's `implementation` says so; where it is None, the platform has to have a kernel that takes the cache as it
     lies, there must be one device and slots enough, and the choice is logged once.
@@ -46,7 +54,8 @@ def kernel_decodes(query: Query, k: Slots, top_k: int | None = None, page: int |
         return False
     if top_k is not None and not isinstance(k, CodedSlots):
         page = k.shape[3]
-    refused = _refused(query, k, page)
+    coded = k.for_kernels(position, query.rotary) if isinstance(k, CodedSlots) else None
+    refused = _refused(query, k, page, coded)
     if query.implementation == "pallas":
         if refused is not None:
             raise ValueError(f"the kernels for decoding do not take {refused}: use implementation None or 'xla'")
@@ -55,7 +64,6 @@ def kernel_decodes(query: Query, k: Slots, top_k: int | None = None, page: int |
     if refused is not None or read < KERNEL_SLOTS:
         return False
     if isinstance(k, CodedSlots):
-        coded = k.for_kernels()
         taken = platforms.takes_codes(coded if page is None or coded is None else coded.in_pages(page), page)
     else:
         taken = platforms.takes_cache(k.shape[-1], math.prod(k.shape[2:-1]), k.dtype.name)
@@ -69,17 +77,18 @@ def decode(
     v: Slots,
     count: Int32[Array, " B"],
     first: Int32[Array, " B"] | None = None,
+    position: UInt32[Array, "B #K S"] | None = None,
 ) -> Partial:
     """Attention of one token to all `count` tokens of a ring, the oldest of which is in slot `first`."""
     v = v if v.shape[-1] else k
     waits, count = _waiting(query, k, v, count)
-    slots, lying = jax.tree.flatten(tuple(map(_read, (k, v))))
+    slots, lying = jax.tree.flatten(tuple(_read(x, None, position, query.rotary) for x in (k, v)))
 
     def own(q: Array, count: Array, first: Array | None, *slots: Array) -> Partial:
         k, v = jax.tree.unflatten(lying, slots)
         return api.decode_attention(q, k, v, count, first=first, scale=query.scale, softcap=query.softcap)
 
-    names = (_QUERY, ("batch",), ("batch",), *[_SLOTS] * len(slots))
+    names = (_QUERY, ("batch",), ("batch",), *map(_names, slots))
     part = per_device_call(own, names, _OUT, (query.q, count, first, *slots))
     return part if waits is None else merge(part, waits)
 
@@ -109,7 +118,7 @@ def decode_pages(
             q, k, v, pages, count, page_size=size, first=first, scale=query.scale, softcap=query.softcap
         )
 
-    names = (_QUERY, ("batch", "kv_heads", None), ("batch",), ("batch",), *[_SLOTS] * len(slots))
+    names = (_QUERY, ("batch", "kv_heads", None), ("batch",), ("batch",), *map(_names, slots))
     part = per_device_call(own, names, _OUT, (query.q, chosen[:, :, 0], count, first, *slots))
     return part if waits is None else merge(part, waits)
 
@@ -176,10 +185,20 @@ def decode_shared(
     return per_device_call(own, names, _OUT, (query.q, pages, readers, k, v if v.shape[-1] else k))
 
 
-def _read(x: Slots, page: int | None = None) -> Array | Coded:
+def _names(x: Array) -> Names:
+    """Of keys, values, codes or what belongs to these, which all rows or all heads may have together."""
+    return "batch" if x.shape[0] > 1 else None, "kv_heads" if x.shape[1] > 1 else None, None, None
+
+
+def _read(
+    x: Slots,
+    page: int | None = None,
+    position: UInt32[Array, "B #K S"] | None = None,
+    rotary: Rotary | None = None,
+) -> Array | Coded | Unpackable:
     """Keys or values as a kernel reads them, [B, K, S, D], or in pages of so many slots."""
     if isinstance(x, CodedSlots):
-        coded = x.for_kernels()
+        coded = x.for_kernels(position, rotary)
         assert coded is not None  # `_refused`
         return coded if page is None else coded.in_pages(page)
     return x if x.ndim == 4 else rearrange(x, "b k p s d -> b k (p s) d")
@@ -208,7 +227,7 @@ def _waiting(
     return part, count - jnp.sum(there, axis=1, dtype=jnp.int32)
 
 
-def _refused(query: Query, k: Slots, page: int | None) -> str | None:
+def _refused(query: Query, k: Slots, page: int | None, coded: Coded | Unpackable | None = None) -> str | None:
     """What the kernels do not take; None where they take it."""
     if query.slopes is not None:
         return "ALiBi"
@@ -217,7 +236,7 @@ def _refused(query: Query, k: Slots, page: int | None) -> str | None:
     if k.dtype != query.q.dtype or k.dtype.name not in DTYPES:
         return f"queries in {query.q.dtype} and keys in {k.dtype}"
     if isinstance(k, CodedSlots):
-        return None if k.for_kernels() is not None else f"codes of {k.codec!r}"
+        return None if coded is not None else f"codes of {k.codec!r}"
     if page is not None and page % (32 // k.dtype.itemsize):
         return f"pages of {page} tokens in {k.dtype}"
     return None

@@ -1,5 +1,7 @@
 """Slots in codes as the TPU's decoding kernels read them: what lies where, and how a block is widened in registers.
 
+`Coded` slots are widened here; others by their codec's own `Unpacking`, and their codes come with slots behind.
+
 Numbers along channels come a group a row, as they are stored. Those along tokens come with slots behind, as a TPU lays
 them out anyway: [E, slots]. A product with ones and zeros turns them, exactly, into [slots, D]; it is spared where
 logits or weights, which are narrow, can take a slot's step.
@@ -7,7 +9,7 @@ logits or weights, which are narrow, can take a slot's step.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jaxtyping import Array
 
 from pallas_kernels.coded import Along, Coded, Kind, float8, power
 from pallas_kernels.tpu.tiles import LANES, NN, SUBLANES, TN, dot
+from pallas_kernels.unpacking.protocol import Unpackable, Unpacking
 
 TILE = 16  # rows of bfloat16 numbers that fill a tile
 
@@ -45,40 +48,77 @@ class Lying(NamedTuple):
         return self.kind != "int" or any(name not in ("least", "step") for name, _ in self.along)
 
 
-def lying(k: Coded, v: Coded) -> tuple[Lying, Lying]:
+def lying(k: Coded | Unpackable, v: Coded | Unpackable) -> tuple[Lying | Unpacking, Lying | Unpacking]:
     """How keys and values lie.
 
     Raises:
       ValueError: they lie as these kernels do not read them.
     """
-    for x in (k, v):
-        if x.rows % SUBLANES:
-            raise ValueError(f"groups of {x.group} slots in {x.bits} bits: TPUs take whole {SUBLANES} rows of bytes")
-        if x.order is not None and x.shape[3] != LANES:
-            raise ValueError(f"channels in an order, of heads of {x.shape[3]}: TPUs take heads of {LANES}")
-    first, second = (
-        Lying(x.bits, x.group, x.zero, x.kind, tuple((name, along) for name, (_, along) in x.numbers.items()))
-        for x in (k, v)
-    )
-    return first, second
+    return _lying(k), _lying(v)
 
 
-def cache_operands(k: Coded, v: Coded) -> dict[str, Array]:
+def _lying(x: Coded | Unpackable) -> Lying | Unpacking:
+    if isinstance(x, Unpackable):
+        if refused := x.unpacking.refused_by("tpu"):
+            raise ValueError(f"{refused}: TPUs do not take them")
+        return x.unpacking
+    if x.rows % SUBLANES:
+        raise ValueError(f"groups of {x.group} slots in {x.bits} bits: TPUs take whole {SUBLANES} rows of bytes")
+    if x.order is not None and x.shape[3] != LANES:
+        raise ValueError(f"channels in an order, of heads of {x.shape[3]}: TPUs take heads of {LANES}")
+    return Lying(x.bits, x.group, x.zero, x.kind, tuple((name, along) for name, (_, along) in x.numbers.items()))
+
+
+def lies(lying: Lying | Unpacking | None, number: str) -> int | Literal["columns", "all"]:
+    """How many slots a row of an operand is of; or whether slots are its columns, or all of it belongs to each block.
+
+    The codes, or plain keys or values, are the number "".
+    """
+    if lying is None:
+        return "columns" if number else 1
+    if isinstance(lying, Lying):
+        if not number:
+            return lying.planes
+        return lying.group if lying.numbers_along(number) == "channel" else "columns"
+    found = lying.lies[number] if number else "slot"
+    return lying.group if found == "group" else "columns" if found == "slot" else "all"
+
+
+def across_groups(lying: Lying | Unpacking) -> tuple[str, ...]:
+    """Numbers of groups of slots that are summed over groups: nothing of them may lie beyond a ring's end."""
+    if isinstance(lying, Lying):
+        return ("directions",) if lying.numbers_along("directions") else ()
+    return tuple(name for name, where in lying.lies.items() if where == "group")
+
+
+def cache_operands(k: Coded | Unpackable, v: Coded | Unpackable) -> dict[str, Array]:
     """Arrays by name: k and v, and k_least, v_step and so on; numbers along tokens with slots behind."""
-    found = {"k": k.codes, "v": v.codes}
+    found: dict[str, Array] = {}
     for of, x in (("k", k), ("v", v)):
+        if isinstance(x, Unpackable):
+            found[of] = jnp.swapaxes(x.codes, 2, 3)
+            for name, where in x.unpacking.lies.items():
+                array = x.numbers[name]
+                found[f"{of}_{name}"] = jnp.swapaxes(array, 2, 3) if where == "slot" else array
+            continue
+        found[of] = x.codes
         for name, (array, along) in x.numbers.items():
             found[f"{of}_{name}"] = array if along == "channel" else jnp.swapaxes(array, 2, 3)
     return found
 
 
-def widen(k: Lying, v: Lying, block: dict[str, Any]) -> None:
-    """Keys and values in the place of their codes, [slots, D], in the queries' dtype.
+def widen(k: Lying | Unpacking, v: Lying | Unpacking, block: dict[str, Any]) -> None:
+    """Keys and values in the place of their codes, [slots, D], in the queries' dtype; [D, slots] as "k_columns", so.
 
     Keys whose slots have one step each, and no least, leave it to the logits ("k_scale"). Values leave leasts and steps
     of their slots to the weights, where they have no other numbers.
     """
     for name, lying in (("k", k), ("v", v)):
+        if isinstance(lying, Unpacking):
+            given = {of: block.pop(f"{name}_{of}") for of in lying.lies}
+            numbers = lying.on_tpu(block.pop(name).astype(jnp.int32), given, block["q"].dtype)
+            block[name if lying.by_slot else f"{name}_columns"] = numbers.astype(block["q"].dtype)
+            continue
         given = {of: block.pop(f"{name}_{of}") for of, _ in lying.along}
         numbers, dtype = _numbers(block[name], lying), block["q"].dtype
         to_weights = name == "v" and not lying.others and lying.numbers_along("step") == "token"

@@ -76,11 +76,12 @@ def add(
 ) -> None:
     """One more block of slots: q [rows, D], k and v [slots, D], their scales [1, slots]; seen [rows, slots].
 
-    Values in codes have a least and a step for each slot and run of channels instead.
+    Values in codes have a least and a step for each slot and run of channels instead. What was unpacked with slots
+    behind is `k_columns` or `v_columns`, [D, slots].
     """
     top, total, sums = state
     exact = _exponent(scale, softcap)
-    scores = _products(block["q"], block["k"])
+    scores = dot(block["q"], block["k_columns"], NN) if "k_columns" in block else _products(block["q"], block["k"])
     if "k_scale" in block:
         scores *= block["k_scale"]
     if softcap is not None:
@@ -95,6 +96,8 @@ def add(
         weights *= block["v_scale"]
     if "v_step" in block:
         added = codes.weighted(weights, block["v"], block["v_step"], block.get("v_least"))
+    elif "v_columns" in block:
+        added = dot(weights.astype(block["q"].dtype), block["v_columns"], NT)
     else:
         added = _weighted(weights.astype(block["q"].dtype), block["v"])
     sums[...] = sums[...] * across(shrink, sums.shape[1]) + added

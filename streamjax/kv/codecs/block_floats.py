@@ -49,7 +49,9 @@ class BlockFloats(GroupedCodec):
         if head_dim > 256:
             raise ValueError(f"{self!r} sorts at most 256 channels, and heads have {head_dim}")
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | None:
         exponent, *moved = numbers
         order = moved[0] if moved else None
         return Coded(codes, None, exponent, self.bits, self.group, "token", 2 ** (self.bits - 1), order=order)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt32
 
 from pallas_kernels.coded import Coded
+from pallas_kernels.unpacking.protocol import Unpackable
 from streamjax.field_checks import check_fields
 
 Role = Literal["k", "v"]
@@ -68,8 +69,8 @@ class Codec:
         """The same without its tables."""
         return self
 
-    def table_shapes(self, width: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what `tables` has of one head of this width."""
+    def table_shapes(self, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of what `tables` has of one head of this width."""
         return ()
 
     def tables(self, role: Role, heads: int, width: int) -> tuple[Shaped[np.ndarray, "K ..."], ...]:
@@ -91,9 +92,18 @@ class Codec:
         """
         raise ValueError(f"{self!r} codes tokens in groups: a tier that chooses tokens cannot store by it")
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
-        """All slots of groups as the decoding kernels read them; None where they do not."""
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | Unpackable | None:
+        """All slots of groups as the decoding kernels read them; None where they do not.
+
+        A codec whose codes `Coded` has no words for brings an `Unpacking`. Unrotated keys get their positions later.
+        """
         return None
+
+    def turned(self, keys: Coded | Unpackable, position: UInt32[Array, "B #K S"], steps: tuple[int, ...]) -> Unpackable:
+        """Unrotated keys that a kernel turns to their positions; steps: 2^32ths of a turn, of each channel pair."""
+        raise NotImplementedError
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Shaped[Array, "B K ..."]) -> Codes:
         """N groups of keys or of values as codes."""
@@ -150,5 +160,5 @@ def shapes(codec: Codec, role: Role, width: int, dtype: DTypeLike = jnp.float32)
 @lru_cache(maxsize=1024)
 def _shapes(codec: Codec, role: Role, width: int, dtype: np.dtype) -> Any:
     group = jax.ShapeDtypeStruct((1, 1, 1, codec.tokens, width), dtype)
-    tables = [jnp.zeros((1, 1, *shape)) for shape in codec.table_shapes(width)]
+    tables = [jnp.zeros((1, 1, *x.shape), x.dtype) for x in codec.table_shapes(width)]
     return jax.eval_shape(lambda x: codec.encode(x, role, *tables), group)

@@ -50,7 +50,9 @@ class FireQ(GroupedCodec):
         if head_dim % 2 or head_dim < self.top:
             raise ValueError(f"{self!r} scales pairs of channels, {self.top} of them alone, and heads have {head_dim}")
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | None:
         step, *scale = numbers
         stretch = scale[0] if scale else None
         return Coded(codes, None, step, self.bits, self.group, "token", 2 ** (self.bits - 1), stretch=stretch)

@@ -30,7 +30,9 @@ class FP8(Codec):
     def one_by_one(self) -> Codec:
         return self
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | None:
         return Coded(codes, None, None, 8, math.gcd(codes.shape[2], LISTED), "token", kind=self.kind)
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:

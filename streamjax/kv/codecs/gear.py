@@ -60,7 +60,9 @@ class Gear(GroupedCodec):
         if head_dim > 256 or head_dim < max(self.rank, self.outliers):
             raise ValueError(f"{self!r} stores heads of {max(self.rank, self.outliers, 1)} to 256, not {head_dim}")
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | None:
         least, step, *more = numbers
         kept, channels = more[:2] if self.outliers else (None, None)
         tokens, flat = more[-2:] if self.rank else (None, None)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from pallas_kernels.coded import Coded
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.packing import packed
 from streamjax.kv.codecs.slots import CodedSlots, empty_arrays, page_rows
@@ -134,9 +133,6 @@ class GroupedSlots(CodedSlots):
             return write_ring(cut, new, unit, nothing, count, axis=2).reshape(whole.shape)
 
         return jax.tree.map(put, coded, fresh)
-
-    def for_kernels(self) -> Coded | None:
-        return self.codec.for_kernels(self.codes, self.numbers, self.role)
 
     def side(self, x: Shaped[Array, "*B S"], start: Array, units: int, plane: int) -> Shaped[Array, "*B m"]:
         run = jax.lax.dynamic_slice_in_dim(x, start * self.codec.tokens, units * self.codec.tokens, axis=-1)

@@ -62,7 +62,9 @@ class Int(GroupedCodec):
     def along(self, role: Role) -> Along:
         return self.keys if role == "k" else self.values
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | None:
         least, step = numbers
         return Coded(codes, least, step, self.bits, self.group, self.along(role))
 
@@ -86,7 +88,9 @@ class IntByToken(Codec):
     def one_by_one(self) -> Codec:
         return self
 
-    def for_kernels(self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role) -> Coded | None:
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Coded | None:
         least, step = numbers
         return Coded(codes, least, step, self.bits, math.gcd(codes.shape[2], LISTED), "token")
 

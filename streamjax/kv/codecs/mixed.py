@@ -6,8 +6,10 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
+from pallas_kernels.unpacking.digits import DigitUnpacking
+from pallas_kernels.unpacking.protocol import Unpackable
 from streamjax.field_checks import Count, Fraction, Size, check_fields
 from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
 from streamjax.kv.codecs.integers import dequantised, quantised
@@ -26,8 +28,8 @@ class Mixed(GroupedCodec):
     channel in the group, 0 below half of it; five of them share a byte. Published sizes are the same; its transform is
     complex, and keeps two signs for each channel where a real one keeps one.
 
-    The signs of coefficients near 0 are the compiler's; all else is exact. XLA reads these codes, block by block: which
-    channels are transformed differs from group to group, and the decoding kernels have no product for each group.
+    The signs of coefficients near 0 are the compiler's; all else is exact. Decoding kernels read these codes in heads
+    of 128 channels on TPUs, and in groups of a multiple of 16 tokens on GPUs.
 
     Args:
       group: tokens that are coded together.
@@ -53,6 +55,20 @@ class Mixed(GroupedCodec):
         if head_dim > 256:
             raise ValueError(f"{self!r} numbers at most 256 channels, and heads have {head_dim}")
 
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Unpackable:
+        width = numbers[-1].shape[3]
+        if role == "v":
+            return Unpackable(codes, {"size": numbers[0]}, DigitUnpacking(width, self.group, trits=True))
+        wide, basis = self._wide(width), np.eye(width, dtype=np.float32)
+        if self.transform and wide < width:
+            basis[wide:, wide:] = waves(width - wide)
+        *given, back = numbers
+        names = [*(["least", "step"] if wide else []), *(["size"] if wide < width else [])]
+        named = dict(zip(names, given, strict=True)) | {"back": back, "basis": jnp.asarray(basis)[None, None]}
+        return Unpackable(codes, named, DigitUnpacking(width, self.group, wide, mixed=True))
+
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         x = x.astype(jnp.float32)
         if role == "v":
@@ -65,12 +81,13 @@ class Mixed(GroupedCodec):
         order = jnp.argsort(place >= wide, axis=-1, stable=True)  # wide ones first, both in their own order
         parts = jnp.take_along_axis(x, order, axis=-1)
         codes, numbers = quantised(parts[..., :wide], 2, axis=3) if wide else (parts[..., :0].astype(jnp.uint8), ())
-        narrow = parts[..., wide:]
-        if self.transform and width > wide:
+        narrow, back = parts[..., wide:], jnp.argsort(order, axis=-1).astype(jnp.uint8)
+        if width == wide:
+            return joined(codes, 4, 4), (*numbers, back)
+        if self.transform:
             narrow = jnp.einsum("bkngd,de->bknge", narrow, waves(width - wide), precision="highest")
         size = _mean_size(narrow)
         signs = joined((narrow >= 0).astype(jnp.uint8), 2, 8)
-        back = jnp.argsort(order, axis=-1).astype(jnp.uint8)
         return jnp.concatenate((joined(codes, 4, 4), signs), axis=-1), (*numbers, size.astype(jnp.bfloat16), back)
 
     def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
@@ -78,17 +95,18 @@ class Mixed(GroupedCodec):
         if role == "v":
             size = numbers[0].astype(jnp.float32)
             return (split(whole, 3, TRITS, size.shape[-1]).astype(jnp.float32) - 1) * size
-        *between, size, back = numbers
-        wide, narrow = back.shape[-1] - size.shape[-1], size.shape[-1]
-        split_at = -(-wide // 4)
-        signs = split(whole[..., split_at:], 2, 8, narrow).astype(jnp.float32)
-        found = (2 * signs - 1) * size.astype(jnp.float32)
-        if self.transform and narrow:
-            found = jnp.einsum("bknge,de->bkngd", found, waves(narrow), precision="highest")
+        *given, back = numbers
+        wide = self._wide(back.shape[-1])
+        narrow, split_at, found = back.shape[-1] - wide, -(-wide // 4), []
         if wide:
-            two = dequantised((split(whole[..., :split_at], 4, 4, wide), tuple(between)))
-            found = jnp.concatenate((two, found), axis=-1)
-        return jnp.take_along_axis(found, back.astype(jnp.int32), axis=-1)
+            found.append(dequantised((split(whole[..., :split_at], 4, 4, wide), tuple(given[:2]))))
+        if narrow:
+            signs = split(whole[..., split_at:], 2, 8, narrow).astype(jnp.float32)
+            rest = (2 * signs - 1) * given[-1].astype(jnp.float32)
+            if self.transform:
+                rest = jnp.einsum("bknge,de->bkngd", rest, waves(narrow), precision="highest")
+            found.append(rest)
+        return jnp.take_along_axis(jnp.concatenate(found, axis=-1), back.astype(jnp.int32), axis=-1)
 
     def _wide(self, width: int) -> int:
         return round(self.wide * width)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.coded import Coded
 from pallas_kernels.partial import Partial, merge
+from pallas_kernels.unpacking.protocol import Unpackable
 from streamjax.attention.rotary import Rotary
 from streamjax.kv.codecs.codec import Codec, Codes, Role, shapes
 from streamjax.kv.codecs.packing import plane_of
@@ -90,9 +91,17 @@ class CodedSlots:
         """What waits: keys or values, the slots that they will have, and which of them are there."""
         return None
 
-    def for_kernels(self) -> Coded | None:
-        """All slots as the decoding kernels read them, waiting ones unlike what they hold; None where they do not."""
-        return None
+    def for_kernels(
+        self, position: UInt32[Array, "B #K S"] | None = None, rotary: Rotary | None = None
+    ) -> Coded | Unpackable | None:
+        """All slots as the decoding kernels read them, waiting ones unlike what they hold; None where they do not.
+
+        position: of each slot, to which unrotated keys are turned by `rotary`.
+        """
+        found = self.codec.for_kernels(self.codes, self.numbers, self.role, *self.tables)
+        if found is None or rotary is None or not self.codec.unrotated or self.role != "k":
+            return found
+        return None if position is None else self.codec.turned(found, position, rotary.steps)
 
     def gathered(self, pages: Int32[Array, "B K N"], size: int) -> CodedSlots:
         """The slots of these pages of `size` of each head, which are no ring; nothing waits there."""

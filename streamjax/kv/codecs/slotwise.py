@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from pallas_kernels.coded import Coded
+from pallas_kernels.unpacking.protocol import Unpackable
+from streamjax.attention.rotary import Rotary
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.packing import with_plane
 from streamjax.kv.codecs.slots import CodedSlots, empty_arrays, page_rows
@@ -82,8 +84,10 @@ class SlotwiseSlots(CodedSlots):
         numbers = tuple(put_tokens(x, new, past) for x, new in zip(self.numbers, numbers, strict=True))
         return dataclasses.replace(self, codes=codes, numbers=numbers)
 
-    def for_kernels(self) -> Coded | None:
-        return self.codec.for_kernels(self.codes, self.numbers, self.role) if self.planes == 1 else None
+    def for_kernels(
+        self, position: UInt32[Array, "B #K S"] | None = None, rotary: Rotary | None = None
+    ) -> Coded | Unpackable | None:
+        return super().for_kernels(position, rotary) if self.planes == 1 else None
 
     def write(
         self, chunk: Float[Array, "B K C D"], start: Int32[Array, " B"], count: Int32[Array, " B"]

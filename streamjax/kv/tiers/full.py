@@ -118,8 +118,8 @@ class Full(Tier):
     def attend(self, state: LinearState, query: Query, reach: int | None) -> Partial:
         if on_several_devices(state.k):
             return _attend_over_devices(query, state.k, state.v, state.position, state.filled)
-        if kernel_decodes(query, state.k):
-            return decode(query, state.k, state.v, state.filled)
+        if kernel_decodes(query, state.k, position=state.position):
+            return decode(query, state.k, state.v, state.filled, position=state.position)
         return query.attend(state.k, state.v, state.position, state.valid, filled=state.filled)
 
     def insert(self, state: LinearState, tokens: KVTokens) -> tuple[LinearState, KVTokens]:

@@ -99,8 +99,9 @@ class Window(Tier):
         return jnp.where(state.filled < self.size, state.filled, state.k.shape[2])
 
     def attend(self, state: RingState, query: Query, reach: int | None) -> Partial:
-        if kernel_decodes(query, state.k):
-            return decode(query, state.k, state.v, state.filled, (state.cursor - state.filled) % state.k.shape[2])
+        if kernel_decodes(query, state.k, position=state.position):
+            oldest = (state.cursor - state.filled) % state.k.shape[2]
+            return decode(query, state.k, state.v, state.filled, oldest, state.position)
         return query.attend(state.k, state.v, state.position, self._held(state), reach=reach, filled=self._used(state))
 
     def observe(self, state: RingState, query: Query, lse: Float[Array, "B C H"], reach: int | None) -> RingState:

@@ -9,11 +9,15 @@ import pytest
 
 import streamjax as sj
 from pallas_kernels import api
+from streamjax.attention.rotary import Rotary
+from streamjax.kv.codecs.slots import turned
 from streamjax.kv.codecs.stores import stores
 from tests.covering import rest_slow
 from tests.kernels.tolerances import BACKENDS
 
 HEADS, SLOTS, WIDTH, PAGE = 2, 320, 128, 32
+ROTARY = Rotary.from_frequencies(10000.0 ** -(np.arange(32) / 32))  # half of the channels do not turn
+BOOKS = np.random.default_rng(9).standard_normal((HEADS * WIDTH // 4 << 8, 4)).astype(np.float32).tobytes()
 CODECS = {
     "fireq": sj.kv.FireQ(4, group=16, top=2),
     "k_sort": sj.kv.BlockFloats(4, group=16),
@@ -21,14 +25,27 @@ CODECS = {
     "gear": sj.kv.Gear(4, group=16, rank=2, outliers=2),
     "fp8": sj.kv.FP8("e5m2"),
     "by token": sj.kv.Int(8, group=64).one_by_one(),
+    "vidkv": sj.kv.Mixed(32),
+    "untransformed": sj.kv.Mixed(32, wide=0.3, transform=False),
+    "all wide": sj.kv.Mixed(16, wide=1.0),
+    "none wide": sj.kv.Mixed(16, wide=0.0),
+    "cq": sj.kv.CQ(4, 8, sj.kv.Codebooks(BOOKS, BOOKS, 4, "")),
 }
-CASES = [(name, backend, where) for where in ("ring", "pages") for name in CODECS for backend in BACKENDS]
+NO_PAGES = {("cq", "triton"), *((name, "tpu") for name in ("cq", "vidkv", "untransformed", "all wide", "none wide"))}
+CASES = [
+    (name, backend, where)
+    for where in ("ring", "pages")
+    for name in CODECS
+    for backend in BACKENDS
+    if where == "ring" or (name, backend) not in NO_PAGES
+]
 OFTEN = [
     *(("k_sort", backend, "ring") for backend in BACKENDS),
     ("gear", "triton", "ring"),
     ("fireq", "tpu", "ring"),
     ("fp8", "triton", "ring"),
     ("k_sort", "triton", "pages"),
+    *((name, backend, "ring") for name in ("vidkv", "cq") for backend in BACKENDS),
 ]
 
 
@@ -42,7 +59,10 @@ def tokens(seed):
 
 @cache
 def filled(codec):
-    """Keys and values of as many tokens as there are slots, none of which waits, and what they are decoded."""
+    """Keys and values of as many tokens as there are slots, none of which waits, and what they are decoded.
+
+    Keys that are coded before rotation are turned to positions that have wrapped, and do not follow each other."""
+    position = jnp.asarray((2**32 - 5000 + np.arange(SLOTS) * 31) % 2**32, jnp.uint32)[None, None]
 
     @jax.jit
     def fill(k, v):
@@ -51,7 +71,9 @@ def filled(codec):
         both = [
             x.write(chunk, jnp.zeros(1, jnp.int32), jnp.full(1, SLOTS)) for x, chunk in zip(slots, (k, v), strict=True)
         ]
-        return [x.for_kernels() for x in both], [x.for_kernels().widened() for x in both], [x.dense() for x in both]
+        coded = [x.for_kernels(position, ROTARY) for x in both]
+        keys, values = (x.dense() for x in both)
+        return coded, [x.widened() for x in coded], [turned(both[0], keys, position, ROTARY), values]
 
     return fill(tokens(0), tokens(1))
 
@@ -62,7 +84,7 @@ def test_kernels_read_codes(case):
     name, backend, where = case
     (k, v), widened, dense = filled(CODECS[name])
     for one, other in zip(widened, dense, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 if name != "cq" else 5e-6)
     q = np.random.default_rng(2).standard_normal((1, 1, 2 * HEADS, WIDTH)).astype(np.float32)
     count, first = 300, 7
     seen = np.broadcast_to((np.arange(SLOTS) - first) % SLOTS < count, (HEADS, SLOTS))

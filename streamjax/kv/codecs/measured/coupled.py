@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int16
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
+from pallas_kernels.coded import Coded
+from pallas_kernels.unpacking.codebooks import CodebookUnpacking, entries_of, entry_words, looked_up, turned_keys
+from pallas_kernels.unpacking.protocol import Unpackable
 from streamjax.field_checks import Size, check_fields
 from streamjax.kv.codecs.codec import Codec, Codes, Role
 from streamjax.kv.codecs.integers import Bits
@@ -47,8 +50,7 @@ class CQ(Codec):
     Each head and each run of channels has a codebook of 2^bits entries, fitted to a text (`sj.measure_codebooks`); they
     lie in the state, once a stream. A token is coded by itself. Entries and what is compared with them lie on a grid of
     511 steps to either side, so that which of two is nearer is exact; keys are compared as they were before rotation.
-    XLA reads these codes, block by block: keys are rotated after they are looked up, by positions that the decoding
-    kernels do not know.
+    Decoding kernels look codes of 8 bits up as they read them, and rotate the keys by their positions.
 
     Args:
       coupled: channels that share a code.
@@ -83,14 +85,25 @@ class CQ(Codec):
         if head_dim % self.coupled:
             raise ValueError(f"{self!r} couples {self.coupled} channels, which do not divide heads of {head_dim}")
 
-    def table_shapes(self, width: int) -> tuple[tuple[int, ...], ...]:
+    def table_shapes(self, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         parts = width // self.coupled
-        return (parts << self.bits, self.coupled), (parts, 1)
+        words = jax.ShapeDtypeStruct((parts, -(-self.coupled // 2) << self.bits), jnp.int32)
+        return words, jax.ShapeDtypeStruct((parts, 1), jnp.float32)
+
+    def for_kernels(
+        self, codes: Shaped[Array, "B K R c"], numbers: tuple[Array, ...], role: Role, *tables: Array
+    ) -> Unpackable:
+        unpacking = CodebookUnpacking(codes.shape[3] * self.coupled, 1, self.coupled, self.bits)
+        return Unpackable(codes, {"entries": tables[0], "step": tables[1]}, unpacking)
+
+    def turned(self, keys: Coded | Unpackable, position: UInt32[Array, "B #K S"], steps: tuple[int, ...]) -> Unpackable:
+        assert isinstance(keys, Unpackable)
+        return turned_keys(keys, position, steps)
 
     def tables(
         self, role: Role, heads: int, width: int
-    ) -> tuple[Int16[np.ndarray, "K PE c"], Float[np.ndarray, "K P 1"]]:
-        """Entries in steps of their part's grid, and how large a step is."""
+    ) -> tuple[Int32[np.ndarray, "K P _"], Float[np.ndarray, "K P 1"]]:
+        """Entries in steps of their part's grid, two channels in 32 bits, and how large a step is."""
         if self.codebooks is None:
             raise ValueError(f"{self!r} has no codebooks: measure them, sj.measure_codebooks(model, ids).save(FILE)")
         given, parts = self.codebooks.array(role), heads * width // self.coupled
@@ -99,15 +112,15 @@ class CQ(Codec):
             raise ValueError(f"the codebooks have {has}, and this layer needs {parts << self.bits} of {self.coupled}")
         entries = given.reshape(parts, -1, self.coupled)
         step = grid_steps(entries)
-        whole = np.clip(np.round(entries / step[:, None, None]), -GRID, GRID).astype(np.int16)
-        return whole.reshape(heads, -1, self.coupled), step.astype(np.float32).reshape(heads, -1, 1)
+        words = entry_words(np.clip(np.round(entries / step[:, None, None]), -GRID, GRID).astype(np.int32))
+        return np.asarray(words).reshape(heads, parts // heads, -1), step.astype(np.float32).reshape(heads, -1, 1)
 
     def encode(self, x: Float[Array, "B K N G D"], role: Role, *tables: Array) -> Codes:
         entries, step = tables
         rows, heads, groups, size, _ = x.shape
         line = rearrange(x.astype(jnp.float32), "b k n g (p c) -> b k (n g) p c", c=self.coupled)
         whole = jnp.clip(jnp.round(line / step[:, :, None]), -GRID, GRID)
-        books = rearrange(entries.astype(jnp.float32), "b k (p e) c -> b k p e c", e=2**self.bits)
+        books = entries_of(entries, self.bits, self.coupled).astype(jnp.float32)
         squares = jnp.sum(books * books, axis=-1, keepdims=True)
         number = jnp.arange(2**self.bits, dtype=jnp.int32)[:, None]
 
@@ -129,12 +142,10 @@ class CQ(Codec):
 
     def decode(self, codes: Codes, role: Role, *tables: Array) -> Float[Array, "B K N G D"]:
         whole, (entries, step) = codes[0], tables
-        parts = whole.shape[-1]
-        entry = whole.astype(jnp.int32) + (jnp.arange(parts, dtype=jnp.int32) << self.bits)
-        index = entry.reshape(*whole.shape[:2], -1, 1)
-        found = jnp.take_along_axis(entries, index, axis=2, mode="promise_in_bounds")
-        found = found.reshape(*whole.shape, -1).astype(jnp.float32) * step[:, :, None, None]
-        return found.reshape(*whole.shape[:-1], parts * self.coupled)
+        rows, heads, groups, size, parts = whole.shape
+        line = whole.reshape(rows, heads, groups * size, parts)
+        found = looked_up(line, entries, self.bits, self.coupled).astype(jnp.float32) * step[:, :, None]
+        return found.reshape(rows, heads, groups, size, parts * self.coupled)
 
 
 def grid_steps(entries: Float[np.ndarray, "P E c"]) -> Float[np.ndarray, " P"]:
