@@ -1,6 +1,6 @@
 """Bytes of a decode step whose cache is in codes, over those of bfloat16 slots, as compiled for a TPU and a GPU.
 
-    python -m benchmarks.kernels.coded_traffic
+    python -m benchmarks.kernels.coded_traffic  # --slots cq compiles one codec anew, and leaves the other rows
 
 A layer that keeps everything (`Full`), 8 streams, 8 key heads of 128 channels and 32 of queries, 8,192 slots. `MB a
 step` is what one token's attention moves: on TPUs what the program's text moves to and from main memory
@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 
 from benchmarks import aot
 from benchmarks.hbm_traffic import moved_bytes
-from benchmarks.reporting import report
+from benchmarks.reporting import RESULTS, report
 from pallas_kernels.api import platforms
 from pallas_kernels.partial import Partial
 from streamjax.kv.codecs.block_floats import BlockFloats
@@ -123,6 +123,14 @@ def compiled(chip: str, name: str) -> dict[str, float]:
     return found
 
 
+def _beside(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """These rows, and those of a file that are of other chips or codecs, in order."""
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = {(row["chip"], row["slots"]): row for row in (*before, *rows)}
+    order = [(chip, name) for chip in CHIPS for name in CODECS if (chip, name) in found]
+    return [found[key] | {"presets": PRESETS.get(key[1], "")} for key in order]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(SHOWN), choices=CHIPS)
@@ -133,22 +141,18 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(step_bytes(*arguments.child)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chip in arguments.chips:
         exact = 0.0
         for name in ["bfloat16", *(x for x in arguments.slots if x != "bfloat16")]:
             found = compiled(chip, name)
             exact = exact or found["moved"]
             slots = 4 * STREAMS * HEADS * WIDTH * SLOTS
-            row = {
-                "chip": chip,
-                "slots": name,
-                "presets": PRESETS.get(name, ""),
-                "read by": "kernel" if found["kernel"] else "XLA",
-            }
+            row = {"chip": chip, "slots": name, "read by": "kernel" if found["kernel"] else "XLA"}
             row |= {"MB a step": found["moved"] / 1e6, "x bfloat16": found["moved"] / exact}
             rows.append(row | {name: found[name] / slots for name in ("stored", "copied")})
             print(rows[-1], flush=True)
+    rows = _beside(rows, arguments.output or RESULTS / "kernels" / "coded_traffic.json")
     report("kernels/coded_traffic", rows, arguments.output, streams=STREAMS, cached=SLOTS)
 
 

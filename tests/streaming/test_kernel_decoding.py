@@ -17,6 +17,7 @@ from streamjax.streaming.step import advance
 from tests.kernels.tolerances import BACKENDS
 from tests.streaming.tiny_models import ALIBI, GQA, LOCAL, build, random_tokens
 
+BOOKS = np.random.default_rng(3).standard_normal((2 * 6 // 3 << 8, 3)).astype(np.float32).tobytes()
 CACHES = {
     "full": sj.kv.Cascade(sj.kv.Full(40)),
     "chunk": sj.kv.CurrentChunk(7),
@@ -25,6 +26,9 @@ CACHES = {
     "pages": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2)),
     "pages at a distance": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=1, distance=9, search="tree")),
     "wrapped window in codes": sj.kv.Cascade(sj.kv.Window(14, codec=sj.kv.Int(2, group=4, residual=4))),
+    "wrapped window of codebooks": sj.kv.Cascade(
+        sj.kv.Window(14, codec=sj.kv.CQ(3, 8, sj.kv.Codebooks(BOOKS, BOOKS, 3, "")))
+    ),
     "pages in codes": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 16, top_k=2, codec=sj.kv.Int(8, group=8))),
     "pages of coded tokens": sj.kv.Cascade(sj.kv.Window(4), sj.kv.Pages(8, 24, top_k=2, codec=sj.kv.FP8())),
 }
