@@ -6,12 +6,13 @@ The first layers of SmolLM2-135M-Instruct in float32 read the text of Python's o
 chunks of 512. Timed are the four chunks around 1,024, 2,048 and 8,192 tokens, two before and two behind, compiled, in
 CPU seconds of all threads. Each preset and `dense` take turns; the ratio is the median over turns, and below 1 the
 preset is faster. Presets have their own defaults and room for 16,384 tokens. `retro_infer` clusters a segment when it
-is full; with segments of 2,048 tokens one is clustered in four chunks. `inf_llm` holds a window of 4,096 tokens and
+is full, which its 8,192 tokens are around 8,192: until then it reads them all, and one of the four chunks clusters
+them. With segments of 2,048 tokens one is clustered in four chunks. `inf_llm` holds a window of 4,096 tokens and
 notes the attention that they get. `topk_attention` compares a query with every key before it reads any, as its rule
 says: half more products than `dense` while it reads nearly all, as around 2,048, and half of `dense`'s at any length.
-`shadow_kv` rebuilds and reads every key behind a mask, beside outliers and tokens that wait, which it reads whole, and
-its bases are found in the chunk that fills the first group, once a stream: around 1,024. `lserve` streams in half of
-the key heads, whichever.
+`shadow_kv` rebuilds every key once a chunk; neighbours read the pages that they chose, and the tokens that wait. Its
+bases are found in the chunk that fills the first group, once a stream: around 1,024. `lserve` streams in half of the
+key heads, whichever.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ CACHES = (
     "mpcache",
     "lserve",
     "inst_infer:attend_on=mesh",
+    "retro_infer",
     "retro_infer:segment=2048",
     "topk_attention",
     "shadow_kv",

@@ -53,5 +53,11 @@ def landmark_shares(
         return jax.lax.dynamic_update_slice_in_dim(every, some, start(turn), 4), jnp.logaddexp(whole, more)
 
     nothing = jnp.full((*q.shape[:4], pages), -jnp.inf, jnp.float32)
-    every, whole = jax.lax.fori_loop(0, (held + BLOCK - 1) // BLOCK, add, (nothing, nothing[..., :1]))
-    return shares(every, whole)
+    turns = (held + BLOCK - 1) // BLOCK
+    every, whole = jax.lax.fori_loop(0, turns, add, (nothing, nothing[..., :1]))
+
+    def share(turn: Int32[Array, ""], found: Array) -> Array:
+        some = jax.lax.dynamic_slice_in_dim(every, start(turn), BLOCK, 4)
+        return jax.lax.dynamic_update_slice_in_dim(found, shares(some, whole), start(turn), 3)
+
+    return jax.lax.fori_loop(0, turns, share, nothing[:, :, 0])

@@ -7,26 +7,29 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.block_cutting import cut_blocks
 from streamjax.attention.rotary import Rotary
+from streamjax.barriers import materialized_once
 from streamjax.field_checks import LATER, Count, Fraction, Size
 from streamjax.kv.channels.bases import BasisSlots, WholeSlots
 from streamjax.kv.channels.host_slots import HostSlots
 from streamjax.kv.channels.landmark_shares import landmark_shares
 from streamjax.kv.channels.low_rank import LowRank
 from streamjax.kv.codecs.slots import at_slots, over_blocks
+from streamjax.kv.pages.choice import among_best
 from streamjax.kv.pages.host_memory import in_host_memory
-from streamjax.kv.pages.kth_largest import kth_largest
-from streamjax.kv.pages.union_reading import attend_units
+from streamjax.kv.pages.selection import PageTokens, gather_pages, pooled
+from streamjax.kv.pages.union_reading import QUERIES, read_by_neighbours, read_union_of_neighbours
 from streamjax.kv.query import SLOT_BLOCK, KVSpec, KVTokens, Query, Stored
 from streamjax.kv.slots.ring_buffer import put_tokens
 from streamjax.kv.tiers.full import LinearState, append
 from streamjax.kv.tiers.pages import Placement
 
 CHOOSING = 64  # queries of a chunk that choose at a time
+REBUILT = 4096  # slots whose keys a chunk rebuilds at a time, where it reads some of them
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +60,8 @@ class Shadow(LowRank):
     A page's landmark is its mean key. Each query and key head reads the `top_k` pages that fit best: those with the
     largest weight among all landmarks for one of the query heads that share the key head. `outliers` pages of each key
     head are always read, with keys as they were: those with a key whose cosine to the landmark is least. What waits
-    until a group is full is read whole. Which pages a query reads does not depend on its neighbours.
+    until a group is full is read whole. Of a chunk, `block` neighbouring queries choose together, the pages that one of
+    them wants most; with `block=1` which pages a query reads does not depend on its neighbours.
 
     Args:
       capacity, keys, group, factors: see `LowRank`; a group has whole pages.
@@ -67,6 +71,7 @@ class Shadow(LowRank):
       outliers: pages that keep their keys.
       placement: where values lie, but for those that wait: in the device's memory or in the "host"'s, from which the
         pages that are read are copied in each time. For one device.
+      block: that many queries of a chunk choose together. A prefill reads fewer bytes with more.
 
     Raises:
       ValueError: sizes that do not fit each other, or values in a basis.
@@ -78,6 +83,7 @@ class Shadow(LowRank):
     top_k: Size = 256
     outliers: Count = 48
     placement: Placement = dataclasses.field(default="device", metadata=LATER)
+    block: Size = dataclasses.field(default=1, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,53 +154,28 @@ class Shadow(LowRank):
         keys = keys if rotary is None else rotary.moved(keys, position)
         whole = query.attend(keys, v.tail, position, valid, before=True)
         coded = (slots.filled - k.count) // self.page  # pages that no longer wait
-        parts = [whole, self._read_outliers(state, query, coded)]
-        if query.q.shape[1] == 1:
-            parts.append(self._read_chosen(state, query, self._choose(state, query.q, query.scale, coded)[:, :, 0]))
-        else:
-            parts.append(self._read_all(state, query, self._chosen(state, query, coded), jnp.max(coded) * self.page))
-        return merge(*parts)
+        if query.q.shape[1] > 1:
+            return merge(whole, self._read_together(state, query, coded))
+        wants = self._choose(state, query.q, query.scale, coded)[:, :, 0]
+        return merge(whole, self._read_outliers(state, query, coded), self._read_chosen(state, query, wants))
 
     def _choose(
         self, state: ShadowState, q: Float[Array, "B C H D"], scale: float, coded: Int32[Array, " B"]
     ) -> Float[Array, "B K C P"]:
-        """How much each query and key head wants each page; -inf where it does not read it, as it does `top_k`."""
-        heads = state.landmarks.shape[1]
-        q = rearrange(q, "b c (k g) d -> b k g c d", k=heads)
-        wants = landmark_shares(q, state.landmarks, self._free(state, coded), scale, jnp.max(coded))
-        if self.top_k >= wants.shape[3]:
-            return wants
-        least = jax.lax.cond(
-            jnp.max(coded) > self.top_k,
-            lambda wants: kth_largest(wants, self.top_k),
-            lambda wants: jnp.full((*wants.shape[:3], 1), -jnp.inf, wants.dtype),
-            wants,
-        )
-        return jnp.where(wants >= least, wants, -jnp.inf)
+        """How much each query and key head wants each page; -inf where it cannot have it."""
+        q = rearrange(q, "b c (k g) d -> b k g c d", k=state.landmarks.shape[1])
+        free = self._number(state, coded) & ~self._whole(state)
+        return landmark_shares(q, state.landmarks, free, scale, jnp.max(coded))
 
-    def _free(self, state: ShadowState, coded: Int32[Array, " B"]) -> Bool[Array, "B K P"]:
-        """The pages among which heads choose: those that no longer wait, and are not held whole."""
+    def _number(self, state: ShadowState, coded: Int32[Array, " B"]) -> Bool[Array, "B 1 P"]:
+        """The pages that no longer wait."""
+        return (jnp.arange(state.landmarks.shape[2], dtype=jnp.int32) < coded[:, None])[:, None]
+
+    def _whole(self, state: ShadowState) -> Bool[Array, "B K P"]:
+        """The pages of each key head whose keys are held as they were."""
         number = jnp.arange(state.landmarks.shape[2], dtype=jnp.int32)
         held = (state.outliers.page[..., None] == number) & jnp.isfinite(state.outliers.likeness)[..., None]
-        return (number < coded[:, None])[:, None] & ~held.any(axis=2)
-
-    def _chosen(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Bool[Array, "B K C P"]:
-        """Which pages each query and key head of a chunk reads; nothing is scored while that is all of them."""
-        width = query.q.shape[1]
-
-        def every() -> Array:
-            free = self._free(state, coded)
-            return jnp.broadcast_to(free[:, :, None], (*free.shape[:2], width, free.shape[2]))
-
-        def best() -> Array:
-            fixed, q = jax.lax.stop_gradient((state, cut_blocks(query.q, min(CHOOSING, width))))
-            wants = jax.lax.map(lambda q: self._choose(fixed, q, query.scale, coded) > -jnp.inf, q)
-            return rearrange(wants, "n b k c p -> b k (n c) p")[:, :, :width]
-
-        if self.top_k >= state.landmarks.shape[2]:
-            return every()
-        chosen: Array = jax.lax.cond(jnp.max(coded) > self.top_k, best, every)
-        return chosen
+        return held.any(axis=2)
 
     def _read_outliers(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Partial:
         outliers, slots = state.outliers, state.slots
@@ -231,26 +212,92 @@ class Shadow(LowRank):
         v = _values(slots.v, page.astype(jnp.int32), token)
         return query.attend(k, v, position, jnp.repeat(best > -jnp.inf, self.page, axis=2))
 
-    def _read_all(
-        self, state: ShadowState, query: Query, mine: Bool[Array, "B K C P"], used: Int32[Array, ""]
-    ) -> Partial:
-        """Attention of a chunk's queries to the first `used` slots: keys are rebuilt once, a mask says who reads."""
-        slots, pages = state.slots, self.group // self.page  # pages of a unit of slots, which is a group
+    def _read_together(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Partial:
+        """Attention of a chunk's queries to what no longer waits: keys are rebuilt once for all of them.
+
+        While no row has more pages than a query reads, they are read as they lie: nothing is scored or gathered then.
+        """
+
+        def every() -> Partial:
+            return self._read_all(state, query, coded)
+
+        def best() -> Partial:
+            return self._read_union(state, query, self._wanted(state, query, coded), coded)
+
+        if self.top_k >= state.landmarks.shape[2]:
+            return every()
+        if isinstance(state.slots.v, HostSlots) and in_host_memory(state.slots.v.codes):
+            return best()  # a branch would copy what lies there
+        return jax.lax.cond(jnp.max(coded) > self.top_k, best, every)
+
+    def _wanted(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Bool[Array, "B C K P"]:
+        """Which pages each query of a chunk and key head reads, outliers among them."""
+        width, block, held = query.q.shape[1], min(self.block, query.q.shape[1]), jnp.max(coded)
+        asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
+        together = block * max(1, CHOOSING // block)
+        fixed, q = jax.lax.stop_gradient((state, cut_blocks(query.q, together)))
+
+        def choose(piece: tuple[Array, Array]) -> Bool[Array, "B K C P"]:
+            wants = self._choose(fixed, piece[0], query.scale, coded)
+            if block > 1:
+                wants = rearrange(wants, "b k (n c) p -> b k n c p", c=block)
+                wants = pooled(wants, rearrange(piece[1], "b (n c) -> b 1 n c 1", c=block), 3, "max")
+            return jnp.repeat(among_best(wants, self.top_k, held), block, axis=2)
+
+        found = jax.lax.map(choose, (q, cut_blocks(asks, together)))
+        whole = self._whole(state) & self._number(state, coded)
+        return rearrange(found, "n b k c p -> b (n c) k p")[:, :width] | whole[:, None]
+
+    def _read_all(self, state: ShadowState, query: Query, coded: Int32[Array, " B"]) -> Partial:
+        """Attention of all queries to all pages that no longer wait."""
+        slots = state.slots
 
         def block(part: Partial, start: Array, units: int, fresh: Bool[Array, " m"]) -> Partial:
-            k, v = (x.part(start, units, 0) for x in (slots.k, slots.v))
-            position = slots.k.side(slots.position, start, units, 0)
-            reads = jax.lax.dynamic_slice_in_dim(mine, start * pages, units * pages, 3)
-            k = k if query.rotary is None else query.rotary.moved(k, position)
-            if query.slopes is None and query.back is None:  # what lies here comes before all queries
-                fresh = fresh.reshape(1, 1, -1, self.page)
-                return merge(
-                    part, attend_units(query, k, v, reads, jnp.broadcast_to(fresh, (len(k), *fresh.shape[1:])))
-                )
-            valid = jnp.repeat(reads, self.page, axis=3)
-            return merge(part, query.attend(k, v, position, valid & fresh))
+            k, v, position = self._rebuilt(state, query, start, units)
+            slot = start * self.group + jnp.arange(k.shape[2], dtype=jnp.int32)
+            there = fresh & (slot < coded[:, None] * self.page)
+            return merge(part, query.attend(k, v, position, there[:, None], before=True))
 
-        return over_blocks(slots.k, block, query.nothing(), used, SLOT_BLOCK)
+        return over_blocks(slots.k, block, query.nothing(), jnp.max(coded) * self.page, SLOT_BLOCK)
+
+    def _read_union(
+        self, state: ShadowState, query: Query, wants: Bool[Array, "B C K P"], coded: Int32[Array, " B"]
+    ) -> Partial:
+        """Attention of each query to the pages that it wants: neighbours gather what any of them does."""
+        slots, pages = state.slots, self.group // self.page  # pages of a unit of slots, which is a group
+        together = QUERIES if self.block == 1 else self.block
+
+        def block(part: Partial, start: Array, units: int, fresh: Bool[Array, " m"]) -> Partial:
+            rebuilt = self._rebuilt(state, query, start, units)
+            k, v, position = (rearrange(x, "b k (p s) ... -> b k p s ...", s=self.page) for x in rebuilt)
+            there = PageTokens(k, v, position, jnp.ones(position.shape, bool))
+            mine = jax.lax.dynamic_slice_in_dim(wants, start * pages, units * pages, 3) & fresh[:: self.page]
+
+            def read(query: Query, mine: Array) -> Partial:
+                mine = jnp.swapaxes(mine, 1, 2)
+                return read_union_of_neighbours(
+                    lambda page: gather_pages(there, page), query, mine, k.shape[1], self.page
+                )
+
+            return merge(part, read_by_neighbours(query, read, mine, together=together))
+
+        return over_blocks(slots.k, block, query.nothing(), jnp.max(coded) * self.page, REBUILT)
+
+    def _rebuilt(
+        self, state: ShadowState, query: Query, start: Array, units: int
+    ) -> tuple[Float[Array, "B K m D"], Float[Array, "B K m V"], UInt32[Array, "B 1 m"]]:
+        """Keys, values and positions of some units of slots; outliers have their keys as they were."""
+        slots = state.slots
+        k, v = (x.part(start, units, 0) for x in (slots.k, slots.v))
+        position = slots.k.side(slots.position, start, units, 0)
+        k = k if query.rotary is None else query.rotary.moved(k, position)
+        if self.outliers:
+            pages = rearrange(k, "b k (p s) d -> b k p s d", s=self.page)
+            at = state.outliers.page - start * (self.group // self.page)
+            here = jnp.isfinite(state.outliers.likeness) & (at >= 0)
+            pages = put_tokens(pages, state.outliers.k, jnp.where(here, at, pages.shape[2]))
+            k = rearrange(pages, "b k p s d -> b k (p s) d")
+        return materialized_once(k, query.seen), v, position
 
 
 def _values(v: WholeSlots, pages: Int32[Array, "B K n"], tokens: Int32[Array, "B K m"]) -> Float[Array, "B K m V"]:

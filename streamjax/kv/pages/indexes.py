@@ -7,6 +7,7 @@ was kept, in the units of `q . k`. A new index is one small class. Summaries are
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 from typing import Any
 
 import jax
@@ -271,6 +272,13 @@ class BestKey(Index):
 
     def scores(self, summary: Summary, q: Float[Array, "B K N D"]) -> Float[Array, "B K N P"]:
         keys, valid = summary
-        found = _products(rearrange(keys, "b k p s d -> b k (p s) d"), q)
-        found = rearrange(found, "b k n (p s) -> b k n p s", s=keys.shape[3])
-        return jnp.max(jnp.where(valid[:, :, None], found, -jnp.inf), axis=-1)
+        size = keys.shape[3]
+        if q.shape[2] <= FEW_QUERIES:  # keys as they lie: to put them in another order costs more than the product
+            found = _products(rearrange(keys, "b k p s d -> b k (p s) d"), q)
+            found = rearrange(found, "b k n (p s) -> b k n p s", s=size)
+            return jnp.max(jnp.where(valid[:, :, None], found, -jnp.inf), axis=-1)
+        # Slot by slot: a maximum over the few of a page that lie side by side takes the CPU compiler longer.
+        found = _products(rearrange(keys, "b k p s d -> b k (s p) d"), q)
+        found = rearrange(found, "b k n (s p) -> b k s n p", s=size)
+        slots = (jnp.where(valid[:, :, None, :, i], found[:, :, i], -jnp.inf) for i in range(size))
+        return reduce(jnp.maximum, slots)

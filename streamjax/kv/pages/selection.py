@@ -24,6 +24,7 @@ from streamjax.kv.query import Query
 
 GATHERED = 2**22  # key values that are gathered at a time for the queries of a chunk
 SCORED = 256  # pages that the queries of a chunk score at a time, and those only that hold tokens
+SCORED_KEYS = 256  # keys, where an index reads them: their products are few enough to stay in a processor's cache
 Pool = Literal["max", "mean"]
 
 
@@ -108,12 +109,13 @@ def scores_of_pages(
     elif held is None or not scored_by_turns(total, query):
         scores = _scores(heads, summary, pages.position, pages.valid, query, index, block, pool, shared)
     else:
+        together = max(1, min(SCORED_KEYS // pages.position.shape[3], SCORED)) if index.reads_keys else SCORED
 
         def some(turn: Array, scores: Array) -> Array:
-            start = jnp.minimum(turn * SCORED, total - SCORED)  # the last ones are moved back to fit
+            start = jnp.minimum(turn * together, total - together)  # the last ones are moved back to fit
 
             def take(x: Array) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, SCORED, 2)
+                return jax.lax.dynamic_slice_in_dim(x, start, together, 2)
 
             mine = jax.tree.map(take, summary), take(pages.position), take(pages.valid)
             found = _scores(heads, *mine, query, index, block, pool, shared)
@@ -123,7 +125,7 @@ def scores_of_pages(
         shape = (query.q.shape[0], 1 if shared else heads, groups, total)
         nothing = jnp.full(shape, -jnp.inf, accumulator(query.q.dtype))
         most = jnp.max(held)
-        scores = jax.lax.fori_loop(0, (most + SCORED - 1) // SCORED, some, nothing)
+        scores = jax.lax.fori_loop(0, (most + together - 1) // together, some, nothing)
     if coarse is not None:
         scores = jnp.where(
             _in_good_runs(heads, summary, pages, query, index, block, pool, shared, coarse), scores, -jnp.inf

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from pallas_kernels.partial import Partial, merge
 from streamjax.attention.block_cutting import cut_blocks, join_blocks
@@ -31,16 +31,19 @@ Gather = Callable[[Int32[Array, "B K N"]], tuple[Slots, Slots, Array, Array]]
 Choose = Callable[[Query], Bool[Array, "B #K C P"]]
 
 
-def read_by_neighbours(query: Query, read: Callable[[Query], Partial]) -> Partial:
-    """What `read` gives for each run of `QUERIES` queries, which know what of them is padding."""
+def read_by_neighbours(
+    query: Query, read: Callable[..., Partial], *each: Shaped[Array, "B C ..."], together: int = QUERIES
+) -> Partial:
+    """What `read` gives for runs of so many queries, which know what of them is padding, and their part of `each`."""
     width = query.q.shape[1]
-    together = min(QUERIES, width)
+    together = min(together, width)
     if together == width:
-        return read(query)
+        return read(query, *each)
     asks = jnp.ones(query.q.shape[:2], bool) if query.valid is None else query.valid
     own = {"q": query.q, "raw_q": query.raw_q, "position": query.position, "valid": asks, "back": query.back}
     pieces = {name: None if x is None else cut_blocks(x, together) for name, x in own.items()}
-    parts = jax.lax.map(lambda piece: read(dataclasses.replace(query, **piece)), pieces)
+    more = tuple(cut_blocks(x, together) for x in each)
+    parts = jax.lax.map(lambda piece: read(dataclasses.replace(query, **piece[0]), *piece[1]), (pieces, more))
     return Partial(*(join_blocks(x, width) for x in parts))
 
 

@@ -53,12 +53,44 @@ def test_a_chunk_reads_the_pages_that_its_tokens_read_alone():
         np.testing.assert_allclose(together.lse[:, i], alone.lse[:, 0], atol=1e-5)
 
 
+def test_neighbours_read_the_pages_that_one_of_them_wants_most():
+    _, state = run(CACHE, STREAM, [12], width=12, frequencies=FREQUENCIES)
+    tier = sj.kv.Shadow(64, keys=0.5, group=8, page=4, top_k=3, outliers=2, block=2)
+    q = np.random.default_rng(6).normal(size=(2, 3, 4, 6)).astype(np.float32)
+    asks = np.array([[1, 1, 1], [1, 0, 1]], bool)
+    position = jnp.broadcast_to(jnp.arange(61, 64, dtype=jnp.uint32), (2, 3))
+    ask = jnp.asarray(q)
+    query = sj.kv.Query(ask, ask, position, jnp.full((2,), 61), None, None, SCALE, None, valid=jnp.asarray(asks))
+    found = jax.jit(lambda state: tier.attend(state, query, None))(state[1])
+    stored, marks, apart = tier.stored(state[1], None), np.asarray(state[1].landmarks), state[1].outliers
+    filled, coded = (np.asarray(x) for x in (state[1].slots.filled, state[1].slots.filled - state[1].slots.k.count))
+    for row, head, i in np.ndindex(2, 2, 3):
+        if not asks[row, i]:
+            continue
+        keys, values = np.array(stored.k[row, head]), np.asarray(stored.v[row, head])
+        whole = set(np.asarray(apart.page[row, head]).tolist())
+        for page, own in zip(apart.page[row, head], apart.k[row, head], strict=True):
+            keys[page * 4 : page * 4 + 4] = own
+        free = [p for p in range(coded[row] // 4) if p not in whole]
+        wants = np.full(len(free), -np.inf)
+        for j in (j for j in range(3) if j // 2 == i // 2 and asks[row, j]):
+            for one in q[row, j, 2 * head : 2 * head + 2]:
+                logits = np.exp(marks[row, head, free] @ one * SCALE)
+                wants = np.maximum(wants, logits / logits.sum())
+        read = whole | {free[p] for p in np.argsort(-wants)[:3]}
+        mine = [t for t in range(filled[row]) if t >= coded[row] or t // 4 in read]
+        for g in range(2 * head, 2 * head + 2):
+            weights = np.exp(keys[mine] @ q[row, i, g] * SCALE)
+            np.testing.assert_allclose(found.out[row, i, g], weights @ values[mine] / weights.sum(), atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"values": 0.5}, "Shadow.values is 0.5: it must be 1"),
         ({"group": 20}, "Shadow.group must be several pages of 8, got 20"),
         ({"top_k": 0}, "Shadow.top_k is 0"),
+        ({"block": 0}, "Shadow.block is 0"),
     ],
 )
 def test_nonsense_is_refused(options, message):

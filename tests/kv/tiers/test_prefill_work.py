@@ -4,10 +4,12 @@ A loop counts as often as it turns where that is fixed, and once where it is not
 branch the dearest way counts.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from streamjax.kv import (
@@ -26,6 +28,8 @@ from streamjax.kv import (
     Sink,
     Window,
 )
+from streamjax.kv.channels import shadow
+from streamjax.kv.pages import union_reading
 from streamjax.kv.query import KVSpec, KVTokens, Query
 
 HEADS, GROUP, WIDTH, CHUNK, HELD = 2, 2, 16, 128, 512
@@ -109,3 +113,52 @@ def test_no_pages_are_sorted_for_each_query(name):
 
 
 SORTS = ("sort", "top_k", "approx_top_k")
+
+
+def counted(monkeypatch, module, name, size):
+    """A list that grows by `size(arguments)` each time when a program runs `module.name`."""
+    found, plain = [], getattr(module, name)
+
+    def counting(*arguments):
+        jax.debug.callback(lambda: found.append(size(*arguments)))
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, name, counting)
+    return found
+
+
+def attend(tier, fill):
+    """64 random queries attend to a tier whose state is what `fill` makes of an empty one and a source of numbers."""
+    spec, rng = KVSpec(1, HEADS, WIDTH, jnp.dtype(jnp.float32), GROUP), np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, 64, HEADS * GROUP, WIDTH)), jnp.float32)
+    position = HELD + jnp.arange(64, dtype=jnp.uint32)[None]
+    query = Query(q, q, position, jnp.full((1,), HELD, jnp.int32), None, None, 0.25, None)
+    jax.block_until_ready(jax.jit(lambda state: tier.attend(state, query, None))(fill(tier.init(spec), rng)))
+    jax.effects_barrier()
+
+
+def test_neighbours_of_shadow_kv_gather_what_they_chose_and_no_more(monkeypatch):
+    """Four blocks of 16 queries read 8 of 64 pages each; a dense cache would read all 64 for each."""
+    monkeypatch.setattr(union_reading, "SLOTS", 64)
+    gathered = counted(monkeypatch, shadow, "gather_pages", lambda pages, chosen: chosen.shape[2])
+
+    def fill(state, rng):
+        slots = dataclasses.replace(state.slots, filled=jnp.full((1,), HELD, jnp.int32))
+        landmarks = jnp.asarray(rng.normal(size=state.landmarks.shape), jnp.float32)
+        return dataclasses.replace(state, slots=slots, landmarks=landmarks)
+
+    attend(Shadow(HELD, 0.25, group=64, page=8, top_k=8, outliers=0, block=16), fill)
+    assert gathered == [8] * 4
+
+
+def test_topk_attention_compares_queries_with_the_keys_that_are_held(monkeypatch):
+    """300 of 4,096 slots hold tokens: two runs of 256 keys, once for each query."""
+    scored = counted(monkeypatch, BestKey, "scores", lambda _, summary, __: math.prod(summary[0].shape[2:4]))
+    filled = jnp.full((1,), 300, jnp.int32)
+    attend(
+        Pages(8, 4096, 16, BestKey()),
+        lambda state, _: dataclasses.replace(
+            state, tokens=dataclasses.replace(state.tokens, filled=filled, cursor=filled)
+        ),
+    )
+    assert scored == [256] * 2
