@@ -23,6 +23,7 @@ was. --beside puts rows of other files of this form into the table and the pictu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from streamjax.data.ruler import make_example, task_names
 from streamjax.data.text.tokenizers import Tokenizer
 from streamjax.evaluation.cache_sizes import describe
 from streamjax.evaluation.context_states import MOMENTS, ContextReader, Encoded
-from streamjax.evaluation.equal_bytes import sized, total_bytes
+from streamjax.evaluation.equal_bytes import BelowSmallest, sized, total_bytes
 from streamjax.evaluation.leaderboard import answer, perplexity_behind
 from streamjax.evaluation.leaderboard_rows import mean_and_error, read_rows, summarise, table
 from streamjax.kv.description import describe_cache
@@ -197,10 +198,15 @@ def make_caches(
     model: sj.Decoder, specs: Sequence[str], fixed: Sequence[str], budgets: Sequence[float], length: int, room: int,
     moment: str,
 ) -> tuple[list[Labelled], dict[str, str]]:  # fmt: skip
-    """A dense cache, each cache by each budget, and those that are as they are; and what there is none of, and why."""
+    """A dense cache, each cache by each budget, and those that are as they are; and what there is none of, and why.
+
+    Raises:
+      ValueError: a budget that is below the smallest of all these caches.
+    """
     caches: list[Labelled] = [("dense", "dense", 1.0, preset("dense", capacity=length + room))]
     dense = describe(preset("dense", capacity=length), model).total
     refused = {}
+    least: dict[float, dict[str, float]] = {budget: {} for budget in budgets}  # where one is too small: what would do
     for spec in dict.fromkeys(specs):
         name, options = parse_preset(spec)
         if name == "dense":  # it is there already
@@ -217,8 +223,16 @@ def make_caches(
                 if moment == "stream":
                     describe(cache, model)  # a budget that has not measured the model is for prompts alone
                 caches.append((label, spec, budget, cache))
+            except BelowSmallest as error:
+                refused[label] = str(error)
+                least[budget][spec] = max(error.smallest - free, 0) / dense
             except ValueError as error:
                 refused[label] = str(error)
+    for budget, shares in least.items():
+        if shares and budget not in [given for _, name, given, _ in caches if name != "dense"]:
+            spec = min(shares, key=shares.__getitem__)
+            enough = math.ceil(shares[spec] * 1e4) / 1e4
+            raise ValueError(f"--budget={budget:g} is below every cache: the smallest is {spec}, from {enough:g} on")
     for spec in dict.fromkeys(fixed):
         name, options = parse_preset(spec)
         caches.append((spec, spec, None, preset(name, **options)))

@@ -20,6 +20,14 @@ def total_bytes(cache: Built, model: Decoder) -> int:
     return describe(evenly, model).total
 
 
+class BelowSmallest(ValueError):
+    """A budget below the smallest cache of a preset, which takes so many bytes."""
+
+    def __init__(self, message: str, smallest: float):
+        super().__init__(message)
+        self.smallest = smallest
+
+
 def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
     """The largest cache of a preset whose state for one stream takes at most `budget` bytes.
 
@@ -36,7 +44,7 @@ def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
 
     Raises:
       ValueError: a preset that there is not or that does not grow (`long_mem`, in a model without a side network), an
-        option by which it does, or a budget below the smallest cache that there is.
+        option by which it does; `BelowSmallest`, a budget below the smallest cache that there is.
     """
     if name not in presets():
         preset(name)  # raises, and says what there is
@@ -62,9 +70,10 @@ def sized(name: str, model: Decoder, budget: float, **options: Any) -> Built:
         total_bytes(preset(name, **at(_LEAST[-1])), model)  # raises, and says why
         raise AssertionError("a cache that could not be made was made")
     if (smallest := takes(least)) > budget:
-        raise ValueError(
+        raise BelowSmallest(
             f"cache {name!r} takes {human_bytes(smallest)} at least with this model, and the budget is "
-            f"{human_bytes(budget)}"
+            f"{human_bytes(budget)}",
+            smallest,
         )
     low, high = least, 2 * least
     while takes(high) <= budget:

@@ -123,6 +123,10 @@ def test_an_interrupted_run_ends_as_one_that_was_not(command, model_folder, long
     ("arguments", "message"),
     [
         (["--budget=0.5,2"], "--budget: '2' is no share of a dense cache"),
+        (
+            ["--budget=0.25,0.00001", "--cache=streaming_llm", "--tasks=passkey", "--samples=1"],
+            "--budget=1e-05 is below every cache: the smallest is streaming_llm, from 0.0",
+        ),
         (["--budget=half"], "--budget: 'half' is no share of a dense cache"),
         (["--tasks=rulers"], "unknown task 'rulers'; use one of ruler"),
         (["--cache=snapky"], "unknown cache 'snapky'; did you mean 'snapkv'"),

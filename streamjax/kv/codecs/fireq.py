@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels.coded import Coded
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
-from streamjax.kv.codecs.integers import Bits, rounded_down, run_of_channels
+from streamjax.kv.codecs.integers import Bits, FewChannels, rounded_down, run_of_channels
 
 _ONE = 128  # channels of a token that share a step
 
@@ -38,7 +38,7 @@ class FireQ(GroupedCodec):
     bits: Bits = 4  # type: ignore[assignment]
     group: Size = 64
     residual: Count = 0
-    top: Count = 2
+    top: FewChannels = 2
 
     def __post_init__(self) -> None:
         check_fields(self)

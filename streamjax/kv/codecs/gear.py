@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels.coded import Coded
 from streamjax.field_checks import Count, Size, check_fields
 from streamjax.kv.codecs.codec import Codes, GroupedCodec, Role
-from streamjax.kv.codecs.integers import Bits, Fit, Int
+from streamjax.kv.codecs.integers import Bits, FewChannels, Fit, Int
 
 _ROUNDS = 3  # of subspace iteration
 
@@ -40,8 +40,8 @@ class Gear(GroupedCodec):
     bits: Bits = 2  # type: ignore[assignment]
     group: Size = 64
     residual: Count = 0
-    rank: Count = 2
-    outliers: Count = 1
+    rank: FewChannels = 2
+    outliers: FewChannels = 1
     fit: Fit = "error"
 
     def __post_init__(self) -> None:

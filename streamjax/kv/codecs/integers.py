@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.coded import Along, Coded
-from streamjax.field_checks import LATER, Count, Size, check_fields
+from streamjax.field_checks import LATER, Count, Interval, Size, check_fields
 from streamjax.kv.codecs.codec import LISTED, Codec, Codes, GroupedCodec, Role
 
 Bits = Literal[8, 4, 2, 1]
 Fit = Literal["range", "error"]
+FewChannels = Annotated[int, Interval(0, 32)]  # of a head, apart from the others: half of one of 64 channels
 PARTS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of a group's range
 ERROR_UNITS = 2**11  # of the range: the squares of 512 errors of a whole range fit 32 bits
 _HIGH_HALF = 0xFFFF0000  # of a float32: what bfloat16 keeps

@@ -9,9 +9,10 @@ are multiplied when they are read; steps and scales are bfloat16. Fewer than `gr
 
 from typing import Literal
 
-from streamjax.field_checks import Count, Size
+from streamjax.field_checks import Size
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.codecs.fireq import FireQ
+from streamjax.kv.codecs.integers import FewChannels
 from streamjax.kv.presets.registry import register
 from streamjax.kv.tiers.full import Full
 
@@ -19,6 +20,6 @@ from streamjax.kv.tiers.full import Full
 @register(
     paper="FireQ: Fast INT4-FP8 Kernel and RoPE-aware Quantization for LLM Inference Acceleration, arXiv 2505.20839"
 )
-def fireq(bits: Literal[8, 4, 2] = 4, top: Count = 3, group: Size = 64, capacity: Size = 4096) -> Cascade:
+def fireq(bits: Literal[8, 4, 2] = 4, top: FewChannels = 3, group: Size = 64, capacity: Size = 4096) -> Cascade:
     """Keep every token up to `capacity` in few bits, keys' channels scaled in the pairs that rotate together."""
     return Cascade(Full(capacity, codec=FireQ(bits, group=group, top=top)))

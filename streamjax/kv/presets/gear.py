@@ -9,14 +9,15 @@ the codes miss most; see `Gear`.
 from streamjax.field_checks import Count, Size
 from streamjax.kv.cascade import Cascade
 from streamjax.kv.codecs.gear import Gear
-from streamjax.kv.codecs.integers import Bits
+from streamjax.kv.codecs.integers import Bits, FewChannels
 from streamjax.kv.presets.registry import register
 from streamjax.kv.tiers.full import Full
 
 
 @register(paper="GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Inference, arXiv 2403.05527")
 def gear(
-    bits: Bits = 2, group: Size = 64, rank: Count = 2, outliers: Count = 1, residual: Count = 64, capacity: Size = 4096
-) -> Cascade:
+    bits: Bits = 2, group: Size = 64, rank: FewChannels = 2, outliers: FewChannels = 1, residual: Count = 64,
+    capacity: Size = 4096,
+) -> Cascade:  # fmt: skip
     """Keep every token up to `capacity` in few bits, with factors of low rank and outliers of what these miss."""
     return Cascade(Full(capacity, codec=Gear(bits, group=group, residual=residual, rank=rank, outliers=outliers)))

@@ -174,6 +174,12 @@ def test_int4_with_groups_of_64_is_less_than_0_3_of_bfloat16():
         (lambda: Int(bits=3), r"Int\.bits is 3: it must be 8 or 4 or 2 or 1"),
         (lambda: sj.kv.Gear(group=8, rank=9), r"Gear\.rank is 9, but a group has 8 tokens"),
         (lambda: BlockFloats(group=7), r"BlockFloats\.group is 7, the residual 0: the group is a multiple of 2"),
+        (lambda: FireQ(top=99), r"FireQ\.top is 99: it must be a whole number from 0 to 32"),
+        (lambda: sj.kv.Gear(outliers=99), r"Gear\.outliers is 99: it must be a whole number from 0 to 32"),
+        (
+            lambda: sj.kv.preset("fireq", top=99),
+            r"cache preset 'fireq': top is 99: it must be a whole number from 0 to",
+        ),
         (lambda: FireQ(bits=1), r"FireQ\.bits is 1: codes around 0 have 2 bits at least"),
         (lambda: Mixed(wide=1.5), r"Mixed\.wide is 1\.5: it must be a number from 0 to 1"),
         (lambda: CQ(coupled=9), r"CQ\.coupled is 9: at most 8 channels share a code"),
