@@ -3,9 +3,10 @@
     python -m train.projections --model=FOLDER --input=book.txt --share=0.5 --output=projections.safetensors
     python -m infer.stream --model=FOLDER --input=other.txt --cache=matryoshka_kv:projections=projections.safetensors
 
-The model is frozen. Directions begin as the principal ones of the text's first row (--steps=0 leaves them so), and are
+The model is frozen. Directions begin as the principal ones of the text's beginning (--steps=0 leaves them so), and are
 trained on stretches of it with a rank drawn for every head. The search reads --search_tokens some times for every head
-that it cuts. Ctrl-C ends the training early, and the search follows. MatryoshkaKV: arXiv 2410.14731.
+that it cuts; with --share=1 nothing is cut, and options of the cache say how much is left. Ctrl-C ends the training
+early, and the search follows. MatryoshkaKV: arXiv 2410.14731.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def define(values: flags.FlagValues) -> None:
            flag_values=values)  # fmt: skip
     whole("levels", ProjectionConfig.levels, "Equal steps of a head's channels.", flag_values=values)
     number("share", 0.5, "Of all channels, what the search leaves.", lower_bound=0, upper_bound=1, flag_values=values)
+    whole("first_tokens", None, "Tokens of the text whose principal directions come first; by default those of a row.",
+          lower_bound=2, flag_values=values)  # fmt: skip
     whole("search_tokens", 128, "Tokens that the search compares.", lower_bound=2, flag_values=values)
     whole("seq_len", None, f"Tokens of a row; by default those of the model's training, up to {LONGEST_ROWS:,}.",
           lower_bound=2, flag_values=values)  # fmt: skip
@@ -56,7 +59,8 @@ def body(values: flags.FlagValues) -> None:
     ids, _ = read_text(values.input, tokenizer, values.max_tokens, values.errors, values.parse_special)
     text = np.array(ids, np.int32)
     batches = text_rows(text, length, values.batch_size, values.seed)
-    bases, bounds = principal_bases(model, text[None, :length])
+    first = min(values.first_tokens or length, len(text))
+    bases, bounds = principal_bases(model, text[None, :first])
     done = 0
     if values.steps:
         ran = run_steps(model, train_projections(model, bases, batches, config, values.seed), config.steps)
@@ -64,7 +68,7 @@ def body(values: flags.FlagValues) -> None:
         print(ran)
     compared = text[None, -min(values.search_tokens, length) :]
     ranks = search_ranks(model, bases, compared, values.share, values.levels)
-    as_file(model, bases, ranks, bounds, (1 + done * values.batch_size) * length).save(in_made_folder(values.output))
+    as_file(model, bases, ranks, bounds, first + done * values.batch_size * length).save(in_made_folder(values.output))
     left = np.mean([np.mean(rank / bases[i].shape[-1]) for i, rank in ranks.items()])
     print(f"heads keep {left:.3f} of their channels")
     print(f"use them: --cache=matryoshka_kv:projections={values.output}")

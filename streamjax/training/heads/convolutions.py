@@ -76,6 +76,27 @@ class ConvolutionStep(NamedTuple):
     loss: float
 
 
+def first_weights(model: Decoder, config: ConvolutionConfig, seed: int = 0) -> Weights:
+    """Convolutions before the first step, of every layer that chooses what it keeps.
+
+    Raises:
+      ValueError: a model without such a layer, or one whose layer has no heads.
+    """
+    draw = np.random.default_rng(seed)
+    weights: Weights = {}
+    for i in budgeted_layers(model.config):
+        mixer = model.config.blocks[i].mixer
+        if not isinstance(mixer, AttentionConfig):
+            raise ValueError(f"layer {i} has no heads whose tokens could be merged: {type(mixer).__name__}")
+        shape = config.slots, 2 * mixer.head_dim, config.width
+        kernel = draw.normal(size=shape) / np.sqrt(shape[1] * shape[2])
+        bias, blend = np.zeros(config.slots), np.full(1, config.blend)
+        weights[i] = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32), jnp.asarray(blend, jnp.float32)
+    if not weights:
+        raise ValueError("every layer of the model has a bound of its own: none has tokens that could be merged")
+    return weights
+
+
 def train_convolutions(
     model: Decoder, batches: Iterable[np.ndarray | Array], config: ConvolutionConfig, seed: int = 0
 ) -> Iterator[ConvolutionStep]:
@@ -90,18 +111,7 @@ def train_convolutions(
     Raises:
       ValueError: rows that are no longer than what the cache holds; a model without a layer that chooses.
     """
-    draw = np.random.default_rng(seed)
-    weights: Weights = {}
-    for i in budgeted_layers(model.config):
-        mixer = model.config.blocks[i].mixer
-        if not isinstance(mixer, AttentionConfig):
-            raise ValueError(f"layer {i} has no heads whose tokens could be merged: {type(mixer).__name__}")
-        shape = config.slots, 2 * mixer.head_dim, config.width
-        kernel = draw.normal(size=shape) / np.sqrt(shape[1] * shape[2])
-        bias, blend = np.zeros(config.slots), np.full(1, config.blend)
-        weights[i] = jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32), jnp.asarray(blend, jnp.float32)
-    if not weights:
-        raise ValueError("every layer of the model has a bound of its own: none has tokens that could be merged")
+    weights = first_weights(model, config, seed)
     optimizer = optax.adam(config.learning_rate)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -155,13 +165,13 @@ def _fresh(model: Decoder, config: ConvolutionConfig, weights: Weights, rows: in
     return dataclasses.replace(state, caches=tuple(cache.renumbered()[0] for cache in state.caches))
 
 
-def as_file(model: Decoder, step: ConvolutionStep, tokens: int) -> LayerKernels:
-    """What a step has left, for `save`; `tokens`: how many were read so far."""
+def as_file(model: Decoder, weights: Weights, tokens: int) -> LayerKernels:
+    """Convolutions, for `save`; `tokens`: how many were read so far."""
     own = fingerprint_in_any_dtype(model)
     layers: list[Any] = []
     for i, block in enumerate(model.config.blocks):
-        if i in step.weights:
-            kernel, bias, blend = (np.asarray(x) for x in step.weights[i])
+        if i in weights:
+            kernel, bias, blend = (np.asarray(x) for x in weights[i])
             layers.append(Kernels.from_arrays(kernel, bias, float(blend[0]), own))
         else:
             window, chunk = block.mixer.window, block.mixer.chunk

@@ -21,6 +21,15 @@ def test_the_cache_reads_what_the_command_writes(run, folder, tmp_path):  # noqa
     sj.init_state(sj.load(folder / "plain"), caches)
 
 
+def test_without_steps_it_writes_the_first_weights(run, folder, tmp_path):  # noqa: F811
+    file = tmp_path / "kernels.safetensors"
+    status, _, err = run(f"--output={file}", "--steps=0", *SMALL, command=convolutions)
+    assert status == 0, err
+    caches = sj.kv.preset("lococo", kernels=file, window=4, size=6, every=8)
+    sj.init_state(sj.load(folder / "plain"), caches)
+    assert caches[0].tiers[1].merge.kernels.blend == 0.5
+
+
 def test_nonsense_is_one_line(run, tmp_path):  # noqa: F811
     for flags, message in (
         (("--width=4",), "ConvolutionConfig.width is 4: it must be odd"),

@@ -1,12 +1,13 @@
 """Convolutions that merge what a cache cannot keep: what training does to them, the file, the cache that takes it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import streamjax as sj
 from streamjax.kv.merging.kernel_file import LayerKernels
-from streamjax.training.heads.convolutions import ConvolutionConfig, ConvolutionStep, as_file, train_convolutions
+from streamjax.training.heads.convolutions import ConvolutionConfig, as_file, train_convolutions
 from tests.streaming.tiny_models import GQA, build, random_tokens
 
 CONFIG = ConvolutionConfig(steps=25, learning_rate=0.02, slots=4, width=3, window=4, size=6, every=8)
@@ -21,8 +22,9 @@ def model():
 def saved(model, folder):
     """A file of drawn weights."""
     draw = np.random.default_rng(3)
-    weights = {i: (draw.standard_normal((4, 12, 3)), draw.standard_normal(4), np.full(1, 0.4)) for i in range(2)}
-    as_file(model, ConvolutionStep(weights, 0.0), 96).save(folder / "kernels.safetensors")
+    drawn = {i: (draw.standard_normal((4, 12, 3)), draw.standard_normal(4), np.full(1, 0.4)) for i in range(2)}
+    weights = jax.tree.map(jnp.asarray, drawn)
+    as_file(model, weights, 96).save(folder / "kernels.safetensors")
     return folder / "kernels.safetensors"
 
 
@@ -31,7 +33,7 @@ def test_training_lowers_what_the_text_costs(model, tmp_path):
     """The loss is what a stream costs under the cache that takes the file."""
     steps = list(train_convolutions(model, [TOKENS] * CONFIG.steps, CONFIG))
     assert steps[-1].loss < steps[0].loss - 0.05
-    as_file(model, steps[-2], 96).save(tmp_path / "kernels.safetensors")
+    as_file(model, steps[-2].weights, 96).save(tmp_path / "kernels.safetensors")
     caches = sj.kv.preset("lococo", kernels=tmp_path / "kernels.safetensors", window=4, size=6, every=8)
     _, nats = sj.score(model, sj.init_state(model, caches, batch_size=2), TOKENS, 8)
     np.testing.assert_allclose(np.asarray(nats)[:, CONFIG.held :].mean(), steps[-1].loss, rtol=1e-3)
