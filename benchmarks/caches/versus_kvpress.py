@@ -6,19 +6,19 @@
 
 SmolLM2-135M-Instruct in float32 answers tasks of RULER. A context is read, then compacted to a share of its tokens,
 then the question is asked and answered greedily, and nothing more goes: kvpress's form; here `sj.compact` on a dense
-cache. `same tokens` is the share of what kvpress keeps of one context, at the first share, that is kept here too, over
-layers and heads. Scores are per cent with standard errors, over the tasks together. `CPU s` and `s` are one context
-read, compacted to the first share, and an answer of 16 tokens: medians after a first run, which compiles. `s` are
-seconds with all cores, whose `ratio` is theirs over ours; `CPU s` those of all threads, of which torch has one there:
-with more, their waiting for each other would count. The environment of --python has kvpress 0.5.5, transformers 5.2.0
-and torch 2.13.0. An interrupted run goes on from --work, task by task and method by method; the same command with fewer
---tasks, the first ones, gives the table of what they have.
-`kvpress_rows.json` there is for `infer.leaderboard --beside`.
+cache, which keeps of each task's contexts that share of the shortest. `same` is the share of what kvpress keeps of one
+context that is kept here too, over layers and heads. Scores are per cent with standard errors, over the tasks together;
+`paired` is ours less kvpress's, example by example. `CPU s` and `s` are one context read, compacted to the first share,
+and an answer of 16 tokens: medians after a first run, which compiles. `s` are seconds with all cores, whose `ratio` is
+theirs over ours; `CPU s` those of all threads, of which torch has one there: with more, their waiting for each other
+would count. The environment of --python has kvpress 0.5.5, transformers 5.2.0 and torch 2.13.0. An interrupted run goes
+on from --work, task by task and method by method; the same command with fewer --tasks, the first ones, gives the table
+of what they have. `kvpress_rows.json` there is for `infer.leaderboard --beside`.
 
-Not the same rule: `h2o` is the paper's here, sums of attention and a recent half, where kvpress's ObservedAttention
-takes the mean over the queries that see a token and keeps no recent ones. `leverage` is exact here, with the first and
-newest tokens kept; there keys are sketched. `random` draws other numbers. docs/leaderboard.md has the others. PyramidKV
-has no answers there: its layers differ in length, and transformers makes one mask of the first one's.
+Not the same rule: `h2o`, `leverage`, `compactor`, `random`, `kvzip`, `criticaladakv`, `think`; docs/leaderboard.md says
+how each differs. What is kept of `think` is a share of the keys' channels; of `simlayerkv` that share of the tokens
+stays in lazy layers, and all in others. Layers of different lengths (pyramidkv, simlayerkv) read the question token by
+token there: transformers makes one mask, of the first layer's length.
 """
 
 from __future__ import annotations
@@ -29,52 +29,33 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import streamjax as sj
+from benchmarks.caches.beside_kvpress.methods import LAZY_THRESHOLD, METHODS
+from benchmarks.caches.beside_kvpress.ours import (
+    CLOCKS,
+    asked,
+    measured_filters,
+    our_choices,
+    our_programs,
+    our_scores,
+    our_times,
+)
 from benchmarks.reporting import report
 from streamjax.checkpoints.plain_json import to_json
 from streamjax.commands.shell.runner import keep_compiled
 from streamjax.data.recall.chat_frames import chat_frame
-from streamjax.data.ruler import Turn, make_example, score
-from streamjax.evaluation.context_states import Encoded, compacted, wholly
+from streamjax.data.ruler import make_example, score
+from streamjax.evaluation.context_states import Encoded
 from streamjax.evaluation.leaderboard_rows import mean_and_error
-from streamjax.kv.presets.registry import Built
-from streamjax.kv.tiers.sink import TRUE_DISTANCE
-from streamjax.streaming.by_layer.writing import write_layerwise
 
-SIDE = Path(__file__).parent / "kvpress_side.py"
-FIRST = sj.kv.Sink(4, reach=TRUE_DISTANCE)
-# (tokens that are kept, tokens of question and answer) -> a cache that keeps so many until the answer is there
-METHODS: dict[str, Callable[[int, int], Built]] = {
-    "streaming_llm": lambda kept, room: sj.kv.Cascade(FIRST, sj.kv.Window(kept - 4)),
-    "snapkv": lambda kept, room: sj.kv.preset("snapkv", window=32, size=kept - 32, kernel=5, every=room),
-    "h2o": lambda kept, room: sj.kv.preset("h2o", window=kept // 2, size=kept - kept // 2, every=room),
-    "tova": lambda kept, room: sj.kv.preset("tova", size=kept, every=room),
-    "knorm": lambda kept, room: sj.kv.preset("knorm", size=kept, every=room),
-    "keydiff": lambda kept, room: sj.kv.preset("keydiff", size=kept, every=room),
-    "lagkv": lambda kept, room: sj.kv.preset("lagkv", sinks=4, size=kept - 4, lag=128),
-    "expected_attention": lambda kept, room: sj.kv.preset("expected_attention", sinks=4, size=kept - 4, every=room),
-    "chunkkv": lambda kept, room: sj.kv.preset("chunkkv", window=30, size=kept - 30, every=-(-room // 10) * 10),
-    "curdkv": lambda kept, room: sj.kv.preset("curdkv", sinks=4, size=kept - 4, every=room),
-    "leverage": lambda kept, room: sj.kv.preset("leverage", sinks=8, window=4, size=kept - 12, every=room),
-    "pyramidkv": lambda kept, room: sj.kv.preset("pyramid_kv", window=32, size=kept - 32, kernel=5, every=room),
-    "adakv": lambda kept, room: sj.kv.preset("ada_kv", window=32, size=kept - 32, kernel=5, every=room),
-    "criticalkv": lambda kept, room: sj.kv.preset("criticalkv", window=32, size=kept - 32, kernel=5, every=room),
-    "random": lambda kept, room: sj.kv.Cascade(sj.kv.Scored(kept, sj.kv.RandomChoice(1), every=room)),
-}
-CLOCKS = {"times": time.process_time, "wall": time.perf_counter}
+SIDE = Path(__file__).parent / "beside_kvpress" / "kvpress_side.py"
 PARTS = ["choices", "scores", *CLOCKS]
 PROGRAMS = "programs"  # all that `times` and `wall` compile here, kept in a folder of --work
 SIDES = ("streamjax", "kvpress")
-GREEDY = sj.Sampler(temperature=0)
+REPEAT = "\n\nRepeat the previous context exactly."  # what kvzip asks, as kvpress has it
 
 
 def main() -> None:
@@ -90,9 +71,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("out/versus_kvpress"), help="where what is done stands")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, PROGRAMS], help="what is done stays")
+    parser.add_argument("--parts", nargs="*", default=PARTS, help="what is done stays; none: the table alone")
     parser.add_argument("--side", choices=[*PARTS, PROGRAMS], help="for the script itself: one half of the work")
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - {*PARTS, PROGRAMS}:
+        parser.error(f"--parts: {', '.join(sorted(unknown))}: the parts are {', '.join([*PARTS, PROGRAMS])}")
     request = taken_up(arguments, make_request(arguments))
     if arguments.side:
         sides = {
@@ -117,6 +100,7 @@ def make_request(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that both sides need, in ids."""
     tokenizer = sj.load_tokenizer(arguments.model)
     frame = chat_frame(tokenizer)
+    repeat = tokenizer.encode(REPEAT + (frame.answer if frame else "\n"), continues=True)
     examples = []
     for task in arguments.tasks:
         for seed in range(arguments.examples):
@@ -133,10 +117,11 @@ def make_request(arguments: argparse.Namespace) -> dict[str, Any]:
                     "answer_tokens": min(turn.answer_tokens, arguments.answer_tokens),
                 }
             )
+    other = make_example("niah_single_2", arguments.length, tokenizer, -1, frame)
+    other_context = Encoded.from_example(tokenizer, other, frame).context
     room = max(len(row["prompt"]) + row["answer_tokens"] for row in examples)
     return {
         "room": max(room, 64),
-        "shortest": min(len(row["context"]) for row in examples),  # one size for all, so that there is one program
         "longest": max(len(row["context"]) for row in examples) + room,
         "model": arguments.model,
         "methods": arguments.methods,
@@ -144,13 +129,14 @@ def make_request(arguments: argparse.Namespace) -> dict[str, Any]:
         "examples": examples,
         "repeats": arguments.repeats,
         "timed_tokens": 16,
+        "repeat": repeat,
+        "lazy": LAZY_THRESHOLD,
+        "filters": measured_filters(arguments.model, arguments.work, other_context),
     }
 
 
 def taken_up(arguments: argparse.Namespace, request: dict[str, Any]) -> dict[str, Any]:
     """The request, of which a run in --work may have done a part: its first tasks, or some of its methods.
-
-    Sizes of caches are those of the run's first request, so that what is done stands beside what joins it.
 
     Raises:
       SystemExit: a run with other settings.
@@ -164,155 +150,16 @@ def taken_up(arguments: argparse.Namespace, request: dict[str, Any]) -> dict[str
             before["examples"][:common] != request["examples"][:common]
         ):
             raise SystemExit(f"{arguments.work} holds a run with other settings: name another folder by --work")
-        request["shortest"] = before["shortest"]
         request |= {key: max(before[key], request[key]) for key in ("room", "longest")}
     arguments.work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(request))
     return request
 
 
-def our_cache(request: dict[str, Any], name: str, ratio: float) -> Built:
-    return METHODS[name](int(request["shortest"] * ratio), request["room"])
-
-
-def laid_out(
-    model: sj.Decoder, tokenizer: Any, state: Any, cache: Built, rows: list[dict[str, Any]], longest: int
-) -> Any:
-    """The state after compaction; what has a window goes on where nothing is pushed out."""
-    contexts, prompts = [row["context"] for row in rows], [row["prompt"] for row in rows]
-    state = compacted(model, tokenizer, state, cache, contexts, prompts)
-    if isinstance(cache, sj.kv.Cascade) and not any(isinstance(tier, sj.kv.Scored) for tier in cache.tiers):
-        state = sj.compact(model, state, sj.kv.preset("dense", capacity=longest))
-    return state
-
-
-def our_scores(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
-    path = arguments.work / "streamjax_scores.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
-    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
-    jobs = [("dense", 1.0), *((name, ratio) for name in request["methods"] for ratio in request["ratios"])]
-    for task in arguments.tasks:
-        numbers = [i for i, row in enumerate(request["examples"]) if row["task"] == task]
-        rows = [request["examples"][i] for i in numbers]
-        longest = request["longest"]
-        read: dict[Any, Any] = {}  # states behind the contexts, by the cache that keeps everything
-        for name, ratio in jobs:
-            key = name if name == "dense" else f"{name} {ratio}"
-            if all(key in done.get(str(i), {}) for i in numbers):
-                continue
-            cache = sj.kv.preset("dense", capacity=longest) if name == "dense" else our_cache(request, name, ratio)
-            whole = wholly(cache, longest, 512)
-            if whole not in read:
-                contexts = [row["context"] for row in rows]
-                read[whole] = sj.read(model, sj.init_state(model, whole, len(rows)), contexts)
-            if name == "dense":
-                state = jax.tree.map(jnp.copy, read[whole])  # compact leaves what it is given, generate does not
-            else:
-                state = laid_out(model, tokenizer, read[whole], cache, rows, longest)
-            tokens = max(row["answer_tokens"] for row in rows)
-            prompts = [row["prompt"] for row in rows]
-            # token by token and layer by layer: layers of equal sizes share one program, where `generate` has all of
-            # them in one for each method and share
-            options = {"max_new_tokens": tokens, "stop_tokens": tokenizer.eos_ids, "enough": right(tokenizer, rows)}
-            _, said = write_layerwise(model, state, prompts, **options)
-            for i, ids in zip(numbers, said, strict=True):
-                done.setdefault(str(i), {})[key] = plain(tokenizer, ids)
-            path.write_text(json.dumps(done))
-            print(task, key, file=sys.stderr, flush=True)
-
-
-def plain(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode([token for token in ids if token not in tokenizer.eos_ids])
-
-
-def right(tokenizer: Any, rows: list[dict[str, Any]]) -> Callable[[int, list[int]], bool]:
-    """Whether a row's text has all the answers, so that nothing behind it counts."""
-    return lambda row, ids: score(asked(rows[row]), plain(tokenizer, ids)) == 1.0
-
-
-def asked(row: dict[str, Any]) -> Turn:
-    return Turn("", "", tuple(row["answers"]), row["answer_tokens"])
-
-
-def our_choices(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
-    """Which places of the first context stay, by layer and head, at the first share."""
-    path = arguments.work / "streamjax_choices.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
-    row = request["examples"][0]
-    states: dict[Any, Any] = {}
-    for name in request["methods"]:
-        if name in found:
-            continue
-        cache = METHODS[name](int(len(row["context"]) * request["ratios"][0]), request["room"])
-        whole = wholly(cache, request["longest"], 512)
-        if whole not in states:
-            states[whole] = sj.read(model, sj.init_state(model, whole), [row["context"]])
-        state = compacted(model, tokenizer, states[whole], cache, [row["context"]], [row["prompt"]])
-        heads = [block.mixer.num_kv_heads for block in model.config.blocks]
-        layers = zip(state.caches, state.layers, heads, strict=True)
-        try:
-            found[name] = [places(kept, part, count) for kept, part, count in layers]
-        except ValueError:  # heads of one pool hold different numbers of tokens, which cannot be taken out
-            found[name] = None
-        path.write_text(json.dumps(found))
-        print(name, file=sys.stderr, flush=True)
-
-
-def places(cache: Any, layer: Any, heads: int) -> list[list[int]]:
-    """What the tiers of a layer hold, by head."""
-    held: list[list[int]] = [[] for _ in range(heads)]
-    for tier, part in zip(cache.tiers, layer, strict=True):
-        stored = tier.stored(part, None)
-        for head, kept in enumerate(held):
-            one = [np.asarray(x)[0] for x in (stored.position, stored.valid)]
-            position, valid = (x[head if len(x) > 1 else 0] for x in one)
-            kept += position[valid].tolist()
-    return [sorted(kept) for kept in held]
-
-
 def agreement(ours: list[list[list[int]]], theirs: list[list[list[int]]]) -> float:
     """The share of what kvpress keeps that is kept here too, over layers and heads."""
     pairs = [(set(a), set(b)) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
     return statistics.fmean(len(a & b) / len(b) for a, b in pairs)
-
-
-def our_programs(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
-    """Every method once, so that its programs are in the folder of compiled ones; no time is noted."""
-    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
-    for name in request["methods"]:
-        print(name, one_turn(model, tokenizer, request, name, time.process_time), file=sys.stderr, flush=True)
-
-
-def one_turn(
-    model: sj.Decoder, tokenizer: Any, request: dict[str, Any], name: str, clock: Callable[[], float]
-) -> float:
-    """Seconds of a context that is read, compacted and answered about."""
-    cache, row = our_cache(request, name, request["ratios"][0]), request["examples"][0]
-    longest = request["longest"] + request["timed_tokens"]
-    length = len(row["context"])
-    even = -(-length // -(-length // 512))  # chunks of one width, at most 512, that leave little to pad
-    chunk = -(-even // 16) * 16
-    began = clock()
-    state = sj.read(model, sj.init_state(model, wholly(cache, longest, chunk)), [row["context"]], chunk)
-    state = laid_out(model, tokenizer, state, cache, [row], longest)
-    _, said = sj.generate(model, state, [row["prompt"]], max_new_tokens=request["timed_tokens"], sampler=GREEDY)
-    jax.block_until_ready(said)
-    return clock() - began
-
-
-def our_times(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
-    path = arguments.work / f"streamjax_{arguments.side}.json"
-    clock = CLOCKS[arguments.side]
-    done = json.loads(path.read_text()) if path.exists() else {}
-    model, tokenizer = sj.load(arguments.model), sj.load_tokenizer(arguments.model)
-    for name in request["methods"]:
-        if name in done:
-            continue
-        spent = [one_turn(model, tokenizer, request, name, clock) for _ in range(request["repeats"] + 1)]
-        done[name] = statistics.median(spent[1:])
-        path.write_text(json.dumps(done))
-        print(name, done[name], file=sys.stderr, flush=True)
 
 
 def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
@@ -324,23 +171,25 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
 
     kept, said, spent, took = map(left, PARTS)
 
-    def cell(side: str, key: str) -> str:
+    def scores(side: str, key: str) -> list[float] | None:
         texts = [said[side].get(str(i), {}).get(key) for i in range(len(request["examples"]))]
-        pairs = zip(request["examples"], texts, strict=True)
-        scores = [score(asked(row), text) for row, text in pairs if text is not None]
-        if len(scores) < len(texts):
-            return "-"
-        mean, error = mean_and_error(scores)
-        return f"{100 * mean:.0f} ± {100 * error:.0f}"
+        if any(text is None for text in texts):
+            return None
+        return [score(asked(row), text) for row, text in zip(request["examples"], texts, strict=True)]
 
     def row(name: str, keys: list[str]) -> dict[str, Any]:
-        cells = {f"{'ours' if side == 'streamjax' else side} at {share:g}": cell(side, key)
-                 for key, share in zip(keys, request["ratios"], strict=True) for side in SIDES}  # fmt: skip
+        cells: dict[str, Any] = {}
+        for key, share in zip(keys, request["ratios"], strict=True):
+            ours, theirs = (scores(side, key) for side in SIDES)
+            chosen = [kept[side].get(key) for side in SIDES]
+            cells[f"same at {share:g}, %"] = 100 * agreement(*chosen) if all(chosen) else "-"
+            cells[f"ours at {share:g}"], cells[f"kvpress at {share:g}"] = percent(ours), percent(theirs)
+            both = ours is not None and theirs is not None
+            paired = [a - b for a, b in zip(ours, theirs, strict=True)] if both else None
+            cells[f"paired at {share:g}"] = percent(paired)
         ours, theirs = (took[side].get(name) for side in SIDES)
-        chosen = [kept[side].get(name) for side in SIDES]
         return {
             "method": name,
-            "same tokens, %": 100 * agreement(*chosen) if all(chosen) else "-",
             **cells,
             "our CPU s": spent["streamjax"].get(name, "-"),
             "kvpress CPU s": spent["kvpress"].get(name, "-"),
@@ -359,6 +208,13 @@ def give(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
         examples=arguments.examples, torch="2.13.0", transformers="5.2.0",
         note=f"{', '.join(arguments.tasks)}; {arguments.examples} examples each, {arguments.length:,} tokens.",
     )  # fmt: skip
+
+
+def percent(scores: list[float] | None) -> str:
+    if scores is None:
+        return "-"
+    mean, error = mean_and_error(scores)
+    return f"{100 * mean:.0f} ± {100 * error:.0f}"
 
 
 def leaderboard_row(

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 
 import streamjax as sj
+from benchmarks.caches.beside_kvpress.ours import places
 from benchmarks.caches.real_model.equal_bytes import BUDGET, TASKS
-from benchmarks.caches.versus_kvpress import places
 from benchmarks.reporting import report
 from streamjax.commands.leaderboard import make_caches, make_tasks
 from streamjax.data.recall.chat_frames import chat_frame

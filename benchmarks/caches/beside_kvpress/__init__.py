@@ -1,0 +1,1 @@
+"""The comparison with kvpress, `benchmarks.caches.versus_kvpress`: each side's methods, and what each side does."""
