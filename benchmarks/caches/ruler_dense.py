@@ -24,7 +24,7 @@ from streamjax.evaluation.leaderboard import answer
 from streamjax.evaluation.leaderboard_rows import mean_and_error
 
 TASKS = [*(task for task in GROUPS["ruler"] if not task.startswith("qa_")), "passkey", "number_string"]
-EXAMPLES = {512: 6, 1024: 6, 2048: 3, 4096: 1}
+EXAMPLES = {512: 8, 1024: 8, 2048: 6, 4096: 3, 8192: 1}
 
 
 def main() -> None:

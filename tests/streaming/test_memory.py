@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import streamjax as sj
+from benchmarks.caches.a_million_by_preset import endless_presets
 from benchmarks.caches.million_tokens import CACHES as CACHES_OF_A_MILLION
 from benchmarks.caches.million_tokens import quarters, tiny_model
 from tests.streaming.tiny_models import GQA, build, random_tokens
@@ -182,17 +183,6 @@ def test_a_million_tokens_leave_resident_memory_flat(tmp_path, cache):
     assert drift(figures["resident"]) < 500_000
     if None not in figures["heap"]:
         assert drift(figures["heap"]) < 100_000
-
-
-def endless_presets() -> list[str]:
-    """Those that need no file of heads or sizes, no model of their own, and that no token fills."""
-    return [
-        name
-        for name, entry in sj.kv.presets().items()
-        if not entry.needs
-        and name not in ("hsa", "cake", "prefix_kv", "zipvl")
-        and getattr(sj.kv.preset(name), "capacity", None) is None
-    ]
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ COMBINED = ("finch", "keydiff", "kvzip", "snapkv", "ada_kv", "leverage", "stream
 SINGLE = (
     "streaming_llm", "snapkv", "ada_kv", "pyramid_kv", "finch", "kvzip", "keydiff", "knorm", "tova", "h2o", "lagkv",
     "expected_attention:covariance=false", "chunkkv", "curdkv", "leverage", "criticalkv", "windowkv", "scissorhands",
-    "cake", "d2o", "kvmerger", "ems", "elastic_cache", "cam", "random",
+    "cake", "prefix_kv", "d2o", "kvmerger", "ems", "elastic_cache", "cam", "random",
 )  # fmt: skip
 CACHES = ("kvzip:codec=int4,floor=0.2", *(f"{name}:codec=int4" for name in COMBINED), *SINGLE)
 
@@ -66,11 +66,11 @@ def main() -> None:
     report("caches/real_model/equal_bytes", sorted(rows, key=rank), arguments.output, **versions)
 
 
-def settings(model: str, work: Path, tasks: Sequence[str]) -> list[str]:
+def settings(model: str, work: Path, tasks: Sequence[str], budgets: Sequence[float] = (BUDGET,)) -> list[str]:
     """What every run of the leaderboard for this table is given."""
     return [f"--model={model}", "--dtype=bfloat16", "--moment=prompt", "--length=1K", f"--samples={EXAMPLES}",
-            "--answer_tokens=16", f"--tasks={','.join(tasks)}", f"--budget={BUDGET}", f"--json={work}",
-            "--png="]  # fmt: skip
+            "--answer_tokens=16", f"--tasks={','.join(tasks)}", f"--json={work}", "--png=",
+            f"--budget={','.join(map(str, budgets))}"]  # fmt: skip
 
 
 def with_filters(arguments: argparse.Namespace) -> str:
