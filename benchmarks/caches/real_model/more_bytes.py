@@ -96,8 +96,8 @@ def of_every_token(model: sj.Decoder, rows: dict[str, dict[str, Any]]) -> dict[s
         if spec in rows and all(task in rows[spec]["tasks"] for task in TASKS):
             share = taken(small) / dense
             mean, perplexity = cells(rows[spec])
-            held = [budget for budget in BUDGETS if share <= budget][:1]
-            found[name] = {budget: (f"{mean} ({share:.2f})", perplexity) for budget in held}
+            if held := [budget for budget in BUDGETS if share <= budget][:1]:
+                found[name] = {held[0]: (f"{mean} ({share:.2f})", perplexity)}
     return found
 
 
