@@ -93,6 +93,7 @@ def our_scores(arguments: argparse.Namespace, request: dict[str, Any]) -> None:
             key = name if name == "dense" else f"{name} {share}"
             if all(key in done.get(str(i), {}) for i in numbers):
                 continue
+            jax.clear_caches()  # no other method runs its programs, and a process has room for so many
             dense = sj.kv.preset("dense", capacity=longest)
             cache = dense if name == "dense" else our_cache(request, name, share, shortest)
             # which layers are lazy is one decision for all streams of a state
