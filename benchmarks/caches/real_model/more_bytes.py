@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import streamjax as sj
-from benchmarks.caches.real_model.equal_bytes import BUDGET, CACHES, TASKS, settings, with_filters
+from benchmarks.caches.real_model.equal_bytes import BUDGET, CACHES, TASKS, mean, settings, with_filters
 from benchmarks.reporting import RESULTS, report
 from streamjax.evaluation.equal_bytes import total_bytes
 
@@ -95,25 +94,24 @@ def of_every_token(model: sj.Decoder, rows: dict[str, dict[str, Any]]) -> dict[s
     for (name, small), spec in zip(every_token(LENGTH).items(), every_token(ROOM).values(), strict=True):
         if spec in rows and all(task in rows[spec]["tasks"] for task in TASKS):
             share = taken(small) / dense
-            mean, perplexity = cells(rows[spec])
+            answered, perplexity = cells(rows[spec])
             if held := [budget for budget in BUDGETS if share <= budget][:1]:
-                found[name] = {held[0]: (f"{mean} ({share:.2f})", perplexity)}
+                found[name] = {held[0]: (f"{answered} ({share:.2f})", perplexity)}
     return found
 
 
 def cells(row: dict[str, Any]) -> tuple[str, str]:
-    mean = statistics.fmean(row["tasks"][task]["mean"] for task in TASKS)
-    return f"{100 * mean:.0f}", f"{row['perplexity']:.2f}"
+    return f"{100 * mean(row, TASKS):.0f}", f"{row['perplexity']:.2f}"
 
 
 def total(by_budget: Cells) -> float:
-    return sum(float(mean.partition(" ")[0]) for mean, _ in by_budget.values())
+    return sum(float(answered.partition(" ")[0]) for answered, _ in by_budget.values())
 
 
 def line(name: str, by_budget: Cells) -> dict[str, str]:
     """A row of the table."""
     found = {budget: by_budget.get(budget, ("-", "-")) for budget in BUDGETS}
-    means = {f"mean at {budget:g}": mean for budget, (mean, _) in found.items()}
+    means = {f"mean at {budget:g}": answered for budget, (answered, _) in found.items()}
     return {"cache": name, **means, **{f"perplexity at {budget:g}": text for budget, (_, text) in found.items()}}
 
 
